@@ -28,7 +28,7 @@ import lorafold as lf
 from lorafold.data.references import references
 from lorafold.data.shapes import CONVERSATIONS
 from lorafold.data.stored import Rows
-from lorafold.evaluation import SPARE
+from lorafold.evaluation.rows import SPARE
 from lorafold.generation import complete, stream
 from lorafold.models.loading import load_model, load_tokenizer
 from lorafold.models.storage import choose_storage

@@ -23,7 +23,6 @@ from math import log
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from lib.results import keep
 from rich.console import Console
 from torch import nn
@@ -42,7 +41,8 @@ from lorafold.recipe.fitting import fitting, spec_of
 from lorafold.step.fused import fused
 from lorafold.training.display import Display
 from lorafold.training.loop import fit
-from lorafold.training.request import Request, files_of, objective_of, tokenized, tokenizer_for
+from lorafold.training.request import Request
+from lorafold.training.setup import set_up
 from lorafold.training.start import prepare
 
 WATCHED, UNSEEN = 40, 100  # held-out rows along a run, and at its end
@@ -82,10 +82,9 @@ def trained(method: str, rate: float | None, steps: int, points: Sequence[int], 
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         out = Path(folder, "adapter")
         request = Request(Base("smollm2"), out, recipe, train_rows, "", eval_rows=unseen[:WATCHED])
-        source, objective = objective_of(request)
-        tokenizer, _ = tokenizer_for(request, source, objective, QUIET)
-        data, held_out = tokenized(request, tokenizer, objective, QUIET)
-        model = load_model(source, torch.float32)
+        setup = set_up(request, QUIET)
+        objective, tokenizer, held_out = setup.objective, setup.tokenizer, setup.held_out
+        model = setup.request.base.load()
         torch.manual_seed(recipe.seed)
         adapter = lf.attach(model, spec_of(recipe))
 
@@ -100,10 +99,7 @@ def trained(method: str, rate: float | None, steps: int, points: Sequence[int], 
         stack.enter_context(freed_blocks_kept())
         stack.enter_context(fused(model))
         loss = stack.enter_context(objective.loss(model, tokenizer, recipe.packing, QUIET))
-        cpu = Accelerator(cpu=True)
-        files = files_of(request, source)
-        made = prepare(request, files, adapter, loss, cpu, data, None, tokenizer, QUIET)
-        fit(*made, Watch(steps, look))
+        fit(*prepare(setup, adapter, loss, setup.feed, None, QUIET), Watch(steps, look))
     found = evaluate(model, tokenizer, unseen, recipe.max_length)
     return {"path": path, "loss": found.loss, "exact": found.exact_match}
 

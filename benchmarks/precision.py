@@ -281,7 +281,7 @@ def of_attention(layers: Sequence[Layer], seed: int) -> Iterator[dict]:
         }
         exact = with_gradients(
             lambda q, k, v, docs=docs, scale=scale: reference.document_attention(
-                q, k, v, docs.lens, docs.window, scale
+                q, k, v, docs, scale
             ),
             g,
             *(x.double() for x in layer[:3]),

@@ -113,11 +113,10 @@ def lorafold(case: Case, stack: ExitStack) -> Training:
     from lorafold.machine.allocator import freed_blocks_kept
     from lorafold.methods import make_spec
     from lorafold.models.loading import load_tokenizer
-    from lorafold.models.sources import resolve_model
-    from lorafold.models.storage import Storage
     from lorafold.objectives.classify import Classify
-    from lorafold.objectives.objective import ModelRequest, Objective
+    from lorafold.objectives.objective import Objective
     from lorafold.objectives.sft import Sft
+    from lorafold.opening import Base
     from lorafold.recipe.recipe import Recipe
     from lorafold.step.activations import recompute
     from lorafold.step.adamw import make_optimizer
@@ -126,9 +125,9 @@ def lorafold(case: Case, stack: ExitStack) -> Training:
     from lorafold.training.loop import penalty
 
     cpu, rows, tokenizer = torch.device("cpu"), ids(case).tolist(), load_tokenizer("smollm2")
-    source, storage = resolve_model(case.model), Storage(torch.bfloat16, case.quantization)
+    base = Base(case.model, case.quantization or "bf16", "cpu")
     objective: Objective = Sft() if case.objective == "sft" else Classify(("no", "yes"))
-    model = objective.load(ModelRequest(source, tokenizer, storage, cpu, 0, False))
+    model = objective.load(base, tokenizer)
     stack.enter_context(freed_blocks_kept())
     lora = lf.LoRA(rank=case.rank, dropout=case.dropout)
     spec = make_spec(case.method) if case.method else lf.DoRA(lora) if case.dora else lora

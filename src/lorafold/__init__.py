@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lorafold.api.inspect import inspect as inspect
     from lorafold.api.intrinsic import intrinsic as intrinsic
     from lorafold.api.load_model import load_model as load_model
+    from lorafold.api.merge import merge as merge
     from lorafold.api.resize import extract as extract
     from lorafold.api.resize import resize as resize
     from lorafold.api.score import score as score
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from lorafold.api.train import train as train
     from lorafold.core.attach import only as only
     from lorafold.data.calls import parse_calls as parse_calls
-    from lorafold.merging.run import merge as merge
     from lorafold.methods import *  # noqa: F403  (the spec classes)
     from lorafold.models.loading import load_tokenizer as load_tokenizer
     from lorafold.recipe.recipe import Recipe as Recipe
@@ -64,7 +64,7 @@ _HOME = {
     "serve": "api.serve",
     "train": "api.train",
     "parse_calls": "data.calls",
-    "merge": "merging.run",
+    "merge": "api.merge",
     "load_tokenizer": "models.loading",
     "Recipe": "recipe.recipe",
 }

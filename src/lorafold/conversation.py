@@ -19,7 +19,7 @@ import os
 import sys
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -31,7 +31,7 @@ from lorafold.data.shapes import Message
 from lorafold.engine import Engine, Request, Sampling
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_text
-from lorafold.generation import end_tokens, pieces, tokens_of
+from lorafold.generation import GREEDY, end_tokens, pieces, tokens_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -67,8 +67,7 @@ class Chat:
         *,
         system: str | None = None,
         max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        seed: int = 0,
+        sampling: Sampling = GREEDY,
     ) -> None:
         """Begin a conversation in which all adapters are active, one over the other.
 
@@ -78,12 +77,11 @@ class Chat:
             adapters: The name on the model of each adapter, by the name that the user says.
             system: The system message; without it the template's own holds, if it has one.
             max_new_tokens: An answer ends after this many tokens at the latest.
-            temperature: 0 takes the likeliest token each time; higher is more varied.
-            seed: The seed of the first answer's draws; each later turn has the next one.
+            sampling: How tokens are chosen. The seed is that of the first answer's draws; each
+                later turn has the next one.
         """
         self.model, self.tokenizer, self.adapters = model, tokenizer, dict(adapters)
-        self.system, self.max_new_tokens = system, max_new_tokens
-        self.temperature, self.seed = temperature, seed
+        self.system, self.max_new_tokens, self.sampling = system, max_new_tokens, sampling
         self.active: tuple[str, ...] = tuple(self.adapters)
         self.both = False
         self.context = context_of(model)
@@ -165,7 +163,7 @@ class Chat:
         adapter = "/".join(names) or None  # a name that the user says has no slash
         if adapter and adapter not in self._engine.adapters.names():
             self._engine.adopt(adapter, [self.adapters[name] for name in names])
-        sampling = Sampling(temperature=self.temperature, seed=self.seed + len(self.messages) // 2)
+        sampling = replace(self.sampling, seed=self.sampling.seed + len(self.messages) // 2)
         ids = tokens_of(self.tokenizer, turn.prompt)
         yield from pieces(
             self._engine, Request("answer", ids, turn.room, adapter, sampling, self._ends)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from lorafold.core.attach import only, selection_of
-from lorafold.data.render import render
+from lorafold.data.endings import ending_of
 from lorafold.engine import Ended, Engine, Request, Sampling, Stream
 from lorafold.errors import LorafoldError
 from lorafold.machine.room import free_bytes
@@ -23,7 +23,8 @@ from lorafold.machine.room import free_bytes
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-BATCH = 32  # prompts
+BATCH = 32  # prompts that are computed at a time
+GREEDY = Sampling()
 ACTIVE = "active"  # what is active on the model, as the engine knows it
 # passes after which the engine's faster parts have paid for the 0.15 s that SmolLM2's take to make
 PAYS = 24
@@ -34,11 +35,8 @@ def complete(
     tokenizer: "PreTrainedTokenizerBase",
     prompts: Sequence[str],
     max_new_tokens: int,
-    batch_size: int | None = None,
+    sampling: Sampling = GREEDY,
     progress: Callable[[int, int], None] | None = None,
-    *,
-    temperature: float = 0.0,
-    seed: int = 0,
 ) -> list[str]:
     """The completion of each prompt, in their order, without special tokens. A completion ends
     before the first of the `end_tokens`.
@@ -47,22 +45,18 @@ def complete(
         model, tokenizer: A causal language model, with any adapters.
         prompts: Texts as the chat template rendered them.
         max_new_tokens: The most tokens of a completion.
-        batch_size: Prompts computed at a time; None takes BATCH.
+        sampling: How tokens are chosen; the samples of each prompt follow from its seed.
         progress: Called as progress(done, total) whenever completions have ended.
-        temperature: 0 takes the most likely token; above 0 tokens are sampled.
-        seed: The samples of each prompt follow from it.
 
-    Raises LorafoldError for a negative temperature, a prompt without tokens, and a completion that
-    can't be computed.
+    Raises LorafoldError for a prompt without tokens, and a completion that can't be computed.
     """
     ids = [tokens_of(tokenizer, prompt) for prompt in prompts]
-    sampling = Sampling(temperature=temperature, seed=seed)
     completions = [""] * len(ids)
     if not ids or max_new_tokens < 1:
         return completions
     waiting = deque(sorted(range(len(ids)), key=lambda i: len(ids[i]), reverse=True))
     running: dict[int, Stream] = {}
-    slots, ends = min(len(ids), batch_size or BATCH), end_tokens(model, tokenizer)
+    slots, ends = min(len(ids), BATCH), end_tokens(model, tokenizer)
     length = len(ids[waiting[0]]) + max_new_tokens
     passes = max_new_tokens * -(-len(ids) // slots)
     with engine_of(model, None, slots=slots, length=length, passes=passes) as (engine, adapter):
@@ -89,8 +83,7 @@ def stream(
     tokenizer: "PreTrainedTokenizerBase",
     prompt: str,
     max_new_tokens: int,
-    temperature: float = 0.0,
-    seed: int = 0,
+    sampling: Sampling = GREEDY,
 ) -> Iterator[str]:
     """The pieces of one completion, one for each token; a piece is empty while a character is
     incomplete. The model is the engine's until the last one is read or the iterator is closed.
@@ -99,13 +92,10 @@ def stream(
         model, tokenizer: A causal language model, with any adapters.
         prompt: A text as the chat template rendered it.
         max_new_tokens: The most tokens of the completion.
-        temperature: 0 takes the most likely token; above 0 tokens are sampled.
-        seed: The samples follow from it; torch's global state is left as it was.
+        sampling: How tokens are chosen; torch's global state is left as it was.
 
-    Raises LorafoldError for a negative temperature, a prompt without tokens, and a completion that
-    can't be computed.
+    Raises LorafoldError for a prompt without tokens, and a completion that can't be computed.
     """
-    sampling = Sampling(temperature=temperature, seed=seed)
     ids, ends = tokens_of(tokenizer, prompt), end_tokens(model, tokenizer)
     if max_new_tokens < 1:
         return
@@ -127,7 +117,6 @@ def engine_of(
     """An engine, and the name under which it knows what is active on the model (None: nothing is).
 
     Args:
-        model: A causal language model, with any adapters.
         tokenizer: The model's, for texts as they come, or None.
         slots: How many requests run at a time.
         length: The most tokens of a request.
@@ -189,27 +178,10 @@ def _text(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
 
 
 def end_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
-    """The tokens that end a completion: those of the generation config and the tokenizer, and the
-    special token with which the chat template ends a turn.
+    """The tokens that end a completion: those of the generation config and the tokenizer, and
+    those with which the chat template ends a turn.
     """
     named = model.generation_config.eos_token_id
     ends = named if isinstance(named, list) else [named]
-    found = (*ends, tokenizer.eos_token_id, _turn_end(tokenizer))
-    return frozenset(end for end in found if end is not None)
-
-
-def _turn_end(tokenizer: "PreTrainedTokenizerBase") -> int | None:
-    """The special token with which the chat template ends a turn, or None."""
-    if tokenizer.chat_template is None:
-        return None
-    word = "answer"
-    try:
-        text = render(
-            [{"role": "user", "content": "question"}, {"role": "assistant", "content": word}],
-            tokenizer,
-        )
-    except LorafoldError:  # the template does not accept such a conversation
-        return None
-    after = tokenizer(text.rpartition(word)[2], add_special_tokens=False).input_ids[:1]
-    added = tokenizer.added_tokens_decoder
-    return next((int(i) for i in after if i in added and added[i].special), None)
+    turn = () if tokenizer.chat_template is None else ending_of(tokenizer).tokens
+    return frozenset(end for end in (*ends, tokenizer.eos_token_id, *turn) if end is not None)

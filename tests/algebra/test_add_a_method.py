@@ -22,11 +22,11 @@ from typer.testing import CliRunner
 import laws
 import lorafold as lf
 from fresh_models import fresh_model
+from lorafold.api.merge import merge
 from lorafold.cli import app
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import MANIFEST
-from lorafold.merging.run import merge
 from lorafold.methods import METHODS
 from lorafold.models.loading import load_model
 from lorafold.opening import Base

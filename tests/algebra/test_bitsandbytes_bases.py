@@ -17,11 +17,10 @@ from transformers import LlamaForCausalLM
 
 import lorafold as lf
 from conftest import ALIKE
+from lorafold.api.merge import merge
 from lorafold.bases import layer_of, parameter_count
 from lorafold.bases.bitsandbytes import Quantized
 from lorafold.errors import LorafoldError, NotMergeable
-from lorafold.files.record import read_record
-from lorafold.merging.run import merge
 from lorafold.methods import METHODS, known_options, make_spec
 from lorafold.models import fingerprint
 from lorafold.models.loading import load_model
@@ -30,6 +29,7 @@ from lorafold.models.storage import Storage, choose_storage, weights_of
 from lorafold.models.storages import STORAGES
 from lorafold.opening import Base
 from lorafold.ops import nf4
+from lorafold.peft.saved import Saved
 from lorafold.recipe.recipe import Recipe
 from lorafold.step.fused import fused
 from lorafold.training.request import Request
@@ -215,7 +215,7 @@ def test_the_fingerprint_is_that_of_the_base_before_it_was_packed(tiny_model_dir
     model = load_model(path, held("nf4"))
     weights = weights_of(source, held("nf4"))
     lf.attach(model, lf.LoRA()).save(tmp_path / "a", base=weights)
-    assert fingerprint.differences(read_record(tmp_path / "a")["base"], weights) == []
+    assert fingerprint.differences(Saved.open(tmp_path / "a").record["base"], weights) == []
     lf.load(plain, tmp_path / "a")
     lf.load(load_model(path, held("int8")), tmp_path / "a", base=weights)
     lf.load(load_model(path, held("int8", torch.bfloat16)), tmp_path / "a")  # by what is not packed
@@ -292,7 +292,7 @@ def test_training_takes_nf4_unless_it_is_told_otherwise(tiny_model_dir, tmp_path
     model = str(tiny_model_dir("llama-wide"))
     lines = Console(record=True, quiet=True)
     train(Request(Base(model), tmp_path / "a", Recipe(steps=2, batch=4), ROWS, "rows"), lines)
-    assert read_record(tmp_path / "a")["recipe"]["storage"] == "nf4"
+    assert Saved.open(tmp_path / "a").record["recipe"]["storage"] == "nf4"
     train(
         Request(
             Base(model), tmp_path / "b", Recipe(steps=1, batch=4, storage="int8"), ROWS, "rows"
@@ -310,14 +310,14 @@ def test_training_takes_nf4_unless_it_is_told_otherwise(tiny_model_dir, tmp_path
         ),
         lines,
     )
-    assert read_record(tmp_path / "c")["recipe"]["storage"] == "int8"
+    assert Saved.open(tmp_path / "c").record["recipe"]["storage"] == "int8"
     train(
         Request(
             Base(model), tmp_path / "d", Recipe(steps=1, batch=4, method="full"), ROWS, "rows"
         ),
         lines,
     )
-    assert read_record(tmp_path / "d")["recipe"]["storage"] == "fp32"
+    assert Saved.open(tmp_path / "d").record["recipe"]["storage"] == "fp32"
 
 
 def test_loftq_starts_nearer_to_the_weights_that_were_packed(tiny_model_dir):

@@ -39,6 +39,7 @@ from lorafold.inspecting.resize import resize
 from lorafold.models.loading import load_model
 from lorafold.models.sources import resolve_model
 from lorafold.opening import Base
+from lorafold.peft.saved import open_all
 from peft_cases import CLOSE, gap, move, save_theirs
 
 WEIGHTS = "adapter_model.safetensors"
@@ -583,7 +584,7 @@ def test_adapters_of_convolutions_are_inspected_resized_composed_and_estimated(
     expected = on_mamba(mamba, tmp_path / "a", lf.LoRA(rank=4))
     on_mamba(mamba, tmp_path / "b", lf.LoRA(rank=2), seed=1)
     assert "rank" in str(lf.inspect(tmp_path / "a", model=str(mamba)))
-    resize(Base(source), tmp_path / "a", tmp_path / "r", rank=4)
+    resize(Base(source), open_all([tmp_path / "a"]), tmp_path / "r", rank=4)
     model = load_model(mamba, torch.float32)
     adapter = lf.load(model, tmp_path / "r")
     assert gap(mamba_logits(model), expected) < CLOSE

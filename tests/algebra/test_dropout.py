@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lorafold as lf
 from lorafold.core.attach import selection_of
-from lorafold.core.draws import Site, drawing, named, slots
+from lorafold.core.draws import DrawSite, drawing, named, slots
 from lorafold.core.selection import Draws
 from lorafold.ops.dropout import (
     MASK,
@@ -109,7 +109,7 @@ def test_elements_of_a_call_are_independent() -> None:
     rows, n, p = 1024, 1024, 0.5
 
     def at(key: int, number: int) -> Tensor:
-        return of_site(torch.empty(rows, n), p, Site(key, torch.arange(rows), number))
+        return of_site(torch.empty(rows, n), p, DrawSite(key, torch.arange(rows), number))
 
     within_calls = at(1, 2).view(-1, 8)
     over_rows = at(1, 2).t().reshape(-1, 8)
@@ -131,7 +131,7 @@ def test_nothing_is_drawn_where_nothing_can_be_dropped() -> None:
 # --- what they follow from ------------------------------------------------------------------------
 
 
-def of_site(x: Tensor, p: float, site: Site) -> Tensor:
+def of_site(x: Tensor, p: float, site: DrawSite) -> Tensor:
     """A boolean mask in x's shape, True where dropped."""
     return emptied(torch.ones(x.shape), dropped(x, p, site)) == 0
 
@@ -161,7 +161,7 @@ def test_each_half_of_the_words_decides_on_an_element() -> None:
     """In each form: of the first call of a row, at the counter and key of the first answer."""
     words = [int(word, 16) for word in ANSWERS[0][2].split()]
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
-    site = Site(0, torch.zeros(1).long(), 0)
+    site = DrawSite(0, torch.zeros(1).long(), 0)
     for number, half in enumerate(halves):
         for limit in (half, half + 1):
             found = dropped(torch.empty(1, 8), limit / 65536, site)
@@ -174,7 +174,7 @@ def test_all_forms_draw_the_same(shape: tuple[int, ...], p: float, each_form: st
     x, rows = torch.empty(shape), math.prod(shape[:-1])
     generator = torch.Generator().manual_seed(11)
     names = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator)
-    site = Site(2**62 + 12345, names, 2**32 - 7)
+    site = DrawSite(2**62 + 12345, names, 2**32 - 7)
     found = dropped(x, p, site)
     with plainly():
         assert torch.equal(found, dropped(x, p, site))
@@ -186,16 +186,16 @@ def test_all_forms_draw_the_same(shape: tuple[int, ...], p: float, each_form: st
 def test_a_row_keeps_its_own_elements_wherever_it_is() -> None:
     lengths, n, p = (5, 1, 9), 576, 0.3
     alone = [
-        of_site(torch.empty(m, n), p, Site(4, named(torch.tensor([row]), torch.arange(m)), 6))
+        of_site(torch.empty(m, n), p, DrawSite(4, named(torch.tensor([row]), torch.arange(m)), 6))
         for row, m in enumerate(lengths)
     ]
     order = (2, 0, 1)
     names = torch.cat([named(torch.tensor([i]), torch.arange(lengths[i])) for i in order])
-    packed = of_site(torch.empty(1, sum(lengths), n), p, Site(4, names, 6))[0]
+    packed = of_site(torch.empty(1, sum(lengths), n), p, DrawSite(4, names, 6))[0]
     for i, part in zip(order, packed.split([lengths[i] for i in order]), strict=True):
         assert torch.equal(part, alone[i])
     padded = of_site(
-        torch.empty(3, 9, n), p, Site(4, named(torch.arange(3)[:, None], torch.arange(9)), 6)
+        torch.empty(3, 9, n), p, DrawSite(4, named(torch.arange(3)[:, None], torch.arange(9)), 6)
     )
     for row, own in zip(padded, alone, strict=True):
         assert torch.equal(row[: len(own)], own)
@@ -210,7 +210,7 @@ def test_another_counter_draws_others(change: str) -> None:
         names = named(torch.tensor([row]), torch.arange(64) + position, branch)
         names = slots(names, torch.arange(64) * 2 + by["slot"], 2)
         key = key_of(3 + by["seed"], 5 + by["step"])
-        return of_site(torch.empty(64, 256), 0.5, Site(key, names, 8 + by["site"]))
+        return of_site(torch.empty(64, 256), 0.5, DrawSite(key, names, 8 + by["site"]))
 
     assert within((mask(True) != mask(False)).sum().item(), 64 * 128, 64 * 64)
 

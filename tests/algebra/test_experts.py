@@ -22,7 +22,15 @@ from lorafold.core.matrices import Matrices, module_at
 from lorafold.core.selection import Draws
 from lorafold.core.spec import Spec
 from lorafold.models.quantizing import compute_in
-from lorafold.ops.grouped import Groups, frozen_product, grouped, low_rank_product, product, step_of
+from lorafold.ops.grouped import (
+    FrozenMatrices,
+    Groups,
+    frozen_product,
+    grouped,
+    low_rank_product,
+    product,
+    step_of,
+)
 from lorafold.step.fused import fused
 from mixtures import CONFIGS, SHAPE, mixture
 
@@ -209,14 +217,15 @@ def test_grouped_products_are_those_of_plain_torch(dtype: torch.dtype) -> None:
         for s in ((7, 6), (2, 6), (7, 2))
     )
     each = w.to(dtype)[groups.of_row]
+    frozen = FrozenMatrices(lambda e, d: w[e].to(d), groups)
     pairs = [
         (lambda x: product(x, w, groups), lambda x: torch.einsum("soi,si->so", each, x)),
         (
-            lambda x: frozen_product(x, onto, lambda e, d: w[e].to(d), groups, 7),
+            lambda x: frozen_product(x, onto, frozen, 7),
             lambda x: torch.einsum("soi,si->so", each, x) + onto,
         ),
         (
-            lambda x: low_rank_product(x, lambda e, d: w[e].to(d), groups, down, up),
+            lambda x: low_rank_product(x, frozen, down, up),
             lambda x: torch.einsum("soi,si->so", (w + up @ down).to(dtype)[groups.of_row], x),
         ),
     ]
@@ -240,13 +249,11 @@ def test_gradients_of_grouped_products_are_right() -> None:
     up = torch.randn(4, 5, 2, dtype=torch.float64, requires_grad=True)
     onto = torch.randn(n, 5, dtype=torch.float64, requires_grad=True)
 
-    def read(e: int, dtype: torch.dtype) -> Tensor:
-        return w[e].to(dtype)
-
+    frozen = FrozenMatrices(lambda e, dtype: w[e].to(dtype), groups)
     check = torch.autograd.gradcheck
     assert check(lambda x, m: product(x, m, groups), (x, m))
-    assert check(lambda x, o: frozen_product(x, o, read, groups, 5), (x, onto))
-    assert check(lambda x, a, b: low_rank_product(x, read, groups, a, b), (x, down, up))
+    assert check(lambda x, o: frozen_product(x, o, frozen, 5), (x, onto))
+    assert check(lambda x, a, b: low_rank_product(x, frozen, a, b), (x, down, up))
 
 
 def saved(family: str, folder: Path) -> Path:

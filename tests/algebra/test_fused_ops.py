@@ -249,16 +249,19 @@ def places(shape: Sequence[int], form: str) -> Tensor | None:
 
 
 def fast_and_spec(where: Tensor | None, w_dtype: torch.dtype | None = None) -> tuple[Op, Op]:
-    """Both with k = 1 / (1 - P), and W as it is in w_dtype."""
+    """Both with k = 1 / (1 - P) where elements are dropped, and W as it is in w_dtype."""
+    k = 1.0 if where is None else 1 / (1 - P)
     w = W if w_dtype is None else W.to(w_dtype)
 
     def fast(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        drop = None if where is None else Dropped(emptied(x.detach(), where), where, 0, None, set())
-        return low_rank_linear(x, lambda dtype: w.to(dtype), down, up, drop, 1 / (1 - P))
+        drop = None
+        if where is not None:
+            drop = Dropped(emptied(x.detach(), where), where, k, 0, None, set())
+        return low_rank_linear(x, lambda dtype: w.to(dtype), down, up, drop)
 
     def spec(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         keep = None if where is None else emptied(torch.ones(x.shape, dtype=x.dtype), where)
-        return reference.low_rank_linear(x, w.to(x.dtype), down, up, keep, 1 / (1 - P))
+        return reference.low_rank_linear(x, w.to(x.dtype), down, up, keep, k)
 
     return fast, spec
 

@@ -13,13 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lorafold as lf
 from lorafold.bases import layer_of
-from lorafold.core.scattered import scattered
+from lorafold.core.scatter_add import scatter_added
 from lorafold.ops.attention import document_attention
 from lorafold.ops.documents import Documents
-from lorafold.ops.framed import frame, framed
-from lorafold.ops.front import behind
-from lorafold.ops.once import once
+from lorafold.ops.memo import once
+from lorafold.ops.prefixed_documents import prefixed
 from lorafold.ops.sparse import FEW, product_at, sparse_linear
+from lorafold.ops.two_sided_scaling import scaled_matrix, scaled_product
 
 
 def positions(n: int, k: int) -> Tensor:
@@ -38,10 +38,10 @@ def near(found: Tensor, plain: Tensor, exact: Tensor) -> bool:
 def test_framed_has_its_gradients() -> None:
     torch.manual_seed(0)
     m = torch.randn(7, 4, dtype=torch.float64)
-    assert gradcheck(lambda u, b, d: framed(u, m, b, d), (wide(2, 3, 4), wide(7), wide(4)))
+    assert gradcheck(lambda u, b, d: scaled_product(u, m, b, d), (wide(2, 3, 4), wide(7), wide(4)))
     u, b, d = wide(5, 4), wide(7), wide(4)
-    assert torch.allclose(framed(u, m, b, d), u @ torch.diag(d) @ m.t() @ torch.diag(b))
-    assert torch.allclose(frame(m, b, d), torch.diag(b) @ m @ torch.diag(d))
+    assert torch.allclose(scaled_product(u, m, b, d), u @ torch.diag(d) @ m.t() @ torch.diag(b))
+    assert torch.allclose(scaled_matrix(m, b, d), torch.diag(b) @ m @ torch.diag(d))
 
 
 @pytest.mark.parametrize("k", [1, 3, 20])
@@ -58,7 +58,7 @@ def test_sparse_linear_has_its_gradients(k: int) -> None:
     assert gradcheck(run, (x, values))
     dense = w.flatten().index_put((at,), values, accumulate=True).view_as(w)
     assert torch.allclose(run(x, values), x @ dense.t())
-    assert gradcheck(lambda w, values: scattered(w, values, at), (wide(16, 24), values))
+    assert gradcheck(lambda w, values: scatter_added(w, values, at), (wide(16, 24), values))
 
 
 @pytest.mark.usefixtures("each_arithmetic")
@@ -77,11 +77,11 @@ def test_a_value_in_16_bits_is_rounded_once_and_the_others_stay() -> None:
     torch.manual_seed(0)
     w, at = torch.randn(64, 64).bfloat16(), positions(64 * 64, 100)
     values = 1e-4 * torch.randn(100)
-    changed = scattered(w, values, at)
+    changed = scatter_added(w, values, at)
     others = w.flatten().index_put((at,), changed.flatten()[at])
     assert torch.equal(changed.flatten(), others)
     assert (changed != w).any()
-    assert torch.equal(scattered(w, torch.zeros(100), at), w)
+    assert torch.equal(scatter_added(w, torch.zeros(100), at), w)
 
 
 def adapted(spec: lf.VeRA) -> tuple[nn.ModuleDict, Tensor]:
@@ -182,7 +182,7 @@ def test_documents_behind_tokens_in_front(batch: int, shared: bool) -> None:
     if shared:
         docs = Documents.branching([4, 0], [[3, 5], [6]], cpu)
     tokens = sum(docs.own)
-    fronted = behind(docs, n, batch, cpu)
+    fronted = prefixed(docs, n, batch, cpu)
     mask = docs.dense(batch, cpu)
     seen = fronted.dense(batch, cpu)
     assert seen.shape == (batch, 1, tokens // batch, n + tokens // batch)

@@ -343,7 +343,7 @@ def test_a_border_that_would_be_merged_is_cut(plain):
     assert joined[: len(prompt)] != prompt  # or the test would show nothing
     [example] = encode([row], plain, 64).examples
     assert list(example.ids[: len(prompt)]) == prompt
-    assert trained(example, plain) == ["\nHi"]
+    assert trained(example, plain) == ["\nHi</s>"]
 
 
 def test_a_tokenizer_without_template_gets_a_plain_one(plain):

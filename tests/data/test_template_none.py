@@ -16,7 +16,7 @@ from fresh_models import fresh_model
 from lorafold.data.examples import NO_LOSS, encode
 from lorafold.data.render import ensure_chat_template, prompts
 from lorafold.errors import LorafoldError
-from lorafold.evaluation import evaluate
+from lorafold.evaluation import EvaluationSettings, evaluate
 from lorafold.generation import complete, end_tokens
 from lorafold.models.loading import load_model, load_tokenizer
 from lorafold.models.sources import resolve_model
@@ -181,7 +181,7 @@ def test_training_evaluation_and_generation_see_the_same(tiny_model_dir, tmp_pat
     plain = load_tokenizer(tmp_path / "merged")
     assert plain.chat_template == tokenizer.chat_template
     merged = load_model(tmp_path / "merged", torch.float32)
-    again = evaluate(merged, plain, PAIRS, 512, generate=False)
+    again = evaluate(merged, plain, PAIRS, 512, EvaluationSettings(completions=False))
     assert again.loss == pytest.approx(found["loss"], rel=1e-3)
 
 

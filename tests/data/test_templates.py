@@ -11,7 +11,7 @@ import pytest
 
 from conversation_cases import HOW, ROME, ROWS, said, starting_points
 from families import as_taken, names, tokenizer_of
-from lorafold.data import forms
+from lorafold.data import template_forms
 from lorafold.data.examples import NO_LOSS, Example, encode, encode_row
 from lorafold.data.reasoning import block_of
 from lorafold.data.render import Rendering, Trained, render_trained
@@ -123,9 +123,16 @@ def test_a_trained_turn_is_what_the_template_adds_for_it(name: str, kind: str) -
 
         prompt, after = draw(i, add_generation_prompt=True), draw(i + 1)
         if after.startswith(prompt):
-            assert after[len(prompt) :].rstrip() in texts
+            assert after[len(prompt) :].rstrip() + end_after(name, messages[i + 1 :]) in texts
         else:  # the content is there all the same, once, and after the template's own text
             assert any((message.get("content") or "Rome") in str(text) for text in texts)
+
+
+def end_after(name: str, following: list[dict[str, Any]]) -> str:
+    """What ends a turn and is written with the next message."""
+    if name != "glm4moe":
+        return ""
+    return "<|observation|>" if following and following[0]["role"] == "tool" else "<|user|>"
 
 
 def end_of(labels: tuple[int, ...], start: int) -> int:
@@ -198,7 +205,7 @@ def trained_texts(name: str, kind: str, rendering: Rendering) -> list[str]:
     [
         ("qwen3", "I do not know.<|im_end|>"),
         ("qwen3_5_think", "I do not know.<|im_end|>"),
-        ("glm4moe", "I do not know."),
+        ("glm4moe", "I do not know.<|user|>"),
         ("gptoss", "<|channel|>final<|message|>I do not know.<|return|>"),
         ("gemma4_v5", "I do not know.<turn|>"),
         ("deepseek_r1_distill", "I do not know.<｜end▁of▁sentence｜>"),
@@ -234,14 +241,14 @@ def test_a_simple_row_is_rendered_twice(monkeypatch: pytest.MonkeyPatch) -> None
     tokenizer, count = tokenizer_of("qwen2_5"), 0
     row = {"prompt": "Hi", "completion": "Yo"}
     encode_row(row, tokenizer)  # once a template its form is found out
-    real = forms.render_jinja_template
+    real = template_forms.render_jinja_template
 
     def counting(*args: Any, **kwargs: Any) -> Any:
         nonlocal count
         count += 1
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(forms, "render_jinja_template", counting)
+    monkeypatch.setattr(template_forms, "render_jinja_template", counting)
     encode_row(row, tokenizer)
     assert count == 2
 
@@ -251,4 +258,4 @@ def test_a_report_counts_examples_and_hidden_reasoning() -> None:
     assert (report.rows, report.examples, report.reasoning_hidden) == (1, 2, 0)
     report = encode([ROWS["thinking"]], tokenizer_of("qwen2_5"), 512).report
     assert (report.examples, report.reasoning_hidden) == (1, 2)
-    assert "the reasoning of 2 assistant turns is not trained on" in str(report)
+    assert "2 assistant turns are trained on without their reasoning" in str(report)

@@ -33,13 +33,13 @@ from lorafold.cli import app
 from lorafold.data.calls import parse_calls
 from lorafold.data.conversations import Compared, Conversation
 from lorafold.data.examples import NO_LOSS, encode, encode_row
-from lorafold.data.forms import Form, call, form_of
 from lorafold.data.messages import normalized, tools_of
 from lorafold.data.render import prompts, render
 from lorafold.data.rows import read_rows
 from lorafold.data.shapes import PAIRS, shape_of
+from lorafold.data.template_forms import Form, call, form_of
 from lorafold.errors import LorafoldError
-from lorafold.evaluation import evaluate
+from lorafold.evaluation import EvaluationSettings, evaluate
 from lorafold.models.sources import resolve_model
 from lorafold.models.template_variables import set_variables
 from lorafold.models.tokenizer import set_template
@@ -474,7 +474,7 @@ def test_the_loss_has_rows_as_its_units_whatever_examples_they_give(
 
     monkeypatch.setattr(lf_evaluation, "loss_interval", noted)
     rows = [ROWS["thinking"], ROWS["plain"]]
-    found = evaluate(model, tokenizer, rows, 2048, generate=False)
+    found = evaluate(model, tokenizer, rows, 2048, EvaluationSettings(completions=False))
     examples = encode(rows, tokenizer, 2048).examples
     assert len(examples) > 2
     [sums] = seen

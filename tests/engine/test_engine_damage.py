@@ -12,7 +12,7 @@ import torch
 
 from engine_cases import METHODS, prompt, save_adapters
 from lorafold.engine import Ended, Engine, Request
-from lorafold.engine.adapters import Held
+from lorafold.engine.adapters import LoadedAdapter
 from lorafold.engine.state import checksum
 from lorafold.errors import LorafoldError
 
@@ -30,13 +30,13 @@ def paths(model, tmp_path_factory) -> dict[str, Path]:
     return save_adapters(model, tmp_path_factory.mktemp("adapters"), specs)
 
 
-def held_of(engine: Engine, name: str) -> Held:
+def held_of(engine: Engine, name: str) -> LoadedAdapter:
     held = engine.adapters._states[engine.adapters.entry(name)].held
     assert held is not None
     return held
 
 
-def tensors_of(held: Held) -> list[torch.Tensor]:
+def tensors_of(held: LoadedAdapter) -> list[torch.Tensor]:
     found = [t for f in held.factors.values() for t in (f.down, f.up)]
     return found + [t for d in held.deltas.values() for t in (*d.parameters(), *d.buffers())]
 

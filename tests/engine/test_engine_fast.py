@@ -15,8 +15,8 @@ import lorafold as lf
 from engine_cases import METHODS, prompt, save_adapters, together
 from lorafold.bases import layer_of
 from lorafold.engine import Engine, Request, Sampling
-from lorafold.engine.fast import Packed, packable
-from lorafold.engine.laid import Laid
+from lorafold.engine.active_deltas import ActiveDeltas
+from lorafold.engine.fast_path import Packed, packable
 from lorafold.engine.operations import Operations
 from lorafold.engine.products import Products
 from lorafold.engine.structure import Structure, probe
@@ -67,8 +67,8 @@ def test_a_packed_product_is_rounded_once(biases: tuple[bool, ...], rows: int) -
     modules = {f"m{i}": nn.Linear(48, 16 * (i + 1), bias=b) for i, b in enumerate(biases)}
     model = nn.ModuleDict(modules).bfloat16().requires_grad_(False)
     assert all(packable(module) for module in model.values())
-    laid = Laid(model, Products(Structure(""), 1, Operations()))
-    packed = Packed(dict(model.items()), laid, 16, {})
+    deltas = ActiveDeltas(model, Products(Structure(""), 1, Operations()))
+    packed = Packed(dict(model.items()), deltas, 16, {})
     width = sum(m.out_features for m in modules.values())
     x, onto = torch.randn(2, rows, 48).bfloat16(), torch.randn(2, rows, width).bfloat16()
     exact = torch.cat([module.double()(x.double()) for module in model.values()], -1)

@@ -13,7 +13,7 @@ import torch
 
 from engine_cases import METHODS, prompt, sampling, save_adapters, together
 from lorafold.engine import Ended, Engine, Request
-from lorafold.engine.prefix import Kept, Prefix, common
+from lorafold.engine.prefix import KeptPrefixes, Prefix, common
 
 OPTIONS: dict[str, Any] = {"length": 96, "chunk": 12, "budget": 24}
 
@@ -187,7 +187,7 @@ def test_running_rows_and_kept_slots_change_places(model) -> None:
 
 
 def test_the_longest_beginning_is_found_and_the_last_token_is_computed() -> None:
-    kept, key = Kept(), Prefix("digest", 1, "tenant")
+    kept, key = KeptPrefixes(), Prefix("digest", 1, "tenant")
     kept.keep(2, key, (1, 2, 3))
     kept.keep(0, key, (1, 2, 3, 4, 5))
     kept.keep(1, Prefix("digest", 2, "tenant"), (1, 2, 3, 4, 5, 6, 7))

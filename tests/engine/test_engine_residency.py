@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 import lorafold as lf
 from engine_cases import alone, prompt, save_adapters
 from lorafold.engine import Engine, Request, Stream
-from lorafold.engine.adapters import Entry, Held
+from lorafold.engine.adapters import KnownAdapter, LoadedAdapter
 from lorafold.engine.prefix import common
 from lorafold.engine.residency import Residency
 from lorafold.errors import LorafoldError
@@ -316,7 +316,7 @@ def test_an_evicted_adapter_is_read_again_and_others_go_on_meanwhile(model, path
         engine.adapters.evict("a")
         read, gate = engine.adapters._read, threading.Event()
 
-        def slow(entry: Entry) -> Held:
+        def slow(entry: KnownAdapter) -> LoadedAdapter:
             assert gate.wait(30)
             return read(entry)
 

@@ -21,7 +21,9 @@ from transformers import (
 )
 
 import lorafold as lf
+from lorafold import generation
 from lorafold.core.attach import selection_of
+from lorafold.engine import Sampling
 from lorafold.errors import LorafoldError
 from lorafold.generation import complete, stream
 
@@ -98,13 +100,17 @@ def expected(
 
 
 @pytest.mark.few(1)
-@pytest.mark.parametrize("batch_size", [1, 3, None])
+@pytest.mark.parametrize("batch", [1, 3, generation.BATCH])
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2"])
 def test_batches_answer_as_each_prompt_alone(
-    kind: str, batch_size: int | None, tokenizer: PreTrainedTokenizerFast
+    kind: str,
+    batch: int,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(generation, "BATCH", batch)
     model = tiny(kind)
-    answers = complete(model, tokenizer, PROMPTS, 21, batch_size)
+    answers = complete(model, tokenizer, PROMPTS, 21)
     assert answers == expected(model, tokenizer, PROMPTS, 21)
     assert len(set(answers)) > 1
 
@@ -164,11 +170,11 @@ def test_stream_holds_back_incomplete_characters(tokenizer: PreTrainedTokenizerF
 def test_sampling_depends_on_the_seed_alone(tokenizer: PreTrainedTokenizerFast) -> None:
     model = tiny("llama")
     before = torch.get_rng_state()
-    first = "".join(stream(model, tokenizer, "a", 16, temperature=2.0, seed=1))
+    first = "".join(stream(model, tokenizer, "a", 16, Sampling(temperature=2.0, seed=1)))
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(99)
-    assert "".join(stream(model, tokenizer, "a", 16, temperature=2.0, seed=1)) == first
-    assert "".join(stream(model, tokenizer, "a", 16, temperature=2.0, seed=2)) != first
+    assert "".join(stream(model, tokenizer, "a", 16, Sampling(temperature=2.0, seed=1))) == first
+    assert "".join(stream(model, tokenizer, "a", 16, Sampling(temperature=2.0, seed=2))) != first
 
 
 def test_the_model_is_left_as_it_was_and_its_own_decoding_habits_are_not_used(
@@ -183,14 +189,16 @@ def test_the_model_is_left_as_it_was_and_its_own_decoding_habits_are_not_used(
     assert model.generation_config is habits
 
 
-def test_progress_counts_prompts(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_progress_counts_prompts(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "BATCH", 3)
     seen: list[tuple[int, int]] = []
     complete(
         tiny("llama"),
         tokenizer,
         PROMPTS,
         2,
-        batch_size=3,
         progress=lambda done, total: seen.append((done, total)),
     )
     assert seen == [(3, 8), (6, 8), (8, 8)]
@@ -200,16 +208,17 @@ def test_what_cannot_be_answered_is_refused(tokenizer: PreTrainedTokenizerFast) 
     with pytest.raises(LorafoldError, match="no tokens"):
         complete(tiny("llama"), tokenizer, ["a", ""], 4)
     with pytest.raises(LorafoldError, match="temperature"):
-        list(stream(tiny("llama"), tokenizer, "a", 4, temperature=-1.0))
+        list(stream(tiny("llama"), tokenizer, "a", 4, Sampling(temperature=-1.0)))
     assert complete(tiny("llama"), tokenizer, [], 4) == []
 
 
 def test_sampled_completions_of_many_prompts_are_each_that_of_its_own_stream(
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny("llama")
-    found = complete(model, tokenizer, PROMPTS, 9, 3, temperature=1.5, seed=4)
-    assert found == ["".join(stream(model, tokenizer, p, 9, 1.5, 4)) for p in PROMPTS]
+    model, sampling = tiny("llama"), Sampling(temperature=1.5, seed=4)
+    monkeypatch.setattr(generation, "BATCH", 3)
+    found = complete(model, tokenizer, PROMPTS, 9, sampling)
+    assert found == ["".join(stream(model, tokenizer, p, 9, sampling)) for p in PROMPTS]
 
 
 METHODS: dict[str, Any] = {
@@ -238,13 +247,17 @@ def adapted(kind: str, names: tuple[str, ...]) -> PreTrainedModel:
 @pytest.mark.parametrize("names", STACKS, ids="+".join)
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral"])
 def test_adapters_that_are_active_complete_as_generate_has_it(
-    kind: str, names: tuple[str, ...], tokenizer: PreTrainedTokenizerFast
+    kind: str,
+    names: tuple[str, ...],
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(generation, "BATCH", 3)
     model = adapted(kind, names)
-    answers = complete(model, tokenizer, PROMPTS, 12, 3)
+    answers = complete(model, tokenizer, PROMPTS, 12)
     assert answers == [generated(model, tokenizer, prompt, 12) for prompt in PROMPTS]
     with lf.only(model):
-        bare = complete(model, tokenizer, PROMPTS, 12, 3)
+        bare = complete(model, tokenizer, PROMPTS, 12)
         assert bare == [generated(model, tokenizer, prompt, 12) for prompt in PROMPTS]
     assert bare != answers
 

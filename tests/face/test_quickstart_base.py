@@ -9,8 +9,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from lorafold.files.record import read_record
 from lorafold.ops.arithmetic import multiplying
+from lorafold.peft.saved import Saved
 from lorafold.quickstart import story as module
 from lorafold.quickstart.story import RECIPE, fastest, quickstart
 
@@ -55,6 +55,6 @@ def test_the_whole_story_is_told_on_it(tmp_path: Path, monkeypatch: pytest.Monke
     with multiplying(widened=False):
         found = quickstart(tmp_path / "out", console, device="cpu")
     assert found.base == "bf16"
-    assert read_record(found.adapter)["recipe"]["storage"] == "bf16"
+    assert Saved.open(found.adapter).record["recipe"]["storage"] == "bf16"
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert text.startswith("base: bf16: this CPU has AMX\n")

@@ -14,10 +14,11 @@ import lorafold as lf
 from engine_cases import METHODS, save_adapters
 from lorafold.adapter.building import read
 from lorafold.core.attach import adapted_modules
-from lorafold.core.unfilled import unfilled
+from lorafold.core.skip_init import skip_init
 from lorafold.errors import LorafoldError
 from lorafold.files.contents import Contents
-from lorafold.peft.directory import FILES, WEIGHTS
+from lorafold.peft.config import WEIGHTS
+from lorafold.peft.saved import FILES
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def test_files_that_change_after_they_were_read_change_nothing(model, paths, tmp
 def test_draws_without_a_generator_of_their_own_are_left_out() -> None:
     torch.manual_seed(0)
     state, generator = torch.get_rng_state(), torch.Generator().manual_seed(0)
-    with unfilled(most=8 * 8 + 8 + 4 + 4):
+    with skip_init(most=8 * 8 + 8 + 4 + 4):
         layer = nn.Linear(8, 8)
         nn.init.normal_(layer.weight, std=2.0)
         drawn = nn.init.normal_(torch.zeros(4), generator=generator)

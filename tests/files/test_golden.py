@@ -20,7 +20,7 @@ from typer.testing import CliRunner, Result
 import lorafold as lf
 from golden.make import COMPARE, EVALUATED, IDS, NEW_IDS, RUNS, SEARCH, evaluation
 from lorafold.cli import app
-from lorafold.files.renamed import named_as_now
+from lorafold.files.record import named_as_now
 
 pytestmark = pytest.mark.usefixtures("unestimated")
 

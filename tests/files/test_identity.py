@@ -14,6 +14,7 @@ from lorafold.files import digests
 from lorafold.files.atomic import sha256
 from lorafold.identity import joined, of_adapter, of_code, of_model, of_stack
 from lorafold.models.sources import ModelSource
+from lorafold.peft.saved import Saved
 
 
 @pytest.fixture
@@ -79,13 +80,13 @@ def test_a_model_is_another_with_another_byte(name: str, tiny_model_dir, cache, 
     shutil.copytree(tiny_model_dir("llama"), copy)
     (copy / "chat_template.jinja").touch()
     (copy / "own.py").write_text("a = 1")
-    source = ModelSource(copy, "copy")
-    before, trusted = of_model(source), of_model(source, trust_remote_code=True)
+    source, with_code = ModelSource(copy, "copy"), ModelSource(copy, "", trust_remote_code=True)
+    before, trusted = of_model(source), of_model(with_code)
     assert of_model(ModelSource(copy, "by another name")) == before != trusted
     (copy / "README.md").write_text("a card")
     (copy / "own.py").write_text("a = 2")
     assert of_model(source) == before
-    assert of_model(source, trust_remote_code=True) != trusted
+    assert of_model(with_code) != trusted
     with (copy / name).open("r+b") as file:
         file.seek(-1 if (copy / name).stat().st_size else 0, os.SEEK_END)
         file.write(b" ")
@@ -108,11 +109,11 @@ def test_code_of_another_repository_counts_where_it_runs(
     (code / "snapshots" / "5d1c" / "modeling_own.py").write_text("from .parts import a")
     (code / "snapshots" / "5d1c" / "parts.py").write_text("a = 1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
-    source = ModelSource(model, "model")
-    before, trusted = of_model(source), of_model(source, trust_remote_code=True)
+    source, with_code = ModelSource(model, ""), ModelSource(model, "", trust_remote_code=True)
+    before, trusted = of_model(source), of_model(with_code)
     (code / "snapshots" / "5d1c" / "parts.py").write_text("a = 2")
     assert of_model(source) == before
-    assert of_model(source, trust_remote_code=True) != trusted
+    assert of_model(with_code) != trusted
 
 
 def test_a_shard_that_lies_elsewhere_counts(tiny_model_dir, cache, tmp_path) -> None:
@@ -138,6 +139,7 @@ def test_an_adapter_is_another_with_another_word_and_a_stack_with_another_order(
     (two / "chat_template.jinja").write_text("{{ messages }}")
     assert of_adapter(one) != of_adapter(two)
     assert of_adapter(one, words=False) == of_adapter(two, words=False)
+    assert of_adapter(Saved.open(two)) == of_adapter(two)
     assert of_stack("base", [one, two]) != of_stack("base", [two, one])
     assert of_stack("base", [one]) != of_stack("other", [one])
     assert of_stack("base", [one]) == joined(["base", of_adapter(one)])

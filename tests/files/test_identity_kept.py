@@ -33,6 +33,7 @@ from lorafold.identity import TRAINING, code, of_code
 from lorafold.inspecting import base_svd, intrinsic
 from lorafold.models.loading import load_tokenizer
 from lorafold.opening import Base
+from lorafold.peft.saved import open_all
 from lorafold.training import loop
 from lorafold.training.request import Request
 from lorafold.undoing import run as undoing
@@ -112,8 +113,9 @@ class World:
     def fragility(self) -> bool:
         """The figures and the tuning of a run."""
         task = fragile.Task(
-            Base(self.model), fragile.stacks_of([self.below]), ROWS, ROWS, stored.Rows.of(ROWS),
-            "rows", ("No",), ("Sure",), (1,), (2,), (1e-3,), (0,), ("none",), recipe=RECIPE,
+            Base(self.model), fragile.stacks_of(open_all([self.below])), ROWS, ROWS,
+            stored.Rows.of(ROWS), "rows", ("No",), ("Sure",), (1,), (2,), (1e-3,), (0,), ("none",),
+            recipe=RECIPE,
         )  # fmt: skip
         [run] = task.runs(task.stacks[0])
         files = [*undoing.files(run, self.root).values(), undoing.tuned(run, self.root)]
@@ -307,8 +309,9 @@ def test_another_revision_is_another_model(world: World, tmp_path: Path, monkeyp
 
     with pytest.raises(GoesOn):
         train(asked, Console(quiet=True))
+    other = replace(asked.base, revision="other")
     with pytest.raises(LorafoldError, match="model: owner/name had other files when the run began"):
-        train(replace(asked, revision="other", resume=True), Console(quiet=True))
+        train(replace(asked, base=other, resume=True), Console(quiet=True))
     with pytest.raises(GoesOn):
         train(replace(asked, resume=True), Console(quiet=True))
 

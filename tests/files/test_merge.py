@@ -18,6 +18,7 @@ import lorafold as lf
 from adapter_cases import adapted_logits, logits, make_adapter, relative, resaved
 from conftest import fast_only
 from fresh_models import fresh_model
+from lorafold.api.merge import merge
 from lorafold.bases import layer_of
 from lorafold.cli import app
 from lorafold.errors import LorafoldError, NotMergeable
@@ -26,12 +27,12 @@ from lorafold.fold.plan import changes
 from lorafold.merging.execute import execute
 from lorafold.merging.folding import before_and_after
 from lorafold.merging.plan import plan
-from lorafold.merging.run import merge
 from lorafold.merging.shards import need_space
 from lorafold.methods import METHODS
 from lorafold.models.container import read_tensors
 from lorafold.models.loading import load_model, load_tokenizer
-from lorafold.models.sources import resolve_model
+from lorafold.opening import Base
+from lorafold.peft.saved import Saved
 
 OPAQUE = ("houlsby", "pfeiffer", "prompt", "prefix")
 FAMILIES = ["llama", "qwen2", "gemma", "gpt2"]
@@ -337,7 +338,7 @@ def test_another_format_is_a_writer(tiny_model_dir, tmp_path):
                 found[name] = read_tensors(entry.file, [name])[name] if own is None else own
                 written(name, entry.size)
 
-    planned = plan(resolve_model(base), [adapter])
+    planned = plan(Base(base), [Saved.open(adapter)])
     folded = execute(planned, write, progress=lambda done, total: sizes.append((done, total)))
     merge(str(base), adapter, tmp_path / "merged", certificate=False)
     (file,) = (tmp_path / "merged").glob("*.safetensors")

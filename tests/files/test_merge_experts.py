@@ -19,11 +19,12 @@ import lorafold as lf
 import mixtures
 from conftest import fast_only, make_tokenizer
 from fresh_models import fresh_model
+from lorafold.api.merge import merge
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.files.atomic import verify
 from lorafold.merging import folding
 from lorafold.merging.plan import plan
-from lorafold.merging.run import Merged, merge
+from lorafold.merging.run import Merged
 from lorafold.models.checkpoint import mapped_model_of
 from lorafold.models.container import read_container, write_container
 from lorafold.models.converted import Conversion, OnDemand, Source
@@ -31,6 +32,8 @@ from lorafold.models.fingerprint import of_model
 from lorafold.models.loading import load_model
 from lorafold.models.sources import resolve_model
 from lorafold.models.storage import Storage, weights_of
+from lorafold.opening import Base
+from lorafold.peft.saved import Saved
 from lorafold.recipe.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("unestimated")
@@ -354,8 +357,9 @@ def test_experts_of_several_dtypes_are_refused(moe, tmp_path) -> None:
     name = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
     found[name] = found[name].bfloat16()
     save_file(found, base / "model.safetensors", metadata={"format": "pt"})
+    asked, saved = Base(base, allow_other_base=True), Saved.open(tmp_path / "a")
     with pytest.raises(NotMergeable, match="stored as BF16 and F32"):
-        plan(resolve_model(base), [tmp_path / "a"], allow_other_base=True)
+        plan(asked, [saved])
 
 
 class Doubled(ConversionOps):

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 import lorafold as lf
 from conftest import fast_only
 from fresh_models import fresh_model
+from lorafold.api.merge import merge
 from lorafold.bases import layer_of
 from lorafold.bases.bitsandbytes import Quantized
 from lorafold.errors import LorafoldError
-from lorafold.merging.run import merge
 from lorafold.models.loading import load_model
 from lorafold.models.sources import resolve_model
 from lorafold.models.storage import Storage, weights_of

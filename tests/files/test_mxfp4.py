@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM, Mxfp4Config
 
 import lorafold as lf
 from conftest import lorafold, make_tokenizer
+from lorafold.api.merge import merge
 from lorafold.bases import layer_of, parameter_count
 from lorafold.bases.expert_matrices import MXFP4
 from lorafold.bases.experts import Routed
 from lorafold.core.matrices import module_at
 from lorafold.errors import LorafoldError
 from lorafold.memory.ledger import Ledger
-from lorafold.merging.run import merge
 from lorafold.models.fingerprint import differences, of_model
 from lorafold.models.loading import load_model
 from lorafold.models.storage import Storage

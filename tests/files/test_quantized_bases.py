@@ -16,10 +16,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, FineGrainedFP8Config
 
 import lorafold as lf
+from lorafold.api.merge import merge
 from lorafold.bases import layer_of, parameter_count
 from lorafold.bases.compressed import Codes, CompressedLinear
 from lorafold.errors import LorafoldError
-from lorafold.merging.run import merge
 from lorafold.models.loading import load_model
 from lorafold.models.storage import Storage
 from lorafold.ops.float8 import is_nan, values

@@ -25,7 +25,7 @@ from lorafold.errors import LorafoldError
 from lorafold.files.contents import Contents
 from lorafold.identity import of_adapter
 from lorafold.models.loading import load_tokenizer
-from lorafold.peft.directory import FILES
+from lorafold.peft.saved import FILES
 from lorafold.screening.opened import DEATHS, Opened
 from lorafold.screening.processes import Processes, Refused
 from lorafold.screening.screen import Screen, Verified

@@ -8,6 +8,7 @@ import logging
 import random
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +18,22 @@ import torch
 import lorafold as lf
 from adapter_cases import make_adapter, resaved
 from gguf_cases import write_gguf
+from lorafold.api.merge import merge
 from lorafold.cli import main
 from lorafold.errors import LorafoldError
 from lorafold.files import atomic, contents
 from lorafold.files.atomic import MANIFEST, verify
 from lorafold.files.cache import cache_directory
-from lorafold.files.record import read_record
 from lorafold.inspecting.base_svd import cached_svd
 from lorafold.inspecting.resize import extract
-from lorafold.merging.run import merge
 from lorafold.models import fingerprint
-from lorafold.models.classifier import classes_of_adapter, known_classes
 from lorafold.models.configuration import configuration
 from lorafold.models.loading import load_model, load_tokenizer
 from lorafold.models.sources import resolve_model
 from lorafold.models.storage import Storage
-from lorafold.models.tokenizer import has_tokenizer, tokenizer_of
 from lorafold.opening import Base
+from lorafold.opening.kinds import known_classes
+from lorafold.peft.saved import FILES, Saved, open_all
 from lorafold.training.checkpoint import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("unestimated")
@@ -169,26 +169,54 @@ def test_every_command_that_reads_an_adapter(
 def test_a_bit_of_an_adapter_s_tokenizer(
     file: str, base: Path, adapter: Path, tmp_path: Path, told
 ) -> None:
-    source = resolve_model(base)
     flip(adapter / file, 0)
-    assert says_damaged(refusal(tokenizer_of, source, [adapter]), file)
-    assert says_damaged(refusal(tokenizer_of, source, [adapter, tmp_path / "plain"]), file)
+    for stack in ([adapter], [adapter, tmp_path / "plain"]):
+        assert says_damaged(refusal(Base(base).tokenizer, open_all(stack)), file)
     line = told("generate", "--prompt", "Book", "--model", base, "--adapter", adapter)
     assert says_damaged(line, file)
     # the weights are read without it
     lf.load(load_model(base, torch.float32), adapter)
 
 
+ROWS = [{"prompt": f"Book {n}", "completion": "a table"} for n in range(4)]
+READING = {
+    "evaluate": lambda base, adapter, out: lf.evaluate(
+        base, ROWS, adapters=adapter, completions=False, device="cpu"
+    ),
+    "merge": lambda base, adapter, out: lf.merge(base, adapter, out, device="cpu"),
+    "compose": lambda base, adapter, out: lf.compose([adapter], out, model=base),
+    "resize": lambda base, adapter, out: lf.resize(adapter, out, model=base, rank=2),
+    "train": lambda base, adapter, out: lf.train(
+        lf.Recipe(steps=1, storage="fp32"), data=ROWS, out=out, model=base, over=adapter
+    ),
+}
+looked_at: Counter[str] | None = None  # files by path, while a test counts
+
+
+@sys.addaudithook
+def _counted(event: str, given: tuple[Any, ...]) -> None:
+    if looked_at is not None and event == "open" and isinstance(given[0], str):
+        looked_at[given[0]] += 1
+
+
+@pytest.mark.parametrize("verb", READING)
+def test_an_adapter_is_opened_once(
+    verb: str, base: Path, adapter: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "looked_at", Counter())
+    READING[verb](base, adapter, tmp_path / "out")
+    found = {name: looked_at[str(adapter / name)] for name in FILES}  # type: ignore[index]
+    assert found == dict.fromkeys(FILES, 1)
+
+
 def test_what_is_gone_is_not_overlooked(base: Path, adapter: Path) -> None:
     """Without its record an adapter fits every base, without its tokenizer it speaks another."""
     (adapter / "tokenizer_config.json").unlink()
-    assert "tokenizer_config.json: missing" in refusal(has_tokenizer, adapter)
     assert "tokenizer_config.json: missing" in refusal(
-        tokenizer_of, resolve_model(base), [adapter]
+        Base(base).tokenizer, [Saved.open(adapter)]
     )
     (adapter / "lorafold.json").unlink()
-    for read in (read_record, classes_of_adapter):
-        assert "lorafold.json: missing" in refusal(read, adapter)
+    assert "lorafold.json: missing" in refusal(Saved.open, adapter)
     assert "lorafold.json: missing" in refusal(lf.load, load_model(base, torch.float32), adapter)
 
 
@@ -237,10 +265,9 @@ def test_a_bit_of_what_lies_beside_a_merged_model_s_weights(
         assert says_damaged(message, "tokenizer.json")
     (merged / "tokenizer.json").write_bytes(whole)
     flip(merged / "config.json", 2)
-    source = resolve_model(merged)
     for do in (
         lambda: load_model(merged, torch.float32),
-        lambda: known_classes(source, []),
+        lambda: known_classes(Base(merged), []),
         lambda: configuration(str(merged)),
     ):
         assert says_damaged(refusal(do), "config.json")
@@ -258,7 +285,7 @@ def test_what_is_not_read_does_not_matter(base: Path, adapter: Path, merged: Pat
         (path / "README.md").write_text("# My own words\n")
         (path / "notes.txt").write_text("added")
     lf.load(load_model(base, torch.float32), adapter)
-    tokenizer_of(resolve_model(base), [adapter])
+    Base(base).tokenizer([Saved.open(adapter)])
     load_model(merged, torch.float32)
     load_tokenizer(merged)
     # nor do the tokenizer's files where the weights are read, and the other way round
@@ -277,7 +304,7 @@ def test_without_a_manifest_of_ours_all_is_as_ever(
     if manifest is not None:
         (adapter / MANIFEST).write_text(manifest)
     assert lf.load(tiny_model("llama"), adapter).spec.alpha == 1
-    tokenizer_of(resolve_model(base), [adapter])
+    Base(base).tokenizer([Saved.open(adapter)])
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ WHERE = torch.arange(0, T * IN, 7, dtype=torch.int32)
 
 
 def dropped(x: Tensor) -> Dropped:
-    return Dropped(emptied(x.detach(), WHERE), WHERE, None, None, set())
+    return Dropped(emptied(x.detach(), WHERE), WHERE, keep_scale(0.1), None, None, set())
 
 
 # what differentiates, and what does it, for tensors of any dtype
@@ -50,11 +50,11 @@ OPS: dict[str, tuple[tuple[Tensor, ...], Callable[..., Tensor]]] = {
     "frozen-alone": ((X,), lambda x: frozen_linear(x, None, W.to)),
     "low-rank": (
         (X, DOWN.float(), UP.float()),
-        lambda x, down, up: low_rank_linear(x, W.to, down, up, scale=0.5),
+        lambda x, down, up: low_rank_linear(x, W.to, down, up),
     ),
     "low-rank-dropped": (
         (X, DOWN.float(), UP.float()),
-        lambda x, down, up: low_rank_linear(x, W.to, down, up, dropped(x), keep_scale(0.1)),
+        lambda x, down, up: low_rank_linear(x, W.to, down, up, dropped(x)),
     ),
     "attention": (
         (Q, K, V.expand(T, 2, 8)),

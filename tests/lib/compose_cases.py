@@ -12,6 +12,7 @@ from fresh_models import fresh_model
 from lorafold.composing.job import Request
 from lorafold.composing.run import compose
 from lorafold.opening import Base
+from lorafold.peft.saved import open_all
 
 ROUNDING = 1e-5
 Q = ["q_proj", "v_proj"]
@@ -23,7 +24,7 @@ def run(
     def unopened() -> Any:
         raise AssertionError("arithmetic asked for the model")
 
-    request = Request(Base(model), tuple(adapters), (word,), out, **options)
+    request = Request(Base(model), open_all(adapters), (word,), out, **options)
     return compose(request, unopened, Console(quiet=True)).composed[word]
 
 

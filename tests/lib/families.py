@@ -14,7 +14,9 @@ from typing import Any
 from lorafold.models.loading import load_tokenizer
 from lorafold.models.sources import resolve_model
 
-SPECIAL = re.compile(r"<\|[\w ./-]+\|?>|<[\w]+\|>|<｜[^｜<>]+｜>|<[a-z_]+_of_turn>|\[gMASK\]|<sop>")
+SPECIAL = re.compile(
+    r"<\|[\w ./-]+\|?>|<[\w]+\|>|<｜[^｜<>]+｜>|<[a-z]+_of_[a-z]+>|</?s>|\[gMASK\]|<sop>"
+)
 TEXT_ARGUMENTS = {"deepseekv3"}  # take a call's arguments as JSON text
 EMPTY_CONTENT = {"deepseekv3", "deepseekv3_training"}  # need a content beside calls
 PARTS = {  # take content as a list of parts only

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import lorafold as lf
 from conftest import lorafold
+from lorafold.api.merge import merge
 from lorafold.errors import LorafoldError
-from lorafold.merging.run import merge
 
 IDS = torch.arange(5, 25)[None]
 METHODS = {"lora": lf.LoRA(rank=4, dropout=0.0), "dora": lf.DoRA(lf.LoRA(rank=4, dropout=0.0))}

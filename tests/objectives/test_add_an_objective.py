@@ -31,7 +31,7 @@ from lorafold.data.shapes import CONVERSATIONS, PAIRS
 from lorafold.data.stored import Part
 from lorafold.errors import LorafoldError
 from lorafold.memory.before_run import planned
-from lorafold.memory.trace import nothing, trace
+from lorafold.memory.trace import Setting, trace
 from lorafold.models.configuration import configuration
 from lorafold.models.storage import Storage
 from lorafold.objectives import OBJECTIVES, Declared
@@ -261,10 +261,10 @@ def test_its_rows_are_shown_and_its_memory_estimated(
     assert '⟦{"people": 0}' in said.getvalue()
     example = SimpleNamespace(ids=range(32), labels=range(32))
     feed = StoredFeed([example] * 4, [Part(4)], 4, 1, 0)
-    fields = (asked.recipe, lf.LoRA(rank=2), Storage(torch.float32), feed, nothing)
+    setting = Setting(Storage(torch.float32), lf.LoRA(rank=2))
     config = configuration(str(model))
-    own = trace(config, planned(*fields, hardest()), 2)
-    plain = trace(config, planned(*fields, OBJECTIVES["sft"].kind()), 2)
+    own = trace(config, planned(asked.recipe, feed, hardest(), setting), 2)
+    plain = trace(config, planned(asked.recipe, feed, OBJECTIVES["sft"].kind(), setting), 2)
     assert own.kept > 1.5 * plain.kept  # its loss is another
     assert own.weights == plain.weights
 

@@ -22,12 +22,12 @@ from typer.testing import CliRunner
 
 import lorafold as lf
 from classify_cases import ROWS, TEXTS, quiet, request
+from lorafold.api.merge import merge
 from lorafold.cli import app
 from lorafold.data.labelled import classes_of, encode_labelled
 from lorafold.data.rows import check_rows
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import evaluate, held_out_loss, wilson
-from lorafold.merging.run import merge
 from lorafold.models.classifier import head_paths, load_classifier
 from lorafold.models.loading import load_tokenizer
 from lorafold.models.sources import resolve_model

@@ -22,6 +22,7 @@ from trl import RewardConfig, RewardTrainer
 
 import lorafold as lf
 from conftest import lorafold
+from lorafold.api.merge import merge
 from lorafold.core.evaluating import evaluating
 from lorafold.data.branches import Branched
 from lorafold.data.examples import Example
@@ -33,7 +34,6 @@ from lorafold.evaluation.scoring import score_rows
 from lorafold.memory.measure import measure
 from lorafold.memory.terms import estimate
 from lorafold.memory.trace import Setting
-from lorafold.merging.run import merge
 from lorafold.models.classifier import head_paths, load_classifier, load_reward_model
 from lorafold.models.configuration import configuration
 from lorafold.models.fake import fake_model

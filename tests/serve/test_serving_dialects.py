@@ -60,7 +60,7 @@ def test_beside_tools_a_schema_leaves_a_call_or_json(
     asked: Any = {"model": "a", "messages": ASK, "tools": TOOLS, "response_format": FORM}
     begun = {}
     for first in "{<":
-        (token,) = server.parts.registry.plain.tokens(first, special=False)
+        (token,) = server.parts.registry.plain.renderer.tokens(first, special=False)
         bias = {str(token): 100}
         begun[first] = client.chat.completions.create(**asked, logit_bias=bias).choices[0]
     assert {k: choice.finish_reason for k, choice in begun.items()} == {
@@ -177,7 +177,7 @@ def test_responses_have_log_probabilities_metadata_and_verbosity(client: openai.
 
 def test_json_has_one_blank_at_most_unless_its_schema_says_otherwise(server: Running) -> None:
     """A bias for line breaks, to which a small model tends by itself, does nothing."""
-    line, blank = server.parts.registry.plain.tokens("\n ", special=False)
+    line, blank = server.parts.registry.plain.renderer.tokens("\n ", special=False)
     body = {"model": "a", "messages": ASK, "max_tokens": 90, "temperature": 0}
     body["logit_bias"] = {str(line): 100, str(blank): 50}
 

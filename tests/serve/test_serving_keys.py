@@ -134,7 +134,7 @@ def test_versions_can_be_looked_up(server: Running):
 
 def test_what_is_thought_about_is_shared_and_counted(server: Running, monkeypatch):
     """One tenant's large bodies keep no other one waiting, and are bounded."""
-    rendering = server.parts.registry.plain
+    rendering = server.parts.registry.plain.renderer
     began, go = threading.Event(), threading.Event()
     tokens = rendering.tokens
 

@@ -82,7 +82,7 @@ def test_who_left_is_bounded_too(server: Running, go: threading.Event) -> None:
 def test_what_was_not_thought_about_yet_is_left_out(
     server: Running, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
-    host, renderer = server.parts.host, server.parts.registry.plain
+    host, renderer = server.parts.host, server.parts.registry.plain.renderer
     began, go, thought, tokens = threading.Event(), threading.Event(), [], renderer.tokens
 
     def slow(text: str, special: bool) -> tuple[int, ...]:
@@ -123,7 +123,7 @@ def test_what_the_engine_got_for_nobody_ends(
         return streams[0]
 
     monkeypatch.setattr(engine, "submit", slow)
-    monkeypatch.setattr(server.parts.registry.plain, "tokens", lambda *_: (5, 6, 7))
+    monkeypatch.setattr(server.parts.registry.plain.renderer, "tokens", lambda *_: (5, 6, 7))
     body = {"model": "a", "prompt": "x " * 4100, "max_tokens": 400, "ignore_eos": True}
     at = post(server, "/v1/completions", body)
     began.wait(20)

@@ -146,7 +146,7 @@ def panic(*_: object, **__: object) -> Any:
 def test_defects_are_told_without_their_messages(
     server: Running, written: io.StringIO, monkeypatch: pytest.MonkeyPatch, fault: Any, stream: bool
 ) -> None:
-    base, key = server.parts.registry.plain, server.keys["acme"]
+    base, key = server.parts.registry.plain.renderer, server.keys["acme"]
     asked = {"model": "a", "prompt": MARK, "max_tokens": 3, "ignore_eos": True}
     asked |= {"stream": stream, "logprobs": 1}
     places: tuple[tuple[Any, str, str], ...] = (
@@ -261,7 +261,7 @@ def test_with_log_texts_all_of_it_is_there(
         with monkeypatch.context() as patch:
             patch.setattr(Text, "add", boom)
             server.complete("a", "The")
-        monkeypatch.setattr(server.parts.registry.plain, "tokens", boom)
+        monkeypatch.setattr(server.parts.registry.plain.renderer, "tokens", boom)
         server.complete("a", "The")
     lines = [json.loads(line) for line in written.getvalue().splitlines()]
     assert next(line["prompt"] for line in lines if "prompt" in line) == MARK

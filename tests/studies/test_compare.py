@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import lorafold as lf
 from conftest import lorafold
 from lorafold.comparing.measure import Task, measure
 from lorafold.comparing.report import markdown, page
@@ -32,6 +33,18 @@ def test_rows_of_another_weight_are_measured_anew(tiny_model_dir) -> None:
         rows = Rows(ROWS, (Part(6), Part(6, weight)))
         keys.add(key(Task(Base(source, device="cpu"), rows, ROWS[:4], "rows", RECIPE), "lora"))
     assert len(keys) == 3
+
+
+@pytest.mark.slow
+def test_what_is_compared_is_what_an_evaluation_of_the_adapter_says(
+    tiny_model_dir, tmp_path: Path
+) -> None:
+    """The rows are rendered with the recipe's template, as they were in training."""
+    base, recipe = tiny_model_dir("llama"), RECIPE.model_copy(update={"chat_template": "none"})
+    found = measure(Task(Base(base, device="cpu"), ROWS, ROWS[:4], "rows", recipe), "lora", 0)
+    lf.train(recipe, data=ROWS, model=base, out=tmp_path / "a", device="cpu")
+    evaluated = lf.evaluate(base, ROWS[:4], adapters=tmp_path / "a", max_length=64, device="cpu")
+    assert (found.loss, found.exact_match) == (evaluated.loss, evaluated.exact_match)
 
 
 @pytest.mark.slow

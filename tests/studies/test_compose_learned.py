@@ -21,6 +21,7 @@ import lorafold as lf
 from adapter_cases import adapted_logits, logits, make_adapter, relative
 from compose_cases import ROUNDING, Q, run, same, updates, weighted
 from fresh_models import fresh_model
+from lorafold.api.merge import merge
 from lorafold.cli import app
 from lorafold.composing import mixture
 from lorafold.composing.geometry import meetings, overlap
@@ -29,11 +30,11 @@ from lorafold.composing.lorahub import BOUND, minimized
 from lorafold.composing.updates import names, read
 from lorafold.data.rows import read_rows
 from lorafold.errors import LorafoldError, NotMergeable
-from lorafold.evaluation import evaluate
+from lorafold.evaluation import EvaluationSettings, evaluate
 from lorafold.files.atomic import MANIFEST
-from lorafold.merging.run import merge
 from lorafold.models.loading import load_model, load_tokenizer
 from lorafold.opening import Base
+from lorafold.peft.saved import open_all
 
 GATINGS = ["global", "layer", "token"]
 WEIGHTS = "adapter_model.safetensors"
@@ -72,9 +73,9 @@ def tasks(tmp_path_factory) -> list[Path]:
 
 
 def job(model: Path, adapters: list[Path], **options: Any) -> Job:
-    request = Request(Base(model), tuple(adapters), ("mixture",), Path("unused"), **options)
+    request = Request(Base(model), open_all(adapters), ("mixture",), Path("unused"), **options)
     opened = (fresh_model(model), load_tokenizer(model))
-    return Job(request, read(Base(model), adapters), lambda: opened, Console(quiet=True))
+    return Job(request, read(Base(model), request.adapters), lambda: opened, Console(quiet=True))
 
 
 @pytest.fixture
@@ -277,7 +278,7 @@ def dense(model: Path, a: Path, b: Path) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def test_geometry_is_that_of_the_dense_updates(llama: Path, pair: list[Path]) -> None:
-    (found,) = meetings(read(Base(llama), pair), Console(quiet=True))
+    (found,) = meetings(read(Base(llama), open_all(pair)), Console(quiet=True))
     both = dense(llama, *pair)
     assert found.sites.keys() == both.keys()
     assert (found.a, found.b) == ("a", "b")
@@ -312,7 +313,7 @@ def test_an_adapter_meets_itself_and_its_negative(
 ) -> None:
     run(llama, pair[:1], tmp_path / "minus", "task-arithmetic", weights=(-1.0,))
     three = meetings(
-        read(Base(llama), [pair[0], pair[0], tmp_path / "minus"]), Console(quiet=True)
+        read(Base(llama), open_all([pair[0], pair[0], tmp_path / "minus"])), Console(quiet=True)
     )
     for found, sign in zip(three, (1, -1, -1), strict=True):
         assert found.overall is not None
@@ -409,7 +410,11 @@ def test_interference_is_what_evaluation_finds(
             for i, adapter in enumerate(adapters):
                 lf.load(model, adapter, f"x{i}")
             alone = evaluate(
-                model, load_tokenizer(llama), read_rows(str(path)), 1024, generate=False
+                model,
+                load_tokenizer(llama),
+                read_rows(str(path)),
+                1024,
+                EvaluationSettings(completions=False),
             )
             assert found[path.name][name]["loss"] == pytest.approx(alone.loss, rel=1e-5)
             assert found[path.name][name]["n"] == 8

@@ -36,6 +36,7 @@ from lorafold.inspecting.updates import sites
 from lorafold.methods.parts.mixture import Mixture
 from lorafold.opening import Base
 from lorafold.ops.grouped import grouped
+from lorafold.peft.saved import open_all
 from lorafold.undoing.defences import laid
 from lorafold.undoing.subspaces import factors_of, updates_of
 from mixtures import SHAPE, mixture
@@ -100,7 +101,7 @@ def updates(base: Path, adapter: Path) -> dict[str, Tensor]:
 def test_the_figures_of_each_expert_are_those_of_its_matrix(kind, method, moe_dir, tmp_path):
     base = moe_dir(kind)
     make_adapter(base, tmp_path / "a", spec=SPECS[method], targets=[*EXPERTS, "q_proj"])
-    found = inspect(Base(base), tmp_path / "a")
+    found = inspect(Base(base), open_all([tmp_path / "a"]))
     changes, weights = updates(base, tmp_path / "a"), matrices(fresh_model(base))
     assert found["sites"].keys() == changes.keys()
     assert len(changes) == 2 * (2 * E + 1)
@@ -121,7 +122,8 @@ def test_two_adapters_compared_at_each_expert(moe_dir, tmp_path):
     base = moe_dir("mixtral")
     for n, name in enumerate("ab"):
         make_adapter(base, tmp_path / name, seed=n, spec=lf.LoRA(rank=2 + n), targets=EXPERTS)
-    found = inspect(Base(base), tmp_path / "a", against=tmp_path / "b")["against"]
+    one, other = open_all([tmp_path / "a", tmp_path / "b"])
+    found = inspect(Base(base), [one], against=other)["against"]
     a, b = (updates(base, tmp_path / name) for name in "ab")
     assert found["sites"].keys() == a.keys()
     for name, site in found["sites"].items():
@@ -227,7 +229,7 @@ def test_the_loss_along_the_update_is_that_of_scaled_matrices(moe_dir, tmp_path)
 def test_resized_to_the_full_rank_it_is_itself(kind, method, moe_dir, tmp_path):
     base = moe_dir(kind)
     make_adapter(base, tmp_path / "a", spec=SPECS[method])
-    found = resize(Base(base), tmp_path / "a", tmp_path / "b", energy=1.0)
+    found = resize(Base(base), open_all([tmp_path / "a"]), tmp_path / "b", energy=1.0)
     before = adapted_logits(base, tmp_path / "a")
     assert relative(before, logits(fresh_model(base))) > 1e-2
     assert relative(adapted_logits(base, tmp_path / "b"), before) < 1e-4
@@ -239,9 +241,8 @@ def test_no_adapter_of_that_rank_is_nearer_at_any_expert(energy, moe_dir, tmp_pa
     base = moe_dir("mixtral")
     make_adapter(base, tmp_path / "a", spec=lf.LoRA(rank=5), targets=EXPERTS)
     rank = None if energy else 2
-    found = resize(
-        Base(base), tmp_path / "a", tmp_path / "b", rank=rank, energy=energy
-    )
+    stack = open_all([tmp_path / "a"])
+    found = resize(Base(base), stack, tmp_path / "b", rank=rank, energy=energy)
     before, after = (updates(base, tmp_path / name) for name in "ab")
     assert found.sites.keys() == before.keys()
     for name, dw in before.items():
@@ -365,7 +366,7 @@ def test_svd_is_the_best_of_its_rank_and_dare_keeps_entries_as_they_are_divided(
 
 def test_updates_relate_at_each_expert(moe_dir, pair):
     base, adapters = moe_dir("gpt-oss"), pair("gpt-oss")
-    (found,) = meetings(read(Base(base), adapters), Console(quiet=True))
+    (found,) = meetings(read(Base(base), open_all(adapters)), Console(quiet=True))
     a, b = (updates(base, path) for path in adapters)
     assert found.sites.keys() == a.keys() & b.keys()
     for name, meeting in found.sites.items():

@@ -28,10 +28,11 @@ from lorafold.data.stored import Rows
 from lorafold.inspecting.updates import Svd, of_dense, of_factors
 from lorafold.models.loading import load_tokenizer
 from lorafold.opening import Base
+from lorafold.peft.saved import open_all
 from lorafold.undoing import bench as bench_module
 from lorafold.undoing.bench import Bench
 from lorafold.undoing.defences import DEFENCES, laid
-from lorafold.undoing.measure import Probe, begins, distributions, measure, probe_of
+from lorafold.undoing.measure import Probe, begins, completed, distributions, measure, probe_of
 from lorafold.undoing.report import markdown, page
 from lorafold.undoing.result import Before, Curve, Way, crossing, point
 from lorafold.undoing.subspaces import factors_of, off, overlap, updates_of
@@ -69,7 +70,7 @@ def policy(model_dir, tmp_path_factory) -> Path:
 @pytest.fixture
 def task(model_dir, policy) -> Task:
     return Task(
-        Base(model_dir, storage="fp32"), stacks_of([policy]), REFUSE, CONTROLS,
+        Base(model_dir, storage="fp32"), stacks_of(open_all([policy])), REFUSE, CONTROLS,
         Rows.of(BENIGN), "benign",
         ("I can't", "No"), ("Sure",), (1, 3), (2,), (1e-3,), (0,), ("none",),
         recipe=RECIPE.model_copy(update={"storage": "fp32", "epochs": 2}), max_new_tokens=6,
@@ -135,7 +136,8 @@ def log_probability(model, tokenizer, prompt: str, text: str) -> float:
 
 def probed(model, tokenizer, *refusal: str) -> Probe:
     refuse, controls = (prompts_of(rows, tokenizer, "rows") for rows in (REFUSE, CONTROLS))
-    return probe_of(refuse, controls, refusal, ["Sure"], tokenizer, model, 6)
+    asked = completed(controls, model, tokenizer, 6)
+    return probe_of(refuse, asked, refusal, ["Sure"], tokenizer)
 
 
 def test_log_odds_and_kl_by_their_formulas(model_dir, tmp_path: Path) -> None:
@@ -210,7 +212,8 @@ def test_the_controls_completions_are_the_stack_s(task: Task, model_dir, tmp_pat
 def test_references_are_the_completions_of_controls(model_dir) -> None:
     model, tokenizer = fresh_model(model_dir), load_tokenizer(str(model_dir))
     controls = [Prompt("Book", " a table"), Prompt("Call", " me")]
-    probe = probe_of([Prompt("x", None)], controls, ["No"], ["Yes"], tokenizer, model, 6)
+    asked = completed(controls, model, tokenizer, 6)
+    probe = probe_of([Prompt("x", None)], asked, ["No"], ["Yes"], tokenizer)
     for example, (prompt, text) in zip(probe.controls, controls, strict=True):
         labelled = [label for label in example.labels if label >= 0]
         assert tokenizer.decode(labelled) == text
@@ -309,7 +312,7 @@ def test_defences_are_laid_as_their_updates_say(model_dir, tmp_path: Path) -> No
 
 def test_an_adapter_that_is_no_sum_has_no_subspace(model_dir, tmp_path: Path, task: Task) -> None:
     make_adapter(model_dir, tmp_path / "dora", spec=lf.DoRA(lf.LoRA(rank=2)))
-    asked = replace(task, stacks=stacks_of([tmp_path / "dora"]), defences=("projected",))
+    asked = replace(task, stacks=stacks_of(open_all([tmp_path / "dora"])), defences=("projected",))
     bench = bench_of(asked)
     assert bench.alignment is None
     with pytest.raises(lf.LorafoldError, match="expected an update that has a subspace"):
@@ -433,8 +436,9 @@ def test_the_same_call_continues(swept, model_dir, policy, tmp_path: Path) -> No
     assert found.as_json() == swept[1].as_json()
 
 
-def test_stacks_are_named_apart(tmp_path: Path) -> None:
-    a, b, sft = tmp_path / "a" / "policy", tmp_path / "b" / "policy", tmp_path / "sft"
+def test_stacks_are_named_apart(model_dir: Path, tmp_path: Path) -> None:
+    paths = (tmp_path / "a" / "policy", tmp_path / "b" / "policy", tmp_path / "sft")
+    a, b, sft = open_all([make_adapter(model_dir, path) for path in paths])
     assert [stack.name for stack in stacks_of([sft, a], [])] == ["sft + policy", "base"]
     assert [stack.name for stack in stacks_of([a], [b])] == [str(a), str(b)]
 

@@ -22,6 +22,7 @@ from lorafold.inspecting.report import MAPS
 from lorafold.inspecting.run import inspect
 from lorafold.inspecting.updates import Svd, of_dense
 from lorafold.opening import Base
+from lorafold.peft.saved import open_all
 from update_cases import orthonormal
 
 KEYS = {
@@ -125,7 +126,7 @@ def test_the_page_shows_no_figure_that_the_json_lacks(tiny_model_dir, tmp_path):
 
 def test_without_full_no_spectrum_of_the_base_is_made(tiny_model_dir, tmp_path):
     make_adapter(tiny_model_dir("llama"), tmp_path / "a")
-    found = inspect(Base(tiny_model_dir("llama")), tmp_path / "a")
+    found = inspect(Base(tiny_model_dir("llama")), open_all([tmp_path / "a"]))
     assert not any("intruders" in site for site in found["sites"].values())
     assert not (tmp_path / "cache" / "svd").exists()
 
@@ -138,7 +139,7 @@ def test_without_full_no_spectrum_of_the_base_is_made(tiny_model_dir, tmp_path):
 def test_any_method_that_folds(spec, tiny_model_dir, tmp_path):
     base = tiny_model_dir("llama")
     make_adapter(base, tmp_path / "a", spec=spec)
-    found = inspect(Base(base), tmp_path / "a")
+    found = inspect(Base(base), open_all([tmp_path / "a"]))
     assert all(
         site["amplification"] > 0 and site["rank"] >= site["effective_rank_99"] >= 1
         for site in found["sites"].values()
@@ -148,7 +149,7 @@ def test_any_method_that_folds(spec, tiny_model_dir, tmp_path):
 def test_a_head_and_an_embedding_speak_in_tokens(tiny_model_dir, tmp_path):
     base = tiny_model_dir("llama")
     make_adapter(base, tmp_path / "a", targets=["embed_tokens", "lm_head"], bias="none")
-    sites = inspect(Base(base), tmp_path / "a")["sites"]
+    sites = inspect(Base(base), open_all([tmp_path / "a"]))["sites"]
     assert {
         path: [verb for verb in ("reads", "writes") if verb in site] for path, site in sites.items()
     } == {"model.embed_tokens": ["reads", "writes"], "lm_head": ["reads", "writes"]}
@@ -207,9 +208,9 @@ def test_errors_are_one_line(tiny_model, tiny_model_dir, tmp_path):
     base, source = tiny_model_dir("llama"), Base(tiny_model_dir("llama"))
     make_adapter(base, tmp_path / "prefix", spec=lf.Prefix(tokens=2))
     with pytest.raises(LorafoldError, match="no spectrum"):
-        inspect(source, tmp_path / "prefix")
+        inspect(source, open_all([tmp_path / "prefix"]))
     with pytest.raises(LorafoldError, match="expected the directory of an adapter"):
-        inspect(source, tmp_path)
+        inspect(source, open_all([tmp_path]))
     make_adapter(base, tmp_path / "a")
     other = fresh_model(base)
     for p in other.parameters():
@@ -219,8 +220,8 @@ def test_errors_are_one_line(tiny_model, tiny_model_dir, tmp_path):
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "other" / file).write_bytes((base / file).read_bytes())
     with pytest.raises(LorafoldError, match="not the base it was trained on"):
-        inspect(Base(tmp_path / "other"), tmp_path / "a")
-    assert inspect(Base(tmp_path / "other", allow_other_base=True), tmp_path / "a")[
+        inspect(Base(tmp_path / "other"), open_all([tmp_path / "a"]))
+    assert inspect(Base(tmp_path / "other", allow_other_base=True), open_all([tmp_path / "a"]))[
         "sites"
     ]
     for arguments, message in (

@@ -16,6 +16,7 @@ from lorafold.inspecting.run import inspect
 from lorafold.inspecting.updates import of_factors
 from lorafold.models.checkpoint import build
 from lorafold.opening import Base
+from lorafold.peft.saved import open_all
 
 LLAMA = {
     "self_attn.q_proj": "input_layernorm",
@@ -141,7 +142,7 @@ def test_planted_tokens_are_read_and_written(kind, tiny_model, tiny_model_dir, t
             lf.attach(tiny_model(kind), lf.LoRA(rank=1), [read_at]).deltas[read_at].delta().shape
         )
         planted(model, read_at, torch.randn(out), reads, tmp_path / "reads")
-    found = inspect(source, tmp_path / "reads")["sites"][read_at]
+    found = inspect(source, open_all([tmp_path / "reads"]))["sites"][read_at]
     ends = found["reads"][0]
     assert max(
         (e["cosine"], e["name"])
@@ -150,7 +151,7 @@ def test_planted_tokens_are_read_and_written(kind, tiny_model, tiny_model_dir, t
     model = tiny_model(kind)
     _, inn = lf.attach(tiny_model(kind), lf.LoRA(rank=1), [write_at]).deltas[write_at].delta().shape
     planted(model, write_at, writes, torch.randn(inn), tmp_path / "writes")
-    found = inspect(source, tmp_path / "writes")["sites"][write_at]
+    found = inspect(source, open_all([tmp_path / "writes"]))["sites"][write_at]
     assert "reads" not in found
     ends = found["writes"][0]
     assert max(

@@ -16,6 +16,7 @@ from lorafold.bases import layer_of
 from lorafold.errors import LorafoldError
 from lorafold.inspecting.resize import extract, resize
 from lorafold.opening import Base
+from lorafold.peft.saved import open_all
 
 SPECS = {
     "lora": lf.LoRA(rank=6),
@@ -44,7 +45,7 @@ def updates(model_dir, adapter) -> dict[str, torch.Tensor]:
 def test_full_rank_is_the_identity(method, kind, tiny_model_dir, tmp_path):
     base = tiny_model_dir(kind)
     make_adapter(base, tmp_path / "a", spec=SPECS[method])
-    found = resize(Base(base), tmp_path / "a", tmp_path / "b", energy=1.0)
+    found = resize(Base(base), open_all([tmp_path / "a"]), tmp_path / "b", energy=1.0)
     before = adapted_logits(base, tmp_path / "a")
     assert relative(before, logits(fresh_model(base))) > 1e-3
     assert relative(adapted_logits(base, tmp_path / "b"), before) < 1e-4
@@ -56,7 +57,7 @@ def test_full_rank_is_the_identity(method, kind, tiny_model_dir, tmp_path):
 def test_no_adapter_of_that_rank_is_nearer(method, tiny_model_dir, tmp_path):
     base = tiny_model_dir("llama")
     make_adapter(base, tmp_path / "a", spec=SPECS[method])
-    found = resize(Base(base), tmp_path / "a", tmp_path / "b", rank=2)
+    found = resize(Base(base), open_all([tmp_path / "a"]), tmp_path / "b", rank=2)
     before, after, lost, whole = (
         updates(base, tmp_path / "a"),
         updates(base, tmp_path / "b"),
@@ -81,7 +82,7 @@ def test_an_energy_gives_each_site_the_least_rank_that_holds_it_and_peft_reads_i
         rank=6, rank_pattern={"q_proj": 2, "down_proj": 5}, alpha_pattern={"down_proj": 20}
     )
     make_adapter(base, tmp_path / "a", spec=spec)
-    found = resize(Base(base), tmp_path / "a", tmp_path / "b", energy=0.7)
+    found = resize(Base(base), open_all([tmp_path / "a"]), tmp_path / "b", energy=0.7)
     assert len({site["rank"] for site in found.sites.values()}) > 1
     truncated = fresh_model(base)
     for path, dw in updates(base, tmp_path / "a").items():
@@ -98,7 +99,7 @@ def test_an_energy_gives_each_site_the_least_rank_that_holds_it_and_peft_reads_i
 def test_biases_saved_modules_and_token_rows_are_carried_over(tiny_model_dir, tmp_path):
     base = tiny_model_dir("qwen2")
     make_adapter(base, tmp_path / "a", bias="all", modules_to_save=["model.norm"], tokens=[5, 9])
-    resize(Base(base), tmp_path / "a", tmp_path / "b", energy=1.0)
+    resize(Base(base), open_all([tmp_path / "a"]), tmp_path / "b", energy=1.0)
     assert (
         relative(adapted_logits(base, tmp_path / "b"), adapted_logits(base, tmp_path / "a")) < 1e-4
     )
@@ -112,7 +113,7 @@ def test_biases_saved_modules_and_token_rows_are_carried_over(tiny_model_dir, tm
 def test_a_rank_that_is_not_there_and_an_untrained_adapter(tiny_model, tiny_model_dir, tmp_path):
     base = tiny_model_dir("llama")
     lf.attach(tiny_model("llama"), lf.LoRA(rank=3)).save(tmp_path / "fresh")
-    found = resize(Base(base), tmp_path / "fresh", tmp_path / "b", rank=8)
+    found = resize(Base(base), open_all([tmp_path / "fresh"]), tmp_path / "b", rank=8)
     assert found.error == 0
     assert {site["rank"] for site in found.sites.values()} == {0}
     assert (
@@ -120,7 +121,7 @@ def test_a_rank_that_is_not_there_and_an_untrained_adapter(tiny_model, tiny_mode
         < 1e-6
     )
     make_adapter(base, tmp_path / "a", spec=lf.LoRA(rank=3))
-    more = resize(Base(base), tmp_path / "a", tmp_path / "c", rank=8)
+    more = resize(Base(base), open_all([tmp_path / "a"]), tmp_path / "c", rank=8)
     assert {site["rank"] for site in more.sites.values()} == {3}
 
 
@@ -131,17 +132,18 @@ def test_what_it_refuses(tiny_model_dir, tmp_path):
         LorafoldError,
         match=r"IA3Delta changes the bias of transformer.h.0.attn.c_attn together with its",
     ):
-        resize(base, tmp_path / "ia3", tmp_path / "out", rank=2)
+        resize(base, open_all([tmp_path / "ia3"]), tmp_path / "out", rank=2)
     make_adapter(base.source.path, tmp_path / "prompt", spec=lf.Prompt(tokens=2))
     with pytest.raises(LorafoldError, match="no spectrum"):
-        resize(base, tmp_path / "prompt", tmp_path / "out", rank=2)
+        resize(base, open_all([tmp_path / "prompt"]), tmp_path / "out", rank=2)
     make_adapter(base.source.path, tmp_path / "a")
-    resize(base, tmp_path / "a", tmp_path / "out", rank=2)
+    resize(base, open_all([tmp_path / "a"]), tmp_path / "out", rank=2)
     with pytest.raises(LorafoldError, match="pass --overwrite"):
-        resize(base, tmp_path / "a", tmp_path / "out", rank=2)
-    resize(base, tmp_path / "a", tmp_path / "out", rank=1, overwrite=True)
+        resize(base, open_all([tmp_path / "a"]), tmp_path / "out", rank=2)
+    resize(base, open_all([tmp_path / "a"]), tmp_path / "out", rank=1, overwrite=True)
+    other = open_all([tmp_path / "out"])
     with pytest.raises(LorafoldError, match="match no module"):
-        resize(Base(tiny_model_dir("llama")), tmp_path / "out", tmp_path / "other", rank=1)
+        resize(Base(tiny_model_dir("llama")), other, tmp_path / "other", rank=1)
 
 
 def test_extract_gives_back_what_was_added(tiny_model_dir, tmp_path):

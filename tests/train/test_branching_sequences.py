@@ -60,7 +60,7 @@ def one_by_one(
         for i, n in enumerate(branches):
             tokens = torch.cat([prompt, torch.arange(at, at + n)])
             whole = reference.document_attention(
-                q[tokens], k[tokens], v[tokens], [len(tokens)], window, 0.5, softcap
+                q[tokens], k[tokens], v[tokens], Documents((len(tokens),), window), 0.5, softcap
             )
             out.append(whole[shared if i else 0 :])
             at += n
@@ -77,9 +77,7 @@ def test_attention_and_its_specification_are_each_branch_alone_in_fp64(
     docs = layout(*LAYOUTS[rows], window)
     qkv = heads(sum(docs.own), (3, 5), queries=4, keys=2)
     expected = one_by_one(*qkv, LAYOUTS[rows], window, softcap)
-    spec = reference.document_attention(
-        *qkv, docs.lens, window, 0.5, softcap, docs.starts, docs.keys
-    )
+    spec = reference.document_attention(*qkv, docs, 0.5, softcap)
     found = document_attention(*qkv, docs, 0.5, softcap)
     g = torch.randn(found.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     wanted = torch.autograd.grad(expected, qkv, g)
@@ -113,8 +111,7 @@ def test_attention_in_bf16_errs_no_more_than_its_specification(
         return [t.double() for t in (out, *torch.autograd.grad(out, leaves, g.to(dtype)))]
 
     def spec(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        given = (docs.lens, window, 32**-0.5, softcap, docs.starts, docs.keys)
-        return reference.document_attention(q, k, v, *given)
+        return reference.document_attention(q, k, v, docs, 32**-0.5, softcap)
 
     truth = run(spec, torch.float64)
     found = run(lambda *x: document_attention(*x, docs, 32**-0.5, softcap), torch.bfloat16)

@@ -30,7 +30,7 @@ from lorafold.models.loading import load_tokenizer
 from lorafold.objectives.sft import Sft
 from lorafold.opening import Base
 from lorafold.ops import attention
-from lorafold.ops.kept import keeping, kept
+from lorafold.ops.selective_checkpoint import keeping, kept
 from lorafold.recipe.recipe import Recipe
 from lorafold.step.activations import recompute
 from lorafold.training.loop import penalty

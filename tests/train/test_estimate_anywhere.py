@@ -21,7 +21,7 @@ from lorafold.data.stored import Part
 from lorafold.memory.before_run import planned, settle
 from lorafold.memory.measure import measure
 from lorafold.memory.terms import Estimate, estimate
-from lorafold.memory.trace import Setting, nothing
+from lorafold.memory.trace import Setting
 from lorafold.methods import make_spec
 from lorafold.models.fake import fake_model
 from lorafold.models.storage import Storage
@@ -86,9 +86,7 @@ def test_a_run_is_planned_for_its_own_device(each_arithmetic: bool) -> None:
     def plan(device: str, base: Storage = BF16) -> Setting:
         examples = [Example(tuple(range(96)), tuple(range(96)))]
         feed = StoredFeed(examples, [Part(1)], 8, 1, 0)
-        return planned(
-            Recipe(), LORA, base, feed, nothing, Sft(), device=torch.device(device)
-        )
+        return planned(Recipe(), feed, Sft(), Setting(base, LORA), device=torch.device(device))
 
     assert plan("cpu").widened is each_arithmetic
     assert not plan("cuda").widened

@@ -17,7 +17,15 @@ from lorafold.cli.generate import command as generate_command
 from lorafold.data.examples import encode
 from lorafold.data.render import prompts
 from lorafold.errors import LorafoldError
-from lorafold.evaluation import Evaluation, Z, evaluate, held_out_loss, loss_interval, wilson
+from lorafold.evaluation import (
+    Evaluation,
+    EvaluationSettings,
+    Z,
+    evaluate,
+    held_out_loss,
+    loss_interval,
+    wilson,
+)
 from lorafold.generation import complete
 from lorafold.models.loading import load_tokenizer
 from lorafold.step.documents import packed
@@ -55,7 +63,7 @@ def reference_loss(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> fl
 
 
 def test_loss_is_the_models_own(tiny: tuple[Any, Any]) -> None:
-    result = evaluate(*tiny, ROWS, 512, generate=False)
+    result = evaluate(*tiny, ROWS, 512, EvaluationSettings(completions=False))
     # fp32 sums in another order
     assert result.loss == pytest.approx(reference_loss(*tiny, ROWS), rel=1e-5)
     assert result.perplexity == math.exp(result.loss)
@@ -67,7 +75,7 @@ def test_loss_is_the_models_own(tiny: tuple[Any, Any]) -> None:
 @pytest.mark.parametrize("training", [False, True])
 def test_the_model_is_left_in_the_mode_it_was_in(training: bool, tiny: tuple[Any, Any]) -> None:
     tiny[0].train(training)
-    evaluate(*tiny, ROWS, 512, max_new_tokens=2)
+    evaluate(*tiny, ROWS, 512, EvaluationSettings(max_new_tokens=2))
     assert all(module.training is training for module in tiny[0].modules())
 
 
@@ -99,7 +107,7 @@ def test_exact_match_counts_answers_that_equal_the_reference(tiny: tuple[Any, An
         {"prompt": asked, "completion": reference}
         for asked, reference in zip(ASKED, references, strict=True)
     ]
-    result = evaluate(model, tokenizer, rows, 512, max_new_tokens=6)
+    result = evaluate(model, tokenizer, rows, 512, EvaluationSettings(max_new_tokens=6))
     assert result.exact_match == 4 / 6
     assert result.exact_match_interval == wilson(4, 6)
     assert [answer.exact for answer in result.rows] == [False, True, True, False, True, True]
@@ -141,7 +149,7 @@ def test_a_conversation_is_asked_for_its_last_turn(tiny: tuple[Any, Any]) -> Non
 def test_broken_weights_are_refused(tiny: tuple[Any, Any]) -> None:
     tiny[0].model.norm.weight.data[0] = math.nan
     with pytest.raises(LorafoldError, match="finite"):
-        evaluate(*tiny, ROWS, 512, generate=False)
+        evaluate(*tiny, ROWS, 512, EvaluationSettings(completions=False))
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 10), (3, 10), (10, 10), (95, 100), (190, 200)])

@@ -79,7 +79,7 @@ def test_the_heaviest_part_of_a_run_is_planned_for() -> None:
     def plan(**fields: Any) -> Setting:
         recipe = Recipe(epochs=1, **fields)
         feed = StoredFeed(examples, [Part(4)], recipe.batch, recipe.total_steps(4), recipe.seed)
-        return planned(recipe, SETTING.spec, SETTING.base, feed, SETTING.beside, Sft())  # type: ignore[arg-type]
+        return planned(recipe, feed, Sft(), SETTING)
 
     whole = plan(batch=4)
     assert (sorted(whole.rows), whole.labelled, whole.accumulating) == ([10, 20, 30, 40], 8, False)

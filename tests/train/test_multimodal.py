@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 import lorafold as lf
 from architectures import ARCHITECTURES, MULTIMODAL, near
 from conftest import Done, lorafold, make_tokenizer
+from lorafold.adapter.reach import text_alone
 from lorafold.models.architecture import auto_class
-from lorafold.training.text_alone import text_alone
 
 pytestmark = pytest.mark.usefixtures("unestimated")
 

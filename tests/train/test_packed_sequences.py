@@ -52,7 +52,7 @@ def test_attention_equals_its_specification_in_fp64(
         return document_attention(q, k, v, Documents(lens, window), 0.5, softcap)
 
     assert torch.autograd.gradcheck(ours, qkv)
-    expected = reference.document_attention(*qkv, lens, window, 0.5, softcap)
+    expected = reference.document_attention(*qkv, Documents(lens, window), 0.5, softcap)
     torch.testing.assert_close(ours(*qkv), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -83,7 +83,7 @@ def test_attention_in_bf16_errs_no_more_than_its_specification(
         return [t.double() for t in (out, *torch.autograd.grad(out, leaves, g.to(dtype)))]
 
     def spec(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return reference.document_attention(q, k, v, lens, window, 32**-0.5, softcap)
+        return reference.document_attention(q, k, v, Documents(lens, window), 32**-0.5, softcap)
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return document_attention(q, k, v, Documents(lens, window), 32**-0.5, softcap)
@@ -109,11 +109,10 @@ def test_attention_over_long_documents_in_fp32(window: int | None, softcap: floa
         out = function(*leaves)
         return [out, *torch.autograd.grad(out.square().sum(), leaves)]
 
-    found = run(
-        lambda q, k, v: document_attention(q, k, v, Documents(lens, window), 0.5, softcap), qkv
-    )
+    docs = Documents(lens, window)
+    found = run(lambda q, k, v: document_attention(q, k, v, docs, 0.5, softcap), qkv)
     expected = run(
-        lambda q, k, v: reference.document_attention(q, k, v, lens, window, 0.5, softcap),
+        lambda q, k, v: reference.document_attention(q, k, v, docs, 0.5, softcap),
         [t.detach().double().requires_grad_() for t in qkv],
     )
     for ours, true in zip(found, expected, strict=True):

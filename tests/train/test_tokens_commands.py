@@ -16,19 +16,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorafold as lf
 from fresh_models import fresh_model
+from lorafold.api.merge import merge
 from lorafold.comparing.measure import Task
 from lorafold.comparing.run import compare
 from lorafold.errors import LorafoldError
-from lorafold.evaluation import evaluate
+from lorafold.evaluation import EvaluationSettings, evaluate
 from lorafold.files.atomic import MANIFEST
 from lorafold.generation import complete, end_tokens
 from lorafold.merging.config import declared
-from lorafold.merging.run import merge
 from lorafold.methods.parts.token_rows import Tokens
 from lorafold.models.loading import load_model, load_tokenizer
 from lorafold.models.sources import resolve_model
 from lorafold.models.tokenizer import add_words, set_template, tokenizer_of
 from lorafold.opening import Base
+from lorafold.peft.saved import Saved
 from lorafold.recipe.recipe import Recipe
 from lorafold.training import loop
 from lorafold.training.preview import show
@@ -207,9 +208,8 @@ def test_a_template_alone_travels_with_the_adapter(
     assert tokenizer_of(source, [tmp_path / "a"]).chat_template == TEMPLATE
     train(request(tiny_model_dir("llama"), tmp_path / "b", new_tokens=()), quiet())
     assert not (tmp_path / "b" / "tokenizer.json").exists()
-    assert (
-        tokenizer_of(source, [tmp_path / "b"]).chat_template == load_tokenizer(source).chat_template
-    )
+    found = Base(tiny_model_dir("llama")).tokenizer([Saved.open(tmp_path / "b")])
+    assert found.chat_template == load_tokenizer(source).chat_template
 
 
 @pytest.mark.slow
@@ -484,7 +484,11 @@ def test_other_methods_train_tokens_too(
     adapter = lf.load(model, tmp_path / "a")
     assert adapter.tokens == dict.fromkeys(("model.embed_tokens", "lm_head"), (300, 301))
     measured = evaluate(
-        model, tokenizer_of(resolve_model(base), [tmp_path / "a"]), ROWS, 64, generate=False
+        model,
+        tokenizer_of(resolve_model(base), [tmp_path / "a"]),
+        ROWS,
+        64,
+        EvaluationSettings(completions=False),
     ).loss
     assert measured < done.losses[0]
 

@@ -21,9 +21,9 @@ from lorafold.identity import of_model
 from lorafold.kernels.table import TRAINING, use
 from lorafold.methods.parts.extras import Bias
 from lorafold.methods.parts.token_rows import Tokens
-from lorafold.models.provenance import known
+from lorafold.models.sources import known
 from lorafold.models.weights import Weights
-from lorafold.peft.directory import Stored
+from lorafold.peft.saved import Saved
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def attach(
 
 
 def load(
-    model: nn.Module, path: str | Path | Stored, name: str = "default",
+    model: nn.Module, path: str | Path | Saved, name: str = "default",
     *, allow_other_base: bool = False, trainable: bool = False, base: Weights | None = None,
 ) -> Adapter:  # fmt: skip
     """Attach a saved adapter to a model. Every key must be used and every shape right.
@@ -99,10 +99,10 @@ def _other_files(model: nn.Module, built: Built) -> str | None:
     trained on, was read from other files; None if it was not, or if that is not known.
     """
     read_from = known(model)
-    if read_from is None or built.base_identity in ("", of_model(*read_from)):
+    if read_from is None or built.base_identity in ("", of_model(read_from)):
         return None
     return (
-        f"{built.files[0]}: the base {read_from[0].name} has other files than the one that it was"
+        f"{built.files[0]}: the base {read_from.name} has other files than the one that it was"
         " trained on: the same weights stored otherwise, or changed ones"
     )
 
@@ -125,5 +125,4 @@ def _place(model: nn.Module, built: Built, name: str, trainable: bool) -> Adapte
     freeze(model, selection)
     selection.add(name)
     selection.origins[name] = Origin(name, *built.files)
-    beside = (built.spec, built.matches, built.bias, built.modules_to_save)
-    return Adapter(model, name, *beside, built.over)
+    return Adapter(model, name, built.chosen, built.over)

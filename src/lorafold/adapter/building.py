@@ -23,16 +23,17 @@ from lorafold.core.attach import Adapted, Origin, selection_of
 from lorafold.core.combine import Stack
 from lorafold.core.delta import Delta
 from lorafold.core.matrices import expert_parameters, module_at, parameter_path
+from lorafold.core.skip_init import skip_init
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches, match
-from lorafold.core.unfilled import unfilled
 from lorafold.errors import LorafoldError
 from lorafold.files.contents import Contents
 from lorafold.methods.parts.extras import Bias, add_biases, add_token_rows
 from lorafold.methods.parts.replace import ReplaceDelta, leaves
 from lorafold.methods.parts.token_rows import Tokens
 from lorafold.models.weights import ModelWeights, Weights
-from lorafold.peft import directory as peft
+from lorafold.peft.directory import Chosen
+from lorafold.peft.saved import Saved
 from lorafold.peft.stack import loading_advice, mismatch, same
 
 ROOM = 1 << 26  # numbers that every adapter may have
@@ -40,16 +41,13 @@ ROOM = 1 << 26  # numbers that every adapter may have
 
 @dataclass(frozen=True)
 class Built:
-    """An adapter for one model: its method, the modules that were selected, and by module path the
-    parts of its deltas, the lowest first. `over` are the adapters that it lies over, and `files`
+    """An adapter for one model: what was chosen, and by module path the parts of its deltas, the
+    lowest first. `over` are the adapters that it lies over, and `files`
     the directory that it was read from and its digest. `base_identity` is that of the files of the
     base that it was trained on, if its record has it.
     """
 
-    spec: Spec
-    matches: Matches
-    bias: Bias
-    modules_to_save: tuple[str, ...]
+    chosen: Chosen
     parts: Mapping[str, list[Delta]]
     over: tuple[Origin, ...]
     files: tuple[str, str] = ("", "")
@@ -112,7 +110,8 @@ def build(
     rows = tokens if isinstance(tokens, Tokens) else Tokens(tokens)
     add_token_rows(model, spec, rows, names, deltas)
     spec.join({path: deltas[path][0] for path in matches.paths})
-    return Built(spec, matches, bias, tuple(saved.by_pattern), deltas, selection.active)
+    chosen = Chosen(spec, matches, bias, tuple(saved.by_pattern))
+    return Built(chosen, deltas, selection.active)
 
 
 def _of_router(model: nn.Module, path: str) -> str | None:
@@ -146,7 +145,7 @@ def _most(model: nn.Module, weights: Weights) -> int:
 
 def read(
     model: nn.Module,
-    path: str | Path | Contents | peft.Stored,
+    path: str | Path | Contents | Saved,
     *,
     allow_other_base: bool = False,
     base: Weights | None = None,
@@ -160,22 +159,22 @@ def read(
         base: the base's own weights, if the model does not have them or they are at hand.
         below: what it will be over; None: the model's active adapters.
     """
-    stored = path if isinstance(path, peft.Stored) else peft.read(path)
+    saved = path if isinstance(path, Saved) else Saved.open(path)
     base, problems = base or ModelWeights(model), []
     below = selection_of(model).active if below is None else tuple(below)
-    fits = same(stored.over, below)
+    fits = same(saved.over, below)
     if not (allow_other_base or fits):
-        advice = loading_advice(stored.path, stored.over)
-        problems.append(f"{mismatch(stored.over, below)}; {advice}")
+        advice = loading_advice(saved.path, saved.over)
+        problems.append(f"{mismatch(saved.over, below)}; {advice}")
     if not allow_other_base:
-        problems += stored.base_problems(base)
+        problems += saved.base_problems(base)
     try:
-        tokens, stored = stored.token_rows(model, base)
-        with unfilled(_most(model, stored.weights)):
-            built = build(model, stored.spec_in(model), tokens=tokens, **stored.beside(model))
+        tokens, saved = saved.token_rows(model, base)
+        with skip_init(_most(model, saved.weights)):
+            built = build(model, saved.spec_in(model), tokens=tokens, **saved.beside(model))
     except LorafoldError as e:
-        raise LorafoldError(f"{stored.path}: {'; '.join([*problems, str(e)])}") from None
-    peft.fill(model, built.parts, built.matches.paths, stored, base, problems)
-    over = below if stored.over and fits else stored.over
-    files, trained_on = (str(stored.path), stored.sha256), stored.base_identity
+        raise LorafoldError(f"{saved}: {'; '.join([*problems, str(e)])}") from None
+    saved.fill(model, built.parts, built.chosen.matches.paths, base, problems)
+    over = below if saved.over and fits else saved.over
+    files, trained_on = (str(saved), saved.sha256), saved.base_identity
     return replace(built, over=over, files=files, base_identity=trained_on)

@@ -13,18 +13,16 @@ from lorafold.bases import parameter_count
 from lorafold.bases.dequantized import record_dequantized
 from lorafold.core.attach import Adapted, Origin, adapted_modules, freeze, lift, selection_of, thaw
 from lorafold.core.delta import Delta, put
-from lorafold.core.spec import Spec
-from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError
-from lorafold.files.card import VOCABULARY
+from lorafold.files.card import VOCABULARY, Beside
 from lorafold.fold.in_memory import carry_out
 from lorafold.fold.plan import plan_fold
-from lorafold.methods.parts.extras import Bias, vocabulary
+from lorafold.methods.parts.extras import vocabulary
 from lorafold.methods.parts.token_rows import TokenRows
 from lorafold.models import whole
-from lorafold.models.provenance import forget
+from lorafold.models.sources import forget
 from lorafold.models.weights import ModelWeights, Weights
-from lorafold.peft import directory as peft
+from lorafold.peft.directory import Chosen, write
 from lorafold.peft.stack import digest_written, listed, recorded
 
 
@@ -40,14 +38,11 @@ class Adapter:
         self,
         model: nn.Module,
         name: str,
-        spec: Spec,
-        matches: Matches,
-        bias: Bias,
-        modules_to_save: tuple[str, ...],
+        chosen: Chosen,
         over: tuple[Origin, ...] = (),
     ) -> None:
-        self.model, self.name, self.spec, self.matches = model, name, spec, matches
-        self.bias, self.modules_to_save, self.over = bias, modules_to_save, over
+        self.model, self.name, self.chosen, self.over = model, name, chosen, over
+        self.spec, self.matches = chosen.spec, chosen.matches
 
     @property
     def sites(self) -> dict[str, Adapted]:
@@ -154,20 +149,16 @@ class Adapter:
             base: the base's own weights, if the model does not have them (see `load`).
         """
         grown = {VOCABULARY: size} if (size := self.vocabulary) else {}
-        about: dict[str, Any] = {"overwrite": overwrite, "card": card}
-        about["record"] = {**(record or {}), **grown, **recorded(self.over)}
+        about = {**(record or {}), **grown, **recorded(self.over)}
+        beside = Beside(about, card, tokenizer, overwrite)
         if self.spec.trains_base:
-            return whole.write(path, self.model, self.spec, tokenizer, **about)
+            return whole.write(path, self.model, self.spec, beside)
+        parts = {path: list(delta.parts()) for path, delta in self.deltas.items()}
         own = base or ModelWeights(self.model)
-        parts, beside = dict(self._parts_by_path()), (self.bias, self.modules_to_save)
-        adapter = (self.model, self.spec, self.matches, parts, *beside)
-        written = peft.write(path, *adapter, own, tokenizer, **about)
+        written = write(path, self.model, self.chosen, parts, own, beside)
         origin = selection_of(self.model).origins[self.name]
         origin.path, origin.sha256 = str(path), digest_written(path)
         return written
-
-    def _parts_by_path(self) -> Iterator[tuple[str, list[Delta]]]:
-        return ((path, list(delta.parts())) for path, delta in self.deltas.items())
 
     def merge(self, *, untie_weights: bool = False) -> None:
         """Fold the adapter into the model's weights, summed in fp32 and rounded once, and detach
@@ -209,10 +200,9 @@ class Adapter:
             + (f", {len(inside[pattern])} of them in a tower" if pattern in inside else "")
             for pattern, paths in self.matches.by_pattern.items()
         ]
-        lines += [f"  bias: {self.bias}"] * (self.bias != "none")
-        lines += [f"  modules to save: {', '.join(self.modules_to_save)}"] * bool(
-            self.modules_to_save
-        )
+        bias, saved = self.chosen.bias, self.chosen.modules_to_save
+        lines += [f"  bias: {bias}"] * (bias != "none")
+        lines += [f"  modules to save: {', '.join(saved)}"] * bool(saved)
         tokens = [(path, part) for path, part in self.parts() if isinstance(part, TokenRows)]
         lines += [
             f"  tokens: {len(t.ids)} rows of {path}"

@@ -25,7 +25,9 @@ from lorafold.core.matrices import Matrices, expert_parameters, matrices_of, mod
 from lorafold.core.presets import beneath, own_blocks
 from lorafold.core.targets import Matches
 from lorafold.core.towers import aside, language_model, towers
+from lorafold.errors import LorafoldError
 
+INPUTS = {"vision": "an image", "audio": "a sound"}
 KINDS = ("linears", "experts", "router", "convolutions", "embeddings", "norms", "other")
 
 
@@ -193,3 +195,29 @@ def _listed(counts: Mapping[str, int], whole: int) -> str:
     return ", ".join(
         f"{what} {share:.1%}" if share >= 0.0005 else f"{what} under 0.1%" for what, share in shares
     )
+
+
+def text_alone(model: nn.Module, sites: Collection[str]) -> str | None:
+    """One line on the towers that get no input, since no row of text has an image or a sound; None
+    for a model without any.
+
+    Raises LorafoldError if everything that an adapter changes is in them or in the connectors.
+
+    Args:
+        sites: the module paths that carry a delta of the adapter.
+    """
+    kinds = list(dict.fromkeys(towers(model).values()))
+    if not kinds:
+        return None
+    idle = sum(map(beneath(aside(model)), sites))
+    where = " and ".join(f"{kind} tower" for kind in kinds)
+    why = f"no row has {' or '.join(INPUTS[kind] for kind in kinds)}"
+    if idle and idle == len(sites):
+        raise LorafoldError(
+            f"targets: found {idle} modules, all in the {where} or beside it, and {why}, so none of"
+            " them would get a gradient; expected modules of the language model, such as all-linear"
+        )
+    line = f"text alone is trained: {why}, so the {where} gets no input"
+    if idle:
+        line += f", and {idle} of the {len(sites)} adapted modules get no gradient"
+    return line

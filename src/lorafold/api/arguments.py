@@ -20,7 +20,7 @@ from lorafold.objectives import DEFAULT, OBJECTIVES
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lorafold.data.stream import Stream
+    from lorafold.data.stream import RowStream
     from lorafold.recipe.recipe import Recipe
 
 Paths = str | Path | Sequence[str | Path]  # one directory or several
@@ -88,7 +88,7 @@ def as_prompts(data: Data, columns: Columns | None = None) -> list[Row]:
 
 def rows_to_train(
     data: Data, recipe: Recipe, columns: Columns | None, console: Console | None
-) -> Rows | Stream:
+) -> Rows | RowStream:
     """As `as_rows`, or for a recipe with `streaming` the stream of the rows.
 
     Args:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 from lorafold.api.arguments import Paths, as_paths
 from lorafold.api.opened import opened
 from lorafold.conversation import Chat, unique_names
+from lorafold.engine import Sampling
 from lorafold.opening import Base
+from lorafold.peft.saved import open_all
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,16 +51,9 @@ def chat(
 
     Raises LorafoldError for a model or adapter that can't be loaded.
     """
-    base = Base(
-        model,
-        storage=storage,
-        device=device,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        allow_other_base=allow_other_base,
-    )
+    base = Base(model, storage, device, revision, trust_remote_code, allow_other_base)
     paths = as_paths(adapters)
-    loaded, tokenizer = opened(base, paths, console=console)
+    loaded, tokenizer = opened(base, open_all(paths), console=console)
     attached = (f"adapter{number}" for number in range(1, len(paths) + 1))  # the names of `opened`
     return Chat(
         loaded,
@@ -66,6 +61,5 @@ def chat(
         dict(zip(unique_names(paths), attached, strict=True)),
         system=system,
         max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
+        sampling=Sampling(temperature=temperature, seed=seed),
     )

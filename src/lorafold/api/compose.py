@@ -17,6 +17,7 @@ from lorafold.composing.updates import names
 from lorafold.data.sources import Row
 from lorafold.methods.parts.mixture import Gating
 from lorafold.opening import Base
+from lorafold.peft.saved import open_all
 from lorafold.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -75,18 +76,11 @@ def compose(
     Raises LorafoldError, with nothing written, for everything that is wrong with the arguments, an
     adapter or rows.
     """
-    paths, console = as_paths(adapters), or_quiet(console)
-    base = Base(
-        model,
-        storage=storage,
-        device=device,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        allow_other_base=allow_other_base,
-    )
+    saved, console = open_all(as_paths(adapters)), or_quiet(console)
+    base = Base(model, storage, device, revision, trust_remote_code, allow_other_base)
     request = Request(
         base,
-        tuple(paths),
+        saved,
         (how,) if isinstance(how, str) else tuple(how),
         Path(out),
         weights=tuple(weights),
@@ -101,7 +95,7 @@ def compose(
         completions=completions,
         overwrite=overwrite,
     )
-    return run.compose(request, partial(opened, base, paths, console=console), console)
+    return run.compose(request, partial(opened, base, saved, console=console), console)
 
 
 def by_name(tasks: Tasks, console: Console) -> dict[str, Sequence[Row]]:

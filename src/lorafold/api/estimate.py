@@ -10,16 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from lorafold.api.arguments import or_quiet
 from lorafold.errors import LorafoldError
-from lorafold.machine.devices import choose_device
 from lorafold.memory import report, terms
 from lorafold.memory.advice import Advice, advise
 from lorafold.memory.measure import measure as measured_bytes
 from lorafold.memory.modes import as_in_files, llama, setting_of
 from lorafold.memory.terms import Estimate
 from lorafold.memory.trace import Setting
-from lorafold.models.configuration import configuration
 from lorafold.models.loading import load_model
 from lorafold.models.sources import EMBEDDED
+from lorafold.opening import Base
 from lorafold.ops.arithmetic import widens
 from lorafold.recipe.recipe import Recipe
 
@@ -124,12 +123,11 @@ def estimate(
         )
     console = or_quiet(console)
     setting = setting_of(mode, recipe or Recipe(), batch, max_length, labelled)
-    config = (
-        configuration(str(model), revision, trust_remote_code) if params is None else llama(params)
-    )
+    base = Base(model, device=device, revision=revision, trust_remote_code=trust_remote_code)
+    config = base.config() if params is None else llama(params)
     asked = recipe is not None and "storage" in recipe.model_fields_set
     setting = as_in_files(setting, config, str(model), asked)
-    on = choose_device(device) if measure else None
+    on = base.where if measure else None
     of_this_cpu = (device if on is None else on.type) == "cpu"
     if of_this_cpu:
         setting = replace(setting, widened=widens(setting.base.dtype))
@@ -140,7 +138,7 @@ def estimate(
     if on is not None:
         with console.status("running two real steps"):
             measured = measured_bytes(
-                lambda: load_model(model, setting.base, on, revision, trust_remote_code),
+                lambda: load_model(base.source, setting.base, on),
                 setting,
                 on,
             )

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lorafold.evaluation import Evaluation
+    from lorafold.peft.saved import Saved
     from lorafold.step.preference_laws import Law
 
 
@@ -63,6 +64,7 @@ def evaluate(
     rows = as_rows(data, columns, console, objective=None)
     from lorafold import evaluation
     from lorafold.api.opened import at_hand, opened
+    from lorafold.peft.saved import open_all
 
     asked = at_hand(
         model,
@@ -73,33 +75,26 @@ def evaluate(
         trust_remote_code=trust_remote_code,
         allow_other_base=allow_other_base,
     )
-    loaded, tokenizer = opened(
-        asked,
-        adapters,
-        tokenizer,
-        classify=rows.give(LABELS),
-        console=console,
-    )
+    found = open_all(as_paths(adapters))
+    labels = rows.give(LABELS)
+    loaded, tokenizer = opened(asked, found, tokenizer, classify=labels, console=console)
     return evaluation.evaluate(
         loaded,
         tokenizer,
         rows,
         max_length,
-        generate=completions,
-        max_new_tokens=max_new_tokens,
-        law=law_of_adapters(as_paths(adapters)),
-        console=console,
+        evaluation.EvaluationSettings(completions, max_new_tokens, law_of_adapters(found)),
+        console,
     )
 
 
-def law_of_adapters(paths: Sequence[Path]) -> Law:
+def law_of_adapters(adapters: Sequence[Saved]) -> Law:
     """The law that the last adapter was trained with, from its record; that of DPO if it was none.
     """
-    from lorafold.files.record import read_record
     from lorafold.objectives.comparing import law_of
     from lorafold.step.preference_laws import Dpo
 
-    recipe = (read_record(paths[-1]).get("recipe") or {}) if paths else {}
+    recipe = adapters[-1].recipe if adapters else {}
     objective = recipe.get("objective")
     if objective not in OBJECTIVES or not OBJECTIVES[objective].law:
         return Dpo()

@@ -24,6 +24,7 @@ from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_json, write_text
 from lorafold.methods.lora import LoRA
 from lorafold.opening import Base
+from lorafold.peft.saved import Saved, open_all
 from lorafold.recipe.recipe import Recipe
 from lorafold.undoing import run
 from lorafold.undoing.defences import DEFENCES
@@ -111,20 +112,14 @@ def fragility(
     Raises LorafoldError, before anything is trained, for anything wrong with the arguments, the
     rows and the adapters.
     """
-    console, second = or_quiet(console), [as_paths(against)] if against else []
-    stacks = stacks_of(as_paths(adapters), *second)
+    console = or_quiet(console)
     if problems := list(problems_of(out, data, tuned, bool(against), instead)):
         raise LorafoldError("; ".join(problems))
+    second = [open_all(as_paths(against))] if against else []
+    stacks = stacks_of(open_all(as_paths(adapters)), *second)
     rows = Rows.of([]) if data is None else as_rows(data, columns, console)
-    base = Base(
-        model,
-        storage=storage,
-        device=device,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        allow_other_base=allow_other_base,
-    )
-    used = [path for stack in stacks for path in stack.adapters]
+    base = Base(model, storage, device, revision, trust_remote_code, allow_other_base)
+    used = [one for stack in stacks for one in stack.adapters]
     base, recipe = settled(base, recipe or RECIPE, used)
     task = Task(
         base=base,
@@ -196,7 +191,7 @@ def possible(stacks: Sequence[Stack], mix: bool, tuned: bool) -> tuple[str, ...]
     )
 
 
-def settled(base: Base, recipe: Recipe, adapters: Sequence[Path]) -> tuple[Base, Recipe]:
+def settled(base: Base, recipe: Recipe, adapters: Sequence[Saved]) -> tuple[Base, Recipe]:
     """Both with the storage of the base: as asked, else as the recipe says, else as the adapters
     were trained on it.
 

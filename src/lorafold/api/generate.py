@@ -6,14 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lorafold.api.arguments import Paths
+from lorafold.api.arguments import Paths, as_paths
 from lorafold.api.opened import at_hand, opened
 from lorafold.data.messages import tool_problems, tools_of
+from lorafold.data.omissions import check_able, check_shown
 from lorafold.data.render import render
 from lorafold.data.shapes import Conversation
-from lorafold.data.shown import check_able, check_shown
+from lorafold.engine import Sampling
 from lorafold.errors import LorafoldError
 from lorafold.generation import complete
+from lorafold.peft.saved import open_all
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -74,16 +76,13 @@ def generate(
         trust_remote_code=trust_remote_code,
         allow_other_base=allow_other_base,
     )
-    loaded, tokenizer = opened(
-        chosen,
-        adapters,
-        tokenizer,
-        console=console,
-    )
+    found = open_all(as_paths(adapters))
+    loaded, tokenizer = opened(chosen, found, tokenizer, console=console)
     asked = [prompts] if isinstance(prompts, str) else prompts
     texts = [rendered(prompt, system, tokenizer, tools) for prompt in asked]
-    found = complete(loaded, tokenizer, texts, max_new_tokens, temperature=temperature, seed=seed)
-    return found[0] if isinstance(prompts, str) else found
+    sampling = Sampling(temperature=temperature, seed=seed)
+    made = complete(loaded, tokenizer, texts, max_new_tokens, sampling)
+    return made[0] if isinstance(prompts, str) else made
 
 
 def rendered(

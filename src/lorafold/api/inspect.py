@@ -13,6 +13,7 @@ from lorafold.inspecting import run
 from lorafold.inspecting.conclusions import of_paths
 from lorafold.inspecting.paths import measured_paths
 from lorafold.opening import Base
+from lorafold.peft.saved import Saved, open_all
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -104,20 +105,14 @@ def inspect(
             " measured over the bare base only"
         )
     examples = None if data is None else as_rows(data, None, console)[:rows]
-    base = Base(
-        model,
-        storage=storage,
-        device=device,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        allow_other_base=allow_other_base,
-    )
+    base = Base(model, storage, device, revision, trust_remote_code, allow_other_base)
+    stack = open_all([*below, Path(adapter)])
+    other = None if against is None else Saved.open(against)
     with console.status("sites") as status:
         found = run.inspect(
             base,
-            adapter,
-            over=below,
-            against=against,
+            stack,
+            against=other,
             directions=directions,
             full=full,
             progress=lambda done, total: status.update(f"site {done} of {total}"),
@@ -125,8 +120,8 @@ def inspect(
     if found["tokens_left_out"]:
         console.print(found["tokens_left_out"], highlight=False, markup=False, soft_wrap=True)
     if examples is not None:
-        stack = [*below, adapter] if against is None else [adapter, against]
-        loaded, tokenizer = opened(base, stack, console=console)
+        both = stack if other is None else (stack[-1], other)
+        loaded, tokenizer = opened(base, both, console=console)
         with console.status("measuring the loss along lines in weight space"):
             found["paths"] = measured_paths(
                 loaded, tokenizer, examples, max_length, len(below)

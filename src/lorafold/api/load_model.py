@@ -5,10 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafold.machine.devices import choose_device
-from lorafold.models import loading
-from lorafold.models.sources import resolve_model
-from lorafold.models.storage import choose_storage, default_storage
+from lorafold.opening import Base
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,6 +33,5 @@ def load_model(
     Raises LorafoldError for an unknown model, storage or device, for a model that transformers
     can't load, and for files that lack weights or were changed since lorafold wrote them.
     """
-    source, where = resolve_model(model, revision), choose_device(device)
-    chosen = choose_storage(default_storage(source) if storage == "auto" else storage, where)
-    return loading.load_model(source, chosen, where, trust_remote_code=trust_remote_code)
+    base = Base(model, storage, device, revision, trust_remote_code)
+    return base.stored_as_trained().load()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 from lorafold.adapter import load
 from lorafold.api.arguments import Paths, as_paths, or_quiet
 from lorafold.errors import LorafoldError
-from lorafold.files.record import base_trained_on
-from lorafold.models.classifier import LANGUAGE_MODEL, REWARD_MODEL, kind_of, known_classes
 from lorafold.models.loading import load_tokenizer
 from lorafold.models.sources import ModelSource
 from lorafold.objectives.classify import Classify
-from lorafold.objectives.objective import ModelRequest, Objective
+from lorafold.objectives.objective import Objective
 from lorafold.objectives.reward import RewardModel
 from lorafold.objectives.sft import Sft
 from lorafold.opening import Base
+from lorafold.opening.kinds import LANGUAGE_MODEL, REWARD_MODEL, kind_of, known_classes
+from lorafold.peft.saved import Saved, trained_on
 from lorafold.step.preference_laws import Reward
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def at_hand(
 
 def opened(
     model: Base | Loaded,
-    adapters: Paths = (),
+    adapters: Sequence[Saved] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     classify: bool = False,
@@ -75,7 +76,7 @@ def opened(
         model: As `at_hand` gives it. If the storage of a base is auto, it is the one that the
             adapters were trained on if that was quantized or they are a reward model's, else bf16
             or fp32, whichever the device is faster with.
-        adapters: One directory or several, attached in this order as adapter1, adapter2 ...
+        adapters: Attached in this order as adapter1, adapter2 ...
         tokenizer: None takes that of the last adapter that has one, else the model's.
         classify: Expect a sequence classifier instead of a language model.
         reward: Expect a reward model instead of a language model.
@@ -84,42 +85,34 @@ def opened(
     Raises LorafoldError as the loaders do, and where a model of another kind is found than is
     expected: a language model, a classifier or a reward model.
     """
-    paths, console = as_paths(adapters), or_quiet(console)
+    console = or_quiet(console)
     if isinstance(model, Loaded):
         loaded, trusted = model.model, model.trust_remote_code
         tokenizer = tokenizer or load_tokenizer(str(loaded.name_or_path), None, trusted)
         return loaded, tokenizer if classify else prepared(tokenizer, Sft(), console)
-    tokenizer = tokenizer or model.tokenizer(paths)
-    kind, classes = kind_of(model.source, paths), known_classes(model.source, paths)
+    tokenizer = tokenizer or model.tokenizer(adapters)
+    kind, classes = kind_of(model, adapters), known_classes(model, adapters)
     wanted = "a classifier" if classify else REWARD_MODEL if reward else LANGUAGE_MODEL
     if wanted != ("a classifier" if classes else kind):
         what = f"no {wanted.removeprefix('a ')}" if kind == LANGUAGE_MODEL else kind
         hint = "; lorafold score has the scores of rows" if kind == REWARD_MODEL else ""
         raise LorafoldError(
-            f"{', '.join(map(str, paths)) or model.name}: found {what}, expected {wanted} for this"
-            f" data or command{hint}"
+            f"{', '.join(map(str, adapters)) or model.name}: found {what}, expected {wanted} for"
+            f" this data or command{hint}"
         )
     objective: Objective = (
         RewardModel(Reward()) if reward else Sft() if classes is None else Classify(classes)
     )
     tokenizer = prepared(tokenizer, objective, console)
-    base = model.stored_as_trained(paths)
-    trained_on = base_trained_on(paths) if reward and base.storage == "auto" else None
-    if trained_on in ("fp32", "bf16"):
-        base = base.stored(trained_on)  # scores are compared, those of different devices too
+    base = model.stored_as_trained(adapters)
+    made_on = trained_on(adapters) if reward and base.storage == "auto" else None
+    if made_on in ("fp32", "bf16"):
+        base = base.stored(made_on)  # scores are compared, those of different devices too
     console.print(f"{base.name} on {base.where}, {base.held.why}", highlight=False, markup=False)
-    asked = ModelRequest(
-        base.source, tokenizer, base.held, base.where, 0, base.trust_remote_code
-    )
-    loaded, weights = objective.load(asked), base.weights()
-    for number, path in enumerate(paths, 1):
-        load(
-            loaded,
-            path,
-            name=f"adapter{number}",
-            allow_other_base=base.allow_other_base,
-            base=weights,
-        )
+    loaded, weights = objective.load(base, tokenizer), base.weights()
+    for number, one in enumerate(adapters, 1):
+        name, other = f"adapter{number}", base.allow_other_base
+        load(loaded, one, name, allow_other_base=other, base=weights)
     return loaded, tokenizer
 
 

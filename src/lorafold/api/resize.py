@@ -14,6 +14,7 @@ from lorafold.errors import LorafoldError
 from lorafold.inspecting import resize as best
 from lorafold.inspecting.loss import losses_of
 from lorafold.opening import Base
+from lorafold.peft.saved import Saved, open_all
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -69,26 +70,15 @@ def resize(
     if energy is not None and not 0 < energy <= 1:
         raise LorafoldError(f"--energy: found {energy:g}, expected a share above 0, at most 1")
     rows = None if data is None else as_rows(data, columns, console)
-    base, below = (
-        Base(
-            model,
-            storage=storage,
-            device=device,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            allow_other_base=allow_other_base,
-        ),
-        as_paths(over),
-    )
-    result = best.resize(
-        base, adapter, out, over=below, rank=rank, energy=energy, overwrite=overwrite
-    )
+    base = Base(model, storage, device, revision, trust_remote_code, allow_other_base)
+    stack = open_all([*as_paths(over), Path(adapter)])
+    result = best.resize(base, stack, out, rank=rank, energy=energy, overwrite=overwrite)
     if rows is None:
         return result
     # their base, and what they lie over, were checked when they were read
-    stack = [*below, Path(adapter), Path(out)]
-    loaded, tokenizer = opened(replace(base, allow_other_base=True), stack, console=console)
-    return replace(result, losses=losses_of(loaded, tokenizer, rows, max_length, len(below)))
+    base, both = replace(base, allow_other_base=True), (*stack, Saved.open(out))
+    loaded, tokenizer = opened(base, both, console=console)
+    return replace(result, losses=losses_of(loaded, tokenizer, rows, max_length, len(stack) - 1))
 
 
 def extract(

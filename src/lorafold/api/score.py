@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafold.api.arguments import Columns, Data, Paths, as_rows
+from lorafold.api.arguments import Columns, Data, Paths, as_paths, as_rows
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,6 +55,7 @@ def score(
     rows = as_rows(data, columns, console, objective=None)
     from lorafold.api.opened import at_hand, opened
     from lorafold.evaluation.scoring import score_rows
+    from lorafold.peft.saved import open_all
 
     asked = at_hand(
         model,
@@ -65,11 +66,6 @@ def score(
         trust_remote_code=trust_remote_code,
         allow_other_base=allow_other_base,
     )
-    loaded, tokenizer = opened(
-        asked,
-        adapters,
-        tokenizer,
-        reward=True,
-        console=console,
-    )
+    found = open_all(as_paths(adapters))
+    loaded, tokenizer = opened(asked, found, tokenizer, reward=True, console=console)
     return score_rows(loaded, tokenizer, rows, max_length, console=console)

@@ -59,12 +59,5 @@ def serve(
 
     found = read_settings(None if config is None else Path(config), settings or {})
     console = or_quiet(console)
-    base = Base(
-        model,
-        storage=storage,
-        device=device,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        allow_other_base=allow_other_base,
-    )
+    base = Base(model, storage, device, revision, trust_remote_code, allow_other_base)
     run.serve(base, partial(opened, console=console), Path(adapters), found, console, open_page)

@@ -62,7 +62,6 @@ class Codes:
         """The parameters that store a matrix (out, in), by name, without values.
 
         Args:
-            out: The number of rows.
             inn: The number of columns.
         """
         high, wide = self.blocks(out, inn)
@@ -94,7 +93,6 @@ def unpacked(packed: Tensor, bits: int, n: int) -> Tensor:
     Args:
         packed: int32 (rows, words), the first code in the lowest bits.
         bits: 4 or 8.
-        n: The codes of a row.
     """
     codes = packed.contiguous().view(torch.uint8)
     if bits == 4:  # both codes of a byte, each in a byte of an int16
@@ -199,7 +197,6 @@ def _by_block(w: Tensor, by: Tensor, codes: Codes, operation: Any) -> Tensor:
     """w (out, in) with the number of its block applied to each element; w may be overwritten.
 
     Args:
-        w: The matrix.
         by: A number for each block, (blocks down, blocks across), or one for the matrix, (1,).
         codes: The size of a block.
         operation: torch.mul or torch.sub.

@@ -17,15 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorafold.core.base import Base, bare
-from lorafold.core.draws import Site, site_of
+from lorafold.core.draws import DrawSite, site_of
 from lorafold.core.layer import add
 from lorafold.errors import NotMergeable
 from lorafold.ops.arithmetic import arithmetic, linear
 from lorafold.ops.autocast import autocasting, lowered
-from lorafold.ops.dropout import dropout, keep_scale, shared
+from lorafold.ops.dropout import dropout, shared
 from lorafold.ops.frozen import frozen_linear
 from lorafold.ops.lora import low_rank_linear
-from lorafold.ops.once import once
+from lorafold.ops.memo import once
 from lorafold.ops.scale import scale
 from lorafold.ops.sparse import sparse_linear
 
@@ -76,7 +76,7 @@ class Vectors(Base):
     ) -> Tensor:
         return scale(y, g, c, onto)
 
-    def site(self, x: Tensor) -> Site | None:
+    def site(self, x: Tensor) -> DrawSite | None:
         """What dropout of x (..., k) follows from; None where torch's generator gives it."""
         return site_of(self.module, x.shape[:-1].numel())
 
@@ -158,7 +158,7 @@ class Matrix(Vectors):
         if torch.compiler.is_compiling() or not self.frozen or onto is not None:
             return super().low_rank(x, down, up, p, onto)
         drop = shared(x, p, id(self.module), self.site(x)) if p else None
-        return self.biased(low_rank_linear(x, self.read, down, up, drop, keep_scale(p)))
+        return self.biased(low_rank_linear(x, self.read, down, up, drop))
 
     def sparse(self, x: Tensor, values: Tensor, at: Tensor, onto: Tensor | None = None) -> Tensor:
         if torch.compiler.is_compiling() or not self.frozen:

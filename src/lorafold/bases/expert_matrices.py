@@ -27,7 +27,7 @@ BLOCKS, SCALES = "_blocks", "_scales"  # what the names of MXFP4's parameters en
 GROUP = 32  # weights that share a scale of MXFP4
 
 
-class Held(ABC):
+class ExpertMatrices(ABC):
     """Abstract: the matrices (E, out, in) of one parameter of experts."""
 
     quantized = False
@@ -77,7 +77,7 @@ class Held(ABC):
         return self.turned(torch.empty(self.number, *self.sides, dtype=self.dtype, device="meta"))
 
 
-class Floats(Held):
+class Floats(ExpertMatrices):
     """Matrices in floating point."""
 
     @property
@@ -98,7 +98,7 @@ class Floats(Held):
         return self.turned(self.parameter)
 
 
-class Codes(Held):
+class Codes(ExpertMatrices):
     """Abstract: matrices in codes."""
 
     quantized = True
@@ -108,9 +108,7 @@ class Codes(Held):
         return self.compute_dtype or torch.bfloat16
 
     def dense(self) -> Tensor:
-        w = torch.empty(
-            self.number, *self.sides, dtype=self.dtype, device=self.parameter.device
-        )
+        w = torch.empty(self.number, *self.sides, dtype=self.dtype, device=self.parameter.device)
         for e in range(self.number):
             w[e] = self.stored(e)
         return self.turned(w)
@@ -188,7 +186,7 @@ class MXFP4(Codes):
         return self.turned(dequantize(self.parameter[e], self.scales[e], self.dtype))
 
 
-def held(matrices: Matrices) -> Held:
+def held(matrices: Matrices) -> ExpertMatrices:
     """How a parameter of experts stores its matrices."""
     if matrices.name + BLOCKS in matrices.owner._parameters:
         return MXFP4(matrices)

@@ -19,16 +19,23 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lorafold.bases.expert_matrices import Held, held
+from lorafold.bases.expert_matrices import ExpertMatrices, held
 from lorafold.core.attach import Adapted
 from lorafold.core.base import Base
-from lorafold.core.draws import Site, site_of, slots
+from lorafold.core.draws import DrawSite, site_of, slots
 from lorafold.core.layer import Layer, add
 from lorafold.core.matrices import STORED, Matrices, matrices_of, parameter_path
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.ops.autocast import lowered
-from lorafold.ops.dropout import dropout, keep_scale, shared
-from lorafold.ops.grouped import Groups, frozen_product, grouped, low_rank_product, product
+from lorafold.ops.dropout import dropout, shared
+from lorafold.ops.grouped import (
+    FrozenMatrices,
+    Groups,
+    frozen_product,
+    grouped,
+    low_rank_product,
+    product,
+)
 from lorafold.ops.scale import scale
 
 
@@ -45,7 +52,7 @@ class Experts(Base):
     def __init__(self, module: Matrices, stored: Callable[[], Tensor] | None = None) -> None:
         super().__init__(module, stored)
         self.owner, self.name = module.owner, module.name
-        self.held: Held = held(module)
+        self.held: ExpertMatrices = held(module)
         self.quantized = self.held.quantized
 
     @classmethod
@@ -70,9 +77,9 @@ class Experts(Base):
             )
         return self.groups
 
-    def read(self, e: int, dtype: torch.dtype) -> Tensor:  # (out, in)
-        """The matrix (out, in) of expert e for a product with activations of that dtype."""
-        return self.held.matrix(e).to(dtype)
+    def frozen_matrices(self) -> FrozenMatrices:
+        """The experts' matrices (out, in), for a product with this forward's rows."""
+        return FrozenMatrices(lambda e, dtype: self.held.matrix(e).to(dtype), self.rows)
 
     @property
     def frozen(self) -> bool:
@@ -112,7 +119,7 @@ class Experts(Base):
     def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         b = None if self.bias is None else self.each(self.bias).to(x.dtype)
         if self.frozen:
-            return add(frozen_product(x, onto, self.read, self.rows, self.shape[0]), b)
+            return add(frozen_product(x, onto, self.frozen_matrices(), self.shape[0]), b)
         return add(add(product(x, self.held.dense(), self.rows), onto), b)
 
     def op(self, x: Tensor, m: Tensor) -> Tensor:
@@ -124,7 +131,7 @@ class Experts(Base):
     def drop(self, x: Tensor, p: float) -> Tensor:
         return dropout(x, p, self.site()) if p else x
 
-    def site(self) -> Site | None:
+    def site(self) -> DrawSite | None:
         """What dropout of its rows follows from; None where torch's generator gives it."""
         (tokens, k), at = self.experts, self.at
         if at is None:
@@ -149,7 +156,7 @@ class Experts(Base):
         if not self.frozen or onto is not None:
             return super().low_rank(x, down, up, p, onto)
         drop = shared(x, p, id(self.module), self.site()) if p else None
-        y = low_rank_product(x, self.read, self.rows, down, up, drop, keep_scale(p))
+        y = low_rank_product(x, self.frozen_matrices(), down, up, drop)
         return y if self.bias is None else y + self.each(self.bias).to(y.dtype)
 
     def encode(self, w: Tensor, b: Tensor | None) -> dict[str, Tensor]:
@@ -235,7 +242,6 @@ def forward(self: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
     Args:
         self: the module of the experts.
-        hidden: the tokens (T, hidden).
         *args, **kwargs: the experts of each token (T, k) and their weights (T, k).
     """
     own = matrices_of(self)

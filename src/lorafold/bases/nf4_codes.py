@@ -56,13 +56,10 @@ def codes(w: Tensor, block: int) -> tuple[Tensor, Tensor]:
     return packed[:, None], constants
 
 
-def _quantize(
-    w: Tensor, block: int, kind: str, stored_as: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _quantize(w: Tensor, block: int, kind: str, stored_as: torch.dtype) -> tuple[Tensor, Tensor]:
     """The operation of bitsandbytes for the CPU: codes and constants of w, of any shape.
 
     Args:
-        w: What is quantized.
         block: The size of the blocks.
         kind: nf4 or fp4.
         stored_as: The dtype that the bytes of the codes are seen as.

@@ -32,20 +32,22 @@ def command(
     """
     import time
 
+    from lorafold import engine
     from lorafold.api.generate import rendered
     from lorafold.api.opened import opened
     from lorafold.data.calls import parse_calls, read_tools
     from lorafold.data.messages import tools_of
     from lorafold.generation import stream
+    from lorafold.peft.saved import open_all
 
     console = messages()
     offered = read_tools(tools) if tools else []
-    model, tokenizer = opened(opening.base, adapters.paths, console=console)
+    model, tokenizer = opened(opening.base, open_all(adapters.paths), console=console)
     text = rendered(prompt, sampling.system, tokenizer, offered)
     pieces: list[str] = []
     start = time.perf_counter()
-    length, temperature = sampling.max_new_tokens, sampling.temperature
-    for piece in stream(model, tokenizer, text, length, temperature, sampling.seed):
+    choice = engine.Sampling(temperature=sampling.temperature, seed=sampling.seed)
+    for piece in stream(model, tokenizer, text, sampling.max_new_tokens, choice):
         pieces.append(piece)
         if not json:
             typer.echo(piece, nl=False)

@@ -84,7 +84,7 @@ def command(
     memory. The certificate, OUT/merge.json, states how far the output of the merged model is from
     that of the adapted one, and how much of the update rounding lost.
     """
-    from lorafold.merging.run import merge
+    from lorafold.api.merge import merge
 
     result = merge(
         computing.model,

@@ -17,7 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,10 +31,9 @@ from lorafold.data.probes import probe_ids
 from lorafold.data.sources import Row
 from lorafold.errors import NotMergeable
 from lorafold.evaluation import Interval, evaluate
-from lorafold.models.sources import ModelSource, resolve_model
-from lorafold.models.storage import Storage, weights_of
-from lorafold.objectives.objective import ModelRequest
 from lorafold.opening import Base
+from lorafold.peft.config import CONFIG
+from lorafold.peft.saved import Saved
 from lorafold.recipe.fitting import fitting, settled_base, spec_of
 from lorafold.recipe.recipe import Recipe
 from lorafold.training.request import Request, objective_of
@@ -101,13 +100,10 @@ def measure(task: Task, method: str, seed: int) -> Measurement:
     recipe = fitting(task.recipe, method).model_copy(update={"seed": seed})
     with tempfile.TemporaryDirectory() as folder:
         request = Request(task.base, Path(folder) / "adapter", recipe, task.rows, task.source)
-        models = Models(request)
-        storage = task.base.stored(
-            settled_base(recipe, spec_of(recipe), task.base.source)
-        ).held
+        chosen = task.base.stored(settled_base(recipe, spec_of(recipe), task.base.source))
         trained = train(request, Console(quiet=True))
-        base = models.base(storage)
-        tuned, adapter = models.tuned(storage)
+        models = Models(request, chosen)
+        base, (tuned, adapter) = models.base(), models.tuned()
         found = evaluate(tuned, models.tokenizer, task.held_out, recipe.max_length)
         generates = base.get_output_embeddings() is not None  # a classifier does not
         kl, change = (
@@ -115,7 +111,7 @@ def measure(task: Task, method: str, seed: int) -> Measurement:
             if generates
             else (None, None)
         )
-        merged = merge_proved(models, storage)
+        merged = merge_proved(models)
         attached_ratio, merged_ratio = latencies(base, tuned, merged, NEW if generates else 0)
         size = sum(f.stat().st_size for f in request.out.rglob("*.safetensors"))
     count = parameter_count(base)
@@ -145,43 +141,33 @@ def measure(task: Task, method: str, seed: int) -> Measurement:
 class Models:
     """The models of one measurement: the base, and what was trained on it. Each call loads one."""
 
-    def __init__(self, request: Request) -> None:
-        self.request, self.objective = request, objective_of(request)
-        self.tokenizer = request.base.tokenizer([request.out])
+    def __init__(self, request: Request, bare: Base) -> None:
+        self.objective, self.seed = objective_of(request), request.recipe.seed
+        self.bare, self.whole = bare, replace(bare, model=request.out, revision=None)
+        self.saved = Saved.open(request.out) if (request.out / CONFIG).is_file() else None
+        self.tokenizer = bare.tokenizer([self.saved]) if self.saved else self.whole.tokenizer()
         self.objective.set_up(self.tokenizer)
 
-    def load(self, source: ModelSource, storage: Storage, seed: int) -> PreTrainedModel:
-        """A model for the run's objective.
-
-        Args:
-            source: The base, or a model that was trained whole.
-            storage: How it stores its weights.
-            seed: Draws the head of a classifier that has none yet.
-        """
-        base = self.request.base
-        trusted = base.trust_remote_code
-        asked = ModelRequest(source, self.tokenizer, storage, base.where, seed, trusted)
-        return self.objective.load(asked)
-
-    def base(self, storage: Storage) -> PreTrainedModel:
+    def base(self, in_fp32: bool = False) -> PreTrainedModel:
         """The base."""
-        return self.load(self.request.base.source, storage, self.request.recipe.seed)
+        base = replace(self.bare, in_fp32=in_fp32)
+        return self.objective.load(base, self.tokenizer, self.seed)
 
-    def tuned(self, storage: Storage) -> tuple[PreTrainedModel, Adapter | None]:
+    def tuned(self, in_fp32: bool = False) -> tuple[PreTrainedModel, Adapter | None]:
         """The base with its adapter, or the whole model and None where the run trained that."""
-        out = self.request.out
-        if not (out / "adapter_config.json").is_file():
-            return self.load(resolve_model(str(out)), storage, 0), None
-        tuned = self.base(storage)
-        return tuned, load(tuned, out, base=weights_of(self.request.base.source, storage))
+        if self.saved is None:
+            whole = replace(self.whole, in_fp32=in_fp32)
+            return self.objective.load(whole, self.tokenizer), None
+        tuned = self.base(in_fp32)
+        return tuned, load(tuned, self.saved, base=self.bare.weights())
 
 
-def merge_proved(models: Models, storage: Storage) -> PreTrainedModel | None:
-    """The merged model in the dtype of the storage, or None where the adapter can't be folded or
-    the merged logits differ from those of the attached model in fp32.
+def merge_proved(models: Models) -> PreTrainedModel | None:
+    """The merged model in the dtype of the base, or None where the adapter can't be folded or the
+    merged logits differ from those of the attached model in fp32.
     """
-    tuned, adapter = models.tuned(storage._replace(dtype=torch.float32))
-    ids = torch.arange(100, 164, device=models.request.base.where)[None]
+    tuned, adapter = models.tuned(in_fp32=True)
+    ids = torch.arange(100, 164, device=models.bare.where)[None]
     with torch.no_grad():
         before = tuned(ids).logits
         try:
@@ -190,7 +176,7 @@ def merge_proved(models: Models, storage: Storage) -> PreTrainedModel | None:
         except NotMergeable:
             return None
         after = tuned(ids).logits
-    nn.Module.to(tuned, storage.dtype)
+    nn.Module.to(tuned, models.bare.held.dtype)
     return tuned if (after - before).norm() <= EXACT * before.norm() else None
 
 

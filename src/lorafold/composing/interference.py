@@ -15,7 +15,7 @@ from lorafold.adapter import load
 from lorafold.composing.geometry import Pair, meetings
 from lorafold.composing.job import Composed, Job
 from lorafold.core.attach import only
-from lorafold.evaluation import Evaluation, evaluate
+from lorafold.evaluation import Evaluation, EvaluationSettings, evaluate
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ def measure(job: Job, composed: Mapping[str, Composed]) -> Interference:
                     tokenizer,
                     rows,
                     job.request.recipe.max_length,
-                    generate=job.request.completions,
-                    console=watched,
+                    EvaluationSettings(completions=job.request.completions),
+                    watched,
                 )
     return Interference(tasks, meetings(job.updates, job.console))
 

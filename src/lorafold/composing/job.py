@@ -12,12 +12,11 @@ from lorafold.core.targets import Matches
 from lorafold.data.sources import Row
 from lorafold.errors import LorafoldError
 from lorafold.files.card import training_card
-from lorafold.files.record import base_trained_on
 from lorafold.methods.parts.mixture import Gating
 from lorafold.models.architecture import opened_by_name
-from lorafold.models.tokenizer import has_tokenizer
 from lorafold.opening import Base
 from lorafold.peft.form import peft_reads
+from lorafold.peft.saved import Saved, trained_on
 from lorafold.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ class Request:
     """
 
     base: Base
-    adapters: tuple[Path, ...]
+    adapters: tuple[Saved, ...]
     ways: tuple[str, ...]
     out: Path
     weights: tuple[float, ...] = ()
@@ -117,11 +116,11 @@ class Job:
         Raises LorafoldError where the adapters were trained on different storages of the base and
         the request does not choose one.
         """
-        request = self.request
-        paths = request.adapters
-        asked = request.base.storage
-        storage = base_trained_on(paths) if asked == "auto" else asked
-        tokenizer = request.base.tokenizer(paths) if any(map(has_tokenizer, paths)) else None
+        request, asked = self.request, self.request.base.storage
+        adapters = request.adapters
+        storage = trained_on(adapters) if asked == "auto" else asked
+        own = any(one.own_tokenizer for one in adapters)
+        tokenizer = request.base.tokenizer(adapters) if own else None
         trained = {"recipe": {"storage": storage}} if storage else {}
         adapter.over = ()
         adapter.save(
@@ -131,7 +130,7 @@ class Job:
             record={
                 **trained,
                 **(record or {}),
-                "composed": {"adapters": [*map(str, paths)], **about},
+                "composed": {"adapters": [*map(str, adapters)], **about},
             },
             card=training_card(
                 request.base.name,

@@ -19,8 +19,8 @@ from lorafold.composing.arithmetic import cut, inner
 from lorafold.composing.job import Composed, Job
 from lorafold.composing.rules import rank_of
 from lorafold.errors import Interrupted
-from lorafold.files.record import read_record
 from lorafold.methods.parts.mixture import Gating, Mixture
+from lorafold.peft.saved import Saved
 from lorafold.recipe.recipe import Recipe
 from lorafold.training import run
 
@@ -52,8 +52,9 @@ def compose(job: Job, out: Path) -> Composed:
             raise Interrupted(
                 "stopped during the training of the gates; nothing was written", stop.code
             ) from None
+        saved = Saved.open(trained)
         # the fingerprints of its parts were checked when they were read
-        adapter = load(job.updates.model, trained, "mixture", allow_other_base=True)
+        adapter = load(job.updates.model, saved, "mixture", allow_other_base=True)
         weights = tuple(next(adapter.parameters()).tolist()) if request.gates == "global" else None
         about = {
             "how": "mixture",
@@ -61,7 +62,7 @@ def compose(job: Job, out: Path) -> Composed:
             "weights": weights,
             "truncation_error": error,
         }
-        job.save(adapter, out, about, read_record(trained))
+        job.save(adapter, out, about, saved.record)
     return Composed(weights, error, str(out))
 
 

@@ -21,7 +21,7 @@ from lorafold.composing.updates import read
 from lorafold.data.batches import split
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import atomic_directory, check_out
-from lorafold.models.classifier import check_language_model
+from lorafold.opening.kinds import check_language_model
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -86,7 +86,7 @@ def compose(request: Request, opened: Callable[[], Opened], console: Console) ->
     check(request)
     check_out(request.out, request.overwrite)
     request = set_apart(request)
-    check_language_model(request.base.source, request.adapters)
+    check_language_model(request.base, request.adapters)
     job = Job(request, read(request.base, request.adapters), cache(opened), console)
     if len(request.ways) == 1:
         composed = {way: make(way, job, request.out) for way in request.ways}

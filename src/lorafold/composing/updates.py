@@ -25,6 +25,7 @@ from lorafold.core.matrices import module_at
 from lorafold.errors import LorafoldError
 from lorafold.inspecting.updates import matrix_names, unstacked
 from lorafold.opening import Base
+from lorafold.peft.saved import Saved
 
 Factors = tuple[Tensor, Tensor]  # up (out, r), every scale included, and down (r, in), fp32
 Change = Factors | Tensor  # dW: its factors, or the dense matrix (out, in)
@@ -83,17 +84,17 @@ class Updates:
         )
 
 
-def read(base: Base, adapters: Sequence[str | Path]) -> Updates:
+def read(base: Base, adapters: Sequence[Saved]) -> Updates:
     """Attach saved adapters to their base, whose weights stay in their files.
 
-    Raises LorafoldError with every adapter that can't be read, is of another base, or has a change
+    Raises LorafoldError with every adapter that does not fit, is of another base, or has a change
     that is not added to a weight (a magnitude, a bias, a whole module, virtual tokens).
     """
     model, allowed = base.mapped().model, base.allow_other_base
     attached, problems = [], []
-    for number, path in enumerate(adapters, 1):
+    for number, saved in enumerate(adapters, 1):
         try:
-            attached.append(load(model, path, f"adapter{number}", allow_other_base=allowed))
+            attached.append(load(model, saved, f"adapter{number}", allow_other_base=allowed))
         except LorafoldError as e:
             problems.append(str(e))
             continue
@@ -107,12 +108,12 @@ def read(base: Base, adapters: Sequence[str | Path]) -> Updates:
                 f"{kind} (at {at or 'the whole model'})" for kind, at in strange.items()
             )
             problems.append(
-                f"{path}: found {found}, expected updates that are added to a weight; this adapter"
+                f"{saved}: found {found}, expected updates that are added to a weight; this adapter"
                 " can't be composed with others"
             )
     if problems:
         raise LorafoldError("; ".join(problems))
-    return Updates(model, tuple(attached), names(adapters))
+    return Updates(model, tuple(attached), names([saved.path for saved in adapters]))
 
 
 def names(adapters: Sequence[str | Path]) -> tuple[str, ...]:

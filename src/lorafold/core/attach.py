@@ -21,7 +21,7 @@ from lorafold.core.base import Base
 from lorafold.core.delta import Delta
 from lorafold.core.layer import Layer, Over
 from lorafold.core.reading import NAMES
-from lorafold.core.selection import Entry, Loading, Selection
+from lorafold.core.selection import Loading, OnlyBlock, Selection
 from lorafold.core.selection import Origin as Origin
 from lorafold.core.served_weights import Read
 from lorafold.errors import LorafoldError
@@ -58,11 +58,7 @@ class Deltas(nn.ModuleDict):
     def state_dict(
         self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False
     ) -> Any:
-        """The deltas' tensors, without the base's own, which the state dict has already.
-
-        Args:
-            destination, prefix, keep_vars: as in `nn.Module.state_dict`.
-        """
+        """The deltas' tensors, without the base's own, which the state dict has already."""
         if _base_alone.get():
             return {} if destination is None else destination
         state = super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
@@ -207,7 +203,6 @@ def lay(
         module: the module; its class is swapped if it has no delta yet.
         layer_class: the layer that reads the module's storage.
         name: the name of the adapter that the delta belongs to.
-        selection: the selection of the model.
         site: the module path, which error messages name.
     """
     if not isinstance(module, Adapted):
@@ -271,7 +266,7 @@ class only:
                 f" {', '.join(sorted(carried)) or 'none'}"
             )
         self.selection, self.names = selection_of(model), names
-        self._entries: list[Entry] = []
+        self._entries: list[OnlyBlock] = []
 
     def __enter__(self) -> None:
         self._entries.append(self.selection.enter(self.names))

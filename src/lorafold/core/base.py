@@ -71,7 +71,6 @@ class Base(Layer):
         """Run a layer over this one where the model calls the module.
 
         Args:
-            layer: the layer, with deltas.
             *args, **kwargs: the inputs of the module's forward.
         """
         return layer(*args, **kwargs)

@@ -185,7 +185,6 @@ def put(delta: Delta, name: str, value: Tensor) -> None:
     """Set a tensor of a delta: in place if it keeps its shape, as a new tensor otherwise.
 
     Args:
-        delta: the delta that has the tensor.
         name: the dotted name of the tensor in the delta.
         value: the new values, of any shape.
     """

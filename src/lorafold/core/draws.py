@@ -25,7 +25,7 @@ from lorafold.core.selection import Draws, Selection
 BRANCH, SLOT = 32, 24  # the bits of a name: 23 row, 8 branch, 8 slot, 24 position
 
 
-class Site(NamedTuple):
+class DrawSite(NamedTuple):
     """What one draw follows from: the step's key, the names of the tokens (T,), and the number of
     the module that draws.
     """
@@ -63,19 +63,17 @@ def slots(names: Tensor, at: Tensor, k: int) -> Tensor:
     Args:
         names: of the tokens (T,).
         at: of each row its index (S,) in the tokens' experts (T, k).
-        k: the number of a token's experts.
     """
     return names[at // k] + (at % k << SLOT)
 
 
 def site_of(
     module: nn.Module, tokens: int, of: Callable[[Tensor], Tensor] | None = None
-) -> Site | None:
+) -> DrawSite | None:
     """What dropout in an adapted module follows from; None outside of `drawing`, and where what the
     module computes are not the tokens of the batch, as under a head that sees some of them alone.
 
     Args:
-        tokens: how many tokens it computes.
         of: makes of the tokens' names (T,) those of the rows of its input (S,).
     """
     if not isinstance(module, Adapted) or (draws := module.selection.draws) is None:
@@ -84,4 +82,4 @@ def site_of(
     if len(names) != tokens:
         return None
     names = names if of is None else of(names)
-    return Site(draws.key, names, crc32(module.site.encode()))
+    return DrawSite(draws.key, names, crc32(module.site.encode()))

@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorafold.core.replay import replayed
+from lorafold.core.recomputing import recomputed
 from lorafold.core.rounding import rounded
-from lorafold.core.scattered import scattered
+from lorafold.core.scatter_add import scatter_added
 from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
@@ -180,11 +180,9 @@ class Layer(ABC):
             x: the input (..., in).
             down: the down factor (r, in).
             up: the up factor (out, r), with every scale in it.
-            p: the probability of dropout.
         """
         u = self.op(self.drop(x, p), down)
         return F.linear(u, up.to(u.dtype))
-
 
     def built(
         self, x: Tensor, build: Callable[[Tensor], Tensor], onto: Tensor | None = None
@@ -206,7 +204,7 @@ class Layer(ABC):
             y = add(self.op(x, m), onto)
             return y if b is None else y + self.each(b).to(y.dtype)
 
-        return replayed(run, x, onto)
+        return recomputed(run, x, onto)
 
     def sparse(self, x: Tensor, values: Tensor, at: Tensor, onto: Tensor | None = None) -> Tensor:
         """The output (..., out) with values added at some entries of W.
@@ -217,7 +215,7 @@ class Layer(ABC):
             at: the ascending positions (k,) in the flattened W.
             onto: a tensor (..., out) that is added before a bias, or None.
         """
-        return self.built(x, lambda w: scattered(w, values, at), onto)
+        return self.built(x, lambda w: scatter_added(w, values, at), onto)
 
 
 class Upon(Layer):

@@ -38,9 +38,6 @@ class Matrices(nn.Module):
     ) -> Any:
         """The tensors of the deltas, under the parameter's name with an underscore behind it:
         transformers divides what it finds under that name itself, one for each expert.
-
-        Args:
-            destination, prefix, keep_vars: as in `nn.Module.state_dict`.
         """
         stored = f"{prefix.removesuffix('.')}{STORED}." if prefix else prefix
         return super().state_dict(destination=destination, prefix=stored, keep_vars=keep_vars)
@@ -81,8 +78,6 @@ def parameter_path(module: nn.Module, path: str, name: str) -> str:
     """The path of a parameter in the model.
 
     Args:
-        module: the module at the site.
-        path: the site.
         name: the parameter's name, "weight" or "bias".
     """
     if isinstance(module, Matrices):

@@ -72,7 +72,6 @@ def tower_linear(kind: str, model: nn.Module, is_linear: IsLinear) -> list[str]:
 
     Args:
         kind: what the towers take in: vision or audio.
-        is_linear: whether a module is linear.
     """
     return [
         f"{path}.{inner}"

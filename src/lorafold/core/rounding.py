@@ -64,15 +64,11 @@ def rounded(v: Tensor, dtype: torch.dtype) -> Tensor:
     )
 
 
-def generator_of(
-    seed: int, name: str, device: torch.device | str = "cpu"
-) -> torch.Generator:
+def generator_of(seed: int, name: str, device: torch.device | str = "cpu") -> torch.Generator:
     """The random generator of one tensor, which does not depend on the file it is stored in.
 
     Args:
         seed: the seed of the whole run.
-        name: the tensor's name.
-        device: the device of the generator.
     """
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
@@ -85,7 +81,6 @@ def stochastic(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Ten
 
     Args:
         x: fp32 or fp64, finite, of any shape.
-        dtype: the dtype to round to.
         generator: the source of one fp32 random number per value.
     """
     return _up_below(x.float(), dtype, torch.rand(x.shape, generator=generator))

@@ -27,7 +27,7 @@ from lorafold.errors import LorafoldError
 
 Names = tuple[str, ...]
 # the entries of `Selection.enter` that this thread or task is inside of
-_inside: ContextVar[frozenset[Entry]] = ContextVar("inside", default=frozenset())
+_inside: ContextVar[frozenset[OnlyBlock]] = ContextVar("inside", default=frozenset())
 
 
 @dataclass(eq=False)
@@ -55,7 +55,7 @@ class Draws:
     names: Tensor
 
 
-class Entry:
+class OnlyBlock:
     """One `with only(...)` block: the names that it set, and those that were active before it."""
 
     def __init__(self, names: Names, before: Names) -> None:
@@ -120,7 +120,7 @@ class Selection:
         self.loading: Loading | None = None
         self.referred: Names | None = None  # what the last reference of the model runs under
         self._lock = Lock()
-        self._entries: list[Entry] = []
+        self._entries: list[OnlyBlock] = []
         # what modules ran under that may be replayed, since the last replay without a record, and
         # whether such a replay came after it
         self._ran: set[Names] = set()
@@ -138,7 +138,7 @@ class Selection:
         """The files of the active adapters, lowest first."""
         return tuple(self.origins.setdefault(name, Origin(name)) for name in self.names)
 
-    def enter(self, names: Names) -> Entry:
+    def enter(self, names: Names) -> OnlyBlock:
         """Make these names the active ones, until `leave` with the entry that is returned.
 
         Raises LorafoldError within an entry of another thread or task.
@@ -151,13 +151,13 @@ class Selection:
                     f" {other} active; what is active belongs to the model, so enter one at a time"
                     " (a lock), or let lorafold.engine run requests under many adapters at once"
                 )
-            entry = Entry(names, self.names)
+            entry = OnlyBlock(names, self.names)
             self._entries.append(entry)
             self.names = names
         _inside.set(_inside.get() | {entry})
         return entry
 
-    def leave(self, entry: Entry) -> None:
+    def leave(self, entry: OnlyBlock) -> None:
         """Make active what was before the entry, which may be left in another order or thread."""
         with self._lock:
             at = self._entries.index(entry)

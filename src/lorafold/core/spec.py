@@ -72,7 +72,6 @@ class Spec(ABC):
         """Update the deltas after an optimizer step, whose gradients are still there.
 
         Args:
-            deltas: the adapter's deltas by module path.
             step: the number of the step, from 1.
             total: the number of steps of the run.
         """

@@ -52,9 +52,7 @@ def pattern_matches(pattern: str, path: str) -> bool:
 
 
 def match(
-    model: nn.Module,
-    targets: str | Sequence[str] | Matches,
-    is_linear: Callable[[nn.Module], bool],
+    model: nn.Module, targets: str | Sequence[str] | Matches, is_linear: Callable[[nn.Module], bool]
 ) -> Matches:
     """Resolve targets to module paths.
 
@@ -62,7 +60,6 @@ def match(
 
     Args:
         targets: a preset, a regular expression, or names; matches are returned as they are.
-        is_linear: whether a module is linear.
     """
     if isinstance(targets, Matches):
         return targets
@@ -96,7 +93,6 @@ def no_match(pattern: str, model: nn.Module, is_linear: Callable[[nn.Module], bo
 
     Args:
         model: the model, whose linears, embeddings and convolutions with similar names are listed.
-        is_linear: whether a module is linear.
     """
     names = sorted(
         {

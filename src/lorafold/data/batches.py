@@ -37,7 +37,6 @@ class Batches(Sequence[list[int]]):
             parts: The number of examples, or that of each source with its weight.
             batch: Examples of an optimizer step.
             steps: The number of optimizer steps.
-            seed: The seed of the shuffles.
         """
         self._parts = [Part(parts)] if isinstance(parts, int) else list(parts)
         self._taken = [epoch_size([part]) for part in self._parts]
@@ -59,9 +58,7 @@ class Batches(Sequence[list[int]]):
         if not 0 <= index < self._steps:
             raise IndexError(index)
         size, start = sum(self._taken), index * self._batch
-        return [
-            int(self._order(at // size)[at % size]) for at in range(start, start + self._batch)
-        ]
+        return [int(self._order(at // size)[at % size]) for at in range(start, start + self._batch)]
 
     def _epoch(self, epoch: int) -> Array:
         """The indices of an epoch's examples in the order of training, (size,)."""
@@ -101,9 +98,7 @@ def split(rows: Sequence[Row], fraction: float, seed: int) -> tuple[Rows, Rows]:
     than two rows to split.
 
     Args:
-        rows: The user's rows.
         fraction: The share of the rows to hold out, from 0 to 1.
-        seed: The seed of the choice.
     """
     rows = Rows.of(rows)
     if not fraction:

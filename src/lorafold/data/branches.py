@@ -128,7 +128,6 @@ class Branches(Encoder):
         """(ids, starts, spans, problem) of one example.
 
         Args:
-            one: The prompt and the completions.
             documents: What each completion gave: its entries in the table of `Completions`.
         """
         problem = ""

@@ -15,10 +15,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafold.data.forms import ASKED, attempt, call, form_of
 from lorafold.data.grammar import NAMES, Grammar, Pairs, grammar_of, special_words
 from lorafold.data.messages import Tool, tool_problems
 from lorafold.data.reasoning import block_of
+from lorafold.data.template_forms import ASKED, attempt, call, form_of
 from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
@@ -102,9 +102,7 @@ def _json(text: str, at: int, name: str) -> tuple[dict[str, Any], int]:
     return found, end
 
 
-def _pairs(
-    text: str, at: int, pairs: Pairs, types: dict[str, str]
-) -> tuple[dict[str, Any], int]:
+def _pairs(text: str, at: int, pairs: Pairs, types: dict[str, str]) -> tuple[dict[str, Any], int]:
     """The keys and values from a character on, and where they end."""
     found: dict[str, Any] = {}
     opening, ending = (re.escape(quote) for quote in pairs.quotes)

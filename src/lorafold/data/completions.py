@@ -1,12 +1,12 @@
 """The encoder of conversations, prompts with completions, and plain text: token ids, and the spans
 of tokens to train on.
 
-A row has one example, or several (`data.trained`). A text is tokenized once. If a token would span
-the border between a prompt and its turn, the turn has an example of its own, which is tokenized in
-two pieces, so that the ids before the turn are the ones that generation sees. To tell, the end of
-the prompt is tokenized alone, from its last added token on: tokenizers split a text at added tokens
-before all else, so what comes before has the same ids in both. That end is mostly the opening of an
-assistant turn, and is tokenized once for all rows.
+A row has one example, or several (`data.trained_spans`). A text is tokenized once. If a token would
+span the border between a prompt and its turn, the turn has an example of its own, which is
+tokenized in two pieces, so that the ids before the turn are the ones that generation sees. To tell,
+the end of the prompt is tokenized alone, from its last added token on: tokenizers split a text at
+added tokens before all else, so what comes before has the same ids in both. That end is mostly the
+opening of an assistant turn, and is tokenized once for all rows.
 """
 
 from bisect import bisect_left
@@ -152,8 +152,11 @@ class Completions(Encoder):
             apart.append(Piece(piece.row))
             apart[-1].ids, apart[-1].spans = in_pieces(cut, self.tokenizer)
         if together or not apart:
-            ends = [tuple(first_token(encoding, at, text) for at in span) for span in together]
-            apart.append(Piece(piece.row, ids=ids, spans=[(a, b) for a, b in ends]))
+            spans = [
+                (first_token(encoding, a, text, spaced=True), first_token(encoding, b, text))
+                for a, b in together
+            ]
+            apart.append(Piece(piece.row, ids=ids, spans=spans))
         apart[0] = replace(apart[0], left_out=piece.left_out, hidden=piece.hidden)
         return apart
 
@@ -182,20 +185,22 @@ def identity_of(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
     }
 
 
-def first_token(encoding: "Encoding", character: int, text: str) -> int:
+def first_token(encoding: "Encoding", character: int, text: str, spaced: bool = False) -> int:
     """The first token that starts at or after a character.
 
     Args:
         encoding: Of the text.
         character: Its number, from 0.
-        text: What was tokenized.
+        spaced: A token with the character counts that has nothing but white space before it.
     """
     if character >= len(text):
         return len(encoding)
     at = encoding.char_to_token(character)
     if at is None:  # no token has this character
         return bisect_left([start for start, _ in encoding.offsets], character)
-    while at < len(encoding) and start_of(encoding, at) < character:
+    while at < len(encoding) and (start := start_of(encoding, at)) < character:
+        if spaced and not text[start:character].strip():
+            break
         at += 1  # the token spans the border
     return at
 
@@ -207,15 +212,19 @@ def start_of(encoding: "Encoding", token: int) -> int:
     return characters[0]
 
 
-def in_pieces(
-    rendered: Rendered, tokenizer: "PreTrainedTokenizerBase"
-) -> tuple[list[int], Spans]:
+def in_pieces(rendered: Rendered, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], Spans]:
     """(token ids, trained spans of tokens) of a text with one turn, cut where the turn begins."""
     [border] = rendered.turns
     ids, starts = tokens_of(rendered.text[:border], tokenizer)
     rest, rest_starts = tokens_of(rendered.text[border:], tokenizer, border)
     ids, starts = ids + rest, [min(start, border - 1) for start in starts] + rest_starts
-    return ids, [(bisect_left(starts, a), bisect_left(starts, b)) for a, b in rendered.spans]
+    spans = []
+    for a, b in rendered.spans:
+        first = bisect_left(starts, a)
+        before = starts[first - 1] if first and starts[first : first + 1] != [a] else border - 1
+        inside = before >= border and not rendered.text[before:a].strip()
+        spans.append((first - inside, bisect_left(starts, b)))
+    return ids, spans
 
 
 def tokens_of(
@@ -224,7 +233,6 @@ def tokens_of(
     """(token ids, the character at which each starts).
 
     Args:
-        text: What to tokenize.
         tokenizer: A fast tokenizer.
         at: The number of the text's first character.
     """

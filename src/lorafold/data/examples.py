@@ -84,8 +84,8 @@ class Report:
             )
         if self.reasoning_hidden:
             text += (
-                f"\nthe reasoning of {self.reasoning_hidden} assistant turns is not trained on: the"
-                " chat template leaves it out"
+                f"\n{self.reasoning_hidden} assistant turns are trained on without their reasoning,"
+                " or without what they say beside a call: the chat template leaves it out"
             )
         return text
 
@@ -176,7 +176,6 @@ def encoded(table: "pa.Table", rows: Rows, max_length: int) -> Encoded:
     """The examples of a table that `Completions` made.
 
     Args:
-        table: The ids and spans.
         rows: What it was made of.
         max_length: Longer rows are cut to this many tokens, at their end.
 
@@ -214,7 +213,6 @@ def encode_row(
     """The examples of one row, whole, and how many of its turns are left out or lack reasoning.
 
     Args:
-        row: A checked row.
         tokenizer: A fast tokenizer with a chat template.
         rendering: What of a conversation is trained on.
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from lorafold.data.forms import ASKED, KNOWN, attempt, call, common, form_of, template_of
 from lorafold.data.messages import Message
 from lorafold.data.reasoning import block_of
+from lorafold.data.template_forms import ASKED, KNOWN, attempt, call, common, form_of, template_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

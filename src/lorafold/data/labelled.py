@@ -167,8 +167,6 @@ def encode_labelled(
     whose text has no token.
 
     Args:
-        rows: Rows of text and label.
-        tokenizer: The model's tokenizer.
         max_length: Longer rows are cut to this many tokens, at their end.
         classes: The classes; a class's number is its index.
         console: For progress; None is quiet.
@@ -184,7 +182,6 @@ def labelled(
     """The examples of a table that `Labels` made.
 
     Args:
-        table: The ids and classes.
         rows: What it was made of.
         max_length: Longer rows are cut to this many tokens, at their end.
         classes: The classes, by number.
@@ -208,8 +205,6 @@ def preview_labelled(
     """Return the example's text as the model sees it and, in ⟦ ⟧, the class to predict.
 
     Args:
-        example: The tokenized row.
-        tokenizer: The tokenizer that made it.
         classes: The classes, by number.
     """
     from rich.text import Text

@@ -30,8 +30,6 @@ def list_problems(name: str, value: Any, of: str) -> Iterator[str]:
     """What is wrong with a field that has to be a list with something in it.
 
     Args:
-        name: The field.
-        value: What it holds.
         of: What the list is expected to hold, for the message.
     """
     if not isinstance(value, list) or not value:

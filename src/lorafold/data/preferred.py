@@ -29,10 +29,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedTokenizerBase
 
-EXAMPLES: dict[str, type[BranchedExamples]] = {
-    PAIRS: BranchedExamples,
-    JUDGED: MismatchedExamples,
-}
+EXAMPLES: dict[str, type[BranchedExamples]] = {PAIRS: BranchedExamples, JUDGED: MismatchedExamples}
 
 
 @dataclass(frozen=True)
@@ -131,9 +128,7 @@ def preferred(table: "pa.Table", rows: Rows, max_length: int, kind: str) -> Pref
     return PreferredData(examples, report, parts_of(examples.rows, rows.parts))
 
 
-def refuse_cut(
-    table: "pa.Table", examples: BranchedExamples, max_length: int, cut: Array
-) -> None:
+def refuse_cut(table: "pa.Table", examples: BranchedExamples, max_length: int, cut: Array) -> None:
     """Raise LorafoldError for rows of which nothing is left to compare.
 
     Args:

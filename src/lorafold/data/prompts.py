@@ -19,10 +19,10 @@ from lorafold.data.messages import (
     tool_problems,
     tools_of,
 )
+from lorafold.data.omissions import check_able, check_shown
 from lorafold.data.references import reference_of
 from lorafold.data.render import render
 from lorafold.data.shapes import CONVERSATIONS, PLAIN_TEXT, SHAPES, Shape, shape_of
-from lorafold.data.shown import check_able, check_shown
 from lorafold.data.sources import Row
 from lorafold.errors import LorafoldError
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from lorafold.data.forms import ASKED, KNOWN, Form, attempt, common, form_of, template_of
+from lorafold.data.template_forms import ASKED, KNOWN, Form, attempt, common, form_of, template_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,13 +26,21 @@ class Block:
     """What stands before and after the reasoning of a turn, without surrounding whitespace.
 
     `shown` is whether the chat template shows the reasoning of the last turn, `spaced` whether the
-    whitespace after the closing belongs to the block.
+    whitespace after the closing belongs to the block; `lead` and `between` are what stands before
+    the reasoning and behind it, the opening left out.
     """
 
     opening: str
     closing: str
     shown: bool
-    spaced: bool = True
+    spaced: bool
+    lead: str
+    between: str
+
+    @classmethod
+    def of_tags(cls, opening: str, closing: str) -> "Block":
+        """The block of a template that shows no reasoning, with tags on lines of their own."""
+        return cls(opening, closing, False, True, "\n", f"\n{closing}\n\n")
 
     def end(self, text: str, prompt: str) -> int:
         """The length of the block at the beginning of a turn, with whitespace after it; 0 without
@@ -59,7 +67,7 @@ def block_of(tokenizer: "PreTrainedTokenizerBase") -> Block:
 
 @lru_cache(maxsize=KNOWN)
 def _block_of(template: str, tokenizer: "PreTrainedTokenizerBase") -> Block:
-    usual = Block("<think>", "</think>", False)
+    usual = Block.of_tags("<think>", "</think>")
     form = Form(parts=form_of(tokenizer).parts)
     said = {"role": "assistant", "content": WORD}
     texts = [
@@ -74,12 +82,12 @@ def _block_of(template: str, tokenizer: "PreTrainedTokenizerBase") -> Block:
     if opened := OPENED.search(header):
         header = header[: opened.start()]
     thoughtful, plain = (text[len(header) :] for text in texts)
-    block = (
-        thoughtful.removesuffix(plain)
-        if plain and thoughtful.endswith(plain) and THOUGHT in thoughtful.removesuffix(plain)
-        else thoughtful.partition(WORD)[0]
-    )
-    opening, _, closing = block.partition(THOUGHT)
-    if not opening.strip() or not closing.strip():
-        return usual
-    return Block(opening.strip(), closing.strip(), True, closing != closing.rstrip())
+    # the answer may have a header of its own, which belongs to no block
+    without = thoughtful.removesuffix(plain) if plain else thoughtful
+    for block in (without, thoughtful.partition(WORD)[0]):
+        opening, _, closing = block.partition(THOUGHT)
+        if opening.strip() and closing.strip() and WORD not in block:
+            lead = opening[len(opening.rstrip()) :]
+            spaced = closing != closing.rstrip()
+            return Block(opening.strip(), closing.strip(), True, spaced, lead, closing)
+    return usual

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 from lorafold.data.conversations import Conversation
+from lorafold.data.omissions import check_able, check_shown
 from lorafold.data.reasoning import block_of
-from lorafold.data.shown import check_able, check_shown
-from lorafold.data.trained import Drawing
+from lorafold.data.trained_spans import Drawing
 from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
@@ -61,7 +61,6 @@ def without_reasoning(text: str, prompt: str, tokenizer: "PreTrainedTokenizerBas
     """A completion without the block of reasoning that it begins with, if it has one.
 
     Args:
-        text: The completion.
         prompt: The prompt that it completes, which may open the block.
         tokenizer: Its chat template says how reasoning is enclosed.
     """
@@ -76,7 +75,6 @@ def reference_of(
     """The prompt of one assistant turn, and the turn.
 
     Args:
-        conversation: Has the turn.
         last: The turn's index, from 1.
         tokenizer: With the chat template.
 

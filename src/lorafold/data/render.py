@@ -3,19 +3,19 @@
     render(messages, tokenizer, for_generation=True, tools=tools)     one text
     prompts(rows, tokenizer)                                          (prompt, reference) of rows
 
-`data.trained` finds what of a conversation is trained on.
+`data.trained_spans` finds what of a conversation is trained on.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lorafold.data.forms import NONE, apply, form_of
 from lorafold.data.messages import Message, Tool
 from lorafold.data.references import references
 from lorafold.data.shapes import CONVERSATIONS
 from lorafold.data.sources import Row
 from lorafold.data.stored import Rows
-from lorafold.data.trained import Rendered, Rendering, Trained, render_trained
+from lorafold.data.template_forms import NONE, apply, form_of
+from lorafold.data.trained_spans import Rendered, Rendering, Trained, render_trained
 from lorafold.errors import LorafoldError
 from lorafold.models.joined import opening
 

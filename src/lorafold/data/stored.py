@@ -161,13 +161,10 @@ class Rows(Sequence[Row]):
         """Whether the rows of the first source give this, a key of `Shape.gives`."""
         return any(shape is not None and what in shape.gives for shape in self.shapes[:1])
 
-    def given(
-        self, what: str, some: Sequence[Row] | None = None, first: int = 0
-    ) -> list[Any]:
+    def given(self, what: str, some: Sequence[Row] | None = None, first: int = 0) -> list[Any]:
         """What the shapes of the rows give, a key of `Shape.gives` that all have.
 
         Args:
-            what: The key.
             some: Some of the rows, as they follow each other; None takes all.
             first: The index of the first of them.
         """

@@ -10,7 +10,7 @@ resumed reads the rows of the steps before and leaves them out.
 """
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -30,7 +30,7 @@ PEEKED = 100  # rows that are looked at before a run starts
 
 
 @dataclass(frozen=True)
-class Stream:
+class RowStream:
     """Sources that are read row by row, and the names that keys have in them."""
 
     sources: tuple[Source, ...]
@@ -102,13 +102,13 @@ class Stream:
                 yield f"{source.name}: row {numbers[0]}", row, shape
 
 
-def stream_of(sources: str | Sequence[str], columns: Mapping[str, str] | None = None) -> Stream:
+def stream_of(sources: str | Sequence[str], columns: Mapping[str, str] | None = None) -> RowStream:
     """The stream of one or several sources, as `read_rows` names them.
 
     Raises LorafoldError if the first rows of a source can't be read.
     """
     named = [sources] if isinstance(sources, str) else sources
-    stream = Stream(tuple(map(source_from, named)), columns or {})
+    stream = RowStream(tuple(map(source_from, named)), columns or {})
     stream.ignored()
     return stream
 
@@ -120,38 +120,34 @@ class StreamFeed(Feed):
 
     def __init__(
         self,
-        stream: Stream,
+        rows: Callable[[int], Iterator[Named]],
         encoder: Encoder,
         max_length: int,
         batch: int,
         steps: int,
         seed: int,
-        buffer: int,
     ) -> None:
         """Read nothing yet.
 
         Args:
-            stream: The rows.
-            encoder: Makes examples of them.
+            rows: All rows without end, in the order of a seed, as `Stream.rows` gives them.
             max_length: Longer examples are cut to this many tokens, at their end.
             batch: Rows of an optimizer step.
             steps: The number of optimizer steps.
             seed: The seed of the order.
-            buffer: The rows among which the next one is drawn.
         """
-        self.steps = steps
-        self._stream, self._encoder, self._max_length = stream, encoder, max_length
-        self._batch, self._seed, self._buffer = batch, seed, buffer
+        self.steps, self._rows, self._encoder = steps, rows, encoder
+        self._max_length, self._batch, self._seed = max_length, batch, seed
         self._read = self._cut = self._unlabelled = 0
 
     def after(self, step: int) -> Iterator[Sequence[Any]]:
         self._read = self._cut = self._unlabelled = 0
-        rows = islice(self._stream.rows(self._seed, self._buffer), step * self._batch, None)
+        rows = islice(self._rows(self._seed), step * self._batch, None)
         for _ in range(step, self.steps):
             yield self._examples(rows, self._batch)
 
     def drawn(self, n: int, size: int, seed: int) -> Iterator[Sequence[Any]]:
-        rows = self._stream.rows(seed, self._buffer)
+        rows = self._rows(seed)
         for _ in range(n):
             yield self._examples(rows, size)
 

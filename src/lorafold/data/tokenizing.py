@@ -60,7 +60,6 @@ class Encoder(ABC):
 
         Args:
             given: What the shape of each row gives, as `takes` names it.
-            first: The index.
         """
 
 
@@ -68,7 +67,6 @@ def tokenized(rows: Rows, encoder: Encoder, console: "Console | None" = None) ->
     """Return the table of all examples, in the order of the rows.
 
     Args:
-        encoder: What makes examples of them.
         console: For a progress bar and a notice of how much is written; None is quiet.
 
     Raises LorafoldError for rows of other shapes than the encoder takes, for rows with problems
@@ -133,9 +131,7 @@ def numbered(rows: Iterable[Any]) -> Chunks:
     return ((i * CHUNK, chunk) for i, chunk in enumerate(in_chunks(rows)))
 
 
-def _encoded(
-    rows: Rows, encoder: Encoder, first: int, chunk: Sequence[Row]
-) -> "pa.RecordBatch":
+def _encoded(rows: Rows, encoder: Encoder, first: int, chunk: Sequence[Row]) -> "pa.RecordBatch":
     return encoder.encode(rows.given(encoder.takes, chunk, first), first)
 
 

@@ -21,7 +21,6 @@ def slow(
     """The sentences that hold here, the weightiest first.
 
     Args:
-        h: The machine.
         pages: To whom the kernel gives huge pages: always, madvise or never, or None.
         threads: The environment variables that limit threads.
         untuned: Is the tuning of training processes switched off?

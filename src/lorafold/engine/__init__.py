@@ -2,5 +2,6 @@
 
 from lorafold.engine.engine import Engine
 from lorafold.engine.request import Ended, Request, Sampling, Stream, Token
+from lorafold.engine.settings import EngineSettings
 
-__all__ = ["Ended", "Engine", "Request", "Sampling", "Stream", "Token"]
+__all__ = ["Ended", "Engine", "EngineSettings", "Request", "Sampling", "Stream", "Token"]

@@ -1,7 +1,7 @@
 """An adapter's files, verified, and the adapter as the engine holds it.
 
-    entry = Entry("sft", path, Reader(model).identities(path), generation)
-    held = Reader(model).read(entry)        # Held: factors of products, and deltas of other kinds
+    entry = KnownAdapter("sft", path, Reader(model).identities(path), generation)
+    held = Reader(model).read(entry)        # factors of products, and deltas of other kinds
 
 What is read is what was verified: each file is read once, into memory, and its bytes are digested
 and interpreted, with all the checks of `lorafold.adapter.load`. That happens for a shadow of the
@@ -35,7 +35,7 @@ from lorafold.methods.parts.extras import vocabulary
 from lorafold.methods.parts.token_rows import TokenRows
 from lorafold.models.weights import ModelWeights
 from lorafold.peft.config import CONFIG
-from lorafold.peft.directory import FILES
+from lorafold.peft.saved import FILES
 from lorafold.peft.stack import beside, digest_of, not_found, parse
 
 # Products of a larger rank take longer than the base's own, whose rows they would all have to pad
@@ -43,7 +43,7 @@ RANK = 64
 
 
 @dataclass(frozen=True)
-class Entry:
+class KnownAdapter:
     """An adapter that the engine knows: its name, its directory, the identities of what is read
     for it, which are those of the adapters below, the lowest first, and its own, and the number of
     the call that made it known. Others under the same name are another entry. One that is attached
@@ -79,14 +79,14 @@ class Factors:
 
 
 @dataclass(frozen=True, eq=False)
-class Held:
+class LoadedAdapter:
     """An adapter in memory.
 
     `factors` are by the index of the shape, and `products` are the paths that they change. `deltas`
     are all others, by path. If `apart` is set, rows of this adapter can't share a pass with others.
     """
 
-    entry: Entry
+    entry: KnownAdapter
     factors: Mapping[int, Factors]
     products: frozenset[str]
     deltas: Mapping[str, Delta]
@@ -156,7 +156,7 @@ class Reader:
         self.base = ModelWeights(self.shadow)
         self._one = threading.Lock()  # random numbers are the process's
 
-    def read(self, entry: Entry) -> Held:
+    def read(self, entry: KnownAdapter) -> LoadedAdapter:
         """Read and check an adapter. Raises LorafoldError if its files are not what the entry says,
         or do not fit the model.
         """
@@ -210,11 +210,12 @@ class Reader:
         return {path: own[0] if len(own) == 1 else Stack(own) for path, own in parts.items()}
 
     @torch.no_grad()
-    def held(self, entry: Entry, deltas: Mapping[str, Delta], vocabulary: int | None) -> Held:
+    def held(
+        self, entry: KnownAdapter, deltas: Mapping[str, Delta], vocabulary: int | None
+    ) -> LoadedAdapter:
         """An adapter as the engine holds it.
 
         Args:
-            entry: what it is known as.
             deltas: its deltas by module path.
             vocabulary: the size of the vocabulary with its new tokens, or None.
         """
@@ -232,7 +233,7 @@ class Reader:
         }
         kept = {id(t): t.nbytes for d in others.values() for t in (*d.parameters(), *d.buffers())}
         nbytes = sum(f.down.nbytes + f.up.nbytes for f in factors.values()) + sum(kept.values())
-        return Held(entry, factors, frozenset(pairs), others, apart, vocabulary, nbytes)
+        return LoadedAdapter(entry, factors, frozenset(pairs), others, apart, vocabulary, nbytes)
 
     def _low_rank(self, path: str, delta: Delta) -> tuple[Tensor, Tensor] | None:
         found = delta.factors() if path in self.structure.where else None

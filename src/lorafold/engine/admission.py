@@ -40,10 +40,3 @@ def check(
         wrong.append("stop: found a text, expected none, since the engine has no tokenizer")
     if wrong:
         raise LorafoldError("; ".join(wrong))
-
-
-def sized(**sizes: tuple[int, int]) -> None:
-    """Raise LorafoldError for sizes of an engine that are too small: (what it is, the least)."""
-    wrong = [f"{name}: found {n}, expected {m} or more" for name, (n, m) in sizes.items() if n < m]
-    if wrong:
-        raise LorafoldError(f"engine: {'; '.join(wrong)}")

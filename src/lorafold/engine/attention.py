@@ -26,12 +26,7 @@ def slot_mask(
     q_length: int,
     kv_length: int,
     q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    use_vmap: bool = False,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
     **protocol: Any,
 ) -> Tensor | None:
     """The mask (B, 1, T, K) that is added to the scores, where the offset has a number for each
@@ -41,56 +36,48 @@ def slot_mask(
         batch_size: B, the number of rows.
         q_length, kv_length: T and K, the numbers of queries and keys.
         q_offset: the position of the first query, one for each row (B,).
-        kv_offset: the position of the first key.
         mask_function: called as mask_function(b, head, i, j) on index tensors, it tells whether
             query i of row b may see key j.
-        attention_mask: (B, K), False at padding; None if there is none.
-        use_vmap: whether mask_function takes single numbers only.
-        device: the device of the mask.
-        dtype: the dtype of the mask.
-        protocol: arguments for other masks.
+        protocol: the position of the first key (`kv_offset`), padding (`attention_mask`), whether
+            mask_function takes single numbers only (`use_vmap`), the device and the dtype of the
+            mask, and what other masks take.
     """
     if not isinstance(q_offset, Tensor) or q_offset.dim() == 0:
-        offset: Any = q_offset
-        return sdpa_mask(
-            batch_size, q_length, kv_length, q_offset=offset, kv_offset=kv_offset,
-            mask_function=mask_function, attention_mask=attention_mask, use_vmap=use_vmap,
-            device=device, **(protocol | {"allow_is_causal_skip": False}),
-        )  # fmt: skip
-    if use_vmap or attention_mask is not None:
+        others: dict[str, Any] = protocol | {"q_offset": q_offset, "allow_is_causal_skip": False}
+        return sdpa_mask(batch_size, q_length, kv_length, mask_function=mask_function, **others)
+    if protocol.get("use_vmap") or protocol.get("attention_mask") is not None:
         raise NotImplementedError("a mask that is no predicate on the positions of all rows")
+    device, kv_offset = protocol.get("device", "cpu"), protocol.get("kv_offset", 0)
     b = torch.arange(batch_size, device=device)[:, None, None, None]
     i = (q_offset[:, None] + torch.arange(q_length, device=device))[:, None, :, None]
     j = torch.arange(kv_offset, kv_offset + kv_length, device=device)[None, None, None]
     seen = mask_function(b, torch.zeros_like(b), i, j)
-    return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
+    masked = torch.zeros(seen.shape, dtype=protocol.get("dtype", torch.float32), device=device)
+    return masked.masked_fill_(~seen, float("-inf"))
 
 
-def slot_attention(
-    operations: Operations,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **protocol: Any,
-) -> tuple[Tensor, None]:
-    """Compute attention (B, T, H, Dv); a function of transformers' attention protocol.
-
-    Args:
-        operations: what computes it.
-        module: the attention module.
-        query, key, value: (B, H, T, D), (B, Hk, K, D) and (B, Hk, K, Dv).
-        attention_mask: a mask (B, 1, T, K) that is added to the scores, a boolean one, or None.
-        dropout: not used, since nothing trains here.
-        scaling: the factor of the scores; None: D^-0.5.
-        protocol: softcap, sinks and position bias, which the general attention computes.
+def slot_attention(operations: Operations) -> Callable[..., tuple[Tensor, None]]:
+    """A function of transformers' attention protocol, which computes (B, T, H, Dv) of query
+    (B, H, T, D), key (B, Hk, K, D) and value (B, Hk, K, Dv), under a mask (B, 1, T, K) that is
+    added to the scores, a boolean one, or none. The general attention computes what has a softcap,
+    sinks or a position bias. Nothing trains here, so that nothing is dropped.
     """
-    special = any(protocol.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
-    if attention_mask is None or attention_mask.dtype == torch.bool or special:
-        return attend(module, query, key, value, attention_mask, 0.0, scaling, **protocol)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    mask = attention_mask[..., : key.shape[2]]
-    return operations.attend(query, key, value, mask, scale), None
+
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        **protocol: Any,
+    ) -> tuple[Tensor, None]:
+        special = any(protocol.get(n) is not None for n in ("softcap", "s_aux", "position_bias"))
+        if attention_mask is None or attention_mask.dtype == torch.bool or special:
+            others = protocol | {"dropout": 0.0}
+            return attend(module, query, key, value, attention_mask, scaling, **others)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        mask = attention_mask[..., : key.shape[2]]
+        return operations.attend(query, key, value, mask, scale), None
+
+    return attention

@@ -15,27 +15,30 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
 from lorafold.core.attach import only
 from lorafold.core.evaluating import evaluation_mode
-from lorafold.engine.adapters import Entry, Reader, attached, parts_of
-from lorafold.engine.admission import check, sized
-from lorafold.engine.fast import fast as faster
+from lorafold.engine.adapters import KnownAdapter, Reader, attached, parts_of
+from lorafold.engine.admission import check
+from lorafold.engine.fast_path import fast_path
 from lorafold.engine.grammar import Grammars
 from lorafold.engine.loop import Loop
+from lorafold.engine.model_state import greedy, taken, untrained
 from lorafold.engine.operations import Operations, available
 from lorafold.engine.request import Request, Stream
 from lorafold.engine.residency import Residency
 from lorafold.engine.row import Row
 from lorafold.engine.runner import Runner, SlotRunner
 from lorafold.engine.scheduler import Scheduler
-from lorafold.engine.setting import greedy, taken, untrained
+from lorafold.engine.settings import EngineSettings
+from lorafold.engine.slots import SlotCache
 from lorafold.engine.solo import SoloRunner
 from lorafold.engine.structure import Structure, slotted, structure_of
 from lorafold.errors import LorafoldError
@@ -46,7 +49,7 @@ from lorafold.methods.parts.extras import vocabulary
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-LONGEST = 2048  # tokens of a request, unless more are asked for
+DEFAULT = EngineSettings()
 
 
 class Engine:
@@ -55,84 +58,49 @@ class Engine:
     the model belong to the base, others can be adopted.
 
     Args:
-        model: a causal language model.
         tokenizer: for the texts of events and for stop texts; None: tokens only.
-        slots: how many requests run at a time.
-        length: the most tokens of a request (None: what the model has positions for, at most
-            LONGEST).
-        chunk: the most tokens of a prompt that are read in one pass.
-        budget: the most tokens of prompts that are read in a step.
-        adapter_bytes: the most bytes of adapters in memory, or None.
-        fast: replace parts of the model by faster ones that compute the same (`engine.fast`); the
-            matrices then take their memory twice.
-        beyond: accept a length beyond the positions that the model was made for.
-        invariant: keep the shapes of all passes the same, so that a request's logits are the same
-            bits whatever shares the batch, without the faster parts (experts: one at a time).
-        prefix_reuse: start from what a request of the same tenant and adapter left in a slot, where
-            the prompt begins the same; never where `invariant`.
-        strikes: requests that fail by logits that are not finite before an adapter is refused.
-        tenant_slots: how many requests of a tenant run at a time, as `Scheduler` has it.
-        weights: the shares of tenants in what is computed; 1 for one that is not named.
-        allow_other_base: accept adapters that were trained on another base.
+        settings: what it holds, how it computes, and what it refuses.
+        changes: settings by name, in place of those.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        *,
-        slots: int = 16,
-        length: int | None = None,
-        chunk: int = 256,
-        budget: int = 512,
-        adapter_bytes: int | None = None,
-        fast: bool = True,
-        beyond: bool = False,
-        invariant: bool = False,
-        prefix_reuse: bool = True,
-        strikes: int = 3,
-        tenant_slots: int | None = None,
-        weights: Mapping[str, float] | None = None,
-        allow_other_base: bool = False,
+        settings: EngineSettings = DEFAULT,
+        **changes: Any,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         config = model.config.get_text_config()
-        positions = getattr(config, "max_position_embeddings", None) or LONGEST
-        self.length = min(positions, LONGEST) if length is None else length
-        sized(slots=(slots, 1), length=(self.length, 2), chunk=(chunk, 2),
-              tenant_slots=(tenant_slots or 1, 1))  # fmt: skip
-        if self.length > positions and not beyond:
-            told = f"length: found {self.length}, expected at most {positions} positions"
-            raise LorafoldError(f"engine: {told}")
-        chunk = min(chunk, self.length)
+        positions = getattr(config, "max_position_embeddings", None)
+        settings, self.length = replace(settings, **changes).fitted(positions)
         with ExitStack() as stack:
             for own in (taken(model), evaluation_mode(model), untrained(model), considerate()):
                 stack.enter_context(own)
             self.structure: Structure = structure_of(model)
             dtype = model.dtype if model.dtype.is_floating_point else torch.bfloat16
-            self._reader = Reader(model, self.structure, dtype, allow_other_base)
+            self._reader = Reader(model, self.structure, dtype, settings.allow_other_base)
             if self.slotted:
-                fast = fast and not invariant
-                operations = available(model.device.type) if fast else Operations()
+                slots, columns = settings.slots, self.length + settings.chunk  # padding is written
+                operations = available(model.device.type) if settings.fast else Operations()
                 stack.enter_context(slotted(model, operations))
-                self._runner: Runner = SlotRunner(
-                    model, self.structure, operations, slots, self.length, chunk, invariant,
-                    prefix_reuse, fast,
-                )  # fmt: skip
-                if fast:
-                    laid = self._runner.laid
-                    stack.enter_context(faster(model, self.structure, laid, operations, slots))
+                cache = SlotCache(slots, columns, operations, whole=settings.invariant)
+                self._runner: Runner = SlotRunner(model, self.structure, cache, settings)
+                if settings.fast:
+                    deltas = self._runner.deltas
+                    stack.enter_context(fast_path(model, self.structure, deltas, operations, slots))
             else:
                 stack.enter_context(greedy(model))
-                self._runner, chunk = SoloRunner(model, self.structure), self.length
+                self._runner = SoloRunner(model, self.structure)
+                settings = replace(settings, slots=1, chunk=self.length)
             self._stack = stack.pop_all()
-        below = vocabulary(model, parts_of(attached(model, self._runner.laid.base)))
+        below = vocabulary(model, parts_of(attached(model, self._runner.deltas.base)))
         self.vocabulary: int = max(config.vocab_size, below or 0)
-        sizes = self._runner.slots, chunk, budget
-        single = invariant and self.structure.routed
-        self._scheduler = Scheduler(*sizes, invariant, single, tenant_slots, weights)
+        self._scheduler = Scheduler(settings, settings.invariant and self.structure.routed)
         self._wake, self._lock = threading.Event(), threading.RLock()
-        self.adapters = Residency(self._reader, adapter_bytes, self._wake.set, strikes)
+        self.adapters = Residency(
+            self._reader, settings.adapter_bytes, self._wake.set, settings.strikes
+        )
         self._loop = Loop(self._runner, self._scheduler, self.adapters, self._gone)
         self._rows: dict[str, Row] = {}
         self._grammars = Grammars(tokenizer, self.vocabulary)
@@ -152,16 +120,15 @@ class Engine:
         what they have. Raises LorafoldError if it can't be read (if it waits).
 
         Args:
-            name: the name for requests.
-            path: the adapter's directory.
-            stack: what is read for it has to be this, where that is known, as `Entry` has it.
+            stack: what is read for it has to be this, where that is known, as `KnownAdapter` has
+                it.
             wait: return when it is in memory, or at once.
         """
         future = self.adapters.load(name, path, stack)
         if wait:
             future.result()
 
-    def verify(self, entry: Entry) -> None:
+    def verify(self, entry: KnownAdapter) -> None:
         """Read and check an adapter as `load` does, and keep nothing. Any thread may call it."""
         self._reader.read(entry)
 
@@ -170,11 +137,10 @@ class Engine:
         Raises LorafoldError for one that is not there, or is active and belongs to the base.
 
         Args:
-            name: the name for requests.
             on_model: their names on the model, the lowest first.
         """
         only(self.model, *on_model)  # they are there
-        if both := ", ".join(sorted(set(on_model) & set(self._runner.laid.base))):
+        if both := ", ".join(sorted(set(on_model) & set(self._runner.deltas.base))):
             raise LorafoldError(
                 f"adapter {both}: found it active, so it belongs to the base, expected an engine"
                 " that was opened inside lf.only(model)"
@@ -279,7 +245,7 @@ class Engine:
             for row in list(self._rows.values()):
                 self._loop.end(row, "cancelled")
             self.adapters.close()
-            self._runner.laid.close()
+            self._runner.deltas.close()
 
     def __enter__(self) -> Self:
         return self

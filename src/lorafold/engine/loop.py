@@ -27,9 +27,6 @@ class Loop:
     """The rows of an engine, and the passes that compute them.
 
     Args:
-        runner: computes passes.
-        scheduler: the rows.
-        adapters: which adapters are in memory.
         gone: called with each row once nothing is held for it, before its last event.
     """
 
@@ -70,9 +67,6 @@ class Loop:
         """Free what a request holds, and put its last event.
 
         Args:
-            row: the request.
-            reason: why it ends.
-            message: what failed.
             fault: the same in words that have nothing of the request's texts.
             setting: the setting that it follows from.
         """
@@ -92,7 +86,6 @@ class Loop:
         """Raise AssertionError if what is held is not what these requests need.
 
         Args:
-            rows: all requests by id.
             inbox: those of them that no step has seen.
         """
         running, waiting = self.scheduler.running, self.scheduler.waiting

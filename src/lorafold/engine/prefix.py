@@ -39,7 +39,7 @@ class _Slot:
     since: int
 
 
-class Kept:
+class KeptPrefixes:
     """The free slots that hold something, by their number."""
 
     def __init__(self) -> None:

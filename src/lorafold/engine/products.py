@@ -21,7 +21,7 @@ from torch import Tensor
 from lorafold.core.combine import Given
 from lorafold.core.delta import Delta, Opaque
 from lorafold.core.layer import Layer, add
-from lorafold.engine.adapters import Factors, Held
+from lorafold.engine.adapters import Factors, LoadedAdapter
 from lorafold.engine.operations import Operations
 from lorafold.engine.steady import FEW, plain_products
 from lorafold.engine.structure import Shape, Structure
@@ -32,12 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class Stacks:
-    """The factors of the adapter in each slot, for the matrices of one shape.
-
-    Args:
-        slots: how many.
-        operations: what multiplies with them.
-    """
+    """The factors of the adapter in each slot, for the matrices of one shape."""
 
     def __init__(self, shape: Shape, slots: int, operations: Operations) -> None:
         self.shape, self.slots, self.operations = shape, slots, operations
@@ -79,12 +74,11 @@ class Plan:
 
     Args:
         held: the adapter of each of the B rows, or None.
-        slots: the slots of the rows.
         each: compute each row on its own, so that shapes never depend on the others.
     """
 
     def __init__(
-        self, held: Sequence[Held | None], slots: slice | Sequence[int], each: bool = False
+        self, held: Sequence[LoadedAdapter | None], slots: slice | Sequence[int], each: bool = False
     ) -> None:
         self.held = tuple(held)
         self.slots = slots if isinstance(slots, slice) else torch.tensor(slots)
@@ -118,7 +112,7 @@ class Plan:
         return self._by_path[path]
 
 
-class Site(Opaque):
+class EngineDelta(Opaque):
     """The delta that the engine lays on a module: for each row of the pass, that of its adapter."""
 
     def __init__(self, products: Products, path: str) -> None:
@@ -139,17 +133,16 @@ class Products:
     Args:
         structure: what is known of the model.
         slots: how many requests run at a time.
-        operations: what multiplies with them.
     """
 
     def __init__(self, structure: Structure, slots: int, operations: Operations) -> None:
         self.structure, self.where, self.operations = structure, structure.where, operations
         self.stacks = [Stacks(shape, slots, operations) for shape in structure.shapes]
         self.plan = Plan([], ())
-        self.placed: dict[int, Held] = {}
+        self.placed: dict[int, LoadedAdapter] = {}
         self._least: dict[torch.dtype, int] = {}
 
-    def place(self, slot: int, held: Held) -> None:
+    def place(self, slot: int, held: LoadedAdapter) -> None:
         """Give a slot an adapter."""
         assert slot not in self.placed
         self.placed[slot] = held
@@ -169,7 +162,6 @@ class Products:
         Args:
             paths: the modules' paths, at least one of them among the plan's products.
             x: what they read (B, T, in).
-            layers: the modules as layers.
         """
         plan = self.plan
         if plan.each:
@@ -185,10 +177,7 @@ class Products:
         """The output (B, T, out) of a module after those of the plan's deltas that are no products.
 
         Args:
-            path: the module's path.
-            layer: the module as a layer.
             x: its input (B, T, in).
-            y: its output.
         """
         for delta, rows in self.plan.deltas_at(path) if path in self.plan.others else ():
             rows = rows.to(y.device)

@@ -45,7 +45,6 @@ class Sampling:
         regex: a regular expression that the whole completion has to match.
         lark: a grammar in llguidance's dialect of Lark that the completion has to fit.
         logprobs: how many of the most likely tokens are reported with each (None: no logprobs).
-        seed: the draws follow from it.
     """
 
     temperature: float = 0.0
@@ -122,7 +121,6 @@ class Request:
         prompt: the token ids of the prompt.
         max_new_tokens: the most tokens of the completion.
         adapter: the name of an adapter, or None for the base.
-        sampling: how tokens are chosen.
         ends: the tokens that end the completion; they are no part of it.
         tenant: on whose behalf; what is kept of one tenant's prompts serves no other's.
         tokenizer: for its texts, if not the engine's own.

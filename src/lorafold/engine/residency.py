@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from lorafold.engine.adapters import Entry, Held, Reader
+from lorafold.engine.adapters import KnownAdapter, LoadedAdapter, Reader
 from lorafold.engine.state import State, Status, balanced, evict, look, warm
 from lorafold.errors import LorafoldError
 from lorafold.machine.threads import alone
@@ -48,10 +48,11 @@ class Residency:
         self.reads = self.evictions = self.damaged = 0  # adapters; damaged ones changed in memory
         self.seconds: dict[str, float] = {}  # that reading the adapter of a name took
         self._lock = threading.RLock()
-        self._names: dict[str, Entry] = {}
-        self._states: dict[Entry, State] = {}
+        self._names: dict[str, KnownAdapter] = {}
+        self._states: dict[KnownAdapter, State] = {}
         self._pinned: set[str] = set()
-        self._blocked: set[Entry] = set()  # read in vain: there was no room until something leaves
+        # read in vain: there was no room until something leaves
+        self._blocked: set[KnownAdapter] = set()
         self._worker = ThreadPoolExecutor(1, "lorafold-adapters", initializer=alone)
         self._clock, self._generations = itertools.count(1), itertools.count(1)
 
@@ -60,9 +61,8 @@ class Residency:
         and then the name is what it was.
 
         Args:
-            name: the name for requests.
-            path: the adapter's directory.
-            stack: what is read for it must be this, as `Entry` has it; empty: what there is now.
+            stack: what is read for it must be this, as `KnownAdapter` has it; empty: what there is
+                now.
         """
         if not name:
             raise LorafoldError("adapter name: found '', expected at least one character")
@@ -71,7 +71,7 @@ class Residency:
             known = self._names.get(name)
             if known is not None and (known.path, known.stack) == (Path(path), found):
                 return self._start(known)
-            entry = Entry(name, Path(path), found, next(self._generations))
+            entry = KnownAdapter(name, Path(path), found, next(self._generations))
             self._states[entry] = State(references=1)  # until it has its name
             future = self._start(entry)
         done: Future[None] = Future()
@@ -82,17 +82,17 @@ class Residency:
         """Make an adapter known without reading it, which a request will.
 
         Args:
-            name: the name for requests.
-            path: the adapter's directory.
-            stack: what is read for it must be this, as `Entry` has it.
+            stack: what is read for it must be this, as `KnownAdapter` has it.
         """
         with self._lock:
-            self._put(Entry(name, Path(path), tuple(stack), next(self._generations)), State())
+            self._put(
+                KnownAdapter(name, Path(path), tuple(stack), next(self._generations)), State()
+            )
 
-    def adopt(self, name: str, make: Callable[[Entry], Held]) -> None:
+    def adopt(self, name: str, make: Callable[[KnownAdapter], LoadedAdapter]) -> None:
         """Make an adapter without files known under a name; it stays in memory until `unload`."""
         with self._lock:
-            entry, state = Entry(name, None, (), next(self._generations)), State()
+            entry, state = KnownAdapter(name, None, (), next(self._generations)), State()
             state.hold(make(entry), next(self._clock))
             self._put(entry, state)
 
@@ -123,7 +123,7 @@ class Residency:
             self._blocked.clear()
             return True
 
-    def entry(self, name: str) -> Entry:
+    def entry(self, name: str) -> KnownAdapter:
         """The entry that a name stands for. Raises LorafoldError for an unknown name."""
         with self._lock:
             if name not in self._names:
@@ -133,7 +133,7 @@ class Residency:
                 )
             return self._names[name]
 
-    def bind(self, name: str) -> Entry:
+    def bind(self, name: str) -> KnownAdapter:
         """The entry of a name, with one more reference. Raises as `entry`, or in quarantine."""
         with self._lock:
             entry = self.entry(name)
@@ -141,7 +141,7 @@ class Residency:
             self._states[entry].references += 1
             return entry
 
-    def unbind(self, entry: Entry) -> None:
+    def unbind(self, entry: KnownAdapter) -> None:
         """Give back a reference."""
         with self._lock:
             state = self._states[entry]
@@ -151,7 +151,7 @@ class Residency:
                 self._blocked.clear()
                 self._forget(entry)
 
-    def lease(self, entry: Entry) -> Held | None:
+    def lease(self, entry: KnownAdapter) -> LoadedAdapter | None:
         """The adapter, kept in memory until `release`; None if it is being read. Raises
         LorafoldError if that failed, there is no room for it, or it is in quarantine.
         """
@@ -168,14 +168,14 @@ class Residency:
             state.leases, state.reserved, state.used = state.leases + 1, False, next(self._clock)
             return state.held
 
-    def release(self, entry: Entry) -> None:
+    def release(self, entry: KnownAdapter) -> None:
         """Give back a lease."""
         with self._lock:
             self._states[entry].leases -= 1
             self._blocked.clear()
         self._changed()
 
-    def strike(self, entry: Entry) -> None:
+    def strike(self, entry: KnownAdapter) -> None:
         """Count a request that failed by logits that are not finite."""
         with self._lock:
             self._states[entry].strikes += 1
@@ -195,7 +195,7 @@ class Residency:
         with self._lock:
             return warm(self._names, self._states, self.strikes)
 
-    def vocabulary(self, entry: Entry | None) -> int:
+    def vocabulary(self, entry: KnownAdapter | None) -> int:
         """The tokens that an adapter knows, 0 if it adds none to the model's."""
         with self._lock:
             return 0 if entry is None else self._states[entry].vocabulary
@@ -221,13 +221,13 @@ class Residency:
         """Stop the worker."""
         self._worker.shutdown(wait=True, cancel_futures=True)
 
-    def _put(self, entry: Entry, state: State) -> None:
+    def _put(self, entry: KnownAdapter, state: State) -> None:
         self._states[entry] = state
         old, self._names[entry.name] = self._names.get(entry.name), entry
         if old is not None:
             self._forget(old)
 
-    def _start(self, entry: Entry, reserve: bool = False) -> Future[None]:
+    def _start(self, entry: KnownAdapter, reserve: bool = False) -> Future[None]:
         state = self._states[entry]
         state.reserved |= reserve and state.held is None
         if state.future is None and state.held is None:
@@ -237,7 +237,7 @@ class Residency:
         done.set_result(None)
         return state.future or done
 
-    def _work(self, entry: Entry) -> None:
+    def _work(self, entry: KnownAdapter) -> None:
         state = self._states[entry]
         try:
             held = self._read(entry)
@@ -272,13 +272,13 @@ class Residency:
         self.evictions += left or 0
         return left is not None
 
-    def _evictable(self, entry: Entry) -> bool:
+    def _evictable(self, entry: KnownAdapter) -> bool:
         state = self._states[entry]
         pinned = entry.name in self._pinned and self._names.get(entry.name) == entry
         pinned |= entry.path is None  # it could not be read again
         return state.held is not None and not (state.leases or state.reserved or pinned)
 
-    def _name(self, entry: Entry, future: Future[None], done: Future[None]) -> None:
+    def _name(self, entry: KnownAdapter, future: Future[None], done: Future[None]) -> None:
         error = future.exception()
         with self._lock:
             old = self._names.get(entry.name)
@@ -292,7 +292,7 @@ class Residency:
         self._changed()
         done.set_exception(error) if error else done.set_result(None)
 
-    def _forget(self, entry: Entry) -> None:
+    def _forget(self, entry: KnownAdapter) -> None:
         """Drop an entry that no name stands for and nothing refers to."""
         state = self._states.get(entry)
         needed = self._names.get(entry.name) == entry

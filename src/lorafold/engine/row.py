@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lorafold.engine.adapters import Entry, Held
+from lorafold.engine.adapters import KnownAdapter, LoadedAdapter
 from lorafold.engine.prefix import Prefix
 from lorafold.engine.request import Ended, Reason, Request, Stream, Token
 from lorafold.engine.sampler import Allowed, Choice, Sampler
@@ -28,7 +28,7 @@ class Row:
     def __init__(
         self,
         request: Request,
-        entry: Entry | None,
+        entry: KnownAdapter | None,
         tokenizer: PreTrainedTokenizerBase | None,
         allowed: Allowed | None,
         ends: frozenset[int],
@@ -41,7 +41,7 @@ class Row:
         self.tokens = list(request.prompt)
         self.filled = 0  # of these tokens the cache has this many
         self.cached = 0  # tokens of the prompt that a slot held already
-        self.held: Held | None = None
+        self.held: LoadedAdapter | None = None
         self.slot = -1
         self.state: Any = None  # a cache of its own, where the model has no slots
         self.cancelled = False
@@ -75,14 +75,10 @@ class Row:
         full = len(self.tokens) - len(request.prompt) == request.max_new_tokens
         return "length" if full else None
 
-    def end(
-        self, reason: Reason, message: str = "", fault: str = "", setting: str = ""
-    ) -> None:
+    def end(self, reason: Reason, message: str = "", fault: str = "", setting: str = "") -> None:
         """Put the last event.
 
         Args:
-            reason: why it ends.
-            message: what failed.
             fault: the same in words that have nothing of the request's texts.
             setting: the setting that it follows from.
         """

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafold.engine.adapters import Held
-from lorafold.engine.laid import Laid
-from lorafold.engine.operations import Operations
-from lorafold.engine.prefix import Kept
+from lorafold.engine.active_deltas import ActiveDeltas
+from lorafold.engine.adapters import LoadedAdapter
+from lorafold.engine.prefix import KeptPrefixes
 from lorafold.engine.products import Plan, Products
 from lorafold.engine.row import Row
+from lorafold.engine.settings import EngineSettings
 from lorafold.engine.slots import SlotCache, SlotView
 from lorafold.engine.structure import Structure, run
 from lorafold.ops.arithmetic import multiplies_bf16, multiplying
@@ -34,7 +34,7 @@ class Runner(ABC):
     """Abstract: computes the logits of rows."""
 
     slots: int
-    laid: Laid
+    deltas: ActiveDeltas
 
     @abstractmethod
     def admit(self, row: Row) -> None:
@@ -66,7 +66,7 @@ class Runner(ABC):
         return None
 
 
-def together(row: Row) -> Held | None:
+def together(row: Row) -> LoadedAdapter | None:
     """What rows that share a pass have in common: None for all that can be mixed."""
     return row.held if row.held is not None and row.held.apart else None
 
@@ -76,39 +76,21 @@ class SlotRunner(Runner):
 
     Args:
         model: a causal language model inside `structure.slotted`.
-        structure: what is known of it.
-        operations: what it computes with.
-        slots: how many requests run at a time.
-        length: the most tokens of a request.
-        chunk: the most tokens of a row in a pass.
-        each: keep all shapes the same.
-        reuse: start rows from what free slots still hold.
-        steady: give passes as many tokens as the processor's products need for the same bits in any
-            company.
+        settings: the engine's. Where it is fast, passes get as many tokens as the processor's
+            products need for the same bits in any company.
     """
 
     def __init__(
-        self,
-        model: Any,
-        structure: Structure,
-        operations: Operations,
-        slots: int,
-        length: int,
-        chunk: int,
-        each: bool,
-        reuse: bool,
-        steady: bool,
+        self, model: Any, structure: Structure, cache: SlotCache, settings: EngineSettings
     ) -> None:
-        self.model, self.slots, self.each, self.chunk = model, slots, each, chunk
-        self.reuse, self.kept, self.steady = reuse and not each, Kept(), steady
-        self.single = each and structure.routed
-        # padding is written too
-        self.cache = SlotCache(slots, length + chunk, operations, whole=each)
-        self.structure = structure
-        self.products = Products(structure, slots, operations)
-        self.laid = Laid(model, self.products)
+        self.model, self.structure, self.cache, slots = model, structure, cache, cache.slots
+        self.slots, self.each, self.chunk = slots, settings.invariant, settings.chunk
+        self.reuse, self.kept, self.steady = settings.prefix_reuse, KeptPrefixes(), settings.fast
+        self.single = self.each and structure.routed
+        self.products = Products(structure, slots, cache.operations)
+        self.deltas = ActiveDeltas(model, self.products)
         self.rows: list[Row | None] = [None] * slots
-        self._views: dict[Held | None, SlotView] = {None: SlotView(self.cache)}
+        self._views: dict[LoadedAdapter | None, SlotView] = {None: SlotView(self.cache)}
         self._plan: tuple[Any, Plan] = (None, Plan([], ()))
 
     def admit(self, row: Row) -> None:
@@ -123,7 +105,7 @@ class SlotRunner(Runner):
         self.cache.zero(row.slot, n)
         self.kept.slots.pop(row.slot, None)
         if row.held is not None:
-            self.laid.hold(row.held)
+            self.deltas.hold(row.held)
             if not row.held.apart:
                 self.products.place(row.slot, row.held)
             elif row.held not in self._views:
@@ -139,7 +121,7 @@ class SlotRunner(Runner):
         if kept:
             self.kept.keep(row.slot, row.prefix, row.tokens[:kept])
         if row.held is not None:
-            self.laid.drop(row.held)
+            self.deltas.drop(row.held)
             if row.held not in {r.held for r in self.rows if r is not None}:
                 self._views.pop(row.held, None)
         row.slot = -1
@@ -159,7 +141,7 @@ class SlotRunner(Runner):
         return self.reuse and together(row) is None
 
     def rebuild(self) -> None:
-        self.kept = Kept()
+        self.kept = KeptPrefixes()
         self.cache = SlotCache(
             self.slots, self.cache.length, self.cache.operations, self.cache.whole
         )
@@ -223,15 +205,15 @@ class SlotRunner(Runner):
         index = {id(row): b for b, row in enumerate(taken) if row is not None}
         return logits[[index[id(row)] for row in rows]]
 
-    def _least(self, held: Held | None) -> int:
+    def _least(self, held: LoadedAdapter | None) -> int:
         """The least number of tokens of a pass under an adapter that can't be mixed, or none."""
-        if not self.steady or (held is None and self.structure.where.keys() <= self.laid.aware):
+        if not self.steady or (held is None and self.structure.where.keys() <= self.deltas.aware):
             return 1
         return self.products.least(self.model.dtype, self.model.device)
 
     def _pass(
         self,
-        held: Held | None,
+        held: LoadedAdapter | None,
         taken: Sequence[Row | None],
         ns: Sequence[int],
         at: Any,
@@ -247,7 +229,7 @@ class SlotRunner(Runner):
         view = self._views[held].aim(rows, torch.tensor(starts, device=device), width)
         lasts = sorted({n - 1 for n in ns})
         keep = torch.tensor(lasts, device=device)
-        context = self.laid.alone(held) if held else self.laid.mixed(self._planned(taken, at))
+        context = self.deltas.alone(held) if held else self.deltas.mixed(self._planned(taken, at))
         ids_BT, counts_B = torch.tensor(ids, device=device), torch.tensor(ns, device=device)
         with context:
             logits = run(self.model, view, ids_BT, counts_B, keep)  # (B, len(lasts), V)

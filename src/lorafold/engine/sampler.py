@@ -54,7 +54,6 @@ class Sampler:
     """The settings of one request and the state of its draws.
 
     Args:
-        sampling: the settings.
         prompt: the prompt's tokens, for the repetition penalty.
         allowed: which tokens may follow, for structured output; None: any.
     """

@@ -9,11 +9,12 @@ lets the next ones pass.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from lorafold.engine.row import Row
 from lorafold.engine.runner import together
+from lorafold.engine.settings import EngineSettings
 from lorafold.engine.waiting import OUT, Waiting
 
 
@@ -28,30 +29,14 @@ class Scheduler:
     """The rows that wait and those that run.
 
     Args:
-        slots: how many run at a time.
-        chunk: the most tokens of a row in a pass.
-        budget: the most tokens of prompts in a step, with padding.
-        each: read prompts one row at a time.
+        settings: the engine's. Where it is invariant, prompts are read one row at a time.
         single: decode one row at a time too.
-        most: how many rows of a tenant run at a time; half of the slots, if that is less, while
-            other tenants are there. Rows that run beside it make each of a tenant's steps longer,
-            and slots that are free let the next one begin at once. None: there is no such limit.
-        weights: the shares of tenants; 1 for one that is not named.
     """
 
-    def __init__(
-        self,
-        slots: int,
-        chunk: int,
-        budget: int,
-        each: bool = False,
-        single: bool = False,
-        most: int | None = None,
-        weights: Mapping[str, float] | None = None,
-    ) -> None:
-        self.slots, self.chunk, self.each, self.single = slots, chunk, each, single
-        self.budget, self.most = max(budget, chunk), most
-        self.waiting = Waiting(weights)
+    def __init__(self, settings: EngineSettings, single: bool) -> None:
+        self.slots, self.chunk, self.each = settings.slots, settings.chunk, settings.invariant
+        self.budget, self.most = max(settings.budget, settings.chunk), settings.tenant_slots
+        self.single, self.waiting = single, Waiting(settings.weights)
         self.running: list[Row] = []
 
     def admitted(self, ready: Callable[[Row], bool]) -> Iterator[Row]:
@@ -120,8 +105,6 @@ class Scheduler:
         groups: dict[object, list[Row]] = {}
         for row in rows:
             alone = together(row)
-            key: object = (
-                (alone, row.request.id) if self.single or (self.each and alone) else alone
-            )
+            key: object = (alone, row.request.id) if self.single or (self.each and alone) else alone
             groups.setdefault(key, []).append(row)
         return list(groups.values())

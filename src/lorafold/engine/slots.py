@@ -31,8 +31,6 @@ class SlotCache:
 
     Args:
         slots: how many requests run at a time.
-        length: the tokens that a slot holds.
-        operations: what writes to it.
         whole: always read whole slots, so that shapes never change.
     """
 
@@ -44,13 +42,10 @@ class SlotCache:
         self.keys: dict[int, Tensor] = {}  # by layer: (slots, Hk, columns, D)
         self.values: dict[int, Tensor] = {}
 
-    def buffers(
-        self, layer: int, key: Tensor, value: Tensor, width: int
-    ) -> tuple[Tensor, Tensor]:
+    def buffers(self, layer: int, key: Tensor, value: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """The keys and the values (slots, Hk, columns, D) of a layer.
 
         Args:
-            layer: the layer's index.
             key, value: what the layer computed, (B, Hk, T, D), for the shapes.
             width: the least number of columns.
         """
@@ -76,12 +71,7 @@ class SlotCache:
             buffer[slot, :, after:].zero_()
 
     def copy(self, source: int, target: int, tokens: int) -> None:
-        """Copy the first tokens of a slot to another one.
-
-        Args:
-            source, target: the slots.
-            tokens: how many tokens are copied.
-        """
+        """Copy the first tokens of a slot to another one."""
         for buffer in self._buffers():
             buffer[target, :, :tokens] = buffer[source, :, :tokens]
 
@@ -89,7 +79,6 @@ class SlotCache:
         """Exchange the first tokens of two slots.
 
         Args:
-            a, b: the slots.
             tokens: how many tokens the fuller one holds.
         """
         for buffer in self._buffers():
@@ -149,8 +138,6 @@ class SlotView(Cache):
         (B, Hk, width, D).
 
         Args:
-            key_states, value_states: what the layer computed.
-            layer_idx: the layer's index.
             *args, **kwargs: what transformers passes to other caches.
         """
         found = []

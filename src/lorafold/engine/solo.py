@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafold.engine.laid import Laid
+from lorafold.engine.active_deltas import ActiveDeltas
 from lorafold.engine.operations import Operations
 from lorafold.engine.products import Plan, Products
 from lorafold.engine.row import Row
@@ -24,29 +24,28 @@ class SoloRunner(Runner):
 
     Args:
         model: a causal language model whose generation config is greedy.
-        structure: what is known of it.
     """
 
     slots = 1
 
     def __init__(self, model: Any, structure: Structure) -> None:
         self.model = model
-        self.laid = Laid(model, Products(structure, 1, Operations()))
+        self.deltas = ActiveDeltas(model, Products(structure, 1, Operations()))
 
     def admit(self, row: Row) -> None:
         row.slot = 0
         if row.held is not None:
-            self.laid.hold(row.held)
+            self.deltas.hold(row.held)
 
     def release(self, row: Row, well: bool) -> None:
         row.slot, row.state = -1, None
         if row.held is not None:
-            self.laid.drop(row.held)
+            self.deltas.drop(row.held)
 
     def forward(self, rows: Sequence[Row], counts: Sequence[int]) -> Tensor:
         (row,) = rows
         ids_1T = torch.tensor([row.tokens], device=self.model.device)
-        context = self.laid.alone(row.held) if row.held else self.laid.mixed(Plan([None], (0,)))
+        context = self.deltas.alone(row.held) if row.held else self.deltas.mixed(Plan([None], (0,)))
         with torch.no_grad(), context:
             step = self.model.generate(
                 ids_1T,

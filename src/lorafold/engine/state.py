@@ -18,21 +18,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorafold.engine.adapters import Entry, Held
+from lorafold.engine.adapters import KnownAdapter, LoadedAdapter
 from lorafold.errors import LorafoldError
 
 Status = Literal["cold", "loading", "resident", "quarantined"]
 
 
 class State:
-    """One entry: what is in memory, who needs it, and what went wrong with it.
-
-    Args:
-        references: how many need it already.
-    """
+    """One entry: what is in memory, who needs it, and what went wrong with it."""
 
     def __init__(self, references: int = 0) -> None:
-        self.held: Held | None = None
+        self.held: LoadedAdapter | None = None
         self.future: Future[None] | None = None
         self.error: LorafoldError | None = None
         self.references = references
@@ -40,7 +36,7 @@ class State:
         self.reserved = False  # read for a request that has not run yet
         self.sum = self.looked = self.strikes = 0
 
-    def hold(self, held: Held, used: int) -> None:
+    def hold(self, held: LoadedAdapter, used: int) -> None:
         """Keep an adapter that was just read."""
         self.held, self.used, self.looked, self.sum = held, used, used, checksum(held)
         self.vocabulary = held.vocabulary or 0
@@ -70,20 +66,17 @@ class State:
 
 
 def warm(
-    names: Mapping[str, Entry], states: Mapping[Entry, State], strikes: int
+    names: Mapping[str, KnownAdapter], states: Mapping[KnownAdapter, State], strikes: int
 ) -> dict[str, tuple[Status, int]]:
     """Where the entries are that are not cold, by name, and their bytes in memory. Most of many
     adapters are cold, and nothing is computed for those.
 
     Args:
         names: the entries that names stand for now.
-        states: what is known of all.
         strikes: as `State.status` takes them.
     """
     found = [(e, s) for e, s in states.items() if s.held or s.future or s.strikes]
-    return {
-        e.name: (s.status(strikes), s.nbytes) for e, s in found if names.get(e.name) == e
-    }
+    return {e.name: (s.status(strikes), s.nbytes) for e, s in found if names.get(e.name) == e}
 
 
 def evict(states: Iterable[State], nbytes: int) -> int | None:
@@ -100,7 +93,7 @@ def evict(states: Iterable[State], nbytes: int) -> int | None:
     return left
 
 
-def balanced(states: Mapping[Entry, State], names: Mapping[str, Entry]) -> None:
+def balanced(states: Mapping[KnownAdapter, State], names: Mapping[str, KnownAdapter]) -> None:
     """Raise AssertionError if the books of these entries do not balance."""
     for entry, state in states.items():
         assert 0 <= state.leases <= state.references, entry
@@ -124,7 +117,7 @@ def look(states: Iterable[State], now: int) -> bool:
     return intact
 
 
-def checksum(held: Held) -> int:
+def checksum(held: LoadedAdapter) -> int:
     """A sum over the bytes of all tensors."""
     tensors = [t for factors in held.factors.values() for t in (factors.down, factors.up)]
     for delta in held.deltas.values():

@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -92,14 +92,9 @@ def structure_of(model: Any) -> Structure:
 
 
 def slotted(model: Any, operations: Operations) -> Any:
-    """A context in which the model's attention takes rows at different positions.
-
-    Args:
-        model: a causal language model.
-        operations: those that it computes with.
-    """
+    """A context in which the model's attention takes rows at different positions."""
     name = f"{NAME}_{operations.name}"
-    return attending(model, slot_mask, partial(slot_attention, operations), name)
+    return attending(model, slot_mask, slot_attention(operations), name)
 
 
 def run(
@@ -140,9 +135,7 @@ def probe(model: Any) -> Structure:
             with _inputs_seen(model) as seen, slotted(model, Operations()):
                 together = _in_slots(model, prompts).float()
         except Exception as error:
-            return Structure(
-                f"it can't run in slots ({type(error).__name__}: {error})"
-            )
+            return Structure(f"it can't run in slots ({type(error).__name__}: {error})")
     eps = max(1e-5, 16 * torch.finfo(model.dtype).eps)
     if not (together - alone).norm() <= eps * alone.norm():
         return Structure("in slots it computes other logits than alone")

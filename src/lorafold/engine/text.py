@@ -20,7 +20,6 @@ class Text:
     """The text of one completion.
 
     Args:
-        tokenizer: the model's.
         stop: texts before which the completion ends.
     """
 

@@ -4,11 +4,12 @@ from lorafold.evaluation.classifier import evaluate_classifier
 from lorafold.evaluation.held_out import held_out_loss
 from lorafold.evaluation.intervals import Interval, Z, loss_interval, wilson
 from lorafold.evaluation.result import Answer, Evaluation, Measured
-from lorafold.evaluation.rows import evaluate
+from lorafold.evaluation.rows import EvaluationSettings, evaluate
 
 __all__ = [
     "Answer",
     "Evaluation",
+    "EvaluationSettings",
     "Interval",
     "Measured",
     "Z",

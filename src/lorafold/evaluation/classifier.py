@@ -35,8 +35,6 @@ def evaluate_classifier(
 
     Args:
         model: A sequence classifier whose config names the classes (`id2label`).
-        tokenizer: The model's.
-        rows: Rows of text and label.
         max_length: Longer texts are cut to this many tokens.
         console: For progress and a report of what was cut; None is quiet.
 

@@ -173,7 +173,6 @@ def in_order(parts: Sequence[Scored], order: Sequence[int]) -> Scored:
     """The rows of all parts as one, on the CPU.
 
     Args:
-        parts: Of some rows each.
         order: The index of each of their rows.
     """
     back = torch.tensor(order).argsort()

@@ -136,7 +136,6 @@ def scores_of(
 
     Args:
         loss: Has the model, with the adapters that are active on it.
-        examples: Each with k branches.
         progress: Is told how many examples are done, of how many.
     """
     shape, done = (len(examples), len(examples[0].branches)), 0

@@ -10,6 +10,7 @@ aside, and for a classifier its accuracy. Training measures the loss alone, with
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lorafold.core.attach import selection_of
@@ -40,15 +41,30 @@ DPO = Dpo()
 SPARE = 8  # tokens beyond the longest reference, so that a completion that goes on is seen as such
 
 
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What is measured beside the loss.
+
+    Args:
+        completions: Generate completions for the exact match.
+        max_new_tokens: The most tokens of a completion; None takes the longest reference.
+        law: What rewards are, on rows of preferences.
+    """
+
+    completions: bool = True
+    max_new_tokens: int | None = None
+    law: Law = DPO
+
+
+DEFAULT = EvaluationSettings()
+
+
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
     max_length: int,
-    *,
-    generate: bool = True,
-    max_new_tokens: int | None = None,
-    law: Law = DPO,
+    settings: EvaluationSettings = DEFAULT,
     console: Console | None = None,
 ) -> Evaluation:
     """Measure a model with the adapters that are active on it.
@@ -56,12 +72,9 @@ def evaluate(
     Args:
         model: A causal language model or, for rows of text and label, a sequence classifier whose
             config names the classes (`id2label`).
-        tokenizer: The model's.
         rows: Rows of one form. Plain text has no exact match.
         max_length: Longer examples are cut to this many tokens for the loss.
-        generate: Generate completions for the exact match.
-        max_new_tokens: The most tokens of a completion; None takes the longest reference.
-        law: What rewards are, on rows of preferences.
+        settings: What is measured beside the loss.
         console: For progress and a report of what was cut; None is quiet.
 
     Raises LorafoldError for bad rows and for a loss that is not finite.
@@ -84,7 +97,9 @@ def evaluate(
         s, n = by_row.get(row, (0.0, 0))
         by_row[row] = s + losses[i], n + loss.count(data.examples[i])
     sums = list(by_row.values())
-    answers = _completions(model, tokenizer, rows, max_new_tokens, console) if generate else ()
+    answers: tuple[Answer, ...] = ()
+    if settings.completions:
+        answers = _completions(model, tokenizer, rows, settings.max_new_tokens, console)
     hits = sum(answer.exact for answer in answers)
     return Evaluation(
         loss=mean_loss(sums),
@@ -93,7 +108,7 @@ def evaluate(
         exact_match_interval=wilson(hits, len(answers)) if answers else None,
         n=len(rows),
         rows=answers,
-        preference=_preference(model, tokenizer, rows, max_length, law, console),
+        preference=_preference(model, tokenizer, rows, max_length, settings.law, console),
     )
 
 

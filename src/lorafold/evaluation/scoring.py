@@ -171,7 +171,6 @@ def whole_texts(
         rows: Conversations, prompts with completions, or text.
         tokenizer: With a chat template.
         max_length: To which longer texts are cut.
-        console: For progress.
 
     Raises LorafoldError for rows without a turn of the assistant within `max_length`.
     """

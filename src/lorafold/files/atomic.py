@@ -20,6 +20,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,12 +119,13 @@ def verify(path: str | Path, patterns: Sequence[str] = ("*",)) -> list[str]:
         return [f"{MANIFEST}: missing"]
     except OSError:
         return [f"{MANIFEST}: not readable as a manifest"]
+    return compare(manifest, patterns, partial(on_disk, root))
 
-    def found(name: str) -> Found | None:
-        file = root / name
-        return (file.stat().st_size, lambda: sha256(file)) if file.is_file() else None
 
-    return compare(manifest, patterns, found)
+def on_disk(root: Path, name: str) -> Found | None:
+    """What `compare` asks for of a file in a directory."""
+    file = root / name
+    return (file.stat().st_size, partial(sha256, file)) if file.is_file() else None
 
 
 def compare(

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,16 @@ from transformers import {auto}
 model = {auto}.from_pretrained("path/to/this/directory")
 ```
 """
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What is written beside the weights of a result, and whether it may replace another one."""
+
+    record: Mapping[str, Any]  # how it was made, for lorafold.json
+    card: str | None = None  # the text of the model card; None for a short one
+    tokenizer: Any = None  # None if it has none of its own
+    overwrite: bool = False
 
 
 def training_card(

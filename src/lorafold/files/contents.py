@@ -97,6 +97,14 @@ class Contents:
             check(self.path, compare(manifest, self.names, self._found))
 
     @property
+    def listed(self) -> frozenset[str]:
+        """The names in the manifest, if lorafold wrote it: `check_intact` says if it is damaged."""
+        manifest = self.files.get(MANIFEST)
+        if manifest is None or not is_ours(manifest):
+            return frozenset()
+        return frozenset(self.object(MANIFEST)["files"])
+
+    @property
     def record(self) -> dict[str, Any]:
         """The content of `lorafold.json`; empty if there is none."""
         return self.object(RECORD) if RECORD in self.files else {}

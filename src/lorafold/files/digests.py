@@ -12,7 +12,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -67,20 +67,28 @@ def of_file(path: Path) -> tuple[int, str]:
     return marks.size, found
 
 
-def of_files(directory: Path, names: Iterable[str]) -> str:
+def of_files(
+    directory: Path, names: Iterable[str], read: Mapping[str, tuple[int, str]] | None = None
+) -> str:
     """The SHA-256 over the names, sizes and contents of those of these files that exist.
 
     Args:
         directory: where the files are.
         names: names within it, or patterns such as `*.safetensors`.
+        read: (bytes, SHA-256 in hexadecimal) of those that were read already, by name.
 
     Raises LorafoldError for a file that can't be read.
     """
-    found = list({path for name in names for path in directory.glob(name) if path.is_file()})
+    found = {path for name in names for path in directory.glob(name) if path.is_file()}
+    shown = sorted(path.relative_to(directory).as_posix() for path in found)
+    known = read or {}
+
+    def entry(name: str) -> tuple[int, str]:
+        return known.get(name) or of_file(directory / name)
+
     with ThreadPoolExecutor(AT_ONCE) as threads:
-        digests = list(threads.map(of_file, found))
-    shown = [path.relative_to(directory).as_posix() for path in found]
-    return digest((name, *own) for name, own in zip(shown, digests, strict=True))
+        entries = list(threads.map(entry, shown))
+    return digest((name, *own) for name, own in zip(shown, entries, strict=True))
 
 
 def _known(entry: Path, marks: Marks) -> str | None:

@@ -12,22 +12,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from lorafold.errors import LorafoldError
-from lorafold.files.atomic import MANIFEST, verify
+from lorafold.files.atomic import MANIFEST, compare, on_disk
 
 
 def check_intact(directory: str | Path, patterns: Sequence[str]) -> None:
     """Raise LorafoldError unless the files that match a pattern are as lorafold wrote them."""
     try:
-        ours = is_ours((Path(directory) / MANIFEST).read_bytes())
+        manifest = (Path(directory) / MANIFEST).read_bytes()
     except FileNotFoundError:
         return
     except OSError:
-        ours = True
-    if ours:
-        check(directory, verify(directory, patterns))
+        manifest = b""  # which is compared as one that can't be read
+    if is_ours(manifest):
+        check(directory, compare(manifest, patterns, partial(on_disk, Path(directory))))
 
 
 def check(directory: str | Path, problems: Sequence[str]) -> None:

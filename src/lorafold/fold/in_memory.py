@@ -31,7 +31,6 @@ def carry_out(
     that would not change in the same way.
 
     Args:
-        plan: the plan that `plan_fold` made for it.
         names: the names of the adapters to fold, lowest first.
         untie_weights: give modules their own weight where a tied one can't stay tied.
     """

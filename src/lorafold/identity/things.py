@@ -21,25 +21,23 @@ from lorafold.models.loading import TOKENIZER_FILES, VOCABULARIES
 from lorafold.models.sources import ModelSource
 from lorafold.models.weights import INDEX, MODEL_FILES, model_files
 from lorafold.peft.config import CONFIG
-from lorafold.peft.directory import FILES
+from lorafold.peft.saved import FILES, Saved
 
 WORDS = (*TOKENIZER_FILES, *VOCABULARIES)
 CODE = "**/*.py"
 
 
-def of_model(source: ModelSource, trust_remote_code: bool = False) -> str:
-    """The SHA-256 over a model's configuration, weights and tokenizer, in hexadecimal; of one that
-    was unpacked, over the GGUF file, since transformers writes its copy in other bytes by version.
-
-    Args:
-        trust_remote_code: Its own Python files run, so they count too.
+def of_model(source: ModelSource) -> str:
+    """The SHA-256 over a model's configuration, weights and tokenizer, and its own Python files if
+    they run, in hexadecimal; of one that was unpacked, over the GGUF file, since transformers
+    writes its copy in other bytes by version.
     """
     if source.gguf is not None:
         return digest([(f"gguf {UNPACKING}", *of_file(source.gguf))])
-    own = (CODE,) if trust_remote_code else ()
+    own = (CODE,) if source.trust_remote_code else ()
     here = of_files(source.path, (*MODEL_FILES, *WORDS, *own))
     indexed = model_files(source.intact(INDEX)) if (source.path / INDEX).is_file() else []
-    beside = _code_elsewhere(source.path) if trust_remote_code else []
+    beside = _code_elsewhere(source.path) if source.trust_remote_code else []
     return joined([here, *(of_file(f)[1] for f in indexed if f.parent != source.path), *beside])
 
 
@@ -57,18 +55,22 @@ def _code_elsewhere(path: Path) -> list[str]:
     return sorted(of_files(folder, (CODE,)) for folder in found)
 
 
-def of_adapter(path: str | Path, words: bool = True) -> str:
+def of_adapter(adapter: str | Path | Saved, words: bool = True) -> str:
     """The SHA-256 over an adapter's configuration, weights, record and tokenizer, in hexadecimal.
     Raises LorafoldError where there is no adapter.
 
     Args:
-        path: The directory.
+        adapter: The directory, or what was read of it.
         words: Count its tokenizer and that one's code, which not everything reads that reads an
             adapter.
     """
-    if not (Path(path) / CONFIG).is_file():
+    if isinstance(adapter, Saved):
+        path, read = adapter.path, adapter.files
+    else:
+        path, read = Path(adapter), {}
+    if not (path / CONFIG).is_file():
         raise LorafoldError(f"{path}: found no {CONFIG}, expected the directory of an adapter")
-    return of_files(Path(path), (*FILES, *((*WORDS, CODE) if words else ())))
+    return of_files(path, (*FILES, *((*WORDS, CODE) if words else ())), read)
 
 
 def of_stack(base: str, adapters: Sequence[str | Path]) -> str:

@@ -26,7 +26,6 @@ from lorafold.files.atomic import write_json
 from lorafold.files.record import read_object
 from lorafold.identity import of_adapter
 from lorafold.methods.fastfood import Fastfood
-from lorafold.objectives.objective import ModelRequest
 from lorafold.recipe.fitting import fitting
 from lorafold.recipe.recipe import Recipe
 from lorafold.training.checkpoint import RunDirectory
@@ -204,13 +203,10 @@ def bare_loss(request: Request, recipe: Recipe) -> float:
     """The held-out loss of the base, in nats, as its runs measure it: that of the objective, and
     with the head that they start from.
     """
-    quiet, base, request = Console(quiet=True), request.base, replace(request, recipe=recipe)
+    quiet, request = Console(quiet=True), replace(request, recipe=recipe)
     objective = objective_of(request)
     tokenizer, _ = tokenizer_for(request, objective, quiet)
     _, held_out = tokenized(request, tokenizer, objective, quiet)
-    asked = ModelRequest(
-        base.source, tokenizer, base.held, base.where, recipe.seed, base.trust_remote_code
-    )
-    model = objective.load(asked)
+    model = objective.load(request.base, tokenizer, recipe.seed)
     with objective.loss(model, tokenizer, recipe.packing, quiet) as loss:
         return objective.measure(loss, held_out).loss

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,12 @@ from lorafold.core.delta import put
 from lorafold.core.matrices import module_at, parameter_path
 from lorafold.core.targets import Matches, match
 from lorafold.errors import LorafoldError
-from lorafold.files.record import read_record
 from lorafold.inspecting.spectra import effective_rank
 from lorafold.inspecting.updates import load_below, matrix_names, sites, stacked, unstacked
 from lorafold.methods.lora import LoRA, of_ranks
-from lorafold.models.tokenizer import has_tokenizer
 from lorafold.opening import Base
 from lorafold.ops.svd import best_of_rank
+from lorafold.peft.saved import Saved
 
 # B (*matrices, out, r), A (*matrices, r, in); r = 0 for an update that is zero
 Factors = tuple[Tensor, Tensor]
@@ -111,10 +110,9 @@ class Errors:
 
 def resize(
     base: Base,
-    path: str | Path,
+    stack: Sequence[Saved],
     out: str | Path,
     *,
-    over: Sequence[str | Path] = (),
     rank: int | None = None,
     energy: float | None = None,
     overwrite: bool = False,
@@ -123,9 +121,9 @@ def resize(
     that keeps a share of the energy.
 
     Args:
-        path: The adapter.
+        stack: The adapter, after those that it was trained over, lowest first; the result lies over
+            the same.
         out: The directory to write.
-        over: The adapters that it was trained over, lowest first; the result lies over the same.
         rank: The rank of every site; smaller where an update has a smaller one.
         energy: Instead of a rank, a share above 0 and at most 1.
         overwrite: Replace `out` if it exists.
@@ -137,15 +135,16 @@ def resize(
         raise LorafoldError(
             f"resize: found rank {rank} and energy {energy}, expected exactly one of them"
         )
+    *over, saved = stack
     model, allowed = base.mapped().model, base.allow_other_base
     below = load_below(model, over, allowed)
-    adapter = load(model, path, NAME, allow_other_base=allowed)
+    adapter = load(model, saved, NAME, allow_other_base=allowed)
     factors, errors = dict[str, Factors](), Errors()
     for site in sites(adapter, below):
         if site.changes_bias:
             raise LorafoldError(
-                f"{path}: {type(site.delta).__name__} changes the bias of {site.path} together with"
-                " its weight, so it can't become LoRA"
+                f"{saved}: {type(site.delta).__name__} changes the bias of {site.path} together"
+                " with its weight, so it can't become LoRA"
             )
         found = []
         for name, svd in site.parts():
@@ -157,12 +156,12 @@ def resize(
             errors.add(name, len(kept.s), _squares(s[len(kept.s) :]), _squares(s))
         factors[site.path] = stacked(found) if site.layer.matrices else found[0]
     result = errors.result(out)
-    history = {k: v for k, v in read_record(path).items() if k not in ("base", "lorafold")}
+    history = {k: v for k, v in saved.record.items() if k not in ("base", "lorafold")}
     record = {
         **history,
-        "resized": {"from": str(path), "rank": rank, "energy": energy, "error": result.error},
+        "resized": {"from": str(saved), "rank": rank, "energy": energy, "error": result.error},
     }
-    tokenizer = base.tokenizer([path]) if has_tokenizer(path) else None
+    tokenizer = base.tokenizer([saved]) if saved.own_tokenizer else None
     as_lora(adapter, factors).save(out, overwrite=overwrite, record=record, tokenizer=tokenizer)
     return result
 
@@ -249,15 +248,8 @@ def as_lora(adapter: Adapter, factors: Mapping[str, Factors]) -> Adapter:
             put(delta, "A", a)
         _, *others = module.deltas[adapter.name].parts()  # type: ignore[operator]
         module.deltas[adapter.name] = Stack([delta, *others]) if others else delta
-    return Adapter(
-        adapter.model,
-        adapter.name,
-        spec,
-        adapter.matches,
-        adapter.bias,
-        adapter.modules_to_save,
-        adapter.over,
-    )
+    chosen = replace(adapter.chosen, spec=spec)
+    return Adapter(adapter.model, adapter.name, chosen, adapter.over)
 
 
 def _shape(p: Tensor | None) -> list[int] | None:

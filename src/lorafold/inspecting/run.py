@@ -36,6 +36,7 @@ from lorafold.inspecting.subspaces import against_base
 from lorafold.inspecting.updates import Site, Svd, largest, load_below, sites
 from lorafold.models.checkpoint import MappedModel
 from lorafold.opening import Base
+from lorafold.peft.saved import Saved
 
 Progress = Callable[[int, int], None]  # sites done, sites in all
 Figures = dict[str, Any]
@@ -52,10 +53,9 @@ WHOLE = (
 @torch.no_grad()
 def inspect(
     base: Base,
-    path: str | Path,
+    stack: Sequence[Saved],
     *,
-    over: Sequence[str | Path] = (),
-    against: str | Path | None = None,
+    against: Saved | None = None,
     directions: str | Path | None = None,
     full: bool = False,
     progress: Progress | None = None,
@@ -63,8 +63,8 @@ def inspect(
     """Measure a saved adapter of any method that folds.
 
     Args:
-        path: The adapter.
-        over: Those that it was trained over, lowest first; they are part of its base here.
+        stack: The adapter, after those that it was trained over, lowest first; they are part of its
+            base here.
         against: A second adapter to compare with: over the same ones, or one of them.
         directions: A safetensors file of vectors in the residual stream.
         full: Also compare with the spectrum of the base, which takes the SVD of every weight.
@@ -73,14 +73,15 @@ def inspect(
     Raises LorafoldError as `load`, and for a method that does not change matrices. Without a
     tokenizer the tables of tokens are left out, and `tokens_left_out` says why.
     """
+    *over, saved = stack
     left_out = None
     try:
-        tokenizer = base.tokenizer([*over, path])
+        tokenizer = base.tokenizer(stack)
     except NoTokenizer as error:
         tokenizer, left_out = None, f"The tables of tokens are left out: {error}."
     mapped, allowed = base.mapped(), base.allow_other_base
     below = load_below(mapped.model, over, allowed)
-    adapter = load(mapped.model, path, "inspected", allow_other_base=allowed)
+    adapter = load(mapped.model, saved, "inspected", allow_other_base=allowed)
     other = None
     if against is not None:
         with only(mapped.model, *below):
@@ -106,7 +107,7 @@ def inspect(
         figures[at] |= found
     among = across_experts(svds, stream)
     result: Figures = {
-        "adapter": str(path),
+        "adapter": str(saved),
         **({"over": [*map(str, over)]} if over else {}),
         "model": base.name,
         "method": str(adapter.spec),
@@ -118,7 +119,7 @@ def inspect(
         "chance_cosine": chance,
         "tokens_left_out": left_out,
     }
-    if other is not None:
+    if against is not None and other is not None:
         others = sites(other, below if other.over else ())
         result["against"] = {
             "adapter": str(against),

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from lorafold.core.delta import Delta
 from lorafold.core.layer import Layer
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.ops.svd import svd_of_product
+from lorafold.peft.saved import Saved
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def sites(adapter: Adapter, below: Sequence[str] = ()) -> Iterator[Site]:
         yield Site(path, delta, layer)
 
 
-def load_below(model: nn.Module, over: Sequence[str | Path], allowed: bool) -> tuple[str, ...]:
+def load_below(model: nn.Module, over: Sequence[Saved], allowed: bool) -> tuple[str, ...]:
     """Load adapters as the base of another one, and return their names on the model, lowest first.
 
     Args:
@@ -154,8 +154,8 @@ def load_below(model: nn.Module, over: Sequence[str | Path], allowed: bool) -> t
         allowed: Accept those that were trained on another base.
     """
     names = tuple(f"over{n}" for n, _ in enumerate(over, 1))
-    for name, path in zip(names, over, strict=True):
-        load(model, path, name, allow_other_base=allowed)
+    for name, saved in zip(names, over, strict=True):
+        load(model, saved, name, allow_other_base=allowed)
     return names
 
 

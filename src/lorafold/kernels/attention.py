@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lorafold.core.fake import is_fake
 from lorafold.kernels.compiling import INT, F, Functions, N, P, taken
+from lorafold.ops.attention import Scores
 from lorafold.ops.documents import Documents
 
 SIZES = [P, N, N, N, N, N, P, F, F, F, INT]  # from the table of documents on
@@ -39,43 +40,23 @@ class _Forms:
         self._longest = SHORT if torch.cpu._is_amx_tile_supported() else None
 
     def document_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, docs: Documents, scale: float, cap: float | None
+        self, q: Tensor, k: Tensor, v: Tensor, docs: Documents, scores: Scores
     ) -> Any:
-        """The output (T, H, Dv) of causal attention in each document, or NotImplemented.
-
-        Args:
-            q: the queries (T, H, D).
-            k: the keys (S, Hk, D).
-            v: the values (S, Hk, Dv).
-            scale: the factor of the scores.
-            cap: the cap of the scores, or None.
-        """
         if not self._takes(docs, q, k, v):
             return NotImplemented
         out = q.new_empty(*q.shape[:2], v.shape[-1])
-        self._attend("attend", (q, k, v), (q, k, v, out), docs, scale, cap)
+        self._attend("attend", (q, k, v), (q, k, v, out), docs, scores)
         return out
 
     def document_attention_backward(
-        self, g: Tensor, q: Tensor, k: Tensor, v: Tensor, docs: Documents, scale: float,
-        cap: float | None,
-    ) -> Any:  # fmt: skip
-        """The gradients of q, k and v, or NotImplemented.
-
-        Args:
-            g: the gradient of the output (T, H, Dv).
-            q: the queries (T, H, D).
-            k: the keys (S, Hk, D).
-            v: the values (S, Hk, Dv).
-            scale: the factor of the scores.
-            cap: the cap of the scores, or None.
-        """
+        self, g: Tensor, q: Tensor, k: Tensor, v: Tensor, docs: Documents, scores: Scores
+    ) -> Any:
         if not self._takes(docs, q, k, v, g):
             return NotImplemented
         found = tuple(x.new_empty(x.shape) for x in (q, k, v))
         heads = [x.new_empty(len(x), q.shape[1], x.shape[2], dtype=torch.float32) for x in (k, v)]
         pointers = (g.contiguous(), q, k, v, *found, *heads)
-        self._attend("attend_backward", (q, k, v), pointers, docs, scale, cap)
+        self._attend("attend_backward", (q, k, v), pointers, docs, scores)
         return found
 
     def _takes(self, docs: Documents, *tensors: Tensor) -> bool:
@@ -84,7 +65,7 @@ class _Forms:
 
     def _attend(
         self, name: str, qkv: tuple[Tensor, ...], pointers: tuple[Tensor, ...], docs: Documents,
-        scale: float, cap: float | None,
+        scores: Scores,
     ) -> None:  # fmt: skip
         q, k, v = qkv
         if is_fake(q):
@@ -93,5 +74,6 @@ class _Forms:
         window = float("inf") if docs.window is None else docs.window
         self._call(
             name, q.dtype, *pointers, docs.table, len(docs.table), q.shape[1], k.shape[1],
-            q.shape[2], v.shape[2], strides, window, scale, cap or 0.0, torch.get_num_threads(),
+            q.shape[2], v.shape[2], strides, window, scores.scale, scores.cap or 0.0,
+            torch.get_num_threads(),
         )  # fmt: skip

@@ -44,7 +44,6 @@ class Functions:
     can't be compiled.
 
     Args:
-        source: the file.
         signatures: the types of their parameters, by name.
         half: those that there are in bfloat16 alone.
     """

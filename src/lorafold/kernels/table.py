@@ -50,7 +50,6 @@ def use(operations: Iterable[Operation], device: str = "cpu") -> str:
     Returns why they can't be had, or nothing.
 
     Args:
-        operations: rows of the table.
         device: torch's name of the kind of device.
     """
     files = {of: FORMS[of][device] for of in operations if device in FORMS[of]}

@@ -134,9 +134,7 @@ class _Forms:
         self._call("scale_backward", y.dtype, z, y, g, *found, rows, n, threads())
         return found
 
-    def dropped_places(
-        self, x: Tensor, p: float, names: Tensor | None, key: int, site: int
-    ) -> Any:
+    def dropped_places(self, x: Tensor, p: float, names: Tensor | None, key: int, site: int) -> Any:
         n, width, limit = x.numel(), x.shape[-1], threshold(p)
         if n >= 2**31 or not limit:
             return NotImplemented

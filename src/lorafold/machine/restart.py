@@ -19,10 +19,7 @@ import sys
 from pathlib import Path
 
 SWITCH = "LORAFOLD_TUNE"
-WISHES = {
-    "LRU_CACHE_CAPACITY": "128",
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
-}
+WISHES = {"LRU_CACHE_CAPACITY": "128", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
@@ -31,11 +28,7 @@ def wishes() -> dict[str, str]:
     if os.environ.get(SWITCH) == "off" or platform.libc_ver()[0] != "glibc":
         return {}
     asked = HUGE_PAGES if huge_pages() == "madvise" else {}
-    return {
-        name: value
-        for name, value in (WISHES | asked).items()
-        if name not in os.environ
-    }
+    return {name: value for name, value in (WISHES | asked).items() if name not in os.environ}
 
 
 def huge_pages() -> str | None:

@@ -12,7 +12,7 @@ memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any, Literal
@@ -21,7 +21,6 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedConfig
 
-from lorafold.core.spec import Spec
 from lorafold.data.batches import labelled, micro_batches
 from lorafold.data.branches import Branched
 from lorafold.data.feed import Feed
@@ -29,7 +28,6 @@ from lorafold.errors import LorafoldError
 from lorafold.memory.advice import changes_of
 from lorafold.memory.terms import Estimate, estimate
 from lorafold.memory.trace import Setting
-from lorafold.models.storage import Storage
 from lorafold.objectives.objective import Objective
 from lorafold.ops.arithmetic import CPU, widens
 from lorafold.recipe.recipe import Recipe
@@ -40,27 +38,21 @@ SHARE = 0.9  # of the free memory: the rest is for the process, kernels and the 
 
 def planned(
     recipe: Recipe,
-    spec: Spec,
-    storage: Storage,
     feed: Feed,
-    beside: Callable[[Any], Mapping[str, Any]],
     objective: Objective,
+    asked: Setting,
     processes: int = 1,
     device: torch.device = CPU,
-    below: tuple[tuple[Spec, Callable[[Any], Mapping[str, Any]]], ...] = (),
 ) -> Setting:
     """Return the setting of the largest micro-batch of the run's first steps.
 
     Args:
         recipe: The recipe of the run.
-        spec: The spec of its method.
-        storage: How the base stores its weights.
         feed: The training examples.
-        beside: Gives what `attach` takes besides spec and targets, for a model.
         objective: What its steps compute.
+        asked: Has the base, the method and what else is attached.
         processes: The processes that share each step's examples.
         device: The device of this machine that the run uses.
-        below: The frozen adapters below, as `Setting` takes them.
     """
     packed, outputs = recipe.packing and objective.packs, objective.outputs
     largest: Sequence[Any] = ()
@@ -71,11 +63,8 @@ def planned(
         parts = micro_batches(own, recipe.accumulate, capacity)
         accumulating = accumulating or len(parts) > 1
         largest = max(largest, *parts, key=lambda part: computed(part, packed))
-    return Setting(
-        storage,
-        spec,
-        recipe.targets,
-        beside,
+    return replace(
+        asked,
         rows=tuple(n for e in largest for n in documents(e)),
         labelled=None if outputs else sum(map(labelled, largest)),
         packed=packed,
@@ -83,8 +72,7 @@ def planned(
         loss=objective.traced,
         optimizer="adamw" if recipe.optimizer == "auto" else recipe.optimizer,
         accumulating=accumulating,
-        widened=widens(storage.dtype, device),
-        below=below,
+        widened=widens(asked.base.dtype, device),
     )
 
 

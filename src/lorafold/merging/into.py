@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,9 +28,9 @@ from lorafold.core.delta import Delta
 from lorafold.core.layer import Layer, add
 from lorafold.core.matrices import Matrices, module_at
 from lorafold.errors import LorafoldError
-from lorafold.files.record import base_trained_on
 from lorafold.models.quantizing import packable
 from lorafold.models.storages import MADE, STORAGES
+from lorafold.peft.saved import Saved, trained_on
 
 ROUND_TRIP = "round-trip"  # the name of the delta that is attached beneath the adapters
 TARGETS = ("original", "dequantized", *MADE)
@@ -74,7 +73,7 @@ class Into:
 
 def choose_into(
     asked: str | None,
-    adapters: Sequence[str | Path],
+    adapters: Sequence[Saved],
     base: str = "auto",
     in_files: str | None = None,
 ) -> Into:
@@ -90,7 +89,7 @@ def choose_into(
     storages, for dequantized weights of a base that was not quantized, and for anything else of one
     whose files are.
     """
-    storage = (base_trained_on(adapters) or "auto") if base == "auto" else base
+    storage = (trained_on(adapters) or "auto") if base == "auto" else base
     if in_files is not None:
         if base not in ("auto", in_files):
             raise LorafoldError(
@@ -103,10 +102,10 @@ def choose_into(
                 " ones; expected dequantized, or as --model the model that it was quantized from"
             )
         return Into("dequantized", in_files, in_files=True)
-    trained_on = storage if storage in MADE else None
+    made_on = storage if storage in MADE else None
     if asked is not None and asked not in TARGETS:
         raise LorafoldError(f"into: found {asked}, expected one of {', '.join(TARGETS)}")
-    if asked == "dequantized" and trained_on is None:
+    if asked == "dequantized" and made_on is None:
         known = (
             "no adapter has a record of the storage of its base"
             if storage == "auto"
@@ -116,7 +115,7 @@ def choose_into(
             f"into dequantized: {known}, expected a quantized base; fold into original, or name the"
             f" quantization with --storage {' or '.join(MADE)}"
         )
-    return Into(asked or ("dequantized" if trained_on else "original"), trained_on)
+    return Into(asked or ("dequantized" if made_on else "original"), made_on)
 
 
 class RoundTrip(Delta):

@@ -12,7 +12,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,8 +25,9 @@ from lorafold.models.checkpoint import Checkpoint, MappedModel, mapped_model, op
 from lorafold.models.container import Entry
 from lorafold.models.converted import Conversion
 from lorafold.models.plain_files import as_plain
-from lorafold.models.provenance import remember
-from lorafold.models.sources import HUB_FILES, ModelSource
+from lorafold.models.sources import HUB_FILES, ModelSource, remember
+from lorafold.opening import Base
+from lorafold.peft.saved import Saved
 
 Problems = dict[str, list[str]]  # paths by reason
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -74,29 +74,21 @@ class Plan:
 
 
 def plan(
-    source: ModelSource,
-    adapters: Sequence[str | Path],
-    *,
-    round_trip: str | None = None,
-    allow_other_base: bool = False,
-    trust_remote_code: bool = False,
+    base: Base, adapters: Sequence[Saved], *, round_trip: str | None = None
 ) -> Plan:
     """Attach the adapters to the model and find what they change. Nothing is computed or written.
 
     Args:
-        source: The base.
-        adapters: Saved adapters, in the order of folding.
+        adapters: In the order of folding.
         round_trip: The quantization whose round trip the base's weights make first (`into`).
-        allow_other_base: Accept adapters whose fingerprint names another base.
-        trust_remote_code: Run Python code that comes with the model.
 
     Raises LorafoldError for a model or adapter that can't be loaded, and NotMergeable with every
     reason for which the merge can't be done.
     """
-    checkpoint, mapped, dequantized = _opened(source, round_trip, trust_remote_code)
+    checkpoint, mapped, dequantized = _opened(base.source, round_trip)
     names = tuple(f"merged{i}" for i in range(len(adapters)))
-    for name, path in zip(names, adapters, strict=True):
-        load(mapped.model, path, name, allow_other_base=allow_other_base)
+    for name, saved in zip(names, adapters, strict=True):
+        load(mapped.model, saved, name, allow_other_base=base.allow_other_base)
     planned = plan_fold(mapped.model, (ROUND_TRIP, *names))
     problems: Problems = defaultdict(list)
     for path, reason in planned.problems:
@@ -109,7 +101,7 @@ def plan(
     changed, sources, converted = _tensors(mapped, planned, problems)
     if any(parameter in planned.apart for parameter in changed.values()):
         with _among(problems, "tied weights"):
-            config = untied_config(config, mapped, trust_remote_code)
+            config = untied_config(config, mapped, base.trust_remote_code)
     if planned.vocabulary is not None:
         config = declared(config, planned.vocabulary)
     if not (changed or converted or problems):
@@ -141,15 +133,15 @@ def plan(
 
 
 def _opened(
-    source: ModelSource, round_trip: str | None, trust_remote_code: bool
+    source: ModelSource, round_trip: str | None
 ) -> tuple[Checkpoint, MappedModel, dict[str, str]]:
     """The files and the model over them as those of a plain model, with the round trip attached;
     and the sites of dequantized tensors.
     """
     checkpoint = open_checkpoint(source, HUB_FILES)  # all files: the unchanged ones are copied
-    found = as_plain(checkpoint, mapped_model(checkpoint, trust_remote_code))
+    found = as_plain(checkpoint, mapped_model(checkpoint))
     model = found[1].model
-    remember(model, source, trust_remote_code)
+    remember(model, source)
     if round_trip is not None:
         attach_round_trip(model, round_trip)
     return found

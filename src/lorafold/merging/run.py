@@ -1,4 +1,4 @@
-"""`lf.merge`: from a base and adapters to a plain Hugging Face directory with a certificate.
+"""From a base and adapters to a plain Hugging Face directory with a certificate.
 
     plan -> fold -> certify      folding keeps one tensor in memory, the certificate one model
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,21 +16,20 @@ import torch
 
 from lorafold.adapter import load
 from lorafold.data.probes import probe_ids
-from lorafold.errors import LorafoldError
 from lorafold.files.atomic import atomic_directory, write_json
 from lorafold.fold.rounding import Rounding
-from lorafold.machine.devices import choose_device
 from lorafold.merging.certificate import Gap, compare
 from lorafold.merging.execute import Folded, execute
 from lorafold.merging.into import Into, check_saved, choose_into
 from lorafold.merging.plan import Plan, plan
 from lorafold.merging.shards import write_shards
-from lorafold.models.classifier import check_language_model
 from lorafold.models.load_errors import loading
 from lorafold.models.loading import load_model
-from lorafold.models.sources import ModelSource, resolve_model
-from lorafold.models.storage import Storage, stored_in_files, weights_of
-from lorafold.models.tokenizer import has_tokenizer, tokenizer_of, write_tokenizer
+from lorafold.models.storage import Storage, stored_in_files
+from lorafold.models.tokenizer import write_tokenizer
+from lorafold.opening import Base
+from lorafold.opening.kinds import check_language_model
+from lorafold.peft.saved import Saved
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,6 +37,18 @@ if TYPE_CHECKING:
 
 CERTIFICATE = "merge.json"
 INSTEAD = "; merge another one in Python, with adapter.merge() and model.save_pretrained(out)"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The choices of `lf.merge` besides the model and the adapters."""
+
+    into: str | None = None
+    rounding: Rounding = "auto"
+    seed: int = 0
+    certificate: bool = True
+    probe: str | Path | None = None
+    overwrite: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,134 +134,74 @@ class Merged:
 
 
 def merge(
-    model: str | Path,
-    adapters: str | Path | Sequence[str | Path],
-    out: str | Path,
-    *,
-    into: str | None = None,
-    storage: str = "auto",
-    rounding: Rounding = "auto",
-    seed: int = 0,
-    certificate: bool = True,
-    probe: str | Path | None = None,
-    allow_other_base: bool = False,
-    overwrite: bool = False,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    device: str | None = None,
+    base: Base,
+    adapters: Sequence[Saved],
+    out: Path,
+    wanted: Wanted,
     console: Console | None = None,
 ) -> Merged:
-    """Fold saved adapters into their base and write a plain Hugging Face model, with a certificate
-    of how far it is from base plus adapters. The directory appears whole or not at all.
+    """Fold saved adapters into their base and write a plain Hugging Face model, as `lf.merge`,
+    whose arguments these are.
 
     Args:
-        model: The base, as `lf.load_model` takes it.
-        adapters: One saved adapter or several, folded in this order.
-        out: The directory of the merged model.
-        into: original (the base's weights before quantization), dequantized (the weights that the
-            adapter was trained on), nf4 or int8 (quantized again). None is dequantized if the
-            adapter was trained on a quantized base, else original.
-        storage: How the base stored its weights in training; auto takes it from the records.
-        rounding: nearest, stochastic, or auto: stochastic for the tensors whose update rounding to
-            nearest would lose.
-        seed: The seed of stochastic rounding.
-        certificate: Compare the merged model with the adapted one, loaded one after the other.
-        probe: A file of rows to compare on; None takes built-in texts.
-        allow_other_base: Accept adapters whose fingerprint names another base.
-        overwrite: Replace `out` if it exists.
-        revision: The branch, tag or commit of a hub model.
-        trust_remote_code: Run Python code that comes with the model.
-        device: Where the certificate is computed; None takes the fastest that is available.
-        console: A rich console for progress and notices; None is quiet.
-
-    Raises LorafoldError, with nothing written, for a model, adapter, probe or `out` that can't be
-    used, and NotMergeable with every reason for which the adapters can't be folded.
+        base: In the storage on which the adapters were trained; auto takes it from their records.
     """
-    adapters = [adapters] if isinstance(adapters, (str, Path)) else list(adapters)
-    if not adapters:
-        raise LorafoldError("adapters: found no adapter, expected at least one to merge")
-    where = choose_device(device)
-    with atomic_directory(out, overwrite) as tmp, _bars(console) as bar:
-        source = resolve_model(model, revision)
-        target = choose_into(into, adapters, storage, stored_in_files(source))
+    source, _ = base.source, base.held  # a wrong name or device is told before any work
+    with atomic_directory(out, wanted.overwrite) as tmp, _bars(console) as bar:
+        target = choose_into(wanted.into, adapters, base.storage, stored_in_files(source))
         if console is not None and target.trained_on is not None:
             console.print(f"merging into {target}", highlight=False)
-        check_language_model(source, adapters, INSTEAD)
-        parts = _Parts(source, adapters, target, allow_other_base, trust_remote_code)
-        own = any(map(has_tokenizer, adapters))
-        tokenizer = (
-            tokenizer_of(source, adapters, trust_remote_code) if own or certificate else None
-        )
-        texts = probe_ids(tokenizer, probe) if tokenizer is not None and certificate else []
-        folded = execute(
-            parts.planned(), partial(write_shards, tmp), rounding, seed, bar("folding")
-        )
+        check_language_model(base, adapters, INSTEAD)
+        own = any(one.own_tokenizer for one in adapters)
+        tokenizer = base.tokenizer(adapters) if own or wanted.certificate else None
+        compared = tokenizer if wanted.certificate else None
+        texts = [] if compared is None else probe_ids(compared, wanted.probe)
+        shards, rounding = partial(write_shards, tmp), (wanted.rounding, wanted.seed)
+        folded = execute(planned(base, adapters, target), shards, *rounding, bar("folding"))
         if own and tokenizer is not None:
             write_tokenizer(tokenizer, tmp)
+        merged = replace(base, model=tmp, revision=None)
         if target.quantized is not None:
-            quantize(tmp, target.quantized, trust_remote_code)
-        adapted, merged = partial(parts.adapted, where), partial(parts.merged, tmp, where)
-        gap = compare(adapted, merged, texts, tmp, bar("comparing")) if certificate else None
-        result = Merged(
-            gap, folded, target, rounding, seed, source.name, tuple(map(str, adapters)), str(out)
-        )
+            quantize(merged, target.quantized)
+        gap = None
+        if wanted.certificate:
+            trained = replace(base.stored(target.trained_on or "fp32"), in_fp32=True)
+            merged = replace(merged, storage=target.quantized or "fp32", in_fp32=True)
+            before, after = partial(adapted, trained, adapters), merged.load
+            gap = compare(before, after, texts, tmp, bar("comparing"))
+        names = tuple(map(str, adapters))
+        result = Merged(gap, folded, target, *rounding, base.name, names, str(out))
         write_json(tmp / CERTIFICATE, result.as_json())
     return result
 
 
-@dataclass(frozen=True)
-class _Parts:
-    """What is merged, and into what."""
-
-    source: ModelSource
-    adapters: list[str | Path]
-    into: Into
-    allow_other_base: bool
-    trust_remote_code: bool
-
-    def planned(self) -> Plan:
-        found = plan(
-            self.source,
-            self.adapters,
-            round_trip=self.into.round_trip,
-            allow_other_base=self.allow_other_base,
-            trust_remote_code=self.trust_remote_code,
-        )
-        if self.into.quantized is not None:
-            check_saved(found.model, self.into.quantized)
-        return found
-
-    def adapted(self, device: torch.device) -> PreTrainedModel:
-        """The base as it was trained on, with the adapters, on the device."""
-        trained = Storage(torch.float32, self.into.trained_on)
-        base = load_model(
-            self.source, trained, device, trust_remote_code=self.trust_remote_code
-        )
-        weights = weights_of(self.source, trained)
-        for i, path in enumerate(self.adapters):
-            name = f"adapter{i}"
-            load(base, path, name, allow_other_base=self.allow_other_base, base=weights)
-        return base
-
-    def merged(self, directory: Path, device: torch.device) -> PreTrainedModel:
-        """The merged model in the directory, on the device."""
-        storage = Storage(torch.float32, self.into.quantized)
-        return load_model(
-            directory, storage, device, trust_remote_code=self.trust_remote_code
-        )
+def planned(base: Base, adapters: Sequence[Saved], into: Into) -> Plan:
+    """The plan, if what it gives can be saved."""
+    found = plan(base, adapters, round_trip=into.round_trip)
+    if into.quantized is not None:
+        check_saved(found.model, into.quantized)
+    return found
 
 
-def quantize(directory: Path, quantization: str, trust_remote_code: bool) -> None:
+def adapted(base: Base, adapters: Sequence[Saved]) -> PreTrainedModel:
+    """The base as it was trained on, with the adapters."""
+    model, weights = base.load(), base.weights()
+    for i, saved in enumerate(adapters):
+        name, other = f"adapter{i}", base.allow_other_base
+        load(model, saved, name, allow_other_base=other, base=weights)
+    return model
+
+
+def quantize(plain: Base, quantization: str) -> None:
     """Replace the weights of a plain model by quantized ones, one tensor at a time.
 
     Args:
-        directory: The saved model.
+        plain: The saved model, by its directory.
         quantization: nf4 or int8.
-        trust_remote_code: Run Python code that comes with the model.
     """
-    model = load_model(
-        directory, Storage(torch.bfloat16, quantization), trust_remote_code=trust_remote_code
-    )
+    directory = plain.source.path
+    storage = Storage(torch.bfloat16, quantization)
+    model = load_model(plain.source, storage)
     for file in directory.glob("*.safetensors*"):
         file.unlink()
     with loading(f"the model quantized to {quantization}"):

@@ -34,6 +34,7 @@ from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
 from lorafold.core.targets import pattern_matches
 from lorafold.errors import LorafoldError
+from lorafold.methods.parts.options import below_one, refuse, whole
 from lorafold.methods.parts.start import zeros
 
 PARTS = ("P", "E", "Q")
@@ -50,23 +51,16 @@ class AdaLoRADelta(LowRank):
     run_names = ("kept", *(f"{name}_{part}" for part in PARTS for name in AVERAGES))
     kept: Tensor
 
-    def __init__(
-        self,
-        out: int,
-        inn: int,
-        rank: int,
-        init_rank: int,
-        alpha: float,
-        dropout: float,
-        orth_reg: float,
-        device: torch.device,
-        matrices: tuple[int, ...] = (),
-    ) -> None:
-        super().__init__(dropout)
-        self.init_rank = init_rank
-        scale = alpha / (init_rank + 1e-5)  # it keeps the rank at start
+    def __init__(self, layer: Layer, spec: AdaLoRA) -> None:
+        super().__init__(spec.dropout)
+        first: Any = spec.init_rank
+        alpha: Any = spec.alpha
+        rank = next(iter(spec.rank_pattern.values()), first)
+        (out, inn), matrices, device = layer.shape, layer.matrices, layer.device
+        self.init_rank, self.orth_reg = first, spec.orth_reg
+        self.scale = alpha / (first + 1e-5)  # it keeps the rank at start
         # the mean over this delta's norms; `join` sets it for all norms of the adapter
-        self.scale, self.orth_reg, self.share = scale, orth_reg, 0.5 / prod(matrices)
+        self.share = 0.5 / prod(matrices)
         p, q = (*matrices, out, rank), (*matrices, rank, inn)
         self.P = nn.Parameter(torch.randn(p, device=device, dtype=torch.float32) * 0.02)
         self.E = zeros((*matrices, rank), device)
@@ -154,26 +148,24 @@ class AdaLoRA(Spec):
         object.__setattr__(self, "init_rank", first)
         object.__setattr__(self, "alpha", float(2 * first if self.alpha is None else self.alpha))
         checks = {
-            f"rank: found {self.rank!r}, expected a whole number from 1": (
-                isinstance(self.rank, int) and self.rank >= 1
-            ),
             f"init_rank: found {self.init_rank!r}, expected at least rank, {self.rank}": (
                 self.init_rank >= self.rank  # type: ignore[operator]
             ),
-            f"dropout: found {self.dropout!r}, expected 0 or more, below 1": 0 <= self.dropout < 1,
             f"tinit and tfinal: found {self.tinit!r} and {self.tfinal!r}, expected 0 or more": (
                 self.tinit >= 0 and self.tfinal >= 0
-            ),
-            f"delta_t: found {self.delta_t!r}, expected a whole number from 1": (
-                isinstance(self.delta_t, int) and self.delta_t >= 1
             ),
             f"beta1 and beta2: found {self.beta1!r} and {self.beta2!r}, expected between 0 and 1": (
                 0 < self.beta1 < 1 and 0 < self.beta2 < 1
             ),
             f"orth_reg: found {self.orth_reg!r}, expected 0 or more": self.orth_reg >= 0,
         }
-        if wrong := [what for what, right in checks.items() if not right]:
-            raise LorafoldError(f"AdaLoRA: {'; '.join(wrong)}")
+        refuse(
+            self,
+            whole("rank", self.rank),
+            below_one("dropout", self.dropout),
+            whole("delta_t", self.delta_t),
+            [what for what, right in checks.items() if not right],
+        )
 
     def at(self, path: str) -> Self:
         return replace(
@@ -184,12 +176,7 @@ class AdaLoRA(Spec):
         )
 
     def build(self, layer: Layer) -> AdaLoRADelta:
-        out, inn = layer.shape
-        first: Any = self.init_rank
-        alpha: Any = self.alpha
-        rank = next(iter(self.rank_pattern.values()), first)
-        options = (alpha, self.dropout, self.orth_reg, layer.device)
-        return AdaLoRADelta(out, inn, rank, first, *options, layer.matrices)
+        return AdaLoRADelta(layer, self)
 
     def join(self, deltas: Mapping[str, Delta]) -> None:
         share = 1 / (2 * sum(map(number_of_matrices, deltas.values())))

@@ -11,7 +11,7 @@ folded, and costs time for every token. Use it as the baseline that LoRA was com
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +21,10 @@ from lorafold.bases import output_width
 from lorafold.core.delta import Opaque
 from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
-from lorafold.errors import LorafoldError
+from lorafold.methods.parts.options import one_of, refuse, whole
 
 Activation = Literal["gelu", "relu"]
+After = Literal["both", "mlp"]
 
 
 class BottleneckDelta(Opaque):
@@ -71,27 +72,19 @@ class Bottleneck(Spec):
 
     size: int = 64
     activation: Activation = "gelu"
-    after: Literal["both", "mlp"] = "both"
+    after: After = "both"
 
     lr: ClassVar[float] = 1e-3
     modifies_architecture: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        wrong = []
-        if not (isinstance(self.size, int) and self.size >= 1):
-            wrong.append(f"size: found {self.size!r}, expected a whole number from 1")
-        if self.activation not in ("gelu", "relu"):
-            wrong.append(f"activation: found {self.activation!r}, expected gelu or relu")
-        if self.after not in ("both", "mlp"):
-            wrong.append(f"after: found {self.after!r}, expected both or mlp")
-        if wrong:
-            raise LorafoldError(f"Bottleneck: {'; '.join(wrong)}")
+        activation = one_of("activation", self.activation, get_args(Activation))
+        after = one_of("after", self.after, get_args(After))
+        refuse(self, whole("size", self.size), activation, after)
 
     @property
     def targets(self) -> str:  # type: ignore[override]
         return "sublayers" if self.after == "both" else "mlp-sublayers"
 
     def build(self, layer: Layer) -> BottleneckDelta:
-        return BottleneckDelta(
-            output_width(layer.module), self.size, self.activation, layer.device
-        )
+        return BottleneckDelta(output_width(layer.module), self.size, self.activation, layer.device)

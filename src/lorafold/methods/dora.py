@@ -59,7 +59,6 @@ class Kept:
 
         Args:
             sources: what the value depends on, of any shapes.
-            make: computes the value.
             during: another object than the last time has the value computed again.
         """
         if any(s.is_inference() for s in sources):  # these have no version

@@ -28,7 +28,7 @@ from lorafold.core.delta import Delta, Dense
 from lorafold.core.layer import Layer
 from lorafold.core.rounding import rounded
 from lorafold.core.spec import Spec
-from lorafold.errors import LorafoldError
+from lorafold.methods.parts.options import refuse, whole
 from lorafold.ops.walsh import halves, walsh
 
 
@@ -86,7 +86,6 @@ class FastfoodDelta(Dense):
 
         Args:
             first: the adapter's first delta.
-            generator: the random generator of G.
             device: the device of G.
         """
         self._first = (first,)  # in a tuple, so that it is no submodule of every delta
@@ -128,10 +127,7 @@ class Fastfood(Spec):
     diagnostic: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.dimension, int) and self.dimension >= 1):
-            raise LorafoldError(
-                f"Fastfood: dimension: found {self.dimension!r}, expected a whole number from 1"
-            )
+        refuse(self, whole("dimension", self.dimension))
 
     def build(self, layer: Layer) -> FastfoodDelta:
         return FastfoodDelta((*layer.matrices, *layer.shape), layer.device)

@@ -26,6 +26,7 @@ from lorafold.core.delta import LowRank
 from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
+from lorafold.methods.parts.options import below_one, refuse, whole
 from lorafold.ops.svd import best_of_rank
 
 
@@ -60,13 +61,7 @@ class FromWeight(Spec):
     dropout: float
 
     def __post_init__(self) -> None:
-        wrong = [f"rank: found {self.rank!r}, expected a whole number from 1"] * (
-            not (isinstance(self.rank, int) and self.rank >= 1)
-        )
-        if not 0 <= self.dropout < 1:
-            wrong.append(f"dropout: found {self.dropout!r}, expected 0 or more, below 1")
-        if wrong:
-            raise LorafoldError(f"{type(self).__name__}: {'; '.join(wrong)}")
+        refuse(self, whole("rank", self.rank), below_one("dropout", self.dropout))
         object.__setattr__(self, "alpha", float(self.rank if self.alpha is None else self.alpha))
 
     @property

@@ -17,14 +17,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from lorafold.core.delta import Dense
 from lorafold.core.layer import Layer, add
-from lorafold.core.replay import replayed
+from lorafold.core.recomputing import recomputed
 from lorafold.core.spec import Spec
-from lorafold.errors import LorafoldError
+from lorafold.methods.parts.options import refuse, whole
 from lorafold.methods.parts.start import kaiming, zeros
 from lorafold.ops.hadamard import hadamard
 
@@ -32,22 +31,15 @@ from lorafold.ops.hadamard import hadamard
 class LoHaDelta(Dense):
     """w1_a, w2_a (*matrices, out, r), w1_b, w2_b (*matrices, r, in), fp32."""
 
-    def __init__(
-        self,
-        out: int,
-        inn: int,
-        rank: int,
-        scale: float,
-        device: torch.device,
-        matrices: tuple[int, ...] = (),
-    ) -> None:
+    def __init__(self, layer: Layer, rank: int, scale: float) -> None:
         super().__init__()
         self.scale = scale
+        out, inn = layer.shape
         # U and V have at most a third as many numbers as W: their three products then take less
         # than the gradient of a dense dW
         self.small = 3 * rank**2 * (out + inn) <= out * inn
-        shapes = [(*matrices, out, rank), (*matrices, rank, inn)] * 2
-        self.w1_a, self.w1_b, self.w2_a, self.w2_b = (zeros(shape, device) for shape in shapes)
+        shapes = [(*layer.matrices, *sides) for sides in ((out, rank), (rank, inn))] * 2
+        self.w1_a, self.w1_b, self.w2_a, self.w2_b = (zeros(s, layer.device) for s in shapes)
         for p in (self.w1_a, self.w1_b, self.w2_a):
             kaiming(p)
 
@@ -57,7 +49,7 @@ class LoHaDelta(Dense):
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
         if not self.small:
             return super().forward(layer, x, onto)
-        small = replayed(partial(self.branch, layer), x)
+        small = recomputed(partial(self.branch, layer), x)
         return layer(x, onto=add(small, onto))
 
     def branch(self, layer: Layer, x: Tensor) -> Tensor:
@@ -84,11 +76,8 @@ class LoHa(Spec):
     lr: ClassVar[float] = 5e-3
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.rank, int) and self.rank >= 1):
-            raise LorafoldError(f"LoHa: rank: found {self.rank!r}, expected a whole number from 1")
+        refuse(self, whole("rank", self.rank))
         object.__setattr__(self, "alpha", float(self.rank if self.alpha is None else self.alpha))
 
     def build(self, layer: Layer) -> LoHaDelta:
-        out, inn = layer.shape
-        scale = self.alpha / self.rank  # type: ignore[operator]
-        return LoHaDelta(out, inn, self.rank, scale, layer.device, layer.matrices)
+        return LoHaDelta(layer, self.rank, self.alpha / self.rank)  # type: ignore[operator]

@@ -16,13 +16,12 @@ from dataclasses import dataclass
 from math import isqrt
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from lorafold.core.delta import Additive
 from lorafold.core.layer import Layer, add
 from lorafold.core.spec import Spec
-from lorafold.errors import LorafoldError
+from lorafold.methods.parts.options import refuse, whole
 from lorafold.methods.parts.start import kaiming, zeros
 
 
@@ -47,13 +46,12 @@ class LoKrDelta(Additive):
 
     def __init__(
         self,
+        layer: Layer,
         outs: tuple[int, int],
         ins: tuple[int, int],
         rank: int,
         scale: float,
         split: tuple[bool, bool],
-        device: torch.device,
-        matrices: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
         self.scale = scale
@@ -61,7 +59,7 @@ class LoKrDelta(Additive):
         for name, o, i, low in zip(("w1", "w2"), outs, ins, split, strict=True):
             shapes |= {f"{name}_a": (o, rank), f"{name}_b": (rank, i)} if low else {name: (o, i)}
         for name, shape in shapes.items():
-            setattr(self, name, p := zeros((*matrices, *shape), device))
+            setattr(self, name, p := zeros((*layer.matrices, *shape), layer.device))
             if name not in ("w1", "w1_a"):
                 kaiming(p)
 
@@ -111,28 +109,15 @@ class LoKr(Spec):
     lr: ClassVar[float] = 5e-3
 
     def __post_init__(self) -> None:
-        wrong = [f"rank: found {self.rank!r}, expected a whole number from 1"] * (
-            not (isinstance(self.rank, int) and self.rank >= 1)
-        )
-        if not (self.decompose_factor == -1 or self.decompose_factor >= 1):
-            wrong.append(
-                f"decompose_factor: found {self.decompose_factor!r}, expected a whole number from"
-                " 1, or -1"
-            )
-        if wrong:
-            raise LorafoldError(f"LoKr: {'; '.join(wrong)}")
+        factor = self.decompose_factor
+        told = f"decompose_factor: found {factor!r}, expected a whole number from 1, or -1"
+        refuse(self, whole("rank", self.rank), [] if factor == -1 or factor >= 1 else [told])
         object.__setattr__(self, "alpha", float(self.rank if self.alpha is None else self.alpha))
 
     def build(self, layer: Layer) -> LoKrDelta:
         out, inn, window = *layer.shape, layer.window
         outs, ins = (factorization(n, self.decompose_factor) for n in (out, inn // window))
         low = [self.rank < max(o, i) / 2 for o, i in zip(outs, ins, strict=True)]
-        return LoKrDelta(
-            outs,
-            (ins[0], ins[1] * window),
-            self.rank,
-            self.alpha / self.rank,  # type: ignore[operator]
-            (low[0] and self.decompose_both, low[1]),
-            layer.device,
-            layer.matrices,
-        )
+        split = low[0] and self.decompose_both, low[1]
+        scale = self.alpha / self.rank  # type: ignore[operator]
+        return LoKrDelta(layer, outs, (ins[0], ins[1] * window), self.rank, scale, split)

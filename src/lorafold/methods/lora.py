@@ -28,6 +28,7 @@ from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
 from lorafold.core.targets import pattern_matches
 from lorafold.errors import LorafoldError
+from lorafold.methods.parts.options import below_one, one_of, refuse, whole
 from lorafold.methods.parts.start import kaiming, zeros
 from lorafold.ops.svd import best_of_rank
 
@@ -41,19 +42,10 @@ class LoRADelta(LowRank):
 
     up_names = ("B",)
 
-    def __init__(
-        self,
-        out: int,
-        inn: int,
-        rank: int,
-        scale: float,
-        dropout: float,
-        init: Init,
-        device: torch.device,
-        matrices: tuple[int, ...] = (),
-    ) -> None:
+    def __init__(self, layer: Layer, rank: int, scale: float, dropout: float, init: Init) -> None:
         super().__init__(dropout)
         self.scale = scale
+        (out, inn), matrices, device = layer.shape, layer.matrices, layer.device
         shape = (*matrices, rank, inn)
         self.A = nn.Parameter(torch.empty(shape, device=device, dtype=torch.float32))
         self.B = zeros((*matrices, out, rank), device)
@@ -95,18 +87,9 @@ class LoRA(Spec):
         object.__setattr__(
             self, "alpha", float(2 * self.rank if self.alpha is None else self.alpha)
         )
-        ranks = (self.rank, *self.rank_pattern.values())
-        wrong = [
-            f"rank: found {r!r}, expected a whole number from 1"
-            for r in ranks
-            if not (isinstance(r, int) and r >= 1)
-        ]
-        if not 0 <= self.dropout < 1:
-            wrong.append(f"dropout: found {self.dropout!r}, expected 0 or more, below 1")
-        if self.init not in get_args(Init):
-            wrong.append(f"init: found {self.init!r}, expected {' or '.join(get_args(Init))}")
-        if wrong:
-            raise LorafoldError(f"LoRA: {'; '.join(wrong)}")
+        ranks = [whole("rank", rank) for rank in (self.rank, *self.rank_pattern.values())]
+        init = one_of("init", self.init, get_args(Init))
+        refuse(self, *ranks, below_one("dropout", self.dropout), init)
 
     @property
     def scale(self) -> float:
@@ -125,19 +108,16 @@ class LoRA(Spec):
         return replace(self, rank=rank, alpha=alpha)
 
     def build(self, layer: Layer) -> LoRADelta:
-        out, inn = layer.shape
-        device = layer.device
-        own = (self.rank, self.scale, self.dropout, self.init)
-        delta = LoRADelta(out, inn, *own, device, layer.matrices)
+        delta = LoRADelta(layer, self.rank, self.scale, self.dropout, self.init)
         if self.init == "loftq":
-            if self.rank > min(out, inn):
+            if self.rank > min(layer.shape):
                 raise LorafoldError(
                     f"init loftq: found rank {self.rank} for a matrix {layer.shape}, expected at"
-                    f" most {min(out, inn)}"
+                    f" most {min(layer.shape)}"
                 )
             with torch.no_grad():
                 b, a = best_of_rank(
-                    layer.original().to(device).float() - layer.dense()[0].float(),
+                    layer.original().to(layer.device).float() - layer.dense()[0].float(),
                     self.rank,
                     self.scale,
                 )

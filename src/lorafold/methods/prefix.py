@@ -18,11 +18,9 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lorafold.core.anatomy import causal_attentions
 from lorafold.core.layer import Layer
-from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
-from lorafold.methods.parts.virtual import KeysAndValues, Receiver, Sender, check, is_attention
+from lorafold.methods.parts.virtual import KeysAndValues, Sender, VirtualTokens
 
 Init = Literal["activations", "random"]
 
@@ -66,7 +64,7 @@ class PrefixDelta(Sender):
 
 
 @dataclass(frozen=True)
-class Prefix(Spec):
+class Prefix(VirtualTokens):
     """Prefix tuning. Raises LorafoldError for values out of range; building does so on a model
     whose attentions differ in heads or head size.
 
@@ -78,24 +76,10 @@ class Prefix(Spec):
     tokens: int = 20
     init: Init = "activations"
 
-    targets: ClassVar[str] = "decoder"
-    lr: ClassVar[float] = 1e-2
+    inits: ClassVar[tuple[str, ...]] = get_args(Init)
 
-    def __post_init__(self) -> None:
-        check("Prefix", self.tokens, self.init, get_args(Init))
-
-    def build(self, layer: Layer) -> PrefixDelta | Receiver:
-        if is_attention(layer.module):
-            return Receiver(layer.module)
-        body, attentions = (
-            layer.module,
-            [layer.module.get_submodule(path) for path in causal_attentions(layer.module)],
-        )
-        if not attentions:
-            raise LorafoldError(
-                "Prefix: expected a decoder and its attentions (targets 'decoder'), found"
-                f" {type(body).__name__}"
-            )
+    def sender(self, layer: Layer, attentions: list[nn.Module]) -> PrefixDelta:
+        body = layer.module
         shapes = {key_shape(m) for m in attentions}
         if len(shapes) > 1:
             raise LorafoldError(

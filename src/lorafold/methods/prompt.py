@@ -18,18 +18,8 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lorafold.core.anatomy import causal_attentions
 from lorafold.core.layer import Layer
-from lorafold.core.spec import Spec
-from lorafold.errors import LorafoldError
-from lorafold.methods.parts.virtual import (
-    KeysAndValues,
-    Receiver,
-    Seen,
-    Sender,
-    check,
-    is_attention,
-)
+from lorafold.methods.parts.virtual import KeysAndValues, Seen, Sender, VirtualTokens
 
 Init = Literal["vocabulary", "random"]
 
@@ -75,7 +65,7 @@ class PromptDelta(Sender):
 
 
 @dataclass(frozen=True)
-class Prompt(Spec):
+class Prompt(VirtualTokens):
     """Prompt tuning. Raises LorafoldError for values out of range.
 
     Args:
@@ -87,24 +77,10 @@ class Prompt(Spec):
     tokens: int = 20
     init: Init = "vocabulary"
 
-    targets: ClassVar[str] = "decoder"
-    lr: ClassVar[float] = 1e-2
+    inits: ClassVar[tuple[str, ...]] = get_args(Init)
 
-    def __post_init__(self) -> None:
-        check("Prompt", self.tokens, self.init, get_args(Init))
-
-    def build(self, layer: Layer) -> PromptDelta | Receiver:
-        if is_attention(layer.module):
-            return Receiver(layer.module)
-        body, attentions = (
-            layer.module,
-            [layer.module.get_submodule(path) for path in causal_attentions(layer.module)],
-        )
-        if not attentions:
-            raise LorafoldError(
-                "Prompt: expected a decoder and its attentions (targets 'decoder'), found"
-                f" {type(body).__name__}"
-            )
+    def sender(self, layer: Layer, attentions: list[nn.Module]) -> PromptDelta:
+        body = layer.module
         layers: list[Any] = [m.layer_idx for m in attentions]
         start = self.start(body.get_input_embeddings())  # type: ignore[operator]
         return PromptDelta(body, start, layers)

@@ -27,7 +27,7 @@ from torch.optim import AdamW
 from lorafold.core.delta import Delta, Dense
 from lorafold.core.layer import Layer
 from lorafold.core.spec import Losses, Spec
-from lorafold.errors import LorafoldError
+from lorafold.methods.parts.options import refuse, whole
 
 
 class SparseDelta(Dense):
@@ -74,8 +74,7 @@ class _Sparse(Spec):
     lr: ClassVar[float] = 1e-3
 
     def __post_init__(self) -> None:
-        if wrong := self.wrong():
-            raise LorafoldError(f"{type(self).__name__}: {'; '.join(wrong)}")
+        refuse(self, self.wrong())
 
     def wrong(self) -> list[str]:
         """What is wrong with the options, as an error message says it."""
@@ -119,9 +118,7 @@ class LTSFT(_Sparse):
     lr: ClassVar[float] = 3e-3
 
     def wrong(self) -> list[str]:
-        wrong = super().wrong()
-        if not (isinstance(self.dense_steps, int) and self.dense_steps >= 1):
-            wrong.append(f"dense_steps: found {self.dense_steps!r}, expected a whole number from 1")
+        wrong = super().wrong() + whole("dense_steps", self.dense_steps)
         if not self.dense_lr > 0:
             wrong.append(f"dense_lr: found {self.dense_lr!r}, expected above 0")
         return wrong
@@ -148,10 +145,7 @@ class FishMask(_Sparse):
     samples: int = 128
 
     def wrong(self) -> list[str]:
-        fine = isinstance(self.samples, int) and self.samples >= 1
-        return super().wrong() + (
-            [] if fine else [f"samples: found {self.samples!r}, expected a whole number from 1"]
-        )
+        return super().wrong() + whole("samples", self.samples)
 
     def scores(self, deltas: list[SparseDelta], losses: Losses) -> list[Tensor]:
         values = [delta.values for delta in deltas]

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from lorafold.core.delta import Delta, LowRank
 from lorafold.core.layer import Layer, add
 from lorafold.core.spec import Spec
-from lorafold.errors import LorafoldError
+from lorafold.methods.parts.options import below_one, refuse, whole
 from lorafold.methods.parts.start import zeros
-from lorafold.ops.framed import framed
+from lorafold.ops.two_sided_scaling import scaled_product
 
 
 class Projections(nn.Module):
@@ -59,21 +59,12 @@ class VeRADelta(LowRank):
     vector_names = ("d", "b")
     projections: Projections
 
-    def __init__(
-        self,
-        out: int,
-        inn: int,
-        rank: int,
-        d_initial: float,
-        dropout: float,
-        device: torch.device,
-        matrices: tuple[int, ...] = (),
-    ) -> None:
+    def __init__(self, layer: Layer, rank: int, d_initial: float, dropout: float) -> None:
         super().__init__(dropout)
-        self.shape = (out, inn)
+        self.shape, matrices, device = layer.shape, layer.matrices, layer.device
         d = torch.full((*matrices, rank), d_initial, device=device, dtype=torch.float32)
         self.d = nn.Parameter(d)
-        self.b = zeros((*matrices, out), device)
+        self.b = zeros((*matrices, self.shape[0]), device)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         out, inn = self.shape
@@ -87,7 +78,7 @@ class VeRADelta(LowRank):
         if dropped or layer.matrices or not layer.takes_vectors:
             return super().forward(layer, x, onto)
         u = layer.op_once(x, self.projections.A)  # the same for all matrices that read x
-        small = framed(u, self.projections.B[: self.shape[0]], self.b, self.d)
+        small = scaled_product(u, self.projections.B[: self.shape[0]], self.b, self.d)
         return layer(x, onto=add(small, onto))
 
 
@@ -99,7 +90,6 @@ class VeRA(Spec):
         rank: the rank r of the projections.
         dropout: the probability of dropout on the branch.
         d_initial: the value of d at start.
-        projection_prng_key: the seed of the projections.
         save_projection: save the projections with the adapter, so that its files do not depend on
             torch's random generator.
     """
@@ -113,18 +103,10 @@ class VeRA(Spec):
     lr: ClassVar[float] = 2e-2
 
     def __post_init__(self) -> None:
-        wrong = [f"rank: found {self.rank!r}, expected a whole number from 1"] * (
-            not (isinstance(self.rank, int) and self.rank >= 1)
-        )
-        if not 0 <= self.dropout < 1:
-            wrong.append(f"dropout: found {self.dropout!r}, expected 0 or more, below 1")
-        if wrong:
-            raise LorafoldError(f"VeRA: {'; '.join(wrong)}")
+        refuse(self, whole("rank", self.rank), below_one("dropout", self.dropout))
 
     def build(self, layer: Layer) -> VeRADelta:
-        out, inn = layer.shape
-        own = (self.rank, self.d_initial, self.dropout)
-        return VeRADelta(out, inn, *own, layer.device, layer.matrices)
+        return VeRADelta(layer, self.rank, self.d_initial, self.dropout)
 
     def join(self, deltas: Mapping[str, Delta]) -> None:
         ours: list[VeRADelta] = list(deltas.values())  # type: ignore[arg-type]

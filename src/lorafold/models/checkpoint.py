@@ -35,8 +35,7 @@ from lorafold.models.container import Container, Entry, read_container, read_ten
 from lorafold.models.converted import Conversion, Source
 from lorafold.models.in_files import as_in_files, check_quantized, make_quantized, readable
 from lorafold.models.load_errors import loading, one_line
-from lorafold.models.provenance import remember
-from lorafold.models.sources import ModelSource
+from lorafold.models.sources import ModelSource, remember
 from lorafold.models.weights import INDEX, MODEL_FILES, model_files
 
 WEIGHTS = (
@@ -57,9 +56,14 @@ WEIGHTS = (
 class Checkpoint:
     """The weight files of a model directory by name, and their index if there is one."""
 
-    path: Path
+    source: ModelSource
     files: dict[str, Container]
     index: dict[str, Any] | None
+
+    @property
+    def path(self) -> Path:
+        """The directory."""
+        return self.source.path
 
     @property
     def entries(self) -> dict[str, Entry]:
@@ -111,7 +115,7 @@ def open_checkpoint(source: ModelSource, patterns: Sequence[str] = MODEL_FILES) 
     index = (
         json.loads((path / INDEX).read_text(encoding="utf-8")) if (path / INDEX).is_file() else None
     )
-    return Checkpoint(path, {file.name: read_container(file) for file in files}, index)
+    return Checkpoint(source, {file.name: read_container(file) for file in files}, index)
 
 
 def build(config: Any, trust_remote_code: bool) -> PreTrainedModel:
@@ -127,15 +131,15 @@ def build(config: Any, trust_remote_code: bool) -> PreTrainedModel:
         )
 
 
-def mapped_model(checkpoint: Checkpoint, trust_remote_code: bool) -> MappedModel:
+def mapped_model(checkpoint: Checkpoint) -> MappedModel:
     """Build the model of a checkpoint over its mapped files.
 
     Raises LorafoldError if the weights are quantized in another way than `models.in_files` reads,
     and lists every weight that is missing or has another shape than the model expects.
     """
-    what = f"model {checkpoint.path}"
+    what, trusted = f"model {checkpoint.path}", checkpoint.source.trust_remote_code
     with loading(what):
-        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trusted)
     settings = getattr(config, "quantization_config", None)
     if settings is not None:
         method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings
@@ -145,7 +149,7 @@ def mapped_model(checkpoint: Checkpoint, trust_remote_code: bool) -> MappedModel
                 " that it was quantized from"
             )
         del config.quantization_config
-    model = build(config, trust_remote_code)
+    model = build(config, trusted)
     if settings is not None:
         make_quantized(model, settings, what)
     entries, parts = by_parameter(model, checkpoint.entries)
@@ -173,12 +177,12 @@ def mapped_model(checkpoint: Checkpoint, trust_remote_code: bool) -> MappedModel
     return MappedModel(model, entries, tied, converted)
 
 
-def mapped_model_of(source: ModelSource, trust_remote_code: bool = False) -> MappedModel:
+def mapped_model_of(source: ModelSource) -> MappedModel:
     """Open the model of a source over its mapped files. Its `name_or_path` is the source's name,
     which adapters attached to it record as their base.
     """
-    mapped = mapped_model(open_checkpoint(source), trust_remote_code)
-    remember(mapped.model, source, trust_remote_code)
+    mapped = mapped_model(open_checkpoint(source))
+    remember(mapped.model, source)
     mapped.model.config._name_or_path = mapped.model.name_or_path = source.name
     return mapped
 

@@ -14,7 +14,6 @@ texts would have the same one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,8 +23,7 @@ from lorafold.core.anatomy import bare_modules, decoder_of
 from lorafold.core.presets import beneath
 from lorafold.core.towers import aside
 from lorafold.errors import LorafoldError
-from lorafold.files.card import CLASSES, REWARD
-from lorafold.files.record import RECORD, read_object, read_record
+from lorafold.files.card import REWARD
 from lorafold.models.load_errors import loading
 from lorafold.models.loading import check_complete, read_weights
 from lorafold.models.sources import ModelSource
@@ -36,9 +34,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-LANGUAGE_MODEL, REWARD_MODEL = "a language model", "a reward model"
-PEFT_HEADS = (".score.weight", ".classifier.weight")  # in the files of PEFT's classifiers
-
 
 def load_classifier(
     source: ModelSource,
@@ -48,7 +43,6 @@ def load_classifier(
     device: torch.device | str = "cpu",
     *,
     seed: int = 0,
-    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load a classifier, in evaluation mode. With one class it is a reward model.
 
@@ -62,7 +56,6 @@ def load_classifier(
         storage: How the base stores its weights; a dtype for weights that are not quantized.
         device: Where to load the model.
         seed: The seed of the head, if the files have none.
-        trust_remote_code: Run the code in the model's directory.
     """
     with loading(f"model {source.name}"):
         from transformers import AutoModelForSequenceClassification
@@ -74,9 +67,7 @@ def load_classifier(
             if len(classes) == 1:
                 config["problem_type"] = "regression"
             auto = AutoModelForSequenceClassification
-            model, missing = read_weights(
-                auto, source, storage, device, trust_remote_code, **config
-            )
+            model, missing = read_weights(auto, source, storage, device, **config)
         # a decoder finds the last token by it
         model.config.get_text_config().pad_token_id = pad_id
         # each text takes a single forward pass, so a cache would never be used
@@ -95,7 +86,6 @@ def load_reward_model(
     device: torch.device | str = "cpu",
     *,
     seed: int = 0,
-    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load a classifier with one output, in evaluation mode. Raises as `load_classifier`.
 
@@ -105,10 +95,8 @@ def load_reward_model(
         storage: How the base stores its weights; a dtype for weights that are not quantized.
         device: Where to load the model.
         seed: The seed of the head, if the files have none.
-        trust_remote_code: Run the code in the model's directory.
     """
-    how: dict[str, Any] = {"seed": seed, "trust_remote_code": trust_remote_code}
-    return load_classifier(source, (REWARD,), pad_id, storage, device, **how)
+    return load_classifier(source, (REWARD,), pad_id, storage, device, seed=seed)
 
 
 def head_paths(model: nn.Module) -> tuple[str, ...]:
@@ -169,20 +157,6 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(found)
 
 
-def classes_of_adapter(path: str | Path) -> tuple[str, ...] | None:
-    """Return the classes of a saved adapter, in the order of their numbers, or None if it is not an
-    adapter of a classifier. Raises LorafoldError if its record is damaged.
-    """
-    classes = read_record(path).get(CLASSES)
-    if classes is None:
-        return None
-    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        raise LorafoldError(
-            f"{Path(path) / RECORD}: field {CLASSES}: found {classes!r}, expected a list of text"
-        )
-    return tuple(classes)
-
-
 def outputs_of_model(source: ModelSource) -> tuple[str, ...] | None:
     """Return the names of the outputs of a model that has a head for texts already, or None if it
     has none.
@@ -195,76 +169,3 @@ def outputs_of_model(source: ModelSource) -> tuple[str, ...] | None:
     # transformers does not write its default to the file
     names = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
     return tuple(names[key] for key in sorted(names, key=int))
-
-
-def known_classes(source: ModelSource, adapters: Sequence[str | Path]) -> tuple[str, ...] | None:
-    """Return the classes of the adapters, or else of the model, or None if neither has classes.
-
-    Raises LorafoldError if the adapters' classes differ.
-    """
-    found = {str(path): classes for path in adapters if (classes := classes_of_adapter(path))}
-    if len(set(found.values())) > 1:
-        raise LorafoldError(
-            "adapters: expected the same classes in all of them, found "
-            + "; ".join(f"{', '.join(classes)} in {name}" for name, classes in found.items())
-        )
-    if found:
-        return next(iter(found.values()))
-    outputs = outputs_of_model(source)
-    return outputs if outputs and len(outputs) > 1 else None
-
-
-def is_reward_model(source: ModelSource, adapters: Sequence[str | Path]) -> bool:
-    """Whether one of the adapters is that of a reward model, or else the model is one.
-
-    Raises LorafoldError if a record is damaged.
-    """
-    for path in adapters:
-        record = read_record(path)
-        if record.get(REWARD) is True or (not record and _outputs_in_peft(Path(path)) == 1):
-            return True
-    return len(outputs_of_model(source) or ()) == 1
-
-
-def _outputs_in_peft(path: Path) -> int:
-    """The outputs of the head in an adapter that PEFT wrote for a classifier; 0 if it is for none.
-
-    Raises LorafoldError if its tensors can't be read.
-    """
-    config, tensors = path / "adapter_config.json", path / "adapter_model.safetensors"
-    if not config.is_file() or read_object(config).get("task_type") != "SEQ_CLS":
-        return 0
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(tensors, framework="pt") as file:
-            names = file.keys()
-            heads = [key for key in names if key.endswith(PEFT_HEADS)]
-            return int(file.get_slice(heads[0]).get_shape()[0]) if heads else 0
-    except (SafetensorError, OSError) as error:
-        raise LorafoldError(f"{tensors}: {error}") from None
-
-
-def kind_of(source: ModelSource, adapters: Sequence[str | Path]) -> str:
-    """What a model with its adapters is, in words: a language model, a reward model, or a
-    classifier of its classes. Raises LorafoldError as `known_classes` does.
-    """
-    if classes := known_classes(source, adapters):
-        return f"a classifier of {', '.join(classes)}"
-    return REWARD_MODEL if is_reward_model(source, adapters) else LANGUAGE_MODEL
-
-
-def check_language_model(
-    source: ModelSource, adapters: Sequence[str | Path], advice: str = ""
-) -> None:
-    """Raise LorafoldError unless the adapters are those of a language model.
-
-    Args:
-        adapters: The adapters' directories.
-        advice: What to do instead, for the message.
-    """
-    if (kind := kind_of(source, adapters)) != LANGUAGE_MODEL:
-        raise LorafoldError(
-            f"{', '.join(map(str, adapters))}: found {kind}, expected an adapter of a language"
-            f" model{advice}"
-        )

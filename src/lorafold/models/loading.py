@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 from lorafold.errors import LorafoldError, NoTokenizer
 from lorafold.models.architecture import auto_class
 from lorafold.models.load_errors import loading
-from lorafold.models.provenance import remember
 from lorafold.models.quantizing import compute_in, read_quantized
-from lorafold.models.sources import ModelSource, resolved
+from lorafold.models.sources import ModelSource, remember, resolve_model
 from lorafold.models.storage import Storage, default_storage
 from lorafold.models.weights import MODEL_FILES
 
@@ -41,8 +40,6 @@ def load_model(
     source: ModelSource | str | Path,
     storage: "Storage | torch.dtype",
     device: "torch.device | str" = "cpu",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
 ) -> "PreTrainedModel":
     """Load a language model (`models.architecture` says which), in evaluation mode. Its
     `name_or_path` is the name asked for.
@@ -55,17 +52,16 @@ def load_model(
         source: The model, or its name.
         storage: How the base stores its weights; a dtype for weights that are not quantized.
         device: Where to load the model.
-        revision: A branch, tag or commit of a hub model.
-        trust_remote_code: Run the code in the model's directory.
     """
-    source = resolved(source, revision)
+    source = resolve_model(source)
     with loading(f"model {source.name}"):
         from transformers import AutoConfig
 
         source.intact("config.json")
-        config = AutoConfig.from_pretrained(source.path, trust_remote_code=trust_remote_code)
+        trusted = source.trust_remote_code
+        config = AutoConfig.from_pretrained(source.path, trust_remote_code=trusted)
         auto = auto_class(config, f"model {source.name}")
-        model, missing = read_weights(auto, source, storage, device, trust_remote_code)
+        model, missing = read_weights(auto, source, storage, device)
         check_complete(source, missing)
         return model
 
@@ -75,7 +71,6 @@ def read_weights(
     source: ModelSource,
     storage: "Storage | torch.dtype",
     device: "torch.device | str",
-    trust_remote_code: bool,
     **config: Any,
 ) -> tuple[Any, list[str]]:
     """Load a model, in evaluation mode, and return it with the names of its weights that are
@@ -88,12 +83,11 @@ def read_weights(
         auto: One of transformers' auto classes.
         storage: How the base stores its weights; a dtype for weights that are not quantized.
         device: Where to load the model.
-        trust_remote_code: Run the code in the model's directory.
         config: Fields that replace those of the model's configuration.
     """
     import torch
 
-    source.intact(*MODEL_FILES, *["*.py"] * trust_remote_code)
+    source.intact(*MODEL_FILES, *["*.py"] * source.trust_remote_code)
     wanted = storage if isinstance(storage, Storage) else Storage(storage)
     if wanted.quantization is None and (stored := default_storage(source)) != "auto":
         raise LorafoldError(
@@ -103,25 +97,16 @@ def read_weights(
         model, info = auto.from_pretrained(
             source.path,
             dtype=wanted.dtype,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=source.trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
             **config,
         )
         model.to(device)
     else:
-        model, info = read_quantized(
-            auto,
-            source.path,
-            source.name,
-            wanted.quantization,
-            wanted.dtype,
-            torch.device(device),
-            trust_remote_code,
-            **config,
-        )
+        model, info = read_quantized(auto, source, wanted, torch.device(device), **config)
         compute_in(model, wanted.dtype)
-    remember(model, source, trust_remote_code)
+    remember(model, source)
     # an adapter's config names its base so
     model.config._name_or_path = model.name_or_path = source.name
     return model.eval(), sorted(info["missing_keys"])
@@ -148,13 +133,11 @@ def load_tokenizer(
         revision: A branch, tag or commit of a hub model.
         trust_remote_code: Run the code in the model's directory.
     """
-    source = resolved(source, revision)
-    return read_tokenizer(source, f"model {source.name}", trust_remote_code)
+    source = resolve_model(source, revision, trust_remote_code)
+    return read_tokenizer(source, f"model {source.name}")
 
 
-def read_tokenizer(
-    source: ModelSource, what: str, trust_remote_code: bool
-) -> "PreTrainedTokenizerBase":
+def read_tokenizer(source: ModelSource, what: str) -> "PreTrainedTokenizerBase":
     """Load the tokenizer of a directory.
 
     Raises NoTokenizer if there is no vocabulary (depending on the class, transformers would make an
@@ -163,7 +146,6 @@ def read_tokenizer(
     Args:
         source: The directory.
         what: The name of the tokenizer's owner in messages, such as "model gpt2".
-        trust_remote_code: Run the code in the directory.
     """
     source.intact(*TOKENIZER_FILES)
     has_words = any(any(source.path.glob(pattern)) for pattern in VOCABULARIES)
@@ -173,12 +155,13 @@ def read_tokenizer(
             from transformers import AutoTokenizer
 
             tokenizer = AutoTokenizer.from_pretrained(
-                source.path, trust_remote_code=trust_remote_code
+                source.path, trust_remote_code=source.trust_remote_code
             )
     except LorafoldError as error:
         raise error if has_words else missing from error
     names = list((getattr(tokenizer, "vocab_files_names", None) or {}).values())
     if names and not has_words:
         raise missing
-    source.intact(*(name for name in names if name not in TOKENIZER_FILES))
+    if others := [name for name in names if name not in TOKENIZER_FILES]:
+        source.intact(*others)
     return tokenizer

@@ -45,6 +45,9 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from lorafold.models.sources import ModelSource
+    from lorafold.models.storage import Storage
+
 log = logging.getLogger(__name__)
 
 # quant_method -> the package that transformers reads it with
@@ -94,12 +97,9 @@ def packable(model: PreTrainedModel) -> list[str]:
 
 def read_quantized(
     auto: Any,
-    path: Path,
-    name: str,
-    quantization: str,
-    dtype: torch.dtype,
+    source: ModelSource,
+    storage: Storage,
     device: torch.device,
-    trust_remote_code: bool,
     **config: Any,
 ) -> tuple[Any, Any]:
     """Load a quantized model, in evaluation mode, and return it with transformers' report on its
@@ -110,21 +110,18 @@ def read_quantized(
 
     Args:
         auto: One of transformers' auto classes.
-        path: The directory of the model.
-        name: The name of the model in messages.
-        quantization: One of `storages.QUANTIZED`.
-        dtype: What is computed in.
+        storage: Quantized.
         device: Where to load the model.
-        trust_remote_code: Run the code in the model's directory.
         config: Fields that replace those of the model's configuration.
     """
     from transformers import AutoConfig, GenerationConfig
 
-    found = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **config)
+    path, quantization, trusted = source.path, storage.quantization, source.trust_remote_code
+    found = AutoConfig.from_pretrained(path, trust_remote_code=trusted, **config)
     settings: Any = getattr(found, "quantization_config", None)
     if settings is not None and not isinstance(settings, dict):
         settings = settings.to_dict()
-    what = f"model {name}"
+    what = f"model {source.name}"
     stored = None if settings is None else quantization_of(settings, what)
     if stored is None and quantization in IN_FILES:
         raise LorafoldError(
@@ -143,14 +140,14 @@ def read_quantized(
     else:
         bitsandbytes()
     with torch.device("meta"):
-        mapped = auto.from_config(found, trust_remote_code=trust_remote_code)
+        mapped = auto.from_config(found, trust_remote_code=trusted)
     cls, how = type(mapped), {"dtype": torch.bfloat16}
     quantizing: AbstractContextManager[Any] = nullcontext()
     if own:
-        cls, how = _with_codes(mapped, settings, path, what), {"dtype": dtype}
+        cls, how = _with_codes(mapped, settings, path, what), {"dtype": storage.dtype}
     elif stored is None:
-        how["quantization_config"] = _by_bitsandbytes(mapped, quantization)
-        quantizing = experts_quantized(quantization)
+        how["quantization_config"] = _by_bitsandbytes(mapped, str(quantization))
+        quantizing = experts_quantized(str(quantization))
     weights = FileWeights(model_files(path), mapped=False)
     with freed_blocks_returned(), quantizing:
         model, info = cls.from_pretrained(

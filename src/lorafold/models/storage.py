@@ -2,12 +2,9 @@
 by its files, its adapters and the device; with the reason for the choice.
 """
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from lorafold.errors import LorafoldError
-from lorafold.files.record import base_trained_on
 from lorafold.machine.devices import native_bf16
 from lorafold.models.in_files import readable, storage_in_files
 from lorafold.models.quantizing import quantization_of
@@ -61,18 +58,11 @@ def choose_storage(base: str, device: "torch.device | str") -> Storage:
     return Storage(dtypes[base], None, f"{base}: as asked" + f"; {why}" * (base == "bf16"))
 
 
-def default_storage(source: ModelSource, adapters: Sequence[str | Path] = ()) -> str:
-    """Return the storage for a base if none was asked for: the quantization of its files if they
-    have one, else that of the base on which the adapters were trained, else auto.
-
-    Raises LorafoldError if the adapters were trained on different ones.
-    """
+def default_storage(source: ModelSource) -> str:
+    """Return the quantization of the files if they have one, else auto."""
     in_files = source.config().get("quantization_config")
-    if in_files is not None:
-        name = quantization_of(in_files, f"model {source.name}")
-        return name if name in QUANTIZED else "auto"
-    trained_on = base_trained_on(adapters)
-    return trained_on if trained_on in MADE else "auto"
+    name = quantization_of(in_files, f"model {source.name}") if in_files is not None else None
+    return name if name in QUANTIZED else "auto"
 
 
 def stored_in_files(source: ModelSource) -> str | None:

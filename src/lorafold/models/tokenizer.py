@@ -5,22 +5,22 @@ with the adapter.
                                                                     become special tokens
     set_template(tokenizer, "chat.jinja")                           or "none", which joins texts
                                                                     unchanged, or "tools"
-    tokenizer_of(source, adapters)                                  that of the last adapter with
-                                                                    one, or the model's
+    tokenizer_of(source, directories)                               that of the last directory, or
+                                                                    the model's
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafold.errors import LorafoldError
-from lorafold.files.intact import check_intact
+from lorafold.files.contents import Contents
 from lorafold.models.joined import NONE, joined
-from lorafold.models.loading import load_tokenizer, read_tokenizer
+from lorafold.models.loading import read_tokenizer
 from lorafold.models.sources import ModelSource
 from lorafold.models.with_tools import TOOLS, with_tools
 
@@ -115,32 +115,27 @@ def set_template(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
         pass  # a valid template may refuse this conversation
 
 
-def has_tokenizer(adapter: str | Path) -> bool:
-    """Tell whether an adapter has a tokenizer of its own. Raises LorafoldError if the tokenizer
-    that was saved with it is damaged or missing.
+def has_tokenizer(contents: Contents) -> bool:
+    """Tell whether an adapter has a tokenizer of its own, or should have: what is missing or
+    damaged is told when it is loaded.
     """
-    check_intact(adapter, [CONFIG])
-    return (Path(adapter) / CONFIG).is_file()
+    return CONFIG in contents.listed or (contents.path / CONFIG).is_file()
 
 
-def tokenizer_of(
-    source: ModelSource, adapters: Sequence[str | Path], trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
+def tokenizer_of(source: ModelSource, own: Sequence[Path]) -> PreTrainedTokenizerBase:
     """Load the tokenizer, with its chat template, of the last adapter that has one, or else the
     model's. It gets the new tokens of all adapters.
 
-    Raises LorafoldError if two adapters use one id for different tokens, as adapters that were
-    trained separately may.
+    Raises LorafoldError for a tokenizer that is damaged or missing, and if two adapters use one id
+    for different tokens, as adapters that were trained separately may.
 
     Args:
         source: The base model.
-        adapters: The directories of the adapters, in order.
-        trust_remote_code: Run the code in the directories.
+        own: The directories of the adapters that have a tokenizer of their own, in order.
     """
-    own = [path for path in adapters if has_tokenizer(path)]
     if not own:
-        return load_tokenizer(source, trust_remote_code=trust_remote_code)
-    *earlier, last = (_load(path, trust_remote_code) for path in own)
+        return read_tokenizer(source, f"model {source.name}")
+    *earlier, last = (_load(source, path) for path in own)
     words = _by_id(last)
     for path, other in zip(own, earlier, strict=False):
         theirs = _by_id(other)
@@ -175,6 +170,6 @@ def _by_id(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     return {i: word for word, i in tokenizer.get_vocab().items()}
 
 
-def _load(path: str | Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    directory = ModelSource(Path(path), str(path))
-    return read_tokenizer(directory, f"tokenizer of {path}", trust_remote_code)
+def _load(source: ModelSource, path: Path) -> PreTrainedTokenizerBase:
+    own = replace(source, path=path, name=str(path), gguf=None)
+    return read_tokenizer(own, f"tokenizer of {path}")

@@ -7,17 +7,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import atomic_directory, write_json
-from lorafold.files.card import CARD, training_card
+from lorafold.files.card import CARD, Beside, training_card
 from lorafold.files.record import RECORD
 from lorafold.methods.full import write_model
 from lorafold.models.architecture import opened_by_name
@@ -27,25 +25,17 @@ def write(
     path: str | Path,
     model: nn.Module,
     spec: Spec,
-    tokenizer: Any,
-    *,
-    overwrite: bool,
-    card: str | None,
-    record: Mapping[str, Any],
+    beside: Beside,
 ) -> Path:
     """Write the directory, completely or not at all.
 
-    Raises LorafoldError if the path exists and `overwrite` is off, or if the model is not one of
+    Raises LorafoldError if the path exists and may not be replaced, or if the model is not one of
     transformers.
 
     Args:
         path: The directory to write.
         model: The trained model.
         spec: The method.
-        tokenizer: The model's tokenizer; None if there is none.
-        overwrite: Replace a directory that exists.
-        card: The text of the model card; None for a short one.
-        record: How the model was made, for lorafold.json.
     """
     if not hasattr(model, "save_pretrained"):
         raise LorafoldError(
@@ -60,10 +50,10 @@ def write(
         whole=True,
         opened_by=opened_by_name(model),
     )
-    with atomic_directory(path, overwrite) as directory:
+    with atomic_directory(path, beside.overwrite) as directory:
         write_model(model, directory)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(directory)
-        write_json(directory / RECORD, {**record, "lorafold": version("lorafold")})
-        (directory / CARD).write_text(card or own_card, encoding="utf-8")
+        if beside.tokenizer is not None:
+            beside.tokenizer.save_pretrained(directory)
+        write_json(directory / RECORD, {**beside.record, "lorafold": version("lorafold")})
+        (directory / CARD).write_text(beside.card or own_card, encoding="utf-8")
     return Path(path)

@@ -1,7 +1,7 @@
 """The objectives: one a file, one table from an objective's name to what is known of it without
 torch.
 
-    objective = OBJECTIVES["classify"].made(asked)          of `objectives.objective.Objective`
+    objective = OBJECTIVES["classify"].kind.of(asked)       of `objectives.objective.Objective`
 
 A new objective is its file and a row of `OBJECTIVES`; recipes, options, help, runs, estimates and
 measuring follow from them, and name none.
@@ -16,7 +16,7 @@ from lorafold.data.shapes import CONVERSATIONS, JUDGED, LABELS, PAIRS, SHAPES, S
 from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
-    from lorafold.objectives.objective import Asked, Objective
+    from lorafold.objectives.objective import Objective
     from lorafold.step.preference_laws import Law
 
 
@@ -56,12 +56,6 @@ class Declared:
         found: type[Objective] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
         return found
 
-    def made(self, asked: "Asked") -> "Objective":
-        """The objective of a run. Raises LorafoldError for options that it does not have, and for
-        rows, a model or adapters that do not suit it.
-        """
-        return self.kind.of(asked)
-
     def options(self) -> Mapping[str, Any]:
         """Its options by name, with their defaults; `beta` among them where the recipe's is one."""
         return self.kind.options(self)
@@ -98,9 +92,7 @@ OBJECTIVES: dict[str, Declared] = {
     ),
     "orpo": Declared("preference.Preference", COMPLETIONS_COMPARED, PAIRS, law="Orpo"),
     "simpo": Declared("preference.Preference", COMPLETIONS_COMPARED, PAIRS, law="Simpo"),
-    "reward": Declared(
-        "reward.RewardModel", "score completions", PAIRS, law="Reward", head=True
-    ),
+    "reward": Declared("reward.RewardModel", "score completions", PAIRS, law="Reward", head=True),
 }
 
 

@@ -26,8 +26,10 @@ from lorafold.data.stored import Rows
 from lorafold.data.tokenizing import Encoder
 from lorafold.errors import LorafoldError
 from lorafold.files.card import CLASSES
-from lorafold.models.classifier import head_paths, known_classes, load_classifier, padding_id
-from lorafold.objectives.objective import Asked, ModelRequest, Objective, no_options
+from lorafold.models.classifier import head_paths, load_classifier, padding_id
+from lorafold.objectives.objective import Asked, Objective, no_options
+from lorafold.opening import Base
+from lorafold.opening.kinds import known_classes
 from lorafold.step.losses import Classification, Loss
 
 if TYPE_CHECKING:
@@ -50,7 +52,7 @@ class Classify(Objective):
         """That of the classes that the model or an adapter knows, else of those of the rows."""
         no_options(asked)
         found = classes_of(asked.rows)
-        classes = known_classes(asked.source, asked.adapters) or found
+        classes = known_classes(asked.base, asked.adapters) or found
         if strange := [name for name in found if name not in classes]:
             raise LorafoldError(
                 f"data: found labels {', '.join(strange)}, expected the classes of {asked.start}:"
@@ -62,9 +64,7 @@ class Classify(Objective):
     def outputs(self) -> int:
         return len(self.classes)
 
-    def encoder(
-        self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE
-    ) -> Encoder:
+    def encoder(self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE) -> Encoder:
         return Labels(tokenizer, self.classes)
 
     def data(self, table: pa.Table, rows: Rows, max_length: int) -> LabelledData:
@@ -73,16 +73,11 @@ class Classify(Objective):
     def preview(self, example: LabelledExample, tokenizer: PreTrainedTokenizerBase) -> Text:
         return preview_labelled(example, tokenizer, self.classes)
 
-    def load(self, request: ModelRequest) -> PreTrainedModel:
-        return load_classifier(
-            request.source,
-            self.classes,
-            padding_id(request.tokenizer),
-            request.storage,
-            request.device,
-            seed=request.seed,
-            trust_remote_code=request.trust_remote_code,
-        )
+    def load(
+        self, base: Base, tokenizer: PreTrainedTokenizerBase, seed: int = 0
+    ) -> PreTrainedModel:
+        pad, at = padding_id(tokenizer), (base.held, base.where)
+        return load_classifier(base.source, self.classes, pad, *at, seed=seed)
 
     @contextmanager
     def loss(
@@ -109,7 +104,6 @@ def head_to_save(model: PreTrainedModel, spec: Spec, targets: Any) -> tuple[str,
 
     Args:
         model: A classifier without adapters.
-        spec: The method.
         targets: The recipe's; None takes the method's own.
     """
     heads = set(head_paths(model))

@@ -52,9 +52,7 @@ class Comparing(Objective):
     def set_up(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
         return ensure_chat_template(tokenizer)
 
-    def encoder(
-        self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE
-    ) -> Encoder:
+    def encoder(self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE) -> Encoder:
         return Branches(tokenizer, self.law.kind, rendering)
 
     def data(self, table: pa.Table, rows: Rows, max_length: int) -> PreferredData:
@@ -123,7 +121,6 @@ def law_of(objective: str, beta: float | None, options: Mapping[str, Any]) -> La
     Args:
         objective: A name in OBJECTIVES, of one that has a law.
         beta: Its beta; None takes the law's own.
-        options: Its other options.
 
     Raises LorafoldError for an option that the law does not have, or a value out of its range.
     """

@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import torch
@@ -21,10 +20,9 @@ from lorafold.data.stored import Part, Rows
 from lorafold.data.tokenizing import Encoder, tokenized
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import Measured, held_out_loss
-from lorafold.models.loading import load_model
-from lorafold.models.sources import ModelSource
-from lorafold.models.storage import Storage
 from lorafold.objectives import Declared
+from lorafold.opening import Base
+from lorafold.peft.saved import Saved
 from lorafold.step.head import labelled_loss
 
 if TYPE_CHECKING:
@@ -59,27 +57,15 @@ class Asked:
 
     name: str
     rows: Sequence[Row]
-    source: ModelSource
-    adapters: Sequence[Path] = ()
+    base: Base
+    adapters: Sequence[Saved] = ()
     beta: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def start(self) -> str:
         """What the run starts from, in messages: the adapters, or the model."""
-        return ", ".join(map(str, self.adapters)) or self.source.name
-
-
-@dataclass(frozen=True)
-class ModelRequest:
-    """The model that an objective is asked to load. `seed` draws the parts that are new in it."""
-
-    source: ModelSource
-    tokenizer: PreTrainedTokenizerBase
-    storage: Storage
-    device: torch.device
-    seed: int
-    trust_remote_code: bool
+        return ", ".join(map(str, self.adapters)) or self.base.name
 
 
 class Objective(ABC):
@@ -108,9 +94,7 @@ class Objective(ABC):
         return 0
 
     @abstractmethod
-    def encoder(
-        self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE
-    ) -> Encoder:
+    def encoder(self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE) -> Encoder:
         """What makes tables of tokens of what the shapes of rows give.
 
         Args:
@@ -123,7 +107,6 @@ class Objective(ABC):
         """The examples of a table that the encoder made, with a report.
 
         Args:
-            table: The tokens.
             rows: What it was made of.
             max_length: Longer examples are cut to this many tokens.
 
@@ -141,7 +124,6 @@ class Objective(ABC):
         """Tokenized rows, with a report.
 
         Args:
-            rows: Rows of the user's data.
             tokenizer: After `set_up`.
             max_length: Longer examples are cut to this many tokens.
             console: For progress; None is quiet.
@@ -172,16 +154,17 @@ class Objective(ABC):
     def preview(self, example: Any, tokenizer: PreTrainedTokenizerBase) -> Text:
         """An example as the model sees it, with the tokens that count in the loss marked."""
 
-    def load(self, request: ModelRequest) -> PreTrainedModel:
+    def load(
+        self, base: Base, tokenizer: PreTrainedTokenizerBase, seed: int = 0
+    ) -> PreTrainedModel:
         """The model with the head that this objective needs, and without adapters: a language
         model, unless it needs another head.
+
+        Args:
+            tokenizer: Names the token that pads.
+            seed: Draws the parts that are new in it.
         """
-        return load_model(
-            request.source,
-            request.storage,
-            request.device,
-            trust_remote_code=request.trust_remote_code,
-        )
+        return base.load()
 
     @abstractmethod
     def loss(
@@ -220,7 +203,6 @@ class Objective(ABC):
 
         Args:
             model: As `load` gives it.
-            spec: The method.
             targets: The recipe's; None takes the method's own.
         """
         return ()
@@ -230,23 +212,16 @@ class Objective(ABC):
         return {}
 
     def refer(
-        self,
-        loss: Any,
-        feed: Feed,
-        held_out: Any,
-        below: Sequence[str],
-        console: Console,
+        self, loss: Any, feed: Feed, held_out: Any, below: Sequence[str], console: Console
     ) -> tuple[Feed, Any]:
         """The same examples with what the objective has to know of them under the model before
         anything is trained.
 
         Args:
             loss: As `loss` yields it.
-            feed: The examples to train on.
             held_out: The `Data` to measure on, or None.
             below: What the model before anything is trained depends on besides its tensors, as
                 identities.
-            console: For progress.
         """
         return feed, held_out
 
@@ -264,9 +239,7 @@ def given_options(beta: float | None, options: Mapping[str, Any]) -> dict[str, A
 def no_options(asked: Asked) -> None:
     """Raise LorafoldError if options are given for an objective that has none."""
     if given := given_options(asked.beta, asked.options):
-        raise LorafoldError(
-            f"{', '.join(given)}: the objective {asked.name} has no such option"
-        )
+        raise LorafoldError(f"{', '.join(given)}: the objective {asked.name} has no such option")
 
 
 def next_token_loss(model: Any, inputs: Mapping[str, Tensor], labelled: int) -> Tensor:

@@ -27,12 +27,7 @@ class Preference(Comparing):
     """
 
     def refer(
-        self,
-        loss: Preferences,
-        feed: Feed,
-        held_out: Any,
-        below: Sequence[str],
-        console: Console,
+        self, loss: Preferences, feed: Feed, held_out: Any, below: Sequence[str], console: Console
     ) -> tuple[Feed, Any]:
         if not self.law.has_reference:
             return feed, held_out
@@ -50,4 +45,3 @@ class Preference(Comparing):
         reference = self.law.has_reference and not moves(loss.model)
         found = preference_figures(loss, held_out.examples, reference)
         return Measured(found.preference_loss, found.as_json(), f", {found}")
-

@@ -62,7 +62,6 @@ def referenced(
 
     Args:
         loss: Has the model, whose highest adapter is as it was before training.
-        examples: Tokenized rows.
         below: What else the model without its highest adapter depends on: files and storage.
         console: For progress, and for where they are from.
     """

@@ -20,17 +20,12 @@ from lorafold.errors import LorafoldError
 from lorafold.evaluation import Measured
 from lorafold.evaluation.rewards import reward_figures, scores_of
 from lorafold.files.card import REWARD
-from lorafold.models.classifier import (
-    LANGUAGE_MODEL,
-    REWARD_MODEL,
-    kind_of,
-    known_classes,
-    load_reward_model,
-    padding_id,
-)
+from lorafold.models.classifier import load_reward_model, padding_id
 from lorafold.objectives.classify import class_loss, head_to_save
 from lorafold.objectives.comparing import Comparing
-from lorafold.objectives.objective import Asked, ModelRequest
+from lorafold.objectives.objective import Asked
+from lorafold.opening import Base
+from lorafold.opening.kinds import LANGUAGE_MODEL, REWARD_MODEL, kind_of, known_classes
 from lorafold.step.preference_laws import Scored
 from lorafold.step.preferences import Preferences
 
@@ -46,9 +41,9 @@ class RewardModel(Comparing):
     @classmethod
     def of(cls, asked: Asked) -> Self:
         made = super().of(asked)
-        if known_classes(asked.source, asked.adapters):
+        if known_classes(asked.base, asked.adapters):
             raise LorafoldError(
-                f"{asked.start}: found {kind_of(asked.source, asked.adapters)}, expected"
+                f"{asked.start}: found {kind_of(asked.base, asked.adapters)}, expected"
                 f" {REWARD_MODEL}, or {LANGUAGE_MODEL}, to start from"
             )
         return made
@@ -57,15 +52,11 @@ class RewardModel(Comparing):
     def outputs(self) -> int:
         return 1
 
-    def load(self, request: ModelRequest) -> PreTrainedModel:
-        return load_reward_model(
-            request.source,
-            padding_id(request.tokenizer),
-            request.storage,
-            request.device,
-            seed=request.seed,
-            trust_remote_code=request.trust_remote_code,
-        )
+    def load(
+        self, base: Base, tokenizer: PreTrainedTokenizerBase, seed: int = 0
+    ) -> PreTrainedModel:
+        pad = padding_id(tokenizer)
+        return load_reward_model(base.source, pad, base.held, base.where, seed=seed)
 
     def traced(self, model: Any, inputs: Mapping[str, Tensor], labelled: int) -> Tensor:
         return class_loss(model, inputs)
@@ -84,4 +75,3 @@ class RewardModel(Comparing):
         pairs = Scored(torch.from_numpy(scores), None, torch.from_numpy(tokens))
         found, own = reward_figures(scores, tokens), loss.law.loss(pairs)
         return Measured(float(own.mean()), found.as_json(), f", {found.told}")
-

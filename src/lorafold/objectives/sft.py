@@ -29,9 +29,7 @@ class Sft(Objective):
     def set_up(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
         return ensure_chat_template(tokenizer)
 
-    def encoder(
-        self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE
-    ) -> Encoder:
+    def encoder(self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE) -> Encoder:
         return Completions(tokenizer, rendering)
 
     def data(self, table: pa.Table, rows: Rows, max_length: int) -> Encoded:

@@ -8,16 +8,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from lorafold.identity import of_model
 from lorafold.machine.devices import choose_device
 from lorafold.models.configuration import configuration
-from lorafold.models.sources import ModelSource, resolved
+from lorafold.models.loading import load_model
+from lorafold.models.sources import ModelSource, resolve_model
 from lorafold.models.storage import Storage, choose_storage, default_storage, weights_of
+from lorafold.models.storages import MADE
 from lorafold.models.tokenizer import tokenizer_of
+from lorafold.peft.saved import Saved, trained_on
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from lorafold.models.checkpoint import MappedModel
     from lorafold.models.weights import Weights
@@ -34,6 +38,7 @@ class Base:
     revision: The branch, tag or commit of a hub model.
     trust_remote_code: Its own Python files run.
     allow_other_base: Adapters that were trained on another base are loaded all the same.
+    in_fp32: It computes in fp32, whatever its storage.
     """
 
     model: str | Path | ModelSource = "smollm2"
@@ -42,11 +47,12 @@ class Base:
     revision: str | None = None
     trust_remote_code: bool = False
     allow_other_base: bool = False
+    in_fp32: bool = False
 
     @cached_property
     def source(self) -> ModelSource:
         """Its files. Raises LorafoldError as `resolve_model`."""
-        return resolved(self.model, self.revision)
+        return resolve_model(self.model, self.revision, self.trust_remote_code)
 
     @property
     def name(self) -> str:
@@ -61,38 +67,47 @@ class Base:
     @cached_property
     def held(self) -> Storage:
         """The storage on the device, with the reason for it."""
-        return choose_storage(self.storage, self.where)
+        found = choose_storage(self.storage, self.where)
+        return found._replace(dtype=torch.float32) if self.in_fp32 else found
 
     @cached_property
     def identity(self) -> str:
         """The SHA-256 over all of its files that can change an answer, in hexadecimal."""
-        return of_model(self.source, self.trust_remote_code)
+        return of_model(self.source)
 
     def stored(self, storage: str) -> Base:
         """The same model in a storage that was chosen."""
         return replace(self, model=self.source, storage=storage)
 
-    def stored_as_trained(self, adapters: Sequence[Path] = ()) -> Base:
+    def stored_as_trained(self, adapters: Sequence[Saved] = ()) -> Base:
         """The same model, if its storage is auto, in that of its files or in the one that the
         adapters were trained on.
         """
-        chosen = self.storage == "auto" and default_storage(self.source, adapters)
-        return self.stored(chosen) if chosen else self
+        if self.storage != "auto":
+            return self
+        in_files = default_storage(self.source)
+        made_on = trained_on(adapters) if in_files == "auto" else None
+        return self.stored(made_on if made_on in MADE else in_files)
 
     def config(self) -> PreTrainedConfig:
-        """The configuration."""
-        at = str(self.source.path)
-        return configuration(at, trust_remote_code=self.trust_remote_code)
+        """The configuration, which is read by the name where the files were not found yet."""
+        at = self.model.path if isinstance(self.model, ModelSource) else self.model
+        return configuration(str(at), self.revision, self.trust_remote_code)
 
-    def tokenizer(self, adapters: Sequence[str | Path] = ()) -> PreTrainedTokenizerBase:
+    def load(self) -> PreTrainedModel:
+        """A language model, in evaluation mode. Raises LorafoldError as `load_model`."""
+        return load_model(self.source, self.held, self.where)
+
+    def tokenizer(self, adapters: Sequence[Saved] = ()) -> PreTrainedTokenizerBase:
         """The tokenizer of the last adapter that has one, or the model's."""
-        return tokenizer_of(self.source, adapters, self.trust_remote_code)
+        own = [one.path for one in adapters if one.own_tokenizer]
+        return tokenizer_of(self.source, own)
 
     def mapped(self) -> MappedModel:
         """The model on its files, of which a weight is read when it is used."""
         from lorafold.models.checkpoint import mapped_model_of
 
-        return mapped_model_of(self.source, self.trust_remote_code)
+        return mapped_model_of(self.source)
 
     def weights(self) -> Weights | None:
         """The original weights, if those in memory are quantized and the files have others."""

@@ -53,7 +53,6 @@ def multiplying(*, widened: bool, rows: int = ROWS) -> Iterator[None]:
     It holds in this thread or task until the `with` block ends. Of several, the innermost counts.
 
     Args:
-        widened: whether to widen them.
         rows: from how many input vectors on; with 1, no product depends on their number.
     """
     token = _said.set((widened, rows))

@@ -23,7 +23,7 @@ tiles, and their gradients are added up in fp32. Six rows of 100 shared tokens a
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,12 +32,19 @@ from torch.autograd.function import once_differentiable
 from lorafold.ops.arithmetic import arithmetic, multiplying
 from lorafold.ops.autocast import Exact, lower
 from lorafold.ops.documents import Documents
-from lorafold.ops.kept import kept
 from lorafold.ops.operators import Operation, operator
+from lorafold.ops.selective_checkpoint import kept
 
 # From so many tokens of a document on, checkpointing keeps attention's output, which is no larger
 # than a block's input, while its time grows with their square.
 LONG = 4096
+
+
+class Scores(NamedTuple):
+    """What scores are: cap tanh(scale q k / cap), or scale q k where there is no cap."""
+
+    scale: float
+    cap: float | None
 
 
 def _softmax(scores: Tensor, mask: Tensor, scale: float) -> None:
@@ -58,12 +65,12 @@ BACKWARD = operator(
 
 
 def _probabilities(
-    q: Tensor, k: Tensor, mask: Tensor, scale: float, cap: float | None
+    q: Tensor, k: Tensor, mask: Tensor, scores: Scores
 ) -> tuple[Tensor, Tensor | None]:
     """q (b, G * t, D), k (b, s, D) -> the probabilities (b, G * t, s), and the tanh that the
     backward of a cap needs.
     """
-    p = torch.bmm(q, k.mT)
+    p, (scale, cap) = torch.bmm(q, k.mT), scores
     if cap is None:
         SOFTMAX(p, mask, scale)
         return p, None
@@ -73,9 +80,7 @@ def _probabilities(
     return p, t
 
 
-def _attended(
-    q: Tensor, k: Tensor, v: Tensor, docs: Documents, scale: float, cap: float | None
-) -> Tensor:
+def _attended(q: Tensor, k: Tensor, v: Tensor, docs: Documents, scores: Scores) -> Tensor:
     """The output (T, H, Dv) for queries (T, H, D), keys (S, Hk, D) and values (S, Hk, Dv)."""
     dtype = arithmetic(q)
     kv_heads, groups = k.shape[1], q.shape[1] // k.shape[1]
@@ -84,13 +89,13 @@ def _attended(
         ks, vs = (tiles[0].keys(x, dtype) for x in (k, v))
         for tile in tiles:
             qi, mask = tile.queries(q, kv_heads, dtype), docs.mask(tile, groups, ks)
-            p, _ = _probabilities(qi, ks[:, tile.seen], mask, scale, cap)
+            p, _ = _probabilities(qi, ks[:, tile.seen], mask, scores)
             tile.put_queries(out, torch.bmm(p, vs[:, tile.seen]))
     return out
 
 
 def _attended_backward(
-    g: Tensor, q: Tensor, k: Tensor, v: Tensor, docs: Documents, scale: float, cap: float | None
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, docs: Documents, scores: Scores
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v from that of the output, (T, H, Dv)."""
     dtype, kv_heads, groups = arithmetic(q), k.shape[1], q.shape[1] // k.shape[1]
@@ -104,10 +109,10 @@ def _attended_backward(
         for tile in tiles:
             qi, gi = (tile.queries(x, kv_heads, dtype) for x in (q, g))
             ki, vi = ks[:, tile.seen], vs[:, tile.seen]
-            p, t = _probabilities(qi, ki, docs.mask(tile, groups, ks), scale, cap)
+            p, t = _probabilities(qi, ki, docs.mask(tile, groups, ks), scores)
             gvs[:, tile.seen] += torch.bmm(p.mT, gi)
             gs = torch.bmm(gi, vi.mT)
-            BACKWARD(gs, p, scale)
+            BACKWARD(gs, p, scores.scale)
             if t is not None:
                 gs.mul_(1 - t * t)
             tile.put_queries(gq, torch.bmm(gs, ki))
@@ -125,28 +130,28 @@ GRADIENTS = Operation("document_attention_backward", _attended_backward)
 class _DocumentAttention(Exact):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, docs: Documents, scale: float, cap: float | None
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, docs: Documents, scores: Scores
     ) -> Tensor:
         ctx.save_for_backward(q, k, v)
-        ctx.docs, ctx.scale, ctx.cap = docs, scale, cap
+        ctx.docs, ctx.scores = docs, scores
         ctx.widened = arithmetic(q) != q.dtype
 
         def attended() -> Tensor:
-            y: Tensor = FORWARD(q, docs.gathered(k), docs.gathered(v), docs, scale, cap)
+            y: Tensor = FORWARD(q, docs.gathered(k), docs.gathered(v), docs, scores)
             return y
 
         return kept(attended) if max(docs.lens) >= LONG else attended()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v = ctx.saved_tensors
         docs = ctx.docs
         gathered = docs.gathered(k), docs.gathered(v)
         with multiplying(widened=ctx.widened, rows=1):  # as the forward did
-            gq, *both = GRADIENTS(g, q, *gathered, docs, ctx.scale, ctx.cap)
+            gq, *both = GRADIENTS(g, q, *gathered, docs, ctx.scores)
         gk, gv = (docs.scattered(x, len(q)).to(k.dtype) for x in both)
-        return gq, gk, gv, None, None, None
+        return gq, gk, gv, None, None
 
 
 def document_attention(
@@ -166,4 +171,4 @@ def document_attention(
     half = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
     if half and softcap is None and q.shape[-1] == v.shape[-1] <= 256:
         return docs.flash(q, docs.gathered(k), docs.gathered(v), scale)
-    return _DocumentAttention.apply(q, k, v, docs, scale, softcap)
+    return _DocumentAttention.apply(q, k, v, docs, Scores(scale, softcap))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from lorafold.ops.once import once
+from lorafold.ops.memo import once
 
 
 def autocasting(x: Tensor) -> bool:

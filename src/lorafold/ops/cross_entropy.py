@@ -125,7 +125,6 @@ def head_cross_entropy(
         h: the hidden states (n, d).
         targets: the target tokens (n,).
         head: a function from hidden states (m, d) to logits (m, V).
-        leaves: the trained tensors that the head reads.
         runs: the positions that are computed at a time, as `chunks` gives them.
     """
     loss: Tensor = _HeadCrossEntropy.apply(h, targets, head, runs, *leaves)
@@ -227,30 +226,20 @@ KERNEL = operator(
 
 class _LinearCrossEntropy(Exact):
     @staticmethod
-    def forward(
-        ctx: Any,
-        h: Tensor,
-        targets: Tensor,
-        w: Tensor,
-        b: Tensor | None,
-        scale: float,
-        cap: float | None,
-    ) -> Tensor:
+    def forward(ctx: Any, h: Tensor, targets: Tensor, head: LinearHead) -> Tensor:
         gradient = h.new_empty(len(h) if ctx.needs_input_grad[0] else 0, h.shape[1])
-        logits = h.new_empty(min(CHUNK, len(h)), len(w), dtype=arithmetic(h))
-        block = h.new_empty(min(BLOCK, len(h)), len(w), dtype=widened(h.dtype))
-        slab = LinearHead(w, b, scale, cap).new_slab(logits)
+        logits = h.new_empty(min(CHUNK, len(h)), len(head.w), dtype=arithmetic(h))
+        block = h.new_empty(min(BLOCK, len(h)), len(head.w), dtype=widened(h.dtype))
+        slab = head.new_slab(logits)
         ctx.save_for_backward(gradient)
-        losses: Tensor = KERNEL(
-            h, targets, w, b, scale, cap, gradient, logits, block, slab
-        )
+        losses: Tensor = KERNEL(h, targets, *head, gradient, logits, block, slab)
         return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return _scaled(gradient, g[:, None], gradient.dtype), None, None, None, None, None
+        return _scaled(gradient, g[:, None], gradient.dtype), None, None
 
 
 def linear_cross_entropy(h: Tensor, targets: Tensor, head: LinearHead) -> Tensor:
@@ -259,7 +248,6 @@ def linear_cross_entropy(h: Tensor, targets: Tensor, head: LinearHead) -> Tensor
     Args:
         h: the hidden states (n, d).
         targets: the target tokens (n,).
-        head: the frozen head.
     """
-    losses: Tensor = _LinearCrossEntropy.apply(h, targets, *head)
+    losses: Tensor = _LinearCrossEntropy.apply(h, targets, head)
     return losses

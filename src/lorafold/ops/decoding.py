@@ -81,9 +81,7 @@ def _low_rank(part: Part, slots: Tensor) -> Product:
     return product
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
-) -> Tensor:  # (B, T, H, Dv)
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:  # (B, T, H, Dv)
     """Attention of T queries a row.
 
     Args:

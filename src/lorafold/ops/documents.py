@@ -123,7 +123,6 @@ class Documents:
 
         Args:
             x_SHD: what is at the keys.
-            tokens: the number of the documents' own tokens.
         """
         if self.keys is None:
             return x_SHD
@@ -199,9 +198,7 @@ class Documents:
             (tile.hi - tile.lo, groups, like.dtype, like.device),
         )
         if key not in self._masks or self._masks[key].shape[1] < columns:
-            widest = (
-                tile.length if self.window is None else min(tile.length, t + self.window - 1)
-            )
+            widest = tile.length if self.window is None else min(tile.length, t + self.window - 1)
             i = torch.arange(widest - t, widest, device=like.device)[:, None]
             j = torch.arange(widest, device=like.device)
             hidden = (j > i) if self.window is None else (j > i) | (j <= i - self.window)
@@ -215,7 +212,6 @@ class Documents:
         with n tokens in front.
 
         Args:
-            batch: the number of sequences.
             device: where the mask is made.
         """
         if self.behind is not None:

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from lorafold.core.draws import Site
+from lorafold.core.draws import DrawSite
 from lorafold.ops.operators import operator
 from lorafold.ops.philox import WORD, halves, philox
 
@@ -54,7 +54,7 @@ def threshold(p: float) -> int:
     return min(round(p * (1 << 16)), (1 << 16) - 1)
 
 
-def dropped(x: Tensor, p: float, site: Site | None = None) -> Tensor:
+def dropped(x: Tensor, p: float, site: DrawSite | None = None) -> Tensor:
     """Draw the elements to drop: their ascending indices (m,), int32, in the flattened x (..., in);
     or a boolean mask in x's shape, True for them.
 
@@ -153,12 +153,14 @@ class _Emptied(Function):
 
 
 class Dropped(NamedTuple):
-    """An input (..., in) with dropped elements; which these are (see `dropped`); and the version of
-    the input, the checkpointed segment and the readers that they are for.
+    """An input (..., in) with dropped elements; which these are (see `dropped`); the factor that
+    makes up for them; and the version of the input, the checkpointed segment and the readers that
+    they are for.
     """
 
     x: Tensor
     where: Tensor
+    scale: float
     version: int | None
     segment: ReferenceType[Any] | None
     readers: set[int]
@@ -172,7 +174,7 @@ def running_segment() -> ReferenceType[Any] | None:
     return None if hooks is None else ref(hooks[0])
 
 
-def shared(x: Tensor, p: float, reader: int, site: Site | None = None) -> Dropped:
+def shared(x: Tensor, p: float, reader: int, site: DrawSite | None = None) -> Dropped:
     """x with dropped elements, drawn once for all layers that read this tensor: q, k and v, or gate
     and up, which know nothing of each other.
 
@@ -198,12 +200,13 @@ def shared(x: Tensor, p: float, reader: int, site: Site | None = None) -> Droppe
         or reader in found.readers
     ):
         where = dropped(x, p, site)
-        known[p] = found = Dropped(emptied(x.detach(), where), where, version, segment, set())
+        kept, k = emptied(x.detach(), where), keep_scale(p)
+        known[p] = found = Dropped(kept, where, k, version, segment, set())
     found.readers.add(reader)
     return found
 
 
-def dropout(x: Tensor, p: float, site: Site | None = None) -> Tensor:
+def dropout(x: Tensor, p: float, site: DrawSite | None = None) -> Tensor:
     """Dropout of x, of any shape, in its dtype; for the backward the indices are kept and not x.
 
     Raises ValueError for p outside [0, 1).

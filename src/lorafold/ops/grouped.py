@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,8 +32,7 @@ from lorafold.core.fake import is_fake
 from lorafold.ops.arithmetic import arithmetic
 from lorafold.ops.autocast import Exact
 from lorafold.ops.dropout import Dropped, empty_
-
-Read = Callable[[int, torch.dtype], Tensor]  # the number of a group, dtype -> W_e (out, in)
+from lorafold.ops.lora import branched
 
 
 @dataclass(frozen=True)
@@ -62,13 +61,15 @@ class Groups:
                 start += size * times
 
 
-def step_of(rows: int, number: int) -> int:
-    """What the sizes of groups are rounded up to: a quarter of their mean, as a power of two.
+class FrozenMatrices(NamedTuple):
+    """The frozen matrices of groups: read(e, dtype) is W_e (out, in) of group e."""
 
-    Args:
-        rows: the number of rows.
-        number: the number of groups.
-    """
+    read: Callable[[int, torch.dtype], Tensor]
+    groups: Groups
+
+
+def step_of(rows: int, number: int) -> int:
+    """What the sizes of groups are rounded up to: a quarter of their mean, as a power of two."""
     return 1 << max(0, (rows // (4 * number)).bit_length() - 1)
 
 
@@ -81,7 +82,6 @@ def grouped(of_row: Tensor, number: int) -> tuple[Groups, Tensor, Tensor]:
 
     Args:
         of_row: the group of each row (S,).
-        number: the number of groups.
     """
     step = step_of(len(of_row), number)
     # so many tiles that their number is rarely another: half a tile a group, and a quarter of these
@@ -155,19 +155,17 @@ class _Frozen(Exact):
     """x (S, in) times frozen W_e (out, in), plus onto (S, out)."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, onto: Tensor | None, read: Read, groups: Groups, out: int
-    ) -> Tensor:
-        ctx.read, ctx.groups, ctx.width = read, groups, x.shape[1]
+    def forward(ctx: Any, x: Tensor, onto: Tensor | None, w: FrozenMatrices, out: int) -> Tensor:
+        ctx.w, ctx.width = w, x.shape[1]
         ctx.onto = None if onto is None else onto.dtype
         ctx.dtype = dtype = arithmetic(x)
         wide, y = x.to(dtype), x.new_empty(len(x), out, dtype=dtype)
-        for e, at in groups.spans():
-            w = read(e, dtype).t()
+        for e, at in w.groups.spans():
+            w_e = w.read(e, dtype).t()
             if onto is None:
-                torch.mm(wide[at], w, out=y[at])
+                torch.mm(wide[at], w_e, out=y[at])
             else:
-                torch.addmm(onto[at].to(dtype), wide[at], w, out=y[at])
+                torch.addmm(onto[at].to(dtype), wide[at], w_e, out=y[at])
         return y.to(x.dtype)
 
     @staticmethod
@@ -177,61 +175,51 @@ class _Frozen(Exact):
         if ctx.needs_input_grad[0]:
             wide = g.to(ctx.dtype)
             gx = wide.new_empty(len(g), ctx.width)
-            for e, at in ctx.groups.spans():
-                torch.mm(wide[at], ctx.read(e, ctx.dtype), out=gx[at])
+            for e, at in ctx.w.groups.spans():
+                torch.mm(wide[at], ctx.w.read(e, ctx.dtype), out=gx[at])
             gx = gx.to(g.dtype)
-        return gx, g.to(ctx.onto) if ctx.needs_input_grad[1] else None, None, None, None
+        return gx, g.to(ctx.onto) if ctx.needs_input_grad[1] else None, None, None
 
 
-def frozen_product(
-    x: Tensor, onto: Tensor | None, read: Read, groups: Groups, out: int
-) -> Tensor:
+def frozen_product(x: Tensor, onto: Tensor | None, w: FrozenMatrices, out: int) -> Tensor:
     """x times the frozen matrix of its group, plus onto: (S, out), in x's dtype. Differentiable
     once.
 
     Args:
         x: the input (S, in).
         onto: what is added before the rounding, (S, out), or None.
-        read: returns W_e (out, in) of a group, in a dtype.
-        groups: the groups of the S rows.
+        w: the matrices, and the groups of the S rows.
         out: the size of the output.
     """
-    y: Tensor = _Frozen.apply(x, onto, read, groups, out)
+    y: Tensor = _Frozen.apply(x, onto, w, out)
     return y
 
 
 class _LowRank(Exact):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        read: Read,
-        groups: Groups,
-        down: Tensor,
-        up: Tensor,
-        xd: Tensor,
-        where: Tensor | None,
-        scale: float,
+        ctx: Any, x: Tensor, w: FrozenMatrices, down: Tensor, up: Tensor, drop: Dropped | None
     ) -> Tensor:
         dtype = arithmetic(x)
+        xd, where, scale = branched(x, drop)
         a, b = down.to(dtype), (up * scale).to(dtype)
         wide = x.to(dtype)
         branch = wide if where is None else xd.to(dtype)
-        tiles = groups.tiles
+        tiles = w.groups.tiles
         u = torch.bmm(branch.view(len(tiles), -1, branch.shape[1]), a[tiles].mT)
         y = torch.bmm(u, b[tiles].mT).view(len(x), -1)
-        for e, at in groups.spans():
-            y[at].addmm_(wide[at], read(e, dtype).t())
+        for e, at in w.groups.spans():
+            y[at].addmm_(wide[at], w.read(e, dtype).t())
         ctx.save_for_backward(xd, u, a, b, where)
-        ctx.read, ctx.groups, ctx.scale, ctx.dtype = read, groups, scale, down.dtype
+        ctx.w, ctx.scale, ctx.dtype = w, scale, down.dtype
         return y.to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         xd, u, a, b, where = ctx.saved_tensors
-        need_x, _, _, need_down, need_up, *_ = ctx.needs_input_grad
-        wide, tiles = g.to(u.dtype), ctx.groups.tiles
+        need_x, _, need_down, need_up, _ = ctx.needs_input_grad
+        wide, tiles = g.to(u.dtype), ctx.w.groups.tiles
         gt, xt = (z.reshape(*u.shape[:2], -1) for z in (wide, xd.to(u.dtype)))
         v = torch.bmm(gt, b[tiles])
         gx = gdown = gup = None
@@ -239,14 +227,14 @@ class _LowRank(Exact):
             gx = torch.bmm(v, a[tiles]).view(xd.shape)
             if where is not None:
                 empty_(gx, where)
-            for e, at in ctx.groups.spans():
-                gx[at].addmm_(wide[at], ctx.read(e, wide.dtype))
+            for e, at in ctx.w.groups.spans():
+                gx[at].addmm_(wide[at], ctx.w.read(e, wide.dtype))
             gx = gx.to(g.dtype)
         if need_down:
             gdown = _summed(torch.bmm(v.mT, xt), tiles, a.shape, ctx.dtype)
         if need_up:
             gup = _summed(torch.bmm(u.mT, gt), tiles, b.mT.shape, ctx.dtype).mT.mul(ctx.scale)
-        return gx, None, None, gdown, gup, None, None, None
+        return gx, None, gdown, gup, None
 
 
 def _summed(parts: Tensor, tiles: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -255,33 +243,22 @@ def _summed(parts: Tensor, tiles: Tensor, shape: torch.Size, dtype: torch.dtype)
     Args:
         parts: what each tile contributes (n, r, k).
         tiles: the group of each tile (n,).
-        shape: (E, r, k).
-        dtype: of the sums.
     """
     return parts.new_zeros(shape, dtype=dtype).index_add_(0, tiles, parts.to(dtype))
 
 
 def low_rank_product(
-    x: Tensor,
-    read: Read,
-    groups: Groups,
-    down: Tensor,
-    up: Tensor,
-    drop: Dropped | None = None,
-    scale: float = 1.0,
+    x: Tensor, w: FrozenMatrices, down: Tensor, up: Tensor, drop: Dropped | None = None
 ) -> Tensor:
-    """W_e x + scale up_e down_e drop(x), (S, out), in x's dtype, e the group of each row.
-    Differentiable once.
+    """W_e x + k up_e down_e drop(x), (S, out), in x's dtype, e the group of each row, k the factor
+    of `drop`. Differentiable once.
 
     Args:
         x: the input (S, in).
-        read: returns the frozen W_e (out, in) of a group, in a dtype.
-        groups: the groups of the S rows.
+        w: the matrices, and the groups of the S rows.
         down: the down factors (E, r, in).
         up: the up factors (E, out, r).
         drop: x with dropped elements, the input of the branch (None: x).
-        scale: the factor of the branch.
     """
-    xd, where = (x.detach(), None) if drop is None else (drop.x, drop.where)
-    y: Tensor = _LowRank.apply(x, read, groups, down, up, xd, where, scale)
+    y: Tensor = _LowRank.apply(x, w, down, up, drop)
     return y

@@ -37,6 +37,5 @@ def hadamard(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, s: float) -> Tensor
     Args:
         a1, a2: the left factors (..., out, r).
         b1, b2: the right factors (..., r, in).
-        s: the scale.
     """
     return _Hadamard.apply(a1, b1, a2, b2, s)

@@ -35,13 +35,11 @@ def _losses(
     """Write the losses (m,) of logits z (m, V), and over z, if wanted, the gradient of W h + b.
 
     Args:
-        z: the logits (m, V).
         targets: the targets (m,).
         losses: the losses (m,), written.
         block: memory (BLOCK, V), overwritten.
         scale: the factor of W h + b.
         cap: the cap of the logits, or None.
-        gradient: whether the gradient is wanted.
     """
     blocks = (x.split(BLOCK) for x in (z, targets[:, None], losses))
     for z_block, y, loss in zip(*blocks, strict=True):

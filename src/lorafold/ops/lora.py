@@ -27,16 +27,10 @@ from lorafold.ops.frozen import Read
 class _LowRankLinear(Exact):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        read: Read,
-        down: Tensor,
-        up: Tensor,
-        xd: Tensor,
-        where: Tensor | None,
-        scale: float,
+        ctx: Any, x: Tensor, read: Read, down: Tensor, up: Tensor, drop: Dropped | None
     ) -> Tensor:
         dtype = arithmetic(x)
+        xd, where, scale = branched(x, drop)
         a, b = down.to(dtype), (up * scale).to(dtype)
         wide = x.to(dtype)
         u = (wide if where is None else xd.to(dtype)) @ a.t()
@@ -48,7 +42,7 @@ class _LowRankLinear(Exact):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         xd, u, a, b, where = ctx.saved_tensors
-        need_x, _, need_down, need_up, *_ = ctx.needs_input_grad
+        need_x, _, need_down, need_up, _ = ctx.needs_input_grad
         wide = g.to(u.dtype)
         v = wide @ b
         gx = gdown = gup = None
@@ -65,13 +59,23 @@ class _LowRankLinear(Exact):
             # (r, T) x (T, out) runs faster than (out, T) x (T, r); contiguous, so that autograd
             # keeps it instead of a copy
             gup = ctx.up.new_empty(b.shape).copy_((u.t() @ wide).t()).mul_(ctx.scale)
-        return gx, None, gdown, gup, None, None, None
+        return gx, None, gdown, gup, None
+
+
+def branched(x: Tensor, drop: Dropped | None) -> tuple[Tensor, Tensor | None, float]:
+    """The input of the branch (T, in), which elements of it are dropped, and the factor k.
+
+    Args:
+        x: the input (T, in).
+        drop: the same with dropped elements, or None.
+    """
+    return (x, None, 1.0) if drop is None else (drop.x.reshape(x.shape), drop.where, drop.scale)
 
 
 def low_rank_linear(
-    x: Tensor, read: Read, down: Tensor, up: Tensor, drop: Dropped | None = None, scale: float = 1.0
+    x: Tensor, read: Read, down: Tensor, up: Tensor, drop: Dropped | None = None
 ) -> Tensor:
-    """x W^T + scale drop(x) down^T up^T (..., out), in x's dtype. Differentiable once.
+    """x W^T + k drop(x) down^T up^T (..., out), in x's dtype. Differentiable once.
 
     Args:
         x: the input (..., in).
@@ -79,9 +83,6 @@ def low_rank_linear(
         down: the down factor (r, in).
         up: the up factor (out, r).
         drop: x with dropped elements, the input of the branch (None: x).
-        scale: the factor of the branch.
     """
-    xd, where = (x.detach(), None) if drop is None else (drop.x, drop.where)
-    rows, branch = (z.reshape(-1, z.shape[-1]) for z in (x, xd))
-    y: Tensor = _LowRankLinear.apply(rows, read, down, up, branch, where, scale)
+    y: Tensor = _LowRankLinear.apply(x.reshape(-1, x.shape[-1]), read, down, up, drop)
     return y.view(*x.shape[:-1], len(up))

@@ -37,7 +37,6 @@ class Operation:
     """Final: called, it computes its form for the device of its first input, a tensor.
 
     Args:
-        plain: computes it on any device.
         dispatched: the operator of torch that stands for it, or None.
     """
 
@@ -81,7 +80,6 @@ def operator(schema: str, plain: Callable[..., Any], fake: Callable[..., Any]) -
 
     Args:
         schema: its name, parameters and outputs, as torch writes them.
-        plain: computes it on any device.
         fake: makes its outputs without their values.
     """
     name = schema.partition("(")[0]

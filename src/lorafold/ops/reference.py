@@ -7,23 +7,17 @@ tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorafold.ops.documents import Documents
+
 
 def document_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lens: Sequence[int],
-    window: int | None,
-    scale: float,
-    softcap: float | None = None,
-    starts: Sequence[int] | None = None,
-    keys: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, docs: Documents, scale: float, softcap: float | None = None
 ) -> Tensor:
     """Causal attention (T, H, Dv) within each document, S tokens in all; T < S if some are shared.
 
@@ -31,23 +25,20 @@ def document_attention(
         q: the queries (T, H, D).
         k: the keys (T, Hk, D); Hk divides H.
         v: the values (T, Hk, Dv).
-        lens: the lengths of the documents in tokens, with sum S.
-        window: query i sees the keys in (i - window, i] (None: all keys up to i).
+        docs: the documents, with sum(docs.lens) = S.
         scale: the factor of the scores.
         softcap: the cap of the scores, or None.
-        starts: how many tokens each document shares with earlier ones; its queries are the others.
-        keys: which of the T tokens is each of the S (None: the same).
     """
-    starts = [0] * len(lens) if starts is None else starts
-    own = [n - start for n, start in zip(lens, starts, strict=True)]
-    k, v = (x if keys is None else x[keys] for x in (k, v))
+    lens, window = list(docs.lens), docs.window
+    own = [n - start for n, start in zip(lens, docs.starts or [0] * len(lens), strict=True)]
+    k, v = (x if docs.keys is None else x[docs.keys] for x in (k, v))
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     out = []
     # (H, t, D)
     for qi, ki, vi in zip(
         q.transpose(0, 1).split(own, 1),
-        k.transpose(0, 1).split(list(lens), 1),
-        v.transpose(0, 1).split(list(lens), 1),
+        k.transpose(0, 1).split(lens, 1),
+        v.transpose(0, 1).split(lens, 1),
         strict=True,
     ):
         scores = qi @ ki.mT * scale
@@ -80,7 +71,6 @@ def low_rank_linear(
         down: the down factor (r, in).
         up: the up factor (out, r).
         keep: a mask of 0 and 1 in x's shape, or None.
-        scale: the factor of the branch.
     """
     seen = x if keep is None else x * keep
     u = F.linear(seen, down.to(x.dtype))
@@ -113,10 +103,5 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def gated(gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
-    """act(gate) * up, (..., k).
-
-    Args:
-        gate, up: the inputs (..., k).
-        act: an elementwise function.
-    """
+    """act(gate) * up, (..., k)."""
     return act(gate) * up

@@ -4,8 +4,8 @@
     gx = g W',  gvalues[e] = sum_t g[t, i_e] x[t, j_e]      (i_e, j_e) the row and column of entry e
 
 The gradient of few entries is computed at these alone, from rows of the transposed g and x, and
-never as a matrix. W' is built again in the backward (`core.scattered`), so a step never holds more
-than one; x, the values and their places are kept. LT-SFT and FISH mask use it.
+never as a matrix. W' is built again in the backward (`core.scatter_add`), so a step never holds
+more than one; x, the values and their places are kept. LT-SFT and FISH mask use it.
 
 1024 x 576 times 576 x 1536 in bf16, one CPU thread, k = 0.5% of the entries: their gradient takes
 5.0 ms, the whole matrix of gradients 10.2.
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorafold.core.scattered import scattered
+from lorafold.core.scatter_add import scatter_added
 from lorafold.ops.arithmetic import arithmetic
 from lorafold.ops.autocast import Exact
 from lorafold.ops.frozen import Read
@@ -35,7 +35,7 @@ class _SparseLinear(Exact):
     def forward(ctx: Any, x: Tensor, read: Read, values: Tensor, at: Tensor) -> Tensor:
         ctx.save_for_backward(x, values, at)
         ctx.read, ctx.dtype = read, arithmetic(x)
-        w = scattered(read(x.dtype), values, at).to(ctx.dtype)
+        w = scatter_added(read(x.dtype), values, at).to(ctx.dtype)
         return (x.to(ctx.dtype) @ w.t()).to(x.dtype)
 
     @staticmethod
@@ -45,7 +45,7 @@ class _SparseLinear(Exact):
         need_x, _, need_values, _ = ctx.needs_input_grad
         gx = None
         if need_x:
-            w = scattered(ctx.read(x.dtype), values, at).to(ctx.dtype)
+            w = scatter_added(ctx.read(x.dtype), values, at).to(ctx.dtype)
             gx = (g.to(ctx.dtype) @ w).to(g.dtype)
         return gx, None, product_at(g, x, at).to(values.dtype) if need_values else None, None
 

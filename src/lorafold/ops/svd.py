@@ -22,7 +22,6 @@ def best_of_rank(
 
     Args:
         w: the matrices (..., out, in), in fp32.
-        rank: the rank of the approximation.
         scale: the factor s in w ~ s B A.
         niter: the rounds of subspace iteration, 0 for the full SVD.
     """

@@ -50,7 +50,6 @@ class Tile(NamedTuple):
         Args:
             x_THD: the queries of all documents.
             kv_heads: the number Hk of key heads.
-            dtype: the dtype of the copy.
         """
         by_group = self.own(x_THD).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
         return by_group.to(dtype, memory_format=torch.contiguous_format).reshape(

@@ -23,11 +23,12 @@ from lorafold.files.atomic import check_out
 from lorafold.inspecting.report import page
 from lorafold.inspecting.run import inspect
 from lorafold.machine.devices import choose_device
-from lorafold.merging.run import merge
+from lorafold.merging.run import Wanted, merge
 from lorafold.models.loading import load_model, load_tokenizer
 from lorafold.models.storage import Storage, choose_storage
 from lorafold.opening import Base
 from lorafold.ops.arithmetic import widens
+from lorafold.peft.saved import open_all
 from lorafold.quickstart.task import rows
 from lorafold.recipe.recipe import Recipe
 from lorafold.training.request import Request
@@ -76,8 +77,6 @@ def quickstart(
     `merged/`.
 
     Args:
-        out: The directory to write to.
-        console: For everything that is shown.
         overwrite: Replace what an earlier quickstart wrote to `out`.
         device: cpu, cuda, cuda:N or mps; None takes the fastest that is available.
 
@@ -118,13 +117,14 @@ def quickstart(
     after = measure(test_rows, out / "adapter", storage, where, console)
     side_by_side(before, after, console)
     console.rule("4  inspect: what the adapter changed")
-    found = inspect(Base(MODEL), out / "adapter")
+    adapters = open_all([out / "adapter"])
+    found = inspect(Base(MODEL), adapters)
     page(found, out / "adapter.html")
     for sentence in found["advice"]:
         console.print(sentence, highlight=False, markup=False)
     console.print(f"all figures: {out / 'adapter.html'}", highlight=False, markup=False)
     console.rule("5  merge: a plain model without an adapter")
-    merged = merge(MODEL, [out / "adapter"], out / "merged", overwrite=overwrite, console=console)
+    merged = merge(Base(MODEL), adapters, out / "merged", Wanted(overwrite=overwrite), console)
     console.print(merged.summary(), highlight=False)
 
     adapter_bytes, model_bytes = (
@@ -169,10 +169,8 @@ def measure(
     """Evaluate the embedded model.
 
     Args:
-        test_rows: The rows to measure on.
         adapter: A saved adapter to load on it, or None.
         storage: How the base stores its weights.
-        console: For progress and the result.
     """
     model, tokenizer = load_model(MODEL, storage, device=where), load_tokenizer(MODEL)
     if adapter is not None:
@@ -183,13 +181,7 @@ def measure(
 
 
 def side_by_side(before: Evaluation, after: Evaluation, console: Console, shown: int = 5) -> None:
-    """Print completions before and after training as a table.
-
-    Args:
-        before, after: The evaluations, of the same rows.
-        console: Where it is printed.
-        shown: How many rows.
-    """
+    """Print completions before and after training as a table."""
     table = Table(
         *(Column(name, overflow="fold") for name in ("prompt", "before", "after")), show_lines=True
     )

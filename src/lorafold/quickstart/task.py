@@ -256,7 +256,6 @@ def rows(split: Split, n: int, seed: int) -> list[Row]:
 
     Args:
         split: train or test, which have no words of values in common.
-        n: The number of rows.
         seed: Draws the rows.
     """
     rng = random.Random(f"{split} {seed}")

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
-from lorafold.files.record import base_trained_on
 from lorafold.methods import known_options, make_spec
 from lorafold.models.sources import ModelSource
 from lorafold.models.storage import default_storage
 from lorafold.models.storages import IN_FILES, MADE, QUANTIZED
+from lorafold.peft.saved import Saved, trained_on
 from lorafold.recipe.recipe import Recipe
 
 
@@ -73,7 +72,7 @@ def trainable_storage(recipe: Recipe) -> str:
 
 
 def settled_base(
-    recipe: Recipe, spec: Spec, source: ModelSource, adapters: Sequence[Path] = ()
+    recipe: Recipe, spec: Spec, source: ModelSource, adapters: Sequence[Saved] = ()
 ) -> str:
     """Return the storage to load the base in.
 
@@ -93,11 +92,11 @@ def settled_base(
     if spec.trains_base:
         return trainable_storage(recipe)
     if not asked:
-        in_files, trained_on = default_storage(source), base_trained_on(adapters)
+        in_files, made_on = default_storage(source), trained_on(adapters)
         if in_files != "auto":
             storage = in_files
-        elif trained_on is not None and trained_on not in IN_FILES:
-            storage = trained_on
+        elif made_on is not None and made_on not in IN_FILES:
+            storage = made_on
     if storage in MADE and importlib.util.find_spec("bitsandbytes") is None:
         if asked:
             raise LorafoldError(

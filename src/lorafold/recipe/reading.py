@@ -15,7 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from lorafold.errors import LorafoldError
-from lorafold.files.renamed import RENAMED, named_as_now
+from lorafold.files.record import RENAMED, named_as_now
 from lorafold.recipe.recipe import Recipe
 
 MAPPINGS = [name for name, field in Recipe.model_fields.items() if field.default == {}]

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from lorafold.files.renamed import RENAMED
+from lorafold.files.record import RENAMED
 from lorafold.methods import METHODS
 from lorafold.models import storages
 from lorafold.objectives import DEFAULT, OBJECTIVES, in_words, named

@@ -31,7 +31,6 @@ class Opened:
 
     Args:
         about: what the process says of it.
-        base: the base's tokenizer.
         known: the base's added tokens, by number.
         call: asks a process for an act with this tokenizer.
     """
@@ -80,7 +79,6 @@ class Opened:
         that refuse one.
 
         Args:
-            tools: the tools, or None.
             tokenize: False; texts alone are made.
             add_generation_prompt: whether the assistant's next turn is opened.
             variables: further variables of the template.

@@ -126,7 +126,6 @@ class Processes:
 
     Args:
         base: gives the first message of each.
-        most: how many there may be.
     """
 
     def __init__(self, base: Callable[[], Any], most: int) -> None:
@@ -140,10 +139,8 @@ class Processes:
         """What an act of the worker gives. Raises Refused.
 
         Args:
-            do: the act.
             seconds: of the processor, that it may take.
             memory: the bytes that it may take beyond what the process has.
-            arguments: those of the act.
         """
         message = packed({"do": do, "seconds": seconds, "bytes": memory} | arguments)
         with self._most:

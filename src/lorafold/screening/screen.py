@@ -45,7 +45,6 @@ class Screen:
 
     Args:
         modules: gives the paths of the base's modules.
-        tokenizer: the base's.
     """
 
     def __init__(self, modules: Callable[[], Sequence[str]], tokenizer: Any) -> None:
@@ -62,7 +61,6 @@ class Screen:
         """What the files of an adapter are. Raises LorafoldError for those that are wrong.
 
         Args:
-            path: its directory.
             config, record: the two of them that are JSON.
             told: the fields of the record that say how to read the rest.
         """
@@ -79,8 +77,8 @@ class Screen:
         can't be read or used.
         """
         path = self._copied(contents)
-        own = {"path": str(path), "files": list(contents.names), "digest": contents.named}
-        call, base = partial(self._call, own), self._tokenizer
+        files = {"path": str(path), "names": list(contents.names), "digest": contents.named}
+        call, base = partial(self._call, files), self._tokenizer
         try:
             about = call("open")
             same = (
@@ -113,5 +111,5 @@ class Screen:
                 (path / name).write_bytes(content)
         return path
 
-    def _call(self, own: Mapping[str, Any], do: str, **arguments: Any) -> Any:
-        return self._rendering.call(do, SECONDS[do], BYTES[do], **own, **arguments)
+    def _call(self, files: Mapping[str, Any], do: str, **arguments: Any) -> Any:
+        return self._rendering.call(do, SECONDS[do], BYTES[do], files=files, **arguments)

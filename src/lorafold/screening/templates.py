@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypedDict
 
 from lorafold.data.render import ensure_chat_template
 from lorafold.errors import LorafoldError
@@ -22,6 +22,14 @@ KEPT = 8  # tokenizers
 LETTERS, TOKENS = 2 << 20, 1 << 19  # of a text that a template makes, and of any text
 TEMPLATE = 1 << 20  # letters of all templates
 NEW, LONG = 1 << 12, 1 << 16  # tokens that an adapter may add, and the letters of all of them
+
+
+class Files(TypedDict):
+    """The files of a tokenizer, and the digest that they have to have, as `Contents` has it."""
+
+    path: str
+    names: list[str]
+    digest: str
 
 
 class Templates:
@@ -35,15 +43,11 @@ class Templates:
         self._words = {number: word for word, number in vocabulary.items()}
         self._kept: OrderedDict[str, Any] = OrderedDict()
 
-    def open(self, path: str, files: Sequence[str], digest: str) -> dict[str, Any]:
+    def open(self, files: Files) -> dict[str, Any]:
         """What a tokenizer is, as `Opened` takes it. Raises LorafoldError for one that can't be
         read, or gives a token of the base another number.
-
-        Args:
-            path: the directory.
-            digest: what they have to have.
         """
-        tokenizer = self._tokenizer(path, files, digest)
+        tokenizer = self._tokenizer(files)
         vocabulary = tokenizer.get_vocab()
         own = {number: word for word, number in vocabulary.items()}
         for number, word in self._words.items():
@@ -56,9 +60,7 @@ class Templates:
         if len(new) > NEW:
             raise LorafoldError(f"found {len(new):,} new tokens, expected at most {NEW:,}")
         if (size := sum(len(own[n]) for n in new)) > LONG:
-            raise LorafoldError(
-                f"found new tokens of {size:,} letters, expected at most {LONG:,}"
-            )
+            raise LorafoldError(f"found new tokens of {size:,} letters, expected at most {LONG:,}")
         added = tokenizer.added_tokens_decoder
         texts = tokenizer.chat_template
         each = texts.values() if isinstance(texts, dict) else (texts,)
@@ -79,21 +81,19 @@ class Templates:
         }
 
     def render(
-        self, path: str, files: Sequence[str], digest: str, messages: list[Any], tools: Any,
-        add_generation_prompt: bool, variables: Mapping[str, Any],
+        self, files: Files, messages: list[Any], tools: Any, add_generation_prompt: bool,
+        variables: Mapping[str, Any],
     ) -> str:  # fmt: skip
         """A conversation, as the template writes it. Raises as the template does.
 
         Args:
-            path, files, digest: the tokenizer's, as for `open`.
             messages: the messages, in the form that the template takes.
-            tools: the tools, or None.
             add_generation_prompt: whether the assistant's next turn is opened.
             variables: further variables of the template.
         """
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        tokenizer = self._tokenizer(path, files, digest)
+        tokenizer = self._tokenizer(files)
         special: Any = tokenizer.special_tokens_map
         rendered: Any = render_jinja_template(
             [messages],
@@ -107,26 +107,24 @@ class Templates:
             raise LorafoldError(f"found {len(text):,} letters, expected at most {LETTERS:,}")
         return text
 
-    def tokens(
-        self, path: str, files: Sequence[str], digest: str, text: str, special: bool
-    ) -> list[int]:
+    def tokens(self, files: Files, text: str, special: bool) -> list[int]:
         """The tokens of a text.
 
         Args:
-            path, files, digest: the tokenizer's, as for `open`.
             special: whether it gets the tokens with which a text begins.
         """
-        tokenizer = self._tokenizer(path, files, digest)
+        tokenizer = self._tokenizer(files)
         found: list[int] = tokenizer(text, add_special_tokens=special, verbose=False).input_ids
         if len(found) > TOKENS:
             raise LorafoldError(f"found {len(found):,} tokens, expected at most {TOKENS:,}")
         return found
 
-    def _tokenizer(self, path: str, files: Sequence[str], digest: str) -> Any:
+    def _tokenizer(self, files: Files) -> Any:
+        digest = files["digest"]
         if digest in self._kept:
             self._kept.move_to_end(digest)
             return self._kept[digest]
-        contents = Contents(path, files)
+        contents = Contents(files["path"], files["names"])
         contents.check_intact()
         if contents.named != digest:
             raise LorafoldError("the files of its tokenizer changed; load it again")

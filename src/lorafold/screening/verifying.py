@@ -53,7 +53,6 @@ def verified(
 
     Args:
         modules: the paths of the base's modules.
-        path: the adapter's directory.
         files: the files that belong to it; those of its tokenizer are digested and no more.
         config, record: the two among them that are JSON.
         told: the fields of the record that say how to read the rest.
@@ -75,11 +74,7 @@ def verified(
         header, widest = _header(contents.files[WEIGHTS])
     about = {name: read.get(record, {}).get(name) for name in told}
     form = json.dumps([read[config], header, about], sort_keys=True)
-    return {
-        "files": contents.entries,
-        "form": sha256(form.encode()).hexdigest(),
-        "widest": widest,
-    }
+    return {"files": contents.entries, "form": sha256(form.encode()).hexdigest(), "widest": widest}
 
 
 def _json(name: str, content: bytes | bytearray, most: int) -> dict[str, Any]:
@@ -97,9 +92,7 @@ def _json(name: str, content: bytes | bytearray, most: int) -> dict[str, Any]:
         return found
 
     try:
-        value = json.loads(
-            content.decode("utf-8"), parse_constant=constant, object_pairs_hook=once
-        )
+        value = json.loads(content.decode("utf-8"), parse_constant=constant, object_pairs_hook=once)
     except ValueError as error:
         raise LorafoldError(f"{name}: not readable as JSON ({error})") from None
     except RecursionError:

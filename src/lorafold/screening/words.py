@@ -22,9 +22,7 @@ class Words:
             LorafoldError unless the numbers follow the base's.
     """
 
-    def __init__(
-        self, base: Any, known: Mapping[int, Any], new: Sequence[Sequence[Any]]
-    ) -> None:
+    def __init__(self, base: Any, known: Mapping[int, Any], new: Sequence[Sequence[Any]]) -> None:
         from transformers import AddedToken
 
         self._base, self._texts = base, {number: text for number, text, _ in new}
@@ -69,8 +67,6 @@ class Words:
         """The text of tokens, as the library makes it of a tokenizer that has them all.
 
         Args:
-            ids: the tokens.
-            skip_special_tokens: leave special tokens out.
             clean_up_tokenization_spaces: False; the text is left as it is.
         """
         if self._texts.keys().isdisjoint(ids):

@@ -15,7 +15,7 @@ from functools import partial
 from lorafold.errors import LorafoldError
 from lorafold.serving.backend import Request
 from lorafold.serving.host import Host
-from lorafold.serving.job import Job, Reply
+from lorafold.serving.job import CompletionJob, Reply
 from lorafold.serving.keys import Caller
 from lorafold.serving.prompted import Asked, Prompted
 from lorafold.serving.refusal import FIELDS, Refusal, wrong
@@ -32,8 +32,6 @@ class Admission:
     """Where requests are admitted.
 
     Args:
-        host: computes them.
-        registry: knows the adapters.
         spent: the tokens that tenants were given.
     """
 
@@ -57,10 +55,8 @@ class Admission:
         nothing is computed.
 
         Args:
-            caller: who asks.
             id: the name of the reply.
             since: when the request came, by time.monotonic.
-            asked: what is asked.
         """
         self.check_room(caller.tenant, asked.body.n)
         self.spent.check(caller)
@@ -90,7 +86,7 @@ class Admission:
             self.check_room(caller.tenant, n - 1)  # it is counted as one that is thought about
             try:
                 for request in self._requests(reply.id, caller.tenant, asked, prompted):
-                    job = Job(request, chosen.name, since, reply.arrived, count)
+                    job = CompletionJob(request, chosen.name, since, reply.arrived, count)
                     self.host.submit(job)
                     reply.jobs.append(job)
                 return prompted

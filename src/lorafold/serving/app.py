@@ -88,11 +88,7 @@ def application(server: Server) -> FastAPI:
 
 
 class Gate:
-    """What every request passes.
-
-    Args:
-        app: the routes.
-    """
+    """What every request passes."""
 
     def __init__(self, app: ASGIApp, server: Server) -> None:
         self.app, self.server = app, server

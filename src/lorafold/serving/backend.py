@@ -81,9 +81,7 @@ class Backend(ABC):
         """Why nothing is computed now, empty if it is."""
 
     @abstractmethod
-    def events(
-        self, take: Callable[[Sequence[News]], None]
-    ) -> AbstractAsyncContextManager[None]:
+    def events(self, take: Callable[[Sequence[News]], None]) -> AbstractAsyncContextManager[None]:
         """Compute for as long as the context is open, and end all requests with it.
 
         Args:

@@ -17,7 +17,7 @@ from typing import TypeVar
 from lorafold.serving.backend import States
 from lorafold.serving.seen import Found
 from lorafold.serving.server import Server
-from lorafold.serving.state_file import Kept
+from lorafold.serving.state_file import ServerState
 
 K = TypeVar("K")
 
@@ -32,7 +32,7 @@ class Look:
     found: Mapping[str, Found]
     listed: frozenset[str]
     wrong: Mapping[str, str]
-    kept: Kept
+    kept: ServerState
     states: States
     load: Mapping[tuple[str, bool], int]
     uses: Mapping[str, tuple[int, int]]

@@ -28,7 +28,6 @@ class Digests:
         """Whether a digest, or the first digits of one, is that of a version, in either form.
 
         Args:
-            found: the version.
             given: the digits, as a client or the file of what is kept has them.
         """
         if found.digest.startswith(given):

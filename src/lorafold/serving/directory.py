@@ -24,7 +24,7 @@ from lorafold.identity.things import WORDS
 from lorafold.models.tokenizer import FILES as TOKENIZER
 from lorafold.models.tokenizer import TEMPLATES
 from lorafold.peft.config import CONFIG
-from lorafold.peft.directory import FILES
+from lorafold.peft.saved import FILES
 from lorafold.peft.stack import beside
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
@@ -34,11 +34,7 @@ PAUSE = 0.25  # seconds between looks at what may be written again without anoth
 
 
 class Directory:
-    """A directory of adapters, or one adapter. Raises LorafoldError if there is none.
-
-    Args:
-        path: the directory.
-    """
+    """A directory of adapters, or one adapter. Raises LorafoldError if there is none."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -116,9 +112,6 @@ class Directory:
     def words(self, path: Path) -> list[str]:
         """The names of the files of an adapter's tokenizer, and of those that it might have. Raises
         LorafoldError for files that are not the directory's own, and for too many bytes.
-
-        Args:
-            path: where the adapter is.
         """
         marks = {name.partition("/")[2]: mark for name, mark in self.marks(path).items()}
         there = [name for name in marks if any(fnmatchcase(name, p) for p in WORDS)]
@@ -133,9 +126,6 @@ class Directory:
     def tokenizer(self, path: Path) -> Contents:
         """The files of an adapter's tokenizer. Raises LorafoldError as `words` does, and for files
         that are damaged.
-
-        Args:
-            path: where the adapter is.
         """
         contents = Contents(path, self.words(path))
         contents.check_intact()

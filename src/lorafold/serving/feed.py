@@ -50,8 +50,7 @@ class View:
 
 
 class Feed:
-    """The changes of one server's models.
-    """
+    """The changes of one server's models."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
@@ -65,7 +64,6 @@ class Feed:
         """The whole list, then what changes, until the server ends.
 
         Args:
-            caller: who listens.
             admin: tell what is not served too, and why.
         """
         key = (caller.adapters, caller.base, admin)

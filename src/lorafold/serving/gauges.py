@@ -28,8 +28,6 @@ class Gauges(Collector):
 
     Args:
         metrics: bounds the labels.
-        host: knows what runs.
-        registry: knows the adapters.
     """
 
     def __init__(self, metrics: Metrics, host: Host, registry: Registry) -> None:
@@ -95,7 +93,6 @@ def state_of(registry: Registry, found: Found, now: States) -> tuple[str, int]:
     """Where an adapter is, `cold`, `loading`, `resident` or `quarantined`, and its bytes in memory.
 
     Args:
-        found: the adapter.
         now: where those are that are not cold.
     """
     state, nbytes = now.adapters.get(found.key, ("cold", 0))

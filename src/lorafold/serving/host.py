@@ -20,7 +20,7 @@ from typing import TypeVar
 from lorafold.errors import LorafoldError
 from lorafold.machine.threads import alone
 from lorafold.serving.backend import NOT_FINITE, Backend, Ended, News
-from lorafold.serving.job import Job
+from lorafold.serving.job import CompletionJob
 from lorafold.serving.metrics import Metrics
 from lorafold.serving.refusal import Refusal
 from lorafold.serving.registry import Registry
@@ -33,21 +33,14 @@ WATCH = 0.25  # seconds between two looks at deadlines
 
 
 class Host:
-    """Keeps what is computed.
-
-    Args:
-        backend: computes.
-        registry: puts adapters in quarantine.
-        settings: the limits.
-        metrics: what is counted.
-    """
+    """Keeps what is computed."""
 
     def __init__(
         self, backend: Backend, registry: Registry, settings: Settings, metrics: Metrics
     ) -> None:
         self.backend, self._registry = backend, registry
         self.settings, self.metrics = settings, metrics
-        self.jobs: dict[str, Job] = {}
+        self.jobs: dict[str, CompletionJob] = {}
         self.draining = False
         self.pool = ThreadPoolExecutor(THREADS, "lorafold-requests", initializer=alone)
         self._turns: dict[str, asyncio.Semaphore] = {}
@@ -75,7 +68,7 @@ class Host:
         """Why requests can't be computed now, empty if they can."""
         return "the server is about to end" if self.draining else self.backend.ready
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: CompletionJob) -> None:
         """Give a job to the backend, which may take its time. Raises LorafoldError if it is
         refused.
         """
@@ -89,9 +82,6 @@ class Host:
     async def think(self, do: Callable[[], T], tenant: str) -> T:
         """What a function gives that takes its time, computed beside the event loop; of a tenant
         TURNS at a time, so that none waits for more than as many of each other's.
-
-        Args:
-            do: the function.
         """
         turn = self._turns.setdefault(tenant, asyncio.Semaphore(TURNS))
         self._thinking[tenant] += 1
@@ -114,7 +104,7 @@ class Host:
         each = (time.monotonic() - self._ends[0]) / len(self._ends)
         return max(1, min(60, round(each * self.waiting())))
 
-    def cancel(self, job: Job, why: Refusal | None = None) -> None:
+    def cancel(self, job: CompletionJob, why: Refusal | None = None) -> None:
         """End a job within a step."""
         if job.end is None:
             job.why = job.why or why
@@ -153,7 +143,7 @@ class Host:
             if job.end is not None:
                 self._ended(job, job.end)
 
-    def _ended(self, job: Job, end: Ended) -> None:
+    def _ended(self, job: CompletionJob, end: Ended) -> None:
         del self.jobs[job.request.id]
         self._ends.append(time.monotonic())
         told = " ".join(end.message.split()) if self.settings.log_texts else end.fault
@@ -162,7 +152,7 @@ class Host:
         if end.message == NOT_FINITE:
             self.pool.submit(self._suspect, job)
 
-    def _suspect(self, job: Job) -> None:
+    def _suspect(self, job: CompletionJob) -> None:
         """Note it if the backend refuses an adapter from now on."""
         key = job.request.adapter
         with suppress(LorafoldError, Refusal):

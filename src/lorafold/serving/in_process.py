@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lorafold.engine import Ended, Engine, Request, Stream, Token
-from lorafold.engine.adapters import Entry
+from lorafold.engine import Ended, Engine, EngineSettings, Request, Stream, Token
+from lorafold.engine.adapters import KnownAdapter
 from lorafold.machine.room import free_bytes
 from lorafold.serving.backend import LOST, Backend, News, States, Until
 from lorafold.serving.seen import Found
@@ -62,8 +62,6 @@ class InProcess(Backend):
     """An engine that computes.
 
     Args:
-        model: the base.
-        settings: the limits.
         restarted: called when the engine is about to be opened anew.
         allow_other_base: accept adapters that were trained on another base.
     """
@@ -79,13 +77,13 @@ class InProcess(Backend):
         most = settings.limits.tenant_running
         if most is None and settings.keys is not None:
             most = max(1, settings.slots * 3 // 4)
-        self._open = partial(
-            Engine, model, tokenizer, slots=settings.slots, length=settings.length,
+        own = EngineSettings(
+            slots=settings.slots, length=settings.length, budget=settings.prompt_budget,
             adapter_bytes=settings.adapter_bytes or free_bytes(model.device) // 2,
-            budget=settings.prompt_budget, strikes=settings.strikes, tenant_slots=most,
-            weights=settings.weights, prefix_reuse=settings.prefix_reuse,
-            allow_other_base=allow_other_base,
+            prefix_reuse=settings.prefix_reuse, strikes=settings.strikes, tenant_slots=most,
+            weights=settings.weights, allow_other_base=allow_other_base,
         )  # fmt: skip
+        self._open = partial(Engine, model, tokenizer, own)
         self.engine, self._restarted = self._open(), restarted
         self._late = settings.heartbeat_seconds
         self._lock = threading.Lock()
@@ -138,7 +136,7 @@ class InProcess(Backend):
 
     def load(self, found: Found, until: Until) -> None:
         if until == "checked":
-            self.engine.verify(Entry(found.key, found.path, found.stack, 0))
+            self.engine.verify(KnownAdapter(found.key, found.path, found.stack, 0))
             return
         with self._lock:
             engine, known = self.engine, self._known.get(found.key)

@@ -13,12 +13,11 @@ from lorafold.serving.refusal import FIELDS, Refusal, wrong
 from lorafold.serving.settings import Limits
 
 
-class Job:
+class CompletionJob:
     """One completion: what was asked of the backend, and what came back so far. All times are by
     time.monotonic.
 
     Args:
-        request: what is asked.
         adapter: the name of the adapter, or of the base.
         asked: when its request came.
         arrived: set whenever events arrive.
@@ -108,7 +107,7 @@ class Reply:
         self.id, self.created = id, int(time.time())
         self.arrived = asyncio.Event()
         self.prompted: Prompted  # once it is admitted
-        self.jobs: list[Job] = []  # as many for each prompt
+        self.jobs: list[CompletionJob] = []  # as many for each prompt
 
     async def events(self) -> AsyncIterator[tuple[int, Token | Ended]]:
         """Every event with the number of its completion. Raises Refusal for one that fails."""

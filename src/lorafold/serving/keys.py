@@ -105,9 +105,7 @@ class Keys:
         metrics: a file with the key that reads the metrics and nothing else; None: there is none.
     """
 
-    def __init__(
-        self, file: Path | None, admin: Path | None, metrics: Path | None = None
-    ) -> None:
+    def __init__(self, file: Path | None, admin: Path | None, metrics: Path | None = None) -> None:
         self.file, self._seen, self._keys = file, 0, tuple[Key, ...]()
         if file is not None:
             self._seen, self._keys = _changed(file), read_keys(file).keys
@@ -188,8 +186,6 @@ def new_key(file: Path, tenant: str, adapters: Sequence[str], **more: object) ->
     """Add a key to the file, which is made if there is none, and return it: it is kept nowhere.
 
     Args:
-        file: the keys.
-        tenant: whose it is.
         adapters: the names of adapters that it may use, as globs.
         more: what else its entry has.
     """

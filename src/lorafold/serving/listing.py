@@ -26,11 +26,7 @@ def listed(server: Server, caller: Caller, now: Look, admin: bool = False) -> li
 
 
 def sees(server: Server, caller: Caller, name: str) -> bool:
-    """Whether a caller may see a model.
-
-    Args:
-        name: the model's name.
-    """
+    """Whether a caller may see a model."""
     return caller.base if name == server.registry.base else caller.may(name)
 
 
@@ -38,7 +34,6 @@ def described(server: Server, name: str, now: Look, admin: bool) -> dict[str, An
     """A model, as the list has it, None if there is none.
 
     Args:
-        name: the model's name.
         now: what is known.
         admin: describe what is not served too, and why.
     """
@@ -75,7 +70,6 @@ def adapter(server: Server, found: Found, now: Look) -> dict[str, Any]:
     """An adapter, as the list has it.
 
     Args:
-        found: its files.
         now: what is known.
     """
     registry = server.registry
@@ -97,7 +91,6 @@ def alias(server: Server, name: str, now: Look) -> dict[str, Any]:
     """An alias, as the list has it.
 
     Args:
-        name: the alias.
         now: what is known.
     """
     targets = now.kept.aliases[name].targets

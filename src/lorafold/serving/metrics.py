@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_late
 from prometheus_client import Counter as Count
 
 from lorafold.serving.backend import Ended, Token
-from lorafold.serving.job import Job
+from lorafold.serving.job import CompletionJob
 
 MOST = 200
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -65,15 +65,10 @@ class Metrics:
         self.whole = self._seconds("request", "From a request's arrival to its end")
 
     def gauge(self, name: str, about: str, value: Callable[[], float]) -> None:
-        """Show a value as it is when it is asked for.
-
-        Args:
-            about: what it is.
-            value: gives it.
-        """
+        """Show a value as it is when it is asked for."""
         Gauge(f"lorafold_{name}", about, registry=self.registry).set_function(value)
 
-    def arrived(self, job: Job, events: Sequence[Token | Ended]) -> None:
+    def arrived(self, job: CompletionJob, events: Sequence[Token | Ended]) -> None:
         """Count what arrived of a job, after `Job.put`."""
         use = self.uses.setdefault(job.adapter, Use())
         adapter = self.label("adapter", job.adapter)
@@ -103,8 +98,6 @@ class Metrics:
         """Count a request.
 
         Args:
-            tenant: whose it was.
-            adapter: under which adapter.
             outcome: ok, or the code of a refusal.
         """
         labels = self.label("tenant", tenant), self.label("adapter", adapter)
@@ -136,11 +129,7 @@ class Metrics:
         return Count(f"lorafold_{name}", about, labels, registry=self.registry)
 
     def _seconds(
-        self,
-        name: str,
-        about: str,
-        buckets: Sequence[float] = SECONDS,
-        labels: Sequence[str] = (),
+        self, name: str, about: str, buckets: Sequence[float] = SECONDS, labels: Sequence[str] = ()
     ) -> Histogram:
         named = f"lorafold_{name}_seconds"
         return Histogram(named, about, labels, registry=self.registry, buckets=tuple(buckets))

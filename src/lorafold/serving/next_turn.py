@@ -62,7 +62,6 @@ class NextTurn(Asked):
     """One turn. Raises Refusal for a conversation that can't have one.
 
     Args:
-        body: the request.
         field: the field that has the messages.
         wishes: variables of the chat template, for one that knows them.
         shorten: whether the oldest messages may be left out.
@@ -128,6 +127,13 @@ class NextTurn(Asked):
             parts = readers[i].add(event.text[readers[i].length :])
             rest, calls = await asyncio.to_thread(readers[i].finish)
             yield Said(i, joined([*parts, *rest]), "", None, event, self._called(calls))
+
+    async def all_said(self, reply: Reply) -> list[AllSaid]:
+        """All that is said in each completion. Raises Refusal for one that fails."""
+        found = [AllSaid() for _ in reply.jobs]
+        async for said in self.said(reply):
+            found[said.index].take(said)
+        return found
 
     def _grammar(self, renderer: Renderer) -> str | None:
         if self._forced is not None:

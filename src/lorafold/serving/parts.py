@@ -31,7 +31,6 @@ class PartReader:
     Args:
         tokenizer: the model's, whose chat template has the marks.
         prompt: the rendered prompt, which may open the reasoning.
-        tools: the tools that were offered.
     """
 
     def __init__(

@@ -39,7 +39,6 @@ class Asked(ABC):
     """Abstract: one request, whatever its dialect.
 
     Args:
-        body: the settings.
         field: the field with the prompts.
         max_new_tokens: the most tokens of a completion (None: what is left of the length).
     """

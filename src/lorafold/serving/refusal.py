@@ -74,7 +74,6 @@ def wrong(param: str, message: str) -> Refusal:
     """The refusal of a field's value.
 
     Args:
-        param: the field.
         message: what was found, and what was expected.
     """
     return Refusal(400, "invalid_value", f"{param}: {message}", param)

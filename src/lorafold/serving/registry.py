@@ -24,9 +24,9 @@ from lorafold.serving.digests import Digests
 from lorafold.serving.directory import NAME, Directory
 from lorafold.serving.keys import Caller
 from lorafold.serving.refusal import Refusal
-from lorafold.serving.rendering import Chosen, Renderer
+from lorafold.serving.rendering import Chosen
 from lorafold.serving.seen import Found
-from lorafold.serving.state_file import Kept, read_kept, write_kept
+from lorafold.serving.state_file import ServerState, read_kept, write_kept
 from lorafold.serving.sweep import Sweep
 from lorafold.serving.verifier import Verifier
 
@@ -39,23 +39,15 @@ class Registry:
     """The names of one server. Any thread may call it.
 
     Args:
-        base: the base's name.
-        identity: the base's identity.
-        directory: the adapters.
-        file: what is kept between runs.
-        plain: what renders the base's requests.
-        verifier: verifies adapters.
-        backend: computes under them.
+        plain: what the base's own requests run under.
     """
 
     def __init__(
-        self, base: str, identity: str, directory: Directory, file: Path, plain: Renderer,
-        verifier: Verifier, backend: Backend,
-    ) -> None:  # fmt: skip
-        self.base, self.identity, self.directory, self.file = base, identity, directory, file
-        self.plain, self.verifier, self.digests = plain, verifier, Digests()
-        self._backend = backend
-        self.kept: Kept = read_kept(file)
+        self, plain: Chosen, directory: Directory, file: Path, verifier: Verifier, backend: Backend
+    ) -> None:
+        self.plain, self.directory, self.file = plain, directory, file
+        self.verifier, self.digests, self._backend = verifier, Digests(), backend
+        self.kept: ServerState = read_kept(file)
         self.created = int(time.time())
         self.found: dict[str, Found] = {}
         self.wrong: dict[str, str] = {}
@@ -64,6 +56,11 @@ class Registry:
         self._named: set[str] = set()  # that were handed out to be verified
         self.lock = threading.RLock()
         self._turns: defaultdict[str, threading.RLock] = defaultdict(threading.RLock)
+
+    @property
+    def base(self) -> str:
+        """The base's name."""
+        return self.plain.name
 
     def begin(self) -> None:
         """Begin to verify what there is, and what comes."""
@@ -117,7 +114,7 @@ class Registry:
         that the caller may not use: the answer is the same, so that nobody learns a name.
         """
         if model == self.base and caller.base:
-            return Chosen(self.base, None, self.plain, self.identity)
+            return self.plain
         alias = self.kept.aliases.get(model) if caller.may(model) else None
         if alias is None:
             found = self.version(caller, model)
@@ -134,7 +131,7 @@ class Registry:
             why = self.kept.quarantined[name][1]
             raise Refusal(423, "adapter_quarantined", f"{name} is in quarantine: {why}", "model")
         try:
-            return Chosen(name, found.key, self.verifier.renderer(found), self.identity)
+            return Chosen(name, found.key, self.verifier.renderer(found), self.plain.base)
         except LorafoldError as error:
             log.error("%s", error)
             told = f"{name} can't be read now; the server's log says why"

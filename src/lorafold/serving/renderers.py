@@ -30,7 +30,6 @@ class Renderers:
 
     Args:
         model: the base, whose generation config names tokens that end completions.
-        screen: opens tokenizers that adapters bring.
     """
 
     def __init__(

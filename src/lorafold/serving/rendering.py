@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorafold.data.calls import parse_calls
-from lorafold.data.forms import ASKED, KEY, NAME, PROBE_TOOL, VALUE, call
 from lorafold.data.grammar import grammar_of, special_words
 from lorafold.data.messages import Message, Tool
+from lorafold.data.omissions import HELP, check_able, check_shown
 from lorafold.data.reasoning import block_of
 from lorafold.data.render import render
 from lorafold.data.shapes import Conversation
-from lorafold.data.shown import HELP, check_able, check_shown
+from lorafold.data.template_forms import ASKED, KEY, NAME, PROBE_TOOL, VALUE, call
 from lorafold.errors import LorafoldError
 from lorafold.serving.refusal import Refusal, wrong
 from lorafold.serving.wire.answers import Tokens
@@ -31,9 +31,7 @@ class Renderer:
         variables: the variables of the template that a caller may set.
     """
 
-    def __init__(
-        self, tokenizer: Any, ends: frozenset[int], variables: frozenset[str]
-    ) -> None:
+    def __init__(self, tokenizer: Any, ends: frozenset[int], variables: frozenset[str]) -> None:
         self.tokenizer, self.ends, self.shown = tokenizer, ends, Tokens(tokenizer)
         self.variables = variables
 

@@ -40,6 +40,7 @@ from lorafold.serving.metrics import Metrics
 from lorafold.serving.refusal import Refusal
 from lorafold.serving.registry import Registry
 from lorafold.serving.renderers import Renderers
+from lorafold.serving.rendering import Chosen
 from lorafold.serving.seen import Seen
 from lorafold.serving.server import Server
 from lorafold.serving.settings import Settings
@@ -95,10 +96,6 @@ def serve(
     """Serve until a signal ends it.
 
     Args:
-        base: the model.
-        load: loads it.
-        adapters: the directory of adapters.
-        settings: everything else.
         console: for what the user has to know.
         open_page: open the page in a browser.
 
@@ -126,10 +123,6 @@ def server_of(
 
     Args:
         base: the model, which requests ask for by the last part of its path, or by its name.
-        load: loads it.
-        directory: the adapters.
-        keys: who may call.
-        settings: everything else.
     """
     files, at, allowed = base.identity, Path(base.name), base.allow_other_base
     name = at.resolve().name if at.exists() else base.name
@@ -138,12 +131,13 @@ def server_of(
     state = settings.state or directory.beside / STATE
     screen = Screen(lambda: [path for path, _ in bare_modules(model)], tokenizer)
     renderers = Renderers(model, tokenizer, screen)
+    plain = Chosen(name, None, renderers.base, identity)
     known_for = joined([identity, of_code(*ROOMS, packages=PACKAGES), *["any base"] * allowed])
     seen = Seen(state.with_name(f"{state.stem}-verified.json"), known_for)
     metrics = Metrics()
     backend = InProcess(model, tokenizer, settings, metrics.restarts.inc, allowed)
     verifier = Verifier(directory, screen, renderers, seen, name, backend)
-    registry = Registry(name, identity, directory, state, renderers.base, verifier, backend)
+    registry = Registry(plain, directory, state, verifier, backend)
     host = Host(backend, registry, settings, metrics)
     spent = Spent(beside(state), lambda: keys.limited)
     _show_gauges(metrics, host)

@@ -79,7 +79,6 @@ class Seen:
     """The adapters that were verified. Any thread may call it.
 
     Args:
-        file: where they are kept.
         identity: what they were verified for.
     """
 

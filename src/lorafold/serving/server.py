@@ -60,7 +60,6 @@ class Dialect(ABC):
     is written.
 
     Args:
-        asked: what is asked.
         streamed: whether the client wants events.
     """
 
@@ -120,7 +119,6 @@ class Server:
         """Have completions computed, and answer with them.
 
         Args:
-            caller: who asks.
             id: the name of the reply.
             dialect: what is asked, and how it is answered.
         """
@@ -135,14 +133,8 @@ class Server:
             return self._stream(request, reply, dialect.events(reply))
         return answer(await self._whole(request, reply, dialect.whole(reply)))
 
-    async def _whole(
-        self, request: Request, reply: Reply, answer: Coroutine[Any, Any, T]
-    ) -> T:
+    async def _whole(self, request: Request, reply: Reply, answer: Coroutine[Any, Any, T]) -> T:
         """What an answer is once it is complete; if the client leaves before, its completions end.
-
-        Args:
-            reply: its completions.
-            answer: gives the answer.
         """
         try:
             return await unless_left(request, answer)
@@ -150,12 +142,7 @@ class Server:
             self.admission.drop(reply)
 
     def _stream(self, request: Request, reply: Reply, events: AsyncIterator[bytes]) -> Response:
-        """A response of events. If the client leaves, or reads too slowly, its completions end.
-
-        Args:
-            reply: its completions.
-            events: the events, as bytes.
-        """
+        """A response of events. If the client leaves, or reads too slowly, its completions end."""
         record, gone, complete = record_of(request), False, False
 
         async def guarded() -> AsyncIterator[bytes]:

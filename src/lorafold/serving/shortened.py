@@ -12,14 +12,11 @@ from collections.abc import Callable
 from lorafold.data.messages import Message
 
 
-def shortened(
-    messages: list[Message], fits: Callable[[list[Message]], bool]
-) -> list[Message]:
+def shortened(messages: list[Message], fits: Callable[[list[Message]], bool]) -> list[Message]:
     """The messages without as many of the oldest ones as have to go; without all that may go, if
     that is not enough.
 
     Args:
-        messages: the conversation.
         fits: whether some of its messages, in their order, are few enough.
     """
     units = _units(messages)

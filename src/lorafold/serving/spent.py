@@ -63,7 +63,6 @@ class Spent:
     can't be read.
 
     Args:
-        file: where they are kept.
         needed: whether any key has a limit; else nothing is written.
         now: the time, in seconds since 1970.
     """

@@ -36,7 +36,7 @@ class Alias(BaseModel):
     previous: tuple[Target, ...] = ()
 
 
-class Kept(BaseModel):
+class ServerState(BaseModel):
     """The content of the file. `digests` has the files that each adapter had when last seen,
     `quarantined` the digest and the reason.
     """
@@ -50,11 +50,11 @@ class Kept(BaseModel):
     digests: dict[str, str] = {}
 
 
-def read_kept(file: Path) -> Kept:
+def read_kept(file: Path) -> ServerState:
     """The content of the file, empty if there is none. Raises LorafoldError for any other file."""
-    return read(file, Kept, "move it away") if os.path.lexists(file) else Kept()
+    return read(file, ServerState, "move it away") if os.path.lexists(file) else ServerState()
 
 
-def write_kept(file: Path, kept: Kept) -> None:
+def write_kept(file: Path, kept: ServerState) -> None:
     """Replace the file. Raises LorafoldError if it can't be written."""
     write_text(file, kept.model_dump_json(indent=2) + "\n")

@@ -23,8 +23,6 @@ class Sweep:
 
     Args:
         names: gives the names that there are to verify.
-        verify: verifies one.
-        save: keeps what was found.
     """
 
     def __init__(

@@ -23,8 +23,8 @@ from lorafold.identity import joined
 from lorafold.methods import name_of
 from lorafold.models.tokenizer import CONFIG as SETTINGS
 from lorafold.peft.config import CONFIG, WEIGHTS, read_config
-from lorafold.peft.directory import FILES
 from lorafold.peft.form import DROPOUT
+from lorafold.peft.saved import FILES
 from lorafold.peft.stack import not_found, parse
 from lorafold.screening.screen import Screen, Verified
 from lorafold.serving.backend import Backend
@@ -43,12 +43,7 @@ class Verifier:
     """Verifies the adapters of one server. Any thread may call it.
 
     Args:
-        directory: the adapters.
-        screen: reads what came with them.
-        renderers: opens their tokenizers.
         seen: what was verified before.
-        base: the name of the base.
-        backend: what they have to fit.
     """
 
     def __init__(

@@ -48,7 +48,6 @@ def choose(parameters: int, device: str, free: int) -> Choice:
     """Choose the optimizer for `auto`.
 
     Args:
-        parameters: The number of trained parameters.
         device: The type of the device: cpu, cuda or mps.
         free: The device's free memory in bytes.
     """
@@ -70,7 +69,6 @@ def pick(asked: str, before: str, groups: list[dict], accelerator: Accelerator) 
         asked: The recipe's optimizer, possibly auto.
         before: The optimizer that a resumed run had before it stopped, which auto keeps; empty for
             a new run.
-        groups: The parameter groups.
         accelerator: The run's accelerator, whose processes must all choose the same.
     """
     device = accelerator.device.type
@@ -180,8 +178,6 @@ def described(choice: Choice, groups: list[dict], seed: int) -> str:
     choice, and stochastic rounding if there is any.
 
     Args:
-        choice: The optimizer and why it was chosen.
-        groups: The parameter groups.
         seed: The seed of stochastic rounding.
     """
     parameters = trained(groups)

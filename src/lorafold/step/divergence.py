@@ -41,7 +41,6 @@ def beside(
     """Compare the model with what it is in the context `other()`.
 
     Args:
-        model: A causal language model of transformers.
         labels: (B, T), shifted, or -100.
         inputs: Keyword arguments of the model, each (B, T).
         other: Such as a context with fewer adapters.

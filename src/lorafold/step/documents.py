@@ -117,7 +117,6 @@ def near(model: PreTrainedModel, found: Tensor, expected: Tensor, units: int) ->
 
     Args:
         found, expected: The logits (T, V).
-        units: The number of units.
     """
     allowed = max(1e-5, units * torch.finfo(model.dtype).eps)
     return bool((found - expected).norm() <= allowed * expected.norm())
@@ -161,13 +160,8 @@ def document_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: int = 0,
-    kv_offset: int = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
-    local_size: int | None = None,
-    use_vmap: bool = False,
-    device: torch.device | str = "cpu",
     **protocol: Any,
 ) -> Documents | Tensor | None:
     """Return a `Documents` if the mask is that of causal documents, else a boolean mask (B, 1, Tq,
@@ -176,18 +170,18 @@ def document_mask(
     Args:
         batch_size: B, the number of sequences.
         q_length, kv_length: Tq and Tk, the numbers of queries and keys.
-        q_offset, kv_offset: The positions of the first query and the first key.
         mask_function: Called as mask_function(b, head, i, j) on index tensors, it tells whether
             query i of sequence b may see key j.
         attention_mask: (B, Tk), False at padding; None if there is none.
-        local_size: The width of a sliding window.
-        use_vmap: Whether mask_function needs vmap, as custom ones may.
-        device: The device of the mask.
-        protocol: Arguments that concern sdpa and eager masks only.
+        protocol: The positions of the first query and the first key (`q_offset`, `kv_offset`), the
+            width of a sliding window (`local_size`), whether mask_function needs vmap, as custom
+            ones may, the device, and what concerns sdpa and eager masks only.
     """
-    # the offset is a tensor if the cache is static
-    whole = q_length == kv_length and isinstance(q_offset, int) and q_offset == kv_offset == 0
-    if attention_mask is None and not use_vmap and whole:
+    # an offset is a tensor if the cache is static
+    offsets = protocol.get("q_offset", 0), protocol.get("kv_offset", 0)
+    whole = q_length == kv_length and all(isinstance(n, int) and n == 0 for n in offsets)
+    if attention_mask is None and not protocol.get("use_vmap") and whole:
+        device = protocol.get("device", "cpu")
         b = torch.arange(batch_size, device=device)[:, None]
         earlier, later = (
             torch.arange(q_length - 1, device=device)[None],
@@ -204,19 +198,14 @@ def document_mask(
             )
             return Documents(
                 tuple(end - begin for begin, end in pairwise([*begins, batch_size * q_length])),
-                local_size,
+                protocol.get("local_size"),
             )
     return sdpa_mask(
         batch_size,
         q_length,
         kv_length,
-        q_offset=q_offset,
-        kv_offset=kv_offset,
         mask_function=mask_function,
         attention_mask=attention_mask,
-        local_size=local_size,
-        use_vmap=use_vmap,
-        device=device,
         **(protocol | {"allow_is_causal_skip": False}),
     )
 
@@ -227,11 +216,7 @@ def attend(
     key: Tensor,
     value: Tensor,
     attention_mask: Documents | Tensor | None,
-    dropout: float = 0.0,
     scaling: float | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    position_bias: Tensor | None = None,
     **protocol: Any,
 ) -> tuple[Tensor, None]:
     """Compute attention, (B, Tq, H, Dv); a function of transformers' attention protocol.
@@ -241,14 +226,16 @@ def attend(
         query, key, value: (B, H, Tq, D), (B, Hk, Tk, D) and (B, Hk, Tk, Dv).
         attention_mask: A `Documents`, a boolean mask, or a mask that is added to the scores, (B, 1,
             Tq, Tk).
-        dropout: The probability with which an attention weight is dropped.
         scaling: The factor of the scores; None: D^-0.5.
-        softcap: Scores s become softcap * tanh(s / softcap).
-        s_aux: (H,), the scores of a sink, which takes part in the softmax and has no value.
-        position_bias: (B or 1, H, Tq, Tk), added to the scores.
-        protocol: Arguments that repeat what the mask says (windows, positions). `isolates` finds
-            models that pass anything else here.
+        protocol: `dropout`, the probability with which an attention weight is dropped; `softcap`,
+            by which scores s become softcap * tanh(s / softcap); `s_aux` (H,), the scores of a
+            sink, which takes part in the softmax and has no value; `position_bias` (B or 1, H, Tq,
+            Tk), added to the scores; and what repeats what the mask says (windows, positions).
+            `isolates` finds models that pass anything else here.
     """
+    asked = ("softcap", "s_aux", "position_bias")
+    softcap, s_aux, position_bias = map(protocol.get, asked)
+    dropout = protocol.get("dropout", 0.0)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(attention_mask, Documents):
         if dropout == 0.0 and s_aux is None and position_bias is None:

@@ -121,7 +121,6 @@ def _fuse(
     """Replace the module's forward by a fused one and yield the name of the part, if it is one.
 
     Args:
-        stack: undoes it.
         make: what makes the fused forward of each part.
     """
     return (part for part, fuse in make.items() if _put(stack, module, "forward", fuse(module)))
@@ -284,4 +283,3 @@ def _fused_rotary(rotate: Forward, plain: Forward) -> Forward | None:
     except RuntimeError:  # its cos and sin have another size
         agree = False
     return forward if agree else None
-

@@ -84,7 +84,6 @@ def document_losses(
         model, labels, inputs: As `labelled_loss` takes them.
         document: (B, T), the document from 0 to n - 1 that each position counts for, or -1 for
             none.
-        n: The number of documents.
     """
     labels = labels.masked_fill(document < 0, NO_LOSS)
     h, targets, linear, _ = until_head(model, labels, inputs)

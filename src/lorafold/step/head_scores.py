@@ -39,7 +39,6 @@ def at_head(model: Any, inputs: Mapping[str, Tensor]) -> AtHead:
     where hidden states are pooled before it.
 
     Args:
-        model: A sequence classifier of transformers.
         inputs: Its keyword arguments, among them input_ids (B, T).
     """
     paths, shape = head_paths(model), inputs["input_ids"].shape
@@ -70,12 +69,7 @@ def _caught(head: nn.Module) -> Iterator[list[AtHead]]:
 
 
 def document_scores(
-    model: Any,
-    labels: Tensor,
-    inputs: Mapping[str, Tensor],
-    document: Tensor,
-    n: int,
-    pad_id: int,
+    model: Any, labels: Tensor, inputs: Mapping[str, Tensor], document: Tensor, n: int, pad_id: int
 ) -> tuple[Tensor, Tensor]:
     """Return the score of each document, in fp32, and the number of its labelled positions: (n,)
     and (n,).
@@ -85,8 +79,6 @@ def document_scores(
         labels: (B, T), the target of each position, or -100.
         inputs: Keyword arguments of the model, among them input_ids (B, T), padded at the right.
         document: (B, T), the document from 0 to n - 1 that each position belongs to.
-        n: The number of documents.
-        pad_id: The padding token.
     """
     of, ids = document.flatten(), inputs["input_ids"].flatten()
     counts = of.new_zeros(n).index_add(0, of, (labels.flatten() != NO_LOSS).to(of.dtype))

@@ -49,7 +49,6 @@ class Loss(nn.Module, ABC):
         """Divide the examples of an optimizer step into micro-batches.
 
         Args:
-            examples: The examples of one step.
             n: The number of micro-batches; there are more if packed ones would exceed `tokens`.
             tokens: The most tokens of a packed sequence.
         """
@@ -67,13 +66,13 @@ class Loss(nn.Module, ABC):
         unless the loss of an example depends on the others.
         """
         return {}
+
     def names(
         self, examples: Sequence[Any], rows: Sequence[int], inputs: Mapping[str, Tensor]
     ) -> Tensor:
         """Return the names (B, T) of the tokens of a micro-batch, which dropout follows from.
 
         Args:
-            examples: The examples of the micro-batch.
             rows: Their places in the whole batch of the step.
             inputs: As `collate` gives them.
         """
@@ -162,5 +161,3 @@ class Classification(Loss):
 
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
         return F.cross_entropy(self.logits(**inputs), labels, reduction="sum")
-
-

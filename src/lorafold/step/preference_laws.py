@@ -221,9 +221,7 @@ class Kto(Law):
         total, n = scored.mismatched
         z = (total / n).clamp(min=0)
         sign = torch.where(scored.desirable, 1.0, -1.0)
-        weight = torch.where(
-            scored.desirable, self.desirable_weight, self.undesirable_weight
-        )
+        weight = torch.where(scored.desirable, self.desirable_weight, self.undesirable_weight)
         return weight * (1 - torch.sigmoid(self.beta * sign * (scored.ratios[:, 0] - z)))
 
     def rewards(self, scored: Scored) -> Tensor:
@@ -256,4 +254,3 @@ class Reward(Law):
 
     def rewards(self, scored: Scored) -> Tensor:
         return scored.logps
-

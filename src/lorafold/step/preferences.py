@@ -37,7 +37,6 @@ class Preferences(Loss):
 
     Args:
         model: The model with its adapters, of which the highest trains.
-        law: What is made of the log-probabilities.
         how: How far the model goes with packed documents; None pads.
         pad_id: The token that fills short sequences.
         tokens: The most tokens that are computed at a time where nothing is trained.
@@ -83,15 +82,11 @@ class Preferences(Loss):
         longest = max(len(e.shared) + len(b.ids) for e in examples for b in e.branches)
         return self.how.longest is None or longest <= self.how.longest
 
-    def collate(
-        self, examples: Sequence[Branched], device: torch.device
-    ) -> dict[str, Tensor]:
+    def collate(self, examples: Sequence[Branched], device: torch.device) -> dict[str, Tensor]:
         """The `tensors`, each (B, T) or (n, k), of the completions that have gradients."""
         return self.tensors([self.trained(example) for example in examples], device)
 
-    def tensors(
-        self, examples: Sequence[Branched], device: torch.device
-    ) -> dict[str, Tensor]:
+    def tensors(self, examples: Sequence[Branched], device: torch.device) -> dict[str, Tensor]:
         """input_ids and labels (B, T) with positions or a mask; `document` (B, T), which completion
         a position belongs to; `reference` (n, k), `desirable` (n,); and where prompts are shared
         `lens` (n, 1 + k), the tokens of each prompt and of each completion.
@@ -177,11 +172,7 @@ class Preferences(Loss):
         return {"mismatched": found}
 
     def beside_reference(
-        self,
-        labels: Tensor,
-        desirable: Tensor,
-        reference: Tensor | None = None,
-        **inputs: Tensor,
+        self, labels: Tensor, desirable: Tensor, reference: Tensor | None = None, **inputs: Tensor
     ) -> Scored:
         """The log-probabilities (n, k) of a batch, and of its reference, computed if not given.
 
@@ -195,19 +186,13 @@ class Preferences(Loss):
         return Scored(logps, reference, tokens, desirable)
 
     def logps(
-        self,
-        labels: Tensor,
-        n: int,
-        document: Tensor,
-        lens: Tensor | None = None,
-        **inputs: Tensor,
+        self, labels: Tensor, n: int, document: Tensor, lens: Tensor | None = None, **inputs: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return log p of the completions in nats (or the scores that a head gives the documents,
         if the law reads them), and the tokens of the completions, both (n, k).
 
         Args:
             labels, document, lens, inputs: As `tensors` gives them.
-            n: The number of rows.
         """
         with self.over(labels, lens):
             k = int(document.max()) + 1
@@ -259,8 +244,7 @@ class Preferences(Loss):
             yield from zip(group, found.tolist(), strict=True)
 
     def scored(self, examples: Sequence[Branched]) -> Scored:
-        """The log-probabilities of the examples under the model as it is, with their references.
-        """
+        """The log-probabilities of the examples under the model as it is, with their references."""
         inputs = self.tensors(examples, self.device)
         labels, desirable = inputs.pop("labels"), inputs.pop("desirable")
         reference = inputs.pop("reference", None)

@@ -64,7 +64,7 @@ class RoundedAdamW(Optimizer):
             found = [p for p in group["params"] if p.grad is not None]
             _adamw(group, [(p, p.grad, *self._state(p, group)) for p in found if not narrow(p)])
             for p in filter(narrow, found):
-                _update(group, numbers[p], p, p.grad, *self._state(p, group))
+                _update(group, numbers[p], (p, p.grad, *self._state(p, group)))
         return loss
 
     def _state(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,10 +109,9 @@ def _adamw(group: dict[str, Any], parts: Sequence[tuple[Tensor, ...]]) -> None:
     )  # fmt: skip
 
 
-def _update(
-    group: dict[str, Any], number: int, p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: Tensor
-) -> None:
-    """Update a 16-bit parameter, some slices along its first axis at a time."""
+def _update(group: dict[str, Any], number: int, parts: tuple[Tensor, ...]) -> None:
+    """Update one such tuple, of a 16-bit parameter, some slices along its first axis at a time."""
+    p, g, m, v, step = parts
     generator = generator_of(group["seed"], str(number), p.device)
     tensors = [torch.atleast_1d(t) for t in (p, g, m, v)]
     # slices in fours, since four values share a random draw: so the result does not depend on the

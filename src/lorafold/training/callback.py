@@ -31,7 +31,7 @@ from lorafold.errors import LorafoldError
 from lorafold.files.atomic import atomic_directory, check_out, verify, write_json
 from lorafold.files.record import read_object
 from lorafold.models.weights import ModelWeights
-from lorafold.peft import directory as peft
+from lorafold.peft.saved import Saved
 from lorafold.peft.stack import mismatch, same
 from lorafold.training.base_kept_out import BaseKeptOut, write_empty_weights
 from lorafold.training.compared import check_reference
@@ -235,10 +235,10 @@ class AdapterCallback(TrainerCallback):
                     f" {'; '.join(problems)}; {where or 'there is no complete checkpoint'}"
                 )
         base = ModelWeights(self.adapter.model)
-        stored = peft.read(checkpoint / ADAPTER)
-        wrong = stored.base_problems(base)
-        if not same(stored.over, self.adapter.over):
-            wrong.append(mismatch(stored.over, self.adapter.over))
+        saved = Saved.open(checkpoint / ADAPTER)
+        wrong = saved.base_problems(base)
+        if not same(saved.over, self.adapter.over):
+            wrong.append(mismatch(saved.over, self.adapter.over))
         about, spec = read_object(checkpoint / STATE / ABOUT), repr(self.adapter.spec)
         if about.get("spec") != spec:
             wrong.append(f"it holds {about.get('spec')}, expected {spec}")

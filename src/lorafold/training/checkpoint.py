@@ -20,7 +20,7 @@ from torch import Tensor
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import atomic_directory, verify
 from lorafold.files.intact import check_intact
-from lorafold.files.renamed import named_as_now
+from lorafold.files.record import named_as_now
 
 FILES = "files"  # of an identity: what the run reads, each by `name` and `sha256`
 

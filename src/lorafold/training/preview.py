@@ -22,6 +22,7 @@ from lorafold.data.shapes import CONVERSATIONS
 from lorafold.data.sources import Row
 from lorafold.data.stored import Rows
 from lorafold.files.page import document
+from lorafold.peft.saved import open_all
 from lorafold.training.request import Request, objective_of, rendering_of, tokenizer_for
 
 if TYPE_CHECKING:
@@ -65,8 +66,9 @@ def show(request: Request, console: Console, rows: int = 3, html: Path | None = 
 
     Raises LorafoldError for rows that the objective can't use.
     """
-    objective = objective_of(request)
-    tokenizer, _ = tokenizer_for(request, objective, console)
+    saved = open_all(request.adapters)
+    objective = objective_of(request, saved)
+    tokenizer, _ = tokenizer_for(request, objective, console, saved)
     few, rendering = request.first_rows(rows), rendering_of(request.recipe)
     train = objective.encode(few, tokenizer, request.recipe.max_length, console, rendering)
     console.print(f"the first rows: {train.report}", highlight=False)

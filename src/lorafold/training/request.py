@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,13 +18,14 @@ from lorafold.data.feed import Feed, StoredFeed
 from lorafold.data.render import Rendering
 from lorafold.data.sources import Row
 from lorafold.data.stored import Rows
-from lorafold.data.stream import Stream, StreamFeed
+from lorafold.data.stream import RowStream, StreamFeed
 from lorafold.identity import of_adapter
 from lorafold.models.template_variables import set_variables
 from lorafold.models.tokenizer import Words, add_words, set_template
 from lorafold.objectives import OBJECTIVES, check_shapes
 from lorafold.objectives.objective import Asked, Data, Objective
 from lorafold.opening import Base
+from lorafold.peft.saved import Saved
 from lorafold.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ class Request:
     base: Base
     out: Path
     recipe: Recipe
-    rows: Sequence[Row] | Stream
+    rows: Sequence[Row] | RowStream
     source: str  # where the rows came from, for the record
     eval_rows: Sequence[Row] | None = None
     init_adapter: Path | None = None
@@ -63,13 +65,13 @@ class Request:
         return (*self.over, *([self.init_adapter] if self.init_adapter else []))
 
     @property
-    def data(self) -> Rows | Stream:
+    def data(self) -> Rows | RowStream:
         """The rows as one of the two that know their identity."""
-        return self.rows if isinstance(self.rows, Stream) else Rows.of(self.rows)
+        return self.rows if isinstance(self.rows, RowStream) else Rows.of(self.rows)
 
     def first_rows(self, n: int) -> Sequence[Row]:
         """The rows that training begins with, if they are streamed, else the first ones."""
-        if not isinstance(self.rows, Stream):
+        if not isinstance(self.rows, RowStream):
             return self.rows[:n]
         rows = self.rows.rows(self.recipe.seed, self.recipe.shuffle_buffer)
         return [row for _, row, _ in islice(rows, n)]
@@ -80,48 +82,44 @@ def rendering_of(recipe: Recipe) -> Rendering:
     return Rendering(recipe.train_on, recipe.mask_reasoning)
 
 
-def objective_of(request: Request) -> Objective:
-    """The run's objective for its model.
+def objective_of(request: Request, saved: Sequence[Saved] = ()) -> Objective:
+    """The run's objective for its model and the adapters that it loads.
 
     Raises LorafoldError for rows of other shapes than the objective takes, for options that it does
     not have, and for labels that are not the model's.
     """
     recipe = request.recipe
-    rows = () if isinstance(request.rows, Stream) else request.rows
+    rows = () if isinstance(request.rows, RowStream) else request.rows
     check_shapes(request.data.shapes, recipe.objective)
-    asked = Asked(
-        recipe.objective,
-        rows,
-        request.base.source,
-        request.adapters,
-        recipe.beta,
-        recipe.objective_options,
-    )
-    return OBJECTIVES[recipe.objective].made(asked)
+    options = recipe.beta, recipe.objective_options
+    asked = Asked(recipe.objective, rows, request.base, saved, *options)
+    return OBJECTIVES[recipe.objective].kind.of(asked)
 
 
-def files_of(request: Request) -> dict[str, dict[str, str]]:
+def files_of(request: Request, saved: Sequence[Saved]) -> dict[str, dict[str, str]]:
     """What the run reads from files, each with its tokenizer: the `model`, the adapters below, as
     `Request.below` names them, and that of `init_adapter`; by name and identity.
     """
     names = [*request.below, *(["init_adapter"] if request.init_adapter else [])]
-    adapters = zip(names, request.adapters, strict=True)
     found = {"model": {"name": request.base.name, "sha256": request.base.identity}}
-    return found | {n: {"name": str(path), "sha256": of_adapter(path)} for n, path in adapters}
+    for name, one in zip(names, saved, strict=True):
+        found[name] = {"name": str(one), "sha256": of_adapter(one)}
+    return found
 
 
 def tokenizer_for(
-    request: Request, objective: Objective, console: Console
+    request: Request, objective: Objective, console: Console, saved: Sequence[Saved] = ()
 ) -> tuple[PreTrainedTokenizerBase, Words]:
     """The tokenizer of the model, or of an adapter that has its own, with the recipe's chat
     template and new tokens, and the ids of these tokens.
 
     Args:
-        request: Names the chat template, the new tokens and the adapters to load.
+        request: Names the chat template and the new tokens.
         objective: Adds what the tokenizer lacks for it, such as a chat template.
         console: For notices of what was added.
+        saved: The adapters that the run loads.
     """
-    tokenizer = request.base.tokenizer(request.adapters)
+    tokenizer = request.base.tokenizer(saved)
     if request.recipe.chat_template is not None:
         set_template(tokenizer, request.recipe.chat_template)
     set_variables(tokenizer, request.recipe.template_kwargs)
@@ -155,16 +153,15 @@ def tokenized(
         console.print(f"held out: {found.report}", highlight=False)
         return found
 
-    if isinstance(rows, Stream):
+    if isinstance(rows, RowStream):
         encoder = objective.encoder(tokenizer, rendering)
         feed: Feed = StreamFeed(
-            rows,
+            partial(rows.rows, buffer=recipe.shuffle_buffer),
             encoder,
             recipe.max_length,
             recipe.batch,
             recipe.total_steps(0),
             recipe.seed,
-            recipe.shuffle_buffer,
         )
         return feed, held_out_data()
     if held_out is None and recipe.eval_fraction:

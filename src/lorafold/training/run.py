@@ -14,19 +14,17 @@ from functools import partial
 
 from rich.console import Console
 
-from lorafold.adapter.reach import strays
+from lorafold.adapter.reach import strays, text_alone
 from lorafold.machine.allocator import freed_blocks_kept
-from lorafold.models.tokenizer import has_tokenizer
-from lorafold.peft.directory import BASE_IDENTITY
+from lorafold.peft.saved import BASE_IDENTITY
 from lorafold.step.activations import recompute
 from lorafold.step.fused import fused
 from lorafold.training.display import Display
 from lorafold.training.finish import Trained, finish
 from lorafold.training.loop import fit
 from lorafold.training.request import Request
-from lorafold.training.setup import Setup, adapted_model, set_up
+from lorafold.training.setup import adapted_model, set_up
 from lorafold.training.start import prepare
-from lorafold.training.text_alone import text_alone
 
 
 def train(request: Request, console: Console) -> Trained:
@@ -56,17 +54,8 @@ def train(request: Request, console: Console) -> Trained:
         feed, held_out = setup.objective.refer(
             loss, setup.feed, setup.held_out, setup.below, console
         )
-        job, progress = prepare(
-            setup.request,
-            setup.files,
-            adapter,
-            loss,
-            setup.accelerator,
-            feed,
-            partial(setup.objective.measure, loss, held_out) if held_out else None,
-            tokenizer,
-            console,
-        )
+        measure = partial(setup.objective.measure, loss, held_out) if held_out else None
+        job, progress = prepare(setup, adapter, loss, feed, measure, console)
         job.examples = partial(setup.objective.examples, loss=loss)
         with Display(console, job.steps, progress.step) as display:
             try:
@@ -77,16 +66,8 @@ def train(request: Request, console: Console) -> Trained:
         console.print(told, highlight=False)
     if report := adapter.spec.report(adapter.own_deltas):
         console.print(report, highlight=False)
-    saved = tokenizer if own_tokenizer(setup) or adapter.spec.trains_base else None
+    saved = tokenizer if setup.own_tokenizer or adapter.spec.trains_base else None
     ids = setup.words.ids
     about = setup.objective.record() | ({"new_tokens": ids} if ids else {})
     about[BASE_IDENTITY] = setup.files["model"]["sha256"]
     return finish(setup.request, job, progress, saved, about, weights)
-
-
-def own_tokenizer(setup: Setup) -> bool:
-    """Whether the run's tokenizer differs from the base's, and so is saved with the adapter."""
-    start, recipe = setup.request.init_adapter, setup.request.recipe
-    inherited = start is not None and has_tokenizer(start)
-    template = recipe.chat_template or recipe.template_kwargs
-    return bool(setup.words.ids or template or inherited)

@@ -24,11 +24,12 @@ from lorafold.data.feed import Feed
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import check_out
 from lorafold.memory.before_run import planned, settle
+from lorafold.memory.trace import Setting
 from lorafold.methods.parts.token_rows import Tokens
 from lorafold.models.tokenizer import Words
 from lorafold.models.weights import Weights
-from lorafold.objectives.objective import Data, ModelRequest, Objective
-from lorafold.peft import directory as peft
+from lorafold.objectives.objective import Data, Objective
+from lorafold.peft.saved import Saved, open_all
 from lorafold.peft.stack import mismatch, same
 from lorafold.recipe.fitting import settled_base, spec_of, without
 from lorafold.recipe.recipe import OF_ADAPTER
@@ -52,7 +53,8 @@ class Setup:
     tokenizer: PreTrainedTokenizerBase
     words: Words
     files: dict[str, dict[str, str]]
-    saved: list[peft.Stored]  # the adapters to load, lowest first; none once they are loaded
+    saved: list[Saved]  # the adapters to load, lowest first; none once they are loaded
+    own_tokenizer: bool  # whether the run's tokenizer differs from the base's
     feed: Feed
     held_out: Data | None
     accelerator: Accelerator
@@ -115,21 +117,18 @@ def check_apart(request: Request) -> None:
                 )
 
 
-def stored_adapters(request: Request) -> list[peft.Stored]:
+def saved_adapters(request: Request) -> list[Saved]:
     """The adapters that the run loads, lowest first. Raises LorafoldError if one of them was
     trained over others than those of `over` that are below it.
     """
-    found: list[peft.Stored] = []
-    origins: list[Origin] = []
-    for path in request.adapters:
-        stored = peft.read(path)
-        if not (request.base.allow_other_base or same(stored.over, origins)):
-            needed = " ".join(f"--over {origin.path}" for origin in stored.over)
+    found = [*open_all(request.adapters)]
+    origins = [Origin(path=str(one), sha256=one.sha256) for one in found]
+    for n, one in enumerate(found):
+        if not (request.base.allow_other_base or same(one.over, origins[:n])):
+            needed = " ".join(f"--over {origin.path}" for origin in one.over)
             raise LorafoldError(
-                f"{path}: {mismatch(stored.over, origins)}; give {needed}"
+                f"{one}: {mismatch(one.over, origins[:n])}; give {needed}"
             )
-        found.append(stored)
-        origins.append(Origin(path=str(path), sha256=stored.sha256))
     return found
 
 
@@ -140,16 +139,18 @@ def set_up(request: Request, console: Console) -> Setup:
     be split over the processes.
     """
     spec = check_request(request, console)
-    saved = stored_adapters(request)
-    objective = objective_of(request)
-    storage = settled_base(request.recipe, spec, request.base.source, request.adapters)
+    saved = saved_adapters(request)
+    objective = objective_of(request, saved)
+    storage = settled_base(request.recipe, spec, request.base.source, saved)
     recipe = request.recipe.model_copy(update={"storage": storage})
     base = request.base.stored(storage)
     request = replace(request, recipe=recipe, base=base)
     if spec.trains_base:
         check_rounding(recipe.optimizer, [base.held.dtype])
-    files = files_of(request)
-    tokenizer, words = tokenizer_for(request, objective, console)
+    files = files_of(request, saved)
+    tokenizer, words = tokenizer_for(request, objective, console, saved)
+    inherited = request.init_adapter is not None and saved[-1].own_tokenizer
+    own = bool(words.ids or recipe.chat_template or recipe.template_kwargs or inherited)
     feed, held_out = tokenized(request, tokenizer, objective, console)
     console.print(f"base: {base.held.why}", highlight=False)
     # the logs of trackers stay when the checkpoints are removed
@@ -163,7 +164,7 @@ def set_up(request: Request, console: Console) -> Setup:
             f" expected a multiple of {accelerator.num_processes}"
         )
     return Setup(
-        request, spec, objective, tokenizer, words, files, saved, feed, held_out, accelerator
+        request, spec, objective, tokenizer, words, files, saved, own, feed, held_out, accelerator
     )
 
 
@@ -181,29 +182,12 @@ def adapted_model(
         stored = setup.saved[-1]
     below = tuple((s.spec, s.beside) for s in over)
     extra = stored.beside if stored else partial(extras, setup)
-    heaviest = planned(
-        recipe,
-        stored.spec if stored else setup.spec,
-        base.held,
-        setup.feed,
-        extra,
-        setup.objective,
-        setup.accelerator.num_processes,
-        base.where,
-        below,
-    )
+    spec, shared = stored.spec if stored else setup.spec, setup.accelerator.num_processes
+    asked = Setting(base.held, spec, recipe.targets, extra, below=below)
+    heaviest = planned(recipe, setup.feed, setup.objective, asked, shared, base.where)
     free = free_everywhere(setup.accelerator)
     checkpointing = settle(base.config(), heaviest, recipe.gradient_checkpointing, free, console)
-    model = setup.objective.load(
-        ModelRequest(
-            base.source,
-            setup.tokenizer,
-            base.held,
-            base.where,
-            recipe.seed,
-            base.trust_remote_code,
-        )
-    )
+    model = setup.objective.load(base, setup.tokenizer, recipe.seed)
     check_positions(setup, model)
     torch.manual_seed(recipe.seed)
     weights, other = base.weights(), base.allow_other_base

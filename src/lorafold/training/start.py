@@ -4,11 +4,10 @@ optimizer and the random state of a run that was stopped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor
 
@@ -22,12 +21,8 @@ from lorafold.step.losses import Loss
 from lorafold.step.optim import param_groups, rates, restore_optimizer, restore_rng
 from lorafold.training.checkpoint import FILES, Progress, RunDirectory
 from lorafold.training.loop import Job
-from lorafold.training.request import Request
+from lorafold.training.setup import Setup
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-Files = Mapping[str, Mapping[str, str]]
 # A resumed run may change these fields: they decide what is watched and kept, not what is learned.
 _FREE_ON_RESUME = {"save_every", "eval_every", "keep", "trackers"}
 # What decides which elements are dropped, in the identity of a run with dropout; the second one in
@@ -38,33 +33,29 @@ HELD_OUT = "eval_data"  # whose losses choose the best step; runs that do not na
 
 
 def prepare(
-    request: Request,
-    files: Files,
+    setup: Setup,
     adapter: Adapter,
     loss: Loss,
-    accelerator: Accelerator,
     feed: Feed,
     held_out: Callable[[], Measured] | None,
-    tokenizer: PreTrainedTokenizerBase,
     console: Console,
 ) -> tuple[Job, Progress]:
     """The job of the training loop, and how far it has come: a fresh run or a resumed one.
 
     Args:
-        request: With `resume`, the last checkpoint of the run is loaded, if there is one.
-        files: What the run reads, as `files_of` gives it.
+        setup: Its request may say to resume: then the run's last checkpoint is loaded, if there is
+            one.
         adapter: Attached to the model of `loss`.
         loss: On the accelerator's device.
-        accelerator: Distributes the steps and logs to the trackers.
         feed: The examples to train on.
         held_out: Measures on held-out examples.
-        tokenizer: Its chat template is part of what a resumed run must share.
         console: For the optimizer, the learning rates and the step from which a run is resumed.
 
     Raises LorafoldError where the run to resume had another recipe, model or data, or other files.
     """
+    request, accelerator = setup.request, setup.accelerator
     recipe, run, spec = request.recipe, RunDirectory(request.out), adapter.spec
-    identity = identity_of(request, files, adapter, tokenizer) | dict(loss.rules)
+    identity = identity_of(setup, adapter) | dict(loss.rules)
     progress, state = Progress(decays_vectors=False), None
     resume = request.resume and run.path.exists()
     if request.resume and not resume:
@@ -104,32 +95,28 @@ def prepare(
     ), progress
 
 
-def identity_of(
-    request: Request, files: Files, adapter: Adapter, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, Any]:
+def identity_of(setup: Setup, adapter: Adapter) -> dict[str, Any]:
     """What a resumed run must have in common with the one that was stopped. The code is no part of
     it, so that a later version of lorafold resumes it too.
 
     Args:
-        request: Names the recipe, the model and the data.
-        files: What the run reads.
         adapter: Knows the digests of the adapters that it lies over.
-        tokenizer: Has the chat template.
     """
+    request = setup.request
     recipe = request.recipe.model_dump(mode="json")
     identity: dict[str, Any] = {k: v for k, v in recipe.items() if k not in _FREE_ON_RESUME}
     identity |= {
         "model": request.base.name,
         "data": request.data.identity,
         "init_adapter": str(request.init_adapter or ""),
-        FILES: files,
+        FILES: setup.files,
         HELD_OUT: Rows.of(request.eval_rows).sha256 if request.eval_rows else "",
     }
     if request.over:
         identity["over"] = [origin.sha256 for origin in adapter.over]
     if request.recipe.chat_template is not None or request.recipe.template_kwargs:
         # the template itself: the file that the recipe names may have changed
-        identity["chat_template"] = str(tokenizer.chat_template)
+        identity["chat_template"] = str(setup.tokenizer.chat_template)
     if any(getattr(m, "dropout", 0.0) for d in adapter.deltas.values() for m in d.modules()):
         identity[RULE] = DROPOUT
     return identity

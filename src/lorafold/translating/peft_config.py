@@ -25,7 +25,15 @@ from lorafold.peft.config import (
 )
 from lorafold.peft.format import Field, Method
 from lorafold.recipe.recipe import OF_METHOD
-from lorafold.translating.rules import NOT_KNOWN, Entry, Outcome, changed, flagged, left, taken
+from lorafold.translating.rules import (
+    NOT_KNOWN,
+    Outcome,
+    TranslatedKey,
+    changed,
+    flagged,
+    left,
+    taken,
+)
 from lorafold.translating.trainer import kind_of_lora, target_parameters
 
 TYPICAL_KEYS = "peft_type"
@@ -43,7 +51,7 @@ BESIDE = {
 }
 
 
-def entries(config: Mapping[str, Any]) -> tuple[Entry, ...]:
+def entries(config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
     """Every key of an adapter_config.json as an entry.
 
     LorafoldError lists every value that can't be read, or that lorafold can't train.
@@ -72,7 +80,7 @@ def entries(config: Mapping[str, Any]) -> tuple[Entry, ...]:
     }
     defaults = {f.key: f.default for f in (*method.fields, *shared)}
     return tuple(
-        Entry(key, config.get(key, defaults.get(key)), config.get(key) is not None, outcome)
+        TranslatedKey(key, config.get(key, defaults.get(key)), config.get(key) is not None, outcome)
         for key, outcome in outcomes.items()
         if key in config or outcome.fields
     )

@@ -64,7 +64,6 @@ def supervised(value: Any, objective: str | None, remark: str = "") -> Outcome |
     """A weight of the chosen completions' supervised loss becomes `sft_weight`.
 
     Args:
-        value: The weight.
         objective: The objective of preferences, or None.
         remark: What differs in the other tool's loss.
 

@@ -1,9 +1,10 @@
 """What a table of rules is made of, and how a configuration is read with one.
 
-    Rule        one key of another tool: what becomes of it, and what that tool assumes without it
-    Outcome     taken, taken differently (changed), or left, with recipe fields and a remark
-    Entry       a key with its value and its outcome
-    Settings    the file's values, and behind them the tool's defaults
+    Rule            one key of another tool: what becomes of it, and what that tool assumes
+                    without it
+    Outcome         taken, taken differently (changed), or left, with recipe fields and a remark
+    TranslatedKey   a key with its value and its outcome
+    Settings        the file's values, and behind them the tool's defaults
 
 Each tool's table stands in a file of its own; `by_rules` reads a configuration with it. A rule's
 reader raises LorafoldError for a value that the other tool would refuse, and for one that lorafold
@@ -39,7 +40,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Entry:
+class TranslatedKey:
     """A key, its value and its outcome. `given`: the value is the file's; otherwise the key is
     absent or null there, and the value is the tool's default.
     """
@@ -138,7 +139,7 @@ def refusing(why: str) -> Reader:
     return read
 
 
-def by_rules(rules: Sequence[Rule], config: Mapping[str, Any]) -> tuple[Entry, ...]:
+def by_rules(rules: Sequence[Rule], config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
     """Every key of `config` as an entry, and the tool's defaults that matter where it is silent.
 
     Where a rule passes `--init-adapter`, that adapter brings its own method, rank and targets, and
@@ -146,12 +147,14 @@ def by_rules(rules: Sequence[Rule], config: Mapping[str, Any]) -> tuple[Entry, .
     train.
     """
     settings = Settings(config, {rule.key: rule.default for rule in rules})
-    entries: list[Entry] = []
+    entries: list[TranslatedKey] = []
     problems: list[str] = []
     for rule in rules:
         value, given = settings[rule.key], config.get(rule.key) is not None
         if value is None:
-            entries += [Entry(rule.key, None, True, taken("it is not set"))] * (rule.key in config)
+            entries += [TranslatedKey(rule.key, None, True, taken("it is not set"))] * (
+                rule.key in config
+            )
             continue
         try:
             outcome = rule.reader(value, settings)
@@ -161,7 +164,7 @@ def by_rules(rules: Sequence[Rule], config: Mapping[str, Any]) -> tuple[Entry, .
         if outcome is None:
             outcome = taken("it is off" if is_off(value) else "it has no effect here")
         if given or rule.key in config or outcome.fields or outcome.how != "taken":
-            entries.append(Entry(rule.key, value, given, outcome))
+            entries.append(TranslatedKey(rule.key, value, given, outcome))
     if problems:
         raise LorafoldError("; ".join(problems))
     if any("--init-adapter" in entry.outcome.flag.split() for entry in entries):
@@ -169,16 +172,16 @@ def by_rules(rules: Sequence[Rule], config: Mapping[str, Any]) -> tuple[Entry, .
     return (*entries, *unknown(config, [rule.key for rule in rules]))
 
 
-def unknown(config: Mapping[str, Any], known: Sequence[str]) -> Iterator[Entry]:
+def unknown(config: Mapping[str, Any], known: Sequence[str]) -> Iterator[TranslatedKey]:
     """The keys that the tool's table does not have, as entries that suggest the nearest name."""
     for key in config:
         if key not in known:
             near = get_close_matches(key, known, n=1, cutoff=0.75)
             hint = f"; did you mean {near[0]}?" if near else ""
-            yield Entry(key, config[key], True, left(NOT_KNOWN + hint))
+            yield TranslatedKey(key, config[key], True, left(NOT_KNOWN + hint))
 
 
-def _brought_by_adapter(entries: Sequence[Entry]) -> Iterator[Entry]:
+def _brought_by_adapter(entries: Sequence[TranslatedKey]) -> Iterator[TranslatedKey]:
     for entry in entries:
         rest = {k: v for k, v in entry.outcome.fields.items() if k not in OF_ADAPTER}
         if rest == entry.outcome.fields:

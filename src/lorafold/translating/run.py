@@ -21,7 +21,7 @@ from lorafold.recipe.fitting import left_out, spec_of, trainable_storage
 from lorafold.recipe.reading import parse_yaml
 from lorafold.recipe.recipe import Recipe
 from lorafold.translating import axolotl, llamafactory, peft_config
-from lorafold.translating.rules import Entry, by_rules, left
+from lorafold.translating.rules import TranslatedKey, by_rules, left
 from lorafold.translating.translation import Translation
 
 
@@ -33,20 +33,14 @@ class Tool:
 
     name: str
     typical_keys: str
-    entries: Callable[[Mapping[str, Any]], tuple[Entry, ...]]
+    entries: Callable[[Mapping[str, Any]], tuple[TranslatedKey, ...]]
     note: str = ""
 
 
 TOOLS: dict[str, Tool] = {
-    "axolotl": Tool(
-        "axolotl",
-        axolotl.TYPICAL_KEYS,
-        partial(by_rules, axolotl.RULES),
-    ),
+    "axolotl": Tool("axolotl", axolotl.TYPICAL_KEYS, partial(by_rules, axolotl.RULES)),
     "llamafactory": Tool(
-        "LLaMA-Factory",
-        llamafactory.TYPICAL_KEYS,
-        partial(by_rules, llamafactory.RULES),
+        "LLaMA-Factory", llamafactory.TYPICAL_KEYS, partial(by_rules, llamafactory.RULES)
     ),
     "peft": Tool(
         "PEFT",
@@ -88,7 +82,6 @@ def write(translation: Translation, out: str | Path, overwrite: bool = False) ->
 
     Args:
         translation: The recipe and what became of each key.
-        out: The file to write.
         overwrite: Whether a file that exists is replaced.
 
     Raises:
@@ -137,7 +130,7 @@ def _kind_of(path: Path, config: Mapping[str, Any]) -> str:
     return best[0]
 
 
-def _recipe(entries: Sequence[Entry]) -> Recipe:
+def _recipe(entries: Sequence[TranslatedKey]) -> Recipe:
     """The recipe of all entries' fields. LorafoldError names the keys of those it refuses."""
     values: dict[str, Any] = {}
     for entry in entries:
@@ -171,7 +164,7 @@ def _joined(before: Any, value: Any) -> Any:
     return {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
 
 
-def _without(entry: Entry, names: Sequence[str], method: str) -> Entry:
+def _without(entry: TranslatedKey, names: Sequence[str], method: str) -> TranslatedKey:
     """The entry without fields that the method has no option for."""
     absent = [name for name in entry.outcome.fields if name in names]
     if not absent:

@@ -157,7 +157,6 @@ def target_parameters(modules: Any, parameters: Sequence[str]) -> Outcome:
 
     Args:
         modules: The names of the modules, or a preset or a regular expression.
-        parameters: The names of the parameters.
     """
     if modules == "all-linear":
         return changed("all-linear has the matrices of experts too")

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from lorafold.recipe.recipe import Recipe
-from lorafold.translating.rules import Entry
+from lorafold.translating.rules import TranslatedKey
 
 WIDTH = 100
 HEADS = {
@@ -37,13 +37,13 @@ class Translation:
     source: Path
     tool: str
     recipe: Recipe
-    taken: tuple[Entry, ...]
-    changed: tuple[Entry, ...]
-    left: tuple[Entry, ...]
+    taken: tuple[TranslatedKey, ...]
+    changed: tuple[TranslatedKey, ...]
+    left: tuple[TranslatedKey, ...]
     note: str = ""
 
     @property
-    def entries(self) -> tuple[Entry, ...]:
+    def entries(self) -> tuple[TranslatedKey, ...]:
         """All entries: those taken, then those taken differently, then those left."""
         return (*self.taken, *self.changed, *self.left)
 
@@ -118,13 +118,13 @@ class Translation:
         return self.report()
 
 
-def _speaks(entry: Entry) -> bool:
+def _speaks(entry: TranslatedKey) -> bool:
     """Does the entry say more than that something is off?"""
     off = entry.outcome.remark in ("it is off", "it is not set")
     return entry.outcome.how != "taken" or bool(entry.outcome.fields) or not off
 
 
-def _named(entry: Entry) -> str:
+def _named(entry: TranslatedKey) -> str:
     return f"{entry.key}: {_shown(entry.value)}{'' if entry.given else ' (their default)'}"
 
 
@@ -135,7 +135,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _table(entries: Sequence[Entry]) -> Iterator[str]:
+def _table(entries: Sequence[TranslatedKey]) -> Iterator[str]:
     left = [_named(e) for e in entries]
     right = [", ".join(f"{k}: {_shown(v)}" for k, v in e.outcome.fields.items()) for e in entries]
     wide = min(44, max(map(len, left)))
@@ -147,7 +147,7 @@ def _table(entries: Sequence[Entry]) -> Iterator[str]:
         )
 
 
-def _as_json(entry: Entry) -> dict[str, Any]:
+def _as_json(entry: TranslatedKey) -> dict[str, Any]:
     return {
         "key": entry.key,
         "value": entry.value,

@@ -21,9 +21,10 @@ from lorafold.data.examples import NO_LOSS, encode
 from lorafold.data.prompts import prompts_of
 from lorafold.errors import LorafoldError
 from lorafold.inspecting.updates import of_factors
+from lorafold.peft.saved import Saved
 from lorafold.training.request import rendering_of
 from lorafold.undoing.defences import DEFENCES, laid
-from lorafold.undoing.measure import Probe, State, distributions, measure, probe_of
+from lorafold.undoing.measure import Probe, State, completed, distributions, measure, probe_of
 from lorafold.undoing.subspaces import Updates, overlap, updates_of
 from lorafold.undoing.task import Stack, Task
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 TUNED = "tuned"
 KEPT = 1e9  # bytes of distributions
 Opened = tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
-Opening = Callable[[Sequence[Path]], Opened]  # loads the model with these adapters over it
+Opening = Callable[[Sequence[Saved]], Opened]  # loads the model with these adapters over it
 
 
 class Bench:
@@ -61,10 +62,10 @@ class Bench:
             for rows, name in ((task.refuse, "refuse"), (task.controls, "controls"))
         )
         with only(self.model, *self.names):  # whatever lies over the stack meanwhile
-            return probe_of(
-                refuse, controls, task.refusal, task.compliance, self.tokenizer, self.model,
-                task.max_new_tokens, benign,
-            )  # fmt: skip
+            asked = completed(controls, self.model, self.tokenizer, task.max_new_tokens)
+        return probe_of(
+            refuse, asked, task.refusal, task.compliance, self.tokenizer, benign
+        )
 
     @cached_property
     def alignment(self) -> Updates | None:
@@ -119,9 +120,9 @@ class Bench:
                 return
             yield one
 
-    def _load(self, path: Path, name: str) -> Adapter:
+    def _load(self, saved: Path | Saved, name: str) -> Adapter:
         allowed = self.task.base.allow_other_base
-        return load(self.model, path, name, base=self._weights, allow_other_base=allowed)
+        return load(self.model, saved, name, base=self._weights, allow_other_base=allowed)
 
     def after(self, path: Path, defence: str) -> dict[str, Any]:
         """The figures of a tuning over the stack, under a defence, by their names in the JSON.

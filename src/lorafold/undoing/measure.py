@@ -77,31 +77,42 @@ class Probe:
     benign: Sequence[Example] = ()
 
 
-def probe_of(
-    refuse: Sequence[Prompt],
+def completed(
     controls: Sequence[Prompt],
-    refusal: Sequence[str],
-    compliance: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
     model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     max_new_tokens: int,
-    benign: Sequence[Example] = (),
-) -> Probe:
-    """The probe; controls without a completion get the model's own, greedy.
+) -> list[tuple[str, str]]:
+    """Each control with its completion; those without one get the model's own, greedy.
 
     Args:
-        refusal, compliance: The beginnings of either.
-        tokenizer: The model's.
         model: In the state before the tuning.
-        max_new_tokens: The most tokens of a control's completion.
-        benign: Held-out benign rows, as examples.
+        max_new_tokens: The most tokens of a completion.
     """
     open_ended = [prompt.text for prompt in controls if prompt.reference is None]
     own = iter(complete(model, tokenizer, open_ended, max_new_tokens))
-    said = [next(own) if p.reference is None else p.reference for p in controls]
+    return [(p.text, next(own) if p.reference is None else p.reference) for p in controls]
+
+
+def probe_of(
+    refuse: Sequence[Prompt],
+    controls: Sequence[tuple[str, str]],
+    refusal: Sequence[str],
+    compliance: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    benign: Sequence[Example] = (),
+) -> Probe:
+    """The probe.
+
+    Args:
+        controls: As `completed` gives them.
+        refusal, compliance: The beginnings of either.
+        tokenizer: The model's.
+        benign: Held-out benign rows, as examples.
+    """
     continued = [
-        continuation(tokenizer, prompt.text, text)
-        for prompt, text in zip(controls, said, strict=True)
+        continuation(tokenizer, prompt, text)
+        for prompt, text in controls
         if tokenizer(text, add_special_tokens=False).input_ids
     ]
     if not continued:
@@ -111,7 +122,7 @@ def probe_of(
         )
     return Probe(
         tuple(prompt.text for prompt in refuse),
-        tuple(prompt.text for prompt in controls),
+        tuple(prompt for prompt, _ in controls),
         tuple(refusal),
         tuple(compliance),
         tuple(

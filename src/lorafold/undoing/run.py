@@ -141,7 +141,7 @@ def tune(run: Run, out: Path) -> None:
         run.rows,
         task.source,
         resume=True,
-        over=run.stack.adapters,
+        over=tuple(one.path for one in run.stack.adapters),
     )
     try:
         train(request, Console(quiet=True))

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from lorafold.identity import of_adapter
 from lorafold.methods.lora import LoRA
 from lorafold.objectives import DEFAULT
 from lorafold.opening import Base
+from lorafold.peft.saved import Saved
 from lorafold.recipe.recipe import Recipe
 from lorafold.training.grounds import grounds
 from lorafold.undoing.defences import DEFENCES
@@ -44,7 +44,7 @@ EXAMPLES, RANKS = (1, 3, 10, 30, 100), (4, 16)
 class Stack:
     """Adapters over the base, lowest first, and a name for them."""
 
-    adapters: tuple[Path, ...]
+    adapters: tuple[Saved, ...]
     name: str
 
     @cached_property
@@ -53,11 +53,11 @@ class Stack:
         return [*map(of_adapter, self.adapters)]
 
 
-def stacks_of(*adapters: Sequence[Path]) -> tuple[Stack, ...]:
+def stacks_of(*adapters: Sequence[Saved]) -> tuple[Stack, ...]:
     """The stacks, named by the directories of their adapters, or by whole paths where two would
     have one name. A stack of none is the base.
     """
-    short = iter(names([path for stack in adapters for path in stack]))
+    short = iter(names([one.path for stack in adapters for one in stack]))
     return tuple(
         Stack(tuple(stack), " + ".join(next(short) for _ in stack) or "base") for stack in adapters
     )

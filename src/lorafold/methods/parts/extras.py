@@ -52,7 +52,6 @@ def add_token_rows(
     Raises LorafoldError if another delta of the same module excludes them.
 
     Args:
-        spec: the spec of the method.
         tokens: the tokens whose rows train.
         active: the names of the active adapters, lowest first.
         deltas: the adapter's deltas by module path, to which they are added.

@@ -28,6 +28,7 @@ from lorafold.core.delta import Delta, LowRank, Opaque
 from lorafold.core.layer import Layer, add
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
+from lorafold.methods.parts.options import one_of, refuse
 
 # the key in the file for the gates that all layers of an adapter share
 GATES = "base_model.mixture_gates"
@@ -132,10 +133,7 @@ class Mixture(Spec):
 
     def __post_init__(self) -> None:
         wrong = [] if self.adapters else ["adapters: found none, expected at least one"]
-        if self.gates not in get_args(Gating):
-            wrong.append(f"gates: found {self.gates!r}, expected {' or '.join(get_args(Gating))}")
-        if wrong:
-            raise LorafoldError(f"Mixture: {'; '.join(wrong)}")
+        refuse(self, wrong, one_of("gates", self.gates, get_args(Gating)))
 
     def build(self, layer: Layer) -> MixtureDelta | RoutedDelta:
         n = len(self.adapters)

@@ -18,18 +18,22 @@ decoder does not pass such arguments on, is refused.
 from __future__ import annotations
 
 import inspect
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorafold.core.anatomy import causal_attentions
 from lorafold.core.delta import Opaque
 from lorafold.core.layer import Layer
+from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
+from lorafold.methods.parts.options import one_of, refuse, whole
 from lorafold.ops.documents import Documents
-from lorafold.ops.front import behind
+from lorafold.ops.prefixed_documents import prefixed
 
 # by layer_idx: K (1, Hk, n, D), V (1, Hk, n, Dv)
 KeysAndValues = Mapping[int, tuple[Tensor, Tensor]]
@@ -37,26 +41,6 @@ Seen = dict[int, tuple[Tensor, Tensor]]
 
 _KEYWORD = "virtual_tokens"
 _CACHE_NAMES = ("cache", "layer_past")  # the argument of an attention that is its cache
-
-
-def check(method: str, tokens: int, init: str, inits: tuple[str, ...]) -> None:
-    """Raise LorafoldError with the options of a virtual-token method that are out of range.
-
-    Args:
-        method: the method's name, for the message.
-        tokens: the number of virtual tokens.
-        init: the name of the initialization.
-        inits: the names that it may have.
-    """
-    wrong = (
-        []
-        if isinstance(tokens, int) and tokens >= 1
-        else [f"tokens: found {tokens!r}, expected a whole number from 1"]
-    )
-    if init not in inits:
-        wrong.append(f"init: found {init!r}, expected {' or '.join(inits)}")
-    if wrong:
-        raise LorafoldError(f"{method}: {'; '.join(wrong)}")
 
 
 class Virtual:
@@ -81,7 +65,6 @@ class Virtual:
 
         Args:
             mask: the mask (B, 1, T, Tk), or the documents of packed attention, or None.
-            n: the number of virtual tokens.
             x: the input (B, T, d) of the attention.
         """
         if not isinstance(mask, Documents):
@@ -159,12 +142,11 @@ def widened(mask: Tensor | Documents | None, n: int, x: Tensor) -> Tensor | Docu
 
     Args:
         mask: the mask (B, 1, T, Tk), or the documents of packed attention, or None.
-        n: the number of virtual tokens.
         x: the input (B, T, d) of the attention.
     """
     if isinstance(mask, Documents):
         if mask.window is None:
-            return behind(mask, n, len(x), x.device)
+            return prefixed(mask, n, len(x), x.device)
         mask = mask.dense(len(x), x.device)
     if mask is None:
         # without a mask, attention is causal over T keys, or has one query, which sees all keys
@@ -215,10 +197,7 @@ class Sender(Opaque):
         Raises LorafoldError if they do not reach the attention of every layer.
 
         Args:
-            run: the decoder's forward.
-            inputs: its arguments by name.
             virtual: keys (1, Hk, n, D) and values (1, Hk, n, Dv) by `layer_idx`, or None.
-            n: the number of virtual tokens.
             seen: a dictionary in which each layer's own keys and values are recorded, or None.
         """
         above: Virtual | None = inputs.get(_KEYWORD)
@@ -246,3 +225,33 @@ def positions(inputs: dict[str, Any]) -> Tensor:
     cache = inputs.get("cache", inputs.get("past_key_values"))
     past = 0 if cache is None else cache.get_seq_length()
     return torch.arange(past, past + x.shape[1], device=x.device)[None]
+
+
+class VirtualTokens(Spec):
+    """Abstract: n virtual tokens, with a sender on the decoder and a receiver on each attention."""
+
+    tokens: int
+    init: str
+    inits: ClassVar[tuple[str, ...]]  # what `init` may be
+
+    targets: ClassVar[str] = "decoder"
+    lr: ClassVar[float] = 1e-2
+
+    def __post_init__(self) -> None:
+        refuse(self, whole("tokens", self.tokens), one_of("init", self.init, self.inits))
+
+    def build(self, layer: Layer) -> Sender | Receiver:
+        module = layer.module
+        if is_attention(module):
+            return Receiver(module)
+        attentions = [module.get_submodule(path) for path in causal_attentions(module)]
+        if not attentions:
+            raise LorafoldError(
+                f"{type(self).__name__}: expected a decoder and its attentions (targets 'decoder'),"
+                f" found {type(module).__name__}"
+            )
+        return self.sender(layer, attentions)
+
+    @abstractmethod
+    def sender(self, layer: Layer, attentions: list[nn.Module]) -> Sender:
+        """The delta of the decoder, a layer over these attentions."""

@@ -165,11 +165,7 @@ def routes(server: Server) -> APIRouter:
 
 
 def told(name: str, alias: Alias) -> dict[str, Any]:
-    """An alias, as the answer has it.
-
-    Args:
-        alias: what it stands for.
-    """
+    """An alias, as the answer has it."""
     return {"id": name} | alias.model_dump(exclude_none=True)
 
 

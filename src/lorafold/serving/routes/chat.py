@@ -33,11 +33,7 @@ def routes(server: Server) -> APIRouter:
 
 
 class Answer(Dialect):
-    """A turn as chat completions have it.
-
-    Args:
-        body: the request.
-    """
+    """A turn as chat completions have it."""
 
     def __init__(self, server: Server, body: Chat) -> None:
         self.turn, self.body = NextTurn(server, body), body
@@ -45,9 +41,7 @@ class Answer(Dialect):
 
     async def whole(self, reply: Reply) -> dict[str, Any]:
         """The whole answer."""
-        messages = [AllSaid() for _ in reply.jobs]
-        async for said in self.turn.said(reply):
-            messages[said.index].take(said)
+        messages = await self.turn.all_said(reply)
         choices = [self._choice(reply, i, message) for i, message in enumerate(messages)]
         found = self._head(reply, "chat.completion") | {"choices": choices, "usage": reply.usage}
         if self.body.return_token_ids:

@@ -31,11 +31,7 @@ def routes(server: Server) -> APIRouter:
 
 
 class PlainPrompts(Asked):
-    """Plain prompts.
-
-    Args:
-        body: the request.
-    """
+    """Plain prompts."""
 
     body: Completion
 
@@ -57,11 +53,7 @@ class PlainPrompts(Asked):
 
 
 class Answer(Dialect):
-    """Completions of plain prompts, as OpenAI's older clients have them.
-
-    Args:
-        body: the request.
-    """
+    """Completions of plain prompts, as OpenAI's older clients have them."""
 
     def __init__(self, server: Server, body: Completion) -> None:
         super().__init__(PlainPrompts(server, body), body.stream)

@@ -59,7 +59,6 @@ class Answer(Dialect):
     """A turn as messages have it.
 
     Args:
-        body: the request.
         chat: the same as a chat completion.
     """
 
@@ -69,9 +68,7 @@ class Answer(Dialect):
 
     async def whole(self, reply: Reply) -> dict[str, Any]:
         """The whole answer."""
-        message = AllSaid()
-        async for said in self.turn.said(reply):
-            message.take(said)
+        [message] = await self.turn.all_said(reply)
         content = [_spoken(name, text) for name, text in message.texts.items()]
         content += [_called(call) for call in message.calls]
         return self._message(reply, content) | self._end(reply, message)

@@ -55,7 +55,6 @@ class Answer(Dialect):
     """A turn as responses have it.
 
     Args:
-        body: the request.
         chat: the same as a chat completion.
     """
 
@@ -67,9 +66,7 @@ class Answer(Dialect):
 
     async def whole(self, reply: Reply) -> dict[str, Any]:
         """The whole answer."""
-        message = AllSaid()
-        async for said in self.turn.said(reply):
-            message.take(said)
+        [message] = await self.turn.all_said(reply)
         return self._ended(reply, message, self._items(reply, message))
 
     async def events(self, reply: Reply) -> AsyncIterator[bytes]:

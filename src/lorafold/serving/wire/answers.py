@@ -29,7 +29,6 @@ def event(value: Mapping[str, Any], name: str | None = None) -> bytes:
     """One event of a stream.
 
     Args:
-        value: its data.
         name: its type, where there is one.
     """
     named = f"event: {name}\n" if name else ""
@@ -37,11 +36,7 @@ def event(value: Mapping[str, Any], name: str | None = None) -> bytes:
 
 
 class Tokens:
-    """Tokens as texts, for log probabilities.
-
-    Args:
-        tokenizer: the model's.
-    """
+    """Tokens as texts, for log probabilities."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer

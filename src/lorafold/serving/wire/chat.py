@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from lorafold.data.messages import (
     REASONING,
@@ -158,6 +158,16 @@ class Chat(Completing):
         if function is None or choice.get("type") != "function" or name not in self._names():
             raise wrong("tool_choice", f"found {name!r:.80}, expected the name of a tool")
         return str(name)
+
+
+def chat_of(asked: Mapping[str, Any], names: Mapping[str, str]) -> Chat:
+    """What another dialect asks for. Raises Refusal under the names that its fields have there."""
+    try:
+        return Chat(**asked)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        found = wrong(".".join(map(str, first["loc"])), first["msg"].lower())
+        raise found.sent_as(names) from None
 
 
 def check_call(function: Mapping[str, Any], where: str, arguments: str = "arguments") -> None:

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from lorafold.serving.refusal import Refusal, wrong
 from lorafold.serving.wire.body import Body
-from lorafold.serving.wire.chat import Chat, check_call
+from lorafold.serving.wire.chat import Chat, chat_of, check_call
 
 PATH = "/v1/messages"
 NAMES = {"stop": "stop_sequences", "response_format": "output_config.format"}
@@ -70,12 +70,7 @@ class Count(Body):
             "parallel_tool_calls": not self.tool_choice.get("disable_parallel_tool_use"),
             "response_format": self._format(),
         }
-        try:
-            return Chat(**asked, **self._about_the_answer()), names
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            found = wrong(".".join(map(str, first["loc"])), first["msg"].lower())
-            raise found.sent_as(names) from None
+        return chat_of(asked | self._about_the_answer(), names), names
 
     def _about_the_answer(self) -> dict[str, Any]:
         return {}
@@ -148,9 +143,7 @@ def error(refusal: Refusal, id: str) -> dict[str, Any]:
     return {"type": "error", "error": about, "request_id": id}
 
 
-def _turn(
-    role: str, content: Any, where: str, names: dict[str, str]
-) -> Iterator[dict[str, Any]]:
+def _turn(role: str, content: Any, where: str, names: dict[str, str]) -> Iterator[dict[str, Any]]:
     """The messages of one turn; `names` has those of the calls so far, by id."""
     blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(blocks, list) or not blocks:

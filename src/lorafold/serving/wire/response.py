@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from lorafold.serving.refusal import wrong
 from lorafold.serving.wire.body import Body, StreamOptions
-from lorafold.serving.wire.chat import Chat, check_call
+from lorafold.serving.wire.chat import Chat, chat_of, check_call
 
 TEXTS = ("input_text", "output_text", "text", "reasoning_text")
 LOGPROBS = "message.output_text.logprobs"
@@ -74,12 +74,7 @@ class Count(Body):
             "reasoning_effort": self.reasoning.get("effort"),
             "verbosity": self.text.get("verbosity"),
         }
-        try:
-            return Chat(**asked, **self._about_the_answer()), names
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            found = wrong(".".join(map(str, first["loc"])), first["msg"].lower())
-            raise found.sent_as(names) from None
+        return chat_of(asked | self._about_the_answer(), names), names
 
     def _about_the_answer(self) -> dict[str, Any]:
         return {}

@@ -22,7 +22,6 @@ def schema_of(form: Mapping[str, Any], field: str) -> str | None:
     """The schema that a format asks for, None for text. Raises Refusal for any other format.
 
     Args:
-        form: the format.
         field: where it stands.
     """
     kind = form.get("type")
@@ -51,7 +50,6 @@ def check_founded(schema: str, field: str) -> None:
     """Raise Refusal for a schema that is its own condition. A large one takes its time.
 
     Args:
-        schema: the schema, as text.
         field: where it stands.
     """
     whole = json.loads(schema)
@@ -67,7 +65,6 @@ def check(schema: str, field: str) -> None:
     """Raise Refusal for a schema that can't be read. A large one takes its time.
 
     Args:
-        schema: the schema, as text.
         field: where it stands.
     """
     from llguidance import LLMatcher

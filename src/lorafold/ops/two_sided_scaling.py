@@ -20,12 +20,12 @@ from lorafold.ops.arithmetic import arithmetic
 from lorafold.ops.autocast import Exact
 
 
-class _Framed(Exact):
+class _ScaledProduct(Exact):
     @staticmethod
     def forward(ctx: Any, u: Tensor, m: Tensor, b: Tensor, d: Tensor) -> Tensor:
         ctx.save_for_backward(u, m, b, d)
         ctx.dtype = dtype = arithmetic(u)
-        return (u.to(dtype) @ frame(m, b, d).to(dtype).t()).to(u.dtype)
+        return (u.to(dtype) @ scaled_matrix(m, b, d).to(dtype).t()).to(u.dtype)
 
     @staticmethod
     @once_differentiable
@@ -33,7 +33,7 @@ class _Framed(Exact):
         u, m, b, d = ctx.saved_tensors
         need_u, _, need_b, need_d = ctx.needs_input_grad
         wide = g.to(ctx.dtype)
-        gu = (wide @ frame(m, b, d).to(ctx.dtype)).to(u.dtype) if need_u else None
+        gu = (wide @ scaled_matrix(m, b, d).to(ctx.dtype)).to(u.dtype) if need_u else None
         if not (need_b or need_d):
             return gu, None, None, None
         # (r, T) x (T, out) runs faster than (out, T) x (T, r)
@@ -41,7 +41,7 @@ class _Framed(Exact):
         return gu, None, h @ d, b @ h
 
 
-def frame(m: Tensor, b: Tensor, d: Tensor) -> Tensor:
+def scaled_matrix(m: Tensor, b: Tensor, d: Tensor) -> Tensor:
     """diag(b) m diag(d), (..., out, r).
 
     Args:
@@ -52,7 +52,7 @@ def frame(m: Tensor, b: Tensor, d: Tensor) -> Tensor:
     return (b[..., None] * m).mul_(d[..., None, :])
 
 
-def framed(u: Tensor, m: Tensor, b: Tensor, d: Tensor) -> Tensor:
+def scaled_product(u: Tensor, m: Tensor, b: Tensor, d: Tensor) -> Tensor:
     """u (diag(b) m diag(d))^T, (..., out), in u's dtype. Differentiable once.
 
     Args:
@@ -63,5 +63,5 @@ def framed(u: Tensor, m: Tensor, b: Tensor, d: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return u @ (b[:, None] * m * d).to(u.dtype).t()
-    y: Tensor = _Framed.apply(u.reshape(-1, u.shape[-1]), m, b, d)
+    y: Tensor = _ScaledProduct.apply(u.reshape(-1, u.shape[-1]), m, b, d)
     return y.view(*u.shape[:-1], -1)

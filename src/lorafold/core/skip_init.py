@@ -16,7 +16,7 @@ EMPTY = (torch.empty, torch.zeros, torch.ones, torch.full)
 RANDOM = (nn.init.kaiming_uniform_, nn.init.normal_, nn.init.uniform_)
 
 
-class unfilled(TorchFunctionMode):
+class skip_init(TorchFunctionMode):
     """Context in which these functions draw nothing in this thread, unless from a generator that
     they are given: their tensors stay as the memory was. Raises LorafoldError for tensors of more
     numbers in all than `most`.

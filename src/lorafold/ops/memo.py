@@ -25,7 +25,6 @@ def once(x: Tensor, frozen: tuple[Tensor, ...], make: Callable[[], Tensor]) -> T
     Args:
         x: the input, of any shape.
         frozen: all that the value depends on beside x.
-        make: computes the value.
     """
     # inference tensors have no version counter
     if torch.compiler.is_compiling() or any(t.is_inference() for t in (x, *frozen)):

@@ -19,13 +19,13 @@ from lorafold.bases import layer_class
 from lorafold.core.attach import Adapted, lay, lift, selection_of
 from lorafold.core.delta import Delta
 from lorafold.core.matrices import module_at
-from lorafold.engine.adapters import Held
-from lorafold.engine.products import Plan, Products, Site
+from lorafold.engine.adapters import LoadedAdapter
+from lorafold.engine.products import EngineDelta, Plan, Products
 
 OWN = "lorafold-engine"
 
 
-class Laid:
+class ActiveDeltas:
     """The engine's deltas on one model.
 
     Args:
@@ -41,9 +41,9 @@ class Laid:
         self.aware: set[str] = set()  # modules whose own fast forward looks at the plan
         self._sites: set[str] = set()
         self._fused: dict[str, Any] = {}  # modules with deltas whose fast forward knows of none
-        self._apart: Counter[Held] = Counter()
+        self._apart: Counter[LoadedAdapter] = Counter()
 
-    def hold(self, held: Held) -> None:
+    def hold(self, held: LoadedAdapter) -> None:
         """Make ready for passes with this adapter, until `drop`."""
         if held.apart:
             self._apart[held] += 1
@@ -52,10 +52,10 @@ class Laid:
                     self._lay(path, held.entry.key, delta)
             return
         for path in sorted(held.paths - self._sites):
-            self._lay(path, OWN, Site(self.products, path))
+            self._lay(path, OWN, EngineDelta(self.products, path))
             self._sites.add(path)
 
-    def drop(self, held: Held) -> None:
+    def drop(self, held: LoadedAdapter) -> None:
         """Undo one `hold`."""
         if held.apart:
             self._apart[held] -= 1
@@ -75,7 +75,7 @@ class Laid:
             self.mixing = False
 
     @contextmanager
-    def alone(self, held: Held) -> Iterator[None]:
+    def alone(self, held: LoadedAdapter) -> Iterator[None]:
         """A pass whose rows all have this adapter, which can't be mixed."""
         with self._active(held.paths, held.entry.key):
             yield

@@ -6,11 +6,13 @@ more with a probe in its place, since a template may trim, quote or spell a part
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from lorafold.data.forms import (
+from lorafold.data.messages import Message
+from lorafold.data.shapes import Conversation
+from lorafold.data.template_forms import (
     ASKED,
     KEY,
     KNOWN,
@@ -23,8 +25,6 @@ from lorafold.data.forms import (
     form_of,
     template_of,
 )
-from lorafold.data.messages import Message
-from lorafold.data.shapes import Conversation
 from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
@@ -34,15 +34,19 @@ HELP = "--chat-template FILE takes another template, and --chat-template tools o
 
 
 def check_shown(
-    conversation: Conversation, text: str, tokenizer: "PreTrainedTokenizerBase"
+    conversation: Conversation,
+    text: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    turns: Mapping[int, str] | None = None,
 ) -> None:
     """Raise LorafoldError if the text lacks a part of the conversation.
 
     Args:
         text: Its rendering.
         tokenizer: The tokenizer whose chat template rendered it.
+        turns: What the template adds for a message with calls, by its number, where that is known.
     """
-    for part, probed, probe in _missing(conversation, text):
+    for part, probed, probe in _missing(conversation, text, turns or {}):
         form = form_of(tokenizer, probed.tools)
         try:
             again = apply(form.of(probed.messages), tokenizer, probed.tools)
@@ -89,7 +93,9 @@ def _shows_calls(template: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
     return any(NAME in text.replace(VALUE, "") for text in texts)
 
 
-def _missing(conversation: Conversation, text: str) -> Iterator[tuple[str, Conversation, str]]:
+def _missing(
+    conversation: Conversation, text: str, turns: Mapping[int, str]
+) -> Iterator[tuple[str, Conversation, str]]:
     """(a part that is not in the text, the conversation with a probe in its place, the probe)."""
     messages, trained, tools = conversation.messages, conversation.trained, conversation.tools
 
@@ -104,7 +110,7 @@ def _missing(conversation: Conversation, text: str) -> Iterator[tuple[str, Conve
             yield what, at(index, content=VALUE), VALUE
         for number, given in enumerate(message.get("tool_calls", ())):
             where = f"messages[{index}].tool_calls[{number}]"
-            if not _has_call(text, given):
+            if not _has_call(turns.get(index, text), given):
                 calls = list(message["tool_calls"])
                 calls[number] = given | call(NAME, {KEY: VALUE})
                 for what, probe in ((f"{where}: its name", NAME), (f"{where}: arguments", VALUE)):
@@ -143,12 +149,13 @@ def _has_text(text: str, value: Any) -> bool:
 
 
 def hidden(messages: list[Message], index: int, turn: str) -> bool:
-    """Whether the turn's text lacks the reasoning that its message has.
+    """Whether the turn's text lacks the reasoning that its message has, or what it says beside its
+    calls.
 
     Args:
-        messages: The conversation.
         index: The turn's message.
-        turn: The turn's text.
     """
-    thought = messages[index].get("reasoning_content", "").strip()
-    return bool(thought) and thought not in turn
+    message = messages[index]
+    thought, said = (str(message.get(k) or "").strip() for k in ("reasoning_content", "content"))
+    beside = said if message.get("tool_calls") else ""
+    return thought not in turn or not _has_text(turn, beside)

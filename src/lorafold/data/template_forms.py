@@ -118,11 +118,7 @@ def _rendered(
 ) -> str:
     if not tokenizer.is_fast:  # it may have a way of its own
         text = tokenizer.apply_chat_template(
-            messages,
-            tools=tools,
-            tokenize=False,
-            add_generation_prompt=for_generation,
-            **variables,
+            messages, tools=tools, tokenize=False, add_generation_prompt=for_generation, **variables
         )
         return str(text)
     # what apply_chat_template calls, without the checks that `data.messages` has done: two thirds

@@ -16,13 +16,11 @@ import torch
 from lorafold.ops.documents import Documents
 
 
-def behind(docs: Documents, n: int, batch: int, device: torch.device) -> Documents:
+def prefixed(docs: Documents, n: int, batch: int, device: torch.device) -> Documents:
     """The documents behind n tokens each, those at the front of its sequence.
 
     Args:
         docs: the documents, which have no window.
-        n: the number of tokens in front.
-        batch: the number of sequences.
         device: where `keys` is made.
     """
     length, lens = sum(docs.own) // batch, torch.tensor(docs.lens, device=device)

@@ -7,9 +7,13 @@
 the template supplies is trained on. So a trained turn begins where its prompt ends. Turns whose
 `after` is a prefix of a longer text are spans of that text; a template that rewrites earlier turns
 (drops their reasoning, say) has an example of its own for each turn. Where `after` does not begin
-with the prompt, `data.continued` looks for the form that generation has; a turn without one is left
-out and counted. If the template marks its own spans with {% generation %}, what lies outside
-them is not trained on.
+with the prompt, `data.prompt_mismatch` looks for the form that generation has; a turn without one
+is left out and counted. If the template marks its own spans with {% generation %}, what lies
+outside them is not trained on.
+
+A turn ends with a token at which generation stops (`data.endings`). Where the template writes it
+with the next message, `after` goes on through it; where it writes none, the tokenizer's own stands
+there, and each turn has an example of its own, since no later prompt has that token.
 """
 
 import re
@@ -19,12 +23,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2.exceptions import TemplateError
 
-from lorafold.data.continued import after_block, after_rewriting
-from lorafold.data.forms import KNOWN, apply, attempt, form_of, template_of
+from lorafold.data.endings import WITH_NEXT, WITH_TURN, ending_of, specials_of, through_special
 from lorafold.data.messages import Message
+from lorafold.data.omissions import check_able, check_shown, hidden
+from lorafold.data.prompt_mismatch import after_block, after_rewriting
 from lorafold.data.reasoning import block_of
 from lorafold.data.shapes import Conversation
-from lorafold.data.shown import check_able, check_shown, hidden
+from lorafold.data.template_forms import ASKED, KNOWN, apply, attempt, form_of, template_of
 from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
@@ -37,11 +42,13 @@ Span = tuple[int, int]
 @dataclass(frozen=True)
 class Rendering:
     """What of a conversation is trained on: all turns of the assistant or the last, with their
-    reasoning or without.
+    reasoning or without, and with an end that the template does not write with the turn (auto) or
+    without (none).
     """
 
     train_on: Literal["all", "last"] = "all"
     mask_reasoning: bool = False
+    end_of_turn: Literal["auto", "none"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,8 @@ class Rendered:
 @dataclass(frozen=True)
 class Trained:
     """The examples of one conversation. `left_out` assistant turns are not trained on, and the
-    reasoning of `hidden` trained turns is not in their text, since the template leaves it out.
+    text of `hidden` trained turns lacks their reasoning, or what they say beside a call, since the
+    template leaves it out.
     """
 
     renderings: tuple[Rendered, ...]
@@ -68,7 +76,7 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Turn:
+class TrainedTurn:
     """One assistant turn: a text that ends with it, where it starts and ends in that text, and the
     spans that the template marks, or None if it marks none anywhere.
     """
@@ -77,6 +85,11 @@ class Turn:
     start: int
     end: int
     marks: tuple[Span, ...] | None
+
+    @property
+    def said(self) -> str:
+        """What generation makes of it."""
+        return self.text[self.start : self.end]
 
 
 @lru_cache(maxsize=KNOWN)
@@ -91,8 +104,8 @@ class Drawing:
     def __init__(self, conversation: Conversation, tokenizer: "PreTrainedTokenizerBase") -> None:
         self.tokenizer, self.tools = tokenizer, conversation.tools
         self.messages = conversation.messages
-        form = form_of(tokenizer, self.tools)
-        self.formed = form.of(self.messages)
+        self.form = form_of(tokenizer, self.tools)
+        self.formed = self.form.of(self.messages)
         self.marks_own = marks_own(template_of(tokenizer, self.tools))
 
     @cached_property
@@ -104,7 +117,7 @@ class Drawing:
         """The text that the generation of turn i starts from."""
         return apply(self.formed[:i], self.tokenizer, self.tools, for_generation=True)
 
-    def turn(self, i: int) -> Turn | None:
+    def turn(self, i: int) -> TrainedTurn | None:
         """Turn i as generation would have it, or None where the template has no such form."""
         if i == 0:
             return None  # the first message has no prompt before it
@@ -119,13 +132,28 @@ class Drawing:
                 return _turn(plain, prompt, plain_marks)
         reasoning = message.get("reasoning_content", "")
         said = self.messages[i].get("content", "")
-        joined = after_block(prompt, text, reasoning, said)
+        block, specials = block_of(self.tokenizer), specials_of(self.tokenizer)
+        joined = after_block(prompt, text, (reasoning, said), block, specials)
         if joined is None:
             before = attempt(self.formed[:i], self.tokenizer, self.tools)
             joined = after_rewriting(prompt, text, before, said)
         if joined is None or marks == ():
             return None
         return _turn(joined, prompt, None if marks is None else ((len(prompt), len(joined)),))
+
+    def ended(self, i: int, turn: TrainedTurn) -> TrainedTurn:
+        """Turn i with its end."""
+        text, ending = turn.text[: turn.end], ending_of(self.tokenizer, self.tools)
+        if ending.written == WITH_TURN:
+            return turn
+        end = ending.text
+        if ending.written == WITH_NEXT:
+            next_one = [*self.formed[i + 1 : i + 2], *self.form.of([ASKED])][0]
+            longer = attempt([*self.formed[: i + 1], next_one], self.tokenizer, self.tools)
+            if longer.startswith(text):
+                end = through_special(longer[len(text) :], self.tokenizer) or end
+        marks = turn.marks and (*turn.marks, (len(text), len(text) + len(end)))
+        return TrainedTurn(text + end, turn.start, len(text) + len(end), marks)
 
     def _draw(self, messages: list[Message]) -> tuple[str, tuple[Span, ...] | None]:
         if not self.marks_own:
@@ -169,7 +197,9 @@ def render_trained(
     check_able(conversation, tokenizer)
     drawing, messages = Drawing(conversation, tokenizer), conversation.messages
     whole, _ = drawing.whole
-    check_shown(conversation, whole, tokenizer)
+    called = [i for i, message in enumerate(messages) if message.get("tool_calls")]
+    calls = {i: turn.said for i in called if (turn := drawing.turn(i)) is not None}
+    check_shown(conversation, whole, tokenizer, calls)
     trained = range(conversation.trained, len(messages))
     turns = [i for i in trained if messages[i]["role"] == "assistant"]
     turns = turns[-1:] if rendering.train_on == "last" else turns
@@ -180,7 +210,8 @@ def render_trained(
         if turn is None:
             left_out += 1
             continue
-        lost += hidden(messages, i, turn.text[turn.start : turn.end])
+        lost += hidden(messages, i, turn.said)
+        turn = turn if rendering.end_of_turn == "none" else drawing.ended(i, turn)
         spans = _spans(turn, rendering, tokenizer)
         if not spans:
             left_out += 1
@@ -188,7 +219,10 @@ def render_trained(
         home = next((entry for entry in found if entry[0].startswith(turn.text)), None)
         if home is None:
             home = (turn.text, [], [])
-            found.append(home)
+            if turn.text.startswith(whole):  # and has its end
+                found[0] = home
+            else:
+                found.append(home)
         home[1].extend(spans)
         home[2].append(turn.start)
     renderings = [
@@ -199,13 +233,13 @@ def render_trained(
     return Trained(tuple(renderings[::-1]) or (Rendered(whole, ()),), left_out, lost)
 
 
-def _turn(text: str, prompt: str, marks: tuple[Span, ...] | None) -> Turn:
+def _turn(text: str, prompt: str, marks: tuple[Span, ...] | None) -> TrainedTurn:
     # whitespace after the token that ends a turn is the template's
-    return Turn(text, len(prompt), max(len(prompt), len(text.rstrip())), marks)
+    return TrainedTurn(text, len(prompt), max(len(prompt), len(text.rstrip())), marks)
 
 
 def _spans(
-    turn: Turn, rendering: Rendering, tokenizer: "PreTrainedTokenizerBase"
+    turn: TrainedTurn, rendering: Rendering, tokenizer: "PreTrainedTokenizerBase"
 ) -> list[Span]:
     """The trained spans of a turn."""
     start, end = turn.start, turn.end

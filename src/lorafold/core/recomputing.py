@@ -13,12 +13,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 
-def replayed(run: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
+def recomputed(run: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
     """run(*args), a tensor of any shape. `run` draws no random numbers.
 
     Args:
         run: the function; it may use other tensors as well, whose gradients it gives.
-        *args: its arguments, of any shapes.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return run(*args)

@@ -1,6 +1,6 @@
 """The fast path: the model's own classes with faster parts, recognized by what they compute.
 
-    with fast(model, structure, laid, operations, rows=16): ...
+    with fast_path(model, structure, deltas, operations, rows=16): ...
 
 Norms, rotary embeddings and gated MLPs are those of training (`lorafold.step.fused`). Matrices of
 16 bits on a CPU are kept once more in the order that oneDNN's kernel wants, in bf16 where the
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from lorafold.bases import layer_of
 from lorafold.core.attach import deltas_on
-from lorafold.engine.laid import Laid
+from lorafold.engine.active_deltas import ActiveDeltas
 from lorafold.engine.operations import Operations
 from lorafold.engine.steady import FEW, random_rows, steady
 from lorafold.engine.structure import Structure
@@ -36,15 +36,13 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def fast(
-    model: Any, structure: Structure, laid: Laid, operations: Operations, rows: int
+def fast_path(
+    model: Any, structure: Structure, deltas: ActiveDeltas, operations: Operations, rows: int
 ) -> Iterator[None]:
     """Replace what can be replaced until the `with` block ends.
 
     Args:
         model: the model, frozen, in evaluation mode.
-        structure: what is known of it.
-        laid: the engine's deltas on it.
         operations: those of its norms and rotary embeddings.
         rows: how many rows a pass usually has.
     """
@@ -58,14 +56,14 @@ def fast(
             fits = {
                 path: module
                 for path, module in found.items()
-                if packable(module) and not deltas_on(module, laid.base)
+                if packable(module) and not deltas_on(module, deltas.base)
             }
             if not fits:
                 continue
-            packed = Packed(fits, laid, rows, known)
+            packed = Packed(fits, deltas, rows, known)
             for path, module in fits.items():
                 module.forward = partial(packed, path)
-                laid.aware.add(path)
+                deltas.aware.add(path)
                 stack.callback(vars(module).pop, "forward", None)
         yield
 
@@ -93,16 +91,19 @@ class Packed:
     computes the outputs of all.
 
     Args:
-        modules: the modules by path.
-        laid: the engine's deltas on the model.
+        deltas: the engine's deltas on the model.
         rows: how many rows a pass usually has.
         known: from how many rows on kernels of a shape are steady, which is found out once.
     """
 
     def __init__(
-        self, modules: Mapping[str, nn.Module], laid: Laid, rows: int, known: dict[Any, int]
+        self,
+        modules: Mapping[str, nn.Module],
+        deltas: ActiveDeltas,
+        rows: int,
+        known: dict[Any, int],
     ) -> None:
-        self.modules, self.paths, self.laid = dict(modules), tuple(modules), laid
+        self.modules, self.paths, self.deltas = dict(modules), tuple(modules), deltas
         self.layers = [layer_of(module) for module in modules.values()]
         self.widths = [layer.shape[0] for layer in self.layers]
         dense = [layer.dense() for layer in self.layers]
@@ -131,13 +132,13 @@ class Packed:
 
     def __call__(self, path: str, x: Tensor) -> Tensor:
         """The output of the module at a path."""
-        laid, module = self.laid, self.modules[path]
-        own = not laid.mixing and deltas_on(module, laid.selection.names)
+        deltas, module = self.deltas, self.modules[path]
+        own = not deltas.mixing and deltas_on(module, deltas.selection.names)
         if own or x.dtype != self.dtype:
             y: Tensor = type(module).forward(module, x)
             return y
         y = self._output(path, x)
-        return laid.products.changed(path, layer_of(module), x, y) if laid.mixing else y
+        return deltas.products.changed(path, layer_of(module), x, y) if deltas.mixing else y
 
     def _output(self, path: str, x: Tensor) -> Tensor:
         if len(self.paths) == 1:
@@ -176,8 +177,8 @@ class Packed:
         return y
 
     def _onto(self, x: Tensor) -> Tensor | None:
-        products = self.laid.products
-        if not self.laid.mixing or products.plan.products.isdisjoint(self.paths):
+        products = self.deltas.products
+        if not self.deltas.mixing or products.plan.products.isdisjoint(self.paths):
             return None
         return products.product(self.paths, x, self.layers)
 

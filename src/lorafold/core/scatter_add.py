@@ -38,7 +38,7 @@ class _Scattered(Function):
         )
 
 
-def scattered(w: Tensor, values: Tensor, at: Tensor) -> Tensor:
+def scatter_added(w: Tensor, values: Tensor, at: Tensor) -> Tensor:
     """W with the values added, in W's shape and dtype; rounded as `rounded` does.
 
     Args:

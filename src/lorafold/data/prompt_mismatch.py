@@ -1,0 +1,111 @@
+"""What generation makes of a turn whose rendering does not begin with its generation prompt.
+
+    prompt  ... <think>\\n                        the generation prompt opens a block of reasoning
+    after   ... answer<end>                       that a finished turn is rendered without
+    found   ... <think>\\nreasoning\\n</think>\\n\\nanswer<end>
+
+So it is with templates whose prompt opens a block, or supplies an empty one, and with those that
+rewrite earlier messages when the turn is there. The text found begins with the prompt, always.
+"""
+
+import re
+from typing import NamedTuple
+
+from lorafold.data.reasoning import OPENED, Block
+from lorafold.data.template_forms import common
+
+CLOSED = re.compile(r"([<\[])(\w+)([>\]])\s*\1/\2\3\s*\Z")  # an empty block at a prompt's end
+SEEN = 24  # characters of the message before the turn by which it is found again
+
+
+class Begun(NamedTuple):
+    """The block at a prompt's end: where it begins, and whether the prompt closes it too."""
+
+    at: int
+    closed: bool
+    block: Block
+
+
+def after_block(
+    prompt: str, after: str, said: tuple[str, str], block: Block, specials: re.Pattern[str]
+) -> str | None:
+    """The text of a turn whose prompt ends with a block of reasoning: the prompt, then what it
+    leaves to the model. None where no such form is found.
+
+    A prompt that opens a block of reasoning is followed by the reasoning, which may be empty, the
+    closing and the answer; one that has an empty block is followed by the answer.
+
+    Args:
+        prompt: The rendering of the messages before the turn, with the generation prompt.
+        after: The rendering up to and including the turn.
+        said: The turn's reasoning, or an empty text, and its content, which may begin with a block.
+        block: How the template encloses reasoning.
+        specials: Matches the tokenizer's special tokens.
+    """
+    begun = _begun(prompt, after, block, specials)
+    if begun is None or not after.startswith(prompt[: begun.at]):
+        return None
+    answer, (reasoning, content) = after[begun.at :], said
+    opening, closing = begun.block.opening, begun.block.closing
+    bare = answer.lstrip()
+    if not bare:
+        return None
+    if bare.startswith(opening) and closing in bare:
+        inner, _, answer = bare.removeprefix(opening).partition(closing)
+        reasoning = reasoning or inner
+    elif bare.startswith(closing):
+        if not begun.closed and not reasoning.strip():
+            return prompt + bare  # an empty block, as the template writes it
+        answer = bare.removeprefix(closing)
+    elif closing in content:
+        reasoning = reasoning or content.partition(closing)[0].rpartition(opening)[2]
+    if begun.closed:
+        return prompt + answer.lstrip("\n")
+    lead, between = begun.block.lead, begun.block.between
+    left = prompt[begun.at + len(opening) :]
+    first = lead.removeprefix(left) if lead.startswith(left) else ""
+    spaced = between != between.rstrip()
+    return f"{prompt}{first}{reasoning.strip()}{between}{answer.lstrip() if spaced else answer}"
+
+
+def _begun(
+    prompt: str, after: str, block: Block, specials: re.Pattern[str]
+) -> Begun | None:
+    bare = prompt.rstrip()
+    if bare.endswith(block.opening):
+        return Begun(len(bare) - len(block.opening), False, block)
+    inside = bare.removesuffix(block.closing).rstrip()
+    if inside != bare and inside.endswith(block.opening):
+        return Begun(len(inside) - len(block.opening), True, block)
+    for pattern, closed in ((CLOSED, True), (OPENED, False)):
+        if found := pattern.search(prompt):
+            left, name, right = found.groups()
+            tagged = Block.of_tags(f"{left}{name}{right}", f"{left}/{name}{right}")
+            return Begun(found.start(), closed, tagged)
+    at = len(common(prompt, after))
+    at = next((m.start() for m in specials.finditer(prompt) if m.start() < at < m.end()), at)
+    # one token opens it, a word may name it, and another token closes it
+    marks = [m.span() for m in specials.finditer(prompt, at)]
+    if len(marks) == 2 and marks[0][0] == at and not prompt[marks[1][1] :].strip():
+        (_, opened), (closing, end) = marks
+        if re.fullmatch(r"\w*\s*", prompt[opened:closing]):
+            empty = Block.of_tags(prompt[at:closing].rstrip(), prompt[closing:end])
+            return Begun(at, True, empty)
+    return None
+
+
+def after_rewriting(prompt: str, after: str, before: str, content: str) -> str | None:
+    """The text of a turn at whose arrival the template rewrites earlier messages: the prompt, then
+    what follows the same end of a prompt in the rewritten text. None where it is not found.
+
+    Args:
+        prompt: The rendering of the messages before the turn, with the generation prompt.
+        after: The rendering up to and including the turn.
+        before: The rendering of the messages before the turn, without the generation prompt.
+    """
+    if not prompt.startswith(before) or len(prompt) == len(before):
+        return None
+    end = prompt[max(0, len(before) - SEEN) :]
+    at = after.rfind(end)
+    said = after[at + len(end) :]
+    return prompt + said if at >= 0 and said.strip() and content.strip() in said else None

@@ -1,0 +1,277 @@
+"""A saved adapter as one value: its directory is opened and verified once, and below that it
+travels, not its path.
+
+    saved = Saved.open("adapter")
+    saved.spec     saved.record     saved.over     saved.trained_on     saved.own_tokenizer
+
+Reading is strict: if anything in a directory is not understood, missing or left over, an error
+lists all of it and the model stays unchanged. Directories written by PEFT are read in the same way
+(they have no record, and so no fingerprint).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import nn
+
+from lorafold.core.attach import Origin
+from lorafold.core.spec import Spec
+from lorafold.core.targets import Matches
+from lorafold.errors import LorafoldError
+from lorafold.files.card import CLASSES, REWARD
+from lorafold.files.contents import Contents
+from lorafold.files.record import RECORD, named_as_now
+from lorafold.methods.parts.extras import Bias
+from lorafold.models import fingerprint
+from lorafold.models.fingerprint import Fingerprint
+from lorafold.models.tokenizer import has_tokenizer
+from lorafold.models.weights import LoadedWeights, Weights
+from lorafold.peft import tokens
+from lorafold.peft.checks import misfit, stray
+from lorafold.peft.config import CONFIG, WEIGHTS, read_config
+from lorafold.peft.convolution import in_matrix_form
+from lorafold.peft.form import with_dropout
+from lorafold.peft.parameters import check_fused
+from lorafold.peft.selection import Selection
+from lorafold.peft.stack import digest_of, parse
+from lorafold.peft.tensors import Parts, saved_tensors
+
+FILES = (CONFIG, WEIGHTS, RECORD)
+BASE_IDENTITY = "base_identity"  # in a record: of the base's files, as `identity.of_model` gives it
+HEADS = (".score.weight", ".classifier.weight")  # in the files of PEFT's classifiers
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """An adapter directory that was read and verified; its tensors are not interpreted yet."""
+
+    path: Path
+    spec: Spec
+    bias: Bias
+    selection: Selection
+    weights: Weights
+    fingerprint: Fingerprint
+    over: tuple[Origin, ...]  # what it was trained over
+    record: Mapping[str, Any]  # how it was made; empty if PEFT wrote it
+    task: str | None  # PEFT's type of task
+    files: Mapping[str, tuple[int, str]]  # bytes and SHA-256 in hexadecimal of each that was read
+    sha256: str  # its own, as `stack.digest_of` gives it
+    own_tokenizer: bool
+
+    @classmethod
+    def open(cls, path: str | Path | Contents) -> Saved:
+        """Read an adapter directory, or take what was read of it.
+
+        Raises LorafoldError that lists all damaged files, or everything that is missing, can't be
+        read or is not supported.
+        """
+        contents = path if isinstance(path, Contents) else Contents(path, FILES)
+        if CONFIG not in contents.files:
+            inside = sorted(str(p.parent) for p in contents.path.glob(f"*/{CONFIG}"))
+            raise LorafoldError(
+                f"{contents.path}: found no {CONFIG}, expected the directory of an adapter"
+                + f"; there is one in {', '.join(inside)}" * bool(inside)
+            )
+        problems: list[str] = []
+        config = _attempt(problems, lambda: _config(contents))
+        weights = _attempt(problems, lambda: _weights(contents))
+        about = _attempt(problems, lambda: _about(contents))
+        contents.check_intact()  # what is damaged explains the problems
+        if config is None or weights is None or about is None:
+            raise LorafoldError(f"{contents.path}: {'; '.join(problems)}")
+        spec, selection, bias, task = config
+        written, over, record = about
+        return cls(
+            contents.path,
+            with_dropout(spec, record) if selection.target_parameters else spec,
+            bias,
+            selection,
+            weights,
+            written,
+            over,
+            record,
+            task,
+            contents.entries,
+            digest_of(contents),
+            has_tokenizer(contents),
+        )
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        """The recipe that it was trained with, under the names of now; empty if there is none."""
+        return named_as_now(self.record.get("recipe") or {})
+
+    @property
+    def trained_on(self) -> str | None:
+        """The storage of the base on which it was trained, if its record has it."""
+        return str(self.recipe["storage"]) if "storage" in self.recipe else None
+
+    @property
+    def base_identity(self) -> str:
+        """That of the files of its base; empty if its record does not have it."""
+        return str(self.record.get(BASE_IDENTITY, ""))
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """The classes of a classifier's adapter, in the order of their numbers, else None."""
+        found = self.record.get(CLASSES)
+        if found is None:
+            return None
+        if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+            raise LorafoldError(
+                f"{self.path / RECORD}: field {CLASSES}: found {found!r}, expected a list of text"
+            )
+        return tuple(found)
+
+    @property
+    def scores(self) -> bool:
+        """Whether it is the adapter of a reward model; one that PEFT wrote has a head of one
+        output.
+        """
+        if self.record or self.task != "SEQ_CLS":
+            return self.record.get(REWARD) is True
+        heads = [name for name in self.weights.names if name.endswith(HEADS)]
+        return bool(heads) and self.weights.shape(heads[0])[0] == 1
+
+    def targets(self, model: nn.Module) -> Matches:
+        """Return the modules of this model to adapt."""
+        check_fused(model, self.weights.names)
+        return self.selection.targets(model)
+
+    def spec_in(self, model: nn.Module) -> Spec:
+        """Return the spec for this model, whose ranks and alphas PEFT looks up by other paths where
+        it adapts a module's weight as a parameter.
+        """
+        return self.selection.spec_in(model, self.spec)
+
+    def beside(self, model: nn.Module) -> dict[str, Any]:
+        """Return the arguments of `attach` for this model besides the spec and the tokens."""
+        return {
+            "targets": self.targets(model),
+            "bias": self.bias,
+            "modules_to_save": self.selection.saved(model),
+        }
+
+    def token_rows(self, model: nn.Module, base: Weights) -> tuple[tokens.ByPath, Saved]:
+        """Return the ids of the tokens whose vectors the adapter has, by module path, and the
+        adapter with exactly these vectors among its weights.
+        """
+        resolved = tokens.resolve(model, self.selection.tokens)
+        ids, weights = tokens.completed(model, resolved, self.weights, base)
+        return ids, replace(self, weights=weights)
+
+    def base_problems(self, base: Weights) -> list[str]:
+        """Return a line that says that the adapter was trained on another base, or no line. An
+        adapter without a fingerprint fits any base.
+        """
+        found = fingerprint.differences(self.fingerprint, base)
+        return [
+            f"not the base it was trained on ({d}); load that base, or override this with"
+            " --allow-other-base (allow_other_base=True)"
+            for d in found
+        ]
+
+    def fill(
+        self,
+        model: nn.Module,
+        parts: Parts,
+        targets: Sequence[str],
+        base: Weights,
+        problems: Sequence[str] = (),
+    ) -> None:
+        """Give attached deltas the adapter's values, in fp32, on the devices of their modules (the
+        CPU for modules on the meta device).
+
+        Raises LorafoldError that lists `problems` and all tensors that are unknown, missing, of a
+        wrong shape or not finite; then nothing is changed.
+
+        Args:
+            model: The model that the deltas are attached to.
+            parts: The deltas by module path.
+            targets: The paths of the adapted modules.
+            problems: Lines to begin the list of errors with.
+        """
+        expected = saved_tensors(model, parts, targets, base)
+        found = set(self.weights.names)
+        loaded = {key: self.weights.get(key) for key in sorted(found & expected.keys())}
+        wrong = list(problems)
+        strays = (stray(key, self.weights, base) for key in sorted(found - expected.keys()))
+        wrong += [text for text in strays if text]
+        wrong += [f"missing key {key}" for key in sorted(expected.keys() - found)]
+        misfits = (misfit(key, tensor, expected[key], loaded) for key, tensor in loaded.items())
+        wrong += [text for text in misfits if text]
+        if wrong:
+            raise LorafoldError(f"{self}: {'; '.join(wrong)}")
+        for key, saved in expected.items():
+            saved.assign(saved.entry.from_file(loaded[key], saved.site))
+
+
+def open_all(paths: Sequence[str | Path]) -> tuple[Saved, ...]:
+    """The adapters in these directories. Raises LorafoldError with all that can't be opened."""
+    problems: list[str] = []
+    found = [_attempt(problems, partial(Saved.open, path)) for path in paths]
+    if problems:
+        raise LorafoldError("; ".join(problems))
+    return tuple(one for one in found if one is not None)
+
+
+def trained_on(adapters: Sequence[Saved]) -> str | None:
+    """The storage of the base on which these adapters were trained; None if no record has it.
+
+    Raises LorafoldError if the adapters differ in it.
+    """
+    found = {str(one): one.trained_on for one in adapters if one.trained_on is not None}
+    if len(set(found.values())) > 1:
+        listed = ", ".join(f"{path} on {storage}" for path, storage in found.items())
+        raise LorafoldError(
+            f"these adapters were trained on bases in different storage ({listed}); choose one of"
+            " them (--storage)"
+        )
+    return next(iter(found.values()), None)
+
+
+def _attempt(problems: list[str], do: Callable[[], T]) -> T | None:
+    try:
+        return do()
+    except LorafoldError as e:
+        problems.append(str(e))
+        return None
+
+
+def _config(contents: Contents) -> tuple[Spec, Selection, Bias, str | None]:
+    config = contents.object(CONFIG)
+    return *read_config(config), config.get("task_type")
+
+
+def _weights(contents: Contents) -> Weights:
+    if WEIGHTS in contents.files:
+        return in_matrix_form(LoadedWeights(contents.files[WEIGHTS], contents.path / WEIGHTS))
+    pickles = sorted(p.name for p in contents.path.glob("adapter_model.*"))
+    reason = (
+        f"found {', '.join(pickles)}, which could run code when read; convert it to safetensors"
+        if pickles else "it is missing"
+    )
+    raise LorafoldError(f"{WEIGHTS}: {reason}")
+
+
+def _about(
+    contents: Contents,
+) -> tuple[Fingerprint, tuple[Origin, ...], Mapping[str, Any]]:
+    """Return the fingerprint of the base, what the adapter lies over, and the record that says
+    both; PEFT's directories have none.
+    """
+    record = contents.record
+    try:
+        return fingerprint.parse(record.get("base", {})), parse(record), record
+    except LorafoldError as e:
+        raise LorafoldError(f"{RECORD}: {e}") from None
