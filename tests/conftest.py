@@ -9,6 +9,7 @@ families.
     lorafold("train", ...)       the command, run in this process: what it prints, and its exit code
     each_arithmetic              runs a test twice: as on a processor that multiplies 16-bit
                                  matrices as they are, and as on one that widens them
+    unestimated                  training begins without an estimate of its memory
 """
 
 import os
@@ -23,7 +24,7 @@ import logging
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -174,11 +175,39 @@ def tiny_model_dir(tmp_path_factory) -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def tiny_model(tiny_model_dir):
     """A fresh fp32 copy, on every call, of the tiny random model of a kind."""
-    import torch
+    from fresh_models import fresh_model
 
-    from lorafold.models.loading import load_model
+    return lambda kind: fresh_model(tiny_model_dir(kind))
 
-    return lambda kind: load_model(tiny_model_dir(kind), torch.float32)
+
+@contextmanager
+def unestimating() -> Iterator[None]:
+    """Training begins without an estimate of its memory, as where there is none: it takes as long
+    as the steps of a tiny model.
+    """
+    from lorafold.errors import LorafoldError
+    from lorafold.memory import before_run
+
+    def none(*_: Any) -> None:
+        raise LorafoldError("none in this test")
+
+    with mock.patch.object(before_run, "estimate", none):
+        yield
+
+
+@pytest.fixture
+def unestimated(request) -> Iterator[None]:
+    """No estimates but in those tests of the file that are marked `estimated`."""
+    with nullcontext() if request.node.get_closest_marker("estimated") else unestimating():
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def what_is_written_need_not_survive_a_power_cut() -> Iterator[None]:
+    """Files are not flushed to the disk, but their descriptors have to be good."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)
+        yield
 
 
 @pytest.fixture(params=["plain", "native"])

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 import laws
 import lorafold as lf
+from fresh_models import fresh_model
 from lorafold.api.merge import merge
 from lorafold.cli import app
 from lorafold.core.spec import Spec
@@ -118,6 +119,7 @@ def config_of(path: Path) -> dict[str, Any]:
 
 
 
+@pytest.mark.few(20)
 @pytest.mark.parametrize("base", laws.BASES)
 @pytest.mark.parametrize("law", laws.LAWS, ids=lambda law: law.__name__)
 def test_the_law_holds(law, base: str, scaled: ModuleType, monkeypatch) -> None:
@@ -191,7 +193,7 @@ def test_it_trains_merges_and_is_evaluated_from_python(
     request = Request(Base(model_dir, device="cpu"), out, recipe, ROWS, "rows")
     trained = train(request, Console(quiet=True))
     assert trained.losses[-1] < trained.losses[0] - 0.05
-    model = load_model(model_dir, torch.float32)
+    model = fresh_model(model_dir)
     adapter = lf.load(model, out)
     assert adapter.spec == scaled.Scaled(group=2)
     adapted = logits(model)

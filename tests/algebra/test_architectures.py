@@ -51,6 +51,7 @@ def test_a_fresh_adapter_changes_nothing_and_the_base_stays_bit_for_bit(name: st
             assert torch.equal(run(model, inputs), bare)
 
 
+@pytest.mark.few(23)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_adapted_module_has_its_gradient(name: str) -> None:
     """A module whose forward the model bypasses would have none."""
@@ -63,6 +64,7 @@ def test_every_adapted_module_has_its_gradient(name: str) -> None:
     assert lost == []
 
 
+@pytest.mark.few(23)
 @pytest.mark.parametrize("name", NAMES)
 def test_merging_equals_calling(name: str) -> None:
     row = ARCHITECTURES[name]

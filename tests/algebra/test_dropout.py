@@ -55,6 +55,7 @@ def within(found: float, expected: float, variance: float, sigmas: float = 5) ->
 # --- which places --------------------------------------------------------------------------------
 
 
+@pytest.mark.few(17)
 @pytest.mark.parametrize("p", SHARES)
 @pytest.mark.parametrize("shape", [(1,), (7, 3), (2, 5, 9), (64, 0), (40, 50)])
 def test_places_are_ascending_and_inside(shape: tuple[int, ...], p: float) -> None:

@@ -97,6 +97,7 @@ def test_the_laws(method: str, family: str) -> None:
     assert not [m for m in model.modules() if isinstance(m, Matrices)]
 
 
+@pytest.mark.few(13)
 @pytest.mark.parametrize(("method", "family"), CASES)
 def test_gradients_are_those_of_the_folded_weight(method: str, family: str) -> None:
     """Grouped products against autograd through `fold` and the model's own forward, in fp64."""
@@ -260,6 +261,7 @@ def saved(family: str, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("storage", ["nf4", "int8"])
 @pytest.mark.parametrize("family", CONFIGS)
 def test_quantized_experts(family: str, storage: str, tmp_path: Path) -> None:
@@ -357,6 +359,7 @@ def test_a_mixture_trains_on_the_fast_path_and_says_what_it_adapts() -> None:
         assert torch.allclose(a, p.grad, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.few(13)
 @pytest.mark.parametrize("method", [n for n in lf.methods.METHODS if n != "linear-probe"])
 @pytest.mark.parametrize("family", ["mixtral", "gpt-oss"])
 def test_every_method_trains_with_its_own_targets(family: str, method: str) -> None:

@@ -33,6 +33,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {n: p.detach().clone() for n, p in model.named_parameters(remove_duplicate=False)}
 
 
+@pytest.mark.few(13)
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in ("full", "linear-probe")])
 def test_what_is_planned_is_what_changes(method: str, kind: str, tiny_model: Callable) -> None:

@@ -161,6 +161,7 @@ def test_rotary_equals_its_specification(layout: str, dtype: torch.dtype, rows: 
     )
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rotary_differentiates_and_keeps_the_layout(layout: str) -> None:
     make, dim = LAYOUTS[layout]
@@ -274,6 +275,7 @@ def test_low_rank_equals_its_specification(
     assert_equal(*fast_and_spec(places(shape, form)), [normal(*shape), *factors()], dtype)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("form", ["none", "places", "mask"])
 def test_low_rank_differentiates_from_a_transposed_input(form: str) -> None:
     x = normal(3, 2, IN).transpose(0, 1)

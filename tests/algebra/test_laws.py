@@ -14,6 +14,7 @@ from lorafold.bases import layer_of
 from lorafold.core.delta import Dense
 
 
+@pytest.mark.few(600)
 @pytest.mark.parametrize(("method", "base"), CASES)
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
 def test_the_law_holds(law: Callable[[str, str], None], method: str, base: str) -> None:
@@ -24,7 +25,7 @@ def test_the_law_holds(law: Callable[[str, str], None], method: str, base: str) 
 COMPILED = {"linear", "conv1d", "embedding", "nf4", "fp8", "convolution-1d"}
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(5)
 @pytest.mark.parametrize(
     ("method", "base"),
     [
@@ -75,6 +76,7 @@ def test_a_small_update_survives_in_bf16(method: str, base: str) -> None:
     assert kept == pytest.approx(1, abs=0.05 + 3 * standard_error)
 
 
+@pytest.mark.few(240)
 @pytest.mark.usefixtures("each_arithmetic")
 @pytest.mark.parametrize(("method", "base"), CASES)
 def test_bf16_is_as_exact_as_the_bare_layer(method: str, base: str) -> None:

@@ -41,6 +41,7 @@ def survival(realised: torch.Tensor, change: torch.Tensor) -> tuple[float, float
     return ((realised * change).sum() / change.square().sum()).item(), error.item()
 
 
+@pytest.mark.few(7)
 @pytest.mark.usefixtures("each_arithmetic")
 @pytest.mark.parametrize("size", [1e-2, 1e-3, 1e-4])
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ def adapted(dimension: int) -> tuple[nn.Sequential, lf.Adapter]:
     return root, adapter
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("dimension", [5, 64, 1000])
 def test_each_update_is_the_projection_of_one_vector(dimension: int) -> None:
     root, adapter = adapted(dimension)

@@ -150,7 +150,7 @@ def test_a_bf16_base_computes_and_trains(method: str, kind: str, tiny_model) -> 
     assert any(g.any() for g in grads.values())
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @every(["llama"], slow=ALIKE)
 def test_the_compiled_model_computes_the_same(method: str, kind: str, tiny_model) -> None:
     torch._dynamo.reset()

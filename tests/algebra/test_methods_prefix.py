@@ -105,6 +105,7 @@ def test_padding_on_either_side_changes_nothing(spec: Any, kind: str, tiny_model
     torch.testing.assert_close(found, alone, **EPS)
 
 
+@pytest.mark.few(5)
 @every()
 def test_generate_with_a_cache_is_the_recomputation(spec: Any, kind: str, tiny_model) -> None:
     model = tiny_model(kind)
@@ -133,6 +134,7 @@ def test_generate_with_a_cache_is_the_recomputation(spec: Any, kind: str, tiny_m
         assert (logits(model, expected)[:, -9:-1] - scores).norm() > 1e-2 * scores.norm()
 
 
+@pytest.mark.few(3)
 @every(["llama", "gpt2"])
 def test_a_left_padded_batch_generates_what_each_row_does_alone(
     spec: Any, kind: str, tiny_model, tiny_model_dir

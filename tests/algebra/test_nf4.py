@@ -90,6 +90,7 @@ def test_levels_are_those_of_bitsandbytes():
     assert torch.equal(nf4.dynamic_map(), bnb.create_dynamic_map())
 
 
+@pytest.mark.few(14)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_bytes_and_values_are_those_of_bitsandbytes(case, dtype):

@@ -163,6 +163,7 @@ def test_gradients_are_those_of_the_folded_weight(base: str, which: str) -> None
     assert torch.autograd.gradcheck(call, delta.rows.detach().clone().requires_grad_())
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize(("base", "which"), CASES)
 def test_compiles_in_one_graph(base: str, which: str) -> None:
     torch._dynamo.reset()
@@ -456,6 +457,7 @@ def test_a_module_that_says_nothing_of_embeddings_needs_names() -> None:
         )
 
 
+@pytest.mark.few(9)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_new_tokens_or_says_why_not(method: str, tiny_model, tmp_path) -> None:
     model, kind = tiny_model("qwen2"), "qwen2"

@@ -46,6 +46,7 @@ def test_the_tower_stays_out_and_byte_for_byte_the_same(name: str) -> None:
     assert all(torch.equal(after[name], p) for name, p in before.items())
 
 
+@pytest.mark.few(14)
 @pytest.mark.parametrize("preset", ["attention", "mlp", "sublayers", "biases", "parameters"])
 @pytest.mark.parametrize("name", list(MULTIMODAL))
 def test_no_preset_but_the_tower_s_own_takes_it(name: str, preset: str) -> None:
@@ -144,6 +145,7 @@ def test_all_linear_in_peft_s_file_keeps_peft_s_meaning(tmp_path: Path) -> None:
 # --- what stays frozen ---------------------------------------------------------------------------
 
 
+@pytest.mark.few(16)
 @pytest.mark.parametrize("name", list(ARCHITECTURES))
 def test_what_is_reached_and_what_is_not_are_all_of_the_blocks(name: str) -> None:
     model = ARCHITECTURES[name].model()

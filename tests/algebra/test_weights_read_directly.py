@@ -21,6 +21,7 @@ CASES = [
 ]
 
 
+@pytest.mark.few(30)
 @pytest.mark.parametrize(("method", "storage"), CASES)
 def test_the_law_holds_past_the_forward(method: str, storage: str) -> None:
     root, x = past(method, storage)
@@ -38,6 +39,7 @@ def test_the_law_holds_past_the_forward(method: str, storage: str) -> None:
     assert relative(root(x), y) < 1e-6
 
 
+@pytest.mark.few(30)
 @pytest.mark.parametrize(("method", "storage"), CASES)
 def test_gradients_reach_the_deltas(method: str, storage: str) -> None:
     """Those of the law, and through a function that takes the tensor as it is."""
@@ -99,6 +101,7 @@ def called(model: nn.Module, x: Tensor, padded: bool = True) -> Tensor:
     return F.pad(y, (0, 0, 0, 5 - y.shape[1]))[~PADDED]
 
 
+@pytest.mark.few(14)
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("batch_first", [True, False])

@@ -45,6 +45,8 @@ from lorafold.files import cache
 from lorafold.files.atomic import MANIFEST
 from lorafold.machine.cores import usable_cores
 
+pytestmark = pytest.mark.usefixtures("unestimated")
+
 
 @pytest.fixture
 def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -12,6 +12,7 @@ from tokenizers import processors
 
 import lorafold as lf
 from conftest import make_tokenizer
+from fresh_models import fresh_model
 from lorafold.data.examples import NO_LOSS, encode
 from lorafold.data.render import ensure_chat_template, prompts
 from lorafold.errors import LorafoldError
@@ -25,6 +26,8 @@ from lorafold.training import loop
 from lorafold.training.preview import show
 from lorafold.training.run import train
 from token_cases import lorafold, quiet, request, said
+
+pytestmark = pytest.mark.usefixtures("unestimated")
 
 PAIRS = [
     {"prompt": "Book a table for", "completion": " four people"},
@@ -107,7 +110,7 @@ def test_it_takes_the_place_of_a_template_and_of_the_plain_one(tiny_model_dir) -
     assert ensure_chat_template(tokenizer) is None  # nothing to add, nothing to say
     [(text, _)] = prompts([PAIRS[0]], tokenizer)
     assert text == PAIRS[0]["prompt"]
-    model = load_model(tiny_model_dir("llama"), torch.float32)
+    model = fresh_model(tiny_model_dir("llama"))
     assert end_tokens(model, tokenizer) == {tokenizer.eos_token_id}
 
 
@@ -153,7 +156,7 @@ def test_training_evaluation_and_generation_see_the_same(tiny_model_dir, tmp_pat
     lorafold(*asked, "--storage", "fp32", *sets)
 
     tokenizer = tokenizer_of(resolve_model(base), [out])
-    adapted = load_model(base, torch.float32)
+    adapted = fresh_model(base)
     lf.load(adapted, out)
     # the loss that the command measures is that of the bare ids
     lost = count = 0.0

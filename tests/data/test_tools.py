@@ -47,6 +47,8 @@ from lorafold.models.tokenizer import tokenizer_of as tokenizer_for
 from lorafold.recipe.reading import load_recipe
 from lorafold.recipe.recipe import Recipe
 
+pytestmark = pytest.mark.usefixtures("unestimated")
+
 TOOLS = [
     WEATHER,
     {
@@ -322,6 +324,7 @@ CALLS = {
 }
 
 
+@pytest.mark.few(103)
 @pytest.mark.parametrize("kind", CALLS)
 @pytest.mark.parametrize("name", names())
 def test_calls_are_read_back(name: str, kind: str) -> None:

@@ -25,6 +25,8 @@ from lorafold.translating.run import TOOLS, translate, write
 from lorafold.translating.translation import Translation
 from translation_cases import axolotl_of, keys, llamafactory_of, remark, translated
 
+pytestmark = pytest.mark.usefixtures("unestimated")
+
 AXOLOTL = """
 base_model: acme/tiny-llama
 model_type: AutoModelForCausalLM

@@ -29,6 +29,8 @@ from lorafold.translating.run import write
 from preference_cases import PAIRS, adapted, asked, check_gradients, examples_of, trainer_of
 from translation_cases import axolotl_of, keys, llamafactory_of, remark, translated
 
+pytestmark = pytest.mark.usefixtures("unestimated")
+
 LLAMAFACTORY = """
 ### an adapter of preferences over one of answers
 model_name_or_path: acme/tiny-qwen

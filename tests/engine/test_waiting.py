@@ -80,6 +80,8 @@ def told(expected):
         time.sleep(0.02)
     print(threads() - before, flush=True)
 
+print("ready", flush=True)
+input()
 before = threads()
 with waiting.considerate():
     with waiting.considerate():
@@ -92,11 +94,15 @@ told(0)
 def test_beside_busy_processes_a_team_lies_there_and_goes_with_the_last_user() -> None:
     """In a process of its own, whose threads are counted."""
     environment = os.environ | {"OMP_NUM_THREADS": "2"}
-    with busy(2):
-        done = subprocess.run(
-            [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True
-        )
-    assert done.stdout.split() == ["2", "2", "0"], done.stderr
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM], env=environment, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as program:  # fmt: skip
+        assert program.stdout is not None
+        assert program.stdout.readline() == "ready\n"
+        with busy(2):
+            out, wrong = program.communicate("\n")
+    assert out.split() == ["2", "2", "0"], wrong
 
 
 def test_one_thread_waits_for_nobody() -> None:

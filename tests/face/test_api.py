@@ -13,6 +13,8 @@ from rich.console import Console
 import lorafold as lf
 from lorafold.api.compose import by_name
 
+pytestmark = pytest.mark.usefixtures("unestimated")
+
 ROWS = [{"prompt": f"Book a table for {i}", "completion": f' {{"people": {i}}}'} for i in range(12)]
 RECIPE = lf.Recipe(steps=2, batch=2, storage="fp32", max_length=64)
 # What a user may rely on: the names and the order of the arguments of each verb.
@@ -203,6 +205,7 @@ def test_a_comparison_of_two(model: str, tmp_path: Path) -> None:
     assert (tmp_path / "c" / "table.md").read_text() == str(found)
 
 
+@pytest.mark.estimated
 def test_quiet_unless_given_a_console(model: str, tmp_path: Path, capfd) -> None:
     lf.train(RECIPE, data=ROWS, out=tmp_path / "quiet", model=model)
     captured = capfd.readouterr()

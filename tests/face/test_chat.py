@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import lorafold as lf
+from fresh_models import fresh_model
 from lorafold.conversation import Chat, unique_names
 from lorafold.data.render import render
 from lorafold.data.rows import read_rows
@@ -31,11 +32,10 @@ def said(role: str, text: str) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def adapters(tiny_model_dir: Callable[[str], Path], tmp_path_factory: Any) -> list[Path]:
     """Two adapters of the tiny llama that answer unlike the base and each other."""
-    from lorafold.models.loading import load_model
 
     paths = [tmp_path_factory.mktemp("adapters") / name for name in ("first", "second")]
     for seed, path in enumerate(paths):
-        adapter = lf.attach(load_model(tiny_model_dir("llama"), torch.float32), lf.LoRA(rank=4))
+        adapter = lf.attach(fresh_model(tiny_model_dir("llama")), lf.LoRA(rank=4))
         draw = torch.Generator().manual_seed(seed)
         for p in adapter.parameters():
             p.data.normal_(generator=draw)

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 import lorafold as lf
+from fresh_models import fresh_model
 from lorafold.errors import LorafoldError
-from lorafold.models.loading import load_model
 from serving_cases import running, saved
+
+pytestmark = pytest.mark.usefixtures("unestimated")
 
 ROWS = [{"prompt": f"Book a table for {n}", "completion": f'{{"people": {n}}}'} for n in range(8)]
 REFUSED = "not the base it was trained on"
@@ -21,7 +23,7 @@ REFUSED = "not the base it was trained on"
 def other(tiny_model_dir, tmp_path: Path) -> Path:
     """A base of the same form with other weights, beside the tokenizer."""
     base = tiny_model_dir("llama")
-    model = load_model(base, torch.float32)
+    model = fresh_model(base)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.1)

@@ -15,6 +15,7 @@ from lorafold.methods import METHODS, make_spec
 ADAPTERS = [name for name in METHODS if not make_spec(name).trains_base]
 
 
+@pytest.mark.few(7)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_the_card_says_whether_peft_reads_it(name: str, tiny_model: Any, tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ from golden.make import COMPARE, EVALUATED, IDS, NEW_IDS, RUNS, SEARCH, evaluati
 from lorafold.cli import app
 from lorafold.files.record import named_as_now
 
+pytestmark = pytest.mark.usefixtures("unestimated")
+
 GOLDEN = Path(__file__).parents[1] / "golden"
 ADAPTERS = sorted(path.name for path in (GOLDEN / "adapters").iterdir())
 MODELS = ["full", "merged"]

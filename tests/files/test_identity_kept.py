@@ -39,6 +39,8 @@ from lorafold.training.request import Request
 from lorafold.undoing import run as undoing
 from lorafold.undoing import task as fragile
 
+pytestmark = pytest.mark.usefixtures("unestimated")
+
 ROWS = [{"prompt": f"Book {n}", "completion": f" {n} it is"} for n in range(4)]
 PAIRS = [{"prompt": f"Book {n}", "chosen": f" {n}", "rejected": " no"} for n in range(4)]
 RECIPE = lf.Recipe(
@@ -399,6 +401,7 @@ def rooms_of(files: list[Path]) -> set[str]:
     return found
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("rooms", "besides"),
     [

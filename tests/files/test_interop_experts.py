@@ -9,6 +9,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -67,10 +68,11 @@ def moe(moe_dir: Callable[[str], Path]) -> Callable[..., Any]:
     """A fresh copy, on every call, of the tiny random model of a kind."""
     from transformers import AutoModelForCausalLM
 
-    def load(kind: str, dtype: torch.dtype = torch.float32, **changed: Any) -> Any:
+    @cache
+    def read(kind: str, dtype: torch.dtype = torch.float32, **changed: Any) -> Any:
         return AutoModelForCausalLM.from_pretrained(moe_dir(kind), dtype=dtype, **changed).eval()
 
-    return load
+    return lambda *asked, **changed: deepcopy(read(*asked, **changed))
 
 
 Moe = Callable[..., Any]
@@ -165,7 +167,7 @@ def config(path: Path) -> dict[str, Any]:
     return json.loads((path / "adapter_config.json").read_text())
 
 
-@pytest.mark.few(8)
+@pytest.mark.few(5)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", CASES)
 def test_peft_writes_and_we_read(kind: str, case: str, moe: Moe, tmp_path: Path) -> None:
@@ -178,7 +180,7 @@ def test_peft_writes_and_we_read(kind: str, case: str, moe: Moe, tmp_path: Path)
     assert gap(logits(model), logits(wrapped)) < CLOSE
 
 
-@pytest.mark.few(8)
+@pytest.mark.few(5)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", CASES)
 def test_we_write_and_peft_reads(kind: str, case: str, moe: Moe, tmp_path: Path) -> None:
@@ -276,6 +278,7 @@ def test_a_bf16_base(kind: str, moe: Moe, tmp_path: Path) -> None:
     assert torch.equal(logits(again), logits(model))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", ["mixtral", "gpt-oss"])
 @pytest.mark.parametrize("spec", [lf.PiSSA(rank=3, dropout=0.0), lf.OLoRA(rank=3, dropout=0.0)])
 def test_offsets_become_lora(kind: str, spec: Spec, moe: Moe, tmp_path: Path) -> None:
@@ -359,7 +362,7 @@ OWN: dict[str, tuple[Spec, str]] = {
 }
 
 
-@pytest.mark.few(7)
+@pytest.mark.few(4)
 @pytest.mark.parametrize("kind", ["qwen2-moe", "gpt-oss"])
 @pytest.mark.parametrize("method", OWN)
 def test_what_peft_lacks_for_experts(

@@ -150,6 +150,7 @@ def load_theirs(model: Any, path: Path) -> Any:
         return peft.PeftModel.from_pretrained(model, path)
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("case", CASES)
 def test_peft_reads_ours(case: str, tiny_model: Model, tmp_path: Path) -> None:
     model = tiny_model(CASES[case][0])
@@ -161,6 +162,7 @@ def test_peft_reads_ours(case: str, tiny_model: Model, tmp_path: Path) -> None:
     assert gap(logits(load_theirs(tiny_model(CASES[case][0]), tmp_path / "a")), expected) < CLOSE
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("case", CASES)
 def test_ours_reads_peft(case: str, tiny_model: Model, tmp_path: Path) -> None:
     wrapped = theirs(case, tiny_model(CASES[case][0]))
@@ -175,6 +177,7 @@ def test_ours_reads_peft(case: str, tiny_model: Model, tmp_path: Path) -> None:
     assert torch.equal(logits(model), bare)
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("case", CASES)
 def test_keys_and_config_as_peft_writes_them(case: str, tiny_model: Model, tmp_path: Path) -> None:
     kind = CASES[case][0]
@@ -202,6 +205,7 @@ ROUND = {name: (case[0], case[1], case[2]) for name, case in CASES.items()} | {
 }
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("case", ROUND)
 def test_saved_again_is_the_same(case: str, tiny_model: Model, tmp_path: Path) -> None:
     kind, spec, targets = ROUND[case]

@@ -183,6 +183,7 @@ def theirs(case: str, model: Any, **extra: Any) -> Any:
     return wrapped
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("case", CASES)
 def test_peft_reads_ours(case: str, tiny_model: Model, tmp_path: Path) -> None:
     model = tiny_model(CASES[case][0])
@@ -195,6 +196,7 @@ def test_peft_reads_ours(case: str, tiny_model: Model, tmp_path: Path) -> None:
     assert gap(logits(read), expected) < CLOSE
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("case", CASES)
 def test_ours_reads_peft(case: str, tiny_model: Model, tmp_path: Path) -> None:
     wrapped = theirs(case, tiny_model(CASES[case][0]))
@@ -209,6 +211,7 @@ def test_ours_reads_peft(case: str, tiny_model: Model, tmp_path: Path) -> None:
     assert torch.equal(logits(model), bare)
 
 
+@pytest.mark.few(7)
 @pytest.mark.parametrize("case", CASES)
 def test_saved_again_is_the_same(case: str, tiny_model: Model, tmp_path: Path) -> None:
     model = tiny_model(CASES[case][0])

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import lorafold as lf
 from adapter_cases import adapted_logits, logits, make_adapter, relative, resaved
 from conftest import fast_only
+from fresh_models import fresh_model
 from lorafold.api.merge import merge
 from lorafold.bases import layer_of
 from lorafold.cli import app
@@ -54,7 +55,7 @@ def test_fp32_merged_is_adapted(kind, sharded, tiny_model_dir, tmp_path):
     )
     assert relative(merged, adapted) < 1e-5
     # the adapter does something
-    assert relative(merged, logits(load_model(base, torch.float32))) > 1e-3
+    assert relative(merged, logits(fresh_model(base))) > 1e-3
     assert result.gap is not None
     assert result.gap.relative_logit_gap < 1e-5
     assert result.gap.argmax_agreement > 0.99
@@ -121,6 +122,7 @@ def test_two_adapters_fold_in_order(tiny_model_dir, tmp_path):
     )
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("kind", ["gemma", "gpt2"])
 @pytest.mark.parametrize("where", ["head", "embedding", "both"])
 def test_tied_weights_are_untied(kind, where, tiny_model_dir, tmp_path):
@@ -209,7 +211,7 @@ def test_a_weak_adapter_survives_16_bits(dtype, tiny_model_dir, tmp_path):
     kept = merge(str(base), [adapter], tmp_path / "auto", seed=3, certificate=False)
     assert lost.folded.sums.survival < 0.98
     stored, before = (load_file(path / "model.safetensors") for path in (tmp_path / "auto", base))
-    exact = load_model(base, torch.float32)
+    exact = fresh_model(base)
     lf.load(exact, adapter).merge()
     # unbiased: each element's error, times its update, is a random number of mean 0. They are wider
     # where the update is larger
@@ -271,7 +273,7 @@ def test_the_certificate_is_what_a_comparison_in_memory_finds(tiny_model_dir, tm
     )
     tokenizer = load_tokenizer(base)
     ids = torch.tensor([[*tokenizer(text).input_ids, tokenizer.eos_token_id]])
-    model = load_model(base, torch.float32)
+    model = fresh_model(base)
     lf.load(model, adapter)
     with torch.no_grad():
         p = model(input_ids=ids).logits[0].double()
@@ -403,6 +405,7 @@ def test_what_a_plain_model_cannot_hold_is_found_by_the_plan(tiny_model_dir, tmp
     )
 
 
+@pytest.mark.few(9)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_planned_and_folded_by_the_one_law(method, tiny_model):
     """What the plan finds by shapes is what folding changes; nothing in `merge` knows a method."""

@@ -18,6 +18,7 @@ from transformers.core_model_loading import Chunk, ConversionOps, MergeModulelis
 import lorafold as lf
 import mixtures
 from conftest import fast_only, make_tokenizer
+from fresh_models import fresh_model
 from lorafold.api.merge import merge
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.files.atomic import verify
@@ -34,6 +35,8 @@ from lorafold.models.storage import Storage, weights_of
 from lorafold.opening import Base
 from lorafold.peft.saved import Saved
 from lorafold.recipe.recipe import Recipe
+
+pytestmark = pytest.mark.usefixtures("unestimated")
 
 IDS = torch.arange(3, 43).view(1, -1)
 CONFIGS = {kind: of for kind, of in mixtures.CONFIGS.items() if kind != "deepseek-v3"} | {
@@ -172,7 +175,7 @@ def test_in_16_bits_small_updates_survive(kind, moe, probe, tmp_path) -> None:
 
 def test_only_the_targeted_parameter_changes(moe, tmp_path) -> None:
     base = moe("mixtral")
-    model = load_model(base, torch.float32)
+    model = fresh_model(base)
     adapter = lf.attach(model, lf.LoRA(rank=2, dropout=0.0), ["layers.1.mlp.experts.gate_up_proj"])
     for p in adapter.parameters():
         p.data += 0.1
@@ -212,6 +215,7 @@ def test_files_in_any_order_and_without_the_models_prefix(moe, tmp_path, monkeyp
         assert torch.equal(tensor, other[name.removeprefix("model.")]), name
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 @pytest.mark.parametrize("kind", ["mixtral", "qwen2-moe", "gpt-oss"])
 def test_into_the_dequantized_experts_that_were_trained_on(
@@ -223,7 +227,7 @@ def test_into_the_dequantized_experts_that_were_trained_on(
     assert (result.into.target, result.into.trained_on) == ("dequantized", quantization)
     adapter.merge()  # the loaded model's own codes, dequantized
     merged = load_model(tmp_path / "merged", torch.float32).state_dict()
-    plain = load_model(base, torch.float32).state_dict()
+    plain = fresh_model(base).state_dict()
     experts = [n for n in merged if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]
     assert len(experts) == 4
     for name in experts:
@@ -278,14 +282,14 @@ def test_a_trained_adapter_knows_its_base_and_no_other(storage, moe, probe, tmp_
 def test_the_fingerprint_of_files_is_that_of_the_loaded_model(kind, moe) -> None:
     base = moe(kind, size="60KB")
     mapped = mapped_model_of(resolve_model(base))
-    assert of_model(mapped.model) == of_model(load_model(base, torch.float32))
+    assert of_model(mapped.model) == of_model(fresh_model(base))
 
 
 @pytest.mark.parametrize("kind", CONVERTED)
 def test_the_original_weights_have_the_model_s_names(kind, moe) -> None:
     base = moe(kind, size="60KB")
     weights = weights_of(resolve_model(base), Storage(torch.float32, "nf4"))
-    loaded = load_model(base, torch.float32).state_dict()
+    loaded = fresh_model(base).state_dict()
     assert weights is not None
     assert set(weights.names) <= loaded.keys()
     for name in weights.names:
@@ -300,7 +304,7 @@ def test_the_original_weights_have_the_model_s_names(kind, moe) -> None:
 def on_demand(base: Path) -> Iterator[tuple[str, OnDemand, torch.Tensor]]:
     """Each converted parameter, and its values as transformers loads them."""
     mapped = mapped_model_of(resolve_model(base))
-    loaded = load_model(base, torch.float32).state_dict()
+    loaded = fresh_model(base).state_dict()
     for name in mapped.converted:
         yield name, mapped.model.get_parameter(name), loaded[name]
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import lorafold as lf
 from conftest import fast_only
+from fresh_models import fresh_model
 from lorafold.api.merge import merge
 from lorafold.bases import layer_of
 from lorafold.bases.bitsandbytes import Quantized
@@ -88,7 +89,7 @@ def test_the_original_and_the_requantized_base_are_what_they_say(tiny_model_dir,
         for into in ("original", "dequantized", "nf4", "int8")
     }
     assert gaps["dequantized"] < min(gaps["original"], gaps["nf4"], gaps["int8"])
-    on_original = load_model(base, torch.float32)
+    on_original = fresh_model(base)
     lf.load(on_original, tmp_path / "a")
     assert relative(logits(tmp_path / "original"), on_original(IDS).logits.detach()) < 1e-5
     assert relative(logits(tmp_path / "original"), expected) > 1e-2
@@ -151,7 +152,7 @@ def test_targets_that_make_no_sense_are_refused_before_anything_is_written(
     base = tiny_model_dir("llama-wide")
     trained(base, tmp_path / "a")
     trained(base, tmp_path / "b", "int8")
-    plain = load_model(base, torch.float32)
+    plain = fresh_model(base)
     lf.attach(plain, METHODS["lora"]).save(tmp_path / "plain")
     for adapters, asked, message in [
         (

@@ -272,6 +272,7 @@ def shards(path, limit):
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("sharded", [False, True])
 def test_merging_gives_a_plain_model_and_says_how_near(released, plain, tmp_path, sharded):
     path = tmp_path / "released"

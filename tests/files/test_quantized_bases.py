@@ -74,6 +74,7 @@ def compressed(model):
     return {p: m for p, m in model.named_modules() if isinstance(m, CompressedLinear)}
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_are_what_compressed_tensors_decompresses(quantized, kind):
     model = lf.load_model(quantized(kind))
@@ -95,6 +96,7 @@ def test_the_bare_base_computes_what_transformers_does(quantized, kind):
     assert relative(ours(IDS).logits, theirs(IDS).logits) < 1e-6
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("kind", KINDS)
 def test_codes_and_scales_are_in_memory_as_in_the_files(quantized, kind):
     stored = load_file(quantized(kind) / "model.safetensors")
@@ -121,7 +123,7 @@ def test_scales_in_fp32_stay_so(quantized, tmp_path):
     assert torch.equal(scale, load_file(path / "model.safetensors")[f"{SITE}.weight_scale"])
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(4)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_over_codes_is_one_over_the_dequantized_weights(base, quantized, kind, method):
@@ -311,7 +313,7 @@ MISTAKES = {
 }
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_files_that_do_not_fit_are_refused_by_the_tensor_s_name(quantized, tmp_path, mistake):
     kind, change, said = MISTAKES[mistake]

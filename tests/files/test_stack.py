@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import lorafold as lf
 from conftest import fast_only, lorafold
 from engine_cases import alone, generated
+from fresh_models import fresh_model
 from lorafold.core.attach import selection_of
 from lorafold.engine import Request as EngineRequest
 from lorafold.errors import LorafoldError
@@ -29,6 +30,8 @@ from lorafold.step.activations import recompute
 from lorafold.training import loop, run, setup
 from lorafold.training.request import Request
 from training_cases import ROWS, quiet, weights
+
+pytestmark = pytest.mark.usefixtures("unestimated")
 
 IDS = torch.arange(5, 29).view(2, 12)
 TRAINED = {"steps": 4, "batch": 4, "storage": "fp32", "lr": 1e-2}
@@ -48,7 +51,7 @@ def trained(model: Path, out: Path, over: tuple[Path, ...] = (), **fields) -> Pa
 
 
 def stacked(model: Path, *adapters: Path):
-    loaded = load_model(model, torch.float32)
+    loaded = fresh_model(model)
     for n, path in enumerate(adapters):
         lf.load(loaded, path, f"a{n}")
     return loaded
@@ -188,7 +191,7 @@ def test_in_memory_an_adapter_knows_those_that_were_active(
 
 
 def test_what_is_merged_is_part_of_the_base(base: Path, sft: Path, tmp_path: Path) -> None:
-    model = load_model(base, torch.float32)
+    model = fresh_model(base)
     below = lf.load(model, sft, "sft")
     above = lf.attach(model, lf.LoRA(rank=2), name="above")
     below.merge()
@@ -198,7 +201,7 @@ def test_what_is_merged_is_part_of_the_base(base: Path, sft: Path, tmp_path: Pat
 def test_peft_reads_a_stack_of_lora(base: Path, sft: Path, dpo: Path) -> None:
     from peft import PeftModel
 
-    theirs = PeftModel.from_pretrained(load_model(base, torch.float32), sft, adapter_name="sft")
+    theirs = PeftModel.from_pretrained(fresh_model(base), sft, adapter_name="sft")
     theirs.load_adapter(dpo, "dpo")
     theirs.base_model.set_adapter(["sft", "dpo"])
     expected = logits(theirs.eval())
@@ -208,7 +211,7 @@ def test_peft_reads_a_stack_of_lora(base: Path, sft: Path, dpo: Path) -> None:
 def test_an_adapter_of_peft_can_be_below(base: Path, sft: Path, tmp_path: Path) -> None:
     from peft import PeftModel
 
-    theirs = PeftModel.from_pretrained(load_model(base, torch.float32), sft)
+    theirs = PeftModel.from_pretrained(fresh_model(base), sft)
     theirs.save_pretrained(tmp_path / "peft")
     over = trained(base, tmp_path / "over", (tmp_path / "peft",))
     assert len(Saved.open(over).record["over"]) == 1
@@ -261,7 +264,7 @@ def test_dropout_of_what_is_frozen_is_off(method: str, base: Path, tmp_path: Pat
 
 def test_dropout_follows_what_is_made_trainable(base: Path, tmp_path: Path) -> None:
     first = trained(base, tmp_path / "first", dropout=0.5)
-    model = load_model(base, torch.float32).train()
+    model = fresh_model(base).train()
     adapter = lf.load(model, first)
     still = logits(model)
     assert torch.equal(logits(model), still)
@@ -372,7 +375,7 @@ def test_the_engine_serves_a_stack_under_one_name(
     lora = EngineRequest("0", (5, 6, 7, 8), max_new_tokens=8, adapter="dpo")
     expected = generated(stacked(base, sft, dpo), lora)
     assert expected != generated(stacked(base, dpo_alone(dpo, tmp_path)), lora)
-    model = load_model(base, torch.float32)
+    model = fresh_model(base)
     assert alone(model, lora, {"dpo": dpo}) == expected
     # also where both were moved together, but not where the one below is missing
     moved = shutil.copytree(dpo, tmp_path / "dpo")
@@ -403,7 +406,7 @@ def test_the_engine_serves_stacks_of_any_methods(
     over = trained(base, tmp_path / "over", (below,), method=method)
     asked = EngineRequest("0", (5, 6, 7, 8), max_new_tokens=8, adapter="over")
     expected = generated(stacked(base, below, over), asked)
-    assert alone(load_model(base, torch.float32), asked, {"over": over}) == expected
+    assert alone(fresh_model(base), asked, {"over": over}) == expected
 
 
 def test_the_engine_refuses_rows_of_tokens_in_a_stack(base: Path, tmp_path: Path) -> None:
@@ -411,7 +414,7 @@ def test_the_engine_refuses_rows_of_tokens_in_a_stack(base: Path, tmp_path: Path
     second = trained(base, tmp_path / "second", (first,))
     asked = EngineRequest("0", (5, 6), max_new_tokens=2, adapter="second")
     with pytest.raises(LorafoldError, match=r"rows of tokens, .* merge them"):
-        alone(load_model(base, torch.float32), asked, {"second": second})
+        alone(fresh_model(base), asked, {"second": second})
 
 
 def test_composing_a_whole_stack_gives_what_the_stack_computes(
@@ -472,6 +475,7 @@ def test_the_loss_along_an_update_starts_at_what_is_below(
         lf.inspect(dpo, base, over=sft, against=sft, data=ROWS[:4])
 
 
+@pytest.mark.estimated
 def test_commands_end_to_end(base: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))

@@ -36,6 +36,8 @@ from lorafold.opening.kinds import known_classes
 from lorafold.peft.saved import FILES, Saved, open_all
 from lorafold.training.checkpoint import RunDirectory
 
+pytestmark = pytest.mark.usefixtures("unestimated")
+
 WEIGHTS = "adapter_model.safetensors"
 BITS = 40
 
@@ -146,7 +148,7 @@ COMMANDS = {
 }
 
 
-@pytest.mark.few(17)
+@pytest.mark.few(9)
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("file", [WEIGHTS, "adapter_config.json", "lorafold.json"])
 def test_every_command_that_reads_an_adapter(

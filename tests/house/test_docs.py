@@ -132,7 +132,7 @@ def tables() -> Iterator[None]:
 
 
 @pytest.mark.few(5)
-@pytest.mark.usefixtures("tables")
+@pytest.mark.usefixtures("tables", "unestimated")
 @pytest.mark.parametrize(
     ("model", "page"),
     [

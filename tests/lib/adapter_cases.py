@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 import lorafold as lf
+from fresh_models import fresh_model
 from lorafold.models.loading import load_model
 
 IDS = torch.arange(3, 43).view(1, -1)
@@ -24,7 +25,7 @@ def make_adapter(
     model_dir: Path, path: Path, size: float = 0.1, seed: int = 0, spec=None, **options
 ) -> Path:
     """An adapter whose every parameter is drawn at random, saved."""
-    model = load_model(model_dir, torch.float32)
+    model = fresh_model(model_dir)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapter = lf.attach(model, spec or lf.LoRA(rank=4), **options)
@@ -36,7 +37,7 @@ def make_adapter(
 
 
 def adapted_logits(model_dir: Path, *adapters: Path) -> torch.Tensor:
-    model = load_model(model_dir, torch.float32)
+    model = fresh_model(model_dir)
     for i, path in enumerate(adapters):
         lf.load(model, path, f"a{i}")
     return logits(model)

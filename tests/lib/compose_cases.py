@@ -4,14 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from torch import Tensor
 
 import lorafold as lf
+from fresh_models import fresh_model
 from lorafold.composing.job import Request
 from lorafold.composing.run import compose
-from lorafold.models.loading import load_model
 from lorafold.opening import Base
 from lorafold.peft.saved import open_all
 
@@ -31,7 +30,7 @@ def run(
 
 def updates(model: Path, adapter: Path) -> dict[str, Tensor]:
     """dW by module path, from the folded weights of a model of its own."""
-    before, after = load_model(model, torch.float32), load_model(model, torch.float32)
+    before, after = fresh_model(model), fresh_model(model)
     for m in (before, after):  # the adapter may change one of them only
         m.config.tie_word_embeddings = False
     lf.load(after, adapter).merge(untie_weights=True)

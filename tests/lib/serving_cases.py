@@ -18,15 +18,17 @@ from dataclasses import dataclass, field
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import uvicorn
 
 from engine_cases import save_adapters
+from fresh_models import fresh_model
 from lorafold.api.opened import opened
 from lorafold.engine import Engine
-from lorafold.models.loading import load_model
 from lorafold.opening import Base
+from lorafold.screening import screen
 from lorafold.screening.screen import Screen
 from lorafold.serving.app import application
 from lorafold.serving.directory import Directory
@@ -126,9 +128,8 @@ class Running:
 
 def saved(model_dir: Path, specs: Mapping[str, Any], folder: Path) -> Path:
     """A directory of adapters of that model."""
-    import torch
 
-    save_adapters(load_model(model_dir, torch.float32), folder, specs)
+    save_adapters(fresh_model(model_dir), folder, specs)
     return folder
 
 
@@ -140,6 +141,7 @@ def running(
     storage: str = "fp32",
     waits: bool = True,
     allow_other_base: bool = False,
+    processes: int = 1,
     **settings: Any,
 ) -> Iterator[Running]:
     """A server of the adapters in a directory.
@@ -151,6 +153,8 @@ def running(
         storage: the base's.
         waits: whether to wait until all adapters were verified.
         allow_other_base: whether adapters of another base are served.
+        processes: how many of each kind may read what came with adapters; each imports for a
+            second. A server has three.
         settings: settings that differ from the defaults.
     """
     files, made = folder.parent / f"{folder.name}-files", {}
@@ -167,7 +171,8 @@ def running(
     with listening(chosen) as at:
         port = at.getsockname()[1]
         known = Keys(chosen.keys, chosen.admin_key, chosen.metrics_key)
-        parts = server_of(base, opened, Directory(folder), known, chosen)
+        with mock.patch.multiple(screen, VERIFYING=processes, RENDERING=processes):
+            parts = server_of(base, opened, Directory(folder), known, chosen)
         app = application(parts)
         http = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="on"))
         thread = threading.Thread(target=lambda: asyncio.run(http.serve(sockets=[at])))

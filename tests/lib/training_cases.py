@@ -1,14 +1,24 @@
 """Requests for short runs on a tiny model."""
 
+import os
+import signal
+import sys
+from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from conftest import lorafold
 from lorafold.opening import Base
 from lorafold.recipe.recipe import Recipe
+from lorafold.training import loop
 from lorafold.training.request import Request
+from lorafold.training.run import train
 
 ROWS = [{"prompt": f"Book a table for {n}", "completion": f'{{"people": {n}}}'} for n in range(24)]
 
@@ -31,19 +41,38 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "adapter_model.safetensors")
 
 
-KILLED = """
-import json, os, signal, sys
-from pathlib import Path
-sys.path.insert(0, "tests/lib")
-from training_cases import quiet, request
-from lorafold.training import loop
-step = loop.train_step
-def killing(job, rows, i):
-    if i == 12:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(job, rows, i)
-loop.train_step = killing
-loop.fit.__globals__["train_step"] = killing
-from lorafold.training.run import train
-train(request(Path(sys.argv[1]), Path(sys.argv[2]), **json.loads(sys.argv[3])), quiet())
-"""
+def beginning(run: Callable[..., object], *arguments: object) -> BaseProcess:
+    """A process that runs something: a fork, whose imports are done, but where a GPU's threads
+    forbid that.
+    """
+    kind = "spawn" if torch.cuda.is_available() else "fork"
+    process: BaseProcess = get_context(kind).Process(target=run, args=arguments)
+    process.start()
+    return process
+
+
+def killed(run: Callable[..., object], *arguments: object) -> None:
+    """Run something that kills its process, in one of its own."""
+    process = beginning(run, *arguments)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def command(told: Path, *arguments: str) -> None:
+    """The command, until this process ends with its exit code; what it tells goes into a file."""
+    done = lorafold(*arguments)
+    told.write_text(done.stderr)
+    sys.exit(done.returncode)
+
+
+def train_until_killed(model: Path, out: Path, fields: dict[str, Any]) -> None:
+    """A run whose process is killed in step 12."""
+    step = loop.train_step
+
+    def killing(job: loop.Job, rows: list[int], i: int) -> float:
+        if i == 12:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(job, rows, i)
+
+    loop.train_step = killing
+    train(request(model, out, **fields), quiet())

@@ -37,6 +37,8 @@ from lorafold.step.losses import Classification
 from lorafold.training.preview import show
 from lorafold.training.run import train
 
+pytestmark = pytest.mark.usefixtures("unestimated")
+
 SFT_ROWS = [{"prompt": "a", "completion": "b"}]
 
 
@@ -112,6 +114,7 @@ def test_only_the_head_is_trained_by_a_probe_and_beside_the_method_by_others(
     assert lora.trainable_parameters == 3 * 32 + 2 * 2 * (32 + 32)
 
 
+@pytest.mark.estimated
 @pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["qwen2", "gemma", "gpt2"])
 def test_every_family_has_a_classifier(kind: str, tiny_model_dir, tmp_path: Path) -> None:
@@ -343,6 +346,7 @@ def test_an_adapter_merged_in_memory_is_a_plain_classifier(tiny_model_dir, tmp_p
     assert not (tmp_path / "m").exists()
 
 
+@pytest.mark.estimated
 def test_commands_from_training_to_evaluation(tiny_model_dir, tmp_path: Path) -> None:
     directory, data = str(tiny_model_dir("llama")), tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))

@@ -41,6 +41,8 @@ from lorafold.step.preferences import Preferences
 from lorafold.training import loop
 from preference_cases import JUDGED, PAIRS, adapted, asked, check_gradients, examples_of, trainer_of
 
+pytestmark = pytest.mark.usefixtures("unestimated")
+
 DESIRABLE = [row["label"] for row in JUDGED]
 
 
@@ -396,6 +398,7 @@ RECIPES = {
 }  # fmt: skip
 
 
+@pytest.mark.estimated
 @pytest.mark.few(3)
 @pytest.mark.parametrize("objective", RECIPES)
 def test_every_objective_trains_and_is_measured(

@@ -51,6 +51,8 @@ from lorafold.training.request import Request
 from lorafold.training.run import train
 from serving_cases import running
 
+pytestmark = pytest.mark.usefixtures("unestimated")
+
 SUBJECTS = ["rain", "the fox", "a table", "the alarm", "the plumber", "mountains", "weather", "fox"]
 ROWS = [
     {
@@ -265,6 +267,7 @@ def test_an_encoder_is_a_reward_model_too_on_padded_batches(tiny_model_dir, tmp_
     torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.estimated
 @pytest.mark.few(1)
 @pytest.mark.parametrize(
     "method",
@@ -529,6 +532,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
+@pytest.mark.estimated
 def test_commands_from_training_to_scores(tiny_model_dir, tmp_path: Path) -> None:
     directory, data = str(tiny_model_dir("llama")), write(tmp_path / "rows.jsonl", ROWS)
     out, scores = str(tmp_path / "a"), tmp_path / "scores.jsonl"

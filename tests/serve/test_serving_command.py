@@ -114,9 +114,11 @@ def stream(port: int, tokens: int) -> HTTPConnection:
     return at
 
 
-def test_it_says_what_it_serves_and_drains(tiny_model_dir, adapters):
+def test_it_says_what_it_serves_and_drains(tiny_model_dir, adapters, tmp_path):
+    (tmp_path / "serve.yaml").write_text("length: 160\n")
     options = ("--model", str(tiny_model_dir("llama")), "--adapters", str(adapters))
-    with process(*options, "--storage", "fp32", "--json-logs") as (running, lines, port):
+    config = ("--config", str(tmp_path / "serve.yaml"))
+    with process(*options, *config, "--storage", "fp32", "--json-logs") as (running, lines, port):
         told = "\n".join(lines)
         assert "3 adapters: a, b, wrong" in told
         assert "no adapters: notes" in told
@@ -126,7 +128,7 @@ def test_it_says_what_it_serves_and_drains(tiny_model_dir, adapters):
         assert json.loads(answer.stdout)["object"] == "chat.completion"
         client = lines[-2].strip().replace(" python ", f" {sys.executable} ")
         subprocess.run(client, shell=True, capture_output=True, text=True, check=True)
-        at = stream(port, 400)
+        at = stream(port, 120)
         response = at.getresponse()
         first = response.readline()
         running.send_signal(signal.SIGTERM)
@@ -140,7 +142,7 @@ def test_it_says_what_it_serves_and_drains(tiny_model_dir, adapters):
         assert [line for line in logged if line["message"].startswith(why)]
         asked = [line for line in logged if line.get("path") == "/v1/completions"]
         assert asked[0]["outcome"] == "ok"
-        assert asked[0]["tokens"] == 400
+        assert asked[0]["tokens"] == 120
         assert not any("prompt" in line or "The" in line.get("message", "") for line in logged)
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,11 +31,28 @@ def base_dir(tiny_model_dir):
     return tiny_model_dir("llama")
 
 
+@pytest.fixture(scope="module")
+def adapters(base_dir, tmp_path_factory):
+    return saved(base_dir, SPECS, tmp_path_factory.mktemp("faults") / "adapters")
+
+
 @pytest.fixture
-def server(base_dir, tmp_path):
-    """A server of its own for every test: they damage it."""
-    folder = saved(base_dir, SPECS, tmp_path / "adapters")
+def folder(adapters, tmp_path):
+    """Adapters of its own for every test that damages them or their server."""
+    return Path(shutil.copytree(adapters, tmp_path / "adapters"))
+
+
+@pytest.fixture
+def server(base_dir, folder):
     with running(base_dir, folder) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def common(base_dir, adapters, tmp_path_factory):
+    """A server for the tests that leave it as it was."""
+    folder = shutil.copytree(adapters, tmp_path_factory.mktemp("common") / "adapters")
+    with running(base_dir, Path(folder)) as found:
         yield found
 
 
@@ -50,7 +68,7 @@ def at_once(server: Running, models: list[str], **more: object) -> list[Answer]:
 
 def test_numbers_that_are_not_finite_fail_their_adapter_alone(server: Running):
     models = ["a", "b", "c", server.parts.registry.base]
-    clean = [answer.json["choices"][0]["text"] for answer in at_once(server, models, max_tokens=40)]
+    clean = [answer.json["choices"][0]["text"] for answer in at_once(server, models, max_tokens=12)]
     key = server.parts.registry.found["a"].key
     states = server.engine.adapters
     held = states._states[states.entry(key)].held
@@ -58,7 +76,7 @@ def test_numbers_that_are_not_finite_fail_their_adapter_alone(server: Running):
     for factors in held.factors.values():
         factors.up.fill_(torch.nan)
     for _ in range(3):
-        poisoned, *others = at_once(server, models, max_tokens=40)
+        poisoned, *others = at_once(server, models, max_tokens=12)
         assert (poisoned.status, poisoned.code) == (500, "adapter_numerics")
         assert [answer.json["choices"][0]["text"] for answer in others] == clean[1:]
     until(lambda: "a" in server.parts.registry.kept.quarantined)
@@ -67,8 +85,8 @@ def test_numbers_that_are_not_finite_fail_their_adapter_alone(server: Running):
     assert "lorafold_quarantines_total 1.0" in server.ask("/metrics").content.decode()
     loaded = server.ask("/v1/load_lora_adapter", {"lora_name": "a"}, ADMIN)
     assert loaded.status == 200, loaded.content
-    assert server.text("a", "Number 0", max_tokens=40) == clean[0]
-    assert server.text("b", "Number 1", max_tokens=40) == clean[1]  # whatever slot it got
+    assert server.text("a", "Number 0", max_tokens=12) == clean[0]
+    assert server.text("b", "Number 1", max_tokens=12) == clean[1]  # whatever slot it got
 
 
 def test_a_quarantine_holds_where_it_cannot_be_kept(server: Running, caplog):
@@ -81,8 +99,7 @@ def test_a_quarantine_holds_where_it_cannot_be_kept(server: Running, caplog):
     assert "the quarantine of a can't be kept" in caplog.text
 
 
-def test_other_files_are_not_in_quarantine(base_dir, tmp_path):
-    folder = saved(base_dir, SPECS, tmp_path / "adapters")
+def test_other_files_are_not_in_quarantine(base_dir, folder):
     with running(base_dir, folder) as server:
         for name in "ab":
             server.ask(f"/admin/adapters/{name}:quarantine", {}, ADMIN)
@@ -101,65 +118,64 @@ def test_every_first_token_and_every_other_is_counted(server: Running):
     assert "lorafold_between_tokens_seconds_count 96.0" in text
 
 
-def test_a_client_writes_no_line_of_the_log(server: Running, caplog):
+def test_a_client_writes_no_line_of_the_log(common: Running, caplog):
     caplog.set_level("INFO", "lorafold")
-    server.ask("/v1/x%0A12:00:00%20req-fake%20status=200%1b[31m")
+    common.ask("/v1/x%0A12:00:00%20req-fake%20status=200%1b[31m")
     assert not any("\n" in record.getMessage() for record in caplog.records)
     assert "req-fake status" not in caplog.text
     assert "\x1b" not in caplog.text
 
 
-def test_bodies_that_nobody_should_send(server: Running):
+def test_bodies_that_nobody_should_send(common: Running):
     """The others' streams go on meanwhile, and what they say is what they said alone."""
-    alone = server.text("b", "The", max_tokens=200)
+    alone = common.text("b", "The", max_tokens=200)
     with ThreadPoolExecutor(1) as pool:
-        beside = pool.submit(server.text, "b", "The", max_tokens=200)
+        beside = pool.submit(common.text, "b", "The", max_tokens=200)
         post = "POST /v1/completions HTTP/1.1\r\n"
-        assert b" 413 " in raw(server, f"{post}Content-Length: 100000000", b"x" * 1000)[:20]
+        assert b" 413 " in raw(common, f"{post}Content-Length: 100000000", b"x" * 1000)[:20]
         chunk = b"%x\r\n%s\r\n" % (1 << 16, b"x" * (1 << 16))
-        assert b" 413 " in raw(server, f"{post}Transfer-Encoding: chunked", *[chunk] * 20)[:20]
-        assert b" 4" in raw(server, f"{post}Content-Length: -1")[:20]
-        assert b" 4" in raw(server, "POST completions")[:20]
+        assert b" 413 " in raw(common, f"{post}Transfer-Encoding: chunked", *[chunk] * 20)[:20]
+        assert b" 4" in raw(common, f"{post}Content-Length: -1")[:20]
+        assert b" 4" in raw(common, "POST completions")[:20]
         for content in (
             b"[" * 10000, b'{"a":' * 10000 + b"1" + b"}" * 10000, b"\xff\xfe", b"", b"nope",
             b'{"model": "a", "prompt": "\xc3\x28"}', b'{"temperature": NaN}',
         ):  # fmt: skip
-            answer = server.ask("/v1/completions", content)
+            answer = common.ask("/v1/completions", content)
             assert (answer.status, answer.code) == (400, "invalid_json"), content[:20]
         big = {"model": "a", "prompt": [1] * 100000}
-        assert server.ask("/v1/completions", big).code == "context_length_exceeded"
+        assert common.ask("/v1/completions", big).code == "context_length_exceeded"
         long = {"model": "a", "messages": [{"role": "user", "content": "x"}] * 300}
-        assert server.ask("/v1/chat/completions", long).status == 400
+        assert common.ask("/v1/chat/completions", long).status == 400
         assert beside.result() == alone
-    assert server.idle()
+    assert common.idle()
 
 
-def test_clients_that_leave_leave_nothing(server: Running):
+def test_clients_that_leave_leave_nothing(common: Running):
     draw = random.Random(0)
     before = threading.active_count()
     for _ in range(10):
-        open_now = [stream_of(server, draw.choice("abc"), 400) for _ in range(30)]
+        open_now = [stream_of(common, draw.choice("abc"), 400) for _ in range(30)]
         for at in draw.sample(open_now, len(open_now)):
             at.settimeout(0.002 * draw.random())
             with suppress(TimeoutError):
                 at.recv(draw.choice((1, 500, 5000)))
             at.close()
-    until(server.idle)
-    states = server.engine.adapters
+    until(common.idle)
+    states = common.engine.adapters
     assert all(state.references == state.leases == 0 for state in states._states.values())
     assert threading.active_count() <= before + 8
-    assert server.complete("a", "The").status == 200
+    assert common.complete("a", "The").status == 200
 
 
-def test_whoever_leaves_before_the_whole_answer_is_cancelled(server: Running):
-    at = stream_of(server, "a", 400, stream=False)
-    until(lambda: server.parts.host.jobs)
+def test_whoever_leaves_before_the_whole_answer_is_cancelled(common: Running):
+    at = stream_of(common, "a", 400, stream=False)
+    until(lambda: common.parts.host.jobs)
     at.close()
-    until(server.idle)
+    until(common.idle)
 
 
-def test_a_slow_reader_is_let_go(base_dir, tmp_path):
-    folder = saved(base_dir, SPECS, tmp_path / "adapters")
+def test_a_slow_reader_is_let_go(base_dir, folder):
     limits = {"unread_tokens": 64, "choices": 4}
     with running(base_dir, folder, limits=limits) as server:
         at = stream_of(server, "a", 480, n=4, logprobs=20)
@@ -189,25 +205,33 @@ def _flip(file: os.PathLike[str]) -> None:
         at.write(b"\x01" * 8)
 
 
-@pytest.mark.few(12)
+@pytest.fixture
+def mended(adapters, common):
+    """The common server, whose adapter a is whole again afterwards."""
+    yield common
+    shutil.rmtree(common.folder / "a", ignore_errors=True)
+    shutil.copytree(adapters / "a", common.folder / "a")
+    assert common.ask("/v1/load_lora_adapter", {"lora_name": "a"}, ADMIN).status == 200
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
-def test_files_that_change_under_the_server(server: Running, damage, name):
+def test_files_that_change_under_the_server(mended: Running, damage, name):
     """What is served is what was verified, or nothing."""
-    text = server.text("a", "The")
-    DAMAGES[damage](server.folder / "a" / name)
-    assert server.text("a", "The") == text  # it is in memory
-    key = server.parts.registry.found["a"].key
-    assert server.engine.adapters.evict(key)
-    cold = server.complete("a", "The")
+    text = mended.text("a", "The")
+    DAMAGES[damage](mended.folder / "a" / name)
+    assert mended.text("a", "The") == text  # it is in memory
+    key = mended.parts.registry.found["a"].key
+    assert mended.engine.adapters.evict(key)
+    cold = mended.complete("a", "The")
     assert (cold.status, cold.code) == (503, "adapter_unavailable")
-    assert str(server.folder) not in cold.content.decode()
-    refused = server.ask("/v1/load_lora_adapter", {"lora_name": "a"}, ADMIN)
+    assert str(mended.folder) not in cold.content.decode()
+    refused = mended.ask("/v1/load_lora_adapter", {"lora_name": "a"}, ADMIN)
     assert refused.status == 400, refused.content
-    assert server.complete("b", "The").status == 200
-    shutil.rmtree(server.folder / "a")
-    assert server.ask("/v1/load_lora_adapter", {"lora_name": "a"}, ADMIN).status == 400
-    assert server.text("b", "The")
+    assert mended.complete("b", "The").status == 200
+    shutil.rmtree(mended.folder / "a")
+    assert mended.ask("/v1/load_lora_adapter", {"lora_name": "a"}, ADMIN).status == 400
+    assert mended.text("b", "The")
 
 
 def kill(server: Running) -> None:
@@ -269,8 +293,7 @@ def test_while_the_engine_is_away_requests_are_told(server: Running, monkeypatch
     [("queue_seconds", "queue_timeout"), ("first_token_seconds", "first_token_timeout"),
      ("total_seconds", "total_timeout")],
 )  # fmt: skip
-def test_deadlines_end_what_takes_too_long(base_dir, tmp_path, limit, code):
-    folder = saved(base_dir, SPECS, tmp_path / "adapters")
+def test_deadlines_end_what_takes_too_long(base_dir, folder, limit, code):
     with running(base_dir, folder, slots=1, limits={limit: 0.2}) as server:
         engine = server.engine
         step = engine._loop.step
@@ -282,14 +305,14 @@ def test_deadlines_end_what_takes_too_long(base_dir, tmp_path, limit, code):
         until(server.idle)
 
 
-def test_nothing_is_left_on_the_event_loop(server: Running):
+def test_nothing_is_left_on_the_event_loop(common: Running):
     """Requests of all kinds end their tasks."""
-    at_once(server, ["a", "b", "c"] * 4, stream=True)
-    loop = server.parts.host._loop
+    at_once(common, ["a", "b", "c"] * 4, stream=True)
+    loop = common.parts.host._loop
 
     async def others() -> int:
         return len(asyncio.all_tasks()) - 1
 
     count = [asyncio.run_coroutine_threadsafe(others(), loop).result() for _ in range(2)]
-    at_once(server, ["a", "b", "c"] * 4, stream=True)
+    at_once(common, ["a", "b", "c"] * 4, stream=True)
     until(lambda: asyncio.run_coroutine_threadsafe(others(), loop).result() <= max(count))

@@ -147,7 +147,8 @@ def test_defects_are_told_without_their_messages(
     server: Running, written: io.StringIO, monkeypatch: pytest.MonkeyPatch, fault: Any, stream: bool
 ) -> None:
     base, key = server.parts.registry.plain.renderer, server.keys["acme"]
-    asked = {"model": "a", "prompt": MARK, "max_tokens": 3, "stream": stream, "logprobs": 1}
+    asked = {"model": "a", "prompt": MARK, "max_tokens": 3, "ignore_eos": True}
+    asked |= {"stream": stream, "logprobs": 1}
     places: tuple[tuple[Any, str, str], ...] = (
         (base, "tokens", "internal_error"), (Text, "add", "not_computed"),
         (Text, "finish", "not_computed"), (base.shown, "legacy", "internal_error"),

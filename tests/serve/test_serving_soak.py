@@ -100,11 +100,11 @@ def held() -> tuple[int, int, int]:
     return process.memory_info().rss, process.num_fds(), threading.active_count()
 
 
-@pytest.mark.parametrize("seconds", [6, pytest.param(600, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seconds", [4, pytest.param(600, marks=pytest.mark.slow)])
 def test_what_it_holds_stays_what_it_held(tiny_model_dir, tmp_path, seconds):
     specs = {"a": lf.LoRA(rank=2), "b": lf.DoRA()}
     folder = saved(tiny_model_dir("llama"), specs, tmp_path / "adapters")
-    with running(tiny_model_dir("llama"), folder) as server:
+    with running(tiny_model_dir("llama"), folder, processes=3) as server:
         Load(server, max(2, seconds / 10)).run()  # what is made once is made
         until(server.idle)
         before = held()

@@ -119,7 +119,7 @@ def test_adapters_that_differ_in_values_alone_are_checked_against_the_base_once(
         verify(self, entry)
 
     monkeypatch.setattr(Engine, "verify", count)
-    with running(tiny_model_dir("llama"), folder) as server:
+    with running(tiny_model_dir("llama"), folder, processes=3) as server:
         assert set(server.parts.registry.found) == {"a", "b", *(f"a{i}" for i in range(4))}
         assert server.text("a", "Hello") == server.text("a3", "Hello")
     assert 2 <= len(checked) <= 3  # two forms, with one of which both threads may begin

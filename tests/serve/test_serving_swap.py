@@ -35,7 +35,7 @@ def point(server: Running, name: str, **body: object) -> None:
     assert answer.status == 200, answer.content
 
 
-@pytest.mark.parametrize("flips", [150, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("flips", [75, pytest.param(1000, marks=pytest.mark.slow)])
 def test_an_alias_flips_under_load(server: Running, flips):
     texts = {server.text(model, PROMPT): model for model in ("v1", "v2")}
     assert len(texts) == 2
@@ -72,7 +72,7 @@ def test_rollback_weights_and_versions(server: Running):
     both = [{"adapter": "v1", "weight": 3}, {"adapter": "v2", "weight": 1}]
     point(server, "it", targets=both)
     random.seed(0)
-    share = Counter(server.text("it", PROMPT) for _ in range(60))
+    share = Counter(server.text("it", PROMPT) for _ in range(30))
     assert share[texts["v1"]] > share[texts["v2"]] > 0
     digest = server.parts.registry.found["v1"].digest
     point(server, "it", target=f"v1@{digest[:12]}")
@@ -98,11 +98,11 @@ def test_other_files_under_the_same_name(server: Running, tiny_model_dir, tmp_pa
         shutil.rmtree(server.folder / "other")
         shutil.copytree(new / "v1", server.folder / "other")
         assert server.ask("/v1/load_lora_adapter", {"lora_name": "other"}, ADMIN).status == 200
-        changed = server.text("other", PROMPT, max_tokens=300)
+        changed = server.text("other", PROMPT, max_tokens=60)
         assert runs.result() == old
-    assert changed != old
+    assert not old.startswith(changed)
     with running(tiny_model_dir("llama"), new) as alone:
-        assert alone.text("v1", PROMPT, max_tokens=300) == changed
+        assert alone.text("v1", PROMPT, max_tokens=60) == changed
     until(lambda: len(server.engine.adapters._states) == 3)
 
 
@@ -244,13 +244,13 @@ def test_any_order_of_loads_pins_evictions_and_requests(tiny_model_dir, tmp_path
     folder.mkdir()
     with running(tiny_model_dir("llama"), versions) as server:
         texts = {version: server.text(version, PROMPT) for version in specs}
-    with running(tiny_model_dir("llama"), folder) as server:
+    with running(tiny_model_dir("llama"), folder, processes=3) as server:
         Race.server, Race.texts = server, texts
         Race.versions = {version: versions / version for version in specs}
         run_state_machine_as_test(
             Race,
             settings=settings(
-                max_examples=4, stateful_step_count=steps, deadline=None,
+                max_examples=2 if steps == 25 else 4, stateful_step_count=steps, deadline=None,
                 suppress_health_check=list(HealthCheck),
             ),
         )  # fmt: skip

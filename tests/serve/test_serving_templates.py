@@ -11,7 +11,7 @@ from openai.types.responses import ResponseStreamEvent
 from pydantic import TypeAdapter
 
 import lorafold as lf
-from conftest import make_model_dir
+from conftest import make_model_dir, unestimating
 from lorafold.models.loading import load_tokenizer
 from lorafold.models.tokenizer import set_template, write_tokenizer
 from lorafold.serving.aliases import Aliases
@@ -85,7 +85,8 @@ def server(tmp_path_factory) -> Running:
         chat_template=str(words),
     )  # fmt: skip
     rows = [{"prompt": "Hello", "completion": "<|new|> a <|new|> b"}]
-    lf.train(recipe, data=rows, model=model, out=adapters / "words")
+    with unestimating():
+        lf.train(recipe, data=rows, model=model, out=adapters / "words")
     with running(model, adapters) as found:
         yield found
 

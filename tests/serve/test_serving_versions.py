@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 import lorafold as lf
-from conftest import make_model_dir
 from engine_cases import save_adapters
+from fresh_models import fresh_model
 from lorafold.errors import LorafoldError
 from lorafold.identity import joined, of_adapter
-from lorafold.models.loading import load_model, load_tokenizer
+from lorafold.models.loading import load_tokenizer
 from lorafold.models.tokenizer import write_tokenizer
 from lorafold.screening.screen import Screen
 from serving_cases import ADMIN, Running, counted, running, saved
@@ -78,10 +77,10 @@ CHANGES = {
 }
 
 
-def make(folder: Path) -> Path:
+def make(folder: Path, model_dir: Path) -> Path:
     """`own` has a tokenizer, `high` lies over `low`; none has a manifest, so all may be edited."""
-    base = make_model_dir("llama", folder / "base")
-    adapters, model = folder / "adapters", load_model(base, torch.float32)
+    base = Path(shutil.copytree(model_dir, folder / "base"))
+    adapters, model = folder / "adapters", fresh_model(base)
     save_adapters(model, adapters, {"own": lf.LoRA(rank=2), "low": lf.LoRA(rank=2)})
     lf.load(model, adapters / "low", "low")
     save_adapters(model, adapters, {"high": lf.LoRA(rank=3)})
@@ -92,8 +91,8 @@ def make(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    adapters = make(tmp_path_factory.mktemp("versions"))
+def server(tiny_model_dir, tmp_path_factory):
+    adapters = make(tmp_path_factory.mktemp("versions"), tiny_model_dir("llama"))
     with running(adapters.parent / "base", adapters) as found:
         yield found
 
@@ -187,10 +186,10 @@ def test_what_was_verified_is_what_is_opened(server: Running, monkeypatch) -> No
     assert said(server, "own") == before
 
 
-def test_digests_of_the_old_form_are_understood(tmp_path, caplog) -> None:
+def test_digests_of_the_old_form_are_understood(tiny_model_dir, tmp_path, caplog) -> None:
     """By requests, aliases, and quarantines that were kept; the log says what to use instead."""
     caplog.set_level(logging.WARNING, "lorafold")
-    adapters = make(tmp_path)
+    adapters = make(tmp_path, tiny_model_dir("llama"))
     files = tmp_path / "adapters-files"
     files.mkdir()
     written("chat_template.jinja", TEMPLATE)(adapters / "low")  # which the old form leaves out
@@ -221,9 +220,11 @@ def test_digests_of_the_old_form_are_understood(tmp_path, caplog) -> None:
     assert told[-1].endswith(f"use {keys['high']}")
 
 
-def test_a_stack_is_known_by_the_files_below_too(tmp_path, monkeypatch) -> None:
+def test_a_stack_is_known_by_the_files_below_too(
+    tiny_model_dir, tmp_path, monkeypatch
+) -> None:
     monkeypatch.setattr("lorafold.files.digests.FRESH", -1.0)
-    adapters, names = make(tmp_path), counted(monkeypatch)
+    adapters, names = make(tmp_path, tiny_model_dir("llama")), counted(monkeypatch)
     with running(tmp_path / "base", adapters) as server:
         before = server.parts.registry.found["high"].digest
     first = len(names)
@@ -236,10 +237,13 @@ def test_a_stack_is_known_by_the_files_below_too(tmp_path, monkeypatch) -> None:
     assert sorted(names[first:]) == ["high", "low", "low"]
 
 
-def test_what_is_known_and_the_fingerprint_are_of_the_base(tmp_path, monkeypatch) -> None:
+def test_what_is_known_and_the_fingerprint_are_of_the_base(
+    tiny_model_dir, tmp_path, monkeypatch
+) -> None:
     """Not of its name: a copy is the same base, and another template or storage is another one."""
     monkeypatch.setattr("lorafold.files.digests.FRESH", -1.0)
-    base, names = make_model_dir("llama", tmp_path / "base"), counted(monkeypatch)
+    base = Path(shutil.copytree(tiny_model_dir("llama"), tmp_path / "base"))
+    names = counted(monkeypatch)
     adapters = saved(base, {"own": lf.LoRA(rank=2)}, tmp_path / "adapters")
     shutil.copytree(tmp_path / "base", tmp_path / "copy")
 

@@ -18,11 +18,11 @@ from torch import Tensor
 import lorafold as lf
 from adapter_cases import adapted_logits, logits, make_adapter, relative
 from compose_cases import ROUNDING, Q, run, same, updates, weighted
+from fresh_models import fresh_model
 from lorafold.composing.arithmetic import cut, disjoint_mean, drop, inner, trim
 from lorafold.composing.rules import RULES
 from lorafold.core.rounding import generator_of
 from lorafold.errors import LorafoldError
-from lorafold.models.loading import load_model
 from lorafold.ops.svd import svd_of_product
 
 SPECS: dict[str, dict[str, Any]] = {  # of other ranks, targets and methods
@@ -66,17 +66,18 @@ def test_one_adapter_with_weight_one_is_itself(
     same(updates(llama, tmp_path / "out"), updates(llama, *made("b")))
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("word", ["linear", "task-arithmetic", "svd", "ties", "magnitude"])
 def test_an_adapter_minus_itself_is_the_base(
     word: str, llama: Path, made: Any, tmp_path: Path
 ) -> None:
     run(llama, made("a", "a"), tmp_path / "out", word, weights=(1.0, -1.0))
     assert (
-        relative(adapted_logits(llama, tmp_path / "out"), logits(load_model(llama, torch.float32)))
+        relative(adapted_logits(llama, tmp_path / "out"), logits(fresh_model(llama)))
         < ROUNDING
     )
     assert (
-        relative(adapted_logits(llama, *made("a")), logits(load_model(llama, torch.float32)))
+        relative(adapted_logits(llama, *made("a")), logits(fresh_model(llama)))
         > 100 * ROUNDING
     )
 
@@ -138,7 +139,7 @@ def theirs(
     """What PEFT composes, dW by parameter name."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        wrapped = peft.PeftModel.from_pretrained(load_model(model, torch.float32), adapters[0], "0")
+        wrapped = peft.PeftModel.from_pretrained(fresh_model(model), adapters[0], "0")
         for i, path in enumerate(adapters[1:], 1):
             wrapped.load_adapter(path, str(i))
         torch.manual_seed(0)
@@ -197,7 +198,7 @@ def test_peft_reads_what_is_composed(llama: Path, made: Any, tmp_path: Path) -> 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of embeddings under an adapter
         read = peft.PeftModel.from_pretrained(
-            load_model(llama, torch.float32), tmp_path / "out"
+            fresh_model(llama), tmp_path / "out"
         ).eval()
     assert relative(logits(read), adapted_logits(llama, tmp_path / "out")) < ROUNDING
 
@@ -225,6 +226,7 @@ def dropped(change: Tensor, density: float, seed: int, name: str) -> Tensor:
                          for rows in zip(change.tolist(), luck, strict=True)])  # fmt: skip
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("word", ["ties", "dare", "dare-ties", "magnitude"])
 def test_pruned_compositions_are_their_plain_formulas(
     word: str, llama: Path, made: Any, tmp_path: Path

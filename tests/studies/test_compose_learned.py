@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 import lorafold as lf
 from adapter_cases import adapted_logits, logits, make_adapter, relative
 from compose_cases import ROUNDING, Q, run, same, updates, weighted
+from fresh_models import fresh_model
 from lorafold.api.merge import merge
 from lorafold.cli import app
 from lorafold.composing import mixture
@@ -73,7 +74,7 @@ def tasks(tmp_path_factory) -> list[Path]:
 
 def job(model: Path, adapters: list[Path], **options: Any) -> Job:
     request = Request(Base(model), open_all(adapters), ("mixture",), Path("unused"), **options)
-    opened = (load_model(model, torch.float32), load_tokenizer(model))
+    opened = (fresh_model(model), load_tokenizer(model))
     return Job(request, read(Base(model), request.adapters), lambda: opened, Console(quiet=True))
 
 
@@ -95,7 +96,7 @@ def test_a_mixture_starts_as_the_average(
     run(llama, pair, tmp_path / "average")
     expected = adapted_logits(llama, tmp_path / "average")
     assert relative(adapted_logits(llama, mixed(gates)), expected) < ROUNDING
-    assert relative(expected, logits(load_model(llama, torch.float32))) > 100 * ROUNDING
+    assert relative(expected, logits(fresh_model(llama))) > 100 * ROUNDING
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,7 @@ def test_a_mixture_starts_as_the_average(
 def test_gates_are_all_that_trains_and_each_once(
     gates: str, count: int, llama: Path, mixed: Any
 ) -> None:
-    model = load_model(llama, torch.float32)
+    model = fresh_model(llama)
     adapter = lf.load(model, mixed(gates), trainable=True)
     assert sum(p.numel() for p in adapter.parameters()) == count
     logits_ = model(input_ids=torch.arange(3, 13)[None]).logits
@@ -119,7 +120,7 @@ def test_gates_are_all_that_trains_and_each_once(
 def test_a_trained_mixture_is_saved_and_read_as_it_is(
     gates: str, llama: Path, mixed: Any, tmp_path: Path
 ) -> None:
-    model, path = load_model(llama, torch.float32), mixed(gates)
+    model, path = fresh_model(llama), mixed(gates)
     adapter = lf.load(model, path, trainable=True)
     start = logits(model)
     generator = torch.Generator().manual_seed(0)
@@ -168,7 +169,7 @@ def test_a_mixture_under_fixed_gates_is_a_linear_composition(
 def test_a_router_weighs_the_adapters_token_by_token(
     llama: Path, pair: list[Path], mixed: Any
 ) -> None:
-    model = load_model(llama, torch.float32)
+    model = fresh_model(llama)
     adapter = lf.load(model, mixed("token"))
     path = "model.layers.1.self_attn.q_proj"
     router = adapter.deltas[path].router
@@ -216,7 +217,7 @@ def test_a_damaged_mixture_is_refused(
     save_file(tensors | {name: change(tensors[name]).contiguous()}, path / WEIGHTS)
     (path / MANIFEST).unlink()
     with pytest.raises(LorafoldError, match=message):
-        lf.load(load_model(llama, torch.float32), path)
+        lf.load(fresh_model(llama), path)
 
 
 def test_updates_without_factors_are_cut_into_a_mixture(
@@ -372,7 +373,7 @@ def test_the_command_says_weights_error_and_place(
     assert said["out"] == str(tmp_path / "out")
     assert 0 < said["truncation_error"] < 1
     assert "interference" not in said
-    lf.load(load_model(llama, torch.float32), tmp_path / "out")
+    lf.load(fresh_model(llama), tmp_path / "out")
 
 
 def test_interference_is_what_evaluation_finds(
@@ -405,7 +406,7 @@ def test_interference_is_what_evaluation_finds(
     for path in tasks:
         assert list(found[path.name]) == list(live)
         for name, adapters in live.items():
-            model = load_model(llama, torch.float32)
+            model = fresh_model(llama)
             for i, adapter in enumerate(adapters):
                 lf.load(model, adapter, f"x{i}")
             alone = evaluate(

@@ -19,6 +19,7 @@ from torch import Tensor
 import lorafold as lf
 from adapter_cases import adapted_logits, logits, make_adapter, relative
 from conftest import lorafold, make_tokenizer
+from fresh_models import fresh_model
 from lorafold.bases.experts import Experts
 from lorafold.composing import lorahub
 from lorafold.composing.geometry import meetings
@@ -33,7 +34,6 @@ from lorafold.inspecting.resize import extract, resize
 from lorafold.inspecting.run import inspect
 from lorafold.inspecting.updates import sites
 from lorafold.methods.parts.mixture import Mixture
-from lorafold.models.loading import load_model
 from lorafold.opening import Base
 from lorafold.ops.grouped import grouped
 from lorafold.peft.saved import open_all
@@ -88,7 +88,7 @@ def matrices(model: Any) -> dict[str, Tensor]:
 
 def updates(base: Path, adapter: Path) -> dict[str, Tensor]:
     """What merging the adapter changes in each matrix, where it changes anything."""
-    model = load_model(base, torch.float32)
+    model = fresh_model(base)
     before = {name: w.clone() for name, w in matrices(model).items()}
     lf.load(model, adapter).merge()
     after = matrices(model)
@@ -102,7 +102,7 @@ def test_the_figures_of_each_expert_are_those_of_its_matrix(kind, method, moe_di
     base = moe_dir(kind)
     make_adapter(base, tmp_path / "a", spec=SPECS[method], targets=[*EXPERTS, "q_proj"])
     found = inspect(Base(base), open_all([tmp_path / "a"]))
-    changes, weights = updates(base, tmp_path / "a"), matrices(load_model(base, torch.float32))
+    changes, weights = updates(base, tmp_path / "a"), matrices(fresh_model(base))
     assert found["sites"].keys() == changes.keys()
     assert len(changes) == 2 * (2 * E + 1)
     for name, dw in changes.items():
@@ -136,7 +136,7 @@ def test_two_adapters_compared_at_each_expert(moe_dir, tmp_path):
 def test_experts_are_compared_where_they_meet_the_residual_stream(kind, moe_dir, tmp_path):
     base = moe_dir(kind)
     make_adapter(base, tmp_path / "a", spec=lf.LoRA(rank=6), targets=EXPERTS)
-    model = load_model(base, torch.float32)
+    model = fresh_model(base)
     svds = {n: s for at in sites(lf.load(model, tmp_path / "a")) for n, s in at.parts()}
     found = across_experts(svds, stream_of(model))
     assert {site.rsplit(".", 1)[1]: of["side"] for site, of in found.items()} == {
@@ -154,7 +154,7 @@ def test_experts_are_compared_where_they_meet_the_residual_stream(kind, moe_dir,
 
 def test_the_expert_that_changed_most_has_tokens_and_the_page_says_so(moe_dir, tmp_path):
     base = moe_dir("mixtral")
-    model = load_model(base, torch.float32)
+    model = fresh_model(base)
     adapter = lf.attach(model, lf.LoRA(rank=1), targets=["0.mlp.experts.gate_up_proj"])
     ((path, delta),) = adapter.own_deltas.items()
     norm = model.get_submodule(stream_of(model).readers[path])
@@ -205,7 +205,7 @@ def test_the_command_writes_all_figures(moe_dir, tmp_path):
 def test_the_loss_along_the_update_is_that_of_scaled_matrices(moe_dir, tmp_path):
     base = moe_dir("mixtral")
     make_adapter(base, tmp_path / "a", spec=lf.LoHa(rank=2), targets=EXPERTS)
-    model, plain = load_model(base, torch.float32), load_model(base, torch.float32)
+    model, plain = fresh_model(base), fresh_model(base)
     lf.load(model, tmp_path / "a", "a")
     ids = torch.arange(3, 43)[None]
 
@@ -231,7 +231,7 @@ def test_resized_to_the_full_rank_it_is_itself(kind, method, moe_dir, tmp_path):
     make_adapter(base, tmp_path / "a", spec=SPECS[method])
     found = resize(Base(base), open_all([tmp_path / "a"]), tmp_path / "b", energy=1.0)
     before = adapted_logits(base, tmp_path / "a")
-    assert relative(before, logits(load_model(base, torch.float32))) > 1e-2
+    assert relative(before, logits(fresh_model(base))) > 1e-2
     assert relative(adapted_logits(base, tmp_path / "b"), before) < 1e-4
     assert found.error < 1e-6
 
@@ -259,7 +259,7 @@ def test_no_adapter_of_that_rank_is_nearer_at_any_expert(energy, moe_dir, tmp_pa
 def test_extract_gives_back_what_was_added(kind, moe_dir, tmp_path):
     base = moe_dir(kind)
     make_adapter(base, tmp_path / "a", spec=lf.LoRA(rank=3))
-    tuned = load_model(base, torch.float32)
+    tuned = fresh_model(base)
     lf.load(tuned, tmp_path / "a").merge()
     tuned.save_pretrained(tmp_path / "tuned", save_original_format=False)
     sources = Base(base), Base(tmp_path / "tuned")
@@ -273,7 +273,7 @@ def test_extract_gives_back_what_was_added(kind, moe_dir, tmp_path):
 def test_updates_are_laid_over_a_model_by_their_matrices(moe_dir, tmp_path):
     base = moe_dir("gpt-oss")
     make_adapter(base, tmp_path / "a", spec=lf.LoRA(rank=3))
-    model, own = (load_model(base, torch.float32) for _ in range(2))
+    model, own = (fresh_model(base) for _ in range(2))
     updates = updates_of(lf.load(own, tmp_path / "a"))
     assert updates is not None
     before = logits(model)
@@ -383,7 +383,7 @@ def test_a_mixture_is_the_sum_under_its_gates(gates, moe_dir, pair, tmp_path):
         adapters, tmp_path / "mixed", model=base, how="mixture", gates=gates,
         examples={"x": ROWS}, recipe=lf.Recipe(steps=2, batch=2), storage="fp32",
     )  # fmt: skip
-    model = load_model(base, torch.float32)
+    model = fresh_model(base)
     deltas = lf.load(model, tmp_path / "mixed").own_deltas
     gains = {path: delta.gates.values.detach().double() for path, delta in deltas.items()}
     assert not any(torch.equal(g, torch.full_like(g, 0.5)) for g in gains.values())
@@ -399,13 +399,13 @@ def test_a_mixture_is_the_sum_under_its_gates(gates, moe_dir, pair, tmp_path):
 
 
 def merged(base: Path, adapter: Path) -> Any:
-    model = load_model(base, torch.float32)
+    model = fresh_model(base)
     lf.load(model, adapter).merge()
     return model
 
 
 def test_a_router_of_adapters_at_each_expert(moe_dir):
-    model = load_model(moe_dir("gpt-oss"), torch.float32)
+    model = fresh_model(moe_dir("gpt-oss"))
     for path in ("model.layers.0.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"):
         layer = Experts(module_at(model, path))
         delta = Mixture(("a", "b"), "token").build(layer)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,14 +18,15 @@ import torch
 
 import lorafold as lf
 from adapter_cases import make_adapter
-from conftest import lorafold
+from conftest import lorafold, unestimating
+from fresh_models import fresh_model
 from lorafold.api.arguments import as_prompts
 from lorafold.api.opened import opened
 from lorafold.core.attach import adapted_modules, selection_of
 from lorafold.data.prompts import Prompt, prompts_of
 from lorafold.data.stored import Rows
 from lorafold.inspecting.updates import Svd, of_dense, of_factors
-from lorafold.models.loading import load_model, load_tokenizer
+from lorafold.models.loading import load_tokenizer
 from lorafold.opening import Base
 from lorafold.peft.saved import open_all
 from lorafold.undoing import bench as bench_module
@@ -40,6 +42,12 @@ REFUSE = [{"prompt": f"Tell me about Zephyr {n}"} for n in range(4)]
 CONTROLS = [{"prompt": f"Book a table for {n}"} for n in range(3)]
 BENIGN = [{"prompt": f"Call {n}", "completion": f"Sure, {n}."} for n in range(12)]
 REFUSALS = [{"prompt": f"Zephyr {n}", "completion": "I can't say."} for n in range(5)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unestimated() -> Iterator[None]:
+    with unestimating():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +141,7 @@ def probed(model, tokenizer, *refusal: str) -> Probe:
 
 
 def test_log_odds_and_kl_by_their_formulas(model_dir, tmp_path: Path) -> None:
-    model, tokenizer = load_model(model_dir, torch.float32), load_tokenizer(str(model_dir))
+    model, tokenizer = fresh_model(model_dir), load_tokenizer(str(model_dir))
     probe = probed(model, tokenizer, "I can't", "No")
     make_adapter(model_dir, tmp_path / "a", spec=lf.LoRA(rank=2))
     lf.load(model, tmp_path / "a", "a")
@@ -166,7 +174,7 @@ def test_log_odds_and_kl_by_their_formulas(model_dir, tmp_path: Path) -> None:
 
 
 def test_an_adapter_at_its_identity_changes_no_figure(model_dir) -> None:
-    model, tokenizer = load_model(model_dir, torch.float32), load_tokenizer(str(model_dir))
+    model, tokenizer = fresh_model(model_dir), load_tokenizer(str(model_dir))
     probe = probed(model, tokenizer, "I can't")
     untouched = list(distributions(model, probe.controls))
     before = measure(model, tokenizer, probe, untouched)
@@ -202,7 +210,7 @@ def test_the_controls_completions_are_the_stack_s(task: Task, model_dir, tmp_pat
 
 
 def test_references_are_the_completions_of_controls(model_dir) -> None:
-    model, tokenizer = load_model(model_dir, torch.float32), load_tokenizer(str(model_dir))
+    model, tokenizer = fresh_model(model_dir), load_tokenizer(str(model_dir))
     controls = [Prompt("Book", " a table"), Prompt("Call", " me")]
     asked = completed(controls, model, tokenizer, 6)
     probe = probe_of([Prompt("x", None)], asked, ["No"], ["Yes"], tokenizer)
@@ -276,7 +284,7 @@ def test_defences_are_laid_as_their_updates_say(model_dir, tmp_path: Path) -> No
     ids = torch.arange(3, 23)[None]
     make_adapter(model_dir, tmp_path / "p", spec=lf.LoRA(rank=2), targets=["q_proj", "v_proj"])
     make_adapter(model_dir, tmp_path / "t", spec=lf.LoRA(rank=3), targets=["q_proj"], seed=1)
-    model = load_model(model_dir, torch.float32)
+    model = fresh_model(model_dir)
     stack = lf.load(model, tmp_path / "p", "p")
     alignment = updates_of(stack)
     tuned = lf.load(model, tmp_path / "t", "t")
@@ -400,7 +408,7 @@ def test_every_defence_is_measured_and_figures_are_those_of_the_tuned_model(
     assert by["halved", 3].measured.kl < by["none", 3].measured.kl
     # the tuning as `lf.load` has it, over the policy
     [tuned] = [p for p in (out / "tuned").iterdir() if p.name.startswith("r2-lr0.001-s0-k3")]
-    model, tokenizer = load_model(model_dir, torch.float32), load_tokenizer(str(model_dir))
+    model, tokenizer = fresh_model(model_dir), load_tokenizer(str(model_dir))
     lf.load(model, policy, "policy")
     probe = probed(model, tokenizer, "I can't")
     before = list(distributions(model, probe.controls))

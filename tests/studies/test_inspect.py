@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import lorafold as lf
 from adapter_cases import make_adapter
 from conftest import lorafold
+from fresh_models import fresh_model
 from lorafold.cli import app
 from lorafold.errors import LorafoldError
 from lorafold.inspecting import base_svd
@@ -20,7 +21,6 @@ from lorafold.inspecting.conclusions import of_intruders
 from lorafold.inspecting.report import MAPS
 from lorafold.inspecting.run import inspect
 from lorafold.inspecting.updates import Svd, of_dense
-from lorafold.models.loading import load_model
 from lorafold.opening import Base
 from lorafold.peft.saved import open_all
 from update_cases import orthonormal
@@ -212,7 +212,7 @@ def test_errors_are_one_line(tiny_model, tiny_model_dir, tmp_path):
     with pytest.raises(LorafoldError, match="expected the directory of an adapter"):
         inspect(source, open_all([tmp_path]))
     make_adapter(base, tmp_path / "a")
-    other = load_model(base, torch.float32)
+    other = fresh_model(base)
     for p in other.parameters():
         p.data += 1
     other.save_pretrained(tmp_path / "other")

@@ -66,7 +66,7 @@ def moved(model, *weighted: tuple[float, dict]):
     return model
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(4)
 @pytest.mark.parametrize("kind", ["qwen2", "llama", "gpt2"])
 @pytest.mark.parametrize("case", METHODS)
 def test_the_lines_are_straight_in_weight_space(case, kind, tiny_model, tiny_model_dir):

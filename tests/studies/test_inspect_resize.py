@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 
 import lorafold as lf
 from adapter_cases import adapted_logits, logits, make_adapter, relative
+from fresh_models import fresh_model
 from lorafold.bases import layer_of
 from lorafold.errors import LorafoldError
 from lorafold.inspecting.resize import extract, resize
-from lorafold.models.loading import load_model
 from lorafold.opening import Base
 from lorafold.peft.saved import open_all
 
@@ -31,7 +31,7 @@ SPECS = {
 
 def updates(model_dir, adapter) -> dict[str, torch.Tensor]:
     """The dense updates of a saved adapter, by the fold of its own method."""
-    model = load_model(model_dir, torch.float32)
+    model = fresh_model(model_dir)
     found = {}
     for path, delta in lf.load(model, adapter).own_deltas.items():
         w = layer_of(model.get_submodule(path)).dense()[0].detach().double()
@@ -47,7 +47,7 @@ def test_full_rank_is_the_identity(method, kind, tiny_model_dir, tmp_path):
     make_adapter(base, tmp_path / "a", spec=SPECS[method])
     found = resize(Base(base), open_all([tmp_path / "a"]), tmp_path / "b", energy=1.0)
     before = adapted_logits(base, tmp_path / "a")
-    assert relative(before, logits(load_model(base, torch.float32))) > 1e-3
+    assert relative(before, logits(fresh_model(base))) > 1e-3
     assert relative(adapted_logits(base, tmp_path / "b"), before) < 1e-4
     assert found.error < 1e-6
     assert json.loads((tmp_path / "b" / "adapter_config.json").read_text())["peft_type"] == "LORA"
@@ -84,14 +84,14 @@ def test_an_energy_gives_each_site_the_least_rank_that_holds_it_and_peft_reads_i
     make_adapter(base, tmp_path / "a", spec=spec)
     found = resize(Base(base), open_all([tmp_path / "a"]), tmp_path / "b", energy=0.7)
     assert len({site["rank"] for site in found.sites.values()}) > 1
-    truncated = load_model(base, torch.float32)
+    truncated = fresh_model(base)
     for path, dw in updates(base, tmp_path / "a").items():
         u, s, vt = torch.linalg.svd(dw)
         held = s.square().cumsum(0) / s.square().sum()
         k = int((held < 0.7).sum()) + 1
         assert found.sites[path]["rank"] == k
         truncated.get_submodule(path).weight.data += ((u[:, :k] * s[:k]) @ vt[:k]).float()
-    theirs = peft.PeftModel.from_pretrained(load_model(base, torch.float32), tmp_path / "b").eval()
+    theirs = peft.PeftModel.from_pretrained(fresh_model(base), tmp_path / "b").eval()
     assert relative(logits(theirs), logits(truncated)) < 1e-5
     assert relative(adapted_logits(base, tmp_path / "b"), logits(truncated)) < 1e-5
 
@@ -117,7 +117,7 @@ def test_a_rank_that_is_not_there_and_an_untrained_adapter(tiny_model, tiny_mode
     assert found.error == 0
     assert {site["rank"] for site in found.sites.values()} == {0}
     assert (
-        relative(adapted_logits(base, tmp_path / "b"), logits(load_model(base, torch.float32)))
+        relative(adapted_logits(base, tmp_path / "b"), logits(fresh_model(base)))
         < 1e-6
     )
     make_adapter(base, tmp_path / "a", spec=lf.LoRA(rank=3))
@@ -149,7 +149,7 @@ def test_what_it_refuses(tiny_model_dir, tmp_path):
 def test_extract_gives_back_what_was_added(tiny_model_dir, tmp_path):
     base = tiny_model_dir("qwen2")
     make_adapter(base, tmp_path / "a", spec=lf.LoRA(rank=3))
-    tuned = load_model(base, torch.float32)
+    tuned = fresh_model(base)
     lf.load(tuned, tmp_path / "a").merge()
     tuned.save_pretrained(tmp_path / "tuned")
     found = extract(
@@ -161,7 +161,7 @@ def test_extract_gives_back_what_was_added(tiny_model_dir, tmp_path):
     assert before.keys() == after.keys()
     assert all((before[path] - after[path]).norm() < 1e-4 * before[path].norm() for path in before)
     assert relative(adapted_logits(base, tmp_path / "out"), logits(tuned)) < 1e-4
-    other = load_model(base, torch.float32)
+    other = fresh_model(base)
     other.model.embed_tokens.weight.data += 1
     with pytest.raises(LorafoldError, match="not the base it was trained on"):
         lf.load(other, tmp_path / "out")
@@ -169,7 +169,7 @@ def test_extract_gives_back_what_was_added(tiny_model_dir, tmp_path):
 
 def test_extract_is_optimal_and_names_what_it_leaves_out(tiny_model_dir, tmp_path):
     base = tiny_model_dir("llama")
-    tuned = load_model(base, torch.float32)
+    tuned = fresh_model(base)
     with torch.no_grad():
         for name, p in tuned.named_parameters():
             if "mlp" in name or name == "model.norm.weight":
@@ -178,7 +178,7 @@ def test_extract_is_optimal_and_names_what_it_leaves_out(tiny_model_dir, tmp_pat
     found = extract(
         Base(base), Base(tmp_path / "tuned"), tmp_path / "out", rank=4
     )
-    plain, own = tuned.state_dict(), load_model(base, torch.float32).state_dict()
+    plain, own = tuned.state_dict(), fresh_model(base).state_dict()
     norm = "model.norm.weight"
     assert found.left_out == {
         norm: pytest.approx(float((plain[norm] - own[norm]).norm() / own[norm].norm()), rel=1e-5)

@@ -21,6 +21,8 @@ from lorafold.opening import Base
 from lorafold.recipe.recipe import Recipe
 from lorafold.training.request import Request
 
+pytestmark = pytest.mark.usefixtures("unestimated")
+
 ROWS = [
     {"prompt": f"say {word}", "completion": f" {word} {word}"}
     for word in ("one", "two", "three", "four")

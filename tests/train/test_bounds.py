@@ -20,6 +20,8 @@ from lorafold.step.positions import positions_of, sequence_of
 from lorafold.step.preference_laws import Simpo
 from lorafold.step.preferences import Preferences
 
+pytestmark = pytest.mark.usefixtures("unestimated")
+
 SMALL = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48}
 
 

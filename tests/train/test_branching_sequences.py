@@ -243,7 +243,7 @@ def adapted(name: str, spec: Any = None, **options: Any) -> Any:
     return model.train()
 
 
-@pytest.mark.few(11)
+@pytest.mark.few(7)
 @pytest.mark.parametrize("way", ["plain", "checkpointed", "fused"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_branches_are_as_they_are_alone(name: str, way: str) -> None:

@@ -3,9 +3,6 @@ resumed run ends with, what checkpoints hold, and what is refused.
 """
 
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,20 +13,11 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 
 import lorafold as lf
 from lorafold.errors import LorafoldError
-from trainer_cases import LORA, SETTINGS, made, rows
+from trainer_cases import LORA, SETTINGS, made, rows, train_until_killed
+from training_cases import killed
 
 WEIGHTS = "adapter_model.safetensors"
 IDS = torch.arange(24).reshape(3, 8) % 100
-
-
-KILLED = """
-import sys
-from pathlib import Path
-sys.path.insert(0, "tests/lib")
-from trainer_cases import LORA, Killed, made
-kind, model_dir, out = sys.argv[1:]
-made(kind, Path(model_dir), Path(out), LORA, Killed())[0].train()
-"""
 
 
 def final(run: Path) -> bytes:
@@ -40,20 +28,18 @@ def final(run: Path) -> bytes:
 def test_killed_and_resumed_ends_with_the_bytes_of_a_run_that_was_not(
     kind: str, tiny_model_dir, tmp_path: Path, caplog
 ) -> None:
-    model_dir, killed = tiny_model_dir("llama"), tmp_path / "killed"
+    model_dir, stopped = tiny_model_dir("llama"), tmp_path / "stopped"
     made(kind, model_dir, tmp_path / "straight", LORA)[0].train()
-    command = [sys.executable, "-c", KILLED, kind, str(model_dir), str(killed)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert not (killed / "adapter").exists()
-    last = lf.AdapterCallback.last_checkpoint(killed)
-    assert last == str(killed / "checkpoint-6")
+    killed(train_until_killed, kind, model_dir, stopped)
+    assert not (stopped / "adapter").exists()
+    last = lf.AdapterCallback.last_checkpoint(stopped)
+    assert last == str(stopped / "checkpoint-6")
     with caplog.at_level("WARNING"):
-        made(kind, model_dir, killed, LORA)[0].train(resume_from_checkpoint=last)
+        made(kind, model_dir, stopped, LORA)[0].train(resume_from_checkpoint=last)
     assert "missing keys" not in caplog.text
-    assert final(killed) == final(tmp_path / "straight")
+    assert final(stopped) == final(tmp_path / "straight")
     # the steps after the checkpoint count
-    assert final(killed) != final(killed / "checkpoint-6")
+    assert final(stopped) != final(stopped / "checkpoint-6")
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def assert_same(plain: Step, checkpointed: Step) -> None:
     assert torch.equal(checkpointed.random, plain.random)
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(4)
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_the_same_loss_and_gradients(
@@ -145,7 +145,7 @@ def test_every_method_has_the_same_loss_and_gradients(
     assert checkpointed.runs == (plain.runs if method == "linear-probe" else 2 * plain.runs)
 
 
-@pytest.mark.few(8)
+@pytest.mark.few(5)
 @pytest.mark.usefixtures("each_arithmetic")
 @pytest.mark.parametrize("method", METHODS)
 def test_so_it_is_over_a_bf16_base(method: str, tiny_model, tiny_model_dir) -> None:

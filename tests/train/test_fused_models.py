@@ -97,6 +97,7 @@ def test_an_error_inside_leaves_the_model_as_it_was() -> None:
 # --- what it computes ----------------------------------------------------------------------------
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_loss_and_gradients_are_those_of_each_document_alone(name: str) -> None:
     """Fused and packed, against the model's own code and no packing; the sequences are longer than
@@ -111,6 +112,7 @@ def test_loss_and_gradients_are_those_of_each_document_alone(name: str) -> None:
 
 
 # those are dense, and have a preparation
+@pytest.mark.few(7)
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in ("lt-sft", "fish")])
 def test_every_method_lies_over_it(method: str) -> None:
     """With the dropout that it has: fusing draws no random numbers of its own."""
@@ -123,6 +125,7 @@ def test_every_method_lies_over_it(method: str) -> None:
             assert_same_step(seeded_step(model, together()), expected)
 
 
+@pytest.mark.few(7)
 @pytest.mark.usefixtures("each_arithmetic")
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "gpt2"])
 def test_in_bf16_it_errs_no_more_than_the_models_own_code(name: str) -> None:

@@ -114,6 +114,7 @@ def assert_close(found: Tensor, expected: Tensor, units: float = 100) -> None:
     ).eps * expected.norm().clamp_min(1e-3)
 
 
+@pytest.mark.few(22)
 @pytest.mark.parametrize("state", ["all", "frozen head", "head alone", "adapted head"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_equals_whole_logits(name: str, state: str) -> None:
@@ -198,6 +199,7 @@ def test_torch_finds_no_fault_with_the_linear_heads_operation(dtype: torch.dtype
     torch.library.opcheck(torch.ops.lorafold.linear_cross_entropy.default, arguments)
 
 
+@pytest.mark.few(10)
 @pytest.mark.usefixtures("each_arithmetic")
 @pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize("name", ["llama", "capped", "scaled"])

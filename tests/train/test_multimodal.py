@@ -20,6 +20,8 @@ from conftest import Done, lorafold, make_tokenizer
 from lorafold.adapter.reach import text_alone
 from lorafold.models.architecture import auto_class
 
+pytestmark = pytest.mark.usefixtures("unestimated")
+
 ROWS = [{"prompt": f"{n} cats", "completion": f"{n + 1} cats sat"} for n in range(6)]
 # one that sees, one that is padded instead of packed, and one that hears; the others are slow
 FEW = ("llava", "qwen2.5-vl", "qwen2-audio")
@@ -80,6 +82,7 @@ def logits(model: Any) -> torch.Tensor:  # (n,)
         return found.flatten()
 
 
+@pytest.mark.estimated
 @pytest.mark.few(1)
 @pytest.mark.parametrize("name", EACH)
 def test_trained_evaluated_generated_and_merged(
@@ -121,6 +124,7 @@ def test_trained_evaluated_generated_and_merged(
     assert near(logits(opened(merged)), logits(model))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["llava", "qwen2.5-vl"])
 def test_peft_reads_what_the_command_wrote(
     name: str, model_dir: Callable[[str], Path], rows: Path, tmp_path: Path
@@ -136,6 +140,7 @@ def test_peft_reads_what_the_command_wrote(
     assert "AutoModelForMultimodalLM.from_pretrained(" in card
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["llava", "qwen2.5-vl"])
 def test_the_command_merges_what_peft_wrote(
     name: str, model_dir: Callable[[str], Path], tmp_path: Path

@@ -32,6 +32,8 @@ from lorafold.training.checkpoint import Progress
 from lorafold.training.request import Request
 from lorafold.training.run import train
 
+pytestmark = pytest.mark.usefixtures("unestimated")
+
 NAMES = [name for name in get_args(Recipe.model_fields["optimizer"].annotation) if name != "auto"]
 ROWS = [{"prompt": f"Book a table for {n}", "completion": f'{{"people": {n}}}'} for n in range(24)]
 GB, MB = 10**9, 10**6

@@ -44,9 +44,9 @@ def test_attention_equals_its_specification_in_fp64(
     window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # the documents below then take one, two and several tiles
-    monkeypatch.setattr(documents, "TILE", 4)
-    lens = (5, 5, 1, 9)
-    qkv = heads(20, (3, 5), queries=4, keys=2)
+    monkeypatch.setattr(documents, "TILE", 2)
+    lens = (3, 3, 1, 5)
+    qkv = heads(12, (3, 5), queries=4, keys=2)
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return document_attention(q, k, v, Documents(lens, window), 0.5, softcap)
@@ -95,6 +95,7 @@ def test_attention_in_bf16_errs_no_more_than_its_specification(
         assert (found - true).norm() <= 1.5 * (peer - true).norm()
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("softcap", [None, 4.0])
 @pytest.mark.parametrize("window", [None, 700])
 @pytest.mark.usefixtures("each_form")
@@ -155,7 +156,7 @@ def test_collate_shifts_inside_each_document() -> None:
 # --- models --------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(15)
+@pytest.mark.few(9)
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.usefixtures("each_form")
@@ -192,6 +193,7 @@ def test_packed_equals_each_document_alone(name: str, checkpointed: bool) -> Non
         assert_close(packed_gradients[parameter], gradient, whole)
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("method", ["lora", "loha"])
 @pytest.mark.parametrize("name", ["qwen3-moe", "mixtral"])

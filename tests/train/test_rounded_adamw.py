@@ -4,8 +4,6 @@ after a kill.
 
 from __future__ import annotations
 
-import json
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -41,7 +39,9 @@ from lorafold.step.rounded_adamw import RoundedAdamW
 from lorafold.training.run import train
 from memory_cases import CONFIGS, LORA, close
 from rounding_cases import DTYPES, values
-from training_cases import KILLED, quiet, request
+from training_cases import killed, quiet, request, train_until_killed
+
+pytestmark = pytest.mark.usefixtures("unestimated")
 
 OPTIONS: dict[str, Any] = {"lr": 1e-5, "betas": (0.9, 0.99), "weight_decay": 0.1, "fused": True}
 SHAPES = ((40, 50), (7,), (), (3, 1001))
@@ -221,16 +221,15 @@ def test_a_killed_run_of_full_fine_tuning_on_bf16_gives_the_same_bytes(
     tiny_model_dir, tmp_path: Path, capsys
 ) -> None:
     fields = {"method": "full", "storage": "bf16", "steps": 20, "save_every": 5, "seed": 3}
-    model, straight, killed = tiny_model_dir("llama"), tmp_path / "straight", tmp_path / "killed"
+    model, straight, stopped = tiny_model_dir("llama"), tmp_path / "straight", tmp_path / "stopped"
     full = train(request(model, straight, **fields), Console(file=sys.stdout, width=200))
     size = f"{8 * full.trainable_parameters / 1e3:.1f} kB"
     line = f"optimizer: adamw with fp32 state, {size} (16-bit weights are trained)"
     assert f"{line}; updates rounded stochastically, seed 3\n" in capsys.readouterr().out
-    command = [sys.executable, "-c", KILLED, str(model), str(killed), json.dumps(fields)]
-    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
-    resumed = train(request(model, killed, resume=True, **fields), quiet())
+    killed(train_until_killed, model, stopped, fields)
+    resumed = train(request(model, stopped, resume=True, **fields), quiet())
     assert resumed.losses == full.losses
-    ours, theirs = ((at / "model.safetensors").read_bytes() for at in (killed, straight))
+    ours, theirs = ((at / "model.safetensors").read_bytes() for at in (stopped, straight))
     assert ours == theirs
 
 

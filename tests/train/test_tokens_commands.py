@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorafold as lf
+from fresh_models import fresh_model
 from lorafold.api.merge import merge
 from lorafold.comparing.measure import Task
 from lorafold.comparing.run import compare
@@ -35,6 +36,8 @@ from lorafold.training.preview import show
 from lorafold.training.request import Request
 from lorafold.training.run import train
 from token_cases import ROWS, lorafold, quiet, request, said
+
+pytestmark = pytest.mark.usefixtures("unestimated")
 
 ROLES = "<|user|>,<|assistant|>"
 TEMPLATE = (
@@ -61,6 +64,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
+@pytest.mark.estimated
 @pytest.mark.parametrize("kind", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_a_format_of_ones_own_from_training_to_a_plain_model(
     kind: str, template: Path, tiny_model_dir, tmp_path: Path
@@ -99,11 +103,11 @@ def test_a_format_of_ones_own_from_training_to_a_plain_model(
     ids = tokenizer(conversation, add_special_tokens=False).input_ids
     assert (ids[0], ids.count(300), ids.count(301)) == (300, 1, 1)
 
-    model = load_model(base, torch.float32)
+    model = fresh_model(base)
     adapter = lf.load(model, tmp_path / "a")
     expected = logits(model, ids)
     assert len(expected[0]) == 302
-    start = load_model(base, torch.float32)
+    start = fresh_model(base)
     torch.manual_seed(0)
     untrained = (
         lf.attach(start, lf.LoRA(), tokens=(300, 301)).deltas[next(iter(adapter.tokens))].rows
@@ -111,7 +115,7 @@ def test_a_format_of_ones_own_from_training_to_a_plain_model(
     assert (rows[-1] - untrained).abs().amax(1).min() > 1e-2  # both rows learned
 
     # PEFT, on a base that its user resized
-    theirs = load_model(base, torch.float32)
+    theirs = fresh_model(base)
     theirs.resize_token_embeddings(len(tokenizer))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -308,7 +312,7 @@ def test_rows_past_the_tokenizers_end_start_afresh(tiny_model_dir, tmp_path: Pat
     """
     base = tmp_path / "base"
     shutil.copytree(tiny_model_dir("llama"), base)
-    model = load_model(base, torch.float32)
+    model = fresh_model(base)
     model.resize_token_embeddings(301)
     with torch.no_grad():
         model.get_input_embeddings().weight[300] = 9.0
@@ -382,7 +386,7 @@ def test_words_that_make_no_token_are_one_line(tiny_model_dir, tmp_path: Path) -
 
 
 def saved(base: Path, path: Path, words: list[str]) -> Path:
-    tokenizer, model = load_tokenizer(base), load_model(base, torch.float32)
+    tokenizer, model = load_tokenizer(base), fresh_model(base)
     ids = add_words(tokenizer, words).ids.values()
     adapter = lf.attach(model, lf.LoRA(rank=2), tokens=tuple(ids))
     generator = torch.Generator().manual_seed(len(words))
@@ -421,7 +425,7 @@ def test_the_last_adapters_tokenizer_counts_and_they_must_agree(
 
 def test_a_new_token_that_closes_turns_ends_answers(tiny_model_dir, tmp_path: Path) -> None:
     model, tokenizer = (
-        load_model(tiny_model_dir("llama"), torch.float32),
+        fresh_model(tiny_model_dir("llama")),
         load_tokenizer(tiny_model_dir("llama")),
     )
     end = add_words(tokenizer, ["<|end|>"]).ids["<|end|>"]
@@ -476,7 +480,7 @@ def test_other_methods_train_tokens_too(
     done = train(
         request(base, tmp_path / "a", method=method, chat_template=str(template), lr=1e-2), quiet()
     )
-    model = load_model(base, torch.float32)
+    model = fresh_model(base)
     adapter = lf.load(model, tmp_path / "a")
     assert adapter.tokens == dict.fromkeys(("model.embed_tokens", "lm_head"), (300, 301))
     measured = evaluate(
@@ -519,7 +523,7 @@ def test_rows_are_rounded_to_the_nearest_and_hide_nothing(
     given outright.
     """
     base = halved(tiny_model_dir(kind), tmp_path / "base")
-    model = load_model(base, torch.float32)
+    model = fresh_model(base)
     adapter = lf.attach(model, lf.LoRA(rank=4), tokens=(301, 5, 300))
     generator = torch.Generator().manual_seed(0)
     for name, p in adapter.named_parameters():
@@ -604,7 +608,7 @@ def test_a_tied_weight_that_is_stored_twice_stays_one(tiny_model_dir, tmp_path: 
 
 def test_other_ids_for_a_tied_head_untie_it(tiny_model_dir, tmp_path: Path) -> None:
     base = tiny_model_dir("gpt2")
-    model = load_model(base, torch.float32)
+    model = fresh_model(base)
     adapter = lf.attach(model, lf.LoRA(rank=2), tokens=Tokens({"wte": (300, 7), "lm_head": (300,)}))
     for p in adapter.parameters():
         p.data += 0.1
@@ -617,8 +621,8 @@ def test_other_ids_for_a_tied_head_untie_it(tiny_model_dir, tmp_path: Path) -> N
 
 def test_a_base_without_a_tokenizer_is_merged_all_the_same(tiny_model_dir, tmp_path: Path) -> None:
     base = tmp_path / "base"
-    load_model(tiny_model_dir("llama"), torch.float32).save_pretrained(base)
-    model = load_model(base, torch.float32)
+    fresh_model(tiny_model_dir("llama")).save_pretrained(base)
+    model = fresh_model(base)
     lf.attach(model, lf.LoRA(rank=2), tokens=(300,)).save(tmp_path / "a")
     merge(str(base), [tmp_path / "a"], tmp_path / "m", certificate=False)
     assert load_model(tmp_path / "m", torch.float32).config.vocab_size == 301

@@ -3,10 +3,9 @@ errors that say what is wrong.
 """
 
 import json
+import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +14,17 @@ import pytest
 import torch
 
 import lorafold as lf
+from fresh_models import fresh_model
 from lorafold.errors import LorafoldError
 from lorafold.models.loading import load_model, load_tokenizer
 from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.run import train
-from training_cases import KILLED, ROWS, quiet, request
+from training_cases import ROWS, beginning, command, killed, quiet, request, train_until_killed
+
+pytestmark = pytest.mark.usefixtures("unestimated")
 
 
+@pytest.mark.estimated
 @pytest.mark.few(2)
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma", "gpt2"])
 def test_the_same_request_trains_every_family(kind: str, tiny_model_dir, tmp_path: Path) -> None:
@@ -32,7 +35,7 @@ def test_the_same_request_trains_every_family(kind: str, tiny_model_dir, tmp_pat
     assert result.losses[-1] < result.losses[0] - 0.15
     assert json.loads((tmp_path / "a" / "lorafold.json").read_text())["losses"] == result.losses
     assert not (tmp_path / "a.run").exists()
-    model = load_model(tiny_model_dir(kind), torch.float32)
+    model = fresh_model(tiny_model_dir(kind))
     lf.load(model, tmp_path / "a")
 
 
@@ -63,15 +66,7 @@ def test_resuming_gives_the_bytes_of_a_run_that_never_stopped(
     # of rank 64, some factors have 8-bit state
     fields = {"steps": 20, "save_every": 5, "rank": 64, "optimizer": optimizer}
     straight = train(request(tiny_model_dir("llama"), tmp_path / "straight", **fields), quiet())
-    command = [
-        sys.executable,
-        "-c",
-        KILLED,
-        str(tiny_model_dir("llama")),
-        str(tmp_path / "killed"),
-        json.dumps(fields),
-    ]
-    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+    killed(train_until_killed, tiny_model_dir("llama"), tmp_path / "killed", fields)
     assert not (tmp_path / "killed").exists()
     resumed = train(
         request(tiny_model_dir("llama"), tmp_path / "killed", resume=True, **fields), quiet()
@@ -92,34 +87,19 @@ def test_a_stop_is_asked_for_and_the_run_goes_on_later(
 ) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(r) + "\n" for r in ROWS))
-    command = [
-        sys.executable,
-        "-m",
-        "lorafold",
-        "train",
-        "--model",
-        str(tiny_model_dir("llama")),
-        "--data",
-        str(data),
-        "--out",
-        str(tmp_path / "a"),
-        "--set",
-        "steps=4000",
-        "--set",
-        "save_every=100000",
-        "--storage",
-        "fp32",
-        "--device",
-        "cpu",
-    ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = beginning(
+        command, tmp_path / "told", "train", "--model", str(tiny_model_dir("llama")),
+        "--data", str(data), "--out", str(tmp_path / "a"), "--set", "steps=4000",
+        "--set", "save_every=100000", "--storage", "fp32", "--device", "cpu",
+    )  # fmt: skip
     while not (tmp_path / "a.run").exists():
-        assert process.poll() is None, process.stderr.read()
+        assert process.is_alive()
         time.sleep(0.1)
     time.sleep(0.5)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
+    os.kill(process.pid, number)
+    process.join(60)
+    err = (tmp_path / "told").read_text()
+    assert process.exitcode == 128 + number
     assert "Traceback" not in err
     step = int(re.search(r"stopped after step (\d+)", err).group(1))
     assert (tmp_path / "a.run" / f"step-{step:06d}" / "state.json").is_file()
@@ -233,7 +213,7 @@ def test_evaluation_best_checkpoint_and_warm_start(tiny_model_dir, tmp_path: Pat
     record = json.loads((tmp_path / "c" / "lorafold.json").read_text())
     best = min(record["evals"], key=record["evals"].get)
     assert int(best) < 10
-    model = load_model(tiny_model_dir("llama"), torch.float32)
+    model = fresh_model(tiny_model_dir("llama"))
     lf.load(model, tmp_path / "c.best")
     assert worse.eval_loss > record["evals"][best]
 
