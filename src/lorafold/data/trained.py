@@ -170,8 +170,7 @@ def render_trained(
     drawing, messages = Drawing(conversation, tokenizer), conversation.messages
     whole, _ = drawing.whole
     check_shown(conversation, whole, tokenizer)
-    trained = range(conversation.trained, len(messages))
-    turns = [i for i in trained if messages[i]["role"] == "assistant"]
+    turns = conversation.turns
     turns = turns[-1:] if rendering.train_on == "last" else turns
     found: list[tuple[str, list[Span], list[int]]] = [(whole, [], [])]  # the longest text first
     left_out = lost = 0
