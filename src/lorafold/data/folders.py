@@ -55,6 +55,8 @@ def files_of(name: str) -> Files:
         # of what is hidden, such as .git, only rows are worth a word
         names = {p: n for p, n in names.items() if not _hidden(n) or kind_of_file(p)}
     paths, left_out = list[Path](), dict[str, str]()
+    if matched and "**" not in name:
+        left_out = {n: "a directory" for path, n in names.items() if path.is_dir()}
     for path in sorted(filter(Path.is_file, names), key=_natural):
         if reason := _reason(path, "" if matched else names[path]):
             left_out[names[path]] = reason

@@ -18,7 +18,7 @@ def instruction_problems(answered: str, beside: str, row: Row) -> Iterator[str]:
     Args:
         answered: The key of the answer.
         beside: That of what the instruction is about, which may be absent.
-        row: The row.
+        row: Has the instruction and the answer.
     """
     for key in ("instruction", answered, *([beside] if row.get(beside) is not None else [])):
         yield from text_problems(key, row[key])

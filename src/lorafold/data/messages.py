@@ -226,7 +226,7 @@ def _normalized(message: Message) -> Message:
     for key in ("tool_calls", "function_call", *ASKING):
         found.pop(key, None)
     found["role"] = role_of(found["role"])
-    if asked is False:
+    if asked is False and found["role"] == "assistant":
         found["weight"] = 0
     content = found.get("content")
     if isinstance(content, list):

@@ -55,13 +55,13 @@ class Noticed:
     def _look(self, field: str, message: dict[str, Any]) -> None:
         turn = "from" in message
         role = message["from" if turn else "role"]
-        if role in PLAIN and len(message) == 2:
+        content = message.get("content")
+        if role in PLAIN and len(message) == 2 and not isinstance(content, list):
             return
         known = TURN_KEYS if turn else KEYS
         for key, value in message.items():
             if key not in known and value is not None:
                 self._ignored[f"{field}.{key}"] = None
-        content = message.get("content")
         for part in content if isinstance(content, list) else ():
             for key in sorted(part.keys() - {"type", "text"}):
                 if part[key] is not None:

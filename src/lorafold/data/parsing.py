@@ -60,7 +60,7 @@ def parsed(text: str) -> Any:
 def row_of(line: bytes) -> Found:
     """The row of a line of JSON, or the reason why there is none."""
     try:
-        return as_row(parsed(decoded(line)), look=False)
+        return as_row(parsed(decoded(line).rstrip()), look=False)
     except ValueError as error:
         return str(error)
 

@@ -103,8 +103,8 @@ def _csv(file: BinaryIO, delimiter: str = "") -> Numbered:
     the index that pandas writes, is called by its place: column 1.
     """
     csv.field_size_limit(LONGEST)
+    last = 0  # the line with which the last good record ends
     with io.TextIOWrapper(file, "utf-8-sig", newline="") as lines:
-        records = csv.reader([], strict=True)
         try:
             header = lines.readline()
             records = csv.reader(
@@ -116,16 +116,16 @@ def _csv(file: BinaryIO, delimiter: str = "") -> Numbered:
                 found = ", ".join(map(repr, twice))
                 raise Unreadable(f"header: found {found} more than once, expected each name once")
             for number, values in enumerate(filter(None, records), 1):
-                if len(values) == len(names):
+                last, given = records.line_num, len(values)
+                if given == len(names):
                     yield number, dict(zip(names, values, strict=True))
                 else:
-                    expected = f"expected {len(names)} as in the header"
-                    yield number, f"found {len(values)} values, {expected}"
+                    yield number, f"found {given} values, expected {len(names)} as in the header"
         except UnicodeDecodeError as error:
-            near = f"not UTF-8 near line {records.line_num + 1}; save the file as UTF-8"
+            near = f"not UTF-8 soon after line {last}; save the file as UTF-8"
             raise Unreadable(near) from error
         except csv.Error as error:
-            raise Unreadable(f"not CSV after line {records.line_num}: {error}") from error
+            raise Unreadable(f"not CSV after line {last or 1}: {error}") from error
 
 
 def _delimiter(header: str) -> str:
