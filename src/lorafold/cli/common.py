@@ -55,7 +55,8 @@ DataOption = Annotated[
     str,
     typer.Option(
         help=(
-            "A .jsonl, .json, .csv or .parquet file, a directory or a hub dataset. A row is"
+            "A file (.jsonl, .json, .csv, .tsv, .parquet, .arrow; also .gz, .zst), a directory,"
+            " a pattern such as \"data/*.jsonl\", or a hub dataset. A row is"
             " {messages}, {prompt, completion}, {conversations} (ShareGPT), {instruction, output}"
             " (Alpaca), {prompt, chosen, rejected}, {text} or {text, label}; conversations may have"
             " tools."
@@ -66,7 +67,8 @@ TrainDataOption = Annotated[
     list[str],
     typer.Option(
         help=(
-            "A .jsonl, .json, .csv or .parquet file, a directory or a hub dataset. Repeat the"
+            "A file (.jsonl, .json, .csv, .tsv, .parquet, .arrow; also .gz, .zst), a directory,"
+            " a pattern such as \"data/*.jsonl\", or a hub dataset. Repeat the"
             " option for more; FILE:0.3 takes 0.3 of its rows an epoch. A row is {messages},"
             " {prompt, completion}, {conversations} (ShareGPT), {instruction, output} (Alpaca),"
             " {text} or {text, label}."
