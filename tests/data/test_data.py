@@ -144,7 +144,8 @@ def test_bad_rows_are_told_together_by_line(tmp_path):
         (
             "row 5: keys found: 'question', 'answer'; expected one of {messages}, {prompt,"
             " completion}, {prompt, chosen, rejected}, {conversations, chosen, rejected}, {chosen,"
-            " rejected}, {conversations}, {instruction, output}, {text, label}, {text} (--columns"
+            " rejected}, {conversations}, {instruction, output}, {instruction, response}, {query,"
+            " answers, tools}, {text, label}, {text} (--columns"
         ),
         "row 6: field messages[0].content: found null, expected text",
         "row 6: field messages[1]: found 3, expected an object with role and content",
@@ -200,7 +201,7 @@ def test_sharegpt_and_alpaca_are_conversations(tmp_path):
         assert shape_of(read).conversation(read) == Conversation(messages, trained)
     turn = {"from": "narrator", "value": None}
     message = refused(read_rows, jsonl(tmp_path, {"conversations": [turn]}))
-    assert "conversations[0].from: found 'narrator', expected one of human, user, gpt" in message
+    assert "conversations[0].from: found 'narrator', expected one of human, prompter" in message
     assert "conversations[0].value: found null, expected text" in message
     message = refused(read_rows, jsonl(tmp_path, {"instruction": "a", "output": "b", "input": 1}))
     assert "field input: found 1, expected text" in message
@@ -255,7 +256,7 @@ def test_csv(tmp_path):
     path.write_text('text\n"open\n')
     assert "not CSV after line 1: unexpected end of data" in refused(read_rows, str(path))
     path.write_bytes(b"text\n\xff\n")
-    assert "not UTF-8 at byte" in refused(read_rows, str(path))
+    assert "not UTF-8 soon after line 0; save the file" in refused(read_rows, str(path))
     path.write_text("text,label,text,label\na,b,c,d\n")
     assert refused(read_rows, str(path)) == (
         f"{path}: header: found 'text', 'label' more than once, expected each name once"
@@ -275,8 +276,8 @@ def test_bad_sources(tmp_path):
     assert "No such file" in refused(read_rows, str(tmp_path / "none.parquet"))
     assert "found no such file or directory, expected .jsonl" in refused(read_rows, "a.jsonl:x")
     (tmp_path / "rows.txt").write_text("a,b\n")
-    assert "found a .txt file, expected .jsonl, .json, .csv, .parquet, a directory" in refused(
-        read_rows, str(tmp_path / "rows.txt")
+    assert "found a .txt file, expected .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow" in (
+        refused(read_rows, str(tmp_path / "rows.txt"))
     )
     (tmp_path / "bad.parquet").write_bytes(b"nope")
     assert "can't be read" in refused(read_rows, str(tmp_path / "bad.parquet"))

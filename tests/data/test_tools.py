@@ -181,8 +181,10 @@ def test_sharegpt_has_calls_and_tools() -> None:
         ({"chosen": "a", "rejected": "b"}, "field chosen: found text, expected a list of messages"),
         ({"chosen": [user("a")], "rejected": [user("b")]}, "found no common first message"),
         ({"chosen": [user("a")], "rejected": [user("a")]}, "found no answer in which they differ"),
-        ({"prompt": "a", "chosen": "b", "rejected": [said("c")]},
-         "fields prompt, chosen and rejected: found text, text, a list, expected all text or all"),
+        ({"prompt": "a", "chosen": "b", "rejected": [user("c"), said("d")]},
+         "fields prompt, chosen and rejected: found conversations that do not begin with the"),
+        ({"system": "a", "messages": [{"role": "system", "content": "b"}, user("c"), said("d")]},
+         "field system: found beside another system message, expected one of the two"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_names_the_field(row: dict[str, Any], part: str, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, cast
 from lorafold.data.checking import renamed
 from lorafold.data.prompts import read_prompts
 from lorafold.data.rows import check_rows, read_rows
+from lorafold.data.shapes import PAIRS
 from lorafold.data.sources import Row, source_from
 from lorafold.data.stored import Rows
 from lorafold.errors import LorafoldError
@@ -40,7 +41,8 @@ def as_rows(
 
     Args:
         data: A file, a directory or a hub dataset, several of them, or the rows themselves.
-        columns: The user's names of keys, by lorafold's, as in {"prompt": "question"}.
+        columns: The user's names of keys, by lorafold's, as in {"prompt": "question"}; "" drops a
+            key.
         console: Where the keys are named that the rows have and lorafold ignores, and what else
             there is to say of rows of this shape.
         weighted: Whether sources may have weights, as in rows.jsonl:0.3.
@@ -53,19 +55,23 @@ def as_rows(
         if console is not None:
             console.print(text, highlight=False, markup=False, soft_wrap=True)
 
+    declared = None if objective is None else OBJECTIVES[objective]
+    wanted = PAIRS if declared is None else declared.takes  # all that rows have: both answers
     if (sources := sources_in(data)) is not None:
-        rows = read_rows(sources, columns, notice)
+        rows = read_rows(sources, columns, notice, wanted)
     else:
         numbered = enumerate(cast(Sequence[Row], data), 1)
-        rows = check_rows(renamed(numbered, columns or {}), source_of(data))
+        rows = check_rows(renamed(numbered, columns or {}), source_of(data), wanted)
     if not weighted and any(part.weight != 1 for part in rows.parts):
         raise LorafoldError(f"{source_of(data)}: found a weight, which only training rows may have")
-    declared = None if objective is None else OBJECTIVES[objective]
     read = () if declared is None else declared.keys
-    if names := ", ".join(key for key in rows.ignored if key not in read):
-        notice(f"{source_of(data)}: ignored keys: {names} (rows of {rows.shapes[0]})")
-    for told in () if declared is None else declared.told(rows.shapes):
-        notice(f"{source_of(data)}: {told}")
+    told = [*_dropped(columns), *rows.told]
+    if declared is not None:
+        told += declared.told(rows.shapes)
+    if ignored := [key for key in rows.ignored if key not in read]:
+        told.insert(0, f"{_ignored(ignored)} (rows of {rows.shapes[0]})")
+    for text in told:
+        notice(f"{source_of(data)}: {text}")
     return rows
 
 
@@ -82,8 +88,8 @@ def as_prompts(data: Data, columns: Columns | None = None) -> list[Row]:
     if (sources := sources_in(data)) is None:
         given = enumerate(cast(Sequence[Row], data), 1)
         return read_prompts(given, columns or {}, source_of(data))
-    named = map(source_from, sources)
-    return [r for s in named for r in read_prompts(s.numbered(), columns or {}, s.name)]
+    files = [file for source in map(source_from, sources) for file in source.files]
+    return [r for f in files for r in read_prompts(f.numbered(), columns or {}, f.name)]
 
 
 def rows_to_train(
@@ -105,15 +111,32 @@ def rows_to_train(
 
     if (sources := sources_in(data)) is None:
         raise LorafoldError("streaming: found rows given in Python, expected the name of a source")
-    stream = stream_of(sources, columns)
-    told = OBJECTIVES[recipe.objective].told(stream.shapes)
-    if names := stream.ignored():
-        told.append(f"ignored keys: {', '.join(names)}")
+    declared = OBJECTIVES[recipe.objective]
+    stream = stream_of(sources, columns, declared.takes)
+    noticed = stream.noticed()
+    told = [source.told() for source in stream.sources if source.several]
+    told += [*_dropped(columns), *declared.told(stream.shapes)]
+    told += [f"the first rows: {text}" for text in noticed.told]
+    if noticed.ignored:
+        told.append(_ignored(noticed.ignored))
     if console is not None:
         for text in told:
             line = f"{source_of(data)}: {text}"
             console.print(line, highlight=False, markup=False, soft_wrap=True)
     return stream
+
+
+def _dropped(columns: Columns | None) -> list[str]:
+    """What a user is told of columns without another name."""
+    names = ", ".join(name for name, column in (columns or {}).items() if not column)
+    return [f"dropped by --columns: {names}"] if names else []
+
+
+def _ignored(keys: Sequence[str]) -> str:
+    """What a user is told of keys that are no part of rows."""
+    inside = any(key.startswith("messages[]") for key in keys)
+    of = "; those of messages go to the chat template" if inside else ""
+    return f"ignored keys: {', '.join(keys)}{of}"
 
 
 def sources_in(data: Data) -> list[str] | None:

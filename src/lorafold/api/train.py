@@ -45,9 +45,9 @@ def train(
 
     Args:
         recipe: Every choice of the run; None takes the defaults (`lf.Recipe()`).
-        data: Training rows: a .jsonl, .json, .csv or .parquet file, a directory, a hub dataset, a
-            list of these ("more.jsonl:0.3" takes 0.3 of its rows an epoch), or a list of rows such
-            as {"prompt": ..., "completion": ...}.
+        data: Training rows: a file of JSON lines, JSON, CSV, Parquet or Arrow, a directory or a
+            pattern of such files, a hub dataset, a list of these ("more.jsonl:0.3" takes 0.3 of its
+            rows an epoch), or a list of rows such as {"prompt": ..., "completion": ...}.
         out: The directory of the adapter. During the run, checkpoints are in `<out>.run`.
         model: smollm2 (embedded), a directory, a .gguf file or a hub id.
         eval_data: Held-out rows, of the same forms as `data`.

@@ -55,7 +55,8 @@ DataOption = Annotated[
     str,
     typer.Option(
         help=(
-            "A .jsonl, .json, .csv or .parquet file, a directory or a hub dataset. A row is"
+            "A file (.jsonl, .json, .csv, .tsv, .parquet, .arrow; also .gz, .zst), a directory,"
+            " a pattern such as \"data/*.jsonl\", or a hub dataset. A row is"
             " {messages}, {prompt, completion}, {conversations} (ShareGPT), {instruction, output}"
             " (Alpaca), {prompt, chosen, rejected}, {text} or {text, label}; conversations may have"
             " tools."
@@ -66,7 +67,8 @@ TrainDataOption = Annotated[
     list[str],
     typer.Option(
         help=(
-            "A .jsonl, .json, .csv or .parquet file, a directory or a hub dataset. Repeat the"
+            "A file (.jsonl, .json, .csv, .tsv, .parquet, .arrow; also .gz, .zst), a directory,"
+            " a pattern such as \"data/*.jsonl\", or a hub dataset. Repeat the"
             " option for more; FILE:0.3 takes 0.3 of its rows an epoch. A row is {messages},"
             " {prompt, completion}, {conversations} (ShareGPT), {instruction, output} (Alpaca),"
             " {text} or {text, label}."
@@ -79,7 +81,7 @@ ColumnsOption = Annotated[
         "--columns",
         metavar="NAME=COLUMN",
         help="The columns of your rows that lorafold shall read under its own names, as in"
-        " prompt=question,completion=answer.",
+        " prompt=question,completion=answer; NAME= drops a column.",
     ),
 ]
 OptionalDataOption = Annotated[
@@ -262,8 +264,8 @@ def columns_of(pairs: list[str] | None) -> dict[str, str]:
     """The user's names of columns by lorafold's. LorafoldError for what is no NAME=COLUMN."""
     found: dict[str, str] = {}
     for pair in (pair.strip() for text in pairs or () for pair in text.split(",")):
-        name, _, column = pair.partition("=")
-        if not name or not column or name in found:
+        name, given, column = pair.partition("=")
+        if not name or not given or name in found:
             raise LorafoldError(
                 f"--columns {pair}: expected NAME=COLUMN, each name once, as in prompt=question"
             )

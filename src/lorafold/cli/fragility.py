@@ -20,7 +20,7 @@ from lorafold.errors import LorafoldError
 
 TUNING = "Tuning"
 PROMPTS = (
-    " A .jsonl, .json, .csv or .parquet file. A row is {prompt} (text or messages), or a"
+    " A file as train takes it. A row is {prompt} (text or messages), or a"
     " conversation as for train."
 )
 EPILOG = """How to read the figures. Log-odds: the log-probability of a refusal's beginning less

@@ -20,8 +20,8 @@ from lorafold.data.arrow import Array, Lists, TableExamples, flags, lists, numbe
 from lorafold.data.completions import Completions
 from lorafold.data.conversations import Compared
 from lorafold.data.examples import NO_LOSS, Example, example_of
+from lorafold.data.parsing import kind_of
 from lorafold.data.render import Rendering
-from lorafold.data.sources import kind_of
 from lorafold.data.tokenizing import Encoder
 
 if TYPE_CHECKING:

@@ -1,46 +1,52 @@
 """The check that rows are well-formed, of one shape, and give what is asked of them."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
+from lorafold.data.foreign import as_known
+from lorafold.data.parsing import Row
 from lorafold.data.shapes import SHAPES, Shape, shape_of
-from lorafold.data.sources import Row
 from lorafold.errors import LorafoldError
 
 LISTED = 10  # bad rows that one message lists
 
 
 def renamed(
-    numbered: Iterable[tuple[int, Row | str]], columns: Mapping[str, str]
-) -> Iterator[tuple[int, Row | str]]:
+    numbered: Iterable[tuple[int, Any]], columns: Mapping[str, str]
+) -> Iterator[tuple[int, Any]]:
     """Numbered rows whose keys have other names: the value under `columns[name]` is then under
-    `name`. A row that lacks one of these keys, or has a value under `name` too, which would be
-    lost, becomes the reason why it can't be read.
+    `name`. A key of which there is no other name is dropped. A row that lacks one of these keys, or
+    has a value under `name` too, which would be lost, becomes the reason why it can't be read.
     """
     if not columns:
         yield from numbered
         return
-    theirs = set(columns.values())
+    names = {name: key for name, key in columns.items() if key}
+    dropped = [name for name in columns if name not in names]
+    theirs = {*names.values(), *dropped}
     for number, row in numbered:
-        if isinstance(row, str):
+        if not isinstance(row, dict):
             yield number, row
-        elif missing := [key for key in columns.values() if key not in row]:
+        elif missing := [key for key in (*names.values(), *dropped) if key not in row]:
             keys = ", ".join(map(repr, row)) or "none"
             yield number, f"found no column {', '.join(map(repr, missing))}; it has {keys}"
-        elif lost := [name for name in columns if name in row and name not in theirs]:
-            pairs = ", ".join(f"{name}={columns[name]}" for name in lost)
+        elif lost := [name for name in names if name in row and name not in theirs]:
+            pairs = ", ".join(f"{name}={names[name]}" for name in lost)
             yield number, f"--columns {pairs}: the row has a column {', '.join(lost)} as well"
         else:
             rest = {key: value for key, value in row.items() if key not in theirs}
-            yield number, rest | {name: row[key] for name, key in columns.items()}
+            yield number, rest | {name: row[key] for name, key in names.items()}
 
 
 def checked(
-    numbered: Iterable[tuple[int, Row | str]],
+    numbered: Iterable[tuple[int, Any]],
     source: str,
     at_once: bool = False,
     shapes: Sequence[Shape] = SHAPES,
+    none: bool = False,
 ) -> Iterator[tuple[Shape, Row]]:
-    """Yield the rows that are well-formed and of the first one's shape, each with the shape.
+    """Yield the rows that are well-formed and of the first one's shape, each with the shape, and
+    with the keys by which shapes know them.
 
     After the last row, raises LorafoldError that lists the first ten bad rows, or says that there
     is no row.
@@ -50,18 +56,18 @@ def checked(
             be read.
         source: The name of the data in messages, such as the path of a file.
         at_once: Raise the error for the first bad row, without reading on.
-        shapes: The shapes that a row may have.
+        shapes: The shapes that a row may have; of several it has the first.
+        none: There may be no row.
     """
     bad: dict[str, list[int]] = {}  # the rows by what is wrong with them
     first: tuple[int, Shape] | None = None
-    for number, row in numbered:
+    for number, given in numbered:
+        row = as_known(given)
         shape = None if isinstance(row, str) else shape_of(row, shapes)
         if isinstance(row, str):
             problems = [row]
         elif shape is None:
-            keys = ", ".join(repr(key) for key in row) or "none"
-            known = ", ".join(map(str, shapes))
-            problems = [f"keys found: {keys}; expected one of {known} (--columns renames)"]
+            problems = list(_shapeless(row, shapes))
         else:
             first = first or (number, shape)
             problems = list(shape.problems(row))
@@ -77,8 +83,24 @@ def checked(
         told = [f"{_numbers(numbers)}: {problem}" for problem, numbers in bad.items()]
         more = f"; and {len(told) - LISTED} more" if len(told) > LISTED else ""
         raise LorafoldError(f"{source}: {'; '.join(told[:LISTED])}{more}")
-    if first is None:
+    if first is None and not none:
         raise LorafoldError(f"{source}: no rows found, expected at least one")
+
+
+def _shapeless(row: Row, shapes: Sequence[Shape]) -> Iterator[str]:
+    """What is wrong with a row of no shape: it has all keys of one, and some without a value, or it
+    lacks keys.
+    """
+    near = [shape for shape in shapes if all(key in row for key in shape.keys)]
+    if near:
+        nearest = max(near, key=lambda shape: sum(row[key] is not None for key in shape.keys))
+        for key in nearest.keys:
+            if row[key] is None:
+                yield f"field {key}: found null, expected a value, as rows of {nearest} have one"
+        return
+    keys = ", ".join(repr(key) for key in row) or "none"
+    known = ", ".join(map(str, shapes))
+    yield f"keys found: {keys}; expected one of {known} (--columns renames)"
 
 
 def _numbers(numbers: Sequence[int]) -> str:
@@ -102,9 +124,3 @@ def check_given(shapes: Iterable[Shape | None], what: str) -> None:
         if shape is None or what not in shape.gives:
             expected = " or ".join(str(known) for known in SHAPES if what in known.gives)
             raise LorafoldError(f"data: found rows of {shape}, expected rows of {expected}")
-
-
-def ignored_keys(rows: Iterable[tuple[Shape, Row]]) -> tuple[str, ...]:
-    """The keys of checked rows that are no part of their shapes, in the order in which they appear.
-    """
-    return tuple(dict.fromkeys(key for shape, row in rows for key in shape.unknown(row)))

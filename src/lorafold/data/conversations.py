@@ -9,13 +9,26 @@ from lorafold.data.messages import Message, Tool
 @dataclass(frozen=True)
 class Conversation:
     """The messages of one row, in the form of `data.messages`, and the tools that it offers. The
-    assistant turns from index `trained` on are trained on. Plain text is one without messages.
+    assistant turns from index `trained` on are trained on, but for those of `left`. Plain text is
+    one without messages.
     """
 
     messages: list[Message]
     trained: int = 0
     tools: tuple[Tool, ...] = ()
     text: str = ""
+
+    @property
+    def left(self) -> frozenset[int]:
+        """The indices of the messages that are not trained on, as their row says."""
+        return frozenset(n for n, one in enumerate(self.messages) if one.get("weight") == 0)
+
+    @property
+    def turns(self) -> list[int]:
+        """The indices of the assistant turns that are trained on."""
+        left, messages = self.left, enumerate(self.messages)
+        said = [n for n, one in messages if one["role"] == "assistant" and n not in left]
+        return [n for n in said if n >= self.trained]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from lorafold.data.arrow import Array, Lists, TableExamples, column
 from lorafold.data.completions import Completions
 from lorafold.data.render import Rendering, Trained
 from lorafold.data.rows import as_checked
+from lorafold.data.shapes import CONVERSATIONS
 from lorafold.data.sources import Row
 from lorafold.data.stored import Part, Rows, parts_of
 from lorafold.data.tokenizing import tokenized
@@ -168,7 +169,7 @@ def encode(
         console: For progress; None is quiet.
         rendering: What of a conversation is trained on.
     """
-    rows = as_checked(rows)
+    rows = as_checked(rows, CONVERSATIONS)
     return encoded(tokenized(rows, Completions(tokenizer, rendering), console), rows, max_length)
 
 
@@ -219,7 +220,7 @@ def encode_row(
     Raises LorafoldError if the chat template refuses the row.
     """
     encoder = Completions(tokenizer, rendering)
-    given = Rows.of([row]).given(encoder.takes)
+    given = Rows.of([row], encoder.takes).given(encoder.takes)
     found = encoder.encode(given, 0).to_pylist()
     if problem := found[0]["problem"]:
         raise LorafoldError(problem)

@@ -84,7 +84,7 @@ def classes_of(rows: Sequence[Row]) -> tuple[str, ...]:
 
     Raises LorafoldError if the rows have no labels, or only one.
     """
-    known = Rows.of(rows)
+    known = Rows.of(rows, LABELS)
     check_given(known.shapes, LABELS)
     labels = {given.label for given in known.given(LABELS)}
     numbers = all(isinstance(label, int) for label in labels)
@@ -171,7 +171,7 @@ def encode_labelled(
         classes: The classes; a class's number is its index.
         console: For progress; None is quiet.
     """
-    rows = as_checked(rows)
+    rows = as_checked(rows, LABELS)
     table = tokenized(rows, Labels(tokenizer, tuple(classes)), console)
     return labelled(table, rows, max_length, classes)
 

@@ -1,23 +1,33 @@
 """The messages of a conversation and its tools: what is wrong with them, and one form for all.
 
-    {"role": "assistant", "content": text, "reasoning_content": text, "tool_calls": [
+    {"role": "assistant", "content": text, "reasoning_content": text, "weight": 0, "tool_calls": [
         {"type": "function", "function": {"name": text, "arguments": {...}}}]}
 
-That is OpenAI's form, with arguments as an object. Rows may also have arguments as JSON text, flat
-calls {"name", "arguments"}, content as a list of text parts (joined with nothing between), and
-reasoning under `reasoning` or `thinking`. A key whose value is null counts as absent, in tools and
-arguments too, since Arrow and Parquet fill rows up with nulls; JSON text keeps its nulls.
+That is OpenAI's form, with arguments as an object; `weight` is there where a turn is not trained
+on. Rows may also have arguments as JSON text, flat calls {"name", "arguments"}, one call under
+`function_call`, content as a list of text parts (joined with nothing between), reasoning under
+`reasoning` or `thinking`, `train: false`, and the names that others have for roles. A key whose
+value is null counts as absent, in tools and arguments too, since Arrow and Parquet fill rows up
+with nulls; JSON text keeps its nulls.
 """
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
-from lorafold.data.sources import kind_of
+from lorafold.data.parsing import kind_of, parsed
 
 Message = dict[str, Any]
 Tool = dict[str, Any]
 REASONING = ("reasoning_content", "reasoning", "thinking")
+ASKING = ("weight", "train", "training", "loss")  # whether to train on a turn
+FORM = frozenset(("role", "content", "tool_calls", "name", "tool_call_id"))
+KEYS = FORM | {"function_call", *REASONING, *ASKING}
+ROLES = {  # the names that others have for roles
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "bot", "ai", "model", "chatgpt", "bing", "bard"), "assistant"),
+    **dict.fromkeys(("function", "observation", "function_response"), "tool"),
+    **{name: name for name in ("system", "user", "assistant", "tool", "developer")},
+}
 
 
 def text_problems(name: str, value: Any) -> Iterator[str]:
@@ -48,17 +58,50 @@ def message_problems(name: str, value: Any) -> Iterator[str]:
             found = kind_of(message)
             yield f"field {field}: found {found}, expected an object with role and content"
             continue
-        yield from text_problems(f"{field}.role", message.get("role"))
+        role, content = message.get("role"), message.get("content")
+        if len(message) == 2 and isinstance(role, str) and isinstance(content, str):
+            continue  # most have no more
+        yield from text_problems(f"{field}.role", role)
         calls = message.get("tool_calls")
-        yield from _content(f"{field}.content", message.get("content"), bool(calls))
+        called = bool(_calls(message))
+        yield from _content(f"{field}.content", content, called)
         if calls:
             yield from call_problems(f"{field}.tool_calls", calls)
-            if message.get("role") != "assistant":
-                role = message.get("role")
-                yield f"field {field}.tool_calls: found in a {role} message, expected assistant"
+        elif message.get("function_call") is not None:
+            yield from call_problem(f"{field}.function_call", message["function_call"])
+        if called and role_of(role) != "assistant":
+            key = "tool_calls" if calls else "function_call"
+            yield f"field {field}.{key}: found in a {role} message, expected assistant"
         for key in REASONING:
             if message.get(key) is not None:
                 yield from text_problems(f"{field}.{key}", message[key])
+        yield from asking_problems(field, message)
+
+
+def asking_problems(field: str, message: Message) -> Iterator[str]:
+    """What is wrong with what a message says of being trained on."""
+    for key in ASKING:
+        if message.get(key) not in (None, 0, 1):
+            found = kind_of(message[key])
+            yield f"field {field}.{key}: found {found}, expected 0 or 1, or false or true"
+
+
+def asks(message: Message) -> bool | None:
+    """Whether a checked message says that it is to be trained on, or not; None if it says neither.
+    """
+    said = [bool(message[key]) for key in ASKING if message.get(key) is not None]
+    return all(said) if said else None
+
+
+def role_of(name: Any) -> Any:
+    """The role that a name stands for; a name that is not known is a role of its own."""
+    return ROLES.get(name.strip().lower(), name) if isinstance(name, str) else name
+
+
+def _calls(message: Message) -> list[Any]:
+    """The calls of a message, also the single one that the older form has."""
+    single = message.get("function_call")
+    return message.get("tool_calls") or ([] if single is None else [single])
 
 
 def _content(name: str, value: Any, optional: bool) -> Iterator[str]:
@@ -83,28 +126,30 @@ def call_problems(name: str, calls: Any) -> Iterator[str]:
         yield f"field {name}: found {kind_of(calls)}, expected a list of calls"
         return
     for index, call in enumerate(calls):
-        field = f"{name}[{index}]"
+        yield from call_problem(f"{name}[{index}]", call)
+
+
+def call_problem(field: str, call: Any) -> Iterator[str]:
+    """What is wrong with a call, whose field has that name."""
+    if not isinstance(call, dict):
+        found = kind_of(call)
+        yield f"field {field}: found {found}, expected an object with name and arguments"
+        return
+    if call.get("function") is not None:
+        field, call = f"{field}.function", call["function"]
         if not isinstance(call, dict):
-            found = kind_of(call)
-            yield f"field {field}: found {found}, expected an object with name and arguments"
-            continue
-        if call.get("function") is not None:
-            field, call = f"{field}.function", call["function"]
-            if not isinstance(call, dict):
-                yield f"field {field}: found {kind_of(call)}, expected an object"
-                continue
-        yield from text_problems(f"{field}.name", call.get("name"))
-        arguments = call.get("arguments")
-        if isinstance(arguments, str):
-            arguments = _json(arguments)
-            if not isinstance(arguments, dict):
-                found = "no JSON" if arguments is None else f"JSON of {kind_of(arguments)}"
-                yield f"field {field}.arguments: found {found}, expected JSON of an object"
-        elif arguments is not None and not isinstance(arguments, dict):
-            yield (
-                f"field {field}.arguments: found {kind_of(arguments)}, expected an object or JSON"
-                " of one"
-            )
+            yield f"field {field}: found {kind_of(call)}, expected an object"
+            return
+    yield from text_problems(f"{field}.name", call.get("name"))
+    arguments = call.get("arguments")
+    if isinstance(arguments, str):
+        if found := _other(arguments, dict):
+            yield f"field {field}.arguments: found {found}, expected JSON of an object"
+    elif arguments is not None and not isinstance(arguments, dict):
+        yield (
+            f"field {field}.arguments: found {kind_of(arguments)}, expected an object or JSON"
+            " of one"
+        )
 
 
 def tool_problems(value: Any) -> Iterator[str]:
@@ -114,12 +159,10 @@ def tool_problems(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         if not value.strip():
             return
-        read = _json(value)
-        if not isinstance(read, list):
-            found = "no JSON" if read is None else f"JSON of {kind_of(read)}"
+        if found := _other(value, list):
             yield f"field tools: found {found}, expected JSON of a list of tools"
             return
-        value = read
+        value = parsed(value)
     if not isinstance(value, list):
         yield f"field tools: found {kind_of(value)}, expected a list of tools"
         return
@@ -139,7 +182,7 @@ def normalized(messages: list[Message]) -> list[Message]:
 def tools_of(value: Any) -> tuple[Tool, ...]:
     """The tools of a checked row in OpenAI's form: {"type": "function", "function": {...}}."""
     if isinstance(value, str):
-        tools = json.loads(value) if value.strip() else []
+        tools = parsed(value) if value.strip() else []
     else:
         tools = without_nulls(value or [])
     return tuple(
@@ -151,7 +194,7 @@ def call_of(call: dict[str, Any]) -> dict[str, Any]:
     """One call in OpenAI's form, with arguments as an object, and its other keys, such as id."""
     function = call.get("function") or call
     arguments = function.get("arguments")
-    arguments = json.loads(arguments) if isinstance(arguments, str) else without_nulls(arguments)
+    arguments = parsed(arguments) if isinstance(arguments, str) else without_nulls(arguments)
     wanted = {"name": function["name"], "arguments": arguments or {}}
     more = {k: v for k, v in call.items() if v is not None and k not in ("name", "arguments")}
     return more | {"type": "function", "function": wanted}
@@ -165,18 +208,25 @@ def without_nulls(value: Any) -> Any:
 
 
 def _unusual(message: Message) -> bool:
-    """Whether a message has more than text, or a key that counts as absent."""
+    """Whether a message is not in the one form yet, has more than text, or lacks a value."""
     return (
         not isinstance(message.get("content"), str)
         or "tool_calls" in message
-        or any(key in message for key in REASONING)
+        or not FORM.issuperset(message)
+        or ROLES.get(message["role"]) != message["role"]
         or None in message.values()
     )
 
 
 def _normalized(message: Message) -> Message:
     found = {key: value for key, value in message.items() if value is not None}
-    content, calls = found.get("content"), found.pop("tool_calls", None)
+    calls, asked = _calls(found), asks(found)
+    for key in ("tool_calls", "function_call", *ASKING):
+        found.pop(key, None)
+    found["role"] = role_of(found["role"])
+    if asked is False and found["role"] == "assistant":
+        found["weight"] = 0
+    content = found.get("content")
     if isinstance(content, list):
         found["content"] = "".join(part["text"] for part in content)
     thoughts = [found.pop(key) for key in REASONING if key in found]
@@ -189,8 +239,11 @@ def _normalized(message: Message) -> Message:
     return found
 
 
-def _json(text: str) -> Any:
+def _other(text: str, kind: type) -> str:
+    """What JSON text has in place of a value of a kind; empty if it has one."""
     try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return None
+        value = parsed(text)
+    except ValueError as error:
+        reason = str(error)
+        return "no JSON" if "not JSON" in reason else f"JSON of which can't be used: {reason}"
+    return "" if isinstance(value, kind) else f"JSON of {kind_of(value)}"

@@ -1,18 +1,25 @@
 """Rows of preferences: a prompt, an answer that was chosen and one that was rejected.
 
-    {"prompt": ..., "chosen": ..., "rejected": ...}            all text, or all lists of messages
+    {"prompt": ..., "chosen": ..., "rejected": ...}            each text or a list of messages
     {"chosen": [...], "rejected": [...]}                       two conversations with one beginning
     {"conversations": [...], "chosen": {...}, "rejected": {...}}    ShareGPT's turns
 
-Each has a function that gives its messages.
+Two conversations may be texts of turns too, as "\\n\\nHuman: Hi\\n\\nAssistant: Yes", and so may a
+prompt that ends with "\\n\\nAssistant:". Where answers begin with the messages of the prompt, what
+follows is taken. Each form has a function that gives its messages.
 """
 
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from lorafold.data.messages import Message, message_problems, normalized, text_problems
+from lorafold.data.parsing import Row
 from lorafold.data.sharegpt import turn_problems, turns_problems, turns_to_messages
-from lorafold.data.sources import Row, kind_of
+
+TURN = re.compile(r"\n\n(Human|Assistant): ?")
+SPOKEN = {"Human": "user", "Assistant": "assistant"}
+AS_TURNS = "rows have texts that are read as turns of Human and Assistant"
 
 
 class Preference(NamedTuple):
@@ -25,27 +32,38 @@ class Preference(NamedTuple):
 
 def preference_problems(row: Row) -> Iterator[str]:
     """What is wrong with a row of prompt, chosen and rejected."""
-    names = ("prompt", "chosen", "rejected")
-    kinds = {type(row[name]) for name in names}
-    if len(kinds) > 1 and kinds <= {str, list}:
-        found = ", ".join(kind_of(row[name]) for name in names)
-        yield (
-            f"fields prompt, chosen and rejected: found {found}, expected all text or all lists of"
-            " messages"
-        )
-        return
-    for name in names:
+    problems = list[str]()
+    for name in ("prompt", "chosen", "rejected"):
         check = message_problems if isinstance(row[name], list) else text_problems
-        yield from check(name, row[name])
+        problems += check(name, row[name])
+    yield from problems
+    lists = isinstance(row["chosen"], list) or isinstance(row["rejected"], list)
+    if not problems and lists and not preference(row).prompt:
+        yield (
+            "fields prompt, chosen and rejected: found conversations that do not begin with the"
+            " prompt, expected answers to it"
+        )
 
 
 def implicit_problems(row: Row) -> Iterator[str]:
     """What is wrong with a row of two conversations, chosen and rejected."""
-    problems = [p for name in ("chosen", "rejected") for p in message_problems(name, row[name])]
+    problems = list[str]()
+    for name in ("chosen", "rejected"):
+        said = row[name]
+        if not isinstance(said, str):
+            problems += message_problems(name, said)
+        elif not _turns(said):
+            problems.append(
+                f"field {name}: found text, expected a list of messages, or text of turns that"
+                r" begin with \n\nHuman: and \n\nAssistant:"
+            )
     yield from problems
-    if not problems and not (shared := _shared(row["chosen"], row["rejected"])):
+    if problems:
+        return
+    chosen, rejected = _said_in(row["chosen"]), _said_in(row["rejected"])
+    if not (shared := _shared(chosen, rejected)):
         yield "fields chosen and rejected: found no common first message, expected one prompt"
-    elif not problems and shared == min(len(row["chosen"]), len(row["rejected"])):
+    elif shared == min(len(chosen), len(rejected)):
         yield "fields chosen and rejected: found no answer in which they differ, expected one"
 
 
@@ -58,31 +76,41 @@ def turns_preference_problems(row: Row) -> Iterator[str]:
 
 def preference(row: Row) -> Preference:
     """The messages of a checked row of prompt, chosen and rejected."""
-    prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
-    if isinstance(prompt, str):
-        prompt, chosen, rejected = (
-            _said("user", prompt),
-            _said("assistant", chosen),
-            _said("assistant", rejected),
-        )
-    return Preference(*map(normalized, (prompt, chosen, rejected)))
+    text, answers = row["prompt"], [row["chosen"], row["rejected"]]
+    prompt = _asked(text) if isinstance(text, str) else normalized(text)
+    if prompt[0]["content"] != text and isinstance(text, str):
+        answers = [said.removeprefix(" ") if isinstance(said, str) else said for said in answers]
+    chosen, rejected = (
+        _said("assistant", said) if isinstance(said, str) else normalized(said) for said in answers
+    )
+    shared = chosen[: _shared(chosen, rejected)]
+    if isinstance(text, str) and {chosen[0]["role"], rejected[0]["role"]} != {"assistant"}:
+        # the text is one of the messages with which both answers begin
+        asked = text.strip() in (str(one.get("content")).strip() for one in shared)
+        prompt = shared if asked else []
+    if shared[: len(prompt)] == prompt and len(prompt) < min(len(chosen), len(rejected)):
+        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+    return Preference(prompt, chosen, rejected)
 
 
 def implicit_preference(row: Row) -> Preference:
     """The messages of a checked row of two conversations."""
-    chosen, rejected = row["chosen"], row["rejected"]
+    chosen, rejected = normalized(_said_in(row["chosen"])), normalized(_said_in(row["rejected"]))
     shared = _shared(chosen, rejected)
-    return Preference(*map(normalized, (chosen[:shared], chosen[shared:], rejected[shared:])))
+    return Preference(chosen[:shared], chosen[shared:], rejected[shared:])
+
+
+def as_turns(row: Row) -> str:
+    """A remark on a row whose texts are read as turns; empty for others."""
+    texts = [row.get("chosen"), row.get("rejected")] if "prompt" not in row else [row["prompt"]]
+    return AS_TURNS if any(isinstance(t, str) and TURN.match(t) for t in texts) else ""
 
 
 def turns_preference(row: Row) -> Preference:
     """The messages of a checked row of ShareGPT's turns with two last turns."""
-    system = row.get("system")
-    before: list[Message] = [{"role": "system", "content": system}] if system else []
-    prompt = [*before, *turns_to_messages(row["conversations"])]
-    return Preference(
-        prompt, turns_to_messages([row["chosen"]]), turns_to_messages([row["rejected"]])
-    )
+    prompt = turns_to_messages(row["conversations"])
+    chosen, rejected = (turns_to_messages([row[name]]) for name in ("chosen", "rejected"))
+    return Preference(prompt, chosen, rejected)
 
 
 def _shared(chosen: list[Any], rejected: list[Any]) -> int:
@@ -93,3 +121,24 @@ def _shared(chosen: list[Any], rejected: list[Any]) -> int:
 
 def _said(role: str, text: str) -> list[Message]:
     return [{"role": role, "content": text}]
+
+
+def _said_in(said: Any) -> list[Message]:
+    """A conversation, also as a text of turns."""
+    return _turns(said) if isinstance(said, str) else said
+
+
+def _turns(text: str) -> list[Message]:
+    """The turns of a text that begins with one of them; none of any other."""
+    before, *pieces = TURN.split(text)
+    if before.strip():
+        return []
+    speakers = [SPOKEN[name] for name in pieces[::2]]
+    return [m for s, t in zip(speakers, pieces[1::2], strict=True) for m in _said(s, t)]
+
+
+def _asked(prompt: str) -> list[Message]:
+    """The messages of a prompt: one, or its turns before the one that is opened at its end."""
+    turns = _turns(prompt)
+    opened = bool(turns) and turns[-1]["role"] == "assistant" and not turns[-1]["content"].strip()
+    return turns[:-1] if opened and len(turns) > 1 else _said("user", prompt)

@@ -94,7 +94,7 @@ def encode_preferred(
         console: For progress; None is quiet.
         rendering: What of a completion is trained on.
     """
-    rows = as_checked(rows)
+    rows = as_checked(rows, kind)
     return preferred(
         tokenized(rows, Branches(tokenizer, kind, rendering), console), rows, max_length, kind
     )

@@ -3,6 +3,7 @@ turn as the reference.
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from lorafold.data.conversations import Conversation
@@ -30,7 +31,8 @@ def references(
 ) -> list[Reference]:
     """The prompt and the reference of each conversation, which is a row of its own.
 
-    The reference of a conversation is its last assistant turn: the content or, where the turn has
+    The reference of a conversation is its last assistant turn, but for those that its row leaves
+    out of training: the content or, where the turn has
     calls, the text that the template renders for it, without special tokens and reasoning. The
     prompt has the row's tools, and the template's special tokens: tokenize it with
     add_special_tokens=False. Raises LorafoldError for plain text, for conversations without
@@ -39,7 +41,7 @@ def references(
     found: list[Reference] = []
     bad: list[str] = []
     for number, given in enumerate(conversations, 1):
-        turns = [i for i, message in enumerate(given.messages) if message["role"] == "assistant"]
+        turns = replace(given, trained=0).turns
         if not turns or not turns[-1]:
             what = "no assistant turn after a prompt" if given.messages else "plain text"
             bad.append(f"row {number}: found {what}")

@@ -1,4 +1,4 @@
-"""Reads a user's rows, and checks that those of one source are well-formed and of one shape.
+"""Reads a user's rows, and checks that those of one file are well-formed and of one shape.
 
     rows = read_rows(["mine.jsonl", "other.jsonl:0.3"])       an epoch takes 0.3 of the second
 
@@ -9,32 +9,82 @@ expected. Large data is checked once: its rows are kept in the cache, under the 
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
+from typing import Any
 
-from lorafold.data.checking import checked, ignored_keys, renamed
-from lorafold.data.shapes import Shape
-from lorafold.data.sources import Row, Source, source_from
+from lorafold.data.checking import checked, renamed
+from lorafold.data.noticed import Noticed
+from lorafold.data.parsing import Row, as_row
+from lorafold.data.shapes import Shape, shapes_for
+from lorafold.data.sources import Source, source_from
 from lorafold.data.stored import LARGE, ArrowRows, Part, Rows, write_rows
+from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_json
 from lorafold.files.cache import cached
 
 Notice = Callable[[str], None]
 
 
+class Reading:
+    """The rows of sources as they are read, and what is known of them afterwards: `parts` and
+    `files` as pairs of the number of a source and a count of rows.
+    """
+
+    def __init__(
+        self, sources: Sequence[Source], columns: Mapping[str, str], wanted: str, notice: Notice
+    ) -> None:
+        self._sources, self._columns = sources, columns
+        self._shapes, self._notice, self._noticed = shapes_for(wanted), notice, Noticed()
+        self._parts, self._files = list[list[int]](), list[list[int]]()
+
+    def __iter__(self) -> Iterator[Row]:
+        """The rows. LorafoldError for bad ones, and for a source without any."""
+        for number, source in enumerate(self._sources):
+            last = None
+            for file in source.files:
+                self._files.append([number, 0])
+                for shape, row in self._checked(file, source.several):
+                    if shape is not last:  # files of one source and one shape are one part
+                        self._parts.append([number, 0])
+                        last = shape
+                    self._noticed.add(shape, row)
+                    self._parts[-1][1] += 1
+                    self._files[-1][1] += 1
+                    if self._files[-1][1] % 100_000 == 0:
+                        self._notice(f"{file.name}: {self._files[-1][1]:,} rows read")
+                    yield row
+            if last is None:
+                raise LorafoldError(f"{source.name}: no rows found, expected at least one")
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What is known of the rows after the last one, as JSON."""
+        noticed = self._noticed
+        found = {"ignored": noticed.ignored, "told": noticed.told}
+        return {"parts": self._parts, "files": self._files, **found}
+
+    def _checked(self, file: Source, none: bool) -> Iterator[tuple[Shape, Row]]:
+        numbered = renamed(file.numbered(), self._columns)
+        return checked(numbered, file.name, shapes=self._shapes, none=none)
+
+
 def read_rows(
     sources: str | Sequence[str],
     columns: Mapping[str, str] | None = None,
     notice: Notice = lambda text: None,
+    wanted: str = "",
 ) -> Rows:
-    """Read the rows of one or several sources: .jsonl, .json, .csv or .parquet files, directories,
-    or hub datasets (their train split). SOURCE:0.3 gives a source a weight.
+    """Read the rows of one or several sources: files, directories and patterns that stand for
+    files, or hub datasets (their train split). SOURCE:0.3 gives a source a weight.
 
     Args:
         sources: The sources, in the order of their rows.
         columns: The names that keys have in the sources, by those that lorafold knows, as in
             {"prompt": "question"}.
-        notice: Is told how large data is kept, and how many of its rows are read.
+        notice: Is told how large data is kept, how many of its rows are read, and which files a
+            directory has.
+        wanted: What is asked of the rows, of what shapes give: chooses the shape of rows that have
+            the keys of several.
 
     Raises LorafoldError if a source can't be read, has no row, or has bad rows (all are counted,
     the first ten listed).
@@ -43,55 +93,56 @@ def read_rows(
     columns = columns or {}
     size = sum(source.size for source in named)
     if size <= LARGE:
-        found = [list(_checked(source, columns)) for source in named]
-        parts = tuple(Part(len(r), s.weight) for r, s in zip(found, named, strict=True))
-        together = list(chain.from_iterable(found))
-        return Rows([row for _, row in together], parts, ignored_keys(together))
-    identities = [[Path(source.name).suffix, source.identity] for source in named]
+        reading = Reading(named, columns, wanted, notice)
+        rows: Sequence[Row] = list(reading)
+        about, known = reading.about, None
+    else:
 
-    def write(directory: Path) -> None:
-        notice(f"reading {size / 1e9:.2f} GB of rows; they are kept in {directory.parent}")
-        counts = list[int]()
-        seen, ignored = set[str](), dict[str, None]()
+        def write(directory: Path) -> None:
+            notice(f"reading {size / 1e9:.2f} GB of rows; they are kept in {directory.parent}")
+            reading = Reading(named, columns, wanted, notice)
+            digest = write_rows(reading, directory / "rows.arrow")
+            known = {"sha256": digest.sha256, "bytes": digest.bytes}
+            write_json(directory / "about.json", reading.about | known)
 
-        def counted() -> Iterator[Row]:
-            for source in named:
-                counts.append(0)
-                for shape, row in _checked(source, columns):
-                    if not seen.issuperset(row):
-                        ignored.update(dict.fromkeys(shape.unknown(row)))
-                        seen.update(key for key, value in row.items() if value is not None)
-                    counts[-1] += 1
-                    if counts[-1] % 100_000 == 0:
-                        notice(f"{source.name}: {counts[-1]:,} rows read")
-                    yield row
+        from lorafold.identity import of_code  # which loads torch
 
-        digest = write_rows(counted(), directory / "rows.arrow")
-        known = {"sha256": digest.sha256, "bytes": digest.bytes}
-        about = {"counts": counts, "ignored": list(ignored), **known}
-        write_json(directory / "about.json", about)
-
-    from lorafold.identity import of_code  # which loads torch
-
-    code = of_code("data", packages=("datasets", "pyarrow"))
-    key = json.dumps([code, identities, sorted(columns.items())])
-    path = cached("rows", key, write, notice)
-    about = json.loads((path / "about.json").read_text(encoding="utf-8"))
-    parts = tuple(Part(n, s.weight) for n, s in zip(about["counts"], named, strict=True))
-    known = about["sha256"], about["bytes"]
-    return Rows(ArrowRows(path / "rows.arrow"), parts, tuple(about["ignored"]), known)
+        code = of_code("data", packages=("datasets", "pyarrow"))
+        identities = [[source.several, source.identity] for source in named]
+        key = json.dumps([code, identities, sorted(columns.items()), wanted])
+        path = cached("rows", key, write, notice)
+        about = json.loads((path / "about.json").read_text(encoding="utf-8"))
+        rows, known = ArrowRows(path / "rows.arrow"), (about["sha256"], about["bytes"])
+    parts = tuple(Part(count, named[n].weight) for n, count in about["parts"])
+    ignored, told = tuple(about["ignored"]), tuple(about["told"])
+    counts = [count for _, count in about["files"]]
+    files = dict[str, int]()
+    for source in named:
+        of = dict(zip((file.name for file in source.files), counts, strict=False))
+        del counts[: len(of)]
+        if source.several:
+            notice(f"{source.name}: {source.told(of)}")
+            files |= of
+    return Rows(rows, parts, ignored, known, wanted, told, files)
 
 
-def _checked(source: Source, columns: Mapping[str, str]) -> Iterator[tuple[Shape, Row]]:
-    return checked(renamed(source.numbered(), columns), source.name)
-
-
-def as_checked(rows: Sequence[Row]) -> Rows:
+def as_checked(rows: Sequence[Row], wanted: str = "") -> Rows:
     """Rows of which some may not have been checked yet; their source is named "data"."""
-    return rows if isinstance(rows, Rows) else check_rows(enumerate(rows, 1), "data")
+    return rows if isinstance(rows, Rows) else check_rows(enumerate(rows, 1), "data", wanted)
 
 
-def check_rows(numbered: Iterable[tuple[int, Row | str]], source: str) -> Rows:
-    """Return rows, once they are known to be well-formed and of one shape. Raises as `checked`."""
-    found = list(checked(numbered, source))
-    return Rows.of([row for _, row in found], ignored_keys(found))
+def check_rows(numbered: Iterable[tuple[int, Any]], source: str, wanted: str = "") -> Rows:
+    """Return rows, once they are known to be well-formed and of one shape. Raises as `checked`.
+
+    Args:
+        numbered: (number, row) pairs, as `checked` takes them.
+        source: The name of the data in messages.
+        wanted: What is asked of the rows, as for `read_rows`.
+    """
+    noticed, found = Noticed(), list[Row]()
+    usable = ((number, as_row(row) if isinstance(row, dict) else row) for number, row in numbered)
+    for shape, row in checked(usable, source, shapes=shapes_for(wanted)):
+        noticed.add(shape, row)
+        found.append(row)
+    parts = (Part(len(found)),)
+    return Rows(found, parts, noticed.ignored, wanted=wanted, told=noticed.told)

@@ -6,31 +6,46 @@
 | prompt, completion | `{"prompt": ..., "completion": ...}`, both text or both lists of messages |
 | preference | `{"prompt": ..., "chosen": ..., "rejected": ...}`, or without `prompt` |
 | ShareGPT | `{"conversations": [{"from": "human", "value": ...}, ...]}`, with or without `system` |
-| Alpaca | `{"instruction": ..., "output": ...}`, with or without `input` and `system` |
+| Alpaca | `{"instruction": ..., "output": ...}`, with or without `input` |
+| Dolly | `{"instruction": ..., "response": ...}`, with or without `context` |
+| calls | `{"query": ..., "answers": ..., "tools": ...}`, the answers calls, as JSON |
 | labelled text | `{"text": ..., "label": ...}`, the label text or a whole number |
 | plain text | `{"text": ...}` |
 
-Where completions are judged, a row of prompt and completion has a `label` too, true or false. Of a
-preference the conversation has the chosen answer. `SHAPES` is the table of shapes: a new shape is a
-new entry. What a shape gives of its rows is what encoders take: the row itself goes no further.
+All but the last two may have a `system` message too. Where completions are judged, a row of prompt
+and completion has a `label`, true or false. Of a preference the conversation has the chosen answer.
+`SHAPES` is the table of shapes: a new shape is a new entry. A row of several shapes has that of
+which most is asked: `shapes_for`. What a shape gives of its rows is what encoders take: the row
+itself goes no further.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 from lorafold.data.conversations import Compared, Conversation, Labelled
+from lorafold.data.instructions import (
+    instruction,
+    instruction_problems,
+    query,
+    query_problems,
+    system_of,
+    system_problems,
+)
 from lorafold.data.messages import (
     Message,
+    Tool,
     message_problems,
     normalized,
     text_problems,
     tool_problems,
     tools_of,
 )
+from lorafold.data.parsing import Row, kind_of
 from lorafold.data.preferences import (
     Preference,
+    as_turns,
     implicit_preference,
     implicit_problems,
     preference,
@@ -39,7 +54,6 @@ from lorafold.data.preferences import (
     turns_preference_problems,
 )
 from lorafold.data.sharegpt import turns_problems, turns_to_messages
-from lorafold.data.sources import Row, kind_of
 
 # What a shape may give of its rows, each row once.
 CONVERSATIONS = "conversations"  # a Conversation
@@ -51,13 +65,15 @@ LABELS = "labels"  # a Labelled
 @dataclass(frozen=True)
 class Shape:
     """One shape of rows: the keys by which it is recognized, a function that lists what is wrong
-    with a row, what it gives of a checked row, and the keys that a row may have besides.
+    with a row, what it gives of a checked row, the keys that a row may have besides, and what there
+    is to say of how a checked row is read; empty for nothing.
     """
 
     keys: tuple[str, ...]
     problems: Callable[[Row], Iterator[str]]
     gives: Mapping[str, Callable[[Row], Any]]
     optional: tuple[str, ...] = ()
+    remark: Callable[[Row], str] | None = None
 
     def __str__(self) -> str:
         return "{" + ", ".join(self.keys) + "}"
@@ -67,10 +83,20 @@ class Shape:
         found: Conversation = self.gives.get(CONVERSATIONS, _none)(row)
         return found
 
-    def unknown(self, row: Row) -> list[str]:
-        """The keys of a row that are no part of the shape; one with the value null is absent."""
-        known = (*self.keys, *self.optional)
-        return [key for key, value in row.items() if value is not None and key not in known]
+    @cached_property
+    def known(self) -> frozenset[str]:
+        """The keys that are part of the shape."""
+        return frozenset((*self.keys, *self.optional))
+
+
+@lru_cache
+def shapes_for(wanted: str = "") -> tuple[Shape, ...]:
+    """SHAPES, those that give what is wanted of rows before the others. A shape goes before those
+    whose keys it includes: a row of text and label is none of plain text.
+    """
+    giving = [shape for shape in SHAPES if wanted in shape.gives]
+    over = [s for s in SHAPES if any(set(g.keys) <= set(s.keys) for g in giving)]
+    return (*over, *(shape for shape in SHAPES if shape not in over))
 
 
 def shape_of(row: Row, shapes: Sequence[Shape] | None = None) -> Shape | None:
@@ -89,11 +115,11 @@ def _none(row: Row) -> Conversation:
 
 def _messages(row: Row) -> Iterator[str]:
     yield from message_problems("messages", row["messages"])
-    yield from _tools(row)
 
 
 def _messages_conversation(row: Row) -> Conversation:
-    return Conversation(normalized(row["messages"]), tools=tools_of(row.get("tools")))
+    messages = [*system_of(row), *normalized(row["messages"])]
+    return Conversation(messages, tools=tools_of(row.get("tools")))
 
 
 def _pair(row: Row) -> Iterator[str]:
@@ -111,7 +137,6 @@ def _pair(row: Row) -> Iterator[str]:
         return
     yield from check("prompt", prompt)
     yield from check("completion", completion)
-    yield from _tools(row)
 
 
 def _pair_conversation(row: Row) -> Conversation:
@@ -121,8 +146,8 @@ def _pair_conversation(row: Row) -> Conversation:
             [{"role": "user", "content": prompt}],
             [{"role": "assistant", "content": completion}],
         )
-    messages = normalized([*prompt, *completion])
-    return Conversation(messages, trained=len(prompt), tools=tools_of(row.get("tools")))
+    before, said = [*system_of(row), *normalized(prompt)], normalized(completion)
+    return Conversation([*before, *said], trained=len(before), tools=tools_of(row.get("tools")))
 
 
 def _judged(row: Row) -> list[Compared]:
@@ -131,21 +156,24 @@ def _judged(row: Row) -> list[Compared]:
     return [Compared(before, {"completion": said}, given.tools, row.get("label"))]
 
 
+def _read(read: Callable[[Row], Preference], row: Row) -> tuple[Preference, tuple[Tool, ...]]:
+    found = read(row)
+    before = [*system_of(row), *found.prompt]
+    return found._replace(prompt=before), tools_of(row.get("tools"))
+
+
 def _chosen(read: Callable[[Row], Preference], row: Row) -> Conversation:
-    pair = read(row)
-    messages = [*pair.prompt, *pair.chosen]
-    return Conversation(messages, trained=len(pair.prompt), tools=tools_of(row.get("tools")))
+    pair, tools = _read(read, row)
+    return Conversation([*pair.prompt, *pair.chosen], trained=len(pair.prompt), tools=tools)
 
 
 def _both(read: Callable[[Row], Preference], row: Row) -> list[Compared]:
-    prompt, chosen, rejected = read(row)
-    said = {"chosen": chosen, "rejected": rejected}
-    return [Compared(prompt, said, tools_of(row.get("tools")))]
+    (prompt, chosen, rejected), tools = _read(read, row)
+    return [Compared(prompt, {"chosen": chosen, "rejected": rejected}, tools)]
 
 
 def _each(read: Callable[[Row], Preference], row: Row) -> list[Compared]:
-    prompt, chosen, rejected = read(row)
-    tools = tools_of(row.get("tools"))
+    (prompt, chosen, rejected), tools = _read(read, row)
     return [
         Compared(prompt, {"chosen": chosen}, tools, True),
         Compared(prompt, {"rejected": rejected}, tools, False),
@@ -156,40 +184,55 @@ def _preference(
     keys: tuple[str, ...],
     problems: Callable[[Row], Iterator[str]],
     read: Callable[[Row], Preference],
-    *optional: str,
 ) -> Shape:
     gives: dict[str, Callable[[Row], Any]] = {
         CONVERSATIONS: partial(_chosen, read),
         PAIRS: partial(_both, read),
         JUDGED: partial(_each, read),
     }
-    return Shape(keys, _with_tools(problems), gives, (*optional, "tools"))
+    return _conversed(keys, problems, gives, as_turns)
+
+
+def _conversed(
+    keys: tuple[str, ...],
+    problems: Callable[[Row], Iterator[str]],
+    gives: Mapping[str, Callable[[Row], Any]],
+    remark: Callable[[Row], str] | None = None,
+    beside: str = "",
+) -> Shape:
+    """A shape of conversations, which may have a system message and tools beside them."""
+    optional = (*filter(None, [beside]), "system", "tools")
+    return Shape(keys, _with_tools(problems), gives, optional, remark)
 
 
 def _with_tools(problems: Callable[[Row], Iterator[str]]) -> Callable[[Row], Iterator[str]]:
     def both(row: Row) -> Iterator[str]:
-        yield from problems(row)
-        yield from _optional(row, "system")
-        yield from _tools(row)
+        wrong = list(problems(row))
+        yield from wrong
+        if row.get("system") is not None:
+            yield from system_problems(row, bool(wrong))
+        if row.get("tools") is not None:
+            yield from tool_problems(row["tools"])
 
     return both
 
 
 def _turns_conversation(row: Row) -> Conversation:
-    messages = [*_system(row), *turns_to_messages(row["conversations"])]
+    messages = [*system_of(row), *turns_to_messages(row["conversations"])]
     return Conversation(messages, tools=tools_of(row.get("tools")))
 
 
-def _instruction(row: Row) -> Iterator[str]:
-    yield from text_problems("instruction", row["instruction"])
-    yield from text_problems("output", row["output"])
-    yield from _optional(row, "input", "system")
+def _alpaca(answered: str, beside: str) -> Shape:
+    """A shape of an instruction, what it is about, and an answer, all text."""
+    keys = ("instruction", answered)
+    gives = {CONVERSATIONS: partial(_answered, partial(instruction, answered, beside))}
+    return _conversed(keys, partial(instruction_problems, answered, beside), gives, beside=beside)
 
 
-def _instruction_conversation(row: Row) -> Conversation:
-    asked = "\n".join(filter(None, (row["instruction"], row.get("input"))))
-    before = [*_system(row), {"role": "user", "content": asked}]
-    return Conversation([*before, {"role": "assistant", "content": row["output"]}], len(before))
+def _answered(read: Callable[[Row], list[Message]], row: Row) -> Conversation:
+    *asked, said = read(row)
+    before = [*system_of(row), *asked]
+    return Conversation([*before, said], len(before), tools_of(row.get("tools")))
 
 
 def _label_problems(row: Row) -> Iterator[str]:
@@ -210,42 +253,23 @@ def _text(row: Row) -> Conversation:
     return Conversation([], text=row["text"])
 
 
-def _optional(row: Row, *names: str) -> Iterator[str]:
-    for name in names:
-        if row.get(name) is not None:
-            yield from text_problems(name, row[name])
-
-
-def _tools(row: Row) -> Iterator[str]:
-    if row.get("tools") is not None:
-        yield from tool_problems(row["tools"])
-
-
-def _system(row: Row) -> list[Message]:
-    return [{"role": "system", "content": row["system"]}] if row.get("system") else []
-
-
 PLAIN_TEXT = Shape(("text",), _plain, {CONVERSATIONS: _text})
 SHAPES = (
-    Shape(("messages",), _messages, {CONVERSATIONS: _messages_conversation}, ("tools",)),
-    Shape(
-        ("prompt", "completion"), _pair, {CONVERSATIONS: _pair_conversation, JUDGED: _judged},
-        ("tools",),
+    _conversed(("messages",), _messages, {CONVERSATIONS: _messages_conversation}),
+    _conversed(
+        ("prompt", "completion"), _pair, {CONVERSATIONS: _pair_conversation, JUDGED: _judged}
     ),
     _preference(("prompt", "chosen", "rejected"), preference_problems, preference),
     _preference(
-        ("conversations", "chosen", "rejected"), turns_preference_problems, turns_preference,
-        "system",
+        ("conversations", "chosen", "rejected"), turns_preference_problems, turns_preference
     ),
     _preference(("chosen", "rejected"), implicit_problems, implicit_preference),
-    Shape(
-        ("conversations",), _with_tools(turns_problems), {CONVERSATIONS: _turns_conversation},
-        ("system", "tools"),
-    ),
-    Shape(
-        ("instruction", "output"), _instruction, {CONVERSATIONS: _instruction_conversation},
-        ("input", "system"),
+    _conversed(("conversations",), turns_problems, {CONVERSATIONS: _turns_conversation}),
+    _alpaca("output", "input"),
+    _alpaca("response", "context"),
+    _conversed(
+        ("query", "answers", "tools"), query_problems, {CONVERSATIONS: partial(_answered, query)}
     ),
     Shape(("text", "label"), _label_problems, {LABELS: _labelled}),
     PLAIN_TEXT,
-)  # fmt: skip
+)

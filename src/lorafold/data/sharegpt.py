@@ -4,21 +4,26 @@
     {"from": "observation", "value": '{"degrees": 21}'}
 """
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
-from lorafold.data.messages import Message, call_of, call_problems, list_problems, text_problems
-from lorafold.data.sources import Row, kind_of
+from lorafold.data.messages import (
+    ASKING,
+    ROLES,
+    Message,
+    asking_problems,
+    call_of,
+    call_problems,
+    list_problems,
+    normalized,
+    role_of,
+    text_problems,
+)
+from lorafold.data.parsing import Row, kind_of, parsed
 
-# Who speaks in a turn, and the role of that in messages.
-SPEAKERS = {
-    **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"},
-    **{"chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "system": "system"},
-    **{"tool": "tool", "observation": "tool", "function_response": "tool"},
-    **{"function_call": "assistant", "tool_call": "assistant"},
-}
 CALLERS = ("function_call", "tool_call")  # whose turns are calls, as JSON
+SPEAKERS = (*ROLES, *CALLERS)
+TURN_KEYS = {"from", "value", *ASKING}
 
 
 def turns_problems(row: Row) -> Iterator[str]:
@@ -37,27 +42,30 @@ def turn_problems(name: str, turn: Any) -> Iterator[str]:
         yield f"field {name}: found {kind_of(turn)}, expected an object with from and value"
         return
     speaker, value = turn.get("from"), turn.get("value")
-    if speaker not in SPEAKERS:
+    yield from asking_problems(name, turn)
+    if speaker not in CALLERS and role_of(speaker) not in ROLES:
         yield f"field {name}.from: found {speaker!r}, expected one of {', '.join(SPEAKERS)}"
     if not isinstance(value, str) or speaker not in CALLERS:
         yield from text_problems(f"{name}.value", value)
         return
     try:
-        calls = json.loads(value)
-    except json.JSONDecodeError as error:
-        yield f"field {name}.value: found no JSON ({error.msg}), expected that of a call"
+        calls = parsed(value)
+    except ValueError as error:
+        yield f"field {name}.value: found no JSON ({error}), expected that of a call"
         return
     yield from call_problems(f"{name}.value", calls if isinstance(calls, list) else [calls])
 
 
 def turns_to_messages(turns: list[dict[str, Any]]) -> list[Message]:
     """The messages of checked turns."""
-    return [_message(turn["from"], turn["value"]) for turn in turns]
+    return normalized([_message(turn) for turn in turns])
 
 
-def _message(speaker: str, value: str) -> Message:
+def _message(turn: dict[str, Any]) -> Message:
+    speaker, value = turn["from"], turn["value"]
+    asking = {key: turn[key] for key in ASKING if key in turn}
     if speaker not in CALLERS:
-        return {"role": SPEAKERS[speaker], "content": value}
-    calls = json.loads(value)
+        return {"role": role_of(speaker), "content": value} | asking
+    calls = parsed(value)
     calls = calls if isinstance(calls, list) else [calls]
-    return {"role": SPEAKERS[speaker], "tool_calls": [call_of(call) for call in calls]}
+    return {"role": "assistant", "tool_calls": [call_of(call) for call in calls]} | asking

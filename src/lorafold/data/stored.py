@@ -7,7 +7,7 @@ source.
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
 from itertools import islice
@@ -17,8 +17,8 @@ from typing import Any, TypeVar, overload
 import numpy as np
 
 from lorafold.data.arrow import Array, open_table
-from lorafold.data.shapes import Shape, shape_of
-from lorafold.data.sources import Row
+from lorafold.data.parsing import Row
+from lorafold.data.shapes import Shape, shape_of, shapes_for
 
 T = TypeVar("T")
 
@@ -81,18 +81,23 @@ class ArrowRows(Sequence[Row]):
 @dataclass(frozen=True)
 class Rows(Sequence[Row]):
     """Checked rows. `ignored` are their keys that no shape has, in the order of appearance, and
-    `known` is the digest and the bytes of large rows.
+    `known` is the digest and the bytes of large rows. `wanted` of what shapes give chose theirs,
+    `told` is what else there is to say of them, and `files` has the rows of each file of a source
+    that is made of several.
     """
 
     rows: Sequence[Row]
     parts: tuple[Part, ...]
     ignored: tuple[str, ...] = ()
     known: tuple[str, int] | None = field(default=None, repr=False)
+    wanted: str = ""
+    told: tuple[str, ...] = ()
+    files: Mapping[str, int] = field(default_factory=dict)
 
     @staticmethod
-    def of(rows: Sequence[Row], ignored: tuple[str, ...] = ()) -> "Rows":
+    def of(rows: Sequence[Row], wanted: str = "") -> "Rows":
         """Rows of one source; those that are `Rows` already stay as they are."""
-        return rows if isinstance(rows, Rows) else Rows(rows, (Part(len(rows)),), ignored)
+        return rows if isinstance(rows, Rows) else Rows(rows, (Part(len(rows)),), wanted=wanted)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -126,7 +131,8 @@ class Rows(Sequence[Row]):
     @property
     def record(self) -> dict[str, Any]:
         """What an adapter's record says of them."""
-        return {"rows": len(self), "sha256": self.sha256}
+        found = {"rows": len(self), "sha256": self.sha256}
+        return found | ({"files": dict(self.files)} if self.files else {})
 
     @property
     def bytes(self) -> int:
@@ -155,7 +161,7 @@ class Rows(Sequence[Row]):
         """The shape of the rows of each source that has any; None for rows that are not checked and
         have none.
         """
-        return tuple(map(shape_of, self.firsts()))
+        return tuple(shape_of(row, shapes_for(self.wanted)) for row in self.firsts())
 
     def give(self, what: str) -> bool:
         """Whether the rows of the first source give this, a key of `Shape.gives`."""
@@ -182,11 +188,11 @@ class Rows(Sequence[Row]):
         """The rows with these indices, which ascend."""
         parts = parts_of(indices, self.parts)
         if not isinstance(self.rows, ArrowRows):
-            return Rows([self.rows[i] for i in indices], parts, self.ignored)
+            return replace(self, rows=[self.rows[i] for i in indices], parts=parts)
         # the rows themselves are not read again for the digest of some of them
         digest = sha256(self.sha256.encode() + indices.astype(np.int64).tobytes()).hexdigest()
         size = self.bytes * len(indices) // len(self.rows)
-        return Rows(self.rows.select(indices), parts, self.ignored, (digest, size))
+        return replace(self, rows=self.rows.select(indices), parts=parts, known=(digest, size))
 
 
 def parts_of(rows: Array, parts: Sequence[Part]) -> tuple[Part, ...]:

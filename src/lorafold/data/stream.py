@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from lorafold.data.arrow import Lists
-from lorafold.data.checking import checked, ignored_keys, renamed
+from lorafold.data.checking import check_given, checked, renamed
 from lorafold.data.examples import Examples
 from lorafold.data.feed import Feed
-from lorafold.data.shapes import Shape
-from lorafold.data.sources import Row, Source, source_from
+from lorafold.data.noticed import Noticed
+from lorafold.data.parsing import Row
+from lorafold.data.shapes import Shape, shapes_for
+from lorafold.data.sources import Source, source_from
 from lorafold.data.tokenizing import Encoder
 from lorafold.errors import LorafoldError
 
@@ -31,19 +33,25 @@ PEEKED = 100  # rows that are looked at before a run starts
 
 @dataclass(frozen=True)
 class RowStream:
-    """Sources that are read row by row, and the names that keys have in them."""
+    """Sources that are read row by row, the names that keys have in them, and what is asked of
+    them, as for `read_rows`.
+    """
 
     sources: tuple[Source, ...]
     columns: Mapping[str, str]
+    wanted: str = ""
 
     @property
     def identity(self) -> str:
         """What a resumed run must have in common with the one before: the names, and the sizes of
-        files, which are not read for this.
+        files, which are not read for this, or the digests of those of a directory.
         """
         files = [Path(source.name) for source in self.sources]
-        sizes = [file.stat().st_size if file.is_file() else "" for file in files]
-        return " ".join(f"{s} {n}".strip() for s, n in zip(self.sources, sizes, strict=True))
+        known = [
+            source.identity if source.several else file.stat().st_size if file.is_file() else ""
+            for source, file in zip(self.sources, files, strict=True)
+        ]
+        return " ".join(f"{s} {n}".strip() for s, n in zip(self.sources, known, strict=True))
 
     @property
     def record(self) -> dict[str, Any]:
@@ -72,14 +80,13 @@ class RowStream:
         """The shape of the rows of each source."""
         return tuple(next(self._endless(source))[2] for source in self.sources)
 
-    def ignored(self) -> tuple[str, ...]:
-        """The keys of the first rows of each source that no shape has."""
-        first = [
-            (shape, row)
-            for source in self.sources
-            for _, row, shape in islice(self._endless(source), PEEKED)
-        ]
-        return ignored_keys(first)
+    def noticed(self) -> Noticed:
+        """What there is to say of the first rows of each source."""
+        found = Noticed()
+        for source in self.sources:
+            for _, row, shape in islice(self._endless(source), PEEKED):
+                found.add(shape, row)
+        return found
 
     def _drawn(self, rng: random.Random) -> Iterator[Named]:
         readers = [self._endless(source) for source in self.sources]
@@ -90,26 +97,36 @@ class RowStream:
 
     def _endless(self, source: Source) -> Iterator[Named]:
         while True:
-            numbers: list[int] = []
+            found = None
+            for file in source.files:
+                for found in self._named(file, source.several):
+                    yield found
+            if found is None:
+                raise LorafoldError(f"{source.name}: no rows found, expected at least one")
 
-            def noted(numbers: list[int] = numbers) -> Iterator[tuple[int, Row | str]]:
-                for number, row in source.streamed():
-                    numbers[:] = [number]
-                    yield number, row
+    def _named(self, file: Source, none: bool) -> Iterator[Named]:
+        numbers: list[int] = []
 
-            numbered = renamed(noted(), self.columns)
-            for shape, row in checked(numbered, source.name, at_once=True):
-                yield f"{source.name}: row {numbers[0]}", row, shape
+        def noted() -> Iterator[tuple[int, Row | str]]:
+            for number, row in file.streamed():
+                numbers[:] = [number]
+                yield number, row
+
+        numbered, shapes = renamed(noted(), self.columns), shapes_for(self.wanted)
+        for shape, row in checked(numbered, file.name, at_once=True, shapes=shapes, none=none):
+            yield f"{file.name}: row {numbers[0]}", row, shape
 
 
-def stream_of(sources: str | Sequence[str], columns: Mapping[str, str] | None = None) -> RowStream:
-    """The stream of one or several sources, as `read_rows` names them.
+def stream_of(
+    sources: str | Sequence[str], columns: Mapping[str, str] | None = None, wanted: str = ""
+) -> RowStream:
+    """The stream of one or several sources, with columns and what is wanted as for `read_rows`.
 
     Raises LorafoldError if the first rows of a source can't be read.
     """
     named = [sources] if isinstance(sources, str) else sources
-    stream = RowStream(tuple(map(source_from, named)), columns or {})
-    stream.ignored()
+    stream = RowStream(tuple(map(source_from, named)), columns or {}, wanted)
+    stream.noticed()
     return stream
 
 
@@ -168,6 +185,7 @@ class StreamFeed(Feed):
 
         chunk = list(islice(rows, n))
         takes = self._encoder.takes
+        check_given((shape for *_, shape in chunk), takes)
         batch = self._encoder.encode([shape.gives[takes](row) for _, row, shape in chunk], 0)
         for entry in batch.select(["row", "problem"]).to_pylist():
             if entry["problem"]:

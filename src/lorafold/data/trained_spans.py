@@ -200,8 +200,7 @@ def render_trained(
     called = [i for i, message in enumerate(messages) if message.get("tool_calls")]
     calls = {i: turn.said for i in called if (turn := drawing.turn(i)) is not None}
     check_shown(conversation, whole, tokenizer, calls)
-    trained = range(conversation.trained, len(messages))
-    turns = [i for i in trained if messages[i]["role"] == "assistant"]
+    turns = conversation.turns
     turns = turns[-1:] if rendering.train_on == "last" else turns
     found: list[tuple[str, list[Span], list[int]]] = [(whole, [], [])]  # the longest text first
     left_out = lost = 0

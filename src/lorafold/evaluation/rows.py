@@ -79,7 +79,7 @@ def evaluate(
 
     Raises LorafoldError for bad rows and for a loss that is not finite.
     """
-    rows = as_checked(rows)
+    rows = as_checked(rows, PAIRS)
     if rows.give(LABELS):
         return evaluate_classifier(model, tokenizer, rows, max_length, console=console)
     data = encode(rows, tokenizer, max_length)

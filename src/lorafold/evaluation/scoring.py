@@ -129,7 +129,7 @@ def score_rows(
             "the model's config: field pad_token_id: found null, expected the id of the token that"
             " pads short texts"
         )
-    rows = as_checked(rows)
+    rows = as_checked(rows, PAIRS)
     paired = rows.give(PAIRS)
     if paired:
         data = encode_preferred(rows, tokenizer, max_length, PAIRS, console)

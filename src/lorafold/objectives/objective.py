@@ -131,8 +131,9 @@ class Objective(ABC):
 
         Raises LorafoldError for rows that this objective can't use.
         """
-        rows = as_checked(rows)
-        table = tokenized(rows, self.encoder(tokenizer, rendering), console)
+        encoder = self.encoder(tokenizer, rendering)
+        rows = as_checked(rows, encoder.takes)
+        table = tokenized(rows, encoder, console)
         return self.data(table, rows, max_length)
 
     def examples(self, step: int, planned: Sequence[Any], loss: Any) -> Sequence[Any]:

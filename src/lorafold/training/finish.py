@@ -31,7 +31,8 @@ class Trained:
     that of the last ten steps. `adapter` is the directory that was written, and `figures` are
     further ones of the held-out rows, such as the accuracy of preferences. `frozen` has the shares
     of parameters that the adapter does not reach, by kind: of those of the blocks, and of the
-    model's the towers and connectors beside them.
+    model's the towers and connectors beside them. `files` has the rows of each file that was read
+    of a directory or a pattern.
     """
 
     train_loss: float
@@ -45,6 +46,7 @@ class Trained:
     losses: list[float]
     figures: dict[str, Any] = field(default_factory=dict)
     frozen: dict[str, dict[str, float]] = field(default_factory=dict)
+    files: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         held_out = "" if self.eval_loss is None else f", held out {self.eval_loss:.4f}"
@@ -86,6 +88,7 @@ def finish(
         losses=progress.losses,
         figures=progress.figures,
         frozen=job.adapter.unreached.as_json(),
+        files=request.data.record.get("files", {}),
     )
     if not job.accelerator.is_main_process:
         return result

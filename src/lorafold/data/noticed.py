@@ -1,0 +1,84 @@
+"""What there is to say of rows that are good: which keys are ignored, also inside messages, which
+roles are read as others, and how many turns are not trained on, as the rows say themselves.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from lorafold.data.foreign import SPOKEN
+from lorafold.data.messages import KEYS, asks, role_of
+from lorafold.data.parsing import Row
+from lorafold.data.shapes import Shape
+from lorafold.data.sharegpt import TURN_KEYS
+
+PLAIN = {"system", "user", "assistant", "tool", "developer"}
+SHOWN = 5  # roles that one line names
+LEFT = "assistant turns are not trained on, as their rows say"
+OTHERS = "turns that rows want trained are not of the assistant, and are not trained on"
+AS_THEY_ARE = "messages go to the chat template with roles of their own"
+
+
+class Noticed:
+    """Gathers what there is to say, row by row."""
+
+    def __init__(self) -> None:
+        self._ignored: dict[str, None] = {}
+        self._counts: Counter[str] = Counter()
+        self._roles: dict[str, Counter[str]] = {}  # by what becomes of them
+
+    def add(self, shape: Shape, row: Row) -> None:
+        """Look at one more row."""
+        for key, value in row.items():
+            if value is None:
+                continue
+            if key not in shape.known:
+                self._ignored[key] = None
+            elif key in SPOKEN and isinstance(value, list):
+                for message in value:
+                    self._look(f"{key}[]", message)
+            elif key in SPOKEN and isinstance(value, dict):
+                self._look(key, value)
+        if shape.remark and (remark := shape.remark(row)):
+            self._counts[remark] += 1
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """The keys that are no part of shapes, as they appear; messages[].id for one inside."""
+        return tuple(self._ignored)
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        """What else there is to say, in one line each."""
+        return tuple(self._lines())
+
+    def _look(self, field: str, message: dict[str, Any]) -> None:
+        turn = "from" in message
+        role = message["from" if turn else "role"]
+        content = message.get("content")
+        if role in PLAIN and len(message) == 2 and not isinstance(content, list):
+            return
+        known = TURN_KEYS if turn else KEYS
+        for key, value in message.items():
+            if key not in known and value is not None:
+                self._ignored[f"{field}.{key}"] = None
+        for part in content if isinstance(content, list) else ():
+            for key in sorted(part.keys() - {"type", "text"}):
+                if part[key] is not None:
+                    self._ignored[f"{field}.content[].{key}"] = None
+        meant, asked = role_of(role), asks(message)
+        if meant == "assistant" and asked is False:
+            self._counts[LEFT] += 1
+        elif meant != "assistant" and asked:
+            self._counts[OTHERS] += 1
+        if not turn and role not in PLAIN:
+            what = f"messages are read as those of {meant}" if meant in PLAIN else AS_THEY_ARE
+            self._roles.setdefault(what, Counter())[role] += 1
+
+    def _lines(self) -> Iterator[str]:
+        for what, count in self._counts.items():
+            yield f"{count:,} {what}"
+        for what, roles in self._roles.items():
+            named = ", ".join(map(repr, list(roles)[:SHOWN]))
+            more = f" and {len(roles) - SHOWN} more" if len(roles) > SHOWN else ""
+            yield f"{roles.total():,} {what}: {named}{more}"

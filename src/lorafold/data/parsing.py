@@ -1,0 +1,120 @@
+"""JSON that others wrote: what can't be read, or could not be written again, is told in one line.
+
+    parsed('{"a": 1}')      {"a": 1}; ValueError with one line for what can't be used
+    as_row(value)           the value as a row, or the reason why it is none
+
+Half of a surrogate pair, which JSON may hold and UTF-8 can't, numbers of thousands of digits, and
+values that lie too deep are refused wherever they stand, since rows are kept as they are.
+"""
+
+import json
+import re
+import sys
+from math import log10
+from typing import Any
+
+Row = dict[str, Any]
+Found = Row | str  # a row, or the reason why it could not be read
+DEEPEST = 100  # lists and objects around a value
+TOO_DEEP = f"found a value inside more than {DEEPEST} lists and objects, expected fewer"
+HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair
+ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def decoded(text: bytes) -> str:
+    """Text in UTF-8. ValueError with one line for anything else."""
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        wrong = f"not UTF-8 at byte {error.start + 1}; save the file as UTF-8"
+        raise ValueError(wrong) from error
+
+
+def loaded(text: str) -> Any:
+    """The value that JSON stands for. ValueError with one line for what is no JSON."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}: " if error.lineno > 1 else ""
+        raise ValueError(f"{line}not JSON: {error.msg} at column {error.colno}") from error
+    except RecursionError as error:
+        raise ValueError(TOO_DEEP) from error
+    except ValueError as error:  # of Python's limit of digits
+        raise ValueError(unusable(json.loads(text, parse_int=_whole))) from error
+
+
+def suspect(text: str) -> bool:
+    """Whether what JSON stands for has to be looked through: few texts have what may be wrong."""
+    deep = text.count("[") + text.count("{") > DEEPEST
+    return deep or ("\\u" in text and bool(ESCAPED.search(text)))
+
+
+def parsed(text: str) -> Any:
+    """The value that JSON stands for. ValueError with one line for what can't be used."""
+    value = loaded(text)
+    if suspect(text) and (reason := unusable(value)):
+        raise ValueError(reason)
+    return value
+
+
+def row_of(line: bytes) -> Found:
+    """The row of a line of JSON, or the reason why there is none."""
+    try:
+        return as_row(parsed(decoded(line).rstrip()), look=False)
+    except ValueError as error:
+        return str(error)
+
+
+def as_row(value: Any, look: bool = True) -> Found:
+    """The value as a row, if it is an object that can be used.
+
+    Args:
+        value: What stands where a row is expected.
+        look: Whether to look through it.
+    """
+    if not isinstance(value, dict):
+        return f"found {kind_of(value)}, expected an object"
+    return (unusable(value) if look else "") or value
+
+
+def unusable(value: Any) -> str:
+    """What can't be used in a value, with its field; empty for nothing."""
+    waiting: list[tuple[str, Any, int]] = [("", value, 0)]
+    while waiting:
+        name, found, depth = waiting.pop()
+        field = f"field {name}: " if name else ""
+        if isinstance(found, str):
+            if not found.isascii() and (half := HALF.search(found)):
+                what = f"{ascii(half[0])[1:-1]} at character {half.start() + 1}"
+                return f"{field}found half of a surrogate pair, {what}, expected whole characters"
+        elif isinstance(found, dict | list):
+            if depth > DEEPEST:
+                return f"field {re.split(r'[.[]', name)[0]}: {TOO_DEEP}"
+            if isinstance(found, list):
+                inner = [(f"{name}[{n}]", one) for n, one in enumerate(found)]
+            elif wrong := [key for key in found if not isinstance(key, str) or HALF.search(key)]:
+                return f"{field}found the key {wrong[0]!a}, expected text in keys"
+            else:
+                inner = [(f"{name}.{key}" if name else key, one) for key, one in found.items()]
+            waiting += ((*pair, depth + 1) for pair in reversed(inner))
+        elif isinstance(found, int) and 0 < _digits() < found.bit_length() * log10(2):
+            return f"{field}found a whole number of more than {_digits():,} digits, expected fewer"
+    return ""
+
+
+def kind_of(value: Any) -> str:
+    """What a JSON value is, for messages: text, a list, an object, or a number or null itself."""
+    if value is None or isinstance(value, bool | int | float):
+        return json.dumps(value)
+    names: dict[type, str] = {str: "text", list: "a list", dict: "an object"}
+    return names.get(type(value), type(value).__name__)
+
+
+def _digits() -> int:
+    """The digits of the longest whole number that Python reads and writes; 0 for any."""
+    return sys.get_int_max_str_digits()
+
+
+def _whole(digits: str) -> int:
+    """A whole number, or in place of one that is too long the power of ten above it."""
+    return int(digits) if len(digits) <= _digits() else 10 ** len(digits)
