@@ -147,7 +147,7 @@ class StreamFeed(Feed):
         """Read nothing yet.
 
         Args:
-            rows: All rows without end, in the order of a seed, as `Stream.rows` gives them.
+            rows: All rows without end, in the order of a seed, as `RowStream.rows` gives them.
             max_length: Longer examples are cut to this many tokens, at their end.
             batch: Rows of an optimizer step.
             steps: The number of optimizer steps.
