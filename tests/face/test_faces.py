@@ -61,7 +61,8 @@ def parameters(function: str) -> set[str]:
 def test_every_verb_that_opens_a_model_is_in_the_table() -> None:
     from lorafold.cli import COMMANDS
 
-    assert {v for v in COMMANDS if "model" in options(v)} == set(VERBS)
+    # doctor reads a tokenizer alone, and has no function
+    assert {v for v in COMMANDS if "model" in options(v)} - {"doctor"} == set(VERBS)
 
 
 @pytest.mark.parametrize("verb", VERBS)
