@@ -9,6 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 import lorafold as lf
+from adapter_cases import make_adapter
+from conftest import refused
 from lorafold.cli import _load, app
 from lorafold.cli.groups import OLD_NAMES
 from lorafold.opening import Base
@@ -133,3 +135,15 @@ def test_adapters_are_named_by_position_or_by_option_and_not_by_both(tmp_path: P
     assert "expected exactly one" in str(more.exception)
     none = CliRunner().invoke(app, ["merge", "--out", str(tmp_path / "out")])
     assert "ADAPTER: found none" in str(none.exception)
+
+
+@pytest.mark.parametrize("verb", ["inspect", "resize", "compose"])
+def test_a_word_that_is_unknown_is_refused_where_it_has_no_effect_too(
+    verb: str, tiny_model_dir, tmp_path: Path
+) -> None:
+    base, adapter, more = tiny_model_dir("llama"), tmp_path / "a", ["--out", tmp_path / "out"]
+    make_adapter(base, adapter)
+    more += {"resize": ["--rank", "1"]}.get(verb, [])
+    asked = [verb, adapter, "--model", base, *([] if verb == "inspect" else more)]
+    for option, said in (("--storage", "storage foo: unknown"), ("--device", "found 'foo'")):
+        assert said in refused(*map(str, [*asked, option, "foo"]))

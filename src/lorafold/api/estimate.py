@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorafold.api.arguments import or_quiet
 from lorafold.errors import LorafoldError
+from lorafold.machine.devices import check_device
 from lorafold.memory import report, terms
 from lorafold.memory.advice import Advice, advise
 from lorafold.memory.measure import measure as measured_bytes
@@ -123,7 +124,10 @@ def estimate(
         )
     console = or_quiet(console)
     setting = setting_of(mode, recipe or Recipe(), batch, max_length, labelled)
-    base = Base(model, device=device, revision=revision, trust_remote_code=trust_remote_code)
+    setting = replace(setting, trust_remote_code=trust_remote_code)
+    check_device(device)  # without `measure` it may be one that this machine lacks
+    on_it = device if measure else None
+    base = Base(model, device=on_it, revision=revision, trust_remote_code=trust_remote_code)
     config = base.config() if params is None else llama(params)
     asked = recipe is not None and "storage" in recipe.model_fields_set
     setting = as_in_files(setting, config, str(model), asked)

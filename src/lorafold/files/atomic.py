@@ -18,7 +18,7 @@ import secrets
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -50,6 +50,7 @@ def atomic_directory(
     """
     check_out(path, overwrite)
     target = Path(path).resolve()
+    absent = [folder for folder in target.parents if not folder.exists()]
     with _writing(path):
         target.parent.mkdir(parents=True, exist_ok=True)
         tmp = _sibling(target, "partial")
@@ -60,6 +61,9 @@ def atomic_directory(
             _place(tmp, target, overwrite)
         except BaseException:
             shutil.rmtree(tmp, ignore_errors=True)
+            with suppress(OSError):  # what another process wrote there meanwhile stays
+                for folder in absent:
+                    folder.rmdir()
             raise
 
 

@@ -149,7 +149,7 @@ def merge(
     source, _ = base.source, base.held  # a wrong name or device is told before any work
     with atomic_directory(out, wanted.overwrite) as tmp, _bars(console) as bar:
         target = choose_into(wanted.into, adapters, base.storage, stored_in_files(source))
-        if console is not None and target.trained_on is not None:
+        if console is not None and (target.trained_on or target.asked):
             console.print(f"merging into {target}", highlight=False)
         check_language_model(base, adapters, INSTEAD)
         own = any(one.own_tokenizer for one in adapters)

@@ -183,7 +183,10 @@ def adapted_model(
     below = tuple((s.spec, s.beside) for s in over)
     extra = stored.beside if stored else partial(extras, setup)
     spec, shared = stored.spec if stored else setup.spec, setup.accelerator.num_processes
-    asked = Setting(base.held, spec, recipe.targets, extra, below=below)
+    trusted = base.trust_remote_code
+    asked = Setting(
+        base.held, spec, recipe.targets, extra, below=below, trust_remote_code=trusted
+    )
     heaviest = planned(recipe, setup.feed, setup.objective, asked, shared, base.where)
     free = free_everywhere(setup.accelerator)
     checkpointing = settle(base.config(), heaviest, recipe.gradient_checkpointing, free, console)
