@@ -47,7 +47,7 @@ def trained(base, path, kind="nf4", method="lora"):
             p, mean=1.0 if method in ("dora", "ia3") and p.dim() == 1 else 0.0, std=0.05
         )
     weights = weights_of(resolve_model(base), storage)
-    record = {"recipe": Recipe(base=kind).model_dump(mode="json")}
+    record = {"recipe": Recipe(storage=kind).model_dump(mode="json")}
     adapter.save(path, base=weights, record=record)
     return model(IDS).logits.detach()
 

@@ -131,7 +131,12 @@ def source_of(data: Data) -> str:
 
 def as_paths(adapters: Paths) -> list[Path]:
     """The paths as a list, also if there is only one."""
-    return [Path(path) for path in ([adapters] if isinstance(adapters, (str, Path)) else adapters)]
+    return [*map(as_path, [adapters] if isinstance(adapters, (str, Path)) else adapters)]
+
+
+def as_path(path: str | Path) -> Path:
+    """The path, with ~ as the user's home."""
+    return Path(path).expanduser()
 
 
 def or_quiet(console: Console | None) -> Console:

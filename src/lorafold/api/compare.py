@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafold.api.arguments import Columns, Data, or_quiet
+from lorafold.api.arguments import Columns, Data, as_path, or_quiet
 from lorafold.api.task import train_and_test
 from lorafold.comparing import run
 from lorafold.comparing.measure import Measurement, Task
@@ -94,8 +94,8 @@ def compare(
         )
 
     found = Comparison(
-        tuple(run.compare(task, list(names), range(seeds), Path(out), tell)), str(model), source
+        tuple(run.compare(task, list(names), range(seeds), as_path(out), tell)), str(model), source
     )
-    (Path(out) / "table.md").write_text(str(found), encoding="utf-8")
+    (as_path(out) / "table.md").write_text(str(found), encoding="utf-8")
     return found
 

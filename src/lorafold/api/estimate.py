@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafold.api.arguments import or_quiet
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, both_names, called_now
 from lorafold.machine.devices import check_device
 from lorafold.memory import report, terms
 from lorafold.memory.advice import Advice, advise
@@ -111,8 +112,9 @@ def estimate(
     a model that can't be traced.
     """
     if length is not None:
-        told = "length is called max_length now; lorafold 0.3 no longer takes length"
-        warnings.warn(told, DeprecationWarning, stacklevel=2)
+        if max_length != inspect.signature(estimate).parameters["max_length"].default:
+            raise LorafoldError(both_names("length", "max_length"))
+        warnings.warn(called_now("length", "max_length"), DeprecationWarning, stacklevel=2)
         max_length = length
     if params is not None and str(model) != EMBEDDED:
         raise LorafoldError(

@@ -12,6 +12,7 @@ from lorafold.api.arguments import (
     Columns,
     Data,
     Paths,
+    as_path,
     as_paths,
     as_prompts,
     as_rows,
@@ -142,12 +143,12 @@ def fragility(
     opening = partial(opened, base)
     if tuned is not None:
         with console.status("measuring"):
-            return run.gate(task, Path(tuned), instead, opening)
+            return run.gate(task, as_path(tuned), instead, opening)
     assert out is not None  # a problem otherwise
     with progress(console) as tell:
-        found = run.sweep(task, Path(out), opening, tell)
-    write_json(Path(out) / "fragility.json", found.as_json())
-    write_text(Path(out) / "table.md", markdown(found))
+        found = run.sweep(task, as_path(out), opening, tell)
+    write_json(as_path(out) / "fragility.json", found.as_json())
+    write_text(as_path(out) / "table.md", markdown(found))
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafold.api.arguments import Columns, Data, or_quiet
+from lorafold.api.arguments import Columns, Data, as_path, or_quiet
 from lorafold.api.task import train_and_test
 from lorafold.errors import LorafoldError
 from lorafold.inspecting.intrinsic import Intrinsic, Point, search
@@ -67,5 +67,5 @@ def intrinsic(
             highlight=False,
         )
 
-    request = Request(base, Path(out), recipe, rows, source, eval_rows=held_out)
+    request = Request(base, as_path(out), recipe, rows, source, eval_rows=held_out)
     return search(request, smallest, largest, share, tell)

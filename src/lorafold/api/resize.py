@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafold.api.arguments import Columns, Data, Paths, as_paths, as_rows
+from lorafold.api.arguments import Columns, Data, Paths, as_path, as_paths, as_rows
 from lorafold.api.opened import opened
 from lorafold.errors import LorafoldError
 from lorafold.inspecting import resize as best
@@ -71,7 +71,7 @@ def resize(
         raise LorafoldError(f"--energy: found {energy:g}, expected a share above 0, at most 1")
     rows = None if data is None else as_rows(data, columns, console)
     base = Base(model, storage, device, revision, trust_remote_code, allow_other_base)
-    stack = open_all([*as_paths(over), Path(adapter)])
+    stack = open_all([*as_paths(over), as_path(adapter)])
     result = best.resize(base, stack, out, rank=rank, energy=energy, overwrite=overwrite)
     if rows is None:
         return result

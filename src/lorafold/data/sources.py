@@ -6,6 +6,7 @@ are numbered from 1: by line in a JSONL file, by record after the header in a CS
 
 import csv
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -77,6 +78,7 @@ def source_from(text: str) -> Source:
 
     Raises LorafoldError for a weight that is not above 0.
     """
+    text = os.path.expanduser(text)
     name, colon, weight = text.rpartition(":")
     if not colon or Path(text).exists() or not re.fullmatch(NUMBER, weight.lower()):
         return Source(text)

@@ -4,12 +4,14 @@ A field that is None asks for the method's own default, so that this file knows 
 `Recipe(...)` from Python; `recipe.reading` makes one of a YAML file, `--set` and flags.
 """
 
+import warnings
 from math import ceil
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from lorafold.errors import both_names, called_now
 from lorafold.files.record import RENAMED
 from lorafold.methods import METHODS
 from lorafold.models import storages
@@ -225,7 +227,11 @@ class Recipe(BaseModel):
     def _old_names(cls, given: Any) -> Any:
         if isinstance(given, dict):
             for old, name in RENAMED.items():
-                if old in given and name not in given:
+                if old in given and name in given:
+                    raise ValueError(both_names(old, name))
+                if old in given:
+                    # of the caller of `Recipe`
+                    warnings.warn(called_now(old, name), DeprecationWarning, stacklevel=3)
                     given = {name if key == old else key: v for key, v in given.items()}
         return given
 
