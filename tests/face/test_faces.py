@@ -14,7 +14,9 @@ from conftest import lorafold, refused
 from lorafold.cli import _load, app
 from lorafold.cli.groups import OLD_NAMES
 from lorafold.errors import LorafoldError
+from lorafold.inspecting.resize import resize
 from lorafold.opening import Base
+from lorafold.peft.saved import open_all
 from lorafold.recipe.recipe import Recipe
 
 HUB = {"model", "revision", "trust_remote_code"}
@@ -198,3 +200,59 @@ def test_paths_may_begin_with_a_tilde_at_both_faces(
     assert done.returncode == 0, done.stderr
     lf.load(lf.load_model(base), "~/two").save("~/four")
     assert {"one", "two", "three", "four"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_a_recipe_is_a_recipe_at_every_verb(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completion": "b"}]
+    said = r"recipe: found dict, expected an lf\.Recipe"
+    with pytest.raises(LorafoldError, match=said):
+        lf.train({"rank": 2}, data=rows, out=tmp_path / "out")  # type: ignore[arg-type]
+    with pytest.raises(LorafoldError, match=said):
+        lf.estimate(recipe={"rank": 2})  # type: ignore[arg-type]
+    with pytest.raises(LorafoldError, match=said):
+        lf.compare(tmp_path / "out", recipe={"rank": 2})  # type: ignore[arg-type]
+
+
+def test_resize_reads_columns_and_refuses_in_one_wording(tiny_model_dir, tmp_path: Path) -> None:
+    base, rows = tiny_model_dir("llama"), tmp_path / "rows.jsonl"
+    make_adapter(base, tmp_path / "a")
+    rows.write_text('{"question": "a", "answer": "b"}\n')
+    asked = ["resize", tmp_path / "a", "--model", base, "--out", tmp_path / "out", "--data", rows]
+    named = ["--columns", "prompt=question,completion=answer", "--rank", "1", "--device", "cpu"]
+    done = lorafold(*map(str, [*asked, *named]))
+    assert "loss " in done.stdout, done.stderr
+    with pytest.raises(LorafoldError, match="--energy: found 2, expected a share above 0"):
+        resize(Base(base), open_all([tmp_path / "a"]), tmp_path / "b", energy=2)
+
+
+def test_generate_counts_tokens(tiny_model_dir) -> None:
+    asked = ["generate", "--model", str(tiny_model_dir("llama")), "--prompt", "Hi"]
+    for n in (2, 3):
+        done = lorafold(*asked, "--max-new-tokens", str(n), "--device", "cpu", "--storage", "fp32")
+        assert f"\n{n} tokens, " in done.stderr
+
+
+def test_the_kinds_of_the_cache_are_listed() -> None:
+    from lorafold.files.cache import KINDS
+
+    told = " ".join(CliRunner().invoke(app, ["cache", "--help"]).stdout.split())
+    assert f"Only this kind: {', '.join(KINDS)}." in told
+
+
+@pytest.mark.parametrize("verb", ["inspect", "resize", "train"])
+def test_a_reward_model_is_called_one_by_every_verb(
+    verb: str, tiny_model_dir, tmp_path: Path
+) -> None:
+    base, rows = tiny_model_dir("llama"), tmp_path / "rows.jsonl"
+    pairs = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2
+    recipe = lf.Recipe(objective="reward", steps=1, batch=2, storage="fp32")
+    lf.train(recipe, data=pairs, out=tmp_path / "judge", model=base, device="cpu")
+    rows.write_text('{"prompt": "a", "completion": "b"}\n')
+    judge, out = tmp_path / "judge", ["--out", tmp_path / "out", "--model", base]
+    asked = {
+        "inspect": [judge, "--model", base],
+        "resize": [judge, "--rank", "1", *out],
+        "train": ["--over", judge, "--data", rows, "--storage", "fp32", *out],
+    }[verb]
+    said = refused(verb, *map(str, asked))
+    assert "found a reward model, expected an adapter of a language model" in said

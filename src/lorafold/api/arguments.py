@@ -129,6 +129,15 @@ def source_of(data: Data) -> str:
     return ", ".join(sources_in(data) or ["rows given in Python"])
 
 
+def as_recipe(recipe: Recipe | None, default: Recipe) -> Recipe:
+    """The recipe, or the default for None. Raises LorafoldError for anything else."""
+    if recipe is not None and not isinstance(recipe, type(default)):
+        raise LorafoldError(
+            f"recipe: found {type(recipe).__name__}, expected an lf.Recipe, as in lf.Recipe(rank=8)"
+        )
+    return default if recipe is None else recipe
+
+
 def as_paths(adapters: Paths) -> list[Path]:
     """The paths as a list, also if there is only one."""
     return [*map(as_path, [adapters] if isinstance(adapters, (str, Path)) else adapters)]

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafold.api.arguments import or_quiet
+from lorafold.api.arguments import as_recipe, or_quiet
 from lorafold.errors import LorafoldError, both_names, called_now
 from lorafold.machine.devices import check_device
 from lorafold.memory import report, terms
@@ -125,7 +125,7 @@ def estimate(
             f"--measure: found --params {params}, which has no weights; expected --model"
         )
     console = or_quiet(console)
-    setting = setting_of(mode, recipe or Recipe(), batch, max_length, labelled)
+    setting = setting_of(mode, as_recipe(recipe, Recipe()), batch, max_length, labelled)
     setting = replace(setting, trust_remote_code=trust_remote_code)
     check_device(device)  # without `measure` it may be one that this machine lacks
     on_it = device if measure else None

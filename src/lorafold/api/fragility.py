@@ -15,6 +15,7 @@ from lorafold.api.arguments import (
     as_path,
     as_paths,
     as_prompts,
+    as_recipe,
     as_rows,
     or_quiet,
     source_of,
@@ -121,7 +122,7 @@ def fragility(
     rows = Rows.of([]) if data is None else as_rows(data, columns, console)
     base = Base(model, storage, device, revision, trust_remote_code, allow_other_base)
     used = [one for stack in stacks for one in stack.adapters]
-    base, recipe = settled(base, recipe or RECIPE, used)
+    base, recipe = settled(base, as_recipe(recipe, RECIPE), used)
     task = Task(
         base=base,
         stacks=stacks,

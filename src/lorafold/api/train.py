@@ -11,6 +11,7 @@ from lorafold.api.arguments import (
     Paths,
     as_path,
     as_paths,
+    as_recipe,
     as_rows,
     or_quiet,
     rows_to_train,
@@ -68,8 +69,8 @@ def train(
     Raises LorafoldError for anything wrong with the arguments, if possible before weights are
     loaded, and Interrupted after SIGINT or SIGTERM, once a checkpoint is written.
     """
-    rows = rows_to_train(data, recipe or Recipe(), columns, console)
-    objective = (recipe or Recipe()).objective
+    recipe = as_recipe(recipe, Recipe())
+    rows, objective = rows_to_train(data, recipe, columns, console), recipe.objective
     held_out = (
         None
         if eval_data is None
@@ -88,7 +89,7 @@ def train(
             allow_other_base=allow_other_base,
         ),
         as_path(out),
-        recipe or Recipe(),
+        recipe,
         rows,
         source_of(data),
         held_out,

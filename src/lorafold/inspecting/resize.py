@@ -33,6 +33,7 @@ from lorafold.inspecting.spectra import effective_rank
 from lorafold.inspecting.updates import load_below, matrix_names, sites, stacked, unstacked
 from lorafold.methods.lora import LoRA, of_ranks
 from lorafold.opening import Base
+from lorafold.opening.kinds import check_language_model
 from lorafold.ops.svd import best_of_rank
 from lorafold.peft.saved import BASE_IDENTITY, Saved
 
@@ -109,6 +110,15 @@ class Errors:
         return Resized(self.sites, _root(self.lost, self.whole), str(out), dict(left_out or {}))
 
 
+def check_request(rank: int | None, energy: float | None) -> None:
+    """Raise LorafoldError unless exactly one is given, and an energy is a share."""
+    if (rank is None) == (energy is None):
+        found = "neither" if rank is None else "both"
+        raise LorafoldError(f"--rank, --energy: found {found}, expected exactly one of them")
+    if energy is not None and not 0 < energy <= 1:
+        raise LorafoldError(f"--energy: found {energy:g}, expected a share above 0, at most 1")
+
+
 def resize(
     base: Base,
     stack: Sequence[Saved],
@@ -132,10 +142,8 @@ def resize(
     Raises LorafoldError unless exactly one of rank and energy is given, and for an adapter that has
     no form in weight space, changes biases with its weights or can't be read.
     """
-    if (rank is None) == (energy is None):
-        raise LorafoldError(
-            f"resize: found rank {rank} and energy {energy}, expected exactly one of them"
-        )
+    check_request(rank, energy)
+    check_language_model(base, stack)
     *over, saved = stack
     model, allowed = base.mapped().model, base.allow_other_base
     below = load_below(model, over, allowed)

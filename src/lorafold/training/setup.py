@@ -29,6 +29,7 @@ from lorafold.methods.parts.token_rows import Tokens
 from lorafold.models.tokenizer import Words
 from lorafold.models.weights import Weights
 from lorafold.objectives.objective import Data, Objective
+from lorafold.opening.kinds import check_language_model
 from lorafold.peft.saved import Saved, open_all
 from lorafold.peft.stack import mismatch, same
 from lorafold.recipe.fitting import settled_base, spec_of, without
@@ -141,6 +142,8 @@ def set_up(request: Request, console: Console) -> Setup:
     spec = check_request(request, console)
     saved = saved_adapters(request)
     objective = objective_of(request, saved)
+    if saved and not objective.outputs:
+        check_language_model(request.base, saved)
     storage = settled_base(request.recipe, spec, request.base.source, saved)
     recipe = request.recipe.model_copy(update={"storage": storage})
     base = request.base.stored(storage)
