@@ -7,6 +7,7 @@ from __future__ import annotations
 import traceback
 from pathlib import PurePath
 
+UNTIL = "0.3"  # the version that no longer knows old names
 STOPS = (SystemExit, KeyboardInterrupt)  # the only errors that end a thread, panics do not
 
 
@@ -33,6 +34,16 @@ class Interrupted(Exception):
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
         self.code = code
+
+
+def called_now(old: str, now: str) -> str:
+    """The line for an old name that was used."""
+    return f"{old} is called {now} now; lorafold {UNTIL} no longer takes {old}"
+
+
+def both_names(old: str, now: str) -> str:
+    """The line for an old name that was used beside the new one."""
+    return f"{old}: found it beside {now}, which is its name now; expected {now} alone"
 
 
 def place(error: BaseException) -> str:

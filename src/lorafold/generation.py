@@ -10,7 +10,7 @@ engine (`lorafold.engine`), where completions that have ended make room for prom
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -84,9 +84,10 @@ def stream(
     prompt: str,
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
-) -> Iterator[str]:
-    """The pieces of one completion, one for each token; a piece is empty while a character is
-    incomplete. The model is the engine's until the last one is read or the iterator is closed.
+) -> Generator[str, None, Ended | None]:
+    """The pieces of one completion, one for each token, and the rest of one that ends within a
+    character; a piece is empty while a character is incomplete. It returns the end, with the tokens
+    that were generated. The model is the engine's until then, or until the iterator is closed.
 
     Args:
         model, tokenizer: A causal language model, with any adapters.
@@ -98,11 +99,12 @@ def stream(
     """
     ids, ends = tokens_of(tokenizer, prompt), end_tokens(model, tokenizer)
     if max_new_tokens < 1:
-        return
+        return None
     length = len(ids) + max_new_tokens
     with engine_of(model, tokenizer, slots=1, length=length, passes=max_new_tokens) as opened:
         engine, adapter = opened
-        yield from pieces(engine, Request("0", ids, max_new_tokens, adapter, sampling, ends))
+        request = Request("0", ids, max_new_tokens, adapter, sampling, ends)
+        return (yield from pieces(engine, request))
 
 
 @contextmanager
@@ -135,9 +137,9 @@ def engine_of(
         yield engine, ACTIVE if active else None
 
 
-def pieces(engine: Engine, request: Request) -> Iterator[str]:
+def pieces(engine: Engine, request: Request) -> Generator[str, None, Ended]:
     """What each token adds to the text of a request, and the rest of it, if it ends within a
-    character. Closing the iterator cancels the request.
+    character; then it returns the end. Closing the iterator cancels the request.
 
     Raises LorafoldError for a request that is refused or fails.
     """
@@ -151,7 +153,7 @@ def pieces(engine: Engine, request: Request) -> Iterator[str]:
                 if text or not isinstance(event, Ended):
                     yield text
             if events.ended:
-                return
+                return events.ended
             engine.step()
     finally:
         if engine.cancel(request.id):

@@ -2,6 +2,7 @@
 trains over it or starts from it, and where it is served.
 """
 
+import json
 import shutil
 from pathlib import Path
 
@@ -47,6 +48,33 @@ def test_a_run_takes_one_where_it_is_told_to(
     assert Path(trained.adapter, "adapter_model.safetensors").is_file()
 
 
+def test_what_is_loaded_on_another_base_is_told_and_what_is_made_of_it_keeps_its_own(
+    other: Path, tiny_model_dir, tmp_path: Path, caplog
+) -> None:
+    base = tiny_model_dir("llama")
+    theirs = saved(other, {"a": lf.LoRA(rank=2), "d": lf.DoRA(lf.LoRA(rank=2))}, tmp_path / "two")
+    lora, dora = theirs / "a", theirs / "d"
+    asked = {"model": base, "allow_other_base": True}
+    lf.resize(lora, tmp_path / "small", rank=1, **asked)
+    assert f"adapter {lora} was trained on another base (" in caplog.text
+    assert "; loaded all the same (--allow-other-base)" in caplog.text
+    lf.compose([lora, lora], tmp_path / "sum", **asked)
+    for made in ("small", "sum"):  # are for the base that the adapter was trained on
+        lf.load(fresh_model(other), tmp_path / made)
+        with pytest.raises(LorafoldError, match=REFUSED):
+            lf.load(fresh_model(base), tmp_path / made)
+    lf.resize(dora, tmp_path / "of-both", rank=1, **asked)
+    recipe = lf.Recipe(steps=1, batch=2, storage="fp32")
+    how = {"data": ROWS, "device": "cpu", "init_adapter": lora}
+    lf.train(recipe, out=tmp_path / "further", **asked, **how)
+    lf.merge(base, [lora], tmp_path / "merged", allow_other_base=True, certificate=False)
+    records = ("of-both/lorafold.json", "further/lorafold.json", "merged/merge.json")
+    for made in records:
+        assert "was trained on another base" in str(
+            json.loads((tmp_path / made).read_text())["other_base"]
+        )
+
+
 def test_a_server_takes_one_where_it_is_told_to(
     other: Path, tiny_model_dir, tmp_path: Path
 ) -> None:
@@ -58,3 +86,5 @@ def test_a_server_takes_one_where_it_is_told_to(
     # what was found out before holds for that answer alone
     with running(base, folder, allow_other_base=True) as server:
         assert server.text("theirs", "Hello")
+        note = server.parts.registry.found["theirs"].note
+        assert "was trained on another base" in note

@@ -86,7 +86,8 @@ def adapted(base: Path, out: Path, storage=torch.float32, spec=None, size: float
         for p in adapter.parameters():
             p.data += size * torch.randn(p.shape)
     quantization = getattr(storage, "quantization", None)
-    record = {"recipe": Recipe(base=quantization).model_dump(mode="json")} if quantization else None
+    recipe = Recipe(storage=quantization or "auto").model_dump(mode="json")
+    record = {"recipe": recipe} if quantization else None
     weights = weights_of(resolve_model(base), storage) if quantization else None
     adapter.save(out, base=weights, record=record)
     return model, adapter

@@ -2,6 +2,7 @@
 far it is from what was trained.
 """
 
+import io
 import json
 from itertools import cycle, product
 
@@ -47,7 +48,7 @@ def trained(base, path, kind="nf4", method="lora"):
             p, mean=1.0 if method in ("dora", "ia3") and p.dim() == 1 else 0.0, std=0.05
         )
     weights = weights_of(resolve_model(base), storage)
-    record = {"recipe": Recipe(base=kind).model_dump(mode="json")}
+    record = {"recipe": Recipe(storage=kind).model_dump(mode="json")}
     adapter.save(path, base=weights, record=record)
     return model(IDS).logits.detach()
 
@@ -191,3 +192,24 @@ def test_gpt2_is_unpacked_in_its_own_orientation(tiny_model_dir, tmp_path):
     expected = trained(base, tmp_path / "a")
     merge(base, [tmp_path / "a"], tmp_path / "out", certificate=False)
     assert relative(logits(tmp_path / "out"), expected) < 4 * torch.finfo(torch.bfloat16).eps
+
+
+def test_the_storage_that_was_asked_for_is_known_and_told(tiny_model_dir, tmp_path):
+    base, adapter = tiny_model_dir("llama-wide"), tmp_path / "a"
+    trained(base, adapter)
+    with pytest.raises(LorafoldError, match="storage foo: unknown; expected auto, bf16"):
+        merge(base, [adapter], tmp_path / "deep" / "out", storage="foo")
+    said = Console(file=io.StringIO(), width=400)
+    merge(base, [adapter], tmp_path / "out", storage="fp32", certificate=False, console=said)
+    assert said.file.getvalue() == (
+        "merging into the original weights; storage fp32 as asked, although the adapter's record"
+        " says nf4\n"
+    )
+
+
+def test_a_merge_that_is_refused_leaves_no_folder(tiny_model_dir, tmp_path):
+    base, adapter = tiny_model_dir("llama-wide"), tmp_path / "a"
+    trained(base, adapter)
+    with pytest.raises(LorafoldError, match="into: found foo"):
+        merge(base, [adapter], tmp_path / "deep" / "er" / "out", into="foo")
+    assert not (tmp_path / "deep").exists()

@@ -6,6 +6,7 @@ import torch
 import lorafold as lf
 from lorafold.bases import layer_of
 from lorafold.core.attach import adapted_modules, selection_of
+from lorafold.errors import LorafoldError
 from lorafold.inspecting.loss import loss_on, losses_of
 from lorafold.inspecting.paths import barrier, between, measured_paths, scaling
 from lorafold.methods import make_spec
@@ -125,3 +126,22 @@ def test_barrier_is_measured_from_the_line_between_the_ends():
     assert barrier(line) == pytest.approx(0)
     assert barrier([(t, loss + 4 * t * (1 - t)) for t, loss in line]) == pytest.approx(1)
     assert barrier([(t, loss - 4 * t * (1 - t)) for t, loss in line]) == pytest.approx(0)
+
+
+def test_new_tokens_stay_as_they_are_along_a_line(tiny_model_dir, tmp_path):
+    base, rows = tiny_model_dir("llama"), tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "Hi<|user|>", "completion": "<|bot|> there"}\n' * 3)
+    recipe = lf.Recipe(
+        new_tokens=["<|user|>", "<|bot|>"], steps=2, batch=2, storage="fp32", lr=0.1
+    )
+    data = {"model": base, "data": rows, "device": "cpu"}
+    lf.train(recipe, out=tmp_path / "nt", **data)
+    found = lf.inspect(tmp_path / "nt", storage="fp32", **data).as_json()["paths"]
+    expected = lf.evaluate(
+        base, rows, adapters=[tmp_path / "nt"], storage="fp32", device="cpu", completions=False
+    ).loss
+    at = dict(found["scaling"])
+    assert at[1.0] == pytest.approx(expected, rel=1e-5)
+    assert at[0.0] != pytest.approx(expected, rel=1e-5)
+    with pytest.raises(LorafoldError, match="found new tokens in both"):
+        lf.inspect(tmp_path / "nt", against=tmp_path / "nt", storage="fp32", **data)

@@ -5,12 +5,13 @@ docs.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from conftest import Done, lorafold
+from conftest import Done, lorafold, refused
 from lorafold.memory import cheatsheet
 from lorafold.memory.terms import TERMS
 from lorafold.models.configuration import configuration
@@ -107,3 +108,59 @@ def test_the_docs_hold_the_cheatsheet() -> None:
     for row, kept in zip(rows, written[start + 2 :], strict=False):
         assert (*row[:4], row[6]) == (*kept[:4], kept[6])
         assert float(kept[4].split()[0]) == pytest.approx(float(row[4].split()[0]), rel=0.01)
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@pytest.fixture
+def own_code(tiny_model_dir: Any, tmp_path: Path) -> Path:
+    """A model whose code comes with it."""
+    path = shutil.copytree(tiny_model_dir("llama"), tmp_path / "own")
+    (path / "own.py").write_text(CODE)
+    config = json.loads((path / "config.json").read_text())
+    auto = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    config |= {"model_type": "own", "architectures": ["OwnModel"], "auto_map": auto}
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def test_code_of_a_model_that_is_trusted_runs_without_a_question(own_code: Path) -> None:
+    model = ("--model", str(own_code), "--mode", "lora", "--max-length", "16")
+    done = run(*model, "--trust-remote-code", "--json")
+    assert json.loads(done.stdout)["total"] > 0
+    assert "runs with --trust-remote-code" in refused("estimate", *model)
+
+
+def test_a_run_on_code_that_is_trusted_prints_its_result_alone(
+    own_code: Path, tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n' * 4)
+    asked = ["--model", own_code, "--data", rows, "--out", tmp_path / "out", "--device", "cpu"]
+    asked += ["--storage", "fp32", "--steps", "1", "--batch", "2", "--trust-remote-code", "--json"]
+    done = lorafold("train", *map(str, asked))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 1
+    assert "memory" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--revision", "main"), "which is for models of the hub"),
+        (("--device", "foo"), "device: found 'foo'"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(
+    given: tuple[str, ...], said: str, tiny_model_dir: Any
+) -> None:
+    assert said in refused("estimate", "--model", str(tiny_model_dir("llama")), *given)

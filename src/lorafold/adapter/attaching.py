@@ -79,7 +79,8 @@ def load(
     Args:
         path: the adapter's directory, or what was read of it already.
         name: the adapter's name on this model.
-        allow_other_base: accept a base with another fingerprint, and other adapters below.
+        allow_other_base: accept a base with another fingerprint, and other adapters below; the log
+            says so.
         trainable: make the adapter's parameters trainable; one that lay over nothing lies over the
             active adapters from then on.
         base: the base's own weights, if the model does not have them, because it is quantized or on
@@ -125,4 +126,4 @@ def _place(model: nn.Module, built: Built, name: str, trainable: bool) -> Adapte
     freeze(model, selection)
     selection.add(name)
     selection.origins[name] = Origin(name, *built.files)
-    return Adapter(model, name, built.chosen, built.over)
+    return Adapter(model, name, built.chosen, built.over, built.other_base)

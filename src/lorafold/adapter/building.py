@@ -9,6 +9,7 @@ while the model computes, needs the deltas alone.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,9 +34,10 @@ from lorafold.methods.parts.replace import ReplaceDelta, leaves
 from lorafold.methods.parts.token_rows import Tokens
 from lorafold.models.weights import ModelWeights, Weights
 from lorafold.peft.directory import Chosen
-from lorafold.peft.saved import Saved
+from lorafold.peft.saved import ALLOWED, Saved
 from lorafold.peft.stack import loading_advice, mismatch, same
 
+log = logging.getLogger(__name__)
 ROOM = 1 << 26  # numbers that every adapter may have
 
 
@@ -44,7 +46,8 @@ class Built:
     """An adapter for one model: what was chosen, and by module path the parts of its deltas, the
     lowest first. `over` are the adapters that it lies over, and `files`
     the directory that it was read from and its digest. `base_identity` is that of the files of the
-    base that it was trained on, if its record has it.
+    base that it was trained on, if its record has it, and `other_base` says that the model is
+    another one.
     """
 
     chosen: Chosen
@@ -52,6 +55,7 @@ class Built:
     over: tuple[Origin, ...]
     files: tuple[str, str] = ("", "")
     base_identity: str = ""
+    other_base: str = ""
 
     def deltas(self) -> dict[str, Delta]:
         """One delta for each module path."""
@@ -166,7 +170,15 @@ def read(
     if not (allow_other_base or fits):
         advice = loading_advice(saved.path, saved.over)
         problems.append(f"{mismatch(saved.over, below)}; {advice}")
-    if not allow_other_base:
+    told = ""
+    if allow_other_base:
+        told = saved.other_base(base)
+        if told:
+            log.warning(told)
+        if not fits:
+            other = mismatch(saved.over, below)
+            log.warning("adapter %s: %s; loaded all the same (%s)", saved, other, ALLOWED)
+    else:
         problems += saved.base_problems(base)
     try:
         tokens, saved = saved.token_rows(model, base)
@@ -177,4 +189,4 @@ def read(
     saved.fill(model, built.parts, built.chosen.matches.paths, base, problems)
     over = below if saved.over and fits else saved.over
     files, trained_on = (str(saved), saved.sha256), saved.base_identity
-    return replace(built, over=over, files=files, base_identity=trained_on)
+    return replace(built, over=over, files=files, base_identity=trained_on, other_base=told)

@@ -15,6 +15,7 @@ from lorafold.core.attach import Adapted, Origin, adapted_modules, freeze, lift,
 from lorafold.core.delta import Delta, put
 from lorafold.errors import LorafoldError
 from lorafold.files.card import VOCABULARY, Beside
+from lorafold.files.record import OTHER_BASE
 from lorafold.fold.in_memory import carry_out
 from lorafold.fold.plan import plan_fold
 from lorafold.methods.parts.extras import vocabulary
@@ -32,7 +33,9 @@ def joined(path: str, name: str) -> str:
 
 
 class Adapter:
-    """One named adapter on one model. `over` are the adapters that it lies over, lowest first."""
+    """One named adapter on one model. `over` are the adapters that it lies over, lowest first.
+    `other_base` says that it was loaded on another base than the one it was trained on.
+    """
 
     def __init__(
         self,
@@ -40,8 +43,10 @@ class Adapter:
         name: str,
         chosen: Chosen,
         over: tuple[Origin, ...] = (),
+        other_base: str = "",
     ) -> None:
         self.model, self.name, self.chosen, self.over = model, name, chosen, over
+        self.other_base = other_base
         self.spec, self.matches = chosen.spec, chosen.matches
 
     @property
@@ -144,12 +149,15 @@ class Adapter:
             path: the directory.
             overwrite: replace a directory that lorafold wrote.
             card: the text of its README.md.
-            record: what `lorafold.json` contains in addition to the base's fingerprint.
+            record: what `lorafold.json` contains in addition to the base's fingerprint, or with
+                `base` instead of it.
             tokenizer: a tokenizer to write with it: that of a plain model, or one with new tokens.
             base: the base's own weights, if the model does not have them (see `load`).
         """
+        path = Path(path).expanduser()
         grown = {VOCABULARY: size} if (size := self.vocabulary) else {}
-        about = {**(record or {}), **grown, **recorded(self.over)}
+        other = {OTHER_BASE: self.other_base} if self.other_base else {}
+        about = {**other, **(record or {}), **grown, **recorded(self.over)}
         beside = Beside(about, card, tokenizer, overwrite)
         if self.spec.trains_base:
             return whole.write(path, self.model, self.spec, beside)

@@ -152,9 +152,23 @@ def source_of(data: Data) -> str:
     return ", ".join(sources_in(data) or ["rows given in Python"])
 
 
+def as_recipe(recipe: Recipe | None, default: Recipe) -> Recipe:
+    """The recipe, or the default for None. Raises LorafoldError for anything else."""
+    if recipe is not None and not isinstance(recipe, type(default)):
+        raise LorafoldError(
+            f"recipe: found {type(recipe).__name__}, expected an lf.Recipe, as in lf.Recipe(rank=8)"
+        )
+    return default if recipe is None else recipe
+
+
 def as_paths(adapters: Paths) -> list[Path]:
     """The paths as a list, also if there is only one."""
-    return [Path(path) for path in ([adapters] if isinstance(adapters, (str, Path)) else adapters)]
+    return [*map(as_path, [adapters] if isinstance(adapters, (str, Path)) else adapters)]
+
+
+def as_path(path: str | Path) -> Path:
+    """The path, with ~ as the user's home."""
+    return Path(path).expanduser()
 
 
 def or_quiet(console: Console | None) -> Console:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafold.api.arguments import Columns, Data, or_quiet
+from lorafold.api.arguments import Columns, Data, as_path, as_recipe, or_quiet
 from lorafold.api.task import train_and_test
 from lorafold.comparing import run
 from lorafold.comparing.measure import Measurement, Task
@@ -75,7 +75,7 @@ def compare(
     Raises LorafoldError, before anything is trained, for an unknown method and for recipe options
     that none of the methods has.
     """
-    console, recipe = or_quiet(console), recipe or (Recipe() if data else RECIPE)
+    console, recipe = or_quiet(console), as_recipe(recipe, Recipe() if data else RECIPE)
     rows, held_out, source = train_and_test(data, eval_data, recipe, columns, console)
     base = Base(
         model, device=device, revision=revision, trust_remote_code=trust_remote_code
@@ -94,8 +94,8 @@ def compare(
         )
 
     found = Comparison(
-        tuple(run.compare(task, list(names), range(seeds), Path(out), tell)), str(model), source
+        tuple(run.compare(task, list(names), range(seeds), as_path(out), tell)), str(model), source
     )
-    (Path(out) / "table.md").write_text(str(found), encoding="utf-8")
+    (as_path(out) / "table.md").write_text(str(found), encoding="utf-8")
     return found
 

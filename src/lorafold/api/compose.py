@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafold.api.arguments import Paths, Tasks, as_paths, as_rows, or_quiet
+from lorafold.api.arguments import Paths, Tasks, as_path, as_paths, as_recipe, as_rows, or_quiet
 from lorafold.api.opened import opened
 from lorafold.composing import run
 from lorafold.composing.job import Request
@@ -82,14 +82,14 @@ def compose(
         base,
         saved,
         (how,) if isinstance(how, str) else tuple(how),
-        Path(out),
+        as_path(out),
         weights=tuple(weights),
         rank=rank,
         density=density,
         seed=seed,
         tasks=by_name(data, console),
         examples=by_name(examples, console),
-        recipe=recipe or RECIPE,
+        recipe=as_recipe(recipe, RECIPE),
         gates=gates,
         evaluations=evaluations,
         completions=completions,

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafold.api.arguments import or_quiet
-from lorafold.errors import LorafoldError
+from lorafold.api.arguments import as_recipe, or_quiet
+from lorafold.errors import LorafoldError, both_names, called_now
+from lorafold.machine.devices import check_device
 from lorafold.memory import report, terms
 from lorafold.memory.advice import Advice, advise
 from lorafold.memory.measure import measure as measured_bytes
@@ -110,8 +112,9 @@ def estimate(
     a model that can't be traced.
     """
     if length is not None:
-        told = "length is called max_length now; lorafold 0.3 no longer takes length"
-        warnings.warn(told, DeprecationWarning, stacklevel=2)
+        if max_length != inspect.signature(estimate).parameters["max_length"].default:
+            raise LorafoldError(both_names("length", "max_length"))
+        warnings.warn(called_now("length", "max_length"), DeprecationWarning, stacklevel=2)
         max_length = length
     if params is not None and str(model) != EMBEDDED:
         raise LorafoldError(
@@ -122,8 +125,11 @@ def estimate(
             f"--measure: found --params {params}, which has no weights; expected --model"
         )
     console = or_quiet(console)
-    setting = setting_of(mode, recipe or Recipe(), batch, max_length, labelled)
-    base = Base(model, device=device, revision=revision, trust_remote_code=trust_remote_code)
+    setting = setting_of(mode, as_recipe(recipe, Recipe()), batch, max_length, labelled)
+    setting = replace(setting, trust_remote_code=trust_remote_code)
+    check_device(device)  # without `measure` it may be one that this machine lacks
+    on_it = device if measure else None
+    base = Base(model, device=on_it, revision=revision, trust_remote_code=trust_remote_code)
     config = base.config() if params is None else llama(params)
     asked = recipe is not None and "storage" in recipe.model_fields_set
     setting = as_in_files(setting, config, str(model), asked)

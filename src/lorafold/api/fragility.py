@@ -12,8 +12,10 @@ from lorafold.api.arguments import (
     Columns,
     Data,
     Paths,
+    as_path,
     as_paths,
     as_prompts,
+    as_recipe,
     as_rows,
     or_quiet,
     source_of,
@@ -120,7 +122,7 @@ def fragility(
     rows = Rows.of([]) if data is None else as_rows(data, columns, console)
     base = Base(model, storage, device, revision, trust_remote_code, allow_other_base)
     used = [one for stack in stacks for one in stack.adapters]
-    base, recipe = settled(base, recipe or RECIPE, used)
+    base, recipe = settled(base, as_recipe(recipe, RECIPE), used)
     task = Task(
         base=base,
         stacks=stacks,
@@ -142,12 +144,12 @@ def fragility(
     opening = partial(opened, base)
     if tuned is not None:
         with console.status("measuring"):
-            return run.gate(task, Path(tuned), instead, opening)
+            return run.gate(task, as_path(tuned), instead, opening)
     assert out is not None  # a problem otherwise
     with progress(console) as tell:
-        found = run.sweep(task, Path(out), opening, tell)
-    write_json(Path(out) / "fragility.json", found.as_json())
-    write_text(Path(out) / "table.md", markdown(found))
+        found = run.sweep(task, as_path(out), opening, tell)
+    write_json(as_path(out) / "fragility.json", found.as_json())
+    write_text(as_path(out) / "table.md", markdown(found))
     return found
 
 

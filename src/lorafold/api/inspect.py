@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafold.api.arguments import Data, Paths, as_paths, as_rows, or_quiet
+from lorafold.api.arguments import Data, Paths, as_path, as_paths, as_rows, or_quiet
 from lorafold.api.opened import opened
 from lorafold.errors import LorafoldError
 from lorafold.inspecting import run
@@ -106,14 +106,14 @@ def inspect(
         )
     examples = None if data is None else as_rows(data, None, console)[:rows]
     base = Base(model, storage, device, revision, trust_remote_code, allow_other_base)
-    stack = open_all([*below, Path(adapter)])
+    stack = open_all([*below, as_path(adapter)])
     other = None if against is None else Saved.open(against)
     with console.status("sites") as status:
         found = run.inspect(
             base,
             stack,
             against=other,
-            directions=directions,
+            directions=None if directions is None else as_path(directions),
             full=full,
             progress=lambda done, total: status.update(f"site {done} of {total}"),
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafold.api.arguments import Columns, Data, or_quiet
+from lorafold.api.arguments import Columns, Data, as_path, as_recipe, or_quiet
 from lorafold.api.task import train_and_test
 from lorafold.errors import LorafoldError
 from lorafold.inspecting.intrinsic import Intrinsic, Point, search
@@ -56,7 +56,7 @@ def intrinsic(
     """
     if smallest > largest:
         raise LorafoldError(f"--smallest: found {smallest}, expected at most --largest {largest}")
-    console, recipe = or_quiet(console), recipe or (Recipe() if data else RECIPE)
+    console, recipe = or_quiet(console), as_recipe(recipe, Recipe() if data else RECIPE)
     rows, held_out, source = train_and_test(data, eval_data, recipe, columns, console)
     base = Base(model, device=device, revision=revision, trust_remote_code=trust_remote_code)
 
@@ -67,5 +67,5 @@ def intrinsic(
             highlight=False,
         )
 
-    request = Request(base, Path(out), recipe, rows, source, eval_rows=held_out)
+    request = Request(base, as_path(out), recipe, rows, source, eval_rows=held_out)
     return search(request, smallest, largest, share, tell)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafold.api.arguments import Paths, as_paths
+from lorafold.api.arguments import Paths, as_path, as_paths
 from lorafold.errors import LorafoldError
 from lorafold.fold.rounding import Rounding
 from lorafold.merging import run
@@ -64,4 +64,4 @@ def merge(
     if not (found := open_all(as_paths(adapters))):
         raise LorafoldError("adapters: found no adapter, expected at least one to merge")
     wanted = run.Wanted(into, rounding, seed, certificate, probe, overwrite)
-    return run.merge(base, found, Path(out), wanted, console)
+    return run.merge(base, found, as_path(out), wanted, console)

@@ -8,9 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafold.api.arguments import Columns, Data, Paths, as_paths, as_rows
+from lorafold.api.arguments import Columns, Data, Paths, as_path, as_paths, as_rows
 from lorafold.api.opened import opened
-from lorafold.errors import LorafoldError
 from lorafold.inspecting import resize as best
 from lorafold.inspecting.loss import losses_of
 from lorafold.opening import Base
@@ -64,14 +63,10 @@ def resize(
     Raises LorafoldError unless exactly one of rank and energy is given, for bad rows, and for an
     adapter that has no form in weight space, changes biases with its weights or can't be read.
     """
-    if (rank is None) == (energy is None):
-        found = "neither" if rank is None else "both"
-        raise LorafoldError(f"--rank, --energy: found {found}, expected exactly one of them")
-    if energy is not None and not 0 < energy <= 1:
-        raise LorafoldError(f"--energy: found {energy:g}, expected a share above 0, at most 1")
+    best.check_request(rank, energy)  # before any rows are read
     rows = None if data is None else as_rows(data, columns, console)
     base = Base(model, storage, device, revision, trust_remote_code, allow_other_base)
-    stack = open_all([*as_paths(over), Path(adapter)])
+    stack = open_all([*as_paths(over), as_path(adapter)])
     result = best.resize(base, stack, out, rank=rank, energy=energy, overwrite=overwrite)
     if rows is None:
         return result

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafold.api.arguments import or_quiet
+from lorafold.api.arguments import as_path, or_quiet
 from lorafold.api.opened import opened
 from lorafold.errors import LorafoldError
 from lorafold.opening import Base
@@ -57,7 +57,7 @@ def serve(
     from lorafold.serving import run
     from lorafold.serving.settings import read_settings
 
-    found = read_settings(None if config is None else Path(config), settings or {})
+    found = read_settings(None if config is None else as_path(config), settings or {})
     console = or_quiet(console)
     base = Base(model, storage, device, revision, trust_remote_code, allow_other_base)
-    run.serve(base, partial(opened, console=console), Path(adapters), found, console, open_page)
+    run.serve(base, partial(opened, console=console), as_path(adapters), found, console, open_page)

@@ -9,7 +9,9 @@ from lorafold.api.arguments import (
     Columns,
     Data,
     Paths,
+    as_path,
     as_paths,
+    as_recipe,
     as_rows,
     or_quiet,
     rows_to_train,
@@ -67,8 +69,8 @@ def train(
     Raises LorafoldError for anything wrong with the arguments, if possible before weights are
     loaded, and Interrupted after SIGINT or SIGTERM, once a checkpoint is written.
     """
-    rows = rows_to_train(data, recipe or Recipe(), columns, console)
-    objective = (recipe or Recipe()).objective
+    recipe = as_recipe(recipe, Recipe())
+    rows, objective = rows_to_train(data, recipe, columns, console), recipe.objective
     held_out = (
         None
         if eval_data is None
@@ -86,12 +88,12 @@ def train(
             trust_remote_code=trust_remote_code,
             allow_other_base=allow_other_base,
         ),
-        Path(out),
-        recipe or Recipe(),
+        as_path(out),
+        recipe,
         rows,
         source_of(data),
         held_out,
-        None if init_adapter is None else Path(init_adapter),
+        None if init_adapter is None else as_path(init_adapter),
         resume,
         overwrite,
         tuple(as_paths(over)),

@@ -97,7 +97,8 @@ def main() -> None:
     """Run the command line and exit with its code."""
     if TRAINING.intersection(sys.argv[1:2]):
         restart_tuned()
-    notices = logging.StreamHandler()
+    notices, told = logging.StreamHandler(), set[str]()
+    notices.addFilter(lambda line: _is_new(line.getMessage(), told))
     logging.getLogger("lorafold").addHandler(notices)
     logging.getLogger("lorafold").setLevel(logging.INFO)
     try:
@@ -115,6 +116,13 @@ def main() -> None:
     except OSError as error:
         code = _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
     sys.exit(code)
+
+
+def _is_new(line: str, told: set[str]) -> bool:
+    """Whether a notice was not printed yet, since a command may load an adapter more than once."""
+    new = line not in told
+    told.add(line)
+    return new
 
 
 def _fail(message: str) -> int:

@@ -6,12 +6,13 @@ import typer
 
 from lorafold.cli.common import JsonOption, emit
 from lorafold.errors import LorafoldError
+from lorafold.files.cache import KINDS
 
 
 def command(
     kind: Annotated[
         list[str] | None,
-        typer.Option(help="Only this kind: models, rows, svd or tokens. Repeat it for more."),
+        typer.Option(help=f"Only this kind: {', '.join(KINDS)}. Repeat it for more."),
     ] = None,
     clear: Annotated[
         bool, typer.Option("--clear", help="Remove what is listed; it is made again when needed.")
@@ -27,7 +28,7 @@ def command(
     """
     from datetime import datetime
 
-    from lorafold.files.cache import KINDS, cache_directory, entries
+    from lorafold.files.cache import cache_directory, entries
     from lorafold.files.cache import clear as remove
 
     if unknown := [name for name in kind or () if name not in KINDS]:

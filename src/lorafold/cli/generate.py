@@ -47,11 +47,16 @@ def command(
     pieces: list[str] = []
     start = time.perf_counter()
     choice = engine.Sampling(temperature=sampling.temperature, seed=sampling.seed)
-    for piece in stream(model, tokenizer, text, sampling.max_new_tokens, choice):
-        pieces.append(piece)
+    completion = stream(model, tokenizer, text, sampling.max_new_tokens, choice)
+    while True:
+        try:
+            pieces.append(next(completion))
+        except StopIteration as end:
+            count = len(end.value.tokens)
+            break
         if not json:
-            typer.echo(piece, nl=False)
-    speed = len(pieces) / (time.perf_counter() - start)
+            typer.echo(pieces[-1], nl=False)
+    speed = count / (time.perf_counter() - start)
     found: dict[str, object] = {"text": "".join(pieces), "tokens_per_second": speed}
     calls: list[dict[str, Any]] = []
     if tools:
@@ -67,4 +72,4 @@ def command(
         function = call["function"]
         told = f"calls {function['name']} {function['arguments']}"
         console.print(told, highlight=False, markup=False)
-    console.print(f"{len(pieces)} tokens, {speed:.1f} tokens/s", highlight=False)
+    console.print(f"{count} tokens, {speed:.1f} tokens/s", highlight=False)

@@ -12,13 +12,17 @@
 to the command. `Command` lists the options in `--help` under the names of their panels.
 """
 
-from collections.abc import Callable, Collection
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from inspect import Parameter, signature
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import typer
 from typer.core import TyperCommand, TyperGroup
+
+from lorafold.errors import LorafoldError, both_names, called_now
 
 OTHERS = "Options"
 # names that options had, and what they are called now: the first of these that the command has
@@ -28,7 +32,6 @@ OLD_NAMES = {
     "--answers": ("--completions",),
     "--no-answers": ("--no-completions",),
 }
-UNTIL = "0.3"  # the version that no longer knows them
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
@@ -83,10 +86,12 @@ class Panels:
     params: list[Any]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read the arguments, options under their old names too, which stderr says."""
-        names = {name for p in self.params for name in (*p.opts, *p.secondary_opts)}
-        now = [_as_now(text, names) for text in args]
-        return super().parse_args(ctx, now)  # type: ignore[misc]
+        """Read the arguments, options under their old names too, which stderr says; and expand the
+        ~ of paths, which a shell does not do everywhere.
+        """
+        rest = super().parse_args(ctx, _as_now(args, self.params))  # type: ignore[misc]
+        ctx.params.update({name: _expanded(value) for name, value in ctx.params.items()})
+        return list(rest)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the arguments and the options of each panel."""
@@ -106,13 +111,37 @@ class Panels:
                     formatter.write_dl(records)
 
 
-def _as_now(text: str, names: Collection[str]) -> str:
-    old, equals, value = text.partition("=")
-    now = next((name for name in OLD_NAMES.get(old, ()) if name in names), None)
-    if now is None or old in names:
-        return text
-    typer.echo(f"{old} is called {now} now; lorafold {UNTIL} no longer takes {old}", err=True)
-    return now + equals + value
+def _expanded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_expanded(one) for one in value]
+    return value.expanduser() if isinstance(value, Path) else value
+
+
+def _as_now(args: Sequence[str], params: Sequence[Any]) -> list[str]:
+    """The arguments with options under their names of now. A value may read like an option's name.
+
+    Raises LorafoldError for an option that is given under both of its names.
+    """
+    options = {name: p for p in params for name in (*p.opts, *p.secondary_opts)}
+    found, rest, old_of, new = list[str](), deque(args), dict[str, str](), dict[str, str]()
+    while rest and rest[0] != "--":
+        name, equals, value = rest.popleft().partition("=")
+        now = next((n for n in OLD_NAMES.get(name, ()) if n in options), name)
+        option = options.get(name) or options.get(now)
+        if option is None:
+            found.append(name + equals + value)
+            continue
+        if name in options:
+            new[option.name] = now = name
+        else:
+            typer.echo(called_now(name, now), err=True)
+            old_of[option.name] = name
+        found.append(now + equals + value)
+        values = 0 if equals or getattr(option, "is_flag", False) else option.nargs
+        found += [rest.popleft() for _ in range(min(values, len(rest)))]
+    if both := old_of.keys() & new.keys():
+        raise LorafoldError("; ".join(both_names(old_of[name], new[name]) for name in both))
+    return [*found, *rest]
 
 
 class Command(Panels, TyperCommand):

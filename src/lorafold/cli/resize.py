@@ -4,7 +4,17 @@ from typing import Annotated
 
 import typer
 
-from lorafold.cli.common import Adapters, JsonOption, Opening, Output, OverOption, emit, messages
+from lorafold.cli.common import (
+    Adapters,
+    ColumnsOption,
+    JsonOption,
+    Opening,
+    Output,
+    OverOption,
+    columns_of,
+    emit,
+    messages,
+)
 from lorafold.cli.groups import grouped
 
 
@@ -27,6 +37,7 @@ def command(
     data: Annotated[
         str | None, typer.Option(help="Rows, as for train, to measure the change of the loss on.")
     ] = None,
+    columns: ColumnsOption = None,
     max_length: Annotated[
         int, typer.Option(min=2, help="Longer rows are cut to this many tokens.")
     ] = 1024,
@@ -48,6 +59,7 @@ def command(
         rank=rank,
         energy=energy,
         data=data,
+        columns=columns_of(columns),
         max_length=max_length,
         overwrite=output.overwrite,
         console=messages(),

@@ -5,17 +5,16 @@ from typing import Annotated
 
 import typer
 
-from lorafold.cli.common import BASE, AllowOtherOption, DeviceOption, messages
+from lorafold.cli.common import BASE, AllowOtherOption, Computing, messages
+from lorafold.cli.groups import grouped
 from lorafold.errors import LorafoldError
 from lorafold.models.storages import LISTED
 
 
+@grouped
 def command(
     context: typer.Context,
-    model: Annotated[
-        str | None,
-        typer.Option(help="The base: a name, a directory, or a hub model that is on this machine."),
-    ] = None,
+    computing: Computing,
     adapters: Annotated[
         Path | None,
         typer.Option(help="A directory whose entries are saved adapters, or one adapter."),
@@ -49,20 +48,7 @@ def command(
             rich_help_panel=BASE, help=f"How the base stores its weights: {LISTED} or auto."
         ),
     ] = "auto",
-    revision: Annotated[
-        str | None,
-        typer.Option(rich_help_panel=BASE, help="The branch, tag or commit of a hub model."),
-    ] = None,
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option(
-            "--trust-remote-code",
-            rich_help_panel=BASE,
-            help="Run Python code that comes with the model. It gets all the rights you have.",
-        ),
-    ] = False,
     allow_other_base: AllowOtherOption = False,
-    device: DeviceOption = None,
     json_logs: Annotated[
         bool, typer.Option("--json-logs", help="Write the log as one JSON object a line.")
     ] = False,
@@ -81,25 +67,22 @@ def command(
         return
     from lorafold.api.serve import serve
 
-    if model is None or adapters is None:
-        option = "--model" if model is None else "--adapters"
-        raise LorafoldError(f"{option}: expected it, as in --model smollm2 --adapters DIR")
+    if adapters is None:
+        raise LorafoldError("--adapters: expected it, as in --model smollm2 --adapters DIR")
     settings = {
         "host": host, "port": port, "keys": keys, "admin_key": admin_key_file,
         "metrics_key": metrics_key_file, "json_logs": json_logs or None,
     }  # fmt: skip
     serve(
         adapters,
-        model=model,
+        model=computing.model,
         config=config,
         settings=settings,
         storage=storage,
-        device=device,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
         allow_other_base=allow_other_base,
         open_page=open_page,
         console=messages(),
+        **computing.how,
     )
 
 

@@ -7,11 +7,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorafold.composing.rules import RULES
 from lorafold.composing.updates import Updates
 from lorafold.core.targets import Matches
 from lorafold.data.sources import Row
 from lorafold.errors import LorafoldError
 from lorafold.files.card import training_card
+from lorafold.files.record import BASE, OTHER_BASE
 from lorafold.methods.parts.mixture import Gating
 from lorafold.models.architecture import opened_by_name
 from lorafold.opening import Base
@@ -96,6 +98,16 @@ class Job:
         """Every site that an adapter changes."""
         return Matches({site.path: (site.path,) for site in self.updates.sites})
 
+    def _origin(self, how: str) -> dict[str, Any]:
+        """What the record says of adapters that were loaded on another base than theirs: if all
+        were trained on one, a sum of their updates is for that base too.
+        """
+        told = [one.other_base for one in self.updates.adapters if one.other_base]
+        prints = [one.fingerprint for one in self.request.adapters]
+        alike = bool(told) and all(one == prints[0] for one in prints)
+        own = {BASE: prints[0]} if alike and how in RULES else {}
+        return {OTHER_BASE: "; ".join(told), **own} if told else {}
+
     def save(
         self,
         adapter: Adapter,
@@ -122,6 +134,7 @@ class Job:
         own = any(one.own_tokenizer for one in adapters)
         tokenizer = request.base.tokenizer(adapters) if own else None
         trained = {"recipe": {"storage": storage}} if storage else {}
+        trained |= self._origin(about["how"])
         adapter.over = ()
         adapter.save(
             out,

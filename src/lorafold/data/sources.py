@@ -2,6 +2,7 @@
 the Hugging Face hub or that `datasets` saved.
 """
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -114,6 +115,7 @@ def source_from(text: str) -> Source:
 
     Raises LorafoldError for a weight that is not above 0.
     """
+    text = os.path.expanduser(text)
     name, colon, weight = text.rpartition(":")
     if not colon or Path(text).exists() or not re.fullmatch(NUMBER, weight.lower()):
         return Source(text)

@@ -18,7 +18,7 @@ import secrets
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -49,7 +49,8 @@ def atomic_directory(
     disk, no permission).
     """
     check_out(path, overwrite)
-    target = Path(path).resolve()
+    target = Path(path).expanduser().resolve()
+    absent = [folder for folder in target.parents if not folder.exists()]
     with _writing(path):
         target.parent.mkdir(parents=True, exist_ok=True)
         tmp = _sibling(target, "partial")
@@ -60,6 +61,9 @@ def atomic_directory(
             _place(tmp, target, overwrite)
         except BaseException:
             shutil.rmtree(tmp, ignore_errors=True)
+            with suppress(OSError):  # what another process wrote there meanwhile stays
+                for folder in absent:
+                    folder.rmdir()
             raise
 
 
@@ -69,7 +73,7 @@ def check_out(path: str | Path, overwrite: bool = False) -> None:
     Call it before any work is done. It removes what killed runs left beside `path`. A directory
     with files but without a manifest is never replaced, since lorafold did not write it.
     """
-    target = Path(path)
+    target = Path(path).expanduser()
     with _writing(path):
         _clear_leftovers(target.resolve())
     if not os.path.lexists(target):

@@ -51,7 +51,7 @@ class Contents:
     """
 
     def __init__(self, directory: str | Path, names: Sequence[str]) -> None:
-        self.path, self.names = Path(directory), tuple(names)
+        self.path, self.names = Path(directory).expanduser(), tuple(names)
         self.files: dict[str, bytearray] = {}
         for name in (*names, MANIFEST):
             try:

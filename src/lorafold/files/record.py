@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, both_names
 
 RECORD = "lorafold.json"
+BASE = "base"  # the fingerprint of the base that an adapter is for
+OTHER_BASE = "other_base"  # says that an adapter was loaded on another base, and which
 RENAMED = {"base": "storage"}  # fields of recipes; files are read under the old names for good
 
 
@@ -34,5 +36,10 @@ def as_object(content: bytes | bytearray, path: Path) -> dict[str, Any]:
 
 
 def named_as_now(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a recipe that any version wrote, under the names that they have now."""
+    """The fields of a recipe that any version wrote, under the names that they have now. Raises
+    LorafoldError for one that has both names.
+    """
+    for old, now in RENAMED.items():
+        if old in recipe and now in recipe:
+            raise LorafoldError(both_names(old, now))
     return {RENAMED.get(name, name): value for name, value in recipe.items()}

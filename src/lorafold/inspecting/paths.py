@@ -20,9 +20,12 @@ from torch import nn
 
 from lorafold.bases import layer_class
 from lorafold.core.attach import adapted_modules, lay, lift, only, selection_of
-from lorafold.core.combine import Mix
+from lorafold.core.combine import Mix, Stack
+from lorafold.core.delta import Delta
 from lorafold.data.sources import Row
+from lorafold.errors import LorafoldError
 from lorafold.inspecting.loss import loss_on
+from lorafold.methods.parts.token_rows import TokenRows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,14 +48,27 @@ def mixed(
         model: With all of them attached.
         names: The adapters of the sum.
         below: Those that they lie over, lowest first.
+
+    Rows of new tokens, which the base has no row for, stay as they are at every point. Raises
+    LorafoldError where more than one of the adapters has such.
     """
     selection, mixes = selection_of(model), []
     for _, module in list(adapted_modules(model)):
-        if here := [i for i, name in enumerate(names) if name in module.deltas]:
-            gates = torch.ones(len(here), device=next(module.parameters()).device)
-            mix = Mix([module.deltas[names[i]] for i in here], gates)  # type: ignore[misc]
-            lay(module, layer_class(module), LINE, mix, selection)
-            mixes.append((module, mix, here))
+        found = {i: _apart(module, name) for i, name in enumerate(names) if name in module.deltas}
+        if not found:
+            continue
+        rows = [row for _, new in found.values() for row in new]
+        if len(rows) > 1:
+            raise LorafoldError(
+                "the loss between two adapters: found new tokens in both, expected them in one"
+            )
+        changes = {i: delta for i, (delta, _) in found.items() if delta is not None}
+        here = list(changes)
+        gates = torch.ones(len(here), device=next(module.parameters()).device)
+        mix = Mix(list(changes.values()), gates)
+        line = Stack([*([mix] if here else []), *rows]) if rows else mix
+        lay(module, layer_class(module), LINE, line, selection)
+        mixes.append((module, mix, here))
 
     @torch.no_grad()
     def weigh(weights: Sequence[float]) -> None:
@@ -65,6 +81,18 @@ def mixed(
     finally:
         for module, _, _ in mixes:
             lift(module, LINE)
+
+
+def _apart(module: Any, name: str) -> tuple[Delta | None, list[TokenRows]]:
+    """What an adapter changes at a module besides its rows of new tokens, and these rows."""
+    delta, own = module.deltas[name], module._parameters.get("weight")
+    parts = list(delta.parts())
+    rows = [part for part in parts if isinstance(part, TokenRows)]
+    new = [part for part in rows if max(part.ids) >= len(own)]
+    if not new:
+        return delta, []
+    others = [part for part in parts if part not in new]
+    return Stack(others) if others else None, new
 
 
 def scaling(

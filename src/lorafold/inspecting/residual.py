@@ -33,6 +33,7 @@ from lorafold.errors import NotMergeable
 from lorafold.models.fake import fake_model, without_values
 from lorafold.models.storage import Storage
 
+OWN_CODE = "transformers_modules"  # where transformers imports the Python files of a model from
 
 @dataclass(frozen=True)
 class Stream:
@@ -64,7 +65,10 @@ def stream_of(model: PreTrainedModel) -> Stream:
     with without_values(), torch.no_grad():
         # in bf16, which mixtures of experts require
         twin = fake_model(
-            config, Storage(torch.bfloat16), config.get_text_config().num_hidden_layers
+            config,
+            Storage(torch.bfloat16),
+            config.get_text_config().num_hidden_layers,
+            trust_remote_code=OWN_CODE in type(model).__module__,
         ).eval()
         names = {id(module): path for path, module in twin.named_modules()}
         embedding, head = (

@@ -24,16 +24,18 @@ from torch import Tensor
 from lorafold.adapter import Adapter, attach, load
 from lorafold.bases import is_linear, layer_of
 from lorafold.core.combine import Stack
-from lorafold.core.delta import put
+from lorafold.core.delta import Additive, put
 from lorafold.core.matrices import module_at, parameter_path
 from lorafold.core.targets import Matches, match
 from lorafold.errors import LorafoldError
+from lorafold.files.record import BASE, OTHER_BASE
 from lorafold.inspecting.spectra import effective_rank
 from lorafold.inspecting.updates import load_below, matrix_names, sites, stacked, unstacked
 from lorafold.methods.lora import LoRA, of_ranks
 from lorafold.opening import Base
+from lorafold.opening.kinds import check_language_model
 from lorafold.ops.svd import best_of_rank
-from lorafold.peft.saved import Saved
+from lorafold.peft.saved import BASE_IDENTITY, Saved
 
 # B (*matrices, out, r), A (*matrices, r, in); r = 0 for an update that is zero
 Factors = tuple[Tensor, Tensor]
@@ -108,6 +110,15 @@ class Errors:
         return Resized(self.sites, _root(self.lost, self.whole), str(out), dict(left_out or {}))
 
 
+def check_request(rank: int | None, energy: float | None) -> None:
+    """Raise LorafoldError unless exactly one is given, and an energy is a share."""
+    if (rank is None) == (energy is None):
+        found = "neither" if rank is None else "both"
+        raise LorafoldError(f"--rank, --energy: found {found}, expected exactly one of them")
+    if energy is not None and not 0 < energy <= 1:
+        raise LorafoldError(f"--energy: found {energy:g}, expected a share above 0, at most 1")
+
+
 def resize(
     base: Base,
     stack: Sequence[Saved],
@@ -131,10 +142,8 @@ def resize(
     Raises LorafoldError unless exactly one of rank and energy is given, and for an adapter that has
     no form in weight space, changes biases with its weights or can't be read.
     """
-    if (rank is None) == (energy is None):
-        raise LorafoldError(
-            f"resize: found rank {rank} and energy {energy}, expected exactly one of them"
-        )
+    check_request(rank, energy)
+    check_language_model(base, stack)
     *over, saved = stack
     model, allowed = base.mapped().model, base.allow_other_base
     below = load_below(model, over, allowed)
@@ -156,7 +165,9 @@ def resize(
             errors.add(name, len(kept.s), _squares(s[len(kept.s) :]), _squares(s))
         factors[site.path] = stacked(found) if site.layer.matrices else found[0]
     result = errors.result(out)
-    history = {k: v for k, v in saved.record.items() if k not in ("base", "lorafold")}
+    history = {k: v for k, v in saved.record.items() if k not in (BASE, "lorafold")}
+    if adapter.other_base:
+        history |= origin_of(adapter, saved)
     record = {
         **history,
         "resized": {"from": str(saved), "rank": rank, "energy": energy, "error": result.error},
@@ -164,6 +175,15 @@ def resize(
     tokenizer = base.tokenizer([saved]) if saved.own_tokenizer else None
     as_lora(adapter, factors).save(out, overwrite=overwrite, record=record, tokenizer=tokenizer)
     return result
+
+
+def origin_of(adapter: Adapter, saved: Saved) -> dict[str, Any]:
+    """What the record of a resized adapter says that was loaded on another base. An update that is
+    added to weights is in its files alone, so the result is for the base that it was trained on.
+    """
+    if all(isinstance(delta, Additive) for delta in adapter.own_deltas.values()):
+        return {BASE: saved.fingerprint}
+    return {OTHER_BASE: adapter.other_base, BASE_IDENTITY: ""}
 
 
 def extract(

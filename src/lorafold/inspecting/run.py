@@ -36,6 +36,7 @@ from lorafold.inspecting.subspaces import against_base
 from lorafold.inspecting.updates import Site, Svd, largest, load_below, sites
 from lorafold.models.checkpoint import MappedModel
 from lorafold.opening import Base
+from lorafold.opening.kinds import check_language_model
 from lorafold.peft.saved import Saved
 
 Progress = Callable[[int, int], None]  # sites done, sites in all
@@ -73,6 +74,7 @@ def inspect(
     Raises LorafoldError as `load`, and for a method that does not change matrices. Without a
     tokenizer the tables of tokens are left out, and `tokens_left_out` says why.
     """
+    check_language_model(base, [*stack, *([against] if against is not None else [])])
     *over, saved = stack
     left_out = None
     try:

@@ -29,12 +29,19 @@ def gpus() -> list[Gpu]:
     return there + [Gpu("mps", "Apple GPU", None, None)] * torch.backends.mps.is_available()
 
 
+def check_device(device: str | None) -> None:
+    """Raise LorafoldError unless it is None or the name of a device, which may be absent."""
+    if device is not None and not re.fullmatch(r"(cpu|cuda|mps)(:\d+)?", device, re.ASCII):
+        raise LorafoldError(f"device: found {device!r}, expected cpu, cuda, cuda:N or mps")
+
+
 def choose_device(name: str | None = None) -> "torch.device":
     """The device of that name (cpu, cuda, cuda:1, mps); without a name, CUDA if available, else
     MPS, else the CPU.
 
     Raises LorafoldError for an unknown name, or a device that this machine does not have.
     """
+    check_device(name)
     import torch
 
     present = {
@@ -45,8 +52,6 @@ def choose_device(name: str | None = None) -> "torch.device":
     if name is None:
         return torch.device(next(kind for kind, there in present.items() if there))
     kind, _, index = name.partition(":")
-    if kind not in present or not re.fullmatch(r"(:\d+)?", name.removeprefix(kind), re.ASCII):
-        raise LorafoldError(f"device: found {name!r}, expected cpu, cuda, cuda:N or mps")
     count = torch.cuda.device_count() if kind == "cuda" else int(present[kind])
     if int(index or 0) >= count:
         raise LorafoldError(

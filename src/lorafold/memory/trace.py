@@ -66,6 +66,7 @@ class Setting:
         what gives the other arguments of `attach`, for a model.
     widened: 16-bit matrices are multiplied in fp32, as some CPUs do because it is faster there
         (`ops.arithmetic.widens`); this takes more memory.
+    trust_remote_code: The model's own Python files run.
     """
 
     base: Storage
@@ -82,6 +83,7 @@ class Setting:
     accumulating: bool = False
     widened: bool = False
     below: tuple[tuple[Spec, Callable[[PreTrainedModel], Mapping[str, Any]]], ...] = ()
+    trust_remote_code: bool = False
 
     @property
     def batch(self) -> int:
@@ -158,7 +160,8 @@ def trace(config: PreTrainedConfig, setting: Setting, blocks: int) -> Traced:
     ):
         step = inference if setting.spec is None else training
         try:
-            return step(fake_model(config, setting.base, blocks, setting.classes), setting, ledger)
+            classes, trusted = setting.classes, setting.trust_remote_code
+            return step(fake_model(config, setting.base, blocks, classes, trusted), setting, ledger)
         except LorafoldError:
             raise
         except Exception as error:

@@ -39,12 +39,15 @@ TARGETS = ("original", "dequantized", *MADE)
 @dataclass(frozen=True)
 class Into:
     """`target` is one of TARGETS; `trained_on` is the quantization of the base in training, or None
-    if it was not quantized. `in_files`: the files of the base are quantized so.
+    if it was not quantized. `in_files`: the files of the base are quantized so. `asked`: the
+    storage that the base was said to have had in training; `recorded`: other ones that records say.
     """
 
     target: str
     trained_on: str | None
     in_files: bool = False
+    asked: str | None = None
+    recorded: tuple[str, ...] = ()
 
     @property
     def round_trip(self) -> str | None:
@@ -68,7 +71,13 @@ class Into:
             if self.trained_on and self.target != "dequantized"
             else ""
         )
-        return base + other + f", quantized to {self.quantized}" * bool(self.quantized)
+        told = (
+            f"; storage {self.asked} as asked, although the adapter's record says"
+            f" {' and '.join(self.recorded)}"
+            if self.recorded
+            else ""
+        )
+        return base + other + f", quantized to {self.quantized}" * bool(self.quantized) + told
 
 
 def choose_into(
@@ -115,7 +124,9 @@ def choose_into(
             f"into dequantized: {known}, expected a quantized base; fold into original, or name the"
             f" quantization with --storage {' or '.join(MADE)}"
         )
-    return Into(asked or ("dequantized" if made_on else "original"), made_on)
+    recorded = sorted({one.trained_on for one in adapters if one.trained_on} - {"auto", storage})
+    target = asked or ("dequantized" if made_on else "original")
+    return Into(target, made_on, asked=None if base == "auto" else base, recorded=tuple(recorded))
 
 
 class RoundTrip(Delta):

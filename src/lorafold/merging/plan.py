@@ -43,7 +43,8 @@ class Plan:
     own entry. `zeros` has the values of added biases that no adapter changes. `dequantized` maps
     the tensors that the files have quantized to their modules. `sites` has the site of each changed
     parameter, and its name there. `shapes` has the shapes of the changed tensors. `vocabulary` is
-    its new size, or None if it did not grow.
+    its new size, or None if it did not grow. `other_base` has a line for each adapter that was
+    trained on another base.
     """
 
     checkpoint: Checkpoint
@@ -58,6 +59,7 @@ class Plan:
     sites: dict[str, tuple[str, str]]
     shapes: dict[str, tuple[int, ...]]
     vocabulary: int | None
+    other_base: tuple[str, ...] = ()
 
     def layout(self, file: str) -> list[tuple[str, Entry]]:
         """The names and entries of the tensors to write to this file, in their order."""
@@ -87,8 +89,10 @@ def plan(
     """
     checkpoint, mapped, dequantized = _opened(base.source, round_trip)
     names = tuple(f"merged{i}" for i in range(len(adapters)))
-    for name, saved in zip(names, adapters, strict=True):
+    laid = [
         load(mapped.model, saved, name, allow_other_base=base.allow_other_base)
+        for name, saved in zip(names, adapters, strict=True)
+    ]
     planned = plan_fold(mapped.model, (ROUND_TRIP, *names))
     problems: Problems = defaultdict(list)
     for path, reason in planned.problems:
@@ -129,6 +133,7 @@ def plan(
         planned.sites,
         {name: planned.shapes[parameter] for name, parameter in changed.items()},
         planned.vocabulary,
+        tuple(one.other_base for one in laid if one.other_base),
     )
 
 

@@ -53,7 +53,9 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Merged:
-    """A merged model, as `merge.json` describes it. `gap` is None without the certificate."""
+    """A merged model, as `merge.json` describes it. `gap` is None without the certificate, and
+    `other_base` has a line for each adapter that was trained on another base.
+    """
 
     gap: Gap | None
     folded: Folded
@@ -63,6 +65,7 @@ class Merged:
     model: str
     adapters: tuple[str, ...]
     out: str
+    other_base: tuple[str, ...] = ()
 
     @property
     def kl(self) -> float | None:
@@ -92,6 +95,7 @@ class Merged:
             "model": self.model,
             "adapters": list(self.adapters),
             "out": self.out,
+            "other_base": list(self.other_base),
         }
         into = {"into": self.into.target, "trained_on": self.into.trained_on}
         return {**gap, **folded, **done, **grown, **into, **asked}
@@ -149,7 +153,7 @@ def merge(
     source, _ = base.source, base.held  # a wrong name or device is told before any work
     with atomic_directory(out, wanted.overwrite) as tmp, _bars(console) as bar:
         target = choose_into(wanted.into, adapters, base.storage, stored_in_files(source))
-        if console is not None and target.trained_on is not None:
+        if console is not None and (target.trained_on or target.asked):
             console.print(f"merging into {target}", highlight=False)
         check_language_model(base, adapters, INSTEAD)
         own = any(one.own_tokenizer for one in adapters)
@@ -157,7 +161,8 @@ def merge(
         compared = tokenizer if wanted.certificate else None
         texts = [] if compared is None else probe_ids(compared, wanted.probe)
         shards, rounding = partial(write_shards, tmp), (wanted.rounding, wanted.seed)
-        folded = execute(planned(base, adapters, target), shards, *rounding, bar("folding"))
+        changes = planned(base, adapters, target)
+        folded, others = execute(changes, shards, *rounding, bar("folding")), changes.other_base
         if own and tokenizer is not None:
             write_tokenizer(tokenizer, tmp)
         merged = replace(base, model=tmp, revision=None)
@@ -170,7 +175,7 @@ def merge(
             before, after = partial(adapted, trained, adapters), merged.load
             gap = compare(before, after, texts, tmp, bar("comparing"))
         names = tuple(map(str, adapters))
-        result = Merged(gap, folded, target, *rounding, base.name, names, str(out))
+        result = Merged(gap, folded, target, *rounding, base.name, names, str(out), others)
         write_json(tmp / CERTIFICATE, result.as_json())
     return result
 

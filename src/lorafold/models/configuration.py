@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lorafold.errors import LorafoldError
 from lorafold.files.intact import check_intact
 from lorafold.models.load_errors import loading, one_line
-from lorafold.models.sources import ACCEPTED, EMBEDDED, resolve_model
+from lorafold.models.sources import ACCEPTED, EMBEDDED, check_revision, resolve_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -29,6 +29,7 @@ def configuration(
     """
     from transformers import AutoConfig
 
+    check_revision(name, revision)
     path = Path(name).expanduser()
     with loading(f"model {name}"):
         if path.is_file() and path.suffix == ".gguf":

@@ -81,7 +81,11 @@ def period(config: PreTrainedConfig) -> int:
 
 
 def fake_model(
-    config: PreTrainedConfig, storage: Storage, blocks: int, classes: int = 0
+    config: PreTrainedConfig,
+    storage: Storage,
+    blocks: int,
+    classes: int = 0,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Make a frozen model; inside `without_values` a fake one, else one with random weights.
 
@@ -93,6 +97,7 @@ def fake_model(
         storage: How the model stores its weights.
         blocks: The number of blocks, from the first.
         classes: The number of classes of a classifier; 0 for a language model.
+        trust_remote_code: Run the model's own Python files.
     """
     import transformers as tf
 
@@ -103,7 +108,8 @@ def fake_model(
     what = f"configuration of a {config.model_type}"
     auto = tf.AutoModelForSequenceClassification if classes else auto_class(config, what)
     with loading(what), _uninitialized():
-        model = auto.from_config(short, dtype=storage.dtype).requires_grad_(False)
+        trusted = {"trust_remote_code": trust_remote_code}  # left open, transformers asks on stdin
+        model = auto.from_config(short, dtype=storage.dtype, **trusted).requires_grad_(False)
         model.tie_weights()  # a part of the initialization
         if classes:
             widen_heads(model)

@@ -31,6 +31,11 @@ def loading(what: str) -> Iterator[None]:
         SafetensorError,
         StrictDataclassError,
     ) as error:
+        if "trust_remote_code=True" in str(error):
+            raise LorafoldError(
+                f"{what}: it comes with Python code of its own, which runs with"
+                " --trust-remote-code (trust_remote_code=True) alone"
+            ) from error
         raise LorafoldError(f"{what}: transformers can't load it: {one_line(error)}") from error
     finally:
         logging.set_verbosity(verbosity)

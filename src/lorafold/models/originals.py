@@ -53,7 +53,9 @@ def original_weights(source: ModelSource) -> Weights:
     if not any(isinstance(rule, WeightConverter) for rule in rules):
         return FileWeights(model_files(source.path))
     with loading(f"model {source.name}"):
-        model = build(AutoConfig.from_pretrained(source.path), False)
+        trusted = source.trust_remote_code
+        config = AutoConfig.from_pretrained(source.path, trust_remote_code=trusted)
+        model = build(config, trusted)
     entries = entries_of(source.path)
     tensors = mapped_tensors(entries.values())
     found, parts = by_parameter(model, entries)

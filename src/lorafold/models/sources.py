@@ -75,12 +75,7 @@ def resolve_model(
         return name
     found = partial(ModelSource, trust_remote_code=trust_remote_code)
     text, path = str(name), Path(name).expanduser()
-    local = text == EMBEDDED or path.exists()
-    if local and revision is not None:
-        raise LorafoldError(
-            f"model {text}: found --revision {revision}, which is for models of the hub, but this"
-            " one is on this machine; leave --revision out"
-        )
+    check_revision(text, revision)
     if text == EMBEDDED:
         gguf = _embedded_gguf()
         return found(unpacked(gguf), text, gguf)
@@ -94,6 +89,15 @@ def resolve_model(
             f" {ACCEPTED}"
         )
     return found(_checked(_from_hub(text, revision), text), text)
+
+
+def check_revision(name: str, revision: str | None) -> None:
+    """Raise LorafoldError for a revision of a model that is on this machine."""
+    if revision is not None and (name == EMBEDDED or Path(name).expanduser().exists()):
+        raise LorafoldError(
+            f"model {name}: found --revision {revision}, which is for models of the hub, but this"
+            " one is on this machine; leave --revision out"
+        )
 
 
 def _embedded_gguf() -> Path:

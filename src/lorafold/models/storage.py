@@ -33,6 +33,15 @@ class Storage(NamedTuple):
         return self.quantization or plain
 
 
+def check_storage(name: str) -> None:
+    """Raise LorafoldError unless it is auto or a row of STORAGES."""
+    if name not in ("auto", *PLAIN, *QUANTIZED):
+        raise LorafoldError(
+            f"storage {name}: unknown; expected auto, {', '.join(PLAIN)}, {' or '.join(MADE)}, or"
+            f" {' or '.join(IN_FILES)} where its files are stored so"
+        )
+
+
 def choose_storage(base: str, device: "torch.device | str") -> Storage:
     """Return the storage for a base of auto or a row of STORAGES on this device, with the reason as
     a line to print. Raises LorafoldError for other names.
@@ -42,13 +51,8 @@ def choose_storage(base: str, device: "torch.device | str") -> Storage:
     """
     import torch
 
+    check_storage(base)
     dtypes = {name: getattr(torch, STORAGES[name].dtype) for name in PLAIN}
-    if base not in ("auto", *dtypes, *QUANTIZED):
-        raise LorafoldError(
-            f"storage {base}: unknown; expected auto, {', '.join(dtypes)},"
-            f" {' or '.join(MADE)}, or {' or '.join(IN_FILES)} where its files are"
-            " stored so"
-        )
     native, why = native_bf16(torch.device(device))
     best = "bf16" if native else "fp32"
     if base in QUANTIZED:

@@ -15,7 +15,13 @@ from lorafold.machine.devices import choose_device
 from lorafold.models.configuration import configuration
 from lorafold.models.loading import load_model
 from lorafold.models.sources import ModelSource, resolve_model
-from lorafold.models.storage import Storage, choose_storage, default_storage, weights_of
+from lorafold.models.storage import (
+    Storage,
+    check_storage,
+    choose_storage,
+    default_storage,
+    weights_of,
+)
 from lorafold.models.storages import MADE
 from lorafold.models.tokenizer import tokenizer_of
 from lorafold.peft.saved import Saved, trained_on
@@ -48,6 +54,11 @@ class Base:
     trust_remote_code: bool = False
     allow_other_base: bool = False
     in_fp32: bool = False
+
+    def __post_init__(self) -> None:
+        """Raise LorafoldError for a storage or a device that there is not, used or not."""
+        check_storage(self.storage)
+        choose_device(self.device)
 
     @cached_property
     def source(self) -> ModelSource:
@@ -91,8 +102,9 @@ class Base:
 
     def config(self) -> PreTrainedConfig:
         """The configuration, which is read by the name where the files were not found yet."""
-        at = self.model.path if isinstance(self.model, ModelSource) else self.model
-        return configuration(str(at), self.revision, self.trust_remote_code)
+        if isinstance(self.model, ModelSource):
+            return configuration(str(self.model.path), None, self.trust_remote_code)
+        return configuration(str(self.model), self.revision, self.trust_remote_code)
 
     def load(self) -> PreTrainedModel:
         """A language model, in evaluation mode. Raises LorafoldError as `load_model`."""

@@ -24,7 +24,7 @@ from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import atomic_directory, write_json
 from lorafold.files.card import CARD, OVER, VOCABULARY, Beside, training_card
-from lorafold.files.record import RECORD
+from lorafold.files.record import BASE, RECORD
 from lorafold.methods.parts.extras import Bias
 from lorafold.methods.parts.replace import ReplaceDelta
 from lorafold.models import fingerprint
@@ -88,7 +88,8 @@ def write(
     if wrong := [text for key, t in tensors.items() if (text := not_finite(key, t))]:
         raise LorafoldError(f"{path} was not written: {'; '.join(wrong)}")
     record = {k: v for k, v in beside.record.items() if k != DROPOUT} | form.record
-    about = {**record, "lorafold": version("lorafold"), "base": fingerprint.of(base, replaced)}
+    known = record.get(BASE) or fingerprint.of(base, replaced)
+    about = {**record, "lorafold": version("lorafold"), BASE: known}
     shown = {k: v for k, v in record.items() if k in (OVER, VOCABULARY)} | {
         "recipe": {"method": type(spec).__name__, **vars(spec)}
     }

@@ -45,6 +45,8 @@ FILES = (CONFIG, WEIGHTS, RECORD)
 BASE_IDENTITY = "base_identity"  # in a record: of the base's files, as `identity.of_model` gives it
 HEADS = (".score.weight", ".classifier.weight")  # in the files of PEFT's classifiers
 
+ALLOWED = "--allow-other-base"
+
 T = TypeVar("T")
 
 
@@ -174,12 +176,15 @@ class Saved:
         """Return a line that says that the adapter was trained on another base, or no line. An
         adapter without a fingerprint fits any base.
         """
-        found = fingerprint.differences(self.fingerprint, base)
         return [
             f"not the base it was trained on ({d}); load that base, or override this with"
             " --allow-other-base (allow_other_base=True)"
-            for d in found
+            for d in fingerprint.differences(self.fingerprint, base)
         ]
+
+    def other_base(self, base: Weights) -> str:
+        """The line to tell where `allow_other_base` loads it on another base; else empty."""
+        return other_base(str(self), self.fingerprint, base)
 
     def fill(
         self,
@@ -214,6 +219,13 @@ class Saved:
             raise LorafoldError(f"{self}: {'; '.join(wrong)}")
         for key, saved in expected.items():
             saved.assign(saved.entry.from_file(loaded[key], saved.site))
+
+
+def other_base(adapter: str, trained_on: Fingerprint, base: Weights) -> str:
+    """As `Saved.other_base`, of the fingerprint that an adapter's record has."""
+    found = fingerprint.differences(trained_on, base)
+    told = f"adapter {adapter} was trained on another base ({'; '.join(found)})"
+    return f"{told}; loaded all the same ({ALLOWED})" if found else ""
 
 
 def open_all(paths: Sequence[str | Path]) -> tuple[Saved, ...]:

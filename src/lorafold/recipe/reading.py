@@ -5,6 +5,7 @@ Precedence, weakest first: the defaults, the YAML file, `--set key=value`, expli
 are merged first and checked then.
 """
 
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
@@ -14,10 +15,11 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, both_names, called_now
 from lorafold.files.record import RENAMED, named_as_now
 from lorafold.recipe.recipe import Recipe
 
+log = logging.getLogger(__name__)
 MAPPINGS = [name for name, field in Recipe.model_fields.items() if field.default == {}]
 
 
@@ -43,8 +45,13 @@ def load_recipe(
     values: dict[str, Any] = defaults.model_dump(exclude_unset=True) if defaults else {}
     sources: dict[str, str] = dict.fromkeys(values, "the defaults")
     problems: list[str] = []
-    for key, value in named_as_now(_read(config) if config is not None else {}).items():
+    for key, value in (_read(config) if config is not None else {}).items():
         values[key], sources[key] = value, str(config)
+    named = {pair.partition("=")[0].strip() for pair in sets}
+    for old in RENAMED.keys() & named:
+        if (now := RENAMED[old]) in named:
+            problems.append(both_names(f"--set {old}", f"--set {now}"))
+        log.warning(called_now(f"--set {old}", f"--set {now}"))
     for pair in sets:
         key, equals, text = pair.partition("=")
         field, dot, inner = key.strip().partition(".")
@@ -104,7 +111,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
 def _read(config: Path) -> Mapping[str, Any]:
     try:
-        text = config.read_text(encoding="utf-8")
+        text = config.expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise LorafoldError(
             f"{config}: can't be read as a recipe: {getattr(error, 'strerror', None) or error}"
@@ -116,7 +123,10 @@ def _read(config: Path) -> Mapping[str, Any]:
         raise LorafoldError(
             f"{config}: expected recipe fields as `name: value` lines, found {type(found).__name__}"
         )
-    return found
+    try:
+        return named_as_now(found)
+    except LorafoldError as error:
+        raise LorafoldError(f"{config}: {error}") from None
 
 
 def _explain(

@@ -4,12 +4,14 @@ A field that is None asks for the method's own default, so that this file knows 
 `Recipe(...)` from Python; `recipe.reading` makes one of a YAML file, `--set` and flags.
 """
 
+import warnings
 from math import ceil
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from lorafold.errors import both_names, called_now
 from lorafold.files.record import RENAMED
 from lorafold.methods import METHODS
 from lorafold.models import storages
@@ -109,10 +111,7 @@ class Recipe(BaseModel):
     )
     end_of_turn: Literal["auto", "none"] = Field(
         "auto",
-        description=(
-            "Where the chat template writes no end with a turn: auto trains the token that opens"
-            " the next message, or the tokenizer's end token; none trains turns without an end."
-        ),
+        description="Train an end also where the template writes none with a turn, or none there.",
     )
 
     objective: str = Field(DEFAULT, description=in_words())
@@ -232,7 +231,11 @@ class Recipe(BaseModel):
     def _old_names(cls, given: Any) -> Any:
         if isinstance(given, dict):
             for old, name in RENAMED.items():
-                if old in given and name not in given:
+                if old in given and name in given:
+                    raise ValueError(both_names(old, name))
+                if old in given:
+                    # of the caller of `Recipe`
+                    warnings.warn(called_now(old, name), DeprecationWarning, stacklevel=3)
                     given = {name if key == old else key: v for key, v in given.items()}
         return given
 
@@ -267,9 +270,7 @@ class Recipe(BaseModel):
         if self.streaming and self.steps is None:
             raise ValueError("streaming: expected a number of steps, since the rows have no end")
         if self.streaming and self.eval_fraction:
-            raise ValueError(
-                "eval_fraction: with streaming no rows can be held out; give held-out rows"
-            )
+            raise ValueError("eval_fraction: a stream has no rows to hold out; give held-out rows")
         if self.streaming and not OBJECTIVES[self.objective].streams:
             streamed = named(name for name, one in OBJECTIVES.items() if one.streams)
             raise ValueError(f"streaming: expected the objective {streamed}")

@@ -26,6 +26,7 @@ from lorafold.core.anatomy import bare_modules
 from lorafold.errors import LorafoldError
 from lorafold.identity import joined, of_code
 from lorafold.machine.collection import all_set_aside
+from lorafold.models.weights import ModelWeights
 from lorafold.opening import Base
 from lorafold.screening.screen import Screen
 from lorafold.serving import logs
@@ -134,9 +135,9 @@ def server_of(
     plain = Chosen(name, None, renderers.base, identity)
     known_for = joined([identity, of_code(*ROOMS, packages=PACKAGES), *["any base"] * allowed])
     seen = Seen(state.with_name(f"{state.stem}-verified.json"), known_for)
-    metrics = Metrics()
+    metrics, weights = Metrics(), ModelWeights(model) if allowed else None
     backend = InProcess(model, tokenizer, settings, metrics.restarts.inc, allowed)
-    verifier = Verifier(directory, screen, renderers, seen, name, backend)
+    verifier = Verifier(directory, screen, renderers, seen, name, backend, weights)
     registry = Registry(plain, directory, state, verifier, backend)
     host = Host(backend, registry, settings, metrics)
     spent = Spent(beside(state), lambda: keys.limited)

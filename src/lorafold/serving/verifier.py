@@ -21,10 +21,12 @@ from lorafold.files.digests import Marks
 from lorafold.files.record import RECORD
 from lorafold.identity import joined
 from lorafold.methods import name_of
+from lorafold.models import fingerprint
 from lorafold.models.tokenizer import CONFIG as SETTINGS
+from lorafold.models.weights import Weights
 from lorafold.peft.config import CONFIG, WEIGHTS, read_config
 from lorafold.peft.form import DROPOUT
-from lorafold.peft.saved import FILES
+from lorafold.peft.saved import FILES, other_base
 from lorafold.peft.stack import not_found, parse
 from lorafold.screening.screen import Screen, Verified
 from lorafold.serving.backend import Backend
@@ -35,6 +37,7 @@ from lorafold.serving.seen import Found, Seen
 
 log = logging.getLogger(__name__)
 OVERS = 16  # adapters below one
+TOLD_MOST = 1000  # letters of how the bases differ
 NAMED = 300  # letters of the base's name that are kept
 TOLD = ("base", OVER, DROPOUT, VOCABULARY)  # fields of the record that say how to read an adapter
 
@@ -44,12 +47,14 @@ class Verifier:
 
     Args:
         seen: what was verified before.
+        weights: those of the base, where adapters of another one are served too.
     """
 
     def __init__(
         self, directory: Directory, screen: Screen, renderers: Renderers, seen: Seen, base: str,
-        backend: Backend,
+        backend: Backend, weights: Weights | None = None,
     ) -> None:  # fmt: skip
+        self._weights = weights
         self.directory, self.seen, self._backend = directory, seen, backend
         self._screen, self._renderers, self._base = screen, renderers, base
         self._forms = seen.forms()
@@ -142,9 +147,17 @@ class Verifier:
             stack=tuple(stack[at].digest_of(FILES) for at in (*below, path)),
             method=name_of(spec), rank=getattr(_inner(spec), "rank", None),
             base=cut(str(base or ""), NAMED), words=words,
+            other_base=self._other(path, small),
             tokenizer="" if words is None else self._opened(words, stack[words]),
             form=joined([stack[at].form for at in (*below, path)]),
         )  # fmt: skip
+
+    def _other(self, path: Path, contents: Contents) -> str:
+        """That it was trained on another base, where it is served all the same."""
+        if self._weights is None:
+            return ""
+        trained_on = fingerprint.parse(contents.record.get("base", {}))
+        return cut(other_base(str(path), trained_on, self._weights), TOLD_MOST)
 
     def _opened(self, path: Path, verified: Verified) -> str:
         """The digest of an adapter's tokenizer, opened from the bytes that were verified."""
@@ -155,10 +168,12 @@ class Verifier:
         return words.named
 
     def _noted(self, found: Found) -> Found:
-        """With a line for an adapter that names another base, and has no fingerprint to tell by."""
+        """With a line for an adapter that was trained on another base, or names another one and
+        has no fingerprint to tell by.
+        """
         theirs, ours = (Path(each.rstrip("/")).name.lower() for each in (found.base, self._base))
         told = f"it names the base {found.base[:200]!a}, and is served on {self._base!a}, which it"
-        note = f"{told} fits" if found.base and theirs != ours else ""
+        note = f"{told} fits" if found.base and theirs != ours else found.other_base
         return found.model_copy(update={"note": note})
 
 

@@ -31,6 +31,7 @@ from lorafold.methods.parts.token_rows import Tokens
 from lorafold.models.tokenizer import Words
 from lorafold.models.weights import Weights
 from lorafold.objectives.objective import Data, Objective
+from lorafold.opening.kinds import check_language_model
 from lorafold.peft.saved import Saved, open_all
 from lorafold.peft.stack import mismatch, same
 from lorafold.recipe.fitting import settled_base, spec_of, without
@@ -144,6 +145,8 @@ def set_up(request: Request, console: Console) -> Setup:
     spec = check_request(request, console)
     saved = saved_adapters(request)
     objective = objective_of(request, saved)
+    if saved and not objective.outputs:
+        check_language_model(request.base, saved)
     storage = settled_base(request.recipe, spec, request.base.source, saved)
     recipe = request.recipe.model_copy(update={"storage": storage})
     base = request.base.stored(storage)
@@ -193,7 +196,10 @@ def adapted_model(
     below = tuple((s.spec, s.beside) for s in over)
     extra = stored.beside if stored else partial(extras, setup)
     spec, shared = stored.spec if stored else setup.spec, setup.accelerator.num_processes
-    asked = Setting(base.held, spec, recipe.targets, extra, below=below)
+    trusted = base.trust_remote_code
+    asked = Setting(
+        base.held, spec, recipe.targets, extra, below=below, trust_remote_code=trusted
+    )
     heaviest = planned(recipe, setup.feed, setup.objective, asked, shared, base.where)
     free = free_everywhere(setup.accelerator)
     checkpointing = settle(base.config(), heaviest, recipe.gradient_checkpointing, free, console)
