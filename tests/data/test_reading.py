@@ -188,8 +188,8 @@ def as_parquet() -> bytes:
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("a.jsonl.gz", gzip.compress(LINE.encode())),
-        ("a.json.GZ", gzip.compress(json.dumps([ROW]).encode())),
+        ("a.jsonl.gz", gzip.compress(LINE.encode(), mtime=0)),
+        ("a.json.GZ", gzip.compress(json.dumps([ROW]).encode(), mtime=0)),
         ("a.ndjson", LINE.encode()),
         ("a.JSONL", LINE.replace("\n", "\r\n").encode()),
         ("a.tsv", b"prompt\tcompletion\n2024-01-02\tHi\n"),
@@ -201,6 +201,7 @@ def as_parquet() -> bytes:
         ("a.json", json.dumps(ROW, indent=1).encode()),
         ("a.json", b"\n" + LINE.encode()),
     ],
+    ids=map(str, range(12)),
 )
 def test_kinds_of_files(name: str, content: bytes, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)

@@ -24,7 +24,8 @@ class StorageRow:
 
     bits: Of a weight, without the constants that it shares with others.
     dtype: torch's name of the dtype, if a weight is a plain number.
-    made: What has transformers quantize to it while it loads a plain model.
+    made: What `BitsAndBytesConfig` is given to quantize a plain model to it as it is loaded; empty
+        where bitsandbytes has no such storage.
     packer: The function that quantizes a matrix to it, `module:function`.
     codes: The type of codes in files of compressed-tensors, and the formats that these may have.
     method: The quant_method of files that are stored so whatever else they say.
