@@ -382,7 +382,7 @@ def test_a_bad_row_of_a_stream_is_told_when_it_is_read(tmp_path: Path) -> None:
     ("fields", "said"),
     [
         ({}, "streaming: expected a number of steps"),
-        ({"steps": 3, "eval_fraction": 0.1}, "eval_fraction: with streaming no rows"),
+        ({"steps": 3, "eval_fraction": 0.1}, "eval_fraction: a stream has no rows"),
         ({"steps": 3, "objective": "classify"}, "streaming: expected the objective sft"),
     ],
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from lorafold.data.render import prompts, render
 from lorafold.data.rows import read_rows
 from lorafold.data.shapes import PAIRS, shape_of
 from lorafold.data.template_forms import Form, call, form_of
+from lorafold.engine import Ended
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import EvaluationSettings, evaluate
 from lorafold.models.sources import resolve_model
@@ -442,7 +444,12 @@ def test_evaluation_and_generation_with_tools(
     # the command
     tokenizer.save_pretrained(tmp_path / "model")
     model.save_pretrained(tmp_path / "model")
-    monkeypatch.setattr("lorafold.generation.stream", lambda *args: iter([text[:20], text[20:]]))
+
+    def streamed(*args: Any) -> Generator[str, None, Ended]:
+        yield from (text[:20], text[20:])
+        return Ended("made", "stop", (1, 2), text)
+
+    monkeypatch.setattr("lorafold.generation.stream", streamed)
     asked = ("generate", "--model", str(tmp_path / "model"), "--tools", str(file), "--prompt", "A")
     file.write_text(json.dumps(TOOLS))
     done = CliRunner().invoke(app, [*asked, "--json"])

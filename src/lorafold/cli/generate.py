@@ -52,7 +52,7 @@ def command(
         try:
             pieces.append(next(completion))
         except StopIteration as end:
-            count = len(end.value.tokens)
+            count = len(end.value.tokens) if end.value else 0
             break
         if not json:
             typer.echo(pieces[-1], nl=False)
