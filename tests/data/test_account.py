@@ -17,7 +17,7 @@ from families import tokenizer_of as family
 from lorafold.data.account import account_of
 from lorafold.data.completions import identity_of
 from lorafold.data.examples import encode, encode_row
-from lorafold.data.template_forms import on_day
+from lorafold.data.template_forms import is_dated, on_day
 from lorafold.diagnosis.template import findings
 from lorafold.errors import LorafoldError
 from lorafold.opening.base import Base
@@ -117,6 +117,12 @@ def test_a_date_is_that_of_the_rendering_and_part_of_what_ids_depend_on() -> Non
     [[example], _] = encode_row(row, fixed)
     assert tokenizer.decode(example.ids).startswith("03 February 2024")
     assert identity_of(fixed)["day"] == ""
+    tokenizer.chat_template = "{% if strftime_now is defined %}" + DATED + "{% endif %}"
+    assert is_dated(tokenizer)
+    assert not is_dated(on_day(tokenizer, "2024-02-03"))
+    tokenizer.chat_template = "{% set form = '%d' %}{{ strftime_now(form) }}" + DATED
+    assert is_dated(on_day(tokenizer, "2024-02-03"))  # the day of each rendering, which a run says
+    tokenizer.chat_template = DATED
     [[example], _] = encode_row(row, tokenizer)
     assert tokenizer.decode(example.ids).startswith(date.today().strftime("%d %B %Y"))
     assert identity_of(tokenizer)["day"] == date.today().isoformat()

@@ -164,3 +164,20 @@ def test_a_model_that_was_trained_so_ends_by_itself(name: str, tmp_path: Path) -
     found = lf.generate("smollm2", asked, adapters=tmp_path / "it", max_new_tokens=24)
     assert all(len(text.split()) < 9 for text in found), found
     assert all(text.rstrip().endswith(".") for text in found), found
+
+
+def test_a_turn_that_the_template_does_not_mark_has_no_trained_end() -> None:
+    tokenizer = copy.deepcopy(embedded())
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role != 'assistant' %}{{ 'USER: ' + m.content + ' BOT: ' }}"
+        "{% elif loop.first or loop.index0 == 1 %}{% generation %}{{ m.content }}"
+        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    assert trained(ROW, tokenizer) == [f"It is warm.{EOS}"]
+
+
+def test_the_end_before_another_turn_of_the_assistant_is_one_at_which_generation_stops() -> None:
+    tokenizer = tokenizer_of(CASES["glm"])
+    said = [*ROW["messages"][:2], {"role": "assistant", "content": "Quite warm."}]
+    texts = trained({"messages": said}, tokenizer)
+    assert sorted(texts) == ["It is warm.<|user|>", "Quite warm.<|user|>"]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final, Literal
 
-from lorafold.data.messages import Message, Tool
+from lorafold.data.messages import Message
 from lorafold.data.template_forms import (
     ASKED,
     KEY,
@@ -54,9 +54,9 @@ class Ending:
     tokens: frozenset[int]
 
 
-def ending_of(tokenizer: "PreTrainedTokenizerBase", tools: Sequence[Tool] = ()) -> Ending:
+def ending_of(tokenizer: "PreTrainedTokenizerBase") -> Ending:
     """How the tokenizer's chat template ends a turn."""
-    return _ending_of(template_of(tokenizer, tools), tokenizer, len(tokenizer))
+    return _ending_of(template_of(tokenizer), tokenizer, len(tokenizer))
 
 
 def specials_of(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:

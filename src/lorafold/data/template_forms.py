@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 NONE: Mapping[str, Any] = MappingProxyType({})
 KNOWN = 16  # templates whose form is remembered
 DATE = "strftime_now"  # what transformers gives templates to ask with
-ASKING = re.compile(rf"""{DATE}\(\s*(["'])(.*?)\1\s*\)""")
+DATED = re.compile(rf"{DATE}\s*\(")
+ASKING = re.compile(rf"""{DATE}\s*\(\s*(["'])(.*?)\1\s*\)""")
 NAME, KEY, VALUE = "probe_function", "probe_key", "probe value"
 PROBE_TOOL: Tool = {
     "type": "function",
@@ -160,11 +161,12 @@ def attempt(
 
 def is_dated(tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Whether the chat template asks for the date, so that it renders otherwise tomorrow."""
-    return DATE in str(tokenizer.chat_template)
+    return bool(DATED.search(str(tokenizer.chat_template)))
 
 
 def on_day(tokenizer: "PreTrainedTokenizerBase", day: str) -> "PreTrainedTokenizerBase":
-    """The tokenizer with a chat template that writes one date.
+    """The tokenizer with a chat template that writes one date, where the template itself has the
+    form of the date: it `is_dated` still where a form is a variable.
 
     Args:
         tokenizer: It stays as it is.

@@ -143,16 +143,19 @@ class Drawing:
 
     def ended(self, i: int, turn: TrainedTurn) -> TrainedTurn:
         """Turn i with its end."""
-        text, ending = turn.text[: turn.end], ending_of(self.tokenizer, self.tools)
+        text, ending = turn.text[: turn.end], ending_of(self.tokenizer)
         if ending.written == WITH_TURN:
             return turn
         end = ending.text
         if ending.written == WITH_NEXT:
-            next_one = [*self.formed[i + 1 : i + 2], *self.form.of([ASKED])][0]
+            follows = [m for m in self.formed[i + 1 : i + 2] if m["role"] in ("user", "tool")]
+            [next_one] = follows or self.form.of([ASKED])
             longer = attempt([*self.formed[: i + 1], next_one], self.tokenizer, self.tools)
             if longer.startswith(text):
                 end = through_special(longer[len(text) :], self.tokenizer) or end
-        marks = turn.marks and (*turn.marks, (len(text), len(text) + len(end)))
+        marks = turn.marks
+        if marks is not None and any(last > turn.start for _, last in marks):
+            marks = (*marks, (len(text), len(text) + len(end)))
         return TrainedTurn(text + end, turn.start, len(text) + len(end), marks)
 
     def _draw(self, messages: list[Message]) -> tuple[str, tuple[Span, ...] | None]:
@@ -197,15 +200,16 @@ def render_trained(
     check_able(conversation, tokenizer)
     drawing, messages = Drawing(conversation, tokenizer), conversation.messages
     whole, _ = drawing.whole
-    called = [i for i, message in enumerate(messages) if message.get("tool_calls")]
-    calls = {i: turn.said for i in called if (turn := drawing.turn(i)) is not None}
-    check_shown(conversation, whole, tokenizer, calls)
     turns = conversation.turns
     turns = turns[-1:] if rendering.train_on == "last" else turns
+    called = [i for i, message in enumerate(messages) if message.get("tool_calls")]
+    drawn = {i: drawing.turn(i) for i in {*turns, *called}}
+    calls = {i: turn.said for i in called if (turn := drawn[i]) is not None}
+    check_shown(conversation, whole, tokenizer, calls)
     found: list[tuple[str, list[Span], list[int]]] = [(whole, [], [])]  # the longest text first
     left_out = lost = 0
     for i in reversed(turns):
-        turn = drawing.turn(i)
+        turn = drawn[i]
         if turn is None:
             left_out += 1
             continue

@@ -162,7 +162,8 @@ def set_up(request: Request, console: Console) -> Setup:
         began = RunDirectory(request.out).day if request.resume else ""
         day = began or date.today().isoformat()
         dated = on_day(tokenizer, day)
-        console.print(f"the chat template writes the date: {day} throughout this run")
+        held = "the day of each rendering" if is_dated(dated) else f"{day} throughout this run"
+        console.print(f"the chat template writes the date: {held}", highlight=False)
     feed, held_out = tokenized(request, dated, objective, console)
     console.print(f"base: {base.held.why}", highlight=False)
     # the logs of trackers stay when the checkpoints are removed
