@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from lorafold.core.attach import only
+from lorafold.data.control_tokens import ids_of
 from lorafold.data.render import render
 from lorafold.data.rows import read_rows
 from lorafold.data.shapes import Message
@@ -141,7 +142,7 @@ class Chat:
             return Turn(text, self._render(first, question), self.max_new_tokens, first, 0)
         while True:
             prompt = self._render(first, question)
-            used = len(self.tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids)
+            used = len(ids_of(prompt, self.tokenizer))
             left = self.context - used
             if left >= min(self.max_new_tokens, self.context // 2) or first >= len(self.messages):
                 break

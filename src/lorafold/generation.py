@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from lorafold.core.attach import only, selection_of
+from lorafold.data.control_tokens import ids_of
 from lorafold.data.endings import ending_of
 from lorafold.engine import Ended, Engine, Request, Sampling, Stream
 from lorafold.errors import LorafoldError
@@ -162,7 +163,7 @@ def pieces(engine: Engine, request: Request) -> Generator[str, None, Ended]:
 
 def tokens_of(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> tuple[int, ...]:
     """The ids of a rendered prompt. Raises LorafoldError if it has none."""
-    ids: list[int] = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+    ids = ids_of(prompt, tokenizer)
     if not ids:
         raise LorafoldError(f"prompt {prompt!r}: found no tokens, expected at least one")
     return tuple(ids)

@@ -32,6 +32,7 @@ from lorafold.data import rows as reading
 from lorafold.data import stored, tokenizing
 from lorafold.data.batches import Batches, epoch_size
 from lorafold.data.completions import Completions, in_pieces
+from lorafold.data.control_tokens import ids_of
 from lorafold.data.examples import encode
 from lorafold.data.labelled import encode_labelled
 from lorafold.data.render import ensure_chat_template, prompts, render_trained
@@ -101,7 +102,7 @@ def test_prompts_that_are_tokenized_with_their_completions_have_the_ids_of_gener
     rows = [{"prompt": p, "completion": c} for p, c in zip(texts[::2], texts[1::2], strict=True)]
     found = Completions(tokenizer).encode(Rows.of(rows).given(CONVERSATIONS), 0).to_pylist()
     for (prompt, _), example, data in zip(prompts(rows, tokenizer), found, rows, strict=True):
-        alone = tokenizer(prompt, add_special_tokens=False).input_ids
+        alone = ids_of(prompt, tokenizer)
         assert example["ids"][: example["spans"][0]] == alone
         [rendered] = render_trained(shape_of(data).conversation(data), tokenizer).renderings  # type: ignore[union-attr, misc]
         ids, spans = in_pieces(rendered, tokenizer)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lorafold.api.arguments import Paths, as_paths
 from lorafold.api.opened import opened
 from lorafold.conversation import Chat, unique_names
+from lorafold.data.allowed_tokens import allow
 from lorafold.engine import Sampling
 from lorafold.opening import Base
 from lorafold.peft.saved import open_all
@@ -24,6 +25,7 @@ def chat(
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     seed: int = 0,
+    allow_control_tokens: bool = False,
     storage: str = "auto",
     device: str | None = None,
     revision: str | None = None,
@@ -42,6 +44,7 @@ def chat(
         max_new_tokens: An answer ends after this many tokens at the latest.
         temperature: 0 takes the most likely token; above 0 tokens are sampled.
         seed: The seed of the first answer; each later turn has the next one.
+        allow_control_tokens: Control tokens in messages are tokens; else they are read as text.
         storage: How the base stores its weights: auto, fp32, bf16, nf4 or int8.
         device: cpu, cuda, cuda:N or mps; None takes the fastest that is available.
         revision: The branch, tag or commit of a hub model.
@@ -54,6 +57,8 @@ def chat(
     base = Base(model, storage, device, revision, trust_remote_code, allow_other_base)
     paths = as_paths(adapters)
     loaded, tokenizer = opened(base, open_all(paths), console=console)
+    if allow_control_tokens:
+        allow(tokenizer)
     attached = (f"adapter{number}" for number in range(1, len(paths) + 1))  # the names of `opened`
     return Chat(
         loaded,

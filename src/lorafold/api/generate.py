@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorafold.api.arguments import Paths, as_paths
 from lorafold.api.opened import at_hand, opened
+from lorafold.data.allowed_tokens import allow
 from lorafold.data.messages import tool_problems, tools_of
-from lorafold.data.omissions import check_able, check_shown
-from lorafold.data.render import render
+from lorafold.data.render import prompt_of
 from lorafold.data.shapes import Conversation
 from lorafold.engine import Sampling
 from lorafold.errors import LorafoldError
@@ -36,6 +37,7 @@ def generate(
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     seed: int = 0,
+    allow_control_tokens: bool = False,
     storage: str = "auto",
     device: str | None = None,
     revision: str | None = None,
@@ -57,6 +59,7 @@ def generate(
         max_new_tokens: The most tokens of a completion.
         temperature: 0 takes the most likely token; above 0 tokens are sampled.
         seed: The samples of every prompt follow from it.
+        allow_control_tokens: Control tokens in messages are tokens; else they are read as text.
         storage: How the base stores its weights: auto, fp32, bf16, nf4 or int8.
         device: cpu, cuda, cuda:N or mps; None takes the fastest that is available.
         revision: The branch, tag or commit of a hub model.
@@ -79,6 +82,9 @@ def generate(
     found = open_all(as_paths(adapters))
     loaded, tokenizer = opened(chosen, found, tokenizer, console=console)
     asked = [prompts] if isinstance(prompts, str) else prompts
+    if allow_control_tokens:
+        tokenizer = copy.copy(tokenizer)  # it may be the caller's
+        allow(tokenizer)
     texts = [rendered(prompt, system, tokenizer, tools) for prompt in asked]
     sampling = Sampling(temperature=temperature, seed=seed)
     made = complete(loaded, tokenizer, texts, max_new_tokens, sampling)
@@ -107,8 +113,4 @@ def rendered(
         raise LorafoldError("; ".join(problems))
     before = [] if system is None else [{"role": "system", "content": system}]
     asked = Conversation([*before, {"role": "user", "content": prompt}], 0, tools_of(given))
-    check_able(asked, tokenizer)
-    text = render(asked.messages, tokenizer, for_generation=True, tools=asked.tools)
-    if asked.tools:
-        check_shown(asked, text, tokenizer)
-    return text
+    return prompt_of(asked, tokenizer)

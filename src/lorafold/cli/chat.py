@@ -63,7 +63,7 @@ class Session:
     """Lines in, answers and notices out."""
 
     def __init__(self, chat: "Chat", console: "Console") -> None:
-        self.chat, self.console = chat, console
+        self.chat, self.console, self.told = chat, console, False
         self.commands = {
             "/adapter": self.adapter,
             "/both": self.both,
@@ -96,8 +96,12 @@ class Session:
     def answer(self, text: str) -> None:
         """Print each speaker's answer as it comes, and keep the last one's."""
         from lorafold.conversation import label
+        from lorafold.data.control_tokens import IN_PROMPT, is_marked
 
         turn, speakers = self.chat.ask(text), self.chat.speakers()
+        if is_marked(turn.prompt) and not self.told:
+            self.told = True
+            self.tell(IN_PROMPT)
         if turn.dropped:
             self.tell(
                 f"the conversation is longer than the model's context of {self.chat.context}"

@@ -35,6 +35,9 @@ DeviceOption = Annotated[
         help="cpu, cuda, cuda:N or mps. Without it the fastest that this machine has.",
     ),
 ]
+ControlTokensOption = Annotated[
+    bool, typer.Option("--allow-control-tokens", help="Those in messages are tokens, not text.")
+]
 AllowOtherOption = Annotated[
     bool,
     typer.Option(
@@ -239,6 +242,7 @@ class Sampling:
         typer.Option(min=0, help="0 takes the most likely token; above 0 tokens are sampled."),
     ] = 0.0
     seed: SeedOption = 0
+    allow_control_tokens: ControlTokensOption = False
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,9 @@ def command(
     from lorafold import engine
     from lorafold.api.generate import rendered
     from lorafold.api.opened import opened
+    from lorafold.data.allowed_tokens import allow
     from lorafold.data.calls import parse_calls, read_tools
+    from lorafold.data.control_tokens import IN_PROMPT, is_marked
     from lorafold.data.messages import tools_of
     from lorafold.generation import stream
     from lorafold.peft.saved import open_all
@@ -43,7 +45,11 @@ def command(
     console = messages()
     offered = read_tools(tools) if tools else []
     model, tokenizer = opened(opening.base, open_all(adapters.paths), console=console)
+    if sampling.allow_control_tokens:
+        allow(tokenizer)
     text = rendered(prompt, sampling.system, tokenizer, offered)
+    if is_marked(text):
+        console.print(IN_PROMPT, highlight=False, markup=False, soft_wrap=True)
     pieces: list[str] = []
     start = time.perf_counter()
     choice = engine.Sampling(temperature=sampling.temperature, seed=sampling.seed)

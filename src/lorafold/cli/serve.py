@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lorafold.cli.common import BASE, AllowOtherOption, Computing, messages
+from lorafold.cli.common import BASE, AllowOtherOption, Computing, ControlTokensOption, messages
 from lorafold.cli.groups import grouped
 from lorafold.errors import LorafoldError
 from lorafold.models.storages import LISTED
@@ -49,6 +49,7 @@ def command(
         ),
     ] = "auto",
     allow_other_base: AllowOtherOption = False,
+    allow_control_tokens: ControlTokensOption = False,
     json_logs: Annotated[
         bool, typer.Option("--json-logs", help="Write the log as one JSON object a line.")
     ] = False,
@@ -72,6 +73,7 @@ def command(
     settings = {
         "host": host, "port": port, "keys": keys, "admin_key": admin_key_file,
         "metrics_key": metrics_key_file, "json_logs": json_logs or None,
+        "allow_control_tokens": allow_control_tokens or None,
     }  # fmt: skip
     serve(
         adapters,

@@ -69,6 +69,15 @@ def column(table: "pa.Table", name: str) -> Array:
     return np.concatenate([np.zeros(0, np.int32), *map(np.from_dlpack, table.column(name).chunks)])
 
 
+def count_marked(table: "pa.Table") -> int:
+    """How many rows of a table of examples are `marked`, if it says so of any."""
+    import pyarrow.compute as pc
+
+    if "marked" not in table.column_names:
+        return 0
+    return int(pc.count_distinct(table.filter(table.column("marked")).column("row")).as_py())
+
+
 class Lists:
     """A column of lists of int32, as arrays over the file's own bytes."""
 
@@ -93,6 +102,7 @@ class TableExamples(Sequence[E]):
     """Abstract: examples of a table, each made when it is asked for.
 
     `lengths` (n,) are the tokens of each, after cutting, and `rows` (n,) the index of its row.
+    `marked` rows of the table have control tokens that are text.
     """
 
     def __init__(self, table: "pa.Table", max_length: int, chosen: Array) -> None:
@@ -100,6 +110,7 @@ class TableExamples(Sequence[E]):
         self._ids, self._chosen, self._max_length = Lists(table.column("ids")), chosen, max_length
         self.lengths = np.minimum(self._ids.lengths[chosen], max_length)
         self.rows = column(table, "row")[chosen]
+        self.marked = count_marked(table)
 
     @abstractmethod
     def _example(self, entry: int) -> E:

@@ -100,7 +100,8 @@ class Branches(Encoder):
 
         many = pa.list_(pa.int32())
         columns = {"row": pa.int32(), "ids": many, "starts": many, "spans": many}
-        return pa.schema({**columns, "desirable": pa.bool_(), "problem": pa.string()})
+        told = {"desirable": pa.bool_(), "marked": pa.bool_(), "problem": pa.string()}
+        return pa.schema({**columns, **told})
 
     def encode(self, given: Sequence[Sequence[Compared]], first: int) -> "pa.RecordBatch":
         import pyarrow as pa
@@ -109,15 +110,15 @@ class Branches(Encoder):
         documents = [document for _, one in compared for document in one.conversations()]
         found = self.completions.encode(documents, 0).to_pylist()
         by_document = iter([list(of) for _, of in groupby(found, key=lambda entry: entry["row"])])
-        made = [
-            self._made(one, [next(by_document) for _ in one.completions]) for _, one in compared
-        ]
+        gave = [[next(by_document) for _ in one.completions] for _, one in compared]
+        made = [self._made(one, of) for (_, one), of in zip(compared, gave, strict=True)]
         columns = [
             numbers([number for number, _ in compared]),
             lists([ids for ids, *_ in made]),
             lists([starts for _, starts, *_ in made]),
             lists([spans for _, _, spans, _ in made]),
             flags([one.desirable is True for _, one in compared]),
+            flags([any(entries[0]["marked"] for entries in of) for of in gave]),
             texts([problem for *_, problem in made]),
         ]  # fmt: skip
         return pa.record_batch(columns, self.schema)

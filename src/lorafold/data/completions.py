@@ -17,7 +17,8 @@ from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from lorafold.data.arrow import lists, numbers, texts
+from lorafold.data.arrow import flags, lists, numbers, texts
+from lorafold.data.control_tokens import Pieces, encoded, is_marked
 from lorafold.data.render import Rendered, Rendering, render_trained
 from lorafold.data.shapes import CONVERSATIONS, Conversation
 from lorafold.data.template_forms import is_dated
@@ -42,6 +43,7 @@ class Piece:
     row: int
     left_out: int = 0
     hidden: int = 0
+    marked: bool = False
     problem: str = ""
     rendered: Rendered | None = None
     text: str = ""
@@ -55,8 +57,9 @@ class Completions(Encoder):
 
     Columns: `row`, `ids` (T,), `spans` (2n,) the starts and ends of n trained spans of tokens,
     `left_out` the row's assistant turns that are not trained on, `hidden` those whose reasoning the
-    chat template leaves out, and `problem`, why the row can't be used. Both counts are those of the
-    row's first example. A row has one example or several; one with a problem has an empty one.
+    chat template leaves out, `marked` whether control tokens in its contents are text, and
+    `problem`, why the row can't be used. The three before it are those of the row's first example.
+    A row has one example or several; one with a problem has an empty one.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -85,7 +88,8 @@ class Completions(Encoder):
 
         many = pa.list_(pa.int32())
         columns = {"row": pa.int32(), "ids": many, "spans": many, "left_out": pa.int32()}
-        return pa.schema({**columns, "hidden": pa.int32(), "problem": pa.string()})
+        told = {"hidden": pa.int32(), "marked": pa.bool_(), "problem": pa.string()}
+        return pa.schema({**columns, **told})
 
     def encode(self, given: Sequence[Conversation], first: int) -> "pa.RecordBatch":
         import pyarrow as pa
@@ -109,6 +113,7 @@ class Completions(Encoder):
             lists([[at for span in piece.spans for at in span] for piece in pieces]),
             numbers([piece.left_out for piece in pieces]),
             numbers([piece.hidden for piece in pieces]),
+            flags([piece.marked for piece in pieces]),
             texts([piece.problem for piece in pieces]),
         ]
         return pa.record_batch(columns, self.schema)
@@ -122,9 +127,10 @@ class Completions(Encoder):
             return [Piece(number, problem=str(error))]
         pieces = [Piece(number, rendered=found, text=found.text) for found in trained.renderings]
         pieces[0].left_out, pieces[0].hidden = trained.left_out, trained.hidden
+        pieces[0].marked = any(is_marked(piece.text) for piece in pieces)
         return pieces
 
-    def _tokens(self, pieces: Sequence[Piece], special: bool) -> "Sequence[Encoding]":
+    def _tokens(self, pieces: Sequence[Piece], special: bool) -> "Sequence[Encoding | Pieces]":
         if not pieces:
             return []
         texts = [piece.text for piece in pieces]
@@ -133,9 +139,14 @@ class Completions(Encoder):
         )
         encodings = found.encodings
         assert encodings is not None  # of a fast tokenizer
-        return encodings
+        if special:
+            return encodings
+        return [
+            encoded(text, self.tokenizer) if is_marked(text) else one
+            for text, one in zip(texts, encodings, strict=True)
+        ]
 
-    def _marked(self, piece: Piece, encoding: "Encoding") -> list[Piece]:
+    def _marked(self, piece: Piece, encoding: "Encoding | Pieces") -> list[Piece]:
         """The examples of a rendered piece, with their ids and trained spans: one, and one more for
         each turn before which a token would span the border.
         """
@@ -159,10 +170,11 @@ class Completions(Encoder):
                 for a, b in together
             ]
             apart.append(Piece(piece.row, ids=ids, spans=spans))
-        apart[0] = replace(apart[0], left_out=piece.left_out, hidden=piece.hidden)
+        told = {"left_out": piece.left_out, "hidden": piece.hidden, "marked": piece.marked}
+        apart[0] = replace(apart[0], **told)
         return apart
 
-    def _is_prompt(self, prompt: str, encoding: "Encoding", ids: list[int]) -> bool:
+    def _is_prompt(self, prompt: str, encoding: "Encoding | Pieces", ids: list[int]) -> bool:
         """Tell whether the first ids of an encoding are those of the prompt alone."""
         last = next((i for i in reversed(range(len(ids))) if ids[i] in self._added), 0)
         start = start_of(encoding, last) if last else 0
@@ -190,7 +202,9 @@ def identity_of(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
     }
 
 
-def first_token(encoding: "Encoding", character: int, text: str, spaced: bool = False) -> int:
+def first_token(
+    encoding: "Encoding | Pieces", character: int, text: str, spaced: bool = False
+) -> int:
     """The first token that starts at or after a character.
 
     Args:
@@ -210,7 +224,7 @@ def first_token(encoding: "Encoding", character: int, text: str, spaced: bool = 
     return at
 
 
-def start_of(encoding: "Encoding", token: int) -> int:
+def start_of(encoding: "Encoding | Pieces", token: int) -> int:
     """The character at which a token starts."""
     characters = encoding.token_to_chars(token)
     assert characters is not None  # texts are tokenized without special tokens of their own
@@ -241,7 +255,5 @@ def tokens_of(
         tokenizer: A fast tokenizer.
         at: The number of the text's first character.
     """
-    encoded: Any = tokenizer(
-        text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-    )
-    return encoded.input_ids, [at + begin for begin, _ in encoded.offset_mapping]
+    found = encoded(text, tokenizer)
+    return found.ids, [at + begin for begin, _ in found.offsets]

@@ -13,6 +13,7 @@ import numpy as np
 
 from lorafold.data.arrow import Array, Lists, TableExamples, column
 from lorafold.data.completions import Completions
+from lorafold.data.control_tokens import told_of
 from lorafold.data.render import Rendering, Trained
 from lorafold.data.rows import as_checked
 from lorafold.data.shapes import CONVERSATIONS
@@ -50,7 +51,8 @@ class Report:
     length of the longest row in tokens, before cutting. `truncated` rows were cut at `max_length`
     tokens, `unlabelled` rows have no token to train on, and `turns_left_out` assistant turns are
     not trained on. `examples` are what the rows gave, and `reasoning_hidden` trained turns have a
-    reasoning that the chat template leaves out.
+    reasoning that the chat template leaves out. `marked` rows have control tokens in their
+    contents, which are text.
     """
 
     rows: int
@@ -63,6 +65,7 @@ class Report:
     turns_left_out: int
     examples: int = 0
     reasoning_hidden: int = 0
+    marked: int = 0
 
     def __str__(self) -> str:
         text = (
@@ -88,7 +91,7 @@ class Report:
                 f"\n{self.reasoning_hidden} assistant turns are trained on without their reasoning,"
                 " or without what they say beside a call: the chat template leaves it out"
             )
-        return text
+        return text + told_of(self.marked)
 
 
 @dataclass(frozen=True)
@@ -204,6 +207,7 @@ def encoded(table: "pa.Table", rows: Rows, max_length: int) -> Encoded:
         left_out,
         len(examples),
         int(column(table, "hidden").sum()),
+        examples.marked,
     )
     return Encoded(examples, report, parts_of(examples.rows, rows.parts))
 

@@ -16,9 +16,11 @@ from lorafold.data.stored import Part
 
 class Feed(ABC):
     """Abstract: the examples of each of `steps` optimizer steps. `foreseen` is how many of them can
-    be looked at in advance at little cost.
+    be looked at in advance at little cost; `marked` rows, of those that were read, have control
+    tokens that are text.
     """
 
+    marked = 0
     foreseen: int
     steps: int
 
@@ -58,6 +60,7 @@ class StoredFeed(Feed):
             seed: The seed of the order.
         """
         self._examples, self.steps = examples, steps
+        self.marked = getattr(examples, "marked", 0)
         self._batches = Batches(parts, batch, steps, seed)
         self.passes = steps * batch / max(1, len(examples))
 

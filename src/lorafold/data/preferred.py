@@ -15,6 +15,7 @@ import numpy as np
 from lorafold.data.arrow import Array
 from lorafold.data.branches import Branched, BranchedExamples, Branches, MismatchedExamples
 from lorafold.data.checking import LISTED
+from lorafold.data.control_tokens import told_of
 from lorafold.data.examples import WHOLE
 from lorafold.data.render import Rendering
 from lorafold.data.rows import as_checked
@@ -39,7 +40,8 @@ class PreferenceReport:
     `tokens` are those that a step computes, with each prompt once, and `apart` those of the
     documents if every completion had a prompt of its own. `means` are the mean lengths of the
     completions in tokens, those of the chosen and the rejected ones. `longest` is the length of the
-    longest document before cutting, and `truncated` rows were cut.
+    longest document before cutting, and `truncated` rows were cut. `marked` have control tokens in
+    their contents, which are text.
     """
 
     rows: int
@@ -49,6 +51,7 @@ class PreferenceReport:
     longest: int
     max_length: int
     truncated: int
+    marked: int = 0
 
     def __str__(self) -> str:
         lengths = ", ".join(f"{name} {mean:.1f}" for name, mean in self.means.items())
@@ -59,7 +62,7 @@ class PreferenceReport:
         )
         if self.truncated:
             text += f"\n{self.truncated} rows were cut at {self.max_length} tokens"
-        return text
+        return text + told_of(self.marked)
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,7 @@ def preferred(table: "pa.Table", rows: Rows, max_length: int, kind: str) -> Pref
         int(examples.whole.max()),
         max_length,
         len(np.unique(examples.rows[cut])),
+        examples.marked,
     )
     return PreferredData(examples, report, parts_of(examples.rows, rows.parts))
 

@@ -19,9 +19,8 @@ from lorafold.data.messages import (
     tool_problems,
     tools_of,
 )
-from lorafold.data.omissions import check_able, check_shown
 from lorafold.data.references import reference_of
-from lorafold.data.render import render
+from lorafold.data.render import prompt_of
 from lorafold.data.shapes import CONVERSATIONS, PLAIN_TEXT, SHAPES, Shape, shape_of
 from lorafold.data.sources import Row
 from lorafold.errors import LorafoldError
@@ -121,7 +120,4 @@ def _prompt(row: Row, tokenizer: "PreTrainedTokenizerBase") -> Prompt:
             raise LorafoldError("found no message before the assistant's turn, expected a prompt")
         reference = reference_of(given, last, tokenizer)
         return Prompt(reference.prompt, reference.text)
-    check_able(given, tokenizer)
-    text = render(given.messages, tokenizer, for_generation=True, tools=given.tools)
-    check_shown(given, text, tokenizer)
-    return Prompt(text, None)
+    return Prompt(prompt_of(given, tokenizer), None)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
+from lorafold.data.control_tokens import as_text, ids_of
 from lorafold.data.conversations import Conversation
 from lorafold.data.omissions import check_able, check_shown
 from lorafold.data.reasoning import block_of
@@ -82,22 +83,22 @@ def reference_of(
 
     Raises LorafoldError for what the template refuses or does not show whole.
     """
-    messages, tools = conversation.messages, conversation.tools
-    shown = Conversation(messages[: last + 1], 0, tools)
-    check_able(shown, tokenizer)
-    drawing = Drawing(shown, tokenizer)
+    messages = conversation.messages[: last + 1]
+    check_able(conversation, tokenizer)
+    given = as_text(Conversation(messages, 0, conversation.tools), tokenizer)
+    drawing = Drawing(given, tokenizer)
     prompt, message = drawing.prompt(last), messages[last]
     asked = messages[last - 1].get("content", "")
     if not message.get("tool_calls"):
-        check_shown(Conversation(messages[:last], 0, tools), prompt, tokenizer)
+        check_shown(replace(given, messages=given.messages[:last]), prompt, tokenizer)
         return Reference(asked, prompt, message.get("content", ""))
     turn = drawing.turn(last)
     if turn is None:
         raise LorafoldError(
             f"messages[{last}]: the chat template renders this turn differently at generation"
         )
-    check_shown(shown, turn.text, tokenizer)
+    check_shown(given, turn.text, tokenizer)
     said = without_reasoning(turn.text[turn.start : turn.end], prompt, tokenizer)
-    ids = tokenizer(said, add_special_tokens=False, verbose=False).input_ids
+    ids = ids_of(said, tokenizer)
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return Reference(asked, prompt, str(text))

@@ -9,9 +9,11 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lorafold.data.control_tokens import as_text, variables_as_text
 from lorafold.data.messages import Message, Tool
+from lorafold.data.omissions import check_able, check_shown
 from lorafold.data.references import references
-from lorafold.data.shapes import CONVERSATIONS
+from lorafold.data.shapes import CONVERSATIONS, Conversation
 from lorafold.data.sources import Row
 from lorafold.data.stored import Rows
 from lorafold.data.template_forms import NONE, apply, form_of
@@ -60,7 +62,7 @@ def render(
     tools: Sequence[Tool] = (),
     variables: Mapping[str, Any] = NONE,
 ) -> str:
-    """Render messages as text with the tokenizer's chat template.
+    """Render messages with the tokenizer's chat template, as `data.control_tokens` has texts.
 
     Raises LorafoldError if the template refuses the messages.
 
@@ -71,8 +73,39 @@ def render(
         tools: The tools that the conversation offers, in OpenAI's form.
         variables: Further variables of the template, such as enable_thinking.
     """
-    formed = form_of(tokenizer, tools).of(messages)
-    return apply(formed, tokenizer, tools, for_generation, variables)
+    given = as_text(Conversation(list(messages), tools=tuple(tools)), tokenizer)
+    return _applied(given, tokenizer, for_generation, variables)
+
+
+def prompt_of(
+    conversation: Conversation,
+    tokenizer: "PreTrainedTokenizerBase",
+    variables: Mapping[str, Any] = NONE,
+) -> str:
+    """The prompt for the next turn of a conversation, as `data.control_tokens` has texts.
+
+    Raises LorafoldError if the template refuses the conversation or leaves something of it out.
+
+    Args:
+        tokenizer: A tokenizer with a chat template.
+        variables: Further variables of the template, such as enable_thinking.
+    """
+    check_able(conversation, tokenizer)
+    given = as_text(conversation, tokenizer)
+    text = _applied(given, tokenizer, True, variables)
+    check_shown(given, text, tokenizer)
+    return text
+
+
+def _applied(
+    given: Conversation,
+    tokenizer: "PreTrainedTokenizerBase",
+    for_generation: bool,
+    variables: Mapping[str, Any],
+) -> str:
+    formed = form_of(tokenizer, given.tools).of(given.messages)
+    variables = variables_as_text(variables, tokenizer) if variables else variables
+    return apply(formed, tokenizer, given.tools, for_generation, variables)
 
 
 def prompts(rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase") -> list[tuple[str, str]]:

@@ -18,6 +18,7 @@ from typing import Any
 
 from lorafold.data.arrow import Lists
 from lorafold.data.checking import check_given, checked, renamed
+from lorafold.data.control_tokens import told_of
 from lorafold.data.examples import Examples
 from lorafold.data.feed import Feed
 from lorafold.data.noticed import Noticed
@@ -155,10 +156,10 @@ class StreamFeed(Feed):
         """
         self.steps, self._rows, self._encoder = steps, rows, encoder
         self._max_length, self._batch, self._seed = max_length, batch, seed
-        self._read = self._cut = self._unlabelled = 0
+        self._read = self._cut = self._unlabelled = self._marked = 0
 
     def after(self, step: int) -> Iterator[Sequence[Any]]:
-        self._read = self._cut = self._unlabelled = 0
+        self._read = self._cut = self._unlabelled = self._marked = 0
         rows = islice(self._rows(self._seed), step * self._batch, None)
         for _ in range(step, self.steps):
             yield self._examples(rows, self._batch)
@@ -174,7 +175,7 @@ class StreamFeed(Feed):
             text += f"; {self._cut:,} were cut at {self._max_length} tokens"
         if self._unlabelled:
             text += f"; {self._unlabelled:,} have no token to train on"
-        return text
+        return text + told_of(self._marked)
 
     def _examples(self, rows: Iterator[Named], n: int) -> Sequence[Any]:
         """The examples of the next n rows.
@@ -200,4 +201,5 @@ class StreamFeed(Feed):
         self._read += n
         self._cut += int((Lists(table.column("ids")).lengths > self._max_length).sum())
         self._unlabelled += n - len(set(examples.rows.tolist()))
+        self._marked += examples.marked
         return examples

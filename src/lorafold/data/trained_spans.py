@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2.exceptions import TemplateError
 
+from lorafold.data.control_tokens import as_text
 from lorafold.data.endings import WITH_NEXT, WITH_TURN, ending_of, specials_of, through_special
 from lorafold.data.messages import Message
 from lorafold.data.omissions import check_able, check_shown, hidden
@@ -198,6 +199,7 @@ def render_trained(
     call, or what is said by anyone but the assistant.
     """
     check_able(conversation, tokenizer)
+    conversation = as_text(conversation, tokenizer)
     drawing, messages = Drawing(conversation, tokenizer), conversation.messages
     whole, _ = drawing.whole
     turns = conversation.turns

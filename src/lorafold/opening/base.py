@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lorafold.data.allowed_tokens import allow
 from lorafold.identity import of_model
 from lorafold.machine.devices import choose_device
 from lorafold.models.configuration import configuration
@@ -25,6 +26,7 @@ from lorafold.models.storage import (
 from lorafold.models.storages import MADE
 from lorafold.models.tokenizer import tokenizer_of
 from lorafold.peft.saved import Saved, trained_on
+from lorafold.peft.tokens import all_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -111,9 +113,14 @@ class Base:
         return load_model(self.source, self.held, self.where)
 
     def tokenizer(self, adapters: Sequence[Saved] = ()) -> PreTrainedTokenizerBase:
-        """The tokenizer of the last adapter that has one, or the model's."""
+        """The tokenizer of the last adapter that has one, or the model's. Contents may have tokens
+        that the adapters trained.
+        """
         own = [one.path for one in adapters if one.own_tokenizer]
-        return tokenizer_of(self.source, own)
+        tokenizer = tokenizer_of(self.source, own)
+        trained = {i for one in adapters for i in all_of(one.selection.tokens)}
+        allow(tokenizer, map(str, tokenizer.convert_ids_to_tokens(sorted(trained))))
+        return tokenizer
 
     def mapped(self) -> MappedModel:
         """The model on its files, of which a weight is read when it is used."""

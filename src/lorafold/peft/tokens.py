@@ -14,6 +14,7 @@ the base's.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -48,6 +49,11 @@ def describe(model: nn.Module, sites: Sequence[Site]) -> dict[str, Any]:
     if [*own] == vocabulary_ends(model)[:1]:
         return {INDICES: next(iter(own.values()))}
     return {INDICES: {_name(model, path): ids for path, ids in own.items()}}
+
+
+def all_of(ids: Ids) -> frozenset[int]:
+    """The ids, of whichever module."""
+    return frozenset(ids if isinstance(ids, tuple) else chain.from_iterable(ids.values()))
 
 
 def resolve(model: nn.Module, ids: Ids) -> ByPath:

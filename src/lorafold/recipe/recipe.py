@@ -98,10 +98,10 @@ class Recipe(BaseModel):
         ),
     )
     template_kwargs: dict[Name, Any] = Field(
-        {},
-        description=(
-            "Variables of the chat template, which are saved with it, as in enable_thinking=false."
-        ),
+        {}, description="Variables of the chat template, saved with it: enable_thinking=false."
+    )
+    allow_control_tokens: bool = Field(
+        False, description="Control tokens in contents are tokens; else they are read as text."
     )
     train_on: Literal["all", "last"] = Field(
         "all", description="The turns of the assistant to train on: all, or the last of each row."

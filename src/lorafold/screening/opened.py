@@ -56,9 +56,18 @@ class Opened:
     def __len__(self) -> int:
         return len(self._words)
 
-    def __call__(self, text: str, add_special_tokens: bool = True, **_: Any) -> Any:
-        """The tokens of a text, as `input_ids`. Raises LorafoldError."""
-        found = self._call("tokens", text=text, special=add_special_tokens)
+    def __call__(
+        self, text: str, add_special_tokens: bool = True, sanitize_control_tokens: bool = False,
+        **_: Any,
+    ) -> Any:  # fmt: skip
+        """The tokens of a text, as `input_ids`. Raises LorafoldError.
+
+        Args:
+            sanitize_control_tokens: whether the text has marks of `data.control_tokens`.
+        """
+        found = self._call(
+            "tokens", text=text, special=add_special_tokens, marked=sanitize_control_tokens
+        )
         known = len(self)
         if not all(isinstance(i, int) and 0 <= i < known for i in found):
             raise LorafoldError("its tokenizer gives tokens that there are not")

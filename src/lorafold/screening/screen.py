@@ -45,12 +45,17 @@ class Screen:
 
     Args:
         modules: gives the paths of the base's modules.
+        allow: whether contents may have control tokens.
     """
 
-    def __init__(self, modules: Callable[[], Sequence[str]], tokenizer: Any) -> None:
+    def __init__(
+        self, modules: Callable[[], Sequence[str]], tokenizer: Any, allow: bool = False
+    ) -> None:
         self._tokenizer = tokenizer
         self._verifying = Processes(lambda: {"modules": list(modules())}, VERIFYING)
-        self._rendering = Processes(lambda: {"vocabulary": tokenizer.get_vocab()}, RENDERING)
+        self._rendering = Processes(
+            lambda: {"vocabulary": tokenizer.get_vocab(), "allow": allow}, RENDERING
+        )
         self._copies = TemporaryDirectory(prefix="lorafold-tokenizers-")
         self.backend = backend_of(tokenizer)
         self._added = tokenizer.added_tokens_decoder  # made anew whenever it is asked for

@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypedDict
 
+from lorafold.data.allowed_tokens import ALL, allow
 from lorafold.data.render import ensure_chat_template
 from lorafold.errors import LorafoldError
 from lorafold.files.contents import Contents
@@ -37,9 +38,11 @@ class Templates:
 
     Args:
         vocabulary: the base's tokens by text.
+        allow: whether contents may have control tokens.
     """
 
-    def __init__(self, vocabulary: Mapping[str, int]) -> None:
+    def __init__(self, vocabulary: Mapping[str, int], allow: bool) -> None:
+        self._allow = allow
         self._words = {number: word for word, number in vocabulary.items()}
         self._kept: OrderedDict[str, Any] = OrderedDict()
 
@@ -107,14 +110,18 @@ class Templates:
             raise LorafoldError(f"found {len(text):,} letters, expected at most {LETTERS:,}")
         return text
 
-    def tokens(self, files: Files, text: str, special: bool) -> list[int]:
+    def tokens(self, files: Files, text: str, special: bool, marked: bool) -> list[int]:
         """The tokens of a text.
 
         Args:
             special: whether it gets the tokens with which a text begins.
+            marked: whether it has marks of `data.control_tokens`.
         """
         tokenizer = self._tokenizer(files)
-        found: list[int] = tokenizer(text, add_special_tokens=special, verbose=False).input_ids
+        options = {"sanitize_control_tokens": True} if marked else {}
+        found: list[int] = tokenizer(
+            text, add_special_tokens=special, verbose=False, **options
+        ).input_ids
         if len(found) > TOKENS:
             raise LorafoldError(f"found {len(found):,} tokens, expected at most {TOKENS:,}")
         return found
@@ -130,6 +137,8 @@ class Templates:
             raise LorafoldError("the files of its tokenizer changed; load it again")
         tokenizer = _read(contents)
         ensure_chat_template(tokenizer)
+        new = (word for word, n in tokenizer.get_vocab().items() if n not in self._words)
+        allow(tokenizer, ALL if self._allow else new)
         self._kept[digest] = tokenizer
         if len(self._kept) > KEPT:
             self._kept.popitem(last=False)

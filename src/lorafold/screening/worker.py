@@ -56,7 +56,7 @@ def _acts(base: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
             if not templates:
                 from lorafold.screening.templates import Templates
 
-                templates.append(Templates(base["vocabulary"]))
+                templates.append(Templates(base["vocabulary"], base["allow"]))
             return getattr(templates[0], name)(**arguments)
 
         return act

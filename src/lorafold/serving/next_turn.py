@@ -96,7 +96,7 @@ class NextTurn(Asked):
 
         def render(messages: list[dict[str, Any]]) -> tuple[str, tuple[int, ...]]:
             text = renderer.chat(messages, self.tools, variables)
-            return text, renderer.tokens(text, special=False)
+            return text, renderer.prompt_tokens(text)
 
         messages = self.messages
         if self._shorten:

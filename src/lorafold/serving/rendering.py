@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorafold.data.calls import parse_calls
+from lorafold.data.control_tokens import as_text, ids_of
 from lorafold.data.grammar import grammar_of, special_words
 from lorafold.data.messages import Message, Tool
-from lorafold.data.omissions import HELP, check_able, check_shown
+from lorafold.data.omissions import HELP, check_able
 from lorafold.data.reasoning import block_of
-from lorafold.data.render import render
+from lorafold.data.render import prompt_of
 from lorafold.data.shapes import Conversation
 from lorafold.data.template_forms import ASKED, KEY, NAME, PROBE_TOOL, VALUE, call
 from lorafold.errors import LorafoldError
@@ -44,6 +45,7 @@ class Renderer:
         for look in (
             lambda: check_able(asked, self.tokenizer),
             lambda: block_of(self.tokenizer),
+            lambda: as_text(asked, self.tokenizer),
             lambda: parse_calls(VALUE, self.tokenizer),
         ):
             with suppress(LorafoldError):
@@ -69,17 +71,21 @@ class Renderer:
                 raise wrong(name, "the model's chat template has no such variable")
         asked = Conversation(list(messages), 0, tuple(tools))
         try:
-            check_able(asked, self.tokenizer)
-            text = render(messages, self.tokenizer, True, tools, variables)
-            check_shown(asked, text, self.tokenizer)
+            return prompt_of(asked, self.tokenizer, variables)
         except LorafoldError as error:
             told = str(error).removesuffix(f"; {HELP}").removesuffix(", so it would be lost")
             told = told.replace("the row's tools", "the tools")
             raise Refusal(400, "template_refuses", f"messages: {told}", "messages") from None
-        return text
+
+    def prompt_tokens(self, text: str) -> tuple[int, ...]:
+        """The tokens of a conversation that `chat` rendered."""
+        try:
+            return tuple(ids_of(text, self.tokenizer))
+        except LorafoldError as error:
+            raise Refusal(400, "template_refuses", f"messages: {error}", "messages") from None
 
     def tokens(self, text: str, special: bool) -> tuple[int, ...]:
-        """The tokens of a text.
+        """The tokens of a text as it stands.
 
         Args:
             special: add the tokens with which the tokenizer begins a text.

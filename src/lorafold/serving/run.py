@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from lorafold.core.anatomy import bare_modules
+from lorafold.data.allowed_tokens import allow
 from lorafold.errors import LorafoldError
 from lorafold.identity import joined, of_code
 from lorafold.machine.collection import all_set_aside
@@ -128,9 +129,12 @@ def server_of(
     files, at, allowed = base.identity, Path(base.name), base.allow_other_base
     name = at.resolve().name if at.exists() else base.name
     model, tokenizer = load(base)
+    if settings.allow_control_tokens:
+        allow(tokenizer)
     identity = joined([files, _storage(model)])
     state = settings.state or directory.beside / STATE
-    screen = Screen(lambda: [path for path, _ in bare_modules(model)], tokenizer)
+    modules, free = lambda: [path for path, _ in bare_modules(model)], settings.allow_control_tokens
+    screen = Screen(modules, tokenizer, free)
     renderers = Renderers(model, tokenizer, screen)
     plain = Chosen(name, None, renderers.base, identity)
     known_for = joined([identity, of_code(*ROOMS, packages=PACKAGES), *["any base"] * allowed])

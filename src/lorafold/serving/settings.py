@@ -62,6 +62,7 @@ class Settings(Strict):
     heartbeat_seconds: After so long without a step the server is not ready.
     drain_seconds: How long running requests have to end after SIGTERM.
     log_texts: Write prompts and completions to the log.
+    allow_control_tokens: Control tokens in the contents of messages are tokens; else they are text.
     """
 
     host: str = "127.0.0.1"
@@ -82,6 +83,7 @@ class Settings(Strict):
     drain_seconds: PositiveFloat = 30
     json_logs: bool = False
     log_texts: bool = False
+    allow_control_tokens: bool = False
     limits: Limits = Limits()
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from lorafold.data.allowed_tokens import ALL, allow
 from lorafold.data.batches import epoch_size, split
 from lorafold.data.feed import Feed, StoredFeed
 from lorafold.data.render import Rendering
@@ -127,6 +128,7 @@ def tokenizer_for(
     for notice in (str(words), objective.set_up(tokenizer)):
         if notice:
             console.print(notice, highlight=False, markup=False)
+    allow(tokenizer, ALL if request.recipe.allow_control_tokens else words.ids)
     return tokenizer, words
 
 

@@ -156,7 +156,8 @@ def set_up(request: Request, console: Console) -> Setup:
     files = files_of(request, saved)
     tokenizer, words = tokenizer_for(request, objective, console, saved)
     inherited = request.init_adapter is not None and saved[-1].own_tokenizer
-    own = bool(words.ids or recipe.chat_template or recipe.template_kwargs or inherited)
+    changes = recipe.chat_template, recipe.template_kwargs, recipe.allow_control_tokens
+    own = bool(words.ids or any(changes) or inherited)
     day, dated = "", tokenizer
     if is_dated(tokenizer):
         began = RunDirectory(request.out).day if request.resume else ""

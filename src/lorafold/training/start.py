@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from lorafold.adapter import Adapter
+from lorafold.data.allowed_tokens import without_note
 from lorafold.data.endings import WITH_TURN, ending_of
 from lorafold.data.feed import Feed
 from lorafold.data.stored import Rows
@@ -30,6 +31,7 @@ _FREE_ON_RESUME = {"save_every", "eval_every", "keep", "trackers"}
 # runs that do not name it.
 RULE, DROPOUT = "dropout_rule", "Philox of seed, step, row and site"
 _RULE_BEFORE = "random state of torch"
+MARKED = "control_tokens"  # how those in contents are read, in the identity of runs with such rows
 HELD_OUT = "eval_data"  # whose losses choose the best step; runs that do not name it may have any
 
 
@@ -65,6 +67,8 @@ def prepare(
     if resume:
         unnamed = {RULE: _RULE_BEFORE, HELD_OUT: identity[HELD_OUT], "day": setup.day}
         unnamed |= _ends_before(setup)
+        # control tokens in contents were tokens
+        unnamed |= {MARKED: "tokens", "allow_control_tokens": request.recipe.allow_control_tokens}
         before = Recipe().model_dump(mode="json") | unnamed
         if unknown := run.check(identity, before):
             console.print(unknown, highlight=False, markup=False, soft_wrap=True)
@@ -118,9 +122,11 @@ def identity_of(setup: Setup, adapter: Adapter) -> dict[str, Any]:
         identity["over"] = [origin.sha256 for origin in adapter.over]
     if request.recipe.chat_template is not None or request.recipe.template_kwargs:
         # the template itself: the file that the recipe names may have changed
-        identity["chat_template"] = str(setup.tokenizer.chat_template)
+        identity["chat_template"] = without_note(str(setup.tokenizer.chat_template))
     if setup.day:
         identity["day"] = setup.day
+    if setup.feed.marked:
+        identity[MARKED] = "text"
     if any(getattr(m, "dropout", 0.0) for d in adapter.deltas.values() for m in d.modules()):
         identity[RULE] = DROPOUT
     return identity

@@ -40,7 +40,7 @@ def routes(server: Server) -> APIRouter:
             chat = Chat(model="", messages=body.messages or [], tools=body.tools)
             limits = server.settings.limits
             text = renderer.chat(chat.conversation(limits), chat.offered(limits), {})
-            return renderer, renderer.tokens(text, special=False)
+            return renderer, renderer.prompt_tokens(text)
 
         renderer, found = await unless_left(request, server.host.think(tokens, caller.tenant))
         told: dict[str, Any] = {

@@ -1,0 +1,241 @@
+"""Control tokens inside the contents of messages, which are read as text.
+
+    as_text(conversation, tokenizer)     the conversation with each of them between two marks
+    ids_of(text, tokenizer)              the ids of a rendered text; what is marked is split as text
+    encoded(text, tokenizer)             with the characters of each
+    shown(text)                          without the marks
+
+Else `<|im_end|>` in a question would end the user's turn, and what follows would be another one's.
+The marks are those of `sanitize_control_tokens` in transformers, and so is what counts as a control
+token: special tokens, and added ones that the chat template writes, here also those that it makes
+of pieces. The assistant writes some of the latter itself, such as <think>: in its own contents only
+special ones are text.
+"""
+
+import re
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
+
+from lorafold.data.allowed_tokens import allowed, without_note
+from lorafold.data.conversations import Conversation
+from lorafold.data.messages import Message
+from lorafold.data.template_forms import ASKED, KNOWN, VALUE, attempt, form_of, template_of
+from lorafold.errors import LorafoldError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+OPENING, CLOSING = mark_control_tokens("x", re.compile("x")).split("x")
+MARKED = re.compile(f"{OPENING}([^{OPENING}{CLOSING}]*){CLOSING}|[{OPENING}{CLOSING}]")
+IN_PROMPT = (
+    "the prompt has control tokens, which are read as text; --allow-control-tokens lets them be"
+    " tokens"
+)
+SAID = ("content", "reasoning_content")  # what the assistant writes itself
+
+
+class Found(NamedTuple):
+    """What finds the control tokens in the contents of all roles but the assistant's, and in its
+    own. `first` are the characters with which they begin.
+    """
+
+    all: re.Pattern[str]
+    special: re.Pattern[str]
+    first: tuple[str, ...]
+
+
+def as_text(conversation: Conversation, tokenizer: "PreTrainedTokenizerBase") -> Conversation:
+    """The conversation with the control tokens of its contents and tools marked; the same one if
+    there are none.
+
+    Args:
+        tokenizer: With the chat template that is to render it.
+    """
+    found = _found(tokenizer, conversation.tools)
+    if found is None:
+        return conversation
+    messages = [_message(message, found) for message in conversation.messages]
+    tools = tuple(_mark(tool, found.all, found) for tool in conversation.tools)
+    if messages == conversation.messages and tools == conversation.tools:
+        return conversation
+    return replace(conversation, messages=messages, tools=tools)
+
+
+def variables_as_text(
+    variables: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase"
+) -> Mapping[str, Any]:
+    """Variables of the chat template with the control tokens in their values marked."""
+    found = _found(tokenizer, ())
+    return variables if found is None else mark_control_tokens(dict(variables), found.all)
+
+
+def _found(tokenizer: "PreTrainedTokenizerBase", tools: Sequence[Any]) -> Found | None:
+    """What finds control tokens; None where contents may have all of them."""
+    return _found_by(template_of(tokenizer, tools), tokenizer, len(tokenizer))
+
+
+@lru_cache(maxsize=KNOWN)
+def _found_by(template: str, tokenizer: "PreTrainedTokenizerBase", _size: int) -> Found | None:
+    free = allowed(template)
+    if free is None:
+        return None
+    text = without_note(template) + _probed(tokenizer)
+    added = {one.content: one.special for one in tokenizer.added_tokens_decoder.values()}
+    listed = getattr(tokenizer, "chat_control_tokens", None)
+    written = {word for word in added if word in text and not word.isspace()}
+    free -= written  # with which a turn could be forged
+    special = {word for word, is_special in added.items() if is_special} - free
+    words = special | (written if listed is None else added.keys() & listed - free)
+    return Found(_any_of(words), _any_of(special), tuple({word[:1] for word in words}))
+
+
+def _probed(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """What the template writes of each role: it may make a token of pieces, such as <|user|>."""
+    form, system = form_of(tokenizer), {"role": "system", "content": VALUE}
+    said: list[Message] = [ASKED, {"role": "assistant", "content": VALUE}, ASKED]
+    texts = [
+        attempt(form.of(messages), tokenizer, for_generation=True)
+        for messages in (said, [system, *said], [*said[:2], {"role": "tool", "content": VALUE}])
+    ]
+    return "".join(texts)
+
+
+def _any_of(words: set[str]) -> re.Pattern[str]:
+    longest_first = sorted(words, key=lambda word: (-len(word), word))
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+def _message(message: Message, found: Found) -> Message:
+    own = message["role"] == "assistant"
+    return {
+        key: value
+        if key in ("role", "weight")
+        else _mark(value, found.special if own and key in SAID else found.all, found)
+        for key, value in message.items()
+    }
+
+
+def _mark(value: Any, words: re.Pattern[str], found: Found) -> Any:
+    if isinstance(value, str) and not any(c in value for c in (OPENING, CLOSING, *found.first)):
+        return value  # as nearly all are
+    return mark_control_tokens(value, words)
+
+
+def is_marked(text: str) -> bool:
+    """Whether a rendered text has a control token that is text."""
+    return OPENING in text
+
+
+def told_of(marked: int) -> str:
+    """A line about so many rows, after a line break; empty for none."""
+    if not marked:
+        return ""
+    return (
+        f"\n{marked} rows have control tokens in their contents, which are read as text;"
+        " --allow-control-tokens lets them be tokens"
+    )
+
+
+def shown(text: str) -> str:
+    """A rendered text as people read it."""
+    return text.replace(OPENING, "").replace(CLOSING, "")
+
+
+def ids_of(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The token ids of a rendered text. Raises LorafoldError for a control token that the tokenizer
+    can't read as text.
+    """
+    options = {"sanitize_control_tokens": True} if is_marked(text) else {}
+    try:
+        found: Any = tokenizer(text, add_special_tokens=False, verbose=False, **options)
+    except ValueError as error:
+        raise LorafoldError(_not_text(str(error))) from error
+    return list(found.input_ids)
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A text that was tokenized in pieces, as `tokenizers.Encoding` has one that was not: `ids`
+    (T,), and the characters [start, end) of each.
+    """
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [start for start, _ in self.offsets]
+
+    def char_to_token(self, character: int) -> int | None:
+        """The token that has a character, or None."""
+        last = bisect_right(self._starts, character) - 1
+        while last >= 0 and self.offsets[last][0] == self.offsets[last - 1][0] and last:
+            last -= 1  # the first of those that share it
+        return last if last >= 0 and character < self.offsets[last][1] else None
+
+    def token_to_chars(self, token: int) -> tuple[int, int]:
+        """The characters of a token."""
+        return self.offsets[token]
+
+
+def encoded(text: str, tokenizer: "PreTrainedTokenizerBase") -> Pieces:
+    """The tokens of a rendered text, as `ids_of` has them; those of a marked token share its
+    characters.
+
+    Args:
+        tokenizer: A fast tokenizer.
+    """
+    ids: list[int] = []
+    offsets: list[tuple[int, int]] = []
+    at = 0
+    for match in [*MARKED.finditer(text), None]:
+        end = len(text) if match is None else match.start()
+        if at < end or not at:
+            some, where = _piece(text[at:end], at > 0, tokenizer)
+            ids += some
+            offsets += [(at + first, at + last) for first, last in where]
+        if match is None:
+            break
+        if word := match[1]:
+            some = _as_text(word, tokenizer)
+            ids += some
+            offsets += [match.span(1)] * len(some)
+        at = match.end()
+    return Pieces(ids, offsets)
+
+
+def _piece(
+    text: str, later: bool, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """The tokens of a piece with their characters, as they are after a line break if it is a later
+    one: some tokenizers put a space before the beginning of a text.
+    """
+    options = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
+    if later:
+        [line] = tokenizer(["\n"], **options).input_ids
+        found: Any = tokenizer("\n" + text, **options)
+        if found.input_ids[: len(line)] == line:
+            where = [(a - 1, b - 1) for a, b in found.offset_mapping[len(line) :]]
+            return found.input_ids[len(line) :], where
+    found = tokenizer(text, **options)
+    return found.input_ids, found.offset_mapping
+
+
+@lru_cache(maxsize=256)
+def _as_text(word: str, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
+    try:
+        return tuple(encode_marked_chat(tokenizer, f"{OPENING}{word}{CLOSING}"))
+    except ValueError as error:
+        raise LorafoldError(_not_text(str(error))) from error
+
+
+def _not_text(why: str) -> str:
+    return f"{why}; --allow-control-tokens lets control tokens in contents be tokens"
