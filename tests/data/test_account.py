@@ -162,3 +162,32 @@ def test_doctor_says_it_of_a_model() -> None:
     [found] = findings(Base("smollm2"))
     assert "a turn ends with <|im_end|>; without a system message it writes" in found.text
     assert found.as_json()["end"] == "<|im_end|>"
+
+
+WORDS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if SET %}I begin to think.\n{% endif %}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("helps", ["true", "false", "nothing"])
+def test_the_variable_that_lets_plain_turns_train_is_said(helps: str) -> None:
+    tokenizer = copy.deepcopy(embedded())
+    told = "turns without reasoning are left out, since generation would begin them otherwise"
+    expression = {
+        "true": "not plain", "false": "thinking is not defined or thinking", "nothing": "true",
+    }[helps]  # fmt: skip
+    tokenizer.chat_template = WORDS.replace("SET", expression)
+    name = {"true": "plain=true", "false": "thinking=false"}.get(helps)
+    wanted = told if name is None else f"{told}; --template-kwargs {name} helps"
+    assert account_of(tokenizer).plain == wanted
+    assert wanted in account_of(tokenizer).line
+    tokenizer.chat_template = WORDS.replace("SET", "false")
+    assert account_of(tokenizer).plain == ""
+
+
+def test_a_template_that_refuses_plain_conversations_is_said_to() -> None:
+    tokenizer = copy.deepcopy(embedded())
+    tokenizer.chat_template = "{{ raise_exception('needs functions') }}"
+    assert "needs functions" in account_of(tokenizer).plain

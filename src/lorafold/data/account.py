@@ -8,10 +8,13 @@ used.
 All of it is found by rendering probes (`data.endings`, `data.reasoning`, `data.template_forms`).
 """
 
+import copy
 import re
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from lorafold.data.conversations import Conversation
 from lorafold.data.endings import NOWHERE, WITH_TURN, ending_of, specials_of
 from lorafold.data.messages import Message
 from lorafold.data.omissions import shows_calls, shows_tools
@@ -27,6 +30,9 @@ from lorafold.data.template_forms import (
     is_dated,
     template_of,
 )
+from lorafold.data.trained_spans import render_trained
+from lorafold.errors import LorafoldError
+from lorafold.models.template_variables import set_variables, variables_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,6 +40,7 @@ if TYPE_CHECKING:
 BESIDE, OTHER = "probe beside", "probe other value"
 ROLES = {"", "system", "user", "assistant", "model", "human"}
 WORDS = re.compile(r"[^\W\d_]{2,}")
+LEFT_OUT = "turns without reasoning are left out, since generation would begin them otherwise"
 SHOWN = 60  # characters of a text that the template supplies
 
 
@@ -48,6 +55,7 @@ class Account:
     system: The words that the template puts before a conversation without a system message.
     dated: It writes the date of the day.
     hides: The parts of a conversation that it does not show.
+    plain: Why plain turns can't be trained; empty if they can.
     """
 
     end: str
@@ -56,6 +64,7 @@ class Account:
     system: str
     dated: bool
     hides: tuple[str, ...]
+    plain: str = ""
 
     @property
     def lines(self) -> list[str]:
@@ -78,6 +87,8 @@ class Account:
             found.append("it writes the date of the day")
         if self.hides:
             found.append(f"it does not show {', '.join(self.hides)}")
+        if self.plain:
+            found.append(self.plain)
         return found
 
     @property
@@ -104,7 +115,32 @@ def account_of(tokenizer: "PreTrainedTokenizerBase") -> Account:
         _system(tokenizer),
         is_dated(tokenizer),
         tuple(_hidden(tokenizer)),
+        _plain(tokenizer),
     )
+
+
+def _plain(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Why turns without reasoning can't be trained, and which variable of the template helps."""
+    if not (told := _untrained(tokenizer)):
+        return ""
+    with suppress(LorafoldError):
+        for name in sorted(variables_of(tokenizer)):
+            for value in (False, True):
+                with_value = copy.copy(tokenizer)
+                set_variables(with_value, {name: value})
+                if not _untrained(with_value):
+                    return f"{told}; --template-kwargs {name}={str(value).lower()} helps"
+    return told
+
+
+def _untrained(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Why a plain turn can't be trained; empty if it can."""
+    said: Message = {"role": "assistant", "content": VALUE}
+    try:
+        found = render_trained(Conversation([ASKED, said]), tokenizer)
+    except LorafoldError as error:
+        return f"a plain conversation is refused ({error})"
+    return LEFT_OUT * found.left_out
 
 
 def _of_prompt(tokenizer: "PreTrainedTokenizerBase") -> str:

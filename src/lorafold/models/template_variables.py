@@ -39,8 +39,7 @@ def set_variables(tokenizer: PreTrainedTokenizerBase, values: Mapping[str, Any])
             " could read it; --chat-template sets one"
         )
     named = template if isinstance(template, dict) else {"default": template}
-    known = {name for text in named.values() for name in _read(text)}
-    own = known - GIVEN - GLOBALS - set(tokenizer.special_tokens_map)
+    own = variables_of(tokenizer)
     if strange := [name for name in values if name not in own]:
         raise LorafoldError(
             f"template_kwargs: found {', '.join(strange)}, which the chat template never reads;"
@@ -53,6 +52,16 @@ def set_variables(tokenizer: PreTrainedTokenizerBase, values: Mapping[str, Any])
     )
     found = {name: before + text for name, text in named.items()}
     tokenizer.chat_template = found if isinstance(template, dict) else found["default"]
+
+
+def variables_of(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """The variables of the tokenizer's chat templates that a caller may set. Raises LorafoldError
+    for a template that can't be parsed.
+    """
+    template: Any = tokenizer.chat_template
+    texts = template.values() if isinstance(template, dict) else [template]
+    known = {name for text in texts for name in _read(text)}
+    return known - GIVEN - GLOBALS - set(tokenizer.special_tokens_map)
 
 
 def _read(template: str) -> set[str]:
