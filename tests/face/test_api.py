@@ -21,8 +21,8 @@ RECIPE = lf.Recipe(steps=2, batch=2, storage="fp32", max_length=64)
 SIGNATURES = {
     "attach": "model spec targets name *bias modules_to_save tokens base",
     "chat": (
-        "model adapters *system max_new_tokens temperature seed storage device revision"
-        " trust_remote_code allow_other_base console"
+        "model adapters *system max_new_tokens temperature seed allow_control_tokens storage"
+        " device revision trust_remote_code allow_other_base console"
     ),
     "compare": (
         "out *model data eval_data columns methods seeds recipe device revision trust_remote_code"
@@ -48,8 +48,8 @@ SIGNATURES = {
         " trust_remote_code allow_other_base console"
     ),
     "generate": (
-        "model prompts *adapters tokenizer system tools max_new_tokens temperature seed storage"
-        " device revision trust_remote_code allow_other_base console"
+        "model prompts *adapters tokenizer system tools max_new_tokens temperature seed"
+        " allow_control_tokens storage device revision trust_remote_code allow_other_base console"
     ),
     "inspect": (
         "adapter model *over against directions data rows max_length full storage device revision"

@@ -50,7 +50,10 @@ PLURAL = {
     "compliance_prefix": "compliance", "prompt": "prompts", "positional": "adapters",
 }  # fmt: skip
 # of `serve`, which takes them as `settings`
-SETTINGS = {"host", "port", "keys", "admin_key_file", "metrics_key_file", "json_logs"}
+SETTINGS = {
+    "host", "port", "keys", "admin_key_file", "metrics_key_file", "json_logs",
+    "allow_control_tokens",
+}  # fmt: skip
 FIELDS = {*Base.__dataclass_fields__}
 
 

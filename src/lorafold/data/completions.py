@@ -170,8 +170,8 @@ class Completions(Encoder):
                 for a, b in together
             ]
             apart.append(Piece(piece.row, ids=ids, spans=spans))
-        told = {"left_out": piece.left_out, "hidden": piece.hidden, "marked": piece.marked}
-        apart[0] = replace(apart[0], **told)
+        first, left_out, hidden = apart[0], piece.left_out, piece.hidden
+        apart[0] = replace(first, left_out=left_out, hidden=hidden, marked=piece.marked)
         return apart
 
     def _is_prompt(self, prompt: str, encoding: "Encoding | Pieces", ids: list[int]) -> bool:

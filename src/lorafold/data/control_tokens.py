@@ -205,9 +205,9 @@ def encoded(text: str, tokenizer: "PreTrainedTokenizerBase") -> Pieces:
         if match is None:
             break
         if word := match[1]:
-            some = _as_text(word, tokenizer)
-            ids += some
-            offsets += [match.span(1)] * len(some)
+            spelled = _as_text(word, tokenizer)
+            ids += spelled
+            offsets += [match.span(1)] * len(spelled)
         at = match.end()
     return Pieces(ids, offsets)
 
