@@ -28,7 +28,8 @@ class Inspection:
     are not measured, `layers` the overlaps of the blocks' top directions, and `advice` the
     conclusions in sentences. `over` is None for an adapter over the bare base, `against` without a
     second adapter, `paths` without data; without experts so are `experts`, the overlaps of their
-    top directions, and `experts_left_out`, which of them have tokens.
+    top directions, and `experts_left_out`, which of them have tokens. `heads_left_out` says which
+    projections of an attention have no heads.
     """
 
     adapter: str
@@ -46,10 +47,13 @@ class Inspection:
     paths: dict[str, Any] | None = None
     experts: dict[str, Any] | None = None
     experts_left_out: str | None = None
+    heads_left_out: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """All figures under the keys of `lorafold inspect --json`."""
-        optional = ("over", "against", "paths", "experts", "experts_left_out")
+        optional = (
+            "over", "against", "paths", "experts", "experts_left_out", "heads_left_out",
+        )  # fmt: skip
         return {k: v for k, v in asdict(self).items() if k not in optional or v is not None}
 
     def __str__(self) -> str:

@@ -8,6 +8,7 @@ from statistics import fmean, median
 from typing import Any
 
 from lorafold.inspecting.base_svd import COSINE, TOP
+from lorafold.inspecting.heads import evenness
 from lorafold.inspecting.spectra import advice
 from lorafold.inspecting.updates import site_of
 
@@ -27,6 +28,7 @@ def sentences(found: Figures) -> list[str]:
         of_tokens(sites, found["chance_cosine"]),
     ]
     parts.append(of_experts(found["sites"]))
+    parts.append(of_heads(found["sites"]))
     if "position_read" in sites[0]:
         parts += [of_position(sites), of_intruders(sites)]
     if "against" in found:
@@ -124,6 +126,17 @@ def of_experts(sites: Figures) -> str:
         f"Of {len(every)} matrices of experts {sum(norm > 0 for norm in every)} changed; the"
         f" largest update of a site is {uneven:.1f} times as large as the mean of its experts"
         " (median over sites)."
+    )
+
+
+def of_heads(sites: Figures) -> str:
+    """Where the update of one head stands out most (`heads`); empty without heads."""
+    if (most := evenness(sites)) is None:
+        return ""
+    path, head, share, n = most
+    return (
+        f"Of all attention heads, head {head} of {path} stands out most: {share:.0%} of that"
+        f" module's update is there (an even share of {n} heads is {1 / n:.0%})."
     )
 
 

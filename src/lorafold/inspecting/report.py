@@ -15,7 +15,7 @@ from rich.table import Column, Table
 from lorafold.files.page import document
 from lorafold.inspecting import plots
 from lorafold.inspecting.against import by_kind, kind_of
-from lorafold.inspecting.tables import Figures, average, experts, shares, spread, tokens
+from lorafold.inspecting.tables import Figures, average, experts, heads, shares, spread, tokens
 from lorafold.inspecting.updates import largest, site_of
 
 STYLE = """
@@ -149,6 +149,8 @@ def sections(found: Figures) -> Iterator[str]:
                 for kind, of in found["layers"].items()
             ]
         )
+    if any("heads" in site for site in sites.values()):
+        yield from heads(sites, found.get("heads_left_out"))
     if "experts" in found:
         yield from experts(sites, found["experts"])
     left_out = found.get("experts_left_out")

@@ -6,6 +6,7 @@
     layers            phi of the top directions of every two blocks
     experts           phi of the top directions of every two experts of a block
     experts_left_out  which experts have tokens, where there are experts
+    heads_left_out    which projections have no heads, where some have none
     against           the comparison with a second adapter
     tokens_left_out   why no site has tokens, where the model has no tokenizer
     advice            conclusions, in sentences
@@ -30,6 +31,7 @@ from lorafold.core.attach import only
 from lorafold.errors import NoTokenizer
 from lorafold.inspecting import base_svd, conclusions, reads
 from lorafold.inspecting.against import SHOWN, across_experts, across_layers, compared
+from lorafold.inspecting.heads import heads_of
 from lorafold.inspecting.residual import Stream, gain, stream_of
 from lorafold.inspecting.spectra import advice, pooled, spectrum
 from lorafold.inspecting.subspaces import against_base
@@ -42,6 +44,10 @@ from lorafold.peft.saved import Saved
 Progress = Callable[[int, int], None]  # sites done, sites in all
 Figures = dict[str, Any]
 EXPERTS = "Of the experts of a block, the one with the largest update has tables of tokens."
+FUSED = (
+    "The heads of projections that are one matrix for queries, keys and values are left out: which"
+    " rows are whose is not said."
+)
 WHOLE = (
     "effective_rank_90",
     "effective_rank_95",
@@ -88,18 +94,21 @@ def inspect(
     if against is not None:
         with only(mapped.model, *below):
             other = load(mapped.model, against, "against", allow_other_base=allowed)
+    stream = stream_of(mapped.model)
+    projections, fused = heads_of(mapped.model, stream)
     changed, figures, svds = list(sites(adapter, below)), dict[str, Figures](), dict[str, Svd]()
     for done, site in enumerate(changed, 1):
         weights = site.weights()
         for name, svd in site.parts():
             figures[name] = of_matrix(site, svd, weights[name].float(), full)
+            if name in projections:
+                figures[name]["heads"] = projections[name].shares(svd)
             svds[name] = kept_of(site, svd)
         if progress is not None:
             progress(done, len(changed))
     vectors = (
         None if directions is None else reads.read_vectors(directions, ends_of(mapped)[0].shape[1])
     )
-    stream = stream_of(mapped.model)
     chance = {
         "reads": reads.chance(ends_of(mapped)[0], None),
         "writes": reads.chance(ends_of(mapped)[1], final_gain(mapped, stream)),
@@ -118,6 +127,7 @@ def inspect(
         "sites": figures,
         "layers": across_layers(svds, stream),
         **({"experts": among, "experts_left_out": EXPERTS} if among else {}),
+        **({"heads_left_out": FUSED} if figures.keys() & set(fused) else {}),
         "chance_cosine": chance,
         "tokens_left_out": left_out,
     }

@@ -1,5 +1,5 @@
-"""The tables of the page: what experts changed, and the tokens and the user's vectors that
-directions read and write.
+"""The tables of the page: what experts and heads changed, and the tokens and the user's vectors
+that directions read and write.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from lorafold.files.page import html_table
+from lorafold.inspecting import plots
 from lorafold.inspecting.against import by_kind, kind_of
 from lorafold.inspecting.updates import site_of
 
@@ -71,6 +72,30 @@ def experts(sites: Mapping[str, Figures], overlaps: Figures) -> Iterator[str]:
         )
     heads = ("site", "changed", "|dW|/|W0|", "directions for 95%", "stable rank", "phi")
     yield f'<div class="wide">{html_table(heads, lines)}</div>'
+
+
+def heads(sites: Mapping[str, Figures], left_out: str | None) -> Iterator[str]:
+    """The section on attention heads.
+
+    Args:
+        sites: The figures of each matrix.
+        left_out: Which projections have none, or None.
+    """
+    known = {path: site["heads"] for path, site in sites.items() if "heads" in site}
+    yield (
+        "<h2>Attention heads</h2><p>Each line is a block, each column a head: how much of a"
+        " module's update is at the rows that make the head, or, for the output projection, at the"
+        " columns that read it. 1 is the largest share of a module; an even update has one colour."
+        f" {html.escape(left_out or '')}</p>"
+    )
+    drawn = []
+    for kind, paths in by_kind(list(known)).items():
+        most = max(max(known[path]) for path in paths) or 1
+        shares = [[share / most for share in known[path]] for path in paths]
+        even = 1 / len(known[paths[0]])
+        title = f"{kind}: at most {most:.0%} (even: {even:.0%})"
+        drawn.append(plots.heat(title, shares, "block", "head", 0))
+    yield f'<div class="grid">{"".join(drawn)}</div>'
 
 
 def tokens(
