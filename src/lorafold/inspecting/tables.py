@@ -85,7 +85,8 @@ def heads(sites: Mapping[str, Figures], left_out: str | None) -> Iterator[str]:
     yield (
         "<h2>Attention heads</h2><p>Each line is a block, each column a head: how much of a"
         " module's update is at the rows that make the head, or, for the output projection, at the"
-        " columns that read it. 1 is the largest share of a module; an even update has one colour."
+        " columns that read it. 1 is the largest share of these modules, which the title has before an even one; an even"
+        " update has one colour."
         f" {html.escape(left_out or '')}</p>"
     )
     drawn = []
@@ -93,7 +94,7 @@ def heads(sites: Mapping[str, Figures], left_out: str | None) -> Iterator[str]:
         most = max(max(known[path]) for path in paths) or 1
         shares = [[share / most for share in known[path]] for path in paths]
         even = 1 / len(known[paths[0]])
-        title = f"{kind}: at most {most:.0%} (even: {even:.0%})"
+        title = f"{kind}: {most:.0%}, {even:.0%}"
         drawn.append(plots.heat(title, shares, "block", "head", 0))
     yield f'<div class="grid">{"".join(drawn)}</div>'
 
