@@ -85,8 +85,7 @@ def heads(sites: Mapping[str, Figures], left_out: str | None) -> Iterator[str]:
     yield (
         "<h2>Attention heads</h2><p>Each line is a block, each column a head: how much of a"
         " module's update is at the rows that make the head, or, for the output projection, at the"
-        " columns that read it. 1 is the largest share of these modules, which the title has before an even one; an even"
-        " update has one colour."
+        " columns that read it. The title has the largest share, which is 1 here, and an even one."
         f" {html.escape(left_out or '')}</p>"
     )
     drawn = []
