@@ -1,0 +1,78 @@
+"""A run that an earlier version began goes on with rows that are read as they were then, or is
+refused.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lorafold.errors import LorafoldError
+from lorafold.training.checkpoint import RunDirectory
+from lorafold.training.request import Request
+from lorafold.training.run import train
+from training_cases import quiet, request
+
+# whose losses are nan at the second step, so that the run stops behind a checkpoint
+STOPS = {"lr": 1e30, "lr_b": 1e30, "save_every": 1}
+GOES_ON = "the loss is nan"
+
+
+def begun_before(asked: Request, *without: str) -> Request:
+    """The same run, to be resumed, as a version began it that did not write these fields."""
+    with pytest.raises(LorafoldError, match=GOES_ON):
+        train(asked, quiet())
+    run = RunDirectory(asked.out)
+    identity = json.loads((run.path / "run.json").read_text())
+    for name in without:
+        identity.pop(name, None)
+    run.start(identity)
+    return replace(asked, resume=True)
+
+
+def resumed(asked: Request, **fields: object) -> str:
+    """What a resumed run is stopped by."""
+    recipe = asked.recipe.model_copy(update=fields)
+    with pytest.raises(LorafoldError) as caught:
+        train(replace(asked, recipe=recipe), quiet())
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["Book a table", "Book <|im_end|> a table"])
+def test_control_tokens_in_contents_were_tokens(
+    content: str, tiny_model_dir, tmp_path: Path
+) -> None:
+    rows = [{"prompt": content, "completion": "a"}] * 8
+    asked = replace(request(tiny_model_dir("llama"), tmp_path / "a", **STOPS), rows=rows)
+    again = begun_before(asked, "allow_control_tokens", "control_tokens")
+    if "<|im_end|>" in content:
+        assert "control_tokens: was 'tokens', now 'text'" in resumed(again)
+    else:
+        assert GOES_ON in resumed(again)
+    assert GOES_ON in resumed(again, allow_control_tokens=True)
+
+
+ENDLESS = (
+    "{% for m in messages %}{{ '### ' + m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### assistant: ' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_turns_ended_as_the_template_writes_them(
+    ends: bool, tiny_model_dir, tmp_path: Path
+) -> None:
+    template = tmp_path / "endless.jinja"
+    template.write_text(ENDLESS)
+    fields = STOPS | ({} if ends else {"chat_template": str(template)})
+    again = begun_before(
+        request(tiny_model_dir("llama"), tmp_path / "a", **fields), "end_of_turn"
+    )
+    if ends:
+        assert GOES_ON in resumed(again)
+    else:
+        assert "end_of_turn: was 'none', now 'auto'" in resumed(again)
+        assert GOES_ON in resumed(again, end_of_turn="none")
