@@ -10,15 +10,15 @@ opening of an assistant turn, and is tokenized once for all rows.
 """
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from lorafold.data.arrow import lists, numbers, texts
-from lorafold.data.render import Rendered, Rendering, render_trained
+from lorafold.data.arrow import TURNS, lists, numbers, texts
+from lorafold.data.render import Rendered, Rendering, Trained, render_trained
 from lorafold.data.shapes import CONVERSATIONS, Conversation
 from lorafold.data.template_forms import is_dated
 from lorafold.data.tokenizing import Encoder
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
+TRAINED, EMPTY = ":trained", ":empty"  # a turn that is trained on; one that says nothing, too
+SAID = ("tool_calls", "reasoning_content")  # what a message may say besides its content
 OPENINGS = 1000  # ends of prompts whose ids are kept
 Spans = list[tuple[int, int]]  # [start, end), of characters or of tokens
 
@@ -42,6 +44,7 @@ class Piece:
     row: int
     left_out: int = 0
     hidden: int = 0
+    turns: str = ""
     problem: str = ""
     rendered: Rendered | None = None
     text: str = ""
@@ -55,7 +58,8 @@ class Completions(Encoder):
 
     Columns: `row`, `ids` (T,), `spans` (2n,) the starts and ends of n trained spans of tokens,
     `left_out` the row's assistant turns that are not trained on, `hidden` those whose reasoning the
-    chat template leaves out, and `problem`, why the row can't be used. Both counts are those of the
+    chat template leaves out, `turns` the role of each message, a line each, with what becomes of it
+    (`TRAINED`, `EMPTY`), and `problem`, why the row can't be used. Counts and turns are with the
     row's first example. A row has one example or several; one with a problem has an empty one.
     """
 
@@ -85,7 +89,9 @@ class Completions(Encoder):
 
         many = pa.list_(pa.int32())
         columns = {"row": pa.int32(), "ids": many, "spans": many, "left_out": pa.int32()}
-        return pa.schema({**columns, "hidden": pa.int32(), "problem": pa.string()})
+        return pa.schema(
+            {**columns, "hidden": pa.int32(), TURNS: pa.string(), "problem": pa.string()}
+        )
 
     def encode(self, given: Sequence[Conversation], first: int) -> "pa.RecordBatch":
         import pyarrow as pa
@@ -109,19 +115,22 @@ class Completions(Encoder):
             lists([[at for span in piece.spans for at in span] for piece in pieces]),
             numbers([piece.left_out for piece in pieces]),
             numbers([piece.hidden for piece in pieces]),
+            texts([piece.turns for piece in pieces]),
             texts([piece.problem for piece in pieces]),
         ]
         return pa.record_batch(columns, self.schema)
 
     def _pieces(self, given: Conversation, number: int) -> list[Piece]:
         if not given.messages:
-            return [Piece(number, text=given.text)]
+            turns = f"text{TRAINED if given.text.strip() else EMPTY}"
+            return [Piece(number, turns=turns, text=given.text)]
         try:
             trained = render_trained(given, self.tokenizer, self.rendering)
         except LorafoldError as error:
             return [Piece(number, problem=str(error))]
         pieces = [Piece(number, rendered=found, text=found.text) for found in trained.renderings]
         pieces[0].left_out, pieces[0].hidden = trained.left_out, trained.hidden
+        pieces[0].turns = turns_of(given, trained)
         return pieces
 
     def _tokens(self, pieces: Sequence[Piece], special: bool) -> "Sequence[Encoding]":
@@ -159,8 +168,8 @@ class Completions(Encoder):
                 for a, b in together
             ]
             apart.append(Piece(piece.row, ids=ids, spans=spans))
-        apart[0] = replace(apart[0], left_out=piece.left_out, hidden=piece.hidden)
-        return apart
+        first = replace(apart[0], left_out=piece.left_out, hidden=piece.hidden, turns=piece.turns)
+        return [first, *apart[1:]]
 
     def _is_prompt(self, prompt: str, encoding: "Encoding", ids: list[int]) -> bool:
         """Tell whether the first ids of an encoding are those of the prompt alone."""
@@ -176,6 +185,23 @@ class Completions(Encoder):
     @cached_property
     def _added(self) -> frozenset[int]:
         return frozenset(self.tokenizer.added_tokens_decoder)
+
+
+def turns_of(given: Conversation, trained: Trained) -> str:
+    """The messages of a conversation as the column `turns` has them."""
+    lines = []
+    for n, message in enumerate(given.messages):
+        said = any(message.get(part) for part in SAID) or (message.get("content") or "").strip()
+        became = "" if n not in trained.turns else TRAINED if said else EMPTY
+        lines.append(" ".join(message["role"].split()) + became)
+    return "\n".join(lines)
+
+
+def turns_in(text: str) -> Iterator[tuple[str, str]]:
+    """(role, what becomes of it) of each message, as the column `turns` has them."""
+    for line in text.splitlines():
+        became = next((end for end in (TRAINED, EMPTY) if line.endswith(end)), "")
+        yield line.removesuffix(became), became
 
 
 def identity_of(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
