@@ -17,6 +17,7 @@ from conversation_cases import said, user
 from lorafold.api.arguments import as_rows, rows_to_train
 from lorafold.cli import app
 from lorafold.data import rows as reading
+from lorafold.data import stored
 from lorafold.data.findings import Findings
 from lorafold.data.origins import Origins, Place
 from lorafold.opening import Base
@@ -265,7 +266,7 @@ def test_a_stream_says_what_was_not_looked_at(tiny_model_dir: Any, tmp_path: Pat
     fields = {"streaming": True, "steps": 1, "batch": 2}
     findings, lines = found(tiny_model_dir("llama"), data, **fields)
     [line] = lines
-    assert line.startswith("data: rows are read while it trains, so that none was looked at")
+    assert line.startswith("data: rows are read while it trains, so that duplicates, ")
     assert all(findings.as_json()[name] is None for name in COUNTED)
 
 
@@ -273,16 +274,17 @@ def test_large_data_is_named_the_same_and_previewed_in_part(
     tiny_model_dir: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LORAFOLD_CACHE", str(tmp_path / "cache"))
-    for module in (reading, __import__("lorafold.data.stored", fromlist=["LARGE"])):
+    for module in (reading, stored):
         monkeypatch.setattr(module, "LARGE", 100)
-    monkeypatch.setattr("lorafold.training.preview.LOOKED", 20)
+    row = len(json.dumps(asked(10)))
+    monkeypatch.setattr("lorafold.training.preview.SOME", 20 * row)
     (tmp_path / "rows.jsonl").write_text(
-        "\n" + "".join(json.dumps(asked(n % 15)) + "\n" for n in range(30))
+        "\n" + "".join(json.dumps(asked(n % 15 + 10)) + "\n" for n in range(30))
     )
     data = str(tmp_path / "rows.jsonl")
     for _ in range(2):  # and from the cache
         findings, lines = found(tiny_model_dir("llama"), data)
-        assert lines[0] == "data: the first 20 rows were looked at; a run looks at all"
+        assert lines[0] == "data: the first 20 rows are looked at; a run looks at all"
         assert lines[1].startswith(
             f"data: 5 of 20 rows are the same as an earlier one: {data}: row 17 (as row 2)"
         )

@@ -41,8 +41,8 @@ SAID = {
     "untrained": "have no token to train on",
 }
 STREAMED = (
-    "rows are read while it trains, so that none was looked at before: duplicates, held-out rows"
-    " among them, empty answers, contradictions and lost ends are not told"
+    "rows are read while it trains, so that duplicates, held-out rows among them, empty answers,"
+    " contradictions and lost ends were not looked for"
 )
 UNKNOWN = "these examples are of no table, so that nothing was looked for in them"
 

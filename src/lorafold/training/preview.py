@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from lorafold.objectives.objective import Data, Objective
 
-LOOKED = 10_000  # rows of large data whose tokens a preview makes
+SOME = 4_000_000  # bytes of rows of which a preview makes all tokens
 STYLE = """
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f8f9; color: #667; }
 pre { padding: .8rem; border-radius: 6px; font-size: 13px; }
@@ -111,8 +111,8 @@ def show(request: Request, console: Console, rows: int = 3, html: Path | None = 
 def _found(
     request: Request, objective: Objective, tokenizer: PreTrainedTokenizerBase, console: Console
 ) -> Findings:
-    """What there is to know of the rows, as a run finds it: of all, or of the first of large data,
-    whose tokens take long to make.
+    """What there is to know of the rows, as a run finds it: of all, or of the first ones where all
+    tokens would take long to make.
     """
     less = ""
     if not isinstance(request.rows, RowStream):
@@ -120,20 +120,20 @@ def _found(
         few = _few(train), None if held_out is None else _few(held_out)
         request = replace(request, rows=few[0], eval_rows=few[1])
         if few[0] is not train or few[1] is not held_out:
-            less = f"the first {LOOKED:,} rows were looked at; a run looks at all"
+            less = f"the first {len(few[0]):,} rows are looked at; a run looks at all"
+            console.print(f"data: {less}", highlight=False)
     *_, findings = tokenized(request, tokenizer, objective, console)
-    if less:
-        console.print(f"data: {less}", highlight=False)
-        return replace(findings, unseen=less)
     if not findings.lines:
         console.print(f"data: {findings.nothing}", highlight=False)
-    return findings
+    return replace(findings, unseen=less or findings.unseen)
 
 
 def _few(rows: Sequence[Row]) -> Sequence[Row]:
-    if isinstance(rows, Rows) and rows.large and len(rows) > LOOKED:
-        return rows.select(np.arange(LOOKED))
-    return rows
+    """As many of the first rows as a preview looks at."""
+    n = max(1, len(rows) * SOME // max(1, Rows.of(rows).bytes))
+    if n >= len(rows):
+        return rows
+    return rows.select(np.arange(n)) if isinstance(rows, Rows) else rows[:n]
 
 
 def _of_data(findings: Findings) -> str:
