@@ -18,8 +18,10 @@ from lorafold.api.arguments import as_rows, rows_to_train
 from lorafold.cli import app
 from lorafold.data import rows as reading
 from lorafold.data import stored
-from lorafold.data.findings import Findings
+from lorafold.data.findings import Findings, look
 from lorafold.data.origins import Origins, Place
+from lorafold.data.stored import Rows
+from lorafold.errors import LorafoldError
 from lorafold.opening import Base
 from lorafold.recipe.recipe import Recipe
 from lorafold.training.preview import show
@@ -310,6 +312,27 @@ def test_the_page_has_what_was_found(tiny_model_dir: Any, tmp_path: Path) -> Non
     assert "<td>assistant</td><td>2</td><td>2</td>" in text
     found(tiny_model_dir("llama"), [asked(1), asked(2)], html=page)
     assert "2 rows were looked at and nothing was found: duplicates" in page.read_text()
+
+
+def test_rows_that_are_refused_are_named_by_their_file(
+    tiny_model_dir: Any, tmp_path: Path
+) -> None:
+    first = written(tmp_path / "a.jsonl", [pair(1, "a", "b"), pair(2, "a", "b")])
+    second = written(tmp_path / "b.jsonl", [pair(3, "a", "b"), pair(4, "a", "a")])
+    with pytest.raises(LorafoldError, match=rf"^{second}: row 2: fields chosen and rejected"):
+        found(tiny_model_dir("llama"), [first, second], objective="dpo")
+    written(tmp_path / "b.jsonl", [pair("n " * 200, "a", "b")])
+    told = rf"^data: within max_length 100: {second}: row 1: no token of a completion is left"
+    with pytest.raises(LorafoldError, match=told):
+        found(tiny_model_dir("llama"), [first, second], objective="dpo", max_length=100)
+
+
+def test_examples_of_no_table_say_that_they_are_not_looked_at() -> None:
+    findings = look([object()], Rows.of([asked(1)]), 100)
+    assert findings.lines == [
+        "data: these examples are of no table, so that nothing was looked for in them"
+    ]
+    assert findings.as_json()["duplicates"] is None
 
 
 @pytest.mark.usefixtures("unestimated")

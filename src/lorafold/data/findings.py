@@ -26,7 +26,7 @@ import numpy as np
 
 from lorafold.data.arrow import Array, TableExamples
 from lorafold.data.completions import EMPTY, turns_in
-from lorafold.data.origins import Place
+from lorafold.data.origins import Place, named
 from lorafold.data.stored import Rows
 
 Pairs = tuple[Array, Array | None]  # ascending indices of rows, and of those they are compared with
@@ -63,13 +63,10 @@ class Finding:
         return f"{self.count:,} of {self.of:,} rows {self.said}: {', '.join(self._named())}{more}"
 
     def _named(self) -> Iterator[str]:
-        before = None
-        for one, other in self.first:
-            name = f"row {one.row}" if one.file == before else str(one)
-            if other is not None:
-                name += f" (as {f'row {other.row}' if other.file == one.file else other})"
-            yield name
-            before = one.file
+        names = named(one for one, _ in self.first)
+        for name, (one, other) in zip(names, self.first, strict=True):
+            _, like = ("", "") if other is None else named([one, other])
+            yield f"{name} (as {like})" if like else name
 
     def as_json(self) -> dict[str, Any]:
         """The figures, and the first rows by file and number."""
@@ -205,8 +202,8 @@ class Looked:
         compared: list[Place | None] = [None] * len(first)
         if others is not None:
             compared = [*(like or self.rows).origins.places(others[:SHOWN])]
-        named = tuple(zip(first, compared, strict=True))
-        return Finding(len(rows), len(self.rows), SAID[name].format(told), named)
+        pairs = tuple(zip(first, compared, strict=True))
+        return Finding(len(rows), len(self.rows), SAID[name].format(told), pairs)
 
 
 class Turns:

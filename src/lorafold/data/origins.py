@@ -6,7 +6,7 @@ What is kept are the runs of rows that follow one another in a file: one for mos
 more after each blank line.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -23,6 +23,14 @@ class Place(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.file}: row {self.row}" if self.file else f"row {self.row}"
+
+
+def named(places: Iterable[Place]) -> Iterator[str]:
+    """How places are called one after another: the file of the one before is not named again."""
+    before = None
+    for place in places:
+        yield f"row {place.row}" if place.file == before else str(place)
+        before = place.file
 
 
 @dataclass(frozen=True)
