@@ -267,7 +267,7 @@ def test_what_the_template_refuses_is_told_also_from_workers(large: Path) -> Non
         + tokenizer.chat_template
     )
     for _ in range(2):
-        with pytest.raises(LorafoldError, match=r"^data: row 1501: the model's chat template"):
+        with pytest.raises(LorafoldError, match=rf"^{large}: row 1501: the model's chat template"):
             encode(read_rows(str(large)), tokenizer, 80)
 
 

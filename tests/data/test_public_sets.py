@@ -135,7 +135,8 @@ SETS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], Told]] = {
         [user("a"), said("b"), {"role": "narrator", "content": "c"}, said("d")],
         ["1 messages are read as those of user: 'Human'",
          "2 messages are read as those of assistant: 'bot', 'Assistant'",
-         "1 messages go to the chat template with roles of their own: 'narrator'"],
+         "1 messages go to the chat template with roles of their own, and are not "
+         "trained on: 'narrator'"],
     ),
     "system beside": (
         {"system": "s", "messages": [user("a"), said("b")]}, [system("s"), user("a"), said("b")], []

@@ -352,9 +352,9 @@ def test_options_of_objectives_are_checked() -> None:
     ("objective", "rows", "told"),
     [
         ("dpo", [*PAIRS, PAIRS[0] | {"rejected": PAIRS[0]["chosen"]}],
-         "data: row 5: fields chosen and rejected: found the same text, expected two that differ"),
+         "row 5: fields chosen and rejected: found the same text, expected two that differ"),
         ("kto", [*JUDGED, JUDGED[0] | {"label": "good"}, {"prompt": "a", "completion": "b"}],
-         "data: row 5: field label: found text, expected true or false; row 6: field label: found"
+         "row 5: field label: found text, expected true or false; row 6: field label: found"
          " null"),
         ("dpo", JUDGED, "data: found rows of {prompt, completion}, which are for --objective sft or"
          " kto; --objective dpo expects rows of {prompt, chosen, rejected}"),

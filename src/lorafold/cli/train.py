@@ -55,7 +55,7 @@ def command(
         typer.Option(
             "--preview",
             help="Print the first rows as the model will see them, with their tools and turns, mark"
-            " the tokens that count in the loss, and stop.",
+            " the tokens that count in the loss, say what is found in all rows, and stop.",
         ),
     ] = False,
     html: Annotated[
@@ -84,9 +84,11 @@ def command(
 
     console = messages()
     if preview:
-        from lorafold.api.arguments import rows_to_train, source_of
+        from lorafold.api.arguments import as_rows, rows_to_train, source_of
 
-        rows, where = rows_to_train(data, recipe, columns_of(columns), console), source_of(data)
+        named, objective = columns_of(columns), recipe.objective
+        rows, where = rows_to_train(data, recipe, named, console), source_of(data)
+        held_out = eval_data and as_rows(eval_data, named, console, objective=objective)
         from lorafold.training.preview import show
         from lorafold.training.request import Request
 
@@ -96,10 +98,14 @@ def command(
             recipe,
             rows,
             where,
+            held_out or None,
             init_adapter=init_adapter,
             over=tuple(over or ()),
         )
-        return show(request, console, html=html)
+        findings = show(request, console, html=html)
+        if json:
+            emit(json, {"data": findings.as_json()}, "")
+        return
     if html is not None:
         raise LorafoldError("--html writes the page of --preview; expected both")
     result = train(

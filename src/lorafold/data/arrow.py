@@ -6,15 +6,17 @@ Nothing is copied and no Python object is made for a token until an example is a
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 
 import numpy as np
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+TURNS = "turns"
 E = TypeVar("E")
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -92,10 +94,42 @@ class Lists:
         """The length of each list, (n,)."""
         return np.concatenate([np.zeros(0, np.int32), *map(np.diff, self.ends)])
 
+    @property
+    def lasts(self) -> Array:
+        """The last number of each list, (n,); 0 for an empty one."""
+        found = [np.zeros(0, np.int32)]
+        for ends, values in zip(self.ends, self.values, strict=True):
+            last = np.append(values, np.int32(0))[ends[1:] - 1]
+            found.append(np.where(np.diff(ends) > 0, last, 0))
+        return np.concatenate(found)
+
+    def __iter__(self) -> Iterator[Array]:  # (T,) each
+        for ends, values in zip(self.ends, self.values, strict=True):
+            for start, end in pairwise(ends.tolist()):
+                yield values[start:end]
+
     def __getitem__(self, index: int) -> Array:  # (T,)
         chunk = int(np.searchsorted(self._first, index, side="right")) - 1
         at = index - self._first[chunk]
         return self.values[chunk][self.ends[chunk][at] : self.ends[chunk][at + 1]]
+
+
+def digests(*columns: Iterable[Any]) -> Array:
+    """A number for each entry of columns of lists, texts, bytes or numbers, (n,), as this process
+    has it: the same for equal ones, and for two others with a chance of about 2^-64.
+    """
+    plain = (map(np.ndarray.tobytes, c) if isinstance(c, Lists) else c for c in columns)
+    return np.fromiter(map(hash, zip(*plain, strict=True)), np.int64)
+
+
+class Judged(NamedTuple):
+    """What examples judge and how: a digest of each subject (n,), and the number of a verdict on it
+    (n,). `contrary` says in words that a row judges a subject otherwise than another does.
+    """
+
+    subjects: Array
+    verdicts: Array
+    contrary: str
 
 
 class TableExamples(Sequence[E]):
@@ -111,6 +145,31 @@ class TableExamples(Sequence[E]):
         self.lengths = np.minimum(self._ids.lengths[chosen], max_length)
         self.rows = column(table, "row")[chosen]
         self.marked = count_marked(table)
+        self._table = table
+
+    @abstractmethod
+    def digests(self) -> Array:
+        """A digest of each example, (n,): of its tokens before cutting, and of what is trained."""
+
+    def ends_lost(self) -> Array | None:
+        """Whether the end of an answer is cut off each example, (n,); None where there is none."""
+        return None
+
+    def turns(self) -> Iterator[tuple[int, str]]:
+        """(index of a row, its messages as `data.completions` has them in the column `turns`)."""
+        if TURNS in self._table.column_names:
+            chunks = self._table.column(TURNS).chunks
+            found = (text for chunk in chunks for text in chunk.to_pylist())
+            rows = column(self._table, "row").tolist()
+            yield from ((row, text) for row, text in zip(rows, found, strict=True) if text)
+
+    def judged(self) -> Judged | None:
+        """What the examples judge; None where they judge nothing."""
+        return None
+
+    def labels(self) -> Mapping[str, int]:
+        """How many examples have each of the labels that there may be."""
+        return {}
 
     @abstractmethod
     def _example(self, entry: int) -> E:

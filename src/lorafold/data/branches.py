@@ -8,7 +8,7 @@ predicts one token. What `shared` + `branch` holds is what supervised training m
 that completion: the ids before a trained turn are those that generation starts from.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from itertools import groupby, pairwise
@@ -16,7 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorafold.data.arrow import Array, Lists, TableExamples, flags, lists, numbers, texts
+from lorafold.data.arrow import (
+    TURNS,
+    Array,
+    Judged,
+    Lists,
+    TableExamples,
+    digests,
+    flags,
+    lists,
+    numbers,
+    texts,
+)
 from lorafold.data.completions import Completions
 from lorafold.data.conversations import Compared
 from lorafold.data.examples import NO_LOSS, Example, example_of
@@ -74,7 +85,8 @@ class Branches(Encoder):
     """Makes examples of preferences; `kind` is `data.shapes.PAIRS` or `JUDGED`.
 
     Columns: `row`, `ids` (T,), `starts` (k,) where each branch begins in them, `spans` (2n,) the
-    starts and ends of trained spans in them, `desirable`, and `problem`.
+    starts and ends of trained spans in them, `desirable`, `turns` as `Completions` has them, those
+    of the prompt once, and `problem`.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -100,8 +112,8 @@ class Branches(Encoder):
 
         many = pa.list_(pa.int32())
         columns = {"row": pa.int32(), "ids": many, "starts": many, "spans": many}
-        told = {"desirable": pa.bool_(), "marked": pa.bool_(), "problem": pa.string()}
-        return pa.schema({**columns, **told})
+        told = {"marked": pa.bool_(), TURNS: pa.string(), "problem": pa.string()}
+        return pa.schema({**columns, "desirable": pa.bool_(), **told})
 
     def encode(self, given: Sequence[Sequence[Compared]], first: int) -> "pa.RecordBatch":
         import pyarrow as pa
@@ -116,17 +128,18 @@ class Branches(Encoder):
             numbers([number for number, _ in compared]),
             lists([ids for ids, *_ in made]),
             lists([starts for _, starts, *_ in made]),
-            lists([spans for _, _, spans, _ in made]),
+            lists([spans for _, _, spans, *_ in made]),
             flags([one.desirable is True for _, one in compared]),
             flags([any(entries[0]["marked"] for entries in of) for of in gave]),
+            texts([turns for *_, turns, _ in made]),
             texts([problem for *_, problem in made]),
         ]  # fmt: skip
         return pa.record_batch(columns, self.schema)
 
     def _made(
         self, one: Compared, documents: list[list[dict[str, Any]]]
-    ) -> tuple[list[int], list[int], list[int], str]:
-        """(ids, starts, spans, problem) of one example.
+    ) -> tuple[list[int], list[int], list[int], str, str]:
+        """(ids, starts, spans, turns, problem) of one example.
 
         Args:
             documents: What each completion gave: its entries in the table of `Completions`.
@@ -151,7 +164,7 @@ class Branches(Encoder):
         if not problem and len(ids) == 2 and ids[0] == ids[1]:
             problem = "fields chosen and rejected: found the same text, expected two that differ"
         if problem:
-            return [], [], [], problem
+            return [], [], [], "", problem
         spans = [entries[0]["spans"] for entries in documents]
         shared = max(0, min(common(ids), *(of[0] for of in spans)) - 1)
         at, starts, moved = shared, list[int](), list[int]()
@@ -160,7 +173,9 @@ class Branches(Encoder):
             moved += [place - shared + at for place in of]
             at += len(document) - shared
         together = ids[0][:shared] + [token for document in ids for token in document[shared:]]
-        return together, starts, moved, ""
+        asked, *turns = (entries[0][TURNS] for entries in documents)
+        own = (turn for of in turns for turn in of.splitlines()[len(one.prompt) :])
+        return together, starts, moved, "\n".join([asked, *own]), ""
 
 
 def common(documents: Sequence[Sequence[int]]) -> int:
@@ -190,6 +205,33 @@ class BranchedExamples(TableExamples[Branched]):
         self.own = np.minimum(own, max_length - self.shared[:, None])  # of the branches, cut
         self.whole: Array = shared[:, None] + own
         self.lengths = self.shared + self.own.sum(1)
+
+    def digests(self) -> Array:
+        return digests(self._ids, self._starts, self._spans, self._desirable)
+
+    def ends_lost(self) -> Array:
+        lost = np.any(self.whole > self._max_length, axis=1)
+        for n in np.flatnonzero(lost).tolist():
+            starts, own, spans = self._starts[n], self.own[n], self._spans[n].reshape(-1, 2)
+            of = np.searchsorted(starts, spans[:, 0], "right") - 1  # the branch of each span
+            lost[n] = np.any(spans[:, 1] - starts[of] > own[of])
+        return lost
+
+    def judged(self) -> Judged:
+        """Of two answers one is preferred: the first of the pair, as their digests are sorted, or
+        the second.
+        """
+        chosen, rejected = (digests(self._documents(n)) for n in (0, 1))
+        ordered = np.minimum(chosen, rejected), np.maximum(chosen, rejected)
+        contrary = "choose the answer that an earlier one rejects, and reject its chosen one"
+        subjects = digests(*(of.tolist() for of in ordered))
+        return Judged(subjects, chosen < rejected, contrary)
+
+    def _documents(self, branch: int) -> Iterator[bytes]:
+        """The bytes of the ids of one document of each example, whole."""
+        for ids, starts in zip(self._ids, self._starts, strict=True):
+            start, end = [*starts.tolist(), len(ids)][branch : branch + 2]
+            yield ids[: starts[0]].tobytes() + ids[start:end].tobytes()
 
     @property
     def digest(self) -> str:
@@ -222,6 +264,14 @@ class MismatchedExamples(BranchedExamples):
         other = np.roll(self.own, 1, axis=0)
         self.own = np.hstack([self.own, np.minimum(other, max_length - self.shared[:, None])])
         self.lengths = self.shared + self.own.sum(1)
+
+    def judged(self) -> Judged:
+        contrary = "have the prompt and the answer of an earlier one, and the other label"
+        return Judged(digests(self._ids), np.array(self._desirable), contrary)
+
+    def labels(self) -> dict[str, int]:
+        true = sum(self._desirable)
+        return {"true": true, "false": len(self) - true}
 
     def _example(self, entry: int) -> Branched:
         own, other = super()._example(entry), super()._example((entry or len(self)) - 1)

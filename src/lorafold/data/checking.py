@@ -44,9 +44,9 @@ def checked(
     at_once: bool = False,
     shapes: Sequence[Shape] = SHAPES,
     none: bool = False,
-) -> Iterator[tuple[Shape, Row]]:
-    """Yield the rows that are well-formed and of the first one's shape, each with the shape, and
-    with the keys by which shapes know them.
+) -> Iterator[tuple[int, Shape, Row]]:
+    """Yield the rows that are well-formed and of the first one's shape, with the keys by which
+    shapes know them, each after its number and the shape.
 
     After the last row, raises LorafoldError that lists the first ten bad rows, or says that there
     is no row.
@@ -78,7 +78,7 @@ def checked(
         if bad and at_once:
             break
         if not bad and shape is not None and not isinstance(row, str):
-            yield shape, row
+            yield number, shape, row
     if bad:
         told = [f"{_numbers(numbers)}: {problem}" for problem, numbers in bad.items()]
         more = f"; and {len(told) - LISTED} more" if len(told) > LISTED else ""

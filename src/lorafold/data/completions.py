@@ -10,16 +10,16 @@ opening of an assistant turn, and is tokenized once for all rows.
 """
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from lorafold.data.arrow import flags, lists, numbers, texts
+from lorafold.data.arrow import TURNS, flags, lists, numbers, texts
 from lorafold.data.control_tokens import Pieces, encoded, is_marked
-from lorafold.data.render import Rendered, Rendering, render_trained
+from lorafold.data.render import Rendered, Rendering, Trained, render_trained
 from lorafold.data.shapes import CONVERSATIONS, Conversation
 from lorafold.data.template_forms import is_dated
 from lorafold.data.tokenizing import Encoder
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
+TRAINED, EMPTY = ":trained", ":empty"  # a turn that is trained on; one that says nothing, too
+SAID = ("tool_calls", "reasoning_content")  # what a message may say besides its content
 OPENINGS = 1000  # ends of prompts whose ids are kept
 Spans = list[tuple[int, int]]  # [start, end), of characters or of tokens
 
@@ -44,6 +46,7 @@ class Piece:
     left_out: int = 0
     hidden: int = 0
     marked: bool = False
+    turns: str = ""
     problem: str = ""
     rendered: Rendered | None = None
     text: str = ""
@@ -57,9 +60,10 @@ class Completions(Encoder):
 
     Columns: `row`, `ids` (T,), `spans` (2n,) the starts and ends of n trained spans of tokens,
     `left_out` the row's assistant turns that are not trained on, `hidden` those whose reasoning the
-    chat template leaves out, `marked` whether control tokens in its contents are text, and
-    `problem`, why the row can't be used. The three before it are those of the row's first example.
-    A row has one example or several; one with a problem has an empty one.
+    chat template leaves out, `marked` whether control tokens in its contents are text, `turns` the
+    role of each message, a line each, with what becomes of it (`TRAINED`, `EMPTY`), and `problem`,
+    why the row can't be used. All between `spans` and it are with the row's first example. A row
+    has one example or several; one with a problem has an empty one.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -88,8 +92,8 @@ class Completions(Encoder):
 
         many = pa.list_(pa.int32())
         columns = {"row": pa.int32(), "ids": many, "spans": many, "left_out": pa.int32()}
-        told = {"hidden": pa.int32(), "marked": pa.bool_(), "problem": pa.string()}
-        return pa.schema({**columns, **told})
+        told = {"marked": pa.bool_(), TURNS: pa.string(), "problem": pa.string()}
+        return pa.schema({**columns, "hidden": pa.int32(), **told})
 
     def encode(self, given: Sequence[Conversation], first: int) -> "pa.RecordBatch":
         import pyarrow as pa
@@ -114,13 +118,15 @@ class Completions(Encoder):
             numbers([piece.left_out for piece in pieces]),
             numbers([piece.hidden for piece in pieces]),
             flags([piece.marked for piece in pieces]),
+            texts([piece.turns for piece in pieces]),
             texts([piece.problem for piece in pieces]),
         ]
         return pa.record_batch(columns, self.schema)
 
     def _pieces(self, given: Conversation, number: int) -> list[Piece]:
         if not given.messages:
-            return [Piece(number, text=given.text)]
+            turns = f"text{TRAINED if given.text.strip() else EMPTY}"
+            return [Piece(number, turns=turns, text=given.text)]
         try:
             trained = render_trained(given, self.tokenizer, self.rendering)
         except LorafoldError as error:
@@ -128,6 +134,7 @@ class Completions(Encoder):
         pieces = [Piece(number, rendered=found, text=found.text) for found in trained.renderings]
         pieces[0].left_out, pieces[0].hidden = trained.left_out, trained.hidden
         pieces[0].marked = any(is_marked(piece.text) for piece in pieces)
+        pieces[0].turns = turns_of(given, trained)
         return pieces
 
     def _tokens(self, pieces: Sequence[Piece], special: bool) -> "Sequence[Encoding | Pieces]":
@@ -171,8 +178,8 @@ class Completions(Encoder):
             ]
             apart.append(Piece(piece.row, ids=ids, spans=spans))
         first, left_out, hidden = apart[0], piece.left_out, piece.hidden
-        apart[0] = replace(first, left_out=left_out, hidden=hidden, marked=piece.marked)
-        return apart
+        told = replace(first, left_out=left_out, hidden=hidden, turns=piece.turns)
+        return [replace(told, marked=piece.marked), *apart[1:]]
 
     def _is_prompt(self, prompt: str, encoding: "Encoding | Pieces", ids: list[int]) -> bool:
         """Tell whether the first ids of an encoding are those of the prompt alone."""
@@ -188,6 +195,23 @@ class Completions(Encoder):
     @cached_property
     def _added(self) -> frozenset[int]:
         return frozenset(self.tokenizer.added_tokens_decoder)
+
+
+def turns_of(given: Conversation, trained: Trained) -> str:
+    """The messages of a conversation as the column `turns` has them."""
+    lines = []
+    for n, message in enumerate(given.messages):
+        said = any(message.get(part) for part in SAID) or (message.get("content") or "").strip()
+        became = "" if n not in trained.turns else TRAINED if said else EMPTY
+        lines.append(" ".join(message["role"].split()) + became)
+    return "\n".join(lines)
+
+
+def turns_in(text: str) -> Iterator[tuple[str, str]]:
+    """(role, what becomes of it) of each message, as the column `turns` has them."""
+    for line in text.splitlines():
+        became = next((end for end in (TRAINED, EMPTY) if line.endswith(end)), "")
+        yield line.removesuffix(became), became
 
 
 def identity_of(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:

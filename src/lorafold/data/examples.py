@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lorafold.data.arrow import Array, Lists, TableExamples, column
+from lorafold.data.arrow import Array, Lists, TableExamples, column, digests
 from lorafold.data.completions import Completions
 from lorafold.data.control_tokens import told_of
 from lorafold.data.render import Rendering, Trained
@@ -114,6 +114,12 @@ class Examples(TableExamples[Example]):
         found = labelled_counts(self._spans, lengths)
         super().__init__(table, max_length, np.flatnonzero(found))
         self.labelled = found[self._chosen]  # (n,), tokens that the loss counts
+
+    def digests(self) -> Array:
+        return digests(self._ids, self._spans)[self._chosen]
+
+    def ends_lost(self) -> Array:
+        return self._spans.lasts[self._chosen] > self._max_length
 
     def _example(self, entry: int) -> Example:
         return example_of(self._cut(entry), self._spans[entry].tolist())

@@ -15,7 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorafold.data.arrow import Lists, TableExamples, column, lists, numbers, texts
+from lorafold.data.arrow import (
+    Array,
+    Judged,
+    Lists,
+    TableExamples,
+    column,
+    digests,
+    lists,
+    numbers,
+    texts,
+)
 from lorafold.data.checking import check_given
 from lorafold.data.completions import identity_of
 from lorafold.data.conversations import Labelled
@@ -144,14 +154,25 @@ class Labels(Encoder):
 
 
 class LabelledExamples(TableExamples[LabelledExample]):
-    """The examples of a table that `Labels` made."""
+    """The examples of a table that `Labels` made; the classes are by number."""
 
-    def __init__(self, table: "pa.Table", max_length: int) -> None:
+    def __init__(self, table: "pa.Table", max_length: int, classes: Sequence[str]) -> None:
         super().__init__(table, max_length, np.arange(len(table)))
-        self.labels = column(table, "label")  # (n,)
+        self._labels, self._classes = column(table, "label"), classes  # (n,), (k,)
+
+    def digests(self) -> Array:
+        return digests(self._ids, self._labels.tolist())
+
+    def judged(self) -> Judged:
+        contrary = "have the text of an earlier one, and another label"
+        return Judged(digests(self._ids), self._labels, contrary)
+
+    def labels(self) -> dict[str, int]:
+        counts = np.bincount(self._labels, minlength=len(self._classes)).tolist()
+        return dict(zip(self._classes, counts, strict=True))
 
     def _example(self, entry: int) -> LabelledExample:
-        return LabelledExample(self._cut(entry), int(self.labels[entry]))
+        return LabelledExample(self._cut(entry), int(self._labels[entry]))
 
 
 def encode_labelled(
@@ -186,15 +207,14 @@ def labelled(
         max_length: Longer rows are cut to this many tokens, at their end.
         classes: The classes, by number.
     """
-    examples = LabelledExamples(table, max_length)
+    examples = LabelledExamples(table, max_length, classes)
     whole = Lists(table.column("ids")).lengths
-    counts = np.bincount(examples.labels, minlength=len(classes)).tolist()
     report = LabelledReport(
         len(rows),
         int(whole.max()),
         max_length,
         int((whole > max_length).sum()),
-        dict(zip(classes, counts, strict=True)),
+        examples.labels(),
     )
     return LabelledData(examples, report, rows.parts)
 

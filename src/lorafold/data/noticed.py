@@ -16,7 +16,7 @@ PLAIN = {"system", "user", "assistant", "tool", "developer"}
 SHOWN = 5  # roles that one line names
 LEFT = "assistant turns are not trained on, as their rows say"
 OTHERS = "turns that rows want trained are not of the assistant, and are not trained on"
-AS_THEY_ARE = "messages go to the chat template with roles of their own"
+AS_THEY_ARE = "messages go to the chat template with roles of their own, and are not trained on"
 
 
 class Noticed:

@@ -17,6 +17,7 @@ from lorafold.data.branches import Branched, BranchedExamples, Branches, Mismatc
 from lorafold.data.checking import LISTED
 from lorafold.data.control_tokens import told_of
 from lorafold.data.examples import WHOLE
+from lorafold.data.origins import named
 from lorafold.data.render import Rendering
 from lorafold.data.rows import as_checked
 from lorafold.data.shapes import JUDGED, PAIRS
@@ -116,7 +117,7 @@ def preferred(table: "pa.Table", rows: Rows, max_length: int, kind: str) -> Pref
     """
     examples = EXAMPLES[kind](table, max_length)
     cut: Array = np.any(examples.whole > max_length, axis=1)
-    refuse_cut(table, examples, max_length, cut)
+    refuse_cut(rows, examples, max_length, cut)
     of = np.array(_names(table, examples.whole.shape[1]))  # (n, k), the name of each completion
     own = examples.own[:, : of.shape[1]]
     report = PreferenceReport(
@@ -132,24 +133,25 @@ def preferred(table: "pa.Table", rows: Rows, max_length: int, kind: str) -> Pref
     return PreferredData(examples, report, parts_of(examples.rows, rows.parts))
 
 
-def refuse_cut(table: "pa.Table", examples: BranchedExamples, max_length: int, cut: Array) -> None:
+def refuse_cut(rows: Rows, examples: BranchedExamples, max_length: int, cut: Array) -> None:
     """Raise LorafoldError for rows of which nothing is left to compare.
 
     Args:
-        table: As `Branches` made it.
+        rows: What the examples were made of.
         max_length: To which they are cut.
         cut: Which of them are cut, (n,).
     """
     bad: dict[int, str] = {}
     for n in np.flatnonzero(cut).tolist():
-        example, row = examples[n], int(examples.rows[n]) + 1
+        example, row = examples[n], int(examples.rows[n])
         own = example.branches[: examples.whole.shape[1]]
         if any(set(branch.labels) == {-100} for branch in own):
             bad[row] = "no token of a completion is left"
         elif len(own) == 2 and own[0] == own[1]:
             bad[row] = "chosen and rejected are equal"
     if bad:
-        listed = "; ".join(f"row {row}: {told}" for row, told in list(bad.items())[:LISTED])
+        first = zip(named(rows.origins.places([*bad][:LISTED])), bad.values(), strict=False)
+        listed = "; ".join(f"{name}: {told}" for name, told in first)
         more = f"; and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
         raise LorafoldError(
             f"data: within max_length {max_length}: {listed}{more}; raise max_length, or leave"

@@ -75,7 +75,7 @@ def read_prompts(
 
     Raises LorafoldError for bad rows, and if there is none.
     """
-    return [row for _, row in checked(renamed(numbered, columns), source, shapes=ASKING)]
+    return [row for *_, row in checked(renamed(numbered, columns), source, shapes=ASKING)]
 
 
 def asked_in(row: Row) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from lorafold.data.checking import checked, renamed
 from lorafold.data.noticed import Noticed
+from lorafold.data.origins import Origins
 from lorafold.data.parsing import Row, as_row
 from lorafold.data.shapes import Shape, shapes_for
 from lorafold.data.sources import Source, source_from
@@ -27,7 +28,8 @@ Notice = Callable[[str], None]
 
 class Reading:
     """The rows of sources as they are read, and what is known of them afterwards: `parts` and
-    `files` as pairs of the number of a source and a count of rows.
+    `files` as pairs of the number of a source and a count of rows, and the `runs` of `Origins` with
+    the number of a file, of those of all sources.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class Reading:
         self._sources, self._columns = sources, columns
         self._shapes, self._notice, self._noticed = shapes_for(wanted), notice, Noticed()
         self._parts, self._files = list[list[int]](), list[list[int]]()
+        self._runs = list[list[int]]()
 
     def __iter__(self) -> Iterator[Row]:
         """The rows. LorafoldError for bad ones, and for a source without any."""
@@ -43,10 +46,15 @@ class Reading:
             last = None
             for file in source.files:
                 self._files.append([number, 0])
-                for shape, row in self._checked(file, source.several):
+                begins = True
+                for place, shape, row in self._checked(file, source.several):
                     if shape is not last:  # files of one source and one shape are one part
                         self._parts.append([number, 0])
                         last = shape
+                    if begins or place != sum(self._runs[-1][1:]):
+                        self._runs.append([len(self._files) - 1, place, 0])
+                        begins = False
+                    self._runs[-1][2] += 1
                     self._noticed.add(shape, row)
                     self._parts[-1][1] += 1
                     self._files[-1][1] += 1
@@ -60,10 +68,10 @@ class Reading:
     def about(self) -> dict[str, Any]:
         """What is known of the rows after the last one, as JSON."""
         noticed = self._noticed
-        found = {"ignored": noticed.ignored, "told": noticed.told}
+        found = {"ignored": noticed.ignored, "told": noticed.told, "runs": self._runs}
         return {"parts": self._parts, "files": self._files, **found}
 
-    def _checked(self, file: Source, none: bool) -> Iterator[tuple[Shape, Row]]:
+    def _checked(self, file: Source, none: bool) -> Iterator[tuple[int, Shape, Row]]:
         numbered = renamed(file.numbered(), self._columns)
         return checked(numbered, file.name, shapes=self._shapes, none=none)
 
@@ -123,7 +131,9 @@ def read_rows(
         if source.several:
             notice(f"{source.name}: {source.told(of)}")
             files |= of
-    return Rows(rows, parts, ignored, known, wanted, told, files)
+    names = [file.name for source in named for file in source.files]
+    origins = Origins(tuple((names[n], first, count) for n, first, count in about["runs"]))
+    return Rows(rows, parts, ignored, known, wanted, told, files, origins)
 
 
 def as_checked(rows: Sequence[Row], wanted: str = "") -> Rows:
@@ -141,7 +151,7 @@ def check_rows(numbered: Iterable[tuple[int, Any]], source: str, wanted: str = "
     """
     noticed, found = Noticed(), list[Row]()
     usable = ((number, as_row(row) if isinstance(row, dict) else row) for number, row in numbered)
-    for shape, row in checked(usable, source, shapes=shapes_for(wanted)):
+    for _, shape, row in checked(usable, source, shapes=shapes_for(wanted)):
         noticed.add(shape, row)
         found.append(row)
     parts = (Part(len(found)),)

@@ -17,6 +17,7 @@ from typing import Any, TypeVar, overload
 import numpy as np
 
 from lorafold.data.arrow import Array, open_table
+from lorafold.data.origins import Origins
 from lorafold.data.parsing import Row
 from lorafold.data.shapes import Shape, shape_of, shapes_for
 
@@ -82,8 +83,8 @@ class ArrowRows(Sequence[Row]):
 class Rows(Sequence[Row]):
     """Checked rows. `ignored` are their keys that no shape has, in the order of appearance, and
     `known` is the digest and the bytes of large rows. `wanted` of what shapes give chose theirs,
-    `told` is what else there is to say of them, and `files` has the rows of each file of a source
-    that is made of several.
+    `told` is what else there is to say of them, `files` has the rows of each file of a source that
+    is made of several, and `origins` says where each is from.
     """
 
     rows: Sequence[Row]
@@ -93,6 +94,7 @@ class Rows(Sequence[Row]):
     wanted: str = ""
     told: tuple[str, ...] = ()
     files: Mapping[str, int] = field(default_factory=dict)
+    origins: Origins = field(default_factory=Origins, repr=False)
 
     @staticmethod
     def of(rows: Sequence[Row], wanted: str = "") -> "Rows":
@@ -186,13 +188,14 @@ class Rows(Sequence[Row]):
 
     def select(self, indices: Array) -> "Rows":
         """The rows with these indices, which ascend."""
-        parts = parts_of(indices, self.parts)
+        parts, origins = parts_of(indices, self.parts), self.origins.select(indices)
+        of = replace(self, parts=parts, origins=origins)
         if not isinstance(self.rows, ArrowRows):
-            return replace(self, rows=[self.rows[i] for i in indices], parts=parts)
+            return replace(of, rows=[self.rows[i] for i in indices])
         # the rows themselves are not read again for the digest of some of them
         digest = sha256(self.sha256.encode() + indices.astype(np.int64).tobytes()).hexdigest()
         size = self.bytes * len(indices) // len(self.rows)
-        return replace(self, rows=self.rows.select(indices), parts=parts, known=(digest, size))
+        return replace(of, rows=self.rows.select(indices), known=(digest, size))
 
 
 def parts_of(rows: Array, parts: Sequence[Part]) -> tuple[Part, ...]:

@@ -106,16 +106,10 @@ class RowStream:
                 raise LorafoldError(f"{source.name}: no rows found, expected at least one")
 
     def _named(self, file: Source, none: bool) -> Iterator[Named]:
-        numbers: list[int] = []
-
-        def noted() -> Iterator[tuple[int, Row | str]]:
-            for number, row in file.streamed():
-                numbers[:] = [number]
-                yield number, row
-
-        numbered, shapes = renamed(noted(), self.columns), shapes_for(self.wanted)
-        for shape, row in checked(numbered, file.name, at_once=True, shapes=shapes, none=none):
-            yield f"{file.name}: row {numbers[0]}", row, shape
+        numbered, shapes = renamed(file.streamed(), self.columns), shapes_for(self.wanted)
+        rows = checked(numbered, file.name, at_once=True, shapes=shapes, none=none)
+        for number, shape, row in rows:
+            yield f"{file.name}: row {number}", row, shape
 
 
 def stream_of(

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorafold.data.arrow import open_table
 from lorafold.data.checking import LISTED, check_given
+from lorafold.data.origins import named
 from lorafold.data.sources import Row
 from lorafold.data.stored import CHUNK, Rows, in_chunks
 from lorafold.errors import LorafoldError
@@ -79,7 +80,7 @@ def tokenized(rows: Rows, encoder: Encoder, console: "Console | None" = None) ->
         with _progress(len(rows), console) as counted:
             batches = [_encoded(rows, encoder, *chunk) for chunk in counted(numbered(rows))]
         table = pa.Table.from_batches(batches, encoder.schema)
-        refuse_problems(table)
+        refuse_problems(table, rows)
         return table
 
     def notice(text: str) -> None:
@@ -108,11 +109,11 @@ def tokenized(rows: Rows, encoder: Encoder, console: "Console | None" = None) ->
     code = of_code(*ROOMS, packages=PACKAGES)
     key = json.dumps([code, rows.sha256, encoder.identity], sort_keys=True)
     table = open_table(cached("tokens", key, write, notice) / TOKENS)
-    refuse_problems(table)
+    refuse_problems(table, rows)
     return table
 
 
-def refuse_problems(table: "pa.Table") -> None:
+def refuse_problems(table: "pa.Table", rows: Rows) -> None:
     """Raise LorafoldError that lists the first ten rows with a `problem`, and counts the rest."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -121,9 +122,13 @@ def refuse_problems(table: "pa.Table") -> None:
     bad = table.filter(pc.binary_length(table.column("problem")).cast(pa.bool_()))
     if not len(bad):
         return
-    listed = [f"row {r['row'] + 1}: {r['problem']}" for r in bad.slice(0, LISTED).to_pylist()]
+    first = bad.select(["row", "problem"]).slice(0, LISTED).to_pylist()
+    places = rows.origins.places(one["row"] for one in first)
+    problems = zip(named(places), first, strict=True)
+    listed = [f"{name}: {one['problem']}" for name, one in problems]
     more = f"; and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
-    raise LorafoldError(f"data: {'; '.join(listed)}{more}")
+    source = "" if places[0].file else "data: "
+    raise LorafoldError(f"{source}{'; '.join(listed)}{more}")
 
 
 def numbered(rows: Iterable[Any]) -> Chunks:

@@ -68,12 +68,13 @@ class Rendered:
 class Trained:
     """The examples of one conversation. `left_out` assistant turns are not trained on, and the
     text of `hidden` trained turns lacks their reasoning, or what they say beside a call, since the
-    template leaves it out.
+    template leaves it out. `turns` are the indices of the messages that are trained on.
     """
 
     renderings: tuple[Rendered, ...]
     left_out: int = 0
     hidden: int = 0
+    turns: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,7 @@ def render_trained(
     check_shown(conversation, whole, tokenizer, calls)
     found: list[tuple[str, list[Span], list[int]]] = [(whole, [], [])]  # the longest text first
     left_out = lost = 0
+    kept = set[int]()
     for i in reversed(turns):
         turn = drawn[i]
         if turn is None:
@@ -228,6 +230,7 @@ def render_trained(
                 found[0] = home
             else:
                 found.append(home)
+        kept.add(i)
         home[1].extend(spans)
         home[2].append(turn.start)
     renderings = [
@@ -235,7 +238,8 @@ def render_trained(
         for text, spans, starts in found
         if spans
     ]
-    return Trained(tuple(renderings[::-1]) or (Rendered(whole, ()),), left_out, lost)
+    shown = tuple(renderings[::-1]) or (Rendered(whole, ()),)
+    return Trained(shown, left_out, lost, frozenset(kept))
 
 
 def _turn(text: str, prompt: str, marks: tuple[Span, ...] | None) -> TrainedTurn:

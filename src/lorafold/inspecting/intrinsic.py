@@ -206,7 +206,7 @@ def bare_loss(request: Request, recipe: Recipe) -> float:
     quiet, request = Console(quiet=True), replace(request, recipe=recipe)
     objective = objective_of(request)
     tokenizer, _ = tokenizer_for(request, objective, quiet)
-    _, held_out = tokenized(request, tokenizer, objective, quiet)
+    _, held_out, _ = tokenized(request, tokenizer, objective, quiet)
     model = objective.load(request.base, tokenizer, recipe.seed)
     with objective.loss(model, tokenizer, recipe.packing, quiet) as loss:
         return objective.measure(loss, held_out).loss

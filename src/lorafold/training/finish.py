@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorafold.data.findings import Findings
 from lorafold.files.card import VOCABULARY, training_card
 from lorafold.machine.room import peak_bytes
 from lorafold.models.architecture import opened_by_name
@@ -32,7 +33,8 @@ class Trained:
     further ones of the held-out rows, such as the accuracy of preferences. `frozen` has the shares
     of parameters that the adapter does not reach, by kind: of those of the blocks, and of the
     model's the towers and connectors beside them. `files` has the rows of each file that was read
-    of a directory or a pattern.
+    of a directory or a pattern, and `data` what was found in the rows before the first step, such
+    as duplicates.
     """
 
     train_loss: float
@@ -47,6 +49,7 @@ class Trained:
     figures: dict[str, Any] = field(default_factory=dict)
     frozen: dict[str, dict[str, float]] = field(default_factory=dict)
     files: dict[str, int] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         held_out = "" if self.eval_loss is None else f", held out {self.eval_loss:.4f}"
@@ -63,6 +66,7 @@ def finish(
     tokenizer: PreTrainedTokenizerBase | None,
     about: Mapping[str, Any],
     base: Weights | None,
+    findings: Findings,
 ) -> Trained:
     """Write the adapter to `request.out`, and that of the best step to `<out>.best` if it was an
     earlier one; then remove the checkpoints. Only the main process writes.
@@ -74,6 +78,7 @@ def finish(
         tokenizer: Saved in the adapter's directory; None where it is the base's.
         about: Further fields of the adapter's record.
         base: The base's own weights, where the model has only quantized ones.
+        findings: What was found in the rows.
     """
     tail = progress.losses[-10:]
     result = Trained(
@@ -89,6 +94,7 @@ def finish(
         figures=progress.figures,
         frozen=job.adapter.unreached.as_json(),
         files=request.data.record.get("files", {}),
+        data=findings.as_json(),
     )
     if not job.accelerator.is_main_process:
         return result

@@ -1,4 +1,5 @@
-"""The preview of a run: its first rows as the model will see them, in the terminal and as a page.
+"""The preview of a run: its first rows as the model will see them, and what there is to know of all
+of them, in the terminal and as a page.
 
 Each example stands with its row, the row's tools and turns, and how many of its tokens are trained
 on; the text has these tokens marked. Nothing is trained or written but the page.
@@ -9,22 +10,32 @@ from __future__ import annotations
 import html as markup
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich.console import Console
 
 from lorafold.data.account import account_of
 from lorafold.data.conversations import Conversation
 from lorafold.data.examples import NO_LOSS, Encoded, Example, encode_row
+from lorafold.data.findings import Findings
 from lorafold.data.messages import Message, Tool
 from lorafold.data.shapes import CONVERSATIONS
 from lorafold.data.sources import Row
 from lorafold.data.stored import Rows
-from lorafold.files.page import document
+from lorafold.data.stream import RowStream
+from lorafold.files.page import document, html_table
 from lorafold.peft.saved import open_all
-from lorafold.training.request import Request, objective_of, rendering_of, tokenizer_for
+from lorafold.training.request import (
+    Request,
+    objective_of,
+    rendering_of,
+    sides,
+    tokenized,
+    tokenizer_for,
+)
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -32,6 +43,7 @@ if TYPE_CHECKING:
 
     from lorafold.objectives.objective import Data, Objective
 
+SOME = 4_000_000  # bytes of rows of which a preview makes all tokens
 STYLE = """
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f8f9; color: #667; }
 pre { padding: .8rem; border-radius: 6px; font-size: 13px; }
@@ -56,8 +68,9 @@ class Shown:
     text: Text
 
 
-def show(request: Request, console: Console, rows: int = 3, html: Path | None = None) -> None:
+def show(request: Request, console: Console, rows: int = 3, html: Path | None = None) -> Findings:
     """Print the first rows as the model will see them, and mark the tokens that count in the loss.
+    Returns what was found in all rows, of large data in the first ones.
 
     Args:
         request: The run that the rows are for.
@@ -70,6 +83,7 @@ def show(request: Request, console: Console, rows: int = 3, html: Path | None = 
     saved = open_all(request.adapters)
     objective = objective_of(request, saved)
     tokenizer, _ = tokenizer_for(request, objective, console, saved)
+    findings = _found(request, objective, tokenizer, console)
     few, rendering = request.first_rows(rows), rendering_of(request.recipe)
     train = objective.encode(few, tokenizer, request.recipe.max_length, console, rendering)
     console.print(f"the first rows: {train.report}", highlight=False)
@@ -88,9 +102,47 @@ def show(request: Request, console: Console, rows: int = 3, html: Path | None = 
     if html is not None:
         of_template = "".join(f"<li>{markup.escape(line)}</li>" for line in told)
         body = f"<p>The chat template:</p><ul>{of_template}</ul>" * bool(told)
-        body += LEGEND + "".join(map(_section, found))
+        body += _of_data(findings) + LEGEND + "".join(map(_section, found))
         document(f"Preview of {request.source}", body, html, STYLE)
         console.print(f"page: {html}", highlight=False, markup=False, soft_wrap=True)
+    return findings
+
+
+def _found(
+    request: Request, objective: Objective, tokenizer: PreTrainedTokenizerBase, console: Console
+) -> Findings:
+    """What there is to know of the rows, as a run finds it: of all, or of the first ones where all
+    tokens would take long to make.
+    """
+    less = ""
+    if not isinstance(request.rows, RowStream):
+        train, held_out = sides(request)
+        few = _few(train), None if held_out is None else _few(held_out)
+        request = replace(request, rows=few[0], eval_rows=few[1])
+        if few[0] is not train or few[1] is not held_out:
+            less = f"the first {len(few[0]):,} rows are looked at; a run looks at all"
+            console.print(f"data: {less}", highlight=False)
+    *_, findings = tokenized(request, tokenizer, objective, console)
+    if not findings.lines:
+        console.print(f"data: {findings.nothing}", highlight=False)
+    return replace(findings, unseen=less or findings.unseen)
+
+
+def _few(rows: Sequence[Row]) -> Sequence[Row]:
+    """As many of the first rows as a preview looks at."""
+    n = max(1, len(rows) * SOME // max(1, Rows.of(rows).bytes))
+    if n >= len(rows):
+        return rows
+    return rows.select(np.arange(n)) if isinstance(rows, Rows) else rows[:n]
+
+
+def _of_data(findings: Findings) -> str:
+    """What was found in the rows, for the page."""
+    lines = findings.lines or [findings.nothing]
+    told = "".join(f"<li>{markup.escape(line)}</li>" for line in lines)
+    roles = [(role, f"{n:,}", f"{t:,}") for role, (n, t) in findings.roles.items()]
+    table = html_table(("role", "turns", "trained on"), roles) if roles else ""
+    return f"<p>The rows:</p><ul>{told}</ul>{table}"
 
 
 def _shown(

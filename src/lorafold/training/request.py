@@ -16,6 +16,7 @@ from rich.console import Console
 from lorafold.data.allowed_tokens import ALL, allow
 from lorafold.data.batches import epoch_size, split
 from lorafold.data.feed import Feed, StoredFeed
+from lorafold.data.findings import STREAMED, Findings, look
 from lorafold.data.render import Rendering
 from lorafold.data.sources import Row
 from lorafold.data.stored import Rows
@@ -132,44 +133,59 @@ def tokenizer_for(
     return tokenizer, words
 
 
+def sides(request: Request) -> tuple[Sequence[Row], Sequence[Row] | None]:
+    """The rows to train on, and those to measure on, if any; not of rows that are streamed."""
+    assert not isinstance(request.rows, RowStream)
+    held_out, recipe = request.eval_rows, request.recipe
+    if held_out is None and recipe.eval_fraction:
+        return split(request.rows, recipe.eval_fraction, recipe.seed)
+    return request.rows, held_out or None
+
+
 def tokenized(
     request: Request, tokenizer: PreTrainedTokenizerBase, objective: Objective, console: Console
-) -> tuple[Feed, Data | None]:
-    """The feed of the run, and the examples to measure on, which may be None; both are reported.
+) -> tuple[Feed, Data | None, Findings]:
+    """The feed of the run, the examples to measure on, which may be None, and what there is to know
+    of the rows; all are reported.
 
     Args:
         request: Has the rows, or the share of them that is held out.
         tokenizer: As `tokenizer_for` gives it.
         objective: Makes examples of rows.
-        console: For the two reports, such as how many examples were cut.
+        console: For the reports, such as how many examples were cut.
 
     Raises LorafoldError for rows that the objective can't use.
     """
-    rows, held_out, recipe = request.rows, request.eval_rows, request.recipe
-    rendering = rendering_of(recipe)
+    recipe, rendering = request.recipe, rendering_of(request.recipe)
 
-    def held_out_data() -> Data | None:
-        if not held_out:
-            return None
-        found = objective.encode(held_out, tokenizer, recipe.max_length, console, rendering)
-        console.print(f"held out: {found.report}", highlight=False)
+    def data_of(name: str, rows: Sequence[Row]) -> Data:
+        found = objective.encode(rows, tokenizer, recipe.max_length, console, rendering)
+        console.print(f"{name}: {found.report}", highlight=False)
         return found
 
-    if isinstance(rows, RowStream):
+    def told(found: Findings) -> Findings:
+        for line in found.lines:
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        return found
+
+    if isinstance(request.rows, RowStream):
         encoder = objective.encoder(tokenizer, rendering)
         feed: Feed = StreamFeed(
-            partial(rows.rows, buffer=recipe.shuffle_buffer),
+            partial(request.rows.rows, buffer=recipe.shuffle_buffer),
             encoder,
             recipe.max_length,
             recipe.batch,
             recipe.total_steps(0),
             recipe.seed,
         )
-        return feed, held_out_data()
-    if held_out is None and recipe.eval_fraction:
-        rows, held_out = split(rows, recipe.eval_fraction, recipe.seed)
-    train = objective.encode(rows, tokenizer, recipe.max_length, console, rendering)
-    console.print(f"data: {train.report}", highlight=False)
+        measured = data_of("held out", request.eval_rows) if request.eval_rows else None
+        return feed, measured, told(Findings(0, unseen=STREAMED))
+    rows, held_out = sides(request)
+    train = data_of("data", rows)
     steps = recipe.total_steps(epoch_size(train.parts))
     feed = StoredFeed(train.examples, train.parts, recipe.batch, steps, recipe.seed)
-    return feed, held_out_data()
+    of, measured, compared = Rows.of(rows), None, None
+    if held_out is not None:
+        measured = data_of("held out", held_out)
+        compared = measured.examples, Rows.of(held_out)
+    return feed, measured, told(look(train.examples, of, recipe.max_length, compared))

@@ -70,4 +70,4 @@ def train(request: Request, console: Console) -> Trained:
     ids = setup.words.ids
     about = setup.objective.record() | ({"new_tokens": ids} if ids else {})
     about[BASE_IDENTITY] = setup.files["model"]["sha256"]
-    return finish(setup.request, job, progress, saved, about, weights)
+    return finish(setup.request, job, progress, saved, about, weights, setup.findings)

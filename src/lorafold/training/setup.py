@@ -22,6 +22,7 @@ from lorafold.core.matrices import module_at
 from lorafold.core.spec import Spec
 from lorafold.data.branches import Branched
 from lorafold.data.feed import Feed
+from lorafold.data.findings import Findings
 from lorafold.data.template_forms import is_dated, on_day
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import check_out
@@ -60,6 +61,7 @@ class Setup:
     own_tokenizer: bool  # whether the run's tokenizer differs from the base's
     feed: Feed
     held_out: Data | None
+    findings: Findings
     accelerator: Accelerator
     day: str = ""  # what the chat template writes as the date; empty where it asks for none
 
@@ -165,7 +167,7 @@ def set_up(request: Request, console: Console) -> Setup:
         dated = on_day(tokenizer, day)
         held = "the day of each rendering" if is_dated(dated) else f"{day} throughout this run"
         console.print(f"the chat template writes the date: {held}", highlight=False)
-    feed, held_out = tokenized(request, dated, objective, console)
+    feed, held_out, findings = tokenized(request, dated, objective, console)
     console.print(f"base: {base.held.why}", highlight=False)
     # the logs of trackers stay when the checkpoints are removed
     logs = str(request.out.with_name(request.out.name + ".logs"))
@@ -179,7 +181,7 @@ def set_up(request: Request, console: Console) -> Setup:
         )
     return Setup(
         request, spec, objective, tokenizer, words, files, saved, own, feed, held_out,
-        accelerator, day,
+        findings, accelerator, day,
     )
 
 

@@ -1,0 +1,255 @@
+"""What there is to know of the rows of a run before its first step, found in their tokens.
+
+    found = look(train.examples, rows, max_length, (held_out.examples, held_out_rows))
+    found.lines                    one line for each thing that was found
+    found.as_json()                the figures, also of what was not found
+
+| finding | rows that |
+|---|---|
+| duplicates | are the same as an earlier one: in every token, in what is trained, in the label |
+| held_out_in_training | are held out, and are among those that are trained on too |
+| empty_answers | have an answer to train on that says nothing |
+| contradictions | judge the same text, or the same two answers, otherwise than an earlier one |
+| ends_lost | lose the end of an answer by being cut at max_length |
+| untrained | have no token to train on |
+
+Rows are compared by digests of tokens that are there anyway (`TableExamples`). A label that no row
+has is told too, and a file of which no turn of the assistant is trained on.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from lorafold.data.arrow import Array, TableExamples
+from lorafold.data.completions import EMPTY, turns_in
+from lorafold.data.origins import Place, named
+from lorafold.data.stored import Rows
+
+Pairs = tuple[Array, Array | None]  # ascending indices of rows, and of those they are compared with
+SHOWN = 5  # rows that one line names
+HELD_OUT = "held_out_in_training"
+SAID = {
+    "duplicates": "are the same as an earlier one",
+    HELD_OUT: "are trained on too, so the figures of held-out rows tell less",
+    "empty_answers": "have an empty answer to train on",
+    "contradictions": "{}",
+    "ends_lost": "lose the end of an answer at max_length {}",
+    "untrained": "have no token to train on",
+}
+STREAMED = (
+    "rows are read while it trains, so that duplicates, held-out rows among them, empty answers,"
+    " contradictions and lost ends were not looked for"
+)
+UNKNOWN = "these examples are of no table, so that nothing was looked for in them"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """How many of some rows have something in common, what, and the first of them, each with the
+    row that it is compared with, if any.
+    """
+
+    count: int
+    of: int
+    said: str
+    first: tuple[tuple[Place, Place | None], ...]
+
+    def __str__(self) -> str:
+        more = f" and {self.count - len(self.first):,} more" if self.count > len(self.first) else ""
+        return f"{self.count:,} of {self.of:,} rows {self.said}: {', '.join(self._named())}{more}"
+
+    def _named(self) -> Iterator[str]:
+        names = named(one for one, _ in self.first)
+        for name, (one, other) in zip(names, self.first, strict=True):
+            _, like = ("", "") if other is None else named([one, other])
+            yield f"{name} (as {like})" if like else name
+
+    def as_json(self) -> dict[str, Any]:
+        """The figures, and the first rows by file and number."""
+        first = [
+            one._asdict() | ({} if other is None else {"as": other._asdict()})
+            for one, other in self.first
+        ]
+        return {"rows": self.count, "of": self.of, "first": first}
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was found of the `rows` rows to train on.
+
+    found: What was looked for, by its name in SAID.
+    labels: The examples of each label.
+    roles: The turns of each role, and those of them that are trained on.
+    silent: The assistant turns of each file of which none is trained on.
+    unseen: What was not looked at, in words.
+    """
+
+    rows: int
+    found: Mapping[str, Finding] = field(default_factory=dict)
+    labels: Mapping[str, int] = field(default_factory=dict)
+    roles: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    silent: Mapping[str, int] = field(default_factory=dict)
+    unseen: str = ""
+
+    @property
+    def lines(self) -> list[str]:
+        """One line for each thing that was found, and for what was not looked at."""
+        told = [f"data: {self.unseen}"] * bool(self.unseen)
+        for name, one in self.found.items():
+            told += [f"{'held out' if name == HELD_OUT else 'data'}: {one}"] * bool(one.count)
+        if missing := [label for label, count in self.labels.items() if not count]:
+            there = ", ".join(f"{label} {n:,}" for label, n in self.labels.items() if n)
+            told.append(f"data: no row has the label {' or '.join(missing)} ({there})")
+        for file, turns in self.silent.items():
+            told.append(f"data: {file}: none of its {turns:,} assistant turns is trained on")
+        return told
+
+    @property
+    def nothing(self) -> str:
+        """What is said where nothing was found: what was looked for."""
+        names = ", ".join(name.replace("_", " ") for name in self.found)
+        return f"{self.rows:,} rows were looked at and nothing was found: {names}"
+
+    def as_json(self) -> dict[str, Any]:
+        """All by name; null stands for what was not looked for."""
+        return {
+            "rows": self.rows,
+            **{name: f.as_json() if (f := self.found.get(name)) else None for name in SAID},
+            "labels": dict(self.labels),
+            "roles": {role: {"turns": n, "trained": t} for role, (n, t) in self.roles.items()},
+            "untrained_files": dict(self.silent),
+            "not_looked_at": self.unseen,
+        }
+
+
+def look(
+    examples: Sequence[Any],
+    rows: Rows,
+    max_length: int,
+    held_out: tuple[Sequence[Any], Rows] | None = None,
+) -> Findings:
+    """What there is to know of the rows of a run.
+
+    Args:
+        examples: Those to train on.
+        rows: What they were made of.
+        max_length: The tokens to which they are cut.
+        held_out: The examples to measure on, and their rows.
+    """
+    if not isinstance(examples, TableExamples):
+        return Findings(len(rows), unseen=UNKNOWN)
+    train = Looked(examples, rows)
+    found = {"duplicates": train.finding("duplicates", train.repeated())}
+    if held_out is not None and isinstance(held_out[0], TableExamples):
+        other = Looked(held_out[0], held_out[1])
+        found[HELD_OUT] = other.finding(HELD_OUT, other.shared(train), like=rows)
+    turns = Turns(examples, rows)
+    if turns.roles:
+        found["empty_answers"] = train.finding("empty_answers", (turns.empty, None))
+    if judged := examples.judged():
+        contrary = _contrary(examples.rows, judged.subjects, judged.verdicts)
+        found["contradictions"] = train.finding("contradictions", contrary, judged.contrary)
+    if (lost := examples.ends_lost()) is not None:
+        cut = np.unique(examples.rows[lost])
+        found["ends_lost"] = train.finding("ends_lost", (cut, None), max_length)
+    untrained = np.setdiff1d(np.arange(len(rows)), train.of)
+    found["untrained"] = train.finding("untrained", (untrained, None))
+    return Findings(len(rows), found, examples.labels(), turns.roles, turns.silent)
+
+
+class Looked:
+    """Rows as they are compared: `of` (n,) are the indices of those that have an example, which
+    ascend, and `digests` (n,) theirs.
+    """
+
+    def __init__(self, examples: TableExamples[Any], rows: Rows) -> None:
+        self.rows = rows
+        starts = np.flatnonzero(np.diff(examples.rows, prepend=-1))
+        place = np.arange(len(examples)) - np.repeat(starts, np.diff([*starts, len(examples)]))
+        weighted = examples.digests().astype(np.uint64) * (2 * place + 1).astype(np.uint64)
+        self.of, self.digests = examples.rows[starts], np.add.reduceat(weighted, starts)
+
+    def repeated(self) -> Pairs:
+        """The rows that are the same as an earlier one, and the first that is."""
+        order = np.argsort(self.digests, kind="stable")
+        first = _firsts(self.digests[order])
+        later = first != np.arange(len(first))
+        return _ascending(self.of[order[later]], self.of[order[first[later]]])
+
+    def shared(self, others: "Looked") -> Pairs:
+        """The rows that are among others too, and which they are there."""
+        order = np.argsort(others.digests, kind="stable")
+        at = np.searchsorted(others.digests[order], self.digests)
+        at = order[np.minimum(at, len(order) - 1)]
+        there = others.digests[at] == self.digests
+        return self.of[there], others.of[at[there]]
+
+    def finding(self, name: str, found: Pairs, told: Any = "", like: Rows | None = None) -> Finding:
+        """What was found of some of the rows.
+
+        Args:
+            name: In SAID.
+            found: The indices of the rows, and of those that they are compared with.
+            told: What stands in its words.
+            like: The rows that they are compared with; None: the same.
+        """
+        rows, others = found
+        first = self.rows.origins.places(rows[:SHOWN])
+        compared: list[Place | None] = [None] * len(first)
+        if others is not None:
+            compared = [*(like or self.rows).origins.places(others[:SHOWN])]
+        pairs = tuple(zip(first, compared, strict=True))
+        return Finding(len(rows), len(self.rows), SAID[name].format(told), pairs)
+
+
+class Turns:
+    """What becomes of the turns of rows: `roles` and `silent` as `Findings` has them, and the
+    indices of rows with an `empty` answer.
+    """
+
+    def __init__(self, examples: TableExamples[Any], rows: Rows) -> None:
+        kinds, of, kind_of = dict[str, int](), list[int](), list[int]()
+        for row, text in examples.turns():
+            of.append(row)
+            kind_of.append(kinds.setdefault(text, len(kinds)))
+        index, kind = np.array(of, np.int64), np.array(kind_of, np.int64)
+        turns, trained, empty = Counter[str](), Counter[str](), set[int]()
+        answers = np.zeros((len(kinds), 2))  # turns of the assistant, and those trained on
+        for (text, number), count in zip(kinds.items(), np.bincount(kind).tolist(), strict=True):
+            for role, became in turns_in(text):
+                turns[role] += count
+                trained[role] += count * bool(became)
+                if became == EMPTY:
+                    empty.add(number)
+                if role == "assistant":
+                    answers[number] += 1, bool(became)
+        self.roles = {role: (n, trained[role]) for role, n in turns.items()}
+        self.empty = np.unique(index[np.isin(kind, [*empty])])
+        names, file = rows.origins.files(len(rows))
+        said, kept = (np.bincount(file[index], answers[kind, n], len(names)) for n in (0, 1))
+        silent = [n for n in range(len(names)) if said[n] and not kept[n]]
+        self.silent = {names[n]: int(said[n]) for n in silent if len(names) > 1}
+
+
+def _contrary(rows: Array, subjects: Array, verdicts: Array) -> Pairs:
+    """The rows whose verdict on a subject is not that of the first row that judges it."""
+    order = np.argsort(subjects, kind="stable")
+    first = order[_firsts(subjects[order])]
+    contrary = verdicts[order] != verdicts[first]
+    return _ascending(rows[order[contrary]], rows[first[contrary]])
+
+
+def _firsts(values: Array) -> Array:
+    """The index of the first of those that are equal to each of some sorted values, (n,)."""
+    starts = np.flatnonzero(np.append(True, values[1:] != values[:-1])[: len(values)])
+    return np.repeat(starts, np.diff([*starts, len(values)]))
+
+
+def _ascending(rows: Array, others: Array) -> Pairs:
+    """The same pairs by row, each row once."""
+    found, at = np.unique(rows, return_index=True)
+    return found, others[at]
