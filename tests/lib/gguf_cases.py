@@ -1,15 +1,35 @@
 """A tiny model as a GGUF, in llama.cpp's names and order."""
 
 import json
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
 
-def write_gguf(directory: Path, path: Path) -> None:
-    """The tiny Llama of `directory` as an F32 GGUF, in llama.cpp's names and order of query and key
+def write_gguf(
+    directory: Path,
+    path: Path,
+    *,
+    kind: str = "F32",
+    pre: str | None = "smollm",
+    without: Collection[str] = (),
+    besides: Mapping[str, Any] | None = None,
+    per_file: int = 0,
+) -> None:
+    """The tiny Llama of `directory` as a GGUF, in llama.cpp's names and order of query and key
     rows.
+
+    Args:
+        directory: of the model.
+        path: of the file; of a split one without the numbers.
+        kind: the type of the matrices; vectors are F32.
+        pre: the name of the rule by which the tokenizer splits text.
+        without: tensors to leave out, by the file's names.
+        besides: arrays to write as well, by the file's names.
+        per_file: tensors of a file, if it is split.
     """
     import gguf
 
@@ -21,7 +41,7 @@ def write_gguf(directory: Path, path: Path) -> None:
         config["num_key_value_heads"],
         config["num_hidden_layers"],
     )
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, "llama", split_max_tensors=per_file)
     writer.add_block_count(layers)
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -35,7 +55,8 @@ def write_gguf(directory: Path, path: Path) -> None:
     special = {token["content"] for token in backend["added_tokens"]}
     vocabulary = sorted(backend["model"]["vocab"], key=backend["model"]["vocab"].get)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
     writer.add_token_list(vocabulary)
     writer.add_token_types(
         [
@@ -48,6 +69,7 @@ def write_gguf(directory: Path, path: Path) -> None:
     writer.add_pad_token_id(config["pad_token_id"])
     writer.add_chat_template((directory / "chat_template.jinja").read_text())
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
+    tensors: dict[str, Any] = {}
     for name, weight in model.state_dict().items():
         for part, count in (("q_proj", heads), ("k_proj", kv_heads)):
             if part in name:
@@ -56,7 +78,12 @@ def write_gguf(directory: Path, path: Path) -> None:
                     .transpose(1, 2)
                     .reshape(weight.shape)
                 )
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), weight.numpy())
+        tensors[names.get_name(name, try_suffixes=(".weight",))] = weight.numpy()
+    for name, values in {**tensors, **(besides or {})}.items():
+        if name in without:
+            continue
+        stored = gguf.GGMLQuantizationType[kind if values.ndim > 1 else "F32"]
+        writer.add_tensor(name, gguf.quants.quantize(values, stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -1,11 +1,13 @@
 """Loads models and tokenizers with transformers without its progress bars and notices, and with one
-line for each error.
+line for each error and for weights that are missing.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from lorafold.errors import LorafoldError
+
+SHOWN = 8
 
 
 @contextmanager
@@ -47,3 +49,15 @@ def one_line(error: Exception, limit: int = 300) -> str:
     """Return the error's message without line breaks, cut to `limit` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def check_complete(what: str, missing: Sequence[str]) -> None:
+    """Raise LorafoldError, in a message that begins with `what`, if weights are missing, which
+    transformers fills with random numbers.
+    """
+    if missing:
+        more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
+        raise LorafoldError(
+            f"{what}: {len(missing)} weights are missing in its files:"
+            f" {', '.join(missing[:SHOWN])}{more}"
+        )

@@ -3,17 +3,16 @@ on a device (`machine.devices`) and in a storage (`models.storage`), and checks 
 damaged and no weight missing.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafold.errors import LorafoldError, NoTokenizer
 from lorafold.models.architecture import auto_class
-from lorafold.models.load_errors import loading
+from lorafold.models.load_errors import check_complete, loading
 from lorafold.models.quantizing import compute_in, read_quantized
 from lorafold.models.sources import ModelSource, remember, resolve_model
 from lorafold.models.storage import Storage, default_storage
-from lorafold.models.weights import MODEL_FILES
+from lorafold.models.weights import MODEL_FILES, model_files
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +61,7 @@ def load_model(
         config = AutoConfig.from_pretrained(source.path, trust_remote_code=trusted)
         auto = auto_class(config, f"model {source.name}")
         model, missing = read_weights(auto, source, storage, device)
-        check_complete(source, missing)
+        check_complete(f"model {source.name}", missing)
         return model
 
 
@@ -76,8 +75,8 @@ def read_weights(
     """Load a model, in evaluation mode, and return it with the names of its weights that are
     missing in the files.
 
-    Raises LorafoldError if the files are damaged, or if their weights are quantized and the storage
-    is not.
+    Raises LorafoldError if files are damaged or missing, or if their weights are quantized and the
+    storage is not.
 
     Args:
         auto: One of transformers' auto classes.
@@ -88,6 +87,7 @@ def read_weights(
     import torch
 
     source.intact(*MODEL_FILES, *["*.py"] * source.trust_remote_code)
+    model_files(source.path)
     wanted = storage if isinstance(storage, Storage) else Storage(storage)
     if wanted.quantization is None and (stored := default_storage(source)) != "auto":
         raise LorafoldError(
@@ -110,15 +110,6 @@ def read_weights(
     # an adapter's config names its base so
     model.config._name_or_path = model.name_or_path = source.name
     return model.eval(), sorted(info["missing_keys"])
-
-
-def check_complete(source: ModelSource, missing: Sequence[str]) -> None:
-    """Raise LorafoldError if weights are missing."""
-    if missing:
-        raise LorafoldError(
-            f"model {source.name}: {len(missing)} weights are missing in its files:"
-            f" {', '.join(missing[:8])}"
-        )
 
 
 def load_tokenizer(
