@@ -260,9 +260,10 @@ def test_the_scaling_of_positions_is_read(tiny_model_dir, tmp_path, cache):
 
 
 def test_tensors_that_nobody_reads_are_told(tiny_model_dir, tmp_path, cache, caplog):
-    odd = {f"blk.{n}.odd.weight": np.ones(3, np.float32) for n in range(5)}
+    odd = {f"blk.{n}.odd.weight": np.ones(3, np.float32) for n in range(9)}
     write_gguf(tiny_model_dir("llama"), tmp_path / "tiny.gguf", besides=odd)
     with caplog.at_level(logging.WARNING, "lorafold"):
         resolve_model(tmp_path / "tiny.gguf")
-    assert "does not read blk.0.odd.weight" in caplog.text
-    assert "and 1 more of its tensors" in caplog.text
+    assert "9 tensors of its files are not read" in caplog.text
+    assert "blk.0.odd.weight, blk.1.odd.weight" in caplog.text
+    assert "blk.7.odd.weight and 1 more" in caplog.text

@@ -67,12 +67,13 @@ def load_classifier(
             if len(classes) == 1:
                 config["problem_type"] = "regression"
             auto = AutoModelForSequenceClassification
-            model, missing = read_weights(auto, source, storage, device, **config)
+            model, report = read_weights(auto, source, storage, device, **config)
         # a decoder finds the last token by it
         model.config.get_text_config().pad_token_id = pad_id
         # each text takes a single forward pass, so a cache would never be used
         model.config.get_text_config().use_cache = False
     heads = tuple(f"{path}." for path in head_paths(model))
+    missing = sorted(report["missing_keys"])
     new = [name for name in missing if name.startswith(heads)]
     check_complete(f"model {source.name}", [name for name in missing if name not in new])
     widen_heads(model, None if new else FileWeights(model_files(source.path)))

@@ -28,7 +28,7 @@ from lorafold.files.cache import cache_directory
 from lorafold.files.contents import digest
 from lorafold.files.digests import of_file
 from lorafold.models.gguf_files import SUFFIX, join, read, value
-from lorafold.models.gguf_tensors import missing_halves, rope_as_in_file, told_unread
+from lorafold.models.gguf_tensors import missing_halves, rope_as_in_file, tell_passed_over
 from lorafold.models.gguf_words import split_as_learned
 from lorafold.models.load_errors import check_complete, loading
 
@@ -135,7 +135,7 @@ def _unpack(gguf: Gguf, copy: Path) -> None:
             output_loading_info=True,
         )
         check_complete(what, [*sorted(info["missing_keys"]), *missing_halves(readers)])
-        told_unread(model, readers, what)
+        tell_passed_over(model, info, readers, what)
         rope_as_in_file(model.config, readers, what)
         _narrow(model, in_file)
         if len(readers) > 1:

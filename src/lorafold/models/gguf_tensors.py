@@ -8,24 +8,21 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 from lorafold.errors import LorafoldError
+from lorafold.models.load_errors import tell_unread
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
-    from torch import nn
-
-log = logging.getLogger(__name__)
 
 HALF = re.compile(r"(.+\.ffn_)(gate|up)(_exps\..+)")
 OTHER_HALF = {"gate": "up", "up": "gate"}
 ROPE = "rope_freqs.weight"
-SHOWN = 4
+SCALED = ("llama", "mistral")  # the models whose positions that scales as Llama 3's
 
 
 def missing_halves(readers: Sequence[GGUFReader]) -> list[str]:
@@ -38,11 +35,14 @@ def missing_halves(readers: Sequence[GGUFReader]) -> list[str]:
             if (o := before + OTHER_HALF[own] + after) not in names]  # fmt: skip
 
 
-def told_unread(model: nn.Module, readers: Sequence[GGUFReader], what: str) -> None:
+def tell_passed_over(
+    model: Any, report: Any, readers: Sequence[GGUFReader], what: str
+) -> None:
     """Log the tensors that transformers passes over.
 
     Args:
         model: what it made of the files.
+        report: its own, which has those that it knows of.
         readers: the files.
         what: what the message begins with.
     """
@@ -55,15 +55,13 @@ def told_unread(model: nn.Module, readers: Sequence[GGUFReader], what: str) -> N
 
     architecture = readers[0].fields["general.architecture"].contents()
     if is_gguf_arch_supported(architecture):
-        return  # by rules of its own, which leave no tensor over
+        tell_unread(what, sorted(report["unexpected_keys"]))
+        return
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config={})
-    read = {*get_gguf_hf_weights_map(model, processor), ROPE}
-    if unread := [name for name in _names(readers) if name not in read]:
-        more = f" and {len(unread) - SHOWN} more" if len(unread) > SHOWN else ""
-        log.warning(
-            "%s: transformers does not read %s%s of its tensors",
-            what, ", ".join(unread[:SHOWN]), more,
-        )  # fmt: skip
+    read = {*get_gguf_hf_weights_map(model, processor)}
+    if model.config.model_type in SCALED:
+        read.add(ROPE)
+    tell_unread(what, [name for name in _names(readers) if name not in read])
 
 
 def rope_as_in_file(config: Any, readers: Sequence[GGUFReader], what: str) -> None:
@@ -80,7 +78,7 @@ def rope_as_in_file(config: Any, readers: Sequence[GGUFReader], what: str) -> No
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     found = [tensor.data for reader in readers for tensor in reader.tensors if tensor.name == ROPE]
-    if not found or config.model_type not in ("llama", "mistral"):
+    if not found or config.model_type not in SCALED:
         return
     factors = torch.tensor(found[0].copy()).double()  # (rotated dimensions / 2,)
     if bool((factors == 1).all()):

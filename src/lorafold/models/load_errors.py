@@ -1,11 +1,14 @@
 """Loads models and tokenizers with transformers without its progress bars and notices, and with one
-line for each error and for weights that are missing.
+line for each error, for weights that are missing and for tensors that are left over.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from lorafold.errors import LorafoldError
+
+log = logging.getLogger(__name__)
 
 SHOWN = 8
 
@@ -61,3 +64,14 @@ def check_complete(what: str, missing: Sequence[str]) -> None:
             f"{what}: {len(missing)} weights are missing in its files:"
             f" {', '.join(missing[:SHOWN])}{more}"
         )
+
+
+def tell_unread(what: str, names: Sequence[str]) -> None:
+    """Log, in a line that begins with `what`, the tensors of files that the model has no place for.
+    """
+    if names:
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        log.warning(
+            "%s: %d tensors of its files are not read, since the model has no place for them: %s%s",
+            what, len(names), ", ".join(names[:SHOWN]), more,
+        )  # fmt: skip

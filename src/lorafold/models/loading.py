@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorafold.errors import LorafoldError, NoTokenizer
 from lorafold.models.architecture import auto_class
-from lorafold.models.load_errors import check_complete, loading
+from lorafold.models.load_errors import check_complete, loading, tell_unread
 from lorafold.models.quantizing import compute_in, read_quantized
 from lorafold.models.sources import ModelSource, remember, resolve_model
 from lorafold.models.storage import Storage, default_storage
@@ -60,8 +60,9 @@ def load_model(
         trusted = source.trust_remote_code
         config = AutoConfig.from_pretrained(source.path, trust_remote_code=trusted)
         auto = auto_class(config, f"model {source.name}")
-        model, missing = read_weights(auto, source, storage, device)
-        check_complete(f"model {source.name}", missing)
+        model, report = read_weights(auto, source, storage, device)
+        check_complete(f"model {source.name}", sorted(report["missing_keys"]))
+        tell_unread(f"model {source.name}", sorted(report["unexpected_keys"]))
         return model
 
 
@@ -71,9 +72,9 @@ def read_weights(
     storage: "Storage | torch.dtype",
     device: "torch.device | str",
     **config: Any,
-) -> tuple[Any, list[str]]:
-    """Load a model, in evaluation mode, and return it with the names of its weights that are
-    missing in the files.
+) -> tuple[Any, Any]:
+    """Load a model, in evaluation mode, and return it with transformers' report on its weights:
+    which are missing in the files, and which it has no place for.
 
     Raises LorafoldError if files are damaged or missing, or if their weights are quantized and the
     storage is not.
@@ -109,7 +110,7 @@ def read_weights(
     remember(model, source)
     # an adapter's config names its base so
     model.config._name_or_path = model.name_or_path = source.name
-    return model.eval(), sorted(info["missing_keys"])
+    return model.eval(), info
 
 
 def load_tokenizer(
