@@ -76,13 +76,14 @@ def test_a_split_model_is_read_whole_by_any_of_its_files(split, tiny_model_dir, 
 
 
 def test_every_file_of_a_split_model_is_part_of_what_it_is(split, cache):
-    before = of_model(resolve_model(split[0]))
+    source = resolve_model(split[0])
+    before = of_model(source)
     for file in split:
         content = file.read_bytes()
         file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        assert of_model(resolve_model(split[0])) != before
+        assert of_model(source) != before
         file.write_bytes(content)
-    assert of_model(resolve_model(split[0])) == before
+    assert of_model(source) == before
 
 
 def test_a_file_of_a_split_model_that_is_not_there_is_named(split, cache):
@@ -134,6 +135,7 @@ KEPT = {
 }  # fmt: skip
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", KEPT)
 def test_a_copy_has_the_precision_of_its_file(kind, tiny_model_dir, tmp_path, cache):
     write_gguf(tiny_model_dir("llama"), tmp_path / "tiny.gguf", kind=kind)
@@ -181,6 +183,7 @@ def pieces(tokenizer, text: str) -> list[str]:
     return [text[start:end] for _, (start, end) in found]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("pre", "expected"),
     [
@@ -259,11 +262,50 @@ def test_the_scaling_of_positions_is_read(tiny_model_dir, tmp_path, cache):
         resolve_model(tmp_path / "odd.gguf")
 
 
-def test_tensors_that_nobody_reads_are_told(tiny_model_dir, tmp_path, cache, caplog):
-    odd = {f"blk.{n}.odd.weight": np.ones(3, np.float32) for n in range(9)}
-    write_gguf(tiny_model_dir("llama"), tmp_path / "tiny.gguf", besides=odd)
+@pytest.mark.few(1)
+@pytest.mark.parametrize(
+    ("says", "rope"),
+    [
+        ({"type": "linear", "factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        (
+            {"type": "yarn", "factor": 4.0, "original_context_length": 128.0},
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+        ),
+    ],
+)
+def test_a_scaling_in_the_metadata_is_read(says, rope, tiny_model_dir, tmp_path, cache):
+    directory = shutil.copytree(tiny_model_dir("llama"), tmp_path / "scaled")
+    keys = {f"llama.rope.scaling.{key}": given for key, given in says.items()}
+    write_gguf(directory, tmp_path / "tiny.gguf", says=keys)
+    config = json.loads((directory / "config.json").read_text())
+    config["rope_parameters"] |= rope
+    (directory / "config.json").write_text(json.dumps(config))
+    ids = torch.arange(3, 203)[None]
+    with torch.no_grad():
+        expected = load_model(directory, torch.float32)(ids).logits
+        found = load_model(tmp_path / "tiny.gguf", torch.float32)(ids).logits
+        plain = load_model(tiny_model_dir("llama"), torch.float32)(ids).logits
+    torch.testing.assert_close(found, expected)
+    assert (plain - expected).abs().max() > 1e-4  # ten times what is close
+
+
+def test_a_scaling_that_is_not_known_is_refused(tiny_model_dir, tmp_path, cache):
+    for says in ({"type": "longrope"}, {"type": "yarn", "factor": 4.0, "attn_factor": 1.19}):
+        keys = {f"llama.rope.scaling.{key}": given for key, given in says.items()}
+        write_gguf(tiny_model_dir("llama"), tmp_path / "tiny.gguf", says=keys)
+        with pytest.raises(LorafoldError, match=r"rotary positions by (longrope|attn_factor) \(ll"):
+            resolve_model(tmp_path / "tiny.gguf")
+
+
+def test_tensors_that_nobody_reads_are_told_or_refused(tiny_model_dir, tmp_path, cache, caplog):
+    """Those of the model's own blocks change what it computes; others are of other models."""
+    beside = {f"blk.{n}.odd.weight": np.ones(3, np.float32) for n in range(2, 11)}
+    write_gguf(tiny_model_dir("llama"), tmp_path / "tiny.gguf", besides=beside)
     with caplog.at_level(logging.WARNING, "lorafold"):
         resolve_model(tmp_path / "tiny.gguf")
     assert "9 tensors of its files are not read" in caplog.text
-    assert "blk.0.odd.weight, blk.1.odd.weight" in caplog.text
-    assert "blk.7.odd.weight and 1 more" in caplog.text
+    assert "blk.9.odd.weight and 1 more" in caplog.text
+    inside = {"blk.1.attn_q.bias": np.ones(32, np.float32)}
+    write_gguf(tiny_model_dir("llama"), tmp_path / "tiny.gguf", besides=inside)
+    with pytest.raises(LorafoldError, match=r"no place for 1 tensors .*: blk\.1\.attn_q\.bias"):
+        resolve_model(tmp_path / "tiny.gguf")

@@ -17,6 +17,7 @@ def write_gguf(
     pre: str | None = "smollm",
     without: Collection[str] = (),
     besides: Mapping[str, Any] | None = None,
+    says: Mapping[str, str | float] | None = None,
     per_file: int = 0,
 ) -> None:
     """The tiny Llama of `directory` as a GGUF, in llama.cpp's names and order of query and key
@@ -29,6 +30,7 @@ def write_gguf(
         pre: the name of the rule by which the tokenizer splits text.
         without: tensors to leave out, by the file's names.
         besides: arrays to write as well, by the file's names.
+        says: metadata besides the model's own.
         per_file: tensors of a file, if it is split.
     """
     import gguf
@@ -52,6 +54,8 @@ def write_gguf(
     writer.add_rope_dimension_count(config["head_dim"])
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     writer.add_vocab_size(config["vocab_size"])
+    for key, given in (says or {}).items():
+        (writer.add_string if isinstance(given, str) else writer.add_float32)(key, given)
     special = {token["content"] for token in backend["added_tokens"]}
     vocabulary = sorted(backend["model"]["vocab"], key=backend["model"]["vocab"].get)
     writer.add_tokenizer_model("gpt2")

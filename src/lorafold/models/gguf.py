@@ -28,7 +28,8 @@ from lorafold.files.cache import cache_directory
 from lorafold.files.contents import digest
 from lorafold.files.digests import of_file
 from lorafold.models.gguf_files import SUFFIX, join, read, value
-from lorafold.models.gguf_tensors import missing_halves, rope_as_in_file, tell_passed_over
+from lorafold.models.gguf_rope import scale_positions
+from lorafold.models.gguf_tensors import check_read, missing_halves
 from lorafold.models.gguf_words import split_as_learned
 from lorafold.models.load_errors import check_complete, loading
 
@@ -135,8 +136,8 @@ def _unpack(gguf: Gguf, copy: Path) -> None:
             output_loading_info=True,
         )
         check_complete(what, [*sorted(info["missing_keys"]), *missing_halves(readers)])
-        tell_passed_over(model, info, readers, what)
-        rope_as_in_file(model.config, readers, what)
+        check_read(model, info, readers, what)
+        scale_positions(model.config, readers, what)
         _narrow(model, in_file)
         if len(readers) > 1:
             file.unlink()

@@ -59,10 +59,8 @@ def check_complete(what: str, missing: Sequence[str]) -> None:
     transformers fills with random numbers.
     """
     if missing:
-        more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
         raise LorafoldError(
-            f"{what}: {len(missing)} weights are missing in its files:"
-            f" {', '.join(missing[:SHOWN])}{more}"
+            f"{what}: {len(missing)} weights are missing in its files: {shortened(missing)}"
         )
 
 
@@ -70,8 +68,13 @@ def tell_unread(what: str, names: Sequence[str]) -> None:
     """Log, in a line that begins with `what`, the tensors of files that the model has no place for.
     """
     if names:
-        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
         log.warning(
-            "%s: %d tensors of its files are not read, since the model has no place for them: %s%s",
-            what, len(names), ", ".join(names[:SHOWN]), more,
+            "%s: %d tensors of its files are not read, since the model has no place for them: %s",
+            what, len(names), shortened(names),
         )  # fmt: skip
+
+
+def shortened(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
