@@ -75,7 +75,8 @@ def load_classifier(
     heads = tuple(f"{path}." for path in head_paths(model))
     missing = sorted(report["missing_keys"])
     new = [name for name in missing if name.startswith(heads)]
-    check_complete(f"model {source.name}", [name for name in missing if name not in new])
+    lacking = [name for name in missing if name not in new]
+    check_complete(f"model {source.name}", lacking, report["mismatched_keys"])
     widen_heads(model, None if new else FileWeights(model_files(source.path)))
     return model
 

@@ -134,8 +134,10 @@ def _unpack(gguf: Gguf, copy: Path) -> None:
             quantization_config=dense,
             dtype=dtype,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
-        check_complete(what, [*sorted(info["missing_keys"]), *missing_halves(readers)])
+        missing = [*sorted(info["missing_keys"]), *missing_halves(readers)]
+        check_complete(what, missing, info["mismatched_keys"])
         check_read(model, info, readers, what)
         scale_positions(model.config, readers, what)
         _narrow(model, in_file)

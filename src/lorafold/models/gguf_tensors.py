@@ -61,7 +61,8 @@ def check_read(model: Any, report: Any, readers: Sequence[GGUFReader], what: str
     read = {*get_gguf_hf_weights_map(model, processor)}
     if model.config.model_type in SCALED:
         read.add(FREQUENCIES)
-    unread = [name for name in _names(readers) if name not in read]
+    # those of experts are known to it without their ending
+    unread = [n for n in _names(readers) if not {n, n.removesuffix(".weight")} & read]
     blocks = model.config.get_text_config().num_hidden_layers
     inside = [n for n in unread if (at := BLOCK.match(n)) and int(at[1]) < blocks]
     if inside:

@@ -3,8 +3,9 @@ line for each error, for weights that are missing and for tensors that are left 
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from lorafold.errors import LorafoldError
 
@@ -54,10 +55,19 @@ def one_line(error: Exception, limit: int = 300) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def check_complete(what: str, missing: Sequence[str]) -> None:
-    """Raise LorafoldError, in a message that begins with `what`, if weights are missing, which
-    transformers fills with random numbers.
+def check_complete(
+    what: str, missing: Sequence[str], misfits: Iterable[tuple[str, Any, Any]] = ()
+) -> None:
+    """Raise LorafoldError, in a message that begins with `what`, if weights are missing, or if some
+    have another shape than the model, which transformers fills with random numbers.
+
+    Args:
+        what: the model.
+        missing: the names of the weights that its files do not have.
+        misfits: a name, the shape in the files and that of the model, for each that does not fit.
     """
+    if wrong := [f"{n}: shape {list(own)}, expected {list(ours)}" for n, own, ours in misfits]:
+        raise LorafoldError(f"{what}: {shortened(sorted(wrong))}")
     if missing:
         raise LorafoldError(
             f"{what}: {len(missing)} weights are missing in its files: {shortened(missing)}"

@@ -53,16 +53,17 @@ def load_model(
         device: Where to load the model.
     """
     source = resolve_model(source)
-    with loading(f"model {source.name}"):
+    what = f"model {source.name}"
+    with loading(what):
         from transformers import AutoConfig
 
         source.intact("config.json")
         trusted = source.trust_remote_code
         config = AutoConfig.from_pretrained(source.path, trust_remote_code=trusted)
-        auto = auto_class(config, f"model {source.name}")
+        auto = auto_class(config, what)
         model, report = read_weights(auto, source, storage, device)
-        check_complete(f"model {source.name}", sorted(report["missing_keys"]))
-        tell_unread(f"model {source.name}", sorted(report["unexpected_keys"]))
+        check_complete(what, sorted(report["missing_keys"]), report["mismatched_keys"])
+        tell_unread(what, sorted(report["unexpected_keys"]))
         return model
 
 
@@ -74,7 +75,7 @@ def read_weights(
     **config: Any,
 ) -> tuple[Any, Any]:
     """Load a model, in evaluation mode, and return it with transformers' report on its weights:
-    which are missing in the files, and which it has no place for.
+    which are missing in the files, which have other shapes, and which it has no place for.
 
     Raises LorafoldError if files are damaged or missing, or if their weights are quantized and the
     storage is not.
@@ -101,6 +102,7 @@ def read_weights(
             trust_remote_code=source.trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # whoever reads the report refuses them by name
             **config,
         )
         model.to(device)
