@@ -50,12 +50,14 @@ def shared_blocks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
     return directory
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize(("kind", "tokens"), [("zamba", ()), ("zamba2", (7, 300))])
 def test_what_stays_equal_is_written_where_nothing_is_shared_any_more(
-    kind, shared_blocks, tmp_path
+    kind, tokens, shared_blocks, tmp_path
 ):
+    """The rows of tokens change the embedding and the head alike."""
     base, shared = shared_blocks(kind), SHARED[kind]
-    adapter = make_adapter(base, tmp_path / "adapter", targets=rf".*layers\.1\.{shared}\..*q_proj")
+    targets = rf".*layers\.1\.{shared}\..*q_proj"
+    adapter = make_adapter(base, tmp_path / "adapter", targets=targets, tokens=tokens)
     expected = adapted_logits(base, adapter)
     result = merge(str(base), [adapter], tmp_path / "merged", certificate=False)
     read = logits(load_model(tmp_path / "merged", torch.float32))  # refuses missing weights
