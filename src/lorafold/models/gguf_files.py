@@ -71,8 +71,8 @@ def read(files: Sequence[Path]) -> list[GGUFReader]:
             reader = GGUFReader(file)
         except (OSError, ValueError, LookupError, OverflowError) as error:
             raise LorafoldError(
-                f"{file}: expected a GGUF file, but it is none, or was cut short:"
-                f" {one_line(error)}"
+                f"{file}: expected a GGUF file, but it is none, was cut short, or is newer than the"
+                f" package gguf: {one_line(error)}"
             ) from error
         readers.append(reader)
         own, count = value(reader, "split.no") or 0, value(reader, "split.count") or 1
