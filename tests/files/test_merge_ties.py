@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Zamba2Config, ZambaConfig
+from transformers import AutoModelForCausalLM, RobertaConfig, Zamba2Config, ZambaConfig
 
 import lorafold as lf
 from adapter_cases import adapted_logits, logits, make_adapter, relative
@@ -27,6 +27,10 @@ CONFIGS = {
     "zamba": lambda: ZambaConfig(**SIZE, n_mamba_heads=2, attention_hidden_size=64),
     "zamba2": lambda: Zamba2Config(**SIZE, n_mamba_heads=8, mamba_ngroups=1, chunk_size=8),
 }
+HEAD = {name: SIZE[name] for name in ("hidden_size", "intermediate_size", "vocab_size")}
+CONFIGS["roberta"] = lambda: RobertaConfig(
+    **HEAD, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=512, is_decoder=True
+)
 SHARED = {"zamba": "shared_transf", "zamba2": "shared_transformer"}
 
 
@@ -74,11 +78,20 @@ def test_what_stays_equal_is_written_where_nothing_is_shared_any_more(
     assert relative(logits(load_model(tmp_path / "saved", torch.float32)), expected) < 1e-5
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", SHARED)
 def test_what_no_block_changes_alone_stays_shared(kind, shared_blocks, tmp_path):
     base = shared_blocks(kind)
     adapter = make_adapter(base, tmp_path / "adapter", targets=["in_proj"])
     result = merge(str(base), [adapter], tmp_path / "merged", certificate=False)
     assert result.folded.untied == ()
+    read = logits(load_model(tmp_path / "merged", torch.float32))
+    assert relative(read, adapted_logits(base, adapter)) < 1e-5
+
+
+def test_a_bias_that_was_tied_like_the_weight_beside_it_is_written(shared_blocks, tmp_path):
+    base = shared_blocks("roberta")
+    adapter = make_adapter(base, tmp_path / "adapter", targets=["decoder"])
+    result = merge(str(base), [adapter], tmp_path / "merged", certificate=False)
+    assert result.folded.untied == ("lm_head.decoder.weight", "lm_head.decoder.bias")
     read = logits(load_model(tmp_path / "merged", torch.float32))
     assert relative(read, adapted_logits(base, adapter)) < 1e-5
