@@ -18,7 +18,7 @@ from lorafold.core.matrices import module_at
 from lorafold.errors import NotMergeable
 from lorafold.fold.biases import switch_on
 from lorafold.fold.plan import FoldPlan, fold, module_of
-from lorafold.fold.ties import untie
+from lorafold.fold.ties import untie, untie_others
 from lorafold.fold.vocabulary import declare
 
 
@@ -32,7 +32,8 @@ def carry_out(
 
     Args:
         names: the names of the adapters to fold, lowest first.
-        untie_weights: give modules their own weight where a tied one can't stay tied.
+        untie_weights: give modules their own weight where a tied one can't stay tied; then none
+            stays tied, since transformers has one switch for all ties.
     """
     problems = [f"{path}: {reason}" for path, reason in plan.problems]
     if not untie_weights:
@@ -61,6 +62,8 @@ def carry_out(
         for other in others:
             path, _, leaf = other.rpartition(".")
             setattr(module_at(model, path), leaf, getattr(kept, leaf))
+    if plan.apart:
+        untie_others(model)
 
 
 @torch.no_grad()

@@ -14,9 +14,7 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 
 from lorafold.errors import LorafoldError
-from lorafold.files.contents import digest
 from lorafold.files.digests import of_file, of_files
-from lorafold.models.gguf import UNPACKING
 from lorafold.models.loading import TOKENIZER_FILES, VOCABULARIES
 from lorafold.models.sources import ModelSource
 from lorafold.models.weights import INDEX, MODEL_FILES, model_files
@@ -29,11 +27,11 @@ CODE = "**/*.py"
 
 def of_model(source: ModelSource) -> str:
     """The SHA-256 over a model's configuration, weights and tokenizer, and its own Python files if
-    they run, in hexadecimal; of one that was unpacked, over the GGUF file, since transformers
-    writes its copy in other bytes by version.
+    they run, in hexadecimal; of one that was unpacked, over its GGUF files, since
+    transformers writes their copy in other bytes by version.
     """
     if source.gguf is not None:
-        return digest([(f"gguf {UNPACKING}", *of_file(source.gguf))])
+        return source.gguf.identity
     own = (CODE,) if source.trust_remote_code else ()
     here = of_files(source.path, (*MODEL_FILES, *WORDS, *own))
     indexed = model_files(source.intact(INDEX)) if (source.path / INDEX).is_file() else []

@@ -1,11 +1,11 @@
-"""The `config.json` of a merged model: biases that folding added, an embedding and a head that no
-longer share their weight, a vocabulary that grew.
+"""The `config.json` of a merged model: biases that folding added, weights that are no longer
+shared, a vocabulary that grew.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -18,31 +18,47 @@ from lorafold.models.container import Entry
 
 
 def untied_config(
-    config: dict[str, Any], mapped: MappedModel, trust_remote_code: bool
-) -> dict[str, Any]:
-    """The config file's content for a model whose embedding and head differ.
+    config: dict[str, Any], mapped: MappedModel, apart: Collection[str], trust_remote_code: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """(content of the config file for a model without ties, the parameters that its files must have
+    besides those of the base): all that were tied, but for those that the architecture ties
+    whatever its config says.
 
     Args:
         config: The content of the base's `config.json`.
         mapped: The base.
+        apart: The parameters that must not be tied.
         trust_remote_code: Run Python code that comes with the model.
 
-    Raises LorafoldError where the architecture ties them regardless of its config.
+    Raises LorafoldError where the architecture ties those that must not be.
     """
-    loose = copy.deepcopy(mapped.model.config)
-    loose.tie_word_embeddings = False
-    loose.get_text_config().tie_word_embeddings = False
-    if still := tied_parameters(build(loose, trust_remote_code)):
+    written = _without_ties(config)
+    written["tie_word_embeddings"] = False
+    loose = type(mapped.model.config).from_dict(copy.deepcopy(written))
+    still = tied_parameters(build(loose, trust_remote_code))
+    if wrong := sorted(still.keys() & set(apart)):
         raise LorafoldError(
-            f"{', '.join(sorted(still))}: the architecture shares these weights whatever its config"
+            f"{', '.join(wrong)}: the architecture shares these weights whatever its config"
             " says, so they can't be untied"
         )
-    nested = {
-        key: {**value, "tie_word_embeddings": False}
+    had = {*mapped.entries, *mapped.converted}
+    lacking: list[str] = []
+    for name in mapped.tied:
+        if not any(n in had or n in lacking for n in (name, *still.get(name, ()))):
+            lacking.append(name)
+    return written, lacking
+
+
+def _without_ties(config: dict[str, Any]) -> dict[str, Any]:
+    """The content without ties in its parts, such as that of the language model."""
+    found = {
+        key: _without_ties(value) if isinstance(value, dict) else value
         for key, value in config.items()
-        if key == "text_config"
     }
-    return {**config, **nested, "tie_word_embeddings": False}
+    nested = {key: {**found[key], "tie_word_embeddings": False} for key in ("text_config",)
+              if isinstance(found.get(key), dict)}  # fmt: skip
+    own = {"tie_word_embeddings": False} if "tie_word_embeddings" in config else {}
+    return {**found, **nested, **own}
 
 
 def with_biases(

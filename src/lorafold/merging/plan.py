@@ -102,10 +102,15 @@ def plan(
     biases: dict[str, Entry] = {}
     with _among(problems, "added biases"):
         config, biases = with_biases(config, mapped, planned.switches)
-    changed, sources, converted = _tensors(mapped, planned, problems)
-    if any(parameter in planned.apart for parameter in changed.values()):
+    untied: list[str] = []
+    if planned.apart:
         with _among(problems, "tied weights"):
-            config = untied_config(config, mapped, base.trust_remote_code)
+            config, untied = untied_config(config, mapped, planned.apart, base.trust_remote_code)
+    changed, converted = _tensors(mapped, planned, untied, problems)
+    added = {entry.name: entry for entry in biases.values()}
+    for name in untied:
+        with _among(problems, name):
+            added[name] = _entry(mapped, name)[1]
     if planned.vocabulary is not None:
         config = declared(config, planned.vocabulary)
     if not (changed or converted or problems):
@@ -119,14 +124,13 @@ def plan(
         for name, entry in biases.items()
         if entry.name not in changed
     }
-    loose = {name: at for name, at in changed.items() if at not in planned.together}
     return Plan(
         checkpoint,
         mapped.model,
         names,
         changed,
         converted,
-        _untied(mapped, loose, sources) | {entry.name: entry for entry in biases.values()},
+        added,
         zeros,
         dequantized,
         config,
@@ -153,17 +157,19 @@ def _opened(
 
 
 def _tensors(
-    mapped: MappedModel, planned: FoldPlan, problems: Problems
-) -> tuple[dict[str, str], dict[str, Entry], dict[str, Conversion]]:
-    """The parameters of the tensors that change, and their entries, by name; and the conversions by
-    the names of their tensors. What can't be written goes to the problems.
+    mapped: MappedModel, planned: FoldPlan, untied: Sequence[str], problems: Problems
+) -> tuple[dict[str, str], dict[str, Conversion]]:
+    """The parameters of the tensors that change, and the conversions, by the names of the tensors.
+    What can't be written goes to the problems.
+
+    Args:
+        untied: the parameters that were tied and that the files get, changed or not.
     """
     changed: dict[str, str] = {}
-    sources: dict[str, Entry] = {}
     converted: dict[str, Conversion] = {}
     known = {*mapped.entries, *mapped.tied, *mapped.converted}
     for parameter, shape in planned.shapes.items():
-        if parameter in planned.together and parameter not in mapped.entries:
+        if parameter in planned.together and parameter not in (*mapped.entries, *untied):
             continue  # the files have this shared weight under the name of another parameter
         if parameter not in known:
             continue  # a bias that the architecture can't have, which is among the problems
@@ -172,13 +178,12 @@ def _tensors(
                 _check_converted(conversion, parameter, shape)
                 converted |= {entry.name: conversion for entry in conversion.entries}
                 continue
-            name, entry = _entry(mapped, parameter)
-            changed[name], sources[name] = parameter, entry
+            changed[_entry(mapped, parameter)[0]] = parameter
     # of the parameters that are converted alike, the first shows whether that can be reversed
     for conversion in {id(c.converter): c for c in reversed(converted.values())}.values():
         with _among(problems, conversion.name):
             conversion.check_reversible()
-    return changed, sources, converted
+    return changed, converted
 
 
 @contextmanager
@@ -233,18 +238,6 @@ def _check_converted(conversion: Conversion, parameter: str, shape: tuple[int, .
             f"transformers converts this weight on loading, so it can't change its shape: found"
             f" {list(shape)}, expected {list(own)}"
         )
-
-
-def _untied(
-    mapped: MappedModel, changed: dict[str, str], sources: dict[str, Entry]
-) -> dict[str, Entry]:
-    """The tensors to add so that every module that shared a changed weight gets its own."""
-    added = {}
-    for name, parameter in changed.items():
-        for n in (parameter, *mapped.tied.get(parameter, ())):
-            if n not in mapped.entries:
-                added[n] = sources[name]
-    return added
 
 
 def _few(paths: list[str]) -> str:

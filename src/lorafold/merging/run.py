@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CERTIFICATE = "merge.json"
+SHOWN = 3
 INSTEAD = "; merge another one in Python, with adapter.merge() and model.save_pretrained(out)"
 
 
@@ -117,10 +118,11 @@ class Merged:
             f"  {sums.survival:.2%} of the update survives; the noise that rounding added is"
             f" {sums.noise:.2%} of its norm"
         )
-        if self.folded.untied:
+        if untied := self.folded.untied:
+            more = f" and {len(untied) - SHOWN} more" if len(untied) > SHOWN else ""
             lines.append(
-                "  embedding and head no longer share their weight:"
-                f" {', '.join(self.folded.untied)} was added"
+                f"  weights are no longer shared: {', '.join(untied[:SHOWN])}{more}"
+                f" {'was' if len(untied) == 1 else 'were'} added"
             )
         if self.folded.biases:
             n = len(self.folded.biases)

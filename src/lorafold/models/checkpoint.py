@@ -8,7 +8,6 @@ into parameters where it does not take them as they are (`converted`).
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,13 +29,14 @@ from transformers.core_model_loading import (
 from lorafold.core.anatomy import tied_parameters
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import MANIFEST
+from lorafold.files.record import read_object
 from lorafold.models.architecture import auto_class
 from lorafold.models.container import Container, Entry, read_container, read_tensors
 from lorafold.models.converted import Conversion, Source
 from lorafold.models.in_files import as_in_files, check_quantized, make_quantized, readable
 from lorafold.models.load_errors import loading, one_line
 from lorafold.models.sources import ModelSource, remember
-from lorafold.models.weights import INDEX, MODEL_FILES, model_files
+from lorafold.models.weights import INDEX, MODEL_FILES, SINGLE, model_files
 
 WEIGHTS = (
     ".safetensors",
@@ -109,13 +109,9 @@ def open_checkpoint(source: ModelSource, patterns: Sequence[str] = MODEL_FILES) 
     since it was written.
     """
     path = source.intact(*patterns)
-    files = model_files(path)
-    if missing := [file.name for file in files if not file.is_file()]:
-        raise LorafoldError(f"{path}: {INDEX} names files that are missing: {', '.join(missing)}")
-    index = (
-        json.loads((path / INDEX).read_text(encoding="utf-8")) if (path / INDEX).is_file() else None
-    )
-    return Checkpoint(source, {file.name: read_container(file) for file in files}, index)
+    files = {file.name: read_container(file) for file in model_files(path)}
+    sharded = SINGLE not in files
+    return Checkpoint(source, files, read_object(path / INDEX) if sharded else None)
 
 
 def build(config: Any, trust_remote_code: bool) -> PreTrainedModel:

@@ -24,8 +24,8 @@ from lorafold.core.presets import beneath
 from lorafold.core.towers import aside
 from lorafold.errors import LorafoldError
 from lorafold.files.card import REWARD
-from lorafold.models.load_errors import loading
-from lorafold.models.loading import check_complete, read_weights
+from lorafold.models.load_errors import check_complete, loading
+from lorafold.models.loading import read_weights
 from lorafold.models.sources import ModelSource
 from lorafold.models.storage import Storage
 from lorafold.models.weights import FileWeights, Weights, model_files
@@ -67,14 +67,16 @@ def load_classifier(
             if len(classes) == 1:
                 config["problem_type"] = "regression"
             auto = AutoModelForSequenceClassification
-            model, missing = read_weights(auto, source, storage, device, **config)
+            model, report = read_weights(auto, source, storage, device, **config)
         # a decoder finds the last token by it
         model.config.get_text_config().pad_token_id = pad_id
         # each text takes a single forward pass, so a cache would never be used
         model.config.get_text_config().use_cache = False
     heads = tuple(f"{path}." for path in head_paths(model))
+    missing = sorted(report["missing_keys"])
     new = [name for name in missing if name.startswith(heads)]
-    check_complete(source, [name for name in missing if name not in new])
+    lacking = [name for name in missing if name not in new]
+    check_complete(f"model {source.name}", lacking, report["mismatched_keys"])
     widen_heads(model, None if new else FileWeights(model_files(source.path)))
     return model
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from lorafold.errors import LorafoldError
 from lorafold.files.intact import check_intact
+from lorafold.models.gguf_files import one_file
 from lorafold.models.load_errors import loading, one_line
-from lorafold.models.sources import ACCEPTED, EMBEDDED, check_revision, resolve_model
+from lorafold.models.sources import ACCEPTED, EMBEDDED, check_revision, gguf_at, resolve_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -32,10 +33,11 @@ def configuration(
     check_revision(name, revision)
     path = Path(name).expanduser()
     with loading(f"model {name}"):
-        if path.is_file() and path.suffix == ".gguf":
-            return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         if name == EMBEDDED:
             return AutoConfig.from_pretrained(resolve_model(name).intact("config.json"))
+        if files := gguf_at(path):
+            with one_file(files) as file:
+                return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
         if path.exists() and not (path / "config.json").is_file():
             raise LorafoldError(f"model {name}: found no config.json in it; {ACCEPTED}")
         check_intact(path, ["config.json"])

@@ -1,60 +1,107 @@
 """Unpacks GGUF files to plain models, once, in the user's cache.
 
+    the file's tensors                  the copy's
+    F32, F16, BF16, and Q8_0 as F32     every value as it is in the file
+    any fewer bits, as in Q4_1          bf16, or fp32 where that was asked for
+
 A quantized GGUF file can't be trained as it is, and unpacking it takes tens of seconds
-(SmolLM2-135M: 25 s). So the first use writes a bf16 safetensors copy, with tokenizer and generation
+(SmolLM2-135M: 25 s). So the first use writes a safetensors copy, with tokenizer and generation
 config, to `$LORAFOLD_CACHE`, else `$XDG_CACHE_HOME/lorafold`, else `~/.cache/lorafold`. Later uses
 read the copy. Its name contains the digest of the GGUF file. A damaged copy is made anew.
 """
 
+from __future__ import annotations
+
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import MANIFEST, atomic_directory, verify
 from lorafold.files.cache import cache_directory
+from lorafold.files.contents import digest
 from lorafold.files.digests import of_file
-from lorafold.models.load_errors import loading
+from lorafold.models.gguf_files import SUFFIX, join, read, value
+from lorafold.models.gguf_rope import scale_positions
+from lorafold.models.gguf_tensors import check_read, missing_halves
+from lorafold.models.gguf_words import split_as_learned
+from lorafold.models.load_errors import check_complete, loading
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    import torch
+    from gguf import GGUFReader
 
 log = logging.getLogger(__name__)
 
-UNPACKING = 1  # raise it when copies made by an earlier version must not be used any more
+UNPACKING = 2  # raise it when copies made by an earlier version must not be used any more
+PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+EXACT = {*PLAIN, "Q8_0"}  # what a copy has as it is in the file
 
 
-def unpacked(gguf: Path) -> Path:
-    """Return the directory of the bf16 copy of a GGUF file, which is made if there is none.
+@dataclass(frozen=True)
+class Gguf:
+    """The GGUF files of a model, in their order, and whether fp32 is asked of its copy."""
+
+    files: tuple[Path, ...]
+    fp32: bool = False
+
+    @property
+    def identity(self) -> str:
+        """The SHA-256 over the files, and over what their copy is."""
+        made = f"gguf {UNPACKING}{' fp32' * self.fp32}"
+        return digest((f"{made} {n}", *of_file(file)) for n, file in enumerate(self.files))
+
+    @property
+    def copy(self) -> Path:
+        """The directory of the copy, there or not."""
+        digests = [of_file(file)[1] for file in self.files]
+        key = digests[0] if len(digests) == 1 else self.identity
+        name = f"{self.files[0].stem}-{key[:16]}-{UNPACKING}{'-fp32' * self.fp32}"
+        return cache_directory() / "models" / name
+
+    def __str__(self) -> str:
+        """Its name in messages."""
+        return str(self.files[0])
+
+
+def gguf_of(files: Sequence[Path], fp32: bool = False) -> Gguf:
+    """The model of these files; fp32 is for files with fewer bits than their copy keeps."""
+    return Gguf(tuple(files), fp32 and not _types(read(files)) <= EXACT)
+
+
+def unpacked(gguf: Gguf) -> Path:
+    """Return the directory of the copy of a model, which is made if there is none.
 
     Processes that run this at the same time make one copy. Raises LorafoldError if transformers
-    can't read the file, or if the cache can't be written.
+    can't read the files, if they lack weights, or if the cache can't be written.
     """
-    copy = cache_directory() / "models" / f"{gguf.stem}-{of_file(gguf)[1][:16]}-{UNPACKING}"
+    copy = gguf.copy
     if not (copy / MANIFEST).is_file():
         with _locked(gguf, copy):
             if not (copy / MANIFEST).is_file():
-                log.info("unpacking %s to %s (once)", gguf.name, copy)
+                log.info("unpacking %s to %s (once)", gguf.files[0].name, copy)
                 shutil.rmtree(copy, ignore_errors=True)
                 _unpack(gguf, copy)
     return copy
 
 
-def renew(gguf: Path, copy: Path) -> None:
+def renew(gguf: Gguf, copy: Path) -> None:
     """Make a damaged copy anew, unless another process has done so. Raises as `unpacked` does."""
     with _locked(gguf, copy):
         if problems := verify(copy):
-            log.info("%s is damaged (%s): unpacking %s anew", copy, "; ".join(problems), gguf.name)
+            name = gguf.files[0].name
+            log.info("%s is damaged (%s): unpacking %s anew", copy, "; ".join(problems), name)
             _unpack(gguf, copy)
 
 
 @contextmanager
-def _locked(gguf: Path, copy: Path) -> Iterator[None]:
+def _locked(gguf: Gguf, copy: Path) -> Iterator[None]:
     try:
         copy.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(copy.with_name(copy.name + ".lock")):
@@ -66,38 +113,61 @@ def _locked(gguf: Path, copy: Path) -> Iterator[None]:
         ) from error
 
 
-def _unpack(gguf: Path, copy: Path) -> None:
-    import torch
+def _unpack(gguf: Gguf, copy: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    with gguf.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise LorafoldError(f"{gguf}: expected a GGUF file, but it does not begin with GGUF")
-    dense = GgufConfig(dequantize=True)
-    with loading(str(gguf)):
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, quantization_config=dense, dtype=torch.bfloat16
+    what, readers = f"model {gguf}", read(gguf.files)
+    dtype, in_file = _dtypes(_types(readers), gguf.fp32)
+    with loading(what), atomic_directory(copy, overwrite=True) as tmp:
+        file = gguf.files[0]
+        if len(readers) > 1:
+            file = tmp / f"joined{SUFFIX}"
+            join(readers, file)
+        auto: Any = AutoModelForCausalLM
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        kind, pre = (value(readers[0], f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+        split_as_learned(tokenizer, kind, pre, what)
+        dense = GgufConfig(dequantize=True)
+        model, info = auto.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            quantization_config=dense,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
-        _isolate_digits(tokenizer)
-        with atomic_directory(copy, overwrite=True) as tmp:
-            model.save_pretrained(tmp)
-            tokenizer.save_pretrained(tmp)
+        missing = [*sorted(info["missing_keys"]), *missing_halves(readers)]
+        check_complete(what, missing, info["mismatched_keys"])
+        check_read(model, info, readers, what)
+        scale_positions(model.config, readers, what)
+        _narrow(model, in_file)
+        if len(readers) > 1:
+            file.unlink()
+        model.save_pretrained(tmp)
+        tokenizer.save_pretrained(tmp)
 
 
-def _isolate_digits(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Make the tokenizer split text at every digit if its vocabulary was learned so, as SmolLM's.
+def _types(readers: Sequence[GGUFReader]) -> set[str]:
+    return {tensor.tensor_type.name for reader in readers for tensor in reader.tensors}
 
-    transformers has no rule for such a byte-level vocabulary in a GGUF file and splits as GPT-2
-    does. Two spaces before a digit then give other tokens than the model was trained on. The
-    vocabulary is recognized by having no token that joins a digit with another character.
-    """
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
-    backend = tokenizer.backend_tokenizer
-    learned = tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys()
-    mixed = any(
-        len(token) > 1 and any(digit in token for digit in "0123456789") for token in learned
-    )
-    if isinstance(backend.pre_tokenizer, ByteLevel) and not mixed:
-        backend.pre_tokenizer = Sequence([Digits(individual_digits=True), backend.pre_tokenizer])
+def _dtypes(types: set[str], fp32: bool) -> tuple[torch.dtype, torch.dtype]:
+    """The dtype to read tensors of these types in, and that of the copy."""
+    import torch
+
+    if not types <= EXACT:
+        wanted = torch.float32 if fp32 else torch.bfloat16
+        return wanted, wanted
+    # vectors, and the matrices of routers, are F32 in every file
+    matrices = types - {"F32"} if len(types) > 1 else types
+    return torch.float32, getattr(torch, PLAIN.get("".join(matrices), "float32"))
+
+
+def _narrow(model: Any, dtype: torch.dtype) -> None:
+    """Store the parameters in this dtype, but for those with values that it does not have."""
+    import torch
+
+    for parameter in model.parameters():
+        narrow = parameter.data.to(dtype)
+        if torch.equal(narrow.to(parameter.dtype), parameter.data):
+            parameter.data = narrow

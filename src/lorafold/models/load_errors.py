@@ -1,11 +1,17 @@
 """Loads models and tokenizers with transformers without its progress bars and notices, and with one
-line for each error.
+line for each error, for weights that are missing and for tensors that are left over.
 """
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from lorafold.errors import LorafoldError
+
+log = logging.getLogger(__name__)
+
+SHOWN = 8
 
 
 @contextmanager
@@ -47,3 +53,38 @@ def one_line(error: Exception, limit: int = 300) -> str:
     """Return the error's message without line breaks, cut to `limit` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def check_complete(
+    what: str, missing: Sequence[str], misfits: Iterable[tuple[str, Any, Any]] = ()
+) -> None:
+    """Raise LorafoldError, in a message that begins with `what`, if weights are missing, or if some
+    have another shape than the model, which transformers fills with random numbers.
+
+    Args:
+        what: the model.
+        missing: the names of the weights that its files do not have.
+        misfits: a name, the shape in the files and that of the model, for each that does not fit.
+    """
+    if wrong := [f"{n}: shape {list(own)}, expected {list(ours)}" for n, own, ours in misfits]:
+        raise LorafoldError(f"{what}: {shortened(sorted(wrong))}")
+    if missing:
+        raise LorafoldError(
+            f"{what}: {len(missing)} weights are missing in its files: {shortened(missing)}"
+        )
+
+
+def tell_unread(what: str, names: Sequence[str]) -> None:
+    """Log, in a line that begins with `what`, the tensors of files that the model has no place for.
+    """
+    if names:
+        log.warning(
+            "%s: %d tensors of its files are not read, since the model has no place for them: %s",
+            what, len(names), shortened(names),
+        )  # fmt: skip
+
+
+def shortened(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

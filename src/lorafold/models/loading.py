@@ -3,17 +3,16 @@ on a device (`machine.devices`) and in a storage (`models.storage`), and checks 
 damaged and no weight missing.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafold.errors import LorafoldError, NoTokenizer
 from lorafold.models.architecture import auto_class
-from lorafold.models.load_errors import loading
+from lorafold.models.load_errors import check_complete, loading, tell_unread
 from lorafold.models.quantizing import compute_in, read_quantized
 from lorafold.models.sources import ModelSource, remember, resolve_model
 from lorafold.models.storage import Storage, default_storage
-from lorafold.models.weights import MODEL_FILES
+from lorafold.models.weights import MODEL_FILES, model_files
 
 if TYPE_CHECKING:
     import torch
@@ -54,15 +53,17 @@ def load_model(
         device: Where to load the model.
     """
     source = resolve_model(source)
-    with loading(f"model {source.name}"):
+    what = f"model {source.name}"
+    with loading(what):
         from transformers import AutoConfig
 
         source.intact("config.json")
         trusted = source.trust_remote_code
         config = AutoConfig.from_pretrained(source.path, trust_remote_code=trusted)
-        auto = auto_class(config, f"model {source.name}")
-        model, missing = read_weights(auto, source, storage, device)
-        check_complete(source, missing)
+        auto = auto_class(config, what)
+        model, report = read_weights(auto, source, storage, device)
+        check_complete(what, sorted(report["missing_keys"]), report["mismatched_keys"])
+        tell_unread(what, sorted(report["unexpected_keys"]))
         return model
 
 
@@ -72,12 +73,12 @@ def read_weights(
     storage: "Storage | torch.dtype",
     device: "torch.device | str",
     **config: Any,
-) -> tuple[Any, list[str]]:
-    """Load a model, in evaluation mode, and return it with the names of its weights that are
-    missing in the files.
+) -> tuple[Any, Any]:
+    """Load a model, in evaluation mode, and return it with transformers' report on its weights:
+    which are missing in the files, which have other shapes, and which it has no place for.
 
-    Raises LorafoldError if the files are damaged, or if their weights are quantized and the storage
-    is not.
+    Raises LorafoldError if files are damaged or missing, or if their weights are quantized and the
+    storage is not.
 
     Args:
         auto: One of transformers' auto classes.
@@ -88,6 +89,7 @@ def read_weights(
     import torch
 
     source.intact(*MODEL_FILES, *["*.py"] * source.trust_remote_code)
+    model_files(source.path)
     wanted = storage if isinstance(storage, Storage) else Storage(storage)
     if wanted.quantization is None and (stored := default_storage(source)) != "auto":
         raise LorafoldError(
@@ -100,6 +102,7 @@ def read_weights(
             trust_remote_code=source.trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # whoever reads the report refuses them by name
             **config,
         )
         model.to(device)
@@ -109,16 +112,7 @@ def read_weights(
     remember(model, source)
     # an adapter's config names its base so
     model.config._name_or_path = model.name_or_path = source.name
-    return model.eval(), sorted(info["missing_keys"])
-
-
-def check_complete(source: ModelSource, missing: Sequence[str]) -> None:
-    """Raise LorafoldError if weights are missing."""
-    if missing:
-        raise LorafoldError(
-            f"model {source.name}: {len(missing)} weights are missing in its files:"
-            f" {', '.join(missing[:8])}"
-        )
+    return model.eval(), info
 
 
 def load_tokenizer(

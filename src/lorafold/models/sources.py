@@ -14,7 +14,8 @@ from lorafold.errors import LorafoldError
 from lorafold.files.atomic import verify
 from lorafold.files.intact import check_intact
 from lorafold.files.record import read_object
-from lorafold.models.gguf import renew, unpacked
+from lorafold.models.gguf import Gguf, gguf_of, renew, unpacked
+from lorafold.models.gguf_files import SUFFIX, files_in, files_of
 from lorafold.models.load_errors import one_line
 
 if TYPE_CHECKING:
@@ -32,20 +33,20 @@ HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model on this machine: its directory, the name that was asked for, the GGUF file that the
-    directory was unpacked from, if there is one, and whether its own Python files run.
+    """A model on this machine: its directory, the name that was asked for, the GGUF files that
+    the directory was unpacked from, if there are any, and whether its own Python files run.
     """
 
     path: Path
     name: str
-    gguf: Path | None = field(default=None, compare=False)
+    gguf: Gguf | None = field(default=None, compare=False)
     trust_remote_code: bool = False
 
     def intact(self, *patterns: str) -> Path:
         """Check that files which match the patterns were not damaged since they were written, and
         return `path`.
 
-        A damaged copy of a GGUF file is made anew. Raises LorafoldError for other damaged
+        A damaged copy of GGUF files is made anew. Raises LorafoldError for other damaged
         directories.
         """
         if self.gguf is None:
@@ -64,12 +65,16 @@ _READ: "WeakKeyDictionary[nn.Module, ModelSource]" = WeakKeyDictionary()
 
 
 def resolve_model(
-    name: ModelSource | str | Path, revision: str | None = None, trust_remote_code: bool = False
+    name: ModelSource | str | Path,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    fp32: bool = False,
 ) -> ModelSource:
     """Find a model on this machine, or download it from the hub; one that was found stays as it is.
 
-    `revision` is a branch, tag or commit of a hub model. Raises LorafoldError if there is no such
-    model, or if its weights are not safetensors.
+    `revision` is a branch, tag or commit of a hub model; `fp32` keeps of a quantized GGUF file what
+    bf16 would round. Raises LorafoldError if there is no such model, or if its weights are neither
+    safetensors nor GGUF.
     """
     if isinstance(name, ModelSource):
         return name
@@ -77,18 +82,30 @@ def resolve_model(
     text, path = str(name), Path(name).expanduser()
     check_revision(text, revision)
     if text == EMBEDDED:
-        gguf = _embedded_gguf()
+        gguf = Gguf((_embedded_gguf(),))  # the same on every machine
         return found(unpacked(gguf), text, gguf)
-    if path.is_file() and path.suffix == ".gguf":
-        return found(unpacked(path.resolve()), text, path.resolve())
+    if files := gguf_at(path):
+        gguf = gguf_of(files, fp32)
+        return found(unpacked(gguf), text, gguf)
     if path.is_dir():
         return found(_checked(path, text), text)
-    if path.exists() or path.suffix == ".gguf" or not HUB_ID.fullmatch(text):
+    if path.exists() or path.suffix == SUFFIX or not HUB_ID.fullmatch(text):
         raise LorafoldError(
             f"model {text}: {'not a model' if path.exists() else 'no such file or directory'};"
             f" {ACCEPTED}"
         )
     return found(_checked(_from_hub(text, revision), text), text)
+
+
+def gguf_at(path: Path) -> tuple[Path, ...]:
+    """The GGUF files of the model at a path, which is one of them or a folder without safetensors;
+    none if it is anything else. Raises LorafoldError as `files_of` and `files_in`.
+    """
+    if path.is_file() and path.suffix == SUFFIX:
+        return files_of(path.absolute())
+    if path.is_dir() and not any(path.glob("*.safetensors")):
+        return files_in(path.absolute())
+    return ()
 
 
 def check_revision(name: str, revision: str | None) -> None:

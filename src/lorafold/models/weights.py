@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from math import prod
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from lorafold.core.attach import base_state
 from lorafold.errors import LorafoldError
 from lorafold.files.header import places
+from lorafold.files.record import read_object
 
 # by their names in safetensors
 DTYPES = {
@@ -31,6 +31,7 @@ DTYPES = {
 }  # fmt: skip
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+SHOWN = 4
 # the files of a model, except those of its tokenizer
 MODEL_FILES = (
     "config.json",
@@ -208,14 +209,23 @@ def unreadable(path: Path, error: Exception) -> LorafoldError:
 
 
 def model_files(directory: Path) -> list[Path]:
-    """Return the weight files of a model directory. Raises LorafoldError if there are none."""
-    if (index := directory / INDEX).is_file():
-        return [
-            directory / name
-            for name in sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
-        ]
+    """Return the weight files of a model directory, those that transformers reads. Raises
+    LorafoldError if there are none, or with the names of those that are missing.
+    """
     if (single := directory / SINGLE).is_file():
         return [single]
-    raise LorafoldError(f"{directory}: found neither {SINGLE} nor {INDEX}, expected one of them")
+    if (index := directory / INDEX).is_file():
+        named = read_object(index).get("weight_map")
+        if not isinstance(named, dict) or not all(isinstance(n, str) for n in named.values()):
+            raise LorafoldError(f"{index}: found no weight_map, expected the file of each tensor")
+        files = [directory / name for name in sorted(set(named.values()))]
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise LorafoldError(
+                f"{directory}: {INDEX} names files that are missing: {', '.join(missing)}"
+            )
+        return files
+    others = sorted(file.name for file in directory.glob("*.safetensors"))
+    beside = f" beside {', '.join(others[:SHOWN])}" if others else ""
+    raise LorafoldError(
+        f"{directory}: found neither {SINGLE} nor {INDEX}{beside}, expected one of them"
+    )

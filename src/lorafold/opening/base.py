@@ -65,7 +65,8 @@ class Base:
     @cached_property
     def source(self) -> ModelSource:
         """Its files. Raises LorafoldError as `resolve_model`."""
-        return resolve_model(self.model, self.revision, self.trust_remote_code)
+        asked = self.storage == "fp32"
+        return resolve_model(self.model, self.revision, self.trust_remote_code, asked)
 
     @property
     def name(self) -> str:

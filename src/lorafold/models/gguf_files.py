@@ -1,0 +1,139 @@
+"""GGUF files as they are found: one that is a whole model, or several that are one model together.
+
+    model.gguf
+    model-00001-of-00003.gguf  model-00002-of-00003.gguf  ...     the first has the metadata, and
+                                                                  each has some of the tensors
+
+Transformers reads one file and fills what it does not find with random numbers. So the files of a
+split model are joined before it reads them.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorafold.errors import LorafoldError
+from lorafold.models.load_errors import one_line
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+
+SUFFIX = ".gguf"
+PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+BESIDE = "mmproj"  # how the files of a model's towers begin
+
+
+def files_of(file: Path) -> tuple[Path, ...]:
+    """The files of the model that one of its files belongs to, in their order. Raises LorafoldError
+    with the names of those that are missing.
+    """
+    named = PART.fullmatch(file.name)
+    if named is None:
+        return (file,)
+    stem, _, count = named.groups()
+    found = [file.with_name(f"{stem}-{n:05}-of-{count}{SUFFIX}") for n in range(1, int(count) + 1)]
+    if absent := [part.name for part in found if not part.is_file()]:
+        raise LorafoldError(
+            f"model {file}: one of {int(count)} files; missing beside it: {', '.join(absent)}"
+        )
+    return tuple(found)
+
+
+def files_in(folder: Path) -> tuple[Path, ...]:
+    """The files of the only model in a folder; none if it has no GGUF files. Raises LorafoldError
+    if it has several models, or not all files of one.
+    """
+    found = sorted(p for p in folder.glob(f"*{SUFFIX}") if not p.name.startswith(BESIDE))
+    models = list(dict.fromkeys(map(files_of, found)))
+    if len(models) > 1:
+        names = ", ".join(files[0].name for files in models)
+        raise LorafoldError(
+            f"model {folder}: found {len(models)} GGUF models in it, expected one of them: {names}"
+        )
+    return models[0] if models else ()
+
+
+def read(files: Sequence[Path]) -> list[GGUFReader]:
+    """Read the metadata of the files of a model.
+
+    Raises LorafoldError for one that is no GGUF file, was cut short, or is none of these files.
+    """
+    from gguf import GGUFReader
+
+    readers = []
+    for number, file in enumerate(files):
+        try:
+            reader = GGUFReader(file)
+        except (OSError, ValueError, LookupError, OverflowError) as error:
+            raise LorafoldError(
+                f"{file}: expected a GGUF file, but it is none, was cut short, or is newer than the"
+                f" package gguf: {one_line(error)}"
+            ) from error
+        readers.append(reader)
+        own, count = value(reader, "split.no") or 0, value(reader, "split.count") or 1
+        if (own, count) != (number, len(files)):
+            raise LorafoldError(
+                f"{file}: its metadata says that it is file {own + 1} of {count}, expected file"
+                f" {number + 1} of {len(files)}; the files of a model are named"
+                f" NAME-00001-of-{count:05}{SUFFIX} and so on, in one folder"
+            )
+    wanted, found = value(readers[0], "split.tensors.count"), sum(len(r.tensors) for r in readers)
+    if wanted not in (None, found):
+        raise LorafoldError(f"{files[0]}: found {found} tensors, expected {wanted}")
+    return readers
+
+
+def value(reader: GGUFReader, key: str) -> Any:
+    """What the metadata of a file has under a key; None if it has nothing."""
+    field = reader.get_field(key)
+    return None if field is None else field.contents()
+
+
+@contextmanager
+def one_file(files: Sequence[Path]) -> Iterator[Path]:
+    """A file with the metadata and the names of all tensors of a model, but not all values."""
+    if len(files) == 1:
+        yield files[0]
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        joined = Path(folder) / f"joined{SUFFIX}"
+        join(read(files), joined, values=False)
+        yield joined
+
+
+def join(readers: Sequence[GGUFReader], out: Path, *, values: bool = True) -> None:
+    """Write the files of a model as one.
+
+    Args:
+        readers: the files, in their order.
+        out: the file to write.
+        values: write the tensors' values; else there is a hole of their size.
+    """
+    import numpy as np
+
+    first, tensors = readers[0], [tensor for reader in readers for tensor in reader.tensors]
+    count: Any = first.fields["GGUF.tensor_count"].parts[0]
+    metadata = max(f.offset + sum(p.nbytes for p in f.parts) for f in first.fields.values())
+    alignment = int(first.alignment)
+    before = 4 + 4  # the magic and the version
+    with out.open("wb") as file:
+        file.write(first.data[:before].tobytes())
+        file.write(np.array([len(tensors)], count.dtype).tobytes())
+        file.write(first.data[before + count.nbytes : metadata].tobytes())
+        places, end = [], 0
+        for tensor in tensors:
+            *about, offset = tensor.field.parts
+            places.append(end)
+            file.writelines(part.tobytes() for part in about)
+            file.write(np.array([end], offset.dtype).tobytes())
+            end += -(-tensor.n_bytes // alignment) * alignment
+        start = -(-file.tell() // alignment) * alignment
+        for tensor, place in zip(tensors, places, strict=True) if values else ():
+            file.seek(start + place)
+            tensor.data.tofile(file)
+        file.truncate(start + end)

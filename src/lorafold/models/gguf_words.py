@@ -1,0 +1,149 @@
+"""How a byte-level tokenizer splits text before it makes tokens, by the name of the rule in a GGUF
+file (`tokenizer.ggml.pre`), where transformers has no rule of this name and splits as GPT-2 does.
+
+    "a  12"        GPT-2: a, Ġ, Ġ12      smollm: a, ĠĠ, 1, 2      deepseek-v3: a, Ġ, Ġ, 12
+
+A file has the name alone. The rules are those that llama.cpp has for the names, which write them.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from lorafold.errors import LorafoldError
+
+if TYPE_CHECKING:
+    from tokenizers.pre_tokenizers import PreTokenizer
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+BYTE_LEVEL = "gpt2"  # the kind of vocabulary that has these rules
+AS_GPT2 = frozenset(
+    ("gpt-2", "phi-2", "gigachat", "a.x-4.0", "mellum", "mpt", "olmo", "jais", "trillion",
+     "granite-docling", "exaone4")
+)  # fmt: skip
+EACH_DIGIT = frozenset(
+    ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2")
+)
+# words that are tokens are taken whole, whether the merges make them or not
+WHOLE_WORDS = frozenset(
+    ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2",
+     "tekken", "youtu", "minicpm5")
+)  # fmt: skip
+
+SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+SIGNS, LINES, SPACES = r" ?[^\s\p{L}\p{N}]+[\r\n]*", r"\s*[\r\n]+", r"\s+(?!\S)|\s+"
+LLAMA3 = rf"{SUFFIX}|{WORD}|\p{{N}}{{1,3}}|{SIGNS}|{LINES}|{SPACES}"
+QWEN2 = rf"{SUFFIX}|{WORD}|\p{{N}}|{SIGNS}|{LINES}|{SPACES}"
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+CASED = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+" + SUFFIX + "?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*" + SUFFIX + "?"
+)
+DEEPSEEK3 = (
+    r"\p{N}{1,3}",
+    "[一-龥\u3040-ゟ゠-ヿ]+",
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{LINES}|{SPACES}",
+)
+BLOOM = " ?[^(\\s|.,!?…。，、।۔،)]+"
+BAILING = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*"
+    rf"|\s*[\r\n]|{SPACES}"
+)
+# each splits what those before it left
+RULES: dict[str, tuple[str, ...]] = {
+    "glm4": (LLAMA3,),
+    "chatglm-bpe": (LLAMA3,),
+    "hunyuan": (QWEN2,),
+    "stablelm2": (QWEN2,),
+    "solar-open": (QWEN2,),
+    "grok-2": (QWEN2,),
+    "ufakzeka": (rf"{WORD}|\p{{N}}|{SIGNS}|{LINES}|{SPACES}",),
+    "laguna": (r"[^\n]+|[\n]+", QWEN2),
+    "seed-coder": (rf"{SUFFIX}|{WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{LINES}|{SPACES}",),
+    "minicpm5": (r"\p{N}{1,3}", rf"{SUFFIX}|{WORD}|\p{{N}}+|{SIGNS}|{LINES}|{SPACES}"),
+    "bailingmoe": (BAILING,),
+    "bailingmoe2": (BAILING,),
+    "llada-moe": (BAILING,),
+    "deepseek-v3": DEEPSEEK3,
+    "hunyuan-dense": DEEPSEEK3,
+    "joyai-llm": DEEPSEEK3,
+    "hy_v4": DEEPSEEK3,
+    "deepseek-coder": (
+        r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥\u0800-一가-\ud7ff]+", r"\p{N}"
+    ),
+    "youtu": (
+        "[가-힣ㄱ-ㆎ]+|[！…“”‘’—：；，、-〿︰-﹏]+|[ㄅ-ㄯ]+|[一-龥\u3040-ゟ゠-ヿ]+",
+        rf"{CASED}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{LINES}|{SPACES}",
+    ),
+    "bloom": (BLOOM,),
+    "gpt3-finnish": (BLOOM,),
+    "poro-chat": (BLOOM,),
+    "viking": (BLOOM, r"\p{N}"),
+    "falcon": (r"[\p{P}$+<=>^~|`]+", GPT2, "[0-9][0-9][0-9]"),
+}  # fmt: skip
+
+
+def split_as_learned(
+    tokenizer: PreTrainedTokenizerBase, kind: str, pre: str | None, what: str
+) -> None:
+    """Make a tokenizer that transformers read from a GGUF file split text by the file's rule.
+
+    Raises LorafoldError for a rule that neither transformers nor this file knows.
+
+    Args:
+        tokenizer: its rule is replaced.
+        kind: of its vocabulary, `tokenizer.ggml.model` in the file.
+        pre: the name of the rule; None if the file has none.
+        what: what messages begin with.
+    """
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    if kind != BYTE_LEVEL:
+        return
+    backend = tokenizer.backend_tokenizer
+    if isinstance(backend.pre_tokenizer, ByteLevel):  # transformers has no rule for it
+        backend.pre_tokenizer = _rule(tokenizer, backend.pre_tokenizer, pre, what)
+    if pre in WHOLE_WORDS:
+        backend.model.ignore_merges = True
+
+
+def _rule(
+    tokenizer: PreTrainedTokenizerBase, as_gpt2: PreTokenizer, pre: str | None, what: str
+) -> PreTokenizer:
+    from tokenizers import Regex
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
+
+    each_digit = Sequence([Digits(individual_digits=True), as_gpt2])
+    if pre in AS_GPT2:
+        return as_gpt2
+    if pre in EACH_DIGIT:
+        return each_digit
+    if pre in RULES:
+        splits = [Split(Regex(rule), behavior="isolated") for rule in RULES[pre]]
+        return Sequence([*splits, ByteLevel(add_prefix_space=False, use_regex=False)])
+    if pre not in (None, "", "default"):
+        raise LorafoldError(
+            f"{what}: its tokenizer splits text by a rule that is not known here,"
+            f" {pre} (tokenizer.ggml.pre), and another rule gives other tokens than the model was"
+            " trained on; use the model in Hugging Face's format, which has its tokenizer"
+        )
+    guessed = _has_each_digit_alone(tokenizer)
+    log.warning(
+        "%s: it does not say by which rule its tokenizer splits text (tokenizer.ggml.pre); it is"
+        " split as GPT-2 does%s",
+        what, ", with every digit alone, as in its vocabulary" if guessed else "",
+    )  # fmt: skip
+    return each_digit if guessed else as_gpt2
+
+
+def _has_each_digit_alone(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether no token that was learned joins a digit with another character."""
+    learned = tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys()
+    return not any(
+        len(token) > 1 and any(digit in token for digit in "0123456789") for token in learned
+    )
