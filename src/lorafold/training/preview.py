@@ -24,7 +24,13 @@ from lorafold.data.sources import Row
 from lorafold.data.stored import Rows
 from lorafold.files.page import document
 from lorafold.peft.saved import open_all
-from lorafold.training.request import Request, objective_of, rendering_of, tokenizer_for
+from lorafold.training.request import (
+    Request,
+    objective_of,
+    rendering_of,
+    tokenizer_for,
+    with_length,
+)
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -68,6 +74,7 @@ def show(request: Request, console: Console, rows: int = 3, html: Path | None = 
     Raises LorafoldError for rows that the objective can't use.
     """
     saved = open_all(request.adapters)
+    request = with_length(request, saved, console)
     objective = objective_of(request, saved)
     tokenizer, _ = tokenizer_for(request, objective, console, saved)
     few, rendering = request.first_rows(rows), rendering_of(request.recipe)
