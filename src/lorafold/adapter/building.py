@@ -34,6 +34,7 @@ from lorafold.methods.parts.replace import ReplaceDelta, leaves
 from lorafold.methods.parts.token_rows import Tokens
 from lorafold.models.weights import ModelWeights, Weights
 from lorafold.peft.directory import Chosen
+from lorafold.peft.paths import within
 from lorafold.peft.saved import ALLOWED, Saved
 from lorafold.peft.stack import loading_advice, mismatch, same
 
@@ -163,7 +164,7 @@ def read(
         base: the base's own weights, if the model does not have them or they are at hand.
         below: what it will be over; None: the model's active adapters.
     """
-    saved = path if isinstance(path, Saved) else Saved.open(path)
+    saved = within(path if isinstance(path, Saved) else Saved.open(path), model)
     base, problems = base or ModelWeights(model), []
     below = selection_of(model).active if below is None else tuple(below)
     fits = same(saved.over, below)
