@@ -24,6 +24,7 @@ from lorafold.core.attach import Adapted, Origin, selection_of
 from lorafold.core.combine import Stack
 from lorafold.core.delta import Delta
 from lorafold.core.matrices import expert_parameters, module_at, parameter_path
+from lorafold.core.rescaled import keep_scale
 from lorafold.core.skip_init import skip_init
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches, match
@@ -86,6 +87,7 @@ def build(
         tokens: the ids whose rows train.
         base: the base's own weights, if the model does not have them.
     """
+    keep_scale(model)
     selection = selection_of(model)
     names = selection.names
     saved = match(model, modules_to_save, is_linear)
@@ -164,6 +166,7 @@ def read(
         base: the base's own weights, if the model does not have them or they are at hand.
         below: what it will be over; None: the model's active adapters.
     """
+    keep_scale(model)
     saved = within(path if isinstance(path, Saved) else Saved.open(path), model)
     base, problems = base or ModelWeights(model), []
     below = selection_of(model).active if below is None else tuple(below)

@@ -72,12 +72,14 @@ def of_attention(path: str) -> bool:
 
 
 def input_embedding(model: Any) -> nn.Module | None:
-    """The model's input embedding; None if the model does not say which it is."""
+    """The model's input embedding; None if the model does not say which it is, or if it is no
+    module, as the latents that Perceiver names.
+    """
     try:
-        found: nn.Module | None = getattr(model, "get_input_embeddings", lambda: None)()
+        found: Any = getattr(model, "get_input_embeddings", lambda: None)()
     except NotImplementedError:  # what transformers raises for two encoders side by side
         return None
-    return found
+    return found if isinstance(found, nn.Module) else None
 
 
 def vocabulary_ends(model: Any) -> list[str]:

@@ -215,6 +215,8 @@ def compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
             continue
         for tensors in (module._parameters, module._buffers):
             for tensor in tensors.values():
-                if tensor is not None and tensor.dtype == torch.bfloat16:
+                if tensor is None or hasattr(tensor, "quant_state"):
+                    continue  # codes, which may be stored under any dtype
+                if tensor.dtype == torch.bfloat16:
                     tensor.data = tensor.data.to(dtype)
     model.config.dtype = dtype
