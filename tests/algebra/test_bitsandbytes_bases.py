@@ -13,7 +13,7 @@ from bitsandbytes.functional import has_avx512bf16
 from rich.console import Console
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import LlamaForCausalLM
+from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 import lorafold as lf
 from conftest import ALIKE
@@ -207,6 +207,26 @@ def test_a_checkpoint_that_is_packed_loads_as_it_is(tiny_model_dir, tmp_path, ki
         load_model(tmp_path / "packed", held(other))
     with pytest.raises(LorafoldError, match=f"stored as {kind}; expected the base {kind}"):
         load_model(tmp_path / "packed", torch.float32)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_codes_may_be_stored_under_any_dtype(tiny_model_dir, tmp_path, stored, dtype):
+    """As checkpoints for FSDP are (`bnb_4bit_quant_storage`): bf16 codes were converted to fp32."""
+    base, found = tiny_model_dir("llama-wide"), []
+    for storage in (torch.uint8, stored):
+        made = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_quant_storage=storage
+        )
+        path = tmp_path / str(storage)
+        LlamaForCausalLM.from_pretrained(
+            base, quantization_config=made, dtype=torch.bfloat16, device_map={"": "cpu"}
+        ).save_pretrained(path)
+        model = load_model(path, held("nf4", dtype))
+        lf.attach(model, lf.LoRA())
+        found.append(model(IDS).logits)
+    assert found[1].dtype == dtype
+    assert torch.equal(*found)
 
 
 def test_the_fingerprint_is_that_of_the_base_before_it_was_packed(tiny_model_dir, tmp_path):

@@ -25,7 +25,7 @@ from lorafold.training.request import Request
 def previewed(
     base: Path, rows: list[dict[str, Any]], html: Path | None = None, **fields: Any
 ) -> str:
-    console = Console(file=io.StringIO(), width=200)
+    console, fields = Console(file=io.StringIO(), width=200), {"max_length": 1024} | fields
     request = Request(Base(base), Path("none"), Recipe(**fields), rows, "rows.jsonl")
     show(request, console, html=html)
     return console.file.getvalue()  # type: ignore[attr-defined]

@@ -13,12 +13,13 @@ import lorafold as lf
 from lorafold.data.branches import Branched
 from lorafold.data.examples import NO_LOSS, Example
 from lorafold.errors import LorafoldError
+from lorafold.models.positions import positions_of, sequence_of
 from lorafold.step.branches import branching
 from lorafold.step.documents import packed
 from lorafold.step.losses import Completions
-from lorafold.step.positions import positions_of, sequence_of
 from lorafold.step.preference_laws import Simpo
 from lorafold.step.preferences import Preferences
+from lorafold.training.checkpoint import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("unestimated")
 
@@ -92,28 +93,17 @@ def test_completions_beyond_a_chunk_have_a_prompt_each() -> None:
     assert found == pytest.approx(expected, rel=1e-4)
 
 
-def test_tables_of_positions_are_known(tiny_model: Any) -> None:
-    assert positions_of(gpt_neo(40)) == sequence_of(gpt_neo(40)) == 40
-    gpt2 = tf.GPT2LMHeadModel(tf.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=50))
-    opt = tf.OPTForCausalLM(
-        tf.OPTConfig(
-            vocab_size=90, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=8,
-            max_position_embeddings=60, word_embed_proj_dim=16,
-        )
-    )  # fmt: skip
-    assert (positions_of(gpt2), positions_of(opt)) == (50, 60)
-    assert positions_of(tiny_model("llama")) is None
+def test_a_mask_in_a_buffer_bounds_rows_and_sequences() -> None:
+    assert positions_of(gpt_neo(40)).table == sequence_of(gpt_neo(40)) == 40
 
 
 def test_a_row_beyond_the_positions_is_refused_before_training(
     tiny_model_dir: Any, tmp_path: Path
 ) -> None:
+    """Of a run that an earlier version began with more than the positions of its model."""
     model = tiny_model_dir("gpt2")
-    limit = positions_of(tf.AutoModelForCausalLM.from_pretrained(model))
-    assert limit is not None
-    data = [{"prompt": "a", "completion": " fox" * n} for n in (3, 2 * limit)]
-    recipe = lf.Recipe(steps=1, batch=2, storage="fp32", max_length=4 * limit)
-    with pytest.raises(LorafoldError, match=f"tokens, expected at most the {limit} positions of"):
-        lf.train(recipe, model=model, data=data, out=tmp_path / "a")
-    cut = recipe.model_copy(update={"max_length": limit})
-    assert lf.train(cut, model=model, data=data, out=tmp_path / "b").steps == 1
+    data = [{"prompt": "a", "completion": " fox" * n} for n in (3, 1024)]
+    recipe = lf.Recipe(steps=1, batch=2, storage="fp32")
+    RunDirectory(tmp_path / "a").start({"max_length": 1024})
+    with pytest.raises(LorafoldError, match="tokens, expected at most the 512 positions of"):
+        lf.train(recipe, model=model, data=data, out=tmp_path / "a", resume=True)

@@ -24,6 +24,7 @@ from lorafold.core.attach import Adapted, Origin, selection_of
 from lorafold.core.combine import Stack
 from lorafold.core.delta import Delta
 from lorafold.core.matrices import expert_parameters, module_at, parameter_path
+from lorafold.core.rescaled import keep_scale
 from lorafold.core.skip_init import skip_init
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches, match
@@ -34,6 +35,7 @@ from lorafold.methods.parts.replace import ReplaceDelta, leaves
 from lorafold.methods.parts.token_rows import Tokens
 from lorafold.models.weights import ModelWeights, Weights
 from lorafold.peft.directory import Chosen
+from lorafold.peft.paths import within
 from lorafold.peft.saved import ALLOWED, Saved
 from lorafold.peft.stack import loading_advice, mismatch, same
 
@@ -85,6 +87,7 @@ def build(
         tokens: the ids whose rows train.
         base: the base's own weights, if the model does not have them.
     """
+    keep_scale(model)
     selection = selection_of(model)
     names = selection.names
     saved = match(model, modules_to_save, is_linear)
@@ -163,7 +166,8 @@ def read(
         base: the base's own weights, if the model does not have them or they are at hand.
         below: what it will be over; None: the model's active adapters.
     """
-    saved = path if isinstance(path, Saved) else Saved.open(path)
+    keep_scale(model)
+    saved = within(path if isinstance(path, Saved) else Saved.open(path), model)
     base, problems = base or ModelWeights(model), []
     below = selection_of(model).active if below is None else tuple(below)
     fits = same(saved.over, below)

@@ -6,7 +6,8 @@
 A parameter is reached if the module that has it, or the parameter itself, carries a delta. The
 blocks are those of the language model, and what is beside them are towers and connectors
 (`lorafold.core.towers`). The kinds follow from the structure: experts are matrices
-(E, out, in), a router is what has a row for each of them, and a norm has a vector for its weight.
+(E, out, in), a router is what has a row for each of them, an indexer chooses the positions that
+sparse attention reads, and a norm has a vector for its weight.
 """
 
 from __future__ import annotations
@@ -20,15 +21,17 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from lorafold.bases import is_linear, layer_of, parameter_count
-from lorafold.core.anatomy import bare_modules, routers
-from lorafold.core.matrices import Matrices, expert_parameters, matrices_of, module_at
+from lorafold.core.anatomy import bare_modules, indexers, routers
+from lorafold.core.matrices import Matrices, expert_counts, matrices_of, module_at
 from lorafold.core.presets import beneath, own_blocks
 from lorafold.core.targets import Matches
 from lorafold.core.towers import aside, language_model, towers
 from lorafold.errors import LorafoldError
 
 INPUTS = {"vision": "an image", "audio": "a sound"}
-KINDS = ("linears", "experts", "router", "convolutions", "embeddings", "norms", "other")
+KINDS = (
+    *("linears", "experts", "router", "indexers", "convolutions", "embeddings", "norms", "other"),
+)
 
 
 @dataclass(frozen=True)
@@ -72,11 +75,11 @@ def unreached(model: nn.Module, sites: Collection[str]) -> Unreached:
     blocks, beside, modules = own_blocks(model), beneath(aside(model)), list(bare_modules(model))
     in_block = beneath(blocks)
     inside = [(path, m) for path, m in modules if in_block(path) or not (blocks or beside(path))]
-    route = routers(model)
+    route, idle = routers(model), beneath(indexers(model))
     kinds = Counter[str]()
     for path, module in inside:
         if left := _left(path, module, sites):
-            kinds[_kind(path, module, route)] += left
+            kinds[_kind(path, module, route, idle)] += left
     around = Counter[str]()
     tower = _named_towers(model)
     for path, module in modules:
@@ -168,21 +171,24 @@ def _left(path: str, module: nn.Module, sites: Collection[str]) -> int:
     return sum(parameter_count(held[n]) if n in held else p.numel() for n, p in left)
 
 
-def _kind(path: str, module: nn.Module, route: Collection[str]) -> str:
+def _kind(
+    path: str, module: nn.Module, route: Collection[str], idle: Callable[[str], bool]
+) -> str:
     """The kind of a module with parameters of its own.
 
     Args:
         route: the paths of routers.
+        idle: the test whether a path is beneath an indexer.
     """
     weight, name = module._parameters.get("weight"), type(module).__name__.lower()
     if isinstance(module, _ConvNd):
         return "convolutions"
-    # experts of another form than transformers' interface have matrices for each as well
-    cubes = any(p is not None and p.dim() == 3 for p in module._parameters.values())
-    if expert_parameters(module) or (cubes and hasattr(module, "num_experts")):
+    if expert_counts(module):  # also those of another form than transformers' interface
         return "experts"
     if path in route:
         return "router"
+    if idle(path):
+        return "indexers"
     if is_linear(module):
         return "linears"
     if isinstance(module, nn.Embedding):

@@ -15,7 +15,7 @@ from lorafold.comparing.report import markdown
 from lorafold.comparing.run import known_methods, methods_for
 from lorafold.opening import Base
 from lorafold.quickstart.story import RECIPE
-from lorafold.recipe.fitting import without
+from lorafold.recipe.fitting import fitting, settled_length, spec_of, without
 from lorafold.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -80,8 +80,10 @@ def compare(
     base = Base(
         model, device=device, revision=revision, trust_remote_code=trust_remote_code
     )
-    task = Task(base, rows, held_out, source, recipe)
     names = known_methods(methods) or methods_for(recipe.objective)
+    before = max(spec_of(fitting(recipe, name)).positions for name in names)
+    recipe = settled_length(recipe, base, before, console)
+    task = Task(base, rows, held_out, source, recipe)
     for name in names:
         if notice := without(recipe.model_copy(update={"method": name})):
             console.print(notice, highlight=False)

@@ -18,6 +18,7 @@ from lorafold.data.sources import Row
 from lorafold.methods.parts.mixture import Gating
 from lorafold.opening import Base
 from lorafold.peft.saved import open_all
+from lorafold.recipe.fitting import settled_length
 from lorafold.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ def compose(
     """
     saved, console = open_all(as_paths(adapters)), or_quiet(console)
     base = Base(model, storage, device, revision, trust_remote_code, allow_other_base)
+    before = sum(one.spec.positions for one in saved)
+    recipe = settled_length(as_recipe(recipe, RECIPE), base, before, console)
     request = Request(
         base,
         saved,
@@ -89,7 +92,7 @@ def compose(
         seed=seed,
         tasks=by_name(data, console),
         examples=by_name(examples, console),
-        recipe=as_recipe(recipe, RECIPE),
+        recipe=recipe,
         gates=gates,
         evaluations=evaluations,
         completions=completions,

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +19,11 @@ from lorafold.memory.modes import as_in_files, llama, setting_of
 from lorafold.memory.terms import Estimate
 from lorafold.memory.trace import Setting
 from lorafold.models.loading import load_model
+from lorafold.models.positions import positions_in
 from lorafold.models.sources import EMBEDDED
 from lorafold.opening import Base
 from lorafold.ops.arithmetic import widens
+from lorafold.recipe.fitting import LENGTH, fitted_length
 from lorafold.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -77,7 +79,7 @@ def estimate(
     *,
     params: str | None = None,
     batch: int = 1,
-    max_length: int = 1024,
+    max_length: int | None = None,
     labelled: int | None = None,
     recipe: Recipe | None = None,
     device_memory: int | None = None,
@@ -95,7 +97,8 @@ def estimate(
         mode: inference, full, lora, qlora, or a method's name.
         params: A Llama by its size instead of a model: 7b, 13b, 33b, 65b or 70b.
         batch: Rows computed at a time.
-        max_length: Tokens of a row; for inference those of prompt and completion together.
+        max_length: Tokens of a row; for inference those of prompt and completion together. None
+            takes 1,024, or as many as the model has positions.
         labelled: Tokens of the batch that count in the loss; None counts all.
         recipe: Its fields take precedence over the mode; those that an estimate does not support
             are refused.
@@ -112,7 +115,7 @@ def estimate(
     a model that can't be traced.
     """
     if length is not None:
-        if max_length != inspect.signature(estimate).parameters["max_length"].default:
+        if max_length is not None:
             raise LorafoldError(both_names("length", "max_length"))
         warnings.warn(called_now("length", "max_length"), DeprecationWarning, stacklevel=2)
         max_length = length
@@ -125,12 +128,15 @@ def estimate(
             f"--measure: found --params {params}, which has no weights; expected --model"
         )
     console = or_quiet(console)
-    setting = setting_of(mode, as_recipe(recipe, Recipe()), batch, max_length, labelled)
-    setting = replace(setting, trust_remote_code=trust_remote_code)
+    of_length = partial(setting_of, mode, as_recipe(recipe, Recipe()), batch, labelled=labelled)
+    of_length(length=max_length or LENGTH)  # what is wrong with it needs no model
     check_device(device)  # without `measure` it may be one that this machine lacks
     on_it = device if measure else None
     base = Base(model, device=on_it, revision=revision, trust_remote_code=trust_remote_code)
     config = base.config() if params is None else llama(params)
+    positions = positions_in(config, False, trust_remote_code)
+    setting = of_length(length=fitted_length(positions, max_length, 0, console))
+    setting = replace(setting, trust_remote_code=trust_remote_code)
     asked = recipe is not None and "storage" in recipe.model_fields_set
     setting = as_in_files(setting, config, str(model), asked)
     on = base.where if measure else None

@@ -26,7 +26,7 @@ def evaluate(
     columns: Columns | None = None,
     adapters: Paths = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
-    max_length: int = 1024,
+    max_length: int | None = None,
     completions: bool = True,
     max_new_tokens: int | None = None,
     storage: str = "auto",
@@ -48,7 +48,8 @@ def evaluate(
         columns: The keys of the rows under other names, as in {"prompt": "question"}.
         adapters: Saved adapters to load on a model that is named.
         tokenizer: None takes that of the adapters or the model.
-        max_length: Longer rows are cut to this many tokens for the loss.
+        max_length: Longer rows are cut to this many tokens for the loss; None takes 1,024, or as
+            many as the model has positions.
         completions: Generate completions for the exact match; False measures the loss alone.
         max_new_tokens: The most tokens of a completion; None takes the longest reference.
         storage: How the base stores its weights: auto, fp32, bf16, nf4 or int8.
@@ -63,7 +64,7 @@ def evaluate(
     """
     rows = as_rows(data, columns, console, objective=None)
     from lorafold import evaluation
-    from lorafold.api.opened import at_hand, opened
+    from lorafold.api.opened import at_hand, length_for, opened
     from lorafold.peft.saved import open_all
 
     asked = at_hand(
@@ -77,12 +78,13 @@ def evaluate(
     )
     found = open_all(as_paths(adapters))
     labels = rows.give(LABELS)
+    length = length_for(asked, max_length, found, console, head=labels)
     loaded, tokenizer = opened(asked, found, tokenizer, classify=labels, console=console)
     return evaluation.evaluate(
         loaded,
         tokenizer,
         rows,
-        max_length,
+        length,
         evaluation.EvaluationSettings(completions, max_new_tokens, law_of_adapters(found)),
         console,
     )

@@ -27,6 +27,7 @@ from lorafold.files.atomic import write_json, write_text
 from lorafold.methods.lora import LoRA
 from lorafold.opening import Base
 from lorafold.peft.saved import Saved, open_all
+from lorafold.recipe.fitting import settled_length
 from lorafold.recipe.recipe import Recipe
 from lorafold.undoing import run
 from lorafold.undoing.defences import DEFENCES
@@ -123,6 +124,8 @@ def fragility(
     base = Base(model, storage, device, revision, trust_remote_code, allow_other_base)
     used = [one for stack in stacks for one in stack.adapters]
     base, recipe = settled(base, as_recipe(recipe, RECIPE), used)
+    before = max((sum(s.spec.positions for s in stack.adapters) for stack in stacks), default=0)
+    recipe = settled_length(recipe, base, before, console)
     task = Task(
         base=base,
         stacks=stacks,

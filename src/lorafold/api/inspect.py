@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafold.api.arguments import Data, Paths, as_path, as_paths, as_rows, or_quiet
-from lorafold.api.opened import opened
+from lorafold.api.opened import length_for, opened
 from lorafold.errors import LorafoldError
 from lorafold.inspecting import run
 from lorafold.inspecting.conclusions import of_paths
@@ -69,7 +69,7 @@ def inspect(
     directions: str | Path | None = None,
     data: Data | None = None,
     rows: int = 64,
-    max_length: int = 1024,
+    max_length: int | None = None,
     full: bool = False,
     storage: str = "auto",
     device: str | None = None,
@@ -90,7 +90,8 @@ def inspect(
         directions: A safetensors file of named vectors in the residual stream.
         data: Rows, of the forms that `lf.train` takes, for the loss along base + t dW.
         rows: How many rows of the data to use; each point of a line takes one pass over them.
-        max_length: Longer rows are cut to this many tokens.
+        max_length: Longer rows are cut to this many tokens; None takes 1,024, or as many as the
+            model has positions.
         full: Also compare with the spectrum of the base: it takes the SVD of every base matrix,
             which is slow the first time.
         storage: How the loaded base stores its weights: auto, fp32, bf16, nf4 or int8.
@@ -112,6 +113,7 @@ def inspect(
     base = Base(model, storage, device, revision, trust_remote_code, allow_other_base)
     stack = open_all([*below, as_path(adapter)])
     other = None if against is None else Saved.open(against)
+    length = 0 if examples is None else length_for(base, max_length, stack, console)
     with console.status("sites") as status:
         found = run.inspect(
             base,
@@ -127,8 +129,6 @@ def inspect(
         both = stack if other is None else (stack[-1], other)
         loaded, tokenizer = opened(base, both, console=console)
         with console.status("measuring the loss along lines in weight space"):
-            found["paths"] = measured_paths(
-                loaded, tokenizer, examples, max_length, len(below)
-            )
+            found["paths"] = measured_paths(loaded, tokenizer, examples, length, len(below))
         found["advice"] += of_paths(found["paths"])
     return Inspection(**found)

@@ -11,6 +11,7 @@ from lorafold.errors import LorafoldError
 from lorafold.inspecting.intrinsic import Intrinsic, Point, search
 from lorafold.opening import Base
 from lorafold.quickstart.story import RECIPE
+from lorafold.recipe.fitting import settled_length
 from lorafold.recipe.recipe import Recipe
 from lorafold.training.request import Request
 
@@ -59,6 +60,7 @@ def intrinsic(
     console, recipe = or_quiet(console), as_recipe(recipe, Recipe() if data else RECIPE)
     rows, held_out, source = train_and_test(data, eval_data, recipe, columns, console)
     base = Base(model, device=device, revision=revision, trust_remote_code=trust_remote_code)
+    recipe = settled_length(recipe, base, 0, console)
 
     def tell(point: Point) -> None:
         console.print(

@@ -11,6 +11,7 @@ from lorafold.adapter import load
 from lorafold.api.arguments import Paths, as_paths, or_quiet
 from lorafold.errors import LorafoldError
 from lorafold.models.loading import load_tokenizer
+from lorafold.models.positions import positions_of
 from lorafold.models.sources import ModelSource
 from lorafold.objectives.classify import Classify
 from lorafold.objectives.objective import Objective
@@ -19,6 +20,7 @@ from lorafold.objectives.sft import Sft
 from lorafold.opening import Base
 from lorafold.opening.kinds import LANGUAGE_MODEL, REWARD_MODEL, kind_of, known_classes
 from lorafold.peft.saved import Saved, trained_on
+from lorafold.recipe.fitting import fitted_length
 from lorafold.step.preference_laws import Reward
 
 if TYPE_CHECKING:
@@ -114,6 +116,31 @@ def opened(
         name, other = f"adapter{number}", base.allow_other_base
         load(loaded, one, name, allow_other_base=other, base=weights)
     return loaded, tokenizer
+
+
+def length_for(
+    model: Base | Loaded,
+    asked: int | None,
+    adapters: Sequence[Saved],
+    console: Console | None,
+    *,
+    head: bool = False,
+) -> int:
+    """The length that rows are cut to: as it was asked for, or as many tokens as usual and as the
+    model has positions.
+
+    Raises LorafoldError for a length that was asked for and is beyond its positions.
+
+    Args:
+        model: As `at_hand` gives it.
+        asked: None where nobody asked for one.
+        adapters: Those to load, of which some take positions.
+        console: For a line where the positions bound it; None is quiet.
+        head: Expect a classifier or a reward model instead of a language model.
+    """
+    found = positions_of(model.model) if isinstance(model, Loaded) else model.positions(head)
+    before = sum(one.spec.positions for one in adapters)
+    return fitted_length(found, asked, before, or_quiet(console))
 
 
 def prepared(

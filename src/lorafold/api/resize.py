@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafold.api.arguments import Columns, Data, Paths, as_path, as_paths, as_rows
-from lorafold.api.opened import opened
+from lorafold.api.opened import length_for, opened
 from lorafold.inspecting import resize as best
 from lorafold.inspecting.loss import losses_of
 from lorafold.opening import Base
@@ -31,7 +31,7 @@ def resize(
     energy: float | None = None,
     data: Data | None = None,
     columns: Columns | None = None,
-    max_length: int = 1024,
+    max_length: int | None = None,
     storage: str = "auto",
     device: str | None = None,
     revision: str | None = None,
@@ -51,7 +51,8 @@ def resize(
         energy: Instead of a rank, a share above 0 and at most 1.
         data: Rows to measure the loss on before and after, in nats a token.
         columns: The keys of the rows under other names, as in {"prompt": "question"}.
-        max_length: Longer rows are cut to this many tokens.
+        max_length: Longer rows are cut to this many tokens; None takes 1,024, or as many as the
+            model has positions.
         storage: How the base stores its weights where the loss is measured.
         device: cpu, cuda, cuda:N or mps; None takes the fastest that is available.
         revision: The branch, tag or commit of a hub model.
@@ -67,13 +68,14 @@ def resize(
     rows = None if data is None else as_rows(data, columns, console)
     base = Base(model, storage, device, revision, trust_remote_code, allow_other_base)
     stack = open_all([*as_paths(over), as_path(adapter)])
+    length = 0 if rows is None else length_for(base, max_length, stack, console)
     result = best.resize(base, stack, out, rank=rank, energy=energy, overwrite=overwrite)
     if rows is None:
         return result
     # their base, and what they lie over, were checked when they were read
     base, both = replace(base, allow_other_base=True), (*stack, Saved.open(out))
     loaded, tokenizer = opened(base, both, console=console)
-    return replace(result, losses=losses_of(loaded, tokenizer, rows, max_length, len(stack) - 1))
+    return replace(result, losses=losses_of(loaded, tokenizer, rows, length, len(stack) - 1))
 
 
 def extract(

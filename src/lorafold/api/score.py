@@ -21,7 +21,7 @@ def score(
     columns: Columns | None = None,
     adapters: Paths = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
-    max_length: int = 1024,
+    max_length: int | None = None,
     storage: str = "auto",
     device: str | None = None,
     revision: str | None = None,
@@ -41,7 +41,8 @@ def score(
         columns: The keys of the rows under other names, as in {"prompt": "question"}.
         adapters: Saved adapters to load on a model that is named, among them a reward model's.
         tokenizer: None takes that of the adapters or the model.
-        max_length: Longer texts are cut to this many tokens, and counted.
+        max_length: Longer texts are cut to this many tokens, and counted; None takes 1,024, or as
+            many as the model has positions.
         storage: How the base stores its weights: auto, fp32, bf16, nf4 or int8.
         device: cpu, cuda, cuda:N or mps; None takes the fastest that is available.
         revision: The branch, tag or commit of a hub model.
@@ -53,7 +54,7 @@ def score(
     for scores that are not finite.
     """
     rows = as_rows(data, columns, console, objective=None)
-    from lorafold.api.opened import at_hand, opened
+    from lorafold.api.opened import at_hand, length_for, opened
     from lorafold.evaluation.scoring import score_rows
     from lorafold.peft.saved import open_all
 
@@ -67,5 +68,6 @@ def score(
         allow_other_base=allow_other_base,
     )
     found = open_all(as_paths(adapters))
+    length = length_for(asked, max_length, found, console, head=True)
     loaded, tokenizer = opened(asked, found, tokenizer, reward=True, console=console)
-    return score_rows(loaded, tokenizer, rows, max_length, console=console)
+    return score_rows(loaded, tokenizer, rows, length, console=console)

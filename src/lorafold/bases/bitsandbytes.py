@@ -176,7 +176,7 @@ class Linear4bit(Quantized):
         # flattened if the input size is no multiple of the block: the CPU's AVX512 kernel would use
         # the wrong constants there
         shape = self.shape if self.shape[1] % state.blocksize == 0 else (prod(self.shape),)
-        codes = self.bare.weight.data
+        codes = self.bare.weight.data.view(torch.uint8)  # stored under any dtype
         w: Tensor = ops.dequantize_4bit.default(
             codes, constants, state.blocksize, state.quant_type, shape, state.dtype
         )

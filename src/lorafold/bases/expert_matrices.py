@@ -130,7 +130,7 @@ class NF4(Codes):
         state, ops = self._state, torch.ops.bitsandbytes
         shape = self.sides
         size = prod(shape)
-        codes = self.parameter.data.view(-1)[e * size // 2 : (e + 1) * size // 2]
+        codes = self.parameter.data.view(-1).view(torch.uint8)[e * size // 2 : (e + 1) * size // 2]
         count = size // state.blocksize
         first, end = e * count, (e + 1) * count
         constants = state.absmax[first:end]

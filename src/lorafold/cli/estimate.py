@@ -59,11 +59,15 @@ def command(
         ),
     ] = 1,
     max_length: Annotated[
-        int,
+        int | None,
         typer.Option(
-            min=2, help="Tokens of a row. For inference those of prompt and completion together."
+            min=2,
+            help=(
+                "Tokens of a row. For inference those of prompt and completion together. Without it"
+                " 1,024, or as many as the model has positions."
+            ),
         ),
-    ] = 1024,
+    ] = None,
     labelled: Annotated[
         int | None,
         typer.Option(min=1, help="Tokens of a batch that count in the loss. Without it all."),
@@ -130,7 +134,7 @@ def command(
         **source.how,
     )
     if html:
-        title = f"{mode} of {params or source.model}, {batch} x {max_length} tokens"
+        title = f"{mode} of {params or source.model}, {batch} x {found.setting.length} tokens"
         page(found.estimate, title, html, found.remarks(), memory)
     emit(json, found.as_json(), str(found))
 

@@ -24,8 +24,15 @@ def command(
     opening: Opening,
     columns: ColumnsOption = None,
     max_length: Annotated[
-        int, typer.Option(min=2, help="Longer rows are cut to this many tokens for the loss.")
-    ] = 1024,
+        int | None,
+        typer.Option(
+            min=2,
+            help=(
+                "Longer rows are cut to this many tokens for the loss. Without it 1,024, or as many"
+                " as the model has positions."
+            ),
+        ),
+    ] = None,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(

@@ -48,8 +48,15 @@ def command(
         ),
     ] = 64,
     max_length: Annotated[
-        int, typer.Option(min=2, help="Longer rows are cut to this many tokens.")
-    ] = 1024,
+        int | None,
+        typer.Option(
+            min=2,
+            help=(
+                "Longer rows are cut to this many tokens. Without it 1,024, or as many as the model"
+                " has positions."
+            ),
+        ),
+    ] = None,
     full: Annotated[
         bool,
         typer.Option(

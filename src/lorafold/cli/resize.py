@@ -39,8 +39,15 @@ def command(
     ] = None,
     columns: ColumnsOption = None,
     max_length: Annotated[
-        int, typer.Option(min=2, help="Longer rows are cut to this many tokens.")
-    ] = 1024,
+        int | None,
+        typer.Option(
+            min=2,
+            help=(
+                "Longer rows are cut to this many tokens. Without it 1,024, or as many as the model"
+                " has positions."
+            ),
+        ),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Give an adapter another rank by singular value decomposition. No other adapter of that rank

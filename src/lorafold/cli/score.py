@@ -33,8 +33,15 @@ def command(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file OUT.")] = False,
     max_length: Annotated[
-        int, typer.Option(min=2, help="Longer texts are cut to this many tokens.")
-    ] = 1024,
+        int | None,
+        typer.Option(
+            min=2,
+            help=(
+                "Longer texts are cut to this many tokens. Without it 1,024, or as many as the"
+                " model has positions."
+            ),
+        ),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Score rows with a reward model: an adapter of --objective reward, or a whole model.

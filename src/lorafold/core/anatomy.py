@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from lorafold.core.attach import Deltas
-from lorafold.core.matrices import expert_parameters, matrices_of
+from lorafold.core.matrices import expert_counts, matrices_of
 
 
 def bare_modules(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -54,8 +54,13 @@ def routers(model: nn.Module) -> set[str]:
     """
     found: set[str] = set()
     for path, module in bare_modules(model):
-        experts = [m for m in module._modules.values() if m and expert_parameters(m)]
-        outputs = {1, *(child.num_experts for child in experts)}
+        counts = {
+            child: set().union(*(expert_counts(m) for m in child.modules()))
+            for child in module._modules.values()
+            if child is not None
+        }
+        experts = [child for child, of in counts.items() if of]
+        outputs = {1}.union(*counts.values())
         for name, beside in module._modules.items() if experts else ():
             if beside is None or beside in experts:
                 continue
@@ -66,18 +71,27 @@ def routers(model: nn.Module) -> set[str]:
     return found
 
 
+def indexers(model: nn.Module) -> list[str]:
+    """The paths of the modules that choose the positions which sparse attention reads: transformers
+    calls their classes indexers. A choice has no gradient.
+    """
+    return [path for path, m in bare_modules(model) if type(m).__name__.endswith("Indexer")]
+
+
 def of_attention(path: str) -> bool:
     """Whether the module path names an attention: it has `attn` or `attention` in any case."""
     return re.search(r"attn|attention", path, re.IGNORECASE) is not None
 
 
 def input_embedding(model: Any) -> nn.Module | None:
-    """The model's input embedding; None if the model does not say which it is."""
+    """The model's input embedding; None if the model does not say which it is, or if it is no
+    module, as the latents that Perceiver names.
+    """
     try:
-        found: nn.Module | None = getattr(model, "get_input_embeddings", lambda: None)()
+        found: Any = getattr(model, "get_input_embeddings", lambda: None)()
     except NotImplementedError:  # what transformers raises for two encoders side by side
         return None
-    return found
+    return found if isinstance(found, nn.Module) else None
 
 
 def vocabulary_ends(model: Any) -> list[str]:

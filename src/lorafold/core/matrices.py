@@ -52,6 +52,16 @@ def expert_parameters(module: nn.Module) -> tuple[str, ...]:
     return ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"
 
 
+def expert_counts(module: nn.Module) -> set[int]:
+    """How many experts a module says that there are, if it holds matrices of experts, in whatever
+    form: matrices beside each other in parameters of its own. Empty for any other module.
+    """
+    own = [(name, p) for name, p in module._parameters.items() if p is not None]
+    if not any(p.dim() > 2 or (p.dim() == 2 and name != "weight") for name, p in own):
+        return {module.num_experts} if expert_parameters(module) else set()  # type: ignore[arg-type]
+    return {n for name, n in vars(module).items() if name.endswith("experts") and type(n) is int}
+
+
 def matrices_of(module: nn.Module) -> dict[str, Matrices]:
     """The matrices of a module of experts, by the names of its parameters."""
     return {

@@ -1,7 +1,7 @@
 """Presets: named choices of modules in any transformer, found by its structure.
 
     all-linear      every linear of the blocks and the matrices of their experts, so no head, no
-                    embedding and no router
+                    embedding, no router and no indexer
     attention, mlp  the linears of the blocks that are inside an attention, and the others
     sublayers       the attention and the MLP of each block, as whole modules
     mlp-sublayers   the MLPs only
@@ -31,6 +31,7 @@ from lorafold.core.anatomy import (
     blocks,
     causal_attentions,
     decoder_of,
+    indexers,
     of_attention,
     routers,
 )
@@ -58,13 +59,19 @@ def own_blocks(model: nn.Module) -> list[str]:
     return [path for path in blocks(model) if not out(path)]
 
 
-def all_linear(model: nn.Module, is_linear: IsLinear) -> list[str]:
+def block_linears(model: nn.Module, is_linear: IsLinear) -> list[str]:
     """The linear modules inside the blocks, the matrices of experts among them, but not what routes
     to experts; all linear modules if the model has no blocks.
     """
     inside, left_out = own_blocks(model), routers(model)
     linears = [p for p, m in own_modules(model) if is_linear(m) and p not in left_out]
     return list(filter(beneath(inside), linears)) if inside else linears
+
+
+def all_linear(model: nn.Module, is_linear: IsLinear) -> list[str]:
+    """The linear modules of the blocks that can learn: an indexer gets no gradient."""
+    idle = beneath(indexers(model))
+    return [path for path in block_linears(model, is_linear) if not idle(path)]
 
 
 def tower_linear(kind: str, model: nn.Module, is_linear: IsLinear) -> list[str]:

@@ -43,6 +43,11 @@ class Spec(ABC):
     modifies_architecture: ClassVar[bool] = False
     rank_is_dimension: ClassVar[bool] = True
 
+    @property
+    def positions(self) -> int:
+        """How many positions of the model it takes before the first token of a row."""
+        return 0
+
     @abstractmethod
     def build(self, layer: Layer) -> Delta:
         """Make the delta for one layer. Raises LorafoldError if the method can't adapt it."""

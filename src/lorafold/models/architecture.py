@@ -15,6 +15,7 @@ from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any
 
 from lorafold.errors import LorafoldError
+from lorafold.models.text_part import whole_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -46,19 +47,29 @@ def opened_by(config: PreTrainedConfig) -> Any:
     """Return the auto class that has a model for this configuration, whatever that model needs; the
     causal one, whose error lists what there is, if none has.
     """
-    import transformers as tf
-
-    kinds: tuple[Any, ...] = (tf.AutoModelForCausalLM, tf.AutoModelForMultimodalLM)
-    coded = getattr(config, "auto_map", None) or {}
+    kinds, coded = _kinds(), getattr(config, "auto_map", None) or {}
     found = (a for a in kinds if a.__name__ in coded or type(config) in a._model_mapping)
     return next(found, kinds[0])
 
 
 def opened_by_name(model: Any) -> str:
-    """Return the name of the auto class that opens a model again, for its model card."""
-    config = getattr(model, "config", None)
-    name: str = CAUSAL if config is None else opened_by(config).__name__
+    """Return the name of the auto class that opens a model again, for its model card: whole, where
+    the model is a part for text.
+    """
+    whole = whole_of(model)
+    shown = model if whole is None else whole.model
+    config: Any = getattr(shown, "config", None)
+    if config is None:
+        return CAUSAL
+    exact = (a for a in _kinds() if a._model_mapping.get(type(config), None) is type(shown))
+    name: str = next(exact, opened_by(config)).__name__
     return name
+
+
+def _kinds() -> tuple[Any, ...]:
+    import transformers as tf
+
+    return tf.AutoModelForCausalLM, tf.AutoModelForMultimodalLM
 
 
 def _beside_text(config: PreTrainedConfig, cls: Any) -> str:

@@ -8,7 +8,8 @@ is initialized at random from a seed, trained whole, and saved with the adapter.
 classes are stored in the config (`id2label`) and in the adapter's `lorafold.json`. A reward model
 is such a model with one output: transformers' form of a regression, and PEFT's SEQ_CLS. The head
 computes in fp32 over a body of any storage: a score in bf16 has 8 significant bits, so that many
-texts would have the same one.
+texts would have the same one. Files of a model for masked tokens have no pooler, through which some
+bodies (BERT's) reach the head: it is new then too, and a part of the head.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from lorafold.models.weights import FileWeights, Weights, model_files
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+POOLER = "pooler"  # what transformers calls a part of a body that its head alone reads
 
 
 def load_classifier(
@@ -72,6 +74,8 @@ def load_classifier(
         model.config.get_text_config().pad_token_id = pad_id
         # each text takes a single forward pass, so a cache would never be used
         model.config.get_text_config().use_cache = False
+    poolers = {name.rpartition(".")[0] for name in missing if POOLER in name.split(".")[:-1]}
+    model.new_poolers = tuple(sorted(poolers))
     heads = tuple(f"{path}." for path in head_paths(model))
     missing = sorted(report["missing_keys"])
     new = [name for name in missing if name.startswith(heads)]
@@ -103,7 +107,7 @@ def load_reward_model(
 
 def head_paths(model: nn.Module) -> tuple[str, ...]:
     """Return the paths of the modules with parameters that are neither part of the model's body nor
-    of towers and connectors beside it.
+    of towers and connectors beside it, and of a new pooler inside its body.
 
     Raises LorafoldError if there are none.
     """
@@ -112,13 +116,20 @@ def head_paths(model: nn.Module) -> tuple[str, ...]:
     found = [
         p
         for p, m in bare_modules(model)
-        if any(p is not None for p in m._parameters.values()) and not inside(p)
+        if any(p is not None for p in m._parameters.values())
+        and (not inside(p) or p in new_poolers(model))
     ]
     if not body or not found:
         raise LorafoldError(
             f"{type(model).__name__}: found no head beside its body, expected a classifier"
         )
     return tuple(found)
+
+
+def new_poolers(model: nn.Module) -> tuple[str, ...]:
+    """Return the paths of the modules of a pooler that the files of the model do not have."""
+    found: tuple[str, ...] = model.__dict__.get("new_poolers", ())
+    return found
 
 
 def widen_heads(model: nn.Module, files: Weights | None = None) -> None:

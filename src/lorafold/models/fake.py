@@ -104,7 +104,9 @@ def fake_model(
     short = shortened(config, blocks)
     if classes:
         text = short.get_text_config()
-        short.num_labels, text.pad_token_id, text.use_cache = classes, 0, False
+        short.num_labels, text.use_cache = classes, False
+        if text.pad_token_id is None:
+            text.pad_token_id = 0
     what = f"configuration of a {config.model_type}"
     auto = tf.AutoModelForSequenceClassification if classes else auto_class(config, what)
     with loading(what), _uninitialized():

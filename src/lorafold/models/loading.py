@@ -6,6 +6,7 @@ damaged and no weight missing.
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorafold.core.rescaled import keep_scale
 from lorafold.errors import LorafoldError, NoTokenizer
 from lorafold.models.architecture import auto_class
 from lorafold.models.load_errors import check_complete, loading, tell_unread
@@ -109,6 +110,7 @@ def read_weights(
     else:
         model, info = read_quantized(auto, source, wanted, torch.device(device), **config)
         compute_in(model, wanted.dtype)
+    keep_scale(model)
     remember(model, source)
     # an adapter's config names its base so
     model.config._name_or_path = model.name_or_path = source.name

@@ -23,7 +23,7 @@ from lorafold.bases.bitsandbytes import bitsandbytes, set_compute_dtype
 from lorafold.bases.compressed import CompressedLinear
 from lorafold.core.anatomy import bare_modules, decoder_of
 from lorafold.core.matrices import module_at
-from lorafold.core.presets import all_linear
+from lorafold.core.presets import block_linears
 from lorafold.errors import LorafoldError
 from lorafold.machine.allocator import freed_blocks_returned
 from lorafold.models.compressed import remark
@@ -90,7 +90,8 @@ def packable(model: PreTrainedModel) -> list[str]:
     """
     body, _ = decoder_of(model)
     head = model.get_output_embeddings()
-    inside = [p for p in all_linear(model, is_linear) if not body or f"{p}.".startswith(f"{body}.")]
+    found = block_linears(model, is_linear)
+    inside = [p for p in found if not body or f"{p}.".startswith(f"{body}.")]
     modules = {p: module_at(model, p) for p in inside}
     return [p for p, m in modules.items() if m is not head and layer_of(m).shape[1] % BLOCK == 0]
 
@@ -215,6 +216,8 @@ def compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
             continue
         for tensors in (module._parameters, module._buffers):
             for tensor in tensors.values():
-                if tensor is not None and tensor.dtype == torch.bfloat16:
+                if tensor is None or hasattr(tensor, "quant_state"):
+                    continue  # codes, which may be stored under any dtype
+                if tensor.dtype == torch.bfloat16:
                     tensor.data = tensor.data.to(dtype)
     model.config.dtype = dtype

@@ -67,7 +67,8 @@ class Weights(ABC):
 
     def find(self, name: str) -> str | None:
         """Return the name here of a tensor that is called `name` elsewhere, or None. Files often
-        lack the first part of the model's names ("transformer.", "model.").
+        lack the first part of the model's names ("transformer.", "model."), and a part for text
+        that was loaded alone the second one ("model.language_model.").
         """
         if name in self.names:
             return name
@@ -76,7 +77,11 @@ class Weights(ABC):
             (n for i in range(1, len(parts) - 1) if (n := ".".join(parts[i:])) in self.names), None
         )
         longer = [n for n in self.names if n.endswith(f".{name}")]
-        return shorter or (longer[0] if len(longer) == 1 else None)
+        if shorter or longer:
+            return shorter or (longer[0] if len(longer) == 1 else None)
+        first, rest, alone = parts[0], ".".join(parts[1:]), ".".join((parts[0], *parts[2:]))
+        inside = [n for n in self.names if n.startswith(f"{first}.") and n.endswith(f".{rest}")]
+        return alone if alone in self.names else inside[0] if len(inside) == 1 else None
 
 
 class InMemory(Weights):

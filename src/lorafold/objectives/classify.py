@@ -26,7 +26,7 @@ from lorafold.data.stored import Rows
 from lorafold.data.tokenizing import Encoder
 from lorafold.errors import LorafoldError
 from lorafold.files.card import CLASSES
-from lorafold.models.classifier import head_paths, load_classifier, padding_id
+from lorafold.models.classifier import head_paths, load_classifier, new_poolers, padding_id
 from lorafold.objectives.objective import Asked, Objective, no_options
 from lorafold.opening import Base
 from lorafold.opening.kinds import known_classes
@@ -100,7 +100,8 @@ class Classify(Objective):
 
 
 def head_to_save(model: PreTrainedModel, spec: Spec, targets: Any) -> tuple[str, ...]:
-    """The paths of the head's modules, to be trained whole; none where the method does so already.
+    """The paths of the head's modules, to be trained whole; where the method does so already, those
+    of a new pooler that it leaves out.
 
     Args:
         model: A classifier without adapters.
@@ -110,7 +111,7 @@ def head_to_save(model: PreTrainedModel, spec: Spec, targets: Any) -> tuple[str,
     found = set(match(model, spec.targets if targets is None else targets, is_linear).paths)
     # the method adapts nothing but the head, or trains the base's own weights, the head's too
     trained = found <= heads or (spec.trains_base and heads <= found)
-    return () if trained else head_paths(model)
+    return tuple(p for p in new_poolers(model) if p not in found) if trained else head_paths(model)
 
 
 def class_loss(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:

@@ -15,6 +15,7 @@ from lorafold.identity import of_model
 from lorafold.machine.devices import choose_device
 from lorafold.models.configuration import configuration
 from lorafold.models.loading import load_model
+from lorafold.models.positions import Positions, positions_in
 from lorafold.models.sources import ModelSource, resolve_model
 from lorafold.models.storage import (
     Storage,
@@ -108,6 +109,14 @@ class Base:
         if isinstance(self.model, ModelSource):
             return configuration(str(self.model.path), None, self.trust_remote_code)
         return configuration(str(self.model), self.revision, self.trust_remote_code)
+
+    def positions(self, classifies: bool = False) -> Positions:
+        """How many tokens a row may have, by its configuration.
+
+        Args:
+            classifies: As a classifier or a reward model, and else as a language model.
+        """
+        return positions_in(self.config(), classifies, self.trust_remote_code)
 
     def load(self) -> PreTrainedModel:
         """A language model, in evaluation mode. Raises LorafoldError as `load_model`."""

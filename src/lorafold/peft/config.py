@@ -20,7 +20,7 @@ from lorafold.peft.derived import PREFIX
 from lorafold.peft.form import Form
 from lorafold.peft.format import Field, Method, Regex, Site
 from lorafold.peft.parameters import renamed_patterns
-from lorafold.peft.selection import Patterns, Selection, saved_leaves
+from lorafold.peft.selection import Patterns, Selection, saved_leaves, task_of
 from lorafold.peft.table import methods
 from lorafold.peft.tokens import INDICES, Ids, describe
 
@@ -92,16 +92,6 @@ ABOUT = frozenset(
 )
 # what no method's own option is called
 SHARED = ABOUT | {BIAS.key, PARAMETERS.key} | {field.key for field in SELECTION}
-
-# By the end of the model class's name: PEFT's task, and the heads that PEFT then expects among the
-# modules to save.
-TASKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("ForCausalLM", "CAUSAL_LM", ()),
-    ("LMHeadModel", "CAUSAL_LM", ()),
-    ("ForSequenceClassification", "SEQ_CLS", ("classifier", "score")),
-    ("ForTokenClassification", "TOKEN_CLS", ("classifier", "score")),
-    ("ForQuestionAnswering", "QUESTION_ANS", ("qa_outputs",)),
-)
 
 
 def write_config(
@@ -216,13 +206,9 @@ def _task(model: nn.Module, selection: Selection) -> str | None:
     """PEFT's task for the model, or None where PEFT would look for heads that this adapter does not
     hold.
     """
-    names = selection.modules_to_save
-    for end, task, heads in TASKS:
-        if type(model).__name__.endswith(end) and set(saved_leaves(model, (*names, *heads))) == set(
-            saved_leaves(model, names)
-        ):
-            return task
-    return None
+    names, (task, heads) = selection.modules_to_save, task_of(model)
+    known = set(saved_leaves(model, (*names, *heads))) == set(saved_leaves(model, names))
+    return task if known else None
 
 
 def _shown(value: Any) -> str:

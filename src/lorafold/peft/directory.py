@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,10 +29,12 @@ from lorafold.methods.parts.extras import Bias
 from lorafold.methods.parts.replace import ReplaceDelta
 from lorafold.models import fingerprint
 from lorafold.models.architecture import opened_by_name
+from lorafold.models.text_part import whole_of
 from lorafold.models.weights import Weights
 from lorafold.peft.checks import not_finite
 from lorafold.peft.config import CONFIG, WEIGHTS, write_config
 from lorafold.peft.form import DROPOUT, form_of, tell
+from lorafold.peft.paths import renamed
 from lorafold.peft.selection import describe
 from lorafold.peft.tensors import Parts, saved_tensors, sites
 
@@ -74,15 +76,18 @@ def write(
         p for p, deltas in parts.items() if any(isinstance(d, ReplaceDelta) for d in deltas)
     ]
     saved = [p for p in replaced if p not in targets]
-    form = form_of(model, spec, targets)
+    form, whole = form_of(model, spec, targets), whole_of(model)
+    named = whole.outward if whole else str
+    of_parameters = {named(p): named(parameter) for p, parameter in form.parameters.items()}
     selection = describe(
-        model, [p for p in targets if p], tuple(matches.by_pattern),
-        saved, chosen.modules_to_save, form,
+        whole.model if whole else model, [named(p) for p in targets if p],
+        tuple(matches.by_pattern), [*map(named, saved)], chosen.modules_to_save,
+        replace(form, parameters=of_parameters),
     )  # fmt: skip
     found = sites(model, parts, targets, base)
     config = write_config(model, spec, found, selection, chosen.bias, form)
     tensors = {
-        key: saved.encoded().contiguous().cpu()
+        renamed(key, named): saved.encoded().contiguous().cpu()
         for key, saved in saved_tensors(model, parts, targets, base).items()
     }
     if wrong := [text for key, t in tensors.items() if (text := not_finite(key, t))]:
@@ -98,7 +103,7 @@ def write(
         shown,
         {},
         opened_by=opened_by_name(model),
-        in_peft=form.method.of_peft,
+        in_peft=form.method.of_peft and not form.refused,
     )
     with atomic_directory(path, beside.overwrite) as directory:
         save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})

@@ -21,6 +21,10 @@ from lorafold.peft.parameters import as_parameters, renames
 from lorafold.peft.table import methods, over_experts
 
 log = logging.getLogger(__name__)
+# PEFT refuses these targets of LoRA and AdaLoRA in models of these types, whose kernels may read
+# the weights past its layers
+REFUSED = frozenset({"out_proj", "conv1d"})
+REFUSING = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
 DROPOUT = "dropout"  # in the record: the dropout of an adapter whose config can't have it
 
 
@@ -34,6 +38,7 @@ class Form:
     renamed: PEFT renames target modules of this model, so that only lists of names are safe.
     own: The form is one of our own because PEFT has no such method for parameters.
     dropout: The dropout that the config can't have.
+    refused: The targets for which PEFT does not load it, by the last part of their paths.
     """
 
     method: Method
@@ -41,6 +46,7 @@ class Form:
     renamed: bool = False
     own: bool = False
     dropout: float = 0.0
+    refused: tuple[str, ...] = ()
 
     @property
     def config(self) -> dict[str, Any]:
@@ -69,24 +75,32 @@ def form_of(model: nn.Module, spec: Spec, targets: Iterable[str]) -> Form:
         )
     renamed = method.peft_type == "LORA" and renames(model)
     parameters = as_parameters(model, targets, renamed)
+    refused = _refused(model, targets) if method.peft_type in ("LORA", "ADALORA") else ()
     if not (parameters and method.of_peft):
-        return Form(method, {}, renamed)
+        return Form(method, {}, renamed, refused=refused)
     if not method.parameters:
         return Form(over_experts(method), {}, own=True)
     dropout: float = spec.dropout  # type: ignore[attr-defined]
-    return Form(method, parameters, renamed, dropout=dropout)
+    return Form(method, parameters, renamed, dropout=dropout, refused=refused)
+
+
+def _refused(model: nn.Module, targets: Iterable[str]) -> tuple[str, ...]:
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    ends = {path.rpartition(".")[2] for path in targets} if kind in REFUSING else set()
+    return tuple(sorted(REFUSED & ends))
 
 
 def peft_reads(model: nn.Module, spec: Spec, targets: Iterable[str]) -> bool:
     """Whether PEFT reads the files of an adapter, or refuses their peft_type, which is one of our
-    own. Raises LorafoldError as `form_of` does.
+    own, or their targets. Raises LorafoldError as `form_of` does.
 
     Args:
         model: The adapted model.
         spec: The method with its options.
         targets: The sites that the method adapts.
     """
-    return form_of(model, spec, targets).method.of_peft
+    form = form_of(model, spec, targets)
+    return form.method.of_peft and not form.refused
 
 
 def tell(form: Form, path: object) -> None:
@@ -100,6 +114,11 @@ def tell(form: Form, path: object) -> None:
         log.warning(
             f"{path}: PEFT adapts experts with LoRA alone, so it refuses this adapter (peft_type"
             f" {form.method.peft_type}); lorafold reads it"
+        )
+    if form.refused:
+        log.warning(
+            f"{path}: PEFT refuses {', '.join(form.refused)} as targets of a model of this type, so"
+            " it does not load this adapter; lorafold reads it. For PEFT give the others as targets"
         )
     if form.dropout:
         log.info(

@@ -12,8 +12,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -28,6 +29,15 @@ from lorafold.peft.parameters import renamed_patterns, selected, shortest
 from lorafold.peft.tokens import Ids
 
 Patterns = str | tuple[str, ...]
+# By the end of the model class's name: PEFT's task, and the heads that PEFT then expects among the
+# modules to save.
+TASKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("ForCausalLM", "CAUSAL_LM", ()),
+    ("LMHeadModel", "CAUSAL_LM", ()),
+    ("ForSequenceClassification", "SEQ_CLS", ("classifier", "score")),
+    ("ForTokenClassification", "TOKEN_CLS", ("classifier", "score")),
+    ("ForQuestionAnswering", "QUESTION_ANS", ("qa_outputs",)),
+)
 
 
 @dataclass(frozen=True)
@@ -103,6 +113,27 @@ class Selection:
         found = {name: tuple(p for p in paths if p.endswith(name)) for name in self.modules_to_save}
         return Matches({name: hits for name, hits in found.items() if hits})
 
+    def under(self, roots: Mapping[str, str]) -> Selection:
+        """Return the same selection of a part of a model, where the whole one's module paths have
+        other roots.
+
+        Args:
+            roots: The root in the whole model by that in the part.
+        """
+
+        def inner(value: Any) -> Any:
+            if isinstance(value, Mapping):
+                return {inner(name): ids for name, ids in value.items()}
+            if isinstance(value, tuple):
+                return tuple(map(inner, value))
+            for a, b in roots.items() if isinstance(value, str) else ():
+                for old, new in ((f"{b}.", f"{a}."), (re.escape(f"{b}."), re.escape(f"{a}."))):
+                    value = value.replace(old, new)
+            return value
+
+        named = ("target_modules", "modules_to_save", "exclude_modules", "target_parameters")
+        return replace(self, **{name: inner(getattr(self, name)) for name in (*named, "tokens")})
+
     def _excluded(self, path: str) -> bool:
         return _matches(self.exclude_modules, path) or any(
             re.match(rf"(^|.*\.){m}($|\..*)", path) for m in self.modules_to_save
@@ -140,7 +171,7 @@ def describe(
     whole = next(
         (
             s
-            for s in (tuple(names), _ends(saved), tuple(saved))
+            for s in (_with_heads(model, names), tuple(names), _ends(saved), tuple(saved))
             if set(saved_leaves(model, s)) == set(saved)
         ),
         None,
@@ -169,6 +200,30 @@ def describe(
         "PEFT's format can't name the target modules of this model without others: one path is the"
         " end of another"
     )
+
+
+def task_of(model: nn.Module) -> tuple[str | None, tuple[str, ...]]:
+    """PEFT's task for the model, and the names of the heads that PEFT then saves; None and no names
+    for a model of which it knows none.
+    """
+    name = type(model).__name__
+    return next(((task, heads) for end, task, heads in TASKS if name.endswith(end)), (None, ()))
+
+
+def _with_heads(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
+    """These names with the head that PEFT saves as a whole in place of those of its parts: it would
+    put a wrapper around both, and has no key for the inner one.
+    """
+    _, heads = task_of(model)
+    paths = Selection((), heads).saved(model).paths
+
+    def whole(name: str) -> str:
+        found = Selection((), (name,)).saved(model).paths
+        around = {h for h in paths for p in found if p.startswith(f"{h}.")}
+        inside = found and all(p.startswith(tuple(f"{h}." for h in around)) for p in found)
+        return next(iter(around)) if inside and len(around) == 1 else name
+
+    return tuple(dict.fromkeys(map(whole, names)))
 
 
 def saved_leaves(model: nn.Module, names: Sequence[str]) -> list[str]:

@@ -1,4 +1,5 @@
-"""Completes a recipe for a method, for a model's files and for an adapter to start from.
+"""Completes a recipe for a method, for a model's files and positions, and for an adapter to start
+from.
 
 What the recipe sets takes precedence; what it leaves open follows the model's files, then the
 adapter, then the recipe's defaults.
@@ -10,14 +11,21 @@ import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
+from rich.console import Console
+
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.methods import known_options, make_spec
+from lorafold.models.positions import Positions
 from lorafold.models.sources import ModelSource
 from lorafold.models.storage import default_storage
 from lorafold.models.storages import IN_FILES, MADE, QUANTIZED
+from lorafold.objectives import OBJECTIVES
+from lorafold.opening import Base
 from lorafold.peft.saved import Saved, trained_on
 from lorafold.recipe.recipe import Recipe
+
+LENGTH: int = Recipe.model_fields["max_length"].default
 
 
 def left_out(recipe: Recipe) -> list[str]:
@@ -105,3 +113,33 @@ def settled_base(
             )
         return "auto"
     return storage
+
+
+def settled_length(recipe: Recipe, base: Base, before: int, console: Console) -> Recipe:
+    """The recipe with the length that rows are cut to. If it does not set one, that is the default
+    or, where the base has fewer positions, as many as it has; the console is told.
+
+    Raises LorafoldError for a length that it sets and that the base has no positions for.
+
+    Args:
+        before: The positions that adapters take before each row.
+    """
+    asked = recipe.max_length if "max_length" in recipe.model_fields_set else None
+    found = base.positions(OBJECTIVES[recipe.objective].head)
+    length = fitted_length(found, asked, before, console)
+    return recipe.model_copy(update={"max_length": length} if length != recipe.max_length else {})
+
+
+def fitted_length(found: Positions, asked: int | None, before: int, console: Console) -> int:
+    """As `settled_length`, by what is known of the positions.
+
+    Args:
+        found: Those of the model.
+        asked: The length that was asked for; None: a recipe's default.
+        before: The positions that adapters take before each row.
+        console: For a line where they bound it, or do not reach as far.
+    """
+    length, told = found.after(before).fitted(asked, LENGTH)
+    if told:
+        console.print(told, highlight=False, markup=False, soft_wrap=True)
+    return length

@@ -195,6 +195,7 @@ class Recipe(BaseModel):
         1024,
         description=(
             "Longer rows are cut to this many tokens, and counted. A packed sequence holds as many."
+            " Unless it is set, it is at most the model's positions."
         ),
     )
     packing: bool = Field(

@@ -17,8 +17,8 @@ from lorafold.core.draws import named
 from lorafold.data.batches import collate, labelled, micro_batches
 from lorafold.data.examples import Example
 from lorafold.data.labelled import LabelledExample
+from lorafold.models.positions import sequence_of
 from lorafold.step.head import labelled_loss, row_losses
-from lorafold.step.positions import sequence_of
 
 
 class Loss(nn.Module, ABC):

@@ -72,13 +72,14 @@ class RunDirectory:
         with atomic_directory(self.path) as tmp:
             (tmp / "run.json").write_text(json.dumps(identity, indent=2, sort_keys=True))
 
-    @property
-    def day(self) -> str:
-        """The day that a run wrote down because its chat template asks for it, or an empty text."""
+    def written(self, name: str) -> Any:
+        """What the run wrote down under a name, such as the day that its chat template asked for;
+        None if that is nothing.
+        """
         try:
-            return str(json.loads((self.path / "run.json").read_text()).get("day", ""))
+            return json.loads((self.path / "run.json").read_text()).get(name)
         except (OSError, ValueError, AttributeError):
-            return ""  # `check` says what is wrong
+            return None  # `check` says what is wrong
 
     def check(self, identity: dict, defaults: dict) -> str | None:
         """Raises LorafoldError unless the stored run has the same recipe, model and data, and read

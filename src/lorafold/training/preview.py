@@ -35,6 +35,7 @@ from lorafold.training.request import (
     sides,
     tokenized,
     tokenizer_for,
+    with_length,
 )
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ def show(request: Request, console: Console, rows: int = 3, html: Path | None = 
     Raises LorafoldError for rows that the objective can't use.
     """
     saved = open_all(request.adapters)
+    request = with_length(request, saved, console)
     objective = objective_of(request, saved)
     tokenizer, _ = tokenizer_for(request, objective, console, saved)
     findings = _found(request, objective, tokenizer, console)

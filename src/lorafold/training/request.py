@@ -5,7 +5,7 @@ the tokenizer and the tokenized rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -28,7 +28,9 @@ from lorafold.objectives import OBJECTIVES, check_shapes
 from lorafold.objectives.objective import Asked, Data, Objective
 from lorafold.opening import Base
 from lorafold.peft.saved import Saved
+from lorafold.recipe.fitting import settled_length, spec_of
 from lorafold.recipe.recipe import Recipe
+from lorafold.training.checkpoint import RunDirectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -96,6 +98,25 @@ def objective_of(request: Request, saved: Sequence[Saved] = ()) -> Objective:
     options = recipe.beta, recipe.objective_options
     asked = Asked(recipe.objective, rows, request.base, saved, *options)
     return OBJECTIVES[recipe.objective].kind.of(asked)
+
+
+def with_length(request: Request, saved: Sequence[Saved], console: Console) -> Request:
+    """The request with the length that rows are cut to: that of the run to resume, if the recipe
+    does not set one, else as `settled_length` finds it.
+
+    Args:
+        saved: The adapters that the run loads.
+        console: For a line where the model's positions bound it.
+    """
+    recipe, began = request.recipe, None
+    if request.resume and "max_length" not in recipe.model_fields_set:
+        began = RunDirectory(request.out).written("max_length")
+    if isinstance(began, int):
+        return replace(request, recipe=recipe.model_copy(update={"max_length": began}))
+    specs = [one.spec for one in saved]
+    specs += [] if request.init_adapter else [spec_of(recipe)]
+    before = sum(spec.positions for spec in specs)
+    return replace(request, recipe=settled_length(recipe, request.base, before, console))
 
 
 def files_of(request: Request, saved: Sequence[Saved]) -> dict[str, dict[str, str]]:

@@ -29,6 +29,7 @@ from lorafold.files.atomic import check_out
 from lorafold.memory.before_run import planned, settle
 from lorafold.memory.trace import Setting
 from lorafold.methods.parts.token_rows import Tokens
+from lorafold.models.positions import positions_of
 from lorafold.models.tokenizer import Words
 from lorafold.models.weights import Weights
 from lorafold.objectives.objective import Data, Objective
@@ -38,10 +39,16 @@ from lorafold.peft.stack import mismatch, same
 from lorafold.recipe.fitting import settled_base, spec_of, without
 from lorafold.recipe.recipe import OF_ADAPTER
 from lorafold.step.adamw import check_available, check_rounding, free_everywhere
-from lorafold.step.positions import positions_of
 from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.finish import best_path
-from lorafold.training.request import Request, files_of, objective_of, tokenized, tokenizer_for
+from lorafold.training.request import (
+    Request,
+    files_of,
+    objective_of,
+    tokenized,
+    tokenizer_for,
+    with_length,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -150,6 +157,7 @@ def set_up(request: Request, console: Console) -> Setup:
     if saved and not objective.outputs:
         check_language_model(request.base, saved)
     storage = settled_base(request.recipe, spec, request.base.source, saved)
+    request = with_length(request, saved, console)
     recipe = request.recipe.model_copy(update={"storage": storage})
     base = request.base.stored(storage)
     request = replace(request, recipe=recipe, base=base)
@@ -162,8 +170,8 @@ def set_up(request: Request, console: Console) -> Setup:
     own = bool(words.ids or any(changes) or inherited)
     day, dated = "", tokenizer
     if is_dated(tokenizer):
-        began = RunDirectory(request.out).day if request.resume else ""
-        day = began or date.today().isoformat()
+        began = RunDirectory(request.out).written("day") if request.resume else None
+        day = str(began or date.today().isoformat())
         dated = on_day(tokenizer, day)
         held = "the day of each rendering" if is_dated(dated) else f"{day} throughout this run"
         console.print(f"the chat template writes the date: {held}", highlight=False)
@@ -230,7 +238,7 @@ def adapted_model(
 
 def check_positions(setup: Setup, model: PreTrainedModel) -> None:
     """Raise LorafoldError for a row of more tokens than the model has positions."""
-    limit, most = positions_of(model), setup.request.recipe.max_length
+    limit, most = positions_of(model).table, setup.request.recipe.max_length
     if limit is None or most <= limit:
         return
     foreseen = (e for rows in islice(setup.feed.after(0), setup.feed.foreseen) for e in rows)

@@ -240,6 +240,11 @@ class VirtualTokens(Spec):
     def __post_init__(self) -> None:
         refuse(self, whole("tokens", self.tokens), one_of("init", self.init, self.inits))
 
+    @property
+    def positions(self) -> int:
+        """Those of the virtual tokens."""
+        return self.tokens
+
     def build(self, layer: Layer) -> Sender | Receiver:
         module = layer.module
         if is_attention(module):

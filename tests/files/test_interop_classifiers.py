@@ -1,0 +1,146 @@
+"""Adapters of classifiers, whose head transformers builds in many ways, read by PEFT on the class
+that it has for them: it saves their heads as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from torch import Tensor
+
+import lorafold as lf
+from conftest import make_tokenizer
+from lorafold.errors import LorafoldError
+from lorafold.models.classifier import head_paths, load_classifier
+from lorafold.models.sources import resolve_model
+from lorafold.objectives.classify import head_to_save
+from peft_cases import gap, ids, load_theirs, move
+
+CLASSES = ("a", "b", "c")
+SMALL: dict[str, Any] = {
+    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "max_position_embeddings": 24, "pad_token_id": 1,
+}  # fmt: skip
+# two modules in one head: a dense and a projection
+PARTS: dict[str, Callable[[], Any]] = {
+    "roberta": lambda: tf.RobertaConfig(**SMALL),
+    "electra": lambda: tf.ElectraConfig(**SMALL, embedding_size=32),
+    "esm": lambda: tf.EsmConfig(**SMALL, mask_token_id=2),
+    "xlm-roberta": lambda: tf.XLMRobertaConfig(**SMALL),
+    "longformer": lambda: tf.LongformerConfig(**SMALL, attention_window=4),
+    "bigbird": lambda: tf.BigBirdConfig(**SMALL),
+}
+OTHERS: dict[str, Callable[[], Any]] = {
+    "bert": lambda: tf.BertConfig(**SMALL),
+    "deberta": lambda: tf.DebertaConfig(**SMALL),
+    "modernbert": lambda: tf.ModernBertConfig(**SMALL, sep_token_id=2, cls_token_id=3),
+    "xlnet": lambda: tf.XLNetConfig(vocab_size=300, d_model=32, n_layer=2, n_head=2),
+    "distilbert": lambda: tf.DistilBertConfig(
+        vocab_size=300, dim=32, hidden_dim=48, n_layers=2, n_heads=2, max_position_embeddings=24
+    ),
+}  # fmt: skip
+DRAWN = {"bert": tf.BertForMaskedLM, "mobilebert": tf.MobileBertForMaskedLM}
+
+
+def written(path: Path, config: Any, cls: Any = tf.AutoModelForSequenceClassification) -> Path:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config.num_labels = len(CLASSES)
+        made = cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
+        made.save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return path
+
+
+def opened(base: Path) -> Any:
+    return load_classifier(resolve_model(base), CLASSES, 1, torch.float32)
+
+
+def adapted(model: Any) -> lf.Adapter:
+    spec = lf.LoRA(rank=2, dropout=0.0)
+    adapter = lf.attach(model, spec, modules_to_save=head_to_save(model, spec, None))
+    move(adapter.parameters())
+    return adapter
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    found: Tensor = model.eval()(input_ids=ids(), attention_mask=torch.ones_like(ids())).logits
+    return found
+
+
+@pytest.mark.few(3)
+@pytest.mark.parametrize("name", [*PARTS, *OTHERS])
+def test_peft_reads_the_head_of_a_classifier(name: str, tmp_path: Path) -> None:
+    base = written(tmp_path / "base", (PARTS | OTHERS)[name]())
+    model = opened(base)
+    adapted(model).save(tmp_path / "adapter")
+    theirs = tf.AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    wrapped = load_theirs(theirs, tmp_path / "adapter")
+    assert gap(logits(wrapped), logits(model)) < 1e-5
+    again = opened(base)
+    lf.load(again, tmp_path / "adapter")
+    assert torch.equal(logits(again), logits(model))
+    if name in PARTS:
+        assert wrapped.peft_config["default"].modules_to_save[0] == "classifier"
+
+
+def test_a_part_of_a_head_alone_is_no_classifier_of_peft(tmp_path: Path) -> None:
+    """PEFT would look for the whole head, which the files do not have."""
+    base = written(tmp_path / "base", PARTS["roberta"]())
+    model = opened(base)
+    adapter = lf.attach(model, lf.LoRA(rank=2), modules_to_save=["classifier.out_proj"])
+    move(adapter.parameters())
+    adapter.save(tmp_path / "adapter")
+    theirs = tf.AutoModelForSequenceClassification.from_pretrained(base)
+    assert load_theirs(theirs, tmp_path / "adapter").peft_config["default"].task_type is None
+    assert gap(logits(theirs), logits(model)) < 1e-5
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_a_pooler_that_the_files_lack_is_a_part_of_the_head(name: str, tmp_path: Path) -> None:
+    config = {
+        "bert": tf.BertConfig(**SMALL),
+        "mobilebert": tf.MobileBertConfig(
+            **SMALL | {"hidden_size": 128}, intra_bottleneck_size=128, classifier_activation=True
+        ),
+    }[name]
+    base = written(tmp_path / "base", config, DRAWN[name])
+    model = opened(base)
+    adapted(model).save(tmp_path / "adapter")
+    theirs = tf.AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    assert gap(logits(load_theirs(theirs, tmp_path / "adapter")), logits(model)) < 1e-5
+    again = opened(base)
+    lf.load(again, tmp_path / "adapter")
+    assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("method", ["lora", "linear-probe"])
+def test_a_masked_model_is_trained_as_a_classifier(method: str, tmp_path: Path) -> None:
+    """The pooler is drawn from the seed, which only the run knows."""
+    config = tf.BertConfig(**SMALL | {"pad_token_id": 0})
+    base = written(tmp_path / "base", config, tf.BertForMaskedLM)
+    assert head_paths(opened(base)) == ("bert.pooler.dense", "classifier")
+    rows = [{"text": text, "label": label} for text, label in (("fox", "a"), ("rain", "b"))]
+    recipe = lf.Recipe(
+        method=method, objective="classify", steps=2, batch=2, storage="fp32", seed=3, eval_every=2
+    )
+    trained = lf.train(recipe, model=base, data=rows, out=tmp_path / "adapter", eval_data=rows)
+    found = lf.evaluate(base, rows, adapters=tmp_path / "adapter")
+    assert found.loss == pytest.approx(trained.eval_loss, rel=1e-5)
+
+
+def test_other_weights_of_the_body_may_not_be_missing(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    base = written(tmp_path / "base", tf.BertConfig(**SMALL), tf.BertForMaskedLM)
+    state = load_file(base / "model.safetensors")
+    del state["bert.encoder.layer.0.output.dense.weight"]
+    save_file(state, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(LorafoldError, match=r"1 weights are missing in its files: bert\.encoder"):
+        opened(base)

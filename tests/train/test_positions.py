@@ -1,0 +1,291 @@
+"""How many tokens a row may have: against transformers itself, which fails one token later, and in
+every verb that cuts rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from rich.console import Console
+
+import lorafold as lf
+from conftest import lorafold, make_tokenizer, refused
+from lorafold.errors import LorafoldError
+from lorafold.models.positions import Positions, positions_in, positions_of, trained_on
+from lorafold.opening import Base
+from lorafold.training.checkpoint import RunDirectory
+from lorafold.training.request import Request, with_length
+
+pytestmark = pytest.mark.usefixtures("unestimated")
+
+N = 24
+SMALL: dict[str, Any] = {
+    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "max_position_embeddings": N, "pad_token_id": 1, "type_vocab_size": 2,
+}  # fmt: skip
+GPT: dict[str, Any] = {
+    "vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": N,
+    "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+BART: dict[str, Any] = {
+    "vocab_size": 300, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1,
+    "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48, "max_position_embeddings": N, "is_decoder": True,
+    "is_encoder_decoder": False,
+}  # fmt: skip
+NOT_SAID = {k: v for k, v in SMALL.items() if k != "type_vocab_size"}
+
+CAUSAL: dict[str, tuple[Callable[[], Any], int | None]] = {
+    "gpt2": (lambda: tf.GPT2Config(**GPT), N),
+    "gpt-bigcode": (lambda: tf.GPTBigCodeConfig(**GPT), N),
+    "openai-gpt": (lambda: tf.OpenAIGPTConfig(**GPT), N),
+    "gptj": (lambda: tf.GPTJConfig(**GPT, rotary_dim=8), N),
+    "codegen": (lambda: tf.CodeGenConfig(**GPT, rotary_dim=8), N),
+    "ctrl": (lambda: tf.CTRLConfig(**GPT, dff=48), N),
+    "opt": (
+        lambda: tf.OPTConfig(**NOT_SAID | {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+        N,
+    ),
+    "biogpt": (lambda: tf.BioGptConfig(**NOT_SAID), N),
+    "bart": (lambda: tf.BartConfig(**BART), N),
+    "pegasus": (lambda: tf.PegasusConfig(**BART), N),
+    "roberta-decoder": (lambda: tf.RobertaConfig(**SMALL, is_decoder=True), N - 2),
+    # its table grows as rows do
+    "xglm": (
+        lambda: tf.XGLMConfig(
+            vocab_size=300, d_model=32, ffn_dim=48, num_layers=2, attention_heads=2,
+            max_position_embeddings=N,
+        ),
+        None,
+    ),
+    "bloom": (lambda: tf.BloomConfig(vocab_size=300, hidden_size=32, n_layer=2, n_head=2), None),
+    "falcon-alibi": (
+        lambda: tf.FalconConfig(
+            vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, alibi=True,
+            max_position_embeddings=N, new_decoder_architecture=False,
+        ),
+        None,
+    ),
+    "llama": (lambda: tf.LlamaConfig(**NOT_SAID), None),
+    "mamba": (lambda: tf.MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2), None),
+}  # fmt: skip
+CLASSIFIERS: dict[str, tuple[Callable[[], Any], int | None]] = {
+    "bert": (lambda: tf.BertConfig(**SMALL), N),
+    "roberta": (lambda: tf.RobertaConfig(**SMALL), N - 2),
+    "xlm-roberta": (lambda: tf.XLMRobertaConfig(**SMALL), N - 2),
+    "camembert": (lambda: tf.CamembertConfig(**SMALL), N - 2),
+    "mpnet": (lambda: tf.MPNetConfig(**NOT_SAID), N - 2),
+    "esm": (
+        lambda: tf.EsmConfig(**NOT_SAID, position_embedding_type="absolute", mask_token_id=2),
+        N - 2,
+    ),
+    "esm-rotary": (
+        lambda: tf.EsmConfig(**NOT_SAID, position_embedding_type="rotary", mask_token_id=2),
+        None,
+    ),
+    "longformer": (lambda: tf.LongformerConfig(**SMALL, attention_window=4), N - 2),
+    "electra": (lambda: tf.ElectraConfig(**SMALL, embedding_size=32), N),
+    "albert": (lambda: tf.AlbertConfig(**SMALL, embedding_size=16), N),
+    "distilbert": (
+        lambda: tf.DistilBertConfig(
+            vocab_size=300, dim=32, hidden_dim=48, n_layers=2, n_heads=2, max_position_embeddings=N
+        ),
+        N,
+    ),
+    "nystromformer": (
+        lambda: tf.NystromformerConfig(**SMALL, num_landmarks=N, segment_means_seq_len=N),
+        N,
+    ),
+    "rembert": (
+        lambda: tf.RemBertConfig(**SMALL, input_embedding_size=16, output_embedding_size=16),
+        N,
+    ),
+    "deberta": (lambda: tf.DebertaConfig(**SMALL), N),
+    "deberta-relative": (
+        lambda: tf.DebertaV2Config(**SMALL, relative_attention=True, position_biased_input=False),
+        None,
+    ),
+    "xlm": (
+        lambda: tf.XLMConfig(
+            vocab_size=300, emb_dim=32, n_layers=2, n_heads=2, max_position_embeddings=N
+        ),
+        N,
+    ),
+    "roformer": (lambda: tf.RoFormerConfig(**SMALL, embedding_size=32), N),
+    "xlnet": (lambda: tf.XLNetConfig(vocab_size=300, d_model=32, n_layer=2, n_head=2), None),
+    "modernbert": (lambda: tf.ModernBertConfig(**NOT_SAID, sep_token_id=2, cls_token_id=3), None),
+}  # fmt: skip
+
+
+def runs(model: Any, tokens: int) -> bool:
+    ids = torch.randint(5, 290, (1, tokens), generator=torch.Generator().manual_seed(0))
+    try:
+        with torch.no_grad():
+            model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    except (IndexError, RuntimeError):
+        return False
+    return True
+
+
+@pytest.mark.parametrize("name", [*CAUSAL, *CLASSIFIERS])
+def test_a_row_of_so_many_tokens_runs_and_one_more_does_not(name: str) -> None:
+    classifies = name in CLASSIFIERS
+    make, expected = (CAUSAL | CLASSIFIERS)[name]
+    auto = tf.AutoModelForSequenceClassification if classifies else tf.AutoModelForCausalLM
+    model = auto.from_config(make()).eval()
+    assert positions_of(model).table == positions_in(make(), classifies).table == expected
+    if expected is None:
+        assert runs(model, 2 * N)
+    else:
+        assert runs(model, expected)
+        assert not runs(model, expected + 1)
+
+
+ROPE: dict[str, tuple[dict[str, Any] | None, int]] = {
+    "none": (None, 64),
+    "linear": ({"rope_type": "linear", "factor": 4.0}, 256),
+    "dynamic": ({"rope_type": "dynamic", "factor": 2.0}, 128),
+    # as configurations are released: with the positions after stretching, and before
+    "yarn-after": (
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+        64,
+    ),
+    "yarn-before": (
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+        256,
+    ),
+    "llama3": (
+        {
+            "rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8,
+            "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        },
+        64,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ROPE)
+def test_rotary_positions_are_those_it_was_trained_on(kind: str) -> None:
+    scaling, expected = ROPE[kind]
+    rope = {} if scaling is None else {"rope_parameters": {"rope_theta": 1e4, **scaling}}
+    config = tf.LlamaConfig(**NOT_SAID | {"max_position_embeddings": 64}, **rope)
+    assert positions_in(config, False) == Positions("llama", None, expected)
+
+
+def test_positions_of_parts_and_of_what_has_none() -> None:
+    assert trained_on(tf.MistralConfig(**NOT_SAID, sliding_window=8)) == N
+    assert trained_on(tf.ModernBertConfig(**NOT_SAID, sep_token_id=2, cls_token_id=3)) == N
+    assert trained_on(tf.MambaConfig()) is None
+    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "image_size": 8, "patch_size": 4}  # fmt: skip
+    config = tf.LlavaConfig(
+        text_config=tf.LlamaConfig(**NOT_SAID), vision_config=tf.CLIPVisionConfig(**tower)
+    )
+    assert positions_in(config, False) == Positions("llava", None, N)
+
+
+def test_a_length_is_fitted_refused_or_told() -> None:
+    table, rotary = Positions("A", 512, None), Positions("B", None, 2048)
+    assert table.fitted(None, 1024) == (512, "max_length 512 instead of 1024: A has 512 positions")
+    assert table.fitted(512, 1024) == (512, None)
+    with pytest.raises(LorafoldError, match="max_length 513: expected at most 512, the positions"):
+        table.fitted(513, 1024)
+    assert table.after(20).fitted(None, 1024)[0] == 492
+    with pytest.raises(LorafoldError, match="512 positions, of which 511 come before each row"):
+        table.after(511)
+    assert rotary.fitted(None, 1024) == (1024, None)
+    assert rotary.fitted(None, 4096)[0] == 2048
+    length, told = rotary.fitted(4096, 1024)
+    assert length == 4096
+    assert told is not None
+    assert "was trained on 2048 positions" in told
+    assert Positions("C", None, None).fitted(10**6, 1024) == (10**6, None)
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT of 64 positions, with a classifier's head."""
+    path, tokenizer = tmp_path_factory.mktemp("bert"), make_tokenizer()
+    torch.manual_seed(0)
+    config = tf.BertConfig(**SMALL | {"max_position_embeddings": 64, "pad_token_id": 0})
+    config.id2label = {0: "a", 1: "b"}
+    tf.BertForSequenceClassification(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+LONG = [{"text": "fox " * 200, "label": "a"}, {"text": "rain", "label": "b"}] * 2
+
+
+def test_a_classifier_is_trained_and_measured_within_its_positions(
+    bert: Path, tmp_path: Path
+) -> None:
+    """The default length is beyond its positions; before, a row of so many tokens was refused after
+    the model was loaded, and evaluation ended in a traceback.
+    """
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(f'{{"text": "{r["text"]}", "label": "{r["label"]}"}}\n' for r in LONG))
+    told = "max_length 64 instead of 1024: BertForSequenceClassification has 64 positions"
+    train = ("train", "--model", str(bert), "--data", str(data), "--objective", "classify",
+             "--steps", "2", "--batch", "2", "--storage", "fp32")  # fmt: skip
+    done = lorafold(*train, "--out", str(tmp_path / "a"))
+    assert done.returncode == 0
+    assert told in done.stderr
+    assert "2 rows were cut at 64 tokens" in done.stderr
+    asked = ("--model", str(bert), "--data", str(data), "--adapter", str(tmp_path / "a"))
+    done = lorafold("eval", *asked)
+    assert done.returncode == 0
+    assert told in done.stderr
+    beyond = "error: max_length 65: expected at most 64, the positions that BertForSequence"
+    for command in ((*train, "--out", str(tmp_path / "b")), ("eval", *asked)):
+        assert refused(*command, "--max-length", "65").startswith(beyond)
+    assert not (tmp_path / "b").exists()
+
+
+def test_virtual_tokens_take_positions(tiny_model_dir: Any, tmp_path: Path) -> None:
+    """GPT-2 has 512: with 20 before each row there are 492 left."""
+    model, data = tiny_model_dir("gpt2"), [{"prompt": "a", "completion": " fox" * 600}]
+    recipe = lf.Recipe(method="prompt", steps=1, batch=1, storage="fp32")
+    lf.train(recipe, model=model, data=data, out=tmp_path / "a")
+    assert '"max_length": 492' in (tmp_path / "a" / "lorafold.json").read_text()
+    found = lf.evaluate(model, data, adapters=tmp_path / "a", completions=False)
+    assert found.loss > 0
+    with pytest.raises(LorafoldError, match="expected at most 492"):
+        lf.evaluate(model, data, adapters=tmp_path / "a", max_length=512)
+
+
+def test_rotary_positions_bound_the_default_and_not_what_is_asked_for(
+    tiny_model_dir: Any, tmp_path: Path
+) -> None:
+    data = [{"prompt": "a", "completion": " fox" * 600}]
+    cut = lorafold("estimate", "--model", str(tiny_model_dir("llama")), "--mode", "lora", "--json")
+    assert "max_length 512 instead of 1024: LlamaForCausalLM was trained on 512" in cut.stderr
+    recipe = lf.Recipe(steps=1, batch=1, storage="fp32", max_length=700)
+    lf.train(recipe, model=tiny_model_dir("llama"), data=data, out=tmp_path / "a")
+    assert '"max_length": 700' in (tmp_path / "a" / "lorafold.json").read_text()
+    told = "max_length 700: LlamaForCausalLM was trained on 512 positions"
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": " fox"}\n')
+    done = lorafold("eval", "--model", str(tiny_model_dir("llama")), "--data", str(rows),
+                    "--max-length", "700", "--no-completions")  # fmt: skip
+    assert told in done.stderr
+    assert done.returncode == 0
+
+
+def test_a_run_is_resumed_with_the_length_that_it_began_with(
+    tiny_model_dir: Any, tmp_path: Path
+) -> None:
+    """Also one of an earlier version, which began with more than the model has positions."""
+    rows = [{"prompt": "a", "completion": " fox"}]
+    request = Request(
+        Base(tiny_model_dir("gpt2")), tmp_path / "a", lf.Recipe(), rows, "rows", resume=True
+    )
+    quiet = Console(quiet=True)
+    assert with_length(request, [], quiet).recipe.max_length == 512
+    RunDirectory(tmp_path / "a").start({"max_length": 1024})
+    assert with_length(request, [], quiet).recipe.max_length == 1024
