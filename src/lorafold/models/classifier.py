@@ -74,10 +74,10 @@ def load_classifier(
         model.config.get_text_config().pad_token_id = pad_id
         # each text takes a single forward pass, so a cache would never be used
         model.config.get_text_config().use_cache = False
+    missing = sorted(report["missing_keys"])
     poolers = {name.rpartition(".")[0] for name in missing if POOLER in name.split(".")[:-1]}
     model.new_poolers = tuple(sorted(poolers))
     heads = tuple(f"{path}." for path in head_paths(model))
-    missing = sorted(report["missing_keys"])
     new = [name for name in missing if name.startswith(heads)]
     lacking = [name for name in missing if name not in new]
     check_complete(f"model {source.name}", lacking, report["mismatched_keys"])
