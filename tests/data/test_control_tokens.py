@@ -160,7 +160,7 @@ def test_what_is_allowed_stays_a_token_and_the_template_renders_the_same(tmp_pat
     allow(tokenizer, ["<|new|>", "#}{{ 1 }}"])
     allow(tokenizer, ["<|im_end|>"])  # which the template writes
     assert tokenizer.apply_chat_template(asked, tokenize=False) == before
-    assert allowed(tokenizer.chat_template) == {"<|new|>", "#}{{ 1 }}", "<|im_end|>"}
+    assert allowed(tokenizer.chat_template) == {"<|new|>", "#}{{ 1 }}"}
     assert without_note(tokenizer.chat_template) == "\n" + TEMPLATE
     tokenizer.save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)

@@ -14,6 +14,8 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from lorafold.data.messages import Message
+from lorafold.data.template_forms import ASKED, VALUE, attempt, form_of
 from lorafold.models.joined import JOINED
 
 if TYPE_CHECKING:
@@ -24,17 +26,42 @@ ALL = None  # in place of words
 
 
 def allow(tokenizer: PreTrainedTokenizerBase, words: Iterable[str] | None = ALL) -> None:
-    """Let contents have these tokens, besides those that they may have already.
+    """Let contents have these tokens, besides those that they may have already, and without those
+    that the template writes.
 
     Args:
         tokenizer: With its chat template, or with several; without one nothing is to be said.
         words: The texts of the tokens; None allows all.
     """
-    template = tokenizer.chat_template
-    if isinstance(template, str):
-        tokenizer.chat_template = _noted(template, words)
-    elif template:
-        tokenizer.chat_template = {k: _noted(v, words) for k, v in template.items()}
+    if not (template := tokenizer.chat_template):
+        return
+    named = template if isinstance(template, dict) else {"": template}
+    if words is not None:
+        words = frozenset(words)
+        if words:
+            words -= written_by("".join(named.values()), tokenizer, words)
+        if not words:
+            return
+    noted = {name: _noted(text, words) for name, text in named.items()}
+    tokenizer.chat_template = noted if isinstance(template, dict) else noted[""]
+
+
+def written_by(
+    template: str, tokenizer: PreTrainedTokenizerBase, words: Iterable[str]
+) -> frozenset[str]:
+    """Those of some words that a chat template writes itself, of pieces (as <|user|>) or as a word.
+
+    Args:
+        tokenizer: With this template, which probes of each role show.
+    """
+    form, system = form_of(tokenizer), {"role": "system", "content": VALUE}
+    said: list[Message] = [ASKED, {"role": "assistant", "content": VALUE}, ASKED]
+    texts = [
+        attempt(form.of(messages), tokenizer, for_generation=True)
+        for messages in (said, [system, *said], [*said[:2], {"role": "tool", "content": VALUE}])
+    ]
+    text = "".join([without_note(template), *texts])
+    return frozenset(word for word in words if word in text)
 
 
 def allowed(template: str) -> frozenset[str] | None:
@@ -54,7 +81,7 @@ def without_note(template: str) -> str:
 def _noted(template: str, words: Iterable[str] | None) -> str:
     before = allowed(template)
     given = ALL if words is None or before is None else sorted({*before, *words})
-    if given == [] or template.endswith(JOINED):
+    if template.endswith(JOINED):
         return template
     # a comment ends with #}, which no word may write
     said = json.dumps(True if given is None else given).replace("#", "\\u0023")

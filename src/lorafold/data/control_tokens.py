@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
 
-from lorafold.data.allowed_tokens import allowed, without_note
+from lorafold.data.allowed_tokens import allowed, written_by
 from lorafold.data.conversations import Conversation
 from lorafold.data.messages import Message
-from lorafold.data.template_forms import ASKED, KNOWN, VALUE, attempt, form_of, template_of
+from lorafold.data.template_forms import KNOWN, template_of
 from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
@@ -84,25 +84,13 @@ def _found_by(template: str, tokenizer: "PreTrainedTokenizerBase", _size: int) -
     free = allowed(template)
     if free is None:
         return None
-    text = without_note(template) + _probed(tokenizer)
     added = {one.content: one.special for one in tokenizer.added_tokens_decoder.values()}
     listed = getattr(tokenizer, "chat_control_tokens", None)
-    written = {word for word in added if word in text and not word.isspace()}
+    written = {word for word in written_by(template, tokenizer, added) if not word.isspace()}
     free -= written  # with which a turn could be forged
     special = {word for word, is_special in added.items() if is_special} - free
     words = special | (written if listed is None else added.keys() & listed - free)
     return Found(_any_of(words), _any_of(special), tuple({word[:1] for word in words}))
-
-
-def _probed(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """What the template writes of each role: it may make a token of pieces, such as <|user|>."""
-    form, system = form_of(tokenizer), {"role": "system", "content": VALUE}
-    said: list[Message] = [ASKED, {"role": "assistant", "content": VALUE}, ASKED]
-    texts = [
-        attempt(form.of(messages), tokenizer, for_generation=True)
-        for messages in (said, [system, *said], [*said[:2], {"role": "tool", "content": VALUE}])
-    ]
-    return "".join(texts)
 
 
 def _any_of(words: set[str]) -> re.Pattern[str]:
