@@ -116,26 +116,49 @@ LORA = Method(
 
 
 def flat_a(a: Tensor, site: Site) -> Tensor:
-    """A (E r, in) of all experts as PEFT has it, from A (E, r, in); any other A as it is."""
-    return a if site.wrappers is None else a.flatten(0, 1)
+    """A (E r, in) of all experts as PEFT has it, from A (E, r, in), or where it is turned PEFT's B
+    (in, r E); any other A as it is.
+    """
+    if site.wrappers is None:
+        return a
+    return _beside(a.mT) if site.turned else a.flatten(0, 1)
 
 
 def flat_b(b: Tensor, site: Site) -> Tensor:
-    """B (out, r E) of all experts as PEFT has it, from B (E, out, r); any other B as it is."""
-    return b if site.wrappers is None else b.permute(1, 2, 0).flatten(1)
+    """B (out, r E) of all experts as PEFT has it, from B (E, out, r), or where it is turned PEFT's
+    A (E r, out); any other B as it is.
+    """
+    if site.wrappers is None:
+        return b
+    return b.mT.flatten(0, 1) if site.turned else _beside(b)
 
 
 def stacked_a(a: Tensor, site: Site) -> Tensor:
-    """The reverse of `flat_a`: A (E, r, in) from (E r, in)."""
-    return a if site.wrappers is None else a.view(site.delta.A.shape)  # type: ignore[arg-type]
+    """The reverse of `flat_a`: A (E, r, in)."""
+    if site.wrappers is None:
+        return a
+    shape = site.delta.A.shape
+    return _apart(a, shape[0]).mT.contiguous() if site.turned else a.view(shape)  # type: ignore
 
 
 def stacked_b(b: Tensor, site: Site) -> Tensor:
-    """The reverse of `flat_b`: B (E, out, r) from (out, r E)."""
+    """The reverse of `flat_b`: B (E, out, r)."""
     if site.wrappers is None:
         return b
     experts = len(site.delta.B)  # type: ignore[arg-type]
-    return b.unflatten(1, (-1, experts)).permute(2, 0, 1).contiguous()
+    if site.turned:
+        return b.unflatten(0, (experts, -1)).mT.contiguous()
+    return _apart(b, experts).contiguous()
+
+
+def _beside(b: Tensor) -> Tensor:
+    """(k, r E) from factors (E, k, r)."""
+    return b.permute(1, 2, 0).flatten(1)
+
+
+def _apart(b: Tensor, experts: int) -> Tensor:
+    """The reverse of `_beside`."""
+    return b.unflatten(1, (-1, experts)).permute(2, 0, 1)
 
 
 def lora(delta: Delta, layer: type[Base]) -> list[Entry]:
@@ -150,8 +173,8 @@ def lora(delta: Delta, layer: type[Base]) -> list[Entry]:
             Entry("B", "{at}.lora_B.weight", as_points, flat),
         ]
     return [
-        Entry("A", "{at}.lora_A.weight", flat_a, stacked_a),
-        Entry("B", "{at}.lora_B.weight", flat_b, stacked_b),
+        Entry("A", "{at}.{down}.weight", flat_a, stacked_a),
+        Entry("B", "{at}.{up}.weight", flat_b, stacked_b),
     ]
 
 
