@@ -1,10 +1,9 @@
-"""What stays frozen in mixtures whose experts are not transformers' interface for them, and the
+"""What stays frozen in mixtures whose experts are in a form that no row describes, and the
 indexers of sparse attention: said by name, and no adapter without a gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,51 +14,15 @@ import lorafold as lf
 from lorafold.bases import is_linear
 from lorafold.core.anatomy import indexers, routers
 from lorafold.core.presets import all_linear, block_linears
-from mixtures import SHAPE
+from mixtures import MLA, SHAPE, mixture
 
 IDS = torch.randint(3, 290, (2, 12), generator=torch.Generator().manual_seed(0))
-MLA: dict[str, Any] = {
-    "kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16,
-    "v_head_dim": 16, "num_attention_heads": 4,
-}  # fmt: skip
-OTHERS: dict[str, tuple[Callable[[], Any], str, float]] = {
-    "llama4": (
-        lambda: tf.Llama4TextConfig(
-            **SHAPE, head_dim=16, intermediate_size_mlp=128, num_local_experts=4, pad_token_id=0,
-            bos_token_id=0, eos_token_id=0,
-        ),
-        "feed_forward.router",
-        0.6,
-    ),
-    "jetmoe": (
-        lambda: tf.JetMoeConfig(
-            vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-            num_key_value_heads=2, kv_channels=16, num_local_experts=4, num_experts_per_tok=2,
-        ),
-        "mlp.router.layer",
-        0.8,
-    ),
-    "dbrx": (
-        lambda: tf.DbrxConfig(
-            d_model=64, n_heads=4, n_layers=2, vocab_size=300, max_seq_len=64,
-            attn_config={"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
-            ffn_config={
-                "ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64,
-            },
-        ),
-        "ffn.router.layer",
-        0.8,
-    ),
-    "longcat": (
-        lambda: tf.LongcatFlashConfig(
-            vocab_size=300, hidden_size=64, ffn_hidden_size=96, expert_ffn_hidden_size=96,
-            num_layers=2, n_routed_experts=4, zero_expert_num=2, moe_topk=2, head_dim=16,
-            routed_scaling_factor=1.0, **MLA,
-        ),
-        "mlp.router.classifier",
-        0.4,
-    ),
-}  # fmt: skip
+OTHERS = {
+    "llama4": ("feed_forward.router", 0.6),
+    "jetmoe": ("mlp.router.layer", 0.8),
+    "dbrx": ("ffn.router.layer", 0.8),
+    "longcat": ("mlp.router.classifier", 0.4),
+}
 
 
 def drawn(config: Any) -> Any:
@@ -81,10 +44,13 @@ def without_gradient(model: Any, adapter: lf.Adapter) -> list[str]:
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_experts_of_other_forms_are_called_experts(name: str) -> None:
+def test_experts_without_a_row_are_frozen_and_called_experts(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """DBRX's and LongCat's were `other`, and the routers of three of them were adapted."""
-    make, router, least = OTHERS[name]
-    model = drawn(make())
+    monkeypatch.setattr("lorafold.core.expert_forms.FORMS", {})
+    router, least = OTHERS[name]
+    model = mixture(name)
     assert any(path.endswith(router) for path in routers(model))
     adapter = lf.attach(model, lf.LoRA(rank=2, dropout=0.0))
     assert not any(router in path for path in adapter.deltas)

@@ -476,7 +476,8 @@ DEFECTS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         {"target_parameters": ["gate.weight", "gate_up_proj", "down_proj"]},
         [
             "target_parameters: found model.layers.0.mlp.gate.weight and 1 more, expected the"
-            " matrices of experts or the weights of linear modules"
+            " matrices of experts in parameters of three dimensions, or the weights of linear"
+            " modules"
         ],
     ),
     "an embedding": (

@@ -15,7 +15,7 @@ from lorafold.bases.experts import Experts
 from lorafold.core.anatomy import bare_modules
 from lorafold.core.attach import Adapted
 from lorafold.core.base import Base
-from lorafold.core.matrices import expert_parameters
+from lorafold.core.matrices import Matrices
 from lorafold.errors import LorafoldError
 
 # Names, not classes, so that nothing is imported for a storage that a model does not use.
@@ -61,12 +61,14 @@ def parameter_count(model: nn.Module) -> int:
     out * in.
     """
     sizes: dict[int, int] = {}
-    for _, module in bare_modules(model):
-        layer, matrices = layer_of(module), set(expert_parameters(module))
+    modules = [module for _, module in bare_modules(model)]
+    matrices = {(m.owner, m.name) for m in modules if isinstance(m, Matrices)}
+    for module in modules:
+        layer = layer_of(module)
         if layer.quantized or layer.matrices:
             sizes[id(module)] = prod((*layer.matrices, *layer.shape))
         for name, p in module._parameters.items():
-            stored = name in matrices or (layer.quantized and name != "bias")
+            stored = (module, name) in matrices or (layer.quantized and name != "bias")
             if p is not None and p.is_floating_point() and not stored:
                 sizes[id(p)] = p.numel()
     return sum(sizes.values())

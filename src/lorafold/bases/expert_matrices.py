@@ -1,6 +1,7 @@
 """How a parameter of experts stores its matrices.
 
-    Floats      a parameter (E, out, in), or (E, in, out) where the module is transposed
+    Floats      a parameter (E, out, in), or (E, in, out) where they are transposed, and of two
+                dimensions where it is flat
     NF4         the same in 4-bit codes of bitsandbytes (`ops.nf4`), 4.13 bits a weight
     Int8        the same in 8 bits, with one scale for each row as it is stored
     MXFP4       parameters `..._blocks` and `..._scales` in its place, each matrix (out, in), 4.25
@@ -37,7 +38,8 @@ class ExpertMatrices(ABC):
         owner: Any = matrices.owner
         self.names = [matrices.name + ending for ending in self.endings]
         self.parameter: Any = owner._parameters[self.names[0]]
-        self.number, self.transposed = int(owner.num_experts), bool(owner.is_transposed)
+        self.number, self.transposed = matrices.number, matrices.stored.transposed
+        self.flat = matrices.stored.flat
         self.compute_dtype: torch.dtype | None = owner.__dict__.get("compute_dtype")
 
     @property
@@ -64,6 +66,10 @@ class ExpertMatrices(ABC):
         """Matrices (..., out, in) from stored ones or the reverse, a view of any shape."""
         return w.mT if self.transposed else w
 
+    def as_stored(self, w: Tensor) -> Tensor:
+        """All matrices (E, out, in) in the shape of the parameter."""
+        return self.turned(w).flatten(0, 1) if self.flat else self.turned(w)
+
     def matrix(self, e: int) -> Tensor:
         """The matrix (out, in) of expert e."""
         return self.turned(self.stored(e))
@@ -87,15 +93,19 @@ class Floats(ExpertMatrices):
 
     @property
     def sides(self) -> tuple[int, int]:
-        _, a, b = self.parameter.shape
-        return a, b
+        b = self.parameter.shape[-1]
+        return self.parameter.numel() // (self.number * b), b
+
+    @property
+    def _matrices(self) -> Tensor:  # (E, a, b)
+        w: Tensor = self.parameter
+        return w.unflatten(0, (self.number, -1)) if self.flat else w
 
     def stored(self, e: int) -> Tensor:
-        matrix: Tensor = self.parameter[e]
-        return matrix
+        return self._matrices[e]
 
     def dense(self) -> Tensor:
-        return self.turned(self.parameter)
+        return self.turned(self._matrices)
 
 
 class Codes(ExpertMatrices):
@@ -216,9 +226,9 @@ def quantized(w: Tensor, pack: Callable[[Tensor], nn.Module]) -> nn.Parameter:
     """The parameter that stores w, in bf16, in codes: that of a linear (E a, b).
 
     Args:
-        w: the matrices as they are stored, (E, a, b).
+        w: the matrices as they are stored, (E, a, b) or (E a, b).
         pack: makes a linear of a matrix.
     """
-    linear: Any = pack(w.flatten(0, 1))
+    linear: Any = pack(w.flatten(0, -2))
     parameter: nn.Parameter = linear.weight
     return parameter

@@ -3,10 +3,10 @@
     for a token x, its experts e_1 .. e_k and their weights p_1 .. p_k (the router's):
     y = sum_i p_i down_{e_i} act(gate_up_{e_i} x)
 
-The tokens are sorted by expert, so that each expert's are one product (`ops.grouped`). A delta over
-`gate_up_proj` or `down_proj` changes a layer (S, in) -> (S, out), S being k times the tokens.
-The form is that of transformers' experts (`use_experts_implementation`), whose own forward runs
-where no delta is active and nothing is quantized.
+A delta over `gate_up_proj` or `down_proj` changes a layer (S, in) -> (S, out), S being k times the
+tokens. The forms that a module may have are in `core.expert_forms`, and the forwards over such
+layers in `bases.expert_routes`; the module's own runs where no delta is active and nothing is
+quantized.
 """
 
 from __future__ import annotations
@@ -20,22 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.bases.expert_matrices import ExpertMatrices, held
+from lorafold.bases.expert_routes import CALLED
 from lorafold.core.attach import Adapted
 from lorafold.core.base import Base
 from lorafold.core.draws import DrawSite, site_of, slots
 from lorafold.core.layer import Layer, add
-from lorafold.core.matrices import STORED, Matrices, matrices_of, parameter_path
+from lorafold.core.matrices import STORED, Matrices, expert_parameters, matrices_of, parameter_path
 from lorafold.errors import LorafoldError, NotMergeable
-from lorafold.ops.autocast import lowered
 from lorafold.ops.dropout import dropout, shared
-from lorafold.ops.grouped import (
-    FrozenMatrices,
-    Groups,
-    frozen_product,
-    grouped,
-    low_rank_product,
-    product,
-)
+from lorafold.ops.grouped import FrozenMatrices, Groups, frozen_product, low_rank_product, product
 from lorafold.ops.scale import scale
 
 
@@ -58,14 +51,14 @@ class Experts(Base):
     @classmethod
     def entered(cls, module: nn.Module) -> None:
         assert isinstance(module, Matrices)
+        route(module.routed)
         module.owner._modules[module.name] = module
-        route(module.owner)
 
     @classmethod
     def left(cls, module: nn.Module) -> None:
         assert isinstance(module, Matrices)
         del module.owner._modules[module.name]
-        leave(module.owner)
+        leave(module.routed)
 
     @property
     def rows(self) -> Groups:
@@ -165,8 +158,8 @@ class Experts(Base):
                 "these experts store quantized weights, in which a change would be lost to"
                 " rounding; dequantize them first"
             )
-        turned = self.held.turned(w)
-        return {"weight": turned} if b is None else {"weight": turned, "bias": b}
+        stored = self.held.as_stored(w)
+        return {"weight": stored} if b is None else {"weight": stored, "bias": b}
 
     def plain(self) -> Experts:
         twin = copy.copy(self)
@@ -182,22 +175,23 @@ class Experts(Base):
 
     def dequantize(self) -> None:
         if self.quantized:
-            dense = self.held.turned(self.held.dense()).contiguous()
+            dense = self.held.as_stored(self.held.dense()).contiguous()
             for name in self.held.names:
                 del self.owner._parameters[name]
             self.owner._parameters[self.name] = nn.Parameter(dense, requires_grad=False)
             self.held, self.quantized = held(self.module), False  # type: ignore[arg-type]
-            leave(self.owner)
+            leave(self.module.routed)  # type: ignore[arg-type]
 
 
 class Routed(nn.Module):
-    """Mixin: a module of experts whose forward runs over `Experts`."""
+    """Mixin: a module whose forward runs over `Experts`, its own or those of a child."""
 
     base_class: ClassVar[type[nn.Module]]
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        for name in [n for n, m in self._modules.items() if isinstance(m, Matrices)]:
-            stored, own = f"{prefix}{name}{STORED}.", f"{prefix}{name}."
+        within, holder = _holder(self)
+        for name in [n for n, m in holder._modules.items() if isinstance(m, Matrices)]:
+            stored, own = f"{prefix}{within}{name}{STORED}.", f"{prefix}{within}{name}."
             for key in [key for key in state_dict if key.startswith(stored)]:
                 state_dict[own + key.removeprefix(stored)] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -208,7 +202,7 @@ class Routed(nn.Module):
 
 @functools.cache
 def routed_class(cls: type[nn.Module]) -> type[Routed]:
-    """The subclass of a class of experts, with its name, whose forward runs over `Experts`."""
+    """The subclass of a class, with its name, whose forward runs over `Experts`."""
     body = {"forward": functools.wraps(cls.forward)(forward), "base_class": cls}
     swapped = type(cls.__name__, (Routed, cls), body)
     swapped.__module__, swapped.__qualname__ = cls.__module__, cls.__qualname__
@@ -220,62 +214,66 @@ def _rebuild(cls: type[nn.Module]) -> Routed:
     return swapped.__new__(swapped)
 
 
-def route(owner: nn.Module) -> None:
-    """Make the module of the experts run over `Experts`, as it must with deltas over its matrices
-    or with quantized ones.
+def _holder(routed: nn.Module) -> tuple[str, nn.Module]:
+    """The module that has the matrices which a routed module computes with, and what paths in it
+    begin with.
     """
-    if not isinstance(owner, Routed):
-        owner.__class__ = routed_class(type(owner))  # type: ignore[arg-type]
+    if expert_parameters(routed):
+        return "", routed
+    return next(
+        (f"{name}.", m) for name, m in routed._modules.items() if m and expert_parameters(m)
+    )
 
 
-def leave(owner: nn.Module) -> None:
-    """Give the module of the experts its own forward again, if nothing needs another."""
-    own = matrices_of(owner).values()
-    if isinstance(owner, Routed) and not any(
-        isinstance(s, Adapted) or held(s).quantized for s in own
-    ):
-        owner.__class__ = owner.base_class  # type: ignore[assignment]
-
-
-def forward(self: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The output (T, hidden) of the experts: each token's, weighted by the router and summed.
+def route(routed: nn.Module) -> None:
+    """Make the forward that computes experts run over `Experts`, as it must with deltas over their
+    matrices or with quantized ones.
 
     Args:
-        self: the module of the experts.
-        *args, **kwargs: the experts of each token (T, k) and their weights (T, k).
+        routed: the module whose forward it is.
     """
-    own = matrices_of(self)
+    if not isinstance(routed, Routed):
+        routed.__class__ = routed_class(type(routed))  # type: ignore[arg-type]
+
+
+def leave(routed: nn.Module) -> None:
+    """Give the module its own forward again, if nothing needs another."""
+    own = matrices_of(_holder(routed)[1], routed).values()
+    if isinstance(routed, Routed) and not any(
+        isinstance(s, Adapted) or held(s).quantized for s in own
+    ):
+        routed.__class__ = routed.base_class  # type: ignore[assignment]
+
+
+def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """What the module computes: by its own forward where nothing is active or quantized, else over
+    layers.
+
+    Args:
+        self: the module.
+        *args, **kwargs: what its own forward takes (`core.expert_forms`).
+    """
+    _, holder = _holder(self)
+    own = matrices_of(holder, self)
     adapted = [s for s in own.values() if isinstance(s, Adapted)]
     names = adapted[0].selection.running(self.training) if adapted else ()
     active = any(n in s.deltas for s in adapted for n in names)
     if not active and not any(held(s).quantized for s in own.values()):
-        y: Tensor = self.base_class.forward(self, hidden, *args, **kwargs)
-        return y
-    index, weights = (*args, *kwargs.values())
-    mixed = lowered(functools.partial(_mixed, self, own, names, index), hidden)
-    return (mixed * weights[..., None]).sum(1).to(hidden.dtype)
+        return self.base_class.forward(self, *args, **kwargs)
+    called = next(iter(own.values())).form.called
+    return CALLED[called](self, holder, functools.partial(_layers, own, names), *args, **kwargs)
 
 
-def _mixed(
-    self: Any, own: dict[str, Matrices], names: tuple[str, ...], index: Tensor, hidden: Tensor
-) -> Tensor:  # (T, k, hidden)
-    """The output of each expert of each token."""
-    groups, rows, places = grouped(index.reshape(-1), self.num_experts)
-    tokens = rows // index.shape[-1]
-    routes = rows, (len(index), index.shape[-1])
-    first, last = (_layer(s, names, groups, *routes) for s in own.values())
-    u = first(hidden.index_select(0, tokens))  # whose backward is faster than that of indexing
-    u = last(self._apply_gate(u) if self.has_gate else self.act_fn(u))
-    if self.has_post_expert_norm:
-        u = self.post_expert_norm(u)
-    return u.index_select(0, places).view(*index.shape, -1)
-
-
-def _layer(
-    matrices: Matrices, names: tuple[str, ...], groups: Groups, at: Tensor, experts: tuple[int, int]
-) -> Layer:
-    base = Experts(matrices)
-    base.groups, base.at, base.experts = groups, at, experts
-    if not isinstance(matrices, Adapted):
-        return base
-    return matrices.layer(*names, base=base)
+def _layers(
+    own: dict[str, Matrices],
+    names: tuple[str, ...],
+    groups: Groups,
+    at: Tensor | None,
+    experts: tuple[int, int],
+) -> list[Layer]:
+    found: list[Layer] = []
+    for matrices in own.values():
+        base = Experts(matrices)
+        base.groups, base.at, base.experts = groups, at, experts
+        found.append(matrices.layer(*names, base=base) if isinstance(matrices, Adapted) else base)
+    return found

@@ -23,16 +23,19 @@ def bare_modules(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Mod
     experts come as `Matrices`, under the paths of their parameters.
     """
     seen: dict[int, nn.Module] = {}
-    left = [(path, model)]
+    left: list[tuple[str, nn.Module, nn.Module | None]] = [(path, model, None)]
     while left:
-        path, module = left.pop()
+        path, module, around = left.pop()
         if id(module) in seen or isinstance(module, Deltas):
             continue
         seen[id(module)] = module
         yield path, module
-        own = {**module._modules, **matrices_of(module)}
-        children = [(name, child) for name, child in own.items() if child is not None]
-        left += [(f"{path}.{name}" if path else name, child) for name, child in reversed(children)]
+        own = {**module._modules, **matrices_of(module, around)}
+        left += [
+            (f"{path}.{name}" if path else name, child, module)
+            for name, child in reversed(own.items())
+            if child is not None
+        ]
 
 
 def blocks(model: nn.Module) -> list[str]:

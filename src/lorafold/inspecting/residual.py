@@ -93,9 +93,9 @@ def stream_of(model: PreTrainedModel) -> Stream:
                 readers[path] = norm
 
         def read_by_experts(path: str, module: nn.Module, args: Any) -> None:
-            first, last = (f"{path}.{name}" for name in expert_parameters(module))
+            *firsts, last = (f"{path}.{name}" for name in expert_parameters(module))
             if (norm := outputs.get(args[0].untyped_storage()._cdata)) is not None:
-                readers[first] = norm
+                readers.update(dict.fromkeys(firsts, norm))
             if not getattr(module, "has_post_expert_norm", False):
                 seen.add(last)
 

@@ -166,7 +166,7 @@ def attach_round_trip(model: nn.Module, quantization: str) -> None:
     selection = selection_of(model)
     for path in packable(model):  # type: ignore[arg-type]
         module = module_at(model, path)
-        turned = isinstance(module, Matrices) and bool(module.owner.is_transposed)
+        turned = isinstance(module, Matrices) and module.stored.transposed
         delta = RoundTrip(quantization, turned)
         lay(module, layer_class(module), ROUND_TRIP, delta, selection, path)
 

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from lorafold.bases.expert_matrices import held, quantized
+from lorafold.bases.expert_matrices import Floats, held, quantized
 from lorafold.bases.experts import route
 from lorafold.core.anatomy import bare_modules
-from lorafold.core.matrices import expert_parameters, matrices_of
+from lorafold.core.expert_forms import form_of
+from lorafold.core.matrices import Matrices
 from lorafold.models.storages import STORAGES
 from lorafold.ops.nf4 import BLOCK
 
@@ -26,9 +27,11 @@ def experts_quantized(quantization: str) -> Iterator[None]:
     pack = STORAGES[quantization].pack
 
     def quantize(module: Any, name: str, parameter: Any) -> Any:
-        if name not in expert_parameters(module) or parameter.is_meta or parameter.dim() != 3:
+        form = form_of(module)
+        stored = None if form is None else form.parameters.get(name)
+        if stored is None or parameter.is_meta or parameter.dim() != 3 - stored.flat:
             return None
-        if parameter.shape[1 if module.is_transposed else 2] % BLOCK:
+        if not parameter.is_floating_point() or Floats(Matrices(module, name)).shape[2] % BLOCK:
             return None
         made: Any = quantized(parameter, pack)
         made._is_hf_initialized = True  # else transformers fills it with random numbers
@@ -44,5 +47,5 @@ def experts_quantized(quantization: str) -> Iterator[None]:
 def route_quantized(model: torch.nn.Module) -> None:
     """Make modules of experts that have quantized matrices compute with these."""
     for _, module in bare_modules(model):
-        if any(held(matrices).quantized for matrices in matrices_of(module).values()):
-            route(module)
+        if isinstance(module, Matrices) and held(module).quantized:
+            route(module.routed)

@@ -50,7 +50,7 @@ def make_mxfp4(model: nn.Module, settings: Mapping[str, Any], what: str) -> None
         for name, matrices in matrices_of(module).items():
             made = mxfp4_parameters(matrices)
             floats: Any = module._parameters.pop(name)
-            inn = floats.shape[1 if module.is_transposed else 2]
+            inn = floats.shape[1 if matrices.stored.transposed else 2]
             if inn % GROUP:
                 raise LorafoldError(
                     f"{what}: {path}.{name}: found rows of {inn} weights, expected a multiple of"

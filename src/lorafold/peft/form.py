@@ -1,8 +1,9 @@
 """The form in which an adapter is written: PEFT's, or one of our own that PEFT refuses.
 
-PEFT adapts the matrices of experts (`parameters`) with LoRA alone, and without dropout. So dropout
-is 0 in the config of such an adapter and stands in its record, where lorafold finds it again; any
-other method over experts has the layout of PEFT's files under a peft_type of our own.
+PEFT adapts the matrices of experts (`parameters`) with LoRA alone, without dropout, and in
+parameters of three dimensions. So dropout is 0 in the config of such an adapter and stands in its
+record, where lorafold finds it again; any other method over experts, and LoRA over those of two
+dimensions, has the layout of PEFT's files under a peft_type of our own.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import nn
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.peft.format import Method
-from lorafold.peft.parameters import as_parameters, renames
+from lorafold.peft.parameters import any_flat, as_parameters, renames
 from lorafold.peft.table import methods, over_experts
 
 log = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ def form_of(model: nn.Module, spec: Spec, targets: Iterable[str]) -> Form:
     refused = _refused(model, targets) if method.peft_type in ("LORA", "ADALORA") else ()
     if not (parameters and method.of_peft):
         return Form(method, {}, renamed, refused=refused)
-    if not method.parameters:
+    if not method.parameters or any_flat(model, targets):
         return Form(over_experts(method), {}, own=True)
     dropout: float = spec.dropout  # type: ignore[attr-defined]
     return Form(method, parameters, renamed, dropout=dropout, refused=refused)
@@ -112,8 +113,8 @@ def tell(form: Form, path: object) -> None:
     """
     if form.own:
         log.warning(
-            f"{path}: PEFT adapts experts with LoRA alone, so it refuses this adapter (peft_type"
-            f" {form.method.peft_type}); lorafold reads it"
+            f"{path}: PEFT adapts experts with LoRA alone, and in parameters of three dimensions,"
+            f" so it refuses this adapter (peft_type {form.method.peft_type}); lorafold reads it"
         )
     if form.refused:
         log.warning(

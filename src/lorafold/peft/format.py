@@ -55,6 +55,7 @@ class Site:
     wrappers: For the matrices of experts that PEFT adapts too, how many of its wrappers lie over
         theirs (`parameters`); None for all other sites.
     window: The size of a convolution's window; () for any other module.
+    turned: PEFT takes the inputs of the matrices for their outputs (`parameters.turned`).
     """
 
     path: str
@@ -64,6 +65,7 @@ class Site:
     base: Weights
     wrappers: int | None = None
     window: tuple[int, ...] = ()
+    turned: bool = False
 
     @property
     def at(self) -> str:
@@ -71,6 +73,16 @@ class Site:
         if self.wrappers is None:
             return f"{ROOT}.{self.path}"
         return f"{ROOT}.{self.path.rpartition('.')[0]}{'.base_layer' * self.wrappers}"
+
+    @property
+    def down(self) -> str:
+        """PEFT's name of the factor that meets the input."""
+        return "lora_B" if self.turned else "lora_A"
+
+    @property
+    def up(self) -> str:
+        """PEFT's name of the factor that gives the output."""
+        return "lora_A" if self.turned else "lora_B"
 
     @property
     def under(self) -> str:
@@ -123,8 +135,8 @@ class Field:
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of a delta (a dotted name) and its key in the file, a template with the site's `at`
-    and `under`.
+    """A tensor of a delta (a dotted name) and its key in the file, a template with the site's `at`,
+    `under`, `down` and `up`.
 
     `to_file` and `from_file` convert between the delta's tensor and the file's. If the shape
     depends on the file and not on the spec, `misfit` returns what is wrong with a tensor of the
@@ -139,7 +151,7 @@ class Entry:
 
     def key(self, site: Site) -> str:
         """Return the tensor's key in the file."""
-        return self.template.format(at=site.at, under=site.under)
+        return self.template.format(at=site.at, under=site.under, down=site.down, up=site.up)
 
 
 # the entries of a delta at a module whose `Base` is of this class

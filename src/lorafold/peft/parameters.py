@@ -9,6 +9,10 @@ PEFT puts a wrapper over the module for each of its parameters, the last registe
     ...experts.lora_A.weight                of down_proj
     ...experts.base_layer.lora_A.weight     of gate_up_proj, if down_proj is adapted too
 
+A module without the attribute `is_transposed` has matrices (out, in) for it, so those of Llama 4,
+which are (in, out), have its factors exchanged. What has two dimensions is one matrix for it, so
+for flat matrices of experts it has no form.
+
 It takes the names gate_proj, up_proj, down_proj, w1 ... among the target modules of such a model
 for parameters of its experts, and a regular expression or "all-linear" for the last parts of the
 paths that match; so there these linears are named by their weights, and all others in a list.
@@ -26,6 +30,7 @@ from torch import nn
 from lorafold.bases import is_linear, layer_class
 from lorafold.bases.dense import Conv1D
 from lorafold.core.anatomy import bare_modules
+from lorafold.core.expert_forms import form_of
 from lorafold.core.matrices import Matrices, expert_parameters, module_at, parameter_path
 from lorafold.core.targets import pattern_matches
 from lorafold.errors import LorafoldError
@@ -70,13 +75,26 @@ def wrappers_over(model: nn.Module, targets: Iterable[str]) -> dict[str, int]:
     """How many wrappers of other parameters PEFT puts over each target that is one of experts."""
     owned: dict[nn.Module, dict[str, str]] = defaultdict(dict)
     for path in targets:
-        if isinstance(module := module_at(model, path), Matrices):
+        if isinstance(module := module_at(model, path), Matrices) and not module.stored.flat:
             owned[module.owner][module.name] = path
     found = {}
     for owner, sites in owned.items():
         order = [sites[name] for name in reversed(expert_parameters(owner)) if name in sites]
         found.update({path: above for above, path in enumerate(order)})
     return found
+
+
+def turned(module: nn.Module) -> bool:
+    """Whether PEFT takes the inputs of a module's matrices for their outputs."""
+    if not isinstance(module, Matrices):
+        return False
+    return module.stored.transposed != bool(getattr(module.owner, "is_transposed", False))
+
+
+def any_flat(model: nn.Module, targets: Iterable[str]) -> bool:
+    """Whether PEFT would take the matrices of experts of a target for one."""
+    found = (module_at(model, path) for path in targets)
+    return any(isinstance(module, Matrices) and module.stored.flat for module in found)
 
 
 def shortest(model: nn.Module, chosen: Collection[str]) -> tuple[str, ...]:
@@ -101,7 +119,8 @@ def selected(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[str, ...
         if name is None:
             continue
         matrix = is_linear(module) and not issubclass(layer_class(module), Conv1D)
-        if leaf in expert_parameters(module):
+        stored = form.parameters.get(leaf) if (form := form_of(module)) else None
+        if stored is not None and not stored.flat:
             found[name].append(path)
         elif leaf == "weight" and matrix:
             found[name].append(owner)
@@ -110,8 +129,8 @@ def selected(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[str, ...
     if wrong:
         more = f" and {len(wrong) - 1} more" * (len(wrong) > 1)
         raise LorafoldError(
-            f"target_parameters: found {wrong[0]}{more}, expected the matrices of experts or the"
-            " weights of linear modules"
+            f"target_parameters: found {wrong[0]}{more}, expected the matrices of experts in"
+            " parameters of three dimensions, or the weights of linear modules"
         )
     return {name: tuple(sites) for name, sites in found.items()}
 

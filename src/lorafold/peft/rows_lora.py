@@ -29,6 +29,7 @@ from lorafold.methods.inits import OffsetDelta, OLoRA, PiSSA
 from lorafold.methods.lora import LoRA, LoRADelta
 from lorafold.methods.vera import VeRA, VeRADelta
 from lorafold.peft.convolution import as_kernel, as_points, flat, not_down
+from lorafold.peft.expert_factors import flat_a, flat_b, stacked_a, stacked_b
 from lorafold.peft.format import Entries, Entry, Field, Method, Regex, Site, as_is
 
 # Initializations of A that leave the base unchanged. They don't matter for a trained adapter, whose
@@ -115,29 +116,6 @@ LORA = Method(
 )  # fmt: skip
 
 
-def flat_a(a: Tensor, site: Site) -> Tensor:
-    """A (E r, in) of all experts as PEFT has it, from A (E, r, in); any other A as it is."""
-    return a if site.wrappers is None else a.flatten(0, 1)
-
-
-def flat_b(b: Tensor, site: Site) -> Tensor:
-    """B (out, r E) of all experts as PEFT has it, from B (E, out, r); any other B as it is."""
-    return b if site.wrappers is None else b.permute(1, 2, 0).flatten(1)
-
-
-def stacked_a(a: Tensor, site: Site) -> Tensor:
-    """The reverse of `flat_a`: A (E, r, in) from (E r, in)."""
-    return a if site.wrappers is None else a.view(site.delta.A.shape)  # type: ignore[arg-type]
-
-
-def stacked_b(b: Tensor, site: Site) -> Tensor:
-    """The reverse of `flat_b`: B (E, out, r) from (out, r E)."""
-    if site.wrappers is None:
-        return b
-    experts = len(site.delta.B)  # type: ignore[arg-type]
-    return b.unflatten(1, (-1, experts)).permute(2, 0, 1).contiguous()
-
-
 def lora(delta: Delta, layer: type[Base]) -> list[Entry]:
     """Describe the factors of LoRA, which have other keys at an embedding, and are kernels at a
     convolution.
@@ -150,8 +128,8 @@ def lora(delta: Delta, layer: type[Base]) -> list[Entry]:
             Entry("B", "{at}.lora_B.weight", as_points, flat),
         ]
     return [
-        Entry("A", "{at}.lora_A.weight", flat_a, stacked_a),
-        Entry("B", "{at}.lora_B.weight", flat_b, stacked_b),
+        Entry("A", "{at}.{down}.weight", flat_a, stacked_a),
+        Entry("B", "{at}.{up}.weight", flat_b, stacked_b),
     ]
 
 

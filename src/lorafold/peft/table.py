@@ -55,13 +55,14 @@ def over_experts(method: Method) -> Method:
     """The form of a method of PEFT's for experts, to which PEFT does not apply it: the same layout
     under a peft_type of our own, with sites under their own paths and factors in their own shapes.
     """
-    return replace(method, peft_type=f"{derived.PREFIX}EXPERTS_{method.peft_type}")
+    kind = f"{derived.PREFIX}EXPERTS_{method.peft_type}"
+    return replace(method, peft_type=kind, parameters=False)
 
 
 OF_PEFT = (*PLAIN, *(dora_over(method) for method in PLAIN if method.spec is not IA3))
 METHODS: tuple[Method, ...] = (
     *OF_PEFT,
-    *(over_experts(method) for method in OF_PEFT if method.of_peft and not method.parameters),
+    *(over_experts(method) for method in OF_PEFT if method.of_peft),
     *rows_virtual.METHODS,
     *rows_own.METHODS,
 )

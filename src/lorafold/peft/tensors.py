@@ -14,7 +14,7 @@ from lorafold.core.delta import Delta
 from lorafold.core.matrices import module_at
 from lorafold.models.weights import Weights
 from lorafold.peft.format import Entry, Site
-from lorafold.peft.parameters import wrappers_over
+from lorafold.peft.parameters import turned, wrappers_over
 from lorafold.peft.rows_lora import WRAPPED
 from lorafold.peft.table import entries_of
 
@@ -85,5 +85,6 @@ def sites(model: nn.Module, parts: Parts, targets: Sequence[str], base: Weights)
         window = module.kernel_size if issubclass(layer, Convolution) else ()
         for delta in deltas:
             wrappers = above.get(path) if isinstance(delta, WRAPPED) else None
-            found.append(Site(path, delta, layer, path in aimed, base, wrappers, window))
+            exchanged = wrappers is not None and turned(module)
+            found.append(Site(path, delta, layer, path in aimed, base, wrappers, window, exchanged))
     return found

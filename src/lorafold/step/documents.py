@@ -139,11 +139,21 @@ def attending(
     AttentionInterface.register(name, attention or attend)
     AttentionMaskInterface.register(name, mask)
     before = _implementations(model.config)
-    model.set_attn_implementation(name)
+    model.set_attn_implementation(_all_named(before, name) | {"": name})
     try:
         yield
     finally:
         model.set_attn_implementation(before)
+
+
+def _all_named(before: dict[str, Any], name: str) -> dict[str, Any]:
+    """The implementations with this name for each, but none for a part that had none: transformers
+    would not set it back.
+    """
+    return {
+        part: _all_named(of, name) if isinstance(of, dict) else name if of is not None else None
+        for part, of in before.items()
+    }
 
 
 def _implementations(config: PreTrainedConfig) -> dict[str, Any]:

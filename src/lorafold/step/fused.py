@@ -231,7 +231,9 @@ def _fused_gate(gating: Forward, module: nn.Module) -> Forward | None:
     None if the module has no experts or their gate is another.
     """
     plain: Any = getattr(module, "_apply_gate", None)
-    if not expert_parameters(module) or plain.__func__.__name__ != "_default_apply_gate":
+    if plain is None or not expert_parameters(module):
+        return None
+    if plain.__func__.__name__ != "_default_apply_gate":
         return None
     u = torch.linspace(-6, 6, 64).view(2, 32)
     for known in ACTIVATIONS:
