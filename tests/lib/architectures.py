@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import lorafold as lf
 
-VOCAB = 97
+VOCAB = 300  # as many as the tokenizer of conftest.py has
 IDS = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SHAPE: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -1,0 +1,273 @@
+"""What lorafold does with a family of models, measured on its tiny one, step by step: attach,
+train, save, load, merge, and read the files again in transformers and in PEFT.
+
+    measured("zamba2", folder)      the row of the family in the table of docs/models.md
+    table(rows)                     the table; `python tests/lib/matrix.py` writes it to the page
+
+A step that fails raises, but for reading in PEFT, whose answer is a cell: PEFT may refuse a module
+that is adapted, or compute something else.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import transformers as tf
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers.models.auto import modeling_auto as auto
+
+import lorafold as lf
+from architectures import Architecture, near, run
+from conftest import make_tokenizer, unestimating
+from lorafold.core.matrices import Matrices, module_at
+from more_architectures import FAMILIES
+from peft_cases import load_theirs, move
+
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+BEGIN, END = "<!-- measured -->\n", "<!-- end of what is measured -->\n"
+PROMPTS = [{"prompt": f"{n} cats", "completion": f"{n + 1} cats sat"} for n in range(2)]
+TEXTS = [{"text": f"{n} cats sat", "label": f"LABEL_{n}"} for n in range(3)]
+RECIPE: dict[str, Any] = {
+    "batch": 3, "storage": "fp32", "lr": 1e-2, "rank": 4, "dropout": 0.0,
+}  # fmt: skip
+ALWAYS_FROZEN = ("norms", "router", "embeddings")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row of the table."""
+
+    family: str
+    model: str
+    adapted: str
+    trained: str
+    merged: str
+    in_peft: str
+    note: str = ""
+
+
+def measured(name: str, folder: Path) -> Measured:
+    """The row of a family. Raises AssertionError, or what the step raised, if one fails.
+
+    Args:
+        folder: An empty directory for its files.
+    """
+    row = FAMILIES[name]
+    base, adapter, merged = (folder / part for part in ("base", "adapter", "merged"))
+    row.model().save_pretrained(base)
+    make_tokenizer().save_pretrained(base)
+    inputs = row.inputs()
+    bare = outputs(opened(row, base), inputs)
+    trained = train(row, base, adapter)
+
+    model = opened(row, base)
+    attached = lf.load(model, adapter)
+    expected = outputs(model, inputs)
+    assert (expected - bare).norm() > 1e-3 * bare.norm(), "the adapter changes nothing"
+    with told() as lines:
+        attached.save(folder / "again")
+    again = opened(row, base)
+    lf.load(again, folder / "again")
+    assert torch.equal(outputs(again, inputs), expected)
+
+    way = merge(row, base, adapter, merged)
+    read, info = named(merged).from_pretrained(merged, output_loading_info=True)
+    assert {kind: found for kind, found in info.items() if found} == {}
+    assert near(outputs(read.eval(), inputs), expected)
+
+    in_peft, why = peft_reads(row, base, adapter, expected)
+    if why:
+        why = f"PEFT {why}" + ", as saving says" * bool(lines)
+    return Measured(
+        name, type(model).__name__, reached(model, attached), trained, way, in_peft,
+        "; ".join(filter(None, [frozen(attached), why])),
+    )  # fmt: skip
+
+
+def named(path: Path) -> Any:
+    """The class that config.json names."""
+    return getattr(tf, json.loads((path / "config.json").read_text())["architectures"][0])
+
+
+def is_language_model(row: Architecture) -> bool:
+    """Is it trained on text by `lf.train`?"""
+    return row.trains is None and (
+        row.cls in auto.MODEL_FOR_CAUSAL_LM_MAPPING.values()
+        or row.cls in auto.MODEL_FOR_MULTIMODAL_LM_MAPPING.values()
+    )
+
+
+def is_classifier(row: Architecture) -> bool:
+    """Is it trained on labelled texts by `lf.train`?"""
+    classes = auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.values()
+    return row.cls in classes and "input_ids" in row.inputs()
+
+
+def opened(row: Architecture, path: Path) -> Any:
+    """The model as lorafold opens it, or as transformers does, where no command trains it."""
+    if is_language_model(row):
+        return lf.load_model(path, storage="fp32")
+    return named(path).from_pretrained(path).eval()
+
+
+def outputs(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    with torch.no_grad():
+        return run(model, inputs)
+
+
+@contextmanager
+def told() -> Iterator[list[str]]:
+    """What lorafold logs inside."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("lorafold")
+    logger.addHandler(handler)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(handler)
+
+
+def train(row: Architecture, base: Path, out: Path) -> str:
+    """Train an adapter on the default targets, and say how. Each of its tensors has a gradient in
+    each step but the first, and moves.
+    """
+    if is_language_model(row) or is_classifier(row):
+        more = {"objective": "classify"} if is_classifier(row) else {}
+        rows = TEXTS if is_classifier(row) else PROMPTS
+        states = []
+        for steps in (1, 3):
+            with unestimating():
+                at = out.with_name(f"{out.name}{steps}")
+                lf.train(lf.Recipe(steps=steps, **RECIPE | more), model=base, data=rows, out=at)
+            states.append(load_file(at / "adapter_model.safetensors"))
+        at.rename(out)
+        still = [name for name, t in states[0].items() if torch.equal(t, states[1][name])]
+        assert still == []
+        return "`lf.train`" + ", classes" * is_classifier(row)
+    model = opened(row, base).train()
+    torch.manual_seed(0)
+    adapter = lf.attach(model, lf.LoRA(rank=4, dropout=0.0))
+    before = {name: p.detach().clone() for name, p in adapter.named_parameters()}
+    optimizer = torch.optim.AdamW(adapter.parameters(), 1e-2, weight_decay=0.0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss_of(model, row).backward()
+        optimizer.step()
+    still = [
+        name
+        for name, p in adapter.named_parameters()
+        if p.grad is None or not p.grad.any() or torch.equal(p, before[name])
+    ]
+    assert still == []
+    adapter.save(out)
+    return "a loop"
+
+
+def loss_of(model: nn.Module, row: Architecture) -> Tensor:
+    """The model's own loss, or a random projection where it has none."""
+    if row.trains is not None:
+        return model(**row.inputs() | row.trains()).loss  # type: ignore[no-any-return]
+    y = run(model, row.inputs())
+    return (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(3))).sum()
+
+
+def merge(row: Architecture, base: Path, adapter: Path, out: Path) -> str:
+    """Fold a saved adapter, write a plain model, and say how."""
+    if is_language_model(row):
+        lf.merge(base, adapter, out, storage="fp32", certificate=False)
+        return "`lf.merge`"
+    model = opened(row, base)
+    lf.load(model, adapter).merge()
+    model.save_pretrained(out)
+    return "`adapter.merge`"
+
+
+def peft_reads(row: Architecture, base: Path, adapter: Path, expected: Tensor) -> tuple[str, str]:
+    """Whether PEFT computes the same on the class that config.json names: yes, or without which
+    modules, and why not with them.
+    """
+    if not (why := in_peft(row, base, adapter, expected)):
+        return "yes", ""
+    model = opened(row, base)
+    attached = lf.load(model, adapter)
+    ends = {path: path.rpartition(".")[2] for path in attached.sites}
+    attached.detach()
+    left_out = sorted(set(ends.values()) & set(row.not_in_peft))
+    others = [path for path, end in ends.items() if end not in left_out]
+    part = lf.attach(model, lf.LoRA(rank=4, dropout=0.0), others)
+    move(part.parameters())
+    part.save(adapter.with_name("part"))
+    without = ", ".join(f"`{end}`" for end in left_out)
+    if left_out and not in_peft(row, base, part_at(adapter), outputs(model, row.inputs())):
+        return f"without {without}", f"{why} {without}"
+    return "no", why
+
+
+def part_at(adapter: Path) -> Path:
+    return adapter.with_name("part")
+
+
+def in_peft(row: Architecture, base: Path, adapter: Path, expected: Tensor) -> str:
+    """Empty if PEFT computes what is expected; else what it does, in a word."""
+    try:
+        theirs = load_theirs(named(base).from_pretrained(base), adapter).eval()
+    except Exception as error:
+        print(f"{adapter}: {error}", file=sys.stderr)
+        return "refuses"
+    return "" if near(outputs(theirs, row.inputs()), expected) else "computes otherwise with"
+
+
+def reached(model: nn.Module, adapter: lf.Adapter) -> str:
+    """What the default targets are."""
+    experts = any(isinstance(module_at(model, path), Matrices) for path in adapter.sites)
+    return "linears" + ", experts" * experts
+
+
+def frozen(adapter: lf.Adapter) -> str:
+    """What of the model the default targets leave out, but for what they leave out everywhere."""
+    left = adapter.unreached
+    kinds = [kind for kind in left.blocks if kind not in ALWAYS_FROZEN] + [*left.beside]
+    return f"frozen: {', '.join(kinds)}" if kinds else ""
+
+
+def table(rows: list[Measured]) -> str:
+    """The table in Markdown."""
+    head = ["family", "class", "adapted", "trained by", "merged by", "in PEFT", "note"]
+    assert len(head) == len(fields(Measured))
+    lines = [head, ["---"] * len(head)]
+    lines += [[row.family, f"`{row.model}`", *astuple(row)[2:]] for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def on_page() -> dict[str, str]:
+    """The lines of the table on the page, by family."""
+    text = PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
+    lines = text.splitlines()[2:]
+    return {line.split(" | ")[0].removeprefix("| "): line for line in lines}
+
+
+def main() -> None:
+    rows = []
+    for name in FAMILIES:
+        with TemporaryDirectory() as folder:
+            rows.append(measured(name, Path(folder)))
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    after = rest.partition(END)[2]
+    PAGE.write_text(f"{before}{BEGIN}{table(rows)}{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
