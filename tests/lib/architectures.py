@@ -40,7 +40,8 @@ TOKENS = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(0
 @dataclass(frozen=True)
 class Architecture:
     """One tiny model: its class, its configuration, what it is called with, the paths of its
-    towers, its labels if it is no language model, and the targets that PEFT refuses or leaves out.
+    towers, its labels if it is no language model, the targets that PEFT refuses or leaves out, those
+    without a gradient as a regular expression and why, and how near two ways to compute it are.
     """
 
     cls: Any
@@ -49,6 +50,8 @@ class Architecture:
     towers: tuple[str, ...] = ()
     trains: Callable[[], dict[str, Any]] | None = None
     not_in_peft: tuple[str, ...] = ()
+    idle: tuple[str, str] = ("", "")
+    within: float = 1e-5
 
     def model(self) -> nn.Module:
         """Weights so large that every part matters: gains and biases are drawn too."""
@@ -78,9 +81,9 @@ def moved(model: nn.Module, **options: Any) -> lf.Adapter:
     return adapter
 
 
-def near(found: Tensor, expected: Tensor) -> bool:
+def near(found: Tensor, expected: Tensor, within: float = 1e-5) -> bool:
     """1e-5 of the norm: what sums in another order cost in fp32."""
-    return bool((found - expected).norm() <= 1e-5 * expected.norm())
+    return bool((found - expected).norm() <= within * expected.norm())
 
 
 def audio(mels: int, frames: int) -> Tensor:

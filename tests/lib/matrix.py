@@ -2,7 +2,7 @@
 train, save, load, merge, and read the files again in transformers and in PEFT.
 
     measured("zamba2", folder)      the row of the family in the table of docs/models.md
-    table(rows)                     the table; `python tests/lib/matrix.py` writes it to the page
+    PYTHONPATH=tests python tests/lib/matrix.py [FAMILY ...]      writes the rows to the page
 
 A step that fails raises, but for reading in PEFT, whose answer is a cell: PEFT may refuse a module
 that is adapted, or compute something else.
@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -41,12 +41,12 @@ TEXTS = [{"text": f"{n} cats sat", "label": f"LABEL_{n}"} for n in range(3)]
 RECIPE: dict[str, Any] = {
     "batch": 3, "storage": "fp32", "lr": 1e-2, "rank": 4, "dropout": 0.0,
 }  # fmt: skip
-ALWAYS_FROZEN = ("norms", "router", "embeddings")
+State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A row of the table."""
+    """The cells of a row of the table."""
 
     family: str
     model: str
@@ -84,14 +84,18 @@ def measured(name: str, folder: Path) -> Measured:
     way = merge(row, base, adapter, merged)
     read, info = named(merged).from_pretrained(merged, output_loading_info=True)
     assert {kind: found for kind, found in info.items() if found} == {}
-    assert near(outputs(read.eval(), inputs), expected)
+    assert near(outputs(read.eval(), inputs), expected, row.within)
 
     in_peft, why = peft_reads(row, base, adapter, expected)
-    if why:
-        why = f"PEFT {why}" + ", as saving says" * bool(lines)
+    notes = [
+        f"as `{type(model).__name__}`" * (type(model) is not row.cls),
+        frozen(attached),
+        row.idle[1] and f"without a gradient: {row.idle[1]}",
+        why and f"PEFT {why}" + ", as saving says" * bool(lines),
+    ]
     return Measured(
-        name, type(model).__name__, reached(model, attached), trained, way, in_peft,
-        "; ".join(filter(None, [frozen(attached), why])),
+        name, f"`{row.cls.__name__}`", reached(attached), trained, way, in_peft,
+        "; ".join(filter(None, notes)),
     )  # fmt: skip
 
 
@@ -141,22 +145,38 @@ def told() -> Iterator[list[str]]:
 
 
 def train(row: Architecture, base: Path, out: Path) -> str:
-    """Train an adapter on the default targets, and say how. Each of its tensors has a gradient in
-    each step but the first, and moves.
+    """Train an adapter on the default targets, and say how. Each of its tensors moves in the later
+    steps, in which all have a gradient, but for those of modules that are known to be idle.
     """
     if is_language_model(row) or is_classifier(row):
-        more = {"objective": "classify"} if is_classifier(row) else {}
-        rows = TEXTS if is_classifier(row) else PROMPTS
-        states = []
-        for steps in (1, 3):
-            with unestimating():
-                at = out.with_name(f"{out.name}{steps}")
-                lf.train(lf.Recipe(steps=steps, **RECIPE | more), model=base, data=rows, out=at)
-            states.append(load_file(at / "adapter_model.safetensors"))
-        at.rename(out)
-        still = [name for name, t in states[0].items() if torch.equal(t, states[1][name])]
-        assert still == []
-        return "`lf.train`" + ", classes" * is_classifier(row)
+        before, after, way = by_command(row, base, out)
+    else:
+        before, after, way = by_loop(row, base, out)
+    still = {name for name, tensor in before.items() if torch.equal(tensor, after[name])}
+    idle = {name for name in before if re.fullmatch(rf"{row.idle[0]}\.lora_[AB]\.weight", name)}
+    assert still <= idle
+    assert bool(still) == bool(row.idle[0])
+    return way
+
+
+def by_command(row: Architecture, base: Path, out: Path) -> tuple[State, State, str]:
+    """The tensors of an adapter after one step and after three of `lf.train`, and what to call it.
+    A run that leaves modules without a gradient says so.
+    """
+    task, rows = ({"objective": "classify"}, TEXTS) if is_classifier(row) else ({}, PROMPTS)
+    states = []
+    for steps in (1, 3):
+        at = out.with_name(f"{out.name}{steps}")
+        with unestimating(), told() as lines:
+            lf.train(lf.Recipe(steps=steps, **RECIPE | task), model=base, data=rows, out=at)
+        assert any("no gradient in the first step" in line for line in lines) == bool(row.idle[0])
+        states.append(load_file(at / "adapter_model.safetensors"))
+    at.rename(out)
+    return *states, "`lf.train`" + ", classes" * is_classifier(row)
+
+
+def by_loop(row: Architecture, base: Path, out: Path) -> tuple[State, State, str]:
+    """The tensors of a fresh adapter, and after three steps of a loop of the user's own."""
     model = opened(row, base).train()
     torch.manual_seed(0)
     adapter = lf.attach(model, lf.LoRA(rank=4, dropout=0.0))
@@ -166,14 +186,8 @@ def train(row: Architecture, base: Path, out: Path) -> str:
         optimizer.zero_grad()
         loss_of(model, row).backward()
         optimizer.step()
-    still = [
-        name
-        for name, p in adapter.named_parameters()
-        if p.grad is None or not p.grad.any() or torch.equal(p, before[name])
-    ]
-    assert still == []
     adapter.save(out)
-    return "a loop"
+    return before, dict(adapter.named_parameters()), "a loop"
 
 
 def loss_of(model: nn.Module, row: Architecture) -> Tensor:
@@ -197,7 +211,7 @@ def merge(row: Architecture, base: Path, adapter: Path, out: Path) -> str:
 
 def peft_reads(row: Architecture, base: Path, adapter: Path, expected: Tensor) -> tuple[str, str]:
     """Whether PEFT computes the same on the class that config.json names: yes, or without which
-    modules, and why not with them.
+    modules; and what it does with them.
     """
     if not (why := in_peft(row, base, adapter, expected)):
         return "yes", ""
@@ -206,68 +220,75 @@ def peft_reads(row: Architecture, base: Path, adapter: Path, expected: Tensor) -
     ends = {path: path.rpartition(".")[2] for path in attached.sites}
     attached.detach()
     left_out = sorted(set(ends.values()) & set(row.not_in_peft))
-    others = [path for path, end in ends.items() if end not in left_out]
-    part = lf.attach(model, lf.LoRA(rank=4, dropout=0.0), others)
-    move(part.parameters())
-    part.save(adapter.with_name("part"))
+    others = lf.attach(
+        model, lf.LoRA(rank=4, dropout=0.0), [p for p, end in ends.items() if end not in left_out]
+    )
+    move(others.parameters())
+    part = adapter.with_name("part")
+    others.save(part)
+    assert in_peft(row, base, part, outputs(model, row.inputs())) == ""
     without = ", ".join(f"`{end}`" for end in left_out)
-    if left_out and not in_peft(row, base, part_at(adapter), outputs(model, row.inputs())):
-        return f"without {without}", f"{why} {without}"
-    return "no", why
-
-
-def part_at(adapter: Path) -> Path:
-    return adapter.with_name("part")
+    return f"without {without}", f"{why} {'them' if len(left_out) > 1 else 'it'}"
 
 
 def in_peft(row: Architecture, base: Path, adapter: Path, expected: Tensor) -> str:
     """Empty if PEFT computes what is expected; else what it does, in a word."""
+    theirs = named(base).from_pretrained(base)
     try:
-        theirs = load_theirs(named(base).from_pretrained(base), adapter).eval()
-    except Exception as error:
-        print(f"{adapter}: {error}", file=sys.stderr)
+        wrapped = load_theirs(theirs, adapter).eval()
+    except ValueError as error:
+        assert "incompatible" in str(error), error
         return "refuses"
-    return "" if near(outputs(theirs, row.inputs()), expected) else "computes otherwise with"
+    same = near(outputs(wrapped, row.inputs()), expected, row.within)
+    return "" if same else "computes something else with"
 
 
-def reached(model: nn.Module, adapter: lf.Adapter) -> str:
+def reached(adapter: lf.Adapter) -> str:
     """What the default targets are."""
-    experts = any(isinstance(module_at(model, path), Matrices) for path in adapter.sites)
-    return "linears" + ", experts" * experts
+    return "linears" + ", experts" * has_experts(adapter)
+
+
+def has_experts(adapter: lf.Adapter) -> bool:
+    return any(isinstance(module_at(adapter.model, p), Matrices) for p in adapter.sites)
 
 
 def frozen(adapter: lf.Adapter) -> str:
-    """What of the model the default targets leave out, but for what they leave out everywhere."""
+    """What of the model the default targets leave out, but for what they leave out everywhere, for
+    biases of experts, and for less than a hundredth of the blocks in other parameters.
+    """
     left = adapter.unreached
-    kinds = [kind for kind in left.blocks if kind not in ALWAYS_FROZEN] + [*left.beside]
+    small = {kind for kind, share in left.as_json()["blocks"].items() if share < 0.01}
+    unsaid = {"norms", "router", "embeddings"} | ({"experts"} if has_experts(adapter) else set())
+    unsaid |= small & {"other"}
+    kinds = [kind for kind in left.blocks if kind not in unsaid] + [*left.beside]
     return f"frozen: {', '.join(kinds)}" if kinds else ""
 
 
-def table(rows: list[Measured]) -> str:
-    """The table in Markdown."""
-    head = ["family", "class", "adapted", "trained by", "merged by", "in PEFT", "note"]
-    assert len(head) == len(fields(Measured))
-    lines = [head, ["---"] * len(head)]
-    lines += [[row.family, f"`{row.model}`", *astuple(row)[2:]] for row in rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+HEAD = ("family", "class", "adapted", "trained by", "merged by", "in PEFT", "note")
+
+
+def line(cells: Iterable[str]) -> str:
+    """A line of the table."""
+    return f"| {' | '.join(cells)} |".replace("|  |", "| |")
 
 
 def on_page() -> dict[str, str]:
     """The lines of the table on the page, by family."""
     text = PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
-    lines = text.splitlines()[2:]
-    return {line.split(" | ")[0].removeprefix("| "): line for line in lines}
+    return {found.split(" | ")[0].removeprefix("| "): found for found in text.splitlines()[2:]}
 
 
-def main() -> None:
-    rows = []
-    for name in FAMILIES:
+def main(*families: str) -> None:
+    """Measure families, or all, and write their lines to the page."""
+    lines = {name: found for name, found in on_page().items() if name in FAMILIES}
+    for name in families or FAMILIES:
         with TemporaryDirectory() as folder:
-            rows.append(measured(name, Path(folder)))
+            lines[name] = line(astuple(measured(name, Path(folder))))
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    table = [line(HEAD), line(["---"] * len(HEAD)), *(lines[name] for name in sorted(lines))]
     after = rest.partition(END)[2]
-    PAGE.write_text(f"{before}{BEGIN}{table(rows)}{END}{after}", encoding="utf-8")
+    PAGE.write_text("\n".join([before + BEGIN + table[0], *table[1:], END + after]), "utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

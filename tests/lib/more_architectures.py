@@ -6,6 +6,7 @@ docs/models.md lists.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -117,12 +118,20 @@ DECODERS = {
     "seed-oss": causal(tf.SeedOssConfig, HEADS),
     "minicpm3": causal(tf.MiniCPM3Config, COMMON | LATENT, num_key_value_heads=4),
     "lfm2": causal(tf.Lfm2Config, GROUPED, layer_types=["conv", "full_attention"]),
-    "rwkv": causal(
-        tf.RwkvConfig, COMMON, num_hidden_layers=5, attention_hidden_size=32, rescale_every=2,
-        context_length=64,
+    "rwkv": replace(
+        causal(
+            tf.RwkvConfig, COMMON, num_hidden_layers=5, attention_hidden_size=32, rescale_every=2,
+            context_length=64,
+        ),
+        within=1e-4,  # alone it halves its hidden states, but not the epsilon of its norms
     ),
     "zamba": causal(tf.ZambaConfig, SHARED, MIXERS, n_mamba_heads=2, attention_hidden_size=64),
-    "zamba2": causal(tf.Zamba2Config, SHARED, MIXERS, n_mamba_heads=8, mamba_ngroups=1, chunk_size=8),
+    "zamba2": replace(
+        causal(
+            tf.Zamba2Config, SHARED, MIXERS, n_mamba_heads=8, mamba_ngroups=1, chunk_size=8
+        ),
+        idle=(r".*_adapter_list\..*", "copies of its own adapters that no block calls"),
+    ),
     "falcon-mamba": causal(tf.FalconMambaConfig, COMMON, MIXERS, state_size=8, time_step_rank=4),
     "falcon-h1": causal(
         tf.FalconH1Config, HEADS, MIXERS, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8,
@@ -161,6 +170,8 @@ SPARSE_DECODERS = {
         tf.DeepseekV4Config, HEADS | SPARSE, n_routed_experts=4, num_experts_per_tok=2,
         moe_intermediate_size=16, q_lora_rank=8, o_lora_rank=8, o_groups=2, sliding_window=6,
         num_key_value_heads=1,
+        layer_types=["compressed_sparse_attention", "heavily_compressed_attention"],
+        compress_rates={"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
     ),
     "glm-moe-dsa": causal(tf.GlmMoeDsaConfig, GROUPS | SPARSE, n_shared_experts=1),
     "glm4-moe": causal(
@@ -188,7 +199,13 @@ OTHERS = {
     "xlm-roberta": classifier(tf.XLMRobertaConfig),
     "electra": classifier(tf.ElectraConfig, embedding_size=32),
     "esm": classifier(tf.EsmConfig, mask_token_id=3),
-    "longformer": classifier(tf.LongformerConfig, attention_window=4),
+    "longformer": replace(
+        classifier(tf.LongformerConfig, attention_window=4),
+        idle=(
+            r".*layer\.1\.attention\.self\.(query|key|value)",
+            "the last block's attention to what is near: the head reads the first token alone",
+        ),
+    ),
     "bigbird": classifier(tf.BigBirdConfig),
     "modernbert": classifier(tf.ModernBertConfig, sep_token_id=2, cls_token_id=1),
     "distilbert": classifier(
@@ -244,6 +261,7 @@ TEXT_PARTS = {
         lambda: tf.MllamaConfig(
             text_config=GROUPED | {"cross_attention_layers": [1]}, vision_config=MLLAMA_SEEN
         ),
+        idle=(r".*layers\.1\..*", "blocks of cross-attention, on text alone"),
     ),
 }  # fmt: skip
 FAMILIES: dict[str, Architecture] = ARCHITECTURES | DECODERS | SPARSE_DECODERS | OTHERS | TEXT_PARTS

@@ -139,20 +139,27 @@ def attending(
     AttentionInterface.register(name, attention or attend)
     AttentionMaskInterface.register(name, mask)
     before = _implementations(model.config)
-    model.set_attn_implementation(name)
+    model.set_attn_implementation(_implementations(model.config, name))
     try:
         yield
     finally:
         model.set_attn_implementation(before)
 
 
-def _implementations(config: PreTrainedConfig) -> dict[str, Any]:
+def _implementations(config: PreTrainedConfig, name: str | None = None) -> dict[str, Any]:
     """Return the attention implementations as set_attn_implementation takes them: the model's own
-    under "", those of nested configurations by name.
+    under "", those of nested configurations by name. One that has none, as those of MPT and DBRX,
+    is of no model, and transformers can't set it back to none: it is left out.
+
+    Args:
+        config: The configuration.
+        name: What to have in the place of each.
     """
-    nested = {name: getattr(config, name) for name in config.sub_configs}
-    return {"": config._attn_implementation} | {
-        name: _implementations(c) for name, c in nested.items() if c is not None
+    nested = ((key, getattr(config, key)) for key in config.sub_configs)
+    return {"": name or config._attn_implementation} | {
+        key: _implementations(c, name)
+        for key, c in nested
+        if c is not None and c._attn_implementation is not None
     }
 
 
