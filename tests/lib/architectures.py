@@ -40,8 +40,9 @@ TOKENS = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(0
 @dataclass(frozen=True)
 class Architecture:
     """One tiny model: its class, its configuration, what it is called with, the paths of its
-    towers, its labels if it is no language model, the targets that PEFT refuses or leaves out, those
-    without a gradient as a regular expression and why, and how near two ways to compute it are.
+    towers, its labels if it is no language model, the targets that PEFT refuses or leaves out,
+    those without a gradient as a regular expression and in words, and how near one another two ways
+    to compute it are.
     """
 
     cls: Any

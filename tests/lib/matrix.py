@@ -35,7 +35,7 @@ from more_architectures import FAMILIES
 from peft_cases import load_theirs, move
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
-BEGIN, END = "<!-- measured -->\n", "<!-- end of what is measured -->\n"
+BEGIN, END = "<!-- measured -->\n\n", "\n<!-- end of what is measured -->\n"
 PROMPTS = [{"prompt": f"{n} cats", "completion": f"{n + 1} cats sat"} for n in range(2)]
 TEXTS = [{"text": f"{n} cats sat", "label": f"LABEL_{n}"} for n in range(3)]
 RECIPE: dict[str, Any] = {
@@ -86,15 +86,16 @@ def measured(name: str, folder: Path) -> Measured:
     assert {kind: found for kind, found in info.items() if found} == {}
     assert near(outputs(read.eval(), inputs), expected, row.within)
 
-    in_peft, why = peft_reads(row, base, adapter, expected)
+    reads, why = peft_reads(row, base, adapter, expected)
+    assert any("PEFT refuses" in line for line in lines) == any("refuses" in said for said in why)
     notes = [
         f"as `{type(model).__name__}`" * (type(model) is not row.cls),
         frozen(attached),
         row.idle[1] and f"without a gradient: {row.idle[1]}",
-        why and f"PEFT {why}" + ", as saving says" * bool(lines),
+        *why,
     ]
     return Measured(
-        name, f"`{row.cls.__name__}`", reached(attached), trained, way, in_peft,
+        name, f"`{row.cls.__name__}`", reached(attached), trained, way, reads,
         "; ".join(filter(None, notes)),
     )  # fmt: skip
 
@@ -209,38 +210,51 @@ def merge(row: Architecture, base: Path, adapter: Path, out: Path) -> str:
     return "`adapter.merge`"
 
 
-def peft_reads(row: Architecture, base: Path, adapter: Path, expected: Tensor) -> tuple[str, str]:
+def peft_reads(
+    row: Architecture, base: Path, adapter: Path, expected: Tensor
+) -> tuple[str, list[str]]:
     """Whether PEFT computes the same on the class that config.json names: yes, or without which
-    modules; and what it does with them.
+    modules; and what it does with those.
     """
-    if not (why := in_peft(row, base, adapter, expected)):
-        return "yes", ""
     model = opened(row, base)
     attached = lf.load(model, adapter)
     ends = {path: path.rpartition(".")[2] for path in attached.sites}
     attached.detach()
-    left_out = sorted(set(ends.values()) & set(row.not_in_peft))
-    others = lf.attach(
-        model, lf.LoRA(rank=4, dropout=0.0), [p for p, end in ends.items() if end not in left_out]
-    )
-    move(others.parameters())
-    part = adapter.with_name("part")
-    others.save(part)
-    assert in_peft(row, base, part, outputs(model, row.inputs())) == ""
-    without = ", ".join(f"`{end}`" for end in left_out)
-    return f"without {without}", f"{why} {'them' if len(left_out) > 1 else 'it'}"
+    left_out, notes = set[str](), list[str]()
+    while found := in_peft(row, base, adapter, expected):
+        what, names = found
+        more = (names or set(row.not_in_peft) & set(ends.values())) - left_out
+        assert more, what
+        notes.append(f"PEFT {what} {code(more)}")
+        left_out |= more
+        rest = [path for path, end in ends.items() if end not in left_out]
+        others = lf.attach(model, lf.LoRA(rank=4, dropout=0.0), rest)
+        move(others.parameters())
+        adapter, expected = adapter.with_name(f"part{len(notes)}"), outputs(model, row.inputs())
+        others.save(adapter)
+        others.detach()
+    return f"without {code(left_out)}" if left_out else "yes", notes
 
 
-def in_peft(row: Architecture, base: Path, adapter: Path, expected: Tensor) -> str:
-    """Empty if PEFT computes what is expected; else what it does, in a word."""
+def code(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in sorted(names))
+
+
+def in_peft(
+    row: Architecture, base: Path, adapter: Path, expected: Tensor
+) -> tuple[str, set[str]] | None:
+    """None if PEFT computes what is expected; else what it does, and with which modules, if it says
+    so.
+    """
     theirs = named(base).from_pretrained(base)
     try:
         wrapped = load_theirs(theirs, adapter).eval()
     except ValueError as error:
-        assert "incompatible" in str(error), error
-        return "refuses"
+        if refused := re.search(r"Module '(\w+)' is incompatible", str(error)):
+            return "refuses", {refused[1]}
+        raise
     same = near(outputs(wrapped, row.inputs()), expected, row.within)
-    return "" if same else "computes something else with"
+    return None if same else ("computes something else with", set())
 
 
 def reached(adapter: lf.Adapter) -> str:
@@ -269,7 +283,7 @@ HEAD = ("family", "class", "adapted", "trained by", "merged by", "in PEFT", "not
 
 def line(cells: Iterable[str]) -> str:
     """A line of the table."""
-    return f"| {' | '.join(cells)} |".replace("|  |", "| |")
+    return f"| {' | '.join(cells)} |"
 
 
 def on_page() -> dict[str, str]:
@@ -284,10 +298,10 @@ def main(*families: str) -> None:
     for name in families or FAMILIES:
         with TemporaryDirectory() as folder:
             lines[name] = line(astuple(measured(name, Path(folder))))
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     table = [line(HEAD), line(["---"] * len(HEAD)), *(lines[name] for name in sorted(lines))]
-    after = rest.partition(END)[2]
-    PAGE.write_text("\n".join([before + BEGIN + table[0], *table[1:], END + after]), "utf-8")
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    text = "".join(f"{row}\n" for row in table)
+    PAGE.write_text(before + BEGIN + text + END + rest.partition(END)[2], encoding="utf-8")
 
 
 if __name__ == "__main__":

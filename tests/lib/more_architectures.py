@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
 import transformers as tf
 
 from architectures import (
@@ -89,8 +88,8 @@ DECODERS = {
     "gemma": causal(tf.GemmaConfig, HEADS),
     "phi": causal(tf.PhiConfig, GROUPED),
     "gpt-neo": causal(
-        tf.GPTNeoConfig, COMMON, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]],
-        window_size=6,
+        tf.GPTNeoConfig, COMMON, num_layers=2, num_heads=4, window_size=6,
+        attention_types=[[["global", "local"], 1]],
     ),
     "gptj": causal(tf.GPTJConfig, GPT2, rotary_dim=4),
     "codegen": causal(tf.CodeGenConfig, GPT2, rotary_dim=4),
@@ -123,6 +122,7 @@ DECODERS = {
             tf.RwkvConfig, COMMON, num_hidden_layers=5, attention_hidden_size=32, rescale_every=2,
             context_length=64,
         ),
+        not_in_peft=("output", "value"),  # it divides them, and not what lies over them
         within=1e-4,  # alone it halves its hidden states, but not the epsilon of its norms
     ),
     "zamba": causal(tf.ZambaConfig, SHARED, MIXERS, n_mamba_heads=2, attention_hidden_size=64),
@@ -130,7 +130,7 @@ DECODERS = {
         causal(
             tf.Zamba2Config, SHARED, MIXERS, n_mamba_heads=8, mamba_ngroups=1, chunk_size=8
         ),
-        idle=(r".*_adapter_list\..*", "copies of its own adapters that no block calls"),
+        idle=(r".*_adapter_list\..*", "copies of the blocks' own adapters that no block calls"),
     ),
     "falcon-mamba": causal(tf.FalconMambaConfig, COMMON, MIXERS, state_size=8, time_step_rank=4),
     "falcon-h1": causal(
@@ -203,7 +203,7 @@ OTHERS = {
         classifier(tf.LongformerConfig, attention_window=4),
         idle=(
             r".*layer\.1\.attention\.self\.(query|key|value)",
-            "the last block's attention to what is near: the head reads the first token alone",
+            "the last block's local attention, since the head reads the first token alone",
         ),
     ),
     "bigbird": classifier(tf.BigBirdConfig),
@@ -261,7 +261,7 @@ TEXT_PARTS = {
         lambda: tf.MllamaConfig(
             text_config=GROUPED | {"cross_attention_layers": [1]}, vision_config=MLLAMA_SEEN
         ),
-        idle=(r".*layers\.1\..*", "blocks of cross-attention, on text alone"),
+        idle=(r".*layers\.1\..*", "the blocks of cross-attention, on text alone"),
     ),
 }  # fmt: skip
 FAMILIES: dict[str, Architecture] = ARCHITECTURES | DECODERS | SPARSE_DECODERS | OTHERS | TEXT_PARTS

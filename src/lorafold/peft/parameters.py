@@ -26,7 +26,13 @@ from torch import nn
 from lorafold.bases import is_linear, layer_class
 from lorafold.bases.dense import Conv1D
 from lorafold.core.anatomy import bare_modules
-from lorafold.core.matrices import Matrices, expert_counts, expert_parameters, module_at, parameter_path
+from lorafold.core.matrices import (
+    Matrices,
+    expert_counts,
+    expert_parameters,
+    module_at,
+    parameter_path,
+)
 from lorafold.core.targets import pattern_matches
 from lorafold.errors import LorafoldError
 

@@ -239,12 +239,20 @@ def attend(
             sink, which takes part in the softmax and has no value; `position_bias` (B or 1, H, Tq,
             Tk), added to the scores; and what repeats what the mask says (windows, positions).
             `isolates` finds models that pass anything else here.
+
+    Raises LorafoldError for keys beside those of the documents, as the compressed ones of
+    DeepSeek-V4.
     """
     asked = ("softcap", "s_aux", "position_bias")
     softcap, s_aux, position_bias = map(protocol.get, asked)
     dropout = protocol.get("dropout", 0.0)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(attention_mask, Documents):
+        if query.shape[2] != key.shape[2]:
+            raise LorafoldError(
+                f"{type(module).__name__}: found {key.shape[2]} keys for {query.shape[2]} queries,"
+                " expected as many inside documents"
+            )
         if dropout == 0.0 and s_aux is None and position_bias is None:
             q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
             return (
