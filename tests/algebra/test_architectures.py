@@ -29,6 +29,7 @@ from lorafold.core.anatomy import bare_modules, blocks
 from lorafold.core.matrices import Matrices
 from lorafold.core.towers import aside, language_model, towers
 from lorafold.step.documents import isolates
+from more_architectures import FAMILIES
 
 NAMES = list(ARCHITECTURES)
 MIX_DOCUMENTS = {"bloom", "gpt-oss", "opt"}
@@ -181,3 +182,21 @@ def test_what_mixes_documents_trains_padded(name: str) -> None:
     """Recurrent and hybrid models among them: their code in torch carries the state on."""
     model = ARCHITECTURES[name].model()
     assert isolates(model) == (name not in RECURRENT and name not in MIX_DOCUMENTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "packs"), [("mpt", False), ("dbrx", True), ("deepseek-v4", False)]
+)
+def test_attention_set_in_another_way_stays_what_it_was(name: str, packs: bool) -> None:
+    """Parts of a configuration without an attention of their own, and keys beside those of the
+    documents: each was a traceback of `lf.train`.
+    """
+    model = FAMILIES[name].model()
+
+    def set_to() -> list[str | None]:
+        parts = [getattr(model.config, part) for part in model.config.sub_configs]
+        return [config._attn_implementation for config in (model.config, *parts)]
+
+    before = set_to()
+    assert isolates(model) == packs
+    assert set_to() == before

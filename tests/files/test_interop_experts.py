@@ -28,6 +28,7 @@ from lorafold.core.matrices import Matrices
 from lorafold.core.spec import Spec
 from lorafold.files.atomic import MANIFEST
 from mixtures import CONFIGS
+from more_architectures import FAMILIES
 from peft_cases import CLOSE, gap, logits, move, noise
 
 GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
@@ -313,6 +314,17 @@ def test_linears_that_peft_renames(kind: str, moe: Moe, tmp_path: Path) -> None:
         again = moe(kind)
         assert set(lf.load(again, tmp_path / path).matches.paths) == set(adapter.matches.paths)
         assert torch.equal(logits(again), logits(model))
+
+
+def test_linears_that_peft_renames_beside_experts_of_another_form(tmp_path: Path) -> None:
+    """PEFT goes by the type of the model alone, and computed something else without a word."""
+    make = FAMILIES["longcat"].model
+    model = make()
+    adapter = lf.attach(model, lf.LoRA(rank=3, dropout=0.0))
+    move(adapter.parameters())
+    adapter.save(tmp_path / "a")
+    theirs = peft.PeftModel.from_pretrained(make(), tmp_path / "a")
+    assert gap(logits(theirs), logits(model)) < CLOSE
 
 
 def test_a_layer_of_a_model_that_peft_renames(moe: Moe, tmp_path: Path) -> None:

@@ -183,6 +183,28 @@ def test_an_adapter_without_gradient_is_an_error(tiny_model_dir, tmp_path: Path)
         )
 
 
+def test_modules_without_a_gradient_are_named(
+    tiny_model_dir, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch
+) -> None:
+    """A model whose second block's output is thrown away."""
+    from transformers.models.llama import modeling_llama
+
+    forward = modeling_llama.LlamaDecoderLayer.forward
+
+    def left_out(self, x, *args, **kwargs):
+        y = forward(self, x, *args, **kwargs)
+        return x if self.self_attn.layer_idx else y
+
+    monkeypatch.setattr(modeling_llama.LlamaDecoderLayer, "forward", left_out)
+    asked = request(tiny_model_dir("llama"), tmp_path / "a", targets=["q_proj", "v_proj"], steps=2)
+    train(asked, quiet())
+    [told] = [text for text in caplog.messages if "no gradient" in text]
+    assert told == (
+        "no gradient in the first step for 2 of the 4 adapted modules, on which the loss of its"
+        " rows does not depend: model.layers.1.self_attn.q_proj, model.layers.1.self_attn.v_proj"
+    )
+
+
 def test_evaluation_best_checkpoint_and_warm_start(tiny_model_dir, tmp_path: Path) -> None:
     first = train(
         request(

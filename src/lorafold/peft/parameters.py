@@ -31,7 +31,13 @@ from lorafold.bases import is_linear, layer_class
 from lorafold.bases.dense import Conv1D
 from lorafold.core.anatomy import bare_modules
 from lorafold.core.expert_forms import form_of
-from lorafold.core.matrices import Matrices, expert_parameters, module_at, parameter_path
+from lorafold.core.matrices import (
+    Matrices,
+    expert_counts,
+    expert_parameters,
+    module_at,
+    parameter_path,
+)
 from lorafold.core.targets import pattern_matches
 from lorafold.errors import LorafoldError
 
@@ -48,7 +54,7 @@ def renames(model: nn.Module) -> bool:
     looks the model's type up in transformers' table of families.
     """
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind is None or not any(isinstance(m, Matrices) for _, m in bare_modules(model)):
+    if kind is None or not any(expert_counts(m) for _, m in bare_modules(model)):
         return False
     from transformers import conversion_mapping
 

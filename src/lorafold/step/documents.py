@@ -139,30 +139,27 @@ def attending(
     AttentionInterface.register(name, attention or attend)
     AttentionMaskInterface.register(name, mask)
     before = _implementations(model.config)
-    model.set_attn_implementation(_all_named(before, name) | {"": name})
+    model.set_attn_implementation(_implementations(model.config, name))
     try:
         yield
     finally:
         model.set_attn_implementation(before)
 
 
-def _all_named(before: dict[str, Any], name: str) -> dict[str, Any]:
-    """The implementations with this name for each, but none for a part that had none: transformers
-    would not set it back.
-    """
-    return {
-        part: _all_named(of, name) if isinstance(of, dict) else name if of is not None else None
-        for part, of in before.items()
-    }
-
-
-def _implementations(config: PreTrainedConfig) -> dict[str, Any]:
+def _implementations(config: PreTrainedConfig, name: str | None = None) -> dict[str, Any]:
     """Return the attention implementations as set_attn_implementation takes them: the model's own
-    under "", those of nested configurations by name.
+    under "", those of nested configurations by name. One that has none, as those of MPT and DBRX,
+    is of no model, and transformers can't set it back to none: it is left out.
+
+    Args:
+        config: The configuration.
+        name: What to have in the place of each.
     """
-    nested = {name: getattr(config, name) for name in config.sub_configs}
-    return {"": config._attn_implementation} | {
-        name: _implementations(c) for name, c in nested.items() if c is not None
+    nested = ((key, getattr(config, key)) for key in config.sub_configs)
+    return {"": name or config._attn_implementation} | {
+        key: _implementations(c, name)
+        for key, c in nested
+        if c is not None and c._attn_implementation is not None
     }
 
 
@@ -242,12 +239,20 @@ def attend(
             sink, which takes part in the softmax and has no value; `position_bias` (B or 1, H, Tq,
             Tk), added to the scores; and what repeats what the mask says (windows, positions).
             `isolates` finds models that pass anything else here.
+
+    Raises LorafoldError for keys beside those of the documents, as the compressed ones of
+    DeepSeek-V4.
     """
     asked = ("softcap", "s_aux", "position_bias")
     softcap, s_aux, position_bias = map(protocol.get, asked)
     dropout = protocol.get("dropout", 0.0)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(attention_mask, Documents):
+        if query.shape[2] != key.shape[2]:
+            raise LorafoldError(
+                f"{type(module).__name__}: found {key.shape[2]} keys for {query.shape[2]} queries,"
+                " expected as many inside documents"
+            )
         if dropout == 0.0 and s_aux is None and position_bias is None:
             q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
             return (

@@ -7,6 +7,7 @@ checkpoint, so a run that is killed and resumed writes the same bytes as one tha
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ from lorafold.data.feed import Feed
 from lorafold.errors import Interrupted, LorafoldError
 from lorafold.evaluation import Measured
 from lorafold.machine.waiting import considerate
+from lorafold.models.load_errors import shortened
 from lorafold.ops.philox import key_of
 from lorafold.recipe.recipe import Recipe
 from lorafold.step.losses import Loss
@@ -35,6 +37,8 @@ from lorafold.step.optim import optimizer_tensors, rng_state, set_learning_rates
 from lorafold.training.checkpoint import Progress, RunDirectory
 from lorafold.training.display import Display
 from lorafold.training.interrupt import StopRequest
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -153,8 +157,11 @@ def train_step(job: Job, examples: Sequence[Any], step: int) -> float:
             f"step {step + 1}: the loss is {mean}; {where}. Try a lower learning rate (lr, lr_b),"
             " clip or alpha"
         )
-    if step == 0:
-        check_gradients(job.adapter)
+    if step == 0 and (idle := check_gradients(job.adapter)) and accelerator.is_main_process:
+        log.warning(
+            "no gradient in the first step for %d of the %d adapted modules, on which the loss of"
+            " its rows does not depend: %s", len(idle), len(job.adapter.sites), shortened(idle),
+        )  # fmt: skip
     if job.recipe.clip:
         accelerator.clip_grad_norm_(job.adapter.parameters(), job.recipe.clip)
     job.optimizer.step()
@@ -176,17 +183,22 @@ def penalty(adapter: Adapter) -> Tensor | float:
     return sum((p for _, delta in adapter.parts() if (p := delta.penalty()) is not None), start=0.0)
 
 
-def check_gradients(adapter: Adapter) -> None:
-    """Raises LorafoldError if no parameter of the adapter has a gradient other than zero.
+def check_gradients(adapter: Adapter) -> list[str]:
+    """Return the paths of the adapted modules without a gradient other than zero: those of a
+    cross-attention on text alone, of copies that the model's code does not call.
 
-    Without this check, such a run would only look like one that does not learn.
+    Raises LorafoldError if all are. Without this check, such a run would only look like one that
+    does not learn.
     """
-    if any(p.grad is not None and bool(p.grad.any()) for p in adapter.parameters()):
-        return
-    graph = any(p.grad is not None for p in adapter.parameters())
+    held = {path: list(delta.parameters()) for path, delta in adapter.deltas.items()}
+    own = {path: found for path, found in held.items() if found}  # a twin's are another's
+    grads = {path: [p.grad for p in found if p.grad is not None] for path, found in own.items()}
+    idle = [path for path, found in grads.items() if not any(bool(g.any()) for g in found)]
+    if len(idle) < len(own):
+        return idle
     cause = (
         "all gradients are exactly zero: check that the rows of the first step have labelled tokens"
-        if graph
+        if any(grads.values())
         else (
             "the loss does not depend on any adapted module: check the targets, and that the"
             " model's code does not detach their outputs"
@@ -194,7 +206,7 @@ def check_gradients(adapter: Adapter) -> None:
     )
     raise LorafoldError(
         f"the adapter received no gradient in the first step; {cause} (adapted modules:"
-        f" {', '.join(list(adapter.sites)[:4])}, ...)"
+        f" {', '.join(idle[:4])}, ...)"
     )
 
 
