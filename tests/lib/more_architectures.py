@@ -158,6 +158,7 @@ SPARSE_DECODERS = {
         ffn_config={
             "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32,
         },
+        not_in_peft=("w1", "v1", "w2"),  # 2-D parameters of all experts are one matrix there
     ),
     "longcat": causal(
         tf.LongcatFlashConfig, IDS | LATENT, hidden_size=32, ffn_hidden_size=48, num_layers=2,
