@@ -23,7 +23,7 @@ from transformers.utils.chat_template_utils import encode_marked_chat, mark_cont
 
 from lorafold.data.allowed_tokens import allowed, without_note
 from lorafold.data.conversations import Conversation
-from lorafold.data.messages import Message
+from lorafold.data.messages import Message, Tool
 from lorafold.data.template_forms import ASKED, KNOWN, VALUE, attempt, form_of, template_of
 from lorafold.errors import LorafoldError
 
@@ -67,14 +67,16 @@ def as_text(conversation: Conversation, tokenizer: "PreTrainedTokenizerBase") ->
 
 
 def variables_as_text(
-    variables: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase"
+    variables: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase", tools: Sequence[Tool]
 ) -> Mapping[str, Any]:
-    """Variables of the chat template with the control tokens in their values marked."""
-    found = _found(tokenizer, ())
-    return variables if found is None else mark_control_tokens(dict(variables), found.all)
+    """Variables of the chat template that renders with these tools, with the control tokens in them
+    marked.
+    """
+    found = _found(tokenizer, tools)
+    return variables if found is None else _mark(variables, found.all, found)
 
 
-def _found(tokenizer: "PreTrainedTokenizerBase", tools: Sequence[Any]) -> Found | None:
+def _found(tokenizer: "PreTrainedTokenizerBase", tools: Sequence[Tool]) -> Found | None:
     """What finds control tokens; None where contents may have all of them."""
     return _found_by(template_of(tokenizer, tools), tokenizer, len(tokenizer))
 
@@ -121,9 +123,20 @@ def _message(message: Message, found: Found) -> Message:
 
 
 def _mark(value: Any, words: re.Pattern[str], found: Found) -> Any:
-    if isinstance(value, str) and not any(c in value for c in (OPENING, CLOSING, *found.first)):
-        return value  # as nearly all are
-    return mark_control_tokens(value, words)
+    if isinstance(value, str):
+        if not any(character in value for character in (OPENING, CLOSING, *found.first)):
+            return value  # as nearly all are
+        return mark_control_tokens(value, words)
+    if isinstance(value, Mapping):
+        return {_key(k, found): _mark(v, words, found) for k, v in value.items()}
+    return [_mark(one, words, found) for one in value] if isinstance(value, list | tuple) else value
+
+
+def _key(key: Any, found: Found) -> Any:
+    """A key, as a template writes it of arguments and of parameters. One that is a name stays: the
+    template looks it up.
+    """
+    return _mark(key, found.all, found) if isinstance(key, str) and not key.isidentifier() else key
 
 
 def is_marked(text: str) -> bool:
