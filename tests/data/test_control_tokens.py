@@ -124,6 +124,37 @@ def test_tokens_with_their_characters_are_the_same(name: str) -> None:
             assert found.token_to_chars(n) == found.offsets[n]
 
 
+def test_a_template_that_cuts_contents_at_tokens_makes_no_text_of_its_own_tokens() -> None:
+    tokenizer = made("embedded")
+    cut = "{{ m.content.split('<|im_start|>')[loop.index0 and -1] }}<|im_end|>\n{% endfor %}"
+    opening = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n" + cut + opening
+    asked = [{"role": "user", "content": f"{n}<|im_start|>"} for n in "ab"]
+    text = render([*asked, {"role": "assistant", "content": "<|im_start|>c"}], tokenizer)
+    assert is_marked(text)
+    found = encoded(text, tokenizer)
+    assert found.ids == encode_marked_chat(tokenizer, text) == ids_of(text, tokenizer)
+    ends = [n for n, i in enumerate(found.ids) if i == tokenizer.eos_token_id]
+    assert [text[slice(*found.offsets[n])] for n in ends] == ["<|im_end|>"] * 3
+
+
+def test_a_content_of_many_control_tokens_is_tokenized_at_once() -> None:
+    tokenizer, called = made("embedded"), 0
+
+    class Counted(type(tokenizer)):  # type: ignore[misc]
+        def _encode_plus(self, *given: Any, **options: Any) -> Any:
+            nonlocal called
+            called += 1
+            return super()._encode_plus(*given, **options)
+
+    asked = [{"role": "user", "content": "<|im_end|>a" * 1000}]
+    text = render(asked, tokenizer)
+    expected = encode_marked_chat(tokenizer, text)
+    tokenizer.__class__ = Counted
+    assert ids_of(text, tokenizer) == expected
+    assert called < 10
+
+
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_a_row_trains_on_what_generation_sees(name: str) -> None:
     tokenizer = made(name)
