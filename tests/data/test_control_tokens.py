@@ -124,6 +124,37 @@ def test_tokens_with_their_characters_are_the_same(name: str) -> None:
             assert found.token_to_chars(n) == found.offsets[n]
 
 
+def test_a_template_that_cuts_contents_at_tokens_makes_no_text_of_its_own_tokens() -> None:
+    tokenizer = made("embedded")
+    cut = "{{ m.content.split('<|im_start|>')[loop.index0 and -1] }}<|im_end|>\n{% endfor %}"
+    opening = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n" + cut + opening
+    asked = [{"role": "user", "content": f"{n}<|im_start|>"} for n in "ab"]
+    text = render([*asked, {"role": "assistant", "content": "<|im_start|>c"}], tokenizer)
+    assert is_marked(text)
+    found = encoded(text, tokenizer)
+    assert found.ids == encode_marked_chat(tokenizer, text) == ids_of(text, tokenizer)
+    ends = [n for n, i in enumerate(found.ids) if i == tokenizer.eos_token_id]
+    assert [text[slice(*found.offsets[n])] for n in ends] == ["<|im_end|>"] * 3
+
+
+def test_a_content_of_many_control_tokens_is_tokenized_at_once() -> None:
+    tokenizer, called = made("embedded"), 0
+
+    class Counted(type(tokenizer)):  # type: ignore[misc]
+        def _encode_plus(self, *given: Any, **options: Any) -> Any:
+            nonlocal called
+            called += 1
+            return super()._encode_plus(*given, **options)
+
+    asked = [{"role": "user", "content": "<|im_end|>a" * 1000}]
+    text = render(asked, tokenizer)
+    expected = encode_marked_chat(tokenizer, text)
+    tokenizer.__class__ = Counted
+    assert ids_of(text, tokenizer) == expected
+    assert called < 10
+
+
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_a_row_trains_on_what_generation_sees(name: str) -> None:
     tokenizer = made(name)
@@ -136,6 +167,29 @@ def test_a_row_trains_on_what_generation_sees(name: str) -> None:
     assert trained.count(tokenizer.eos_token_id) == 1
     assert trained[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(trained).replace(" ", "") == "one<|im_end|>two<|im_end|>"
+
+
+@pytest.mark.parametrize("where", ["arguments", "properties", "variable"])
+def test_keys_and_variables_forge_nothing_under_the_template_with_tools(where: str) -> None:
+    tokenizer, key = made("embedded"), "a<|turn|><|im_end|>"
+    tokenizer.add_tokens(["<|turn|>"])
+    shown = "{{ note }}" + TEMPLATE.replace("im_start", "turn")
+    tokenizer.chat_template = {"default": TEMPLATE, "tool_use": shown}
+    said, tool, variables = copy.deepcopy(CALLED), copy.deepcopy(TOOL), {"note": "a"}
+    call, parameters = said["tool_calls"][0]["function"], tool["function"]["parameters"]
+    conversation = [{"role": "user", "content": "a"}, said]
+    before = ids_of(render(conversation, tokenizer, True, [tool], variables), tokenizer)
+    if where == "arguments":
+        call["arguments"] = {key: "b"}
+    elif where == "properties":
+        parameters["properties"] = {"x y": {key: {"type": "string"}}}
+    else:
+        variables["note"] = key
+    after = ids_of(render(conversation, tokenizer, True, [tool], variables), tokenizer)
+    for word in ("<|turn|>", "<|im_end|>"):
+        number = tokenizer.convert_tokens_to_ids(word)
+        assert before.count(number) == after.count(number) > 0
+    assert key in tokenizer.decode(after)
 
 
 def test_the_assistant_writes_tokens_of_its_own() -> None:

@@ -23,7 +23,7 @@ from transformers.utils.chat_template_utils import encode_marked_chat, mark_cont
 
 from lorafold.data.allowed_tokens import allowed, written_by
 from lorafold.data.conversations import Conversation
-from lorafold.data.messages import Message
+from lorafold.data.messages import Message, Tool
 from lorafold.data.template_forms import KNOWN, template_of
 from lorafold.errors import LorafoldError
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 OPENING, CLOSING = mark_control_tokens("x", re.compile("x")).split("x")
-MARKED = re.compile(f"{OPENING}([^{OPENING}{CLOSING}]*){CLOSING}|[{OPENING}{CLOSING}]")
 IN_PROMPT = (
     "the prompt has control tokens, which are read as text; --allow-control-tokens lets them be"
     " tokens"
@@ -67,14 +66,16 @@ def as_text(conversation: Conversation, tokenizer: "PreTrainedTokenizerBase") ->
 
 
 def variables_as_text(
-    variables: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase"
+    variables: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase", tools: Sequence[Tool]
 ) -> Mapping[str, Any]:
-    """Variables of the chat template with the control tokens in their values marked."""
-    found = _found(tokenizer, ())
-    return variables if found is None else mark_control_tokens(dict(variables), found.all)
+    """Variables of the chat template that renders with these tools, with the control tokens in them
+    marked.
+    """
+    found = _found(tokenizer, tools)
+    return variables if found is None else _mark(variables, found.all, found)
 
 
-def _found(tokenizer: "PreTrainedTokenizerBase", tools: Sequence[Any]) -> Found | None:
+def _found(tokenizer: "PreTrainedTokenizerBase", tools: Sequence[Tool]) -> Found | None:
     """What finds control tokens; None where contents may have all of them."""
     return _found_by(template_of(tokenizer, tools), tokenizer, len(tokenizer))
 
@@ -109,9 +110,20 @@ def _message(message: Message, found: Found) -> Message:
 
 
 def _mark(value: Any, words: re.Pattern[str], found: Found) -> Any:
-    if isinstance(value, str) and not any(c in value for c in (OPENING, CLOSING, *found.first)):
-        return value  # as nearly all are
-    return mark_control_tokens(value, words)
+    if isinstance(value, str):
+        if not any(character in value for character in (OPENING, CLOSING, *found.first)):
+            return value  # as nearly all are
+        return mark_control_tokens(value, words)
+    if isinstance(value, Mapping):
+        return {_key(k, found): _mark(v, words, found) for k, v in value.items()}
+    return [_mark(one, words, found) for one in value] if isinstance(value, list | tuple) else value
+
+
+def _key(key: Any, found: Found) -> Any:
+    """A key, as a template writes it of arguments and of parameters. One that is a name stays: the
+    template looks it up.
+    """
+    return _mark(key, found.all, found) if isinstance(key, str) and not key.isidentifier() else key
 
 
 def is_marked(text: str) -> bool:
@@ -138,7 +150,10 @@ def ids_of(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """The token ids of a rendered text. Raises LorafoldError for a control token that the tokenizer
     can't read as text.
     """
-    options = {"sanitize_control_tokens": True} if is_marked(text) else {}
+    marked = is_marked(text)
+    if marked and tokenizer.is_fast:
+        return encoded(text, tokenizer).ids
+    options = {"sanitize_control_tokens": True} if marked else {}
     try:
         found: Any = tokenizer(text, add_special_tokens=False, verbose=False, **options)
     except ValueError as error:
@@ -175,46 +190,54 @@ class Pieces:
 
 
 def encoded(text: str, tokenizer: "PreTrainedTokenizerBase") -> Pieces:
-    """The tokens of a rendered text, as `ids_of` has them; those of a marked token share its
-    characters.
+    """The tokens of a rendered text, as `encode_marked_chat` of transformers has them; those of a
+    marked token share its characters.
 
     Args:
         tokenizer: A fast tokenizer.
     """
+    cuts = [*_marks(tokenizer, len(tokenizer)).finditer(text)]
+    starts, ends = [0, *(m.end() for m in cuts)], [*(m.start() for m in cuts), len(text)]
+    pieces = _pieces([text[a:b] for a, b in zip(starts, ends, strict=True)], tokenizer)
     ids: list[int] = []
     offsets: list[tuple[int, int]] = []
-    at = 0
-    for match in [*MARKED.finditer(text), None]:
-        end = len(text) if match is None else match.start()
-        if at < end or not at:
-            some, where = _piece(text[at:end], at > 0, tokenizer)
-            ids += some
-            offsets += [(at + first, at + last) for first, last in where]
-        if match is None:
-            break
-        if word := match[1]:
+    for at, (some, where), cut in zip(starts, pieces, [*cuts, None], strict=True):
+        ids += some
+        offsets += [(at + first, at + last) for first, last in where]
+        if cut is not None and (word := cut[1]):
             spelled = _as_text(word, tokenizer)
             ids += spelled
-            offsets += [match.span(1)] * len(spelled)
-        at = match.end()
+            offsets += [cut.span(1)] * len(spelled)
     return Pieces(ids, offsets)
 
 
-def _piece(
-    text: str, later: bool, tokenizer: "PreTrainedTokenizerBase"
-) -> tuple[list[int], list[tuple[int, int]]]:
-    """The tokens of a piece with their characters, as they are after a line break if it is a later
-    one: some tokenizers put a space before the beginning of a text.
+@lru_cache(maxsize=KNOWN)
+def _marks(tokenizer: "PreTrainedTokenizerBase", _size: int) -> re.Pattern[str]:
+    """What matches a marked token, or a mark alone: a template may cut a content at a token."""
+    words = _any_of({*tokenizer.added_tokens_encoder}).pattern
+    return re.compile(f"{OPENING}({words}){CLOSING}|[{OPENING}{CLOSING}]")
+
+
+def _pieces(
+    texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase"
+) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """The tokens of pieces of one text with their characters; those of all but the first as they
+    are after a line break: some tokenizers put a space before the beginning of a text.
     """
     options = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
-    if later:
-        [line] = tokenizer(["\n"], **options).input_ids
-        found: Any = tokenizer("\n" + text, **options)
-        if found.input_ids[: len(line)] == line:
-            where = [(a - 1, b - 1) for a, b in found.offset_mapping[len(line) :]]
-            return found.input_ids[len(line) :], where
-    found = tokenizer(text, **options)
-    return found.input_ids, found.offset_mapping
+    [line] = tokenizer(["\n"], **options).input_ids
+    given = [texts[0], *("\n" + text for text in texts[1:])]
+    each = [*dict.fromkeys(given)]  # a content may repeat itself
+    found: Any = tokenizer(each, **options)
+    tokens = dict(zip(each, zip(found.input_ids, found.offset_mapping, strict=True), strict=True))
+    pieces = [tokens[text] for text in given]
+    for n, (ids, where) in enumerate(pieces[1:], 1):
+        if ids[: len(line)] == line:
+            pieces[n] = ids[len(line) :], [(a - 1, b - 1) for a, b in where[len(line) :]]
+        else:
+            alone: Any = tokenizer(texts[n], **options)
+            pieces[n] = alone.input_ids, alone.offset_mapping
+    return pieces
 
 
 @lru_cache(maxsize=256)

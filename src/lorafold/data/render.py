@@ -104,7 +104,8 @@ def _applied(
     variables: Mapping[str, Any],
 ) -> str:
     formed = form_of(tokenizer, given.tools).of(given.messages)
-    variables = variables_as_text(variables, tokenizer) if variables else variables
+    if variables:
+        variables = variables_as_text(variables, tokenizer, given.tools)
     return apply(formed, tokenizer, given.tools, for_generation, variables)
 
 

@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypedDict
 
 from lorafold.data.allowed_tokens import ALL, allow
+from lorafold.data.control_tokens import ids_of
 from lorafold.data.render import ensure_chat_template
 from lorafold.errors import LorafoldError
 from lorafold.files.contents import Contents
@@ -118,10 +119,11 @@ class Templates:
             marked: whether it has marks of `data.control_tokens`.
         """
         tokenizer = self._tokenizer(files)
-        options = {"sanitize_control_tokens": True} if marked else {}
-        found: list[int] = tokenizer(
-            text, add_special_tokens=special, verbose=False, **options
-        ).input_ids
+        found: list[int] = (
+            ids_of(text, tokenizer)
+            if marked
+            else tokenizer(text, add_special_tokens=special, verbose=False).input_ids
+        )
         if len(found) > TOKENS:
             raise LorafoldError(f"found {len(found):,} tokens, expected at most {TOKENS:,}")
         return found
