@@ -248,7 +248,8 @@ def attend(
     dropout = protocol.get("dropout", 0.0)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(attention_mask, Documents):
-        if query.shape[2] != key.shape[2]:
+        virtual = attention_mask.behind is not None  # tokens in front, which are keys alone
+        if not virtual and query.shape[2] != key.shape[2]:
             raise LorafoldError(
                 f"{type(module).__name__}: found {key.shape[2]} keys for {query.shape[2]} queries,"
                 " expected as many inside documents"
