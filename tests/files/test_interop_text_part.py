@@ -123,6 +123,7 @@ def test_adapters_of_earlier_versions_and_of_peft_are_read(tmp_path: Path) -> No
     assert torch.equal(logits(again), logits(model))
 
 
+@pytest.mark.slow
 def test_it_is_trained_and_merged(tmp_path: Path) -> None:
     base = written("qwen3.5", tmp_path / "base")
     rows = [{"prompt": "a", "completion": " fox"}]

@@ -11,7 +11,7 @@ from matrix import HEAD, PAGE, line, measured, on_page
 from more_architectures import FAMILIES
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_each_step_is_as_the_page_says(name: str, tmp_path: Path) -> None:
     assert line(astuple(measured(name, tmp_path))) == on_page()[name]
