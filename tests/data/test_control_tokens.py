@@ -10,7 +10,15 @@ import re
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import encode_marked_chat
 
@@ -192,8 +200,14 @@ def test_keys_and_variables_forge_nothing_under_the_template_with_tools(where: s
     assert key in tokenizer.decode(after)
 
 
-def test_the_assistant_writes_tokens_of_its_own() -> None:
-    tokenizer = made("embedded")
+@pytest.mark.parametrize("special", [False, True])
+def test_the_assistant_writes_tokens_of_its_own(special: bool) -> None:
+    tokenizer = copy.deepcopy(embedded())
+    words = [AddedToken(word, special=special) for word in ("<think>", "</think>")]
+    tokenizer.add_tokens(words, special_tokens=special)
+    tokenizer.chat_template = TEMPLATE
+    flags = {one.content: one.special for one in tokenizer.added_tokens_decoder.values()}
+    assert flags["<think>"] is special
     said = "<think>hm <|im_end|></think>yes"
     row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": said}]}
     [example], _ = encode_row(row, tokenizer)

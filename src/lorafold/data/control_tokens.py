@@ -8,8 +8,8 @@
 Else `<|im_end|>` in a question would end the user's turn, and what follows would be another one's.
 The marks are those of `sanitize_control_tokens` in transformers, and so is what counts as a control
 token: special tokens, and added ones that the chat template writes, here also those that it makes
-of pieces. The assistant writes some of the latter itself, such as <think>: in its own contents only
-special ones are text.
+of pieces. The assistant writes some of the latter itself, such as <tool_call>: in its own contents
+only special ones are text, but for those that enclose its reasoning.
 """
 
 import re
@@ -24,6 +24,7 @@ from transformers.utils.chat_template_utils import encode_marked_chat, mark_cont
 from lorafold.data.allowed_tokens import allowed, written_by
 from lorafold.data.conversations import Conversation
 from lorafold.data.messages import Message, Tool
+from lorafold.data.reasoning import block_of
 from lorafold.data.template_forms import KNOWN, template_of
 from lorafold.errors import LorafoldError
 
@@ -44,7 +45,7 @@ class Found(NamedTuple):
     """
 
     all: re.Pattern[str]
-    special: re.Pattern[str]
+    own: re.Pattern[str]
     first: tuple[str, ...]
 
 
@@ -91,7 +92,9 @@ def _found_by(template: str, tokenizer: "PreTrainedTokenizerBase", _size: int) -
     free -= written  # with which a turn could be forged
     special = {word for word, is_special in added.items() if is_special} - free
     words = special | (written if listed is None else added.keys() & listed - free)
-    return Found(_any_of(words), _any_of(special), tuple({word[:1] for word in words}))
+    block = block_of(tokenizer)
+    own = special - {word for word in (block.opening, block.closing) if word in added}
+    return Found(_any_of(words), _any_of(own), tuple({word[:1] for word in words}))
 
 
 def _any_of(words: set[str]) -> re.Pattern[str]:
@@ -104,7 +107,7 @@ def _message(message: Message, found: Found) -> Message:
     return {
         key: value
         if key in ("role", "weight")
-        else _mark(value, found.special if own and key in SAID else found.all, found)
+        else _mark(value, found.own if own and key in SAID else found.all, found)
         for key, value in message.items()
     }
 

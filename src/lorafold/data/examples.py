@@ -200,7 +200,7 @@ def encoded(table: "pa.Table", rows: Rows, max_length: int) -> Encoded:
             f"none of the {len(rows)} rows has a token to train on: {truncated} were cut at"
             f" max_length {max_length} (the longest has {longest} tokens), and {left_out} assistant"
             " turns are left out because the chat template renders them differently at generation;"
-            " expected assistant turns or completions within max_length"
+            " expected assistant turns or completions within max_length that their rows let train"
         )
     report = Report(
         len(rows),
