@@ -44,7 +44,7 @@ def test_compiles_in_one_graph(method: str, base: str) -> None:
         assert torch.allclose(compiled(x), root(x), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.few(54)
+@pytest.mark.few(36)
 @pytest.mark.usefixtures("each_arithmetic")
 @pytest.mark.parametrize(("method", "base"), CASES)
 def test_a_small_update_survives_in_bf16(method: str, base: str) -> None:

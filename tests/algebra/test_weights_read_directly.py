@@ -21,7 +21,7 @@ CASES = [
 ]
 
 
-@pytest.mark.few(30)
+@pytest.mark.few(18)
 @pytest.mark.parametrize(("method", "storage"), CASES)
 def test_the_law_holds_past_the_forward(method: str, storage: str) -> None:
     root, x = past(method, storage)
@@ -39,7 +39,7 @@ def test_the_law_holds_past_the_forward(method: str, storage: str) -> None:
     assert relative(root(x), y) < 1e-6
 
 
-@pytest.mark.few(30)
+@pytest.mark.few(18)
 @pytest.mark.parametrize(("method", "storage"), CASES)
 def test_gradients_reach_the_deltas(method: str, storage: str) -> None:
     """Those of the law, and through a function that takes the tensor as it is."""

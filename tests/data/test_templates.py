@@ -66,7 +66,7 @@ def starts(labels: tuple[int, ...]) -> list[int]:
     ]  # fmt: skip
 
 
-@pytest.mark.few(18)
+@pytest.mark.few(12)
 @pytest.mark.parametrize("kind", ROWS)
 @pytest.mark.parametrize("name", names())
 def test_what_is_trained_is_what_generation_sees(name: str, kind: str) -> None:
@@ -97,7 +97,7 @@ def test_what_is_trained_is_what_generation_sees(name: str, kind: str) -> None:
     assert trained.left_out == 0
 
 
-@pytest.mark.few(30)
+@pytest.mark.few(18)
 @pytest.mark.parametrize("kind", ROWS)
 @pytest.mark.parametrize("name", [name for name in names() if name not in MARKING])
 def test_a_trained_turn_is_what_the_template_adds_for_it(name: str, kind: str) -> None:
@@ -160,7 +160,7 @@ def test_what_a_family_does_with_tools_thinking_and_history(name: str) -> None:
 STABLE = [name for name in names() if name in MARKING]
 
 
-@pytest.mark.few(24)
+@pytest.mark.few(14)
 @pytest.mark.parametrize("kind", ["plain", "tools", "thinking"])
 @pytest.mark.parametrize("name", STABLE)
 def test_marks_of_templates_are_as_transformers_has_them(name: str, kind: str) -> None:

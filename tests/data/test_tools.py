@@ -328,7 +328,7 @@ CALLS = {
 }
 
 
-@pytest.mark.few(40)
+@pytest.mark.few(24)
 @pytest.mark.parametrize("kind", CALLS)
 @pytest.mark.parametrize("name", names())
 def test_calls_are_read_back(name: str, kind: str) -> None:
