@@ -3,7 +3,6 @@
     as_text(conversation, tokenizer)     the conversation with each of them between two marks
     ids_of(text, tokenizer)              the ids of a rendered text; what is marked is split as text
     encoded(text, tokenizer)             with the characters of each
-    shown(text)                          without the marks
 
 Else `<|im_end|>` in a question would end the user's turn, and what follows would be another one's.
 The marks are those of `sanitize_control_tokens` in transformers, and so is what counts as a control
@@ -142,11 +141,6 @@ def told_of(marked: int) -> str:
         f"\n{marked} rows have control tokens in their contents, which are read as text;"
         " --allow-control-tokens lets them be tokens"
     )
-
-
-def shown(text: str) -> str:
-    """A rendered text as people read it."""
-    return text.replace(OPENING, "").replace(CLOSING, "")
 
 
 def ids_of(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:

@@ -122,7 +122,10 @@ def identity_of(setup: Setup, adapter: Adapter) -> dict[str, Any]:
         identity["over"] = [origin.sha256 for origin in adapter.over]
     if request.recipe.chat_template is not None or request.recipe.template_kwargs:
         # the template itself: the file that the recipe names may have changed
-        identity["chat_template"] = without_note(str(setup.tokenizer.chat_template))
+        template: Any = setup.tokenizer.chat_template
+        named = template if isinstance(template, dict) else {"": str(template)}
+        plain = {name: without_note(text) for name, text in named.items()}
+        identity["chat_template"] = str(plain.get("", plain))
     if setup.day:
         identity["day"] = setup.day
     if setup.feed.marked:
