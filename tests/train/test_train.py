@@ -205,6 +205,14 @@ def test_modules_without_a_gradient_are_named(
     )
 
 
+def test_modules_whose_first_gradient_is_zero_are_not(
+    tiny_model_dir, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Fastfood's scale of a matrix multiplies a vector that starts at zero."""
+    train(request(tiny_model_dir("llama"), tmp_path / "a", method="fastfood", steps=1), quiet())
+    assert not [text for text in caplog.messages if "no gradient" in text]
+
+
 def test_evaluation_best_checkpoint_and_warm_start(tiny_model_dir, tmp_path: Path) -> None:
     first = train(
         request(

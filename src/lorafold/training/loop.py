@@ -184,17 +184,18 @@ def penalty(adapter: Adapter) -> Tensor | float:
 
 
 def check_gradients(adapter: Adapter) -> list[str]:
-    """Return the paths of the adapted modules without a gradient other than zero: those of a
+    """Return the paths of the adapted modules that the loss does not depend on: those of a
     cross-attention on text alone, of copies that the model's code does not call.
 
-    Raises LorafoldError if all are. Without this check, such a run would only look like one that
-    does not learn.
+    Raises LorafoldError if it depends on none, or all gradients are zero. Without this check, such
+    a run would only look like one that does not learn.
     """
     held = {path: list(delta.parameters()) for path, delta in adapter.deltas.items()}
     own = {path: found for path, found in held.items() if found}  # a twin's are another's
     grads = {path: [p.grad for p in found if p.grad is not None] for path, found in own.items()}
-    idle = [path for path, found in grads.items() if not any(bool(g.any()) for g in found)]
-    if len(idle) < len(own):
+    idle = [path for path, found in grads.items() if not found]
+    # a scale of a vector that starts at zero, as Fastfood's, has a gradient of zero at the start
+    if any(bool(g.any()) for found in grads.values() for g in found):
         return idle
     cause = (
         "all gradients are exactly zero: check that the rows of the first step have labelled tokens"
@@ -206,7 +207,7 @@ def check_gradients(adapter: Adapter) -> list[str]:
     )
     raise LorafoldError(
         f"the adapter received no gradient in the first step; {cause} (adapted modules:"
-        f" {', '.join(idle[:4])}, ...)"
+        f" {', '.join([*own][:4])}, ...)"
     )
 
 
