@@ -190,13 +190,20 @@ def check_gradients(adapter: Adapter) -> list[str]:
     Raises LorafoldError if it depends on none, or all gradients are zero. Without this check, such
     a run would only look like one that does not learn.
     """
-    held = {path: list(delta.parameters()) for path, delta in adapter.deltas.items()}
+    held = {path: dict(delta.named_parameters()) for path, delta in adapter.deltas.items()}
     own = {path: found for path, found in held.items() if found}  # a twin's are another's
-    grads = {path: [p.grad for p in found if p.grad is not None] for path, found in own.items()}
-    idle = [path for path, found in grads.items() if not found]
-    # a scale of a vector that starts at zero, as Fastfood's, has a gradient of zero at the start
-    if any(bool(g.any()) for found in grads.values() for g in found):
-        return idle
+    grads = {
+        path: {name: bool(p.grad.any()) for name, p in found.items() if p.grad is not None}
+        for path, found in own.items()
+    }
+    # a scale of a vector that starts at zero, as Fastfood's, is zero at the start everywhere
+    telling = {name for found in grads.values() for name, some in found.items() if some}
+    if telling:
+        return [
+            path
+            for path, found in grads.items()
+            if not found or (not any(found.values()) and telling & found.keys())
+        ]
     cause = (
         "all gradients are exactly zero: check that the rows of the first step have labelled tokens"
         if any(grads.values())
