@@ -9,10 +9,11 @@
 | Alpaca | `{"instruction": ..., "output": ...}`, with or without `input` |
 | Dolly | `{"instruction": ..., "response": ...}`, with or without `context` |
 | calls | `{"query": ..., "answers": ..., "tools": ...}`, the answers calls, as JSON |
+| prompt | `{"prompt": ...}`, text or a list of messages, with whatever else rewards want |
 | labelled text | `{"text": ..., "label": ...}`, the label text or a whole number |
 | plain text | `{"text": ...}` |
 
-All but the last two may have a `system` message too. Where completions are judged, a row of prompt
+All but the last two of them may have a `system` message too. Where completions are judged, a row of prompt
 and completion has a `label`, true or false. Of a preference the conversation has the chosen answer.
 `SHAPES` is the table of shapes: a new shape is a new entry. A row of several shapes has that of
 which most is asked: `shapes_for`. What a shape gives of its rows is what encoders take: the row
@@ -60,6 +61,7 @@ CONVERSATIONS = "conversations"  # a Conversation
 PAIRS = "pairs"  # a list of one Compared, of a chosen completion and a rejected one
 JUDGED = "judged"  # a list of Compared, of one completion each
 LABELS = "labels"  # a Labelled
+PROMPTS = "prompts"  # a Conversation whose next turn is the assistant's; none without messages
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,25 @@ def _pair_conversation(row: Row) -> Conversation:
     return Conversation([*before, *said], trained=len(before), tools=tools_of(row.get("tools")))
 
 
+def _prompt(row: Row) -> Iterator[str]:
+    check = message_problems if isinstance(row["prompt"], list) else text_problems
+    yield from check("prompt", row["prompt"])
+
+
+def _prompt_conversation(row: Row) -> Conversation:
+    prompt = row["prompt"]
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return Conversation([*system_of(row), *normalized(asked)], tools=tools_of(row.get("tools")))
+
+
+def _before(read: Callable[[Row], Conversation], row: Row) -> Conversation:
+    """What comes before the last turn of the assistant, or all where that is not the last turn."""
+    found = read(row)
+    own = bool(found.messages) and found.messages[-1]["role"] == "assistant"
+    last = found.trained or len(found.messages) - own
+    return Conversation(found.messages[:last], tools=found.tools)
+
+
 def _judged(row: Row) -> list[Compared]:
     given = _pair_conversation(row)
     before, said = given.messages[: given.trained], given.messages[given.trained :]
@@ -202,7 +223,8 @@ def _conversed(
 ) -> Shape:
     """A shape of conversations, which may have a system message and tools beside them."""
     optional = (*filter(None, [beside]), "system", "tools")
-    return Shape(keys, _with_tools(problems), gives, optional, remark)
+    prompts = {PROMPTS: partial(_before, gives[CONVERSATIONS])}
+    return Shape(keys, _with_tools(problems), {**prompts, **gives}, optional, remark)
 
 
 def _with_tools(problems: Callable[[Row], Iterator[str]]) -> Callable[[Row], Iterator[str]]:
@@ -269,6 +291,9 @@ SHAPES = (
     _alpaca("response", "context"),
     _conversed(
         ("query", "answers", "tools"), query_problems, {CONVERSATIONS: partial(_answered, query)}
+    ),
+    Shape(
+        ("prompt",), _with_tools(_prompt), {PROMPTS: _prompt_conversation}, ("system", "tools")
     ),
     Shape(("text", "label"), _label_problems, {LABELS: _labelled}),
     PLAIN_TEXT,

@@ -68,11 +68,8 @@ def labelled_loss(model: Any, labels: Tensor, inputs: Mapping[str, Tensor]) -> t
     return loss + len(targets) * _router_loss(model, output), len(targets)
 
 
-def document_losses(
-    model: Any, labels: Tensor, inputs: Mapping[str, Tensor], document: Tensor, n: int
-) -> tuple[Tensor, Tensor]:
-    """Return the loss in nats of each document, summed over its labelled positions, and the number
-    of these: (n,) and (n,).
+def token_losses(model: Any, labels: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return the loss in nats of each labelled position, (n,), from the first row to the last.
 
     The losses are differentiable once, and their gradients may have any weights. They never include
     a load-balancing loss. A head that is trained or adapted is computed again in the backward,
@@ -82,16 +79,27 @@ def document_losses(
 
     Args:
         model, labels, inputs: As `labelled_loss` takes them.
+    """
+    h, targets, linear, _ = until_head(model, labels, inputs)
+    if linear is not None:
+        return linear_cross_entropy(h, targets, linear)
+    return head_losses(h, targets, partial(head_of, model))
+
+
+def document_losses(
+    model: Any, labels: Tensor, inputs: Mapping[str, Tensor], document: Tensor, n: int
+) -> tuple[Tensor, Tensor]:
+    """Return the `token_losses` of each document, summed, and the number of its labelled positions:
+    (n,) and (n,).
+
+    Args:
+        model, labels, inputs: As `labelled_loss` takes them.
         document: (B, T), the document from 0 to n - 1 that each position counts for, or -1 for
             none.
     """
     labels = labels.masked_fill(document < 0, NO_LOSS)
-    h, targets, linear, _ = until_head(model, labels, inputs)
-    if linear is not None:
-        losses = linear_cross_entropy(h, targets, linear)
-    else:
-        losses = head_losses(h, targets, partial(head_of, model))
-    of = (document.flatten() if is_fake(labels) else document[labels != NO_LOSS]).to(h.device)
+    losses = token_losses(model, labels, inputs)
+    of = (document.flatten() if is_fake(labels) else document[labels != NO_LOSS]).to(losses.device)
     return (
         losses.new_zeros(n).index_add(0, of, losses),
         of.new_zeros(n).index_add(0, of, torch.ones_like(of)),

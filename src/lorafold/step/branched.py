@@ -1,0 +1,160 @@
+"""A loss over rows whose documents begin alike, such as the completions of one prompt.
+
+How the documents of a row meet what they share depends on the model: it is computed once for all
+(`step.branches`), once for each in a packed sequence, or in padded sequences. The model without its
+highest adapter, the one that trains, is the reference: no second model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lorafold.core.attach import only, selection_of
+from lorafold.core.draws import named
+from lorafold.data.batches import collate, micro_batches
+from lorafold.data.branches import Branched
+from lorafold.data.examples import NO_LOSS
+from lorafold.ops.documents import Documents
+from lorafold.step.branches import Branching
+from lorafold.step.losses import Loss, within
+
+
+class BranchedLoss(Loss):
+    """Abstract: a loss over rows of branches.
+
+    Args:
+        model: The model with its adapters, of which the highest trains.
+        how: How far the model goes with packed documents; None pads.
+        pad_id: The token that fills short sequences.
+        tokens: The most tokens that are computed at a time where nothing is trained.
+    """
+
+    def __init__(
+        self, model: nn.Module, how: Branching | None, pad_id: int, tokens: int = 2048
+    ) -> None:
+        super().__init__(model)
+        self.pad_id, self.tokens = pad_id, tokens
+        self.how = how if how is not None and how.packs else None
+
+    @property
+    def shares(self) -> bool:
+        """Whether a prompt is computed once for its completions."""
+        return self.how is not None and self.how.shares
+
+    def micro_batches(
+        self, examples: Sequence[Branched], n: int, tokens: int
+    ) -> list[Sequence[Branched]]:
+        capacity = None if self.how is None else within(self.model, tokens)
+        return micro_batches(examples, n, capacity, lambda e: self.size(self.trained(e)))
+
+    def trained(self, example: Branched) -> Branched:
+        """The example with those of its branches that have gradients: all."""
+        return example
+
+    def size(self, example: Branched) -> int:
+        """The tokens that are computed for an example."""
+        own = sum(len(branch.ids) for branch in example.branches)
+        once = self.shared_in([example])
+        return own + len(example.shared) * (1 if once else len(example.branches))
+
+    def shared_in(self, examples: Sequence[Branched]) -> bool:
+        """Whether the prompts of a batch of these examples are computed once."""
+        if self.how is None or not self.shares:
+            return False
+        longest = max(len(e.shared) + len(b.ids) for e in examples for b in e.branches)
+        return self.how.longest is None or longest <= self.how.longest
+
+    def laid_out(self, examples: Sequence[Branched]) -> dict[str, Tensor]:
+        """input_ids and labels (B, T) with positions or a mask; `document` (B, T), which branch a
+        position belongs to; and where what branches share is computed once `lens` (n, 1 + k), the
+        tokens that are shared and those of each branch.
+        """
+        return (self._shared if self.shared_in(examples) else self._apart)(examples)
+
+    def _shared(self, examples: Sequence[Branched]) -> dict[str, Tensor]:
+        ids: list[int] = []
+        positions, targets, document = list[int](), list[int](), list[int]()
+        number = 0
+        for e in examples:
+            s = len(e.shared)
+            ids += e.shared
+            positions += range(s)
+            targets += [NO_LOSS] * s
+            document += [number] * s
+            for branch in e.branches:
+                ids += branch.ids
+                positions += range(s, s + len(branch.ids))
+                targets += [*branch.labels[1:], NO_LOSS]
+                document += [number] * len(branch.ids)
+                number += 1
+        lens = [[len(e.shared), *(len(branch.ids) for branch in e.branches)] for e in examples]
+        return {
+            "input_ids": torch.tensor([ids]),
+            "position_ids": torch.tensor([positions]),
+            "labels": torch.tensor([targets]),
+            "document": torch.tensor([document]),
+            "lens": torch.tensor(lens),
+        }
+
+    def _apart(self, examples: Sequence[Branched]) -> dict[str, Tensor]:
+        documents = [document for e in examples for document in e.documents()]
+        found = collate(documents, self.how is not None, self.pad_id)
+        number = torch.arange(len(documents))
+        if self.how is None:
+            found["document"] = number[:, None].expand_as(found["labels"])
+        else:
+            lengths = torch.tensor([len(document.ids) for document in documents])
+            found["document"] = number.repeat_interleave(lengths)[None]
+        return found
+
+    def names(
+        self, examples: Sequence[Branched], rows: Sequence[int], inputs: Mapping[str, Tensor]
+    ) -> Tensor:
+        document = inputs["document"]
+        documents = [
+            (row, len(e.shared), branch)
+            for row, e in zip(rows, examples, strict=True)
+            for branch, _ in enumerate(self.trained(e).branches)
+        ]
+        row, shared, branch = torch.tensor(documents, device=document.device).t()[:, document]
+        positions = inputs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(document.shape[1], device=document.device)
+        # a prompt that is computed with each completion has the names that it has if it is shared
+        return named(row, positions, branch * (positions >= shared))
+
+    @contextmanager
+    def over(self, labels: Tensor, lens: Tensor | None) -> Iterator[None]:
+        """Tell the model's attention the documents of a batch until the `with` block ends.
+
+        Args:
+            labels: (B, T), of the batch.
+            lens: As `laid_out` gives it; None where each completion has its own prompt.
+        """
+        if lens is None or self.how is None:
+            yield
+            return
+        shared, *_ = lens.t().tolist()
+        docs = Documents.branching(shared, lens[:, 1:].tolist(), labels.device)
+        with self.how.over(docs):
+            yield
+
+    @contextmanager
+    def below(self) -> Iterator[None]:
+        """A context in which the model is the reference: without its highest adapter."""
+        with only(self.model, *selection_of(self.model).names[:-1]):
+            yield
+
+    def groups(self, examples: Sequence[Branched]) -> list[list[int]]:
+        """The indices of examples in batches of similar length, of at most `tokens` together."""
+        sizes = [self.size(e) for e in examples]
+        groups: list[list[int]] = [[]]
+        for i in sorted(range(len(sizes)), key=sizes.__getitem__):
+            if groups[-1] and (len(groups[-1]) + 1) * sizes[i] > self.tokens:
+                groups.append([])
+            groups[-1].append(i)
+        return groups

@@ -1,0 +1,172 @@
+"""The loss of a policy: a law over completions that it drew itself.
+
+    loss = Policy(model, Grpo(), how, pad_id, longest=256)
+    loss(**loss.collate(rollouts, device))
+
+The completions of a group meet their prompt as those of preferences do. The log-probabilities with
+which tokens were drawn are compared with those that the step computes: they are of the same weights
+in another order of sums, or the run ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from lorafold.core.evaluating import evaluating
+from lorafold.data.branches import Branched
+from lorafold.data.examples import NO_LOSS, Example
+from lorafold.errors import LorafoldError
+from lorafold.step.branched import BranchedLoss
+from lorafold.step.branches import Branching
+from lorafold.step.head import token_losses
+from lorafold.step.policy_laws import Drawn, PolicyLaw
+
+# The mean difference of log-probabilities a token, in nats, from which on they are of other weights
+# by the bytes of the model's numbers: rounding alone stays a tenth of it or less
+APART = {4: 1e-3, 2: 5e-2}
+
+
+@dataclass(frozen=True)
+class Rollout(Branched):
+    """The completions of one prompt, with what they were given.
+
+    `drawn` are the log-probabilities (b,) with which the tokens of each were drawn, `advantages`
+    one number each, and `counted` whether it is part of the loss: one that was cut off may not be.
+    """
+
+    drawn: tuple[tuple[float, ...], ...] = ()
+    advantages: tuple[float, ...] = ()
+    counted: tuple[bool, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        prompt: Sequence[int],
+        completions: Sequence[Sequence[int]],
+        drawn: Sequence[Sequence[float]],
+        advantages: Sequence[float],
+        counted: Sequence[bool],
+    ) -> Rollout:
+        """The completions, tokens after those of a prompt."""
+        last = prompt[-1]
+        branches = tuple(Example((last, *ids), (NO_LOSS, *ids)) for ids in completions)
+        return cls(
+            tuple(prompt[:-1]), branches, drawn=tuple(map(tuple, drawn)),
+            advantages=tuple(advantages), counted=tuple(counted),
+        )  # fmt: skip
+
+
+@dataclass
+class Seen:
+    """What a step saw of the tokens that count: how many, and sums over them."""
+
+    tokens: int = 0
+    largest: float = 0.0
+    apart: float = 0.0  # of the differences to the log-probabilities with which they were drawn
+    clipped: int = 0
+    kl: float = 0.0
+
+    def figures(self, kl: bool) -> dict[str, float]:
+        """Means over the tokens, and the largest difference."""
+        n = max(self.tokens, 1)
+        found = {"mismatch": self.apart / n, "largest mismatch": self.largest}
+        return found | {"clipped": self.clipped / n} | ({"KL": self.kl / n} if kl else {})
+
+
+class Policy(BranchedLoss):
+    """The loss of a law over groups of completions, in nats, summed over tokens or completions.
+
+    Args:
+        model: The model with its adapters, of which the highest trains.
+        how: How far the model goes with packed documents; None pads.
+        pad_id: The token that fills short sequences.
+        longest: The most tokens of a completion.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        law: PolicyLaw,
+        how: Branching | None,
+        pad_id: int,
+        longest: int,
+    ) -> None:
+        super().__init__(model, how, pad_id)
+        self.law, self.pace, self.longest = law, law.pace, longest
+        self.seen = Seen()
+        size = max(p.element_size() for p in model.parameters() if p.is_floating_point())
+        self.bound = APART.get(size, APART[2])
+
+    def count(self, example: Rollout) -> int:
+        if self.law.average == "tokens":
+            counted = zip(example.drawn, example.counted, strict=True)
+            return sum(len(drawn) for drawn, counts in counted if counts)
+        return sum(example.counted)
+
+    def collate(self, examples: Sequence[Rollout], device: torch.device) -> dict[str, Tensor]:
+        """What `laid_out` has, with `drawn` (n,) a token, and `advantages` and `weights` (k,) a
+        completion: what its tokens count in the sum.
+        """
+        found = self.laid_out(examples)
+        found["drawn"] = torch.tensor([p for e in examples for own in e.drawn for p in own])
+        found["advantages"] = torch.tensor([a for e in examples for a in e.advantages])
+        lengths = torch.tensor([len(own) for e in examples for own in e.drawn])
+        over = {"per-sequence": lengths, "longest": torch.full_like(lengths, self.longest)}
+        counted = torch.tensor([counts for e in examples for counts in e.counted])
+        found["weights"] = counted / over.get(self.law.average, torch.ones_like(lengths))
+        return {name: tensor.to(device) for name, tensor in found.items()}
+
+    def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
+        """Return the loss in nats, (); arguments as `collate` gives them.
+
+        Raises LorafoldError if the tokens were drawn by other weights than the model's.
+        """
+        document, lens = inputs.pop("document"), inputs.pop("lens", None)
+        given = inputs.pop("drawn"), inputs.pop("advantages"), inputs.pop("weights")
+        drawn, advantages, weights = given
+        with self.over(labels, lens):
+            logps = -token_losses(self.model, labels, inputs)
+        below = partial(self._below, labels, lens, inputs)
+        of = document[labels != NO_LOSS]
+        self._compare(logps.detach(), drawn, below)
+        reference = below() if self.law.beta else None
+        found = Drawn(logps, logps.detach(), reference, advantages[of], of)
+        self.seen.clipped += int(self.law.clipped(found).sum())
+        if reference is not None:
+            self.seen.kl += float(found.kl.detach().sum())
+        return (self.law.loss(found) * weights[of]).sum()
+
+    def figures(self) -> dict[str, float]:
+        """What the step saw, once."""
+        found, self.seen = self.seen.figures(bool(self.law.beta)), Seen()
+        return found
+
+    def _below(self, labels: Tensor, lens: Tensor | None, inputs: Mapping[str, Tensor]) -> Tensor:
+        with evaluating(self), torch.no_grad(), self.below(), self.over(labels, lens):
+            return -token_losses(self.model, labels, inputs)
+
+    def _compare(self, logps: Tensor, drawn: Tensor, below: Callable[[], Tensor]) -> None:
+        """Add to what was seen. Raises LorafoldError where the mean difference is none of rounding,
+        naming what has log-probabilities nearer to those that were drawn.
+        """
+        apart = (logps - drawn).abs()
+        self.seen.tokens += len(apart)
+        self.seen.apart += float(apart.sum())
+        self.seen.largest = max(self.seen.largest, float(apart.max()) if len(apart) else 0.0)
+        if not len(apart) or float(apart.mean()) <= self.bound:
+            return
+        mean, other = float(apart.mean()), float((below() - drawn).abs().mean())
+        by = (
+            "the model without the adapter that trains"
+            if other <= self.bound
+            else "other weights, of another step, adapter or base"
+        )
+        raise LorafoldError(
+            f"completions were drawn by {by}: found log-probabilities that differ by {mean:.3g} a"
+            f" token from those of the weights that train, expected at most {self.bound:g}"
+        )
