@@ -121,9 +121,11 @@ class Request:
         prompt: the token ids of the prompt.
         max_new_tokens: the most tokens of the completion.
         adapter: the name of an adapter, or None for the base.
-        ends: the tokens that end the completion; they are no part of it.
+        ends: the tokens that end the completion; they are no part of it, unless `keep_end`.
         tenant: on whose behalf; what is kept of one tenant's prompts serves no other's.
         tokenizer: for its texts, if not the engine's own.
+        keep_end: the token of `ends` that ends the completion is its last one, with its log
+            probability, and adds no text.
     """
 
     id: str
@@ -134,6 +136,7 @@ class Request:
     ends: frozenset[int] = frozenset()
     tenant: str = ""
     tokenizer: PreTrainedTokenizerBase | None = None
+    keep_end: bool = False
 
 
 @dataclass(frozen=True)

@@ -65,11 +65,14 @@ class Row:
     def take(self, choice: Choice) -> Reason | None:
         """Take the next token; the reason why the request ends with it, if it does."""
         request = self.request
-        if choice.token in self.ends:
+        ends = choice.token in self.ends
+        if ends and not request.keep_end:
             return "end"
         self.tokens.append(choice.token)
-        piece = self.text.add(choice.token) if self.text else ""
+        piece = self.text.add(choice.token) if self.text and not ends else ""
         self.stream.put(Token(request.id, choice.token, piece, choice.logprob, choice.top))
+        if ends:
+            return "end"
         if self.text and self.text.stopped:
             return "stop"
         full = len(self.tokens) - len(request.prompt) == request.max_new_tokens
