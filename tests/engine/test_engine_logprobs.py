@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conftest import make_tokenizer
-from engine_cases import prompt
+from engine_cases import processors, prompt
 from lorafold.engine import Ended, Engine, Request, Sampling, Stream, Token
 
 OPTIONS: dict[str, Any] = {"length": 96, "chunk": 12, "budget": 24}
@@ -19,10 +19,14 @@ def model(tiny_model) -> Any:
     return tiny_model("llama")
 
 
-def logp(model: Any, ids: tuple[int, ...]) -> torch.Tensor:
+def logits(model: Any, ids: tuple[int, ...]) -> torch.Tensor:
     """What transformers' model says (T, V) after each of the tokens."""
     with torch.no_grad():
-        return model(torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1)
+        return model(torch.tensor([ids]), use_cache=False).logits[0]
+
+
+def logp(model: Any, ids: tuple[int, ...]) -> torch.Tensor:
+    return logits(model, ids).log_softmax(-1)
 
 
 def ran(engine: Engine, *requests: Request) -> list[Stream]:
@@ -51,8 +55,7 @@ def test_the_token_that_ends_a_completion_can_be_kept(model, temperature: float)
         )
         # the end may be the last token that there is room for
         (just,) = ran(
-            engine,
-            Request("3", ids, at + 1, sampling=own, ends=frozenset([end]), keep_end=True),
+            engine, Request("3", ids, at + 1, sampling=own, ends=frozenset([end]), keep_end=True)
         )
     first = whole.result().tokens[: at + 1]
     assert kept.result() == Ended("1", "end", first, not_kept.result().text)
@@ -74,3 +77,32 @@ def test_a_grammar_s_end_can_be_kept(model) -> None:
     ended = stream.result()
     assert (ended.reason, ended.text) == ("end", "ab")
     assert ended.tokens[-1] == tokenizer.eos_token_id
+
+
+SETTINGS: tuple[dict[str, Any], ...] = (
+    {"temperature": 1.0},
+    {"temperature": 0.6, "top_k": 7},
+    {"temperature": 1.4, "top_p": 0.7, "min_p": 0.02},
+    {"temperature": 0.8, "repetition_penalty": 1.4, "top_k": 40, "top_p": 0.9},
+)
+
+
+def test_the_distribution_drawn_from_is_transformers_processors(model) -> None:
+    asked = [
+        Request(str(i), prompt(8 + i, i), 16, sampling=Sampling(**own, seed=i, logprobs=0))
+        for i, own in enumerate(SETTINGS)
+    ]
+    with Engine(model, slots=3, **OPTIONS) as engine:
+        streams = ran(engine, *asked)
+    for stream in streams:
+        request, tokens = stream.request, stream.result().tokens
+        ids = request.prompt + tokens
+        raw = logits(model, ids)
+        for n, event in enumerate(tokens_of(stream), len(request.prompt)):
+            own = raw[None, n - 1]
+            changed = processors(request.sampling)(torch.tensor([ids[:n]]), own.clone())
+            drawn = float(changed.log_softmax(-1)[0, event.token])
+            assert event.drawn_logprob == pytest.approx(drawn, abs=1e-4)
+            assert event.logprob == pytest.approx(
+                float(own.log_softmax(-1)[0, event.token]), abs=1e-5
+            )

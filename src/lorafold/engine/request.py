@@ -44,7 +44,8 @@ class Sampling:
         schema: a JSON schema, as text, that the completion has to fit.
         regex: a regular expression that the whole completion has to match.
         lark: a grammar in llguidance's dialect of Lark that the completion has to fit.
-        logprobs: how many of the most likely tokens are reported with each (None: no logprobs).
+        logprobs: how many of the most likely tokens are reported with each (None: no logprobs; 0:
+            those of the token itself alone).
     """
 
     temperature: float = 0.0
@@ -142,8 +143,10 @@ class Request:
 @dataclass(frozen=True)
 class Token:
     """One more token. `text` is what it adds to the text: empty while a character is incomplete, or
-    a stop text may have begun, or if the engine has no tokenizer. `top` has the most likely tokens
-    with their log probabilities, before temperature and penalties.
+    a stop text may have begun, or if the engine has no tokenizer. `logprob` is the model's own, and
+    `top` has the most likely tokens with theirs: before penalties, biases, temperature, filters and
+    grammar. `drawn_logprob` is that of the distribution that the token was drawn from, after all of
+    these; with temperature 0 nothing is drawn, one token has all of it, and it is 0.
     """
 
     id: str
@@ -151,6 +154,7 @@ class Token:
     text: str = ""
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    drawn_logprob: float | None = None
 
 
 @dataclass(frozen=True)

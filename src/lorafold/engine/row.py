@@ -70,7 +70,8 @@ class Row:
             return "end"
         self.tokens.append(choice.token)
         piece = self.text.add(choice.token) if self.text and not ends else ""
-        self.stream.put(Token(request.id, choice.token, piece, choice.logprob, choice.top))
+        found = (choice.logprob, choice.top, choice.drawn_logprob)
+        self.stream.put(Token(request.id, choice.token, piece, *found))
         if ends:
             return "end"
         if self.text and self.text.stopped:
