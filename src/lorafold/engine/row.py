@@ -40,6 +40,7 @@ class Row:
         self.text = None if known is None else Text(known, request.sampling.stop)
         self.tokens = list(request.prompt)
         self.filled = 0  # of these tokens the cache has this many
+        self.reader: Row | None = None  # who reads this prompt for it
         self.cached = 0  # tokens of the prompt that a slot held already
         self.held: LoadedAdapter | None = None
         self.slot = -1
@@ -56,6 +57,15 @@ class Row:
         """What its keys and values follow from, beside its tokens."""
         entry, tenant = self.entry, self.request.tenant
         return Prefix(entry.digest, entry.generation, tenant) if entry else Prefix("", 0, tenant)
+
+    def reads_for(self, other: Row) -> bool:
+        """Whether it reads a prompt of which the other needs the same keys, values and logits."""
+        return (
+            self.reader is None
+            and len(self.tokens) == len(self.request.prompt)
+            and self.request.prompt == other.request.prompt
+            and (self.entry, self.prefix) == (other.entry, other.prefix)
+        )
 
     @property
     def completion(self) -> tuple[int, ...]:
