@@ -145,6 +145,10 @@ class Loop:
         for b, row in rows:
 
             def choose(b: int = b, row: Row = row) -> None:
+                row.show_prompt()
+                if not row.request.max_new_tokens:
+                    self.end(row, "length")
+                    return
                 if not row.sampler.plain:
                     choice = row.sampler.choose(logits_BV[b])
                 elif finite[b]:

@@ -127,6 +127,9 @@ class Request:
         tokenizer: for its texts, if not the engine's own.
         keep_end: the token of `ends` that ends the completion is its last one, with its log
             probability, and adds no text.
+        prompt_logprobs: how many of the most likely tokens are reported with each token of the
+            prompt, in `Stream.prompt`, where a prompt that is there already is read again (None: no
+            logprobs; 0: those of the token itself alone). With it max_new_tokens may be 0.
     """
 
     id: str
@@ -138,6 +141,7 @@ class Request:
     tenant: str = ""
     tokenizer: PreTrainedTokenizerBase | None = None
     keep_end: bool = False
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -177,12 +181,14 @@ class Ended:
 
 class Stream:
     """The events of one request in their order, which end with its `Ended`. Any threads may read,
-    each from the first event on.
+    each from the first event on. `prompt` has the tokens of the prompt with their log
+    probabilities, if those are asked for, from before the first event on; the first one has none.
     """
 
     def __init__(self, request: Request) -> None:
         self.request = request
         self.began: float | None = None  # when it got a slot, by time.monotonic
+        self.prompt: tuple[Token, ...] = ()
         self._events: list[Token | Ended] = []
         self._ended: Ended | None = None
         self._more = threading.Condition()

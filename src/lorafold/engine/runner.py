@@ -121,7 +121,7 @@ class SlotRunner(Runner):
         """The slot, a free one or a running row's, that has most of the first tokens of a row, and
         how many; the last one is always computed. (-1, 0) if none has any.
         """
-        if not self._reusable(row):
+        if not self._reusable(row) or row.request.prompt_logprobs is not None:
             return -1, 0
         slot, most = self.kept.find(row.prefix, row.tokens)
         for other in self.rows:
@@ -134,6 +134,7 @@ class SlotRunner(Runner):
         self.cache.copy(row.slot, [other.slot for other in others], row.filled)
         for other in others:
             other.reader, other.filled, other.cached = None, row.filled, row.filled
+            other.scores = row.scores
 
     def release(self, row: Row, well: bool) -> None:
         self.rows[row.slot] = None
@@ -249,12 +250,16 @@ class SlotRunner(Runner):
         ]
         rows = at if isinstance(at, slice) else torch.tensor(at, device=device)
         view = self._views[held].aim(rows, torch.tensor(starts, device=device), width)
-        lasts = sorted({n - 1 for n in ns})
+        to_score = [0 if row is None else row.to_score(n) for row, n in zip(taken, ns, strict=True)]
+        lasts = [*range(max(ns))] if any(to_score) else sorted({n - 1 for n in ns})
         keep = torch.tensor(lasts, device=device)
         context = self.deltas.alone(held) if held else self.deltas.mixed(self._planned(taken, at))
         ids_BT, counts_B = torch.tensor(ids, device=device), torch.tensor(ns, device=device)
         with context:
             logits = run(self.model, view, ids_BT, counts_B, keep)  # (B, len(lasts), V)
+        for row, own, n in zip(taken, logits, to_score, strict=True):
+            if row is not None and n:
+                row.score(own[:n])
         if len(lasts) == 1:
             return logits[:, 0]
         return logits[torch.arange(len(ns)), torch.tensor([lasts.index(n - 1) for n in ns])]

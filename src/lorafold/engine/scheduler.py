@@ -129,6 +129,9 @@ class Scheduler:
         groups: dict[object, list[Row]] = {}
         for row in rows:
             alone = together(row)
-            key: object = (alone, row.request.id) if self.single or (self.each and alone) else alone
+            # the logits of a whole chunk are computed for those rows alone that want them
+            key: tuple[object, ...] = (alone, row.to_score(row.pending) > 0)
+            if self.single or (self.each and alone):
+                key = (*key, row.request.id)
             groups.setdefault(key, []).append(row)
         return list(groups.values())
