@@ -95,16 +95,14 @@ class Watched(Engine):
 
     def watch(self) -> None:
         self.seen: dict[str, list[torch.Tensor]] = defaultdict(list)  # (V,) a token
-        forward = self._runner.forward
+        choose = self._loop._choose
 
-        def spied(rows: Any, counts: Any) -> torch.Tensor:
-            logits = forward(rows, counts)
-            for row, n, own in zip(rows, counts, logits, strict=True):
-                if row.pending == n:
-                    self.seen[row.request.id].append(own.clone())
-            return logits
+        def spied(rows: Any, logits_BV: torch.Tensor) -> None:
+            for b, row in rows:
+                self.seen[row.request.id].append(logits_BV[b].clone())
+            choose(rows, logits_BV)
 
-        self._runner.forward = spied  # type: ignore[method-assign]
+        self._loop._choose = spied  # type: ignore[method-assign]
 
     def company(self, requests: Sequence[Request], seed: int) -> dict[str, Stream]:
         """The streams of these requests, and of as many that go on after them, all ended."""

@@ -29,6 +29,7 @@ import lorafold as lf
 from conftest import GPT2_SIZE, SIZE
 from engine_cases import generated, prompt, together
 from lorafold.engine import Engine, Request, Sampling, structure
+from lorafold.errors import LorafoldError
 
 NO_HEAD_DIM = {k: v for k, v in SIZE.items() if k != "head_dim"}
 VOCABULARY = {"vocab_size": 300, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -91,6 +92,9 @@ def test_a_model_without_slots_runs_one_request_at_a_time_and_says_so(family: st
         assert not engine.slotted
         assert "slots" in engine.structure.why
         assert together(engine, asked) == expected
+        scores = Request("scores", prompt(3, 1), 2, prompt_logprobs=0)
+        with pytest.raises(LorafoldError, match=r"prompt_logprobs: found 0, .* for this model"):
+            engine.submit(scores)
 
 
 def test_sampled_tokens_follow_from_the_seed_alone() -> None:

@@ -10,17 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from conftest import make_tokenizer
-from engine_cases import prompt, sampling
+from engine_cases import processors, prompt, sampling
 from lorafold.engine import Engine, Request, Sampling
 from lorafold.engine.sampler import NotFinite, Sampler, Unfit, filtered
 from lorafold.engine.text import Text
@@ -32,21 +24,6 @@ PROMPT = (3, 7, 7, 11)
 
 def logits(seed: int) -> torch.Tensor:
     return 3 * torch.randn(V, generator=torch.Generator().manual_seed(seed))
-
-
-def processors(s: Sampling) -> LogitsProcessorList:
-    found: list[Any] = []
-    if s.repetition_penalty != 1:
-        found.append(RepetitionPenaltyLogitsProcessor(s.repetition_penalty))
-    if s.temperature:
-        found.append(TemperatureLogitsWarper(s.temperature))
-    if s.top_k:
-        found.append(TopKLogitsWarper(s.top_k))
-    if s.top_p < 1:
-        found.append(TopPLogitsWarper(s.top_p))
-    if s.min_p:
-        found.append(MinPLogitsWarper(s.min_p))
-    return LogitsProcessorList(found)
 
 
 @pytest.mark.parametrize(
@@ -105,6 +82,26 @@ def test_logprobs_are_the_models_own() -> None:
     assert [token for token, _ in found.top] == own.topk(3).indices.tolist()
     assert [p for _, p in found.top] == pytest.approx(own.topk(3).values.tolist())
     assert Sampler(Sampling(logprobs=0), PROMPT).choose(logits(1)).top == ()
+
+
+def test_a_token_has_the_log_probability_of_what_it_was_drawn_from() -> None:
+    allowed = torch.arange(V) < 9
+    changes = {"presence_penalty": 0.7, "frequency_penalty": 0.3, "logit_bias": {2: 1.5}}
+    sampler = Sampler(
+        Sampling(temperature=0.5, logprobs=0, seed=1, **changes), (), lambda _: allowed
+    )
+    counts = torch.zeros(V)
+    for step in range(20):
+        scores = logits(step % 3) - 0.7 * (counts > 0) - 0.3 * counts
+        scores[2] += 1.5
+        found = sampler.choose(logits(step % 3))
+        expected = (scores[:9] / 0.5).log_softmax(-1)[found.token]
+        assert found.drawn_logprob == pytest.approx(float(expected), abs=1e-5)
+        counts[found.token] += 1
+    plain = Sampler(Sampling(temperature=1.0, logprobs=0), ()).choose(logits(0))
+    assert plain.drawn_logprob == pytest.approx(plain.logprob)
+    assert Sampler(Sampling(logprobs=0), ()).choose(logits(0)).drawn_logprob == 0
+    assert Sampler(Sampling(temperature=1.0), ()).choose(logits(0)).drawn_logprob is None
 
 
 def test_only_allowed_tokens_are_chosen() -> None:

@@ -43,6 +43,7 @@ class Loop:
             self.end(row, "cancelled")
         for row in self.scheduler.admitted(self._ready):
             row.stream.began = time.monotonic()
+            self.scheduler.join(row)
             self._guarded(row, partial(self.runner.admit, row))
         self.runner.compact()
         decoding = self.scheduler.decoding()
@@ -71,7 +72,7 @@ class Loop:
             setting: the setting that it follows from.
         """
         if row in self.scheduler.running:
-            self.scheduler.running.remove(row)
+            self.scheduler.leave(row)
             self.runner.release(row, well=reason in ("end", "length", "stop"))
         elif row in self.scheduler.waiting:
             self.scheduler.waiting.remove(row)
@@ -93,6 +94,7 @@ class Loop:
         assert sorted(ids) == sorted(rows), "every request waits or runs once"
         assert len({row.slot for row in running}) == len(running) <= self.runner.slots
         assert all(row.stream.ended is None for row in rows.values())
+        assert all(row.reader is None or row.reader in running for row in running)
         self.runner.check(running)
         self.adapters.check()
 
@@ -127,7 +129,12 @@ class Loop:
             return
         for row, n in zip(rows, counts, strict=True):
             row.filled += n
-        self._choose([(b, row) for b, row in enumerate(rows) if not row.pending], logits_BV)
+        done = [(b, row) for b, row in enumerate(rows) if not row.pending]
+        for b, row in tuple(done):
+            if others := self.scheduler.joined(row):
+                self._guarded(row, partial(self.runner.share, row, others))
+                done += [(b, other) for other in others if not other.pending]
+        self._choose([(b, row) for b, row in done if row.stream.ended is None], logits_BV)
 
     def _choose(self, rows: list[tuple[int, Row]], logits_BV: Tensor) -> None:
         plain = [b for b, row in rows if row.sampler.plain]
@@ -138,7 +145,11 @@ class Loop:
         for b, row in rows:
 
             def choose(b: int = b, row: Row = row) -> None:
-                if b not in likeliest:
+                row.show_prompt()
+                if not row.request.max_new_tokens:
+                    self.end(row, "length")
+                    return
+                if not row.sampler.plain:
                     choice = row.sampler.choose(logits_BV[b])
                 elif finite[b]:
                     choice = Choice(likeliest[b])

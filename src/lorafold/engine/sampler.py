@@ -43,11 +43,14 @@ class Unfit(LorafoldError):
 
 
 class Choice(NamedTuple):
-    """A token, its log probability, and those of the most likely tokens, if asked for."""
+    """A token, its log probability, those of the most likely tokens, and its own in the
+    distribution that it was drawn from, if asked for.
+    """
 
     token: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    drawn_logprob: float | None = None
 
 
 class Sampler:
@@ -81,6 +84,7 @@ class Sampler:
             if not mask_V.any():
                 raise Unfit((self.sampling.grammar or ("grammar", ""))[0], "no token may follow")
             changed_V = changed_V.masked_fill(~mask_V, float("-inf"))
+        kept_V: Tensor | None = None
         if self.generator is None:
             token = int(changed_V.argmax())
         else:
@@ -91,7 +95,7 @@ class Sampler:
             p_1V = torch.softmax(kept_V, -1)[None]
             token = int(torch.multinomial(p_1V, 1, generator=self.generator))
         self.record(token)
-        return Choice(token, *self._report(logits_V, token))
+        return self._report(logits_V, kept_V, token)
 
     def record(self, token: int) -> None:
         """Count a token of the completion."""
@@ -117,16 +121,15 @@ class Sampler:
             logits_V = finite(logits_V.index_add(0, ids, biases))
         return logits_V
 
-    def _report(
-        self, logits_V: Tensor, token: int
-    ) -> tuple[float | None, tuple[tuple[int, float], ...]]:
+    def _report(self, logits_V: Tensor, drawn_V: Tensor | None, token: int) -> Choice:
         n = self.sampling.logprobs
         if n is None:
-            return None, ()
+            return Choice(token)
         logp_V = torch.log_softmax(logits_V, -1)
         best = logp_V.topk(n) if n else None
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True) if best else ()
-        return float(logp_V[token]), tuple(pairs)
+        drawn = 0.0 if drawn_V is None else float(torch.log_softmax(drawn_V, -1)[token])
+        return Choice(token, float(logp_V[token]), tuple(pairs), drawn)
 
 
 def finite(logits_V: Tensor) -> Tensor:
