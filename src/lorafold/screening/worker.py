@@ -1,9 +1,9 @@
 """One process that reads what came with adapters: `python -P -m lorafold.screening.worker`.
 
 A message (`machine/killable.py`) is JSON. The first one says what the base is, every other one what
-to do: `do`, its arguments, and the limits `seconds` (of the processor) and `bytes` (of memory beyond
-what the process has). Each is answered by one message, with `found` or with `wrong`, unless the
-process dies of it.
+to do: `do`, its arguments, and the limits `seconds` (of the processor) and `bytes` (of memory
+beyond what the process has). Each is answered by one message, with `found` or with `wrong`, unless
+the process dies of it.
 """
 
 from __future__ import annotations
