@@ -194,10 +194,13 @@ def lives(process: int) -> bool:
 
 
 def test_a_process_ends_when_the_one_that_asks_is_killed(folder: Path) -> None:
+    """In the midst of a call."""
     script = (
-        "import os; from lorafold.rewards import *\n"
+        "import os, threading; from lorafold.rewards import *\n"
         f"reward = reward_of({f'{folder}/given.py:one'!r})\n"
-        "print(int(reward([Judged('', 'id', {}, '')])[0]), flush=True); os.kill(os.getpid(), 9)"
+        "print(int(reward([Judged('', 'id', {}, '')])[0]), flush=True)\n"
+        "threading.Timer(0.2, lambda: os.kill(os.getpid(), 9)).start()\n"
+        "reward([Judged('', 'slow', {}, '')])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     until = time.monotonic() + 20

@@ -26,7 +26,7 @@ from lorafold.machine.killable import packed, read
 from lorafold.rewards.calling import Function, Item, Wrong
 from lorafold.rewards.kinds import KINDS
 
-GRACE = 5.0  # seconds that a call may go on after nobody waits for it any more
+GRACE = 1.0  # seconds that a call may go on after nobody waits for it any more
 
 
 def main() -> None:
