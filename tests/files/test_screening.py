@@ -137,7 +137,7 @@ def test_a_pattern_that_never_ends_is_ended(adapter, base) -> None:
 def test_processes_import_no_torch_and_end_with_the_screen(screen, adapter) -> None:
     verified(screen, adapter)
     process = screen._verifying._idle[0]._process
-    maps = Path(f"/proc/{process.pid}/maps").read_text()
+    maps = Path(f"/proc/{process.id}/maps").read_text()
     assert "libtorch" not in maps
     processes = Processes(lambda: {"modules": []}, 1)
     given = {"path": "/nowhere", "files": [], "config": "c", "record": "r", "told": []}
@@ -145,7 +145,7 @@ def test_processes_import_no_torch_and_end_with_the_screen(screen, adapter) -> N
         processes.call("verify", 5, 1 << 29, **given)
     own = processes._idle[0]._process
     processes.close()
-    assert own.poll() is not None
+    assert not own.lives
 
 
 def test_a_template_renders_as_it_would_here(screen, base, tmp_path) -> None:

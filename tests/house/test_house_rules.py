@@ -40,6 +40,7 @@ FLOORS = [
     "step",
     "screening",
     "opening",
+    "rewards",
     "data",
     "adapter",
     "fold",

@@ -22,6 +22,7 @@ PURPOSES = {
     "dev": "tests and lint",
     "bench": "benchmarks beside PEFT and TRL",
     "serve": "an HTTP server",
+    "rl": "rewards by schema, and of reasoning-gym",
     "docs": "the documentation as a site",
     "quantized": "further packed storages",
 }

@@ -1,3 +1,3 @@
-"""This machine: its devices, its free memory, its allocator, and environment variables that make
-training faster.
+"""This machine: its devices, its free memory, its allocator, processes that work beside this one,
+and environment variables that make training faster.
 """

@@ -8,19 +8,15 @@ another.
 from __future__ import annotations
 
 import json
-import os
-import select
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 from lorafold.errors import LorafoldError
-from lorafold.screening.worker import SIZE, packed
+from lorafold.machine.killable import Died, Killable, Large, Late
+from lorafold.screening.worker import as_message
 
 # bytes of an answer: nothing else of the server runs while it is taken apart
 ANSWER = 8 << 20
@@ -45,11 +41,7 @@ class Process:
 
     def __init__(self, base: bytes) -> None:
         offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "lorafold.screening.worker"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
-            env=os.environ | offline, start_new_session=True,
-        )  # fmt: skip
+        self._process = Killable("lorafold.screening.worker", offline, quiet=True)
         self._base = base
 
     def ask(self, message: bytes, seconds: float) -> Any:
@@ -61,64 +53,31 @@ class Process:
         base, self._base = self._base, b""
         until = time.monotonic() + seconds
         try:
-            self._write(base + message, until)
-            size = int.from_bytes(self._read(SIZE, until), "big")
-            if size > ANSWER:
-                raise Refused(f"it makes an answer of {size:,} bytes")
-            content = self._read(size, until)
-        except BaseException:
+            self._process.write(base + message, until)
+            content = self._process.read(until, ANSWER)
+        except BaseException as error:
             self.kill()
+            if (why := _refused(error)) is not None:
+                raise Refused(why) from None
             raise
         return json.loads(content)
 
     def end(self) -> None:
         """Have the process end, while a thread may wait for its answer."""
-        self._process.kill()
+        self._process.end()
 
     def kill(self) -> None:
         """End the process, for which nobody waits any more."""
         self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with suppress(OSError):
-                    pipe.close()
 
-    def _write(self, content: bytes, until: float) -> None:
-        assert self._process.stdin is not None
-        left, pipe = memoryview(content), self._process.stdin.fileno()
-        os.set_blocking(pipe, False)
-        while left:
-            self._wait(pipe, select.POLLOUT, until)
-            try:
-                left = left[os.write(pipe, left) :]
-            except BlockingIOError:
-                continue
-            except BrokenPipeError:
-                raise self._died() from None
 
-    def _read(self, size: int, until: float) -> bytes:
-        assert self._process.stdout is not None
-        found, pipe = bytearray(), self._process.stdout.fileno()
-        while len(found) < size:
-            self._wait(pipe, select.POLLIN, until)
-            part = os.read(pipe, min(size - len(found), 1 << 20))
-            if not part:
-                raise self._died()
-            found += part
-        return bytes(found)
-
-    def _wait(self, pipe: int, event: int, until: float) -> None:
-        poll = select.poll()
-        poll.register(pipe, event)
-        if not poll.poll(max(0.0, until - time.monotonic()) * 1000):
-            raise Refused("it takes too long")
-
-    def _died(self) -> Refused:
-        code = self._process.wait()
-        if code == -signal.SIGPROF:
-            return Refused("it takes too long")
-        return Refused("the process that read it died")
+def _refused(error: BaseException) -> str | None:
+    """Why a process gave no answer, None for errors that are not its own."""
+    if isinstance(error, Large):
+        return f"it makes an answer of {error.size:,} bytes"
+    if isinstance(error, Late) or (isinstance(error, Died) and error.code == -signal.SIGPROF):
+        return "it takes too long"
+    return "the process that read it died" if isinstance(error, Died) else None
 
 
 class Processes:
@@ -142,7 +101,7 @@ class Processes:
             seconds: of the processor, that it may take.
             memory: the bytes that it may take beyond what the process has.
         """
-        message = packed({"do": do, "seconds": seconds, "bytes": memory} | arguments)
+        message = as_message({"do": do, "seconds": seconds, "bytes": memory} | arguments)
         with self._most:
             process = self._taken()
             try:
@@ -177,7 +136,7 @@ class Processes:
         with self._lock:
             if self._closed:
                 raise Refused("the server ends")
-            self._first = self._first or packed(self._base())
+            self._first = self._first or as_message(self._base())
             process = self._idle.pop() if self._idle else Process(self._first)
             self._busy.add(process)
         return process

@@ -1,9 +1,9 @@
 """One process that reads what came with adapters: `python -P -m lorafold.screening.worker`.
 
-A message is eight bytes with the length of the JSON that follows. The first one says what the base
-is, every other one what to do: `do`, its arguments, and the limits `seconds` (of the processor) and
-`bytes` (of memory beyond what the process has). Each is answered by one message, with `found` or
-with `wrong`, unless the process dies of it.
+A message (`machine/killable.py`) is JSON. The first one says what the base is, every other one what
+to do: `do`, its arguments, and the limits `seconds` (of the processor) and `bytes` (of memory
+beyond what the process has). Each is answered by one message, with `found` or with `wrong`, unless
+the process dies of it.
 """
 
 from __future__ import annotations
@@ -14,22 +14,15 @@ import resource
 import signal
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, BinaryIO
+from typing import Any
 
-SIZE = 8  # bytes before a message
-
-
-def read(source: BinaryIO) -> Any:
-    """The next message, None at the end."""
-    head = source.read(SIZE)
-    return json.loads(source.read(int.from_bytes(head, "big"))) if len(head) == SIZE else None
+from lorafold.machine.killable import packed, read
 
 
-def packed(message: Any) -> bytes:
-    """A message with its length before it."""
+def as_message(message: Any) -> bytes:
+    """A message as JSON, with its length before it."""
     # half a character is told by a mark: what reads it takes other texts as they are
-    content = json.dumps(message, ensure_ascii=False).encode("utf-8", "replace")
-    return len(content).to_bytes(SIZE, "big") + content
+    return packed(json.dumps(message, ensure_ascii=False).encode("utf-8", "replace"))
 
 
 def main() -> None:
@@ -39,10 +32,11 @@ def main() -> None:
     os.dup2(2, 1)  # what prints does not get between the answers
     os.nice(5)
     messages = os.fdopen(0, "rb")
-    base = read(messages)
-    acts = _acts(base)
+    if (base := read(messages)) is None:
+        return
+    acts = _acts(json.loads(base))
     while (message := read(messages)) is not None:
-        answers.write(packed(_answer(acts, message)))
+        answers.write(as_message(_answer(acts, json.loads(message))))
         answers.flush()
 
 

@@ -1,0 +1,47 @@
+"""A reward from its name.
+
+FILE.py:fn             a Python function
+regex:PATTERN          1 where the whole completion matches
+schema:FILE.json       1 where the completion is JSON that fits
+reasoning-gym:TASK     the verifier of a task
+0.5*FILE.py:fn         any of them with a weight
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+from lorafold.errors import LorafoldError
+from lorafold.rewards.judged import Reward
+from lorafold.rewards.separate import SeparateReward
+
+NUMBER = r"[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|inf|nan)"
+FORMS = "FILE.py:fn, regex:PATTERN, schema:FILE.json or reasoning-gym:TASK"
+
+
+def reward_of(text: str) -> Reward:
+    """The reward that a name stands for, which may begin with a weight: `0.5*`. It runs in a
+    process of its own from now on, until it is closed.
+
+    Raises LorafoldError for a name of no known form, and for what can't judge.
+    """
+    found = re.match(rf"\s*({NUMBER})\s*\*\s*", text, re.IGNORECASE)
+    weight, name = (float(found[1]), text[found.end() :]) if found else (1.0, text)
+    if not math.isfinite(weight):
+        raise LorafoldError(f"reward {text}: found weight {weight}, expected a finite number")
+    kind, colon, rest = name.partition(":")
+    if colon and rest and kind in ("regex", "reasoning-gym"):
+        return SeparateReward(name, kind, rest, weight)
+    if colon and rest and kind == "schema":
+        return SeparateReward(name, kind, _whole(rest), weight)
+    file, colon, function = name.rpartition(":")
+    if file.endswith(".py") and function.isidentifier():
+        return SeparateReward(name, "file", f"{_whole(file)}:{function}", weight)
+    raise LorafoldError(f"reward {text!r}: expected {FORMS}, with a weight as in 0.5* or without")
+
+
+def _whole(path: str) -> str:
+    """A path that stays the same when the process goes to another directory."""
+    return str(Path(path).expanduser().absolute())

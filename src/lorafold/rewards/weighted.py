@@ -1,0 +1,105 @@
+"""Several rewards, summed with their weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from lorafold.errors import LorafoldError
+from lorafold.rewards.calling import Wrong, number
+from lorafold.rewards.direct import DirectReward
+from lorafold.rewards.judged import Judged, Reward, failure
+from lorafold.rewards.naming import reward_of
+from lorafold.rewards.separate import LIMIT, SeparateReward
+
+
+class Rewards:
+    """Rewards of one run. A context, which closes them.
+
+    Args:
+        rewards: each with a name of its own.
+        limit: the seconds that a call of one may take, where it runs in a process of its own.
+    """
+
+    def __init__(self, rewards: Sequence[Reward], limit: float = LIMIT) -> None:
+        names = [reward.name for reward in rewards]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise LorafoldError(f"rewards: found {', '.join(twice)} twice, expected each once")
+        if not names:
+            raise LorafoldError("rewards: found none, expected at least one")
+        if not 0 < limit < math.inf:
+            raise LorafoldError(f"rewards: found a limit of {limit} s, expected more than 0")
+        self._rewards = tuple(rewards)
+        for reward in self._rewards:
+            if isinstance(reward, SeparateReward):
+                reward.limit = limit
+
+    @classmethod
+    def of(cls, *given: str | Callable[..., Any] | Reward, limit: float = LIMIT) -> Self:
+        """Rewards from what stands for them: names as `reward_of` reads them, functions, which run
+        in this process and without a limit, and rewards.
+        """
+        made = list[Reward]()
+        try:
+            for one in given:
+                made.append(_reward(one))
+            return cls(made, limit)
+        except BaseException:
+            for reward in made:
+                reward.close()
+            raise
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each, by its name."""
+        return {reward.name: reward.weight for reward in self._rewards}
+
+    def __call__(self, judged: Sequence[Judged]) -> tuple[list[float], dict[str, list[float]]]:
+        """The weighted sum for each completion, and the numbers of each reward by its name. Raises
+        LorafoldError, which names the reward and the completion that it fails on.
+        """
+        each = {reward.name: _checked(reward, judged) for reward in self._rewards}
+        weights = self.weights
+        sums = [
+            sum(weights[name] * found[at] for name, found in each.items())
+            for at in range(len(judged))
+        ]
+        return sums, each
+
+    def close(self) -> None:
+        """End what the rewards run."""
+        for reward in self._rewards:
+            reward.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _reward(given: str | Callable[..., Any] | Reward) -> Reward:
+    if isinstance(given, str):
+        return reward_of(given)
+    return given if isinstance(given, Reward) else DirectReward(given)
+
+
+def _checked(reward: Reward, judged: Sequence[Judged]) -> list[float]:
+    """The numbers of a reward, which may be one that others wrote."""
+    found = reward(judged)
+    if len(found) != len(judged):
+        told = f"it returned {len(found)} rewards, expected {len(judged)}, one a completion"
+        raise failure(reward.name, told, judged)
+    try:
+        return [number(value, at) for at, value in enumerate(found)]
+    except Wrong as wrong:
+        about = judged if wrong.at is None else judged[wrong.at : wrong.at + 1]
+        raise failure(reward.name, wrong.told, about) from None

@@ -1,0 +1,83 @@
+"""One process that judges completions: `python -P -m lorafold.rewards.worker`.
+
+The first message is JSON and says what judges: its `kind` and its `text`. It is answered with
+`batched`, whether completions are judged in a batch. Every other message is a pickled list of
+pickled items. The answers to it are lists of rewards, as they are computed, until each item has
+one. Where something is wrong, the answer is `wrong` and `at` which item, and the last one. Answers
+are JSON. No torch is imported here unless the function does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, BinaryIO
+
+from lorafold.machine.killable import packed, read
+from lorafold.rewards.calling import Function, Item, Wrong
+from lorafold.rewards.kinds import KINDS
+
+GRACE = 1.0  # seconds that a call may go on after nobody waits for it any more
+
+
+def main() -> None:
+    """Answer messages until there are none."""
+    messages, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)  # a function that reads or prints does not get between the messages
+    os.dup2(2, 1)
+    with suppress(OSError):  # where memory ends, it is this process that goes
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    inbox = SimpleQueue[bytes | None]()
+    Thread(target=_receive, args=(messages, inbox), daemon=True).start()
+
+    def answer(content: Any) -> None:
+        answers.write(packed(json.dumps(content).encode()))
+        answers.flush()
+
+    opening = json.loads(inbox.get() or sys.exit())
+    try:
+        function = KINDS[opening["kind"]](opening["text"])
+    except Wrong as wrong:
+        return answer({"wrong": wrong.told, "at": None})
+    answer({"batched": function.batched})
+    while (message := inbox.get()) is not None:
+        for content in _judge(function, message):
+            answer(content)
+
+
+def _receive(messages: BinaryIO, inbox: SimpleQueue[bytes | None]) -> None:
+    """Take messages while the function runs, to know when the process that asks is gone: then this
+    one ends, with all that it started, also in the midst of a call.
+    """
+    while (message := read(messages)) is not None:
+        inbox.put(message)
+    inbox.put(None)
+    time.sleep(GRACE)
+    os.killpg(0, signal.SIGKILL)
+
+
+def _judge(function: Function, message: bytes) -> Iterator[Any]:
+    items = []
+    try:
+        for at, content in enumerate(pickle.loads(message)):
+            try:
+                items.append(Item(*pickle.loads(content)))
+            except Exception as error:
+                raise Wrong(f"its row can't be read in another process: {error}", at) from None
+        yield from function.rewards(items)
+    except Wrong as wrong:
+        yield {"wrong": wrong.told, "at": wrong.at}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,374 @@
+"""Rewards: what a function, pattern, schema or verifier gives, and what is said where one fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lorafold.errors import LorafoldError
+from lorafold.rewards import Judged, Reward, Rewards, reward_of
+
+FILE = '''
+import os, signal, sys, time
+from beside import FACTOR
+
+def one(prompt, completion, wanted=2, *, note=None):
+    """What the completion asks for."""
+    print("a line on standard output")
+    acts = {"exit": lambda: os._exit(3), "killed": lambda: os.kill(os.getpid(), signal.SIGKILL)}
+    acts |= {"slow": lambda: time.sleep(99), "stop": lambda: sys.exit(4), "read": input}
+    acts |= {"torch": lambda: "torch" in sys.modules, "id": os.getpid, "group": group}
+    if completion in acts:
+        return acts[completion]()
+    return eval(completion, {"wanted": wanted, "prompt": prompt, "note": note, "f": FACTOR})
+
+def group():
+    import subprocess
+    child = subprocess.Popen(["sleep", "99"])
+    with open("child", "w") as file:
+        file.write(str(child.pid))
+    time.sleep(99)
+
+def every(prompt, completion, **row):
+    return len(row) + sum(row.values())
+
+def batch(prompts, completions, wanted, extra=0.5):
+    import numpy as np
+    if completions[0].startswith("!"):
+        return eval(completions[0][1:])
+    return np.array([len(c) - w for c, w in zip(completions, wanted)], np.float32)
+
+def lists(completions, **row):
+    return [len(row["prompts"]) + (0 if a is None else a) for a in row["a"]]
+
+def positional(prompt, completion, /, wanted):
+    return wanted
+
+def other(text):
+    return 1.0
+
+NUMBER = 1
+'''
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("rewards")
+    (path / "given.py").write_text(FILE)
+    (path / "beside.py").write_text("FACTOR = 3\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def one(folder: Path) -> Iterator[Rewards]:
+    """The function that does what the completion says; a kill starts its process again."""
+    with Rewards.of(f"{folder}/given.py:one", limit=3) as rewards:
+        yield rewards
+
+
+@pytest.fixture(scope="module")
+def batch(folder: Path) -> Iterator[Rewards]:
+    with Rewards.of(f"{folder}/given.py:batch", limit=4) as rewards:
+        yield rewards
+
+
+def judged(*completions: str, **row: Any) -> list[Judged]:
+    found = enumerate(completions, 1)
+    return [Judged("ask", text, row, f"rows.jsonl row 7, completion {n}") for n, text in found]
+
+
+def fails(rewards: Callable[[list[Judged]], Any], *completions: str, **row: Any) -> str:
+    """The line that a failure gives, from the place of its completion on."""
+    with pytest.raises(LorafoldError) as failed:
+        rewards(judged(*completions, **row))
+    assert "\n" not in str(failed.value)
+    assert str(failed.value).startswith("reward ")
+    return str(failed.value).partition("rows.jsonl row 7, ")[2]
+
+
+def test_a_function_gets_what_it_names_and_gives_numbers(one: Rewards, folder: Path) -> None:
+    texts = ["wanted * f", "prompt == 'ask'", "False", "0.1", "note is None", "-7"]
+    sums, each = one(judged(*texts, wanted=5, unknown=object))
+    assert sums == [15.0, 1.0, 0.0, 0.1, 1.0, -7.0]
+    assert each == {f"{folder}/given.py:one": sums}
+    assert all(type(value) is float for value in sums)
+    assert one(judged("wanted"))[0] == [2.0]
+    assert one([])[0] == []
+
+
+def test_a_function_with_every_field_one_with_positions_and_a_batch(
+    folder: Path, batch: Rewards
+) -> None:
+    every, positional, lists = (
+        reward_of(f"{folder}/given.py:{name}") for name in ("every", "positional", "lists")
+    )
+    assert every(judged("x", a=4, b=5)) == [11.0]
+    assert positional(judged("x", "y", wanted=6)) == [6.0, 6.0]
+    assert lists([*judged("x", a=4), *judged("y", b=1)]) == [6.0, 2.0]
+    assert batch([*judged("abc", wanted=1), *judged("abcd", wanted=9)])[0] == [2.0, -5.0]
+    for reward in (every, positional, lists):
+        assert isinstance(reward, Reward)
+        reward.close()
+
+
+def test_the_process_has_no_torch_and_prints_to_standard_error(
+    one: Rewards, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert one(judged("torch"))[0] == [0.0]
+    one.close()  # the process has the standard error of when it was started
+    assert one(judged("1"))[0] == [1.0]
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert printed.err == "a line on standard output\n"
+
+
+def test_a_process_lives_over_calls_and_is_started_again_after_its_end(one: Rewards) -> None:
+    first = one(judged("id", "id"))[0]
+    assert first == one(judged("id", "id"))[0]
+    begun = time.monotonic()
+    message = fails(one, "1", "slow", "1")
+    assert 3 <= time.monotonic() - begun < 20
+    assert message.startswith("completion 2: it took more than 3 s (1 done of 3 completions)")
+    again = one(judged("id"))[0]
+    assert again[0] != first[0]
+    os.kill(int(again[0]), 9)  # between two calls, where no completion is to blame
+    time.sleep(0.1)
+    assert one(judged("1"))[0] == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("completion", "told"),
+    [
+        ("None", "it returned None, expected a finite number"),
+        ("float('nan')", r"it returned nan \(float\), expected a finite number"),
+        ("1e999", r"it returned inf \(float\)"),
+        ("10 ** 400", r"it returned 10+ \.\.\. and 321 more characters \(int\)"),
+        ("10 ** 5000", "it returned a value of type int"),
+        ("'1.0'", r"it returned '1.0' \(str\)"),
+        ("[1.0]", r"it returned \[1.0\] \(list\)"),
+        (
+            "1 / 0",
+            "it raised ZeroDivisionError: division by zero .line 13 of given.py: return eval",
+        ),
+        ("float('a\\nb')", r"it raised ValueError: could not convert string to float: 'a\\nb'"),
+        ("1 +", r"it raised SyntaxError: .* \(line 13 of given.py: return eval"),
+        ("read", "it raised EOFError: EOF when reading a line"),
+        ("stop", r"it raised SystemExit: 4 \(line 9 of given.py"),
+        ("exit", "its process ended with exit code 3$"),
+        ("killed", "its process was killed by SIGKILL, perhaps for want of memory"),
+    ],
+)
+def test_what_is_wrong_names_the_completion(one: Rewards, completion: str, told: str) -> None:
+    assert re.match(f"completion 2: {told}", fails(one, "1", completion, "2"))
+    assert one(judged("4"))[0] == [4.0]  # the next call is answered as if nothing had been
+
+
+def test_what_a_killed_function_started_is_killed_too(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with Rewards.of(f"{folder}/given.py:one", limit=1) as rewards:
+        assert "took more than 1 s" in fails(rewards, "group")
+    child = int((tmp_path / "child").read_text())
+    until = time.monotonic() + 5
+    while (running := lives(child)) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert not running
+
+
+def lives(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_process_ends_when_the_one_that_asks_is_killed(folder: Path) -> None:
+    """In the midst of a call."""
+    script = (
+        "import os, threading; from lorafold.rewards import *\n"
+        f"reward = reward_of({f'{folder}/given.py:one'!r})\n"
+        "print(int(reward([Judged('', 'id', {}, '')])[0]), flush=True)\n"
+        "threading.Timer(0.2, lambda: os.kill(os.getpid(), 9)).start()\n"
+        "reward([Judged('', 'slow', {}, '')])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    until = time.monotonic() + 20
+    while (running := lives(int(done.stdout))) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert not running
+
+
+@pytest.mark.parametrize(
+    ("completion", "told"),
+    [
+        ("![1.0]", "completion 1 to rows.jsonl row 7, completion 2: it returned 1 rewards, expect"),
+        ("!1.0", "completion 1 to rows.jsonl row 7, completion 2: it returned 1.0 .float., expect"),
+        ("!'ab'", "completion 1 to rows.jsonl row 7, completion 2: it returned 'ab' .str., expect"),
+        ("![1, None]", "completion 2: it returned None, expected a finite number"),
+        ("!1/0", "completion 1 to rows.jsonl row 7, completion 2: it raised ZeroDivisionError"),
+        ("!time.sleep(99)", "completion 1 to rows.jsonl row 7, completion 2: it took more than 4"),
+    ],
+)
+def test_what_is_wrong_with_a_batch(batch: Rewards, completion: str, told: str) -> None:
+    assert re.match(told, fails(batch, completion, "b", wanted=1))
+
+
+def test_rows_that_lack_a_field_or_cannot_be_sent(batch: Rewards) -> None:
+    rows = [*judged("a", wanted=1), *judged("b", "c", other=2)[1:]]
+    with pytest.raises(LorafoldError, match=r"completion 2: it asks for wanted; found .* other$"):
+        batch(rows)
+    assert "completion 1: its row can't be sent" in fails(batch, "a", wanted=lambda: 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("no.py:f", None, r"found no file .*no.py, expected one"),
+        ("a.py:f", "def f(:", r"a.py can't be run: SyntaxError: .* \(line 1 of a.py\)"),
+        ("b.py:f", "\nimport none_such", r"b.py can't be run: ModuleNotFound.*\(line 2 of b.py"),
+        ("c.py:f", "exit(3)", r"c.py can't be run: SystemExit: 3 \(line 1 of c.py"),
+        ("d.py:f", "import os; os._exit(5)", r"while it was loaded its process ended with exit c"),
+        ("given.py:no", None, "expected a function no in given.py, found none; there are one, g"),
+        ("given.py:NUMBER", None, "expected a function NUMBER in given.py, found a int"),
+        ("given.py:other", None, "found the parameters text; expected prompt and completion, or"),
+        ("e.py:f", "def f(prompt, completions): 1", "found the parameters prompt, completions; "),
+        ("regex:(", None, "it is no regular expression: missing .* at position 0"),
+        ("schema:no.json", None, "it can't be read: No such file"),
+        ("schema:a.json", "{", "it is no JSON: Expecting property name"),
+        ("schema:b.json", '{"not": {}}', r"it can't be used as a schema: .*\[\"not\"\]"),
+        ("reasoning-gym:none_such", None, "reasoning-gym can't be imported|found no task 'none_s"),
+    ],
+)
+def test_what_cannot_judge_is_told_at_the_door(
+    name: str, content: str | None, told: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    if content is not None:
+        Path(re.split(r"(?:schema:)?([\w.]+)", name)[1]).write_text(content)
+    if name == "schema:b.json":
+        pytest.importorskip("llguidance")
+    with pytest.raises(LorafoldError, match=f"^reward {re.escape(name)}: ({told})"):
+        reward_of(name)
+
+
+@pytest.mark.parametrize("name", ["count", "a.py", "regex:", "a.py:f g", "2*", "x:y", ""])
+def test_a_name_of_no_form(name: str) -> None:
+    with pytest.raises(LorafoldError, match=r"expected FILE\.py:fn, regex:PATTERN, schema"):
+        reward_of(name)
+
+
+def test_sums_with_weights_and_patterns_over_lines(one: Rewards, folder: Path) -> None:
+    names = ["-0.5*regex:a.*b", ".25 * " + f"{folder}/given.py:every", "1e1*regex:[ab]+"]
+    with Rewards.of(*names) as rewards:
+        sums, each = rewards(judged("a\nb", "ab", "abc", n=2))
+        assert list(rewards.weights.values()) == [-0.5, 0.25, 10.0]
+    assert each["regex:a.*b"] == [1.0, 1.0, 0.0]
+    assert each["regex:[ab]+"] == [0.0, 1.0, 0.0]
+    assert sums == [-0.5 + 0.75, -0.5 + 0.75 + 10.0, 0.75]
+
+
+def test_a_pattern_that_backtracks_for_ever_is_ended() -> None:
+    with Rewards.of("regex:(a+)+b", limit=0.5) as rewards:
+        assert "completion 2: it took more than 0.5 s" in fails(rewards, "ab", "a" * 60)
+        assert rewards(judged("aab"))[0] == [1.0]
+
+
+def test_a_schema(tmp_path: Path) -> None:
+    pytest.importorskip("llguidance")
+    (tmp_path / "s.json").write_text(
+        json.dumps(
+            {
+                "type": "object",
+                "properties": {"name": {"type": "string"}, "n": {"type": "integer", "minimum": 0}},
+                "required": ["n"],
+                "additionalProperties": False,
+            }
+        )
+    )
+    fits = ['{"n": 1}', '{"name": "é", "n": 12}', ' \n{\n  "n":3}\n']
+    unfit = ['{"n": 1', '{"n": -1}', '{"n": 1} yes', '{"name": "x"}', '{"n": 1, "b": 2}', "", "1"]
+    with Rewards.of(f"schema:{tmp_path}/s.json") as rewards:
+        assert rewards(judged(*fits, *unfit))[0] == [1.0] * len(fits) + [0.0] * len(unfit)
+
+
+def test_functions_of_this_process() -> None:
+    known = object()
+
+    def scored(completion: str, mark: object) -> Any:
+        return np.float32(0.5) if mark is known else np.bool_(True)
+
+    rewards = Rewards.of(scored, lambda completions: np.arange(len(completions)))
+    sums, each = rewards(judged("a", "b", mark=known))
+    assert sums == [0.5, 1.5]
+    assert list(each) == ["scored", "<lambda>"]
+    assert rewards(judged("a", mark=1))[0] == [1.0]
+    assert re.match("completion 1: it asks for mark; found the fields none", fails(rewards, "a"))
+    failing = Rewards.of(lambda completion: float(completion))
+    assert re.match(
+        r"completion 2: it raised ValueError: .* \(line \d+ of test_rewards.py: failing = ",
+        fails(failing, "1", "x"),
+    )
+
+
+class Lengths:
+    """A reward that others wrote, and that is wrong at times."""
+
+    name, weight = "lengths", 2.0
+
+    def __call__(self, judged: list[Judged]) -> list[Any]:
+        found = [len(one.completion) for one in judged]
+        return [None if n == 1 else n for n in found if n]
+
+    def close(self) -> None:
+        """Nothing runs."""
+
+
+def test_rewards_of_others_and_what_is_wrong_with_several(one: Rewards) -> None:
+    rewards = Rewards.of(Lengths())
+    assert rewards(judged("ab", "abc"))[0] == [4.0, 6.0]
+    assert fails(rewards, "ab", "").endswith("it returned 1 rewards, expected 2, one a completion")
+    assert fails(rewards, "ab", "a") == "completion 2: it returned None, expected a finite number"
+    for make, told in [
+        (lambda: Rewards([]), "rewards: found none"),
+        (lambda: Rewards.of(len, len), "found the parameters obj"),
+        (lambda: Rewards([Lengths(), Lengths()]), "rewards: found lengths twice"),
+        (lambda: Rewards([Lengths()], limit=0), "rewards: found a limit of 0 s"),
+        (lambda: reward_of("nan*regex:a"), "found weight nan, expected a finite number"),
+    ]:
+        with pytest.raises(LorafoldError, match=told):
+            make()
+
+
+def test_a_verifier_of_reasoning_gym() -> None:
+    gym = pytest.importorskip("reasoning_gym")
+    entries = list(gym.create_dataset("chain_sum", size=3, seed=1))
+    answers = [entry["answer"] for entry in entries]
+    with Rewards.of("reasoning-gym:chain_sum") as rewards:
+
+        def scored(text: str, row: dict[str, Any]) -> float:
+            return rewards([Judged("q", text, row, "rows.jsonl row 7, completion 1")])[0][0]
+
+        for entry, answer in zip(entries, answers, strict=True):
+            row = {"answer": answer, "metadata": json.dumps(entry["metadata"])}
+            assert scored(answer, row) == scored(f" {answer}\n", {"entry": entry}) == 1.0
+            assert scored(f"So <answer> {answer} </answer>", {"entry": json.dumps(entry)}) == 1.0
+            assert scored(str(int(answer) + 1), row) < 0.1
+        assert "found no answer and metadata in its row" in fails(rewards, "1")
+        other = {"answer": "1", "metadata": {"source_dataset": "maze"}}
+        assert "found an entry of the task maze" in fails(rewards, "1", **other)
+    with pytest.raises(LorafoldError, match=r"found no task 'chain_sums', .* chain_sum"):
+        reward_of("reasoning-gym:chain_sums")
