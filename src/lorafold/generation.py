@@ -72,7 +72,7 @@ def complete(
             engine.step()
             ended = {i: found for i, events in running.items() if (found := events.ended)}
             for i, found in ended.items():
-                completions[i] = _text(tokenizer, [*_sound(found).tokens])
+                completions[i] = text_of(tokenizer, _sound(found).tokens)
                 del running[i]
             if progress and ended:
                 progress(len(ids) - len(waiting) - len(running), len(ids))
@@ -176,8 +176,9 @@ def _sound(ended: Ended) -> Ended:
     return ended
 
 
-def _text(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
-    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+def text_of(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
+    """The text of the tokens of a completion, without special ones."""
+    return str(tokenizer.decode([*ids], skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def end_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:

@@ -140,8 +140,8 @@ def where(rows: Rows, number: int) -> str:
 
 
 def prompt_data(table: pa.Table, rows: Rows, most: int) -> PromptData:
-    """The examples of a table that `Prompts` made. Raises LorafoldError that lists the bad rows, and
-    for a prompt that is too long.
+    """The examples of a table that `Prompts` made. Raises LorafoldError for a prompt that is too
+    long.
 
     Args:
         most: The most tokens of a prompt.

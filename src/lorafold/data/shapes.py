@@ -13,7 +13,7 @@
 | labelled text | `{"text": ..., "label": ...}`, the label text or a whole number |
 | plain text | `{"text": ...}` |
 
-All but the last two of them may have a `system` message too. Where completions are judged, a row of prompt
+All but the last two may have a `system` message too. Where completions are judged, a row of prompt
 and completion has a `label`, true or false. Of a preference the conversation has the chosen answer.
 `SHAPES` is the table of shapes: a new shape is a new entry. A row of several shapes has that of
 which most is asked: `shapes_for`. What a shape gives of its rows is what encoders take: the row

@@ -1,0 +1,214 @@
+"""Objectives of policies: completions that the model draws itself, rewards, and a law over them.
+
+A step draws a group of completions of each of its prompts, has them judged, and learns from the
+groups whose rewards differ. What it draws follows from the weights, the run's seed and the step, so
+a run that is resumed goes on exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass as checked
+
+from lorafold.data.account import account_of
+from lorafold.data.prompts import Prompt, PromptData, Prompts, prompt_data
+from lorafold.data.render import Rendering, ensure_chat_template
+from lorafold.data.examples import WHOLE
+from lorafold.data.stored import Rows
+from lorafold.data.tokenizing import Encoder
+from lorafold.errors import LorafoldError
+from lorafold.objectives import OBJECTIVES, Declared
+from lorafold.objectives.laws import class_of, made
+from lorafold.objectives.objective import Asked, Objective, given_options
+from lorafold.objectives.rollouts import Completion, Rollouts, rolling
+from lorafold.ops.philox import key_of
+from lorafold.rewards import Judged, Rewards
+from lorafold.step import policy_laws
+from lorafold.step.branches import branching
+from lorafold.step.policy import Policy, Rollout
+from lorafold.step.policy_laws import STRICT, PolicyLaw
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from rich.console import Console
+    from rich.text import Text
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SLOTS = 64  # completions that are drawn at a time
+SAMPLES = 3  # completions that are shown where rewards never vary
+PATIENCE = 10  # steps without a group whose rewards differ, before that is told
+
+
+@checked(frozen=True, config=STRICT)
+class Drawing:
+    """What is drawn of a prompt, and what judges it.
+
+    Args:
+        group: completions of a prompt.
+        max_new_tokens: the most tokens of one.
+        truncated: whether completions that were cut off there count in the loss.
+        rewards: names as `lorafold.rewards.reward_of` reads them.
+        reward_seconds: the seconds that a call of one may take.
+    """
+
+    group: Annotated[int, Field(ge=2)] = 8
+    max_new_tokens: Annotated[int, Field(ge=1)] = 256
+    truncated: Literal["counted", "masked"] = "counted"
+    rewards: tuple[str, ...] = ()
+    reward_seconds: Annotated[float, Field(gt=0)] = 30.0
+
+
+class Playing(Policy):
+    """The loss of a policy with what draws and judges its completions."""
+
+    def __init__(self, *given: Any, rollouts: Rollouts, rewards: Rewards, longest: int) -> None:
+        super().__init__(*given, longest=longest)
+        self.rollouts, self.rewards = (rollouts,), rewards  # in a tuple: it has a model of its own
+        self.told: dict[str, float] = {}
+        self.quiet = 0  # steps since the first without a group whose rewards differ
+
+    def figures(self) -> dict[str, float]:
+        found, self.told = self.told, {}
+        return found | super().figures()
+
+
+@dataclass(frozen=True)
+class PolicyObjective(Objective):
+    """Learning from rewards, by a law."""
+
+    law: PolicyLaw
+    drawing: Drawing
+    given: tuple[Callable[..., Any], ...] = ()  # rewards that are functions of Python
+    seed: int = 0
+    length: int = 0
+
+    @classmethod
+    def of(cls, asked: Asked) -> Self:
+        options = given_options(asked.beta, asked.options)
+        own = {field.name for field in fields(Drawing)}
+        drawing = made(Drawing, {k: v for k, v in options.items() if k in own}, asked.name)
+        law = made(
+            class_of(OBJECTIVES[asked.name], policy_laws),
+            {k: v for k, v in options.items() if k not in own}, asked.name,
+        )  # fmt: skip
+        if not (drawing.rewards or asked.rewards):
+            raise LorafoldError(
+                f"objective {asked.name}: found no reward, expected one or several: --reward"
+                " FILE.py:FUNCTION, or rewards= in Python"
+            )
+        return cls(law, drawing, tuple(asked.rewards), asked.seed)
+
+    @classmethod
+    def options(cls, declared: Declared) -> Mapping[str, Any]:
+        kinds = (class_of(declared, policy_laws), Drawing)
+        return {field.name: field.default for kind in kinds for field in fields(kind)}
+
+    def set_up(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
+        return ensure_chat_template(tokenizer) or account_of(tokenizer).line
+
+    def encoder(self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE) -> Encoder:
+        return Prompts(tokenizer)
+
+    def data(self, table: pa.Table, rows: Rows, max_length: int) -> PromptData:
+        return prompt_data(table, rows, max_length - self.drawing.max_new_tokens)
+
+    def preview(self, example: Prompt, tokenizer: PreTrainedTokenizerBase) -> Text:
+        from rich.text import Text
+
+        text = tokenizer.decode(list(example.ids), skip_special_tokens=False)
+        return Text(str(text), style="dim")
+
+    @contextmanager
+    def loss(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        packing: bool,
+        console: Console,
+    ) -> Iterator[Playing]:
+        drawing = self.drawing
+        with ExitStack() as stack:
+            rewards = stack.enter_context(
+                Rewards.of(*drawing.rewards, *self.given, limit=drawing.reward_seconds)
+            )
+            drawn = rolling(
+                model, tokenizer, group=drawing.group, longest=drawing.max_new_tokens, slots=SLOTS
+            )
+            rollouts = stack.enter_context(drawn)
+            how = stack.enter_context(branching(model)) if packing else None
+            yield Playing(
+                model, self.law, how, tokenizer.pad_token_id or 0, rollouts=rollouts,
+                rewards=rewards, longest=drawing.max_new_tokens,
+            )  # fmt: skip
+
+    def examples(self, step: int, planned: Sequence[Prompt], loss: Playing) -> Sequence[Rollout]:
+        """The groups that the model draws of the planned prompts, without those whose rewards are
+        alike, unless they are held to the reference.
+        """
+        (rollouts,) = loss.rollouts
+        groups = rollouts.draw([prompt.ids for prompt in planned], key_of(self.seed, step))
+        judged = [
+            Judged(prompt.asked, one.text, prompt.besides, f"{prompt.where}, completion {n}")
+            for prompt, group in zip(planned, groups, strict=True)
+            for n, one in enumerate(group, 1)
+        ]
+        sums, each = loss.rewards(judged)
+        rewards = torch.tensor(sums, dtype=torch.float64).view(len(planned), -1)
+        advantages = self.law.advantages(rewards)
+        differ = rewards.max(1).values > rewards.min(1).values
+        loss.told = self._told(groups, rewards, differ, each)
+        if step < PATIENCE and not bool(differ.any()):
+            loss.quiet += 1
+            if loss.quiet == PATIENCE:
+                raise LorafoldError(self._constant(judged, sums))
+        keep = differ | (self.law.beta > 0)
+        return [
+            self._rollout(prompt, group, a)
+            for prompt, group, a, kept in zip(
+                planned, groups, advantages.tolist(), keep.tolist(), strict=True
+            )
+            if kept
+        ]
+
+    def _rollout(self, prompt: Prompt, group: list[Completion], advantages: list[float]) -> Rollout:
+        counted = [one.ended or self.drawing.truncated == "counted" for one in group]
+        return Rollout.of(
+            prompt.ids, [one.tokens for one in group], [one.logprobs for one in group], advantages,
+            counted,
+        )  # fmt: skip
+
+    def _told(
+        self,
+        groups: Sequence[Sequence[Completion]],
+        rewards: torch.Tensor,
+        differ: torch.Tensor,
+        each: Mapping[str, Sequence[float]],
+    ) -> dict[str, float]:
+        """The figures of a step's completions."""
+        drawn = [one for group in groups for one in group]
+        tokens = sum(len(one.tokens) for one in drawn)
+        apart = {f"reward {name}": sum(x) / len(x) for name, x in each.items()}
+        return {
+            "reward": float(rewards.mean()),
+            **(apart if len(apart) > 1 else {}),
+            "tokens a completion": tokens / len(drawn),
+            "cut off": sum(not one.ended for one in drawn) / len(drawn),
+            "entropy": -sum(sum(one.logprobs) for one in drawn) / max(1, tokens),
+            "groups without signal": float((~differ).double().mean()),
+        }
+
+    def _constant(self, judged: Sequence[Judged], sums: Sequence[float]) -> str:
+        samples = "; ".join(
+            f"{one.where}: {one.completion[:80]!r} has {reward:g}"
+            for one, reward in list(zip(judged, sums, strict=True))[:SAMPLES]
+        )
+        return (
+            f"rewards: found the same for all completions of each prompt in the first {PATIENCE}"
+            f" steps, so there is nothing to learn: {samples}"
+        )

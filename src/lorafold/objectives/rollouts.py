@@ -1,0 +1,118 @@
+"""Completions that a policy draws while it trains, by the engine, from the very weights that train.
+
+    with rolling(model, tokenizer, group=8, longest=256, length=512, slots=64) as rollouts:
+        rollouts.draw(prompts, key)         a group of completions of each prompt
+
+The engine has a second shell of the model (`core.twin`), so that both stay open. What trains is
+adopted anew for each step: the engine copies its factors and keeps nothing of earlier ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lorafold.core.attach import only, selection_of
+from lorafold.core.twin import twin
+from lorafold.engine import Engine, Request, Sampling, Stream, Token
+from lorafold.errors import LorafoldError
+from lorafold.generation import end_tokens, text_of
+from lorafold.machine.room import free_bytes
+from lorafold.ops.philox import key_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+POLICY = "policy"  # what trains and what is below it, as the engine knows it
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One completion: its tokens, the last of which ends it if it `ended`, the log-probability in
+    nats with which each was drawn, and its text.
+    """
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    text: str
+    ended: bool
+
+
+class Rollouts:
+    """Draws completions at temperature 1 among all tokens.
+
+    Args:
+        engine: over the shell of the model, with its tokenizer.
+        names: the adapters that are the policy, the lowest first.
+        ends: the tokens that end a completion.
+        group: how many completions a prompt has.
+        longest: the most tokens of a completion.
+    """
+
+    def __init__(
+        self, engine: Engine, names: Sequence[str], ends: frozenset[int], group: int, longest: int
+    ) -> None:
+        assert engine.tokenizer is not None
+        self.engine, self.tokenizer = engine, engine.tokenizer
+        self.names, self.ends = tuple(names), ends
+        self.group, self.longest = group, longest
+
+    def draw(self, prompts: Sequence[Sequence[int]], key: int) -> list[list[Completion]]:
+        """A group of completions of each prompt, under the weights as they are now.
+
+        Args:
+            prompts: token ids.
+            key: what the draws follow from, with the places of prompt and completion.
+
+        Raises LorafoldError for a completion that can't be computed.
+        """
+        self.engine.adopt(POLICY, self.names)
+        streams = [
+            [self._stream(prompt, key, i * self.group + j) for j in range(self.group)]
+            for i, prompt in enumerate(prompts)
+        ]
+        self.engine.run()
+        return [[self._completion(stream) for stream in group] for group in streams]
+
+    def _stream(self, prompt: Sequence[int], key: int, n: int) -> Stream:
+        sampling = Sampling(temperature=1.0, logprobs=0, seed=key_of(key, n))
+        asked = Request(
+            str(n), tuple(prompt), self.longest, POLICY, sampling, self.ends, keep_end=True
+        )
+        return self.engine.submit(asked)
+
+    def _completion(self, stream: Stream) -> Completion:
+        end = stream.result()
+        if end.reason == "failed":
+            raise LorafoldError(f"a completion can't be computed: {end.message}")
+        drawn = [event for event in stream.so_far() if isinstance(event, Token)]
+        logprobs = tuple(float(token.drawn_logprob or 0.0) for token in drawn)
+        text = text_of(self.tokenizer, end.tokens)
+        return Completion(end.tokens, logprobs, text, end.reason == "end")
+
+
+@contextmanager
+def rolling(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    group: int,
+    longest: int,
+    length: int,
+    slots: int,
+) -> Iterator[Rollouts]:
+    """What draws completions of the model with its active adapters, until the `with` block ends.
+
+    Args:
+        group: how many completions a prompt has.
+        longest: the most tokens of a completion.
+        length: the most tokens of a prompt with its completion.
+        slots: how many completions are drawn at a time.
+    """
+    names, shell = selection_of(model).names, twin(model)
+    nbytes = sum(p.nbytes for p in model.parameters())
+    fast = 2 * nbytes <= free_bytes(model.device)
+    with only(shell), Engine(shell, tokenizer, slots=slots, length=length, fast=fast) as engine:
+        yield Rollouts(engine, names, end_tokens(model, tokenizer), group, longest)
