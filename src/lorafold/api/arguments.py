@@ -5,9 +5,9 @@ Nothing here imports torch, so that what is wrong with rows is told at once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from lorafold.data.checking import renamed
 from lorafold.data.prompts import read_prompts
@@ -16,7 +16,7 @@ from lorafold.data.shapes import PAIRS
 from lorafold.data.sources import Row, source_from
 from lorafold.data.stored import Rows
 from lorafold.errors import LorafoldError
-from lorafold.objectives import DEFAULT, OBJECTIVES
+from lorafold.objectives import DEFAULT, OBJECTIVES, named
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Paths = str | Path | Sequence[str | Path]  # one directory or several
 Data = str | Path | Sequence[str] | Sequence[Row]  # one source, several, or the rows
 Columns = Mapping[str, str]  # the user's names of keys, by lorafold's
+Rewarding = str | Callable[..., Any] | Sequence[str | Callable[..., Any]]
 Tasks = Mapping[str, Data] | Sequence[str | Path]  # rows by the name of a task, or files
 
 
@@ -68,11 +69,35 @@ def as_rows(
     told = [*_dropped(columns), *rows.told]
     if declared is not None:
         told += declared.told(rows.shapes)
-    if ignored := [key for key in rows.ignored if key not in read]:
+    everything = declared is not None and declared.draws
+    if ignored := [key for key in rows.ignored if key not in read and not everything]:
         told.insert(0, f"{_ignored(ignored)} (rows of {rows.shapes[0]})")
     for text in told:
         notice(f"{source_of(data)}: {text}")
     return rows
+
+
+def with_rewards(
+    recipe: Recipe, rewards: Rewarding
+) -> tuple[Recipe, tuple[Callable[..., Any], ...]]:
+    """The recipe with the rewards that are named, and those that are functions.
+
+    Raises LorafoldError for rewards of an objective that takes none.
+    """
+    given = [rewards] if isinstance(rewards, str) or callable(rewards) else [*rewards]
+    if given and not OBJECTIVES[recipe.objective].draws:
+        drawing = named(name for name, one in OBJECTIVES.items() if one.draws)
+        raise LorafoldError(
+            f"rewards: the objective {recipe.objective} takes none; expected {drawing}"
+        )
+    names = [one for one in given if isinstance(one, str)]
+    if names:
+        options = recipe.objective_options
+        before = options.get("rewards", ())
+        recipe = recipe.model_copy(
+            update={"objective_options": {**options, "rewards": [*before, *names]}}
+        )
+    return recipe, tuple(one for one in given if not isinstance(one, str))
 
 
 def as_prompts(data: Data, columns: Columns | None = None) -> list[Row]:

@@ -9,6 +9,7 @@ from lorafold.api.arguments import (
     Columns,
     Data,
     Paths,
+    Rewarding,
     as_path,
     as_paths,
     as_recipe,
@@ -16,6 +17,7 @@ from lorafold.api.arguments import (
     or_quiet,
     rows_to_train,
     source_of,
+    with_rewards,
 )
 from lorafold.recipe.recipe import Recipe
 
@@ -32,6 +34,7 @@ def train(
     out: str | Path,
     model: str | Path = "smollm2",
     eval_data: Data | None = None,
+    rewards: Rewarding = (),
     columns: Columns | None = None,
     init_adapter: str | Path | None = None,
     over: Paths = (),
@@ -53,6 +56,8 @@ def train(
         out: The directory of the adapter. During the run, checkpoints are in `<out>.run`.
         model: smollm2 (embedded), a directory, a .gguf file or a hub id.
         eval_data: Held-out rows, of the same forms as `data`.
+        rewards: What judges completions that the model draws: one or several functions, or names
+            such as "rewards.py:score", beside the recipe's.
         columns: The keys of the rows under other names, as in {"prompt": "question"}.
         init_adapter: A saved adapter to start from instead of a fresh one.
         over: One saved adapter or several, loaded in this order and frozen below the new one, which
@@ -69,7 +74,7 @@ def train(
     Raises LorafoldError for anything wrong with the arguments, if possible before weights are
     loaded, and Interrupted after SIGINT or SIGTERM, once a checkpoint is written.
     """
-    recipe = as_recipe(recipe, Recipe())
+    recipe, functions = with_rewards(as_recipe(recipe, Recipe()), rewards)
     rows, objective = rows_to_train(data, recipe, columns, console), recipe.objective
     held_out = (
         None
@@ -97,5 +102,6 @@ def train(
         resume,
         overwrite,
         tuple(as_paths(over)),
+        functions,
     )
     return run.train(request, or_quiet(console))

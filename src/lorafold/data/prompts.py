@@ -1,158 +1,123 @@
-"""Examples of prompts, which a policy completes by itself.
+"""Prompts, of rows that need not have a completion.
 
-    prompts(rows, tokenizer, 512)       ids (T,) of each prompt, ready for generation
+    {"prompt": text or messages}        or a row of any shape that is a conversation
 
-A prompt is what comes before the last turn of the assistant, or all of a row without one. Its row
-goes with it: whatever else that holds is for the rewards.
+The prompt of a conversation is all that comes before its last assistant turn, if it ends with one;
+that turn is then the reference. Use it where a model is asked and not trained.
 """
 
-from __future__ import annotations
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-
-from lorafold.data.arrow import Array, TableExamples, digests, flags, lists, numbers, texts
-from lorafold.data.completions import identity_of
-from lorafold.data.control_tokens import ids_of, is_marked, told_of
+from lorafold.data.checking import checked, renamed
 from lorafold.data.conversations import Conversation
+from lorafold.data.messages import (
+    message_problems,
+    normalized,
+    text_problems,
+    tool_problems,
+    tools_of,
+)
+from lorafold.data.references import reference_of
 from lorafold.data.render import prompt_of
-from lorafold.data.shapes import PROMPTS
-from lorafold.data.stored import Part, Rows
-from lorafold.data.tokenizing import Encoder
+from lorafold.data.shapes import CONVERSATIONS, PLAIN_TEXT, SHAPES, Shape, shape_of
+from lorafold.data.sources import Row
 from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from transformers import PreTrainedTokenizerBase
 
-ASKED = ("prompt", "messages", "conversations")  # the keys of a row that hold its prompt
 
-
-@dataclass(frozen=True)
-class Prompt:
-    """A tokenized prompt: `ids` (T,), its row, and where that is, for messages."""
-
-    ids: tuple[int, ...]
-    row: Mapping[str, Any]
-    where: str
-
-    @property
-    def asked(self) -> Any:
-        """The prompt as the row has it, a text or messages."""
-        return next((self.row[key] for key in ASKED if self.row.get(key) is not None), "")
-
-    @property
-    def besides(self) -> dict[str, Any]:
-        """The other fields of the row."""
-        return {key: value for key, value in self.row.items() if key not in ASKED}
-
-
-@dataclass(frozen=True)
-class PromptReport:
-    """What became of the rows; `str` gives it as lines of text."""
-
-    rows: int
-    longest: int
-    marked: int
-
-    def __str__(self) -> str:
-        return (
-            f"{self.rows} prompts; the longest has {self.longest} tokens{told_of(self.marked)}"
-        )
-
-
-@dataclass(frozen=True)
-class PromptData:
-    """One example for each row, the report, and how many are from each source."""
-
-    examples: Sequence[Prompt]
-    report: PromptReport
-    parts: tuple[Part, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Prompts(Encoder):
-    """Makes examples of prompts. Columns: `row`, `ids` (T,), `marked` whether control tokens in its
-    contents are text, and `problem`.
+class Prompt(NamedTuple):
+    """A prompt as the chat template renders it for generation, and the completion that its row has,
+    or None.
     """
 
-    tokenizer: PreTrainedTokenizerBase
-
-    @property
-    def takes(self) -> str:
-        return PROMPTS
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return {"kind": "prompts", **identity_of(self.tokenizer)}
-
-    @property
-    def schema(self) -> pa.Schema:
-        import pyarrow as pa
-
-        columns = {"row": pa.int32(), "ids": pa.list_(pa.int32())}
-        return pa.schema({**columns, "marked": pa.bool_(), "problem": pa.string()})
-
-    def encode(self, given: Sequence[Conversation], first: int) -> pa.RecordBatch:
-        import pyarrow as pa
-
-        found = [self._prompt(one) for one in given]
-        columns = [
-            numbers(range(first, first + len(given))),
-            lists([ids for ids, _, _ in found]),
-            flags([marked for _, marked, _ in found]),
-            texts([problem for _, _, problem in found]),
-        ]
-        return pa.record_batch(columns, self.schema)
-
-    def _prompt(self, given: Conversation) -> tuple[list[int], bool, str]:
-        if not given.messages:
-            return [], False, "found no message before the assistant's turn, expected a prompt"
-        try:
-            text = prompt_of(given, self.tokenizer)
-            ids = ids_of(text, self.tokenizer)
-        except LorafoldError as error:
-            return [], False, str(error)
-        return ids, is_marked(text), "" if ids else "found a prompt without tokens"
+    text: str
+    reference: str | None
 
 
-class PromptExamples(TableExamples[Prompt]):
-    """The examples of a table that `Prompts` made."""
-
-    def __init__(self, table: pa.Table, rows: Rows) -> None:
-        super().__init__(table, np.iinfo(np.int32).max, np.arange(len(table)))
-        self._rows = rows
-
-    def digests(self) -> Array:
-        return digests(self._ids)
-
-    def _example(self, entry: int) -> Prompt:
-        number = int(self.rows[entry])
-        return Prompt(self._cut(entry), self._rows[number], where(self._rows, number))
+def _problems(row: Row) -> Iterator[str]:
+    check = message_problems if isinstance(row["prompt"], list) else text_problems
+    yield from check("prompt", row["prompt"])
+    if row.get("tools") is not None:
+        yield from tool_problems(row["tools"])
 
 
-def where(rows: Rows, number: int) -> str:
-    """Where the row of an index is, as its user finds it."""
-    return str(rows.origins.places([number])[0])
+def _conversation(row: Row) -> Conversation:
+    prompt = row["prompt"]
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return Conversation(normalized(messages), tools=tools_of(row.get("tools")))
 
 
-def prompt_data(table: pa.Table, rows: Rows, most: int) -> PromptData:
-    """The examples of a table that `Prompts` made. Raises LorafoldError for a prompt that is too
-    long.
+ASKING = (
+    *(shape for shape in SHAPES if CONVERSATIONS in shape.gives and shape is not PLAIN_TEXT),
+    Shape(("prompt",), _problems, {CONVERSATIONS: _conversation}, ("tools",)),
+)
+
+
+def _asked(row: Row) -> Conversation:
+    """The conversation of a row; one without messages where it asks nothing."""
+    shape = shape_of(row, ASKING)
+    return Conversation([]) if shape is None else shape.conversation(row)
+
+
+def read_prompts(
+    numbered: Iterable[tuple[int, Row | str]], columns: Mapping[str, str], source: str
+) -> list[Row]:
+    """The rows, once they are known to be prompts of one shape.
 
     Args:
-        most: The most tokens of a prompt.
+        numbered: (number, row) pairs, as a source gives them.
+        columns: The names that keys have in the rows, by those that lorafold knows.
+        source: The name of the rows in messages.
+
+    Raises LorafoldError for bad rows, and if there is none.
     """
-    examples = PromptExamples(table, rows)
-    lengths = examples.lengths
-    if len(lengths) and lengths.max() > most:
-        n = int(lengths.argmax())
-        raise LorafoldError(
-            f"{examples[n].where}: found a prompt of {lengths[n]} tokens, expected at most {most},"
-            " which max_length leaves beside max_new_tokens"
-        )
-    report = PromptReport(len(examples), int(lengths.max(initial=0)), examples.marked)
-    return PromptData(examples, report, rows.parts)
+    return [row for *_, row in checked(renamed(numbered, columns), source, shapes=ASKING)]
+
+
+def asked_in(row: Row) -> list[str]:
+    """What a row asks before each turn of the assistant, or at its end, each as a text to compare
+    rows of any shapes by; none for rows of plain text. Case and outer space do not count.
+    """
+    messages = _asked(row).messages
+    if not messages:
+        return []
+    said = [json.dumps([m["role"], str(m.get("content", "")).strip().casefold()]) for m in messages]
+    ends = [n for n, message in enumerate(messages) if n and message["role"] == "assistant"]
+    if messages[-1]["role"] != "assistant":
+        ends.append(len(messages))
+    return ["\n".join(said[:n]) for n in ends]
+
+
+def prompts_of(
+    rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", name: str
+) -> list[Prompt]:
+    """The rendered prompts of rows that `read_prompts` checked.
+
+    Args:
+        tokenizer: With the chat template.
+        name: What messages call the rows.
+
+    Raises LorafoldError for a prompt that the template refuses or does not show whole.
+    """
+    found = []
+    for number, row in enumerate(rows, 1):
+        try:
+            found.append(_prompt(row, tokenizer))
+        except LorafoldError as error:
+            raise LorafoldError(f"{name}: row {number}: {error}") from error
+    return found
+
+
+def _prompt(row: Row, tokenizer: "PreTrainedTokenizerBase") -> Prompt:
+    given = _asked(row)
+    last = len(given.messages) - 1
+    if given.messages[last]["role"] == "assistant":
+        if not last:
+            raise LorafoldError("found no message before the assistant's turn, expected a prompt")
+        reference = reference_of(given, last, tokenizer)
+        return Prompt(reference.prompt, reference.text)
+    return Prompt(prompt_of(given, tokenizer), None)

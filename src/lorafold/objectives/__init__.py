@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lorafold.data.shapes import CONVERSATIONS, JUDGED, LABELS, PAIRS, SHAPES, Shape
+from lorafold.data.shapes import CONVERSATIONS, JUDGED, LABELS, PAIRS, PROMPTS, SHAPES, Shape
 from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
@@ -28,13 +28,15 @@ class Declared:
         `Objective` itself.
     about: What it does, as help says it.
     takes: What it reads in rows, of what shapes give.
-    law: For an objective over completions that are compared, its class in `step.preference_laws`,
-        by name or itself.
+    law: For an objective over completions, its class in `step.preference_laws` or
+        `step.policy_laws`, by name or itself.
     keys: Further keys that it reads in rows.
     unread: What a user is told who gives it pairs, if it leaves one of their completions out.
     streams: Its rows can be read while it trains.
     head: It puts a head over a text in place of that of a language model.
     compared: Its figures are those that methods are compared by.
+    draws: It draws completions with the weights that train, so nothing is dropped of them, and it
+        takes rewards, which read all keys of rows.
     """
 
     maker: "str | type[Objective]"
@@ -46,6 +48,7 @@ class Declared:
     streams: bool = field(default=False, kw_only=True)
     head: bool = field(default=False, kw_only=True)
     compared: bool = field(default=False, kw_only=True)
+    draws: bool = field(default=False, kw_only=True)
 
     @property
     def kind(self) -> "type[Objective]":
@@ -67,6 +70,7 @@ class Declared:
 
 
 COMPLETIONS_COMPARED = "prefer chosen completions to rejected ones"
+POLICY, REWARDED = "policy.PolicyObjective", "draw completions, and learn from their rewards"
 DEFAULT = "sft"
 OBJECTIVES: dict[str, Declared] = {
     DEFAULT: Declared(
@@ -93,6 +97,12 @@ OBJECTIVES: dict[str, Declared] = {
     "orpo": Declared("preference.Preference", COMPLETIONS_COMPARED, PAIRS, law="Orpo"),
     "simpo": Declared("preference.Preference", COMPLETIONS_COMPARED, PAIRS, law="Simpo"),
     "reward": Declared("reward.RewardModel", "score completions", PAIRS, law="Reward", head=True),
+    "reinforce": Declared(POLICY, REWARDED, PROMPTS, law="Reinforce", draws=True),
+    "rloo": Declared(POLICY, REWARDED, PROMPTS, law="Rloo", draws=True),
+    "ppo": Declared(POLICY, REWARDED, PROMPTS, law="Ppo", draws=True),
+    "grpo": Declared(POLICY, REWARDED, PROMPTS, law="Grpo", draws=True),
+    "gspo": Declared(POLICY, REWARDED, PROMPTS, law="Gspo", draws=True),
+    "cispo": Declared(POLICY, REWARDED, PROMPTS, law="Cispo", draws=True),
 }
 
 

@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import ValidationError
-
 from lorafold.data.account import account_of
 from lorafold.data.branches import Branched, Branches
 from lorafold.data.examples import WHOLE, preview
@@ -19,8 +17,8 @@ from lorafold.data.render import Rendering, ensure_chat_template
 from lorafold.data.shapes import PAIRS
 from lorafold.data.stored import Rows
 from lorafold.data.tokenizing import Encoder
-from lorafold.errors import LorafoldError
 from lorafold.objectives import OBJECTIVES, Declared
+from lorafold.objectives.laws import class_of, made
 from lorafold.objectives.objective import Asked, Objective, given_options
 from lorafold.step import preference_laws
 from lorafold.step.branches import branching
@@ -47,7 +45,7 @@ class Comparing(Objective):
 
     @classmethod
     def options(cls, declared: Declared) -> Mapping[str, Any]:
-        law: Any = class_of(declared)
+        law = class_of(declared, preference_laws)
         return {field.name: field.default for field in fields(law)}
 
     def set_up(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -108,14 +106,6 @@ class Comparing(Objective):
         return tokenizer.pad_token_id or 0
 
 
-def class_of(declared: Declared) -> type[Law]:
-    """The class of the law that a row of the table names."""
-    if not isinstance(declared.law, str):
-        return declared.law
-    found: type[Law] = getattr(preference_laws, declared.law)
-    return found
-
-
 def law_of(objective: str, beta: float | None, options: Mapping[str, Any]) -> Law:
     """The law of an objective.
 
@@ -125,21 +115,7 @@ def law_of(objective: str, beta: float | None, options: Mapping[str, Any]) -> La
 
     Raises LorafoldError for an option that the law does not have, or a value out of its range.
     """
-    law: Any = class_of(OBJECTIVES[objective])
-    given = given_options(beta, options)
-    known = [field.name for field in fields(law)]
-    if unknown := [name for name in given if name not in known]:
-        field = "" if unknown == ["beta"] else "objective_options: "
-        raise LorafoldError(
-            f"{field}{', '.join(unknown)}: the objective {objective} has no such option; it has:"
-            f" {', '.join(known)}"
-        )
-    try:
-        made: Law = law(**given)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise LorafoldError(
-            f"objective {objective}: {'.'.join(map(str, first['loc']))}: found {first['input']!r},"
-            f" expected {first['msg'].removeprefix('Input should be ')}"
-        ) from None
-    return made
+    law: Law = made(
+        class_of(OBJECTIVES[objective], preference_laws), given_options(beta, options), objective
+    )
+    return law

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
@@ -52,7 +52,8 @@ class Data(Protocol):
 @dataclass(frozen=True)
 class Asked:
     """What a run asks for: an objective by its name, for rows, a model and the saved adapters that
-    will be loaded on it, with the recipe's `beta` (None: its own) and `objective_options`.
+    will be loaded on it, with the recipe's `beta` (None: its own) and `objective_options`, rewards
+    that are functions of Python, and the recipe's seed and max_length.
     """
 
     name: str
@@ -61,6 +62,9 @@ class Asked:
     adapters: Sequence[Saved] = ()
     beta: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    rewards: Sequence[Callable[..., Any]] = ()
+    seed: int = 0
+    length: int = 1024
 
     @property
     def start(self) -> str:

@@ -17,10 +17,10 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as checked
 
 from lorafold.data.account import account_of
-from lorafold.data.prompts import Prompt, PromptData, Prompts, prompt_data
-from lorafold.data.render import Rendering, ensure_chat_template
 from lorafold.data.examples import WHOLE
+from lorafold.data.render import Rendering, ensure_chat_template
 from lorafold.data.stored import Rows
+from lorafold.data.to_complete import Prompt, PromptData, Prompts, prompt_data
 from lorafold.data.tokenizing import Encoder
 from lorafold.errors import LorafoldError
 from lorafold.objectives import OBJECTIVES, Declared
@@ -102,7 +102,7 @@ class PolicyObjective(Objective):
                 f"objective {asked.name}: found no reward, expected one or several: --reward"
                 " FILE.py:FUNCTION, or rewards= in Python"
             )
-        return cls(law, drawing, tuple(asked.rewards), asked.seed)
+        return cls(law, drawing, tuple(asked.rewards), asked.seed, asked.length)
 
     @classmethod
     def options(cls, declared: Declared) -> Mapping[str, Any]:
@@ -117,6 +117,11 @@ class PolicyObjective(Objective):
 
     def data(self, table: pa.Table, rows: Rows, max_length: int) -> PromptData:
         return prompt_data(table, rows, max_length - self.drawing.max_new_tokens)
+
+    def trained(self, example: Prompt) -> Rollout:
+        """A group of completions of that prompt, as long as they may be."""
+        own, k = (0,) * self.drawing.max_new_tokens, self.drawing.group
+        return Rollout.of(example.ids, [own] * k, [()] * k, [0.0] * k, [True] * k)
 
     def preview(self, example: Prompt, tokenizer: PreTrainedTokenizerBase) -> Text:
         from rich.text import Text
@@ -138,8 +143,9 @@ class PolicyObjective(Objective):
                 Rewards.of(*drawing.rewards, *self.given, limit=drawing.reward_seconds)
             )
             drawn = rolling(
-                model, tokenizer, group=drawing.group, longest=drawing.max_new_tokens, slots=SLOTS
-            )
+                model, tokenizer, group=drawing.group, longest=drawing.max_new_tokens,
+                length=self.length, slots=SLOTS,
+            )  # fmt: skip
             rollouts = stack.enter_context(drawn)
             how = stack.enter_context(branching(model)) if packing else None
             yield Playing(

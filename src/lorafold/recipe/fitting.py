@@ -50,6 +50,13 @@ def spec_of(recipe: Recipe) -> Spec:
     """
     absent = left_out(recipe)
     fields = {name: value for name, value in recipe.for_method().items() if name not in absent}
+    if OBJECTIVES[recipe.objective].draws and "dropout" in known_options(recipe.method):
+        if fields.get("dropout"):
+            raise LorafoldError(
+                f"dropout: found {recipe.dropout}, expected 0: the objective {recipe.objective}"
+                " compares what trains with what drew the completions"
+            )
+        fields["dropout"] = 0.0
     return make_spec(recipe.method, **fields | recipe.options)
 
 

@@ -67,6 +67,12 @@ class Loss(nn.Module, ABC):
         """
         return {}
 
+    def figures(self) -> Mapping[str, float]:
+        """Return what the step that was just computed has to show besides its loss, by name. It is
+        asked once a step.
+        """
+        return {}
+
     def names(
         self, examples: Sequence[Any], rows: Sequence[int], inputs: Mapping[str, Tensor]
     ) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from types import TracebackType
+from collections.abc import Mapping
+from types import MappingProxyType, TracebackType
 
 from rich.console import Console
 from rich.progress import (
@@ -13,6 +14,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+NONE: Mapping[str, float] = MappingProxyType({})
 
 
 class Display:
@@ -49,16 +52,20 @@ class Display:
         """Print a line above the bar."""
         self.console.print(text, highlight=False, markup=False)
 
-    def step(self, step: int, loss: float, rate: float) -> None:
+    def step(
+        self, step: int, loss: float, rate: float, figures: Mapping[str, float] = NONE
+    ) -> None:
         """Show the figures of a step.
 
         Args:
             step: How many steps are done.
             loss: The mean loss of the step in nats.
             rate: Tokens per second, over the whole run.
+            figures: What else it has to show, by name.
         """
         self.bar.update(self.task, completed=step, loss=f"{loss:.3f}", rate=f"{rate:,.0f}")
         if not self.console.is_terminal and (
             step == self.steps or step % max(1, self.steps // 10) == 0
         ):
-            self.note(f"step {step}/{self.steps}: loss {loss:.4f}, {rate:,.0f} tokens/s")
+            more = "".join(f", {name} {value:.4g}" for name, value in figures.items())
+            self.note(f"step {step}/{self.steps}: loss {loss:.4f}, {rate:,.0f} tokens/s{more}")

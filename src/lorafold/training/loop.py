@@ -86,10 +86,10 @@ def fit(job: Job, progress: Progress, display: Display) -> Progress:
             progress.losses.append(loss)
             progress.tokens += sum(len(e.ids) for e in examples)
             progress.seconds += time.perf_counter() - start
-            display.step(progress.step, loss, progress.tokens / progress.seconds)
-            job.accelerator.log(
-                {"loss": loss, "lr": job.optimizer.param_groups[0]["lr"]}, step=progress.step
-            )
+            figures = dict(job.loss.figures())
+            display.step(progress.step, loss, progress.tokens / progress.seconds, figures)
+            lr = job.optimizer.param_groups[0]["lr"]
+            job.accelerator.log({"loss": loss, "lr": lr, **figures}, step=progress.step)
             last = progress.step == job.steps
             due = progress.step % save_every == 0 or last or stop.signal is not None
             evaluate = progress.step % (job.recipe.eval_every or save_every) == 0 or last
@@ -121,6 +121,8 @@ def train_step(job: Job, examples: Sequence[Any], step: int) -> float:
     Raises LorafoldError for a loss that is not finite and for an adapter without gradient.
     """
     accelerator, world = job.accelerator, job.accelerator.num_processes
+    if not examples:  # of a step in which there is nothing to learn
+        return 0.0
     own = examples[accelerator.process_index :: world]
     micro = job.loss.micro_batches(own, job.recipe.accumulate, job.recipe.max_length)
     total = max(1, sum(map(job.loss.count, examples)))

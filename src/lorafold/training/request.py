@@ -4,12 +4,12 @@ the tokenizer and the tokenized rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -42,7 +42,8 @@ class Request:
 
     `out` must not exist unless `overwrite` or `resume` is set; without `eval_rows` the recipe's
     `eval_fraction` of `rows` is held out. The adapters of `over` are loaded in this order, frozen,
-    below the one that is trained.
+    below the one that is trained. `rewards` are functions of Python, beside those that the recipe
+    names.
     """
 
     base: Base
@@ -55,6 +56,7 @@ class Request:
     resume: bool = False
     overwrite: bool = False
     over: tuple[Path, ...] = ()
+    rewards: tuple[Callable[..., Any], ...] = ()
 
     @property
     def below(self) -> tuple[str, ...]:
@@ -96,7 +98,10 @@ def objective_of(request: Request, saved: Sequence[Saved] = ()) -> Objective:
     rows = () if isinstance(request.rows, RowStream) else request.rows
     check_shapes(request.data.shapes, recipe.objective)
     options = recipe.beta, recipe.objective_options
-    asked = Asked(recipe.objective, rows, request.base, saved, *options)
+    asked = Asked(
+        recipe.objective, rows, request.base, saved, *options, request.rewards, recipe.seed,
+        recipe.max_length,
+    )  # fmt: skip
     return OBJECTIVES[recipe.objective].kind.of(asked)
 
 

@@ -48,8 +48,9 @@ def train(request: Request, console: Console) -> Trained:
     tokenizer, packing = setup.tokenizer, setup.request.recipe.packing
     with ExitStack() as stack:
         stack.enter_context(freed_blocks_kept())
-        console.print(str(stack.enter_context(fused(model))), highlight=False)
+        # what draws completions has modules of its own, which nothing is fused in yet
         loss = stack.enter_context(setup.objective.loss(model, tokenizer, packing, console))
+        console.print(str(stack.enter_context(fused(model))), highlight=False)
         loss.to(setup.accelerator.device)
         feed, held_out = setup.objective.refer(
             loss, setup.feed, setup.held_out, setup.below, console

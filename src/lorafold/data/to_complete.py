@@ -1,0 +1,158 @@
+"""Examples of prompts, which a policy completes by itself.
+
+    prompts(rows, tokenizer, 512)       ids (T,) of each prompt, ready for generation
+
+A prompt is what comes before the last turn of the assistant, or all of a row without one. Its row
+goes with it: whatever else that holds is for the rewards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lorafold.data.arrow import Array, TableExamples, digests, flags, lists, numbers, texts
+from lorafold.data.completions import identity_of
+from lorafold.data.control_tokens import ids_of, is_marked, told_of
+from lorafold.data.conversations import Conversation
+from lorafold.data.render import prompt_of
+from lorafold.data.shapes import PROMPTS
+from lorafold.data.stored import Part, Rows
+from lorafold.data.tokenizing import Encoder
+from lorafold.errors import LorafoldError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from transformers import PreTrainedTokenizerBase
+
+ASKED = ("prompt", "messages", "conversations")  # the keys of a row that hold its prompt
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A tokenized prompt: `ids` (T,), its row, and where that is, for messages."""
+
+    ids: tuple[int, ...]
+    row: Mapping[str, Any]
+    where: str
+
+    @property
+    def asked(self) -> Any:
+        """The prompt as the row has it, a text or messages."""
+        return next((self.row[key] for key in ASKED if self.row.get(key) is not None), "")
+
+    @property
+    def besides(self) -> dict[str, Any]:
+        """The other fields of the row."""
+        return {key: value for key, value in self.row.items() if key not in ASKED}
+
+
+@dataclass(frozen=True)
+class PromptReport:
+    """What became of the rows; `str` gives it as lines of text."""
+
+    rows: int
+    longest: int
+    marked: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.rows} prompts; the longest has {self.longest} tokens{told_of(self.marked)}"
+        )
+
+
+@dataclass(frozen=True)
+class PromptData:
+    """One example for each row, the report, and how many are from each source."""
+
+    examples: Sequence[Prompt]
+    report: PromptReport
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts(Encoder):
+    """Makes examples of prompts. Columns: `row`, `ids` (T,), `marked` whether control tokens in its
+    contents are text, and `problem`.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def takes(self) -> str:
+        return PROMPTS
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"kind": "prompts", **identity_of(self.tokenizer)}
+
+    @property
+    def schema(self) -> pa.Schema:
+        import pyarrow as pa
+
+        columns = {"row": pa.int32(), "ids": pa.list_(pa.int32())}
+        return pa.schema({**columns, "marked": pa.bool_(), "problem": pa.string()})
+
+    def encode(self, given: Sequence[Conversation], first: int) -> pa.RecordBatch:
+        import pyarrow as pa
+
+        found = [self._prompt(one) for one in given]
+        columns = [
+            numbers(range(first, first + len(given))),
+            lists([ids for ids, _, _ in found]),
+            flags([marked for _, marked, _ in found]),
+            texts([problem for _, _, problem in found]),
+        ]
+        return pa.record_batch(columns, self.schema)
+
+    def _prompt(self, given: Conversation) -> tuple[list[int], bool, str]:
+        if not given.messages:
+            return [], False, "found no message before the assistant's turn, expected a prompt"
+        try:
+            text = prompt_of(given, self.tokenizer)
+            ids = ids_of(text, self.tokenizer)
+        except LorafoldError as error:
+            return [], False, str(error)
+        return ids, is_marked(text), "" if ids else "found a prompt without tokens"
+
+
+class PromptExamples(TableExamples[Prompt]):
+    """The examples of a table that `Prompts` made."""
+
+    def __init__(self, table: pa.Table, rows: Rows) -> None:
+        super().__init__(table, np.iinfo(np.int32).max, np.arange(len(table)))
+        self._rows = rows
+
+    def digests(self) -> Array:
+        return digests(self._ids)
+
+    def _example(self, entry: int) -> Prompt:
+        number = int(self.rows[entry])
+        return Prompt(self._cut(entry), self._rows[number], where(self._rows, number))
+
+
+def where(rows: Rows, number: int) -> str:
+    """Where the row of an index is, as its user finds it."""
+    return str(rows.origins.places([number])[0])
+
+
+def prompt_data(table: pa.Table, rows: Rows, most: int) -> PromptData:
+    """The examples of a table that `Prompts` made. Raises LorafoldError for a prompt that is too
+    long.
+
+    Args:
+        most: The most tokens of a prompt.
+    """
+    examples = PromptExamples(table, rows)
+    lengths = examples.lengths
+    if len(lengths) and lengths.max() > most:
+        n = int(lengths.argmax())
+        raise LorafoldError(
+            f"{examples[n].where}: found a prompt of {lengths[n]} tokens, expected at most {most},"
+            " which max_length leaves beside max_new_tokens"
+        )
+    report = PromptReport(len(examples), int(lengths.max(initial=0)), examples.marked)
+    return PromptData(examples, report, rows.parts)
