@@ -33,6 +33,7 @@ class Delta(nn.Module, ABC):
     """
 
     up_names: tuple[str, ...] = ()  # parameters that train at the up factor's learning rate (LoRA+)
+    whole = False  # it trains its module whole, beside a method
     in_place = False  # its parameters are the module's own, so that folding has nothing to change
     # tensors that are in the checkpoints of a run and not in adapter files
     run_names: tuple[str, ...] = ()

@@ -113,11 +113,15 @@ def search(
             " expected a lower one; try another learning rate (lr), more steps or more data"
         )
     points: dict[int, Point] = {}
+    # the recipe's rate is that of full training, and of heads; a subspace has its own
+    inside = recipe.model_copy(update={"lr": None})
+    heads = {"head_lr": recipe.lr} if recipe.lr else {}
 
     def reaches(exponent: int) -> bool:
         d = 2**exponent
         loss = kept(
-            out / f"{d}.json", lambda: run(request, recipe, out / str(d), "fastfood", dimension=d)
+            out / f"{d}.json",
+            lambda: run(request, inside, out / str(d), "fastfood", dimension=d, **heads),
         )
         points[d] = Point(d, loss, (base - loss) / (base - full))
         tell(points[d])
@@ -169,7 +173,7 @@ def kept(file: Path, measure: Callable[[], float]) -> float:
     return float(read_object(file)["loss"])
 
 
-def run(request: Request, recipe: Recipe, out: Path, method: str, **options: int) -> float:
+def run(request: Request, recipe: Recipe, out: Path, method: str, **options: float) -> float:
     """The held-out loss at the end of a run, whose files are removed.
 
     Args:

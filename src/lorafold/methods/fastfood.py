@@ -28,6 +28,7 @@ from lorafold.core.delta import Delta, Dense
 from lorafold.core.layer import Layer
 from lorafold.core.rounding import rounded
 from lorafold.core.spec import Spec
+from lorafold.methods.full import Full
 from lorafold.methods.parts.options import refuse, whole
 from lorafold.ops.walsh import halves, walsh
 
@@ -118,16 +119,24 @@ class Fastfood(Spec):
     Args:
         dimension: the dimension d of the subspace.
         seed: the seed of its random directions.
+        head_lr: the learning rate of a head that is trained whole beside it, that of full training.
     """
 
     dimension: int = 1024
     seed: int = 0
+    head_lr: float = Full.lr
 
     lr: ClassVar[float] = 0.3
     diagnostic: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        refuse(self, whole("dimension", self.dimension))
+        rate = isinstance(self.head_lr, float) and self.head_lr > 0
+        wrong = [] if rate else [f"head_lr: found {self.head_lr!r}, expected a number above 0"]
+        refuse(self, whole("dimension", self.dimension), wrong)
+
+    @property
+    def lr_whole(self) -> float:
+        return self.head_lr
 
     def build(self, layer: Layer) -> FastfoodDelta:
         return FastfoodDelta((*layer.matrices, *layer.shape), layer.device)

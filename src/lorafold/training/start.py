@@ -82,7 +82,8 @@ def prepare(
     lr = recipe.lr or spec.lr * loss.pace
     # runs without decay have the groups that those of earlier versions have
     vectors = progress.decays_vectors or not recipe.weight_decay
-    groups = param_groups(adapter.parts(), lr, recipe.lr_b or lr_b or lr, vectors)
+    whole = None if recipe.lr or spec.lr_whole is None else spec.lr_whole * loss.pace
+    groups = param_groups(adapter.parts(), lr, recipe.lr_b or lr_b or lr, vectors, whole)
     chosen = pick(recipe.optimizer, progress.optimizer, groups, accelerator)
     progress.optimizer = chosen.name
     for line in (described(chosen, groups, recipe.seed), rates(groups, lr)):
