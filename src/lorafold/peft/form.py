@@ -1,9 +1,9 @@
 """The form in which an adapter is written: PEFT's, or one of our own that PEFT refuses.
 
-PEFT adapts the matrices of experts (`parameters`) with LoRA alone, without dropout, and in
-parameters of three dimensions. So dropout is 0 in the config of such an adapter and stands in its
-record, where lorafold finds it again; any other method over experts, and LoRA over those of two
-dimensions, has the layout of PEFT's files under a peft_type of our own.
+PEFT adapts the matrices of experts and of grouped linears (`parameters`) with LoRA alone, without
+dropout, and experts in parameters of three dimensions. So dropout is 0 in the config of such an
+adapter and stands in its record, where lorafold finds it again; any other method over them, and
+LoRA over experts of two dimensions, has the layout of PEFT's files under a peft_type of our own.
 """
 
 from __future__ import annotations
@@ -113,8 +113,9 @@ def tell(form: Form, path: object) -> None:
     """
     if form.own:
         log.warning(
-            f"{path}: PEFT adapts experts with LoRA alone, and in parameters of three dimensions,"
-            f" so it refuses this adapter (peft_type {form.method.peft_type}); lorafold reads it"
+            f"{path}: PEFT adapts experts and grouped linears with LoRA alone, and experts in"
+            " parameters of three dimensions, so it refuses this adapter (peft_type"
+            f" {form.method.peft_type}); lorafold reads it"
         )
     if form.refused:
         log.warning(
@@ -123,8 +124,8 @@ def tell(form: Form, path: object) -> None:
         )
     if form.dropout:
         log.info(
-            f"{path}: PEFT adapts parameters of experts without dropout, so lora_dropout is 0 in"
-            f" its config; lorafold reads {form.dropout:g} from lorafold.json"
+            f"{path}: PEFT adapts experts and grouped linears without dropout, so lora_dropout is"
+            f" 0 in its config; lorafold reads {form.dropout:g} from lorafold.json"
         )
 
 
