@@ -25,7 +25,7 @@ from lorafold.core.fake import is_fake
 from lorafold.core.matrices import expert_parameters
 from lorafold.errors import LorafoldError
 from lorafold.models.architecture import auto_class
-from lorafold.models.classifier import widen_heads
+from lorafold.models.classifier import expect_poolers, widen_heads
 from lorafold.models.experts import route_quantized
 from lorafold.models.in_files import make_quantized, readable
 from lorafold.models.load_errors import loading
@@ -114,6 +114,7 @@ def fake_model(
         model = auto.from_config(short, dtype=storage.dtype, **trusted).requires_grad_(False)
         model.tie_weights()  # a part of the initialization
         if classes:
+            expect_poolers(model)
             widen_heads(model)
     settings = getattr(config, "quantization_config", None) or {}
     if storage.quantization is not None and readable(settings):
