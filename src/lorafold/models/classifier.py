@@ -131,7 +131,7 @@ def new_poolers(model: nn.Module) -> tuple[str, ...]:
     return found
 
 
-def expect_poolers(model: PreTrainedModel) -> None:
+def expect_poolers(model: Any) -> None:
     """Take the pooler of a classifier for new if the class that its configuration names, of which
     its files are, has none.
 

@@ -89,7 +89,7 @@ def form_of(model: nn.Module, spec: Spec, targets: Iterable[str]) -> Form:
         )
     renamed = method.peft_type == "LORA" and renames(model)
     parameters = as_parameters(model, targets, renamed)
-    kind = getattr(getattr(model, "config", None), "model_type", None)
+    kind: Any = getattr(getattr(model, "config", None), "model_type", None)
     ends = {path.rpartition(".")[2] for path in targets if path not in parameters}
     refusing = kind in REFUSING and method.peft_type in ("LORA", "ADALORA")
     refused = tuple(sorted(REFUSED & ends)) if refusing else ()
