@@ -5,6 +5,7 @@ refused.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,3 +77,24 @@ def test_turns_ended_as_the_template_writes_them(
     else:
         assert "end_of_turn: was 'none', now 'auto'" in resumed(again)
         assert GOES_ON in resumed(again, end_of_turn="none")
+
+
+@pytest.mark.parametrize("found", ["more", "fewer"])
+def test_targets_that_mean_other_modules_now(found: str, tiny_model_dir, tmp_path: Path) -> None:
+    asked = request(tiny_model_dir("llama"), tmp_path / "a", **STOPS)
+    with pytest.raises(LorafoldError, match=GOES_ON):
+        train(asked, quiet())
+    again = replace(asked, resume=True)
+    run = RunDirectory(again.out)
+    [last] = run.checkpoints().values()
+    progress, tensors, optimizer = run.load(last)
+    some = {k: t for k, t in tensors.items() if k.split(".")[-2] in ("up_proj", "down_proj")}
+    assert some
+    if found == "more":
+        tensors = {k: t for k, t in tensors.items() if k not in some}
+        said = r"now adapts model\.layers\.0\.mlp\.down_proj and 3 more\."
+    else:
+        tensors |= {k.replace(".mlp.", ".indexer."): t.clone() for k, t in some.items()}
+        said = r"no longer adapts model\.layers\.0\.indexer\.down_proj and 3 more\."
+    run.save(progress, tensors, optimizer, keep=2)
+    assert re.search(rf"adapted other modules when it began: .* {said}", resumed(again))

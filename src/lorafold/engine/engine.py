@@ -45,6 +45,7 @@ from lorafold.errors import LorafoldError
 from lorafold.machine.threads import disband
 from lorafold.machine.waiting import considerate
 from lorafold.methods.parts.extras import vocabulary
+from lorafold.models.positions import positions_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,7 +74,8 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         config = model.config.get_text_config()
         positions = getattr(config, "max_position_embeddings", None)
-        settings, self.length = replace(settings, **changes).fitted(positions)
+        table = positions_of(model).table
+        settings, self.length = replace(settings, **changes).fitted(positions, table)
         with ExitStack() as stack:
             for own in (taken(model), evaluation_mode(model), untrained(model), considerate()):
                 stack.enter_context(own)

@@ -85,7 +85,7 @@ class IA3(Spec):
     def build(self, layer: Layer) -> IA3Delta:
         out, inn = layer.shape
         if self.feedforward and not layer.takes_vectors:
-            found = "ids" if layer.takes_ids else "signals"
+            found = "ids" if layer.takes_ids else "signals or groups of vectors"
             raise LorafoldError(
                 "IA3: this module is among the feedforward modules, whose inputs are scaled, but"
                 f" its inputs are {found}, expected vectors; leave it out of them"

@@ -4,7 +4,7 @@ optimizer and the random state of a run that was stopped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from lorafold.data.allowed_tokens import without_note
 from lorafold.data.endings import WITH_TURN, ending_of
 from lorafold.data.feed import Feed
 from lorafold.data.stored import Rows
+from lorafold.errors import LorafoldError
 from lorafold.evaluation import Measured
 from lorafold.recipe.recipe import Recipe
 from lorafold.step.adamw import described, make_optimizer, pick
@@ -54,7 +55,8 @@ def prepare(
         held_out: Measures on held-out examples.
         console: For the optimizer, the learning rates and the step from which a run is resumed.
 
-    Raises LorafoldError where the run to resume had another recipe, model or data, or other files.
+    Raises LorafoldError where the run to resume had another recipe, model or data, other files, or
+    other modules to adapt.
     """
     request, accelerator = setup.request, setup.accelerator
     recipe, run, spec = request.recipe, RunDirectory(request.out), adapter.spec
@@ -74,6 +76,7 @@ def prepare(
             console.print(unknown, highlight=False, markup=False, soft_wrap=True)
         if checkpoints := run.checkpoints():
             progress, tensors, state = run.load(checkpoints[max(checkpoints)])
+            check_sites(run, adapter, tensors)
             adapter.load_state_dict(tensors)
     else:
         run.start(identity)
@@ -100,6 +103,29 @@ def prepare(
     return Job(
         adapter, loss, wrapped, optimizer, accelerator, feed, held_out, recipe, run, feed.steps
     ), progress
+
+
+def check_sites(run: RunDirectory, adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
+    """Raise LorafoldError if the targets of a run mean other modules than when it began: an earlier
+    version may not have found all that can be adapted.
+
+    Args:
+        adapter: The run's, as its targets mean it now.
+        tensors: Those of the adapter in the run's last checkpoint, of any shapes.
+    """
+    own = adapter.state_dict()
+    sides = {"now adapts": own.keys() - tensors.keys(), "no longer adapts": tensors.keys() - own}
+    changes = []
+    for what, keys in sides.items():
+        if sites := sorted({key.rpartition(".")[0] for key in keys}):
+            more = f" and {len(sites) - 1} more" * (len(sites) > 1)
+            changes.append(f"{what} {sites[0]}{more}")
+    if changes:
+        raise LorafoldError(
+            f"{run.path}: the run to resume adapted other modules when it began: with the same"
+            f" targets this lorafold {' and '.join(changes)}. Use the lorafold that began it, or"
+            " start again with --overwrite"
+        )
 
 
 def identity_of(setup: Setup, adapter: Adapter) -> dict[str, Any]:
