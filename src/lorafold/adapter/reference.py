@@ -30,8 +30,9 @@ def reference(model: Model) -> Model:
     memory.
 
     Calling it, its forward or a part of it (`reference(model).model`) runs the model in evaluation
-    mode, without gradients, under the active adapters in which nothing trains. Its mode and its gradients can't be switched on. Raises LorafoldError if
-    no active adapter trains, or if one trains the base's own weights.
+    mode, without gradients, under the active adapters in which nothing trains. Its mode and its
+    gradients can't be switched on. Raises LorafoldError if no active adapter trains, or if one
+    trains the base's own weights.
 
     Args:
         model: the model, with an adapter that trains.
@@ -96,7 +97,8 @@ class _Reference(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         # the submodules are those of the model, where a part of the reference has no place
-        super().__setattr__(name, value._reference_of[0] if isinstance(value, _Reference) else value)
+        own = value._reference_of[0] if isinstance(value, _Reference) else value
+        super().__setattr__(name, own)
 
     def train(self, mode: bool = True) -> Self:
         """Nothing: each call is in evaluation mode. Returns it."""
