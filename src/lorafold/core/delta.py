@@ -41,6 +41,8 @@ class Delta(nn.Module, ABC):
     # for each matrix of the layer; and of those of one dimension these, entries of matrices
     vector_names: tuple[str, ...] = ()
     entry_names: tuple[str, ...] = ()
+    # attributes besides its tensors that its change of the layer depends on (`core.settings`)
+    setting_names: tuple[str, ...] = ()
 
     @abstractmethod
     def forward(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:

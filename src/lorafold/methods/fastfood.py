@@ -73,12 +73,13 @@ class FastfoodDelta(Dense):
     The subspace is a submodule of an adapter's first delta; the other deltas refer to it.
     """
 
+    setting_names = ("seed",)
     gaussians: Tensor
     subspace: Subspace | None
 
-    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
+    def __init__(self, shape: tuple[int, ...], seed: int, device: torch.device) -> None:
         super().__init__()
-        self.shape = shape
+        self.shape, self.seed = shape, seed
         self.scale = nn.Parameter(torch.ones((), device=device))
         self.subspace = None
 
@@ -139,7 +140,7 @@ class Fastfood(Spec):
         return self.head_lr
 
     def build(self, layer: Layer) -> FastfoodDelta:
-        return FastfoodDelta((*layer.matrices, *layer.shape), layer.device)
+        return FastfoodDelta((*layer.matrices, *layer.shape), self.seed, layer.device)
 
     def join(self, deltas: Mapping[str, Delta]) -> None:
         ours: list[FastfoodDelta] = [deltas[path] for path in sorted(deltas)]  # type: ignore[misc]

@@ -37,6 +37,7 @@ class IA3Delta(Delta):
     """l (*matrices, out), or (*matrices, in) if the inputs are scaled, fp32."""
 
     vector_names = ("l",)
+    setting_names = ("of_input",)
 
     def __init__(self, shape: tuple[int, ...], of_input: bool, device: torch.device) -> None:
         super().__init__()

@@ -143,7 +143,8 @@ class Verifier:
         base = "" if "base" in small.record else config.get("base_model_name_or_path")
         return Found(
             name=name, path=path, digest=joined([_identity(stack[at]) for at in (*below, path)]),
-            old=verified.digest_of((*FILES, MANIFEST)), over=tuple(below),
+            old=verified.digest_of((*FILES, MANIFEST)), manifest=MANIFEST in verified.files,
+            over=tuple(below),
             stack=tuple(stack[at].digest_of(FILES) for at in (*below, path)),
             method=name_of(spec), rank=getattr(_inner(spec), "rank", None),
             base=cut(str(base or ""), NAMED), words=words,

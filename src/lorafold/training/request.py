@@ -42,7 +42,8 @@ class Request:
 
     `out` must not exist unless `overwrite` or `resume` is set; without `eval_rows` the recipe's
     `eval_fraction` of `rows` is held out. The adapters of `over` are loaded in this order, frozen,
-    below the one that is trained.
+    below the one that is trained. A chat template that asks for the date writes `day`; without one
+    it writes the day on which the run begins.
     """
 
     base: Base
@@ -55,6 +56,7 @@ class Request:
     resume: bool = False
     overwrite: bool = False
     over: tuple[Path, ...] = ()
+    day: str = ""
 
     @property
     def below(self) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from lorafold.data.endings import WITH_TURN, ending_of
 from lorafold.data.feed import Feed
 from lorafold.data.stored import Rows
 from lorafold.errors import LorafoldError
+from lorafold.data.stream import RowStream
 from lorafold.evaluation import Measured
 from lorafold.recipe.recipe import Recipe
 from lorafold.step.adamw import described, make_optimizer, pick
@@ -67,6 +68,7 @@ def prepare(
         told = f"{run.path}: no run to resume, this one starts from the beginning"
         console.print(told, soft_wrap=True)
     if resume:
+        identity |= _streamed_before(request.data, run, console)
         unnamed = {RULE: _RULE_BEFORE, HELD_OUT: identity[HELD_OUT], "day": setup.day}
         unnamed |= _ends_before(setup)
         # control tokens in contents were tokens
@@ -160,6 +162,19 @@ def identity_of(setup: Setup, adapter: Adapter) -> dict[str, Any]:
     if any(getattr(m, "dropout", 0.0) for d in adapter.deltas.values() for m in d.modules()):
         identity[RULE] = DROPOUT
     return identity
+
+
+def _streamed_before(data: Rows | RowStream, run: RunDirectory, console: Console) -> dict[str, str]:
+    """How a run of an earlier version knew files that it streams: by their sizes, which is said."""
+    written = run.written("data")
+    if not isinstance(data, RowStream) or written not in {data.identity_before} - {data.identity}:
+        return {}
+    told = (
+        f"{run.path}: an earlier lorafold began this run and did not say what was in"
+        f" {', '.join(map(str, data.sources))}: whether the rows are the same can't be checked"
+    )
+    console.print(told, highlight=False, markup=False, soft_wrap=True)
+    return {"data": written}
 
 
 def _ends_before(setup: Setup) -> dict[str, str]:
