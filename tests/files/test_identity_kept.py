@@ -29,7 +29,6 @@ from lorafold.data.examples import encode
 from lorafold.data.rows import read_rows
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import MANIFEST
-from lorafold.files.cache import cache_directory
 from lorafold.identity import TRAINING, code, of_code
 from lorafold.inspecting import base_svd, intrinsic
 from lorafold.models.loading import load_tokenizer
@@ -39,6 +38,7 @@ from lorafold.training import loop
 from lorafold.training.request import Request
 from lorafold.undoing import run as undoing
 from lorafold.undoing import task as fragile
+from own_caches import shared
 
 pytestmark = pytest.mark.usefixtures("unestimated")
 
@@ -177,14 +177,6 @@ class World:
 
 
 THINGS = ("run", "reference", "compare", "intrinsic", "fragility", "svd", "parsed", "tokens")
-
-
-def shared(cache: Path) -> None:
-    """A new cache that has the compiled operators of the one in use, which take seconds to make."""
-    native = cache_directory() / "native"
-    native.mkdir(parents=True, exist_ok=True)
-    cache.mkdir()
-    (cache / "native").symlink_to(native)
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from lorafold.data.allowed_tokens import without_note
 from lorafold.data.endings import WITH_TURN, ending_of
 from lorafold.data.feed import Feed
 from lorafold.data.stored import Rows
-from lorafold.errors import LorafoldError
 from lorafold.data.stream import RowStream
+from lorafold.errors import LorafoldError
 from lorafold.evaluation import Measured
 from lorafold.recipe.recipe import Recipe
 from lorafold.step.adamw import described, make_optimizer, pick
