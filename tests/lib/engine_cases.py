@@ -21,6 +21,8 @@ from transformers import (
 
 import lorafold as lf
 from lorafold.engine import Engine, Request, Sampling
+from lorafold.engine.choosing import chosen
+from lorafold.engine.sampler import Choice, Sampler
 
 METHODS: dict[str, Any] = {
     "lora": lf.LoRA(rank=4),
@@ -125,3 +127,11 @@ def processors(s: Sampling) -> LogitsProcessorList:
     if s.min_p:
         found.append(MinPLogitsWarper(s.min_p))
     return LogitsProcessorList(found)
+
+
+def choose(sampler: Sampler, logits_V: torch.Tensor) -> Choice:
+    """The next token of one row."""
+    (found,) = chosen([sampler], logits_V[None])
+    if isinstance(found, Exception):
+        raise found
+    return found
