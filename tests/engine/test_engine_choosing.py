@@ -18,9 +18,9 @@ PROMPT = (3, 7, 7, 11)
 
 
 def test_draws_have_the_probabilities_of_their_distribution() -> None:
-    many, p = 20_000, (3 * torch.randn(V, generator=torch.Generator().manual_seed(2))).softmax(-1)
-    for own in ({"seed": 5}, {"seed": 1 << 60}):
-        draws = torch.stack([noise(own["seed"], i, V) for i in range(many)])
+    many, p = 5_000, (3 * torch.randn(V, generator=torch.Generator().manual_seed(2))).softmax(-1)
+    for seed in (5, 1 << 60):
+        draws = torch.stack([noise(seed, i, V) for i in range(many)])
         counts = torch.bincount((p / draws).argmax(-1), minlength=V)
         expected = many * p
         large = expected > 5
@@ -28,8 +28,8 @@ def test_draws_have_the_probabilities_of_their_distribution() -> None:
         n = int(large.sum())
         assert abs(float(chi) - n) < 4 * (2 * n) ** 0.5
     seeds = torch.stack([noise(seed, 3, V) for seed in range(many)])
-    assert seeds.mean() == pytest.approx(1, abs=0.01)
-    assert torch.corrcoef(seeds[:, :9].T).fill_diagonal_(0).abs().max() < 0.04
+    assert seeds.mean() == pytest.approx(1, abs=0.02)
+    assert torch.corrcoef(seeds[:, :9].T).fill_diagonal_(0).abs().max() < 0.08
 
 
 @pytest.mark.parametrize("vocabulary", [300, 3001])
