@@ -32,7 +32,7 @@ from lib.results import keep, markdown
 
 import lorafold as lf
 from lorafold.engine import Engine, Request, Sampling, Stream
-from lorafold.engine.sampler import filtered
+from lorafold.engine.choosing import filtered, noise
 from lorafold.models.sources import resolve_model
 from lorafold.serving.app import application
 from lorafold.serving.directory import Directory
@@ -95,16 +95,14 @@ class Watched(Engine):
 
     def watch(self) -> None:
         self.seen: dict[str, list[torch.Tensor]] = defaultdict(list)  # (V,) a token
-        forward = self._runner.forward
+        choose = self._loop._choose
 
-        def spied(rows: Any, counts: Any) -> torch.Tensor:
-            logits = forward(rows, counts)
-            for row, n, own in zip(rows, counts, logits, strict=True):
-                if row.pending == n:
-                    self.seen[row.request.id].append(own.clone())
-            return logits
+        def spied(rows: Any, logits_BV: torch.Tensor) -> None:
+            for b, row in rows:
+                self.seen[row.request.id].append(logits_BV[b].clone())
+            choose(rows, logits_BV)
 
-        self._runner.forward = spied  # type: ignore[method-assign]
+        self._loop._choose = spied  # type: ignore[method-assign]
 
     def company(self, requests: Sequence[Request], seed: int) -> dict[str, Stream]:
         """The streams of these requests, and of as many that go on after them, all ended."""
@@ -128,11 +126,9 @@ def gap(logits_V: torch.Tensor, request: Request, at: int) -> float:
     if not own.temperature:
         first, second = logits_V.float().topk(2).values.tolist()
         return first - second
-    generator = torch.Generator().manual_seed(own.seed)
-    for _ in range(at + 1):  # torch.multinomial divides by an exponential draw
-        noise_V = torch.empty(1, len(logits_V)).exponential_(generator=generator)[0]
-    log_p = torch.log_softmax(filtered(logits_V.float() / own.temperature, own), -1)
-    first, second = (log_p - noise_V.log()).topk(2).values.tolist()
+    noise_V = noise(own.seed, at, len(logits_V))
+    (kept_V,) = filtered(logits_V[None].float() / own.temperature, [own])
+    first, second = (torch.log_softmax(kept_V, -1) - noise_V.log()).topk(2).values.tolist()
     return first - second
 
 

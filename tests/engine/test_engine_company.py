@@ -134,16 +134,14 @@ class Watched(Engine):
 
     def watch(self) -> None:
         self.seen: dict[str, list[T]] = defaultdict(list)  # (V,) a token
-        forward = self._runner.forward
+        choose = self._loop._choose
 
-        def spied(rows: Any, counts: Any) -> T:
-            logits = forward(rows, counts)
-            for row, n, own in zip(rows, counts, logits, strict=True):
-                if row.pending == n:
-                    self.seen[row.request.id].append(own.clone())
-            return logits
+        def spied(rows: Any, logits_BV: T) -> None:
+            for b, row in rows:
+                self.seen[row.request.id].append(logits_BV[b].clone())
+            choose(rows, logits_BV)
 
-        self._runner.forward = spied  # type: ignore[method-assign]
+        self._loop._choose = spied  # type: ignore[method-assign]
 
 
 def asked(n: int) -> list[Request]:
@@ -220,3 +218,25 @@ def test_in_bf16_a_request_has_the_bits_that_it_has_alone(
         wrong, cached = differing(engine, requests)
         assert wrong == []
         assert bool(cached) == reuse
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("invariant", [False, True])
+def test_completions_of_one_prompt_have_the_bits_of_each_alone(
+    invariant: bool, native: Operations, tiny_model, tmp_path
+) -> None:
+    names = (None, "lora", "prompt")
+    paths = save_adapters(tiny_model("llama"), tmp_path, {n: METHODS[n] for n in names if n})
+    requests = [
+        Request(f"{name} {i}", prompt(50, 7), 3 + i, name, sampling(i))
+        for i in range(3)
+        for name in names
+    ]
+    options: dict[str, Any] = {"slots": 7, "length": 128, "chunk": 24, "budget": 48}
+    with Watched(tiny_model("llama").bfloat16(), invariant=invariant, **options) as engine:
+        for name, path in paths.items():
+            engine.load(name, path)
+        engine.watch()
+        wrong, cached = differing(engine, requests)
+        assert wrong == []
+        assert cached >= 50 * 2

@@ -73,7 +73,7 @@ def run_conversations(model: Any, paths: dict[str, Path], n: int, seed: int) -> 
     computed: dict[Any, list[tuple[int, ...]]] = {}
     for request, end in zip(asked, found, strict=True):
         earlier = computed.setdefault((request.adapter, request.tenant), [])
-        most = max((common(e, request.prompt[:-1]) for e in earlier), default=0)
+        most = max((common(e, request.prompt) for e in earlier), default=0)
         assert end.cached <= (0 if request.adapter == "prompt" else most)
         earlier.append(request.prompt + end.tokens)
     assert sum(end.cached > 0 for end in found) > n / 4

@@ -11,9 +11,19 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 import lorafold as lf
 from lorafold.engine import Engine, Request, Sampling
+from lorafold.engine.choosing import chosen
+from lorafold.engine.sampler import Choice, Sampler
 
 METHODS: dict[str, Any] = {
     "lora": lf.LoRA(rank=4),
@@ -112,3 +122,27 @@ def sampling(i: int) -> Sampling:
         Sampling(repetition_penalty=1.3, presence_penalty=0.2, frequency_penalty=0.1),
         Sampling(temperature=0.7, seed=i, logit_bias={i % 300: 2.0}),
     )[i % 7]
+
+
+def processors(s: Sampling) -> LogitsProcessorList:
+    """What transformers makes of the same settings."""
+    found: list[Any] = []
+    if s.repetition_penalty != 1:
+        found.append(RepetitionPenaltyLogitsProcessor(s.repetition_penalty))
+    if s.temperature:
+        found.append(TemperatureLogitsWarper(s.temperature))
+    if s.top_k:
+        found.append(TopKLogitsWarper(s.top_k))
+    if s.top_p < 1:
+        found.append(TopPLogitsWarper(s.top_p))
+    if s.min_p:
+        found.append(MinPLogitsWarper(s.min_p))
+    return LogitsProcessorList(found)
+
+
+def choose(sampler: Sampler, logits_V: torch.Tensor) -> Choice:
+    """The next token of one row."""
+    (found,) = chosen([sampler], logits_V[None])
+    if isinstance(found, Exception):
+        raise found
+    return found

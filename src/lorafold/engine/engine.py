@@ -171,6 +171,7 @@ class Engine:
                     vocabulary=max(self.vocabulary, self.adapters.vocabulary(entry)),
                     running=self._rows,
                     texts=self.tokenizer is not None,
+                    solo=self.structure.why,
                 )
                 self._rows[request.id] = row
                 self._inbox.append(row)

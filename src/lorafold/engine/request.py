@@ -44,7 +44,8 @@ class Sampling:
         schema: a JSON schema, as text, that the completion has to fit.
         regex: a regular expression that the whole completion has to match.
         lark: a grammar in llguidance's dialect of Lark that the completion has to fit.
-        logprobs: how many of the most likely tokens are reported with each (None: no logprobs).
+        logprobs: how many of the most likely tokens are reported with each (None: no logprobs; 0:
+            those of the token itself alone).
     """
 
     temperature: float = 0.0
@@ -121,9 +122,14 @@ class Request:
         prompt: the token ids of the prompt.
         max_new_tokens: the most tokens of the completion.
         adapter: the name of an adapter, or None for the base.
-        ends: the tokens that end the completion; they are no part of it.
+        ends: the tokens that end the completion; they are no part of it, unless `keep_end`.
         tenant: on whose behalf; what is kept of one tenant's prompts serves no other's.
         tokenizer: for its texts, if not the engine's own.
+        keep_end: the token of `ends` that ends the completion is its last one, with its log
+            probability, and adds no text.
+        prompt_logprobs: how many of the most likely tokens are reported with each token of the
+            prompt, in `Stream.prompt`, where a prompt that is there already is read again (None: no
+            logprobs; 0: those of the token itself alone). With it max_new_tokens may be 0.
     """
 
     id: str
@@ -134,13 +140,17 @@ class Request:
     ends: frozenset[int] = frozenset()
     tenant: str = ""
     tokenizer: PreTrainedTokenizerBase | None = None
+    keep_end: bool = False
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True)
 class Token:
     """One more token. `text` is what it adds to the text: empty while a character is incomplete, or
-    a stop text may have begun, or if the engine has no tokenizer. `top` has the most likely tokens
-    with their log probabilities, before temperature and penalties.
+    a stop text may have begun, or if the engine has no tokenizer. `logprob` is the model's own, and
+    `top` has the most likely tokens with theirs: before penalties, biases, temperature, filters and
+    grammar. `drawn_logprob` is that of the distribution that the token was drawn from, after all of
+    these; with temperature 0 nothing is drawn, one token has all of it, and it is 0.
     """
 
     id: str
@@ -148,6 +158,7 @@ class Token:
     text: str = ""
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    drawn_logprob: float | None = None
 
 
 @dataclass(frozen=True)
@@ -170,12 +181,14 @@ class Ended:
 
 class Stream:
     """The events of one request in their order, which end with its `Ended`. Any threads may read,
-    each from the first event on.
+    each from the first event on. `prompt` has the tokens of the prompt with their log
+    probabilities, if those are asked for, from before the first event on; the first one has none.
     """
 
     def __init__(self, request: Request) -> None:
         self.request = request
         self.began: float | None = None  # when it got a slot, by time.monotonic
+        self.prompt: tuple[Token, ...] = ()
         self._events: list[Token | Ended] = []
         self._ended: Ended | None = None
         self._more = threading.Condition()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from lorafold.engine.adapters import KnownAdapter, LoadedAdapter
 from lorafold.engine.prefix import Prefix
+from lorafold.engine.prompt_scores import Score, scored
 from lorafold.engine.request import Ended, Reason, Request, Stream, Token
-from lorafold.engine.sampler import Allowed, Choice, Sampler
+from lorafold.engine.sampler import NOT_FINITE, Allowed, Choice, NotFinite, Sampler
 from lorafold.engine.text import Text
 from lorafold.errors import STOPS, place
 
@@ -40,6 +44,8 @@ class Row:
         self.text = None if known is None else Text(known, request.sampling.stop)
         self.tokens = list(request.prompt)
         self.filled = 0  # of these tokens the cache has this many
+        self.scores: list[Score] = []  # of the prompt's tokens from the second one on
+        self.reader: Row | None = None  # who reads this prompt for it
         self.cached = 0  # tokens of the prompt that a slot held already
         self.held: LoadedAdapter | None = None
         self.slot = -1
@@ -57,6 +63,45 @@ class Row:
         entry, tenant = self.entry, self.request.tenant
         return Prefix(entry.digest, entry.generation, tenant) if entry else Prefix("", 0, tenant)
 
+    def reads_for(self, other: Row) -> bool:
+        """Whether it reads a prompt of which the other needs the same keys, values and logits."""
+        return (
+            self.reader is None
+            and len(self.tokens) == len(self.request.prompt)
+            and self.request.prompt == other.request.prompt
+            and (self.entry, self.prefix) == (other.entry, other.prefix)
+            and other.request.prompt_logprobs in (None, self.request.prompt_logprobs)
+        )
+
+    def to_score(self, n: int) -> int:
+        """After how many of the next n tokens one of the prompt stands whose score is wanted."""
+        wanted = self.request.prompt_logprobs is not None
+        return max(0, min(n, len(self.request.prompt) - 1 - self.filled)) if wanted else 0
+
+    def score(self, logits_TV: Tensor) -> None:
+        """Note the scores of as many tokens of the prompt, after those that the cache has.
+
+        Args:
+            logits_TV: the logits in whose place they stand.
+        """
+        first = self.filled + 1
+        tokens = self.tokens[first : first + len(logits_TV)]
+        k = self.request.prompt_logprobs or 0
+        self.scores[self.filled :] = scored(logits_TV, tokens, k)
+
+    def show_prompt(self) -> None:
+        """Put the scores of the prompt, if they are wanted. Raises NotFinite."""
+        request = self.request
+        if request.prompt_logprobs is None or self.stream.prompt:
+            return
+        if not all(isfinite(logprob) for logprob, _ in self.scores):
+            raise NotFinite(NOT_FINITE)
+        first, *others = request.prompt
+        shown = [Token(request.id, first)]
+        for token, (logprob, top) in zip(others, self.scores, strict=True):
+            shown.append(Token(request.id, token, "", logprob, top))
+        self.stream.prompt = tuple(shown)
+
     @property
     def completion(self) -> tuple[int, ...]:
         """The tokens of the completion so far."""
@@ -65,11 +110,15 @@ class Row:
     def take(self, choice: Choice) -> Reason | None:
         """Take the next token; the reason why the request ends with it, if it does."""
         request = self.request
-        if choice.token in self.ends:
+        ends = choice.token in self.ends
+        if ends and not request.keep_end:
             return "end"
         self.tokens.append(choice.token)
-        piece = self.text.add(choice.token) if self.text else ""
-        self.stream.put(Token(request.id, choice.token, piece, choice.logprob, choice.top))
+        piece = self.text.add(choice.token) if self.text and not ends else ""
+        found = (choice.logprob, choice.top, choice.drawn_logprob)
+        self.stream.put(Token(request.id, choice.token, piece, *found))
+        if ends:
+            return "end"
         if self.text and self.text.stopped:
             return "stop"
         full = len(self.tokens) - len(request.prompt) == request.max_new_tokens

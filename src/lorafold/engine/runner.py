@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lorafold.engine.active_deltas import ActiveDeltas
 from lorafold.engine.adapters import LoadedAdapter
-from lorafold.engine.prefix import KeptPrefixes
+from lorafold.engine.prefix import KeptPrefixes, common
 from lorafold.engine.products import Plan, Products
 from lorafold.engine.row import Row
 from lorafold.engine.settings import EngineSettings
@@ -43,6 +43,10 @@ class Runner(ABC):
     @abstractmethod
     def release(self, row: Row, well: bool) -> None:
         """Free the slot of a row, which ended well or not."""
+
+    def share(self, row: Row, others: Sequence[Row]) -> None:
+        """Give others what a row has read, where there are several slots. They wait no longer."""
+        return None
 
     @abstractmethod
     def forward(self, rows: Sequence[Row], counts: Sequence[int]) -> Tensor:
@@ -96,12 +100,12 @@ class SlotRunner(Runner):
     def admit(self, row: Row) -> None:
         free = [slot for slot, other in enumerate(self.rows) if other is None]
         oldest = min(free, key=self.kept.age)
-        source, n = self.kept.find(row.prefix, row.tokens) if self._reusable(row) else (-1, 0)
+        source, n = self._found(row) if row.reader is None else (-1, 0)
         lost = self.kept.length(source) - n  # of what is kept, if the row goes on in that slot
-        at = source if n and lost <= self.kept.length(oldest) else oldest
+        at = source if source in free and lost <= self.kept.length(oldest) else oldest
         row.slot, row.filled, row.cached = at, n, n
         if row.slot != source:
-            self.cache.copy(source, row.slot, n)
+            self.cache.copy(source, [row.slot], n)
         self.cache.zero(row.slot, n)
         self.kept.slots.pop(row.slot, None)
         if row.held is not None:
@@ -112,6 +116,25 @@ class SlotRunner(Runner):
                 self._views[row.held] = SlotView(self.cache)
         self.rows[row.slot] = row
         self._plan = (None, Plan([], ()))
+
+    def _found(self, row: Row) -> tuple[int, int]:
+        """The slot, a free one or a running row's, that has most of the first tokens of a row, and
+        how many; the last one is always computed. (-1, 0) if none has any.
+        """
+        if not self._reusable(row) or row.request.prompt_logprobs is not None:
+            return -1, 0
+        slot, most = self.kept.find(row.prefix, row.tokens)
+        for other in self.rows:
+            if other is not None and other.prefix == row.prefix and self._reusable(other):
+                n = common(other.tokens[: other.filled], row.tokens[:-1])
+                slot, most = (other.slot, n) if n > most else (slot, most)
+        return slot, most
+
+    def share(self, row: Row, others: Sequence[Row]) -> None:
+        self.cache.copy(row.slot, [other.slot for other in others], row.filled)
+        for other in others:
+            other.reader, other.filled, other.cached = None, row.filled, row.filled
+            other.scores = row.scores
 
     def release(self, row: Row, well: bool) -> None:
         self.rows[row.slot] = None
@@ -227,12 +250,16 @@ class SlotRunner(Runner):
         ]
         rows = at if isinstance(at, slice) else torch.tensor(at, device=device)
         view = self._views[held].aim(rows, torch.tensor(starts, device=device), width)
-        lasts = sorted({n - 1 for n in ns})
+        to_score = [0 if row is None else row.to_score(n) for row, n in zip(taken, ns, strict=True)]
+        lasts = [*range(max(ns))] if any(to_score) else sorted({n - 1 for n in ns})
         keep = torch.tensor(lasts, device=device)
         context = self.deltas.alone(held) if held else self.deltas.mixed(self._planned(taken, at))
         ids_BT, counts_B = torch.tensor(ids, device=device), torch.tensor(ns, device=device)
         with context:
             logits = run(self.model, view, ids_BT, counts_B, keep)  # (B, len(lasts), V)
+        for row, own, n in zip(taken, logits, to_score, strict=True):
+            if row is not None and n:
+                row.score(own[:n])
         if len(lasts) == 1:
             return logits[:, 0]
         return logits[torch.arange(len(ns)), torch.tensor([lasts.index(n - 1) for n in ns])]

@@ -3,7 +3,8 @@
 Every step decodes all rows that have one token pending, and then reads at most `budget` tokens of
 prompts, so that a long prompt never keeps the others waiting for more than that. Rows that wait run
 by what their tenants were given (`lorafold.engine.waiting`); one whose adapter is still being read
-lets the next ones pass.
+lets the next ones pass. Of running rows with one prompt the first one reads it, and the others wait
+for that.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class Scheduler:
 
     def decoding(self) -> list[Batch]:
         """The passes that decode: one for all rows that can be mixed, one for each adapter else."""
-        found = [row for row in self.running if row.pending == 1]
+        found = [row for row in self._computed() if row.pending == 1]
         for row in found:
             self.waiting.charge(row.request.tenant, OUT)
         return [Batch(rows, [1] * len(rows)) for rows in self._apart(found)]
@@ -79,7 +80,7 @@ class Scheduler:
     def reading(self) -> list[Batch]:
         """The passes that read prompts, oldest rows first."""
         left, batches = self.budget, []
-        for rows in self._apart([row for row in self.running if row.pending > 1]):
+        for rows in self._apart([row for row in self._computed() if row.pending > 1]):
             while rows and left > 0:
                 batch = self._fitting(rows, left)
                 if not batch.rows:
@@ -88,6 +89,29 @@ class Scheduler:
                 left -= len(batch.rows) * max(batch.counts)
                 rows = rows[len(batch.rows) :]
         return batches
+
+    def join(self, row: Row) -> None:
+        """Let a running row wait for one that reads the same prompt, if there is one. Rows that
+        can't be mixed have more in the cache than their tokens' keys and values.
+        """
+        if together(row) is not None:
+            return
+        others = (other for other in self.running if other is not row)
+        row.reader = next((other for other in others if other.reads_for(row)), None)
+
+    def joined(self, reader: Row) -> list[Row]:
+        """The rows that wait for this one."""
+        return [row for row in self.running if row.reader is reader]
+
+    def leave(self, row: Row) -> None:
+        """Let a row run no longer; of those that wait for it the first one reads."""
+        self.running.remove(row)
+        waiting = self.joined(row)
+        for other in waiting:
+            other.reader = None if other is waiting[0] else waiting[0]
+
+    def _computed(self) -> list[Row]:
+        return [row for row in self.running if row.reader is None]
 
     def _fitting(self, rows: Sequence[Row], left: int) -> Batch:
         taken: list[Row] = []
@@ -105,6 +129,9 @@ class Scheduler:
         groups: dict[object, list[Row]] = {}
         for row in rows:
             alone = together(row)
-            key: object = (alone, row.request.id) if self.single or (self.each and alone) else alone
+            # the logits of a whole chunk are computed for those rows alone that want them
+            key: tuple[object, ...] = (alone, row.to_score(row.pending) > 0)
+            if self.single or (self.each and alone):
+                key = (*key, row.request.id)
             groups.setdefault(key, []).append(row)
         return list(groups.values())

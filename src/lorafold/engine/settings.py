@@ -29,8 +29,9 @@ class EngineSettings:
             table of them.
         invariant: keep the shapes of all passes the same, so that a request's logits are the same
             bits whatever shares the batch, without the faster parts (experts: one at a time).
-        prefix_reuse: start from what a request of the same tenant and adapter left in a slot, where
-            the prompt begins the same; never where `invariant`.
+        prefix_reuse: start from what a request of the same tenant and adapter has or left in a
+            slot, where the prompt begins the same; never where `invariant`. What is being read is
+            read once for all requests with that prompt, whatever is set here.
         strikes: requests that fail by logits that are not finite before an adapter is refused.
         tenant_slots: how many requests of a tenant run at a time; half of the slots, if that is
             less, while other tenants are there. Rows that run beside it make each of a tenant's

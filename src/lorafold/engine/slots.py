@@ -12,7 +12,7 @@ since 0 times a stale NaN in a masked position would be NaN.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -70,10 +70,11 @@ class SlotCache:
         for buffer in self._buffers():
             buffer[slot, :, after:].zero_()
 
-    def copy(self, source: int, target: int, tokens: int) -> None:
-        """Copy the first tokens of a slot to another one."""
+    def copy(self, source: int, targets: Sequence[int], tokens: int) -> None:
+        """Copy the first tokens of a slot to other ones."""
         for buffer in self._buffers():
-            buffer[target, :, :tokens] = buffer[source, :, :tokens]
+            for target in targets:
+                buffer[target, :, :tokens] = buffer[source, :, :tokens]
 
     def swap(self, a: int, b: int, tokens: int) -> None:
         """Exchange the first tokens of two slots.

@@ -21,10 +21,13 @@ class Text:
 
     Args:
         stop: texts before which the completion ends.
+        special: show special tokens too, as of a prompt.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
-        self._tokenizer, self._stop = tokenizer, tuple(stop)
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), special: bool = False
+    ) -> None:
+        self._tokenizer, self._stop, self._special = tokenizer, tuple(stop), special
         self._ids: list[int] = []
         self._from, self._read = 0, 0  # decoded from here; what lies before this has been read
         self._held = ""
@@ -75,6 +78,6 @@ class Text:
     def _decode(self, ids: list[int]) -> str:
         return str(
             self._tokenizer.decode(
-                ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+                ids, skip_special_tokens=not self._special, clean_up_tokenization_spaces=False
             )
         )

@@ -107,9 +107,12 @@ class Admission:
         ends = frozenset[int]() if body.ignore_eos else renderer.ends
         for i, prompt in enumerate(p for p in prompted.prompts for _ in range(body.n)):
             sampling = replace(prompted.sampling, seed=(seed + i) % (1 << 63))
+            scores = prompted.prompt_logprobs
+            new = self._new_tokens(asked, prompt, 1 if scores is None else 0)
             yield Request(
-                f"{id}.{i}", prompt, self._new_tokens(asked, prompt), prompted.chosen.key,
-                sampling, ends, tenant, renderer.tokenizer,
+                f"{id}.{i}", prompt, new,
+                prompted.chosen.key, sampling, ends, tenant, renderer.tokenizer,
+                prompt_logprobs=scores,
             )  # fmt: skip
 
     async def count(self, caller: Caller, asked: Asked) -> int:
@@ -146,16 +149,16 @@ class Admission:
                 told = f"{found} completions {what} already, expected at most {limit} with these"
                 raise Refusal(429, code, told, retry_after=host.seconds_to_wait)
 
-    def _new_tokens(self, asked: Asked, prompt: Sequence[int]) -> int:
+    def _new_tokens(self, asked: Asked, prompt: Sequence[int], least: int) -> int:
         length = self.host.backend.length
         if not prompt:
             raise wrong(asked.field, "found no tokens, expected at least one")
         left = length - len(prompt)
         new = left if asked.max_new_tokens is None else asked.max_new_tokens
-        if new < 1 <= left:
-            raise wrong("max_tokens", f"found {new}, expected 1 or more")
-        if left < 1 or new > left:
-            wanted = max(new, 1)  # the first words are those by which clients know this error
+        if new < least <= left:
+            raise wrong("max_tokens", f"found {new}, expected {least} or more")
+        if left < least or new > left:
+            wanted = max(new, least)  # the first words are those by which clients know this error
             told = (
                 f"This model's maximum context length is {length} tokens. However, you requested"
                 f" {len(prompt) + wanted} tokens ({len(prompt)} in the {asked.field}, {wanted} in"

@@ -20,11 +20,12 @@ from typing import Literal
 
 from lorafold.engine import Ended, Request, Sampling, Token
 from lorafold.engine.sampler import NOT_FINITE
+from lorafold.engine.text import Text
 from lorafold.serving.seen import Found
 
 __all__ = [
-    "LOST", "NOT_FINITE", "Backend", "Ended", "News", "Request", "Sampling", "States", "Token",
-    "Until",
+    "LOST", "NOT_FINITE", "Backend", "Ended", "News", "Request", "Sampling", "States", "Text",
+    "Token", "Until",
 ]  # fmt: skip
 
 LOST = "the engine stopped"  # the message of an end, as NOT_FINITE is one
@@ -33,13 +34,15 @@ Until = Literal["checked", "known", "begun", "resident"]
 
 @dataclass(frozen=True)
 class News:
-    """What is new of one request: its events since the last news, and when it got a slot, by
-    time.monotonic, None while it waits.
+    """What is new of one request: its events since the last news, when it got a slot, by
+    time.monotonic, None while it waits, and once there are events, its prompt with the log
+    probabilities that were asked for.
     """
 
     id: str
     events: Sequence[Token | Ended]
     began: float | None
+    prompt: Sequence[Token] = ()
 
 
 @dataclass(frozen=True)

@@ -136,6 +136,7 @@ class Host:
             job.began = news.began
             if not news.events:
                 continue
+            job.prompt = news.prompt or job.prompt
             job.put(news.events)
             self.metrics.arrived(job, news.events)
             if (why := job.unread(self.settings.limits)) is not None:

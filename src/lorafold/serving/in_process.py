@@ -48,7 +48,7 @@ class Sent:
         if not events and began == self.began:
             return None
         self.passed_on, self.began = self.passed_on + len(events), began
-        return News(id, events, began)
+        return News(id, events, began, self.stream.prompt)
 
     def lost(self, id: str) -> News:
         """Its end, with the tokens that were handed over."""

@@ -36,6 +36,7 @@ class CompletionJob:
         self._arrived, self._count = arrived, count
         self.began: float | None = None  # when it got a slot
         self.admitted = False  # until then its request is one that is thought about
+        self.prompt: Sequence[Token] = ()  # with log probabilities, if they were asked for
         self.tokens = 0  # that arrived
         self.events: deque[Token | Ended] = deque()
         self.end: Ended | None = None

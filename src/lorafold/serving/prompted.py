@@ -26,6 +26,8 @@ class Prompted:
     prompts: The tokens of each prompt.
     sampling: The settings of all completions, but for the seed.
     reader: Tells the parts of a completion apart; each has a copy. None for plain text.
+    prompt_logprobs: How many of the most likely tokens are listed beside each token of the prompts,
+        None for no log probabilities of those.
     """
 
     chosen: Chosen
@@ -33,6 +35,7 @@ class Prompted:
     prompts: Prompts
     sampling: Sampling
     reader: PartReader | None = None
+    prompt_logprobs: int | None = None
 
 
 class Asked(ABC):

@@ -11,7 +11,7 @@ TYPES = {
     429: "rate_limit_error",
 }  # fmt: skip
 # the fields of a request that the engine's settings come from
-FIELDS = {"lark": "tools", "schema": "response_format"}
+FIELDS = {"lark": "tools", "schema": "response_format", "prompt_logprobs": "echo"}
 
 
 class Refusal(Exception):

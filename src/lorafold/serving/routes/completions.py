@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -49,7 +51,9 @@ class PlainPrompts(Asked):
         )
 
     def prompted(self, chosen: Chosen) -> Prompted:
-        return Prompted(chosen, *self.rendered(chosen.renderer), self._sampling)
+        scores = self.body.logprobs if self.body.echo else None
+        text, prompts = self.rendered(chosen.renderer)
+        return Prompted(chosen, text, prompts, self._sampling, prompt_logprobs=scores)
 
 
 class Answer(Dialect):
@@ -68,10 +72,11 @@ class Answer(Dialect):
         choices = []
         for i, job in enumerate(reply.jobs):
             assert job.end is not None
+            echo, logprobs = await asyncio.to_thread(self._told, reply, i, tokens[i])
             choice: dict[str, Any] = {
                 "index": i,
-                "text": job.end.text,
-                "logprobs": self._logprobs(reply, tokens[i], 0),
+                "text": echo + job.end.text,
+                "logprobs": logprobs,
                 "finish_reason": finish(job.end),
             }
             if self.body.return_token_ids:
@@ -85,13 +90,21 @@ class Answer(Dialect):
         head = self._head(reply)
         usage = {"usage": None} if self.body.stream_options.include_usage else {}
         lengths = [0] * len(reply.jobs)
+        echoed: dict[int, int] = {}  # how long the text of each prompt is that was sent
         async for i, one in reply.events():
+            if self.body.echo and i not in echoed:
+                echo, logprobs = await asyncio.to_thread(self._told, reply, i, [])
+                echoed[i] = len(echo)
+                choice: dict[str, Any] = {
+                    "index": i, "text": echo, "logprobs": logprobs, "finish_reason": None,
+                }  # fmt: skip
+                yield event(head | {"choices": [choice]} | usage)
             text = one.text if isinstance(one, Token) else one.text[lengths[i] :]
-            choice: dict[str, Any] = {
+            choice = {
                 "index": i, "text": text, "logprobs": None, "finish_reason": None,
             }  # fmt: skip
             if isinstance(one, Token):
-                choice["logprobs"] = self._logprobs(reply, [one], lengths[i])
+                choice["logprobs"] = self._logprobs(reply, [one], echoed.get(i, 0) + lengths[i])
                 lengths[i] += len(text)
                 if self.body.return_token_ids:
                     choice["token_ids"] = [one.token]
@@ -101,6 +114,27 @@ class Answer(Dialect):
         if self.body.stream_options.include_usage:
             yield event(head | {"choices": [], "usage": reply.usage})
         yield DONE
+
+    def _told(
+        self, reply: Reply, i: int, tokens: list[Token]
+    ) -> tuple[str, dict[str, Any] | None]:
+        """The text of a completion's prompt, if it is wanted, and the log probabilities of its
+        tokens and of those of the completion. It takes its time.
+        """
+        echo = self._echo(reply, i)
+        return "".join(token.text for token in echo), self._logprobs(reply, echo + tokens, 0)
+
+    def _echo(self, reply: Reply, i: int) -> list[Token]:
+        """The prompt of a completion as tokens, with their texts, if it is wanted."""
+        if not self.body.echo:
+            return []
+        job, each = reply.jobs[i], len(reply.jobs) // len(reply.prompted.prompts)
+        given = self.body.prompts(len(reply.jobs))[i // each]
+        ids = job.request.prompt
+        shown = job.prompt or [Token(job.request.id, token) for token in ids]
+        text = given if isinstance(given, str) else None
+        pieces = reply.prompted.chosen.renderer.shown.pieces(ids, text)
+        return [replace(t, text=piece) for t, piece in zip(shown, pieces, strict=True)]
 
     def _logprobs(self, reply: Reply, tokens: list[Token], offset: int) -> dict[str, Any] | None:
         top, shown = self.body.logprobs, reply.prompted.chosen.renderer.shown

@@ -11,7 +11,7 @@ from pydantic_core import to_json
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from lorafold.serving.backend import Ended, Token
+from lorafold.serving.backend import Ended, Text, Token
 
 DONE = b"data: [DONE]\n\n"
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # in the text of a part of a character
@@ -62,6 +62,21 @@ class Tokens:
         text = self.text(token)
         return f"bytes:{str(self.bytes(token))[2:-1]}" if INCOMPLETE in text else text
 
+    def pieces(self, tokens: Sequence[int], text: str | None) -> list[str]:
+        """The text that each token of a prompt adds.
+
+        Args:
+            text: the text of them all, which has no words for tokens at its beginning that nobody
+                wrote; None: what they are decoded to.
+        """
+        reader = Text(self._tokenizer, special=True)
+        found = [reader.add(token) for token in tokens]
+        found[-1] += reader.finish()
+        unwritten = len(reader.text) - len(text) if text and reader.text.endswith(text) else 0
+        for i, piece in enumerate(found):
+            found[i], unwritten = piece[unwritten:], max(0, unwritten - len(piece))
+        return found
+
     def chat(self, tokens: Sequence[Token], top: int) -> dict[str, Any]:
         """Log probabilities as chat completions have them.
 
@@ -85,8 +100,9 @@ class Tokens:
         """Log probabilities as completions have them.
 
         Args:
+            tokens: of which the first one of a prompt has none.
             top: how many of the most likely ones are listed beside each.
-            offset: where in the completion's text the first one begins.
+            offset: where in the text the first one begins.
         """
         texts, offsets = [self.name(t.token) for t in tokens], []
         for t in tokens:
@@ -95,7 +111,10 @@ class Tokens:
         return {
             "tokens": texts,
             "token_logprobs": [t.logprob for t in tokens],
-            "top_logprobs": [{self.name(i): p for i, p in t.top[:top]} for t in tokens],
+            "top_logprobs": [
+                None if t.logprob is None else {self.name(i): p for i, p in t.top[:top]}
+                for t in tokens
+            ],
             "text_offset": offsets,
         }
 

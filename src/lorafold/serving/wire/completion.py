@@ -18,6 +18,7 @@ class Completion(Completing):
     prompt: str | Ids | list[str] | list[Ids]
     max_tokens: int | None = 16
     logprobs: int | None = None
+    echo: bool = False
     add_special_tokens: bool = True
 
     def prompts(self, most: int) -> list[str | Ids]:
