@@ -32,7 +32,7 @@ from lib.results import keep, markdown
 
 import lorafold as lf
 from lorafold.engine import Engine, Request, Sampling, Stream
-from lorafold.engine.sampler import filtered
+from lorafold.engine.choosing import filtered, noise
 from lorafold.models.sources import resolve_model
 from lorafold.serving.app import application
 from lorafold.serving.directory import Directory
@@ -126,11 +126,9 @@ def gap(logits_V: torch.Tensor, request: Request, at: int) -> float:
     if not own.temperature:
         first, second = logits_V.float().topk(2).values.tolist()
         return first - second
-    generator = torch.Generator().manual_seed(own.seed)
-    for _ in range(at + 1):  # torch.multinomial divides by an exponential draw
-        noise_V = torch.empty(1, len(logits_V)).exponential_(generator=generator)[0]
-    log_p = torch.log_softmax(filtered(logits_V.float() / own.temperature, own), -1)
-    first, second = (log_p - noise_V.log()).topk(2).values.tolist()
+    noise_V = noise(own.seed, at, len(logits_V))
+    (kept_V,) = filtered(logits_V[None].float() / own.temperature, [own])
+    first, second = (torch.log_softmax(kept_V, -1) - noise_V.log()).topk(2).values.tolist()
     return first - second
 
 

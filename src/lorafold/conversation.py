@@ -32,7 +32,7 @@ from lorafold.data.shapes import Message
 from lorafold.engine import Engine, Request, Sampling
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_text
-from lorafold.generation import GREEDY, end_tokens, pieces, tokens_of
+from lorafold.generation import GREEDY, end_tokens, pieces, table_left, tokens_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -208,9 +208,12 @@ class Chat:
 
 
 def context_of(model: PreTrainedModel) -> int | None:
-    """How many tokens the model was made for, or None where its config sets no limit."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
+    """How many tokens the model was made for, or None where its config sets no limit; of a table of
+    positions those that the virtual tokens of what is active leave.
+    """
+    given = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limits = [given if isinstance(given, int) and given > 0 else None, table_left(model)]
+    return min((n for n in limits if n is not None), default=None)
 
 
 def label(names: Sequence[str]) -> str:

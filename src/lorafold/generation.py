@@ -9,6 +9,7 @@ engine (`lorafold.engine`), where completions that have ended make room for prom
 `complete` begins with the longest prompts, so that those that run together are of similar length.
 """
 
+import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,12 +19,16 @@ from lorafold.core.attach import only, selection_of
 from lorafold.data.control_tokens import ids_of
 from lorafold.data.endings import ending_of
 from lorafold.engine import Ended, Engine, Request, Sampling, Stream
+from lorafold.engine.adapters import attached, parts_of
 from lorafold.errors import LorafoldError
 from lorafold.machine.room import free_bytes
+from lorafold.methods.parts.virtual import Sender
+from lorafold.models.positions import positions_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+log = logging.getLogger(__name__)
 BATCH = 32  # prompts that are computed at a time
 GREEDY = Sampling()
 ACTIVE = "active"  # what is active on the model, as the engine knows it
@@ -49,16 +54,18 @@ def complete(
         sampling: How tokens are chosen; the samples of each prompt follow from its seed.
         progress: Called as progress(done, total) whenever completions have ended.
 
-    Raises LorafoldError for a prompt without tokens, and a completion that can't be computed.
+    Raises LorafoldError for a prompt without tokens, or with more than a table of positions has,
+    and a completion that can't be computed.
     """
     ids = [tokens_of(tokenizer, prompt) for prompt in prompts]
+    most = room_of(model, ids, max_new_tokens)
     completions = [""] * len(ids)
     if not ids or max_new_tokens < 1:
         return completions
     waiting = deque(sorted(range(len(ids)), key=lambda i: len(ids[i]), reverse=True))
     running: dict[int, Stream] = {}
     slots, ends = min(len(ids), BATCH), end_tokens(model, tokenizer)
-    length = len(ids[waiting[0]]) + max_new_tokens
+    length = max(len(prompt) + n for prompt, n in zip(ids, most, strict=True))
     passes = max_new_tokens * -(-len(ids) // slots)
     with engine_of(model, None, slots=slots, length=length, passes=passes) as (engine, adapter):
         while waiting or running:
@@ -67,7 +74,7 @@ def complete(
             free = slots - len(running)
             for _ in range(min(free, len(waiting)) if free >= max(1, slots // 4) else 0):
                 i = waiting.popleft()
-                request = Request(str(i), ids[i], max_new_tokens, adapter, sampling, ends)
+                request = Request(str(i), ids[i], most[i], adapter, sampling, ends)
                 running[i] = engine.submit(request)
             engine.step()
             ended = {i: found for i, events in running.items() if (found := events.ended)}
@@ -96,15 +103,16 @@ def stream(
         max_new_tokens: The most tokens of the completion.
         sampling: How tokens are chosen; torch's global state is left as it was.
 
-    Raises LorafoldError for a prompt without tokens, and a completion that can't be computed.
+    Raises LorafoldError as `complete` does.
     """
     ids, ends = tokens_of(tokenizer, prompt), end_tokens(model, tokenizer)
     if max_new_tokens < 1:
         return None
-    length = len(ids) + max_new_tokens
-    with engine_of(model, tokenizer, slots=1, length=length, passes=max_new_tokens) as opened:
+    [most] = room_of(model, [ids], max_new_tokens)
+    length = len(ids) + most
+    with engine_of(model, tokenizer, slots=1, length=length, passes=most) as opened:
         engine, adapter = opened
-        request = Request("0", ids, max_new_tokens, adapter, sampling, ends)
+        request = Request("0", ids, most, adapter, sampling, ends)
         return (yield from pieces(engine, request))
 
 
@@ -167,6 +175,46 @@ def tokens_of(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> tuple[int, .
     if not ids:
         raise LorafoldError(f"prompt {prompt!r}: found no tokens, expected at least one")
     return tuple(ids)
+
+
+def table_left(model: "PreTrainedModel") -> int | None:
+    """The positions that a table of the model has for a row, after the virtual tokens of what is
+    active on it; None if it has no table.
+
+    Raises LorafoldError where that is no row.
+    """
+    active = parts_of(attached(model, selection_of(model).names))
+    before = sum(part.positions for _, part in active if isinstance(part, Sender))
+    return positions_of(model).after(before).table
+
+
+def room_of(
+    model: "PreTrainedModel", prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> list[int]:
+    """The most tokens of each prompt's completion: those that were asked for, or those that a table
+    of positions leaves, which is told.
+
+    Args:
+        prompts: The tokens of each.
+
+    Raises LorafoldError for a prompt that leaves none.
+    """
+    limit = table_left(model)
+    if limit is None:
+        return [max_new_tokens] * len(prompts)
+    longest = max(map(len, prompts), default=0)
+    if longest >= limit:
+        raise LorafoldError(
+            f"prompt: found {longest} tokens, expected fewer than the {limit} positions of"
+            f" {type(model).__name__}"
+        )
+    if longest + max_new_tokens > limit:
+        log.warning(
+            "max_new_tokens %d: the longest prompt has %d tokens and %s %d positions, so"
+            " completions end there at the latest",
+            max_new_tokens, longest, type(model).__name__, limit,
+        )  # fmt: skip
+    return [min(max_new_tokens, limit - len(prompt)) for prompt in prompts]
 
 
 def _sound(ended: Ended) -> Ended:

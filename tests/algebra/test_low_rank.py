@@ -18,7 +18,8 @@ from lorafold.core.layer import Layer
 LOW_RANK = ["lora", "rslora", "pissa", "olora", "adalora", "vera"]
 # VeRA without dropout shares a product among layers instead, as `test_methods_ops` tests
 CASES = [(m, p) for m in LOW_RANK for p in (0.0, 0.3) if (m, p) != ("vera", 0.0)]
-MATRICES = [base for base in BASES if base != "embedding" and not base.startswith("convolution")]
+PLAIN = ("embedding", "convolution", "grouped")
+MATRICES = [base for base in BASES if not base.startswith(PLAIN)]
 
 
 def step(

@@ -71,7 +71,8 @@ def test_a_base_s_own_state_loads_beneath_and_half_an_adapter_does_not(tiny_mode
         half = {key: t for key, t in state.items() if lost not in key}
         with pytest.raises(RuntimeError, match=r"Missing key\(s\).*deltas") as raised:
             model.load_state_dict(half)
-        assert str(raised.value).count(".deltas.") == len(state) - len(half)
+        lost_tensors = {key for key in set(state) - set(half) if not key.endswith(".settings")}
+        assert str(raised.value).count(".deltas.") == len(lost_tensors)
     # the state of an adapter that the model does not carry
     plain = tiny_model("llama")
     with pytest.raises(RuntimeError, match=r"Unexpected key\(s\) in state_dict"):
@@ -189,3 +190,65 @@ def test_a_trainer_resumes_without_the_callback(
     assert len(carried(at_three)) == len(straight) * (1 + stack)
     assert any(not torch.equal(v, at_three[key.replace("proj.", "proj.deltas.run.")])
                for key, v in straight.items())  # fmt: skip
+
+
+OTHERS: list[tuple[lf.Spec, lf.Spec, str]] = [
+    (lf.LoRA(rank=4, alpha=8), lf.LoRA(rank=4, alpha=32), "scale 2.0, expected 8.0"),
+    (lf.LoRA(rank=4, alpha=8), lf.LoRA(rank=4, alpha=8, rslora=True), "scale 2.0, expected 4.0"),
+    (lf.DoRA(lf.LoRA(rank=4, alpha=4)), lf.DoRA(lf.LoRA(rank=4)), "inner.scale"),
+    (lf.PiSSA(rank=4, alpha=8), lf.PiSSA(rank=4), "scale"),
+    (lf.OLoRA(rank=4, alpha=8), lf.OLoRA(rank=4), "scale"),
+    (lf.AdaLoRA(rank=2, init_rank=4, alpha=4), lf.AdaLoRA(rank=2, init_rank=4), "scale"),
+    (lf.LoHa(rank=2, alpha=4), lf.LoHa(rank=2), "scale"),
+    (lf.LoKr(rank=2, alpha=4), lf.LoKr(rank=2), "scale"),
+    (lf.VeRA(rank=4), lf.VeRA(rank=4, projection_prng_key=1), "projections.key 0, expected 1"),
+    (lf.Bottleneck(size=4, activation="relu"), lf.Bottleneck(size=4), "activation"),
+    (lf.Fastfood(dimension=8), lf.Fastfood(dimension=8, seed=1), "seed 0, expected 1"),
+]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "told"), OTHERS, ids=[f"{type(one).__name__}{n}" for n, (one, *_) in
+                                           enumerate(OTHERS)]
+)  # fmt: skip
+def test_a_state_that_would_compute_otherwise_is_refused(
+    one: lf.Spec, other: lf.Spec, told: str, tiny_model
+) -> None:
+    model, second = tiny_model("llama"), tiny_model("llama")
+    adapter, to = lf.attach(model, one), lf.attach(second, other)
+    before = {key: tensor.clone() for key, tensor in to.state_dict().items()}
+    loads: tuple[Any, ...] = (second.load_state_dict, to.load_state_dict)
+    for load, state in zip(loads, (model.state_dict(), adapter.state_dict()), strict=True):
+        with pytest.raises(lf.LorafoldError, match=f"of another adapter: found {told}"):
+            load(state)
+        with pytest.raises(lf.LorafoldError, match="of another adapter"):
+            load(state, **({"strict": False} if load is second.load_state_dict else {}))
+    assert all(torch.equal(t, before[key]) for key, t in to.state_dict().items())
+
+
+def test_a_state_of_an_earlier_version_and_another_dropout_load(tiny_model) -> None:
+    model, second = tiny_model("llama"), tiny_model("llama")
+    adapter = moved(lf.attach(model, lf.LoRA(rank=4, dropout=0.1)))
+    to = lf.attach(second, lf.LoRA(rank=4, dropout=0.0))
+    second.load_state_dict(model.state_dict())
+    assert torch.equal(logits(model), logits(second))
+    for state, load in ((model.state_dict(), second.load_state_dict),
+                        (adapter.state_dict(), to.load_state_dict)):  # fmt: skip
+        load({key: tensor for key, tensor in state.items() if not key.endswith(".settings")})
+    assert torch.equal(logits(model), logits(second))
+
+
+def test_a_state_of_an_adapter_by_another_name_is_unexpected(tiny_model) -> None:
+    model, second = tiny_model("llama"), tiny_model("llama")
+    lf.attach(model, lf.LoRA(rank=4), name="one")
+    lf.attach(second, lf.LoRA(rank=4), name="two")
+    with pytest.raises(RuntimeError, match=r"Unexpected key\(s\) in state_dict.*deltas\.one\.A"):
+        second.load_state_dict(model.state_dict())
+
+
+def test_rows_of_other_tokens_are_refused(tiny_model) -> None:
+    model, second = tiny_model("llama"), tiny_model("llama")
+    lf.attach(model, lf.LoRA(rank=4), tokens=[5, 6])
+    lf.attach(second, lf.LoRA(rank=4), tokens=[5, 7])
+    with pytest.raises(lf.LorafoldError, match=r"ids \[5, 6\], expected \[5, 7\]"):
+        second.load_state_dict(model.state_dict())

@@ -178,7 +178,7 @@ def test_state_round_trip(base: str, which: str) -> None:
     root, x, adapter = rooted(base, WHICH[which])
     move(adapter)
     other, _, fresh = rooted(base, WHICH[which])
-    assert [k for k in fresh.state_dict() if k.startswith("at.")] == ["at.rows"]
+    assert [k for k in fresh.state_dict() if k.startswith("at.")] == ["at.rows", "at.settings"]
     fresh.load_state_dict({k: v.clone() for k, v in adapter.state_dict().items()})
     for twin in (other, copy.deepcopy(root), pickle.loads(pickle.dumps(root))):
         assert torch.equal(twin["at"](x), root["at"](x))

@@ -144,11 +144,11 @@ def test_a_run_keeps_the_day_on_which_it_began(
     recipe: dict[str, Any] = {"chat_template": str(file)}
 
 
-    monkeypatch.setattr("lorafold.training.setup.date", Day)
+    monkeypatch.setattr("lorafold.data.template_forms.date", Day)
     setup = set_up(request(model, tmp_path / "a", **recipe), quiet())
     began = RunDirectory(tmp_path / "a")
     began.start({"day": setup.day})
-    monkeypatch.setattr("lorafold.training.setup.date", date)
+    monkeypatch.setattr("lorafold.data.template_forms.date", date)
     again = set_up(request(model, tmp_path / "a", resume=True, **recipe), quiet())
     assert setup.day == again.day == "2024-02-03"
     for run in (setup, again):

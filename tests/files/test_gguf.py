@@ -213,3 +213,47 @@ def test_experts_are_read_whole(tiny_model_dir, tmp_path, cache, caplog):
         write_gguf(directory, file, pre="qwen2", without=[f"blk.1.ffn_{lost}_exps.weight"])
         with pytest.raises(LorafoldError, match="1 weights are missing in its files"):
             resolve_model(file)
+
+
+@pytest.fixture
+def on_hub(tmp_path, monkeypatch) -> Path:
+    """The snapshot of a repository of the hub, owner/name, that is on this machine."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    own, commit = tmp_path / "hub" / "models--owner--name", "a" * 40
+    (own / "refs").mkdir(parents=True)
+    (own / "refs" / "main").write_text(commit)
+    (own / "snapshots" / commit / "Q8_0").mkdir(parents=True)
+    return own / "snapshots" / commit
+
+
+@pytest.mark.parametrize("per_file", [0, 8])
+def test_the_only_gguf_model_of_a_repository_is_read(
+    per_file: int, on_hub, tiny_model_dir, cache
+):
+    (on_hub / "mmproj-tiny.gguf").write_bytes(b"of a tower")
+    write_gguf(tiny_model_dir("llama"), on_hub / "Q8_0" / "tiny.gguf", per_file=per_file)
+    found = resolve_model("owner/name")
+    first = min((on_hub / "Q8_0").glob("*.gguf"))
+    assert found.name == "owner/name"
+    assert found.path == resolve_model(first).path
+    shown = [configuration(name).to_dict() for name in ("owner/name", str(first))]
+    assert [one.pop("_name_or_path") is not None for one in shown] == [True, True]
+    assert shown[0] == shown[1]
+
+
+def test_the_gguf_models_of_a_repository_are_named(on_hub, tiny_model_dir, cache):
+    for name in ("a.gguf", "Q8_0/b.gguf"):
+        write_gguf(tiny_model_dir("llama"), on_hub / name)
+    for read in (resolve_model, configuration):
+        with pytest.raises(LorafoldError) as told:
+            read("owner/name")
+        assert str(told.value) == (
+            "model owner/name: found 2 GGUF models in it, expected one; give the path of one as"
+            " --model (hf download owner/name FILE prints it): Q8_0/b.gguf, a.gguf"
+        )
+    (on_hub / "a.gguf").unlink()
+    (on_hub / "Q8_0" / "b.gguf").unlink()
+    with pytest.raises(LorafoldError, match="model owner/name: found no config"):
+        resolve_model("owner/name")

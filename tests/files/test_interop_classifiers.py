@@ -16,8 +16,10 @@ from torch import Tensor
 import lorafold as lf
 from conftest import make_tokenizer
 from lorafold.errors import LorafoldError
+from lorafold.memory.trace import Setting, trace
 from lorafold.models.classifier import head_paths, load_classifier
 from lorafold.models.sources import resolve_model
+from lorafold.models.storage import Storage
 from lorafold.objectives.classify import head_to_save
 from peft_cases import gap, ids, load_theirs, move
 
@@ -144,3 +146,19 @@ def test_other_weights_of_the_body_may_not_be_missing(tmp_path: Path) -> None:
     save_file(state, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(LorafoldError, match=r"1 weights are missing in its files: bert\.encoder"):
         opened(base)
+
+
+@pytest.mark.parametrize("files", [tf.BertForMaskedLM, tf.BertModel, tf.MobileBertForMaskedLM])
+def test_the_estimate_counts_a_new_pooler(files: Any, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 128} if files is tf.MobileBertForMaskedLM else {}
+    own = {"intra_bottleneck_size": 128, "classifier_activation": True} if sizes else {}
+    model = opened(written(tmp_path / "base", files.config_class(**SMALL | sizes, **own), files))
+    spec = lf.LoRA(rank=2)
+    lf.attach(model, spec, modules_to_save=head_to_save(model, spec, None))
+    setting = Setting(
+        Storage(torch.float32), spec, rows=(5,), packed=False, classes=len(CLASSES),
+        beside=lambda model: {"modules_to_save": head_to_save(model, spec, None)},
+    )  # fmt: skip
+    config = tf.AutoConfig.from_pretrained(tmp_path / "base")
+    expected = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trace(config, setting, config.num_hidden_layers).gradients == 4 * expected

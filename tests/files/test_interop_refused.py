@@ -1,4 +1,5 @@
-"""Targets that PEFT refuses in models with state spaces: the files say so, and lorafold reads them.
+"""Targets that PEFT refuses in models with state spaces, and those where it computes something
+else: the files say so, and lorafold reads them.
 
 PEFT has a table of the types of such models; ours is compared with it.
 """
@@ -19,6 +20,7 @@ from peft.tuners import tuners_utils
 
 import lorafold as lf
 from lorafold.peft.form import REFUSED, REFUSING
+from more_architectures import FAMILIES
 from peft_cases import gap, load_theirs, logits, move
 
 TEXT: dict[str, Any] = {
@@ -82,3 +84,28 @@ def test_the_types_are_those_of_peft() -> None:
                 assert (kind in REFUSING, target in REFUSED) == (True, True)
             else:
                 assert kind not in REFUSING or target not in REFUSED
+
+
+@pytest.mark.parametrize(
+    ("name", "past", "other"),
+    [("jamba", ["dt_proj"], "in_proj"), ("rwkv", ["output", "value"], "receptance")],
+)
+def test_where_peft_leaves_its_update_out_is_told(
+    name: str, past: list[str], other: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    row = FAMILIES[name]
+    model = row.model().eval()
+    adapter = lf.attach(model, lf.LoRA(rank=2, dropout=0.0), [*past, other])
+    move(adapter.parameters())
+    adapter.save(tmp_path / "a")
+    [told] = caplog.messages
+    assert f"the weights of {', '.join(past)} themselves" in told
+    expected = logits(model)
+    theirs = load_theirs(row.model().eval(), tmp_path / "a")
+    assert gap(logits(theirs), expected) > 1e-3
+    merged = load_theirs(row.model().eval(), tmp_path / "a").merge_and_unload()
+    assert gap(logits(merged), expected) < 1e-4
+    adapter.detach()
+    caplog.clear()
+    lf.attach(model, lf.LoRA(rank=2), [other]).save(tmp_path / "other")
+    assert caplog.messages == []

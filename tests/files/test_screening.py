@@ -28,7 +28,7 @@ from lorafold.models.loading import load_tokenizer
 from lorafold.peft.saved import FILES
 from lorafold.screening.opened import DEATHS, Opened
 from lorafold.screening.processes import Processes, Refused
-from lorafold.screening.screen import Screen, Verified
+from lorafold.screening.screen import SECONDS, Screen, Verified
 from lorafold.screening.words import Words
 from lorafold.serving.rendering import Renderer
 from serving_cases import TOOL_TEMPLATE, saved
@@ -122,7 +122,8 @@ def test_what_is_wrong_is_told_in_one_line(screen, adapter) -> None:
                 verified(screen, adapter)
 
 
-def test_a_pattern_that_never_ends_is_ended(adapter, base) -> None:
+def test_a_pattern_that_never_ends_is_ended(adapter, base, monkeypatch) -> None:
+    monkeypatch.setitem(SECONDS, "verify", 0.5)
     screen = Screen(lambda: ["a" * 60], base)
     changed(adapter, target_modules="(a|a)*b")
     begun = time.process_time()

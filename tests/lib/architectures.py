@@ -150,7 +150,7 @@ RECURRENT = {
         n_groups=1, chunk_size=4,
     ),
     "jamba": causal(
-        tf.JambaConfig, GROUPED | MAMBA, MIXERS, attn_layer_period=2, attn_layer_offset=1,
+        tf.JambaConfig, GROUPED | MAMBA, ("dt_proj",), attn_layer_period=2, attn_layer_offset=1,
         expert_layer_period=2, expert_layer_offset=1, num_experts=4,
         mamba_dt_rank=4,
     ),

@@ -4,6 +4,7 @@ that know nothing of the engine: transformers' `generate`, and the sampler's ste
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from transformers import (
 
 import lorafold as lf
 from lorafold.engine import Engine, Request, Sampling
+from lorafold.engine.choosing import chosen
+from lorafold.engine.sampler import Choice, Sampler
 
 METHODS: dict[str, Any] = {
     "lora": lf.LoRA(rank=4),
@@ -47,6 +50,16 @@ def save_adapters(model: nn.Module, directory: Path, specs: Mapping[str, Any]) -
         paths[name] = adapter.save(directory / name)
         adapter.detach()
     return paths
+
+
+def with_large_weights(adapter: Path, numbers: int) -> None:
+    """Give an adapter a valid file of one tensor of so many zeros, of which the disk has none."""
+    (adapter / "manifest.json").unlink()
+    about = {"dtype": "F32", "shape": [4, numbers // 4], "data_offsets": [0, 4 * numbers]}
+    header = json.dumps({"base_model.model.model.norm.lora_A.weight": about}).encode()
+    with (adapter / "adapter_model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + 4 * numbers)
 
 
 def prompt(n: int, seed: int, vocabulary: int = 300) -> tuple[int, ...]:
@@ -125,3 +138,11 @@ def processors(s: Sampling) -> LogitsProcessorList:
     if s.min_p:
         found.append(MinPLogitsWarper(s.min_p))
     return LogitsProcessorList(found)
+
+
+def choose(sampler: Sampler, logits_V: torch.Tensor) -> Choice:
+    """The next token of one row."""
+    (found,) = chosen([sampler], logits_V[None])
+    if isinstance(found, Exception):
+        raise found
+    return found

@@ -7,7 +7,7 @@ import lorafold as lf
 from lorafold.data import rows as reading
 from lorafold.data import stored
 
-N = 3000
+N = 2100  # three batches
 
 
 def lowered() -> None:

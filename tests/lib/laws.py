@@ -12,6 +12,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4GroupedLinear
 from transformers.pytorch_utils import Conv1D
 
 import lorafold as lf
@@ -96,6 +97,10 @@ BASES = {
         lambda: nn.Conv2d(6, 32, 3, padding="same", padding_mode="reflect", groups=2, bias=False),
         lambda g: torch.randn(3, 6, 5, 4, generator=g),
     ),
+    "grouped": (
+        lambda: DeepseekV4GroupedLinear(16, 32, n_groups=4),
+        lambda g: torch.randn(3, 5, 4, 16, generator=g),
+    ),
     "nf4": (lambda: packed("nf4"), lambda g: torch.randn(3, 5, 16, generator=g)),
     "int8": (lambda: packed("int8"), lambda g: torch.randn(3, 5, 16, generator=g)),
     "fp8": (
@@ -112,6 +117,8 @@ BASES = {
 NOT_LAID: set[tuple[str, str]] = {
     ("ia3-inputs", "embedding"),
     ("bitfit", "embedding"),
+    ("ia3-inputs", "grouped"),
+    ("bitfit", "grouped"),
     *(("ia3-inputs", base) for base in BASES if base.startswith("convolution")),
 }
 

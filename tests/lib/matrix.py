@@ -88,6 +88,8 @@ def measured(name: str, folder: Path) -> Measured:
 
     reads, why = peft_reads(row, base, adapter, expected)
     assert any("PEFT refuses" in line for line in lines) == any("refuses" in said for said in why)
+    differs = any("computes something else" in said for said in why)
+    assert not differs or any("PEFT leaves its update out" in line for line in lines)
     notes = [
         f"as `{type(model).__name__}`" * (type(model) is not row.cls),
         frozen(attached),

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import re
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from families import embedded
@@ -63,7 +64,9 @@ CASES = {
 }
 
 
+@cache
 def tokenizer_of(case: Case) -> Any:
+    """Read only: all tests share it."""
     made = copy.deepcopy(embedded())
     tokens = {t for t in TOKEN.findall(case.template) if t not in case.plain}
     made.add_tokens(sorted(tokens), special_tokens=True)

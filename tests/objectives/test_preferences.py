@@ -39,6 +39,7 @@ from lorafold.step.branches import branching
 from lorafold.step.preference_laws import Dpo, Ipo, Kto, Law, Orpo, Scored, Simpo
 from lorafold.step.preferences import Preferences
 from lorafold.training import loop
+from own_caches import shared
 from preference_cases import JUDGED, PAIRS, adapted, asked, check_gradients, examples_of, trainer_of
 
 pytestmark = pytest.mark.usefixtures("unestimated")
@@ -253,7 +254,7 @@ def test_judged_rows_have_the_completion_before_as_a_second_branch(
 def test_references_are_the_stack_below_and_are_kept(
     tiny: tuple[Any, Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LORAFOLD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LORAFOLD_CACHE", str(shared(tmp_path / "cache")))
     model, tokenizer, _ = tiny
     examples = examples_of(PAIRS, tokenizer)
     adapted(model)

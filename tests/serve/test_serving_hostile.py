@@ -44,7 +44,7 @@ def besieged(base: Path, folder: Path, names: Sequence[str], everything: bool) -
     for name in names:
         CASES[name].make(folder, base)
     stop = moving(folder) if everything else lambda: None
-    with running(base, folder, waits=False, processes=3) as server:
+    with running(base, folder, waits=False, processes=3 if everything else 1) as server:
         siege = Siege(server, texts)
         with siege.watched() if everything else nullcontext():
             siege.settle()

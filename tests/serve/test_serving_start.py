@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 import lorafold as lf
+from engine_cases import with_large_weights
 from lorafold.engine import Engine
 from lorafold.serving.sweep import Sweep
 from serving_cases import ADMIN, counted, running, saved, until
@@ -123,3 +125,26 @@ def test_adapters_that_differ_in_values_alone_are_checked_against_the_base_once(
         assert set(server.parts.registry.found) == {"a", "b", *(f"a{i}" for i in range(4))}
         assert server.text("a", "Hello") == server.text("a3", "Hello")
     assert 2 <= len(checked) <= 3  # two forms, with one of which both threads may begin
+
+
+def test_what_memory_has_no_room_for_is_refused_by_its_header(folder, tiny_model_dir) -> None:
+    with_large_weights(shutil.copytree(folder / "a", folder / "large"), 1 << 24)
+    with running(tiny_model_dir("llama"), folder, adapter_bytes=32 << 20) as server:
+        told = server.ask("/admin/adapters", key=ADMIN).json["wrong"]
+        assert told.keys() == {"large"}
+        assert "found 16,777,216 numbers, expected at most 8,388,608" in told["large"]
+        assert server.text("a", "Hello")
+
+
+def test_what_grew_is_not_read_and_the_log_says_why(folder, tiny_model_dir, caplog) -> None:
+    with running(tiny_model_dir("llama"), folder) as server:
+        before, key = server.text("a", "Hello"), server.parts.registry.found["a"].key
+        weights = folder / "a" / "adapter_model.safetensors"
+        size = weights.stat().st_size
+        assert server.engine.adapters.evict(key)
+        os.truncate(weights, 64 << 20)
+        answer = server.complete("a", "Hello")
+        assert (answer.status, answer.code) == (503, "adapter_unavailable")
+        assert "found more with adapter_model.safetensors" in caplog.text
+        os.truncate(weights, size)
+        assert server.text("a", "Hello") == before

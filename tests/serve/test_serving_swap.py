@@ -91,18 +91,18 @@ def test_rollback_weights_and_versions(server: Running):
 def test_other_files_under_the_same_name(server: Running, tiny_model_dir, tmp_path):
     """Those that run finish with what they began with; no other version's keys are reused."""
     new = saved(tiny_model_dir("llama"), {"x": lf.IA3(), "v1": lf.LoRA(rank=4)}, tmp_path / "new")
-    old = server.text("other", PROMPT, max_tokens=300)
+    old = server.text("other", PROMPT, max_tokens=200)
     with ThreadPoolExecutor(1) as pool:
-        runs = pool.submit(server.text, "other", PROMPT, max_tokens=300)
+        runs = pool.submit(server.text, "other", PROMPT, max_tokens=200)
         until(lambda: server.engine._scheduler.running)
         shutil.rmtree(server.folder / "other")
         shutil.copytree(new / "v1", server.folder / "other")
         assert server.ask("/v1/load_lora_adapter", {"lora_name": "other"}, ADMIN).status == 200
-        changed = server.text("other", PROMPT, max_tokens=60)
+        changed = server.text("other", PROMPT, max_tokens=30)
         assert runs.result() == old
     assert not old.startswith(changed)
     with running(tiny_model_dir("llama"), new) as alone:
-        assert alone.text("v1", PROMPT, max_tokens=60) == changed
+        assert alone.text("v1", PROMPT, max_tokens=30) == changed
     until(lambda: len(server.engine.adapters._states) == 3)
 
 

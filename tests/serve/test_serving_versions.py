@@ -193,6 +193,8 @@ def test_digests_of_the_old_form_are_understood(tiny_model_dir, tmp_path, caplog
     files = tmp_path / "adapters-files"
     files.mkdir()
     written("chat_template.jinja", TEMPLATE)(adapters / "low")  # which the old form leaves out
+    for name in ("own", "high"):
+        written("manifest.json", "{}")(adapters / name)  # of another tool
     old = {name: digest_in_the_old_form(adapters / name) for name in ("own", "low", "high")}
     kept = {
         "aliases": {"it": {"targets": [{"adapter": "own", "digest": old["own"]}]}},
@@ -273,3 +275,29 @@ def test_what_is_known_and_the_fingerprint_are_of_the_base(
     (tmp_path / "copy" / "chat_template.jinja").write_text(TEMPLATE)
     assert fingerprints("copy")[0] != first
     assert names != []
+
+
+def test_a_digest_that_may_be_of_another_version_stands_for_nothing(
+    tiny_model_dir, tmp_path, caplog
+) -> None:
+    """Without a manifest an old digest is that which a version without a tokenizer has today."""
+    adapters = make(tmp_path, tiny_model_dir("llama"))
+    with running(tmp_path / "base", adapters) as server:
+        digest = server.ask("/v1/models/low").json["digest"]
+        assert digest == digest_in_the_old_form(adapters / "low")
+        plain = said(server, f"low@{digest[:12]}")
+        target = {"target": f"low@{digest}"}
+        assert server.ask("/admin/aliases/it", target, ADMIN, "PUT").status == 200
+        assert said(server, "it") == plain
+        write_tokenizer(load_tokenizer(tmp_path / "base"), adapters / "low")
+        written("chat_template.jinja", TEMPLATE)(adapters / "low")
+        loaded(server, "low")
+        assert said(server, "low") != plain
+        assert said(server, f"low@{digest[:12]}") == (404, "model_not_found")
+        assert said(server, "it") == (404, "model_not_found")
+        key = server.parts.registry.found["low"].key
+    told = [r.getMessage() for r in caplog.records if "old form" in r.getMessage()]
+    assert told == [
+        f"low@{digest[:12]} is a digest of the old form, or of another version without a tokenizer,"
+        f" so that it stands for nothing now; use {key}"
+    ]

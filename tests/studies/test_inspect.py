@@ -23,6 +23,7 @@ from lorafold.inspecting.run import inspect
 from lorafold.inspecting.updates import Svd, of_dense
 from lorafold.opening import Base
 from lorafold.peft.saved import open_all
+from own_caches import shared
 from update_cases import orthonormal
 
 KEYS = {
@@ -38,7 +39,7 @@ KEYS = {
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("LORAFOLD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LORAFOLD_CACHE", str(shared(tmp_path / "cache")))
 
 
 def command(*arguments) -> dict:
@@ -58,9 +59,9 @@ def numbers(value) -> list[float]:
 
 
 def test_everything_at_once(tiny_model_dir, tmp_path):
-    base = tiny_model_dir("llama")
-    make_adapter(base, tmp_path / "a", spec=lf.LoRA(rank=4))
-    make_adapter(base, tmp_path / "b", spec=lf.LoRA(rank=2), seed=1)
+    base, few = tiny_model_dir("llama"), ["q_proj", "down_proj"]  # each kind has ten drawings
+    make_adapter(base, tmp_path / "a", spec=lf.LoRA(rank=4), targets=few)
+    make_adapter(base, tmp_path / "b", spec=lf.LoRA(rank=2), targets=few, seed=1)
     save_file({"probe": torch.randn(32)}, tmp_path / "f.safetensors")
     (tmp_path / "d.jsonl").write_text(
         '{"text": "Book a table for four"}\n{"text": "Remind me to call"}\n'
@@ -80,7 +81,7 @@ def test_everything_at_once(tiny_model_dir, tmp_path):
         "--html",
         tmp_path / "page.html",
     )
-    assert len(found["sites"]) == 14
+    assert len(found["sites"]) == 4
     assert all(site.keys() >= KEYS for site in found["sites"].values())
     assert all(site["rank"] == 4 for site in found["sites"].values())
     assert [t for t, _ in found["paths"]["scaling"]] == [i / 4 for i in range(-2, 7)]

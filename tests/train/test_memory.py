@@ -270,6 +270,17 @@ def test_mixtures_of_experts(name: str, targets: str | None, dtype: torch.dtype)
     close(mixtures.CONFIGS[name](), setting)
 
 
+@pytest.mark.parametrize("spec", ["lora", pytest.param(None, marks=pytest.mark.slow)])
+def test_experts_whose_router_counts_their_rows(spec: str | None) -> None:
+    """JetMoe's: as many for each, where there are no values."""
+    config = tf.JetMoeConfig(
+        vocab_size=500, hidden_size=128, num_hidden_layers=3, num_key_value_heads=2, kv_channels=32,
+        intermediate_size=256, num_local_experts=4, num_experts_per_tok=2, bos_token_id=1,
+        eos_token_id=2,
+    )  # fmt: skip
+    close(config, Setting(BF16, spec and make_spec(spec), rows=(64, 64)))
+
+
 @pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("name", "spec"),

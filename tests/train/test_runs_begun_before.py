@@ -4,12 +4,16 @@ refused.
 
 from __future__ import annotations
 
+import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from lorafold.data.stream import stream_of
 from lorafold.errors import LorafoldError
 from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.request import Request
@@ -21,23 +25,25 @@ STOPS = {"lr": 1e30, "lr_b": 1e30, "save_every": 1}
 GOES_ON = "the loss is nan"
 
 
-def begun_before(asked: Request, *without: str) -> Request:
-    """The same run, to be resumed, as a version began it that did not write these fields."""
+def begun_before(asked: Request, *without: str, **other: str) -> Request:
+    """The same run, to be resumed, as a version began it that did not write these fields, and
+    others otherwise.
+    """
     with pytest.raises(LorafoldError, match=GOES_ON):
         train(asked, quiet())
     run = RunDirectory(asked.out)
     identity = json.loads((run.path / "run.json").read_text())
     for name in without:
         identity.pop(name, None)
-    run.start(identity)
+    run.start(identity | other)
     return replace(asked, resume=True)
 
 
-def resumed(asked: Request, **fields: object) -> str:
+def resumed(asked: Request, console: Console | None = None, **fields: object) -> str:
     """What a resumed run is stopped by."""
     recipe = asked.recipe.model_copy(update=fields)
     with pytest.raises(LorafoldError) as caught:
-        train(replace(asked, recipe=recipe), quiet())
+        train(replace(asked, recipe=recipe), console or quiet())
     return str(caught.value)
 
 
@@ -76,3 +82,40 @@ def test_turns_ended_as_the_template_writes_them(
     else:
         assert "end_of_turn: was 'none', now 'auto'" in resumed(again)
         assert GOES_ON in resumed(again, end_of_turn="none")
+
+
+@pytest.mark.parametrize("found", ["more", "fewer"])
+def test_targets_that_mean_other_modules_now(found: str, tiny_model_dir, tmp_path: Path) -> None:
+    asked = request(tiny_model_dir("llama"), tmp_path / "a", **STOPS)
+    with pytest.raises(LorafoldError, match=GOES_ON):
+        train(asked, quiet())
+    again = replace(asked, resume=True)
+    run = RunDirectory(again.out)
+    [last] = run.checkpoints().values()
+    progress, tensors, optimizer = run.load(last)
+    some = {k: t for k, t in tensors.items() if k.split(".")[-2] in ("up_proj", "down_proj")}
+    assert some
+    if found == "more":
+        tensors = {k: t for k, t in tensors.items() if k not in some}
+        said = r"now adapts model\.layers\.0\.mlp\.down_proj and 3 more\."
+    else:
+        tensors |= {k.replace(".mlp.", ".indexer."): t.clone() for k, t in some.items()}
+        said = r"no longer adapts model\.layers\.0\.indexer\.down_proj and 3 more\."
+    run.save(progress, tensors, optimizer, keep=2)
+    assert re.search(rf"adapted other modules when it began: .* {said}", resumed(again))
+
+
+def test_files_that_are_streamed_are_known_by_their_content(tiny_model_dir, tmp_path: Path) -> None:
+    file, out = tmp_path / "rows.jsonl", io.StringIO()
+    row = {"prompt": "Book a table", "completion": "a"}
+    file.write_text(f"{json.dumps(row)}\n" * 8)
+    asked = request(tiny_model_dir("llama"), tmp_path / "a", streaming=True, **STOPS)
+    asked = replace(asked, rows=stream_of(str(file)))
+    again = begun_before(asked)
+    assert GOES_ON in resumed(again)
+    before = begun_before(replace(asked, out=tmp_path / "b"), data=f"{file} {file.stat().st_size}")
+    assert GOES_ON in resumed(before, Console(file=out, width=999))
+    assert f"did not say what was in {file}: whether the rows are the same" in out.getvalue()
+    file.write_text(f"{json.dumps(row | {'completion': 'b'})}\n" * 8)
+    other = replace(again, rows=stream_of(str(file)))
+    assert f"data: was '{again.data.identity}', now '{other.data.identity}'" in resumed(other)

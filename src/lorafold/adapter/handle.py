@@ -13,6 +13,7 @@ from lorafold.bases import parameter_count
 from lorafold.bases.dequantized import record_dequantized
 from lorafold.core.attach import Adapted, Origin, adapted_modules, freeze, lift, selection_of, thaw
 from lorafold.core.delta import Delta, put
+from lorafold.core.settings import SETTINGS, check_settings, written
 from lorafold.errors import LorafoldError
 from lorafold.files.card import VOCABULARY, Beside
 from lorafold.files.record import OTHER_BASE
@@ -97,23 +98,32 @@ class Adapter:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every tensor of the adapter, in its own shape, by `<module path>.<name>`; checkpoints
-        have these.
+        have these. One more for each module are the settings of its delta (`core.settings`).
         """
-        own = ((path, delta.state_dict()) for path, delta in self.deltas.items())
-        return {joined(path, name): t for path, state in own for name, t in state.items()}
+        deltas = self.deltas
+        own = ((path, delta.state_dict()) for path, delta in deltas.items())
+        state = {joined(path, name): t for path, state in own for name, t in state.items()}
+        settings = {joined(path, SETTINGS): written(delta) for path, delta in deltas.items()}
+        return state | {name: t for name, t in settings.items() if t is not None}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Load what `state_dict` returned.
 
         A tensor may be of any shape, also another one than the adapter's own (a pruned rank), which
         makes it a new parameter; so make optimizers afterwards. Raises LorafoldError with the
-        missing and unknown keys, and loads nothing then.
+        missing and unknown keys, or with another setting (a scale, a seed), and loads nothing then.
         """
-        own, given = set(self.state_dict()), set(state)
-        if own != given:
-            wrong = f"missing {sorted(own - given)}, unknown {sorted(given - own)}"
+        deltas, own = self.deltas, set(self.state_dict())
+        settings = {joined(path, SETTINGS): path for path in deltas}
+        # states of earlier versions have no settings
+        missing, unknown = own - set(state) - set(settings), set(state) - own
+        if missing or unknown:
+            wrong = f"missing {sorted(missing)}, unknown {sorted(unknown)}"
             raise LorafoldError(f"adapter {self.name!r}: keys of the state to load: {wrong}")
-        for path, delta in self.deltas.items():
+        for name, path in settings.items():
+            if name in state:
+                check_settings(deltas[path], state[name], f"{path}: adapter {self.name!r}")
+        for path, delta in deltas.items():
             for name, old in delta.state_dict(keep_vars=True).items():
                 put(delta, name, state[joined(path, name)].to(old.device))
 

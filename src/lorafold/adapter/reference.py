@@ -29,19 +29,17 @@ def reference(model: Model) -> Model:
     with it: an object of the model's class with the model's own weights, so that it takes no
     memory.
 
-    Calling it runs the model in evaluation mode, without gradients, under the active adapters in
-    which nothing trains. Its mode and its gradients can't be switched on. Raises LorafoldError if
-    no active adapter trains, or if one trains the base's own weights.
+    Calling it, its forward or a part of it (`reference(model).model`) runs the model in evaluation
+    mode, without gradients, under the active adapters in which nothing trains. Its mode and its
+    gradients can't be switched on. Raises LorafoldError if no active adapter trains, or if one
+    trains the base's own weights.
 
     Args:
         model: the model, with an adapter that trains.
     """
     under = below(model)
-    twin: Any = object.__new__(_reference_class(type(model)))  # type: ignore[arg-type]
-    state = {name: value for name, value in vars(model).items() if name not in OWN}
-    twin.__dict__.update(state, _reference_of=(model,), _under=under)
     selection_of(model).referred = under
-    return twin
+    return _twin(model, model, under)
 
 
 def below(model: nn.Module) -> tuple[str, ...]:
@@ -68,15 +66,39 @@ def below(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name in names if name not in trained)
 
 
+def _twin(module: nn.Module, model: nn.Module, under: tuple[str, ...]) -> Any:
+    """A module of a model, or the model itself, as it runs under these adapters."""
+    twin: Any = object.__new__(_reference_class(type(module)))  # type: ignore[arg-type]
+    state = {name: value for name, value in vars(module).items() if name not in OWN}
+    twin.__dict__.update(state, _reference_of=(module,), _model=(model,), _under=under, _parts={})
+    return twin
+
+
 class _Reference(nn.Module):
-    """Mixin before the class of a model: the model under the adapters `_under`."""
+    """Mixin before the class of a module: the module under the adapters `_under`."""
 
     _reference_of: tuple[Any]  # in a tuple, so that it is no submodule
+    _model: tuple[Any]
     _under: tuple[str, ...]
+    _parts: dict[str, Any]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with only(self, *self._under), evaluating(self._reference_of[0]):
+        with only(self._model[0], *self._under), evaluating(self._reference_of[0]):
             return super().__call__(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        found: Any = super().__getattr__(name)
+        if not isinstance(found, nn.Module):
+            return found
+        part = self._parts.get(name)
+        if part is None or part._reference_of[0] is not found:
+            part = self._parts[name] = _twin(found, self._model[0], self._under)
+        return part
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # the submodules are those of the model, where a part of the reference has no place
+        own = value._reference_of[0] if isinstance(value, _Reference) else value
+        super().__setattr__(name, own)
 
     def train(self, mode: bool = True) -> Self:
         """Nothing: each call is in evaluation mode. Returns it."""
@@ -92,11 +114,12 @@ class _Reference(nn.Module):
 
 @cache
 def _reference_class(cls: type[nn.Module]) -> type[_Reference]:
-    """The subclass of a model's class, with its name, that `reference` makes an object of."""
+    """The subclass of a module's class, with its name, that `_twin` makes an object of."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # what a trainer made of the model's forward since
-        return self._reference_of[0].forward(*args, **kwargs)
+        [module], [model] = self._reference_of, self._model
+        with only(model, *self._under), evaluating(module):
+            return module.forward(*args, **kwargs)  # what a trainer made of it since
 
     made = type(cls.__name__, (_Reference, cls), {"forward": wraps(cls.forward)(forward)})
     made.__module__, made.__qualname__ = cls.__module__, cls.__qualname__

@@ -12,6 +12,7 @@ from lorafold.bases.compressed import Compressed
 from lorafold.bases.convolution import Convolution
 from lorafold.bases.dense import Conv1D, Embedding, Linear, Plain
 from lorafold.bases.experts import Experts
+from lorafold.bases.grouped import GroupedLinear
 from lorafold.core.anatomy import bare_modules
 from lorafold.core.attach import Adapted
 from lorafold.core.base import Base
@@ -30,6 +31,7 @@ LAYERS: dict[str, type[Base]] = {
     "bitsandbytes.nn.modules.Linear8bitLt": Linear8bit,
     "lorafold.bases.compressed.CompressedLinear": Compressed,
     "transformers.models.falcon.modeling_falcon.FalconLinear": Linear,
+    "transformers.models.deepseek_v4.modeling_deepseek_v4.DeepseekV4GroupedLinear": GroupedLinear,
     "lorafold.core.matrices.Matrices": Experts,
 }
 

@@ -74,7 +74,8 @@ def in_order(
         rows: sorted by expert.
         sizes: how many are of each expert.
     """
-    of = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(rows.device)
+    each, count = torch.tensor(sizes), len(rows)  # its sum, which can't be read without values
+    of = torch.arange(len(sizes)).repeat_interleave(each, output_size=count).to(rows.device)
     groups, taken, places = grouped(of, len(sizes))
     (layer,) = layers(groups, None, (0, 1))
     y: Tensor = lowered(lambda x: layer(x[taken]).index_select(0, places), rows)

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,6 +30,7 @@ from lorafold.adapter import Adapter, load
 from lorafold.bases import parameter_count
 from lorafold.data.probes import probe_ids
 from lorafold.data.sources import Row
+from lorafold.data.template_forms import on_day
 from lorafold.errors import NotMergeable
 from lorafold.evaluation import Interval, evaluate
 from lorafold.opening import Base
@@ -36,6 +38,7 @@ from lorafold.peft.config import CONFIG
 from lorafold.peft.saved import Saved
 from lorafold.recipe.fitting import fitting, settled_base, spec_of
 from lorafold.recipe.recipe import Recipe
+from lorafold.training.grounds import day_written
 from lorafold.training.request import Request, objective_of
 from lorafold.training.run import train
 
@@ -86,6 +89,11 @@ class Task:
     source: str
     recipe: Recipe
 
+    @cached_property
+    def day(self) -> str:
+        """What a chat template that asks for the date writes in all measurements; else empty."""
+        return day_written(self.base, self.recipe.chat_template)
+
 
 def measure(task: Task, method: str, seed: int) -> Measurement:
     """Train one method and measure it.
@@ -99,7 +107,8 @@ def measure(task: Task, method: str, seed: int) -> Measurement:
     """
     recipe = fitting(task.recipe, method).model_copy(update={"seed": seed})
     with tempfile.TemporaryDirectory() as folder:
-        request = Request(task.base, Path(folder) / "adapter", recipe, task.rows, task.source)
+        out = Path(folder) / "adapter"
+        request = Request(task.base, out, recipe, task.rows, task.source, day=task.day)
         chosen = task.base.stored(settled_base(recipe, spec_of(recipe), task.base.source))
         trained = train(request, Console(quiet=True))
         models = Models(request, chosen)
@@ -145,8 +154,9 @@ class Models:
         self.objective, self.seed = objective_of(request), request.recipe.seed
         self.bare, self.whole = bare, replace(bare, model=request.out, revision=None)
         self.saved = Saved.open(request.out) if (request.out / CONFIG).is_file() else None
-        self.tokenizer = bare.tokenizer([self.saved]) if self.saved else self.whole.tokenizer()
-        self.objective.set_up(self.tokenizer)
+        tokenizer = bare.tokenizer([self.saved]) if self.saved else self.whole.tokenizer()
+        self.objective.set_up(tokenizer)
+        self.tokenizer = on_day(tokenizer, request.day)
 
     def base(self, in_fp32: bool = False) -> PreTrainedModel:
         """The base."""

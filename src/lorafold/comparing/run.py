@@ -125,7 +125,7 @@ def key(task: Task, method: str) -> str:
     found = grounds(base, recipe.chat_template, "comparing", "merging")
     rows = [Rows.of(task.rows).identity, Rows.of(task.held_out).identity]
     asked = recipe.model_dump(mode="json", exclude={"seed"})
-    return digest_of([found, *rows, asked, repr(spec), spec.lr, spec.lr_b])
+    return digest_of([found, *rows, asked, repr(spec), spec.lr, spec.lr_b, task.day])
 
 
 def of_stored(stored: dict[str, Any]) -> Measurement:

@@ -24,6 +24,7 @@ from lorafold.core.reading import NAMES
 from lorafold.core.selection import Loading, OnlyBlock, Selection
 from lorafold.core.selection import Origin as Origin
 from lorafold.core.served_weights import Read
+from lorafold.core.settings import SETTINGS, check_settings, written
 from lorafold.errors import LorafoldError
 
 _base_alone: ContextVar[bool] = ContextVar("base_alone", default=False)
@@ -64,6 +65,9 @@ class Deltas(nn.ModuleDict):
         state = super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
         for key in self._keys_of_base(prefix, state):
             del state[key]
+        for name, delta in self.items():
+            if (settings := written(delta)) is not None:  # type: ignore[arg-type]
+                state[f"{prefix}{name}.{SETTINGS}"] = settings
         return state
 
     def _keys_of_base(self, prefix: str, keys: Iterable[str]) -> list[str]:
@@ -72,8 +76,16 @@ class Deltas(nn.ModuleDict):
         return [key for key in keys if key.startswith(under)] if under else []
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        names = {key.removeprefix(prefix).partition(".")[0] for key in state_dict}
-        self._given = prefix, names & set(self)
+        _, strict, _, unexpected, _ = args
+        names = {key: key.removeprefix(prefix).partition(".")[0] for key in state_dict}
+        if strict:
+            unexpected += [key for key, name in names.items() if name not in self]
+        for name, delta in self.items():
+            settings = state_dict.pop(f"{prefix}{name}.{SETTINGS}", None)
+            if settings is not None:
+                where = f"{prefix.removesuffix('.deltas.')}: adapter {name!r}"
+                check_settings(delta, settings, where)  # type: ignore[arg-type]
+        self._given = prefix, set(names.values()) & set(self)
 
     def _forgive(self, _: nn.Module, incompatible: Any) -> None:
         """Hook after `load_state_dict`: keys of adapters that the state has no tensor of are not

@@ -33,6 +33,7 @@ class Delta(nn.Module, ABC):
     """
 
     up_names: tuple[str, ...] = ()  # parameters that train at the up factor's learning rate (LoRA+)
+    whole = False  # it trains its module whole, beside a method
     in_place = False  # its parameters are the module's own, so that folding has nothing to change
     # tensors that are in the checkpoints of a run and not in adapter files
     run_names: tuple[str, ...] = ()
@@ -40,6 +41,8 @@ class Delta(nn.Module, ABC):
     # for each matrix of the layer; and of those of one dimension these, entries of matrices
     vector_names: tuple[str, ...] = ()
     entry_names: tuple[str, ...] = ()
+    # attributes besides its tensors that its change of the layer depends on (`core.settings`)
+    setting_names: tuple[str, ...] = ()
 
     @abstractmethod
     def forward(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:

@@ -44,6 +44,11 @@ class Spec(ABC):
     rank_is_dimension: ClassVar[bool] = True
 
     @property
+    def lr_whole(self) -> float | None:
+        """The default learning rate of modules that are trained whole beside it (None: lr)."""
+        return None
+
+    @property
     def positions(self) -> int:
         """How many positions of the model it takes before the first token of a row."""
         return 0

@@ -12,7 +12,6 @@ opening of an assistant turn, and is tokenized once for all rows.
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from datetime import date
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from lorafold.data.arrow import TURNS, flags, lists, numbers, texts
 from lorafold.data.control_tokens import Pieces, encoded, is_marked
 from lorafold.data.render import Rendered, Rendering, Trained, render_trained
 from lorafold.data.shapes import CONVERSATIONS, Conversation
-from lorafold.data.template_forms import is_dated
+from lorafold.data.template_forms import day_of
 from lorafold.data.tokenizing import Encoder
 from lorafold.errors import LorafoldError
 
@@ -219,7 +218,7 @@ def identity_of(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
     asks for it.
     """
     return {
-        "day": date.today().isoformat() if is_dated(tokenizer) else "",
+        "day": day_of(tokenizer),
         "tokenizer": tokenizer.backend_tokenizer.to_str(),
         "template": str(tokenizer.chat_template),
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},

@@ -12,6 +12,7 @@ resumed reads the rows of the steps before and leaves them out.
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -42,17 +43,26 @@ class RowStream:
     columns: Mapping[str, str]
     wanted: str = ""
 
-    @property
+    @cached_property
     def identity(self) -> str:
-        """What a resumed run must have in common with the one before: the names, and the sizes of
-        files, which are not read for this, or the digests of those of a directory.
+        """What a resumed run must have in common with the one before: the names, and what tells
+        whether the rows are the same, but for a dataset of the hub.
         """
-        files = [Path(source.name) for source in self.sources]
-        known = [
-            source.identity if source.several else file.stat().st_size if file.is_file() else ""
-            for source, file in zip(self.sources, files, strict=True)
-        ]
-        return " ".join(f"{s} {n}".strip() for s, n in zip(self.sources, known, strict=True))
+        return self._known_by(lambda source: source.identity)
+
+    @property
+    def identity_before(self) -> str:
+        """The identity in runs that earlier versions began, with the sizes of single files."""
+
+        def known(source: Source) -> str:
+            single = Path(source.name).is_file()
+            return source.identity if source.several else str(source.size) if single else ""
+
+        return self._known_by(known)
+
+    def _known_by(self, known: Callable[[Source], str]) -> str:
+        named = [(s, known(s) if s.several or Path(s.name).exists() else "") for s in self.sources]
+        return " ".join(f"{source} {what}".strip() for source, what in named)
 
     @property
     def record(self) -> dict[str, Any]:

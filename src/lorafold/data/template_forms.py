@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import date, datetime
 from functools import lru_cache
 from itertools import product
 from types import MappingProxyType
@@ -164,18 +164,25 @@ def is_dated(tokenizer: "PreTrainedTokenizerBase") -> bool:
     return bool(DATED.search(str(tokenizer.chat_template)))
 
 
+def day_of(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The date of today, as 2026-11-28, where the chat template asks for it; else empty."""
+    return date.today().isoformat() if is_dated(tokenizer) else ""
+
+
 def on_day(tokenizer: "PreTrainedTokenizerBase", day: str) -> "PreTrainedTokenizerBase":
     """The tokenizer with a chat template that writes one date, where the template itself has the
     form of the date: it `is_dated` still where a form is a variable.
 
     Args:
         tokenizer: It stays as it is.
-        day: The date, as 2026-11-28.
+        day: The date, as 2026-11-28; empty where the template asks for none.
     """
 
     def written(found: re.Match[str]) -> str:
         return json.dumps(datetime.fromisoformat(day).strftime(found[2]))
 
+    if not day:
+        return tokenizer
     fixed, template = copy.copy(tokenizer), tokenizer.chat_template
     named = template if isinstance(template, dict) else {"": template}
     texts = {name: ASKING.sub(written, text) for name, text in named.items()}

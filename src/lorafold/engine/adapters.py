@@ -1,6 +1,6 @@
 """An adapter's files, verified, and the adapter as the engine holds it.
 
-    entry = KnownAdapter("sft", path, Reader(model).identities(path), generation)
+    entry = KnownAdapter("sft", path, Reader(model).verified(path), generation)
     held = Reader(model).read(entry)        # factors of products, and deltas of other kinds
 
 What is read is what was verified: each file is read once, into memory, and its bytes are digested
@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,36 +29,45 @@ from lorafold.core.delta import Delta
 from lorafold.engine.structure import Shape, Structure
 from lorafold.errors import LorafoldError
 from lorafold.files.contents import Contents
+from lorafold.files.header import check_numbers
 from lorafold.files.record import RECORD
 from lorafold.identity import joined, of_adapter
 from lorafold.methods.parts.extras import vocabulary
 from lorafold.methods.parts.token_rows import TokenRows
 from lorafold.models.weights import ModelWeights
-from lorafold.peft.config import CONFIG
+from lorafold.peft.config import CONFIG, WEIGHTS
 from lorafold.peft.saved import FILES
 from lorafold.peft.stack import beside, digest_of, not_found, parse
 
 # Products of a larger rank take longer than the base's own, whose rows they would all have to pad
 RANK = 64
+BESIDE = 8 << 20  # bytes of a manifest, which an identity leaves out
+
+
+class Verified(NamedTuple):
+    """The identity of an adapter's files that were verified, and their bytes."""
+
+    identity: str
+    nbytes: int
 
 
 @dataclass(frozen=True)
 class KnownAdapter:
-    """An adapter that the engine knows: its name, its directory, the identities of what is read
-    for it, which are those of the adapters below, the lowest first, and its own, and the number of
-    the call that made it known. Others under the same name are another entry. One that is attached
-    on the model has no files.
+    """An adapter that the engine knows: its name, its directory, what was verified of what is read
+    for it, which are the adapters below, the lowest first, and itself, and the number of the call
+    that made it known. Others under the same name are another entry. One that is attached on the
+    model has no files.
     """
 
     name: str
     path: Path | None
-    stack: tuple[str, ...]
+    stack: tuple[Verified, ...]
     generation: int
 
     @property
     def digest(self) -> str:
         """What is read for it, as one identity; "" without files."""
-        return joined(self.stack) if self.stack else ""
+        return joined([one.identity for one in self.stack]) if self.stack else ""
 
     @property
     def key(self) -> str:
@@ -112,24 +121,26 @@ def parts_of(deltas: Mapping[str, Delta]) -> Iterator[tuple[str, Delta]]:
     return ((path, part) for path, delta in deltas.items() for part in delta.parts())
 
 
-def found_below(origin: Origin, over: Path) -> Contents:
+def found_below(origin: Origin, over: Path, most: int) -> Contents:
     """The files of an adapter that another one was trained over, which lies `beside`. Raises
     LorafoldError if it is not there, or has another digest.
 
     Args:
         origin: The adapter to find.
         over: The directory of the one that lies over it.
+        most: The most bytes of its files.
     """
-    contents = Contents(beside(origin, over), FILES)
+    contents = Contents(beside(origin, over), FILES, most)
     if CONFIG not in contents.files or digest_of(contents) != origin.sha256:
         raise LorafoldError(not_found(origin, over))
     return contents
 
 
-def _check(found: Sequence[Contents], stack: Sequence[str]) -> None:
-    """Raise LorafoldError unless what was read, the lowest first, has these identities."""
+def _check(found: Sequence[Contents], verified: Sequence[Verified]) -> None:
+    """Raise LorafoldError unless what was read, the lowest first, is what was verified."""
+    stack = [one.identity for one in verified]
     named = [contents.named for contents in found]
-    if named != list(stack):
+    if named != stack:
         paths = ", ".join(str(contents.path) for contents in found)
         ours, theirs = (", ".join(one[:12] for one in each) for each in (named, stack))
         raise LorafoldError(
@@ -145,12 +156,15 @@ class Reader:
         model: the model, whose tensors the shadow shares.
         structure: what is known of the model.
         dtype: the dtype of the factors.
+        room: the most bytes of adapters in memory, or None.
     """
 
     def __init__(
-        self, model: nn.Module, structure: Structure, dtype: torch.dtype, allowed: bool = False
-    ) -> None:
+        self, model: nn.Module, structure: Structure, dtype: torch.dtype, allowed: bool = False,
+        room: int | None = None,
+    ) -> None:  # fmt: skip
         self.structure, self.dtype, self.allowed = structure, dtype, allowed
+        self.numbers = None if room is None else room // dtype.itemsize
         tensors = [*model.parameters(), *model.buffers()]
         self.shadow = copy.deepcopy(model, {id(t): t for t in tensors})
         self.base = ModelWeights(self.shadow)
@@ -162,10 +176,12 @@ class Reader:
         """
         assert entry.path is not None
         began = time.perf_counter()
-        contents = Contents(entry.path, FILES)
+        most = sum(one.nbytes for one in entry.stack) + BESIDE
         try:
+            contents = Contents(entry.path, FILES, most)
             _check([contents], entry.stack[-1:])  # nothing else of them is looked at
-            below = [found_below(origin, entry.path) for origin in self._needed(contents.record)]
+            needed = self._needed(contents.record)
+            below = [found_below(origin, entry.path, most) for origin in needed]
             _check(below, entry.stack[:-1])
             with self._one:
                 deltas = self._stacked(below, contents)
@@ -174,13 +190,21 @@ class Reader:
         held = self.held(entry, deltas, vocabulary(self.shadow, parts_of(deltas)))
         return replace(held, seconds=time.perf_counter() - began)
 
-    def identities(self, path: str | Path) -> tuple[str, ...]:
+    def verified(self, path: str | Path) -> tuple[Verified, ...]:
         """What an entry's `stack` is now for the adapter in a directory. One that has to be below
-        and is not there is left out: `read` says so. Raises LorafoldError if there is no adapter.
+        and is not there is left out: `read` says so. Raises LorafoldError if there is no adapter,
+        and for weights that take more memory than there is for adapters, before they are read.
         """
         origins = self._needed(Contents(path, (RECORD,)).record)
         below = [at for o in origins if ((at := beside(o, Path(path))) / CONFIG).is_file()]
-        return tuple(of_adapter(at, words=False) for at in (*below, path))
+        return tuple(self._verified(at) for at in (*below, Path(path)))
+
+    def _verified(self, path: Path) -> Verified:
+        files = [file for name in FILES if (file := path / name).is_file()]
+        if self.numbers is not None and path / WEIGHTS in files:
+            check_numbers(path / WEIGHTS, self.numbers)
+        nbytes = sum(file.stat().st_size for file in files)
+        return Verified(of_adapter(path, words=False), nbytes)
 
     def _needed(self, record: Mapping[str, Any]) -> tuple[Origin, ...]:
         """The adapters below one that are read with it. Those that are active on the model belong

@@ -25,7 +25,7 @@ import torch
 
 from lorafold.core.attach import only
 from lorafold.core.evaluating import evaluation_mode
-from lorafold.engine.adapters import KnownAdapter, Reader, attached, parts_of
+from lorafold.engine.adapters import KnownAdapter, Reader, Verified, attached, parts_of
 from lorafold.engine.admission import check
 from lorafold.engine.fast_path import fast_path
 from lorafold.engine.grammar import Grammars
@@ -45,6 +45,7 @@ from lorafold.errors import LorafoldError
 from lorafold.machine.threads import disband
 from lorafold.machine.waiting import considerate
 from lorafold.methods.parts.extras import vocabulary
+from lorafold.models.positions import positions_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,13 +74,15 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         config = model.config.get_text_config()
         positions = getattr(config, "max_position_embeddings", None)
-        settings, self.length = replace(settings, **changes).fitted(positions)
+        table = positions_of(model).table
+        settings, self.length = replace(settings, **changes).fitted(positions, table)
         with ExitStack() as stack:
             for own in (taken(model), evaluation_mode(model), untrained(model), considerate()):
                 stack.enter_context(own)
             self.structure: Structure = structure_of(model)
             dtype = model.dtype if model.dtype.is_floating_point else torch.bfloat16
-            self._reader = Reader(model, self.structure, dtype, settings.allow_other_base)
+            room = settings.adapter_bytes
+            self._reader = Reader(model, self.structure, dtype, settings.allow_other_base, room)
             if self.slotted:
                 slots, columns = settings.slots, self.length + settings.chunk  # padding is written
                 operations = available(model.device.type) if settings.fast else Operations()
@@ -98,9 +101,7 @@ class Engine:
         self.vocabulary: int = max(config.vocab_size, below or 0)
         self._scheduler = Scheduler(settings, settings.invariant and self.structure.routed)
         self._wake, self._lock = threading.Event(), threading.RLock()
-        self.adapters = Residency(
-            self._reader, settings.adapter_bytes, self._wake.set, settings.strikes
-        )
+        self.adapters = Residency(self._reader, room, self._wake.set, settings.strikes)
         self._loop = Loop(self._runner, self._scheduler, self.adapters, self._gone)
         self._rows: dict[str, Row] = {}
         self._grammars = Grammars(tokenizer, self.vocabulary)
@@ -114,7 +115,7 @@ class Engine:
         return not self.structure.why
 
     def load(
-        self, name: str, path: str | Path, *, stack: Sequence[str] = (), wait: bool = True
+        self, name: str, path: str | Path, *, stack: Sequence[Verified] = (), wait: bool = True
     ) -> None:
         """Read and verify an adapter, and make it known under a name. Requests that run go on with
         what they have. Raises LorafoldError if it can't be read (if it waits).

@@ -11,14 +11,14 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 
-import torch
 from torch import Tensor
 
+from lorafold.engine.choosing import chosen
 from lorafold.engine.request import Reason
 from lorafold.engine.residency import Residency
 from lorafold.engine.row import Row
 from lorafold.engine.runner import Runner
-from lorafold.engine.sampler import NOT_FINITE, Choice, NotFinite, Unfit
+from lorafold.engine.sampler import Choice, NotFinite, Unfit
 from lorafold.engine.scheduler import Batch, Scheduler
 from lorafold.errors import STOPS, LorafoldError, place
 
@@ -137,28 +137,23 @@ class Loop:
         self._choose([(b, row) for b, row in done if row.stream.ended is None], logits_BV)
 
     def _choose(self, rows: list[tuple[int, Row]], logits_BV: Tensor) -> None:
-        plain = [b for b, row in rows if row.sampler.plain]
-        chosen = logits_BV[plain].float()
-        best, sums = chosen.max(-1), chosen.sum(-1)
-        likeliest = dict(zip(plain, best.indices.tolist(), strict=True))
-        finite = dict(zip(plain, torch.isfinite(sums).tolist(), strict=True))
-        for b, row in rows:
+        for _, row in rows:
+            self._guarded(row, row.show_prompt)
+        rows = [(b, row) for b, row in rows if row.stream.ended is None]
+        for _, row in rows:
+            if not row.request.max_new_tokens:
+                self.end(row, "length")
+        rows = [(b, row) for b, row in rows if row.request.max_new_tokens]
+        choices = chosen([row.sampler for _, row in rows], logits_BV[[b for b, _ in rows]])
+        for (_, row), choice in zip(rows, choices, strict=True):
 
-            def choose(b: int = b, row: Row = row) -> None:
-                row.show_prompt()
-                if not row.request.max_new_tokens:
-                    self.end(row, "length")
-                    return
-                if not row.sampler.plain:
-                    choice = row.sampler.choose(logits_BV[b])
-                elif finite[b]:
-                    choice = Choice(likeliest[b])
-                else:
-                    raise NotFinite(NOT_FINITE)
+            def take(row: Row = row, choice: Choice | Exception = choice) -> None:
+                if isinstance(choice, Exception):
+                    raise choice
                 if (reason := row.take(choice)) is not None:
                     self.end(row, reason)
 
-            self._guarded(row, choose)
+            self._guarded(row, take)
 
     def _guarded(self, row: Row, do: Callable[[], None]) -> None:
         try:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from lorafold.engine.adapters import KnownAdapter, LoadedAdapter, Reader
+from lorafold.engine.adapters import KnownAdapter, LoadedAdapter, Reader, Verified
 from lorafold.engine.state import State, Status, balanced, evict, look, warm
 from lorafold.errors import LorafoldError
 from lorafold.machine.threads import alone
@@ -43,7 +43,7 @@ class Residency:
         changed: Callable[[], None] = lambda: None,
         strikes: int = 3,
     ) -> None:
-        self._identities, self._read = reader.identities, reader.read
+        self._verified, self._read = reader.verified, reader.read
         self.budget, self._changed, self.strikes = budget, changed, strikes
         self.reads = self.evictions = self.damaged = 0  # adapters; damaged ones changed in memory
         self.seconds: dict[str, float] = {}  # that reading the adapter of a name took
@@ -56,7 +56,7 @@ class Residency:
         self._worker = ThreadPoolExecutor(1, "lorafold-adapters", initializer=alone)
         self._clock, self._generations = itertools.count(1), itertools.count(1)
 
-    def load(self, name: str, path: str | Path, stack: Sequence[str] = ()) -> Future[None]:
+    def load(self, name: str, path: str | Path, stack: Sequence[Verified] = ()) -> Future[None]:
         """Make an adapter known under a name and read it; the future has the error if that fails,
         and then the name is what it was.
 
@@ -66,7 +66,7 @@ class Residency:
         """
         if not name:
             raise LorafoldError("adapter name: found '', expected at least one character")
-        found = tuple(stack) or self._identities(path)
+        found = tuple(stack) or self._verified(path)
         with self._lock:
             known = self._names.get(name)
             if known is not None and (known.path, known.stack) == (Path(path), found):
@@ -78,7 +78,7 @@ class Residency:
         future.add_done_callback(lambda f: self._name(entry, f, done))
         return done
 
-    def know(self, name: str, path: str | Path, stack: Sequence[str]) -> None:
+    def know(self, name: str, path: str | Path, stack: Sequence[Verified]) -> None:
         """Make an adapter known without reading it, which a request will.
 
         Args:

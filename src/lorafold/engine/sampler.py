@@ -1,10 +1,7 @@
-"""The next token of one request, from its logits and its settings alone.
+"""What the choice of the next token of one request follows from, beside its logits.
 
-    l -> penalties -> + bias -> / temperature -> top-k -> top-p -> min-p -> softmax -> draw
-
-The order is that of transformers. Every request has its own generator, so that its tokens do not
-depend on the requests that share the batch. Logits that are not finite raise `NotFinite`, which
-ends that request alone.
+Logits that are not finite raise `NotFinite`, and a grammar that admits nothing `Unfit`, which end
+that request alone. `lorafold.engine.choosing` has the choice itself, for many rows at a time.
 """
 
 from __future__ import annotations
@@ -54,7 +51,7 @@ class Choice(NamedTuple):
 
 
 class Sampler:
-    """The settings of one request and the state of its draws.
+    """The settings of one request and the tokens that it has.
 
     Args:
         prompt: the prompt's tokens, for the repetition penalty.
@@ -66,17 +63,15 @@ class Sampler:
     ) -> None:
         self.sampling, self.allowed = sampling, allowed
         self.plain = sampling.plain and allowed is None
-        self.generator = (
-            torch.Generator().manual_seed(sampling.seed) if sampling.temperature else None
-        )
         self.tokens: list[int] = []
         self.seen = set(prompt) if sampling.repetition_penalty != 1 else set()
 
-    def choose(self, logits_V: Tensor) -> Choice:
-        """Choose the token that follows, and record it. Raises NotFinite."""
-        logits_V = logits_V.detach().to("cpu", torch.float32)
-        if not torch.isfinite(logits_V.sum()):
-            raise NotFinite(NOT_FINITE)
+    def change_(self, logits_V: Tensor) -> None:
+        """Apply penalties, biases and the grammar in place. Raises Unfit.
+
+        Args:
+            logits_V: finite ones, in fp32, on the CPU.
+        """
         changed_V = self._penalized(logits_V)
         if self.allowed is not None and (mask_V := self.allowed(self.tokens)) is not None:
             # a grammar knows nothing of an adapter's new tokens, so that none of them may follow
@@ -84,18 +79,8 @@ class Sampler:
             if not mask_V.any():
                 raise Unfit((self.sampling.grammar or ("grammar", ""))[0], "no token may follow")
             changed_V = changed_V.masked_fill(~mask_V, float("-inf"))
-        kept_V: Tensor | None = None
-        if self.generator is None:
-            token = int(changed_V.argmax())
-        else:
-            # below it all but the likeliest would overflow, above it no two differ
-            temperature = min(max(self.sampling.temperature, 1e-30), 1e30)
-            scaled_V = (changed_V - changed_V.max()) / temperature
-            kept_V = filtered(scaled_V, self.sampling)
-            p_1V = torch.softmax(kept_V, -1)[None]
-            token = int(torch.multinomial(p_1V, 1, generator=self.generator))
-        self.record(token)
-        return self._report(logits_V, kept_V, token)
+        if changed_V is not logits_V:
+            logits_V.copy_(changed_V)
 
     def record(self, token: int) -> None:
         """Count a token of the completion."""
@@ -121,33 +106,7 @@ class Sampler:
             logits_V = finite(logits_V.index_add(0, ids, biases))
         return logits_V
 
-    def _report(self, logits_V: Tensor, drawn_V: Tensor | None, token: int) -> Choice:
-        n = self.sampling.logprobs
-        if n is None:
-            return Choice(token)
-        logp_V = torch.log_softmax(logits_V, -1)
-        best = logp_V.topk(n) if n else None
-        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True) if best else ()
-        drawn = 0.0 if drawn_V is None else float(torch.log_softmax(drawn_V, -1)[token])
-        return Choice(token, float(logp_V[token]), tuple(pairs), drawn)
-
 
 def finite(logits_V: Tensor) -> Tensor:
     """Logits in which what overflowed is the largest number of float32."""
     return logits_V.nan_to_num()
-
-
-def filtered(logits_V: Tensor, sampling: Sampling) -> Tensor:
-    """The logits (V,) with those that top-k, top-p and min-p leave out at minus infinity."""
-    low = float("-inf")
-    if 0 < sampling.top_k < len(logits_V):
-        logits_V = logits_V.masked_fill(logits_V < logits_V.topk(sampling.top_k).values[-1], low)
-    if sampling.top_p < 1:
-        ordered, ids = logits_V.sort()  # ascending: what is left out has at most 1 - p in sum
-        out = torch.softmax(ordered, -1).cumsum(-1) <= 1 - sampling.top_p
-        out[-1] = False
-        logits_V = logits_V.masked_fill(torch.zeros_like(out).scatter(0, ids, out), low)
-    if sampling.min_p > 0:
-        p_V = torch.softmax(logits_V, -1)
-        logits_V = logits_V.masked_fill(p_V < sampling.min_p * p_V.max(), low)
-    return logits_V

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Self
@@ -24,7 +25,8 @@ class EngineSettings:
         adapter_bytes: the most bytes of adapters in memory, or None.
         fast: replace parts of the model by faster ones that compute the same, as
             `engine.fast_path` does; the matrices then take their memory twice.
-        beyond: accept a length beyond the positions that the model was made for.
+        beyond: accept a length beyond the positions that the model was made for, but not beyond a
+            table of them.
         invariant: keep the shapes of all passes the same, so that a request's logits are the same
             bits whatever shares the batch, without the faster parts (experts: one at a time).
         prefix_reuse: start from what a request of the same tenant and adapter has or left in a
@@ -53,22 +55,24 @@ class EngineSettings:
     weights: Mapping[str, float] | None = None
     allow_other_base: bool = False
 
-    def fitted(self, positions: int | None) -> tuple[Self, int]:
+    def fitted(self, positions: int | None, table: int | None) -> tuple[Self, int]:
         """The settings for a model, and the length. Raises LorafoldError for sizes that are too
         small, and for a length that the model has no positions for.
 
         Args:
             positions: those that the model was made for (None: as many as LONGEST).
+            table: those of its table of positions, if it has one.
         """
-        positions = positions or LONGEST
+        positions = min(positions or LONGEST, table or sys.maxsize)
+        most = sys.maxsize if self.beyond and table is None else positions
         length = min(positions, LONGEST) if self.length is None else self.length
         sizes = {"slots": (self.slots, 1), "length": (length, 2), "chunk": (self.chunk, 2)}
         sizes["tenant_slots"] = (self.tenant_slots or 1, 1)
         wrong = [
             f"{name}: found {n}, expected {m} or more" for name, (n, m) in sizes.items() if n < m
         ]
-        if not wrong and length > positions and not self.beyond:
-            wrong = [f"length: found {length}, expected at most {positions} positions"]
+        if not wrong and length > most:
+            wrong = [f"length: found {length}, expected at most {most} positions"]
         if wrong:
             raise LorafoldError(f"engine: {'; '.join(wrong)}")
         reuse, fast = (asked and not self.invariant for asked in (self.prefix_reuse, self.fast))

@@ -9,19 +9,23 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import MANIFEST, compare
 from lorafold.files.intact import check, is_ours
 from lorafold.files.record import RECORD, as_object
+
+PIECE = 1 << 20  # bytes
 
 
 def digest(files: Iterable[tuple[str, int, str]]) -> str:
@@ -30,40 +34,65 @@ def digest(files: Iterable[tuple[str, int, str]]) -> str:
     return sha256("".join(lines).encode()).hexdigest()
 
 
-def _bytes(path: Path) -> bytearray:
-    """The content of a file; OSError for anything else, such as a pipe, which is not waited for."""
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
+    """A file and its size in bytes; OSError for anything else, such as a pipe, which is not waited
+    for.
+    """
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         about = os.fstat(file.fileno())
         if not stat.S_ISREG(about.st_mode):
             raise OSError(errno.EINVAL, "it is no regular file")
-        content = bytearray(about.st_size)
-        del content[file.readinto(content) :]
-        content += file.read()  # what was written to it meanwhile
-        return content
+        yield file, about.st_size
+
+
+def _bytes(path: Path, most: float) -> bytearray | None:
+    """The content of a file; None for one of more than so many bytes, which is not read."""
+    with opened(path) as (file, size):
+        if size > most:
+            return None
+        content = bytearray(size)
+        del content[file.readinto(content) :]  # type: ignore[attr-defined]
+        while len(content) <= most and (more := file.read(PIECE)):  # written to it meanwhile
+            content += more
+        return content if len(content) <= most else None
 
 
 class Contents:
     """The bytes of those of the named files that exist, by name, and of the manifest. A thread
-    hashes them while the caller interprets them. Raises LorafoldError if a file can't be read.
+    hashes them while the caller interprets them. Raises LorafoldError if a file can't be read, and
+    before it reads one with which they would be too large.
 
     Args:
         names: the files.
+        most: the most bytes of all of them.
     """
 
-    def __init__(self, directory: str | Path, names: Sequence[str]) -> None:
+    def __init__(self, directory: str | Path, names: Sequence[str], most: float = math.inf) -> None:
         self.path, self.names = Path(directory).expanduser(), tuple(names)
         self.files: dict[str, bytearray] = {}
         for name in (*names, MANIFEST):
             try:
-                self.files[name] = _bytes(self.path / name)
+                content = _bytes(self.path / name, most - self.nbytes)
             except (FileNotFoundError, NotADirectoryError):
                 continue
             except OSError as error:
                 text = f"{self.path}: {name} can't be read ({error.strerror})"
                 raise LorafoldError(text) from None
+            if content is None:
+                raise LorafoldError(
+                    f"{self.path}: expected at most {most:,} bytes of files, found more with"
+                    f" {name}; if it changed, load it again"
+                )
+            self.files[name] = content
         thread = ThreadPoolExecutor(1)
         self._hashing = thread.submit(self._hash)
         thread.shutdown(wait=False)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all files."""
+        return sum(map(len, self.files.values()))
 
     @cached_property
     def digests(self) -> dict[str, str]:

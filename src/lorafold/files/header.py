@@ -9,9 +9,13 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from lorafold.errors import LorafoldError
+from lorafold.files.contents import opened
+
+HEADER = 100_000_000  # bytes, as the library reads no longer one
 
 # bytes of an element by dtype, as safetensors names those that PyTorch has
 SIZES = {
@@ -32,20 +36,54 @@ class Place:
     stop: int
 
 
+def check_numbers(
+    path: Path, most: int, longest: int = HEADER, read: Callable[[bytes], Any] = json.loads
+) -> None:
+    """Raise LorafoldError if the tensors of a file have more than so many numbers. Of a file of
+    more bytes than that the header is read, and of others nothing: each number takes a byte.
+
+    Args:
+        longest: the most bytes of the header.
+        read: reads the JSON.
+    """
+    try:
+        with opened(path) as (file, end):
+            if end <= most:
+                return
+            size = int.from_bytes(file.read(8), "little")
+            if size > longest:
+                told = f"found a header of {size:,} bytes, expected {longest:,} at most"
+                raise LorafoldError(f"{path}: {told}")
+            file.seek(0)
+            head = bytearray(file.read(8 + size))
+    except OSError as error:
+        raise LorafoldError(f"{path}: can't be read ({error.strerror})") from None
+    try:
+        found = places(head, read, end)
+    except LorafoldError as error:
+        raise LorafoldError(f"{path}: not readable as safetensors: {error}") from None
+    if (numbers := sum(prod(place.shape) for place in found.values())) > most:
+        raise LorafoldError(
+            f"{path}: found {numbers:,} numbers, expected at most {most:,}, for which there is"
+            " memory"
+        )
+
+
 def places(
-    content: bytearray, read: Callable[[bytes], Any] = json.loads
+    content: bytearray, read: Callable[[bytes], Any] = json.loads, end: int | None = None
 ) -> dict[str, Place]:
     """The tensors of a file by name, in the order of their data. Raises LorafoldError, without the
     file's name, for a header that does not fit the file exactly.
 
     Args:
-        content: the whole file.
+        content: the file, with its header at least.
         read: reads the JSON.
+        end: the bytes of the whole file; None: of the content.
     """
-    size = int.from_bytes(content[:8], "little")
-    if not 0 < size <= len(content) - 8:
+    size, end = int.from_bytes(content[:8], "little"), len(content) if end is None else end
+    if not 0 < size <= end - 8:
         raise LorafoldError(
-            f"found a header of {size:,} bytes in {len(content):,}, expected one that is there"
+            f"found a header of {size:,} bytes in {end:,}, expected one that is there"
         )
     try:
         header = read(bytes(content[8 : 8 + size]))
@@ -55,7 +93,7 @@ def places(
         raise LorafoldError("the header is no JSON object")
     tensors = {name: about for name, about in header.items() if name != "__metadata__"}
     found = {name: _place(name, about, 8 + size) for name, about in tensors.items()}
-    at, end = 8 + size, len(content)
+    at = 8 + size
     for name, place in sorted(found.items(), key=lambda item: (item[1].start, item[1].stop)):
         if place.start != at or place.stop > end:
             raise LorafoldError(

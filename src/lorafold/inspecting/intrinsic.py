@@ -21,6 +21,7 @@ from typing import Any
 from rich.console import Console
 
 from lorafold.data.stored import Rows
+from lorafold.data.template_forms import on_day
 from lorafold.errors import Interrupted, LorafoldError
 from lorafold.files.atomic import write_json
 from lorafold.files.record import read_object
@@ -29,9 +30,11 @@ from lorafold.methods.fastfood import Fastfood
 from lorafold.recipe.fitting import fitting
 from lorafold.recipe.recipe import Recipe
 from lorafold.training.checkpoint import RunDirectory
-from lorafold.training.grounds import FILES, grounds
+from lorafold.training.grounds import FILES, day_written, grounds
 from lorafold.training.request import Request, objective_of, tokenized, tokenizer_for
 from lorafold.training.run import train
+
+SEARCH = "search.json"
 
 
 @dataclass(frozen=True)
@@ -95,10 +98,15 @@ def search(
         # full training can't train quantized weights
         recipe = recipe.model_copy(update={"storage": "fp32"})
     request = replace(request, base=request.base.stored(recipe.storage))
+    day = day_written(request.base, recipe.chat_template)
+    if day and (out / SEARCH).is_file():  # it goes on with the day on which it began
+        day = str(read_object(out / SEARCH).get("day") or day)
+    request = replace(request, day=day)
     identity = {
         **grounds(request.base, recipe.chat_template, "inspecting"),
         "adapters": [*map(of_adapter, request.adapters)],
         "model": request.base.name,
+        "day": day,
         "recipe": recipe.model_dump(mode="json"),
         "rate": Fastfood.lr,
         "data": request.data.identity,
@@ -113,11 +121,15 @@ def search(
             " expected a lower one; try another learning rate (lr), more steps or more data"
         )
     points: dict[int, Point] = {}
+    # the recipe's rate is that of full training, and of heads; a subspace has its own
+    inside = recipe.model_copy(update={"lr": None})
+    heads = {"head_lr": recipe.lr} if recipe.lr else {}
 
     def reaches(exponent: int) -> bool:
         d = 2**exponent
         loss = kept(
-            out / f"{d}.json", lambda: run(request, recipe, out / str(d), "fastfood", dimension=d)
+            out / f"{d}.json",
+            lambda: run(request, inside, out / str(d), "fastfood", dimension=d, **heads),
         )
         points[d] = Point(d, loss, (base - loss) / (base - full))
         tell(points[d])
@@ -138,7 +150,7 @@ def check(out: Path, identity: dict) -> None:
 
     Raises LorafoldError if it has another search or other files in it.
     """
-    file = out / "search.json"
+    file = out / SEARCH
     if file.exists():
         found = read_object(file)
         if FILES not in found:
@@ -169,7 +181,7 @@ def kept(file: Path, measure: Callable[[], float]) -> float:
     return float(read_object(file)["loss"])
 
 
-def run(request: Request, recipe: Recipe, out: Path, method: str, **options: int) -> float:
+def run(request: Request, recipe: Recipe, out: Path, method: str, **options: float) -> float:
     """The held-out loss at the end of a run, whose files are removed.
 
     Args:
@@ -206,7 +218,7 @@ def bare_loss(request: Request, recipe: Recipe) -> float:
     quiet, request = Console(quiet=True), replace(request, recipe=recipe)
     objective = objective_of(request)
     tokenizer, _ = tokenizer_for(request, objective, quiet)
-    _, held_out, _ = tokenized(request, tokenizer, objective, quiet)
+    _, held_out, _ = tokenized(request, on_day(tokenizer, request.day), objective, quiet)
     model = objective.load(request.base, tokenizer, recipe.seed)
     with objective.loss(model, tokenizer, recipe.packing, quiet) as loss:
         return objective.measure(loss, held_out).loss

@@ -49,6 +49,7 @@ class AdaLoRADelta(LowRank):
     up_names = ("P",)
     vector_names = ("E",)
     run_names = ("kept", *(f"{name}_{part}" for part in PARTS for name in AVERAGES))
+    setting_names = ("scale",)
     kept: Tensor
 
     def __init__(self, layer: Layer, spec: AdaLoRA) -> None:

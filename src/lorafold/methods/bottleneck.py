@@ -35,6 +35,7 @@ class BottleneckDelta(Opaque):
     """
 
     up_names = ("up",)
+    setting_names = ("activation",)
 
     def __init__(self, dim: int, size: int, activation: Activation, device: torch.device) -> None:
         super().__init__()

@@ -28,6 +28,7 @@ from lorafold.core.delta import Delta, Dense
 from lorafold.core.layer import Layer
 from lorafold.core.rounding import rounded
 from lorafold.core.spec import Spec
+from lorafold.methods.full import Full
 from lorafold.methods.parts.options import refuse, whole
 from lorafold.ops.walsh import halves, walsh
 
@@ -72,12 +73,13 @@ class FastfoodDelta(Dense):
     The subspace is a submodule of an adapter's first delta; the other deltas refer to it.
     """
 
+    setting_names = ("seed",)
     gaussians: Tensor
     subspace: Subspace | None
 
-    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
+    def __init__(self, shape: tuple[int, ...], seed: int, device: torch.device) -> None:
         super().__init__()
-        self.shape = shape
+        self.shape, self.seed = shape, seed
         self.scale = nn.Parameter(torch.ones((), device=device))
         self.subspace = None
 
@@ -118,19 +120,27 @@ class Fastfood(Spec):
     Args:
         dimension: the dimension d of the subspace.
         seed: the seed of its random directions.
+        head_lr: the learning rate of a head that is trained whole beside it, that of full training.
     """
 
     dimension: int = 1024
     seed: int = 0
+    head_lr: float = Full.lr
 
     lr: ClassVar[float] = 0.3
     diagnostic: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        refuse(self, whole("dimension", self.dimension))
+        rate = isinstance(self.head_lr, float) and self.head_lr > 0
+        wrong = [] if rate else [f"head_lr: found {self.head_lr!r}, expected a number above 0"]
+        refuse(self, whole("dimension", self.dimension), wrong)
+
+    @property
+    def lr_whole(self) -> float:
+        return self.head_lr
 
     def build(self, layer: Layer) -> FastfoodDelta:
-        return FastfoodDelta((*layer.matrices, *layer.shape), layer.device)
+        return FastfoodDelta((*layer.matrices, *layer.shape), self.seed, layer.device)
 
     def join(self, deltas: Mapping[str, Delta]) -> None:
         ours: list[FastfoodDelta] = [deltas[path] for path in sorted(deltas)]  # type: ignore[misc]

@@ -37,6 +37,7 @@ class IA3Delta(Delta):
     """l (*matrices, out), or (*matrices, in) if the inputs are scaled, fp32."""
 
     vector_names = ("l",)
+    setting_names = ("of_input",)
 
     def __init__(self, shape: tuple[int, ...], of_input: bool, device: torch.device) -> None:
         super().__init__()
@@ -85,7 +86,7 @@ class IA3(Spec):
     def build(self, layer: Layer) -> IA3Delta:
         out, inn = layer.shape
         if self.feedforward and not layer.takes_vectors:
-            found = "ids" if layer.takes_ids else "signals"
+            found = "ids" if layer.takes_ids else "signals or groups of vectors"
             raise LorafoldError(
                 "IA3: this module is among the feedforward modules, whose inputs are scaled, but"
                 f" its inputs are {found}, expected vectors; leave it out of them"

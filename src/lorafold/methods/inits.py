@@ -37,6 +37,7 @@ class OffsetDelta(LowRank):
 
     up_names = ("B",)
     run_names = ("A0", "B0")
+    setting_names = ("scale",)
     A0: Tensor
     B0: Tensor
 

@@ -31,6 +31,8 @@ from lorafold.ops.hadamard import hadamard
 class LoHaDelta(Dense):
     """w1_a, w2_a (*matrices, out, r), w1_b, w2_b (*matrices, r, in), fp32."""
 
+    setting_names = ("scale",)
+
     def __init__(self, layer: Layer, rank: int, scale: float) -> None:
         super().__init__()
         self.scale = scale

@@ -44,6 +44,8 @@ class LoKrDelta(Additive):
     w2_b (r, i2). All are fp32, with the matrices' dimension in front if there is one.
     """
 
+    setting_names = ("scale",)
+
     def __init__(
         self,
         layer: Layer,

@@ -41,6 +41,7 @@ class LoRADelta(LowRank):
     """
 
     up_names = ("B",)
+    setting_names = ("scale",)
 
     def __init__(self, layer: Layer, rank: int, scale: float, dropout: float, init: Init) -> None:
         super().__init__(dropout)

@@ -46,13 +46,18 @@ class PrefixDelta(Sender):
             1, 2, 3, 0, 4
         )
 
+    @property
+    def positions(self) -> int:
+        """n."""
+        return len(self.prefix)
+
     def keys_and_values(self) -> KeysAndValues:
         """The keys (1, Hk, n, D) and the values (1, Hk, n, D) by `layer_idx`."""
         return {i: (kv[:1], kv[1:]) for i, kv in zip(self.layers, self.by_layer(), strict=True)}
 
     def forward(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         inputs = dict(zip(self.names, args, strict=False)) | kwargs
-        return self.send(layer, inputs, self.keys_and_values(), len(self.prefix))
+        return self.send(layer, inputs, self.keys_and_values(), self.positions)
 
     @torch.no_grad()
     def begin_with(self, layer: Layer, ids: Tensor) -> None:  # (n,)

@@ -31,6 +31,11 @@ class PromptDelta(Sender):
         super().__init__(body, layers)
         self.embeddings = nn.Parameter(embeddings.detach().float().clone())
 
+    @property
+    def positions(self) -> int:
+        """n."""
+        return len(self.embeddings)
+
     def keys_and_values(self, layer: Layer) -> KeysAndValues:
         """The keys and values that the decoder's attentions compute from the embeddings at
         positions 0 to n - 1.
@@ -48,9 +53,8 @@ class PromptDelta(Sender):
 
     def forward(self, layer: Layer, *args: Any, **kwargs: Any) -> Any:
         inputs = dict(zip(self.names, args, strict=False)) | kwargs
-        return self.send(
-            layer, inputs, self.kept_with(inputs.get("cache"), layer), len(self.embeddings)
-        )
+        kept = self.kept_with(inputs.get("cache"), layer)
+        return self.send(layer, inputs, kept, self.positions)
 
     def kept_with(self, cache: Any, layer: Layer) -> KeysAndValues:
         """The keys and values that are kept with a cache since its first token; they are computed

@@ -35,6 +35,7 @@ class Projections(nn.Module):
     and pickle. `saved` says whether adapter files contain A and B.
     """
 
+    setting_names = ("key",)  # that A and B follow from
     A: Tensor
     B: Tensor
 
@@ -42,7 +43,7 @@ class Projections(nn.Module):
         self, out: int, inn: int, rank: int, key: int, saved: bool, device: torch.device
     ) -> None:
         super().__init__()
-        self.saved = saved
+        self.saved, self.key = saved, key
         generator = torch.Generator("cpu").manual_seed(key)
         for name, shape in {"A": (rank, inn), "B": (out, rank)}.items():
             # kaiming-uniform: gain sqrt(2) times sqrt(3), over the root of the fan-in

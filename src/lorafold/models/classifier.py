@@ -14,7 +14,7 @@ bodies (BERT's) reach the head: it is new then too, and a part of the head.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,8 +75,7 @@ def load_classifier(
         # each text takes a single forward pass, so a cache would never be used
         model.config.get_text_config().use_cache = False
     missing = sorted(report["missing_keys"])
-    poolers = {name.rpartition(".")[0] for name in missing if POOLER in name.split(".")[:-1]}
-    model.new_poolers = tuple(sorted(poolers))
+    model.new_poolers = _poolers(missing)
     heads = tuple(f"{path}." for path in head_paths(model))
     new = [name for name in missing if name.startswith(heads)]
     lacking = [name for name in missing if name not in new]
@@ -130,6 +129,32 @@ def new_poolers(model: nn.Module) -> tuple[str, ...]:
     """Return the paths of the modules of a pooler that the files of the model do not have."""
     found: tuple[str, ...] = model.__dict__.get("new_poolers", ())
     return found
+
+
+def expect_poolers(model: Any) -> None:
+    """Take the pooler of a classifier for new if the class that its configuration names, of which
+    its files are, has none.
+
+    Args:
+        model: A classifier that was made from the configuration, without files.
+    """
+    import transformers as tf
+
+    found = _poolers(name for name, _ in model.named_parameters())
+    named: Any = [getattr(tf, name, None) for name in model.config.architectures or ()]
+    if not (found and named and named[0] is not None):
+        return
+    with torch.device("meta"):
+        stored = named[0]._from_config(model.config)
+    if not _poolers(name for name, _ in stored.named_parameters()):
+        model.new_poolers = found
+
+
+def _poolers(names: Iterable[str]) -> tuple[str, ...]:
+    """The paths of the modules of a pooler among parameters with these names."""
+    return tuple(
+        sorted({name.rpartition(".")[0] for name in names if POOLER in name.split(".")[:-1]})
+    )
 
 
 def widen_heads(model: nn.Module, files: Weights | None = None) -> None:

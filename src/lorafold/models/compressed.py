@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorafold.bases import layer_class
 from lorafold.bases.compressed import Codes, CompressedLinear
+from lorafold.bases.dense import Linear
 from lorafold.core.anatomy import bare_modules
 from lorafold.errors import LorafoldError
 from lorafold.models.container import Entry
@@ -107,7 +109,7 @@ def codes_of(model: Any, settings: Mapping[str, Any], what: str) -> dict[str, Co
     head = model.get_output_embeddings()
     for path in found:
         module = model.get_submodule(path)
-        if not isinstance(module, nn.Linear) or module is head:
+        if layer_class(module) is not Linear or module is head:
             kind = "the head" if module is head else f"of class {type(module).__name__}"
             raise LorafoldError(
                 f"{what}: its quantization_config quantizes {path}, {kind}; expected linears of the"

@@ -9,7 +9,14 @@ from lorafold.errors import LorafoldError
 from lorafold.files.intact import check_intact
 from lorafold.models.gguf_files import one_file
 from lorafold.models.load_errors import loading, one_line
-from lorafold.models.sources import ACCEPTED, EMBEDDED, check_revision, gguf_at, resolve_model
+from lorafold.models.sources import (
+    ACCEPTED,
+    EMBEDDED,
+    check_revision,
+    gguf_at,
+    gguf_on_hub,
+    resolve_model,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -24,7 +31,7 @@ def configuration(
 
     Args:
         name: smollm2, a directory, a GGUF file (its header is read) or a hub id (config.json is
-            downloaded).
+            downloaded, or its only GGUF model).
         revision: A branch, tag or commit of a hub model.
         trust_remote_code: Run the code in the model's directory.
     """
@@ -48,6 +55,9 @@ def configuration(
                 trust_remote_code=trust_remote_code,
             )
         except OSError as error:
+            if not path.exists() and (files := gguf_on_hub(name, revision)):
+                with one_file(files) as file:
+                    return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
             raise LorafoldError(
                 f"model {name}: not on this machine, and can't be loaded from the hub:"
                 f" {one_line(error)}; {ACCEPTED}"

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.initialization import no_init_weights
 
@@ -25,7 +27,7 @@ from lorafold.core.fake import is_fake
 from lorafold.core.matrices import expert_parameters
 from lorafold.errors import LorafoldError
 from lorafold.models.architecture import auto_class
-from lorafold.models.classifier import widen_heads
+from lorafold.models.classifier import expect_poolers, widen_heads
 from lorafold.models.experts import route_quantized
 from lorafold.models.in_files import make_quantized, readable
 from lorafold.models.load_errors import loading
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
+COUNTING = "JetMoeTopKGating"  # a router that counts the rows of each expert
 GROUPED = torch.ops.aten._grouped_mm.default
 
 
@@ -113,7 +116,11 @@ def fake_model(
         trusted = {"trust_remote_code": trust_remote_code}  # left open, transformers asks on stdin
         model = auto.from_config(short, dtype=storage.dtype, **trusted).requires_grad_(False)
         model.tie_weights()  # a part of the initialization
+        for module in model.modules() if is_fake(torch.empty(0)) else ():
+            if type(module).__name__ == COUNTING:
+                module.forward = partial(_even, module)
         if classes:
+            expect_poolers(model)
             widen_heads(model)
     settings = getattr(config, "quantization_config", None) or {}
     if storage.quantization is not None and readable(settings):
@@ -141,6 +148,18 @@ def fake_model(
             setattr(owner, name, linear)
         route_quantized(model)
     return model
+
+
+def _even(router: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int], Tensor]:
+    """What JetMoe's router returns for x (T, H), with as many rows for each expert: its own forward
+    counts them, for which it needs values.
+    """
+    logits = router.layer(x).float()  # (T, E)
+    gates = logits.topk(router.top_k, dim=1)[0].softmax(1).type_as(x)  # (T, k)
+    order = gates.flatten().argsort()
+    rows, n = len(order), router.num_experts
+    sizes = [rows * (i + 1) // n - rows * i // n for i in range(n)]
+    return order, order // router.top_k, gates.flatten()[order], sizes, logits
 
 
 def _uninitialized() -> AbstractContextManager[Any]:

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from lorafold.errors import LorafoldError
@@ -42,6 +42,18 @@ def files_of(file: Path) -> tuple[Path, ...]:
             f"model {file}: one of {int(count)} files; missing beside it: {', '.join(absent)}"
         )
     return tuple(found)
+
+
+def models_of(names: Iterable[str]) -> list[list[str]]:
+    """The files of each model among those of a repository, in their order, without towers'."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for name in sorted(names):
+        path = PurePosixPath(name)
+        if path.suffix == SUFFIX and not path.name.startswith(BESIDE):
+            part = PART.fullmatch(path.name)
+            own = (path.name,) if part is None else (part[1], part[3])
+            found.setdefault((str(path.parent), *own), []).append(name)
+    return list(found.values())
 
 
 def files_in(folder: Path) -> tuple[Path, ...]:

@@ -86,14 +86,15 @@ def quantization_of(settings: Mapping[str, Any], what: str) -> str:
 def packable(model: PreTrainedModel) -> list[str]:
     """Return the sites whose matrices are quantized: those of the blocks whose number of inputs is
     a multiple of 64, the block of NF4. bitsandbytes' own forward, which runs at modules without an
-    adapter, computes others wrongly on some CPUs.
+    adapter, computes others wrongly on some CPUs. Grouped linears have no quantized form.
     """
     body, _ = decoder_of(model)
     head = model.get_output_embeddings()
     found = block_linears(model, is_linear)
     inside = [p for p in found if not body or f"{p}.".startswith(f"{body}.")]
     modules = {p: module_at(model, p) for p in inside}
-    return [p for p, m in modules.items() if m is not head and layer_of(m).shape[1] % BLOCK == 0]
+    layers = {p: layer_of(m) for p, m in modules.items() if m is not head}
+    return [p for p, s in layers.items() if s.takes_vectors and s.shape[1] % BLOCK == 0]
 
 
 def read_quantized(

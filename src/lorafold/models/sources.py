@@ -15,7 +15,7 @@ from lorafold.files.atomic import verify
 from lorafold.files.intact import check_intact
 from lorafold.files.record import read_object
 from lorafold.models.gguf import Gguf, gguf_of, renew, unpacked
-from lorafold.models.gguf_files import SUFFIX, files_in, files_of
+from lorafold.models.gguf_files import SUFFIX, files_in, files_of, models_of
 from lorafold.models.load_errors import one_line
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ ACCEPTED = (
     " as in owner/name"
 )
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
+OWN = ("config.json", "adapter_config.json")  # a repository with one of them is no GGUF model
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
 
@@ -94,7 +95,11 @@ def resolve_model(
             f"model {text}: {'not a model' if path.exists() else 'no such file or directory'};"
             f" {ACCEPTED}"
         )
-    return found(_checked(_from_hub(text, revision), text), text)
+    path = _from_hub(text, revision)
+    if not any((path / own).is_file() for own in OWN) and (files := gguf_on_hub(text, revision)):
+        gguf = gguf_of(files, fp32)
+        return found(unpacked(gguf), text, gguf)
+    return found(_checked(path, text), text)
 
 
 def gguf_at(path: Path) -> tuple[Path, ...]:
@@ -106,6 +111,37 @@ def gguf_at(path: Path) -> tuple[Path, ...]:
     if path.is_dir() and not any(path.glob("*.safetensors")):
         return files_in(path.absolute())
     return ()
+
+
+def gguf_on_hub(repo: str, revision: str | None) -> tuple[Path, ...]:
+    """The GGUF files of the only model in a repository of the hub, which are downloaded if they are
+    not on this machine; none if it has no such files.
+
+    Raises LorafoldError if it has several models, with their names, or not all files of one.
+    """
+    from huggingface_hub import list_repo_files, snapshot_download
+    from huggingface_hub.errors import HTTPError
+
+    unreachable = (OSError, ValueError, HTTPError)
+    try:
+        names = list_repo_files(repo, revision=revision)
+    except unreachable:  # without the hub, what was downloaded from it
+        try:
+            cached = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        except unreachable:
+            return ()
+        names = [file.relative_to(cached).as_posix() for file in cached.rglob(f"*{SUFFIX}")]
+    models = models_of(names)
+    if len(models) > 1:
+        raise LorafoldError(
+            f"model {repo}: found {len(models)} GGUF models in it, expected one; give the path of"
+            f" one as --model (hf download {repo} FILE prints it):"
+            f" {', '.join(files[0] for files in models)}"
+        )
+    if not models:
+        return ()
+    at = Path(snapshot_download(repo, revision=revision, allow_patterns=models[0]))
+    return files_of(at / models[0][0])
 
 
 def check_revision(name: str, revision: str | None) -> None:

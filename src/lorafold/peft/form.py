@@ -1,9 +1,9 @@
 """The form in which an adapter is written: PEFT's, or one of our own that PEFT refuses.
 
-PEFT adapts the matrices of experts (`parameters`) with LoRA alone, without dropout, and in
-parameters of three dimensions. So dropout is 0 in the config of such an adapter and stands in its
-record, where lorafold finds it again; any other method over experts, and LoRA over those of two
-dimensions, has the layout of PEFT's files under a peft_type of our own.
+PEFT adapts the matrices of experts and of grouped linears (`parameters`) with LoRA alone, without
+dropout, and experts in parameters of three dimensions. So dropout is 0 in the config of such an
+adapter and stands in its record, where lorafold finds it again; any other method over them, and
+LoRA over experts of two dimensions, has the layout of PEFT's files under a peft_type of our own.
 """
 
 from __future__ import annotations
@@ -26,6 +26,17 @@ log = logging.getLogger(__name__)
 # the weights past its layers
 REFUSED = frozenset({"out_proj", "conv1d"})
 REFUSING = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
+# the modules whose weights models of these types read or write past the modules' forwards, always
+# or in their fast kernels
+PAST = {
+    **dict.fromkeys(("falcon_mamba", "mamba"), ("dt_proj", "out_proj", "x_proj")),
+    **dict.fromkeys(
+        ("bamba", "falcon_h1", "granitemoehybrid", "mamba2", "nemotron_h", "zamba2"), ("out_proj",)
+    ),
+    "jamba": ("dt_proj",),
+    "rwkv": ("output", "value"),
+    "wavlm": ("k_proj", "out_proj", "q_proj", "v_proj"),
+}
 DROPOUT = "dropout"  # in the record: the dropout of an adapter whose config can't have it
 
 
@@ -40,6 +51,7 @@ class Form:
     own: The form is one of our own because PEFT has no such method for parameters.
     dropout: The dropout that the config can't have.
     refused: The targets for which PEFT does not load it, by the last part of their paths.
+    past: Likewise the others whose weights the model reads itself, without PEFT's update.
     """
 
     method: Method
@@ -48,6 +60,7 @@ class Form:
     own: bool = False
     dropout: float = 0.0
     refused: tuple[str, ...] = ()
+    past: tuple[str, ...] = ()
 
     @property
     def config(self) -> dict[str, Any]:
@@ -76,19 +89,19 @@ def form_of(model: nn.Module, spec: Spec, targets: Iterable[str]) -> Form:
         )
     renamed = method.peft_type == "LORA" and renames(model)
     parameters = as_parameters(model, targets, renamed)
-    refused = _refused(model, targets) if method.peft_type in ("LORA", "ADALORA") else ()
-    if not (parameters and method.of_peft):
-        return Form(method, {}, renamed, refused=refused)
+    kind: Any = getattr(getattr(model, "config", None), "model_type", None)
+    ends = {path.rpartition(".")[2] for path in targets if path not in parameters}
+    refusing = kind in REFUSING and method.peft_type in ("LORA", "ADALORA")
+    refused = tuple(sorted(REFUSED & ends)) if refusing else ()
+    past = tuple(sorted(ends.intersection(PAST.get(kind, ())).difference(refused)))
+    if not method.of_peft:
+        return Form(method, {}, renamed)
+    if not parameters:
+        return Form(method, {}, renamed, refused=refused, past=past)
     if not method.parameters or any_flat(model, targets):
         return Form(over_experts(method), {}, own=True)
     dropout: float = spec.dropout  # type: ignore[attr-defined]
-    return Form(method, parameters, renamed, dropout=dropout, refused=refused)
-
-
-def _refused(model: nn.Module, targets: Iterable[str]) -> tuple[str, ...]:
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    ends = {path.rpartition(".")[2] for path in targets} if kind in REFUSING else set()
-    return tuple(sorted(REFUSED & ends))
+    return Form(method, parameters, renamed, dropout=dropout, refused=refused, past=past)
 
 
 def peft_reads(model: nn.Module, spec: Spec, targets: Iterable[str]) -> bool:
@@ -113,18 +126,25 @@ def tell(form: Form, path: object) -> None:
     """
     if form.own:
         log.warning(
-            f"{path}: PEFT adapts experts with LoRA alone, and in parameters of three dimensions,"
-            f" so it refuses this adapter (peft_type {form.method.peft_type}); lorafold reads it"
+            f"{path}: PEFT adapts experts and grouped linears with LoRA alone, and experts in"
+            " parameters of three dimensions, so it refuses this adapter (peft_type"
+            f" {form.method.peft_type}); lorafold reads it"
         )
     if form.refused:
         log.warning(
             f"{path}: PEFT refuses {', '.join(form.refused)} as targets of a model of this type, so"
             " it does not load this adapter; lorafold reads it. For PEFT give the others as targets"
         )
+    if form.past:
+        log.warning(
+            f"{path}: models of this type read or divide the weights of {', '.join(form.past)}"
+            " themselves, always or in their fast kernels, where PEFT leaves its update out;"
+            " lorafold computes with it, and PEFT once it has merged it"
+        )
     if form.dropout:
         log.info(
-            f"{path}: PEFT adapts parameters of experts without dropout, so lora_dropout is 0 in"
-            f" its config; lorafold reads {form.dropout:g} from lorafold.json"
+            f"{path}: PEFT adapts experts and grouped linears without dropout, so lora_dropout is"
+            f" 0 in its config; lorafold reads {form.dropout:g} from lorafold.json"
         )
 
 

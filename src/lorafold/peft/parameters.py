@@ -1,6 +1,8 @@
 """Sites that PEFT adapts as parameters and not as modules: `target_parameters`.
 
     ...experts.gate_up_proj (E, 2 I, H)     the matrices of experts, for which there is no module
+    ...self_attn.o_a_proj.weight (out, in)  that of a grouped linear: PEFT's layer for linears would
+                                            add outputs of all groups to those of each
     ...mlp.down_proj.weight (out, in)       a linear's weight; only for LoRA in models whose experts
                                             transformers 4 had as modules (`renames`)
 
@@ -29,6 +31,7 @@ from torch import nn
 
 from lorafold.bases import is_linear, layer_class
 from lorafold.bases.dense import Conv1D
+from lorafold.bases.grouped import GroupedLinear
 from lorafold.core.anatomy import bare_modules
 from lorafold.core.expert_forms import form_of
 from lorafold.core.matrices import (
@@ -72,7 +75,8 @@ def as_parameters(model: nn.Module, targets: Iterable[str], renamed: bool) -> di
     found = {}
     for path in targets:
         module = module_at(model, path)
-        if isinstance(module, Matrices) or (renamed and path.rsplit(".", 1)[-1] in RENAMED):
+        alone = isinstance(module, Matrices) or layer_class(module) is GroupedLinear
+        if alone or (renamed and path.rsplit(".", 1)[-1] in RENAMED):
             found[path] = parameter_path(module, path, "weight")
     return found
 

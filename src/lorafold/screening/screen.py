@@ -39,6 +39,10 @@ class Verified:
         """The digest over those of these files that exist, as `Contents` has it."""
         return digest((name, *self.files[name]) for name in names if name in self.files)
 
+    def bytes_of(self, names: Iterable[str]) -> int:
+        """The bytes of those of these files that exist."""
+        return sum(self.files[name][0] for name in names if name in self.files)
+
 
 class Screen:
     """Asks processes, which it makes when they are needed. Any thread may call it.
@@ -46,12 +50,14 @@ class Screen:
     Args:
         modules: gives the paths of the base's modules.
         allow: whether contents may have control tokens.
+        numbers: the most numbers of an adapter's weights, or None.
     """
 
     def __init__(
-        self, modules: Callable[[], Sequence[str]], tokenizer: Any, allow: bool = False
-    ) -> None:
-        self._tokenizer = tokenizer
+        self, modules: Callable[[], Sequence[str]], tokenizer: Any, allow: bool = False,
+        numbers: int | None = None,
+    ) -> None:  # fmt: skip
+        self._tokenizer, self._numbers = tokenizer, numbers
         self._verifying = Processes(lambda: {"modules": list(modules())}, VERIFYING)
         self._rendering = Processes(
             lambda: {"vocabulary": tokenizer.get_vocab(), "allow": allow}, RENDERING
@@ -73,6 +79,7 @@ class Screen:
         found = self._verifying.call(
             "verify", SECONDS["verify"] + EACH * size, BYTES["verify"] + 2 * size,
             path=str(path), files=list(files), config=config, record=record, told=list(told),
+            numbers=self._numbers,
         )  # fmt: skip
         entries = {name: (size, sha256) for name, (size, sha256) in found["files"].items()}
         return Verified(entries, found["form"], found["widest"])

@@ -23,7 +23,7 @@ import numpy as np
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import MANIFEST
 from lorafold.files.contents import Contents
-from lorafold.files.header import places
+from lorafold.files.header import check_numbers, places
 
 TEXT = 8 << 20  # bytes of one file of JSON, and of the header of the weights
 DEPTH, VALUES = 64, 1 << 18  # of JSON, keys and all: nine for each tensor of a header
@@ -45,7 +45,7 @@ PIECE = 1 << 20  # numbers that are looked at at a time
 
 def verified(
     modules: Sequence[str], path: str, files: Sequence[str], config: str, record: str,
-    told: Sequence[str],
+    told: Sequence[str], numbers: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """What the files of an adapter are: `files`, the size and the SHA-256 of each by name, `form`,
     which adapters have in common that differ in nothing but their values, and `widest`, the largest
@@ -56,12 +56,15 @@ def verified(
         files: the files that belong to it; those of its tokenizer are digested and no more.
         config, record: the two among them that are JSON.
         told: the fields of the record that say how to read the rest.
+        numbers: the most numbers of the weights, which are not read if they have more.
     """
     directory = Path(path)
     for name in (config, record, MANIFEST):
         file = directory / name
         if file.is_file() and (size := file.stat().st_size) > TEXT:
             raise LorafoldError(f"{name}: found {size:,} bytes, expected at most {TEXT:,}")
+    if numbers is not None and (directory / WEIGHTS).is_file():
+        check_numbers(directory / WEIGHTS, numbers, TEXT, _json_header)
     contents = Contents(directory, files)
     contents.check_intact()
     if config not in contents.files:
@@ -105,6 +108,10 @@ def _json(name: str, content: bytes | bytearray, most: int) -> dict[str, Any]:
         if wrong := _wrong(inner):
             raise LorafoldError(f"{name}: {where!r:.200}: {wrong}")
     return value
+
+
+def _json_header(content: bytes) -> dict[str, Any]:
+    return _json("header", content, VALUES)
 
 
 def _wrong(value: Any) -> str:
@@ -193,7 +200,7 @@ def _header(content: bytearray) -> tuple[str, int]:
         told = f"found a header of {size:,} bytes, expected {TEXT:,} at most"
         raise LorafoldError(f"{WEIGHTS}: {told}")
     try:
-        found = places(content, lambda header: _json("header", header, VALUES))
+        found = places(content, _json_header)
     except LorafoldError as error:
         raise LorafoldError(f"{WEIGHTS}: not readable as safetensors: {error}") from None
     data = memoryview(content)

@@ -127,7 +127,7 @@ class Directory:
         """The files of an adapter's tokenizer. Raises LorafoldError as `words` does, and for files
         that are damaged.
         """
-        contents = Contents(path, self.words(path))
+        contents = Contents(path, self.words(path), 2 * TOKENIZERS)
         contents.check_intact()
         return contents
 

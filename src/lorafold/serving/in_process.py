@@ -18,8 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lorafold.engine import Ended, Engine, EngineSettings, Request, Stream, Token
-from lorafold.engine.adapters import KnownAdapter
-from lorafold.machine.room import free_bytes
+from lorafold.engine.adapters import KnownAdapter, Verified
 from lorafold.serving.backend import LOST, Backend, News, States, Until
 from lorafold.serving.seen import Found
 from lorafold.serving.settings import Settings
@@ -79,7 +78,7 @@ class InProcess(Backend):
             most = max(1, settings.slots * 3 // 4)
         own = EngineSettings(
             slots=settings.slots, length=settings.length, budget=settings.prompt_budget,
-            adapter_bytes=settings.adapter_bytes or free_bytes(model.device) // 2,
+            adapter_bytes=settings.adapter_bytes,
             prefix_reuse=settings.prefix_reuse, strikes=settings.strikes, tenant_slots=most,
             weights=settings.weights, allow_other_base=allow_other_base,
         )  # fmt: skip
@@ -136,16 +135,16 @@ class InProcess(Backend):
 
     def load(self, found: Found, until: Until) -> None:
         if until == "checked":
-            self.engine.verify(KnownAdapter(found.key, found.path, found.stack, 0))
+            self.engine.verify(KnownAdapter(found.key, found.path, _stack(found), 0))
             return
         with self._lock:
             engine, known = self.engine, self._known.get(found.key)
             self._known[found.key] = found
             if until == "known":
-                engine.adapters.know(found.key, found.path, found.stack)
+                engine.adapters.know(found.key, found.path, _stack(found))
                 return
         try:
-            engine.load(found.key, found.path, stack=found.stack, wait=until == "resident")
+            engine.load(found.key, found.path, stack=_stack(found), wait=until == "resident")
         except BaseException:
             if known is None:
                 with self._lock:
@@ -223,9 +222,14 @@ class InProcess(Backend):
         engine = self._open()
         with self._lock:
             for key, found in self._known.items():
-                engine.adapters.know(key, found.path, found.stack)
+                engine.adapters.know(key, found.path, _stack(found))
                 engine.adapters.pin(key, key in self._pinned)
                 if key in self._resident:
-                    engine.load(key, found.path, stack=found.stack, wait=False)
+                    engine.load(key, found.path, stack=_stack(found), wait=False)
             self.engine = engine
         engine.start(self._hand_over)
+
+
+def _stack(found: Found) -> tuple[Verified, ...]:
+    """What is read for an adapter, as the engine has to find it."""
+    return tuple(map(Verified, found.stack, found.sizes))

@@ -243,7 +243,7 @@ class Registry:
                 self._forget(before)
             held = self.kept.quarantined.get(name)
             # other files are another adapter
-            if held is not None and not self.digests.fit(found, held[0]):
+            if held is not None and not self.digests.fit(found, held[0], unsure=True):
                 others = {n: q for n, q in self.kept.quarantined.items() if n != name}
                 with suppress(LorafoldError):
                     self.keep(quarantined=others)

@@ -27,6 +27,7 @@ from lorafold.data.allowed_tokens import allow
 from lorafold.errors import LorafoldError
 from lorafold.identity import joined, of_code
 from lorafold.machine.collection import all_set_aside
+from lorafold.machine.room import free_bytes
 from lorafold.models.weights import ModelWeights
 from lorafold.opening import Base
 from lorafold.screening.screen import Screen
@@ -134,7 +135,9 @@ def server_of(
     identity = joined([files, _storage(model)])
     state = settings.state or directory.beside / STATE
     modules, free = lambda: [path for path, _ in bare_modules(model)], settings.allow_control_tokens
-    screen = Screen(modules, tokenizer, free)
+    room = settings.adapter_bytes or free_bytes(model.device) // 2
+    settings = settings.model_copy(update={"adapter_bytes": room})
+    screen = Screen(modules, tokenizer, free, room // model.dtype.itemsize)
     renderers = Renderers(model, tokenizer, screen)
     plain = Chosen(name, None, renderers.base, identity)
     known_for = joined([identity, of_code(*ROOMS, packages=PACKAGES), *["any base"] * allowed])

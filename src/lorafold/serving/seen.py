@@ -27,13 +27,13 @@ class Found(BaseModel):
     """An adapter's files: where they are, what they are by digest, and what they say it is.
 
     `digest` is its identity together with those of the adapters below, and `old` the digest of its
-    own files without its tokenizer, by which versions were known before. `over` is where the
+    own files without its tokenizer, by which versions were known before; `manifest` says whether
+    there is one among these. `over` is where the
     adapters below are, the lowest first, and `stack` the identities of what is read of these and of
-    it. `base` is the base that it names where it has no fingerprint to tell by, `other_base` how
-    its base differs from the one that is served, `form` the digest
-    of what adapters have in common that differ in nothing but their values, `tokenizer` the digest
-    of its tokenizer, or "" for the base's, and `words` where that is. `note` is for the
-    administrator.
+    it, of `sizes` in bytes. `base` is the base that it names where it has no fingerprint to tell
+    by, `other_base` how its base differs from the one that is served, `form` the digest of what
+    adapters have in common that differ in nothing but their values, `tokenizer` the digest of its
+    tokenizer, or "" for the base's, and `words` where that is. `note` is for the administrator.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -42,7 +42,9 @@ class Found(BaseModel):
     path: Path
     digest: str
     old: str
+    manifest: bool
     stack: tuple[str, ...]
+    sizes: tuple[int, ...] = ()  # what an older version kept has none, and is verified again
     over: tuple[Path, ...] = ()
     method: str
     rank: int | None = None

@@ -117,8 +117,8 @@ class Verifier:
         files had before, and those of the adapters below.
         """
         verified = self._verified(path, marks)
-        small = Contents(path, (CONFIG, RECORD))
         files = (CONFIG, RECORD, MANIFEST)
+        small = Contents(path, (CONFIG, RECORD), verified.bytes_of(files))
         if small.digest_of(files) != verified.digest_of(files):
             raise LorafoldError(f"{path} changes while it is read; load it again")
         config = small.object(CONFIG)
@@ -143,8 +143,10 @@ class Verifier:
         base = "" if "base" in small.record else config.get("base_model_name_or_path")
         return Found(
             name=name, path=path, digest=joined([_identity(stack[at]) for at in (*below, path)]),
-            old=verified.digest_of((*FILES, MANIFEST)), over=tuple(below),
+            old=verified.digest_of((*FILES, MANIFEST)), manifest=MANIFEST in verified.files,
+            over=tuple(below),
             stack=tuple(stack[at].digest_of(FILES) for at in (*below, path)),
+            sizes=tuple(stack[at].bytes_of(FILES) for at in (*below, path)),
             method=name_of(spec), rank=getattr(_inner(spec), "rank", None),
             base=cut(str(base or ""), NAMED), words=words,
             other_base=self._other(path, small),

@@ -31,34 +31,46 @@ class Schedule(Protocol):
         """The share of the steps over which they rise."""
 
 
+# the parameters that may have a learning rate of their own, as a run tells them
+UP, WHOLE = "up factors (LoRA+)", "modules trained whole"
+
+
 def param_groups(
-    parts: Iterable[tuple[str, Delta]], lr: float, lr_up: float, decay_vectors: bool = True
+    parts: Iterable[tuple[str, Delta]],
+    lr: float,
+    lr_up: float,
+    decay_vectors: bool = True,
+    lr_whole: float | None = None,
 ) -> list[dict]:
-    """Divide the trained parameters of deltas into up factors and all others, for the optimizer,
-    and either into those that weight decay shrinks and those that it does not.
+    """Divide the trained parameters of deltas into up factors, those of whole modules if they have
+    a rate of their own, and all others, for the optimizer, and each into those that weight decay
+    shrinks and those that it does not.
 
     Weights that act by their size, such as the gains of a norm, IA3's l and DoRA's magnitude, would
     be drawn to 0 by it, where the base is switched off.
 
     Args:
         parts: (module path, delta) pairs.
-        lr: The peak learning rate of all parameters but up factors.
+        lr: The peak learning rate of all parameters but those.
         lr_up: The peak learning rate of up factors.
         decay_vectors: Weight decay shrinks vectors as it does matrices; the groups are two then.
+        lr_whole: The peak learning rate of modules that are trained whole (None: lr).
     """
-    groups: dict[tuple[bool, bool], dict[str, Any]] = {
-        (up, decays): {"params": list[nn.Parameter](), "lr": rate, "peak": rate}
+    groups: dict[tuple[str, bool], dict[str, Any]] = {
+        (kind, decays): {"params": list[nn.Parameter](), "lr": rate, "peak": rate, "of": kind}
         | ({} if decays else {"weight_decay": 0.0})
-        for up, rate in ((False, lr), (True, lr_up))
+        for kind, rate in (("", lr), (UP, lr_up), (WHOLE, lr_whole))
         for decays in (True, False)
     }
     for _, delta in parts:
+        whole = WHOLE if delta.whole and lr_whole is not None else ""
         shrunk = None if decay_vectors else matrices_in(delta)
         for name, p in delta.named_parameters():
             # a sparse delta may have no entry at all, and CUDA launches no kernel on empty tensors
             if p.requires_grad and p.numel():
                 decays = shrunk is None or p in shrunk
-                groups[name in delta.up_names, decays]["params"].append(p)
+                kind = UP if name in delta.up_names else whole
+                groups[kind, decays]["params"].append(p)
     return [g for g in groups.values() if g["params"]]
 
 
@@ -79,10 +91,10 @@ def rates(groups: list[dict], lr: float) -> str:
 
     Args:
         groups: The groups of `param_groups`.
-        lr: The peak learning rate of all parameters but up factors.
+        lr: The peak learning rate of all parameters but those that are named.
     """
     told = [
-        ("up factors (LoRA+) " if group["peak"] != lr else "") + in_short(group["peak"])
+        (f"{group['of']} " if group["peak"] != lr else "") + in_short(group["peak"])
         for group in groups
     ]
     return f"learning rate: {'; '.join(dict.fromkeys(told))}"

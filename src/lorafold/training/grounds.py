@@ -5,13 +5,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lorafold.data.template_forms import day_of
 from lorafold.files.digests import of_file
 from lorafold.identity import COMPUTED_WITH, TRAINING, of_code
-from lorafold.models.tokenizer import BUILT_IN
+from lorafold.models.tokenizer import BUILT_IN, set_template
 from lorafold.opening import Base
+from lorafold.peft.saved import Saved
 
 FILES = "files"  # the name of the model's identity
 
@@ -35,3 +38,18 @@ def grounds(
         "chat_template": file,
         "code": of_code(*TRAINING, *rooms, packages=COMPUTED_WITH),
     }
+
+
+def day_written(base: Base, template: str | None, saved: Sequence[Saved] = ()) -> str:
+    """The date of today where the chat template asks for it, so that figures are kept for one day;
+    else empty.
+
+    Args:
+        base: The model.
+        template: The recipe's chat template.
+        saved: The adapters that are loaded, one of which may have a tokenizer of its own.
+    """
+    tokenizer = base.tokenizer(saved)
+    if template is not None:
+        set_template(tokenizer, template)
+    return day_of(tokenizer)

@@ -42,8 +42,9 @@ class Request:
 
     `out` must not exist unless `overwrite` or `resume` is set; without `eval_rows` the recipe's
     `eval_fraction` of `rows` is held out. The adapters of `over` are loaded in this order, frozen,
-    below the one that is trained. `rewards` are functions of Python, beside those that the recipe
-    names.
+    below the one that is trained. A chat template that asks for the date writes `day`; without one
+    it writes the day on which the run begins. `rewards` are functions of Python, beside those that
+    the recipe names.
     """
 
     base: Base
@@ -56,6 +57,7 @@ class Request:
     resume: bool = False
     overwrite: bool = False
     over: tuple[Path, ...] = ()
+    day: str = ""
     rewards: tuple[Callable[..., Any], ...] = ()
 
     @property

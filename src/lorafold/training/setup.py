@@ -7,7 +7,6 @@ The cheap refusals come first, so that a wrong request fails before anything is 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from datetime import date
 from functools import partial
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,7 @@ from lorafold.core.spec import Spec
 from lorafold.data.branches import Branched
 from lorafold.data.feed import Feed
 from lorafold.data.findings import Findings
-from lorafold.data.template_forms import is_dated, on_day
+from lorafold.data.template_forms import day_of, is_dated, on_day
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import check_out
 from lorafold.memory.before_run import planned, settle
@@ -168,10 +167,10 @@ def set_up(request: Request, console: Console) -> Setup:
     inherited = request.init_adapter is not None and saved[-1].own_tokenizer
     changes = recipe.chat_template, recipe.template_kwargs, recipe.allow_control_tokens
     own = bool(words.ids or any(changes) or inherited)
-    day, dated = "", tokenizer
-    if is_dated(tokenizer):
+    day, dated = day_of(tokenizer), tokenizer
+    if day:
         began = RunDirectory(request.out).written("day") if request.resume else None
-        day = str(began or date.today().isoformat())
+        day = str(began or request.day or day)
         dated = on_day(tokenizer, day)
         held = "the day of each rendering" if is_dated(dated) else f"{day} throughout this run"
         console.print(f"the chat template writes the date: {held}", highlight=False)

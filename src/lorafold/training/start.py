@@ -4,7 +4,7 @@ optimizer and the random state of a run that was stopped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,8 @@ from lorafold.data.allowed_tokens import without_note
 from lorafold.data.endings import WITH_TURN, ending_of
 from lorafold.data.feed import Feed
 from lorafold.data.stored import Rows
+from lorafold.data.stream import RowStream
+from lorafold.errors import LorafoldError
 from lorafold.evaluation import Measured
 from lorafold.recipe.recipe import Recipe
 from lorafold.step.adamw import described, make_optimizer, pick
@@ -54,7 +56,8 @@ def prepare(
         held_out: Measures on held-out examples.
         console: For the optimizer, the learning rates and the step from which a run is resumed.
 
-    Raises LorafoldError where the run to resume had another recipe, model or data, or other files.
+    Raises LorafoldError where the run to resume had another recipe, model or data, other files, or
+    other modules to adapt.
     """
     request, accelerator = setup.request, setup.accelerator
     recipe, run, spec = request.recipe, RunDirectory(request.out), adapter.spec
@@ -65,6 +68,7 @@ def prepare(
         told = f"{run.path}: no run to resume, this one starts from the beginning"
         console.print(told, soft_wrap=True)
     if resume:
+        identity |= _streamed_before(request.data, run, console)
         unnamed = {RULE: _RULE_BEFORE, HELD_OUT: identity[HELD_OUT], "day": setup.day}
         unnamed |= _ends_before(setup)
         # control tokens in contents were tokens
@@ -74,6 +78,7 @@ def prepare(
             console.print(unknown, highlight=False, markup=False, soft_wrap=True)
         if checkpoints := run.checkpoints():
             progress, tensors, state = run.load(checkpoints[max(checkpoints)])
+            check_sites(run, adapter, tensors)
             adapter.load_state_dict(tensors)
     else:
         run.start(identity)
@@ -82,7 +87,8 @@ def prepare(
     lr = recipe.lr or spec.lr * loss.pace
     # runs without decay have the groups that those of earlier versions have
     vectors = progress.decays_vectors or not recipe.weight_decay
-    groups = param_groups(adapter.parts(), lr, recipe.lr_b or lr_b or lr, vectors)
+    whole = None if recipe.lr or spec.lr_whole is None else spec.lr_whole * loss.pace
+    groups = param_groups(adapter.parts(), lr, recipe.lr_b or lr_b or lr, vectors, whole)
     chosen = pick(recipe.optimizer, progress.optimizer, groups, accelerator)
     progress.optimizer = chosen.name
     for line in (described(chosen, groups, recipe.seed), rates(groups, lr)):
@@ -99,6 +105,29 @@ def prepare(
     return Job(
         adapter, loss, wrapped, optimizer, accelerator, feed, held_out, recipe, run, feed.steps
     ), progress
+
+
+def check_sites(run: RunDirectory, adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
+    """Raise LorafoldError if the targets of a run mean other modules than when it began: an earlier
+    version may not have found all that can be adapted.
+
+    Args:
+        adapter: The run's, as its targets mean it now.
+        tensors: Those of the adapter in the run's last checkpoint, of any shapes.
+    """
+    own = adapter.state_dict()
+    sides = {"now adapts": own.keys() - tensors.keys(), "no longer adapts": tensors.keys() - own}
+    changes = []
+    for what, keys in sides.items():
+        if sites := sorted({key.rpartition(".")[0] for key in keys}):
+            more = f" and {len(sites) - 1} more" * (len(sites) > 1)
+            changes.append(f"{what} {sites[0]}{more}")
+    if changes:
+        raise LorafoldError(
+            f"{run.path}: the run to resume adapted other modules when it began: with the same"
+            f" targets this lorafold {' and '.join(changes)}. Use the lorafold that began it, or"
+            " start again with --overwrite"
+        )
 
 
 def identity_of(setup: Setup, adapter: Adapter) -> dict[str, Any]:
@@ -133,6 +162,19 @@ def identity_of(setup: Setup, adapter: Adapter) -> dict[str, Any]:
     if any(getattr(m, "dropout", 0.0) for d in adapter.deltas.values() for m in d.modules()):
         identity[RULE] = DROPOUT
     return identity
+
+
+def _streamed_before(data: Rows | RowStream, run: RunDirectory, console: Console) -> dict[str, str]:
+    """How a run of an earlier version knew files that it streams: by their sizes, which is said."""
+    written = run.written("data")
+    if not isinstance(data, RowStream) or written not in {data.identity_before} - {data.identity}:
+        return {}
+    told = (
+        f"{run.path}: an earlier lorafold began this run and did not say what was in"
+        f" {', '.join(map(str, data.sources))}: whether the rows are the same can't be checked"
+    )
+    console.print(told, highlight=False, markup=False, soft_wrap=True)
+    return {"data": written}
 
 
 def _ends_before(setup: Setup) -> dict[str, str]:

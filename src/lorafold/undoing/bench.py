@@ -19,6 +19,7 @@ from lorafold.adapter import Adapter, load
 from lorafold.core.attach import only, selection_of
 from lorafold.data.examples import NO_LOSS, encode
 from lorafold.data.prompts import prompts_of
+from lorafold.data.template_forms import on_day
 from lorafold.errors import LorafoldError
 from lorafold.inspecting.updates import of_factors
 from lorafold.peft.saved import Saved
@@ -42,7 +43,8 @@ class Bench:
 
     def __init__(self, task: Task, stack: Stack, opening: Opening) -> None:
         self.task, self.stack = task, stack
-        self.model, self.tokenizer = opening(stack.adapters)
+        self.model, tokenizer = opening(stack.adapters)
+        self.tokenizer = on_day(tokenizer, task.day)
         self.names = selection_of(self.model).names
         self._tuning: tuple[Path, Updates | None] | None = None
 

@@ -142,6 +142,7 @@ def tune(run: Run, out: Path) -> None:
         task.source,
         resume=True,
         over=tuple(one.path for one in run.stack.adapters),
+        day=task.day,
     )
     try:
         train(request, Console(quiet=True))

@@ -29,7 +29,7 @@ from lorafold.objectives import DEFAULT
 from lorafold.opening import Base
 from lorafold.peft.saved import Saved
 from lorafold.recipe.recipe import Recipe
-from lorafold.training.grounds import grounds
+from lorafold.training.grounds import day_written, grounds
 from lorafold.undoing.defences import DEFENCES
 
 HELD_OUT = 32  # benign rows at most, on which the loss is measured
@@ -89,6 +89,13 @@ class Task:
         """The model's identity, how and where it is loaded, and the code."""
         return grounds(self.base, self.recipe.chat_template, *ROOMS)
 
+    @cached_property
+    def day(self) -> str:
+        """What a chat template that asks for the date writes in all figures; else empty."""
+        templates = {None, self.recipe.chat_template}  # of what is measured, and of what is trained
+        each = product(templates, (stack.adapters for stack in self.stacks))
+        return next(filter(None, (day_written(self.base, *one) for one in each)), "")
+
     @property
     def probe_identity(self) -> list[Any]:
         """What the figures of any state of the model depend on."""
@@ -96,7 +103,7 @@ class Task:
         held_out = Rows.of(list(self.held_out)).sha256 if self.rows else ""
         beginnings = [self.refusal, self.compliance, self.max_new_tokens]
         recipe = self.recipe.model_dump(mode="json")
-        return [self.grounds, recipe, *asked, held_out, *beginnings]
+        return [self.grounds, self.day, recipe, *asked, held_out, *beginnings]
 
     @cached_property
     def _order(self) -> list[int]:
@@ -179,7 +186,7 @@ class Run:
     def name(self) -> str:
         """The name of its files, with a digest of all that the tuning depends on."""
         task, recipe = self.task, self.recipe.model_dump(mode="json")
-        all_ = [task.grounds, self.stack.identity, self.rows.identity, recipe]
+        all_ = [task.grounds, task.day, self.stack.identity, self.rows.identity, recipe]
         kind = "mixed-" if self.mixed else ""
         return f"{kind}r{self.rank}-lr{self.lr:g}-s{self.seed}-k{self.examples}-{digest_of(all_)}"
 

@@ -140,8 +140,8 @@ class Mixture(Spec):
         if self.gates == "token":
             if not (layer.takes_vectors or layer.takes_ids):
                 raise LorafoldError(
-                    "Mixture: gates: found token for a module whose inputs are signals, expected"
-                    " global or layer"
+                    "Mixture: gates: found token for a module whose inputs are signals or groups"
+                    " of vectors, expected global or layer"
                 )
             return RoutedDelta(layer, n)
         return MixtureDelta(layer, n, self.gates == "global")

@@ -31,6 +31,8 @@ def leaves(module: nn.Module, path: str) -> list[str]:
 class ReplaceDelta(Delta):
     """fp32 copies of the module's parameters, which compute in the module's own dtype."""
 
+    whole = True
+
     def __init__(self, module: nn.Module, path: str) -> None:
         super().__init__()
         if isinstance(module, Adapted):

@@ -44,6 +44,7 @@ class TokenRows(Delta):
     those of the delta that is its twin.
     """
 
+    setting_names = ("ids",)
     order: Tensor  # (k,), the permutation that sorts the ids
     ascending: Tensor  # (k,), the sorted ids
 

@@ -184,6 +184,11 @@ class Sender(Opaque):
         super().__init__()
         self.names, self.layers = argument_names(body), layers
 
+    @property
+    @abstractmethod
+    def positions(self) -> int:
+        """The positions that the virtual tokens take before each row."""
+
     def send(
         self,
         run: Callable[..., Any],

@@ -1,0 +1,101 @@
+"""Grouped linears: each group of the outputs is computed from a vector of its own.
+
+    y_j = W_j x_j,  j = 1 .. g      x (..., g, in), W (out, in) = (W_1; ..; W_g),
+                                    y (..., g, out / g)
+
+DeepSeek-V4 projects the heads of attention so. As a matrix W is (out, in), as stored, and a method
+sees no difference from a linear. A low-rank update is u_j = A x_j, the same A (r, in) for all
+groups, and y_j + B_j u_j with the group's own rows of B (out, r): W + dW is not built. Such modules
+have no bias. A gain on the inputs would have to be told from one on the outputs, so a method that
+takes the inputs apart (`takes_vectors`) is refused.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lorafold.bases.dense import named, store_all
+from lorafold.core.base import Base
+from lorafold.core.draws import DrawSite, site_of, slots
+from lorafold.errors import NotMergeable
+from lorafold.ops.arithmetic import linear
+from lorafold.ops.autocast import autocasting, lowered
+from lorafold.ops.dropout import dropout
+from lorafold.ops.scale import scaled
+
+
+class GroupedLinear(Base):
+    """A linear with groups: weight (out, in), inputs (..., g, in)."""
+
+    linear = True
+    takes_vectors = False
+    called = staticmethod(lowered)
+
+    @property
+    def groups(self) -> int:
+        """g."""
+        return int(self.bare.n_groups)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        out, inn = self.bare.weight.shape
+        return out, inn
+
+    def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        w = self.bare.weight
+        if onto is None and (autocasting(x) or x.dtype is w.dtype):
+            y: Tensor = self.run(x)
+            return y
+        return self._product(x, w, onto)
+
+    def op(self, x: Tensor, m: Tensor) -> Tensor:
+        """The product of each group of x (..., g, in) and its rows of m (k, in), k a multiple of g:
+        (..., g, k / g).
+        """
+        return self._product(x, m)
+
+    def _product(self, x: Tensor, m: Tensor, onto: Tensor | None = None) -> Tensor:
+        rows = m.to(x.dtype).unflatten(0, (self.groups, -1)).mT  # (g, in, k / g)
+        shape = (*x.shape[:-1], rows.shape[-1])
+        of_groups = x.reshape(-1, *x.shape[-2:]).transpose(0, 1)  # (g, n, in)
+        if onto is None:
+            y = torch.bmm(of_groups, rows)
+        else:
+            start = onto.to(x.dtype).expand(shape).reshape(-1, *shape[-2:]).transpose(0, 1)
+            y = torch.baddbmm(start, of_groups, rows)
+        return y.transpose(0, 1).reshape(shape)
+
+    def branch(self, x: Tensor, down: Tensor, up: Tensor, p: float) -> Tensor:
+        return self.op(linear(self.drop(x, p), down), up)
+
+    def drop(self, x: Tensor, p: float) -> Tensor:
+        return dropout(x, p, self.site(x)) if p else x
+
+    def site(self, x: Tensor) -> DrawSite | None:
+        """What dropout of x (..., g, in) follows from; None where torch's generator gives it."""
+        g, tokens = self.groups, x.shape[:-2].numel()
+
+        def of(names: Tensor) -> Tensor:
+            return slots(names, torch.arange(tokens * g, device=names.device), g)
+
+        return site_of(self.module, tokens, of)
+
+    def each(self, v: Tensor) -> Tensor:
+        return v.unflatten(-1, (self.groups, -1))
+
+    def scale(
+        self, y: Tensor, g: Tensor, c: Tensor | None = None, onto: Tensor | None = None
+    ) -> Tensor:
+        return scaled(y, self.each(g), None if c is None else self.each(c), onto)
+
+    def dense(self) -> tuple[Tensor, Tensor | None]:
+        return self.bare.weight, None
+
+    def encode(self, w: Tensor, b: Tensor | None) -> dict[str, Tensor]:
+        if b is not None:
+            raise NotMergeable("the adapter adds a bias, which a grouped linear does not add")
+        return named(w, None)
+
+    def write(self, w: Tensor, b: Tensor | None) -> None:
+        store_all(self, w, b)
