@@ -188,7 +188,7 @@ def inside(storage: str, count: int) -> dict[str, Any]:
                 engine.seen.clear()
                 for id, stream in group.items():
                     request, found = stream.request, stream.result()
-                    engine._runner.rebuild()  # nothing is left of any other
+                    engine.forget()
                     again = engine.submit(request)
                     engine.run()
                     alone = again.result()

@@ -102,6 +102,6 @@ def train(
         resume,
         overwrite,
         tuple(as_paths(over)),
-        functions,
+        rewards=functions,
     )
     return run.train(request, or_quiet(console))

@@ -37,6 +37,14 @@ def command(
         str | None,
         typer.Option(help="Held-out rows. Without them --eval-fraction 0.1 holds some out."),
     ] = None,
+    reward: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="For objectives that draw completions: what judges them, as FILE.py:FUNCTION,"
+            " regex:PATTERN, schema:FILE.json or reasoning-gym:TASK, with a weight as in 0.5*..."
+            " or without. Repeat the option for a sum."
+        ),
+    ] = None,
     columns: ColumnsOption = None,
     init_adapter: Annotated[
         Path | None,
@@ -84,8 +92,9 @@ def command(
 
     console = messages()
     if preview:
-        from lorafold.api.arguments import as_rows, rows_to_train, source_of
+        from lorafold.api.arguments import as_rows, rows_to_train, source_of, with_rewards
 
+        recipe, _ = with_rewards(recipe, reward or ())
         named, objective = columns_of(columns), recipe.objective
         rows, where = rows_to_train(data, recipe, named, console), source_of(data)
         held_out = eval_data and as_rows(eval_data, named, console, objective=objective)
@@ -114,6 +123,7 @@ def command(
         out=output.out,
         model=computing.model,
         eval_data=eval_data,
+        rewards=reward or (),
         columns=columns_of(columns),
         init_adapter=init_adapter,
         over=over or (),

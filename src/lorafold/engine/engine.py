@@ -218,6 +218,14 @@ class Engine:
             if not self.step() and self._rows:
                 self._wake.wait(1.0)
 
+    def forget(self) -> None:
+        """Keep nothing of requests that have ended, so that the next ones compute what they compute
+        in an engine that was just opened. Raises LorafoldError while one waits or runs.
+        """
+        if self._rows:
+            raise LorafoldError(f"engine: found {len(self._rows)} requests, expected none to run")
+        self._runner.rebuild()
+
     def start(self, after: Callable[[], None] = lambda: None) -> None:
         """Step in a thread of the engine's own, until `close`. It calls `after` after every step,
         and once a second while there is none; an error in that, or in a step, ends the thread.

@@ -199,6 +199,11 @@ class Objective(ABC):
         """
         return next_token_loss(model, inputs, labelled)
 
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What a run depends on that neither its recipe nor its rows and models are, as JSON."""
+        return {}
+
     def set_up(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
         """Add what the tokenizer lacks for this objective. Returns a notice of what was added."""
         return None

@@ -28,7 +28,7 @@ from lorafold.objectives.laws import class_of, made
 from lorafold.objectives.objective import Asked, Objective, given_options
 from lorafold.objectives.rollouts import Completion, Rollouts, rolling
 from lorafold.ops.philox import key_of
-from lorafold.rewards import Judged, Rewards
+from lorafold.rewards import Judged, Rewards, digest_of
 from lorafold.step import policy_laws
 from lorafold.step.branches import branching
 from lorafold.step.policy import Policy, Rollout
@@ -108,6 +108,12 @@ class PolicyObjective(Objective):
     def options(cls, declared: Declared) -> Mapping[str, Any]:
         kinds = (class_of(declared, policy_laws), Drawing)
         return {field.name: field.default for kind in kinds for field in fields(kind)}
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        names = [getattr(fn, "__qualname__", repr(fn)) for fn in self.given]
+        files = {name: digest_of(name) for name in self.drawing.rewards}
+        return {"rewards": files | dict.fromkeys(names, "")}
 
     def set_up(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
         return ensure_chat_template(tokenizer) or account_of(tokenizer).line

@@ -68,6 +68,7 @@ class Rollouts:
 
         Raises LorafoldError for a completion that can't be computed.
         """
+        self.engine.forget()  # what was drawn before must not bear on any rounding
         self.engine.adopt(POLICY, self.names)
         streams = [
             [self._stream(prompt, key, i * self.group + j) for j in range(self.group)]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import re
+from hashlib import sha256
 from pathlib import Path
 
 from lorafold.errors import LorafoldError
@@ -40,6 +41,16 @@ def reward_of(text: str) -> Reward:
     if file.endswith(".py") and function.isidentifier():
         return SeparateReward(name, "file", f"{_whole(file)}:{function}", weight)
     raise LorafoldError(f"reward {text!r}: expected {FORMS}, with a weight as in 0.5* or without")
+
+
+def digest_of(text: str) -> str:
+    """The SHA-256 of the file that a name stands for; empty where it stands for none."""
+    name = text.partition("*")[2].strip() if re.match(rf"\s*{NUMBER}\s*\*", text, re.I) else text
+    kind, _, rest = name.partition(":")
+    if kind in ("regex", "reasoning-gym"):
+        return ""
+    path = Path(rest if kind == "schema" else name.rpartition(":")[0]).expanduser()
+    return sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
 def _whole(path: str) -> str:

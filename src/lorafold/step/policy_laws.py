@@ -67,7 +67,9 @@ class Drawn(NamedTuple):
 class PolicyLaw(ABC):
     """Abstract: one law over completions that the policy drew.
 
-    With beta > 0 the KL to the reference is added to the loss of each token.
+    With beta > 0 w_t KL_t, the KL to the reference, is added to the loss of each token. The ratio
+    makes its gradient that of the KL itself, also where it is 1 (DeepSeek-V3.2 2025, arXiv
+    2512.02556, eq. 7).
     """
 
     pace: ClassVar[float] = 0.25  # of a method's own learning rates
@@ -82,7 +84,7 @@ class PolicyLaw(ABC):
     def loss(self, drawn: Drawn) -> Tensor:
         """The loss of each token, (n,), in nats."""
         loss = self.surrogate(drawn)
-        return loss + self.beta * drawn.kl if self.beta else loss
+        return loss + self.beta * drawn.ratios * drawn.kl if self.beta else loss
 
     def clipped(self, drawn: Drawn) -> Tensor:
         """Whether the loss of each token has no gradient, since its ratio went too far, (n,)."""

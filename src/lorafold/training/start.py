@@ -155,6 +155,7 @@ def identity_of(setup: Setup, adapter: Adapter) -> dict[str, Any]:
         named = template if isinstance(template, dict) else {"": str(template)}
         plain = {name: without_note(text) for name, text in named.items()}
         identity["chat_template"] = str(plain.get("", plain))
+    identity |= setup.objective.identity
     if setup.day:
         identity["day"] = setup.day
     if setup.feed.marked:

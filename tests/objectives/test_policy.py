@@ -1,0 +1,234 @@
+"""Training a policy: the completions are drawn by the weights that train, the loss is that of the
+law on the model's own log-probabilities, and a run that is killed goes on exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+import lorafold as lf
+from lorafold.core.attach import only
+from lorafold.errors import LorafoldError
+from lorafold.objectives.rollouts import Completion, Rollouts, rolling
+from lorafold.step.branches import branching
+from lorafold.step.policy import Policy, Rollout
+from lorafold.step.policy_laws import Grpo, PolicyLaw
+from lorafold.training import loop
+
+pytestmark = pytest.mark.usefixtures("unestimated")
+PROMPTS = ((5, 6, 7), (8, 9, 10, 11), (12,))
+ROWS = [{"prompt": f"Say {word}", "word": word} for word in ("red", "blue", "green", "gold")]
+
+
+def letters(prompt: str, completion: str, word: str) -> float:
+    return sum(letter in completion for letter in word) / len(word)
+
+
+def asked(**changes: Any) -> lf.Recipe:
+    options = {"group": 4, "max_new_tokens": 6, **changes.pop("options", {})}
+    given: dict[str, Any] = {"steps": 4, "batch": 2, "max_length": 96, "storage": "fp32"}
+    return lf.Recipe(**{"objective": "grpo", **given, **changes}, objective_options=options)
+
+
+def trained(model: Path, out: Path, recipe: lf.Recipe | None = None, **changes: Any) -> Any:
+    given: dict[str, Any] = {"data": ROWS, "rewards": letters, **changes}
+    return lf.train(recipe or asked(), model=model, out=out, **given)
+
+
+@contextmanager
+def drawing(model: Any, tokenizer: Any) -> Iterator[Rollouts]:
+    with rolling(model, tokenizer, group=3, longest=5, length=32, slots=4) as rollouts:
+        yield rollouts
+
+
+def rollouts_of(groups: list[list[Completion]]) -> list[Rollout]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        Rollout.of(
+            prompt, [one.tokens for one in group], [one.logprobs for one in group],
+            torch.randn(len(group), generator=generator).tolist(), [True] * len(group),
+        )
+        for prompt, group in zip(PROMPTS, groups, strict=True)
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def model(tiny_model) -> Any:
+    torch.manual_seed(0)
+    return tiny_model("llama")
+
+
+@pytest.fixture
+def tokenizer(tiny_model_dir) -> Any:
+    return AutoTokenizer.from_pretrained(tiny_model_dir("llama"))
+
+
+def adapted(model: Any, spec: Any) -> lf.Adapter:
+    """An adapter away from its start, below and above which nothing is."""
+    torch.manual_seed(1)
+    adapter = lf.attach(model, spec, name="it")
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    return adapter
+
+
+SPECS = {
+    "lora": lf.LoRA(rank=4, dropout=0.0),
+    "dora": lf.DoRA(over=lf.LoRA(rank=2, dropout=0.0)),
+    "ia3": lf.IA3(),
+    "full": lf.Full(),
+}
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_tokens_have_the_log_probabilities_of_transformers(name: str, model, tokenizer) -> None:
+    """Of the weights as they are when they are drawn, also after those have changed."""
+    adapter = adapted(model, SPECS[name])
+    with drawing(model, tokenizer) as rollouts:
+        for step in range(2):
+            for prompt, group in zip(PROMPTS, rollouts.draw(PROMPTS, step), strict=True):
+                assert len(group) == 3
+                for one in group:
+                    ids = torch.tensor([[*prompt, *one.tokens]])
+                    logits = model(ids).logits[0, len(prompt) - 1 : -1]
+                    expected = torch.log_softmax(logits, -1).gather(1, ids[0, len(prompt) :, None])
+                    assert one.logprobs == pytest.approx(expected[:, 0].tolist(), abs=1e-4)
+            with torch.no_grad():
+                for p in adapter.parameters():
+                    p.add_(0.1 * torch.randn_like(p))
+    assert all(p.requires_grad for p in adapter.parameters())
+
+
+def test_draws_follow_from_their_key_alone(model, tokenizer) -> None:
+    adapted(model, SPECS["lora"])
+    with drawing(model, tokenizer) as rollouts:
+        first, second = (rollouts.draw(PROMPTS, 7) for _ in range(2))
+        assert first == second != rollouts.draw(PROMPTS, 8)
+
+
+def plain(model: Any, law: PolicyLaw, examples: list[Rollout]) -> torch.Tensor:
+    """The loss by the law's words, one completion after the other."""
+    total = torch.zeros(())
+    for e in examples:
+        for branch, a in zip(e.branches, e.advantages, strict=True):
+            ids = torch.tensor([[*e.shared, *branch.ids]])
+            logps = torch.log_softmax(model(ids).logits[0, len(e.shared) : -1], -1)
+            own = logps.gather(1, ids[0, len(e.shared) + 1 :, None])[:, 0]
+            loss = -a * (own - own.detach()).exp()
+            if law.beta:
+                with only(model), torch.no_grad():
+                    below = torch.log_softmax(model(ids).logits[0, len(e.shared) : -1], -1)
+                ref = below.gather(1, ids[0, len(e.shared) + 1 :, None])[:, 0]
+                k3 = (ref - own).exp() - (ref - own) - 1
+                loss = loss + law.beta * (own - own.detach()).exp() * k3
+            total = total + loss.sum() / (len(own) if law.average == "per-sequence" else 1)
+    return total
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("law", [Grpo(), Grpo(beta=0.5, average="per-sequence")])
+def test_loss_and_gradients(law: PolicyLaw, packing: bool, model, tokenizer) -> None:
+    adapter = adapted(model, SPECS["lora"])
+    with drawing(model, tokenizer) as rollouts:
+        examples = rollouts_of(rollouts.draw(PROMPTS, 0))
+    with branching(model) as how:
+        loss = Policy(model, law, how if packing else None, 0, longest=5)
+        found = loss(**loss.collate(examples, loss.device))
+        ours = torch.autograd.grad(found, list(adapter.parameters()))
+        figures = loss.figures()
+    expected = plain(model, law, examples)
+    theirs = torch.autograd.grad(expected, list(adapter.parameters()))
+    assert float(found) == pytest.approx(float(expected), abs=1e-4)
+    for x, y in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-5)
+    assert figures["largest mismatch"] < 1e-4
+    assert figures["clipped"] == 0
+    assert loss.figures()["mismatch"] == 0  # they were of that step
+
+
+def test_completions_of_other_weights_end_the_run(model, tokenizer) -> None:
+    adapter = adapted(model, SPECS["lora"])
+    with drawing(model, tokenizer) as rollouts:
+        examples = rollouts_of(rollouts.draw(PROMPTS, 0))
+        with only(model):
+            rollouts.names = ()
+            rollouts.engine.adopt("policy", [])
+        below = rollouts_of(rollouts.draw(PROMPTS, 0))
+    loss = Policy(model, Grpo(), None, 0, longest=5)
+    with pytest.raises(LorafoldError, match="drawn by the model without the adapter that trains"):
+        loss(**loss.collate(below, loss.device))
+    with torch.no_grad():
+        next(iter(adapter.parameters())).add_(1.0)
+    with pytest.raises(LorafoldError, match="drawn by other weights, of another step"):
+        loss(**loss.collate(examples, loss.device))
+
+
+def test_a_run_learns_from_its_reward_and_resumes_exactly(
+    tiny_model_dir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_model_dir("llama")
+    trained(base, tmp_path / "whole")
+    step = loop.train_step
+
+    def killed(job: Any, examples: Any, n: int) -> float:
+        if n == 2:
+            raise KeyboardInterrupt
+        return step(job, examples, n)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            trained(base, tmp_path / "killed", asked(save_every=1))
+    trained(base, tmp_path / "killed", asked(save_every=1), resume=True)
+    files = [load_file(tmp_path / of / "adapter_model.safetensors") for of in ("whole", "killed")]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+
+
+def test_what_a_step_shows(tiny_model_dir, tmp_path: Path) -> None:
+    file = tmp_path / "rewards.py"
+    file.write_text("def half(completion):\n    return 0.5\n")
+    console = Console(record=True, width=400)
+    names = [f"{file}:half", "0.5*regex:.*a.*"]
+    trained(tiny_model_dir("llama"), tmp_path / "a", rewards=names, console=console)
+    text = console.export_text()
+    for name in ("reward ", f"reward {file}:half 0.5", "cut off", "entropy", "mismatch"):
+        assert name in text
+    assert "dropout=0.0" in text
+
+
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "no reward": ({}, {"rewards": ()}, "objective grpo: found no reward"),
+    "a group of one": ({"options": {"group": 1}}, {}, "group: found 1, expected greater than or"),
+    "no such option": ({"options": {"grup": 4}}, {}, "grup: the objective grpo has no such option"),
+    "dropout": ({"dropout": 0.1}, {}, "dropout: found 0.1, expected 0"),
+    "a long prompt": ({"max_length": 12}, {}, r"row 3: found a prompt of \d+ tokens, expected"),
+    "a reward of sft": ({"objective": "sft", "options": {}}, {}, "the objective sft takes none"),
+    "rows of text": ({}, {"data": [{"text": "a"}]}, "data: found rows of {text}"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input(case: str, tiny_model_dir, tmp_path: Path) -> None:
+    changes, given, said = CASES[case]
+    with pytest.raises(LorafoldError, match=said):
+        trained(tiny_model_dir("llama"), tmp_path / "a", asked(**changes), **given)
+    assert not (tmp_path / "a").exists()
+
+
+def test_rewards_that_never_vary_are_told(tiny_model_dir, tmp_path: Path) -> None:
+    with pytest.raises(LorafoldError, match=r"the first 10 steps.*row \d, completion 1: .* has 1"):
+        trained(
+            tiny_model_dir("llama"), tmp_path / "a", asked(steps=12),
+            rewards=lambda completion: 1.0,
+        )  # fmt: skip
