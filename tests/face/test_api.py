@@ -82,7 +82,7 @@ SIGNATURES = {
         " allow_other_base open_page console"
     ),
     "train": (
-        "recipe *data out model eval_data columns init_adapter over device revision"
+        "recipe *data out model eval_data rewards columns init_adapter over device revision"
         " trust_remote_code allow_other_base resume overwrite console"
     ),
 }

@@ -57,7 +57,7 @@ def classifier(
 def test_the_recipe_names_the_objectives_of_the_table() -> None:
     for name in OBJECTIVES:
         assert Recipe(objective=name).objective == name
-    with pytest.raises(ValidationError, match=r"'sft', 'classify', .* or 'reward'"):
+    with pytest.raises(ValidationError, match=r"'sft', 'classify', .* or 'cispo'"):
         Recipe(objective="other")
 
 

@@ -7,21 +7,14 @@ that turn is then the reference. Use it where a model is asked and not trained.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from lorafold.data.checking import checked, renamed
 from lorafold.data.conversations import Conversation
-from lorafold.data.messages import (
-    message_problems,
-    normalized,
-    text_problems,
-    tool_problems,
-    tools_of,
-)
 from lorafold.data.references import reference_of
 from lorafold.data.render import prompt_of
-from lorafold.data.shapes import CONVERSATIONS, PLAIN_TEXT, SHAPES, Shape, shape_of
+from lorafold.data.shapes import CONVERSATIONS, PROMPTS, SHAPES, shape_of
 from lorafold.data.sources import Row
 from lorafold.errors import LorafoldError
 
@@ -38,29 +31,17 @@ class Prompt(NamedTuple):
     reference: str | None
 
 
-def _problems(row: Row) -> Iterator[str]:
-    check = message_problems if isinstance(row["prompt"], list) else text_problems
-    yield from check("prompt", row["prompt"])
-    if row.get("tools") is not None:
-        yield from tool_problems(row["tools"])
-
-
-def _conversation(row: Row) -> Conversation:
-    prompt = row["prompt"]
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return Conversation(normalized(messages), tools=tools_of(row.get("tools")))
-
-
-ASKING = (
-    *(shape for shape in SHAPES if CONVERSATIONS in shape.gives and shape is not PLAIN_TEXT),
-    Shape(("prompt",), _problems, {CONVERSATIONS: _conversation}, ("tools",)),
-)
+ASKING = tuple(shape for shape in SHAPES if PROMPTS in shape.gives)
 
 
 def _asked(row: Row) -> Conversation:
     """The conversation of a row; one without messages where it asks nothing."""
     shape = shape_of(row, ASKING)
-    return Conversation([]) if shape is None else shape.conversation(row)
+    if shape is None:
+        return Conversation([])
+    read = shape.gives.get(CONVERSATIONS, shape.gives[PROMPTS])
+    found: Conversation = read(row)
+    return found
 
 
 def read_prompts(

@@ -130,7 +130,9 @@ def check_shapes(shapes: Iterable[Shape | None], objective: str) -> None:
     for shape in shapes:
         if shape is None or takes not in shape.gives:
             expected = " or ".join(str(known) for known in SHAPES if takes in known.gives)
-            others = [n for n, d in OBJECTIVES.items() if shape and d.takes in shape.gives]
+            fitting = [n for n, d in OBJECTIVES.items() if shape and d.takes in shape.gives]
+            # completions that rows have are for learning them, before they are for being drawn
+            others = [n for n in fitting if not OBJECTIVES[n].draws] or fitting
             other = f", which are for --objective {named(others)}" if others else ""
             raise LorafoldError(
                 f"data: found rows of {shape}{other}; --objective {objective} expects rows of"

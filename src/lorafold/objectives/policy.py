@@ -23,6 +23,8 @@ from lorafold.data.stored import Rows
 from lorafold.data.to_complete import Prompt, PromptData, Prompts, prompt_data
 from lorafold.data.tokenizing import Encoder
 from lorafold.errors import LorafoldError
+from lorafold.evaluation import Measured
+from lorafold.evaluation.intervals import mean_interval
 from lorafold.objectives import OBJECTIVES, Declared
 from lorafold.objectives.laws import class_of, made
 from lorafold.objectives.objective import Asked, Objective, given_options
@@ -42,7 +44,19 @@ if TYPE_CHECKING:
 
 SLOTS = 64  # completions that are drawn at a time
 SAMPLES = 3  # completions that are shown where rewards never vary
+HELD_OUT = 2**62  # the step whose draws are those of held-out prompts
 PATIENCE = 10  # steps without a group whose rewards differ, before that is told
+
+
+def judged_of(
+    prompts: Sequence[Prompt], groups: Sequence[Sequence[Completion]]
+) -> list[Judged]:
+    """The completions of all prompts, as rewards take them."""
+    return [
+        Judged(prompt.asked, one.text, prompt.besides, f"{prompt.where}, completion {n}")
+        for prompt, group in zip(prompts, groups, strict=True)
+        for n, one in enumerate(group, 1)
+    ]
 
 
 @checked(frozen=True, config=STRICT)
@@ -163,13 +177,9 @@ class PolicyObjective(Objective):
         """The groups that the model draws of the planned prompts, without those whose rewards are
         alike, unless they are held to the reference.
         """
-        (rollouts,) = loss.rollouts
+        rollouts = loss.rollouts[0]
         groups = rollouts.draw([prompt.ids for prompt in planned], key_of(self.seed, step))
-        judged = [
-            Judged(prompt.asked, one.text, prompt.besides, f"{prompt.where}, completion {n}")
-            for prompt, group in zip(planned, groups, strict=True)
-            for n, one in enumerate(group, 1)
-        ]
+        judged = judged_of(planned, groups)
         sums, each = loss.rewards(judged)
         rewards = torch.tensor(sums, dtype=torch.float64).view(len(planned), -1)
         advantages = self.law.advantages(rewards)
@@ -187,6 +197,19 @@ class PolicyObjective(Objective):
             )
             if kept
         ]
+
+    def measure(self, loss: Playing, held_out: PromptData) -> Measured:
+        """The mean reward of one completion of each prompt, always of the same draws, with its
+        interval; the loss is minus that.
+        """
+        rollouts, prompts = loss.rollouts[0], held_out.examples
+        groups = rollouts.draw([prompt.ids for prompt in prompts], key_of(self.seed, HELD_OUT), 1)
+        sums, each = loss.rewards(judged_of(prompts, groups))
+        reward, interval = sum(sums) / len(sums), mean_interval(sums)
+        apart = {f"reward {name}": sum(x) / len(x) for name, x in each.items() if len(each) > 1}
+        within = "" if interval is None else f" (95%: {interval[0]:.3f} to {interval[1]:.3f})"
+        figures = {"reward": reward, "reward_interval": interval, **apart}
+        return Measured(-reward, figures, f", reward {reward:.3f}{within}")
 
     def _rollout(self, prompt: Prompt, group: list[Completion], advantages: list[float]) -> Rollout:
         counted = [one.ended or self.drawing.truncated == "counted" for one in group]

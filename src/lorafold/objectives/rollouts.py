@@ -59,19 +59,23 @@ class Rollouts:
         self.names, self.ends = tuple(names), ends
         self.group, self.longest = group, longest
 
-    def draw(self, prompts: Sequence[Sequence[int]], key: int) -> list[list[Completion]]:
+    def draw(
+        self, prompts: Sequence[Sequence[int]], key: int, group: int | None = None
+    ) -> list[list[Completion]]:
         """A group of completions of each prompt, under the weights as they are now.
 
         Args:
             prompts: token ids.
             key: what the draws follow from, with the places of prompt and completion.
+            group: how many completions a prompt has, if not as many as in training.
 
         Raises LorafoldError for a completion that can't be computed.
         """
         self.engine.forget()  # what was drawn before must not bear on any rounding
         self.engine.adopt(POLICY, self.names)
+        k = group or self.group
         streams = [
-            [self._stream(prompt, key, i * self.group + j) for j in range(self.group)]
+            [self._stream(prompt, key, i * k + j) for j in range(k)]
             for i, prompt in enumerate(prompts)
         ]
         self.engine.run()

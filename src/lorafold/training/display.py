@@ -27,14 +27,16 @@ class Display:
             TextColumn("training"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("loss {task.fields[loss]}{task.fields[first]}"),
             TextColumn("{task.fields[rate]} tokens/s"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
         )
         self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
-        self.task = self.bar.add_task("training", total=steps, completed=done, loss="-", rate="-")
+        self.task = self.bar.add_task(
+            "training", total=steps, completed=done, loss="-", rate="-", first=""
+        )
 
     def __enter__(self) -> Display:
         self.bar.start()
@@ -63,9 +65,11 @@ class Display:
             rate: Tokens per second, over the whole run.
             figures: What else it has to show, by name.
         """
-        self.bar.update(self.task, completed=step, loss=f"{loss:.3f}", rate=f"{rate:,.0f}")
+        shown = [f", {name} {value:.4g}" for name, value in figures.items()]
+        fields = {"loss": f"{loss:.3f}", "rate": f"{rate:,.0f}", "first": "".join(shown[:1])}
+        self.bar.update(self.task, completed=step, **fields)
         if not self.console.is_terminal and (
             step == self.steps or step % max(1, self.steps // 10) == 0
         ):
-            more = "".join(f", {name} {value:.4g}" for name, value in figures.items())
-            self.note(f"step {step}/{self.steps}: loss {loss:.4f}, {rate:,.0f} tokens/s{more}")
+            told = f"step {step}/{self.steps}: loss {loss:.4f}, {rate:,.0f} tokens/s"
+            self.note(told + "".join(shown))
