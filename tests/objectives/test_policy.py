@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 import lorafold as lf
 from lorafold.core.attach import only
 from lorafold.errors import LorafoldError
-from lorafold.objectives.rollouts import Completion, Rollouts, rolling
+from lorafold.objectives.rollouts import Completion, Rollouts
 from lorafold.step.branches import branching
 from lorafold.step.policy import Policy, Rollout
 from lorafold.step.policy_laws import Grpo, PolicyLaw
@@ -46,8 +46,10 @@ def trained(model: Path, out: Path, recipe: lf.Recipe | None = None, **changes: 
 
 @contextmanager
 def drawing(model: Any, tokenizer: Any) -> Iterator[Rollouts]:
-    with rolling(model, tokenizer, group=3, longest=5, length=32, slots=4) as rollouts:
-        yield rollouts
+    rollouts = Rollouts(model, tokenizer, group=3, longest=5)
+    rollouts.open(prompt=27, slots=4)
+    yield rollouts
+    rollouts.close()
 
 
 def rollouts_of(groups: list[list[Completion]]) -> list[Rollout]:

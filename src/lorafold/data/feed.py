@@ -59,7 +59,7 @@ class StoredFeed(Feed):
             steps: The number of optimizer steps.
             seed: The seed of the order.
         """
-        self._examples, self.steps = examples, steps
+        self.examples, self.steps, self.batch = examples, steps, batch
         self.marked = getattr(examples, "marked", 0)
         self._batches = Batches(parts, batch, steps, seed)
         self.passes = steps * batch / max(1, len(examples))
@@ -67,13 +67,13 @@ class StoredFeed(Feed):
     def with_examples(self, change: Callable[[Any], Sequence[Any]]) -> "StoredFeed":
         """A feed of the same steps, whose examples are what `change` makes of these, in order."""
         changed = copy.copy(self)
-        changed._examples = change(self._examples)
+        changed.examples = change(self.examples)
         return changed
 
     def after(self, step: int) -> Iterator[Sequence[Any]]:
         for i in range(step, len(self._batches)):
-            yield [self._examples[j] for j in self._batches[i]]
+            yield [self.examples[j] for j in self._batches[i]]
 
     def drawn(self, n: int, size: int, seed: int) -> Iterator[Sequence[Any]]:
-        for indices in Batches(len(self._examples), size, n, seed):
-            yield [self._examples[i] for i in indices]
+        for indices in Batches(len(self.examples), size, n, seed):
+            yield [self.examples[i] for i in indices]

@@ -53,7 +53,7 @@ class Data(Protocol):
 class Asked:
     """What a run asks for: an objective by its name, for rows, a model and the saved adapters that
     will be loaded on it, with the recipe's `beta` (None: its own) and `objective_options`, rewards
-    that are functions of Python, and the recipe's seed and max_length.
+    that are functions of Python, and the recipe's seed.
     """
 
     name: str
@@ -64,7 +64,6 @@ class Asked:
     options: Mapping[str, Any] = field(default_factory=dict)
     rewards: Sequence[Callable[..., Any]] = ()
     seed: int = 0
-    length: int = 1024
 
     @property
     def start(self) -> str:

@@ -17,7 +17,9 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as checked
 
 from lorafold.data.account import account_of
+from lorafold.data.arrow import lengths_of
 from lorafold.data.examples import WHOLE
+from lorafold.data.feed import Feed, StoredFeed
 from lorafold.data.render import Rendering, ensure_chat_template
 from lorafold.data.stored import Rows
 from lorafold.data.to_complete import Prompt, PromptData, Prompts, prompt_data
@@ -28,7 +30,7 @@ from lorafold.evaluation.intervals import mean_interval
 from lorafold.objectives import OBJECTIVES, Declared
 from lorafold.objectives.laws import class_of, made
 from lorafold.objectives.objective import Asked, Objective, given_options
-from lorafold.objectives.rollouts import Completion, Rollouts, rolling
+from lorafold.objectives.rollouts import Completion, Rollouts
 from lorafold.ops.philox import key_of
 from lorafold.rewards import Judged, Rewards, digest_of
 from lorafold.step import policy_laws
@@ -100,7 +102,6 @@ class PolicyObjective(Objective):
     drawing: Drawing
     given: tuple[Callable[..., Any], ...] = ()  # rewards that are functions of Python
     seed: int = 0
-    length: int = 0
 
     @classmethod
     def of(cls, asked: Asked) -> Self:
@@ -116,7 +117,7 @@ class PolicyObjective(Objective):
                 f"objective {asked.name}: found no reward, expected one or several: --reward"
                 " FILE.py:FUNCTION, or rewards= in Python"
             )
-        return cls(law, drawing, tuple(asked.rewards), asked.seed, asked.length)
+        return cls(law, drawing, tuple(asked.rewards), asked.seed)
 
     @classmethod
     def options(cls, declared: Declared) -> Mapping[str, Any]:
@@ -162,16 +163,23 @@ class PolicyObjective(Objective):
             rewards = stack.enter_context(
                 Rewards.of(*drawing.rewards, *self.given, limit=drawing.reward_seconds)
             )
-            drawn = rolling(
-                model, tokenizer, group=drawing.group, longest=drawing.max_new_tokens,
-                length=self.length, slots=SLOTS,
-            )  # fmt: skip
-            rollouts = stack.enter_context(drawn)
+            rollouts = Rollouts(model, tokenizer, drawing.group, drawing.max_new_tokens)
+            stack.callback(rollouts.close)
             how = stack.enter_context(branching(model)) if packing else None
             yield Playing(
                 model, self.law, how, tokenizer.pad_token_id or 0, rollouts=rollouts,
                 rewards=rewards, longest=drawing.max_new_tokens,
             )  # fmt: skip
+
+    def refer(
+        self, loss: Playing, feed: Feed, held_out: Any, below: Sequence[str], console: Console
+    ) -> tuple[Feed, Any]:
+        """Open what draws, for the longest prompt of both."""
+        assert isinstance(feed, StoredFeed)
+        lengths = [*lengths_of(feed.examples), *(lengths_of(held_out.examples) if held_out else [])]
+        slots = min(SLOTS, feed.batch * self.drawing.group)
+        loss.rollouts[0].open(max(lengths), slots)
+        return feed, held_out
 
     def examples(self, step: int, planned: Sequence[Prompt], loss: Playing) -> Sequence[Rollout]:
         """The groups that the model draws of the planned prompts, without those whose rewards are

@@ -1,7 +1,8 @@
 """Completions that a policy draws while it trains, by the engine, from the very weights that train.
 
-    with rolling(model, tokenizer, group=8, longest=256, length=512, slots=64) as rollouts:
-        rollouts.draw(prompts, key)         a group of completions of each prompt
+    rollouts = Rollouts(model, tokenizer, group=8, longest=256)
+    rollouts.open(prompt=64, slots=64)
+    rollouts.draw(prompts, key)             a group of completions of each prompt
 
 The engine has a second shell of the model (`core.twin`), so that both stay open. What trains is
 adopted anew for each step: the engine copies its factors and keeps nothing of earlier ones.
@@ -9,8 +10,8 @@ adopted anew for each step: the engine copies its factors and keeps nothing of e
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -41,23 +42,47 @@ class Completion:
 
 
 class Rollouts:
-    """Draws completions at temperature 1 among all tokens.
+    """Draws completions at temperature 1 among all tokens, once it is `open`.
 
     Args:
-        engine: over the shell of the model, with its tokenizer.
-        names: the adapters that are the policy, the lowest first.
-        ends: the tokens that end a completion.
+        model: in training, whose active adapters are the policy.
         group: how many completions a prompt has.
         longest: the most tokens of a completion.
     """
 
     def __init__(
-        self, engine: Engine, names: Sequence[str], ends: frozenset[int], group: int, longest: int
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, group: int, longest: int
     ) -> None:
-        assert engine.tokenizer is not None
-        self.engine, self.tokenizer = engine, engine.tokenizer
-        self.names, self.ends = tuple(names), ends
+        self.shell, self.names = twin(model), selection_of(model).names
+        self.tokenizer, self.ends = tokenizer, end_tokens(model, tokenizer)
         self.group, self.longest = group, longest
+        self._stack = ExitStack()
+        self._engine: Engine | None = None
+
+    @property
+    def engine(self) -> Engine:
+        """The engine over the shell."""
+        assert self._engine is not None
+        return self._engine
+
+    def open(self, prompt: int, slots: int) -> None:
+        """Open the engine.
+
+        Args:
+            prompt: the most tokens of a prompt.
+            slots: how many completions are drawn at a time.
+        """
+        nbytes = sum(p.nbytes for p in self.shell.parameters())
+        self._stack.enter_context(only(self.shell))
+        engine = Engine(
+            self.shell, self.tokenizer, slots=slots, length=prompt + self.longest, beyond=True,
+            fast=2 * nbytes <= free_bytes(self.shell.device),
+        )  # fmt: skip
+        self._engine = self._stack.enter_context(engine)
+
+    def close(self) -> None:
+        """Close the engine."""
+        self._stack.close()
 
     def draw(
         self, prompts: Sequence[Sequence[int]], key: int, group: int | None = None
@@ -96,28 +121,3 @@ class Rollouts:
         logprobs = tuple(float(token.drawn_logprob or 0.0) for token in drawn)
         text = text_of(self.tokenizer, end.tokens)
         return Completion(end.tokens, logprobs, text, end.reason == "end")
-
-
-@contextmanager
-def rolling(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    group: int,
-    longest: int,
-    length: int,
-    slots: int,
-) -> Iterator[Rollouts]:
-    """What draws completions of the model with its active adapters, until the `with` block ends.
-
-    Args:
-        group: how many completions a prompt has.
-        longest: the most tokens of a completion.
-        length: the most tokens of a prompt with its completion.
-        slots: how many completions are drawn at a time.
-    """
-    names, shell = selection_of(model).names, twin(model)
-    nbytes = sum(p.nbytes for p in model.parameters())
-    fast = 2 * nbytes <= free_bytes(model.device)
-    with only(shell), Engine(shell, tokenizer, slots=slots, length=length, fast=fast) as engine:
-        yield Rollouts(engine, names, end_tokens(model, tokenizer), group, longest)

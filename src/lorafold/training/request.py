@@ -101,9 +101,8 @@ def objective_of(request: Request, saved: Sequence[Saved] = ()) -> Objective:
     check_shapes(request.data.shapes, recipe.objective)
     options = recipe.beta, recipe.objective_options
     asked = Asked(
-        recipe.objective, rows, request.base, saved, *options, request.rewards, recipe.seed,
-        recipe.max_length,
-    )  # fmt: skip
+        recipe.objective, rows, request.base, saved, *options, request.rewards, recipe.seed
+    )
     return OBJECTIVES[recipe.objective].kind.of(asked)
 
 
