@@ -73,8 +73,8 @@ def files_in(folder: Path) -> tuple[Path, ...]:
 def read(files: Sequence[Path]) -> list[GGUFReader]:
     """Read the metadata of the files of a model.
 
-    Raises LorafoldError for one that is no GGUF file, was cut short, has a header that its bytes do not
-    agree with, or is none of these files.
+    Raises LorafoldError for one that is no GGUF file, was cut short, has a header that its bytes do
+    not agree with, or is none of these files.
     """
     from gguf import GGUFReader
 
@@ -112,8 +112,8 @@ def check_places(reader: GGUFReader, file: Path) -> None:
         found = tensor.data_offset - reader.data_offset
         if found != end:
             raise LorafoldError(
-                f"{file}: its header is damaged: found {tensor.name} at byte {found} of the tensors,"
-                f" expected {end}, where the one before it ends"
+                f"{file}: its header is damaged: found {tensor.name} at byte {found} of the"
+                f" tensors, expected {end}, where the one before it ends"
             )
         end += -(-int(tensor.n_bytes) // reader.alignment) * reader.alignment
     left = len(reader.data) - reader.data_offset - end
