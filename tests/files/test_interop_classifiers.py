@@ -166,7 +166,7 @@ def test_the_estimate_counts_a_new_pooler(files: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [tf.T5Config, tf.BartConfig])
 def test_the_encoder_of_an_encoder_decoder_is_no_head(kind):
-    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "num_layers": 1, "num_heads": 4}
-    config = kind(**sizes, vocab_size=64, encoder_attention_heads=4, decoder_attention_heads=4)
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "num_layers": 1}
+    config = kind(d_model=32, vocab_size=64, **layers)
     model = tf.AutoModelForSequenceClassification.from_config(config)
     assert head_paths(model) == ("classification_head.dense", "classification_head.out_proj")
