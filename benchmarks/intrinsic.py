@@ -1,6 +1,6 @@
 """The intrinsic dimension of telling the quickstart's intents apart, over sizes of one model.
 
-    python benchmarks/intrinsic.py [--layers 2,4,8] [--steps 100] [--largest 4096]
+    python benchmarks/intrinsic.py [--layers 2,4,8] [--steps 80] [--largest 65536]
 
 The first blocks of the embedded model are a smaller model, in fp32: what they know of a text is
 enough for a head that tells classes apart, while a language model without its last blocks is none.
@@ -54,8 +54,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--layers", default="2,4,8", help="blocks of the models")
-    parser.add_argument("--steps", type=int, default=100, help="of every run")
-    parser.add_argument("--largest", type=int, default=4096, help="dimension")
+    parser.add_argument("--steps", type=int, default=80, help="of every run")
+    parser.add_argument("--largest", type=int, default=65536, help="dimension")
     asked = parser.parse_args()
     recipe = RECIPE.model_copy(
         update={"steps": asked.steps, "objective": "classify", "batch": 8, "lr": 2e-4}

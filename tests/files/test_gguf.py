@@ -115,6 +115,24 @@ def test_weights_that_a_file_lacks_are_named(tiny_model_dir, tmp_path, cache):
             resolve_model(file)
 
 
+def test_a_header_that_its_bytes_do_not_agree_with_is_refused(tiny_model_dir, tmp_path, cache):
+    file = tmp_path / "tiny.gguf"
+    write_gguf(tiny_model_dir("llama"), file)
+    whole, name = file.read_bytes(), b"blk.0.ffn_down.weight"
+    dims = whole.index(name) + len(name) + 4
+    kind, place = dims + 16, dims + 20  # of a matrix
+    tensors = int.from_bytes(whole[8:16], "little")
+    lies = {
+        8: ((tensors - 1).to_bytes(8, "little"), f".* after the last of the {tensors - 1}"),
+        kind: ((1).to_bytes(4, "little"), ".* where the one before it ends"),  # F16
+        place: ((0).to_bytes(8, "little"), "blk.0.ffn_down.weight at byte 0 of"),
+    }
+    for at, (value, said) in lies.items():
+        file.write_bytes(whole[:at] + value + whole[at + len(value) :])
+        with pytest.raises(LorafoldError, match=rf"{file}: its header is damaged: found {said}"):
+            resolve_model(file)
+
+
 def test_a_folder_has_one_model(tiny_model_dir, tmp_path, cache):
     folder = tmp_path / "folder"
     folder.mkdir()

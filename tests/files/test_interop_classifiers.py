@@ -162,3 +162,11 @@ def test_the_estimate_counts_a_new_pooler(files: Any, tmp_path: Path) -> None:
     config = tf.AutoConfig.from_pretrained(tmp_path / "base")
     expected = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert trace(config, setting, config.num_hidden_layers).gradients == 4 * expected
+
+
+@pytest.mark.parametrize("kind", [tf.T5Config, tf.BartConfig])
+def test_the_encoder_of_an_encoder_decoder_is_no_head(kind):
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "num_layers": 1}
+    config = kind(d_model=32, vocab_size=64, **layers)
+    model = tf.AutoModelForSequenceClassification.from_config(config)
+    assert head_paths(model) == ("classification_head.dense", "classification_head.out_proj")

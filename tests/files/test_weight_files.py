@@ -55,6 +55,23 @@ def test_what_is_missing_is_named_by_every_reader(reader, shards):
         read(shards)
 
 
+def test_shards_that_no_index_names_are_told(shards, caplog):
+    with caplog.at_level(logging.WARNING):
+        load_model(shards, torch.float32)
+        assert caplog.messages == []
+        left = "model-00002-of-00009.safetensors"
+        shutil.copy(shards / sorted(p.name for p in shards.glob("*.safetensors"))[0], shards / left)
+        load_model(shards, torch.float32)
+    assert caplog.messages == [f"model {shards}: 1 files beside its weights are not read: {left}"]
+
+
+@pytest.mark.parametrize("content", ["null", '{"model_type": "llama", "rope_parameters": 3}'])
+def test_a_configuration_that_transformers_stumbles_over_is_one_line(content, shards):
+    (shards / "config.json").write_text(content)
+    with pytest.raises(LorafoldError, match=f"model {shards}: transformers can't load it: .+"):
+        load_model(shards, torch.float32)
+
+
 def test_a_file_beside_an_index_is_what_every_reader_takes(shards, tiny_model_dir):
     weights = load_file(tiny_model_dir("llama-wide") / "model.safetensors")
     doubled = {name: 2 * weight for name, weight in weights.items()}

@@ -17,7 +17,16 @@ from peft import PeftModel, PeftModelForSequenceClassification
 from pydantic import ValidationError
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, BertConfig, BertModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertModel,
+    PreTrainedTokenizerFast,
+)
 from typer.testing import CliRunner
 
 import lorafold as lf
@@ -252,6 +261,25 @@ def test_a_warm_start_keeps_the_classes(tiny_model_dir, tmp_path: Path) -> None:
 def test_classes_are_sorted_numbers_by_size() -> None:
     assert classes_of([{"text": "t", "label": n} for n in (10, 9, 0, 9)]) == ("0", "9", "10")
     assert classes_of([{"text": "t", "label": n} for n in ("b", "a", 1, "1")]) == ("1", "a", "b")
+
+
+@pytest.mark.parametrize("template", ["[CLS] $A [SEP]", "$A [SEP]", "[CLS] $A"])
+def test_a_text_that_is_cut_keeps_the_tokens_that_close_it(template: str) -> None:
+    """As the tokenizer itself truncates it: a T5 classifier counts them, a BERT has seen no text
+    without.
+    """
+    words = {word: n for n, word in enumerate(("[UNK]", "[CLS]", "[SEP]", *"abcdef"))}
+    inner = Tokenizer(WordLevel(words, "[UNK]"))
+    inner.pre_tokenizer = Whitespace()
+    special = [(word, words[word]) for word in ("[CLS]", "[SEP]")]
+    inner.post_processor = TemplateProcessing(single=template, special_tokens=special)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]")
+    rows = [{"text": "a b c d e f", "label": "x"}, {"text": "a", "label": "y"}]
+    for n in (3, 5, 8):
+        found = encode_labelled(rows, tokenizer, n, ("x", "y"))
+        texts = [row["text"] for row in rows]
+        expected = tokenizer(texts, truncation=True, max_length=n).input_ids
+        assert [list(e.ids) for e in found.examples] == expected
 
 
 def test_long_texts_are_cut_and_counted(tiny_model_dir) -> None:

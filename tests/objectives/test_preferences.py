@@ -471,7 +471,8 @@ def test_a_run_that_crashed_over_a_stack_ends_like_one_that_did_not(
     )
 
     def run(out: str, resume: bool = False) -> bytes:
-        monkeypatch.setenv("LORAFOLD_CACHE", str(tmp_path / f"cache of {out} {resume}"))
+        cache = shared(tmp_path / f"cache of {out} {resume}")
+        monkeypatch.setenv("LORAFOLD_CACHE", str(cache))
         lf.train(
             recipe, model=model, data=rows, over=tmp_path / "sft", out=tmp_path / out,
             resume=resume,

@@ -23,7 +23,6 @@ from agent_cases import FUNCTIONS, SAYS, TOOLS, question, rows
 from serving_cases import Running, running
 
 pytestmark = pytest.mark.slow
-pydantic_ai = pytest.importorskip("pydantic_ai")
 Call = tuple[str, dict[str, Any]]
 KINDS = ("OpenAIChatModel", "OpenAIResponsesModel")
 
@@ -66,7 +65,7 @@ def asynchronous(server: Running) -> openai.AsyncOpenAI:
 
 def model_of(server: Running, kind: str = KINDS[0]) -> Any:
     """The adapter as pydantic-ai has it; its client belongs to one event loop."""
-    from pydantic_ai.models import openai as models
+    models = pytest.importorskip("pydantic_ai.models.openai")
     from pydantic_ai.providers.openai import OpenAIProvider
 
     provider = OpenAIProvider(base_url=f"{server.url}/v1", api_key="none")
@@ -75,6 +74,7 @@ def model_of(server: Running, kind: str = KINDS[0]) -> Any:
 
 def agent_of(server: Running, kind: str = KINDS[0], **more: Any) -> tuple[Any, list[Call]]:
     """An agent with all functions, and the calls that reach them."""
+    pydantic_ai = pytest.importorskip("pydantic_ai")
     called: list[Call] = []
 
     def watched(function: Callable[..., str]) -> Callable[..., str]:
@@ -150,12 +150,11 @@ def test_an_agent_goes_on_with_its_conversation(server):
 
 def test_an_agent_that_has_to_answer_in_a_form(server):
     """With a tool that has to be called, and with a JSON schema of the text."""
-    from pydantic_ai import NativeOutput
-
+    pydantic_ai = pytest.importorskip("pydantic_ai")
     asked, wanted = "Book a table for 4 at The Wild Pear", Booking(place="The Wild Pear", people=4)
     by_tool = pydantic_ai.Agent(model_of(server), output_type=Booking)
     assert by_tool.run_sync(asked).output == wanted
-    by_schema = pydantic_ai.Agent(model_of(server), output_type=NativeOutput(Booking))
+    by_schema = pydantic_ai.Agent(model_of(server), output_type=pydantic_ai.NativeOutput(Booking))
     assert isinstance(by_schema.run_sync(asked).output, Booking)
 
 

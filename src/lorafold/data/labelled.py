@@ -108,8 +108,8 @@ def classes_of(rows: Sequence[Row]) -> tuple[str, ...]:
 
 @dataclass(frozen=True, eq=False)
 class Labels(Encoder):
-    """Makes examples of texts with labels. Columns: `row`, `ids` (T,), `label`, the number of the
-    class, and `problem`.
+    """Makes examples of texts with labels. Columns: `row`, `ids` (T,), `closing`, how many special
+    tokens end them, `label`, the number of the class, and `problem`.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -127,18 +127,22 @@ class Labels(Encoder):
     def schema(self) -> "pa.Schema":
         import pyarrow as pa
 
-        columns = {"row": pa.int32(), "ids": pa.list_(pa.int32()), "label": pa.int32()}
-        return pa.schema({**columns, "problem": pa.string()})
+        columns = {"row": pa.int32(), "ids": pa.list_(pa.int32()), "closing": pa.int32()}
+        return pa.schema({**columns, "label": pa.int32(), "problem": pa.string()})
 
     def encode(self, given: Sequence[Labelled], first: int) -> "pa.RecordBatch":
         import pyarrow as pa
 
         number_of = {name: number for number, name in enumerate(self.classes)}
         labels = [str(one.label) for one in given]
-        ids = self.tokenizer([one.text for one in given], verbose=False).input_ids
+        found = self.tokenizer(
+            [one.text for one in given], verbose=False, return_special_tokens_mask=True
+        )
+        ids = found.input_ids
         columns = [
             numbers(range(first, first + len(given))),
             lists(ids),
+            numbers(list(map(closing, found["special_tokens_mask"]))),
             numbers([number_of.get(label, -1) for label in labels]),
             texts(list(map(self._problem, given, ids))),
         ]
@@ -153,12 +157,18 @@ class Labels(Encoder):
         return ""
 
 
+def closing(special: Sequence[int]) -> int:
+    """How many tokens at the end of a text are special, by a mask (T,) with 1 for them."""
+    return next((n for n, own in enumerate(reversed(special)) if not own), 0)
+
+
 class LabelledExamples(TableExamples[LabelledExample]):
     """The examples of a table that `Labels` made; the classes are by number."""
 
     def __init__(self, table: "pa.Table", max_length: int, classes: Sequence[str]) -> None:
         super().__init__(table, max_length, np.arange(len(table)))
         self._labels, self._classes = column(table, "label"), classes  # (n,), (k,)
+        self._closing = column(table, "closing")  # (n,)
 
     def digests(self) -> Array:
         return digests(self._ids, self._labels.tolist())
@@ -174,6 +184,12 @@ class LabelledExamples(TableExamples[LabelledExample]):
     def _example(self, entry: int) -> LabelledExample:
         return LabelledExample(self._cut(entry), int(self._labels[entry]))
 
+    def _cut(self, entry: int) -> tuple[int, ...]:
+        """The text is cut before the special tokens that end it, which stay."""
+        ids, most = self._ids[entry].tolist(), self._max_length
+        end = min(int(self._closing[entry]), most) if len(ids) > most else 0
+        return (*ids[: most - end], *ids[len(ids) - end :])
+
 
 def encode_labelled(
     rows: Sequence[Row],
@@ -188,7 +204,8 @@ def encode_labelled(
     whose text has no token.
 
     Args:
-        max_length: Longer rows are cut to this many tokens, at their end.
+        max_length: Longer rows are cut to this many tokens, at the end of their text: the special
+            tokens that the tokenizer closes it with stay.
         classes: The classes; a class's number is its index.
         console: For progress; None is quiet.
     """
@@ -204,7 +221,8 @@ def labelled(
 
     Args:
         rows: What it was made of.
-        max_length: Longer rows are cut to this many tokens, at their end.
+        max_length: Longer rows are cut to this many tokens, at the end of their text: the special
+            tokens that the tokenizer closes it with stay.
         classes: The classes, by number.
     """
     examples = LabelledExamples(table, max_length, classes)

@@ -282,11 +282,15 @@ def _parameters(
 def _place(
     model: nn.Module, parameters: dict[str, nn.Parameter], tied: dict[str, tuple[str, ...]]
 ) -> None:
-    """Give the model these parameters. One that is not among them becomes the one that it is tied
-    to.
+    """Give the model these parameters, and those of them that are buffers there. One that is not
+    among them becomes the one that it is tied to.
     """
     for name, _ in list(model.named_parameters(remove_duplicate=False)):
         source = next((n for n in (name, *tied.get(name, ())) if n in parameters), None)
         if source is not None:
             path, _, leaf = name.rpartition(".")
             model.get_submodule(path)._parameters[leaf] = parameters[source]
+    for name, buffer in list(model.named_buffers()):
+        if name in parameters and parameters[name].shape == buffer.shape:
+            path, _, leaf = name.rpartition(".")
+            model.get_submodule(path)._buffers[leaf] = parameters[name].data

@@ -111,6 +111,8 @@ def head_paths(model: nn.Module) -> tuple[str, ...]:
     Raises LorafoldError if there are none.
     """
     body, _ = decoder_of(model)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        body = str(model.base_model_prefix)  # with the encoder beside the decoder
     inside = beneath([body, *aside(model)])
     found = [
         p

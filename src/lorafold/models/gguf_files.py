@@ -73,7 +73,8 @@ def files_in(folder: Path) -> tuple[Path, ...]:
 def read(files: Sequence[Path]) -> list[GGUFReader]:
     """Read the metadata of the files of a model.
 
-    Raises LorafoldError for one that is no GGUF file, was cut short, or is none of these files.
+    Raises LorafoldError for one that is no GGUF file, was cut short, has a header that its bytes do
+    not agree with, or is none of these files.
     """
     from gguf import GGUFReader
 
@@ -86,6 +87,7 @@ def read(files: Sequence[Path]) -> list[GGUFReader]:
                 f"{file}: expected a GGUF file, but it is none, was cut short, or is newer than the"
                 f" package gguf: {one_line(error)}"
             ) from error
+        check_places(reader, file)
         readers.append(reader)
         own, count = value(reader, "split.no") or 0, value(reader, "split.count") or 1
         if (own, count) != (number, len(files)):
@@ -98,6 +100,28 @@ def read(files: Sequence[Path]) -> list[GGUFReader]:
     if wanted not in (None, found):
         raise LorafoldError(f"{files[0]}: found {found} tensors, expected {wanted}")
     return readers
+
+
+def check_places(reader: GGUFReader, file: Path) -> None:
+    """Raise LorafoldError unless the tensors fill a file from the end of its header on, each after
+    the one before it. A header that says another number of them, or other types or places, would
+    have bytes read as numbers that they are not.
+    """
+    end = 0
+    for tensor in reader.tensors:
+        found = tensor.data_offset - reader.data_offset
+        if found != end:
+            raise LorafoldError(
+                f"{file}: its header is damaged: found {tensor.name} at byte {found} of the"
+                f" tensors, expected {end}, where the one before it ends"
+            )
+        end += -(-int(tensor.n_bytes) // reader.alignment) * reader.alignment
+    left = len(reader.data) - reader.data_offset - end
+    if left >= reader.alignment:
+        raise LorafoldError(
+            f"{file}: its header is damaged: found {left} bytes after the last of the"
+            f" {len(reader.tensors)} tensors that it names, expected none"
+        )
 
 
 def value(reader: GGUFReader, key: str) -> Any:

@@ -31,6 +31,8 @@ def loading(what: str) -> Iterator[None]:
     except (
         OSError,
         ValueError,
+        TypeError,
+        AttributeError,
         KeyError,
         ImportError,
         RuntimeError,

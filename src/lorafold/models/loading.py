@@ -3,21 +3,24 @@ on a device (`machine.devices`) and in a storage (`models.storage`), and checks 
 damaged and no weight missing.
 """
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafold.core.rescaled import keep_scale
 from lorafold.errors import LorafoldError, NoTokenizer
 from lorafold.models.architecture import auto_class
-from lorafold.models.load_errors import check_complete, loading, tell_unread
+from lorafold.models.load_errors import check_complete, loading, shortened, tell_unread
 from lorafold.models.quantizing import compute_in, read_quantized
 from lorafold.models.sources import ModelSource, remember, resolve_model
 from lorafold.models.storage import Storage, default_storage
-from lorafold.models.weights import MODEL_FILES, model_files
+from lorafold.models.weights import MODEL_FILES, shards_left_out
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 # the files of a tokenizer, except vocabularies whose names depend on its class
 TOKENIZER_FILES = (
@@ -90,7 +93,11 @@ def read_weights(
     import torch
 
     source.intact(*MODEL_FILES, *["*.py"] * source.trust_remote_code)
-    model_files(source.path)
+    if left_out := shards_left_out(source.path):
+        log.warning(
+            "model %s: %d files beside its weights are not read: %s",
+            source.name, len(left_out), shortened(left_out),
+        )  # fmt: skip
     wanted = storage if isinstance(storage, Storage) else Storage(storage)
     if wanted.quantization is None and (stored := default_storage(source)) != "auto":
         raise LorafoldError(

@@ -31,6 +31,7 @@ DTYPES = {
 }  # fmt: skip
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+SHARDS = "model-*-of-*.safetensors"
 SHOWN = 4
 # the files of a model, except those of its tokenizer
 MODEL_FILES = (
@@ -211,6 +212,14 @@ def unreadable(path: Path, error: Exception) -> LorafoldError:
     return LorafoldError(
         f"{path}: not readable as safetensors, it may have been cut short or damaged ({error})"
     )
+
+
+def shards_left_out(directory: Path) -> list[str]:
+    """The names of the shards in a model directory that are none of its weight files: of another
+    save than its index, or beside a file that has the whole model.
+    """
+    read = model_files(directory)
+    return sorted(file.name for file in directory.glob(SHARDS) if file not in read)
 
 
 def model_files(directory: Path) -> list[Path]:

@@ -34,8 +34,9 @@ from lorafold.models.weights import Weights
 from lorafold.peft.checks import not_finite
 from lorafold.peft.config import CONFIG, WEIGHTS, write_config
 from lorafold.peft.form import DROPOUT, form_of, tell
+from lorafold.peft.format import ROOT
 from lorafold.peft.paths import renamed
-from lorafold.peft.selection import describe
+from lorafold.peft.selection import buffers_beneath, describe
 from lorafold.peft.tensors import Parts, saved_tensors, sites
 
 
@@ -89,6 +90,12 @@ def write(
     tensors = {
         renamed(key, named): saved.encoded().contiguous().cpu()
         for key, saved in saved_tensors(model, parts, targets, base).items()
+    }
+    # PEFT reads all that a module which it saves whole has
+    tensors |= {
+        key: buffer.contiguous().cpu()
+        for name, buffer in buffers_beneath(model, selection.modules_to_save).items()
+        if (key := renamed(f"{ROOT}.{name}", named)) not in tensors
     }
     if wrong := [text for key, t in tensors.items() if (text := not_finite(key, t))]:
         raise LorafoldError(f"{path} was not written: {'; '.join(wrong)}")

@@ -16,10 +16,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lorafold.bases import is_linear
 from lorafold.core.anatomy import bare_modules
+from lorafold.core.attach import base_state
 from lorafold.core.matrices import Matrices, module_at
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches, match
@@ -234,6 +235,19 @@ def saved_leaves(model: nn.Module, names: Sequence[str]) -> list[str]:
     return [
         path for path, m in bare_modules(model) if m._parameters and f"{path}.".startswith(roots)
     ]
+
+
+def buffers_beneath(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+    """The floating-point buffers in a model's state, of any shape, by name, of the modules that
+    PEFT finds for these `modules_to_save`, and of those below.
+    """
+    roots = tuple(f"{path}." for path in Selection((), tuple(names)).saved(model).paths)
+    state = base_state(model) if roots else {}
+    return {
+        name: buffer
+        for name, buffer in model.named_buffers()
+        if name.startswith(roots) and name in state and buffer.is_floating_point()
+    }
 
 
 def _selects(selection: Selection, model: nn.Module, targets: Sequence[str]) -> bool:

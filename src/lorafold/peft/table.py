@@ -13,9 +13,11 @@ its code (`derived.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
+import torch
 from torch import Tensor
 
 from lorafold.bases.convolution import Convolution
@@ -101,6 +103,16 @@ def without_bias(bias: Tensor, site: Site) -> Tensor:
     return bias.float() if own is None else bias.float() - own.to(bias.device).float()
 
 
+def unlike_base(name: str, found: Tensor, site: Site, file: Mapping[str, Tensor]) -> str | None:
+    """What is wrong with a buffer of a module that is trained whole, of any shape, or None. Nothing
+    trains it, and a merged model has that of its base.
+    """
+    own = site.delta.get_submodule("copy").get_buffer(name)
+    if own.shape == found.shape and (own.is_meta or torch.equal(own.cpu(), found.to(own.dtype))):
+        return None
+    return f"a buffer that differs from this base's, of shape {list(own.shape)}"
+
+
 def token_rows(delta: Delta, layer: type[Base]) -> list[Entry]:
     """The token rows of an embedding or head; tied ones are in the file once."""
     return [Entry("rows", f"{{at}}.{ROWS}")] * (delta.twin is None)
@@ -115,7 +127,10 @@ TENSORS: dict[type[Delta], Entries] = {
     # the file holds the bias itself
     BiasDelta: lambda delta, layer: [Entry("offset", "{under}.bias", with_bias, without_bias)],
     ReplaceDelta: lambda delta, layer: [
-        Entry(n, f"{{at}}.{n.removeprefix('copy.')}") for n, _ in delta.named_parameters()
+        Entry(n, f"{{at}}.{own}", misfit=None if n in trained else partial(unlike_base, own))
+        for trained in [dict(delta.named_parameters())]
+        for n in delta.state_dict()
+        for own in [n.removeprefix("copy.")]
     ],
     EmbeddingRows: token_rows,
     HeadRows: token_rows,
