@@ -34,7 +34,7 @@ from lorafold.objectives.rollouts import Completion, Rollouts
 from lorafold.ops.philox import key_of
 from lorafold.rewards import Judged, Rewards, digest_of
 from lorafold.step import policy_laws
-from lorafold.step.branches import branching
+from lorafold.step.branches import Branching, branching
 from lorafold.step.policy import Policy, Rollout
 from lorafold.step.policy_laws import STRICT, PolicyLaw
 
@@ -83,8 +83,16 @@ class Drawing:
 class Playing(Policy):
     """The loss of a policy with what draws and judges its completions."""
 
-    def __init__(self, *given: Any, rollouts: Rollouts, rewards: Rewards, longest: int) -> None:
-        super().__init__(*given, longest=longest)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        law: PolicyLaw,
+        how: Branching | None,
+        pad_id: int,
+        rollouts: Rollouts,
+        rewards: Rewards,
+    ) -> None:
+        super().__init__(model, law, how, pad_id, rollouts.longest)
         self.rollouts, self.rewards = (rollouts,), rewards  # in a tuple: it has a model of its own
         self.told: dict[str, float] = {}
         self.quiet = 0  # steps since the first without a group whose rewards differ
@@ -166,10 +174,7 @@ class PolicyObjective(Objective):
             rollouts = Rollouts(model, tokenizer, drawing.group, drawing.max_new_tokens)
             stack.callback(rollouts.close)
             how = stack.enter_context(branching(model)) if packing else None
-            yield Playing(
-                model, self.law, how, tokenizer.pad_token_id or 0, rollouts=rollouts,
-                rewards=rewards, longest=drawing.max_new_tokens,
-            )  # fmt: skip
+            yield Playing(model, self.law, how, tokenizer.pad_token_id or 0, rollouts, rewards)
 
     def refer(
         self, loss: Playing, feed: Feed, held_out: Any, below: Sequence[str], console: Console

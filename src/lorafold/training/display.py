@@ -66,8 +66,10 @@ class Display:
             figures: What else it has to show, by name.
         """
         shown = [f", {name} {value:.4g}" for name, value in figures.items()]
-        fields = {"loss": f"{loss:.3f}", "rate": f"{rate:,.0f}", "first": "".join(shown[:1])}
-        self.bar.update(self.task, completed=step, **fields)
+        first = "".join(shown[:1])
+        self.bar.update(
+            self.task, completed=step, loss=f"{loss:.3f}", rate=f"{rate:,.0f}", first=first
+        )
         if not self.console.is_terminal and (
             step == self.steps or step % max(1, self.steps // 10) == 0
         ):
