@@ -14,6 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
 from lorafold.core.attach import only, selection_of
 from lorafold.core.twin import twin
 from lorafold.engine import Engine, Request, Sampling, Stream, Token
@@ -49,15 +52,22 @@ class Rollouts:
         ends: the tokens that end a completion.
         group: how many completions a prompt has.
         longest: the most tokens of a completion.
+        moving: the parameters of the engine's shell that train.
     """
 
     def __init__(
-        self, engine: Engine, names: Sequence[str], ends: frozenset[int], group: int, longest: int
+        self,
+        engine: Engine,
+        names: Sequence[str],
+        ends: frozenset[int],
+        group: int,
+        longest: int,
+        moving: Sequence[Tensor] = (),
     ) -> None:
         assert engine.tokenizer is not None
         self.engine, self.tokenizer = engine, engine.tokenizer
         self.names, self.ends = tuple(names), ends
-        self.group, self.longest = group, longest
+        self.group, self.longest, self.moving = group, longest, moving
 
     def draw(
         self, prompts: Sequence[Sequence[int]], key: int, group: int | None = None
@@ -72,6 +82,8 @@ class Rollouts:
         Raises LorafoldError for a completion that can't be computed.
         """
         self.engine.forget()  # what was drawn before must not bear on any rounding
+        # a fused optimizer leaves the versions, by which a method knows that what it kept is stale
+        increment_version(self.moving)
         self.engine.adopt(POLICY, self.names)
         k = group or self.group
         streams = [
@@ -117,7 +129,9 @@ def rolling(
         slots: how many completions are drawn at a time.
     """
     names, shell = selection_of(model).names, twin(model)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
     nbytes = sum(p.nbytes for p in model.parameters())
     fast = 2 * nbytes <= free_bytes(model.device)
     with only(shell), Engine(shell, tokenizer, slots=slots, length=length, fast=fast) as engine:
-        yield Rollouts(engine, names, end_tokens(model, tokenizer), group, longest)
+        moving = [p for name, p in shell.named_parameters() if name in trained]
+        yield Rollouts(engine, names, end_tokens(model, tokenizer), group, longest, moving)
