@@ -12,7 +12,8 @@ from typing import Any
 from lorafold.data.shapes import JUDGED
 from lorafold.errors import LorafoldError
 from lorafold.objectives import OBJECTIVES
-from lorafold.objectives.comparing import class_of
+from lorafold.objectives.laws import class_of
+from lorafold.step import preference_laws
 from lorafold.translating.convert import number
 from lorafold.translating.rules import Outcome, Reader, Settings, changed, taken
 
@@ -27,8 +28,10 @@ ObjectiveOf = Callable[[Settings], str | None]
 
 def has_reference(objective: str | None) -> bool:
     """Whether the objective compares with a reference."""
-    law = class_of(OBJECTIVES[objective]) if objective is not None else None
-    return law is not None and law.has_reference
+    declared = OBJECTIVES[objective] if objective is not None else None
+    if declared is None or not declared.law:
+        return False
+    return bool(class_of(declared, preference_laws).has_reference)
 
 
 def options_of(objective: str | None) -> Mapping[str, Any]:
