@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 import lorafold as lf
 from lorafold.core.attach import only
 from lorafold.errors import LorafoldError
+from lorafold.objectives.policy import Drawing, PolicyObjective
 from lorafold.objectives.rollouts import Completion, Rollouts
 from lorafold.step.branches import branching
 from lorafold.step.policy import Policy, Rollout
@@ -31,6 +32,10 @@ ROWS = [{"prompt": f"Say {word}", "word": word} for word in ("red", "blue", "gre
 
 def letters(prompt: str, completion: str, word: str) -> float:
     return sum(letter in completion for letter in word) / len(word)
+
+
+def huge(completion: str) -> float:
+    return 1e30 * len(completion)
 
 
 def asked(**changes: Any) -> lf.Recipe:
@@ -96,6 +101,7 @@ SPECS = {
 def test_tokens_have_the_log_probabilities_of_transformers(name: str, model, tokenizer) -> None:
     """Of the weights as they are when they are drawn, also after those have changed."""
     adapter = adapted(model, SPECS[name])
+    model.train()
     with drawing(model, tokenizer) as rollouts:
         for step in range(2):
             for prompt, group in zip(PROMPTS, rollouts.draw(PROMPTS, step), strict=True):
@@ -105,9 +111,9 @@ def test_tokens_have_the_log_probabilities_of_transformers(name: str, model, tok
                     logits = model(ids).logits[0, len(prompt) - 1 : -1]
                     expected = torch.log_softmax(logits, -1).gather(1, ids[0, len(prompt) :, None])
                     assert one.logprobs == pytest.approx(expected[:, 0].tolist(), abs=1e-4)
-            with torch.no_grad():
-                for p in adapter.parameters():
-                    p.add_(0.1 * torch.randn_like(p))
+            model(torch.tensor([PROMPTS[0]])).logits.std().backward()
+            # which leaves the versions of parameters as they are
+            torch.optim.AdamW(adapter.parameters(), lr=0.1, fused=True).step()
     assert all(p.requires_grad for p in adapter.parameters())
 
 
@@ -209,11 +215,66 @@ def test_what_a_step_shows(tiny_model_dir, tmp_path: Path) -> None:
     assert "dropout=0.0" in text
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_dropout_of_models_and_of_adapters_is_taken_as_0(
+    kind: str, tiny_model_dir, tmp_path: Path
+) -> None:
+    """GPT-2's files have one of their own, and the adapter to start from had one."""
+    base, console, start = tiny_model_dir(kind), Console(record=True, width=400), None
+    if kind == "llama":
+        start = tmp_path / "sft"
+        recipe = lf.Recipe(dropout=0.3, lr=1e-2, steps=2, batch=2, storage="fp32")
+        lf.train(recipe, model=base, data=[{"text": "oak and elm"}] * 2, out=start)
+    trained(base, tmp_path / "a", asked(steps=2), init_adapter=start, console=console)
+    assert "taken as 0: completions are drawn without" in console.export_text()
+
+
+@pytest.mark.parametrize("case", ["all cut off", "the policy is its reference"])
+def test_first_steps_may_have_nothing_to_learn(case: str, tiny_model_dir, tmp_path: Path) -> None:
+    masked, model = {"truncated": "masked", "max_new_tokens": 2}, tiny_model_dir("llama")
+    if case == "all cut off":
+        trained(model, tmp_path / "a", asked(steps=2, options=masked))
+        with pytest.raises(LorafoldError, match="truncated=masked: found all completions"):
+            trained(model, tmp_path / "b", asked(steps=12, options=masked))
+    else:
+        trained(model, tmp_path / "a", asked(steps=2, beta=0.1), rewards=lambda completion: 1.0)
+
+
+def test_rounding_is_that_of_the_base(model) -> None:
+    model.bfloat16()
+    adapted(model, SPECS["lora"])  # whose factors are in fp32
+    assert Policy(model, Grpo(), None, 0, longest=5).bound == 5e-2
+
+
+class Lengths:
+    def __call__(self, completion: str) -> float:
+        return len(completion)
+
+
+def test_an_object_that_judges_is_known_in_another_process() -> None:
+    identities = [PolicyObjective(Grpo(), Drawing(), (Lengths(),)).identity for _ in range(2)]
+    assert identities[0] == identities[1]
+
+
+def test_a_reward_that_fails_tells_what_is_kept(tiny_model_dir, tmp_path: Path) -> None:
+    calls: list[str] = []
+
+    def failing(completion: str) -> float:
+        calls.append(completion)
+        return len(completion) / (len(calls) <= 16)
+
+    with pytest.raises(LorafoldError, match=r"^step 3: reward failing: .*step-000002$"):
+        trained(tiny_model_dir("llama"), tmp_path / "a", asked(save_every=1), rewards=failing)
+
+
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "no reward": ({}, {"rewards": ()}, "objective grpo: found no reward"),
     "a group of one": ({"options": {"group": 1}}, {}, "group: found 1, expected greater than or"),
     "no such option": ({"options": {"grup": 4}}, {}, "grup: the objective grpo has no such option"),
     "dropout": ({"dropout": 0.1}, {}, "dropout: found 0.1, expected 0"),
+    "a method that asks for losses": ({"method": "fish"}, {}, "method: found fish, which chooses"),
+    "no function": ({}, {"rewards": 3}, "rewards: found 3, expected functions or names"),
+    "a huge reward": ({"objective": "rloo"}, {"rewards": huge}, "advantage of .* at most 1e"),
     "a long prompt": ({"max_length": 12}, {}, r"row 3: found a prompt of \d+ tokens, expected"),
     "a reward of sft": ({"objective": "sft", "options": {}}, {}, "the objective sft takes none"),
     "rows of text": ({}, {"data": [{"text": "a"}]}, "data: found rows of {text}"),

@@ -5,7 +5,7 @@ Nothing here imports torch, so that what is wrong with rows is told at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,7 +15,7 @@ from lorafold.data.rows import check_rows, read_rows
 from lorafold.data.shapes import PAIRS
 from lorafold.data.sources import Row, source_from
 from lorafold.data.stored import Rows
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, cut
 from lorafold.objectives import DEFAULT, OBJECTIVES, named
 
 if TYPE_CHECKING:
@@ -84,7 +84,11 @@ def with_rewards(
 
     Raises LorafoldError for rewards of an objective that takes none.
     """
-    given = [rewards] if isinstance(rewards, str) or callable(rewards) else [*rewards]
+    one = isinstance(rewards, str) or not isinstance(rewards, Iterable)
+    given: list[Any] = [rewards] if one or callable(rewards) else [*cast(Iterable[Any], rewards)]
+    if wrong := [each for each in given if not (isinstance(each, str) or callable(each))]:
+        found = cut(repr(wrong[0]), 80)
+        raise LorafoldError(f"rewards: found {found}, expected functions or names")
     if given and not OBJECTIVES[recipe.objective].draws:
         drawing = named(name for name, one in OBJECTIVES.items() if one.draws)
         raise LorafoldError(

@@ -16,6 +16,7 @@ import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass as checked
 
+from lorafold.core.undropped import undropped
 from lorafold.data.account import account_of
 from lorafold.data.arrow import lengths_of
 from lorafold.data.examples import WHOLE
@@ -46,13 +47,12 @@ if TYPE_CHECKING:
 
 SLOTS = 64  # completions that are drawn at a time
 SAMPLES = 3  # completions that are shown where rewards never vary
+LARGEST = 1e12  # an advantage: squares of gradients times it are still numbers of fp32
 HELD_OUT = 2**62  # the step whose draws are those of held-out prompts
 PATIENCE = 10  # steps without a group whose rewards differ, before that is told
 
 
-def judged_of(
-    prompts: Sequence[Prompt], groups: Sequence[Sequence[Completion]]
-) -> list[Judged]:
+def judged_of(prompts: Sequence[Prompt], groups: Sequence[Sequence[Completion]]) -> list[Judged]:
     """The completions of all prompts, as rewards take them."""
     return [
         Judged(prompt.asked, one.text, prompt.besides, f"{prompt.where}, completion {n}")
@@ -134,7 +134,8 @@ class PolicyObjective(Objective):
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        names = [getattr(fn, "__qualname__", repr(fn)) for fn in self.given]
+        # an object's own repr may have its address, which another process does not have
+        names = [getattr(fn, "__qualname__", type(fn).__qualname__) for fn in self.given]
         files = {name: digest_of(name) for name in self.drawing.rewards}
         return {"rewards": files | dict.fromkeys(names, "")}
 
@@ -173,6 +174,9 @@ class PolicyObjective(Objective):
             )
             rollouts = Rollouts(model, tokenizer, drawing.group, drawing.max_new_tokens)
             stack.callback(rollouts.close)
+            if dropped := stack.enter_context(undropped(model)):
+                told = f"dropout: found {dropped:g} in the model or its adapters, taken as 0"
+                console.print(f"{told}: completions are drawn without", highlight=False)
             how = stack.enter_context(branching(model)) if packing else None
             yield Playing(model, self.law, how, tokenizer.pad_token_id or 0, rollouts, rewards)
 
@@ -196,13 +200,27 @@ class PolicyObjective(Objective):
         sums, each = loss.rewards(judged)
         rewards = torch.tensor(sums, dtype=torch.float64).view(len(planned), -1)
         advantages = self.law.advantages(rewards)
+        if not bool((advantages.abs() <= LARGEST).all()):
+            raise LorafoldError(
+                f"rewards: found an advantage of {float(advantages.abs().max()):.3g} in the"
+                f" completions of {planned[0].where} to {planned[-1].where}, expected at most"
+                f" {LARGEST:g}: give the reward a weight, as in 1e-6*FILE.py:FUNCTION"
+            )
         differ = rewards.max(1).values > rewards.min(1).values
+        counts = torch.tensor([any(map(self._counts, group)) for group in groups])
         loss.told = self._told(groups, rewards, differ, each)
-        if step < PATIENCE and not bool(differ.any()):
+        learns = torch.tensor(
+            [
+                any(self._counts(one) and a for one, a in zip(group, own, strict=True))
+                for group, own in zip(groups, advantages.tolist(), strict=True)
+            ]
+        )
+        if step < PATIENCE and not bool(learns.any()):
             loss.quiet += 1
             if loss.quiet == PATIENCE:
-                raise LorafoldError(self._constant(judged, sums))
-        keep = differ | (self.law.beta > 0)
+                raise LorafoldError(self._constant(judged, sums, bool(counts.any())))
+        # a policy that is its reference still has nothing to be held back from
+        keep = learns | (counts & (self.law.beta > 0) & (bool(learns.any()) or step > 0))
         return [
             self._rollout(prompt, group, a)
             for prompt, group, a, kept in zip(
@@ -225,11 +243,13 @@ class PolicyObjective(Objective):
         return Measured(-reward, figures, f", reward {reward:.3f}{within}")
 
     def _rollout(self, prompt: Prompt, group: list[Completion], advantages: list[float]) -> Rollout:
-        counted = [one.ended or self.drawing.truncated == "counted" for one in group]
         return Rollout.of(
             prompt.ids, [one.tokens for one in group], [one.logprobs for one in group], advantages,
-            counted,
+            [self._counts(one) for one in group],
         )  # fmt: skip
+
+    def _counts(self, one: Completion) -> bool:
+        return one.ended or self.drawing.truncated == "counted"
 
     def _told(
         self,
@@ -251,7 +271,13 @@ class PolicyObjective(Objective):
             "groups without signal": float((~differ).double().mean()),
         }
 
-    def _constant(self, judged: Sequence[Judged], sums: Sequence[float]) -> str:
+    def _constant(self, judged: Sequence[Judged], sums: Sequence[float], counted: bool) -> str:
+        if not counted:
+            return (
+                f"truncated=masked: found all completions of step {PATIENCE} cut off at"
+                f" max_new_tokens={self.drawing.max_new_tokens}, and none to learn from in the"
+                f" first {PATIENCE} steps; expected some that end: more max_new_tokens, or counted"
+            )
         samples = "; ".join(
             f"{one.where}: {one.completion[:80]!r} has {reward:g}"
             for one, reward in list(zip(judged, sums, strict=True))[:SAMPLES]

@@ -15,6 +15,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
 from lorafold.core.attach import only, selection_of
 from lorafold.core.twin import twin
 from lorafold.engine import Engine, Request, Sampling, Stream, Token
@@ -54,6 +57,8 @@ class Rollouts:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, group: int, longest: int
     ) -> None:
         self.shell, self.names = twin(model), selection_of(model).names
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        self.moving = [p for name, p in self.shell.named_parameters() if name in trained]
         self.tokenizer, self.ends = tokenizer, end_tokens(model, tokenizer)
         self.group, self.longest = group, longest
         self._stack = ExitStack()
@@ -97,6 +102,8 @@ class Rollouts:
         Raises LorafoldError for a completion that can't be computed.
         """
         self.engine.forget()  # what was drawn before must not bear on any rounding
+        # a fused optimizer leaves the versions, by which a method knows that what it kept is stale
+        increment_version(self.moving)
         self.engine.adopt(POLICY, self.names)
         k = group or self.group
         streams = [

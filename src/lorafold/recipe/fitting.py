@@ -50,14 +50,26 @@ def spec_of(recipe: Recipe) -> Spec:
     """
     absent = left_out(recipe)
     fields = {name: value for name, value in recipe.for_method().items() if name not in absent}
-    if OBJECTIVES[recipe.objective].draws and "dropout" in known_options(recipe.method):
-        if fields.get("dropout"):
+    known = known_options(recipe.method, recipe.options.get("over"))
+    if OBJECTIVES[recipe.objective].draws and "dropout" in known:
+        if given := recipe.options.get("dropout", recipe.dropout):
             raise LorafoldError(
-                f"dropout: found {recipe.dropout}, expected 0: the objective {recipe.objective}"
+                f"dropout: found {given}, expected 0: the objective {recipe.objective}"
                 " compares what trains with what drew the completions"
             )
         fields["dropout"] = 0.0
-    return make_spec(recipe.method, **fields | recipe.options)
+    spec = make_spec(recipe.method, **fields | recipe.options)
+    if OBJECTIVES[recipe.objective].draws and type(_lowest(spec)).prepare is not Spec.prepare:
+        raise LorafoldError(
+            f"method: found {recipe.method}, which chooses what it trains by the losses of rows;"
+            f" the objective {recipe.objective} has no loss before completions are drawn"
+        )
+    return spec
+
+
+def _lowest(spec: Spec) -> Spec:
+    over = getattr(spec, "over", None)
+    return _lowest(over) if isinstance(over, Spec) else spec
 
 
 def fitting(recipe: Recipe, method: str) -> Recipe:

@@ -27,7 +27,7 @@ from lorafold.step.head import token_losses
 from lorafold.step.policy_laws import Drawn, PolicyLaw
 
 # The mean difference of log-probabilities a token, in nats, from which on they are of other weights
-# by the bytes of the model's numbers: rounding alone stays a tenth of it or less
+# by the bytes of the base's numbers: rounding alone stays a tenth of it or less
 APART = {4: 1e-3, 2: 5e-2}
 
 
@@ -99,7 +99,8 @@ class Policy(BranchedLoss):
         super().__init__(model, how, pad_id)
         self.law, self.pace, self.longest = law, law.pace, longest
         self.seen = Seen()
-        size = max(p.element_size() for p in model.parameters() if p.is_floating_point())
+        # factors in fp32 over a base in 16 bits meet what that has rounded
+        size = min(p.element_size() for p in model.parameters() if p.is_floating_point())
         self.bound = APART.get(size, APART[2])
 
     def count(self, example: Rollout) -> int:

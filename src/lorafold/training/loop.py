@@ -80,7 +80,10 @@ def fit(job: Job, progress: Progress, display: Display) -> Progress:
     with StopRequest() as stop:
         while progress.step < job.steps:
             start = time.perf_counter()
-            examples = job.examples(progress.step, next(feed))
+            try:
+                examples = job.examples(progress.step, next(feed))
+            except LorafoldError as error:
+                raise LorafoldError(f"step {progress.step + 1}: {error}; {kept(job.run)}") from None
             loss = train_step(job, examples, progress.step)
             progress.step += 1
             progress.losses.append(loss)
@@ -149,15 +152,9 @@ def train_step(job: Job, examples: Sequence[Any], step: int) -> float:
                 accelerator.backward(loss)
     mean = accelerator.reduce(seen).item() / total
     if not math.isfinite(mean):
-        good = job.run.checkpoints()
-        where = (
-            f"the last good checkpoint is {good[max(good)]}"
-            if good
-            else "no checkpoint was written yet"
-        )
         raise LorafoldError(
-            f"step {step + 1}: the loss is {mean}; {where}. Try a lower learning rate (lr, lr_b),"
-            " clip or alpha"
+            f"step {step + 1}: the loss is {mean}; {kept(job.run)}. Try a lower learning rate"
+            " (lr, lr_b), clip or alpha"
         )
     if step == 0 and (idle := check_gradients(job.adapter)) and accelerator.is_main_process:
         log.warning(
@@ -170,6 +167,13 @@ def train_step(job: Job, examples: Sequence[Any], step: int) -> float:
     job.adapter.spec.after_step(job.adapter.own_deltas, step + 1, job.steps)
     job.optimizer.zero_grad()
     return mean
+
+
+def kept(run: RunDirectory) -> str:
+    """What is kept of a run that ends before its time."""
+    good = run.checkpoints()
+    where = f"the last good checkpoint is {good[max(good)]}" if good else ""
+    return where or "no checkpoint was written yet"
 
 
 def places(examples: Sequence[Any], numbers: Sequence[int]) -> dict[int, list[int]]:

@@ -28,8 +28,10 @@ ObjectiveOf = Callable[[Settings], str | None]
 
 def has_reference(objective: str | None) -> bool:
     """Whether the objective compares with a reference."""
-    law = class_of(OBJECTIVES[objective], preference_laws) if objective is not None else None
-    return law is not None and law.has_reference
+    declared = OBJECTIVES[objective] if objective is not None else None
+    if declared is None or not declared.law:
+        return False
+    return bool(class_of(declared, preference_laws).has_reference)
 
 
 def options_of(objective: str | None) -> Mapping[str, Any]:
