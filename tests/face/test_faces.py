@@ -47,7 +47,8 @@ BY_OTHER_MEANS = {"score": {"out", "overwrite"}}  # the scores have `write`
 PLURAL = {
     "adapter": "adapters", "weight": "weights", "rank": "ranks", "lr": "rates",
     "defence": "defences", "against_adapter": "against", "refusal_prefix": "refusal",
-    "compliance_prefix": "compliance", "prompt": "prompts", "reward": "rewards", "positional": "adapters",
+    "compliance_prefix": "compliance", "prompt": "prompts", "positional": "adapters",
+    "reward": "rewards",
 }  # fmt: skip
 # of `serve`, which takes them as `settings`
 SETTINGS = {

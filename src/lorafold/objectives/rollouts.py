@@ -15,7 +15,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from lorafold.core.attach import only, selection_of
