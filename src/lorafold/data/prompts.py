@@ -14,7 +14,7 @@ from lorafold.data.checking import checked, renamed
 from lorafold.data.conversations import Conversation
 from lorafold.data.references import reference_of
 from lorafold.data.render import prompt_of
-from lorafold.data.shapes import CONVERSATIONS, PROMPTS, SHAPES, shape_of
+from lorafold.data.shapes import CONVERSATIONS, PROMPT_ALONE, PROMPTS, SHAPES, shape_of
 from lorafold.data.sources import Row
 from lorafold.errors import LorafoldError
 
@@ -31,7 +31,7 @@ class Prompt(NamedTuple):
     reference: str | None
 
 
-ASKING = tuple(shape for shape in SHAPES if PROMPTS in shape.gives)
+ASKING = tuple(shape for shape in (*SHAPES, PROMPT_ALONE) if PROMPTS in shape.gives)
 
 
 def _asked(row: Row) -> Conversation:

@@ -9,12 +9,12 @@
 | Alpaca | `{"instruction": ..., "output": ...}`, with or without `input` |
 | Dolly | `{"instruction": ..., "response": ...}`, with or without `context` |
 | calls | `{"query": ..., "answers": ..., "tools": ...}`, the answers calls, as JSON |
-| prompt | `{"prompt": ...}`, text or a list of messages, with whatever else rewards want |
 | labelled text | `{"text": ..., "label": ...}`, the label text or a whole number |
 | plain text | `{"text": ...}` |
 
-All but the last two may have a `system` message too. Where completions are judged, a row of prompt
-and completion has a `label`, true or false. Of a preference the conversation has the chosen answer.
+Where prompts are asked for, `{"prompt": ...}` is a shape too, text or a list of messages. All but
+the last two may have a `system` message. Where completions are judged, a row of prompt and
+completion has a `label`, true or false. Of a preference the conversation has the chosen answer.
 `SHAPES` is the table of shapes: a new shape is a new entry. A row of several shapes has that of
 which most is asked: `shapes_for`. What a shape gives of its rows is what encoders take: the row
 itself goes no further.
@@ -93,12 +93,13 @@ class Shape:
 
 @lru_cache
 def shapes_for(wanted: str = "") -> tuple[Shape, ...]:
-    """SHAPES, those that give what is wanted of rows before the others. A shape goes before those
-    whose keys it includes: a row of text and label is none of plain text.
+    """SHAPES, those that give what is wanted of rows before the others; for prompts PROMPT_ALONE
+    too. A shape goes before those whose keys it includes: a row of text and label is none of text.
     """
-    giving = [shape for shape in SHAPES if wanted in shape.gives]
-    over = [s for s in SHAPES if any(set(g.keys) <= set(s.keys) for g in giving)]
-    return (*over, *(shape for shape in SHAPES if shape not in over))
+    table = (*SHAPES, PROMPT_ALONE) if wanted == PROMPTS else SHAPES
+    giving = [shape for shape in table if wanted in shape.gives]
+    over = [s for s in table if any(set(g.keys) <= set(s.keys) for g in giving)]
+    return (*over, *(shape for shape in table if shape not in over))
 
 
 def shape_of(row: Row, shapes: Sequence[Shape] | None = None) -> Shape | None:
@@ -154,7 +155,7 @@ def _pair_conversation(row: Row) -> Conversation:
 
 def _prompt(row: Row) -> Iterator[str]:
     check = message_problems if isinstance(row["prompt"], list) else text_problems
-    yield from check("prompt", row["prompt"])
+    return check("prompt", row["prompt"])
 
 
 def _prompt_conversation(row: Row) -> Conversation:
@@ -166,9 +167,9 @@ def _prompt_conversation(row: Row) -> Conversation:
 def _before(read: Callable[[Row], Conversation], row: Row) -> Conversation:
     """What comes before the last turn of the assistant, or all where that is not the last turn."""
     found = read(row)
-    own = bool(found.messages) and found.messages[-1]["role"] == "assistant"
-    last = found.trained or len(found.messages) - own
-    return Conversation(found.messages[:last], tools=found.tools)
+    own = any(message["role"] == "assistant" for message in found.messages[-1:])
+    before = found.messages[: found.trained or len(found.messages) - own]
+    return Conversation(before, tools=found.tools)
 
 
 def _judged(row: Row) -> list[Compared]:
@@ -223,8 +224,8 @@ def _conversed(
 ) -> Shape:
     """A shape of conversations, which may have a system message and tools beside them."""
     optional = (*filter(None, [beside]), "system", "tools")
-    prompts = {PROMPTS: partial(_before, gives[CONVERSATIONS])}
-    return Shape(keys, _with_tools(problems), {**prompts, **gives}, optional, remark)
+    gives = {PROMPTS: partial(_before, gives[CONVERSATIONS]), **gives}
+    return Shape(keys, _with_tools(problems), gives, optional, remark)
 
 
 def _with_tools(problems: Callable[[Row], Iterator[str]]) -> Callable[[Row], Iterator[str]]:
@@ -276,6 +277,8 @@ def _text(row: Row) -> Conversation:
 
 
 PLAIN_TEXT = Shape(("text",), _plain, {CONVERSATIONS: _text})
+ALONE = {PROMPTS: _prompt_conversation}  # elsewhere such a row lacks a completion
+PROMPT_ALONE = Shape(("prompt",), _with_tools(_prompt), ALONE, ("system", "tools"))
 SHAPES = (
     _conversed(("messages",), _messages, {CONVERSATIONS: _messages_conversation}),
     _conversed(
@@ -291,9 +294,6 @@ SHAPES = (
     _alpaca("response", "context"),
     _conversed(
         ("query", "answers", "tools"), query_problems, {CONVERSATIONS: partial(_answered, query)}
-    ),
-    Shape(
-        ("prompt",), _with_tools(_prompt), {PROMPTS: _prompt_conversation}, ("system", "tools")
     ),
     Shape(("text", "label"), _label_problems, {LABELS: _labelled}),
     PLAIN_TEXT,

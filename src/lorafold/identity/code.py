@@ -13,7 +13,7 @@ SOURCES = (".py", ".cpp", ".h")
 TRAINING = (
     *("adapter", "bases", "core", "data", "engine", "evaluation", "fold", "generation", "kernels"),
     *("machine", "memory", "methods", "models", "objectives", "opening", "ops", "peft", "recipe"),
-    *("step", "training"),
+    *("rewards", "step", "training"),
 )
 COMPUTED_WITH = ("torch", "transformers")
 

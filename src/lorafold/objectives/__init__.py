@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lorafold.data.shapes import CONVERSATIONS, JUDGED, LABELS, PAIRS, PROMPTS, SHAPES, Shape
+from lorafold.data.shapes import CONVERSATIONS, JUDGED, LABELS, PAIRS, PROMPTS, Shape, shapes_for
 from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
@@ -129,7 +129,8 @@ def check_shapes(shapes: Iterable[Shape | None], objective: str) -> None:
     takes = OBJECTIVES[objective].takes
     for shape in shapes:
         if shape is None or takes not in shape.gives:
-            expected = " or ".join(str(known) for known in SHAPES if takes in known.gives)
+            known = [str(one) for one in shapes_for(takes) if takes in one.gives]
+            expected = " or ".join(known)
             fitting = [n for n, d in OBJECTIVES.items() if shape and d.takes in shape.gives]
             # completions that rows have are for learning them, before they are for being drawn
             others = [n for n in fitting if not OBJECTIVES[n].draws] or fitting

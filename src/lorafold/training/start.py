@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from lorafold.adapter import Adapter
+from lorafold.core.settings import SETTINGS
 from lorafold.data.allowed_tokens import without_note
 from lorafold.data.endings import WITH_TURN, ending_of
 from lorafold.data.feed import Feed
@@ -115,8 +116,12 @@ def check_sites(run: RunDirectory, adapter: Adapter, tensors: Mapping[str, Tenso
         adapter: The run's, as its targets mean it now.
         tensors: Those of the adapter in the run's last checkpoint, of any shapes.
     """
-    own = adapter.state_dict()
-    sides = {"now adapts": own.keys() - tensors.keys(), "no longer adapts": tensors.keys() - own}
+    # states of earlier versions have no settings
+    own, began = (
+        {key for key in state if not key.endswith(f".{SETTINGS}")}
+        for state in (adapter.state_dict(), tensors)
+    )
+    sides = {"now adapts": own - began, "no longer adapts": began - own}
     changes = []
     for what, keys in sides.items():
         if sites := sorted({key.rpartition(".")[0] for key in keys}):
