@@ -36,6 +36,12 @@ def test_every_dtype_and_shape_is_what_safetensors_reads() -> None:
         ), name
 
 
+def described(metadata: Any) -> bytes:
+    """A file without tensors, with that metadata."""
+    head = json.dumps({"__metadata__": metadata}).encode()
+    return len(head).to_bytes(8, "little") + head
+
+
 def rewritten(**changed: Any) -> bytes:
     """A file of one tensor, with other fields in its header."""
     about = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]} | changed
@@ -62,6 +68,8 @@ DAMAGED = {
     "no offsets": rewritten(data_offsets=None),
     "a cut tail": rewritten()[:-1],
     "a longer tail": rewritten() + b"\0",
+    "metadata that are no texts": described({"format": [1]}),
+    "metadata in a list": described([]),
 }
 
 

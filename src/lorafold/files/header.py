@@ -91,6 +91,9 @@ def places(
         raise LorafoldError(f"the header is no JSON ({error})") from None
     if not isinstance(header, Mapping):
         raise LorafoldError("the header is no JSON object")
+    texts = {} if header.get("__metadata__") is None else header["__metadata__"]
+    if not (isinstance(texts, Mapping) and all(isinstance(text, str) for text in texts.values())):
+        raise LorafoldError("__metadata__: found no texts by name, expected an object of texts")
     tensors = {name: about for name, about in header.items() if name != "__metadata__"}
     found = {name: _place(name, about, 8 + size) for name, about in tensors.items()}
     at = 8 + size
