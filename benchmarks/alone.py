@@ -33,11 +33,11 @@ from lib.results import keep, markdown
 import lorafold as lf
 from lorafold.engine import Engine, Request, Sampling, Stream
 from lorafold.engine.choosing import filtered, noise
-from lorafold.models.sources import resolve_model
+from lorafold.opening import Base
 from lorafold.serving.app import application
 from lorafold.serving.directory import Directory
 from lorafold.serving.keys import Keys
-from lorafold.serving.run import Base, listening, server_of
+from lorafold.serving.run import listening, server_of
 from lorafold.serving.settings import Settings
 
 METHODS: dict[str, Any] = {
@@ -134,19 +134,20 @@ def gap(logits_V: torch.Tensor, request: Request, at: int) -> float:
 
 def over_http(storage: str, count: int) -> dict[str, Any]:
     """Greedy completions of six clients at a time, and of one that is alone."""
-    model, tokenizer = lf.load_model("smollm2", storage=storage), lf.load_tokenizer("smollm2")
     with tempfile.TemporaryDirectory() as folder:
-        adapters(model, Path(folder) / "them")
-        differ = served(model, tokenizer, Path(folder) / "them", asked(count))
+        adapters(lf.load_model("smollm2", storage=storage), Path(folder) / "them")
+        differ = served(storage, Path(folder) / "them", asked(count))
     return {"storage": storage, "requests": count, "clients": 6, "that differ": differ}
 
 
-def served(model: Any, tokenizer: Any, folder: Path, requests: Sequence[Request]) -> int:
+def served(storage: str, folder: Path, requests: Sequence[Request]) -> int:
     """How many of these a server answers otherwise when it is asked one by one."""
     settings = Settings(port=0, state=folder.parent / f"{folder.name}-state.json", length=LENGTH)
     with listening(settings) as at:
-        base = Base("smollm2", lambda: resolve_model("smollm2"), lambda _: (model, tokenizer))
-        server = server_of(base, Directory(folder), Keys(None, None, None), settings)
+        base = Base("smollm2", storage)
+        given = base.load(), base.tokenizer()
+        keys = Keys(None, None, None)
+        server = server_of(base, lambda _: given, Directory(folder), keys, settings)
         http = uvicorn.Server(uvicorn.Config(application(server), log_config=None))
         thread = threading.Thread(target=lambda: asyncio.run(http.serve(sockets=[at])))
         thread.start()
