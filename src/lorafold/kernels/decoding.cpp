@@ -189,8 +189,8 @@ void attend(const T* q, const T* k, const T* v, const T* mask, T* out, long rows
                      : many == 2 ? attend_heads<2, T>
                      : many == 3 ? attend_heads<3, T>
                                  : attend_heads<GROUP, T>;
-      compute(query.data(), ks, vs, m + first, out + ((b * tokens + t) * heads + h * group + g) * dv,
-              p.data(), last - first, d, dv, scale);
+      T* own = out + ((b * tokens + t) * heads + h * group + g) * dv;
+      compute(query.data(), ks, vs, m + first, own, p.data(), last - first, d, dv, scale);
     }
   }
 }
