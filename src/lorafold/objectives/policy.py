@@ -27,13 +27,13 @@ from lorafold.data.to_complete import Prompt, PromptData, Prompts, prompt_data
 from lorafold.data.tokenizing import Encoder
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import Measured
-from lorafold.evaluation.intervals import mean_interval
+from lorafold.evaluation.rewarded import Rewarded
+from lorafold.evaluation.rollouts import Completion, Rollouts
 from lorafold.objectives import OBJECTIVES, Declared
 from lorafold.objectives.laws import class_of, made
 from lorafold.objectives.objective import Asked, Objective, given_options
-from lorafold.objectives.rollouts import Completion, Rollouts
 from lorafold.ops.philox import key_of
-from lorafold.rewards import Judged, Rewards, digest_of
+from lorafold.rewards import Rewards, digest_of
 from lorafold.step import policy_laws
 from lorafold.step.branches import Branching, branching
 from lorafold.step.policy import Policy, Rollout
@@ -50,15 +50,6 @@ SAMPLES = 3  # completions that are shown where rewards never vary
 LARGEST = 1e12  # an advantage: squares of gradients times it are still numbers of fp32
 HELD_OUT = 2**62  # the step whose draws are those of held-out prompts
 PATIENCE = 10  # steps without a group whose rewards differ, before that is told
-
-
-def judged_of(prompts: Sequence[Prompt], groups: Sequence[Sequence[Completion]]) -> list[Judged]:
-    """The completions of all prompts, as rewards take them."""
-    return [
-        Judged(prompt.asked, one.text, prompt.besides, f"{prompt.where}, completion {n}")
-        for prompt, group in zip(prompts, groups, strict=True)
-        for n, one in enumerate(group, 1)
-    ]
 
 
 @checked(frozen=True, config=STRICT)
@@ -196,19 +187,16 @@ class PolicyObjective(Objective):
         """
         rollouts = loss.rollouts[0]
         groups = rollouts.draw([prompt.ids for prompt in planned], key_of(self.seed, step))
-        judged = judged_of(planned, groups)
-        sums, each = loss.rewards(judged)
-        rewards = torch.tensor(sums, dtype=torch.float64).view(len(planned), -1)
-        advantages = self.law.advantages(rewards)
+        found = Rewarded.of(planned, groups, loss.rewards)
+        advantages = self.law.advantages(found.rewards)
         if not bool((advantages.abs() <= LARGEST).all()):
             raise LorafoldError(
                 f"rewards: found an advantage of {float(advantages.abs().max()):.3g} in the"
                 f" completions of {planned[0].where} to {planned[-1].where}, expected at most"
                 f" {LARGEST:g}: give the reward a weight, as in 1e-6*FILE.py:FUNCTION"
             )
-        differ = rewards.max(1).values > rewards.min(1).values
         counts = torch.tensor([any(map(self._counts, group)) for group in groups])
-        loss.told = self._told(groups, rewards, differ, each)
+        loss.told = found.figures
         learns = torch.tensor(
             [
                 any(self._counts(one) and a for one, a in zip(group, own, strict=True))
@@ -218,7 +206,7 @@ class PolicyObjective(Objective):
         if step < PATIENCE and not bool(learns.any()):
             loss.quiet += 1
             if loss.quiet == PATIENCE:
-                raise LorafoldError(self._constant(judged, sums, bool(counts.any())))
+                raise LorafoldError(self._constant(found, bool(counts.any())))
         # a policy that is its reference still has nothing to be held back from
         keep = learns | (counts & (self.law.beta > 0) & (bool(learns.any()) or step > 0))
         return [
@@ -235,11 +223,12 @@ class PolicyObjective(Objective):
         """
         rollouts, prompts = loss.rollouts[0], held_out.examples
         groups = rollouts.draw([prompt.ids for prompt in prompts], key_of(self.seed, HELD_OUT), 1)
-        sums, each = loss.rewards(judged_of(prompts, groups))
-        reward, interval = sum(sums) / len(sums), mean_interval(sums)
-        apart = {f"reward {name}": sum(x) / len(x) for name, x in each.items() if len(each) > 1}
+        found = Rewarded.of(prompts, groups, loss.rewards)
+        reward, interval = found.figures["reward"], found.interval
         within = "" if interval is None else f" (95%: {interval[0]:.3f} to {interval[1]:.3f})"
-        figures = {"reward": reward, "reward_interval": interval, **apart}
+        # of a group of one all rewards are alike
+        own = {k: v for k, v in found.figures.items() if k != "groups without signal"}
+        figures = own | {"reward_interval": interval}
         return Measured(-reward, figures, f", reward {reward:.3f}{within}")
 
     def _rollout(self, prompt: Prompt, group: list[Completion], advantages: list[float]) -> Rollout:
@@ -251,27 +240,7 @@ class PolicyObjective(Objective):
     def _counts(self, one: Completion) -> bool:
         return one.ended or self.drawing.truncated == "counted"
 
-    def _told(
-        self,
-        groups: Sequence[Sequence[Completion]],
-        rewards: torch.Tensor,
-        differ: torch.Tensor,
-        each: Mapping[str, Sequence[float]],
-    ) -> dict[str, float]:
-        """The figures of a step's completions."""
-        drawn = [one for group in groups for one in group]
-        tokens = sum(len(one.tokens) for one in drawn)
-        apart = {f"reward {name}": sum(x) / len(x) for name, x in each.items()}
-        return {
-            "reward": float(rewards.mean()),
-            **(apart if len(apart) > 1 else {}),
-            "tokens a completion": tokens / len(drawn),
-            "cut off": sum(not one.ended for one in drawn) / len(drawn),
-            "entropy": -sum(sum(one.logprobs) for one in drawn) / max(1, tokens),
-            "groups without signal": float((~differ).double().mean()),
-        }
-
-    def _constant(self, judged: Sequence[Judged], sums: Sequence[float], counted: bool) -> str:
+    def _constant(self, found: Rewarded, counted: bool) -> str:
         if not counted:
             return (
                 f"truncated=masked: found all completions of step {PATIENCE} cut off at"
@@ -279,8 +248,8 @@ class PolicyObjective(Objective):
                 f" first {PATIENCE} steps; expected some that end: more max_new_tokens, or counted"
             )
         samples = "; ".join(
-            f"{one.where}: {one.completion[:80]!r} has {reward:g}"
-            for one, reward in list(zip(judged, sums, strict=True))[:SAMPLES]
+            f"{one.where}: {one.completion[:80]!r} has {one.reward:g}"
+            for one in found.samples(SAMPLES, 0)
         )
         return (
             f"rewards: found the same for all completions of each prompt in the first {PATIENCE}"

@@ -1,0 +1,103 @@
+"""Completions of prompts, and what they are worth.
+
+    rewarded = Rewarded.of(prompts, rollouts.draw([prompt.ids for prompt in prompts], key), rewards)
+    rewarded.figures                        the mean reward with its interval, lengths, entropy
+    rewarded.samples(best=3, worst=3)       completions to read
+
+Prompts are the units of intervals: the completions of one are not independent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from lorafold.data.to_complete import Prompt
+from lorafold.evaluation.intervals import Interval, mean_interval
+from lorafold.evaluation.rollouts import Completion
+from lorafold.rewards import Judged, Rewards
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion to read: what it answers, where that stands, and what it is worth."""
+
+    where: str
+    prompt: Any
+    completion: str
+    reward: float
+    ended: bool
+
+    def as_json(self) -> dict[str, Any]:
+        """The sample in one object."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Rewarded:
+    """Groups of completions (n, k) of n prompts with their rewards, (n, k) each."""
+
+    judged: Sequence[Judged]  # n k of them
+    groups: Sequence[Sequence[Completion]]
+    rewards: Tensor
+    each: Mapping[str, Tensor]
+
+    @classmethod
+    def of(
+        cls, prompts: Sequence[Prompt], groups: Sequence[Sequence[Completion]], rewards: Rewards
+    ) -> Self:
+        """Completions as they are judged. Raises LorafoldError for a reward that fails."""
+        judged = [
+            Judged(prompt.asked, one.text, prompt.besides, f"{prompt.where}, completion {n}")
+            for prompt, group in zip(prompts, groups, strict=True)
+            for n, one in enumerate(group, 1)
+        ]
+        sums, each = rewards(judged)
+        of = {name: _table(x, len(groups)) for name, x in each.items()}
+        return cls(judged, groups, _table(sums, len(groups)), of)
+
+    @property
+    def interval(self) -> Interval | None:
+        """The 95% interval of the mean reward; None for a single prompt."""
+        return mean_interval(self.rewards.mean(1).tolist())
+
+    @cached_property
+    def figures(self) -> dict[str, float]:
+        """Means over all completions: the reward, with several each of them, what the completions
+        are, and the share of groups whose rewards are all alike.
+        """
+        drawn = [one for group in self.groups for one in group]
+        tokens = sum(len(one.tokens) for one in drawn)
+        apart = {f"reward {name}": float(x.mean()) for name, x in self.each.items()}
+        alike = self.rewards.max(1).values == self.rewards.min(1).values
+        return {
+            "reward": float(self.rewards.mean()),
+            **(apart if len(apart) > 1 else {}),
+            "tokens a completion": tokens / len(drawn),
+            "cut off": sum(not one.ended for one in drawn) / len(drawn),
+            "entropy": -sum(sum(one.logprobs) for one in drawn) / max(1, tokens),
+            "groups without signal": float(alike.double().mean()),
+        }
+
+    def samples(self, best: int, worst: int) -> list[Sample]:
+        """Completions of the highest and of the lowest rewards, from the best to the worst."""
+        drawn = [one for group in self.groups for one in group]
+        found = self.rewards.flatten().tolist()
+        order = sorted(range(len(found)), key=lambda at: -found[at])
+        shown = sorted(
+            {*range(len(order))[:best], *range(len(order))[max(0, len(order) - worst) :]}
+        )
+        return [
+            Sample(one.where, one.prompt, one.completion, found[at], drawn[at].ended)
+            for at in (order[place] for place in shown)
+            for one in (self.judged[at],)
+        ]
+
+
+def _table(values: Sequence[float], rows: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64).view(rows, -1)
