@@ -38,8 +38,9 @@ SIGNATURES = {
         " trust_remote_code console length"
     ),
     "evaluate": (
-        "model data *columns adapters tokenizer max_length completions max_new_tokens storage"
-        " device revision trust_remote_code allow_other_base console"
+        "model data *columns adapters tokenizer max_length completions max_new_tokens rewards group"
+        " temperature seed reward_seconds storage device revision trust_remote_code"
+        " allow_other_base console"
     ),
     "extract": "tuned out *rank model revision trust_remote_code overwrite",
     "fragility": (

@@ -18,8 +18,8 @@ from transformers import AutoTokenizer
 import lorafold as lf
 from lorafold.core.attach import only
 from lorafold.errors import LorafoldError
-from lorafold.objectives.policy import Drawing, PolicyObjective
 from lorafold.evaluation.rollouts import Completion, Rollouts
+from lorafold.objectives.policy import Drawing, PolicyObjective
 from lorafold.step.branches import branching
 from lorafold.step.policy import Policy, Rollout
 from lorafold.step.policy_laws import Grpo, PolicyLaw

@@ -84,11 +84,7 @@ def with_rewards(
 
     Raises LorafoldError for rewards of an objective that takes none.
     """
-    one = isinstance(rewards, str) or not isinstance(rewards, Iterable)
-    given: list[Any] = [rewards] if one or callable(rewards) else [*cast(Iterable[Any], rewards)]
-    if wrong := [each for each in given if not (isinstance(each, str) or callable(each))]:
-        found = cut(repr(wrong[0]), 80)
-        raise LorafoldError(f"rewards: found {found}, expected functions or names")
+    given = as_rewards(rewards)
     if given and not OBJECTIVES[recipe.objective].draws:
         drawing = named(name for name, one in OBJECTIVES.items() if one.draws)
         raise LorafoldError(
@@ -102,6 +98,17 @@ def with_rewards(
             update={"objective_options": {**options, "rewards": [*before, *names]}}
         )
     return recipe, tuple(one for one in given if not isinstance(one, str))
+
+
+def as_rewards(rewards: Rewarding) -> list[str | Callable[..., Any]]:
+    """The rewards as a list, also if there is only one. Raises LorafoldError for what can't be one.
+    """
+    one = isinstance(rewards, str) or not isinstance(rewards, Iterable)
+    given: list[Any] = [rewards] if one or callable(rewards) else [*cast(Iterable[Any], rewards)]
+    if wrong := [each for each in given if not (isinstance(each, str) or callable(each))]:
+        found = cut(repr(wrong[0]), 80)
+        raise LorafoldError(f"rewards: found {found}, expected functions or names")
+    return given
 
 
 def as_prompts(data: Data, columns: Columns | None = None) -> list[Row]:

@@ -211,12 +211,13 @@ class Engine:
                 self._inbox.remove(row)
             del self._rows[row.request.id]
 
-    def run(self) -> None:
-        """Step until no request waits or runs."""
+    def run(self, after: Callable[[], None] = lambda: None) -> None:
+        """Step until no request waits or runs, and call `after` after every step."""
         while self._rows:
             self._wake.clear()
             if not self.step() and self._rows:
                 self._wake.wait(1.0)
+            after()
 
     def forget(self) -> None:
         """Keep nothing of requests that have ended, so that the next ones compute what they compute

@@ -1,8 +1,11 @@
-"""How good a model is on held-out rows: losses, exact match and preferences, with intervals."""
+"""How good a model is on held-out rows: losses, exact match, preferences and rewards, with their
+intervals.
+"""
 
 from lorafold.evaluation.classifier import evaluate_classifier
 from lorafold.evaluation.held_out import held_out_loss
 from lorafold.evaluation.intervals import Interval, Z, loss_interval, wilson
+from lorafold.evaluation.policy import RewardEvaluation, RewardSettings, evaluate_rewards
 from lorafold.evaluation.result import Answer, Evaluation, Measured
 from lorafold.evaluation.rows import EvaluationSettings, evaluate
 
@@ -12,9 +15,12 @@ __all__ = [
     "EvaluationSettings",
     "Interval",
     "Measured",
+    "RewardEvaluation",
+    "RewardSettings",
     "Z",
     "evaluate",
     "evaluate_classifier",
+    "evaluate_rewards",
     "held_out_loss",
     "loss_interval",
     "wilson",

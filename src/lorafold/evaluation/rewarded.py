@@ -9,7 +9,7 @@ Prompts are the units of intervals: the completions of one are not independent.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Self
@@ -49,22 +49,45 @@ class Rewarded:
 
     @classmethod
     def of(
-        cls, prompts: Sequence[Prompt], groups: Sequence[Sequence[Completion]], rewards: Rewards
+        cls,
+        prompts: Sequence[Prompt],
+        groups: Sequence[Sequence[Completion]],
+        rewards: Rewards,
+        at_once: int | None = None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> Self:
-        """Completions as they are judged. Raises LorafoldError for a reward that fails."""
+        """Completions as they are judged. Raises LorafoldError for a reward that fails.
+
+        Args:
+            groups: a group of completions of each prompt, all of one size.
+            at_once: of how many prompts the completions are judged in one call, which has a limit
+                of time; None for all.
+            progress: is told how many completions are judged, of how many.
+        """
         judged = [
             Judged(prompt.asked, one.text, prompt.besides, f"{prompt.where}, completion {n}")
             for prompt, group in zip(prompts, groups, strict=True)
             for n, one in enumerate(group, 1)
         ]
-        sums, each = rewards(judged)
+        sums, each = list[float](), dict[str, list[float]]()
+        size = (at_once or len(prompts)) * len(groups[0])
+        for start in range(0, len(judged), size):
+            some, apart = rewards(judged[start : start + size])
+            sums += some
+            each = {name: [*each.get(name, []), *x] for name, x in apart.items()}
+            progress(len(sums), len(judged))
         of = {name: _table(x, len(groups)) for name, x in each.items()}
         return cls(judged, groups, _table(sums, len(groups)), of)
 
     @property
     def interval(self) -> Interval | None:
         """The 95% interval of the mean reward; None for a single prompt."""
-        return mean_interval(self.rewards.mean(1).tolist())
+        return _interval(self.rewards)
+
+    @property
+    def intervals(self) -> dict[str, Interval | None]:
+        """That of the mean of each reward, by its name."""
+        return {name: _interval(x) for name, x in self.each.items()}
 
     @cached_property
     def figures(self) -> dict[str, float]:
@@ -80,7 +103,7 @@ class Rewarded:
             **(apart if len(apart) > 1 else {}),
             "tokens a completion": tokens / len(drawn),
             "cut off": sum(not one.ended for one in drawn) / len(drawn),
-            "entropy": -sum(sum(one.logprobs) for one in drawn) / max(1, tokens),
+            "entropy": sum(-sum(one.logprobs) for one in drawn) / max(1, tokens),
             "groups without signal": float(alike.double().mean()),
         }
 
@@ -101,3 +124,7 @@ class Rewarded:
 
 def _table(values: Sequence[float], rows: int) -> Tensor:
     return torch.tensor(values, dtype=torch.float64).view(rows, -1)
+
+
+def _interval(rewards: Tensor) -> Interval | None:  # (n, k)
+    return mean_interval(rewards.mean(1).tolist())

@@ -1,4 +1,4 @@
-"""Completions that a policy draws while it trains, by the engine, from the very weights that train.
+"""Completions that a policy draws by the engine, while it trains from the very weights that train.
 
     rollouts = Rollouts(model, tokenizer, group=8, longest=256)
     rollouts.open(prompt=64, slots=64)
@@ -10,9 +10,9 @@ adopted anew for each step: the engine copies its factors and keeps nothing of e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torch.autograd.graph import increment_version
@@ -28,7 +28,10 @@ from lorafold.ops.philox import key_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-POLICY = "policy"  # what trains and what is below it, as the engine knows it
+POLICY = "policy"  # what is active on the model, as the engine knows it
+SLOTS = 64  # completions that are drawn at a time
+HELD_OUT = 2**62  # the step whose draws are those of held-out prompts
+AS_TRAINED = Sampling(temperature=1.0)  # among all tokens
 
 
 @dataclass(frozen=True)
@@ -44,22 +47,28 @@ class Completion:
 
 
 class Rollouts:
-    """Draws completions at temperature 1 among all tokens, once it is `open`.
+    """Draws completions, once it is `open`.
 
     Args:
-        model: in training, whose active adapters are the policy.
+        model: in training or not, whose active adapters are the policy.
         group: how many completions a prompt has.
         longest: the most tokens of a completion.
+        sampling: how tokens are chosen. Training learns from those of temperature 1 alone.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, group: int, longest: int
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        group: int,
+        longest: int,
+        sampling: Sampling = AS_TRAINED,
     ) -> None:
         self.shell, self.names = twin(model), selection_of(model).names
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         self.moving = [p for name, p in self.shell.named_parameters() if name in trained]
         self.tokenizer, self.ends = tokenizer, end_tokens(model, tokenizer)
-        self.group, self.longest = group, longest
+        self.group, self.longest, self.sampling = group, longest, sampling
         self._stack = ExitStack()
         self._engine: Engine | None = None
 
@@ -89,7 +98,11 @@ class Rollouts:
         self._stack.close()
 
     def draw(
-        self, prompts: Sequence[Sequence[int]], key: int, group: int | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        key: int,
+        group: int | None = None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> list[list[Completion]]:
         """A group of completions of each prompt, under the weights as they are now.
 
@@ -97,6 +110,7 @@ class Rollouts:
             prompts: token ids.
             key: what the draws follow from, with the places of prompt and completion.
             group: how many completions a prompt has, if not as many as in training.
+            progress: called as progress(done, total) after every step of the engine.
 
         Raises LorafoldError for a completion that can't be computed.
         """
@@ -109,11 +123,36 @@ class Rollouts:
             [self._stream(prompt, key, i * k + j) for j in range(k)]
             for i, prompt in enumerate(prompts)
         ]
-        self.engine.run()
+        every = [stream for group in streams for stream in group]
+        running = every
+
+        def after() -> None:
+            nonlocal running
+            running = [stream for stream in running if stream.ended is None]
+            progress(len(every) - len(running), len(every))
+
+        self.engine.run(after)
         return [[self._completion(stream) for stream in group] for group in streams]
 
+    def draw_held_out(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seed: int,
+        group: int = 1,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> list[list[Completion]]:
+        """The same of held-out prompts, whose draws follow from a run's seed and from no step.
+
+        Args:
+            prompts: token ids.
+            seed: of the run.
+            group: how many completions a prompt has.
+            progress: as `draw` calls it.
+        """
+        return self.draw(prompts, key_of(seed, HELD_OUT), group, progress)
+
     def _stream(self, prompt: Sequence[int], key: int, n: int) -> Stream:
-        sampling = Sampling(temperature=1.0, logprobs=0, seed=key_of(key, n))
+        sampling = replace(self.sampling, logprobs=0, seed=key_of(key, n))
         asked = Request(
             str(n), tuple(prompt), self.longest, POLICY, sampling, self.ends, keep_end=True
         )

@@ -28,7 +28,7 @@ from lorafold.data.tokenizing import Encoder
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import Measured
 from lorafold.evaluation.rewarded import Rewarded
-from lorafold.evaluation.rollouts import Completion, Rollouts
+from lorafold.evaluation.rollouts import SLOTS, Completion, Rollouts
 from lorafold.objectives import OBJECTIVES, Declared
 from lorafold.objectives.laws import class_of, made
 from lorafold.objectives.objective import Asked, Objective, given_options
@@ -45,10 +45,8 @@ if TYPE_CHECKING:
     from rich.text import Text
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SLOTS = 64  # completions that are drawn at a time
 SAMPLES = 3  # completions that are shown where rewards never vary
 LARGEST = 1e12  # an advantage: squares of gradients times it are still numbers of fp32
-HELD_OUT = 2**62  # the step whose draws are those of held-out prompts
 PATIENCE = 10  # steps without a group whose rewards differ, before that is told
 
 
@@ -222,8 +220,8 @@ class PolicyObjective(Objective):
         interval; the loss is minus that.
         """
         rollouts, prompts = loss.rollouts[0], held_out.examples
-        groups = rollouts.draw([prompt.ids for prompt in prompts], key_of(self.seed, HELD_OUT), 1)
-        found = Rewarded.of(prompts, groups, loss.rewards)
+        groups = rollouts.draw_held_out([prompt.ids for prompt in prompts], self.seed)
+        found = Rewarded.of(prompts, groups, loss.rewards, at_once=SLOTS)
         reward, interval = found.figures["reward"], found.interval
         within = "" if interval is None else f" (95%: {interval[0]:.3f} to {interval[1]:.3f})"
         # of a group of one all rewards are alike
