@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import lorafold as lf
 from conftest import lorafold, refused
@@ -38,8 +40,15 @@ def length(completion: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def base(tiny_model_dir) -> Path:
-    return tiny_model_dir("llama")
+def base(tiny_model_dir, tmp_path_factory) -> Path:
+    """A tiny model whose tokens are far from equally likely, so that training changes its draws."""
+    out = tmp_path_factory.mktemp("base") / "llama"
+    copytree(tiny_model_dir("llama"), out)
+    model = AutoModelForCausalLM.from_pretrained(out)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(30)
+    model.save_pretrained(out)
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +56,8 @@ def policy(base: Path, tmp_path_factory) -> tuple[Path, float]:
     """An adapter, and the reward that its run measured on the held-out rows."""
     out = tmp_path_factory.mktemp("policy") / "a"
     recipe = lf.Recipe(
-        objective="grpo", steps=2, batch=2, max_length=96, storage="fp32", seed=3, lr_b=0.1,
+        objective="grpo", steps=4, batch=2, max_length=96, storage="fp32", seed=3, lr=0.01,
+        lr_b=0.1, schedule="constant", warmup=0,
         objective_options={"group": 4, "max_new_tokens": 12},
     )  # fmt: skip
     found = lf.train(recipe, model=base, data=ROWS, eval_data=ROWS, rewards=letters, out=out)
@@ -80,7 +90,8 @@ def test_it_is_what_the_run_measured(policy: tuple[Path, float], base: Path, tmp
     assert done.stdout.startswith(f"8 prompts, 1 completion each: reward {own.reward:.4g} (95%: ")
     found = json.loads(lorafold("eval", *map(str, [*asked, *more])).stdout.splitlines()[-1])
     both = found["rewards"].values()
-    assert found["reward"] == pytest.approx(sum(w * x["mean"] for w, x in zip((1, 0.5), both)))
+    weighted = sum(w * x["mean"] for w, x in zip((1, 0.5), both, strict=True))
+    assert found["reward"] == pytest.approx(weighted)
     assert all(x["interval"][0] < x["mean"] < x["interval"][1] for x in both)
     assert len(found["samples"]) == 6
     assert found["samples"][0]["prompt"] in [row["prompt"] for row in ROWS]
@@ -90,8 +101,6 @@ def test_it_is_what_the_run_measured(policy: tuple[Path, float], base: Path, tmp
 def test_the_interval_has_the_expected_value(temperature: float, base: Path) -> None:
     """Of a reward of the first token, which follows from the model's softmax; 95% of intervals."""
     model, tokenizer = lf.load_model(base, "fp32", "cpu"), lf.load_tokenizer(str(base))
-    with torch.no_grad():
-        model.get_output_embeddings().weight.mul_(30)  # far from uniform
     asked = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Say"}], add_generation_prompt=True, return_tensors="pt",
         return_dict=True,
@@ -103,8 +112,8 @@ def test_the_interval_has_the_expected_value(temperature: float, base: Path) -> 
     expected = float(p @ worth)
     entropy = -float(p @ p.log())
     given: dict[str, Any] = {"rewards": length, "max_new_tokens": 1, "temperature": temperature}
-    found = [measured(model, [{"prompt": "Say"}] * 150, seed=n, **given) for n in range(8)]
-    assert sum(one.reward_interval[0] < expected < one.reward_interval[1] for one in found) >= 7
+    found = [measured(model, [{"prompt": "Say"}] * 128, seed=n, **given) for n in range(6)]
+    assert sum(one.reward_interval[0] < expected < one.reward_interval[1] for one in found) >= 5
     drawn = sum(one.entropy for one in found) / len(found)
     assert drawn == pytest.approx(entropy, rel=0.1)
     flat = float(torch.softmax(logits / (1.5 - temperature), -1) @ worth)
@@ -142,19 +151,17 @@ def test_a_call_judges_about_64_completions(base: Path) -> None:
         calls.append(len(completions))
         return [len(text) for text in completions]
 
-    one = measured(base, ROWS * 3, rewards=together, max_new_tokens=1, group=10)
+    given: dict[str, Any] = {"max_new_tokens": 1, "group": 10}
+    found = measured(base, ROWS * 3, rewards=together, **given)
     assert calls == [60] * 4
-    assert one == measured(
-        base, ROWS * 3, rewards=length, max_new_tokens=1, group=10
-    ).__class__(**{**vars(one)})
-    assert one.reward == measured(base, ROWS * 3, rewards=length, max_new_tokens=1, group=10).reward
+    assert found.samples == measured(base, ROWS * 3, rewards=length, **given).samples
 
 
 @pytest.mark.parametrize("storage", ["fp32", "nf4"])
 def test_a_loaded_model_stays_as_it_is(storage: str, base: Path, policy: Any) -> None:
     """Also between a forward and its backward, in training mode, under a stack."""
     model = lf.load_model(base, storage, "cpu")
-    lf.load(model, policy[0], "below")
+    lf.load(model, policy[0], "below", allow_other_base=storage == "nf4")
     alone = measured(model)
     torch.manual_seed(0)
     top = lf.attach(model, lf.LoRA(rank=2, dropout=0.5), name="top")
@@ -162,7 +169,8 @@ def test_a_loaded_model_stays_as_it_is(storage: str, base: Path, policy: Any) ->
         for p in top.parameters():
             p.add_(0.3 * torch.randn_like(p))
     model.train()
-    before = [(p.requires_grad, p._version, p.grad) for p in model.parameters()]
+    before = [(p.requires_grad, p._version) for p in model.parameters()]
+    modes = [module.training for module in model.modules()]
     loss = model(torch.tensor([[5, 6, 7]])).logits.std()
     stacked = measured(model)
     loss.backward()
@@ -170,10 +178,9 @@ def test_a_loaded_model_stays_as_it_is(storage: str, base: Path, policy: Any) ->
     assert stacked.samples != alone.samples
     with lf.only(model, "below"):
         assert measured(model) == alone
-    assert all(module.training for module in model.modules())
+    assert [module.training for module in model.modules()] == modes
     assert selection_of(model).names == ("below", "top")
-    for p, (asks, version, _) in zip(model.parameters(), before, strict=True):
-        assert (p.requires_grad, p._version) == (asks, version)
+    assert [(p.requires_grad, p._version) for p in model.parameters()] == before
     assert all(p.grad is not None for p in top.parameters())
 
 
@@ -190,7 +197,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no room": ({"max_length": 12}, "^max_new_tokens: found 12, expected 1 or more, and fewer tha"),
     "none of each": ({"group": 0}, "^group: found 0, expected 1 or more"),
-    "the same again": ({"group": 2, "temperature": 0}, "^group: found 2 at temperature 0, expected"),
+    "the same again": ({"group": 2, "temperature": 0}, "^group: found 2 at temperature 0, "),
     "too cold": ({"temperature": -1}, "^temperature: found -1, expected 0 or more"),
     "a seed": ({"seed": -1}, "^seed: found -1, expected 0 to 4294967295"),
     "no time": ({"reward_seconds": 0}, "^rewards: found a limit of 0 s"),

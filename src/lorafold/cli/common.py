@@ -87,10 +87,6 @@ ColumnsOption = Annotated[
         " prompt=question,completion=answer; NAME= drops a column.",
     ),
 ]
-JUDGES = (
-    "FILE.py:FUNCTION, regex:PATTERN, schema:FILE.json or reasoning-gym:TASK, with a weight as in"
-    " 0.5*... or without. Repeat the option for a sum."
-)
 OptionalDataOption = Annotated[
     list[str] | None,
     typer.Option(help="Training rows, as for train. Without them the quickstart's task is used."),

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from lorafold.cli.common import (
-    JUDGES,
     Adapters,
     ColumnsOption,
     DataOption,
@@ -19,6 +18,7 @@ from lorafold.cli.common import (
     messages,
 )
 from lorafold.cli.groups import grouped
+from lorafold.rewards.naming import FORMS
 
 REWARDS = "Rewards"
 
@@ -32,7 +32,8 @@ class Rewarding:
         typer.Option(
             rich_help_panel=REWARDS,
             help=f"Measure what completions are worth that the model draws: what judges them, as"
-            f" {JUDGES} Rows are prompts then, with whatever else the reward wants.",
+            f" {FORMS}, with a weight as in 0.5* or without. Repeat the option for a sum. Rows are"
+            " prompts then, with whatever else the reward wants.",
         ),
     ] = None
     group: Annotated[

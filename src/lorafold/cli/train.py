@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from lorafold.cli.common import (
-    JUDGES,
     AllowOtherOption,
     ColumnsOption,
     Computing,
@@ -41,7 +40,9 @@ def command(
     reward: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"For objectives that draw completions: what judges them, as {JUDGES}"
+            help="For objectives that draw completions: what judges them, as FILE.py:FUNCTION,"
+            " regex:PATTERN, schema:FILE.json or reasoning-gym:TASK, with a weight as in 0.5*..."
+            " or without. Repeat the option for a sum."
         ),
     ] = None,
     columns: ColumnsOption = None,
