@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import lorafold as lf
 from conftest import lorafold, refused
@@ -75,7 +75,7 @@ def test_it_is_what_the_run_measured(policy: tuple[Path, float], base: Path, tmp
     adapter, reward = policy
     own = measured(base, adapters=adapter, seed=3)
     assert own.reward == pytest.approx(reward)
-    assert (own.n, own.group, own.alike) == (len(ROWS), 1, None)
+    assert (own.n, own.group, own.groups_without_signal) == (len(ROWS), 1, None)
     loaded = lf.load_model(base, "fp32", "cpu")
     assert measured(loaded, seed=3).reward != own.reward
     lf.load(loaded, adapter)
@@ -136,7 +136,8 @@ def test_samples_go_from_the_best_to_the_worst(base: Path) -> None:
 
     assert measured(base, group=3, rewards=watched).reward == found.reward
     assert rewards == sorted(seen, reverse=True)[:3] + sorted(seen, reverse=True)[-3:]
-    assert found.alike == sum(len({*seen[i : i + 3]}) == 1 for i in range(0, 24, 3)) / 8
+    same = [len({*seen[i : i + 3]}) == 1 for i in range(0, 24, 3)]
+    assert found.groups_without_signal == sum(same) / 8
     few = measured(base, ROWS[:2])
     assert len(few.samples) == 2
     assert ("\n...\n" in str(found), "\n...\n" in str(few)) == (True, False)
@@ -197,6 +198,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no room": ({"max_length": 12}, "^max_new_tokens: found 12, expected 1 or more, and fewer tha"),
     "none of each": ({"group": 0}, "^group: found 0, expected 1 or more"),
+    "half of one": ({"group": 1.5}, "^group: found 1.5, expected a whole number"),
     "the same again": ({"group": 2, "temperature": 0}, "^group: found 2 at temperature 0, "),
     "too cold": ({"temperature": -1}, "^temperature: found -1, expected 0 or more"),
     "a seed": ({"seed": -1}, "^seed: found -1, expected 0 to 4294967295"),
@@ -219,6 +221,12 @@ def test_bad_input(case: str, base: Path) -> None:
     model = lf.load_model(base, "fp32", "cpu") if "model" in given else base
     with pytest.raises(LorafoldError, match=said):
         measured(model, **{name: value for name, value in given.items() if name != "model"})
+
+
+def test_a_classifier_that_is_loaded_draws_nothing(base: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(base)
+    with pytest.raises(LorafoldError, match="generates nothing, expected a causal language model"):
+        measured(model)
 
 
 def test_options_of_the_command_have_no_effect_without_rewards(base: Path, tmp_path) -> None:

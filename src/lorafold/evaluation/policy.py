@@ -53,6 +53,9 @@ class RewardSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("max_length", "max_new_tokens", "group", "seed"):
+            if not isinstance(value := getattr(self, name), int):
+                raise LorafoldError(f"{name}: found {value!r:.40}, expected a whole number")
         checks = {
             f"group: found {self.group}, expected 1 or more": self.group >= 1,
             f"group: found {self.group} at temperature 0, expected 1, as all completions of a"
@@ -89,10 +92,11 @@ class RewardEvaluation:
     rewards, and each reward by its name.
 
     Attributes:
-        tokens: the mean length of a completion.
+        tokens_a_completion: their mean length.
         cut_off: the share of completions that reached the most tokens, which are max_new_tokens.
         entropy: nats a token, estimated from the drawn tokens under the law they were drawn from.
-        alike: the share of prompts whose completions are all worth the same; None for one each.
+        groups_without_signal: the share of prompts whose completions are all worth the same; None
+            for one completion each.
         samples: from the best to the worst, the first and the last ones of all completions.
     """
 
@@ -102,10 +106,10 @@ class RewardEvaluation:
     n: int
     group: int
     max_new_tokens: int
-    tokens: float
+    tokens_a_completion: float
     cut_off: float
     entropy: float
-    alike: float | None
+    groups_without_signal: float | None
     samples: tuple[Sample, ...]
 
     @classmethod
@@ -126,10 +130,10 @@ class RewardEvaluation:
             n=len(found.groups),
             group=group,
             max_new_tokens=max_new_tokens,
-            tokens=figures["tokens a completion"],
+            tokens_a_completion=figures["tokens a completion"],
             cut_off=figures["cut off"],
             entropy=figures["entropy"],
-            alike=figures["groups without signal"] if group > 1 else None,
+            groups_without_signal=figures["groups without signal"] if group > 1 else None,
             samples=tuple(found.samples(SAMPLES, SAMPLES)),
         )
 
@@ -142,11 +146,11 @@ class RewardEvaluation:
         lines = [
             f"{self.n} prompts, {each}: reward {MeanReward(self.reward, self.reward_interval)}",
             *(f"reward {name} {x}" for name, x in self.rewards.items() if len(self.rewards) > 1),
-            f"{self.tokens:.1f} tokens a completion, {self.cut_off:.1%} cut off at"
+            f"{self.tokens_a_completion:.1f} tokens a completion, {self.cut_off:.1%} cut off at"
             f" {self.max_new_tokens}, entropy {self.entropy:.3f} nats a token",
         ]
-        if self.alike is not None:
-            lines[-1] += f", groups without signal {self.alike:.1%}"
+        if self.groups_without_signal is not None:
+            lines[-1] += f", groups without signal {self.groups_without_signal:.1%}"
         shown = [_told(one) for one in self.samples]
         if self.n * self.group > len(shown):
             shown.insert(SAMPLES, "...")
@@ -169,9 +173,14 @@ def evaluate_rewards(
         settings: What is drawn.
         console: For progress and a report of the prompts; None is quiet.
 
-    Raises LorafoldError for a prompt that is too long, a completion that can't be computed, and a
-    reward that fails.
+    Raises LorafoldError for a model that generates nothing, a prompt that is too long, a completion
+    that can't be computed, and a reward that fails.
     """
+    if not model.can_generate():
+        raise LorafoldError(
+            f"{type(model).__name__}: found a model that generates nothing, expected a causal"
+            " language model for rewards"
+        )
     length = min(table_left(model) or settings.max_length, settings.max_length)
     table = tokenized(rows, Prompts(tokenizer), console)
     data = prompt_data(table, rows, length - settings.max_new_tokens)
