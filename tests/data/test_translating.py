@@ -19,7 +19,7 @@ from lorafold.recipe.reading import load_recipe
 from lorafold.recipe.recipe import Recipe
 from lorafold.training.request import Request
 from lorafold.training.run import train
-from lorafold.translating import axolotl, llamafactory
+from lorafold.translating import axolotl, llamafactory, policy_rules, trl
 from lorafold.translating.rules import NOT_KNOWN
 from lorafold.translating.run import TOOLS, translate, write
 from lorafold.translating.translation import Translation
@@ -202,10 +202,17 @@ VALUES = {"stage": "sft", "finetuning_type": "lora", "adapter": "lora", "quantiz
 WORDS = [None, False, True, 0, -1, 1, 3, 0.5, float("inf"), "name", "a,b", ["x"], {"k": 1}]
 
 
-@pytest.mark.parametrize("tool", ["axolotl", "llamafactory"])
+RULES = {
+    "axolotl": axolotl.RULES,
+    "llamafactory": llamafactory.RULES,
+    "trl-grpo": (*policy_rules.GRPO, *trl.COMMON),
+    "trl-rloo": (*policy_rules.RLOO, *trl.COMMON),
+}
+
+
+@pytest.mark.parametrize("tool", RULES)
 def test_every_key_is_told_exactly_once_or_the_file_is_refused_by_name(tmp_path, tool):
-    rules = {"axolotl": axolotl, "llamafactory": llamafactory}[tool].RULES
-    known = [rule.key for rule in rules]
+    known = [rule.key for rule in RULES[tool]]
     assert len(set(known)) == len(known)
     draw, told, refusals = random.Random(0), 0, []
     needed = {"lora_r": 4, "lora_alpha": 4, "lora_target_linear": True, "learning_rate": 1e-3}

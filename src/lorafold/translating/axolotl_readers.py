@@ -12,7 +12,7 @@ from typing import Any
 
 from lorafold.errors import LorafoldError
 from lorafold.models.storages import made_of
-from lorafold.translating import policies, trainer
+from lorafold.translating import policy_batches, trainer
 from lorafold.translating.axolotl_policies import accumulation, as_trl, is_policy
 from lorafold.translating.axolotl_preferences import objective_of, starts_afresh
 from lorafold.translating.convert import boolean, choice, integer, names, number
@@ -132,7 +132,7 @@ def fp32(value: Any, settings: Settings) -> Outcome | None:
 def batch(value: Any, settings: Settings) -> Outcome:
     """`micro_batch_size` times accumulation becomes the batch, which counts rows."""
     if is_policy(settings):
-        return policies.batch(value, as_trl(settings))
+        return policy_batches.batch(value, as_trl(settings))
     rows = integer(value) * accumulation(settings)
     if settings["sample_packing"]:
         return changed(
@@ -146,7 +146,7 @@ def batch(value: Any, settings: Settings) -> Outcome:
 def micro_batches(value: Any, settings: Settings) -> Outcome:
     """`gradient_accumulation_steps` become the micro-batches of a step."""
     if is_policy(settings):
-        return policies.accumulation(accumulation(settings), as_trl(settings))
+        return policy_batches.accumulation(accumulation(settings), as_trl(settings))
     return taken(accumulate=accumulation(settings))
 
 

@@ -24,7 +24,7 @@ TRL = (
      " wandb_entity wandb_project wandb_run_group"),
     (ATTENTION, "attn_implementation"),
     (NUMBERS, "tf32 fp8 torch_compile torch_compile_backend torch_compile_mode use_liger_kernel"
-     " use_liger_loss liger_kernel_config bf16_full_eval fp16_full_eval bnb_4bit_quant_storage"
+     " liger_kernel_config bf16_full_eval fp16_full_eval bnb_4bit_quant_storage"
      " label_names prediction_loss_only batch_eval_metrics include_for_metrics"),
     (MODEL, "model_init_kwargs router_aux_loss_coef ignore_bias_buffers use_cache"),
     (PROCESSES, "deepspeed fsdp fsdp_config ddp_timeout ddp_find_unused_parameters ddp_backend"

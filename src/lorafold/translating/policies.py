@@ -1,13 +1,12 @@
 """Readers of TRL's GRPOConfig and RLOOConfig, whose keys axolotl's `trl` block has too: the law,
-its options and the batch.
+its options, and how completions are drawn.
 
-Read off TRL 1.16. There a batch counts completions, and here the prompts that each get a group of
-them. Both draw and learn in one step, so ratios are 1, and what bounds them has no effect.
+Read off TRL 1.16. A step draws and learns once, so ratios are 1, and what bounds them has no
+effect.
 """
 
 from __future__ import annotations
 
-from math import ceil, gcd
 from typing import Any
 
 from lorafold.errors import LorafoldError
@@ -77,9 +76,12 @@ def epsilon(value: Any, settings: Settings) -> Outcome | None:
     """`epsilon` becomes the clip; `epsilon_high`, where it is absent, is the same."""
     if objective_of(settings) in ("rloo", "cispo"):
         return None
-    high = settings["epsilon_high"]
-    options = {"clip": number(value), "clip_high": number(value if high is None else high)}
-    return taken(objective_options=options)
+    return taken(objective_options={"clip": number(value), "clip_high": upper(settings)})
+
+
+def upper(settings: Settings) -> float:
+    """`epsilon_high`, which is `epsilon` where it is absent."""
+    return settings.read("epsilon" if settings["epsilon_high"] is None else "epsilon_high", number)
 
 
 def epsilon_high(value: Any, settings: Settings) -> Outcome | None:
@@ -94,8 +96,7 @@ def cispo_bound(settings: Settings) -> float:
 
     LorafoldError where it is no more than 1, as it is with TRL's defaults.
     """
-    high = settings["epsilon_high"]
-    found = number(settings["epsilon"] if high is None else high)
+    found = upper(settings)
     if found <= 1:
         raise LorafoldError(
             f"found 'cispo' and {found:g} as epsilon_high, to which TRL bounds the ratio itself, so"
@@ -180,7 +181,8 @@ def completion_length(value: Any, settings: Settings) -> Outcome:
     longest = LIMIT if unlimited else integer(value)
     fields = {
         "objective_options": {"max_new_tokens": longest},
-        "max_length": (BESIDE if prompt is None else integer(prompt)) + longest,
+        "max_length": longest
+        + (BESIDE if prompt is None else settings.read("max_prompt_length", integer)),
     }
     said = [f"completions have no limit there, and {LIMIT} tokens here"] * unlimited
     if prompt is None:
@@ -191,59 +193,6 @@ def completion_length(value: Any, settings: Settings) -> Outcome:
 def prompt_length(value: Any, settings: Settings) -> Outcome:
     """`max_prompt_length`, of older versions, is part of `max_length`."""
     return changed("TRL cut longer prompts, and a run here refuses them; max_length has both")
-
-
-def completions(settings: Settings) -> int:
-    """The completions of an optimizer step of one process."""
-    return settings.read("per_device_train_batch_size", integer) * settings.read(
-        "gradient_accumulation_steps", integer
-    )
-
-
-def prompts(settings: Settings) -> int:
-    """The prompts of an optimizer step, whole groups of completions."""
-    found = settings.read("num_generations", integer)
-    if found < 2:
-        raise LorafoldError(f"num_generations: found {found}, expected 2 or more")
-    return ceil(completions(settings) / found)
-
-
-def batch(value: Any, settings: Settings) -> Outcome:
-    """`per_device_train_batch_size` times accumulation, in groups, becomes the batch of prompts."""
-    found, size = completions(settings), settings.read("num_generations", integer)
-    rows = prompts(settings)
-    if found == rows * size:
-        return taken(f"{found} completions of one process, {size} a prompt", batch=rows)
-    return changed(
-        f"{found} completions of one process are not whole groups of {size}: for N processes"
-        f" --batch is N*{found}/{size}",
-        batch=rows,
-    )
-
-
-def accumulation(value: Any, settings: Settings) -> Outcome:
-    """`gradient_accumulation_steps` become micro-batches of whole groups."""
-    found, rows = integer(value), prompts(settings)
-    if rows % found == 0:
-        return taken(accumulate=found)
-    return changed("a micro-batch has whole groups here", accumulate=gcd(rows, found))
-
-
-def draws_for(factor: str) -> Reader:
-    """The reader of `steps_per_generation`, in micro-batches, or of `generation_batch_size`, in
-    completions: how many updates learn from what is drawn at once.
-
-    `factor` is the key whose value is that of one micro-batch; empty for one.
-    """
-
-    def read(value: Any, settings: Settings) -> Outcome:
-        micro = settings.read(factor, integer) if factor else 1
-        drawn = integer(value) / micro
-        if drawn <= settings.read("gradient_accumulation_steps", integer):
-            return taken("a step learns from what it draws")
-        return changed("several updates learn from one draw there; here each draws for itself")
-
-    return read
 
 
 def num_iterations(value: Any, settings: Settings) -> Outcome:

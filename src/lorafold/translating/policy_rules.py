@@ -4,7 +4,7 @@ each, with the defaults of TRL 1.16.
 
 from __future__ import annotations
 
-from lorafold.translating import policies, policy_rewards
+from lorafold.translating import policies, policy_batches, policy_rewards
 from lorafold.translating.no_counterpart import LOGGING, MEMORY, NUMBERS
 from lorafold.translating.policies import drawn_plainly
 from lorafold.translating.rules import Rule, all_without, refusing, taken, to, without
@@ -19,8 +19,8 @@ SHARED: tuple[Rule, ...] = (
     Rule("epsilon", policies.epsilon, 0.2),
     Rule("epsilon_high", policies.epsilon_high),
     Rule("num_iterations", policies.num_iterations),
-    Rule("steps_per_generation", policies.draws_for("")),
-    Rule("generation_batch_size", policies.draws_for("per_device_train_batch_size")),
+    Rule("steps_per_generation", policy_batches.draws_for("")),
+    Rule("generation_batch_size", policy_batches.draws_for("per_device_train_batch_size")),
     Rule("temperature", drawn_plainly(1)),
     Rule("top_p", drawn_plainly(1)),
     Rule("top_k", drawn_plainly(0, -1)),

@@ -13,7 +13,7 @@ from typing import Any
 
 from lorafold.errors import LorafoldError
 from lorafold.models.storages import made_of
-from lorafold.translating import policies, trainer
+from lorafold.translating import policies, policy_batches, trainer
 from lorafold.translating.convert import boolean, choice, integer, names, number
 from lorafold.translating.no_counterpart import TRL
 from lorafold.translating.policy_rules import GRPO, RLOO
@@ -94,7 +94,8 @@ def dtype(value: Any, settings: Settings) -> Outcome | None:
     """`dtype` becomes the base's storage, unless that is quantized: what TRL keeps in fp32 it
     multiplies in bf16, unless `bf16` is off.
     """
-    found = choice(settings["torch_dtype"] or value, *DTYPES)
+    older = settings["torch_dtype"]
+    found = settings.read("dtype" if older is None else "torch_dtype", lambda v: choice(v, *DTYPES))
     if settings["load_in_4bit"] or settings["load_in_8bit"]:
         return None
     if found == "float16" or settings.read("fp16", boolean):
@@ -160,8 +161,8 @@ COMMON: tuple[Rule, ...] = (
     *trainer.ADAM_RULES,
     Rule("num_train_epochs", to("epochs", number), 3.0),
     Rule("max_steps", trainer.max_steps),
-    Rule("per_device_train_batch_size", policies.batch, 8),
-    Rule("gradient_accumulation_steps", policies.accumulation, 1),
+    Rule("per_device_train_batch_size", policy_batches.batch, 8),
+    Rule("gradient_accumulation_steps", policy_batches.accumulation, 1),
     Rule("max_prompt_length", policies.prompt_length),
     Rule("gradient_checkpointing", to("gradient_checkpointing", boolean), True),
     Rule("eval_steps", trainer.interval("eval_every", "each checkpoint is evaluated")),
