@@ -94,8 +94,7 @@ def dtype(value: Any, settings: Settings) -> Outcome | None:
     """`dtype` becomes the base's storage, unless that is quantized: what TRL keeps in fp32 it
     multiplies in bf16, unless `bf16` is off.
     """
-    older = settings["torch_dtype"]
-    found = settings.read("dtype" if older is None else "torch_dtype", lambda v: choice(v, *DTYPES))
+    found = choice(value, *DTYPES)
     if settings["load_in_4bit"] or settings["load_in_8bit"]:
         return None
     if found == "float16" or settings.read("fp16", boolean):
@@ -148,8 +147,9 @@ COMMON: tuple[Rule, ...] = (
     Rule("load_in_8bit", quantized(8), False),
     Rule("bnb_4bit_quant_type", lambda value, settings: taken("it is part of the base"), "nf4"),
     Rule("use_bnb_nested_quant", lambda value, settings: taken("nf4 always quantizes its scales")),
-    Rule("dtype", dtype, "float32"),
-    Rule("torch_dtype", read_with("dtype")),
+    Rule("dtype", lambda value, settings: (
+        dtype(value, settings) if settings["torch_dtype"] is None else None), "float32"),
+    Rule("torch_dtype", dtype),
     Rule("bf16", read_with("dtype"), True),
     Rule("fp16", read_with("dtype"), False),
     Rule("learning_rate", learning_rate, 1e-6),
