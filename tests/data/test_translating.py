@@ -19,7 +19,7 @@ from lorafold.recipe.reading import load_recipe
 from lorafold.recipe.recipe import Recipe
 from lorafold.training.request import Request
 from lorafold.training.run import train
-from lorafold.translating import axolotl, llamafactory
+from lorafold.translating import axolotl, llamafactory, policy_rules, trl
 from lorafold.translating.rules import NOT_KNOWN
 from lorafold.translating.run import TOOLS, translate, write
 from lorafold.translating.translation import Translation
@@ -202,10 +202,17 @@ VALUES = {"stage": "sft", "finetuning_type": "lora", "adapter": "lora", "quantiz
 WORDS = [None, False, True, 0, -1, 1, 3, 0.5, float("inf"), "name", "a,b", ["x"], {"k": 1}]
 
 
-@pytest.mark.parametrize("tool", ["axolotl", "llamafactory"])
+RULES = {
+    "axolotl": axolotl.RULES,
+    "llamafactory": llamafactory.RULES,
+    "trl-grpo": (*policy_rules.GRPO, *trl.COMMON),
+    "trl-rloo": (*policy_rules.RLOO, *trl.COMMON),
+}
+
+
+@pytest.mark.parametrize("tool", RULES)
 def test_every_key_is_told_exactly_once_or_the_file_is_refused_by_name(tmp_path, tool):
-    rules = {"axolotl": axolotl, "llamafactory": llamafactory}[tool].RULES
-    known = [rule.key for rule in rules]
+    known = [rule.key for rule in RULES[tool]]
     assert len(set(known)) == len(known)
     draw, told, refusals = random.Random(0), 0, []
     needed = {"lora_r": 4, "lora_alpha": 4, "lora_target_linear": True, "learning_rate": 1e-3}
@@ -314,18 +321,18 @@ def test_warm_up_steps_become_the_share_that_a_run_rounds_to_them(tmp_path, tota
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        ("stage: ppo\nlora_rank: 8", "stage: found 'ppo', but lorafold trains no policy"),
+        ("stage: ppo\nlora_rank: 8", "stage: found 'ppo', whose reward is a model"),
         ("stage: pt\nfinetuning_type: full", "lorafold does not pretrain"),
         ("stage: sft\nfinetuning_type: oft", "finetuning_type: found 'oft'"),
         ("stage: sft\nlora_rank: many", "lora_rank: found 'many', expected a number"),
         ("stage: sft\nlora_rank: 0", "lora_rank: found 0 as recipe field rank"),
         ("stage: sft\nlora_dropout: 1.5", "lora_dropout: found 1.5 as recipe field dropout"),
-        ("base_model: m\nadapter: lora\nrl: grpo", "rl: found 'grpo'"),
+        ("base_model: m\nadapter: lora\nrl: gdpo", "rl: found 'gdpo'"),
         ("base_model: m\nadapter: lora\nlora_r: 8", "learning_rate, lora_alpha missing"),
         ("base_model: m\nadapter: ia4", "adapter: found 'ia4', expected lora or qlora"),
         ("base_model: m\nlearning_rate: 1\nload_in_4bit: true", "trains the base's own weights"),
         ("a: 1\nb: 2", "can't tell which tool's it is by its keys (a, b)"),
-        ("base_model: m\nstage: sft", "expected --kind axolotl, llamafactory, peft"),
+        ("base_model: m\nstage: sft", "expected --kind axolotl, llamafactory, trl-grpo"),
         ("- a", "found list, expected `name: value` lines"),
         ("a: [1", "not YAML at line 1"),
         ("", "found NoneType"),
@@ -340,7 +347,7 @@ def test_a_file_that_can_not_be_translated_is_one_line(tmp_path, text, part):
 
 
 def test_an_unknown_kind_and_a_missing_file(tmp_path):
-    with pytest.raises(LorafoldError, match="expected axolotl, llamafactory, peft"):
+    with pytest.raises(LorafoldError, match="expected axolotl, llamafactory, trl-grpo"):
         translate(tmp_path, "trl")
     with pytest.raises(LorafoldError, match="No such file"):
         translate(tmp_path / "none.yml")
@@ -499,4 +506,4 @@ def test_the_command_prints_the_recipe_and_the_report_apart(tmp_path):
 def test_the_command_refuses_a_file_in_one_line(tmp_path):
     (tmp_path / "theirs.yml").write_text("a: 1\n")
     assert "expected --kind" in refused("recipe", "--from", str(tmp_path / "theirs.yml"))
-    assert set(TOOLS) == {"axolotl", "llamafactory", "peft"}
+    assert set(TOOLS) == {"axolotl", "llamafactory", "trl-grpo", "trl-rloo", "peft"}

@@ -361,7 +361,8 @@ def test_what_llamafactory_asks_for_and_we_have_not_is_refused(tmp_path, setting
 @pytest.mark.parametrize(
     ("settings", "part"),
     [
-        ({"rl": "grpo"}, "rl: found 'grpo', but lorafold trains no policy on rewards"),
+        ({"rl": "gdpo"}, "rl: found 'gdpo', but lorafold sums rewards before it compares them"),
+        ({"rl": "ebft"}, "rl: found 'ebft', but lorafold has no energy-based objective"),
         ({"rl": "ppp"}, "rl: found 'ppp', expected dpo or ipo"),
         ({"rl": "dpo", "sample_packing": True}, "rl: found 'dpo' and sample_packing"),
         ({"rl": "simpo"}, "simpo_gamma missing"),

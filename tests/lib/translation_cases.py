@@ -31,6 +31,18 @@ def llamafactory_of(tmp_path: Path, **settings) -> Translation:
     return translated(tmp_path, yaml.safe_dump({"stage": "sft"} | settings), "llamafactory")
 
 
+def trl_of(tmp_path: Path, kind: str = "trl-grpo", **settings) -> Translation:
+    """A least file of TRL with these settings over it."""
+    least = {"model_name_or_path": "m", "use_peft": True, "reward_funcs": ["rewards.score"]}
+    return translated(tmp_path, yaml.safe_dump(least | settings), kind)
+
+
+def grpo_of(tmp_path: Path, outside: dict | None = None, **block) -> Translation:
+    """A least file of axolotl that trains a policy, with these settings in its block."""
+    least = {"reward_funcs": ["rewards.score"], "max_completion_length": 64}
+    return axolotl_of(tmp_path, rl="grpo", trl=least | block, **(outside or {}))
+
+
 def keys(translation: Translation, how: str) -> set[str]:
     return {e.key for e in getattr(translation, how) if e.given}
 

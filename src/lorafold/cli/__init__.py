@@ -36,7 +36,7 @@ COMMANDS = {
     "intrinsic": "Search for the intrinsic dimension of a task.",
     "compare": "Train and measure every method on your model and data.",
     "fragility": "Measure how few benign examples undo a behaviour that lives in an adapter.",
-    "recipe": "Translate a configuration of axolotl, LLaMA-Factory or PEFT into a recipe.",
+    "recipe": "Translate a configuration of axolotl, LLaMA-Factory, TRL or PEFT into a recipe.",
     "cache": "List or clear what lorafold keeps: models, rows, tokens.",
     "doctor": "Examine this machine and installation: what is wrong, what would be slow.",
 }

@@ -14,8 +14,8 @@ def command(
         typer.Option(
             "--from",
             help=(
-                "The configuration: a YAML file of axolotl or LLaMA-Factory, or PEFT's"
-                " adapter_config.json or a directory with it."
+                "The configuration: a YAML file of axolotl, LLaMA-Factory, trl grpo or trl rloo, or"
+                " PEFT's adapter_config.json or a directory with it."
             ),
         ),
     ],
@@ -25,7 +25,8 @@ def command(
     kind: Annotated[
         str | None,
         typer.Option(
-            help="axolotl, llamafactory or peft; without it the file's keys tell which it is."
+            help="axolotl, llamafactory, trl-grpo, trl-rloo or peft; without it the file's keys"
+            " tell which it is."
         ),
     ] = None,
     overwrite: Annotated[

@@ -69,6 +69,21 @@ class Drawing:
     reward_seconds: Annotated[float, Field(gt=0)] = 30.0
 
 
+def chosen(
+    objective: str, beta: float | None, options: Mapping[str, Any]
+) -> tuple[PolicyLaw, Drawing]:
+    """The law of an objective of policies, and what it draws.
+
+    Raises LorafoldError for an option that neither has, or a value out of its range.
+    """
+    given = given_options(beta, options)
+    own = {field.name for field in fields(Drawing)}
+    drawing = made(Drawing, {k: v for k, v in given.items() if k in own}, objective)
+    kind: type[PolicyLaw] = class_of(OBJECTIVES[objective], policy_laws)
+    law = made(kind, {k: v for k, v in given.items() if k not in own}, objective)
+    return law, drawing
+
+
 class Playing(Policy):
     """The loss of a policy with what draws and judges its completions."""
 
@@ -102,13 +117,7 @@ class PolicyObjective(Objective):
 
     @classmethod
     def of(cls, asked: Asked) -> Self:
-        options = given_options(asked.beta, asked.options)
-        own = {field.name for field in fields(Drawing)}
-        drawing = made(Drawing, {k: v for k, v in options.items() if k in own}, asked.name)
-        law = made(
-            class_of(OBJECTIVES[asked.name], policy_laws),
-            {k: v for k, v in options.items() if k not in own}, asked.name,
-        )  # fmt: skip
+        law, drawing = chosen(asked.name, asked.beta, asked.options)
         if not (drawing.rewards or asked.rewards):
             raise LorafoldError(
                 f"objective {asked.name}: found no reward, expected one or several: --reward"

@@ -1,22 +1,29 @@
 """axolotl's training YAML: the table of rules, one for a key, with axolotl's own defaults.
 
 Read off axolotl's configuration schema and its builders as of July 2026. Values that need more
-than a conversion are read in `axolotl_readers`, and keys that a recipe has no field for are listed
-in `no_counterpart`.
+than a conversion are read in `axolotl_readers`, those of preferences and policies in modules
+of their own, and keys that a recipe has no field for are listed in `no_counterpart`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from lorafold.translating import axolotl_policies as policies
 from lorafold.translating import axolotl_preferences as preferences
 from lorafold.translating import axolotl_readers as readers
 from lorafold.translating import trainer
 from lorafold.translating.axolotl_preferences import objective_of
 from lorafold.translating.convert import boolean, integer, names, number
 from lorafold.translating.no_counterpart import AXOLOTL
+from lorafold.translating.policies import OWN_DRAWS
 from lorafold.translating.preferences import law_option
 from lorafold.translating.rules import (
     Rule,
+    TranslatedKey,
     all_without,
+    by_rules,
     changed,
     left,
     option,
@@ -65,12 +72,11 @@ RULES: tuple[Rule, ...] = (
     Rule("num_epochs", to("epochs", number), 1.0),
     Rule("max_steps", trainer.max_steps),
     Rule("micro_batch_size", readers.batch, 1),
-    Rule("gradient_accumulation_steps",
-        lambda value, settings: taken(accumulate=readers.accumulation(settings)), 1),
+    Rule("gradient_accumulation_steps", readers.micro_batches, 1),
     Rule("batch_size", lambda value, settings: taken("accumulation follows from it")),
-    Rule("sequence_len", to("max_length", integer), 512),
+    Rule("sequence_len", readers.sequence_len, 512),
     Rule("excess_length_strategy", readers.excess_length, "drop"),
-    Rule("sample_packing", to("packing", boolean), False),
+    Rule("sample_packing", readers.sample_packing, False),
     Rule("train_on_inputs", readers.train_on_inputs),
     Rule("gradient_checkpointing", lambda value, settings: (
         changed("activations are recomputed, and not offloaded", gradient_checkpointing=True)
@@ -115,6 +121,9 @@ RULES: tuple[Rule, ...] = (
     Rule("dpo_loss_type", preferences.loss_type, ["sigmoid"]),
     Rule("dpo_loss_weights", preferences.loss_weights),
     Rule("trl", preferences.beta_of("trl")),
+    Rule("trl.beta", preferences.beta_of("trl.beta")),
+    *policies.RULES,
+    Rule("vllm", without(OWN_DRAWS)),
     Rule("rl_beta", preferences.beta_of("rl_beta"), 0.1),
     Rule("dpo_beta", preferences.beta_of("dpo_beta")),
     Rule("orpo_alpha", preferences.beta_of("orpo_alpha")),
@@ -140,3 +149,11 @@ RULES: tuple[Rule, ...] = (
         readers.of_lora(lambda value, settings: taken("the base's storage decides"))),
     *(rule for why, keys in AXOLOTL for rule in all_without(why, keys)),
 )  # fmt: skip
+
+
+def entries(config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
+    """Every key of a file as an entry, those of its block `trl` apart where it trains a policy.
+
+    LorafoldError lists every value that can't be read, or that lorafold can't train.
+    """
+    return by_rules(RULES, policies.flat(config))

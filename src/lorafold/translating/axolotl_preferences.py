@@ -1,5 +1,7 @@
 """Readers of axolotl's values where `rl` or `reward_model` is set: the loss, beta and the weights.
 
+What trains a policy is read in `axolotl_policies`.
+
 axolotl hands them to TRL's trainers (1.8), whose losses are those of lorafold, apart from what the
 remarks say: supervised terms are means over all tokens of a micro-batch there, and over the tokens
 of each completion here.
@@ -10,6 +12,9 @@ from __future__ import annotations
 from typing import Any
 
 from lorafold.errors import LorafoldError
+from lorafold.objectives import OBJECTIVES
+from lorafold.translating import policies
+from lorafold.translating.axolotl_policies import as_trl, beta_key, is_policy
 from lorafold.translating.convert import boolean, choice, integer, names, number
 from lorafold.translating.preferences import NO_DROPOUT, supervised
 from lorafold.translating.rules import (
@@ -25,6 +30,10 @@ from lorafold.translating.rules import (
 
 LOSSES = {"sigmoid": "dpo", "hinge": "hinge", "ipo": "ipo"}
 OTHERS = ("ipo", "orpo", "simpo", "kto")
+REFUSED = {
+    "gdpo": "lorafold sums rewards before it compares them",
+    "ebft": "lorafold has no energy-based objective",
+}
 SUPERVISED = (
     "TRL averages the supervised term over the chosen tokens of a micro-batch, and lorafold over"
     " those of each row"
@@ -32,8 +41,10 @@ SUPERVISED = (
 
 
 def objective_of(settings: Settings) -> str | None:
-    """The objective of preferences that the file trains, or None."""
+    """The objective of preferences or of a policy that the file trains, or None."""
     found = str(settings["rl"])
+    if is_policy(settings):
+        return policies.objective_of(as_trl(settings))
     if found == "dpo":
         return LOSSES.get(next(iter(settings.read("dpo_loss_type", names)), ""))
     if found in OTHERS:
@@ -47,17 +58,19 @@ def is_reward_model(settings: Settings) -> bool:
 
 
 def rl(value: Any, settings: Settings) -> Outcome:
-    """`rl` becomes the objective; of dpo it is `dpo_loss_type` that says which.
+    """`rl` becomes the objective; of dpo and grpo it is the type of the loss that says which.
 
-    LorafoldError for training of policies on rewards, and for what axolotl refuses.
+    LorafoldError for objectives that lorafold does not have, and for what axolotl refuses.
     """
     if is_off(value):
         return taken("it is off")
-    if value in ("grpo", "gdpo", "ebft"):
-        raise LorafoldError(f"found {value!r}, but lorafold trains no policy on rewards")
-    choice(value, "dpo", *OTHERS)
+    if str(value) in REFUSED:
+        raise LorafoldError(f"found {value!r}, but {REFUSED[str(value)]}")
+    choice(value, "dpo", *OTHERS, "grpo")
     if settings["sample_packing"]:
         raise LorafoldError(f"found {value!r} and sample_packing, which axolotl refuses together")
+    if value == "grpo":
+        return taken("trl.loss_type says which objective")
     if value == "dpo":
         return taken("dpo_loss_type says which objective")
     if value == "simpo" and settings["simpo_gamma"] is None:
@@ -108,10 +121,12 @@ def loss_weights(value: Any, settings: Settings) -> Outcome | None:
 
 def beta_of(key: str) -> Reader:
     """The reader of a key that may hold beta: `trl`, `rl_beta`, `dpo_beta` or `orpo_alpha`, of
-    which the first that the file sets decides.
+    which the first that the file sets decides; of a policy `trl.beta` is the first.
     """
 
     def read(value: Any, settings: Settings) -> Outcome | None:
+        if is_policy(settings):
+            return policies.beta(value, as_trl(settings)) if key == beta_key(settings) else None
         if objective_of(settings) in (None, "reward"):
             return None
         values = {k: settings.given.get(k) for k in ("trl", "rl_beta", "dpo_beta", "orpo_alpha")}
@@ -167,9 +182,13 @@ def num_labels(value: Any, settings: Settings) -> Outcome | None:
 
 
 def dropout(value: Any, settings: Settings) -> Outcome:
-    """`lora_dropout` becomes the dropout, which TRL turns off for preferences."""
-    found = number(value)
-    if found and objective_of(settings) is not None:
+    """`lora_dropout` becomes the dropout, which TRL turns off for preferences, and which there is
+    none of where completions are drawn.
+    """
+    found, objective = number(value), objective_of(settings)
+    if found and objective is not None and OBJECTIVES[objective].draws:
+        return changed(policies.NO_DROPOUT, dropout=0.0)
+    if found and objective is not None:
         return taken(NO_DROPOUT, dropout=0.0)
     return taken(dropout=found)
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from lorafold.errors import LorafoldError
 from lorafold.models.storages import made_of
-from lorafold.translating import trainer
+from lorafold.translating import policy_batches, trainer
+from lorafold.translating.axolotl_policies import accumulation, as_trl, is_policy
 from lorafold.translating.axolotl_preferences import objective_of, starts_afresh
 from lorafold.translating.convert import boolean, choice, integer, names, number
 from lorafold.translating.preferences import rows_wanted
@@ -117,7 +118,7 @@ def fp16(value: Any, settings: Settings) -> Outcome | None:
         return taken("it is off")
     if settings["load_in_4bit"] or settings["load_in_8bit"] or settings["bf16"] in (True, "full"):
         return None
-    return changed("lorafold does not train in fp16; bf16 takes the same memory", storage="bf16")
+    return changed(trainer.NO_FP16, storage="bf16")
 
 
 def fp32(value: Any, settings: Settings) -> Outcome | None:
@@ -128,16 +129,10 @@ def fp32(value: Any, settings: Settings) -> Outcome | None:
     return None if quantized_base or settings["bf16"] in (True, "full") else taken(storage="fp32")
 
 
-def accumulation(settings: Settings) -> int:
-    """The number of micro-batches in a step, which axolotl may also derive from `batch_size`."""
-    total = settings["batch_size"]
-    if total is not None and settings.given.get("gradient_accumulation_steps") is None:
-        return max(1, integer(total) // max(1, settings.read("micro_batch_size", integer)))
-    return settings.read("gradient_accumulation_steps", integer)
-
-
 def batch(value: Any, settings: Settings) -> Outcome:
     """`micro_batch_size` times accumulation becomes the batch, which counts rows."""
+    if is_policy(settings):
+        return policy_batches.batch(value, as_trl(settings))
     rows = integer(value) * accumulation(settings)
     if settings["sample_packing"]:
         return changed(
@@ -148,8 +143,31 @@ def batch(value: Any, settings: Settings) -> Outcome:
     return taken("micro-batch times accumulation, of one GPU", batch=rows)
 
 
+def micro_batches(value: Any, settings: Settings) -> Outcome:
+    """`gradient_accumulation_steps` become the micro-batches of a step."""
+    if is_policy(settings):
+        return policy_batches.accumulation(accumulation(settings), as_trl(settings))
+    return taken(accumulate=accumulation(settings))
+
+
+def sequence_len(value: Any, settings: Settings) -> Outcome:
+    """`sequence_len` becomes `max_length`; of a policy it is what a prompt may have of that."""
+    if is_policy(settings):
+        return changed("axolotl does not cut prompts; here they may have as many tokens")
+    return taken(max_length=integer(value))
+
+
+def sample_packing(value: Any, settings: Settings) -> Outcome:
+    """`sample_packing` becomes packing, except that a policy reads a prompt once for its group."""
+    if is_policy(settings):
+        return taken("a prompt is read once for all its completions")
+    return taken(packing=boolean(value))
+
+
 def excess_length(value: Any, settings: Settings) -> Outcome:
     """`excess_length_strategy` has one counterpart: longer rows are cut, and none are dropped."""
+    if is_policy(settings):
+        return changed("a run refuses prompts that are too long")
     if value == "truncate":
         return taken("longer rows are cut")
     return changed("longer rows are cut here, and the run says how many; filter them out before")

@@ -44,7 +44,10 @@ def stage(value: Any, settings: Settings) -> Outcome:
             objective="reward",
         )
     if value == "ppo":
-        raise LorafoldError("found 'ppo', but lorafold trains no policy on rewards")
+        raise LorafoldError(
+            "found 'ppo', whose reward is a model and whose value is learned, but lorafold's ppo"
+            " takes functions and has groups of completions"
+        )
     return taken(objective=choice(value, "pt", "sft", "rm", "ppo", "dpo", "kto"))
 
 
@@ -149,7 +152,7 @@ def fp16(value: Any, settings: Settings) -> Outcome | None:
         or settings.read("bf16", boolean)
     ):
         return None
-    return changed("lorafold does not train in fp16; bf16 takes the same memory", storage="bf16")
+    return changed(trainer.NO_FP16, storage="bf16")
 
 
 def is_packed(settings: Settings) -> bool:

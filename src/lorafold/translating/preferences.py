@@ -90,6 +90,8 @@ def rows_wanted(objective: str | None) -> str:
     """The rows to give as --data, in words."""
     if objective is None:
         return "pass rows of messages, of prompt and completion, or of text as --data"
+    if OBJECTIVES[objective].draws:
+        return "pass rows of prompt, and of what the rewards read, as --data"
     if OBJECTIVES[objective].takes == JUDGED:
         return "pass rows of prompt, completion and label (true or false) as --data"
     return "pass rows of prompt, chosen and rejected as --data"

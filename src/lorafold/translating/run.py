@@ -16,11 +16,12 @@ from lorafold.files.atomic import write_text
 from lorafold.files.record import read_object
 from lorafold.objectives import OBJECTIVES
 from lorafold.objectives.comparing import law_of
+from lorafold.objectives.policy import chosen
 from lorafold.peft.config import CONFIG
 from lorafold.recipe.fitting import left_out, spec_of, trainable_storage
 from lorafold.recipe.reading import parse_yaml
 from lorafold.recipe.recipe import Recipe
-from lorafold.translating import axolotl, llamafactory, peft_config
+from lorafold.translating import axolotl, llamafactory, peft_config, trl
 from lorafold.translating.rules import TranslatedKey, by_rules, left
 from lorafold.translating.translation import Translation
 
@@ -38,10 +39,12 @@ class Tool:
 
 
 TOOLS: dict[str, Tool] = {
-    "axolotl": Tool("axolotl", axolotl.TYPICAL_KEYS, partial(by_rules, axolotl.RULES)),
+    "axolotl": Tool("axolotl", axolotl.TYPICAL_KEYS, axolotl.entries),
     "llamafactory": Tool(
         "LLaMA-Factory", llamafactory.TYPICAL_KEYS, partial(by_rules, llamafactory.RULES)
     ),
+    "trl-grpo": Tool("TRL's GRPO", f"{trl.TYPICAL_KEYS} {trl.OF_GRPO}", trl.entries_of_grpo),
+    "trl-rloo": Tool("TRL's RLOO", f"{trl.TYPICAL_KEYS} {trl.OF_RLOO}", trl.entries_of_rloo),
     "peft": Tool(
         "PEFT",
         peft_config.TYPICAL_KEYS,
@@ -148,9 +151,11 @@ def _recipe(entries: Sequence[TranslatedKey]) -> Recipe:
                 f" {problem['msg'].removeprefix('Value error, ').lower()}"
             )
         raise LorafoldError("; ".join(problems.values())) from None
-    if OBJECTIVES[recipe.objective].law:
+    declared = OBJECTIVES[recipe.objective]
+    if declared.law:
+        check = chosen if declared.draws else law_of
         try:
-            law_of(recipe.objective, recipe.beta, recipe.objective_options)
+            check(recipe.objective, recipe.beta, recipe.objective_options)
         except LorafoldError as error:
             keys = [e.key for e in entries if {"beta", "objective_options"} & {*e.outcome.fields}]
             raise LorafoldError(f"{', '.join(keys)}: {error}") from None

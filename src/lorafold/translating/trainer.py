@@ -30,6 +30,7 @@ OPTIMIZERS = {
     "adamw_8bit": "adamw8bit",
     "paged_adamw_8bit": "paged-adamw8bit",
 }
+NO_FP16 = "lorafold does not train in fp16; bf16 takes the same memory"
 TRACKERS = ("tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "swanlab", "aim", "clearml")
 
 

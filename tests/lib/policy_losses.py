@@ -1,0 +1,109 @@
+"""TRL's own losses of policies, and lorafold's, of the same tokens of completions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import GRPOConfig, GRPOTrainer
+
+from lorafold.step.policy_laws import Drawn, PolicyLaw
+
+LENGTHS = (3, 7, 1, 5)  # of the completions of two groups of two
+LONGEST = 9
+
+
+def given(reference: bool = True) -> tuple[Drawn, Tensor]:
+    """Random tokens of completions of these lengths, and the rewards (2, 2)."""
+    generator = torch.Generator().manual_seed(0)
+    n = sum(LENGTHS)
+
+    def drawn(spread: float) -> Tensor:
+        return spread * torch.randn(n, generator=generator, dtype=torch.float64)
+
+    old = drawn(1.0) - 2
+    logps = (old + drawn(0.3)).requires_grad_(True)
+    of = torch.arange(4).repeat_interleave(torch.tensor(LENGTHS))
+    rewards = torch.tensor([[1.0, 0.25], [0.0, 2.0]], dtype=torch.float64)
+    ref = old + drawn(0.2) if reference else None
+    return Drawn(logps, old, ref, of.double(), of), rewards
+
+
+def averaged(law: PolicyLaw, drawn: Drawn) -> Tensor:
+    """The loss over the step, as `step.policy` has it."""
+    losses, lengths = law.loss(drawn), torch.tensor(LENGTHS)
+    if law.average == "tokens":
+        return losses.mean()
+    sums = losses.new_zeros(4).index_add(0, drawn.of, losses)
+    over = {"per-sequence": lengths, "longest": LONGEST}.get(law.average, 1)
+    return (sums / over).mean()
+
+
+def padded(x: Tensor, fill: float = 0.0) -> Tensor:
+    """(4, 7) of values of tokens."""
+    return torch.nn.utils.rnn.pad_sequence(
+        torch.split(x, LENGTHS), batch_first=True, padding_value=fill
+    )
+
+
+def loss_of_trl(
+    settings: dict[str, Any],
+    drawn: Drawn,
+    advantages: Tensor,
+    model_dir: Path,
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> tuple[float, Tensor]:
+    """The loss of TRL's own code with these settings of GRPOConfig, and its gradient."""
+    config = GRPOConfig(
+        str(out), report_to="none", use_cpu=True, num_generations=2, bf16=False,
+        per_device_train_batch_size=4, max_completion_length=LONGEST, **settings,
+    )  # fmt: skip
+    trainer = GRPOTrainer(
+        AutoModelForCausalLM.from_pretrained(model_dir),
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        args=config, train_dataset=Dataset.from_list([{"prompt": "a"}] * 4),
+        processing_class=AutoTokenizer.from_pretrained(model_dir),
+    )  # fmt: skip
+    mask = padded(torch.ones_like(drawn.drawn))
+    logps = drawn.logps.detach().clone().requires_grad_(True)
+    monkeypatch.setattr(
+        trainer, "_get_per_token_logps_and_entropies",
+        lambda *a, **k: (padded(logps), padded(torch.zeros_like(logps)), None),
+    )  # fmt: skip
+    inputs: dict[str, Any] = {
+        "prompt_ids": torch.zeros(4, 1, dtype=torch.long),
+        "prompt_mask": torch.ones(4, 1, dtype=torch.long),
+        "completion_ids": torch.zeros(4, max(LENGTHS), dtype=torch.long),
+        "completion_mask": mask, "advantages": advantages,
+        "old_per_token_logps": padded(drawn.drawn), "num_items_in_batch": mask.sum(),
+    }  # fmt: skip
+    if drawn.reference is not None:
+        inputs["ref_per_token_logps"] = padded(drawn.reference)
+    loss = trainer._compute_loss(trainer.model, inputs)
+    loss.backward()
+    assert logps.grad is not None
+    assert float(logps.grad.abs().max()) > 0
+    return float(loss), logps.grad
+
+
+def check_loss_of_trl(
+    law: PolicyLaw,
+    settings: dict[str, Any],
+    model_dir: Path,
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Assert that the law has the loss and the gradient of TRL with these settings."""
+    drawn, rewards = given(reference=bool(law.beta))
+    advantages = law.advantages(rewards).flatten()
+    expected, gradient = loss_of_trl(settings, drawn, advantages, model_dir, out, monkeypatch)
+    ours = averaged(law, drawn._replace(advantages=advantages[drawn.of]))
+    ours.backward()
+    assert float(ours) == pytest.approx(expected, abs=1e-9)
+    torch.testing.assert_close(drawn.logps.grad, gradient, rtol=1e-7, atol=1e-10)
