@@ -20,17 +20,15 @@ Prints JSON lines and tables, which are also written to results/. Linux only.
 
 import argparse
 import json
-import os
 import random
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import alignment
+from lib.finished import finished
 from lib.results import keep
 from reasoning_gym import create_dataset
 
@@ -84,30 +82,14 @@ def pairs(n: int, seed: int) -> list[dict]:
 
 def run(command: list[str], cache: str) -> dict:
     """Seconds and peak bytes of a process, and what it says of itself in its last line."""
-    start = time.perf_counter()
-    environment = os.environ | {"LORAFOLD_CACHE": cache}
-    with (
-        tempfile.TemporaryFile("w+") as told,
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=told, text=True, env=environment
-        ) as child,
-    ):
-        assert child.stdout is not None
-        said = child.stdout.read()
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
-        told.seek(0)
-        text = told.read()
-    if child.returncode:
-        sys.exit(f"{' '.join(command)}: exit code {child.returncode}\n{text[-2000:]}")
-    found = json.loads(said.strip().splitlines()[-1])
-    reference = re.search(r"computed in ([\d.]+) s", text)
+    done = finished(command, LORAFOLD_CACHE=cache)
+    reference = re.search(r"computed in ([\d.]+) s", done.told)
     return {
-        "seconds": found.get("seconds", 0.0) + (float(reference[1]) if reference else 0.0),
-        "whole_seconds": time.perf_counter() - start,
-        "peak_bytes": usage.ru_maxrss * 1024,
-        "margin": found.get("reward_margin"),
-        "accuracy": found.get("reward_accuracy"),
+        "seconds": done.said.get("seconds", 0.0) + (float(reference[1]) if reference else 0.0),
+        "whole_seconds": done.seconds,
+        "peak_bytes": done.peak_bytes,
+        "margin": done.said.get("reward_margin"),
+        "accuracy": done.said.get("reward_accuracy"),
     }
 
 

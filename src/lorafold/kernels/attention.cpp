@@ -18,6 +18,16 @@ struct lanes {
   vector a, b;
 };
 
+// numbers of one register, and rows of sums that the registers hold beside what is read: gcc keeps
+// vectors of several registers in memory
+#ifdef __AVX512F__
+typedef vector unit;
+constexpr int RUN = 8;
+#else
+typedef float unit __attribute__((vector_size(32)));
+constexpr int RUN = 4;
+#endif
+
 constexpr long ROWS = 2 * LANES, STRIP = 8;
 constexpr long KEYS = 512;      // of which the scores exist at a time in the forward
 constexpr float LARGE = 3e38f;  // no score
@@ -38,8 +48,9 @@ struct aligned {
 
 inline long padded(long n, long to) { return (n + to - 1) / to * to; }
 
-inline vector one(const float* from) {
-  vector x;
+template <class V = vector>
+inline V one(const float* from) {
+  V x;
   std::memcpy(&x, from, sizeof x);
   return x;
 }
@@ -50,36 +61,40 @@ inline lanes read(const float* from) {
   return x;
 }
 
-inline void write(float* to, vector x) { std::memcpy(to, &x, sizeof x); }
-inline void write(float* to, lanes x) { std::memcpy(to, &x, sizeof x); }
+template <class V>
+inline void write(float* to, V x) {
+  std::memcpy(to, &x, sizeof x);
+}
 
 // C (m, n) = A B, or C + A B, of A (m, k) the element i, j at i * by_row + j * by_column, B (k, n)
-// row by row; m is a multiple of STRIP, n of ROWS
+// row by row; m is a multiple of STRIP, n of ROWS. RUN rows and two registers of columns are
+// computed at a time.
 template <bool ADD>
 void multiply(const float* a, long by_row, long by_column, const float* b, float* c, long m, long k,
               long n) {
-  for (long at = 0; at < n; at += ROWS)
-    for (long i = 0; i < m; i += STRIP) {
-      vector sums[STRIP][2];
+  constexpr long UNIT = sizeof(unit) / sizeof(float);
+  for (long at = 0; at < n; at += 2 * UNIT)
+    for (long i = 0; i < m; i += RUN) {
+      unit sums[RUN][2];
       float* to = c + i * n + at;
 #pragma GCC unroll 16
-      for (int r = 0; r < STRIP; r++)
+      for (int r = 0; r < RUN; r++)
         for (int half = 0; half < 2; half++)
-          sums[r][half] = ADD ? one(to + r * n + half * LANES) : vector{};
+          sums[r][half] = ADD ? one<unit>(to + r * n + half * UNIT) : unit{};
       const float *rows = a + i * by_row, *columns = b + at;
       for (long j = 0; j < k; j++, rows += by_column, columns += n) {
-        vector x = one(columns), y = one(columns + LANES);
+        unit x = one<unit>(columns), y = one<unit>(columns + UNIT);
 #pragma GCC unroll 16
-        for (int r = 0; r < STRIP; r++) {
+        for (int r = 0; r < RUN; r++) {
           float f = rows[r * by_row];
           sums[r][0] += f * x;
           sums[r][1] += f * y;
         }
       }
 #pragma GCC unroll 16
-      for (int r = 0; r < STRIP; r++) {
+      for (int r = 0; r < RUN; r++) {
         write(to + r * n, sums[r][0]);
-        write(to + r * n + LANES, sums[r][1]);
+        write(to + r * n + UNIT, sums[r][1]);
       }
     }
 }
@@ -239,7 +254,7 @@ void forward(const matrices<T>& m, const document& doc, long h, long group, long
         for (long j = 0; j < of_v; j++) x.out[i * of_v + j] *= factor[i];
       multiply<true>(x.s.data(), 1, ROWS, x.v.data() + from * of_v, x.out.data(), ROWS, keys, of_v);
     }
-    write(factor, {1.0f / so.total.a, 1.0f / so.total.b});
+    write(factor, lanes{1.0f / so.total.a, 1.0f / so.total.b});
     for (long i = 0; i < t.rows; i++) {
       T* to = out + ((token + i) * heads + h) * dv;
       for (long j = 0; j < dv; j++) store(to + j, factor[i] * x.out[i * of_v + j]);
@@ -277,7 +292,7 @@ void backward(const matrices<T>& m, const T* g, const document& doc, long h, lon
     for (long j = 0; cap > 0 && j < t.keys; j++) {
       lanes y = read(s + j * ROWS);
       y = {capped(scale * y.a, cap) / cap, capped(scale * y.b, cap) / cap};
-      write(slope + j * ROWS, {1.0f - y.a * y.a, 1.0f - y.b * y.b});
+      write(slope + j * ROWS, lanes{1.0f - y.a * y.a, 1.0f - y.b * y.b});
     }
     seen so;
     softmax(s, gs, t.keys, t.from, first, window, scale, cap, so);

@@ -1,0 +1,145 @@
+"""Training of a policy: `lorafold train --objective grpo` beside TRL's GRPOTrainer with PEFT.
+
+    python benchmarks/policy.py [--steps 3] [--rounds 3] [--dtype float32]
+
+Each step has 8 prompts, 8 completions of each and at most 64 tokens of one; LoRA of rank 16 on
+every linear, on the embedded model. TRL has its defaults, micro-batches of 8 completions among
+them, and generates by transformers. It is timed without gradient checkpointing, which makes it
+slower, and with it (its default), which takes less memory. The reward asks for a long answer, so
+that both sides draw about as many tokens, which are counted. The sides run in turn; figures are
+medians, seconds those of training alone.
+Prints JSON lines and a table, which is also written to results/. Linux only.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+from lib.finished import finished
+from lib.results import keep
+
+from lorafold.models.sources import resolve_model
+
+GROUP, PROMPTS, LONGEST = 8, 8, 64
+SIDES = ("lorafold", "TRL + PEFT", "TRL + PEFT, gradient checkpointing")
+FIGURES = ("seconds", "tokens", "peak_bytes")
+LENGTH = r"tokens a completion ([\d.]+)"
+STORAGE = {"bfloat16": "bf16", "float32": "fp32"}
+TRL = """
+import json, sys, torch
+from datasets import load_dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import GRPOConfig, GRPOTrainer
+
+model, data, out, dtype, steps, recompute = sys.argv[1:]
+tokens = []
+
+def longer(prompts, completions, completion_ids, **kwargs):
+    tokens.extend(len(ids) for ids in completion_ids)
+    return [len(set(c[0]["content"].split())) for c in completions]
+
+trainer = GRPOTrainer(
+    model=AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)),
+    processing_class=AutoTokenizer.from_pretrained(model),
+    reward_funcs=longer,
+    train_dataset=load_dataset("json", data_files=data, split="train"),
+    args=GRPOConfig(
+        output_dir=out, per_device_train_batch_size=8, gradient_accumulation_steps=8,
+        max_completion_length=64, max_steps=int(steps), learning_rate=1e-6, logging_steps=1,
+        report_to="none", bf16=dtype == "bfloat16", use_cpu=True, save_strategy="no",
+        gradient_checkpointing=recompute == "yes",
+    ),
+    peft_config=LoraConfig(
+        r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+    ),
+)
+metrics = trainer.train().metrics
+print(json.dumps({"seconds": metrics["train_runtime"], "tokens": sum(tokens)}))
+"""
+REWARD = """
+def longer(completion):
+    return len(set(completion.split()))
+"""
+THINGS = ("river", "clock", "winter", "harbour", "mirror", "garden", "letter", "train")
+
+
+class Bench:
+    """Both sides on the same prompts."""
+
+    def __init__(self, scratch: str, dtype: str, steps: int) -> None:
+        self.scratch, self.dtype, self.steps = scratch, dtype, steps
+        self.model = str(resolve_model("smollm2").path)
+        self.data, self.reward = f"{scratch}/prompts.jsonl", f"{scratch}/reward.py"
+        texts = [f"Write a long story about a {thing}." for thing in THINGS]
+        rows = [{"prompt": [{"role": "user", "content": text}]} for text in texts]
+        Path(self.data).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        Path(self.reward).write_text(REWARD)
+
+    def command(self, side: str) -> list[str]:
+        """What trains a side."""
+        out, steps = f"{self.scratch}/out", str(self.steps)
+        if side != "lorafold":
+            recompute = "yes" if "checkpointing" in side else "no"
+            return [sys.executable, "-c", TRL, self.model, self.data, out, self.dtype, steps,
+                    recompute]  # fmt: skip
+        return [
+            *(sys.executable, "-m", "lorafold", "train", "--model", self.model, "--objective"),
+            *("grpo", "--data", self.data, "--reward", f"{self.reward}:longer", "--out", out),
+            *("--overwrite", "--json", "--storage", STORAGE[self.dtype], "--steps", steps),
+            *("--batch", str(PROMPTS), "--objective-options", f"group={GROUP}"),
+            *("--objective-options", f"max_new_tokens={LONGEST}", "--lr", "1e-6", "--lr-b", "1e-6"),
+        ]
+
+    def timed(self, side: str) -> dict:
+        """Seconds a step, tokens a completion and peak bytes of a side."""
+        done = finished(self.command(side), LORAFOLD_CACHE=f"{self.scratch}/cache")
+        drawn = done.said.get("tokens") or sum(map(float, re.findall(LENGTH, done.told)))
+        completions = self.steps * PROMPTS * GROUP if "tokens" in done.said else self.steps
+        one = {
+            "side": side, "dtype": self.dtype, "seconds": done.said["seconds"] / self.steps,
+            "tokens": drawn / completions, "peak_bytes": done.peak_bytes,
+            "whole_seconds": done.seconds,
+        }  # fmt: skip
+        print(json.dumps(one), flush=True)
+        return one
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each side")
+    parser.add_argument("--dtype", choices=sorted(STORAGE), default="float32")
+    parser.add_argument("--sides", nargs="*", default=SIDES, choices=SIDES)
+    asked = parser.parse_args()
+    found: dict[str, list[dict]] = {side: [] for side in asked.sides}
+    with tempfile.TemporaryDirectory() as scratch:
+        bench = Bench(scratch, asked.dtype, asked.steps)
+        for _ in range(asked.rounds):
+            for side, runs in found.items():
+                runs.append(bench.timed(side))
+    first = {k: statistics.median(one[k] for one in found[SIDES[0]]) for k in FIGURES}
+    rows = []
+    for side, runs in found.items():
+        own = {k: statistics.median(one[k] for one in runs) for k in FIGURES}
+        rows.append(
+            {
+                "": side,
+                "seconds a step": f"{own['seconds']:.2f}",
+                "times lorafold's": f"{own['seconds'] / first['seconds']:.2f}",
+                "tokens a completion": f"{own['tokens']:.1f}",
+                "peak GB": f"{own['peak_bytes'] / 1e9:.2f}",
+                "lorafold's of it": f"{first['peak_bytes'] / own['peak_bytes']:.2f}",
+            }
+        )
+    keep("policy", rows)
+
+
+if __name__ == "__main__":
+    main()
