@@ -53,8 +53,11 @@ class Rewarded:
     ) -> Self:
         """Completions as they are judged. Raises LorafoldError for a reward that fails."""
         judged = [
-            Judged(prompt.asked, one.text, prompt.besides, f"{prompt.where}, completion {n}")
+            Judged(
+                prompt.asked, one.text, prompt.besides, f"{prompt.where}, completion {n}", asked
+            )
             for prompt, group in zip(prompts, groups, strict=True)
+            for asked in (prompt.conversation,)
             for n, one in enumerate(group, 1)
         ]
         sums, each = rewards(judged)
