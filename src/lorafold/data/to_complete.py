@@ -47,9 +47,10 @@ class Prompt:
     @property
     def conversation(self) -> Conversation:
         """The prompt as messages, with the tools of its row."""
-        shape = shape_of(self.row, shapes_for(PROMPTS))
+        row = dict(self.row)
+        shape = shape_of(row, shapes_for(PROMPTS))
         assert shape is not None  # of a row that was checked
-        found: Conversation = shape.gives[PROMPTS](self.row)
+        found: Conversation = shape.gives[PROMPTS](row)
         return found
 
     @property

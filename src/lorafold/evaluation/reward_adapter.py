@@ -12,6 +12,7 @@ gets a second shell (`models.scoring_shell`), which has the reward's adapters an
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -28,7 +29,6 @@ from lorafold.data.messages import normalized
 from lorafold.data.render import ensure_chat_template
 from lorafold.data.shapes import PROMPT_ALONE, PROMPTS
 from lorafold.engine.adapters import found_below
-from lorafold.errors import LorafoldError
 from lorafold.evaluation.rewards import scores_of
 from lorafold.evaluation.scoring import BRADLEY_TERRY, WHOLE_CONVERSATION
 from lorafold.identity import joined, of_adapter
@@ -49,6 +49,8 @@ from lorafold.step.preferences import Preferences
 if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ATTENTION = "lorafold_reward"  # beside that of the policy, which is packed at the same time
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class RewardAdapter:
         saved = Saved.open(Path(adapter_in(name)).expanduser())
         if (kind := kind_of(base, [saved])) != REWARD_MODEL:
             raise failure(name, f"found an adapter of {kind}, expected one of {REWARD_MODEL}")
-        below = [Saved.open(found_below(one, saved.path, math.inf)) for one in saved.over]
+        below = [Saved.open(found_below(one, saved.path, sys.maxsize)) for one in saved.over]
         stack = [*below, saved]
         return cls(name, weight, base, stack, joined([of_adapter(one) for one in stack]))
 
@@ -103,7 +105,7 @@ class RewardAdapter:
         heads = head_paths(shell)
         if lacking := [p for p in heads if not isinstance(shell.get_submodule(p), Adapted)]:
             raise failure(self.name, f"found no {', '.join(lacking)} in it, expected its head")
-        with branching(shell) if packing else nullcontext() as how:
+        with branching(shell, ATTENTION) if packing else nullcontext() as how:
             yield AdapterReward(self.name, self.weight, shell, tokenizer, how)
 
     def _stored(self, model: PreTrainedModel) -> str:
