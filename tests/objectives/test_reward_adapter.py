@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import lorafold as lf
 from conftest import lorafold, refused
+from lorafold.engine import Engine
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.reward_adapter import RewardAdapter
 from lorafold.opening import Base
@@ -112,6 +113,16 @@ def test_scores_are_those_of_score_and_the_base_is_the_policy_s(
     # the policy is what it was
     assert model.training
     assert all(p.requires_grad for p in policy.parameters())
+
+
+@pytest.mark.parametrize("storage", ["nf4", "int8"])
+def test_the_shell_that_an_engine_reads_adapters_for_shares_codes_too(
+    storage: str, tiny_model_dir
+) -> None:
+    base = Base(tiny_model_dir("llama-wide"), storage, device="cpu")
+    model = base.load()
+    with Engine(model, base.tokenizer(), slots=1, length=16) as engine:
+        assert codes_of(engine._reader.shadow) == codes_of(model) != set()
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "gemma", "gpt2"])
