@@ -42,7 +42,10 @@ VERBS = {
 }
 # what the command alone has: how it prints, and what a call in Python does by other means
 OF_COMMANDS = {"json", "html", "config", "sets", "help", "preview", "cheatsheet", "fail_under"}
-BY_OTHER_MEANS = {"score": {"out", "overwrite"}}  # the scores have `write`
+BY_OTHER_MEANS = {
+    "score": {"out", "overwrite"},  # the scores have `write`
+    "train": {"reward_adapter"},  # rewards="adapter:DIR"
+}
 # options whose parameter stands in the plural, since a call takes a list where a command repeats
 PLURAL = {
     "adapter": "adapters", "weight": "weights", "rank": "ranks", "lr": "rates",

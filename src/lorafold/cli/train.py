@@ -41,8 +41,15 @@ def command(
         list[str] | None,
         typer.Option(
             help="For objectives that draw completions: what judges them, as FILE.py:FUNCTION,"
-            " regex:PATTERN, schema:FILE.json or reasoning-gym:TASK, with a weight as in 0.5*..."
-            " or without. Repeat the option for a sum."
+            " regex:PATTERN, schema:FILE.json, reasoning-gym:TASK or adapter:DIR, with a weight as"
+            " in 0.5*... or without. Repeat the option for a sum."
+        ),
+    ] = None,
+    reward_adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="The same as --reward adapter:DIR: a reward model that was trained on this base"
+            " (--objective reward). It scores with the base of the run, which is in memory once."
         ),
     ] = None,
     columns: ColumnsOption = None,
@@ -89,12 +96,14 @@ def command(
     from dataclasses import asdict, replace
 
     from lorafold.api.train import train
+    from lorafold.rewards.naming import ADAPTER
 
     console = messages()
+    rewards = [*(reward or ()), *(f"{ADAPTER}{path}" for path in reward_adapter or ())]
     if preview:
         from lorafold.api.arguments import as_rows, rows_to_train, source_of, with_rewards
 
-        recipe, _ = with_rewards(recipe, reward or ())
+        recipe, _ = with_rewards(recipe, rewards)
         named, objective = columns_of(columns), recipe.objective
         rows, where = rows_to_train(data, recipe, named, console), source_of(data)
         held_out = eval_data and as_rows(eval_data, named, console, objective=objective)
@@ -123,7 +132,7 @@ def command(
         out=output.out,
         model=computing.model,
         eval_data=eval_data,
-        rewards=reward or (),
+        rewards=rewards,
         columns=columns_of(columns),
         init_adapter=init_adapter,
         over=over or (),

@@ -19,7 +19,7 @@ from lorafold.data.completions import identity_of
 from lorafold.data.control_tokens import ids_of, is_marked, told_of
 from lorafold.data.conversations import Conversation
 from lorafold.data.render import prompt_of
-from lorafold.data.shapes import PROMPTS
+from lorafold.data.shapes import PROMPTS, shape_of, shapes_for
 from lorafold.data.stored import Part, Rows
 from lorafold.data.tokenizing import Encoder
 from lorafold.errors import LorafoldError
@@ -43,6 +43,15 @@ class Prompt:
     def asked(self) -> Any:
         """The prompt as the row has it, a text or messages."""
         return next((self.row[key] for key in ASKED if self.row.get(key) is not None), "")
+
+    @property
+    def conversation(self) -> Conversation:
+        """The prompt as messages, with the tools of its row."""
+        row = dict(self.row)
+        shape = shape_of(row, shapes_for(PROMPTS))
+        assert shape is not None  # of a row that was checked
+        found: Conversation = shape.gives[PROMPTS](row)
+        return found
 
     @property
     def besides(self) -> dict[str, Any]:

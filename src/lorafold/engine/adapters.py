@@ -11,7 +11,6 @@ engine computes with the model itself.
 
 from __future__ import annotations
 
-import copy
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from lorafold.adapter.building import read
 from lorafold.core.attach import Origin, adapted_modules, deltas_on, selection_of
 from lorafold.core.combine import Stack
 from lorafold.core.delta import Delta
+from lorafold.core.twin import twin
 from lorafold.engine.structure import Shape, Structure
 from lorafold.errors import LorafoldError
 from lorafold.files.contents import Contents
@@ -165,8 +165,7 @@ class Reader:
     ) -> None:  # fmt: skip
         self.structure, self.dtype, self.allowed = structure, dtype, allowed
         self.numbers = None if room is None else room // dtype.itemsize
-        tensors = [*model.parameters(), *model.buffers()]
-        self.shadow = copy.deepcopy(model, {id(t): t for t in tensors})
+        self.shadow = twin(model)
         self.base = ModelWeights(self.shadow)
         self._one = threading.Lock()  # random numbers are the process's
 

@@ -65,8 +65,11 @@ class Rewarded:
             progress: is told how many completions are judged, of how many.
         """
         judged = [
-            Judged(prompt.asked, one.text, prompt.besides, f"{prompt.where}, completion {n}")
+            Judged(
+                prompt.asked, one.text, prompt.besides, f"{prompt.where}, completion {n}", asked
+            )
             for prompt, group in zip(prompts, groups, strict=True)
+            for asked in (prompt.conversation,)
             for n, one in enumerate(group, 1)
         ]
         sums, each = list[float](), dict[str, list[float]]()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import torch
@@ -27,6 +27,7 @@ from lorafold.data.to_complete import Prompt, PromptData, Prompts, prompt_data
 from lorafold.data.tokenizing import Encoder
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import Measured
+from lorafold.evaluation.reward_adapter import RewardAdapter
 from lorafold.evaluation.rewarded import Rewarded
 from lorafold.evaluation.rollouts import SLOTS, Completion, Rollouts
 from lorafold.objectives import OBJECTIVES, Declared
@@ -34,6 +35,7 @@ from lorafold.objectives.laws import class_of, made
 from lorafold.objectives.objective import Asked, Objective, given_options
 from lorafold.ops.philox import key_of
 from lorafold.rewards import Rewards, digest_of
+from lorafold.rewards.naming import adapter_in
 from lorafold.step import policy_laws
 from lorafold.step.branches import Branching, branching
 from lorafold.step.policy import Policy, Rollout
@@ -114,6 +116,7 @@ class PolicyObjective(Objective):
     drawing: Drawing
     given: tuple[Callable[..., Any], ...] = ()  # rewards that are functions of Python
     seed: int = 0
+    adapters: Mapping[str, RewardAdapter] = field(default_factory=dict)  # by what names them
 
     @classmethod
     def of(cls, asked: Asked) -> Self:
@@ -123,7 +126,9 @@ class PolicyObjective(Objective):
                 f"objective {asked.name}: found no reward, expected one or several: --reward"
                 " FILE.py:FUNCTION, or rewards= in Python"
             )
-        return cls(law, drawing, tuple(asked.rewards), asked.seed)
+        named = [text for text in drawing.rewards if adapter_in(text)]
+        adapters = {text: RewardAdapter.of(text, asked.base) for text in named}
+        return cls(law, drawing, tuple(asked.rewards), asked.seed, adapters)
 
     @classmethod
     def options(cls, declared: Declared) -> Mapping[str, Any]:
@@ -135,6 +140,7 @@ class PolicyObjective(Objective):
         # an object's own repr may have its address, which another process does not have
         names = [getattr(fn, "__qualname__", type(fn).__qualname__) for fn in self.given]
         files = {name: digest_of(name) for name in self.drawing.rewards}
+        files |= {name: one.identity for name, one in self.adapters.items()}
         return {"rewards": files | dict.fromkeys(names, "")}
 
     def set_up(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -167,8 +173,13 @@ class PolicyObjective(Objective):
     ) -> Iterator[Playing]:
         drawing = self.drawing
         with ExitStack() as stack:
+            over = {
+                text: stack.enter_context(one.over(model, packing, console))
+                for text, one in self.adapters.items()
+            }
+            named = [over.get(text, text) for text in drawing.rewards]
             rewards = stack.enter_context(
-                Rewards.of(*drawing.rewards, *self.given, limit=drawing.reward_seconds)
+                Rewards.of(*named, *self.given, limit=drawing.reward_seconds)
             )
             rollouts = Rollouts(model, tokenizer, drawing.group, drawing.max_new_tokens)
             stack.callback(rollouts.close)

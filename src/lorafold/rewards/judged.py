@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from lorafold.data.conversations import Conversation
 from lorafold.errors import LorafoldError, printable
 
 
@@ -18,12 +19,15 @@ class Judged:
         completion: what was generated, as text.
         row: the other fields of the row.
         where: what messages call it: "rows.jsonl row 7, completion 3".
+        conversation: the prompt as generation had it, for a reward that renders it; None for the
+            prompt alone.
     """
 
     prompt: str | list[dict[str, Any]]
     completion: str
     row: Mapping[str, Any]
     where: str
+    conversation: Conversation | None = None
 
 
 @runtime_checkable

@@ -4,6 +4,8 @@ FILE.py:fn             a Python function
 regex:PATTERN          1 where the whole completion matches
 schema:FILE.json       1 where the completion is JSON that fits
 reasoning-gym:TASK     the verifier of a task
+adapter:DIR            the score of a reward model: `lorafold.evaluation.reward_adapter`, which has
+                       the model that it needs
 0.5*FILE.py:fn         any of them with a weight
 """
 
@@ -19,19 +21,40 @@ from lorafold.rewards.judged import Reward
 from lorafold.rewards.separate import SeparateReward
 
 NUMBER = r"[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|inf|nan)"
-FORMS = "FILE.py:fn, regex:PATTERN, schema:FILE.json or reasoning-gym:TASK"
+FORMS = "FILE.py:fn, regex:PATTERN, schema:FILE.json, reasoning-gym:TASK or adapter:DIR"
+ADAPTER = "adapter:"
+
+
+def parted(text: str) -> tuple[float, str]:
+    """The weight that a reward's name begins with, 1 where it begins with none, and the name.
+    Raises LorafoldError for a weight that is not finite.
+    """
+    found = re.match(rf"\s*({NUMBER})\s*\*\s*", text, re.IGNORECASE)
+    weight, name = (float(found[1]), text[found.end() :]) if found else (1.0, text)
+    if not math.isfinite(weight):
+        raise LorafoldError(f"reward {text}: found weight {weight}, expected a finite number")
+    return weight, name
+
+
+def adapter_in(text: str) -> str:
+    """The directory of the adapter that a reward's name stands for; empty if it stands for none."""
+    name = parted(text)[1]
+    return name.removeprefix(ADAPTER) if name.startswith(ADAPTER) else ""
 
 
 def reward_of(text: str) -> Reward:
     """The reward that a name stands for, which may begin with a weight: `0.5*`. It runs in a
     process of its own from now on, until it is closed.
 
-    Raises LorafoldError for a name of no known form, and for what can't judge.
+    Raises LorafoldError for a name of no known form, for what can't judge, and for an adapter,
+    which needs a model.
     """
-    found = re.match(rf"\s*({NUMBER})\s*\*\s*", text, re.IGNORECASE)
-    weight, name = (float(found[1]), text[found.end() :]) if found else (1.0, text)
-    if not math.isfinite(weight):
-        raise LorafoldError(f"reward {text}: found weight {weight}, expected a finite number")
+    weight, name = parted(text)
+    if adapter_in(name):
+        raise LorafoldError(
+            f"reward {text}: it scores with a base in memory, expected in a run that trains a"
+            " policy; lorafold score has the scores of rows"
+        )
     kind, colon, rest = name.partition(":")
     if colon and rest and kind in ("regex", "reasoning-gym"):
         return SeparateReward(name, kind, rest, weight)
@@ -45,7 +68,7 @@ def reward_of(text: str) -> Reward:
 
 def digest_of(text: str) -> str:
     """The SHA-256 of the file that a name stands for; empty where it stands for none."""
-    name = text.partition("*")[2].strip() if re.match(rf"\s*{NUMBER}\s*\*", text, re.I) else text
+    _, name = parted(text)
     kind, _, rest = name.partition(":")
     if kind in ("regex", "reasoning-gym"):
         return ""

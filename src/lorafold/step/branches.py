@@ -33,6 +33,7 @@ from lorafold.core.evaluating import evaluating
 from lorafold.errors import LorafoldError
 from lorafold.ops.documents import Documents
 from lorafold.step.documents import (
+    NAME,
     attending,
     document_mask,
     isolates,
@@ -94,15 +95,19 @@ class Branching:
 
 
 @contextmanager
-def branching(model: PreTrainedModel) -> Iterator[Branching]:
+def branching(model: PreTrainedModel, name: str = NAME) -> Iterator[Branching]:
     """Keep the model's attention inside documents, as `packed` does, until the `with` block ends,
     and yield how far that goes: the model is unchanged if its documents would influence each other.
+
+    Args:
+        name: Its own among the models whose attention is kept so at a time: transformers has one
+            function of masks for each name.
     """
     if not isolates(model):
         yield Branching(packs=False, shares=False)
         return
     found = Branching(packs=True, shares=shares(model), longest=chunk_of(model))
-    with attending(model, found.mask):
+    with attending(model, found.mask, name=name):
         yield found
 
 

@@ -1,0 +1,177 @@
+"""A reward model that is an adapter of the policy's own base, as a reward: no second base.
+
+    chosen = RewardAdapter.of("0.5*adapter:reward", base)       read and verified
+    with chosen.over(model, packing=True, console=console) as reward:
+        reward(judged)                      r(x, y) of each completion y of its prompt x
+
+The score is the one that `lorafold score` gives a row with that prompt and completion: the text as
+the chat template writes it, with what ends a turn, also where the completion was cut off. The model
+gets a second shell (`models.scoring_shell`), which has the reward's adapters and none of its own.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from lorafold.adapter import load
+from lorafold.core.attach import Adapted
+from lorafold.data.branches import Branched
+from lorafold.data.completions import Completions
+from lorafold.data.conversations import Conversation
+from lorafold.data.examples import example_of
+from lorafold.data.messages import normalized
+from lorafold.data.render import ensure_chat_template
+from lorafold.data.shapes import PROMPT_ALONE, PROMPTS
+from lorafold.engine.adapters import found_below
+from lorafold.evaluation.rewards import scores_of
+from lorafold.evaluation.scoring import BRADLEY_TERRY, WHOLE_CONVERSATION
+from lorafold.identity import joined, of_adapter
+from lorafold.models.classifier import head_paths, padding_id
+from lorafold.models.originals import original_weights
+from lorafold.models.positions import positions_of
+from lorafold.models.scoring_shell import scoring_shell
+from lorafold.models.storage import stored_in_files
+from lorafold.opening import Base
+from lorafold.opening.kinds import REWARD_MODEL, kind_of
+from lorafold.peft.saved import Saved
+from lorafold.rewards import Judged, Reward
+from lorafold.rewards.judged import failure
+from lorafold.rewards.naming import adapter_in, parted
+from lorafold.step.branches import Branching, branching
+from lorafold.step.preferences import Preferences
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ATTENTION = "lorafold_reward"  # beside that of the policy, which is packed at the same time
+
+
+@dataclass(frozen=True)
+class RewardAdapter:
+    """A saved reward model, and what it lies over: adapters to load, lowest first, none once they
+    are loaded. `identity` is that of them all.
+    """
+
+    name: str
+    weight: float
+    base: Base
+    stack: list[Saved]
+    identity: str
+
+    @classmethod
+    def of(cls, text: str, base: Base) -> Self:
+        """What a reward's name, `adapter:DIR` with a weight or without, stands for.
+
+        Raises LorafoldError for files that are damaged, for an adapter that is no reward model, and
+        where what it lies over is not beside it.
+        """
+        weight, name = parted(text)
+        saved = Saved.open(Path(adapter_in(name)).expanduser())
+        if (kind := kind_of(base, [saved])) != REWARD_MODEL:
+            raise failure(name, f"found an adapter of {kind}, expected one of {REWARD_MODEL}")
+        below = [Saved.open(found_below(one, saved.path, sys.maxsize)) for one in saved.over]
+        stack = [*below, saved]
+        return cls(name, weight, base, stack, joined([of_adapter(one) for one in stack]))
+
+    @contextmanager
+    def over(self, model: PreTrainedModel, packing: bool, console: Console) -> Iterator[Reward]:
+        """The reward, over a model's own tensors.
+
+        Raises LorafoldError for an adapter of another base, or with tensors that do not fit.
+
+        Args:
+            model: A language model of the base, with adapters or without.
+            packing: Lay texts end to end, where the model allows it.
+            console: For what there is to say of tokenizer and storage.
+        """
+        tokenizer = self.base.tokenizer(self.stack)
+        for notice in (ensure_chat_template(tokenizer), self._stored(model)):
+            if notice:
+                console.print(f"reward {self.name}: {notice}", highlight=False, markup=False)
+        pad, other = padding_id(tokenizer), self.base.allow_other_base
+        shell, weights = scoring_shell(model, pad), None
+        if _quantized(model) and stored_in_files(self.base.source) is None:
+            weights = original_weights(self.base.source)
+        for number, one in enumerate(self.stack, 1):
+            load(shell, one, f"reward{number}", allow_other_base=other, base=weights)
+        self.stack.clear()
+        heads = head_paths(shell)
+        if lacking := [p for p in heads if not isinstance(shell.get_submodule(p), Adapted)]:
+            raise failure(self.name, f"found no {', '.join(lacking)} in it, expected its head")
+        with branching(shell, ATTENTION) if packing else nullcontext() as how:
+            yield AdapterReward(self.name, self.weight, shell, tokenizer, how)
+
+    def _stored(self, model: PreTrainedModel) -> str:
+        """What there is to say where the base is stored otherwise than when the reward trained."""
+        before = self.stack[-1].trained_on
+        now = {"float32": "fp32", "bfloat16": "bf16"}.get(str(model.dtype).split(".")[-1])
+        if _quantized(model) or before is None or before == now:
+            return ""
+        return f"it was trained over a base in {before}, and scores over this one, in {now}"
+
+
+class AdapterReward:
+    """Scores of a reward model as a reward.
+
+    Args:
+        shell: A sequence classifier with one output, with the adapters that score active on it.
+        tokenizer: The reward model's, with a chat template.
+        how: How far the shell goes with packed documents; None pads.
+    """
+
+    def __init__(
+        self, name: str, weight: float, shell: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase, how: Branching | None,
+    ) -> None:  # fmt: skip
+        self.name, self.weight, self.shell = name, weight, shell
+        self._loss = Preferences(shell, BRADLEY_TERRY, how, padding_id(tokenizer))
+        self._encoder = Completions(tokenizer, WHOLE_CONVERSATION)
+        self._most = positions_of(shell).table or math.inf
+
+    def __call__(self, judged: Sequence[Judged]) -> list[float]:
+        """The score of each. Raises LorafoldError for a completion that can't be rendered, or whose
+        text is longer than the model has positions.
+        """
+        if not judged:
+            return []
+        found: list[float] = scores_of(self._loss, self._texts(judged))[0][:, 0].tolist()
+        return found
+
+    def close(self) -> None:
+        """Nothing runs."""
+
+    def _texts(self, judged: Sequence[Judged]) -> list[Branched]:
+        """The tokens of prompt and completion, the whole text as the only branch."""
+        table = self._encoder.encode([_answered(one) for one in judged], 0).to_pylist()
+        # where earlier turns are rewritten, the last text of a row is the one with its last turn
+        entries: dict[int, dict[str, Any]] = {entry["row"]: entry for entry in table}
+        problems = {entry["row"]: told for entry in table if (told := entry["problem"])}
+        for number, one in enumerate(judged):
+            tokens = len(entries[number]["ids"])
+            if told := problems.get(number):
+                raise failure(self.name, told, [one])
+            if tokens > self._most:
+                told = f"found a text of {tokens} tokens, expected at most the {self._most}"
+                raise failure(self.name, f"{told} positions of the model", [one])
+        rows = (entries[number] for number, _ in enumerate(judged))
+        return [Branched((), (example_of(row["ids"], row["spans"]),)) for row in rows]
+
+
+def _answered(one: Judged) -> Conversation:
+    """A completion as the assistant's turn after its prompt."""
+    asked = one.conversation
+    if asked is None:
+        asked = PROMPT_ALONE.gives[PROMPTS]({**one.row, "prompt": one.prompt})
+    said = normalized([{"role": "assistant", "content": one.completion}])
+    return Conversation([*asked.messages, *said], len(asked.messages), asked.tools)
+
+
+def _quantized(model: PreTrainedModel) -> bool:
+    return getattr(model.config, "quantization_config", None) is not None
