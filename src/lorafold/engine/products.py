@@ -1,18 +1,19 @@
 """Any mixture of adapters in one pass: each row of a batch under its own.
 
-    y_b = W x_b + up_s(b) down_s(b) x_b         s(b) the slot of row b
+    y_b = W x_b + up_p(b) down_p(b) x_b         p(b) the place of row b's adapter
 
 What low-rank adapters add is accumulated by the base's own product before the one rounding. Their
-factors are copied to stacks, down (n, slots, r, in) and up (n, slots, r, out) for the n matrices of
-one shape, when a request gets its slot, so that a step gathers nothing (Chen et al. 2023, Punica,
-arXiv 2310.18547; Sheng et al. 2023, S-LoRA, arXiv 2311.03285). Adapters of other kinds compute
-their rows over the same output. Rows of the base are computed by nothing.
+factors are copied to stacks, down (n, places, r, in) and up (n, places, r, out) for the n matrices
+of one shape, when the first of its requests gets a slot, so that a step gathers nothing (Chen et
+al. 2023, Punica, arXiv 2310.18547; Sheng et al. 2023, S-LoRA, arXiv 2311.03285). The first place is
+that of the base, and zero. Adapters of other kinds compute their rows over the same output.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,44 +30,54 @@ from lorafold.ops.arithmetic import HALF
 from lorafold.ops.decoding import Part, Product
 
 log = logging.getLogger(__name__)
+NONE: Mapping[LoadedAdapter, int] = MappingProxyType({})
 
 
 class Stacks:
-    """The factors of the adapter in each slot, for the matrices of one shape."""
+    """The factors of the adapter in each place, for the matrices of one shape."""
 
-    def __init__(self, shape: Shape, slots: int, operations: Operations) -> None:
-        self.shape, self.slots, self.operations = shape, slots, operations
-        self.ranks = torch.zeros(slots, dtype=torch.long)
-        self.down: Tensor | None = None  # (n, slots, r, in)
-        self.up: Tensor | None = None  # (n, slots, r, out)
+    def __init__(self, shape: Shape, operations: Operations) -> None:
+        self.shape, self.operations = shape, operations
+        self.ranks = torch.zeros(1, dtype=torch.long)
+        self.down: Tensor | None = None  # (n, places, r, in)
+        self.up: Tensor | None = None  # (n, places, r, out)
 
-    def place(self, slot: int, factors: Factors) -> None:
-        """Copy an adapter's factors to a slot, which is zero."""
+    def reserve(self, places: int) -> None:
+        """Have at least so many places."""
+        if (many := len(self.ranks)) < places:
+            more = max(places - many, many if many > 1 else 0)  # few of many come one by one
+            self.ranks = torch.cat([self.ranks, self.ranks.new_zeros(more)])
+            if self.down is not None:
+                self._grow(self.down.shape[2], self.down)
+
+    def place(self, place: int, factors: Factors) -> None:
+        """Copy an adapter's factors to a place, which is zero."""
         rank = factors.down.shape[2]
         if self.down is None or self.down.shape[2] < rank:
             self._grow(rank, factors.down)
         assert self.down is not None
         assert self.up is not None
-        self.down[factors.at, slot, :rank] = factors.down.mT.to(self.down.dtype)
-        self.up[factors.at, slot, :rank] = factors.up.to(self.up.dtype)
-        self.ranks[slot] = rank
+        self.down[factors.at, place, :rank] = factors.down.mT.to(self.down.dtype)
+        self.up[factors.at, place, :rank] = factors.up.to(self.up.dtype)
+        self.ranks[place] = rank
 
-    def clear(self, slot: int) -> None:
-        """Set a slot to zero."""
+    def clear(self, place: int) -> None:
+        """Set a place to zero."""
         if self.down is not None and self.up is not None:
-            self.down[:, slot].zero_()
-            self.up[:, slot].zero_()
-            self.ranks[slot] = 0
+            self.down[:, place].zero_()
+            self.up[:, place].zero_()
+            self.ranks[place] = 0
 
     def _grow(self, rank: int, like: Tensor) -> None:
-        n, old = len(self.shape.paths), (self.down, self.up)
+        n, places, old = len(self.shape.paths), len(self.ranks), (self.down, self.up)
         with torch.inference_mode(False):
             dtype = self.operations.stored(like)
-            self.down = like.new_zeros(n, self.slots, rank, self.shape.inn, dtype=dtype)
-            self.up = like.new_zeros(n, self.slots, rank, self.shape.out, dtype=dtype)
+            self.down = like.new_zeros(n, places, rank, self.shape.inn, dtype=dtype)
+            self.up = like.new_zeros(n, places, rank, self.shape.out, dtype=dtype)
         if old[0] is not None and old[1] is not None:
-            self.down[:, :, : old[0].shape[2]] = old[0]
-            self.up[:, :, : old[1].shape[2]] = old[1]
+            held, before = old[0].shape[1:3]
+            self.down[:, :held, :before] = old[0]
+            self.up[:, :held, :before] = old[1]
 
 
 class Plan:
@@ -74,25 +85,24 @@ class Plan:
 
     Args:
         held: the adapter of each of the B rows, or None.
+        places: that of each adapter whose factors are in the stacks.
         each: compute each row on its own, so that shapes never depend on the others.
     """
 
     def __init__(
-        self, held: Sequence[LoadedAdapter | None], slots: slice | Sequence[int], each: bool = False
+        self,
+        held: Sequence[LoadedAdapter | None] = (),
+        places: Mapping[LoadedAdapter, int] = NONE,
+        each: bool = False,
     ) -> None:
         self.held = tuple(held)
-        self.slots = slots if isinstance(slots, slice) else torch.tensor(slots)
         found = [h for h in held if h is not None]
         self.products = frozenset().union(*(h.products for h in found))
         self.others = frozenset().union(*(h.deltas.keys() for h in found))
         self.each = each
         self._with_others = [b for b in range(len(held)) if (h := held[b]) is not None and h.deltas]
         self._by_path: dict[str, list[tuple[Delta, Tensor]]] = {}
-        # rows of one adapter read the factors of one slot
-        own = [*range(slots.start, slots.stop)] if isinstance(slots, slice) else [*slots]
-        first = dict(zip(reversed(held), reversed(own), strict=True))
-        shared = [s if h is None else first[h] for h, s in zip(held, own, strict=True)]
-        self.shared = torch.tensor(shared)
+        self.places = torch.tensor([0 if h is None else places.get(h, 0) for h in held])
         self.one: dict[tuple[str, ...], Product] = {}  # by paths
 
     @property
@@ -132,28 +142,35 @@ class Products:
 
     Args:
         structure: what is known of the model.
-        slots: how many requests run at a time.
     """
 
-    def __init__(self, structure: Structure, slots: int, operations: Operations) -> None:
+    def __init__(self, structure: Structure, operations: Operations) -> None:
         self.structure, self.where, self.operations = structure, structure.where, operations
-        self.stacks = [Stacks(shape, slots, operations) for shape in structure.shapes]
-        self.plan = Plan([], ())
-        self.placed: dict[int, LoadedAdapter] = {}
+        self.stacks = [Stacks(shape, operations) for shape in structure.shapes]
+        self.plan = Plan()
+        self.placed: dict[int, LoadedAdapter] = {}  # by slot
+        self.places: dict[LoadedAdapter, int] = {}
         self._least: dict[torch.dtype, int] = {}
 
     def place(self, slot: int, held: LoadedAdapter) -> None:
         """Give a slot an adapter."""
         assert slot not in self.placed
         self.placed[slot] = held
-        for i, factors in held.factors.items():
-            self.stacks[i].place(slot, factors)
+        if held not in self.places:
+            taken = {0, *self.places.values()}
+            self.places[held] = next(p for p in range(len(taken) + 1) if p not in taken)
+            for stacks in self.stacks:
+                stacks.reserve(self.places[held] + 1)
+            for i, factors in held.factors.items():
+                self.stacks[i].place(self.places[held], factors)
 
     def clear(self, slot: int) -> None:
         """Take a slot's adapter away, if it has one."""
         held = self.placed.pop(slot, None)
-        for i in () if held is None else held.factors:
-            self.stacks[i].clear(slot)
+        if held is not None and held not in self.placed.values():
+            place = self.places.pop(held)
+            for i in held.factors:
+                self.stacks[i].clear(place)
 
     def product(self, paths: tuple[str, ...], x: Tensor, layers: Sequence[Layer]) -> Tensor:
         """What the low-rank adapters of the plan add at matrices that read the same tensor, side by
@@ -169,7 +186,7 @@ class Products:
             return torch.cat(found, -1) if len(found) > 1 else found[0]
         if paths not in plan.one:
             parts = [self._part(path) for path in paths]
-            plan.one[paths] = self.operations.low_rank(parts, plan.shared)
+            plan.one[paths] = self.operations.low_rank(parts, plan.places)
         flat = x.reshape(len(x), -1, x.shape[-1])
         return plan.one[paths](flat).view(*x.shape[:-1], -1)
 

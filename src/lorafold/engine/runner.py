@@ -91,11 +91,11 @@ class SlotRunner(Runner):
         self.slots, self.each, self.chunk = slots, settings.invariant, settings.chunk
         self.reuse, self.kept, self.steady = settings.prefix_reuse, KeptPrefixes(), settings.fast
         self.single = self.each and structure.routed
-        self.products = Products(structure, slots, cache.operations)
+        self.products = Products(structure, cache.operations)
         self.deltas = ActiveDeltas(model, self.products)
         self.rows: list[Row | None] = [None] * slots
         self._views: dict[LoadedAdapter | None, SlotView] = {None: SlotView(self.cache)}
-        self._plan: tuple[Any, Plan] = (None, Plan([], ()))
+        self._plan: tuple[Any, Plan] = (None, Plan())
 
     def admit(self, row: Row) -> None:
         free = [slot for slot, other in enumerate(self.rows) if other is None]
@@ -115,7 +115,7 @@ class SlotRunner(Runner):
             elif row.held not in self._views:
                 self._views[row.held] = SlotView(self.cache)
         self.rows[row.slot] = row
-        self._plan = (None, Plan([], ()))
+        self._plan = (None, Plan())
 
     def _found(self, row: Row) -> tuple[int, int]:
         """The slot, a free one or a running row's, that has most of the first tokens of a row, and
@@ -148,7 +148,7 @@ class SlotRunner(Runner):
             if row.held not in {r.held for r in self.rows if r is not None}:
                 self._views.pop(row.held, None)
         row.slot = -1
-        self._plan = (None, Plan([], ()))
+        self._plan = (None, Plan())
 
     def check(self, rows: Sequence[Row]) -> None:
         assert [r for r in self.rows if r is not None] == sorted(rows, key=lambda r: r.slot)
@@ -189,11 +189,11 @@ class SlotRunner(Runner):
         self.cache.zero(target, row.filled)
         self.cache.zero(source, kept)
         self.kept.moved(target, source)
-        self.products.clear(source)
         if row.held is not None and not row.held.apart:
             self.products.place(target, row.held)
+        self.products.clear(source)
         self.rows[source], self.rows[target], row.slot = None, row, target
-        self._plan = (None, Plan([], ()))
+        self._plan = (None, Plan())
 
     @torch.inference_mode()
     def forward(self, rows: Sequence[Row], counts: Sequence[int]) -> Tensor:
@@ -268,7 +268,7 @@ class SlotRunner(Runner):
         helds = [None if row is None else row.held for row in taken]
         key = (at, [id(h) for h in helds])
         if self._plan[0] != key:
-            self._plan = (key, Plan(helds, at, self.each))
+            self._plan = (key, Plan(helds, self.products.places, self.each))
         return self._plan[1]
 
 

@@ -30,7 +30,7 @@ class SoloRunner(Runner):
 
     def __init__(self, model: Any, structure: Structure) -> None:
         self.model = model
-        self.deltas = ActiveDeltas(model, Products(structure, 1, Operations()))
+        self.deltas = ActiveDeltas(model, Products(structure, Operations()))
 
     def admit(self, row: Row) -> None:
         row.slot = 0

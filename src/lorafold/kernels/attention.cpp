@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "numbers.h"
@@ -18,17 +19,8 @@ struct lanes {
   vector a, b;
 };
 
-// numbers of one register, and rows of sums that the registers hold beside what is read: gcc keeps
-// vectors of several registers in memory
-#ifdef __AVX512F__
-typedef vector unit;
-constexpr int RUN = 8;
-#else
-typedef float unit __attribute__((vector_size(32)));
-constexpr int RUN = 4;
-#endif
-
 constexpr long ROWS = 2 * LANES, STRIP = 8;
+constexpr int RUN = LANES / 2;  // rows whose sums are in registers: there are twice LANES
 constexpr long KEYS = 512;      // of which the scores exist at a time in the forward
 constexpr float LARGE = 3e38f;  // no score
 
@@ -48,9 +40,8 @@ struct aligned {
 
 inline long padded(long n, long to) { return (n + to - 1) / to * to; }
 
-template <class V = vector>
-inline V one(const float* from) {
-  V x;
+inline vector one(const float* from) {
+  vector x;
   std::memcpy(&x, from, sizeof x);
   return x;
 }
@@ -67,23 +58,21 @@ inline void write(float* to, V x) {
 }
 
 // C (m, n) = A B, or C + A B, of A (m, k) the element i, j at i * by_row + j * by_column, B (k, n)
-// row by row; m is a multiple of STRIP, n of ROWS. RUN rows and two registers of columns are
-// computed at a time.
+// row by row; m is a multiple of STRIP, n of ROWS. RUN rows of ROWS numbers are summed at a time.
 template <bool ADD>
 void multiply(const float* a, long by_row, long by_column, const float* b, float* c, long m, long k,
               long n) {
-  constexpr long UNIT = sizeof(unit) / sizeof(float);
-  for (long at = 0; at < n; at += 2 * UNIT)
+  for (long at = 0; at < n; at += ROWS)
     for (long i = 0; i < m; i += RUN) {
-      unit sums[RUN][2];
+      vector sums[RUN][2];
       float* to = c + i * n + at;
 #pragma GCC unroll 16
       for (int r = 0; r < RUN; r++)
         for (int half = 0; half < 2; half++)
-          sums[r][half] = ADD ? one<unit>(to + r * n + half * UNIT) : unit{};
+          sums[r][half] = ADD ? one(to + r * n + half * LANES) : vector{};
       const float *rows = a + i * by_row, *columns = b + at;
       for (long j = 0; j < k; j++, rows += by_column, columns += n) {
-        unit x = one<unit>(columns), y = one<unit>(columns + UNIT);
+        vector x = one(columns), y = one(columns + LANES);
 #pragma GCC unroll 16
         for (int r = 0; r < RUN; r++) {
           float f = rows[r * by_row];
@@ -94,7 +83,7 @@ void multiply(const float* a, long by_row, long by_column, const float* b, float
 #pragma GCC unroll 16
       for (int r = 0; r < RUN; r++) {
         write(to + r * n, sums[r][0]);
-        write(to + r * n + UNIT, sums[r][1]);
+        write(to + r * n + LANES, sums[r][1]);
       }
     }
 }
@@ -111,24 +100,23 @@ void gather(const T* from, long step, long rows, long d, aligned& to, long most,
   std::fill(to.data() + rows * wide, to.data() + most * wide, 0.0f);
 }
 
-// halves of x and y, interleaved: the first if AT is 0, the second if it is 8
-template <int AT>
-inline vector mixed(vector x, vector y) {
-  return vector{x[AT],     y[AT],     x[AT + 1], y[AT + 1], x[AT + 2], y[AT + 2],
-                x[AT + 3], y[AT + 3], x[AT + 4], y[AT + 4], x[AT + 5], y[AT + 5],
-                x[AT + 6], y[AT + 6], x[AT + 7], y[AT + 7]};
+// halves of x and y, interleaved: the first if AT is 0, the second if it is LANES / 2
+template <int AT, size_t... I>
+inline vector mixed(vector x, vector y, std::index_sequence<I...>) {
+  return vector{(I % 2 ? y : x)[AT + I / 2]...};
 }
 
 // LANES rows of LANES numbers become columns: each stage mixes the first half of the rows with the
 // second
 inline void transpose(vector (&x)[LANES]) {
+  constexpr std::make_index_sequence<LANES> lanes;
 #pragma GCC unroll 4
   for (int stage = 1; stage < LANES; stage *= 2) {
     vector y[LANES];
 #pragma GCC unroll 16
     for (int i = 0; i < LANES / 2; i++) {
-      y[2 * i] = mixed<0>(x[i], x[i + LANES / 2]);
-      y[2 * i + 1] = mixed<LANES / 2>(x[i], x[i + LANES / 2]);
+      y[2 * i] = mixed<0>(x[i], x[i + LANES / 2], lanes);
+      y[2 * i + 1] = mixed<LANES / 2>(x[i], x[i + LANES / 2], lanes);
     }
     std::memcpy(x, y, sizeof y);
   }

@@ -4,8 +4,8 @@ The tiles of `lorafold.ops.attention` are some twenty calls each, and make the p
 compile a kernel for every length. Here the products are in fp32, whose rate is that of such small
 matrices in 16 bits. Five documents of 110 to 298 tokens in SmolLM2's shape, bf16, forward and
 backward: 10.7 ms where tiles take 15.6; four of 256: 10.0 and 9.6; one of 2048: 117 and 110 (two
-cores of an AMD EPYC, Zen 5). Eight completions of 64 after a prompt of 38, fp32: 21.8 and 34.3, one
-of 1024: 146 and 160 (one core of an AMD EPYC with AVX2).
+cores of an AMD EPYC, Zen 5). Eight completions of 64 after a prompt of 38, fp32: 10.3 and 29.1, one
+of 1024: 97 and 170 (one core of an AMD EPYC with AVX2).
 """
 
 from __future__ import annotations

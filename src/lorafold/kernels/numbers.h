@@ -7,7 +7,13 @@
 #include <cstdint>
 #include <cstring>
 
-constexpr int LANES = 16, BLOCK = 2 * LANES, AHEAD = 4096;  // AHEAD: bytes
+// as many numbers as a register has: gcc keeps vectors of several registers in memory
+#ifdef __AVX512F__
+constexpr int LANES = 16;
+#else
+constexpr int LANES = 8;
+#endif
+constexpr int BLOCK = 2 * LANES, AHEAD = 4096;  // AHEAD: bytes
 
 struct bf16 {
   uint16_t bits;
@@ -69,13 +75,18 @@ inline void store(bf16* to, float x) {
   to->bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : even);
 }
 
+// op over all numbers of a vector, of its halves first
+template <class Op>
+inline float over(vector x, Op op) {
+  float y[LANES];
+  std::memcpy(y, &x, sizeof x);
+  for (int n = LANES / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; i++) y[i] = op(y[i], y[i + n]);
+  return y[0];
+}
+
 inline float sum(vector x) {
-  typedef float eight __attribute__((vector_size(32)));
-  typedef float four __attribute__((vector_size(16)));
-  struct { eight a, b; } two = as<decltype(two)>(x);
-  struct { four a, b; } halves = as<decltype(halves)>(two.a + two.b);
-  four y = halves.a + halves.b;
-  return (y[0] + y[2]) + (y[1] + y[3]);
+  return over(x, [](float a, float b) { return a + b; });
 }
 
 // e^x to 2e-7 relative, for x between -87 and 87; beyond them it is e^-87 or e^87

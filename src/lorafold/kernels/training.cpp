@@ -17,12 +17,7 @@
 namespace {
 
 inline float largest(vector x) {
-  typedef float eight __attribute__((vector_size(32)));
-  typedef float four __attribute__((vector_size(16)));
-  struct { eight a, b; } two = as<decltype(two)>(x);
-  struct { four a, b; } halves = as<decltype(halves)>(two.a > two.b ? two.a : two.b);
-  four y = halves.a > halves.b ? halves.a : halves.b;
-  return std::max(std::max(y[0], y[1]), std::max(y[2], y[3]));
+  return over(x, [](float a, float b) { return std::max(a, b); });
 }
 
 // x becomes the gradient of the gate, u that of up

@@ -50,7 +50,7 @@ def low_rank(parts: Sequence[Part], slots: Tensor) -> Product:
 
     Args:
         parts: the factors of matrices that read the same x.
-        slots: the slot of each row, int64 (B,), on the CPU.
+        slots: the place of each row, int64 (B,), on the CPU.
     """
     products = [_low_rank(part, slots) for part in parts]
 
