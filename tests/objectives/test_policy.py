@@ -19,10 +19,11 @@ import lorafold as lf
 from lorafold.core.attach import only
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.rollouts import Completion, Rollouts
-from lorafold.objectives.policy import Drawing, PolicyObjective
+from lorafold.objectives.drawing import Drawing
+from lorafold.objectives.policy import PolicyObjective
 from lorafold.step.branches import branching
 from lorafold.step.policy import Policy, Rollout
-from lorafold.step.policy_laws import Grpo, PolicyLaw
+from lorafold.step.policy_laws import Cispo, Drawn, Grpo, Gspo, PolicyLaw
 from lorafold.training import loop
 
 pytestmark = pytest.mark.usefixtures("unestimated")
@@ -295,3 +296,94 @@ def test_rewards_that_never_vary_are_told(tiny_model_dir, tmp_path: Path) -> Non
             tiny_model_dir("llama"), tmp_path / "a", asked(steps=12),
             rewards=lambda completion: 1.0,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("law", [Grpo(), Grpo(clip=0.01), Gspo(), Cispo(clip_high=0.01)])
+def test_later_updates_have_ratios_to_the_first(law: PolicyLaw, model, tokenizer) -> None:
+    """As TRL has it with `num_iterations`: the old log-probabilities are those of the first."""
+    adapter = adapted(model, SPECS["lora"])
+    with drawing(model, tokenizer) as rollouts:
+        examples = rollouts_of(rollouts.draw(PROMPTS, 0))
+    loss = Policy(model, law, None, 0, longest=5)
+    old = [p.detach().clone() for p in adapter.parameters()]
+    loss.begin(0)
+    first = [float(loss(**loss.collate([e], loss.device)).detach()) for e in examples]
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    loss.begin(1)
+    for e, before in zip(examples, first, strict=True):
+        found = loss(**loss.collate([e], loss.device))
+        assert float(found) != pytest.approx(before, abs=1e-6)
+        logps = [logps_of(model, e, ids) for ids in e.branches]
+        new = [p.detach().clone() for p in adapter.parameters()]
+        put(adapter, old)
+        was = [logps_of(model, e, ids) for ids in e.branches]
+        put(adapter, new)
+        of = torch.cat([torch.full((len(x),), i) for i, x in enumerate(logps)])
+        given = Drawn(torch.cat(logps), torch.cat(was), None, torch.tensor(e.advantages)[of], of)
+        weights = torch.tensor([1 / len(x) if law.average == "per-sequence" else 1 for x in logps])
+        expected = float((law.loss(given) * weights[of]).sum())
+        assert float(found) == pytest.approx(expected, abs=1e-4)
+    figures = loss.figures()
+    assert figures["largest mismatch"] < 1e-4  # that of the first update, of the weights that drew
+    assert (figures["clipped"] > 0) == (law in (Grpo(clip=0.01), Gspo()))
+
+
+def logps_of(model: Any, e: Rollout, branch: Any) -> torch.Tensor:
+    ids = torch.tensor([[*e.shared, *branch.ids]])
+    with torch.no_grad():
+        found = torch.log_softmax(model(ids).logits[0, len(e.shared) : -1], -1)
+    return found.gather(1, ids[0, len(e.shared) + 1 :, None])[:, 0]
+
+
+def put(adapter: lf.Adapter, values: list[torch.Tensor]) -> None:
+    with torch.no_grad():
+        for p, value in zip(adapter.parameters(), values, strict=True):
+            p.copy_(value)
+
+
+def test_several_updates_of_a_rollout_resume_exactly(
+    tiny_model_dir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, recipe = tiny_model_dir("llama"), asked(options={"updates": 3}, save_every=1)
+    trained(base, tmp_path / "whole", recipe)
+    trained(base, tmp_path / "once", asked())
+    step, calls = loop.train_step, list[int]()
+
+    def killed(job: Any, examples: Any, n: int) -> float:
+        calls.append(n)
+        if calls.count(2) == 2:
+            raise KeyboardInterrupt
+        return step(job, examples, n)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            trained(base, tmp_path / "killed", recipe)
+    assert calls == [0, 0, 0, 1, 1, 1, 2, 2]
+    trained(base, tmp_path / "killed", recipe, resume=True)
+    whole, killed_, once = (
+        load_file(tmp_path / of / "adapter_model.safetensors") for of in ("whole", "killed", "once")
+    )
+    assert all(torch.equal(whole[name], killed_[name]) for name in whole)
+    assert not all(torch.equal(whole[name], once[name]) for name in whole)
+
+
+def test_groups_from_which_nothing_is_learned_are_drawn_again(
+    tiny_model_dir, tmp_path: Path
+) -> None:
+    seen: list[str] = []
+
+    def rare(completion: str, word: str) -> float:
+        seen.append(word)
+        return float(completion.startswith(tuple("aeiou"))) if word == "red" else 1.0
+
+    console = Console(record=True, width=400)
+    recipe = asked(steps=2, batch=4, options={"fill": 2})
+    trained(tiny_model_dir("llama"), tmp_path / "a", recipe, rewards=rare, console=console)
+    counts = {word: seen.count(word) for word in ("red", "blue", "green", "gold")}
+    # three groups that are always alike are drawn three times in each of two steps
+    assert counts == {"red": counts["red"]} | dict.fromkeys(("blue", "green", "gold"), 24)
+    assert counts["red"] in (8, 12, 16, 20, 24)
+    assert "groups drawn again" in console.export_text()

@@ -110,7 +110,7 @@ def evaluate(
     labels = rows.give(LABELS) and not judges
     length = length_for(asked, max_length, found, console, head=labels)
     if judges:
-        from lorafold.objectives.policy import Drawing
+        from lorafold.objectives.drawing import Drawing
         from lorafold.rewards import Rewards
 
         longest = Drawing.max_new_tokens if max_new_tokens is None else max_new_tokens

@@ -65,9 +65,7 @@ class Rewarded:
             progress: is told how many completions are judged, of how many.
         """
         judged = [
-            Judged(
-                prompt.asked, one.text, prompt.besides, f"{prompt.where}, completion {n}", asked
-            )
+            Judged(prompt.asked, one.text, prompt.besides, f"{prompt.where}, completion {n}", asked)
             for prompt, group in zip(prompts, groups, strict=True)
             for asked in (prompt.conversation,)
             for n, one in enumerate(group, 1)
@@ -81,6 +79,19 @@ class Rewarded:
             progress(len(sums), len(judged))
         of = {name: _table(x, len(groups)) for name, x in each.items()}
         return cls(judged, groups, _table(sums, len(groups)), of)
+
+    def replaced(self, places: Sequence[int], other: Rewarded) -> Rewarded:
+        """The same with the groups at these places those of another, in its order."""
+        number = {place: i for i, place in enumerate(places)}
+        k, groups, judged = self.rewards.shape[1], list[Sequence[Completion]](), list[Judged]()
+        for place in range(len(self.groups)):
+            own, at = (other, number[place]) if place in number else (self, place)
+            groups.append(own.groups[at])
+            judged += own.judged[at * k : (at + 1) * k]
+        rows = torch.tensor(places)
+        rewards = self.rewards.index_copy(0, rows, other.rewards)
+        each = {name: x.index_copy(0, rows, other.each[name]) for name, x in self.each.items()}
+        return Rewarded(judged, groups, rewards, each)
 
     @property
     def interval(self) -> Interval | None:

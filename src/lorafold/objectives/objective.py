@@ -150,6 +150,11 @@ class Objective(ABC):
         """
         return planned
 
+    @property
+    def updates(self) -> int:
+        """How often a step updates the weights by its examples."""
+        return 1
+
     def trained(self, example: Any) -> Any:
         """What of an example a step computes with gradients."""
         return example

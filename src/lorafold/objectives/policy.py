@@ -10,11 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from pydantic import Field
-from pydantic.dataclasses import dataclass as checked
 
 from lorafold.core.undropped import undropped
 from lorafold.data.account import account_of
@@ -30,16 +28,17 @@ from lorafold.evaluation import Measured
 from lorafold.evaluation.reward_adapter import RewardAdapter
 from lorafold.evaluation.rewarded import Rewarded
 from lorafold.evaluation.rollouts import SLOTS, Completion, Rollouts
-from lorafold.objectives import OBJECTIVES, Declared
-from lorafold.objectives.laws import class_of, made
-from lorafold.objectives.objective import Asked, Objective, given_options
+from lorafold.objectives import Declared
+from lorafold.objectives.drawing import Drawing, chosen
+from lorafold.objectives.laws import class_of
+from lorafold.objectives.objective import Asked, Objective
 from lorafold.ops.philox import key_of
 from lorafold.rewards import Rewards, digest_of
 from lorafold.rewards.naming import adapter_in
 from lorafold.step import policy_laws
 from lorafold.step.branches import Branching, branching
 from lorafold.step.policy import Policy, Rollout
-from lorafold.step.policy_laws import STRICT, PolicyLaw
+from lorafold.step.policy_laws import PolicyLaw
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -50,40 +49,6 @@ if TYPE_CHECKING:
 SAMPLES = 3  # completions that are shown where rewards never vary
 LARGEST = 1e12  # an advantage: squares of gradients times it are still numbers of fp32
 PATIENCE = 10  # steps without a group whose rewards differ, before that is told
-
-
-@checked(frozen=True, config=STRICT)
-class Drawing:
-    """What is drawn of a prompt, and what judges it.
-
-    Args:
-        group: completions of a prompt.
-        max_new_tokens: the most tokens of one.
-        truncated: whether completions that were cut off there count in the loss.
-        rewards: names as `lorafold.rewards.reward_of` reads them.
-        reward_seconds: the seconds that a call of one may take.
-    """
-
-    group: Annotated[int, Field(ge=2)] = 8
-    max_new_tokens: Annotated[int, Field(ge=1)] = 256
-    truncated: Literal["counted", "masked"] = "counted"
-    rewards: tuple[str, ...] = ()
-    reward_seconds: Annotated[float, Field(gt=0)] = 30.0
-
-
-def chosen(
-    objective: str, beta: float | None, options: Mapping[str, Any]
-) -> tuple[PolicyLaw, Drawing]:
-    """The law of an objective of policies, and what it draws.
-
-    Raises LorafoldError for an option that neither has, or a value out of its range.
-    """
-    given = given_options(beta, options)
-    own = {field.name for field in fields(Drawing)}
-    drawing = made(Drawing, {k: v for k, v in given.items() if k in own}, objective)
-    kind: type[PolicyLaw] = class_of(OBJECTIVES[objective], policy_laws)
-    law = made(kind, {k: v for k, v in given.items() if k not in own}, objective)
-    return law, drawing
 
 
 class Playing(Policy):
@@ -152,6 +117,10 @@ class PolicyObjective(Objective):
     def data(self, table: pa.Table, rows: Rows, max_length: int) -> PromptData:
         return prompt_data(table, rows, max_length - self.drawing.max_new_tokens)
 
+    @property
+    def updates(self) -> int:
+        return self.drawing.updates
+
     def trained(self, example: Prompt) -> Rollout:
         """A group of completions of that prompt, as long as they may be."""
         own, k = (0,) * self.drawing.max_new_tokens, self.drawing.group
@@ -203,24 +172,19 @@ class PolicyObjective(Objective):
         """The groups that the model draws of the planned prompts, without those whose rewards are
         alike, unless they are held to the reference.
         """
-        rollouts = loss.rollouts[0]
-        groups = rollouts.draw([prompt.ids for prompt in planned], key_of(self.seed, step))
-        found = Rewarded.of(planned, groups, loss.rewards)
-        advantages = self.law.advantages(found.rewards)
-        if not bool((advantages.abs() <= LARGEST).all()):
-            raise LorafoldError(
-                f"rewards: found an advantage of {float(advantages.abs().max()):.3g} in the"
-                f" completions of {planned[0].where} to {planned[-1].where}, expected at most"
-                f" {LARGEST:g}: give the reward a weight, as in 1e-6*FILE.py:FUNCTION"
-            )
-        counts = torch.tensor([any(map(self._counts, group)) for group in groups])
-        loss.told = found.figures
-        learns = torch.tensor(
-            [
-                any(self._counts(one) and a for one, a in zip(group, own, strict=True))
-                for group, own in zip(groups, advantages.tolist(), strict=True)
-            ]
-        )
+        key = key_of(self.seed, step)
+        found = self._drawn(planned, key, loss)
+        loss.told, again = found.figures, 0
+        advantages, learns = self._advantages(found)
+        for attempt in range(1, self.drawing.fill + 1):
+            if not (empty := (~learns).nonzero().flatten().tolist()):
+                break
+            more = self._drawn([planned[i] for i in empty], key_of(key, attempt), loss)
+            found, again = found.replaced(empty, more), again + len(empty)
+            advantages, learns = self._advantages(found)
+        if self.drawing.fill:
+            loss.told["groups drawn again"] = again / len(planned)
+        counts = torch.tensor([any(map(self._counts, group)) for group in found.groups])
         if step < PATIENCE and not bool(learns.any()):
             loss.quiet += 1
             if loss.quiet == PATIENCE:
@@ -230,7 +194,7 @@ class PolicyObjective(Objective):
         return [
             self._rollout(prompt, group, a)
             for prompt, group, a, kept in zip(
-                planned, groups, advantages.tolist(), keep.tolist(), strict=True
+                planned, found.groups, advantages.tolist(), keep.tolist(), strict=True
             )
             if kept
         ]
@@ -249,7 +213,25 @@ class PolicyObjective(Objective):
         figures = own | {"reward_interval": interval}
         return Measured(-reward, figures, f", reward {reward:.3f}{within}")
 
-    def _rollout(self, prompt: Prompt, group: list[Completion], advantages: list[float]) -> Rollout:
+    def _drawn(self, prompts: Sequence[Prompt], key: int, loss: Playing) -> Rewarded:
+        groups = loss.rollouts[0].draw([prompt.ids for prompt in prompts], key)
+        return Rewarded.of(prompts, groups, loss.rewards)
+
+    def _advantages(self, found: Rewarded) -> tuple[torch.Tensor, torch.Tensor]:
+        """The advantages (n, k), and whether there is anything to learn from each group, (n,)."""
+        advantages = self.law.advantages(found.rewards)
+        if not bool((advantages.abs() <= LARGEST).all()):
+            raise LorafoldError(
+                f"rewards: found an advantage of {float(advantages.abs().max()):.3g} in"
+                f" {found.judged[0].where} to {found.judged[-1].where}, expected at most"
+                f" {LARGEST:g}: give the reward a weight, as in 1e-6*FILE.py:FUNCTION"
+            )
+        counts = torch.tensor([[self._counts(one) for one in group] for group in found.groups])
+        return advantages, (counts & (advantages != 0)).any(1)
+
+    def _rollout(
+        self, prompt: Prompt, group: Sequence[Completion], advantages: Sequence[float]
+    ) -> Rollout:
         return Rollout.of(
             prompt.ids, [one.tokens for one in group], [one.logprobs for one in group], advantages,
             [self._counts(one) for one in group],

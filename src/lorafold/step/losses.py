@@ -60,6 +60,10 @@ class Loss(nn.Module, ABC):
         each (B, T), or labels (B,) for a classifier.
         """
 
+    def begin(self, update: int) -> None:
+        """Be told that the examples of a step come, for the first time (0) or again."""
+        return None
+
     def of_step(self, examples: Sequence[Any]) -> dict[str, Tensor]:
         """Return the arguments of `forward` that all micro-batches of an optimizer step share: sums
         over its examples, (k,), without gradients, which add up over processes. There are none

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -61,11 +62,21 @@ class Rollout(Branched):
         )  # fmt: skip
 
 
+class First(NamedTuple):
+    """Log-probabilities (n,) of a micro-batch before the first update from it: those of the policy
+    and of the reference, if that has a part.
+    """
+
+    logps: Tensor
+    reference: Tensor | None
+
+
 @dataclass
 class Seen:
-    """What a step saw of the tokens that count: how many, and sums over them."""
+    """What a step saw of the tokens that it learned from: how many, and sums over them."""
 
-    tokens: int = 0
+    tokens: int = 0  # in all updates
+    compared: int = 0  # with those that were drawn, in the first
     largest: float = 0.0
     apart: float = 0.0  # of the differences to the log-probabilities with which they were drawn
     clipped: int = 0
@@ -73,8 +84,8 @@ class Seen:
 
     def figures(self, kl: bool) -> dict[str, float]:
         """Means over the tokens, and the largest difference."""
-        n = max(self.tokens, 1)
-        found = {"mismatch": self.apart / n, "largest mismatch": self.largest}
+        n, compared = max(self.tokens, 1), max(self.compared, 1)
+        found = {"mismatch": self.apart / compared, "largest mismatch": self.largest}
         return found | {"clipped": self.clipped / n} | ({"KL": self.kl / n} if kl else {})
 
 
@@ -89,16 +100,11 @@ class Policy(BranchedLoss):
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        law: PolicyLaw,
-        how: Branching | None,
-        pad_id: int,
-        longest: int,
+        self, model: nn.Module, law: PolicyLaw, how: Branching | None, pad_id: int, longest: int
     ) -> None:
         super().__init__(model, how, pad_id)
         self.law, self.pace, self.longest = law, law.pace, longest
-        self.seen = Seen()
+        self.seen, self.first, self.at = Seen(), list[First](), 0
         # factors in fp32 over a base in 16 bits meet what that has rounded
         size = min(p.element_size() for p in model.parameters() if p.is_floating_point())
         self.bound = APART.get(size, APART[2])
@@ -122,8 +128,14 @@ class Policy(BranchedLoss):
         found["weights"] = counted / over.get(self.law.average, torch.ones_like(lengths))
         return {name: tensor.to(device) for name, tensor in found.items()}
 
+    def begin(self, update: int) -> None:
+        self.at = 0
+        if not update:
+            self.first = []
+
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
-        """Return the loss in nats, (); arguments as `collate` gives them.
+        """Return the loss in nats, (); arguments as `collate` gives them. Ratios are those to the
+        first update of the same examples.
 
         Raises LorafoldError if the tokens were drawn by other weights than the model's.
         """
@@ -134,11 +146,14 @@ class Policy(BranchedLoss):
             logps = -token_losses(self.model, labels, inputs)
         below = partial(self._below, labels, lens, inputs)
         of = document[labels != NO_LOSS]
-        self._compare(logps.detach(), drawn, below)
-        reference = below() if self.law.beta else None
-        found = Drawn(logps, logps.detach(), reference, advantages[of], of)
+        if self.at == len(self.first):
+            self._compare(logps.detach(), drawn, below)
+            self.first.append(First(logps.detach(), below() if self.law.beta else None))
+        first, self.at = self.first[self.at], self.at + 1
+        found = Drawn(logps, *first, advantages[of], of)
+        self.seen.tokens += len(logps)
         self.seen.clipped += int(self.law.clipped(found).sum())
-        if reference is not None:
+        if first.reference is not None:
             self.seen.kl += float(found.kl.detach().sum())
         return (self.law.loss(found) * weights[of]).sum()
 
@@ -156,7 +171,7 @@ class Policy(BranchedLoss):
         naming what has log-probabilities nearer to those that were drawn.
         """
         apart = (logps - drawn).abs()
-        self.seen.tokens += len(apart)
+        self.seen.compared += len(apart)
         self.seen.apart += float(apart.sum())
         self.seen.largest = max(self.seen.largest, float(apart.max()) if len(apart) else 0.0)
         if not len(apart) or float(apart.mean()) <= self.bound:

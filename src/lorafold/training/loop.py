@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class Job:
 
     `wrapped` is the loss as accelerate wraps it; `examples(step, planned)` gives what
     `loss.collate` takes, each with `ids`, of what the feed has for a step; `held_out()` measures on
-    held-out examples.
+    held-out examples. Each step updates the weights `updates` times.
     """
 
     adapter: Adapter
@@ -61,6 +62,7 @@ class Job:
     run: RunDirectory
     steps: int
     examples: Callable[[int, Sequence[Any]], Sequence[Any]] = lambda step, planned: planned
+    updates: int = 1
 
 
 @considerate()
@@ -84,10 +86,14 @@ def fit(job: Job, progress: Progress, display: Display) -> Progress:
                 examples = job.examples(progress.step, next(feed))
             except LorafoldError as error:
                 raise LorafoldError(f"step {progress.step + 1}: {error}; {kept(job.run)}") from None
-            loss = train_step(job, examples, progress.step)
+            losses = []
+            for update in range(job.updates):
+                job.loss.begin(update)
+                losses.append(train_step(job, examples, progress.step))
+            loss = fmean(losses)
             progress.step += 1
             progress.losses.append(loss)
-            progress.tokens += sum(len(e.ids) for e in examples)
+            progress.tokens += job.updates * sum(len(e.ids) for e in examples)
             progress.seconds += time.perf_counter() - start
             figures = dict(job.loss.figures())
             display.step(progress.step, loss, progress.tokens / progress.seconds, figures)
@@ -114,7 +120,7 @@ def fit(job: Job, progress: Progress, display: Display) -> Progress:
 
 
 def train_step(job: Job, examples: Sequence[Any], step: int) -> float:
-    """One optimizer step. Returns the mean loss, in nats over the tokens or texts that count.
+    """One update of the weights. Returns the mean loss, in nats over what counts.
 
     Args:
         job: What is trained.

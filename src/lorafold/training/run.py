@@ -58,6 +58,7 @@ def train(request: Request, console: Console) -> Trained:
         measure = partial(setup.objective.measure, loss, held_out) if held_out else None
         job, progress = prepare(setup, adapter, loss, feed, measure, console)
         job.examples = partial(setup.objective.examples, loss=loss)
+        job.updates = setup.objective.updates
         with Display(console, job.steps, progress.step) as display:
             try:
                 fit(job, progress, display)
