@@ -243,10 +243,13 @@ def test_what_means_something_else_here_is_told(tmp_path):
     assert "by its ratio" in remark(plain, "beta")
     assert remark(trl_of(tmp_path, beta=0.1), "beta") == ""
     assert trl_of(tmp_path, sync_ref_model=True).recipe.beta is None  # there is no reference
+    several = trl_of(tmp_path, num_iterations=4)
+    assert several.recipe.objective_options["updates"] == 4
+    assert "steps count draws here" in remark(several, "num_iterations")
 
 
 REFUSED = [
-    ({"num_iterations": 2}, "num_iterations: found 2, but lorafold learns once"),
+    ({"num_iterations": 2, "delta": 2}, "delta: found 2 with num_iterations"),
     ({"loss_type": "sapo"}, "loss_type: found 'sapo', but lorafold has no such law"),
     ({"loss_type": "ppo"}, "loss_type: found 'ppo', expected dapo or bnpo"),
     ({"loss_type": "cispo"}, "'cispo' and 0.2 as epsilon_high, to which TRL bounds the ratio"),

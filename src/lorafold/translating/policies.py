@@ -1,7 +1,7 @@
 """Readers of TRL's GRPOConfig and RLOOConfig, whose keys axolotl's `trl` block has too: the law,
 its options, and how completions are drawn.
 
-Read off TRL 1.16. A step draws and learns once, so ratios are 1, and what bounds them has no
+Read off TRL 1.16. Where a step draws and learns once, ratios are 1, and what bounds them has no
 effect.
 """
 
@@ -196,10 +196,20 @@ def prompt_length(value: Any, settings: Settings) -> Outcome:
 
 
 def num_iterations(value: Any, settings: Settings) -> Outcome:
-    """`num_iterations` is 1; LorafoldError for more."""
-    if integer(value) != 1:
-        raise LorafoldError(f"found {value!r}, but lorafold learns once from what it has drawn")
-    return taken("a step draws and learns once")
+    """`num_iterations` becomes `updates`. LorafoldError for several of RLOO, whose ratios TRL clips
+    and lorafold does not have.
+    """
+    found = integer(value)
+    if found == 1:
+        return taken("a step draws and learns once")
+    if is_leave_one_out(settings):
+        raise LorafoldError(
+            f"found {value!r}, but lorafold's rloo clips no ratios"
+        )
+    return changed(
+        f"steps count draws here, and updates there: of {found} each, for max_steps too",
+        objective_options={"updates": found},
+    )
 
 
 def drawn_plainly(*neutral: float) -> Reader:
@@ -218,7 +228,8 @@ def drawn_plainly(*neutral: float) -> Reader:
 
 
 def bound_of_ratios(least: float) -> Reader:
-    """The reader of a further bound of ratios, which has no effect where they are 1.
+    """The reader of a further bound of ratios, which has no effect where they are 1. LorafoldError
+    where they are not.
 
     `least` is the least value of which that is so.
     """
@@ -226,6 +237,10 @@ def bound_of_ratios(least: float) -> Reader:
     def read(value: Any, settings: Settings) -> Outcome:
         if number(value) < least:
             raise LorafoldError(f"found {value!r}, expected {least:g} or more")
+        if integer(settings["num_iterations"] or 1) != 1:
+            raise LorafoldError(
+                f"found {value!r} with num_iterations, but there is no such bound"
+            )
         return changed(f"lorafold has no such bound; {RATIOS}")
 
     return read
