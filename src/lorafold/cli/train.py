@@ -11,10 +11,13 @@ from lorafold.cli.common import (
     Computing,
     JsonOption,
     Output,
+    RewardAdapterOption,
+    RewardOption,
     TrainDataOption,
     columns_of,
     emit,
     messages,
+    rewards_of,
 )
 from lorafold.cli.groups import grouped
 from lorafold.cli.recipe_options import RecipeFlags, of_recipe
@@ -37,21 +40,8 @@ def command(
         str | None,
         typer.Option(help="Held-out rows. Without them --eval-fraction 0.1 holds some out."),
     ] = None,
-    reward: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="For objectives that draw completions: what judges them, as FILE.py:FUNCTION,"
-            " regex:PATTERN, schema:FILE.json, reasoning-gym:TASK or adapter:DIR, with a weight as"
-            " in 0.5*... or without. Repeat the option for a sum."
-        ),
-    ] = None,
-    reward_adapter: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="The same as --reward adapter:DIR: a reward model that was trained on this base"
-            " (--objective reward). It scores with the base of the run, which is in memory once."
-        ),
-    ] = None,
+    reward: RewardOption = None,
+    reward_adapter: RewardAdapterOption = None,
     columns: ColumnsOption = None,
     init_adapter: Annotated[
         Path | None,
@@ -96,10 +86,9 @@ def command(
     from dataclasses import asdict, replace
 
     from lorafold.api.train import train
-    from lorafold.rewards.naming import ADAPTER
 
     console = messages()
-    rewards = [*(reward or ()), *(f"{ADAPTER}{path}" for path in reward_adapter or ())]
+    rewards = rewards_of(reward, reward_adapter)
     if preview:
         from lorafold.api.arguments import as_rows, rows_to_train, source_of, with_rewards
 
