@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist, fmean, stdev
@@ -18,9 +17,12 @@ from conftest import lorafold, refused
 from lorafold.api.compare import Comparison
 from lorafold.comparing import latency, run
 from lorafold.comparing.measure import BASE, Measurement, measure
-from lorafold.comparing.report import columns, markdown, page
+from lorafold.comparing.plots import Quality
+from lorafold.comparing.report import columns, markdown
 from lorafold.comparing.rewards import Difference, over_base, verdict
 from lorafold.errors import LorafoldError
+from lorafold.methods import METHODS, make_spec
+from lorafold.recipe.fitting import spec_of
 
 pytestmark = pytest.mark.usefixtures("unestimated")
 WORDS = ("red", "blue", "green", "gold", "grey", "black", "white", "brown")
@@ -94,12 +96,6 @@ def test_rows_are_what_training_and_evaluating_alone_give(
     ]  # fmt: skip
     assert {"reward", "95%", "over base", f"reward {rewards}:short"} <= {*columns(found.rows)}
     assert not {"loss", "exact"} & {*columns(found.rows)}
-    page(found.rows, "Policies", tmp_path / "page.html")
-    shown = (tmp_path / "page.html").read_text()
-    assert shown.count("<svg") == 4
-    assert "held-out reward (higher is better)" in shown
-    assert "held-out loss" not in shown
-    assert found.verdict in re.sub(r"\s+", " ", shown)
 
 
 @pytest.mark.slow
@@ -118,6 +114,48 @@ def test_the_command_has_the_same(tiny_model_dir, rewards: Path, tmp_path: Path)
     assert {*found["over_base"]} == {"lora", "ia3"}
     assert found["verdict"].startswith("highest held-out reward: ")
     assert "1/6 base: reward" in done.stderr
+    shown = " ".join((tmp_path / "page.html").read_text().split())
+    assert shown.count("<svg") == 4
+    assert f"<p>{found['verdict']}.</p>" in shown
+    assert "held-out reward (higher is better)" in shown
+    assert "oss and exact match" not in shown
+    assert "held-out loss" not in shown
+
+
+class Asking(lf.LoRA):
+    """A method that asks for losses, and does not say so."""
+
+    def prepare(self, deltas: Any, losses: Any) -> None:
+        next(losses(1))
+
+
+class Looking(lf.LoRA):
+    """A method that prepares its deltas without losses."""
+
+    def prepare(self, deltas: Any, losses: Any) -> None:
+        assert deltas
+
+
+def test_a_method_says_whether_it_asks_for_losses(
+    tiny_model_dir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = {m: make_spec(m).asks_losses for m in METHODS}
+    assert {m for m, asks in words.items() if asks} == {"lt-sft", "fish"}
+    for method, over in (("fish", {}), ("dora", {"over": "fish"})):
+        recipe = RECIPE.model_copy(update={"method": method, "options": over})
+        with pytest.raises(LorafoldError, match=f"method: found {method}, which chooses"):
+            spec_of(recipe)
+    how: dict[str, Any] = {"data": TRAIN, "model": tiny_model_dir("llama"), "rewards": letters}
+    monkeypatch.setitem(METHODS, "looking", Looking)
+    monkeypatch.setitem(METHODS, "asking", Asking)
+    short = RECIPE.model_copy(update={"steps": 1, "method": "looking"})
+    assert lf.train(short, out=tmp_path / "a", **how).steps == 1
+    with pytest.raises(LorafoldError, match="method asking: it asks for losses of rows before"):
+        lf.train(short.model_copy(update={"method": "asking"}), out=tmp_path / "b", **how)
+
+
+def letters(completion: str, word: str) -> float:
+    return sum(letter in completion for letter in word) / len(word)
 
 
 def policy(method: str, *rewards: float, seed: int = 0) -> Measurement:
@@ -155,6 +193,15 @@ def test_the_highest_reward_is_the_best() -> None:
     loss = Measurement("lora", 0, loss=1.0)
     assert (verdict([loss]), over_base([loss])) == ("", {})
     assert [*columns([loss])] == ["method", "loss"]
+
+
+def test_up_is_the_reward_in_plots() -> None:
+    quality = Quality.of([BEFORE, BETTER, SAME])
+    assert quality.label == "held-out reward (higher is better)"
+    assert (quality.scale, quality.base) == ("linear", BEFORE.reward)  # rewards may be below 0
+    assert quality.values == [BETTER.reward, SAME.reward]
+    loss = Quality.of([Measurement("lora", 0, loss=1.0)])
+    assert (loss.label, loss.base) == ("held-out loss (lower is better)", None)
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {

@@ -95,21 +95,6 @@ HeldOutOption = Annotated[
     str | None,
     typer.Option(help="Held-out rows. Without them a tenth of the training rows is held out."),
 ]
-RewardOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="For objectives that draw completions: what judges them, as FILE.py:FUNCTION,"
-        " regex:PATTERN, schema:FILE.json, reasoning-gym:TASK or adapter:DIR, with a weight as"
-        " in 0.5*... or without. Repeat the option for a sum."
-    ),
-]
-RewardAdapterOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="The same as --reward adapter:DIR: a reward model that was trained on this base"
-        " (--objective reward). It scores with the base of the run, which is in memory once."
-    ),
-]
 SeedOption = Annotated[
     int,
     typer.Option(
@@ -290,13 +275,6 @@ def columns_of(pairs: list[str] | None) -> dict[str, str]:
             )
         found[name] = column
     return found
-
-
-def rewards_of(reward: list[str] | None, reward_adapter: list[str] | None) -> list[str]:
-    """The names of all rewards, reward models among them."""
-    from lorafold.rewards.naming import ADAPTER
-
-    return [*(reward or ()), *(f"{ADAPTER}{path}" for path in reward_adapter or ())]
 
 
 def messages() -> "Console":

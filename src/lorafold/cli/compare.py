@@ -11,15 +11,13 @@ from lorafold.cli.common import (
     HeldOutOption,
     JsonOption,
     OptionalDataOption,
-    RewardAdapterOption,
-    RewardOption,
     columns_of,
     emit,
     messages,
-    rewards_of,
 )
 from lorafold.cli.groups import grouped
 from lorafold.cli.recipe_options import RecipeFlags, of_recipe
+from lorafold.cli.rewards import RewardAdapterOption, RewardOption, rewards_of
 from lorafold.recipe.recipe import Recipe
 
 

@@ -11,16 +11,14 @@ from lorafold.cli.common import (
     Computing,
     JsonOption,
     Output,
-    RewardAdapterOption,
-    RewardOption,
     TrainDataOption,
     columns_of,
     emit,
     messages,
-    rewards_of,
 )
 from lorafold.cli.groups import grouped
 from lorafold.cli.recipe_options import RecipeFlags, of_recipe
+from lorafold.cli.rewards import RewardAdapterOption, RewardOption, rewards_of
 from lorafold.errors import LorafoldError
 from lorafold.recipe.recipe import Recipe
 
