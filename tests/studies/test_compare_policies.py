@@ -122,6 +122,26 @@ def test_the_command_has_the_same(tiny_model_dir, rewards: Path, tmp_path: Path)
     assert "held-out loss" not in shown
 
 
+@pytest.mark.slow
+def test_a_reward_model_scores_what_is_compared(
+    tiny_model_dir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, scored = tiny_model_dir("llama"), tmp_path / "reward"
+    pairs = [{"prompt": f"Say {w}", "chosen": w, "rejected": w[::-1]} for w in WORDS]
+    recipe = lf.Recipe(objective="reward", steps=2, batch=2, max_length=64, storage="fp32", lr=0.1)
+    lf.train(recipe, data=pairs, model=model, out=scored, device="cpu")
+    monkeypatch.setattr(run, "in_own_process", measure)
+    found = compared(tmp_path / "c", model, rewards=f"adapter:{scored}", methods=["lora"])
+    base, lora = found.rows
+    assert base.reward != lora.reward
+    again = compared(tmp_path / "c", model, rewards=f"adapter:{scored}", methods=["lora"])
+    assert again == found
+    other = recipe.model_copy(update={"seed": 1})
+    lf.train(other, data=pairs, model=model, out=scored, device="cpu", overwrite=True)
+    anew = compared(tmp_path / "c", model, rewards=f"adapter:{scored}", methods=["lora"])
+    assert anew.rows[0].reward != base.reward
+
+
 class Asking(lf.LoRA):
     """A method that asks for losses, and does not say so."""
 
