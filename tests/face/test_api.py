@@ -25,8 +25,8 @@ SIGNATURES = {
         " device revision trust_remote_code allow_other_base console"
     ),
     "compare": (
-        "out *model data eval_data columns methods seeds recipe device revision trust_remote_code"
-        " console"
+        "out *model data eval_data rewards columns methods seeds recipe device revision"
+        " trust_remote_code console"
     ),
     "compose": (
         "adapters out *model how weights rank density gates data examples recipe evaluations"

@@ -45,6 +45,7 @@ OF_COMMANDS = {"json", "html", "config", "sets", "help", "preview", "cheatsheet"
 BY_OTHER_MEANS = {
     "score": {"out", "overwrite"},  # the scores have `write`
     "train": {"reward_adapter"},  # rewards="adapter:DIR"
+    "compare": {"reward_adapter"},
 }
 # options whose parameter stands in the plural, since a call takes a list where a command repeats
 PLURAL = {

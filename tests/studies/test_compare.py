@@ -1,6 +1,7 @@
 """The comparison on a tiny model: real rows, kept as they finish, and a page that stands alone."""
 
 import json
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 
 import lorafold as lf
 from conftest import lorafold
+from lorafold.api.arguments import as_rows
 from lorafold.comparing.measure import Task, measure
 from lorafold.comparing.report import markdown, page
 from lorafold.comparing.run import compare, key
@@ -33,6 +35,14 @@ def test_rows_of_another_weight_are_measured_anew(tiny_model_dir) -> None:
         rows = Rows(ROWS, (Part(6), Part(6, weight)))
         keys.add(key(Task(Base(source, device="cpu"), rows, ROWS[:4], "rows", RECIPE), "lora"))
     assert len(keys) == 3
+
+
+def test_rows_reach_the_process_that_measures() -> None:
+    """Also once their shapes are known, as those of held-out rows from a file are."""
+    rows = as_rows(ROWS)
+    assert rows.shapes
+    again = pickle.loads(pickle.dumps(rows))
+    assert (again, again.shapes, again.sha256) == (rows, rows.shapes, rows.sha256)
 
 
 @pytest.mark.slow

@@ -7,12 +7,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafold.api.arguments import Columns, Data, as_path, as_recipe, or_quiet
+from lorafold.api.arguments import (
+    Columns,
+    Data,
+    Rewarding,
+    as_path,
+    as_recipe,
+    or_quiet,
+    with_rewards,
+)
 from lorafold.api.task import train_and_test
 from lorafold.comparing import run
 from lorafold.comparing.measure import Measurement, Task
 from lorafold.comparing.report import markdown
-from lorafold.comparing.run import known_methods, methods_for
+from lorafold.comparing.rewards import Difference, over_base, verdict
+from lorafold.comparing.run import known_methods, methods_for, unfit
+from lorafold.errors import LorafoldError
 from lorafold.opening import Base
 from lorafold.quickstart.story import RECIPE
 from lorafold.recipe.fitting import fitting, settled_length, spec_of, without
@@ -25,15 +35,32 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Comparison:
     """The figures of every method and seed, in the order asked for, and what they were measured on.
+    Where they are rewards, those of the base come first.
     """
 
     rows: tuple[Measurement, ...]
     model: str
     source: str
 
+    @property
+    def over_base(self) -> dict[str, Difference]:
+        """By how much each method's reward is above the base's, paired by prompts; empty where
+        there are losses.
+        """
+        return over_base(self.rows)
+
+    @property
+    def verdict(self) -> str:
+        """The method of the highest reward, and which ones can't be told from it; empty where there
+        are losses.
+        """
+        return verdict(self.rows)
+
     def as_json(self) -> dict[str, Any]:
         """The figures under the keys of `lorafold compare --json`."""
-        return {"rows": [asdict(one) for one in self.rows]}
+        gains = {method: asdict(one) for method, one in self.over_base.items()}
+        more = {"over_base": gains, "verdict": self.verdict} if gains else {}
+        return {"rows": [asdict(one) for one in self.rows], **more}
 
     def __str__(self) -> str:
         return markdown(self.rows)
@@ -45,6 +72,7 @@ def compare(
     model: str | Path = "smollm2",
     data: Data | None = None,
     eval_data: Data | None = None,
+    rewards: Rewarding = (),
     columns: Columns | None = None,
     methods: Sequence[str] = (),
     seeds: int = 1,
@@ -55,7 +83,8 @@ def compare(
     console: Console | None = None,
 ) -> Comparison:
     """Train every method on the same rows with the same budget and measure quality, forgetting,
-    size, speed and latency, each in a process of its own.
+    size, speed and latency, each in a process of its own. Policies are compared by the reward of
+    held-out prompts, which is measured for the base too.
 
     Args:
         out: The directory of the figures, and of the table as `table.md`. Figures are written as
@@ -63,6 +92,9 @@ def compare(
         model: A name or path as `lf.load_model` takes it.
         data: Training rows; None takes the quickstart's task.
         eval_data: Held-out rows; None holds out a tenth of the data.
+        rewards: What judges completions that the model draws: one or several names such as
+            "rewards.py:score", beside the recipe's; no functions, as these can't be kept figures
+            of.
         columns: The keys of the rows under other names, as in {"prompt": "question"}.
         methods: Names of methods; empty for all that can learn the recipe's objective.
         seeds: How many seeds of each method.
@@ -72,28 +104,39 @@ def compare(
         trust_remote_code: Run Python code that comes with the model.
         console: A rich console for one line a measurement; None is quiet.
 
-    Raises LorafoldError, before anything is trained, for an unknown method and for recipe options
-    that none of the methods has.
+    Raises LorafoldError, before anything is trained, for an unknown method, for one that can't
+    learn the objective, for recipe options that none of the methods has, and for rewards that are
+    missing or that the objective does not take.
     """
     console, recipe = or_quiet(console), as_recipe(recipe, Recipe() if data else RECIPE)
-    rows, held_out, source = train_and_test(data, eval_data, recipe, columns, console)
+    recipe, functions = with_rewards(recipe, rewards)
+    if functions:
+        raise LorafoldError(
+            f"rewards: found {functions[0]!r:.80}, expected names such as rewards.py:score: each"
+            " method is measured in a process of its own, and figures are kept under the digest of"
+            " a reward's file"
+        )
+    rows, held_out, source = train_and_test(data, eval_data, recipe, columns, console, True)
     base = Base(
         model, device=device, revision=revision, trust_remote_code=trust_remote_code
     )
     names = known_methods(methods) or methods_for(recipe.objective)
+    left_out: dict[str, str] = {}
+    if not methods:
+        left_out = {name: why for name in names if (why := unfit(recipe, name))}
+        names = [name for name in names if name not in left_out]
     before = max(spec_of(fitting(recipe, name)).positions for name in names)
     recipe = settled_length(recipe, base, before, console)
     task = Task(base, rows, held_out, source, recipe)
+    _ = task.identity  # what is wrong with rewards is told first
+    for name, why in left_out.items():
+        console.print(f"{name} left out: it {why}", highlight=False, soft_wrap=True)
     for name in names:
         if notice := without(recipe.model_copy(update={"method": name})):
             console.print(notice, highlight=False)
 
     def tell(one: Measurement, done: int, total: int) -> None:
-        console.print(
-            f"{done}/{total} {one.method}: loss {one.loss:.4f}, {one.train_seconds:.0f} s of"
-            " training",
-            highlight=False,
-        )
+        console.print(f"{done}/{total} {one}", highlight=False)
 
     found = Comparison(
         tuple(run.compare(task, list(names), range(seeds), as_path(out), tell)), str(model), source

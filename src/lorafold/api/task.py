@@ -25,6 +25,7 @@ def train_and_test(
     recipe: Recipe,
     columns: Columns | None,
     console: Console,
+    rewarded: bool = False,
 ) -> tuple[Sequence[Row], Sequence[Row], str]:
     """(training rows, held-out rows, the source of the training rows).
 
@@ -34,21 +35,24 @@ def train_and_test(
         columns: The keys of the rows under other names.
         console: Where ignored keys are named.
         recipe: For the seed that chooses the held-out rows, and the rows that the task needs.
+        rewarded: Whether what is measured may be rewards too.
 
     Raises LorafoldError as `as_rows`.
     """
-    if not OBJECTIVES[recipe.objective].compared:
-        compared = named(name for name, one in OBJECTIVES.items() if one.compared)
+    fitting = [n for n, one in OBJECTIVES.items() if one.compared and (rewarded or not one.draws)]
+    if recipe.objective not in fitting:
         raise LorafoldError(
             f"objective: found {recipe.objective}, expected one whose figures are compared:"
-            f" {compared}"
+            f" {named(fitting)}"
         )
     if recipe.streaming:
         raise LorafoldError("streaming: is for lorafold train; here all rows must be at hand")
     if data is None:
         train = quickstart_rows("train", recipe.batch * (recipe.steps or STEPS), 0)
         return train, quickstart_rows("test", TESTED, 0), "the quickstart's task"
-    rows = as_rows(data, columns, console, weighted=True)
+    objective = recipe.objective
+    rows = as_rows(data, columns, console, weighted=True, objective=objective)
     if eval_data is not None:
-        return rows, as_rows(eval_data, columns, console), source_of(data)
+        held_out = as_rows(eval_data, columns, console, objective=objective)
+        return rows, held_out, source_of(data)
     return *split(rows, 0.1, recipe.seed), source_of(data)

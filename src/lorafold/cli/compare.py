@@ -17,6 +17,7 @@ from lorafold.cli.common import (
 )
 from lorafold.cli.groups import grouped
 from lorafold.cli.recipe_options import RecipeFlags, of_recipe
+from lorafold.cli.rewards import RewardAdapterOption, RewardOption, rewards_of
 from lorafold.recipe.recipe import Recipe
 
 
@@ -37,6 +38,8 @@ def command(
     computing: Computing,
     data: OptionalDataOption = None,
     eval_data: HeldOutOption = None,
+    reward: RewardOption = None,
+    reward_adapter: RewardAdapterOption = None,
     columns: ColumnsOption = None,
     methods: Annotated[
         list[str] | None,
@@ -60,6 +63,10 @@ def command(
     whether the method can be merged (proved by folding), and whether it adds modules. Texts with
     labels need --objective classify. Unless the recipe sets a learning rate, each method has its
     own.
+
+    Policies (--objective grpo, with --reward) draw as many completions each, and are compared by
+    the reward of held-out prompts: the table has its interval, the base before training as its
+    first line, and by how much each method is above it, paired by prompts.
     """
     from lorafold.api.compare import compare
     from lorafold.comparing.report import page, table
@@ -71,6 +78,7 @@ def command(
         model=computing.model,
         data=data,
         eval_data=eval_data,
+        rewards=rewards_of(reward, reward_adapter),
         columns=columns_of(columns),
         methods=[name.strip() for names in methods or () for name in names.split(",")],
         seeds=seeds,

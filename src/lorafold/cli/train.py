@@ -18,6 +18,7 @@ from lorafold.cli.common import (
 )
 from lorafold.cli.groups import grouped
 from lorafold.cli.recipe_options import RecipeFlags, of_recipe
+from lorafold.cli.rewards import RewardAdapterOption, RewardOption, rewards_of
 from lorafold.errors import LorafoldError
 from lorafold.recipe.recipe import Recipe
 
@@ -37,21 +38,8 @@ def command(
         str | None,
         typer.Option(help="Held-out rows. Without them --eval-fraction 0.1 holds some out."),
     ] = None,
-    reward: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="For objectives that draw completions: what judges them, as FILE.py:FUNCTION,"
-            " regex:PATTERN, schema:FILE.json, reasoning-gym:TASK or adapter:DIR, with a weight as"
-            " in 0.5*... or without. Repeat the option for a sum."
-        ),
-    ] = None,
-    reward_adapter: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="The same as --reward adapter:DIR: a reward model that was trained on this base"
-            " (--objective reward). It scores with the base of the run, which is in memory once."
-        ),
-    ] = None,
+    reward: RewardOption = None,
+    reward_adapter: RewardAdapterOption = None,
     columns: ColumnsOption = None,
     init_adapter: Annotated[
         Path | None,
@@ -96,10 +84,9 @@ def command(
     from dataclasses import asdict, replace
 
     from lorafold.api.train import train
-    from lorafold.rewards.naming import ADAPTER
 
     console = messages()
-    rewards = [*(reward or ()), *(f"{ADAPTER}{path}" for path in reward_adapter or ())]
+    rewards = rewards_of(reward, reward_adapter)
     if preview:
         from lorafold.api.arguments import as_rows, rows_to_train, source_of, with_rewards
 

@@ -1,6 +1,6 @@
 """One line of the comparison: a method is trained, evaluated and timed.
 
-    quality      held-out loss and exact match
+    quality      held-out loss and exact match; of a policy the reward
     forgetting   KL(base || tuned) and the increase of the loss on text outside the task, both in
                  nats a token
     latency      of prefill and decode at batch 1, as a ratio to the base's: medians over rounds in
@@ -13,14 +13,12 @@ own (`comparing.run`), so that peak memory is that of one method.
 
 from __future__ import annotations
 
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -28,55 +26,84 @@ from torch import nn
 
 from lorafold.adapter import Adapter, load
 from lorafold.bases import parameter_count
+from lorafold.comparing.latency import NEW, latencies
 from lorafold.data.probes import probe_ids
 from lorafold.data.sources import Row
 from lorafold.data.template_forms import on_day
 from lorafold.errors import NotMergeable
-from lorafold.evaluation import Interval, evaluate
+from lorafold.evaluation import Evaluation, Interval, RewardEvaluation
+from lorafold.objectives import OBJECTIVES
 from lorafold.opening import Base
 from lorafold.peft.config import CONFIG
 from lorafold.peft.saved import Saved
 from lorafold.recipe.fitting import fitting, settled_base, spec_of
 from lorafold.recipe.recipe import Recipe
 from lorafold.training.grounds import day_written
-from lorafold.training.request import Request, objective_of
+from lorafold.training.request import Request, objective_of, tokenizer_for
 from lorafold.training.run import train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# tokens prefilled, tokens decoded, rounds: many short timings in turn are robust to a noisy machine
-PROMPT, NEW, ROUNDS = 128, 8, 11
 # the relative error of logits at which two models count as equal: in fp32 far above the rounding of
 # some dozen layers, and far below the effect of an adapter
 EXACT = 1e-4
+BASE = "base"  # the row of the model before anything is trained
 
 
 @dataclass(frozen=True)
 class Measurement:
     """The figures of one method and seed. `trainable_share` is relative to the base's parameters,
     latencies are ratios to the base's, losses are in nats; None where there is nothing to measure.
+
+    Of a policy there is no loss, but what the completions are worth that it draws of held-out
+    prompts: `reward` is the mean, `rewards` are those of each reward by its name, and
+    `prompt_rewards` the means of each prompt, in the order of the rows. That of the base, before
+    anything is trained, has the method BASE.
     """
 
     method: str
     seed: int
-    trainable_parameters: int
-    trainable_share: float
-    adapter_bytes: int
-    tokens_per_second: float
-    peak_bytes: int
-    train_seconds: float
-    loss: float
-    exact_match: float | None
-    exact_match_interval: Interval | None
-    forgetting_kl: float | None
-    forgetting_loss: float | None
-    latency_attached: float | None
-    prefill_attached: float
-    latency_merged: float | None
-    prefill_merged: float | None
-    mergeable: bool
-    modifies_architecture: bool
+    trainable_parameters: int | None = None
+    trainable_share: float | None = None
+    adapter_bytes: int | None = None
+    tokens_per_second: float | None = None
+    peak_bytes: int | None = None
+    train_seconds: float | None = None
+    loss: float | None = None
+    exact_match: float | None = None
+    exact_match_interval: Interval | None = None
+    reward: float | None = None
+    reward_interval: Interval | None = None
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    prompt_rewards: tuple[float, ...] = ()
+    tokens_a_completion: float | None = None
+    cut_off: float | None = None
+    entropy: float | None = None
+    forgetting_kl: float | None = None
+    forgetting_loss: float | None = None
+    latency_attached: float | None = None
+    prefill_attached: float | None = None
+    latency_merged: float | None = None
+    prefill_merged: float | None = None
+    mergeable: bool | None = None
+    modifies_architecture: bool | None = None
+
+    def __str__(self) -> str:
+        what, value = ("reward", self.reward) if self.loss is None else ("loss", self.loss)
+        trained = self.train_seconds
+        seconds = "" if trained is None else f", {trained:.0f} s of training"
+        return f"{self.method}: {what} {value:.4f}{seconds}"
+
+
+def quality(found: Evaluation | RewardEvaluation) -> dict[str, Any]:
+    """The figures of an evaluation that a measurement has."""
+    if isinstance(found, Evaluation):
+        names: tuple[str, ...] = ("loss", "exact_match", "exact_match_interval")
+        return {name: getattr(found, name) for name in names}
+    names = ("reward", "reward_interval", "prompt_rewards", "tokens_a_completion", "cut_off")
+    figures = {name: getattr(found, name) for name in (*names, "entropy")}
+    return figures | {"rewards": {name: one.mean for name, one in found.rewards.items()}}
 
 
 @dataclass(frozen=True)
@@ -94,26 +121,47 @@ class Task:
         """What a chat template that asks for the date writes in all measurements; else empty."""
         return day_written(self.base, self.recipe.chat_template)
 
+    @cached_property
+    def identity(self) -> Mapping[str, Any]:
+        """What the objective depends on besides recipe, rows and model, such as rewards' files."""
+        return objective_of(self.request(Path(), self.recipe)).identity
+
+    @property
+    def rewarded(self) -> bool:
+        """Whether methods are compared as policies, by rewards."""
+        return OBJECTIVES[self.recipe.objective].draws
+
+    def request(self, out: Path, recipe: Recipe) -> Request:
+        """The request for one run.
+
+        Args:
+            out: Where it writes.
+            recipe: That of its method and seed.
+        """
+        return Request(self.base, out, recipe, self.rows, self.source, day=self.day)
+
 
 def measure(task: Task, method: str, seed: int) -> Measurement:
-    """Train one method and measure it.
+    """Train one method and measure it, or measure the base.
 
     Args:
         task: Model, data and recipe.
-        method: The name of the method.
+        method: The name of the method, or BASE.
         seed: The seed of the run.
 
     Raises LorafoldError as `train`.
     """
-    recipe = fitting(task.recipe, method).model_copy(update={"seed": seed})
+    recipe = recipe_of(task.recipe, method).model_copy(update={"seed": seed})
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "adapter"
-        request = Request(task.base, out, recipe, task.rows, task.source, day=task.day)
+        request = task.request(Path(folder) / "adapter", recipe)
         chosen = task.base.stored(settled_base(recipe, spec_of(recipe), task.base.source))
+        if method == BASE:
+            models = Models(request, chosen)
+            return Measurement(BASE, seed, **quality(models.evaluation(models.base(), task)))
         trained = train(request, Console(quiet=True))
         models = Models(request, chosen)
         base, (tuned, adapter) = models.base(), models.tuned()
-        found = evaluate(tuned, models.tokenizer, task.held_out, recipe.max_length)
+        figures = quality(models.evaluation(tuned, task))
         generates = base.get_output_embeddings() is not None  # a classifier does not
         kl, change = (
             forgetting(base, tuned, probe_ids(models.tokenizer, None))
@@ -123,19 +171,16 @@ def measure(task: Task, method: str, seed: int) -> Measurement:
         merged = merge_proved(models)
         attached_ratio, merged_ratio = latencies(base, tuned, merged, NEW if generates else 0)
         size = sum(f.stat().st_size for f in request.out.rglob("*.safetensors"))
-    count = parameter_count(base)
     return Measurement(
         method=method,
         seed=seed,
         trainable_parameters=trained.trainable_parameters,
-        trainable_share=trained.trainable_parameters / count,
+        trainable_share=trained.trainable_parameters / parameter_count(base),
         adapter_bytes=size,
         tokens_per_second=trained.tokens_per_second,
         peak_bytes=trained.peak_bytes,
         train_seconds=trained.seconds,
-        loss=found.loss,
-        exact_match=found.exact_match,
-        exact_match_interval=found.exact_match_interval,
+        **figures,
         forgetting_kl=kl,
         forgetting_loss=change,
         latency_attached=attached_ratio.decode,
@@ -147,16 +192,32 @@ def measure(task: Task, method: str, seed: int) -> Measurement:
     )
 
 
+def recipe_of(recipe: Recipe, method: str) -> Recipe:
+    """The recipe of one method; that of the base is a default one, of which nothing is trained."""
+    default: str = Recipe.model_fields["method"].default
+    return fitting(recipe, default if method == BASE else method)
+
+
 class Models:
-    """The models of one measurement: the base, and what was trained on it. Each call loads one."""
+    """The models of one measurement: the base and, once there is one, what was trained on it. Each
+    call loads one.
+    """
 
     def __init__(self, request: Request, bare: Base) -> None:
         self.objective, self.seed = objective_of(request), request.recipe.seed
         self.bare, self.whole = bare, replace(bare, model=request.out, revision=None)
         self.saved = Saved.open(request.out) if (request.out / CONFIG).is_file() else None
-        tokenizer = bare.tokenizer([self.saved]) if self.saved else self.whole.tokenizer()
-        self.objective.set_up(tokenizer)
+        if not request.out.exists():
+            tokenizer, _ = tokenizer_for(request, self.objective, Console(quiet=True))
+        else:
+            tokenizer = bare.tokenizer([self.saved]) if self.saved else self.whole.tokenizer()
+            self.objective.set_up(tokenizer)
         self.tokenizer = on_day(tokenizer, request.day)
+        self.length = request.recipe.max_length
+
+    def evaluation(self, model: PreTrainedModel, task: Task) -> Evaluation | RewardEvaluation:
+        """What methods are compared by, of one of the models. To be called once."""
+        return self.objective.evaluate(model, self.tokenizer, task.held_out, self.length)
 
     def base(self, in_fp32: bool = False) -> PreTrainedModel:
         """The base."""
@@ -209,59 +270,3 @@ def forgetting(
         change += (p.gather(1, target) - q.gather(1, target)).sum().item()
         tokens += len(target)
     return kl / tokens, change / tokens
-
-
-class Latency(NamedTuple):
-    """In seconds, or as ratios to the base's; `decode` is None for a classifier."""
-
-    prefill: float
-    decode: float | None
-
-
-def latencies(
-    base: PreTrainedModel, tuned: PreTrainedModel, merged: PreTrainedModel | None, new: int
-) -> tuple[Latency, Latency | None]:
-    """The latencies of the attached and the merged model, as ratios to the base's. The models are
-    timed in turn, so that noise affects all alike.
-
-    Args:
-        base, tuned, merged: The models; without a merged one its latency is None.
-        new: Tokens to decode; 0 times the prefill alone.
-    """
-    models = [m for m in (base, tuned, merged) if m is not None]
-    for model in models:
-        timed(model, new)  # the first calls are slower
-    rounds = [[timed(model, new) for model in models] for _ in range(ROUNDS)]
-
-    def over_base(i: int) -> Latency:
-        prefill = statistics.median(times[i].prefill / times[0].prefill for times in rounds)
-        if not new:
-            return Latency(prefill, None)
-        decode: Any = [(times[i].decode, times[0].decode) for times in rounds]
-        return Latency(prefill, statistics.median(own / base for own, base in decode))
-
-    return over_base(1), over_base(2) if merged is not None else None
-
-
-@torch.no_grad()
-def timed(model: PreTrainedModel, new: int) -> Latency:
-    """The seconds of a prefill of PROMPT tokens and of decoding `new` tokens, at batch 1."""
-    ids = torch.arange(100, 100 + PROMPT, device=model.device)[None]
-    output, prefill = clock(lambda: model(ids, use_cache=new > 0), model.device)
-
-    def decode() -> None:
-        for _ in range(new):
-            model(ids[:, -1:], cache=output.past_key_values, use_cache=True)
-
-    return Latency(prefill, clock(decode, model.device)[1] if new else None)
-
-
-def clock(do: Callable, device: torch.device) -> tuple:
-    """(what `do` returns, its seconds), waiting for the device's queued work before and after."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    result = do()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return result, time.perf_counter() - start

@@ -15,14 +15,16 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from lorafold.comparing.measure import Measurement, Task, measure
+from lorafold.comparing.measure import BASE, Measurement, Task, measure, recipe_of
 from lorafold.data.stored import Rows
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_json
 from lorafold.files.figures import digest_of, kept
 from lorafold.methods import METHODS, known_options, make_spec
 from lorafold.objectives import OBJECTIVES
-from lorafold.recipe.fitting import fitting, settled_base, spec_of
+from lorafold.recipe.fitting import settled_base, spec_of
+from lorafold.recipe.recipe import Recipe
+from lorafold.rewards.naming import adapter_in
 from lorafold.training.grounds import grounds
 
 
@@ -36,10 +38,27 @@ def known_methods(names: Sequence[str]) -> Sequence[str]:
 
 
 def methods_for(objective: str) -> list[str]:
-    """The names of the methods that can learn this objective, without diagnostic ones."""
+    """The names of the methods that are for this objective, without diagnostic ones."""
     specs = {name: make_spec(name) for name in METHODS}
     head = OBJECTIVES[objective].head
     return [n for n, s in specs.items() if not s.diagnostic and (head or not s.head_alone)]
+
+
+def unfit(recipe: Recipe, method: str) -> str | None:
+    """Why a method can't be trained on the recipe's objective, or None.
+
+    Args:
+        recipe: Names the objective and what it takes.
+        method: The name of the method.
+    """
+    if not OBJECTIVES[recipe.objective].draws:
+        return None
+    spec, rewards = make_spec(method), recipe.objective_options.get("rewards", ())
+    if spec.asks_losses:
+        return "chooses what it trains by losses of rows, which a policy has none of"
+    if spec.trains_base and any(map(adapter_in, rewards)):
+        return "trains the base's own weights, over which a reward model scores"
+    return None
 
 
 def compare(
@@ -57,8 +76,11 @@ def compare(
         out: The directory of the figures.
         tell: Called as tell(measurement, done, total) after each.
 
-    Raises LorafoldError before anything is trained for an unknown method, for options that none of
-    the methods has, and for new tokens, which the base can't be measured on.
+    Where methods are compared by rewards, the base is measured with every seed before them.
+
+    Raises LorafoldError before anything is trained for an unknown method, for one that can't be
+    trained on the objective, for options that none of the methods has, and for new tokens, which
+    the base can't be measured on.
     """
     if task.recipe.new_tokens:
         raise LorafoldError(
@@ -67,6 +89,9 @@ def compare(
             " for each method"
         )
     known_methods(methods)
+    for method in methods:
+        if why := unfit(task.recipe, method):
+            raise LorafoldError(f"method: found {method}, which {why}")
     if strange := [
         option
         for option in task.recipe.options
@@ -76,7 +101,8 @@ def compare(
             f"recipe: options {', '.join(strange)}: expected options that one of"
             f" {', '.join(methods)} has"
         )
-    plan = [(method, seed) for method in methods for seed in seeds]
+    before = [BASE] if task.rewarded else []
+    plan = [(method, seed) for method in [*before, *methods] for seed in seeds]
     (out / "rows").mkdir(parents=True, exist_ok=True)
     measurements: list[Measurement] = []
     for method, seed in plan:
@@ -93,7 +119,7 @@ def measured_anew(task: Task, method: str, seed: int) -> dict[str, Any]:
 
     Args:
         task: Model, data and recipe.
-        method: The name of the method.
+        method: The name of the method, or BASE.
         seed: The seed of the run.
     """
     return asdict(in_own_process(task, method, seed))
@@ -113,25 +139,25 @@ def in_own_process(task: Task, method: str, seed: int) -> Measurement:
 
 def key(task: Task, method: str) -> str:
     """A digest, of twelve letters, of everything that the figures depend on: the model, the rows,
-    the recipe with the defaults of the method, the device, the storage and the code.
+    the recipe with the defaults of the method, the files of rewards, the device, the storage and
+    the code.
 
     Args:
         task: Model, data and recipe.
         method: The name of the method.
     """
-    recipe = fitting(task.recipe, method)
+    recipe = recipe_of(task.recipe, method)
     spec = spec_of(recipe)
     base = task.base.stored(settled_base(recipe, spec, task.base.source))
     found = grounds(base, recipe.chat_template, "comparing", "merging")
     rows = [Rows.of(task.rows).identity, Rows.of(task.held_out).identity]
     asked = recipe.model_dump(mode="json", exclude={"seed"})
-    return digest_of([found, *rows, asked, repr(spec), spec.lr, spec.lr_b, task.day])
+    own = [repr(spec), spec.lr, spec.lr_b, task.day, dict(task.identity)]
+    return digest_of([found, *rows, asked, *own])
 
 
 def of_stored(stored: dict[str, Any]) -> Measurement:
     """The figures that a file has."""
-    interval = stored["exact_match_interval"]
-    return Measurement(
-        **{f.name: stored[f.name] for f in fields(Measurement)}
-        | {"exact_match_interval": interval and tuple(interval)}
-    )
+    values: dict[str, Any] = {f.name: stored[f.name] for f in fields(Measurement)}
+    tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    return Measurement(**values | tuples)

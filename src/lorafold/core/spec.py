@@ -53,6 +53,11 @@ class Spec(ABC):
         """How many positions of the model it takes before the first token of a row."""
         return 0
 
+    @property
+    def asks_losses(self) -> bool:
+        """Whether `prepare` asks for losses of rows, which a policy has none of before it draws."""
+        return False
+
     @abstractmethod
     def build(self, layer: Layer) -> Delta:
         """Make the delta for one layer. Raises LorafoldError if the method can't adapt it."""
@@ -74,7 +79,7 @@ class Spec(ABC):
     def prepare(self, deltas: Mapping[str, Delta], losses: Losses) -> None:
         """Prepare the deltas for training; called once, before the first step of a run.
 
-        `losses` yields scalars to call `backward()` on.
+        `losses` yields scalars to call `backward()` on; a spec that calls it `asks_losses`.
         """
         return None
 

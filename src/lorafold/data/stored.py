@@ -7,7 +7,7 @@ source.
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from hashlib import sha256
 from itertools import islice
@@ -100,6 +100,10 @@ class Rows(Sequence[Row]):
     def of(rows: Sequence[Row], wanted: str = "") -> "Rows":
         """Rows of one source; those that are `Rows` already stay as they are."""
         return rows if isinstance(rows, Rows) else Rows(rows, (Part(len(rows)),), wanted=wanted)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # another process finds their shapes again, which have functions that can't be sent
+        return {one.name: getattr(self, one.name) for one in fields(self)}
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -97,6 +97,7 @@ class RewardEvaluation:
         entropy: nats a token, estimated from the drawn tokens under the law they were drawn from.
         groups_without_signal: the share of prompts whose completions are all worth the same; None
             for one completion each.
+        prompt_rewards: the mean of the completions of each prompt, in the order of the rows.
         samples: from the best to the worst, the first and the last ones of all completions.
     """
 
@@ -110,6 +111,7 @@ class RewardEvaluation:
     cut_off: float
     entropy: float
     groups_without_signal: float | None
+    prompt_rewards: tuple[float, ...]
     samples: tuple[Sample, ...]
 
     @classmethod
@@ -134,6 +136,7 @@ class RewardEvaluation:
             cut_off=figures["cut off"],
             entropy=figures["entropy"],
             groups_without_signal=figures["groups without signal"] if group > 1 else None,
+            prompt_rewards=tuple(found.rewards.mean(1).tolist()),
             samples=tuple(found.samples(SAMPLES, SAMPLES)),
         )
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -40,7 +40,7 @@ from lorafold.models.storage import stored_in_files
 from lorafold.opening import Base
 from lorafold.opening.kinds import REWARD_MODEL, kind_of
 from lorafold.peft.saved import Saved
-from lorafold.rewards import Judged, Reward
+from lorafold.rewards import Judged, Reward, Rewards
 from lorafold.rewards.judged import failure
 from lorafold.rewards.naming import adapter_in, parted
 from lorafold.step.branches import Branching, branching
@@ -115,6 +115,32 @@ class RewardAdapter:
         if _quantized(model) or before is None or before == now:
             return ""
         return f"it was trained over a base in {before}, and scores over this one, in {now}"
+
+
+@contextmanager
+def rewards_over(
+    model: PreTrainedModel,
+    given: Sequence[str | Callable[..., Any]],
+    adapters: Mapping[str, RewardAdapter],
+    limit: float,
+    packing: bool,
+    console: Console,
+) -> Iterator[Rewards]:
+    """Rewards, those that are adapters over the model that draws the completions.
+
+    Args:
+        given: All of them, as `Rewards.of` takes them.
+        adapters: Those that are adapters, by their names.
+        limit: The seconds that a call of one may take.
+        model, packing, console: As `RewardAdapter.over` takes them.
+    """
+    with ExitStack() as stack:
+        over: dict[Any, Reward] = {
+            text: stack.enter_context(one.over(model, packing, console))
+            for text, one in adapters.items()
+        }
+        judges = [over.get(one, one) if isinstance(one, str) else one for one in given]
+        yield stack.enter_context(Rewards.of(*judges, limit=limit))
 
 
 class AdapterReward:

@@ -139,6 +139,10 @@ class DoRA(Spec):
 
     lr_b: ClassVar[float] = 3e-3
 
+    @property
+    def asks_losses(self) -> bool:
+        return self.over.asks_losses
+
     def options(self) -> tuple[str, ...]:
         return (*super().options(), *self.over.options())
 

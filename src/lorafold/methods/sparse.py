@@ -73,6 +73,10 @@ class _Sparse(Spec):
 
     lr: ClassVar[float] = 1e-3
 
+    @property
+    def asks_losses(self) -> bool:
+        return True
+
     def __post_init__(self) -> None:
         refuse(self, self.wrong())
 

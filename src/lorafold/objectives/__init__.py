@@ -34,7 +34,7 @@ class Declared:
     unread: What a user is told who gives it pairs, if it leaves one of their completions out.
     streams: Its rows can be read while it trains.
     head: It puts a head over a text in place of that of a language model.
-    compared: Its figures are those that methods are compared by.
+    compared: Methods are compared by what it measures.
     draws: It draws completions with the weights that train, so nothing is dropped of them, and it
         takes rewards, which read all keys of rows.
     """
@@ -97,12 +97,12 @@ OBJECTIVES: dict[str, Declared] = {
     "orpo": Declared("preference.Preference", COMPLETIONS_COMPARED, PAIRS, law="Orpo"),
     "simpo": Declared("preference.Preference", COMPLETIONS_COMPARED, PAIRS, law="Simpo"),
     "reward": Declared("reward.RewardModel", "score completions", PAIRS, law="Reward", head=True),
-    "reinforce": Declared(POLICY, REWARDED, PROMPTS, law="Reinforce", draws=True),
-    "rloo": Declared(POLICY, REWARDED, PROMPTS, law="Rloo", draws=True),
-    "ppo": Declared(POLICY, REWARDED, PROMPTS, law="Ppo", draws=True),
-    "grpo": Declared(POLICY, REWARDED, PROMPTS, law="Grpo", draws=True),
-    "gspo": Declared(POLICY, REWARDED, PROMPTS, law="Gspo", draws=True),
-    "cispo": Declared(POLICY, REWARDED, PROMPTS, law="Cispo", draws=True),
+    "reinforce": Declared(POLICY, REWARDED, PROMPTS, law="Reinforce", compared=True, draws=True),
+    "rloo": Declared(POLICY, REWARDED, PROMPTS, law="Rloo", compared=True, draws=True),
+    "ppo": Declared(POLICY, REWARDED, PROMPTS, law="Ppo", compared=True, draws=True),
+    "grpo": Declared(POLICY, REWARDED, PROMPTS, law="Grpo", compared=True, draws=True),
+    "gspo": Declared(POLICY, REWARDED, PROMPTS, law="Gspo", compared=True, draws=True),
+    "cispo": Declared(POLICY, REWARDED, PROMPTS, law="Cispo", compared=True, draws=True),
 }
 
 

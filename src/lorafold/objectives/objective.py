@@ -19,7 +19,7 @@ from lorafold.data.sources import Row
 from lorafold.data.stored import Part, Rows
 from lorafold.data.tokenizing import Encoder, tokenized
 from lorafold.errors import LorafoldError
-from lorafold.evaluation import Measured, held_out_loss
+from lorafold.evaluation import Evaluation, Measured, RewardEvaluation, evaluate, held_out_loss
 from lorafold.objectives import Declared
 from lorafold.opening import Base
 from lorafold.peft.saved import Saved
@@ -242,6 +242,22 @@ class Objective(ABC):
     def measure(self, loss: Any, held_out: Any) -> Measured:
         """The figures of held-out examples."""
         return Measured(held_out_loss(loss, held_out.examples))
+
+    def evaluate(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Sequence[Row],
+        max_length: int,
+    ) -> Evaluation | RewardEvaluation:
+        """What methods are compared by, of held-out rows: the loss and exact match.
+
+        Args:
+            model: As `load` gives it, with adapters or without.
+            tokenizer: After `set_up`.
+            max_length: Longer rows are cut to this many tokens, or refused.
+        """
+        return evaluate(model, tokenizer, rows, max_length)
 
 
 def given_options(beta: float | None, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
+from rich.console import Console
 
 from lorafold.core.undropped import undropped
 from lorafold.data.account import account_of
@@ -20,12 +21,15 @@ from lorafold.data.arrow import lengths_of
 from lorafold.data.examples import WHOLE
 from lorafold.data.feed import Feed, StoredFeed
 from lorafold.data.render import Rendering, ensure_chat_template
+from lorafold.data.rows import as_checked
+from lorafold.data.shapes import PROMPTS
+from lorafold.data.sources import Row
 from lorafold.data.stored import Rows
 from lorafold.data.to_complete import Prompt, PromptData, Prompts, prompt_data
 from lorafold.data.tokenizing import Encoder
 from lorafold.errors import LorafoldError
-from lorafold.evaluation import Measured
-from lorafold.evaluation.reward_adapter import RewardAdapter
+from lorafold.evaluation import Measured, RewardEvaluation, RewardSettings, evaluate_rewards
+from lorafold.evaluation.reward_adapter import RewardAdapter, rewards_over
 from lorafold.evaluation.rewarded import Rewarded
 from lorafold.evaluation.rollouts import SLOTS, Completion, Rollouts
 from lorafold.objectives import Declared
@@ -42,7 +46,6 @@ from lorafold.step.policy_laws import PolicyLaw
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from rich.console import Console
     from rich.text import Text
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -142,14 +145,7 @@ class PolicyObjective(Objective):
     ) -> Iterator[Playing]:
         drawing = self.drawing
         with ExitStack() as stack:
-            over = {
-                text: stack.enter_context(one.over(model, packing, console))
-                for text, one in self.adapters.items()
-            }
-            named = [over.get(text, text) for text in drawing.rewards]
-            rewards = stack.enter_context(
-                Rewards.of(*named, *self.given, limit=drawing.reward_seconds)
-            )
+            rewards = stack.enter_context(self._judging(model, packing, console))
             rollouts = Rollouts(model, tokenizer, drawing.group, drawing.max_new_tokens)
             stack.callback(rollouts.close)
             if dropped := stack.enter_context(undropped(model)):
@@ -212,6 +208,23 @@ class PolicyObjective(Objective):
         own = {k: v for k, v in found.figures.items() if k != "groups without signal"}
         figures = own | {"reward_interval": interval}
         return Measured(-reward, figures, f", reward {reward:.3f}{within}")
+
+    def evaluate(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row],
+        max_length: int,
+    ) -> RewardEvaluation:  # fmt: skip
+        """What completions of prompts are worth, as many of each as in training, under the run's
+        seed.
+        """
+        longest, k = self.drawing.max_new_tokens, self.drawing.group
+        how = RewardSettings(max_length, longest, k, seed=self.seed)
+        with self._judging(model, True, Console(quiet=True)) as rewards:
+            return evaluate_rewards(model, tokenizer, as_checked(rows, PROMPTS), rewards, how)
+
+    def _judging(self, model: PreTrainedModel, packing: bool, console: Console) -> Any:
+        given: list[Any] = [*self.drawing.rewards, *self.given]
+        limit = self.drawing.reward_seconds
+        return rewards_over(model, given, self.adapters, limit, packing, console)
 
     def _drawn(self, prompts: Sequence[Prompt], key: int, loss: Playing) -> Rewarded:
         groups = loss.rollouts[0].draw([prompt.ids for prompt in prompts], key)

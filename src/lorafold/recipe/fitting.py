@@ -59,17 +59,12 @@ def spec_of(recipe: Recipe) -> Spec:
             )
         fields["dropout"] = 0.0
     spec = make_spec(recipe.method, **fields | recipe.options)
-    if OBJECTIVES[recipe.objective].draws and type(_lowest(spec)).prepare is not Spec.prepare:
+    if OBJECTIVES[recipe.objective].draws and spec.asks_losses:
         raise LorafoldError(
             f"method: found {recipe.method}, which chooses what it trains by the losses of rows;"
             f" the objective {recipe.objective} has no loss before completions are drawn"
         )
     return spec
-
-
-def _lowest(spec: Spec) -> Spec:
-    over = getattr(spec, "over", None)
-    return _lowest(over) if isinstance(over, Spec) else spec
 
 
 def fitting(recipe: Recipe, method: str) -> Recipe:

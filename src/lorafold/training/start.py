@@ -20,6 +20,7 @@ from lorafold.data.stored import Rows
 from lorafold.data.stream import RowStream
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import Measured
+from lorafold.objectives import OBJECTIVES
 from lorafold.recipe.recipe import Recipe
 from lorafold.step.adamw import described, make_optimizer, pick
 from lorafold.step.losses import Loss
@@ -202,7 +203,14 @@ def sample_losses(
         recipe: Gives the batch size and the seed.
         n: The number of losses.
         rows: Examples in each loss; None takes the recipe's batch.
+
+    Raises LorafoldError for an objective that draws what it learns from.
     """
+    if OBJECTIVES[recipe.objective].draws:
+        raise LorafoldError(
+            f"method {recipe.method}: it asks for losses of rows before the first step, where the"
+            f" objective {recipe.objective} has none, expected a spec that says so (asks_losses)"
+        )
     loss.train()
     for chosen in feed.drawn(n, rows or recipe.batch, recipe.seed + 1):
         inputs = loss.collate(chosen, loss.device) | loss.of_step(chosen)

@@ -1,0 +1,277 @@
+"""Methods compared as policies: by rewards of held-out prompts, beside the base, in pairs."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from statistics import NormalDist, fmean, stdev
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+import lorafold as lf
+from conftest import lorafold, refused
+from lorafold.api.compare import Comparison
+from lorafold.comparing import latency, run
+from lorafold.comparing.measure import BASE, Measurement, measure
+from lorafold.comparing.plots import Quality
+from lorafold.comparing.report import columns, markdown
+from lorafold.comparing.rewards import Difference, over_base, verdict
+from lorafold.errors import LorafoldError
+from lorafold.methods import METHODS, make_spec
+from lorafold.recipe.fitting import spec_of
+
+pytestmark = pytest.mark.usefixtures("unestimated")
+WORDS = ("red", "blue", "green", "gold", "grey", "black", "white", "brown")
+ROWS = [{"prompt": f"Say {word}", "word": word} for word in WORDS]
+TRAIN, HELD_OUT = ROWS[:4], ROWS[4:]
+FILE = """
+def letters(completion, word):
+    return sum(letter in completion for letter in word) / len(word)
+
+def short(completion):
+    return -len(completion)
+"""
+RECIPE = lf.Recipe(
+    objective="grpo", steps=2, batch=2, max_length=64, storage="fp32", lr=0.05, lr_b=0.5,
+    schedule="constant", warmup=0, objective_options={"group": 2, "max_new_tokens": 6},
+)  # fmt: skip
+
+
+@pytest.fixture
+def rewards(tmp_path: Path) -> Path:
+    file = tmp_path / "rewards.py"
+    file.write_text(FILE)
+    return file
+
+
+def compared(out: Path, model: Path, **given: Any) -> Comparison:
+    how: dict[str, Any] = {"data": TRAIN, "eval_data": HELD_OUT, "recipe": RECIPE, "device": "cpu"}
+    return lf.compare(out, model=model, **{**how, "methods": ["lora", "ia3"], **given})
+
+
+def test_rows_are_what_training_and_evaluating_alone_give(
+    tiny_model_dir, rewards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kept as long as the file of the reward is the same."""
+    model, out = tiny_model_dir("llama"), tmp_path / "compared"
+    asked = [f"{rewards}:letters", f"0.01*{rewards}:short"]
+    monkeypatch.setattr(run, "in_own_process", measure)  # a process takes seconds to start
+    monkeypatch.setattr(latency, "ROUNDS", 1)
+    found = compared(out, model, rewards=asked)
+    base, lora, ia3 = found.rows
+    assert (base.method, lora.method, ia3.method) == (BASE, "lora", "ia3")
+    how: dict[str, Any] = {"rewards": asked, "max_new_tokens": 6, "group": 2, "max_length": 64}
+    how |= {"storage": "fp32", "device": "cpu"}
+    alone = lf.evaluate(model, HELD_OUT, **how)
+    assert (base.reward, base.reward_interval) == (alone.reward, alone.reward_interval)
+    assert base.prompt_rewards == alone.prompt_rewards
+    assert base.rewards == {name: one.mean for name, one in alone.rewards.items()}
+    trained = lf.train(
+        RECIPE, data=TRAIN, model=model, out=tmp_path / "a", rewards=asked, device="cpu"
+    )
+    alone = lf.evaluate(model, HELD_OUT, adapters=tmp_path / "a", **how)
+    assert (lora.reward, lora.prompt_rewards) == (alone.reward, alone.prompt_rewards)
+    assert lora.prompt_rewards != base.prompt_rewards
+    assert lora.trainable_parameters == trained.trainable_parameters
+    assert base.trainable_parameters is base.peak_bytes is base.mergeable is None
+    assert lora.loss is lora.exact_match is None
+
+    def never(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(run, "in_own_process", never)
+    assert compared(out, model, rewards=asked) == found
+    with rewards.open("a") as file:
+        file.write("# another file\n")
+    with pytest.raises(AssertionError):
+        compared(out, model, rewards=asked)
+    text = (out / "table.md").read_text()
+    assert text == str(found)
+    assert [*columns(found.rows)][:6] == [
+        "method", "trainable", "share", "adapter MB", "seconds", "tokens/s"
+    ]  # fmt: skip
+    assert {"reward", "95%", "over base", f"reward {rewards}:short"} <= {*columns(found.rows)}
+    assert not {"loss", "exact"} & {*columns(found.rows)}
+
+
+@pytest.mark.slow
+def test_the_command_has_the_same(tiny_model_dir, rewards: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS * 3))
+    done = lorafold(
+        "compare", "--model", str(tiny_model_dir("llama")), "--data", str(rows), "--out",
+        str(tmp_path / "c"), "--methods", "lora,ia3", "--objective", "rloo", "--reward",
+        f"{rewards}:letters", "--objective-options", "group=2", "--objective-options",
+        "max_new_tokens=6", "--steps", "2", "--batch", "2", "--max-length", "64", "--storage",
+        "fp32", "--device", "cpu", "--seeds", "2", "--html", str(tmp_path / "page.html"), "--json",
+    )  # fmt: skip
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert [row["method"] for row in found["rows"]] == [BASE] * 2 + ["lora"] * 2 + ["ia3"] * 2
+    assert {*found["over_base"]} == {"lora", "ia3"}
+    assert found["verdict"].startswith("highest held-out reward: ")
+    assert "1/6 base: reward" in done.stderr
+    shown = " ".join((tmp_path / "page.html").read_text().split())
+    assert shown.count("<svg") == 4
+    assert f"<p>{found['verdict']}.</p>" in shown
+    assert "held-out reward (higher is better)" in shown
+    assert "oss and exact match" not in shown
+    assert "held-out loss" not in shown
+
+
+@pytest.mark.slow
+def test_a_reward_model_scores_what_is_compared(
+    tiny_model_dir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, scored = tiny_model_dir("llama"), tmp_path / "reward"
+    pairs = [{"prompt": f"Say {w}", "chosen": w, "rejected": w[::-1]} for w in WORDS]
+    recipe = lf.Recipe(objective="reward", steps=2, batch=2, max_length=64, storage="fp32", lr=0.1)
+    lf.train(recipe, data=pairs, model=model, out=scored, device="cpu")
+    monkeypatch.setattr(run, "in_own_process", measure)
+    found = compared(tmp_path / "c", model, rewards=f"adapter:{scored}", methods=["lora"])
+    base, lora = found.rows
+    assert base.reward != lora.reward
+    again = compared(tmp_path / "c", model, rewards=f"adapter:{scored}", methods=["lora"])
+    assert again == found
+    other = recipe.model_copy(update={"seed": 1})
+    lf.train(other, data=pairs, model=model, out=scored, device="cpu", overwrite=True)
+    anew = compared(tmp_path / "c", model, rewards=f"adapter:{scored}", methods=["lora"])
+    assert anew.rows[0].reward != base.reward
+
+
+class Asking(lf.LoRA):
+    """A method that asks for losses, and does not say so."""
+
+    def prepare(self, deltas: Any, losses: Any) -> None:
+        next(losses(1))
+
+
+class Looking(lf.LoRA):
+    """A method that prepares its deltas without losses."""
+
+    def prepare(self, deltas: Any, losses: Any) -> None:
+        assert deltas
+
+
+def test_a_method_says_whether_it_asks_for_losses(
+    tiny_model_dir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = {m: make_spec(m).asks_losses for m in METHODS}
+    assert {m for m, asks in words.items() if asks} == {"lt-sft", "fish"}
+    for method, over in (("fish", {}), ("dora", {"over": "fish"})):
+        recipe = RECIPE.model_copy(update={"method": method, "options": over})
+        with pytest.raises(LorafoldError, match=f"method: found {method}, which chooses"):
+            spec_of(recipe)
+    how: dict[str, Any] = {"data": TRAIN, "model": tiny_model_dir("llama"), "rewards": letters}
+    monkeypatch.setitem(METHODS, "looking", Looking)
+    monkeypatch.setitem(METHODS, "asking", Asking)
+    short = RECIPE.model_copy(update={"steps": 1, "method": "looking"})
+    assert lf.train(short, out=tmp_path / "a", **how).steps == 1
+    with pytest.raises(LorafoldError, match="method asking: it asks for losses of rows before"):
+        lf.train(short.model_copy(update={"method": "asking"}), out=tmp_path / "b", **how)
+
+
+def letters(completion: str, word: str) -> float:
+    return sum(letter in completion for letter in word) / len(word)
+
+
+def policy(method: str, *rewards: float, seed: int = 0) -> Measurement:
+    return Measurement(
+        method, seed, 10, 0.1, reward=fmean(rewards), prompt_rewards=rewards, forgetting_kl=0.1,
+        mergeable=True, prefill_attached=1.0,
+    )  # fmt: skip
+
+
+HARD = (0.1, 0.5, 0.9)  # of three prompts
+BEFORE = policy(BASE, *HARD)
+BETTER = policy("lora", *(x + gain for x, gain in zip(HARD, (0.05, 0.06, 0.07), strict=True)))
+SAME = policy("ia3", *(x + gain for x, gain in zip(HARD, (-0.1, 0.0, 0.1), strict=True)))
+
+
+def test_a_difference_is_of_prompts_in_pairs() -> None:
+    gain = over_base([BEFORE, BETTER])["lora"]
+    half = NormalDist().inv_cdf(0.975) * stdev((0.05, 0.06, 0.07)) / 3**0.5
+    assert gain.mean == pytest.approx(0.06)
+    assert gain.interval == pytest.approx((0.06 - half, 0.06 + half))
+    assert gain.above
+    assert not Difference.of([1.0], [0.0]).above  # one prompt says nothing
+    two = [BEFORE, replace(BEFORE, seed=1), BETTER, policy("lora", 0.1, 0.5, 0.9, seed=1)]
+    assert over_base(two)["lora"].mean == pytest.approx(0.03)
+
+
+def test_the_highest_reward_is_the_best() -> None:
+    told = verdict([BEFORE, SAME, BETTER])
+    assert told.startswith("highest held-out reward: lora, +0.06 (95%: +0.04868 to +0.07132) over")
+    assert told.endswith("prompts; not told from lora: ia3")
+    worse = policy("ia3", *(x - gain for x, gain in zip(HARD, (0.05, 0.06, 0.07), strict=True)))
+    assert verdict([BEFORE, worse, BETTER]).endswith("over the base, paired by prompts")
+    assert "which does not tell it from the base" in verdict([BEFORE, worse, SAME])
+    assert markdown([BEFORE, BETTER]).endswith(f"\n\n{verdict([BEFORE, BETTER])}\n")
+    loss = Measurement("lora", 0, loss=1.0)
+    assert (verdict([loss]), over_base([loss])) == ("", {})
+    assert [*columns([loss])] == ["method", "loss"]
+
+
+def test_up_is_the_reward_in_plots() -> None:
+    quality = Quality.of([BEFORE, BETTER, SAME])
+    assert quality.label == "held-out reward (higher is better)"
+    assert (quality.scale, quality.base) == ("linear", BEFORE.reward)  # rewards may be below 0
+    assert quality.values == [BETTER.reward, SAME.reward]
+    loss = Quality.of([Measurement("lora", 0, loss=1.0)])
+    assert (loss.label, loss.base) == ("held-out loss (lower is better)", None)
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "no reward": ({}, "objective grpo: found no reward"),
+    "a function": ({"rewards": len}, "rewards: found <built-in .*, expected names such as"),
+    "an objective that takes none": (
+        {"rewards": "regex:a", "recipe": lf.Recipe()}, "the objective sft takes none; expected",
+    ),
+    "a method that asks for losses": (
+        {"rewards": "regex:a", "methods": ["lora", "fish"]}, "method: found fish, which chooses",
+    ),
+    "no such reward model": ({"rewards": "adapter:a"}, "a: found no adapter_config.json"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case: str, tiny_model_dir, tmp_path: Path) -> None:
+    given, said = BAD[case]
+    with pytest.raises(LorafoldError, match=said):
+        compared(tmp_path / "c", tiny_model_dir("llama"), **given)
+    assert not [*tmp_path.rglob("*.json")]
+
+
+def test_the_command_needs_a_reward(tiny_model_dir, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    asked = ["compare", "--objective", "grpo", "--data", rows, "--out", tmp_path / "c"]
+    told = refused(*map(str, asked), "--max-length", "300", "--model",
+                   str(tiny_model_dir("llama")))  # fmt: skip
+    assert "found no reward" in told
+
+
+def test_methods_that_can_not_are_left_out_and_named(
+    tiny_model_dir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, planned = io.StringIO(), list[str]()
+
+    def plan(task: Any, methods: list[str], *_: object) -> list[Measurement]:
+        planned.extend(methods)
+        return [BEFORE, BETTER]
+
+    monkeypatch.setattr(run, "compare", plan)
+    (tmp_path / "c").mkdir()
+    console = Console(file=told, width=200)
+    given: dict[str, Any] = {"methods": [], "console": console, "rewards": "regex:a"}
+    compared(tmp_path / "c", tiny_model_dir("llama"), **given)
+    assert not {"fish", "lt-sft", "linear-probe", "fastfood"} & {*planned}
+    assert {"lora", "dora", "full", "prefix"} <= {*planned}
+    left_out = [line for line in told.getvalue().splitlines() if "chooses what" in line]
+    assert [line.split()[0] for line in left_out] == ["lt-sft", "fish"]
+    scored = lf.Recipe(objective="grpo", objective_options={"rewards": ["0.5*adapter:a"]})
+    assert "over which a reward model scores" in str(run.unfit(scored, "full"))
+    assert run.unfit(scored, "lora") is run.unfit(lf.Recipe(), "fish") is None
