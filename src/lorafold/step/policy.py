@@ -72,8 +72,9 @@ class Seen:
     kl: float = 0.0
 
     def figures(self, kl: bool) -> dict[str, float]:
-        """Means over the tokens, and the largest difference."""
-        n = max(self.tokens, 1)
+        """Means over the tokens, and the largest difference; nothing of a step without any."""
+        if not (n := self.tokens):
+            return {}
         found = {"mismatch": self.apart / n, "largest mismatch": self.largest}
         return found | {"clipped": self.clipped / n} | ({"KL": self.kl / n} if kl else {})
 

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from lorafold.adapter.reach import strays, text_alone
 from lorafold.machine.allocator import freed_blocks_kept
+from lorafold.objectives import OBJECTIVES
 from lorafold.peft.saved import BASE_IDENTITY
 from lorafold.step.activations import recompute
 from lorafold.step.fused import fused
@@ -58,6 +59,7 @@ def train(request: Request, console: Console) -> Trained:
         measure = partial(setup.objective.measure, loss, held_out) if held_out else None
         job, progress = prepare(setup, adapter, loss, feed, measure, console)
         job.examples = partial(setup.objective.examples, loss=loss)
+        job.measures_before = OBJECTIVES[setup.request.recipe.objective].draws
         with Display(console, job.steps, progress.step) as display:
             try:
                 fit(job, progress, display)
