@@ -48,7 +48,8 @@ class Sample:
     def shortened(self) -> dict[str, Any]:
         """The same with a prompt and a completion of bounded length, as text."""
         asked = self.prompt if isinstance(self.prompt, str) else "\n".join(map(_said, self.prompt))
-        return self.as_json() | {"prompt": cut(asked, KEPT), "completion": cut(self.completion, KEPT)}
+        texts = {"prompt": asked, "completion": self.completion}
+        return self.as_json() | {name: cut(text, KEPT) for name, text in texts.items()}
 
 
 @dataclass(frozen=True)
