@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import lorafold as lf
 from lorafold.cli import app
 from lorafold.errors import LorafoldError
+from lorafold.files.atomic import atomic_directory
 from lorafold.inspecting.history import History
 from lorafold.inspecting.history_page import page
 from lorafold.inspecting.observed import observed
 from lorafold.step.losses import Generated
 from lorafold.training import loop
-from lorafold.training.checkpoint import Progress
+from lorafold.training.checkpoint import Progress, RunDirectory
 
 pytestmark = pytest.mark.usefixtures("unestimated")
 ROWS = [{"prompt": f"Say {word}", "word": word} for word in ("red", "blue", "green", "gold")]
@@ -113,6 +115,23 @@ def test_a_step_without_a_figure_has_none() -> None:
     assert progress.pace == progress.rates == {}
 
 
+def test_a_checkpoint_of_an_earlier_version_is_resumed(tmp_path: Path) -> None:
+    state = {
+        "step": 2, "losses": [1.0, 2.0], "evals": {"1": 0.5, "2": 0.4}, "tokens": 9,
+        "figures": {"accuracy": 0.7}, "seconds": 1.0, "optimizer": "", "decays_vectors": True,
+    }  # fmt: skip
+    with atomic_directory(tmp_path / "a") as path:
+        (path / "state.json").write_text(json.dumps(state))
+        for name in ("adapter", "optimizer"):
+            save_file({}, path / f"{name}.safetensors")
+    found, *_ = RunDirectory(tmp_path / "a").load(tmp_path / "a")
+    assert (found.figures, found.measured) == ({"accuracy": 0.7}, {2: {"accuracy": 0.7}})
+    found.step += 1
+    found.stepped({"a": 1.0}, Generated(5, {"drawing": 2.0}), 4, 3.0)
+    assert found.shown == {"a": [None, None, 1.0]}
+    assert found.rates == {"drawn tokens/s": 2.5, "learned tokens/s": 4.0}
+
+
 def test_samples_of_steps_where_nothing_is_held_out(tiny_model_dir, tmp_path: Path) -> None:
     trained(tiny_model_dir("llama"), tmp_path / "a", steps=2, rewards=short, eval_data=None)
     found = record(tmp_path / "a")
@@ -144,13 +163,16 @@ def test_the_page_has_all_and_shows_completions_as_text(
     assert found["held_out"]["step"] == [0, 2, 4]
     text = file.read_text()
     assert text.count("<svg") == len(plots(found))
+    assert "The same in every step: " in text
     assert "Say &lt;script&gt;alert(&quot;it&quot;)&lt;/script&gt;$x$ --&gt;" in text
     assert "Before the first step" in text
     assert "src=" not in text
 
 
 def plots(found: dict[str, Any]) -> set[str]:
-    names = {*found["steps"], "loss"} - {"largest mismatch"}
+    still = {name for name, values in found["steps"].items() if len({*values}) == 1}
+    assert "clipped" in still
+    names = {*found["steps"], "loss"} - still - {"largest mismatch"}
     return {"each reward" if name.startswith("reward ") else name for name in names}
 
 
@@ -191,7 +213,8 @@ OBSERVED = [
     ({"cut off": [0.0] * 27 + [0.75] * 3}, "75% of the completions of the last 3 steps were cut"),
     ({"groups without signal": [0.9] * 30}, "90% of the groups of the last 3 steps had one"),
     ({"reward": UP, "reward a": DOWN}, "rose from 0.1 to 2.8, reward a fell from 2.9 to 0.2."),
-    ({"reward": UP, "tokens a completion": [10.0 + n for n in range(30)]}, "from 11 to 38 tokens"),
+    ({"reward": UP, "tokens a completion": [10.0 + n for n in range(30)]}, "grew from 11 to 38"),
+    ({"reward": UP, "tokens a completion": [40.0 - n for n in range(30)]}, "shrank from 39 to 12"),
 ]
 
 
@@ -209,4 +232,6 @@ def test_what_is_observed_on_held_out_prompts() -> None:
     fell, best = observed({}, found | {"reward_interval": [[0.4, 0.6], None, [0.1, 0.3]]}, {})
     assert fell == "The held-out reward fell from 0.5 before the first step to 0.2 after step 9."
     assert "highest after step 5, 0.6, and 0.2 after step 9" in best
+    own = observed({}, found | {"reward_interval": [None] * 3}, {}, own=5)
+    assert "step 5 is this one" in own[0]
     assert len(observed({}, found | {"reward_interval": [[0.1, 0.9], None, [0.1, 0.3]]}, {})) == 1

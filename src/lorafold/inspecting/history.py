@@ -126,6 +126,7 @@ def read_history(path: str | Path) -> History:
             f"{path / RECORD}: found no losses, expected the record of `lorafold train`"
         )
     steps, held_out = record.get(STEPS, {}), record.get(HELD_OUT, {})
+    options = recipe.get("objective_options", {})
     return History(
         adapter=str(path),
         recipe=recipe,
@@ -135,5 +136,5 @@ def read_history(path: str | Path) -> History:
         held_out=held_out,
         judged_by=record.get(JUDGED_BY, {}),
         samples=record.get(SAMPLES, {}),
-        observations=observed(steps, held_out, recipe.get("objective_options", {})),
+        observations=observed(steps, held_out, options, record.get("step")),
     )

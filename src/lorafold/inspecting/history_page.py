@@ -40,8 +40,8 @@ SCALES = {  # what a figure is, under its name
 }
 SOUGHT = (
     "Nothing of what is looked for was found: a collapse of the entropy, completions that are cut"
-    " off or grow, groups without signal, one reward that falls while the sum rises, a held-out"
-    " reward that falls. Read the completions nevertheless."
+    " off, grow or shrink, groups without signal, one reward that falls while the sum rises, a"
+    " held-out reward that falls. Read the completions nevertheless."
 )
 
 
@@ -67,6 +67,9 @@ def sections(found: History) -> Iterator[str]:
         " intervals where these are known. Step 0 is before the first one.</p>"
     )
     yield grid([*plotted(found)], "grid two")
+    if still := constant(found):
+        same = "; ".join(f"{clean(name)} {value:.4g}" for name, value in still.items())
+        yield f"<p>The same in every step: {seen(same)}.</p>"
     if found.samples:
         yield from side_by_side(found.samples, bool(found.evals))
 
@@ -98,10 +101,20 @@ def judges(found: History) -> tuple[list[str], list[list[str]]]:
     return ["reward", "weight", "first steps", "last steps"], lines
 
 
+def constant(found: History) -> dict[str, float]:
+    """The figures that never change, which need no plot."""
+    values = {
+        name: {v for v in found.by_step.get(name, ()) if v is not None}
+        | {v for _, v, _ in found.measured(name)}
+        for name in found.names
+    }
+    return {name: own.pop() for name, own in values.items() if len(own) == 1 and name != "loss"}
+
+
 def plotted(found: History) -> Iterator[str]:
     """The curves: one plot a figure, all rewards of a sum in one."""
     plots: dict[str, list[str]] = {}
-    for name in found.names:
+    for name in [name for name in found.names if name not in constant(found)]:
         apart = "each reward" if name.startswith(SHARED) else TOGETHER.get(name, name)
         plots.setdefault(apart, []).append(name)
     for title, names in plots.items():

@@ -15,7 +15,7 @@ Values = Sequence[float | None]
 FEWEST = 3  # steps at an end
 COLLAPSED = 0.1  # of the entropy at first
 MOST = 0.5  # of the completions
-LONGER = 2.0  # times as long as at first
+LONGER = 2.0  # times as long at one end as at the other
 SILENT = 0.8  # of the groups
 SHARED = "reward "  # begins the name of one reward of several
 
@@ -42,7 +42,10 @@ def moved(values: Values) -> tuple[float, float, int] | None:
 
 
 def observed(
-    steps: Mapping[str, Values], held_out: Mapping[str, Sequence[Any]], options: Mapping[str, Any]
+    steps: Mapping[str, Values],
+    held_out: Mapping[str, Sequence[Any]],
+    options: Mapping[str, Any],
+    own: int | None = None,
 ) -> list[str]:
     """The observations, in sentences.
 
@@ -50,8 +53,9 @@ def observed(
         steps: Figures by name, of each step.
         held_out: Figures by name, of each measure on held-out prompts.
         options: Of the objective.
+        own: The step that the adapter is of, if not the last one.
     """
-    return [*_of_steps(steps, options), *_of_held_out(held_out)]
+    return [*_of_steps(steps, options), *_of_held_out(held_out, own)]
 
 
 def _of_steps(steps: Mapping[str, Values], options: Mapping[str, Any]) -> Iterator[str]:
@@ -83,12 +87,14 @@ def _of_steps(steps: Mapping[str, Values], options: Mapping[str, Any]) -> Iterat
         one = moved(values) if name.startswith(SHARED) else None
         if one is not None and one[2] < 0:
             yield f"{rose}, {name} fell from {one[0]:.3g} to {one[1]:.3g}."
-    length = moved(steps.get("tokens a completion", ()))
-    if length is not None and length[1] > LONGER * length[0]:
-        yield f"{rose}, completions grew from {length[0]:.3g} to {length[1]:.3g} tokens."
+    if (length := moved(steps.get("tokens a completion", ()))) is not None:
+        first, last, up = length
+        if max(first, last) > LONGER * min(first, last):
+            went = "grew" if up > 0 else "shrank"
+            yield f"{rose}, completions {went} from {first:.3g} to {last:.3g} tokens."
 
 
-def _of_held_out(held_out: Mapping[str, Sequence[Any]]) -> Iterator[str]:
+def _of_held_out(held_out: Mapping[str, Sequence[Any]], own: int | None) -> Iterator[str]:
     names = ("step", "reward", "reward_interval")
     columns = [held_out.get(name, ()) for name in names]
     found = [one for one in zip(*columns, strict=False) if one[1] is not None]
@@ -100,8 +106,8 @@ def _of_held_out(held_out: Mapping[str, Sequence[Any]]) -> Iterator[str]:
         yield f"The held-out reward fell from {first:.4g} {when} to {last:.4g} after step {end}."
     best, most, _ = max((one for one in found if one[0]), key=lambda one: one[1])
     if most > last:
+        where = "lies beside it, in a directory with .best at the end of its name"
         yield (
             f"The held-out reward was highest after step {best}, {most:.4g}, and {last:.4g} after"
-            f" step {end}: the adapter of step {best} lies beside this one, in a directory with"
-            " .best at the end of its name."
+            f" step {end}: the adapter of step {best} {'is this one' if own == best else where}."
         )
