@@ -179,7 +179,7 @@ def plots(found: dict[str, Any]) -> set[str]:
 def test_names_and_completions_run_nothing(tmp_path: Path) -> None:
     one = {"where": HOSTILE, "prompt": HOSTILE, "completion": f"\ud800\0{HOSTILE}", "reward": 1.0}
     side = {"step": 1, "samples": [one | {"ended": False, "each": {HOSTILE: 1.0}}]}
-    names = {f"reward {HOSTILE}": [1.0] * 6, "reward": [1.0, None] * 3}
+    names = {f"reward {HOSTILE}": UP[:6], r"reward $\nope$": UP[:6], r"$\nope$": UP[:6]}
     found = History(
         HOSTILE, {"objective": HOSTILE, "method": HOSTILE}, [1.0] * 6, names, {3: 1.0},
         {"step": [3], "reward": [1.0], "reward_interval": [None]}, {HOSTILE: 1.0},
@@ -201,7 +201,14 @@ def test_a_run_of_an_earlier_version_and_one_without_rewards(tmp_path: Path) -> 
     page(found, tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text().count("<svg") == 1
     (tmp_path / "lorafold.json").write_text("{}")
-    with pytest.raises(LorafoldError, match="found no losses, expected the record of `lorafold"):
+    with pytest.raises(LorafoldError, match="record of `lorafold train`: recipe: Field"):
+        lf.history(tmp_path)
+    (tmp_path / "lorafold.json").write_text(json.dumps(old | {"steps": {"reward": ["x"]}}))
+    with pytest.raises(LorafoldError, match=r"steps\.reward\.0.*valid number"):
+        lf.history(tmp_path)
+    hostile = {"step": [1], "reward": [0.5], "reward_interval": ["x"]}
+    (tmp_path / "lorafold.json").write_text(json.dumps(old | {"held_out": hostile}))
+    with pytest.raises(LorafoldError, match=r"held_out\.reward_interval\.0"):
         lf.history(tmp_path)
     with pytest.raises(LorafoldError, match=r"found no lorafold\.json, expected what"):
         lf.history(tmp_path / "none")

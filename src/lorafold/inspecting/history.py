@@ -13,15 +13,48 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError
 
 from lorafold.errors import LorafoldError
-from lorafold.files.card import HELD_OUT, JUDGED_BY, SAMPLES, STEPS, within
+from lorafold.files.card import within
 from lorafold.files.intact import check_intact
 from lorafold.files.record import RECORD, read_object
 from lorafold.inspecting.observed import ends, observed
 
 INTERVAL = "_interval"  # a held-out figure with this at its end has the interval of another
+
+
+class Read(BaseModel):
+    """A completion to read, as a record has it."""
+
+    where: str
+    prompt: str
+    completion: str
+    reward: float
+    ended: bool
+    each: dict[str, float] = {}
+
+
+class Side(BaseModel):
+    """The completions of one measure."""
+
+    step: int
+    samples: list[Read]
+
+
+class Kept(BaseModel):
+    """What a record keeps of a run, under its names there; adapters may be anybody's."""
+
+    recipe: dict[str, Any]
+    losses: list[float] = Field(min_length=1)
+    evals: dict[int, float] = {}
+    step: int | None = None
+    steps: dict[str, list[float | None]] = {}
+    held_out: dict[str, list[int | float | tuple[float, float] | None]] = {}
+    judged_by: dict[str, float] = {}
+    samples: dict[Literal["first", "last"], Side] = {}
 
 
 @dataclass(frozen=True)
@@ -62,13 +95,11 @@ class History:
         """(step, value, interval or None) of a held-out figure, where it is a number."""
         if name == "loss":
             return [(step, loss, None) for step, loss in sorted(self.evals.items())]
-        values = self.held_out.get(name, ())
+        steps, values = (self.held_out.get(which, ()) for which in ("step", name))
         intervals = self.held_out.get(name + INTERVAL) or [None] * len(values)
         return [
             (step, float(value), interval)
-            for step, value, interval in zip(
-                self.held_out.get("step", ())[: len(values)], values, intervals, strict=True
-            )
+            for step, value, interval in zip(steps, values, intervals, strict=False)
             if isinstance(value, int | float)
         ]
 
@@ -119,22 +150,16 @@ def read_history(path: str | Path) -> History:
     check_intact(path, [RECORD])
     if not (path / RECORD).is_file():
         raise LorafoldError(f"{path}: found no {RECORD}, expected what `lorafold train` wrote")
-    record = read_object(path / RECORD)
-    losses, recipe = record.get("losses"), record.get("recipe")
-    if not losses or not isinstance(recipe, Mapping):
-        raise LorafoldError(
-            f"{path / RECORD}: found no losses, expected the record of `lorafold train`"
+    try:
+        kept = Kept.model_validate(read_object(path / RECORD))
+    except ValidationError as error:
+        wrong = "; ".join(
+            f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()[:3]
         )
-    steps, held_out = record.get(STEPS, {}), record.get(HELD_OUT, {})
-    options = recipe.get("objective_options", {})
-    return History(
-        adapter=str(path),
-        recipe=recipe,
-        losses=losses,
-        steps=steps,
-        evals={int(step): loss for step, loss in record.get("evals", {}).items()},
-        held_out=held_out,
-        judged_by=record.get(JUDGED_BY, {}),
-        samples=record.get(SAMPLES, {}),
-        observations=observed(steps, held_out, options, record.get("step")),
-    )
+        raise LorafoldError(
+            f"{path / RECORD}: expected the record of `lorafold train`: {wrong}"
+        ) from None
+    options = kept.recipe.get("objective_options") or {}
+    own = kept.model_dump(exclude={"step"})
+    observations = observed(kept.steps, kept.held_out, options, kept.step)
+    return History(adapter=str(path), **own, observations=observations)

@@ -70,7 +70,7 @@ def sections(found: History) -> Iterator[str]:
     if still := constant(found):
         same = "; ".join(f"{clean(name)} {value:.4g}" for name, value in still.items())
         yield f"<p>The same in every step: {seen(same)}.</p>"
-    if found.samples:
+    if {"first", "last"} <= found.samples.keys():
         yield from side_by_side(found.samples, bool(found.evals))
 
 

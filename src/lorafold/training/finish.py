@@ -159,10 +159,12 @@ def kept_figures(progress: Progress) -> dict[str, Any]:
 
 
 def _rounded(value: Any) -> Any:
-    """A number, or those of an interval, with six digits."""
+    """A number, or the two of an interval, with six digits; None for anything else."""
     if isinstance(value, list | tuple):
-        return [*map(_rounded, value)]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+        return [*map(_rounded, value)] if len(value) == 2 else None
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    return value if isinstance(value, int) else None
 
 
 def best_path(out: Path) -> Path:
