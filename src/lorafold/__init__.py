@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lorafold.api.evaluate import evaluate as evaluate
     from lorafold.api.fragility import fragility as fragility
     from lorafold.api.generate import generate as generate
+    from lorafold.api.history import history as history
     from lorafold.api.inspect import inspect as inspect
     from lorafold.api.intrinsic import intrinsic as intrinsic
     from lorafold.api.load_model import load_model as load_model
@@ -55,6 +56,7 @@ _HOME = {
     "evaluate": "api.evaluate",
     "fragility": "api.fragility",
     "generate": "api.generate",
+    "history": "api.history",
     "inspect": "api.inspect",
     "intrinsic": "api.intrinsic",
     "load_model": "api.load_model",

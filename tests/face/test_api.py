@@ -52,6 +52,7 @@ SIGNATURES = {
         "model prompts *adapters tokenizer system tools max_new_tokens temperature seed"
         " allow_control_tokens storage device revision trust_remote_code allow_other_base console"
     ),
+    "history": "adapter",
     "inspect": (
         "adapter model *over against directions data rows max_length full storage device revision"
         " trust_remote_code allow_other_base console"

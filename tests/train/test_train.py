@@ -246,6 +246,8 @@ def test_evaluation_best_checkpoint_and_warm_start(tiny_model_dir, tmp_path: Pat
     model = fresh_model(tiny_model_dir("llama"))
     lf.load(model, tmp_path / "c.best")
     assert worse.eval_loss > record["evals"][best]
+    card = (tmp_path / "c.best" / "README.md").read_text()
+    assert f"| eval loss | {record['evals'][best]:,.6g} |" in card
 
 
 def test_an_existing_out_is_refused_before_anything_is_done(tiny_model_dir, tmp_path: Path) -> None:

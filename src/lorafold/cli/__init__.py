@@ -30,6 +30,7 @@ COMMANDS = {
     "merge": "Fold adapters into their base and certify the difference in output.",
     "estimate": "Estimate memory from a model's configuration, and whether it fits a device.",
     "compose": "Make one adapter from several and measure the interference of their tasks.",
+    "history": "Show the run that wrote an adapter: curves, held-out figures, completions.",
     "inspect": "Measure an adapter: effective rank, relation to the base, tokens it changes.",
     "resize": "Give an adapter another rank.",
     "extract": "Make an adapter of the difference between a fine-tuned model and its base.",

@@ -21,8 +21,9 @@ from lorafold.engine import Sampling
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.held_out import progress_bar
 from lorafold.evaluation.intervals import Interval
-from lorafold.evaluation.rewarded import Rewarded, Sample
+from lorafold.evaluation.rewarded import READ, Rewarded, Sample
 from lorafold.evaluation.rollouts import SLOTS, Rollouts
+from lorafold.files.card import within
 from lorafold.generation import table_left
 from lorafold.rewards import Rewards
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SAMPLES = 3  # completions that are shown of the best, and of the worst
 SHOWN = 200  # characters of a completion that people are shown
 
 
@@ -82,8 +82,7 @@ class MeanReward:
     interval: Interval | None
 
     def __str__(self) -> str:
-        low_high = "" if self.interval is None else _within(self.interval)
-        return f"{self.mean:.4g}{low_high}"
+        return f"{self.mean:.4g}{within(self.interval)}"
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,7 @@ class RewardEvaluation:
             entropy=figures["entropy"],
             groups_without_signal=figures["groups without signal"] if group > 1 else None,
             prompt_rewards=tuple(found.rewards.mean(1).tolist()),
-            samples=tuple(found.samples(SAMPLES, SAMPLES)),
+            samples=tuple(found.samples(READ, READ)),
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -156,7 +155,7 @@ class RewardEvaluation:
             lines[-1] += f", groups without signal {self.groups_without_signal:.1%}"
         shown = [_told(one) for one in self.samples]
         if self.n * self.group > len(shown):
-            shown.insert(SAMPLES, "...")
+            shown.insert(READ, "...")
         return "\n".join([*lines, "completions, from the best to the worst:", *shown])
 
 
@@ -197,10 +196,6 @@ def evaluate_rewards(
     with progress_bar(console, "rewards") as step:
         found = Rewarded.of(prompts, groups, rewards, max(1, SLOTS // k), step)
     return RewardEvaluation.of(found, settings.max_new_tokens)
-
-
-def _within(interval: Interval) -> str:
-    return f" (95%: {interval[0]:.4g} to {interval[1]:.4g})"
 
 
 def _told(one: Sample) -> str:

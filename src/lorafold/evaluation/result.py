@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,13 +13,14 @@ from lorafold.evaluation.preferences import PreferenceFigures
 
 @dataclass(frozen=True)
 class Measured:
-    """What a run measures on held-out rows: the loss in nats, further figures by name, and how they
-    are told.
+    """What a run measures on held-out rows: the loss in nats, further figures by name, how they are
+    told, and completions to read, as JSON.
     """
 
     loss: float
     figures: Mapping[str, Any] = field(default_factory=dict)
     told: str = ""
+    samples: Sequence[Mapping[str, Any]] = ()
 
     @property
     def numbers(self) -> dict[str, float]:

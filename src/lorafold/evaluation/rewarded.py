@@ -9,8 +9,9 @@ Prompts are the units of intervals: the completions of one are not independent.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Self
 
@@ -18,24 +19,37 @@ import torch
 from torch import Tensor
 
 from lorafold.data.to_complete import Prompt
+from lorafold.errors import cut
 from lorafold.evaluation.intervals import Interval, mean_interval
 from lorafold.evaluation.rollouts import Completion
 from lorafold.rewards import Judged, Rewards
 
+READ = 3  # completions of the highest, and of the lowest rewards, that are to be read
+KEPT = 2000  # characters of a prompt, and of a completion, that a shortened sample has
+
 
 @dataclass(frozen=True)
 class Sample:
-    """One completion to read: what it answers, where that stands, and what it is worth."""
+    """One completion to read: what it answers, where that stands, and what it is worth; with
+    several rewards also to each of them.
+    """
 
     where: str
     prompt: Any
     completion: str
     reward: float
     ended: bool
+    each: Mapping[str, float] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """The sample in one object."""
         return asdict(self)
+
+    def shortened(self) -> dict[str, Any]:
+        """The same with a prompt and a completion of bounded length, as text."""
+        asked = self.prompt if isinstance(self.prompt, str) else "\n".join(map(_said, self.prompt))
+        texts = {"prompt": asked, "completion": self.completion}
+        return self.as_json() | {name: cut(text, KEPT) for name, text in texts.items()}
 
 
 @dataclass(frozen=True)
@@ -121,19 +135,35 @@ class Rewarded:
             "groups without signal": float(alike.double().mean()),
         }
 
+    @property
+    def to_read(self) -> list[dict[str, Any]]:
+        """Some of the best completions, and of the worst, shortened."""
+        return [one.shortened() for one in self.samples(READ, READ)]
+
     def samples(self, best: int, worst: int) -> list[Sample]:
         """Completions of the highest and of the lowest rewards, from the best to the worst."""
         drawn = [one for group in self.groups for one in group]
         found = self.rewards.flatten().tolist()
+        several = self.each if len(self.each) > 1 else {}
+        each = {name: x.flatten().tolist() for name, x in several.items()}
         order = sorted(range(len(found)), key=lambda at: -found[at])
         shown = sorted(
             {*range(len(order))[:best], *range(len(order))[max(0, len(order) - worst) :]}
         )
         return [
-            Sample(one.where, one.prompt, one.completion, found[at], drawn[at].ended)
+            Sample(
+                one.where, one.prompt, one.completion, found[at], drawn[at].ended,
+                {name: x[at] for name, x in each.items()},
+            )
             for at in (order[place] for place in shown)
             for one in (self.judged[at],)
-        ]
+        ]  # fmt: skip
+
+
+def _said(message: Mapping[str, Any]) -> str:
+    content = message.get("content")
+    text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+    return f"{message.get('role')}: {text}"
 
 
 def _table(values: Sequence[float], rows: int) -> Tensor:

@@ -5,7 +5,7 @@ figures, recipe, data, and how to load it.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,11 @@ import yaml
 CARD = "README.md"
 CLASSES = "classes"  # in an adapter's record: a classifier's classes, in the order of its logits
 REWARD = "reward"  # in an adapter's record: true if it is a reward model, whose head has one output
+# in an adapter's record: the rewards that judged its completions, their weights by name
+JUDGED_BY = "judged_by"
+# in an adapter's record: the figures of each step by name, those of held-out rows by name beside
+# their steps, and completions to read, the first and the last ones
+STEPS, HELD_OUT, SAMPLES = "steps", "held_out", "samples"
 # in an adapter's record: the size of the vocabulary, if the adapter has new tokens
 VOCABULARY = "vocabulary"
 # in an adapter's record: the adapters that it was trained over, the lowest first
@@ -125,6 +130,7 @@ def training_card(
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=True)}---\n",
         title,
+        _table("Rewards", _rewards(record)),
         _table("Figures", numbers),
         _table("Recipe", record.get("recipe", {})),
         _table("Data", data),
@@ -133,6 +139,30 @@ def training_card(
         ),
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _rewards(record: Mapping[str, Any]) -> dict[str, str]:
+    """What a policy learned from, and what it was worth on held-out prompts, by name."""
+    if not (judges := record.get(JUDGED_BY)):
+        return {}
+    found = record.get(HELD_OUT, {})
+    own = record.get("step", max(found.get("step", ()), default=0))
+    when = {0: "before the first step", own: f"after step {own}"}
+    columns = (found.get(name, ()) for name in ("step", "reward", "reward_interval"))
+    return {
+        "objective": record["recipe"]["objective"],
+        "judged by": ", ".join(f"{weight:g} x {name}" for name, weight in judges.items()),
+        **{
+            f"held-out reward {when[step]}": f"{reward:.4g}{within(interval)}"
+            for step, reward, interval in zip(*columns, strict=True)
+            if step in when and reward is not None
+        },
+    }
+
+
+def within(interval: Sequence[float] | None) -> str:
+    """A 95% interval in parentheses; nothing for None."""
+    return f" (95%: {interval[0]:.4g} to {interval[1]:.4g})" if interval else ""
 
 
 def _loaded(below: Mapping[str, str]) -> tuple[str, str]:

@@ -75,7 +75,7 @@ def drawing(draw: Callable[[Any], None], title: str, size: tuple[float, float] =
 
     plot = Figure(figsize=size, layout="constrained")
     axes = plot.add_subplot()
-    axes.set_title(title)
+    axes.set_title(title, parse_math=False)  # a name may have dollar signs
     draw(axes)
     text = io.StringIO()
     FigureCanvasSVG(plot).print_svg(text)

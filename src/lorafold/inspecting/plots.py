@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lorafold.files.page import drawing
 from lorafold.inspecting.against import kind_of
 
-SMALL = (3.6, 2.9)
+SMALL, CURVE = (3.6, 2.9), (5.4, 3.2)
+POINTS = 300  # of a curve
 SCALE = "viridis"
 
 Grid = Sequence[Sequence[float]]
@@ -87,6 +88,60 @@ def line(
         axes.set(xlabel=across, ylabel="loss, nats a token")
 
     return drawing(draw, title, (5.4, 3.4))
+
+
+def curves(
+    title: str,
+    steps: Mapping[str, Sequence[float | None]],
+    measured: Mapping[str, Sequence[tuple[int, float, Any]]],
+) -> str:
+    """Figures over the steps of a run; held-out ones have points, with bars for their intervals. Of
+    a long run the mean of neighbouring steps is shown.
+
+    Args:
+        steps: For each name a value for each step, None where there is none.
+        measured: For each name (step, value, interval or None) on held-out rows.
+    """
+
+    def draw(axes: Any) -> None:
+        shown = []
+        for n, name in enumerate(dict.fromkeys([*steps, *measured])):
+            colour = f"C{n}"
+            if found := means(steps.get(name, ())):
+                shown += axes.plot(*zip(*found, strict=True), color=colour, linewidth=1, alpha=0.75)
+                shown[-1].set_label(name)
+            if points := measured.get(name):
+                at, values, intervals = zip(*points, strict=True)
+                spread = [
+                    [abs(v - (i or (v, v))[side]) for v, i in zip(values, intervals, strict=True)]
+                    for side in (0, 1)
+                ]
+                bars = axes.errorbar(
+                    at, values, spread, color=colour, marker="o", markersize=4, capsize=3,
+                    markeredgecolor="#222", linewidth=1.4, linestyle="--",
+                )  # fmt: skip
+                bars.set_label(f"{name}, held out")
+                shown.append(bars)
+        axes.set(xlabel="step")
+        axes.margins(x=0.03)
+        if len(shown) > 1:
+            legend = axes.legend(shown, [one.get_label() for one in shown], fontsize=7)
+            for text in legend.get_texts():
+                text.set_parse_math(False)  # a name may have dollar signs
+
+    return drawing(draw, title, CURVE)
+
+
+def means(values: Sequence[float | None]) -> list[tuple[float, float]]:
+    """(step, mean) of neighbouring steps, at most POINTS of them."""
+    size = max(1, -(-len(values) // POINTS))
+    found = []
+    for start in range(0, len(values), size):
+        some = [v for v in values[start : start + size] if v is not None]
+        if some:
+            last = min(start + size, len(values))
+            found.append(((start + 1 + last) / 2, sum(some) / len(some)))
+    return found
 
 
 def position(

@@ -222,7 +222,9 @@ class Objective(ABC):
         return ()
 
     def record(self) -> dict[str, Any]:
-        """Fields of `lorafold.json` without which the adapter could not be used."""
+        """Fields of `lorafold.json` without which the adapter could not be used, or that say what
+        it learned from.
+        """
         return {}
 
     def refer(

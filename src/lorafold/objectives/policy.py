@@ -7,6 +7,7 @@ a run that is resumed goes on exactly.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
@@ -30,17 +31,19 @@ from lorafold.data.tokenizing import Encoder
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import Measured, RewardEvaluation, RewardSettings, evaluate_rewards
 from lorafold.evaluation.reward_adapter import RewardAdapter, rewards_over
-from lorafold.evaluation.rewarded import Rewarded
+from lorafold.evaluation.rewarded import READ, Rewarded
 from lorafold.evaluation.rollouts import SLOTS, Completion, Rollouts
+from lorafold.files.card import JUDGED_BY
 from lorafold.objectives import Declared
 from lorafold.objectives.drawing import Drawing, chosen
 from lorafold.objectives.laws import class_of
 from lorafold.objectives.objective import Asked, Objective
 from lorafold.ops.philox import key_of
-from lorafold.rewards import Rewards, digest_of
-from lorafold.rewards.naming import adapter_in
+from lorafold.rewards import Rewards, as_reward, digest_of
+from lorafold.rewards.naming import adapter_in, parted
 from lorafold.step import policy_laws
 from lorafold.step.branches import Branching, branching
+from lorafold.step.losses import Generated
 from lorafold.step.policy import Policy, Rollout
 from lorafold.step.policy_laws import PolicyLaw
 
@@ -49,7 +52,6 @@ if TYPE_CHECKING:
     from rich.text import Text
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SAMPLES = 3  # completions that are shown where rewards never vary
 LARGEST = 1e12  # an advantage: squares of gradients times it are still numbers of fp32
 PATIENCE = 10  # steps without a group whose rewards differ, before that is told
 
@@ -70,10 +72,21 @@ class Playing(Policy):
         self.rollouts, self.rewards = (rollouts,), rewards  # in a tuple: it has a model of its own
         self.told: dict[str, float] = {}
         self.quiet = 0  # steps since the first without a group whose rewards differ
+        self.last = Generated()
 
     def figures(self) -> dict[str, float]:
         found, self.told = self.told, {}
         return found | super().figures()
+
+    def saw(self, found: Rewarded, seconds: Mapping[str, float]) -> None:
+        """Count what was drawn for a step, and the seconds that it took by what was done."""
+        last, tokens = self.last, sum(len(one.tokens) for group in found.groups for one in group)
+        spent = {name: last.seconds.get(name, 0.0) + more for name, more in seconds.items()}
+        self.last = Generated(last.tokens + tokens, spent, last.samples or found.to_read)
+
+    def generated(self) -> Generated:
+        found, self.last = self.last, Generated()
+        return found
 
 
 @dataclass(frozen=True)
@@ -110,6 +123,11 @@ class PolicyObjective(Objective):
         files = {name: digest_of(name) for name in self.drawing.rewards}
         files |= {name: one.identity for name, one in self.adapters.items()}
         return {"rewards": files | dict.fromkeys(names, "")}
+
+    def record(self) -> dict[str, Any]:
+        named = {name: weight for weight, name in map(parted, self.drawing.rewards)}
+        made = [as_reward(given) for given in self.given]
+        return {JUDGED_BY: named | {one.name: one.weight for one in made}}
 
     def set_up(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
         return ensure_chat_template(tokenizer) or account_of(tokenizer).line
@@ -207,7 +225,7 @@ class PolicyObjective(Objective):
         # of a group of one all rewards are alike
         own = {k: v for k, v in found.figures.items() if k != "groups without signal"}
         figures = own | {"reward_interval": interval}
-        return Measured(-reward, figures, f", reward {reward:.3f}{within}")
+        return Measured(-reward, figures, f", reward {reward:.3f}{within}", found.to_read)
 
     def evaluate(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row],
@@ -227,8 +245,12 @@ class PolicyObjective(Objective):
         return rewards_over(model, given, self.adapters, limit, packing, console)
 
     def _drawn(self, prompts: Sequence[Prompt], key: int, loss: Playing) -> Rewarded:
+        start = time.perf_counter()
         groups = loss.rollouts[0].draw([prompt.ids for prompt in prompts], key)
-        return Rewarded.of(prompts, groups, loss.rewards)
+        drawn = time.perf_counter()
+        found = Rewarded.of(prompts, groups, loss.rewards)
+        loss.saw(found, {"drawing": drawn - start, "judging": time.perf_counter() - drawn})
+        return found
 
     def _advantages(self, found: Rewarded) -> tuple[torch.Tensor, torch.Tensor]:
         """The advantages (n, k), and whether there is anything to learn from each group, (n,)."""
@@ -262,7 +284,7 @@ class PolicyObjective(Objective):
             )
         samples = "; ".join(
             f"{one.where}: {one.completion[:80]!r} has {one.reward:g}"
-            for one in found.samples(SAMPLES, 0)
+            for one in found.samples(READ, 0)
         )
         return (
             f"rewards: found the same for all completions of each prompt in the first {PATIENCE}"

@@ -45,7 +45,7 @@ class Rewards:
         made = list[Reward]()
         try:
             for one in given:
-                made.append(_reward(one))
+                made.append(as_reward(one))
             return cls(made, limit)
         except BaseException:
             for reward in made:
@@ -86,7 +86,8 @@ class Rewards:
         self.close()
 
 
-def _reward(given: str | Callable[..., Any] | Reward) -> Reward:
+def as_reward(given: str | Callable[..., Any] | Reward) -> Reward:
+    """What stands for a reward, as one: a name, a function, or a reward, which stays itself."""
     if isinstance(given, str):
         return reward_of(given)
     return given if isinstance(given, Reward) else DirectReward(given)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -19,6 +20,17 @@ from lorafold.data.examples import Example
 from lorafold.data.labelled import LabelledExample
 from lorafold.models.positions import sequence_of
 from lorafold.step.head import labelled_loss, row_losses
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What was generated for a step before its loss: how many tokens, the seconds that went into
+    parts of that by name, and completions to read, as JSON.
+    """
+
+    tokens: int = 0
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    samples: Sequence[Mapping[str, Any]] = ()
 
 
 class Loss(nn.Module, ABC):
@@ -76,6 +88,11 @@ class Loss(nn.Module, ABC):
         asked once a step.
         """
         return {}
+
+    def generated(self) -> Generated:
+        """Return what was generated for the step that was just computed. It is asked once a step.
+        """
+        return Generated()
 
     def names(
         self, examples: Sequence[Any], rows: Sequence[int], inputs: Mapping[str, Tensor]

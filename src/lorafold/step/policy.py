@@ -83,9 +83,10 @@ class Seen:
     kl: float = 0.0
 
     def figures(self, kl: bool) -> dict[str, float]:
-        """Means over the tokens, and the largest difference."""
-        n, compared = max(self.tokens, 1), max(self.compared, 1)
-        found = {"mismatch": self.apart / compared, "largest mismatch": self.largest}
+        """Means over the tokens, and the largest difference; nothing of a step without any."""
+        if not (n := self.tokens):
+            return {}
+        found = {"mismatch": self.apart / self.compared, "largest mismatch": self.largest}
         return found | {"clipped": self.clipped / n} | ({"KL": self.kl / n} if kl else {})
 
 

@@ -9,7 +9,9 @@ next. A checkpoint is written whole or not at all.
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from lorafold.errors import LorafoldError
 from lorafold.files.atomic import atomic_directory, verify
 from lorafold.files.intact import check_intact
 from lorafold.files.record import named_as_now
+from lorafold.step.losses import Generated
 
 FILES = "files"  # of an identity: what the run reads, each by `name` and `sha256`
 
@@ -30,15 +33,19 @@ class Progress:
     """How far a run has come.
 
     Losses are means in nats over labelled tokens, one for each step; `seconds` and `tokens` count
-    training steps only, not evaluations.
+    training steps only, not evaluations. Of step 0 is what was measured before the first one.
     """
 
     step: int = 0
     losses: list[float] = field(default_factory=list)
     evals: dict[int, float] = field(default_factory=dict)  # step -> held-out loss
-    figures: dict[str, Any] = field(default_factory=dict)  # further ones of the last evaluation
+    shown: dict[str, list[float | None]] = field(default_factory=dict)  # of each step, by name
+    measured: dict[int, dict[str, Any]] = field(default_factory=dict)  # further held-out figures
+    samples: dict[str, dict[str, Any]] = field(default_factory=dict)  # the first, and the last
     tokens: int = 0
     seconds: float = 0.0
+    # where completions are drawn: tokens and seconds by what they went to
+    pace: dict[str, float] = field(default_factory=dict)
     # the optimizer whose state is saved: `auto` might choose another one when the run is resumed
     optimizer: str = ""
     # as in runs of earlier versions, which are resumed as they began
@@ -47,7 +54,50 @@ class Progress:
     @property
     def best(self) -> int | None:
         """The step with the lowest held-out loss, the earliest of equals; None before any."""
-        return min(self.evals, key=lambda s: (self.evals[s], s)) if self.evals else None
+        steps = self.evals.keys() - {0}
+        return min(steps, key=lambda s: (self.evals[s], s)) if steps else None
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """Held-out figures besides the loss, of the last evaluation."""
+        return self.measured[max(self.measured)] if self.measured else {}
+
+    def stepped(
+        self, figures: Mapping[str, float], generated: Generated, tokens: int, seconds: float
+    ) -> None:
+        """Add what the step that is counted already has shown.
+
+        Args:
+            figures: By name. One that a step does not have, or that is no finite number, is None.
+            generated: What was generated for it.
+            tokens: Those that it learned from.
+            seconds: Those of the whole step.
+        """
+        for name in {**self.shown, **figures}:
+            values = self.shown.setdefault(name, [])
+            values += [None] * (self.step - 1 - len(values))  # a figure that is new
+            found = figures.get(name)
+            values.append(found if found is not None and math.isfinite(found) else None)
+        if generated.seconds:
+            parts = {f"{name} seconds": s for name, s in generated.seconds.items()}
+            parts["learning seconds"] = seconds - sum(generated.seconds.values())
+            counts = {"drawn tokens": generated.tokens, "learned tokens": tokens}
+            for name, value in (counts | parts).items():
+                self.pace[name] = self.pace.get(name, 0) + value
+
+    def read(self, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Keep completions to read, of this step, as the last ones."""
+        if samples:
+            found = {"step": self.step, "samples": [*samples]}
+            self.samples = {"first": found, **self.samples, "last": found}
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Tokens a second of drawing and of learning; empty where nothing is drawn."""
+        if not self.pace:
+            return {}
+        parts = {"drawn tokens": "drawing seconds", "learned tokens": "learning seconds"}
+        return {f"{n}/s": self.pace[n] / max(self.pace[s], 1e-9) for n, s in parts.items()}
 
 
 class RunDirectory:
@@ -176,7 +226,10 @@ class RunDirectory:
                 " checkpoint before"
             )
         state = json.loads((path / "state.json").read_text())
-        state["evals"] = {int(k): v for k, v in state["evals"].items()}
+        if figures := state.pop("figures", {}):  # of the last evaluation alone: earlier versions
+            state["measured"] = {max(state["evals"], key=int): figures}
+        for name in ("evals", "measured"):
+            state[name] = {int(k): v for k, v in state.get(name, {}).items()}
         return (
             Progress(**state),
             load_file(path / "adapter.safetensors"),

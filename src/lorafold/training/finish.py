@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafold.data.findings import Findings
-from lorafold.files.card import VOCABULARY, training_card
+from lorafold.files.card import HELD_OUT, SAMPLES, STEPS, VOCABULARY, training_card
 from lorafold.machine.room import peak_bytes
 from lorafold.models.architecture import opened_by_name
 from lorafold.models.weights import Weights
@@ -34,7 +34,8 @@ class Trained:
     of parameters that the adapter does not reach, by kind: of those of the blocks, and of the
     model's the towers and connectors beside them. `files` has the rows of each file that was read
     of a directory or a pattern, and `data` what was found in the rows before the first step, such
-    as duplicates.
+    as duplicates. `pace` has tokens and seconds of drawing, judging and learning, where completions
+    are drawn.
     """
 
     train_loss: float
@@ -50,6 +51,7 @@ class Trained:
     frozen: dict[str, dict[str, float]] = field(default_factory=dict)
     files: dict[str, int] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
+    pace: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         held_out = "" if self.eval_loss is None else f", held out {self.eval_loss:.4f}"
@@ -95,6 +97,7 @@ def finish(
         frozen=job.adapter.unreached.as_json(),
         files=request.data.record.get("files", {}),
         data=findings.as_json(),
+        pace=progress.pace | progress.rates,
     )
     if not job.accelerator.is_main_process:
         return result
@@ -102,7 +105,7 @@ def finish(
         "recipe": request.recipe.model_dump(mode="json"),
         "losses": progress.losses,
         "evals": progress.evals,
-        **({"figures": progress.figures} if progress.figures else {}),
+        **kept_figures(progress),
         "data": {"source": request.source, **request.data.record},
         **about,
         **recorded(job.adapter.over),
@@ -110,17 +113,19 @@ def finish(
     if (size := job.adapter.vocabulary) is not None:
         record |= {VOCABULARY: size}
     model, spec = job.adapter.model, job.adapter.spec
-    card = training_card(
-        request.base.name,
-        record,
-        asdict(result),
-        whole=spec.trains_base,
-        opened_by=opened_by_name(model),
-        in_peft=not spec.trains_base and peft_reads(model, spec, job.adapter.matches.paths),
-    )
+    in_peft = not spec.trains_base and peft_reads(model, spec, job.adapter.matches.paths)
 
     def write(path: Path, record: dict[str, Any]) -> None:
         overwrite = request.overwrite or request.resume
+        own = {"eval_loss": progress.evals.get(record.get("step", progress.step))}
+        card = training_card(
+            request.base.name,
+            record,
+            asdict(result) | result.pace | own,
+            whole=spec.trains_base,
+            opened_by=opened_by_name(model),
+            in_peft=in_peft,
+        )
         job.adapter.save(
             path, overwrite=overwrite, card=card, record=record, tokenizer=tokenizer, base=base
         )
@@ -132,6 +137,34 @@ def finish(
         write(best_path(request.out), record | {"step": progress.best})
     job.run.remove()
     return result
+
+
+def kept_figures(progress: Progress) -> dict[str, Any]:
+    """What a record has of the figures that a run has shown: no wall times, so that a run which was
+    killed and resumed has the same record.
+    """
+    steps = sorted(progress.evals)
+    names = {name: None for found in progress.measured.values() for name in found}
+    held_out = {
+        name: [_rounded(progress.measured.get(step, {}).get(name)) for step in steps]
+        for name in names
+    }
+    found = {
+        "figures": progress.figures,
+        STEPS: {name: [*map(_rounded, values)] for name, values in progress.shown.items()},
+        HELD_OUT: {"step": steps, **held_out} if held_out else {},
+        SAMPLES: progress.samples,
+    }
+    return {name: value for name, value in found.items() if value}
+
+
+def _rounded(value: Any) -> Any:
+    """A number, or the two of an interval, with six digits; None for anything else."""
+    if isinstance(value, list | tuple):
+        return [*map(_rounded, value)] if len(value) == 2 else None
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    return value if isinstance(value, int) else None
 
 
 def best_path(out: Path) -> Path:

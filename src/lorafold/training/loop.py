@@ -48,7 +48,8 @@ class Job:
 
     `wrapped` is the loss as accelerate wraps it; `examples(step, planned)` gives what
     `loss.collate` takes, each with `ids`, of what the feed has for a step; `held_out()` measures on
-    held-out examples. Each step updates the weights `updates` times.
+    held-out examples, also before the first step where `measures_before`. Each step updates the
+    weights `updates` times.
     """
 
     adapter: Adapter
@@ -63,6 +64,7 @@ class Job:
     steps: int
     examples: Callable[[int, Sequence[Any]], Sequence[Any]] = lambda step, planned: planned
     updates: int = 1
+    measures_before: bool = False
 
 
 @considerate()
@@ -79,6 +81,8 @@ def fit(job: Job, progress: Progress, display: Display) -> Progress:
     """
     feed = job.feed.after(progress.step)
     save_every = job.recipe.checkpoint_interval(job.steps)
+    if job.measures_before and progress.step == 0:
+        measure(job, progress, display)
     with StopRequest() as stop:
         while progress.step < job.steps:
             start = time.perf_counter()
@@ -93,20 +97,22 @@ def fit(job: Job, progress: Progress, display: Display) -> Progress:
             loss = fmean(losses)
             progress.step += 1
             progress.losses.append(loss)
-            progress.tokens += job.updates * sum(len(e.ids) for e in examples)
-            progress.seconds += time.perf_counter() - start
-            figures = dict(job.loss.figures())
+            seconds = time.perf_counter() - start
+            tokens = job.updates * sum(len(e.ids) for e in examples)
+            progress.tokens, progress.seconds = progress.tokens + tokens, progress.seconds + seconds
+            figures, generated = dict(job.loss.figures()), job.loss.generated()
+            progress.stepped(figures, generated, tokens, seconds)
+            if job.held_out is None:
+                progress.read(generated.samples)
+            figures |= progress.rates
             display.step(progress.step, loss, progress.tokens / progress.seconds, figures)
             lr = job.optimizer.param_groups[0]["lr"]
             job.accelerator.log({"loss": loss, "lr": lr, **figures}, step=progress.step)
             last = progress.step == job.steps
             due = progress.step % save_every == 0 or last or stop.signal is not None
             evaluate = progress.step % (job.recipe.eval_every or save_every) == 0 or last
-            if job.held_out is not None and evaluate:
-                found = job.held_out()
-                progress.evals[progress.step], progress.figures = found.loss, dict(found.figures)
-                job.accelerator.log({"eval_loss": found.loss, **found.numbers}, step=progress.step)
-                display.note(f"step {progress.step}: {found}")
+            if evaluate:
+                measure(job, progress, display)
             if due or (evaluate and progress.best == progress.step):
                 save(job, progress)
             if stop.signal is not None and not last:
@@ -117,6 +123,19 @@ def fit(job: Job, progress: Progress, display: Display) -> Progress:
                 )
                 raise Interrupted(message, 128 + stop.signal)
     return progress
+
+
+def measure(job: Job, progress: Progress, display: Display) -> None:
+    """Measure on held-out examples, if there are any."""
+    if job.held_out is None:
+        return
+    found = job.held_out()
+    progress.evals[progress.step] = found.loss
+    if found.figures:
+        progress.measured[progress.step] = dict(found.figures)
+    progress.read(found.samples)
+    job.accelerator.log({"eval_loss": found.loss, **found.numbers}, step=progress.step)
+    display.note(f"step {progress.step}: {found}")
 
 
 def train_step(job: Job, examples: Sequence[Any], step: int) -> float:

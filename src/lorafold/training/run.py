@@ -1,10 +1,10 @@
 """One training run: from a model, data and a recipe to an adapter directory in PEFT's format.
 
-    set_up          what needs no model: checks, device, storage, tokenizer, examples
-    adapted_model   the model and its adapter, once the memory of a step is estimated
-    prepare         the optimizer, and the state of a run that is resumed
-    fit             the steps
-    finish          the files
+set_up          what needs no model: checks, device, storage, tokenizer, examples
+adapted_model   the model and its adapter, once the memory of a step is estimated
+prepare         the optimizer, and the state of a run that is resumed
+fit             the steps
+finish          the files
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from rich.console import Console
 
 from lorafold.adapter.reach import strays, text_alone
 from lorafold.machine.allocator import freed_blocks_kept
+from lorafold.objectives import OBJECTIVES
 from lorafold.peft.saved import BASE_IDENTITY
 from lorafold.step.activations import recompute
 from lorafold.step.fused import fused
@@ -59,6 +60,7 @@ def train(request: Request, console: Console) -> Trained:
         job, progress = prepare(setup, adapter, loss, feed, measure, console)
         job.examples = partial(setup.objective.examples, loss=loss)
         job.updates = setup.objective.updates
+        job.measures_before = OBJECTIVES[setup.request.recipe.objective].draws
         with Display(console, job.steps, progress.step) as display:
             try:
                 fit(job, progress, display)

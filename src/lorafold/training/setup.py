@@ -138,9 +138,7 @@ def saved_adapters(request: Request) -> list[Saved]:
     for n, one in enumerate(found):
         if not (request.base.allow_other_base or same(one.over, origins[:n])):
             needed = " ".join(f"--over {origin.path}" for origin in one.over)
-            raise LorafoldError(
-                f"{one}: {mismatch(one.over, origins[:n])}; give {needed}"
-            )
+            raise LorafoldError(f"{one}: {mismatch(one.over, origins[:n])}; give {needed}")
     return found
 
 
@@ -187,8 +185,19 @@ def set_up(request: Request, console: Console) -> Setup:
             f" expected a multiple of {accelerator.num_processes}"
         )
     return Setup(
-        request, spec, objective, tokenizer, words, files, saved, own, feed, held_out,
-        findings, accelerator, day,
+        request,
+        spec,
+        objective,
+        tokenizer,
+        words,
+        files,
+        saved,
+        own,
+        feed,
+        held_out,
+        findings,
+        accelerator,
+        day,
     )
 
 
@@ -208,9 +217,7 @@ def adapted_model(
     extra = stored.beside if stored else partial(extras, setup)
     spec, shared = stored.spec if stored else setup.spec, setup.accelerator.num_processes
     trusted = base.trust_remote_code
-    asked = Setting(
-        base.held, spec, recipe.targets, extra, below=below, trust_remote_code=trusted
-    )
+    asked = Setting(base.held, spec, recipe.targets, extra, below=below, trust_remote_code=trusted)
     heaviest = planned(recipe, setup.feed, setup.objective, asked, shared, base.where)
     free = free_everywhere(setup.accelerator)
     checkpointing = settle(base.config(), heaviest, recipe.gradient_checkpointing, free, console)
@@ -275,5 +282,3 @@ def extras(setup: Setup, model: PreTrainedModel) -> dict[str, Any]:
     tokens = Tokens(tuple(words.ids.values()), frozenset(words.ids[word] for word in words.new))
     saved = (*recipe.modules_to_save, *needed)
     return {"bias": recipe.bias, "modules_to_save": saved, "tokens": tokens}
-
-

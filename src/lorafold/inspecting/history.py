@@ -1,0 +1,165 @@
+"""What a run has shown, from the record of the adapter that it wrote.
+
+    found = read_history("policy")
+    found.steps["reward"]           a number for each step, or None
+    found.held_out["reward"]        one for each step of found.held_out["step"]
+
+Records of earlier versions have losses alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError
+
+from lorafold.errors import LorafoldError
+from lorafold.files.card import within
+from lorafold.files.intact import check_intact
+from lorafold.files.record import RECORD, read_object
+from lorafold.inspecting.observed import ends, observed
+
+INTERVAL = "_interval"  # a held-out figure with this at its end has the interval of another
+
+
+class Read(BaseModel):
+    """A completion to read, as a record has it."""
+
+    where: str
+    prompt: str
+    completion: str
+    reward: float
+    ended: bool
+    each: dict[str, float] = {}
+
+
+class Side(BaseModel):
+    """The completions of one measure."""
+
+    step: int
+    samples: list[Read]
+
+
+class Kept(BaseModel):
+    """What a record keeps of a run, under its names there; adapters may be anybody's."""
+
+    recipe: dict[str, Any]
+    losses: list[float] = Field(min_length=1)
+    evals: dict[int, float] = {}
+    step: int | None = None
+    steps: dict[str, list[float | None]] = {}
+    held_out: dict[str, list[int | float | tuple[float, float] | None]] = {}
+    judged_by: dict[str, float] = {}
+    samples: dict[Literal["first", "last"], Side] = {}
+
+
+@dataclass(frozen=True)
+class History:
+    """The figures of a run by step.
+
+    Attributes:
+        losses: One for each step.
+        steps: Other figures of each step by name, None where a step has none.
+        evals: Held-out losses by step; of step 0 is what was measured before the first one.
+        held_out: The steps of these under `step`, and further held-out figures by name.
+        judged_by: The weights of rewards by name.
+        samples: Completions to read, of the `first` and of the `last` measure.
+        observations: What is to be looked at, in sentences.
+    """
+
+    adapter: str
+    recipe: Mapping[str, Any]
+    losses: Sequence[float]
+    steps: Mapping[str, Sequence[float | None]]
+    evals: Mapping[int, float]
+    held_out: Mapping[str, Sequence[Any]]
+    judged_by: Mapping[str, float]
+    samples: Mapping[str, Mapping[str, Any]]
+    observations: Sequence[str]
+
+    @property
+    def objective(self) -> str:
+        """The name of the run's objective."""
+        return str(self.recipe.get("objective", "sft"))
+
+    @property
+    def by_step(self) -> dict[str, Sequence[float | None]]:
+        """All figures of steps, the loss at the end."""
+        return {**self.steps, "loss": self.losses}
+
+    def measured(self, name: str) -> list[tuple[int, float, Any]]:
+        """(step, value, interval or None) of a held-out figure, where it is a number."""
+        if name == "loss":
+            return [(step, loss, None) for step, loss in sorted(self.evals.items())]
+        steps, values = (self.held_out.get(which, ()) for which in ("step", name))
+        intervals = self.held_out.get(name + INTERVAL) or [None] * len(values)
+        return [
+            (step, float(value), interval)
+            for step, value, interval in zip(steps, values, intervals, strict=False)
+            if isinstance(value, int | float)
+        ]
+
+    @property
+    def names(self) -> list[str]:
+        """All figures that are shown by step, of steps or held-out rows."""
+        own = [n for n in self.held_out if n != "step" and not n.endswith(INTERVAL)]
+        names = dict.fromkeys([*self.steps, *own, "loss"])
+        return [name for name in names if self.measured(name) or name in self.by_step]
+
+    def told(self, name: str) -> str:
+        """A held-out figure at first and at last, with intervals; empty where it is not known."""
+        if not (found := self.measured(name)):
+            return ""
+        (start, first, low), (end, last, high) = found[0], found[-1]
+        before = "before the first step" if start == 0 else f"after step {start}"
+        told = f"{first:.4g}{within(low)} {before}"
+        return told if start == end else f"{told}, {last:.4g}{within(high)} after step {end}"
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it under the keys of `lorafold history --json`."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [f"{self.adapter}: {self.objective}, {len(self.losses)} steps"]
+        if self.judged_by:
+            by = ", ".join(f"{weight:g} x {name}" for name, weight in self.judged_by.items())
+            lines.append(f"judged by {by}")
+        key = "reward" if self.judged_by else "loss"
+        if told := self.told(key):
+            lines.append(f"held-out {key}: {told}")
+        for name, values in self.by_step.items():
+            if (found := ends(values)) is not None:
+                first, last = found
+                lines.append(
+                    f"{name}: {fmean(first):.4g} in the first {len(first)} steps,"
+                    f" {fmean(last):.4g} in the last {len(last)}"
+                )
+        return "\n".join([*lines, *self.observations])
+
+
+def read_history(path: str | Path) -> History:
+    """The history of the run that wrote this directory.
+
+    Raises LorafoldError where there is no record of a run, or it was changed.
+    """
+    path = Path(path)
+    check_intact(path, [RECORD])
+    if not (path / RECORD).is_file():
+        raise LorafoldError(f"{path}: found no {RECORD}, expected what `lorafold train` wrote")
+    try:
+        kept = Kept.model_validate(read_object(path / RECORD))
+    except ValidationError as error:
+        wrong = "; ".join(
+            f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()[:3]
+        )
+        raise LorafoldError(
+            f"{path / RECORD}: expected the record of `lorafold train`: {wrong}"
+        ) from None
+    options = kept.recipe.get("objective_options") or {}
+    own = kept.model_dump(exclude={"step"})
+    observations = observed(kept.steps, kept.held_out, options, kept.step)
+    return History(adapter=str(path), **own, observations=observations)

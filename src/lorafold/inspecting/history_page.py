@@ -1,0 +1,166 @@
+"""The page of `lorafold history`: curves over the steps of a run, and the completions of its first
+and its last measure side by side. Completions are anybody's text, and only ever shown as text.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator, Mapping
+from itertools import zip_longest
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from lorafold.files.card import within
+from lorafold.files.page import document, html_table
+from lorafold.inspecting.history import History
+from lorafold.inspecting.observed import SHARED, ends
+from lorafold.inspecting.plots import curves
+from lorafold.inspecting.report import STYLE, cards, grid
+
+SAMPLES = """
+.sides { display: grid; grid-template-columns: 1fr 1fr; gap: .8rem; }
+.sides > * { border: 1px solid #ddd; border-radius: 6px; padding: .5rem .9rem; min-width: 0; }
+.sides h3 { border: 0; margin: .5rem 0 0; padding: 0; } .sides b { font-size: 1.1rem; }
+.sides p { margin: .2rem 0; color: #555; font-size: 13px; }
+.sides bdi { display: block; white-space: pre-wrap; }
+.sides .said { background: #f4f8f9; padding: .4rem .6rem; border-radius: 3px; max-height: 16rem; }
+.sides .said { overflow-y: auto; } .sides .asked { max-height: 6rem; overflow-y: auto; }
+@media (max-width: 700px) { .sides { gap: .3rem; } .sides > * { padding: .3rem .4rem; } }
+"""
+TOGETHER = {"largest mismatch": "mismatch"}  # figures that share a plot with another one
+SCALES = {  # what a figure is, under its name
+    "tokens a completion": "tokens a completion",
+    "cut off": "cut off, share of completions",
+    "entropy": "entropy, nats a token",
+    "groups without signal": "groups without signal, share",
+    "mismatch": "mismatch, nats a token",
+    "clipped": "clipped, share of tokens",
+    "KL": "KL to the reference, nats a token",
+}
+SOUGHT = (
+    "Nothing of what is looked for was found: a collapse of the entropy, completions that are cut"
+    " off, grow or shrink, groups without signal, one reward that falls while the sum rises, a"
+    " held-out reward that falls. Read the completions nevertheless."
+)
+
+
+def page(found: History, path: str | Path) -> None:
+    """Write it all as one HTML file that needs no other."""
+    title = f"How {Path(found.adapter).resolve().name} was trained"
+    document(title, "".join(sections(found)), path, STYLE + SAMPLES)
+
+
+def sections(found: History) -> Iterator[str]:
+    """The HTML of the page, in parts."""
+    method = found.recipe.get("method", "")
+    yield f"<p>{seen(found.objective)}, {seen(method)}, {len(found.losses)} steps.</p>"
+    notes = [*found.observations] or [SOUGHT] * bool(found.judged_by)
+    if notes:
+        listed = "".join(f"<li>{seen(text)}</li>" for text in notes)
+        yield f'<ul class="advice">{listed}</ul>'
+    yield cards(dict(figures(found)))
+    if found.judged_by:
+        yield "<h2>What judged</h2>" + html_table(*judges(found))
+    yield (
+        "<h2>Step by step</h2><p>Lines are the steps; points are held-out rows, with their 95%"
+        " intervals where these are known. Step 0 is before the first one.</p>"
+    )
+    yield grid([*plotted(found)], "grid two")
+    if still := constant(found):
+        same = "; ".join(f"{clean(name)} {value:.4g}" for name, value in still.items())
+        yield f"<p>The same in every step: {seen(same)}.</p>"
+    if {"first", "last"} <= found.samples.keys():
+        yield from side_by_side(found.samples, bool(found.evals))
+
+
+def figures(found: History) -> Iterator[tuple[str, str]]:
+    """What the run came to, by name."""
+    key = "reward" if found.judged_by else "loss"
+    measured = {step: (value, interval) for step, value, interval in found.measured(key)}
+    for step in dict.fromkeys((min(measured), max(measured)) if measured else ()):
+        value, interval = measured[step]
+        when = "before the first step" if step == 0 else f"after step {step}"
+        yield f"held-out {key} {when}{within(interval)}", f"{value:.3g}"
+    for name, values in found.by_step.items():
+        if name in ("reward", "entropy", "tokens a completion", "loss") and (both := ends(values)):
+            first, last = map(fmean, both)
+            yield f"{name}, first and last {len(both[0])} steps", f"{first:.3g} → {last:.3g}"
+
+
+def judges(found: History) -> tuple[list[str], list[list[str]]]:
+    """The table of the rewards: how much each counts, and what it gave."""
+    lines = []
+    for name, weight in found.judged_by.items():
+        own = found.by_step.get(f"{SHARED}{name}")
+        # of a single reward there is only the sum, which has its weight in it
+        both = ends(found.by_step.get("reward", ()) if own is None else own)
+        weighs = weight if own is None else 1
+        means = [f"{fmean(part) / weighs:.4g}" for part in both] if both and weighs else ["–", "–"]
+        lines.append([clean(name), f"{weight:g}", *means])
+    return ["reward", "weight", "first steps", "last steps"], lines
+
+
+def constant(found: History) -> dict[str, float]:
+    """The figures that never change, which need no plot."""
+    values = {
+        name: {v for v in found.by_step.get(name, ()) if v is not None}
+        | {v for _, v, _ in found.measured(name)}
+        for name in found.names
+    }
+    return {name: own.pop() for name, own in values.items() if len(own) == 1 and name != "loss"}
+
+
+def plotted(found: History) -> Iterator[str]:
+    """The curves: one plot a figure, all rewards of a sum in one."""
+    plots: dict[str, list[str]] = {}
+    for name in [name for name in found.names if name not in constant(found)]:
+        apart = "each reward" if name.startswith(SHARED) else TOGETHER.get(name, name)
+        plots.setdefault(apart, []).append(name)
+    for title, names in plots.items():
+        # minus the reward is no figure of its own
+        held_out = [name for name in names if not (name == "loss" and found.judged_by)]
+        yield curves(
+            SCALES.get(title, title),
+            {clean(n): found.by_step[n] for n in names if n in found.by_step},
+            {clean(n): points for n in held_out if (points := found.measured(n))},
+        )
+
+
+def side_by_side(samples: Mapping[str, Mapping[str, Any]], held_out: bool) -> Iterator[str]:
+    """The completions of the first and the last measure, from the best to the worst."""
+    of = "held-out prompts" if held_out else "the step's prompts"
+    yield (
+        f"<h2>Completions</h2><p>The best and the worst ones of {of}, from the highest reward to"
+        " the lowest. Do those on the right deserve what they were given?</p>"
+    )
+    sides = [samples["first"], samples["last"]]
+    steps = [int(side["step"]) for side in sides]
+    heads = ["Before the first step" if step == 0 else f"Step {step}" for step in steps]
+    rows = zip_longest(*(side["samples"] for side in sides))
+    cells = [cell(one) for row in rows for one in row]
+    yield f'<div class="sides"><h3>{heads[0]}</h3><h3>{heads[1]}</h3>{"".join(cells)}</div>'
+
+
+def cell(one: Mapping[str, Any] | None) -> str:
+    """One completion with what it was worth; empty where there is none."""
+    if one is None:
+        return "<div></div>"
+    each = "".join(f"; {name} {value:.4g}" for name, value in one.get("each", {}).items())
+    about = f"{one['where']}{each}{'' if one['ended'] else '; cut off'}"
+    return (
+        f"<div><b>{one['reward']:.4g}</b><p>{seen(about)}</p>"
+        f'<p><bdi class="asked">{seen(one["prompt"])}</bdi></p>'
+        f'<bdi class="said">{seen(one["completion"])}</bdi></div>'
+    )
+
+
+def clean(text: Any) -> str:
+    """A text without characters that no page can have: halves of surrogate pairs, and controls."""
+    whole = str(text).encode("utf-8", "replace").decode()
+    return "".join(c if c in "\n\t" or ord(c) >= 32 else "\N{REPLACEMENT CHARACTER}" for c in whole)
+
+
+def seen(text: Any) -> str:
+    """A text as HTML."""
+    return html.escape(clean(text))

@@ -1,0 +1,244 @@
+"""What a run has shown is kept with its adapter, is the same after a kill, and is a page that shows
+completions as text.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+import lorafold as lf
+from lorafold.cli import app
+from lorafold.errors import LorafoldError
+from lorafold.files.atomic import atomic_directory
+from lorafold.inspecting.history import History
+from lorafold.inspecting.history_page import page
+from lorafold.inspecting.observed import observed
+from lorafold.step.losses import Generated
+from lorafold.training import loop
+from lorafold.training.checkpoint import Progress, RunDirectory
+
+pytestmark = pytest.mark.usefixtures("unestimated")
+ROWS = [{"prompt": f"Say {word}", "word": word} for word in ("red", "blue", "green", "gold")]
+HOSTILE = '<script>alert("it")</script>$x$ --> <b>'
+
+
+def letters(completion: str, word: str) -> float:
+    return sum(letter in completion for letter in word) / len(word)
+
+
+def short(completion: str) -> float:
+    return -len(completion)
+
+
+def trained(model: Path, out: Path, *, steps: int = 4, **changes: Any) -> Any:
+    recipe = lf.Recipe(
+        objective="grpo", steps=steps, batch=2, max_length=96, storage="fp32", save_every=1,
+        eval_every=2, lr=1e-2, objective_options={"group": 4, "max_new_tokens": 6},
+    )  # fmt: skip
+    held_out = [{"prompt": f"Say {HOSTILE}", "word": "red"}, *ROWS[:2]]
+    given: dict[str, Any] = {"rewards": [letters, short], "eval_data": held_out, **changes}
+    return lf.train(recipe, model=model, data=ROWS, out=out, **given)
+
+
+def record(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((path / "lorafold.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model_dir, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    return out, trained(tiny_model_dir("llama"), out)
+
+
+def test_each_step_and_each_measure_is_kept(whole: tuple[Path, Any]) -> None:
+    out, result = whole
+    found = record(out)
+    assert {len(values) for values in found["steps"].values()} == {4}
+    assert {"reward", "reward letters", "reward short", "entropy", "mismatch"} <= {*found["steps"]}
+    assert found["held_out"]["step"] == [0, 2, 4] == [int(step) for step in found["evals"]]
+    for n, loss in enumerate(found["evals"].values()):
+        assert found["held_out"]["reward"][n] == pytest.approx(-loss, rel=1e-5)
+        low, high = found["held_out"]["reward_interval"][n]
+        assert low <= found["held_out"]["reward"][n] <= high
+    assert found["judged_by"] == {"letters": 1.0, "short": 1.0}
+    assert [found["samples"][side]["step"] for side in ("first", "last")] == [0, 4]
+    for side in found["samples"].values():
+        rewards = [one["reward"] for one in side["samples"]]
+        assert rewards == sorted(rewards, reverse=True)
+        assert all(sum(one["each"].values()) == one["reward"] for one in side["samples"])
+    pace = result.pace
+    parts = sum(pace[f"{name} seconds"] for name in ("drawing", "judging", "learning"))
+    assert parts == pytest.approx(result.seconds)
+    assert pace["drawn tokens/s"] == pytest.approx(pace["drawn tokens"] / pace["drawing seconds"])
+    assert 4 * 8 <= pace["drawn tokens"] <= 4 * 8 * 6
+
+
+def test_what_was_measured_before_the_first_step_is_no_best_step() -> None:
+    assert Progress(evals={0: -1.0, 5: -0.5, 9: -0.7}).best == 9
+    assert Progress(evals={0: -1.0}).best is None
+
+
+def test_a_run_that_was_killed_has_the_same_record(
+    whole: tuple[Path, Any], tiny_model_dir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = loop.train_step
+
+    def killed(job: Any, examples: Any, n: int) -> float:
+        if n == 3:
+            raise KeyboardInterrupt
+        return step(job, examples, n)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            trained(tiny_model_dir("llama"), tmp_path / "a")
+    state = tmp_path / "a.run" / "step-000003" / "state.json"
+    assert {"shown", "measured", "samples"} <= {*json.loads(state.read_text())}
+    trained(tiny_model_dir("llama"), tmp_path / "a", resume=True)
+    assert record(tmp_path / "a") == record(whole[0])
+
+
+def test_a_step_without_a_figure_has_none() -> None:
+    progress, nothing = Progress(), Generated()
+    shown: list[dict[str, float]] = [{"a": 1.0}, {}, {"a": 2.0, "b": float("inf")}, {"b": 3.0}]
+    for figures in shown:
+        progress.step += 1
+        progress.stepped(figures, nothing, 5, 1.0)
+    assert progress.shown == {"a": [1.0, None, 2.0, None], "b": [None, None, None, 3.0]}
+    assert progress.pace == progress.rates == {}
+
+
+def test_a_checkpoint_of_an_earlier_version_is_resumed(tmp_path: Path) -> None:
+    state = {
+        "step": 2, "losses": [1.0, 2.0], "evals": {"1": 0.5, "2": 0.4}, "tokens": 9,
+        "figures": {"accuracy": 0.7}, "seconds": 1.0, "optimizer": "", "decays_vectors": True,
+    }  # fmt: skip
+    with atomic_directory(tmp_path / "a") as path:
+        (path / "state.json").write_text(json.dumps(state))
+        for name in ("adapter", "optimizer"):
+            save_file({}, path / f"{name}.safetensors")
+    found, *_ = RunDirectory(tmp_path / "a").load(tmp_path / "a")
+    assert (found.figures, found.measured) == ({"accuracy": 0.7}, {2: {"accuracy": 0.7}})
+    found.step += 1
+    found.stepped({"a": 1.0}, Generated(5, {"drawing": 2.0}), 4, 3.0)
+    assert found.shown == {"a": [None, None, 1.0]}
+    assert found.rates == {"drawn tokens/s": 2.5, "learned tokens/s": 4.0}
+
+
+def test_samples_of_steps_where_nothing_is_held_out(tiny_model_dir, tmp_path: Path) -> None:
+    trained(tiny_model_dir("llama"), tmp_path / "a", steps=2, rewards=short, eval_data=None)
+    found = record(tmp_path / "a")
+    assert [found["samples"][side]["step"] for side in ("first", "last")] == [1, 2]
+    assert found["samples"]["last"]["samples"][0]["each"] == {}
+    assert not found["evals"]
+    assert "held_out" not in found
+    assert "held-out" not in str(lf.history(tmp_path / "a"))
+
+
+def test_the_card_says_what_judged_and_what_it_came_to(whole: tuple[Path, Any]) -> None:
+    out = whole[0]
+    text = (out / "README.md").read_text()
+    first, *_, last = record(out)["held_out"]["reward"]
+    assert "| judged by | 1 x letters, 1 x short |" in text
+    assert f"| held-out reward before the first step | {first:.4g} (95%: " in text
+    assert f"| held-out reward after step 4 | {last:.4g} (95%: " in text
+    assert "drawn tokens/s" in text
+    assert "| objective | grpo |" in text
+
+
+def test_the_page_has_all_and_shows_completions_as_text(
+    whole: tuple[Path, Any], tmp_path: Path
+) -> None:
+    out, file = whole[0], tmp_path / "page.html"
+    done = CliRunner().invoke(app, ["history", str(out), "--html", str(file), "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["held_out"]["step"] == [0, 2, 4]
+    text = file.read_text()
+    assert text.count("<svg") == len(plots(found))
+    assert "The same in every step: " in text
+    assert "Say &lt;script&gt;alert(&quot;it&quot;)&lt;/script&gt;$x$ --&gt;" in text
+    assert "Before the first step" in text
+    assert "src=" not in text
+
+
+def plots(found: dict[str, Any]) -> set[str]:
+    still = {name for name, values in found["steps"].items() if len({*values}) == 1}
+    assert "clipped" in still
+    names = {*found["steps"], "loss"} - still - {"largest mismatch"}
+    return {"each reward" if name.startswith("reward ") else name for name in names}
+
+
+def test_names_and_completions_run_nothing(tmp_path: Path) -> None:
+    one = {"where": HOSTILE, "prompt": HOSTILE, "completion": f"\ud800\0{HOSTILE}", "reward": 1.0}
+    side = {"step": 1, "samples": [one | {"ended": False, "each": {HOSTILE: 1.0}}]}
+    names = {f"reward {HOSTILE}": UP[:6], r"reward $\nope$": UP[:6], r"$\nope$": UP[:6]}
+    found = History(
+        HOSTILE, {"objective": HOSTILE, "method": HOSTILE}, [1.0] * 6, names, {3: 1.0},
+        {"step": [3], "reward": [1.0], "reward_interval": [None]}, {HOSTILE: 1.0},
+        {"first": side, "last": side | {"samples": []}}, [HOSTILE],
+    )  # fmt: skip
+    page(found, tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert "<script" not in text
+    assert "\0" not in text
+
+
+def test_a_run_of_an_earlier_version_and_one_without_rewards(tmp_path: Path) -> None:
+    recipe = {"objective": "sft", "method": "lora"}
+    old = {"recipe": recipe, "losses": [3.0, 2.0], "evals": {"2": 1}}
+    (tmp_path / "lorafold.json").write_text(json.dumps(old))
+    found = lf.history(tmp_path)
+    assert found.told("loss") == "1 after step 2"
+    assert found.observations == []
+    page(found, tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text().count("<svg") == 1
+    (tmp_path / "lorafold.json").write_text("{}")
+    with pytest.raises(LorafoldError, match="record of `lorafold train`: recipe: Field"):
+        lf.history(tmp_path)
+    (tmp_path / "lorafold.json").write_text(json.dumps(old | {"steps": {"reward": ["x"]}}))
+    with pytest.raises(LorafoldError, match=r"steps\.reward\.0.*valid number"):
+        lf.history(tmp_path)
+    hostile = {"step": [1], "reward": [0.5], "reward_interval": ["x"]}
+    (tmp_path / "lorafold.json").write_text(json.dumps(old | {"held_out": hostile}))
+    with pytest.raises(LorafoldError, match=r"held_out\.reward_interval\.0"):
+        lf.history(tmp_path)
+    with pytest.raises(LorafoldError, match=r"found no lorafold\.json, expected what"):
+        lf.history(tmp_path / "none")
+
+
+UP, DOWN = [n / 10 for n in range(30)], [3 - n / 10 for n in range(30)]
+OBSERVED = [
+    ({"entropy": [2.0] * 27 + [0.1] * 3}, "Entropy went from 2 to 0.1 nats a token, 5% of"),
+    ({"cut off": [0.0] * 27 + [0.75] * 3}, "75% of the completions of the last 3 steps were cut"),
+    ({"groups without signal": [0.9] * 30}, "90% of the groups of the last 3 steps had one"),
+    ({"reward": UP, "reward a": DOWN}, "rose from 0.1 to 2.8, reward a fell from 2.9 to 0.2."),
+    ({"reward": UP, "tokens a completion": [10.0 + n for n in range(30)]}, "grew from 11 to 38"),
+    ({"reward": UP, "tokens a completion": [40.0 - n for n in range(30)]}, "shrank from 39 to 12"),
+]
+
+
+@pytest.mark.parametrize(("steps", "said"), OBSERVED)
+def test_what_is_observed(steps: dict[str, list[float]], said: str) -> None:
+    (found,) = observed(steps, {}, {"max_new_tokens": 16})
+    assert said in found
+    calm = {name: [1.0, 0.9, 1.1, None] * 8 for name in steps if name.startswith("reward")}
+    steady = {name: [0.5] * 32 for name in steps} | calm
+    assert observed(steady, {}, {}) == []
+
+
+def test_what_is_observed_on_held_out_prompts() -> None:
+    found = {"step": [0, 5, 9], "reward": [0.5, 0.6, 0.2]}
+    fell, best = observed({}, found | {"reward_interval": [[0.4, 0.6], None, [0.1, 0.3]]}, {})
+    assert fell == "The held-out reward fell from 0.5 before the first step to 0.2 after step 9."
+    assert "highest after step 5, 0.6, and 0.2 after step 9" in best
+    own = observed({}, found | {"reward_interval": [None] * 3}, {}, own=5)
+    assert "step 5 is this one" in own[0]
+    assert len(observed({}, found | {"reward_interval": [[0.1, 0.9], None, [0.1, 0.3]]}, {})) == 1
