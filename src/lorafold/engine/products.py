@@ -1,22 +1,25 @@
 """Any mixture of adapters in one pass: each row of a batch under its own.
 
-    y_b = W x_b + up_s(b) down_s(b) x_b         s(b) the slot of row b
+    y_b = W x_b + up_p(b) down_p(b) x_b         p(b) the place of row b's adapter
 
 What low-rank adapters add is accumulated by the base's own product before the one rounding. Their
-factors are copied to stacks, down (n, slots, r, in) and up (n, slots, r, out) for the n matrices of
-one shape, when a request gets its slot, so that a step gathers nothing (Chen et al. 2023, Punica,
-arXiv 2310.18547; Sheng et al. 2023, S-LoRA, arXiv 2311.03285). Adapters of other kinds compute
-their rows over the same output. Rows of the base are computed by nothing.
+factors are copied to stacks, down (n, places, r, in) and up (n, places, r, out) for the n matrices
+of one shape, when an adapter's first request gets its slot, so that a step gathers nothing (Chen et
+al. 2023, Punica, arXiv 2310.18547; Sheng et al. 2023, S-LoRA, arXiv 2311.03285). Requests of one
+adapter share its place. Adapters of other kinds compute their rows over the same output. Rows of
+the base are computed by nothing.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lorafold.core.combine import Given
 from lorafold.core.delta import Delta, Opaque
@@ -30,43 +33,56 @@ from lorafold.ops.decoding import Part, Product
 
 log = logging.getLogger(__name__)
 
+NOBODY = 0  # the place of rows of the base, which stays zero
+
 
 class Stacks:
-    """The factors of the adapter in each slot, for the matrices of one shape."""
+    """The factors of the adapter in each place, for the matrices of one shape."""
 
-    def __init__(self, shape: Shape, slots: int, operations: Operations) -> None:
-        self.shape, self.slots, self.operations = shape, slots, operations
-        self.ranks = torch.zeros(slots, dtype=torch.long)
-        self.down: Tensor | None = None  # (n, slots, r, in)
-        self.up: Tensor | None = None  # (n, slots, r, out)
+    def __init__(self, shape: Shape, operations: Operations) -> None:
+        self.shape, self.operations = shape, operations
+        self.ranks = torch.zeros(NOBODY + 1, dtype=torch.long)
+        self.down: Tensor | None = None  # (n, places, r, in)
+        self.up: Tensor | None = None  # (n, places, r, out)
 
-    def place(self, slot: int, factors: Factors) -> None:
-        """Copy an adapter's factors to a slot, which is zero."""
+    def place(self, place: int, factors: Factors) -> None:
+        """Copy an adapter's factors to a place, which is zero."""
         rank = factors.down.shape[2]
         if self.down is None or self.down.shape[2] < rank:
             self._grow(rank, factors.down)
         assert self.down is not None
         assert self.up is not None
-        self.down[factors.at, slot, :rank] = factors.down.mT.to(self.down.dtype)
-        self.up[factors.at, slot, :rank] = factors.up.to(self.up.dtype)
-        self.ranks[slot] = rank
+        self.down[factors.at, place, :rank] = factors.down.mT.to(self.down.dtype)
+        self.up[factors.at, place, :rank] = factors.up.to(self.up.dtype)
+        self.ranks[place] = rank
 
-    def clear(self, slot: int) -> None:
-        """Set a slot to zero."""
+    def clear(self, place: int) -> None:
+        """Set a place to zero."""
         if self.down is not None and self.up is not None:
-            self.down[:, slot].zero_()
-            self.up[:, slot].zero_()
-            self.ranks[slot] = 0
+            self.down[:, place].zero_()
+            self.up[:, place].zero_()
+            self.ranks[place] = 0
+
+    def widen(self, places: int) -> None:
+        """Have so many places, which are more than there are."""
+        self.ranks = pad(self.ranks, (0, places - len(self.ranks)))
+        if self.down is not None:
+            self._grow(self.down.shape[2], self.down)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the factors."""
+        return sum(t.nbytes for t in (self.down, self.up) if t is not None)
 
     def _grow(self, rank: int, like: Tensor) -> None:
-        n, old = len(self.shape.paths), (self.down, self.up)
+        n, places, old = len(self.shape.paths), len(self.ranks), (self.down, self.up)
         with torch.inference_mode(False):
             dtype = self.operations.stored(like)
-            self.down = like.new_zeros(n, self.slots, rank, self.shape.inn, dtype=dtype)
-            self.up = like.new_zeros(n, self.slots, rank, self.shape.out, dtype=dtype)
-        if old[0] is not None and old[1] is not None:
-            self.down[:, :, : old[0].shape[2]] = old[0]
-            self.up[:, :, : old[1].shape[2]] = old[1]
+            self.down = like.new_zeros(n, places, rank, self.shape.inn, dtype=dtype)
+            self.up = like.new_zeros(n, places, rank, self.shape.out, dtype=dtype)
+        for new, t in zip((self.down, self.up), old, strict=True):
+            if t is not None:
+                new[:, : t.shape[1], : t.shape[2]] = t
 
 
 class Plan:
@@ -74,25 +90,24 @@ class Plan:
 
     Args:
         held: the adapter of each of the B rows, or None.
+        places: where the factors of each are.
         each: compute each row on its own, so that shapes never depend on the others.
     """
 
     def __init__(
-        self, held: Sequence[LoadedAdapter | None], slots: slice | Sequence[int], each: bool = False
+        self,
+        held: Sequence[LoadedAdapter | None],
+        places: Mapping[LoadedAdapter, int],
+        each: bool = False,
     ) -> None:
         self.held = tuple(held)
-        self.slots = slots if isinstance(slots, slice) else torch.tensor(slots)
         found = [h for h in held if h is not None]
         self.products = frozenset().union(*(h.products for h in found))
         self.others = frozenset().union(*(h.deltas.keys() for h in found))
         self.each = each
         self._with_others = [b for b in range(len(held)) if (h := held[b]) is not None and h.deltas]
         self._by_path: dict[str, list[tuple[Delta, Tensor]]] = {}
-        # rows of one adapter read the factors of one slot
-        own = [*range(slots.start, slots.stop)] if isinstance(slots, slice) else [*slots]
-        first = dict(zip(reversed(held), reversed(own), strict=True))
-        shared = [s if h is None else first[h] for h, s in zip(held, own, strict=True)]
-        self.shared = torch.tensor(shared)
+        self.places = torch.tensor([NOBODY if h is None else places.get(h, NOBODY) for h in held])
         self.one: dict[tuple[str, ...], Product] = {}  # by paths
 
     @property
@@ -137,23 +152,41 @@ class Products:
 
     def __init__(self, structure: Structure, slots: int, operations: Operations) -> None:
         self.structure, self.where, self.operations = structure, structure.where, operations
-        self.stacks = [Stacks(shape, slots, operations) for shape in structure.shapes]
-        self.plan = Plan([], ())
-        self.placed: dict[int, LoadedAdapter] = {}
+        self.stacks = [Stacks(shape, operations) for shape in structure.shapes]
+        self.plan, self._slots, self._room = Plan([], {}), slots, NOBODY + 1
+        self.placed: dict[int, LoadedAdapter] = {}  # by slot
+        self.places: dict[LoadedAdapter, int] = {}  # of those
         self._least: dict[torch.dtype, int] = {}
 
     def place(self, slot: int, held: LoadedAdapter) -> None:
         """Give a slot an adapter."""
         assert slot not in self.placed
         self.placed[slot] = held
+        if held in self.places:
+            return
+        taken = {NOBODY, *self.places.values()}
+        place = next(n for n in count() if n not in taken)
+        if place >= self._room:
+            self._room = min(self._slots + 1, 2 * self._room)
+            for stacks in self.stacks:
+                stacks.widen(self._room)
+        self.places[held] = place
         for i, factors in held.factors.items():
-            self.stacks[i].place(slot, factors)
+            self.stacks[i].place(place, factors)
 
     def clear(self, slot: int) -> None:
         """Take a slot's adapter away, if it has one."""
         held = self.placed.pop(slot, None)
-        for i in () if held is None else held.factors:
-            self.stacks[i].clear(slot)
+        if held is None or held in self.placed.values():
+            return
+        place = self.places.pop(held)
+        for i in held.factors:
+            self.stacks[i].clear(place)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all stacks."""
+        return sum(stacks.nbytes for stacks in self.stacks)
 
     def product(self, paths: tuple[str, ...], x: Tensor, layers: Sequence[Layer]) -> Tensor:
         """What the low-rank adapters of the plan add at matrices that read the same tensor, side by
@@ -169,7 +202,7 @@ class Products:
             return torch.cat(found, -1) if len(found) > 1 else found[0]
         if paths not in plan.one:
             parts = [self._part(path) for path in paths]
-            plan.one[paths] = self.operations.low_rank(parts, plan.shared)
+            plan.one[paths] = self.operations.low_rank(parts, plan.places)
         flat = x.reshape(len(x), -1, x.shape[-1])
         return plan.one[paths](flat).view(*x.shape[:-1], -1)
 

@@ -45,7 +45,7 @@ class SoloRunner(Runner):
     def forward(self, rows: Sequence[Row], counts: Sequence[int]) -> Tensor:
         (row,) = rows
         ids_1T = torch.tensor([row.tokens], device=self.model.device)
-        context = self.deltas.alone(row.held) if row.held else self.deltas.mixed(Plan([None], (0,)))
+        context = self.deltas.alone(row.held) if row.held else self.deltas.mixed(Plan([None], {}))
         with torch.no_grad(), context:
             step = self.model.generate(
                 ids_1T,
