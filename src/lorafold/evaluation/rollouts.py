@@ -46,6 +46,18 @@ class Completion:
     ended: bool
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """How many completions are drawn at a time (`slots`), how many a prompt has, and the most tokens
+    of a prompt and of one completion.
+    """
+
+    slots: int
+    group: int
+    prompt: int
+    longest: int
+
+
 class Rollouts:
     """Draws completions, once it is `open`.
 

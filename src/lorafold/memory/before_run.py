@@ -43,6 +43,7 @@ def planned(
     asked: Setting,
     processes: int = 1,
     device: torch.device = CPU,
+    held_out: Any = None,
 ) -> Setting:
     """Return the setting of the largest micro-batch of the run's first steps.
 
@@ -53,6 +54,7 @@ def planned(
         asked: Has the base, the method and what else is attached.
         processes: The processes that share each step's examples.
         device: The device of this machine that the run uses.
+        held_out: The `Data` to measure on, or None.
     """
     packed, outputs = recipe.packing and objective.packs, objective.outputs
     largest: Sequence[Any] = ()
@@ -72,6 +74,7 @@ def planned(
         loss=objective.traced,
         optimizer="adamw" if recipe.optimizer == "auto" else recipe.optimizer,
         accumulating=accumulating,
+        draws=objective.draws(feed, held_out),
         widened=widens(asked.base.dtype, device),
     )
 
@@ -146,7 +149,10 @@ def settle(
 
 def summary(found: Estimate) -> str:
     """Return the total and the two largest terms as text."""
-    most = sorted(found.terms.items(), key=lambda term: -term[1])[:2]
+    most = [
+        (name.replace("_", " "), n)
+        for name, n in sorted(found.terms.items(), key=lambda term: -term[1])[:2]
+    ]
     return (
         f"{in_words(found.total)} at the peak of a step"
         f" ({', '.join(f'{name} {in_words(n)}' for name, n in most)})"

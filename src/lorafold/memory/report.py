@@ -15,7 +15,7 @@ WIDTH = 40  # characters of the longest bar
 COLOURS = dict(
     zip(
         TERMS,
-        ("#4c78a8", "#f58518", "#e45756", "#72b7b2", "#54a24b", "#eeca3b", "#b279a2", "#9d755d"),
+        ("#4c78a8", "#f58518", "#e45756", "#72b7b2", "#54a24b", "#eeca3b", "#b279a2", "#9d755d", "#bab0ac"),
         strict=True,
     )
 )

@@ -20,6 +20,7 @@ from lorafold.data.stored import Part, Rows
 from lorafold.data.tokenizing import Encoder, tokenized
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import Measured, held_out_loss
+from lorafold.evaluation.rollouts import Drawn
 from lorafold.objectives import Declared
 from lorafold.opening import Base
 from lorafold.peft.saved import Saved
@@ -149,6 +150,15 @@ class Objective(ABC):
             loss: As `loss` yields it, with the model.
         """
         return planned
+
+    def draws(self, feed: Feed, held_out: Any) -> Drawn | None:
+        """The completions that steps draw at a time, for which an engine is beside the model; None
+        if they draw none.
+
+        Args:
+            held_out: The `Data` to measure on, or None.
+        """
+        return None
 
     def trained(self, example: Any) -> Any:
         """What of an example a step computes with gradients."""

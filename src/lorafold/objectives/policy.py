@@ -29,7 +29,7 @@ from lorafold.errors import LorafoldError
 from lorafold.evaluation import Measured
 from lorafold.evaluation.reward_adapter import RewardAdapter
 from lorafold.evaluation.rewarded import Rewarded
-from lorafold.evaluation.rollouts import SLOTS, Completion, Rollouts
+from lorafold.evaluation.rollouts import SLOTS, Completion, Drawn, Rollouts
 from lorafold.objectives import OBJECTIVES, Declared
 from lorafold.objectives.laws import class_of, made
 from lorafold.objectives.objective import Asked, Objective, given_options
@@ -152,6 +152,12 @@ class PolicyObjective(Objective):
     def data(self, table: pa.Table, rows: Rows, max_length: int) -> PromptData:
         return prompt_data(table, rows, max_length - self.drawing.max_new_tokens)
 
+    def draws(self, feed: Feed, held_out: Any) -> Drawn:
+        assert isinstance(feed, StoredFeed)
+        lengths = [*lengths_of(feed.examples), *(lengths_of(held_out.examples) if held_out else [])]
+        slots = min(SLOTS, feed.batch * self.drawing.group)
+        return Drawn(slots, self.drawing.group, max(lengths), self.drawing.max_new_tokens)
+
     def trained(self, example: Prompt) -> Rollout:
         """A group of completions of that prompt, as long as they may be."""
         own, k = (0,) * self.drawing.max_new_tokens, self.drawing.group
@@ -193,10 +199,8 @@ class PolicyObjective(Objective):
         self, loss: Playing, feed: Feed, held_out: Any, below: Sequence[str], console: Console
     ) -> tuple[Feed, Any]:
         """Open what draws, for the longest prompt of both."""
-        assert isinstance(feed, StoredFeed)
-        lengths = [*lengths_of(feed.examples), *(lengths_of(held_out.examples) if held_out else [])]
-        slots = min(SLOTS, feed.batch * self.drawing.group)
-        loss.rollouts[0].open(max(lengths), slots)
+        drawn = self.draws(feed, held_out)
+        loss.rollouts[0].open(drawn.prompt, drawn.slots)
         return feed, held_out
 
     def examples(self, step: int, planned: Sequence[Prompt], loss: Playing) -> Sequence[Rollout]:

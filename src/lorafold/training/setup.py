@@ -211,7 +211,9 @@ def adapted_model(
     asked = Setting(
         base.held, spec, recipe.targets, extra, below=below, trust_remote_code=trusted
     )
-    heaviest = planned(recipe, setup.feed, setup.objective, asked, shared, base.where)
+    heaviest = planned(
+        recipe, setup.feed, setup.objective, asked, shared, base.where, setup.held_out
+    )
     free = free_everywhere(setup.accelerator)
     checkpointing = settle(base.config(), heaviest, recipe.gradient_checkpointing, free, console)
     model = setup.objective.load(base, setup.tokenizer, recipe.seed)
