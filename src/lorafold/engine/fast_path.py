@@ -90,7 +90,7 @@ def packable(module: nn.Module) -> bool:
 def packed_bytes(model: nn.Module) -> int:
     """The most bytes that the matrices of a model take in the kernel's order, which has 16 bits."""
     found = [module for _, module in bare_modules(model) if is_linear(module) and packable(module)]
-    weights = [module.weight for module in found]
+    weights = [module.get_parameter("weight") for module in found]
     return sum(w.numel() * product_dtype(w.dtype).itemsize for w in weights)
 
 

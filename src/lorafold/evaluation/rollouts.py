@@ -48,8 +48,8 @@ class Completion:
 
 @dataclass(frozen=True)
 class Drawn:
-    """How many completions are drawn at a time (`slots`), how many a prompt has, and the most tokens
-    of a prompt and of one completion.
+    """How many completions are drawn at a time (`slots`), how many a prompt has, and the most
+    tokens of a prompt and of one completion.
     """
 
     slots: int

@@ -57,24 +57,29 @@ def planned(
         held_out: The `Data` to measure on, or None.
     """
     packed, outputs = recipe.packing and objective.packs, objective.outputs
+    draws = objective.draws(feed, held_out)
     largest: Sequence[Any] = ()
-    accumulating = False
+    whole, accumulating = 0, False
     for examples in islice(feed.after(0), feed.foreseen):
         capacity = recipe.max_length if packed else None
         own = [objective.trained(example) for example in examples[::processes]]
         parts = micro_batches(own, recipe.accumulate, capacity)
         accumulating = accumulating or len(parts) > 1
         largest = max(largest, *parts, key=lambda part: computed(part, packed))
+        whole = max(whole, sum(len(e.ids) for e in own))
+    rows = tuple(n for e in largest for n in documents(e))
+    # more completions fit where they are shorter than they may be
+    more = max(0, min(recipe.max_length, whole) - sum(rows)) if draws and packed else 0
     return replace(
         asked,
-        rows=tuple(n for e in largest for n in documents(e)),
-        labelled=None if outputs else sum(map(labelled, largest)),
+        rows=(*rows, more) if more else rows,
+        labelled=None if outputs else sum(map(labelled, largest)) + more,
         packed=packed,
         classes=outputs,
         loss=objective.traced,
         optimizer="adamw" if recipe.optimizer == "auto" else recipe.optimizer,
         accumulating=accumulating,
-        draws=objective.draws(feed, held_out),
+        draws=draws,
         widened=widens(asked.base.dtype, device),
     )
 

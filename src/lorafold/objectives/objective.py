@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import torch
@@ -207,6 +208,13 @@ class Objective(ABC):
             labelled: The tokens that the loss counts, divided evenly among padded rows.
         """
         return next_token_loss(model, inputs, labelled)
+
+    @property
+    def reads(self) -> Sequence[tuple[str, Path]]:
+        """The directories that it reads besides the model and the run's adapters, each after the
+        option that names it.
+        """
+        return ()
 
     @property
     def identity(self) -> Mapping[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import torch
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 
 SAMPLES = 3  # completions that are shown where rewards never vary
 LARGEST = 1e12  # an advantage: squares of gradients times it are still numbers of fp32
+QUIET = "steps without signal"  # of the first ones, without a group whose rewards differ
 PATIENCE = 10  # steps without a group whose rewards differ, before that is told
 
 
@@ -101,7 +103,7 @@ class Playing(Policy):
         super().__init__(model, law, how, pad_id, rollouts.longest)
         self.rollouts, self.rewards = (rollouts,), rewards  # in a tuple: it has a model of its own
         self.told: dict[str, float] = {}
-        self.quiet = 0  # steps since the first without a group whose rewards differ
+        self.counts[QUIET] = 0
 
     def figures(self) -> dict[str, float]:
         found, self.told = self.told, {}
@@ -134,6 +136,11 @@ class PolicyObjective(Objective):
     def options(cls, declared: Declared) -> Mapping[str, Any]:
         kinds = (class_of(declared, policy_laws), Drawing)
         return {field.name: field.default for kind in kinds for field in fields(kind)}
+
+    @property
+    def reads(self) -> Sequence[tuple[str, Path]]:
+        found = [(name, saved) for name, one in self.adapters.items() for saved in one.stack]
+        return [(f"for --reward {name}", saved.path) for name, saved in found]
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -226,8 +233,8 @@ class PolicyObjective(Objective):
             ]
         )
         if step < PATIENCE and not bool(learns.any()):
-            loss.quiet += 1
-            if loss.quiet == PATIENCE:
+            loss.counts[QUIET] += 1
+            if loss.counts[QUIET] == PATIENCE:
                 raise LorafoldError(self._constant(found, bool(counts.any())))
         # a policy that is its reference still has nothing to be held back from
         keep = learns | (counts & (self.law.beta > 0) & (bool(learns.any()) or step > 0))

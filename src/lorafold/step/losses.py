@@ -26,7 +26,8 @@ class Loss(nn.Module, ABC):
     over micro-batches is that of the batch exactly. It starts in its model's mode (train or eval).
 
     `pace` is the share of a method's own learning rates that suits the loss; `rules` are what a run
-    that is resumed must have computed alike, where versions of lorafold differ in it.
+    that is resumed must have computed alike, where versions of lorafold differ in it. `counts` go
+    with its checkpoints.
     """
 
     pace = 1.0
@@ -35,6 +36,7 @@ class Loss(nn.Module, ABC):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model, self.training = model, model.training
+        self.counts: dict[str, int] = {}
 
     @property
     def device(self) -> torch.device:
