@@ -11,17 +11,24 @@ import transformers as tf
 
 import lorafold as lf
 from conftest import make_tokenizer
+from lorafold.data.feed import StoredFeed
+from lorafold.data.stored import Part
+from lorafold.data.to_complete import Prompt
 from lorafold.engine.fast_path import Packed
 from lorafold.engine.runner import SlotRunner
 from lorafold.evaluation.rollouts import Drawn, Rollouts
+from lorafold.memory.before_run import documents, planned
 from lorafold.memory.measure import allocated, peak_of
 from lorafold.memory.terms import estimate
 from lorafold.memory.trace import Setting, trace
 from lorafold.models.fake import fake_model
 from lorafold.models.storage import Storage
+from lorafold.objectives.policy import Drawing, PolicyObjective
+from lorafold.recipe.recipe import Recipe
+from lorafold.step.policy_laws import Grpo
 from memory_cases import COMMON, CPU
 
-CONFIG = tf.LlamaConfig(**COMMON)
+CONFIG = tf.LlamaConfig(**{**COMMON, "num_hidden_layers": 2})
 DRAWN = Drawn(slots=24, group=12, prompt=20, longest=40)
 
 
@@ -67,9 +74,21 @@ def test_bytes_of_the_engine_and_of_its_keys_and_values(dtype: torch.dtype) -> N
 
 def test_the_peak_is_that_of_the_step_or_of_drawing() -> None:
     without = estimate(CONFIG, setting(torch.float32, None)).terms
-    short = estimate(CONFIG, setting(torch.float32, Drawn(1, 1, 4, 4))).terms
     long = estimate(CONFIG, setting(torch.float32, Drawn(64, 8, 20, 2000))).terms
-    assert without["engine"] == 0 < short["engine"]
-    assert {**short, "engine": 0} == without
-    assert long["kv_cache"] == 64 * 2048 * 2 * 6 * 2 * 32 * 4
+    assert without["engine"] == without["kv_cache"] == 0 < without["activations"]
+    assert long["kv_cache"] == 64 * 2048 * 2 * 2 * 2 * 32 * 4
     assert long["activations"] == long["gradients"] == long["logits"] == 0
+
+
+def test_shorter_completions_fill_a_sequence() -> None:
+    """Planned are those that are as long as they may be, of which fewer fit."""
+    drawing = PolicyObjective(Grpo(), Drawing(group=4, max_new_tokens=20))
+    prompts = [Prompt((1,) * n, {}, "") for n in (10, 12, 14)]
+    feed = StoredFeed(prompts, [Part(3)], 3, 1, 0)
+    found = [
+        planned(Recipe(batch=3, steps=1, max_length=n), feed, drawing, setting(torch.float32, None))
+        for n in (150, 1000)
+    ]
+    whole = sum(n for prompt in prompts for n in documents(drawing.trained(prompt)))
+    assert [sum(one.rows) for one in found] == [150, whole]
+    assert [one.draws for one in found] == [Drawn(12, 4, 14, 20)] * 2

@@ -66,7 +66,7 @@ def planned(
         parts = micro_batches(own, recipe.accumulate, capacity)
         accumulating = accumulating or len(parts) > 1
         largest = max(largest, *parts, key=lambda part: computed(part, packed))
-        whole = max(whole, sum(len(e.ids) for e in own))
+        whole = max(whole, sum(n for e in own for n in documents(e)))
     rows = tuple(n for e in largest for n in documents(e))
     # more completions fit where they are shorter than they may be
     more = max(0, min(recipe.max_length, whole) - sum(rows)) if draws and packed else 0
