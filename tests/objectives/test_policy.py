@@ -316,7 +316,7 @@ def test_rewards_that_never_vary_are_told_of_a_run_that_was_resumed(
 
     with pytest.raises(KeyboardInterrupt):
         trained(tiny_model_dir("llama"), tmp_path / "a", asks, rewards=one)
-    with pytest.raises(LorafoldError, match="step 10: .* in the first 10 steps"):
+    with pytest.raises(LorafoldError, match=r"step 10: .* in the first 10 steps"):
         trained(tiny_model_dir("llama"), tmp_path / "a", asks, rewards=one, resume=True)
 
 
