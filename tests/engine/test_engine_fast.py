@@ -67,7 +67,7 @@ def test_a_packed_product_is_rounded_once(biases: tuple[bool, ...], rows: int) -
     modules = {f"m{i}": nn.Linear(48, 16 * (i + 1), bias=b) for i, b in enumerate(biases)}
     model = nn.ModuleDict(modules).bfloat16().requires_grad_(False)
     assert all(packable(module) for module in model.values())
-    deltas = ActiveDeltas(model, Products(Structure(""), Operations()))
+    deltas = ActiveDeltas(model, Products(Structure(""), 1, Operations()))
     packed = Packed(dict(model.items()), deltas, 16, {})
     width = sum(m.out_features for m in modules.values())
     x, onto = torch.randn(2, rows, 48).bfloat16(), torch.randn(2, rows, width).bfloat16()

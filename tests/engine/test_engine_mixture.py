@@ -296,22 +296,3 @@ def test_sampled_with_adapters_as_alone(model, paths) -> None:
         for name, path in paths.items():
             engine.load(name, path)
         assert together(engine, asked) == expected
-
-
-def test_the_factors_of_an_adapter_are_held_once(model, paths) -> None:
-    """However many requests it has, in whichever slots; and no longer than it has any."""
-    asked = [Request(str(i), prompt(4 + i, i), 6, adapter="lora") for i in range(6)]
-    expected = [alone(model, request, paths, length=64, slots=1) for request in asked]
-    with Engine(model, slots=8, length=64) as engine:
-        for name in ("lora", "dora"):
-            engine.load(name, paths[name])
-        products = engine._runner.products
-        streams = [engine.submit(request) for request in asked]
-        engine.step()
-        own = [stacks.down for stacks in products.stacks if stacks.down is not None]
-        assert own
-        assert {len(down[0]) for down in own} == {2}  # the base's place and the adapter's
-        engine.run()
-        assert [stream.result().tokens for stream in streams] == expected
-        assert products.places == {}
-        assert not any(stacks.ranks.any() for stacks in products.stacks)

@@ -28,7 +28,7 @@ from transformers import (
 import lorafold as lf
 from conftest import GPT2_SIZE, SIZE
 from engine_cases import generated, prompt, together
-from lorafold.engine import Engine, Request, Sampling, structure
+from lorafold.engine import Engine, Request, Sampling, Token, structure
 from lorafold.engine.choosing import noise
 from lorafold.errors import LorafoldError
 
@@ -96,6 +96,24 @@ def test_a_model_without_slots_runs_one_request_at_a_time_and_says_so(family: st
         scores = Request("scores", prompt(3, 1), 2, prompt_logprobs=0)
         with pytest.raises(LorafoldError, match=r"prompt_logprobs: found 0, .* for this model"):
             engine.submit(scores)
+
+
+@pytest.mark.parametrize("family", SOLO)
+def test_a_model_without_slots_computes_each_token_once(family: str) -> None:
+    """A state that took a token twice gives other probabilities, and often the same tokens."""
+    model, ids = model_of(SOLO[family]()), prompt(9, 3)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    with Engine(model, length=64) as engine:
+        stream = engine.submit(Request("1", ids, 6, sampling=Sampling(logprobs=0)))
+        engine.run()
+    found = [event for event in stream.so_far() if isinstance(event, Token)]
+    whole = torch.tensor([[*ids, *stream.result().tokens]])
+    with torch.no_grad():
+        logp = model(whole, use_cache=False).logits[0, len(ids) - 1 : -1].log_softmax(-1)
+    expected = logp.gather(1, whole[0, len(ids) :, None])[:, 0].tolist()
+    assert [token.logprob for token in found] == pytest.approx(expected, abs=1e-5)
 
 
 def test_sampled_tokens_follow_from_the_seed_alone() -> None:

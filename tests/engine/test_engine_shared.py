@@ -131,3 +131,20 @@ def test_a_pass_that_raises_for_one_ends_it_alone(model, paths) -> None:
             engine.check()
         assert [stream.result().reason for stream in streams] == ["failed"] + 3 * ["length"]
     assert [s.result().tokens for s in streams[1:]] == alone(model, paths, asked[1:])
+
+
+def test_requests_of_one_adapter_share_its_factors(model, paths) -> None:
+    """They are held once beside the zeros of the base's rows, whatever the number of slots."""
+    asked = several(6, adapter="lora")
+    expected = alone(model, paths, asked)
+    with Engine(model, slots=6, **OPTIONS) as engine:
+        engine.load("lora", paths["lora"])
+        streams = [engine.submit(request) for request in asked]
+        engine.step()
+        products = engine._runner.deltas.products
+        assert len(products.placed) == 6
+        [held] = products.places
+        assert products.nbytes == 2 * held.nbytes
+        engine.run()
+        assert [stream.result().tokens for stream in streams] == expected
+        assert not products.places

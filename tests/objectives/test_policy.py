@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 import lorafold as lf
 from lorafold.core.attach import only
+from lorafold.data.to_complete import Prompt
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.rollouts import Completion, Rollouts
 from lorafold.objectives.drawing import Drawing
@@ -37,6 +38,11 @@ def letters(prompt: str, completion: str, word: str) -> float:
 
 def huge(completion: str) -> float:
     return 1e30 * len(completion)
+
+
+def turns(*texts: str) -> list[dict[str, str]]:
+    roles = ("user", "assistant")
+    return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
 
 
 def asked(**changes: Any) -> lf.Recipe:
@@ -387,3 +393,44 @@ def test_groups_from_which_nothing_is_learned_are_drawn_again(
     assert counts == {"red": counts["red"]} | dict.fromkeys(("blue", "green", "gold"), 24)
     assert counts["red"] in (8, 12, 16, 20, 24)
     assert "groups drawn again" in console.export_text()
+
+
+def test_rewards_that_never_vary_are_told_of_a_run_that_was_resumed(
+    tiny_model_dir, tmp_path: Path
+) -> None:
+    asks, calls = asked(steps=12, save_every=1), list[str]()
+
+    def one(completion: str) -> float:
+        calls.append(completion)
+        if len(calls) == 5 * 8 + 1:
+            raise KeyboardInterrupt
+        return 1.0
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(tiny_model_dir("llama"), tmp_path / "a", asks, rewards=one)
+    with pytest.raises(LorafoldError, match=r"step 10: .* in the first 10 steps"):
+        trained(tiny_model_dir("llama"), tmp_path / "a", asks, rewards=one, resume=True)
+
+
+ALPACA = {"instruction": "Say a colour", "input": "a warm one", "output": "red"}
+ANSWERED: dict[str, tuple[dict[str, Any], Any, str | None]] = {
+    "a prompt": ({"prompt": "Say"}, "Say", None),
+    "its completion": ({"prompt": "Say", "completion": "red"}, "Say", "red"),
+    "an answer of its own": ({"prompt": "Say", "completion": "red", "answer": "7"}, "Say", "7"),
+    "messages": ({"messages": turns("Say", "red")}, turns("Say"), "red"),
+    "no answer": ({"messages": turns("Say")}, turns("Say"), None),
+    "ShareGPT": (
+        {"conversations": [{"from": "human", "value": "Say"}, {"from": "gpt", "value": "red"}]},
+        turns("Say"), "red",
+    ),
+    "Alpaca": (ALPACA, turns("Say a colour\na warm one"), "red"),
+    "a preference": ({"prompt": "Say", "chosen": "red", "rejected": "no"}, "Say", "red"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ANSWERED)
+def test_rewards_get_the_prompt_without_the_answer_and_the_answer(case: str) -> None:
+    row, prompt, answer = ANSWERED[case]
+    found = Prompt((1,), row, "row 1")
+    assert found.asked == prompt
+    assert found.besides.get("answer") == answer

@@ -195,7 +195,8 @@ def test_the_sum_has_the_score_with_its_weight_and_a_row_its_own_prompt(
         assert min(abs(a - b) for a, b in zip(other, scores, strict=True)) > 1e-5
         # of a row with an answer the prompt alone is taken, for the reward too
         (drawn, *_), _ = drawn_of(directory, [{"messages": [asked, said]}], tmp_path)
-        assert drawn.prompt == [asked, said]
+        assert drawn.prompt == [asked]
+        assert drawn.row["answer"] == "blue"
         assert found([drawn]) == pytest.approx(found(judged("Say red", [drawn.completion])))
 
 
@@ -290,6 +291,15 @@ def test_what_can_t_score_is_refused_before_anything_runs(
         policy(directory, tmp_path / "policy", text, **changes)
     assert "\n" not in str(error.value)
     assert not [*tmp_path.glob("policy*")]
+
+
+def test_a_run_does_not_write_over_it(reward: tuple[Path, Path], tmp_path: Path) -> None:
+    directory, out = reward
+    name, before = f"0.5*adapter:{out}", sorted(out.iterdir())
+    for target in (out, out / "inside"):
+        with pytest.raises(LorafoldError, match=r"the run would write .* and read for --reward"):
+            policy(directory, target, name, overwrite=True)
+    assert sorted(out.iterdir()) == before
 
 
 def test_it_needs_a_model_and_a_finite_weight(reward: tuple[Path, Path]) -> None:

@@ -19,7 +19,7 @@ from lorafold.data.completions import identity_of
 from lorafold.data.control_tokens import ids_of, is_marked, told_of
 from lorafold.data.conversations import Conversation
 from lorafold.data.render import prompt_of
-from lorafold.data.shapes import PROMPTS, shape_of, shapes_for
+from lorafold.data.shapes import PROMPTS, Shape, shape_of, shapes_for
 from lorafold.data.stored import Part, Rows
 from lorafold.data.tokenizing import Encoder
 from lorafold.errors import LorafoldError
@@ -41,22 +41,38 @@ class Prompt:
 
     @property
     def asked(self) -> Any:
-        """The prompt as the row has it, a text or messages."""
-        return next((self.row[key] for key in ASKED if self.row.get(key) is not None), "")
+        """The row's field `prompt`, a text or messages; the messages before the answer of a row
+        whose shape has no such field.
+        """
+        if "prompt" in self._shape.keys:
+            return self.row["prompt"]
+        return [dict(message) for message in self.conversation.messages]
 
     @property
     def conversation(self) -> Conversation:
         """The prompt as messages, with the tools of its row."""
-        row = dict(self.row)
-        shape = shape_of(row, shapes_for(PROMPTS))
-        assert shape is not None  # of a row that was checked
-        found: Conversation = shape.gives[PROMPTS](row)
+        found: Conversation = self._shape.gives[PROMPTS](dict(self.row))
         return found
 
     @property
+    def answer(self) -> str | None:
+        """The text of the row's own answer, if it has one."""
+        said = self._shape.conversation(dict(self.row)).messages[len(self.conversation.messages) :]
+        return said[-1].get("content") or None if said else None
+
+    @property
     def besides(self) -> dict[str, Any]:
-        """The other fields of the row."""
-        return {key: value for key, value in self.row.items() if key not in ASKED}
+        """The other fields of the row, and its answer as one, unless it has a field `answer`."""
+        found = {key: value for key, value in self.row.items() if key not in ASKED}
+        if found.get("answer") is None and self.answer is not None:
+            found["answer"] = self.answer
+        return found
+
+    @property
+    def _shape(self) -> Shape:
+        shape = shape_of(dict(self.row), shapes_for(PROMPTS))
+        assert shape is not None  # of a row that was checked
+        return shape
 
 
 @dataclass(frozen=True)

@@ -84,10 +84,10 @@ class Engine:
             room = settings.adapter_bytes
             self._reader = Reader(model, self.structure, dtype, settings.allow_other_base, room)
             if self.slotted:
-                slots, columns = settings.slots, self.length + settings.chunk  # padding is written
+                slots, chunk, whole = settings.slots, settings.chunk, settings.invariant
                 operations = available(model.device.type) if settings.fast else Operations()
                 stack.enter_context(slotted(model, operations))
-                cache = SlotCache(slots, columns, operations, whole=settings.invariant)
+                cache = SlotCache(slots, self.length, chunk, operations, whole)
                 self._runner: Runner = SlotRunner(model, self.structure, cache, settings)
                 if settings.fast:
                     deltas = self._runner.deltas

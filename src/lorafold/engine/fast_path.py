@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafold.bases import layer_of
+from lorafold.bases import is_linear, layer_of
+from lorafold.core.anatomy import bare_modules
 from lorafold.core.attach import deltas_on
 from lorafold.engine.active_deltas import ActiveDeltas
 from lorafold.engine.operations import Operations
@@ -84,6 +85,13 @@ def packable(module: nn.Module) -> bool:
         and torch.backends.mkldnn.is_available()
         and "forward" not in vars(module)
     )
+
+
+def packed_bytes(model: nn.Module) -> int:
+    """The most bytes that the matrices of a model take in the kernel's order, which has 16 bits."""
+    found = [module for _, module in bare_modules(model) if is_linear(module) and packable(module)]
+    weights = [module.get_parameter("weight") for module in found]
+    return sum(w.numel() * product_dtype(w.dtype).itemsize for w in weights)
 
 
 class Packed:

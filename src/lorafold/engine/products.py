@@ -4,20 +4,22 @@
 
 What low-rank adapters add is accumulated by the base's own product before the one rounding. Their
 factors are copied to stacks, down (n, places, r, in) and up (n, places, r, out) for the n matrices
-of one shape, when the first of its requests gets a slot, so that a step gathers nothing (Chen et
-al. 2023, Punica, arXiv 2310.18547; Sheng et al. 2023, S-LoRA, arXiv 2311.03285). The first place is
-that of the base, and zero. Adapters of other kinds compute their rows over the same output.
+of one shape, when an adapter's first request gets its slot, so that a step gathers nothing (Chen et
+al. 2023, Punica, arXiv 2310.18547; Sheng et al. 2023, S-LoRA, arXiv 2311.03285). Requests of one
+adapter share its place. Adapters of other kinds compute their rows over the same output. Rows of
+the base are computed by nothing.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lorafold.core.combine import Given
 from lorafold.core.delta import Delta, Opaque
@@ -30,7 +32,8 @@ from lorafold.ops.arithmetic import HALF
 from lorafold.ops.decoding import Part, Product
 
 log = logging.getLogger(__name__)
-NONE: Mapping[LoadedAdapter, int] = MappingProxyType({})
+
+NOBODY = 0  # the place of rows of the base, which stays zero
 
 
 class Stacks:
@@ -38,17 +41,9 @@ class Stacks:
 
     def __init__(self, shape: Shape, operations: Operations) -> None:
         self.shape, self.operations = shape, operations
-        self.ranks = torch.zeros(1, dtype=torch.long)
+        self.ranks = torch.zeros(NOBODY + 1, dtype=torch.long)
         self.down: Tensor | None = None  # (n, places, r, in)
         self.up: Tensor | None = None  # (n, places, r, out)
-
-    def reserve(self, places: int) -> None:
-        """Have at least so many places."""
-        if (many := len(self.ranks)) < places:
-            more = max(places - many, many if many > 1 else 0)  # few of many come one by one
-            self.ranks = torch.cat([self.ranks, self.ranks.new_zeros(more)])
-            if self.down is not None:
-                self._grow(self.down.shape[2], self.down)
 
     def place(self, place: int, factors: Factors) -> None:
         """Copy an adapter's factors to a place, which is zero."""
@@ -68,16 +63,26 @@ class Stacks:
             self.up[:, place].zero_()
             self.ranks[place] = 0
 
+    def widen(self, places: int) -> None:
+        """Have so many places, which are more than there are."""
+        self.ranks = pad(self.ranks, (0, places - len(self.ranks)))
+        if self.down is not None:
+            self._grow(self.down.shape[2], self.down)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the factors."""
+        return sum(t.nbytes for t in (self.down, self.up) if t is not None)
+
     def _grow(self, rank: int, like: Tensor) -> None:
         n, places, old = len(self.shape.paths), len(self.ranks), (self.down, self.up)
         with torch.inference_mode(False):
             dtype = self.operations.stored(like)
             self.down = like.new_zeros(n, places, rank, self.shape.inn, dtype=dtype)
             self.up = like.new_zeros(n, places, rank, self.shape.out, dtype=dtype)
-        if old[0] is not None and old[1] is not None:
-            held, before = old[0].shape[1:3]
-            self.down[:, :held, :before] = old[0]
-            self.up[:, :held, :before] = old[1]
+        for new, t in zip((self.down, self.up), old, strict=True):
+            if t is not None:
+                new[:, : t.shape[1], : t.shape[2]] = t
 
 
 class Plan:
@@ -85,14 +90,14 @@ class Plan:
 
     Args:
         held: the adapter of each of the B rows, or None.
-        places: that of each adapter whose factors are in the stacks.
+        places: where the factors of each are.
         each: compute each row on its own, so that shapes never depend on the others.
     """
 
     def __init__(
         self,
-        held: Sequence[LoadedAdapter | None] = (),
-        places: Mapping[LoadedAdapter, int] = NONE,
+        held: Sequence[LoadedAdapter | None],
+        places: Mapping[LoadedAdapter, int],
         each: bool = False,
     ) -> None:
         self.held = tuple(held)
@@ -102,7 +107,7 @@ class Plan:
         self.each = each
         self._with_others = [b for b in range(len(held)) if (h := held[b]) is not None and h.deltas]
         self._by_path: dict[str, list[tuple[Delta, Tensor]]] = {}
-        self.places = torch.tensor([0 if h is None else places.get(h, 0) for h in held])
+        self.places = torch.tensor([NOBODY if h is None else places.get(h, NOBODY) for h in held])
         self.one: dict[tuple[str, ...], Product] = {}  # by paths
 
     @property
@@ -142,35 +147,46 @@ class Products:
 
     Args:
         structure: what is known of the model.
+        slots: how many requests run at a time.
     """
 
-    def __init__(self, structure: Structure, operations: Operations) -> None:
+    def __init__(self, structure: Structure, slots: int, operations: Operations) -> None:
         self.structure, self.where, self.operations = structure, structure.where, operations
         self.stacks = [Stacks(shape, operations) for shape in structure.shapes]
-        self.plan = Plan()
+        self.plan, self._slots, self._room = Plan([], {}), slots, NOBODY + 1
         self.placed: dict[int, LoadedAdapter] = {}  # by slot
-        self.places: dict[LoadedAdapter, int] = {}
+        self.places: dict[LoadedAdapter, int] = {}  # of those
         self._least: dict[torch.dtype, int] = {}
 
     def place(self, slot: int, held: LoadedAdapter) -> None:
         """Give a slot an adapter."""
         assert slot not in self.placed
         self.placed[slot] = held
-        if held not in self.places:
-            taken = {0, *self.places.values()}
-            self.places[held] = next(p for p in range(len(taken) + 1) if p not in taken)
+        if held in self.places:
+            return
+        taken = {NOBODY, *self.places.values()}
+        place = next(n for n in count() if n not in taken)
+        if place >= self._room:
+            self._room = min(self._slots + 1, 2 * self._room)
             for stacks in self.stacks:
-                stacks.reserve(self.places[held] + 1)
-            for i, factors in held.factors.items():
-                self.stacks[i].place(self.places[held], factors)
+                stacks.widen(self._room)
+        self.places[held] = place
+        for i, factors in held.factors.items():
+            self.stacks[i].place(place, factors)
 
     def clear(self, slot: int) -> None:
         """Take a slot's adapter away, if it has one."""
         held = self.placed.pop(slot, None)
-        if held is not None and held not in self.placed.values():
-            place = self.places.pop(held)
-            for i in held.factors:
-                self.stacks[i].clear(place)
+        if held is None or held in self.placed.values():
+            return
+        place = self.places.pop(held)
+        for i in held.factors:
+            self.stacks[i].clear(place)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all stacks."""
+        return sum(stacks.nbytes for stacks in self.stacks)
 
     def product(self, paths: tuple[str, ...], x: Tensor, layers: Sequence[Layer]) -> Tensor:
         """What the low-rank adapters of the plan add at matrices that read the same tensor, side by

@@ -91,11 +91,11 @@ class SlotRunner(Runner):
         self.slots, self.each, self.chunk = slots, settings.invariant, settings.chunk
         self.reuse, self.kept, self.steady = settings.prefix_reuse, KeptPrefixes(), settings.fast
         self.single = self.each and structure.routed
-        self.products = Products(structure, cache.operations)
+        self.products = Products(structure, slots, cache.operations)
         self.deltas = ActiveDeltas(model, self.products)
         self.rows: list[Row | None] = [None] * slots
         self._views: dict[LoadedAdapter | None, SlotView] = {None: SlotView(self.cache)}
-        self._plan: tuple[Any, Plan] = (None, Plan())
+        self._plan: tuple[Any, Plan] = (None, Plan([], {}))
 
     def admit(self, row: Row) -> None:
         free = [slot for slot, other in enumerate(self.rows) if other is None]
@@ -115,7 +115,7 @@ class SlotRunner(Runner):
             elif row.held not in self._views:
                 self._views[row.held] = SlotView(self.cache)
         self.rows[row.slot] = row
-        self._plan = (None, Plan())
+        self._plan = (None, Plan([], {}))
 
     def _found(self, row: Row) -> tuple[int, int]:
         """The slot, a free one or a running row's, that has most of the first tokens of a row, and
@@ -148,7 +148,7 @@ class SlotRunner(Runner):
             if row.held not in {r.held for r in self.rows if r is not None}:
                 self._views.pop(row.held, None)
         row.slot = -1
-        self._plan = (None, Plan())
+        self._plan = (None, Plan([], {}))
 
     def check(self, rows: Sequence[Row]) -> None:
         assert [r for r in self.rows if r is not None] == sorted(rows, key=lambda r: r.slot)
@@ -165,9 +165,7 @@ class SlotRunner(Runner):
 
     def rebuild(self) -> None:
         self.kept = KeptPrefixes()
-        self.cache = SlotCache(
-            self.slots, self.cache.length, self.cache.operations, self.cache.whole
-        )
+        self.cache = self.cache.emptied()
         self._views = {held: SlotView(self.cache) for held in self._views}
 
     def compact(self) -> None:
@@ -193,7 +191,7 @@ class SlotRunner(Runner):
             self.products.place(target, row.held)
         self.products.clear(source)
         self.rows[source], self.rows[target], row.slot = None, row, target
-        self._plan = (None, Plan())
+        self._plan = (None, Plan([], {}))
 
     @torch.inference_mode()
     def forward(self, rows: Sequence[Row], counts: Sequence[int]) -> Tensor:
@@ -253,7 +251,7 @@ class SlotRunner(Runner):
         to_score = [0 if row is None else row.to_score(n) for row, n in zip(taken, ns, strict=True)]
         lasts = [*range(max(ns))] if any(to_score) else sorted({n - 1 for n in ns})
         keep = torch.tensor(lasts, device=device)
-        context = self.deltas.alone(held) if held else self.deltas.mixed(self._planned(taken, at))
+        context = self.deltas.alone(held) if held else self.deltas.mixed(self._planned(taken))
         ids_BT, counts_B = torch.tensor(ids, device=device), torch.tensor(ns, device=device)
         with context:
             logits = run(self.model, view, ids_BT, counts_B, keep)  # (B, len(lasts), V)
@@ -264,9 +262,9 @@ class SlotRunner(Runner):
             return logits[:, 0]
         return logits[torch.arange(len(ns)), torch.tensor([lasts.index(n - 1) for n in ns])]
 
-    def _planned(self, taken: Sequence[Row | None], at: Any) -> Plan:
+    def _planned(self, taken: Sequence[Row | None]) -> Plan:
         helds = [None if row is None else row.held for row in taken]
-        key = (at, [id(h) for h in helds])
+        key = [id(h) for h in helds]
         if self._plan[0] != key:
             self._plan = (key, Plan(helds, self.products.places, self.each))
         return self._plan[1]

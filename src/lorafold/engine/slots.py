@@ -1,6 +1,6 @@
 """The keys and values of every running request, in one buffer a layer: (slots, Hk, columns, D).
 
-    cache = SlotCache(slots=16, length=1024)
+    cache = SlotCache(16, 1024, 256, operations)
     model(ids_BT, cache=cache.view(slice(0, 16), start_B, T), position_ids=...)
 
 A request has a slot, that is a row of the buffers. A view is what one forward pass gets in place
@@ -13,6 +13,7 @@ since 0 times a stale NaN in a masked position would be NaN.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from itertools import chain
 from typing import Any
 
@@ -31,14 +32,16 @@ class SlotCache:
 
     Args:
         slots: how many requests run at a time.
+        length: the most tokens of one.
+        padding: the most tokens that are written behind those.
         whole: always read whole slots, so that shapes never change.
     """
 
     def __init__(
-        self, slots: int, length: int, operations: Operations, whole: bool = False
+        self, slots: int, length: int, padding: int, operations: Operations, whole: bool = False
     ) -> None:
-        self.operations = operations
-        self.slots, self.length, self.whole = slots, -(-length // STEP) * STEP, whole
+        self.operations, self.slots, self.whole = operations, slots, whole
+        self.filled, self.length = columns(length), columns(length + padding)
         self.keys: dict[int, Tensor] = {}  # by layer: (slots, Hk, columns, D)
         self.values: dict[int, Tensor] = {}
 
@@ -57,8 +60,9 @@ class SlotCache:
 
     def _grown(self, old: Tensor | None, like: Tensor, width: int) -> Tensor:
         before = 0 if old is None else old.shape[2]
-        columns = min(self.length, max(width, 2 * before))
-        shape = (self.slots, like.shape[1], columns, like.shape[3])
+        # padding is written where a long prompt is read, which few have
+        most = self.filled if width <= self.filled else self.length
+        shape = (self.slots, like.shape[1], min(most, max(width, 2 * before)), like.shape[3])
         with torch.inference_mode(False):
             buffer = torch.zeros(shape, dtype=like.dtype, device=like.device)
             if old is not None:
@@ -98,12 +102,23 @@ class SlotCache:
 
     def width(self, longest: int) -> int:
         """How many columns a pass reads whose longest row has that many tokens."""
-        return self.length if self.whole else min(self.length, -(-longest // STEP) * STEP)
+        return self.length if self.whole else min(self.length, columns(longest))
+
+    def emptied(self) -> SlotCache:
+        """Another one of the same sizes, without buffers."""
+        fresh = copy(self)
+        fresh.keys, fresh.values = {}, {}
+        return fresh
 
     @property
     def nbytes(self) -> int:
         """The bytes of all buffers."""
         return sum(buffer.nbytes for buffer in self._buffers())
+
+
+def columns(tokens: int) -> int:
+    """How many columns so many tokens take."""
+    return -(-tokens // STEP) * STEP
 
 
 class SlotView(Cache):

@@ -30,7 +30,7 @@ class SoloRunner(Runner):
 
     def __init__(self, model: Any, structure: Structure) -> None:
         self.model = model
-        self.deltas = ActiveDeltas(model, Products(structure, Operations()))
+        self.deltas = ActiveDeltas(model, Products(structure, 1, Operations()))
 
     def admit(self, row: Row) -> None:
         row.slot = 0
@@ -45,10 +45,13 @@ class SoloRunner(Runner):
     def forward(self, rows: Sequence[Row], counts: Sequence[int]) -> Tensor:
         (row,) = rows
         ids_1T = torch.tensor([row.tokens], device=self.model.device)
-        context = self.deltas.alone(row.held) if row.held else self.deltas.mixed(Plan([None]))
+        # transformers leaves out what a cache has seen, except where it holds states alone
+        states = [*getattr(row.state, "is_linear", ())]
+        seen = row.filled if states and all(states) else 0
+        context = self.deltas.alone(row.held) if row.held else self.deltas.mixed(Plan([None], {}))
         with torch.no_grad(), context:
             step = self.model.generate(
-                ids_1T,
+                ids_1T[:, seen:],
                 attention_mask=torch.ones_like(ids_1T),
                 cache=row.state,
                 max_new_tokens=1,

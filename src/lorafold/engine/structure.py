@@ -160,7 +160,7 @@ def _in_slots(model: Any, prompts: list[Tensor]) -> Tensor:  # (B, V)
     at a time; short prompts repeat their last token, as rows do that have nothing to compute.
     """
     rows, device = len(prompts), model.device
-    view = SlotView(SlotCache(rows, max(LENGTHS) + CHUNK, Operations()))
+    view = SlotView(SlotCache(rows, max(LENGTHS), CHUNK, Operations()))
     done, out = [0] * rows, {}
     while any(done[b] < len(p) for b, p in enumerate(prompts)):
         left = [len(p) - n for p, n in zip(prompts, done, strict=True)]

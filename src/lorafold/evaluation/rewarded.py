@@ -79,9 +79,9 @@ class Rewarded:
             progress: is told how many completions are judged, of how many.
         """
         judged = [
-            Judged(prompt.asked, one.text, prompt.besides, f"{prompt.where}, completion {n}", asked)
+            Judged(asked, one.text, row, f"{prompt.where}, completion {n}", conversation)
             for prompt, group in zip(prompts, groups, strict=True)
-            for asked in (prompt.conversation,)
+            for asked, row, conversation in ((prompt.asked, prompt.besides, prompt.conversation),)
             for n, one in enumerate(group, 1)
         ]
         sums, each = list[float](), dict[str, list[float]]()

@@ -46,6 +46,18 @@ class Completion:
     ended: bool
 
 
+@dataclass(frozen=True)
+class RolloutSize:
+    """How many completions are drawn at a time (`slots`), how many a prompt has, and the most
+    tokens of a prompt and of one completion.
+    """
+
+    slots: int
+    group: int
+    prompt: int
+    longest: int
+
+
 class Rollouts:
     """Draws completions, once it is `open`.
 
@@ -114,7 +126,6 @@ class Rollouts:
 
         Raises LorafoldError for a completion that can't be computed.
         """
-        self.engine.forget()  # what was drawn before must not bear on any rounding
         # a fused optimizer leaves the versions, by which a method knows that what it kept is stale
         increment_version(self.moving)
         self.engine.adopt(POLICY, self.names)
@@ -132,6 +143,8 @@ class Rollouts:
             progress(len(every) - len(running), len(every))
 
         self.engine.run(after)
+        # keys and values are in nobody's way then, nor does what is drawn bear on later rounding
+        self.engine.forget()
         return [[self._completion(stream) for stream in group] for group in streams]
 
     def draw_held_out(

@@ -43,6 +43,7 @@ def planned(
     asked: Setting,
     processes: int = 1,
     device: torch.device = CPU,
+    held_out: Any = None,
 ) -> Setting:
     """Return the setting of the largest micro-batch of the run's first steps.
 
@@ -53,25 +54,32 @@ def planned(
         asked: Has the base, the method and what else is attached.
         processes: The processes that share each step's examples.
         device: The device of this machine that the run uses.
+        held_out: The `Data` to measure on, or None.
     """
     packed, outputs = recipe.packing and objective.packs, objective.outputs
+    draws = objective.draws(feed, held_out)
     largest: Sequence[Any] = ()
-    accumulating = False
+    whole, accumulating = 0, False
     for examples in islice(feed.after(0), feed.foreseen):
         capacity = recipe.max_length if packed else None
         own = [objective.trained(example) for example in examples[::processes]]
         parts = micro_batches(own, recipe.accumulate, capacity)
         accumulating = accumulating or len(parts) > 1
         largest = max(largest, *parts, key=lambda part: computed(part, packed))
+        whole = max(whole, sum(n for e in own for n in documents(e)))
+    rows = tuple(n for e in largest for n in documents(e))
+    # more completions fit where they are shorter than they may be
+    more = max(0, min(recipe.max_length, whole) - sum(rows)) if draws and packed else 0
     return replace(
         asked,
-        rows=tuple(n for e in largest for n in documents(e)),
-        labelled=None if outputs else sum(map(labelled, largest)),
+        rows=(*rows, more) if more else rows,
+        labelled=None if outputs else sum(map(labelled, largest)) + more,
         packed=packed,
         classes=outputs,
         loss=objective.traced,
         optimizer="adamw" if recipe.optimizer == "auto" else recipe.optimizer,
         accumulating=accumulating,
+        draws=draws,
         widened=widens(asked.base.dtype, device),
     )
 
@@ -146,7 +154,10 @@ def settle(
 
 def summary(found: Estimate) -> str:
     """Return the total and the two largest terms as text."""
-    most = sorted(found.terms.items(), key=lambda term: -term[1])[:2]
+    most = [
+        (name.replace("_", " "), n)
+        for name, n in sorted(found.terms.items(), key=lambda term: -term[1])[:2]
+    ]
     return (
         f"{in_words(found.total)} at the peak of a step"
         f" ({', '.join(f'{name} {in_words(n)}' for name, n in most)})"

@@ -137,7 +137,8 @@ def allocated(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     gc.collect()
-    return distinct_bytes(t for t in _tensors() if t.device.type == device.type and not t.is_sparse)
+    ours = (t for t in _tensors() if t.device.type == device.type)
+    return distinct_bytes(t for t in ours if t.layout is torch.strided)
 
 
 def _tensors() -> list[Tensor]:

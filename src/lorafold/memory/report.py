@@ -15,10 +15,13 @@ WIDTH = 40  # characters of the longest bar
 COLOURS = dict(
     zip(
         TERMS,
-        ("#4c78a8", "#f58518", "#e45756", "#72b7b2", "#54a24b", "#eeca3b", "#b279a2", "#9d755d"),
+        (
+            "#4c78a8", "#f58518", "#e45756", "#72b7b2", "#54a24b", "#eeca3b", "#b279a2", "#9d755d",
+            "#bab0ac",
+        ),
         strict=True,
     )
-)
+)  # fmt: skip
 HEAD = '<tr><th>term</th><th>bytes</th><th>share</th><th class="words">what it is</th></tr>'
 STYLE = """
 .stack { display: flex; height: 3.5rem; position: relative; }

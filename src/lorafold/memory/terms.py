@@ -14,7 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lorafold.memory.trace import Setting, Traced, trace
+from lorafold.memory.trace import Setting, trace
+from lorafold.memory.traced import Traced
 from lorafold.models.fake import period
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ def adapter(traced: Traced) -> int:
 
 def gradients(traced: Traced) -> int:
     """One number for every trained parameter, in its dtype, if they exist at the peak."""
+    if traced.in_drawing:
+        return 0
     return traced.gradients if traced.in_backward else traced.ahead
 
 
@@ -52,21 +55,28 @@ def activations(traced: Traced) -> int:
     """Tensors that the forward pass stores for the backward pass; with gradient checkpointing one
     input for each block (Chen et al. 2016), and attention's output for long documents.
     """
-    return min(traced.kept, traced.peak - gradients(traced))
+    return 0 if traced.in_drawing else min(traced.kept, traced.peak - gradients(traced))
 
 
 def logits(traced: Traced) -> int:
     """Tensors of the head and the loss at labelled positions, a chunk at a time, if the peak is in
     the forward pass.
     """
-    if traced.in_backward or traced.kv_cache:
+    if traced.in_backward or traced.in_drawing or traced.kv_cache:
         return 0
     return traced.peak - activations(traced) - gradients(traced)
 
 
 def kv_cache(traced: Traced) -> int:
     """Keys and values: 2 x blocks x key heads x head width x tokens x bytes."""
-    return traced.kv_cache
+    return traced.slots if traced.in_drawing else traced.kv_cache
+
+
+def engine(traced: Traced) -> int:
+    """What draws the completions of a policy, beside its step: the weights once more in the order
+    of faster kernels, where they have 16 bits, and the adapter's factors.
+    """
+    return traced.engine
 
 
 def workspace(traced: Traced) -> int:
@@ -77,7 +87,17 @@ def workspace(traced: Traced) -> int:
 
 TERMS: dict[str, Callable[[Traced], int]] = {
     f.__name__: f
-    for f in (weights, adapter, gradients, optimizer, activations, logits, kv_cache, workspace)
+    for f in (
+        weights,
+        adapter,
+        gradients,
+        optimizer,
+        activations,
+        logits,
+        kv_cache,
+        workspace,
+        engine,
+    )
 }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +19,15 @@ from torch import Tensor
 from lorafold.adapter import attach
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
+from lorafold.evaluation.rollouts import RolloutSize
 from lorafold.machine.collection import existing_set_aside
+from lorafold.memory.drawing import drawing
 from lorafold.memory.ledger import Ledger, distinct_bytes
+from lorafold.memory.traced import Traced
 from lorafold.models.fake import fake_model, without_values
 from lorafold.models.load_errors import one_line
 from lorafold.models.storage import Storage
 from lorafold.objectives.classify import class_loss
-from lorafold.objectives.objective import next_token_loss
 from lorafold.ops.arithmetic import multiplying
 from lorafold.ops.documents import Documents
 from lorafold.ops.tile import Tile
@@ -33,6 +35,7 @@ from lorafold.step.activations import recompute
 from lorafold.step.adamw import state_bytes
 from lorafold.step.documents import attending, has_sinks
 from lorafold.step.fused import fused
+from lorafold.step.losses import next_token_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -64,6 +67,7 @@ class Setting:
     accumulating: Gradients of an earlier micro-batch exist already.
     below: The frozen adapters that the new one lies over, lowest first: of each its method, and
         what gives the other arguments of `attach`, for a model.
+    draws: The completions that are drawn before a step; None: there are none.
     widened: 16-bit matrices are multiplied in fp32, as some CPUs do because it is faster there
         (`ops.arithmetic.widens`); this takes more memory.
     trust_remote_code: The model's own Python files run.
@@ -81,6 +85,7 @@ class Setting:
     checkpointing: bool = False
     optimizer: str = "adamw"
     accumulating: bool = False
+    draws: RolloutSize | None = None
     widened: bool = False
     below: tuple[tuple[Spec, Callable[[PreTrainedModel], Mapping[str, Any]]], ...] = ()
     trust_remote_code: bool = False
@@ -94,51 +99,6 @@ class Setting:
     def length(self) -> int:
         """The length of the longest row, in tokens."""
         return max(self.rows)
-
-
-@dataclass(frozen=True)
-class Traced:
-    """The bytes that a step takes.
-
-    weights, adapter, optimizer, gradients: The tensors of each.
-    ahead: Gradients that exist before the forward pass.
-    kept: Activations that exist when the forward pass is done.
-    kv_cache: Keys and values of inference.
-    forward, backward: The peak in either pass beyond weights, adapter and optimizer. For inference
-        these are the forward passes of the prompt and of the token after it.
-    """
-
-    weights: int
-    adapter: int = 0
-    optimizer: int = 0
-    gradients: int = 0
-    ahead: int = 0
-    kept: int = 0
-    kv_cache: int = 0
-    forward: int = 0
-    backward: int = 0
-
-    @property
-    def in_backward(self) -> bool:
-        """Whether the peak is in the backward pass."""
-        return self.backward > self.forward
-
-    @property
-    def peak(self) -> int:
-        """The larger of both peaks."""
-        return max(self.forward, self.backward)
-
-    def at(self, other: Traced, blocks: tuple[int, int, int]) -> Traced:
-        """Extrapolate to blocks[2] blocks, given that this is for blocks[0] blocks and the other
-        for blocks[1].
-        """
-        a, b, n = blocks
-        return Traced(
-            *(
-                x + (y - x) * (n - a) // (b - a)
-                for x, y in zip(astuple(self), astuple(other), strict=True)
-            )
-        )
 
 
 def trace(config: PreTrainedConfig, setting: Setting, blocks: int) -> Traced:
@@ -196,10 +156,7 @@ def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced
             p.grad = torch.zeros_like(p)
     ahead = ledger.now - start
     model.train()
-    with (
-        fused(model),
-        packed_as(model, setting.rows) if setting.packed else nullcontext(),
-    ):
+    with fused(model), packed_as(model, setting.rows) if setting.packed else nullcontext():
         ledger.peak = collected(ledger)
         loss = loss_of(model, setting)
         kept, forward = ledger.now - start - ahead, ledger.peak - start
@@ -208,7 +165,14 @@ def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced
         backward = ledger.peak - start
     gradients = distinct_bytes(p.grad for p in trained if p.grad is not None)
     state = state_bytes(setting.optimizer, trained)
-    return Traced(weights, start - weights, state, gradients, ahead, kept, 0, forward, backward)
+    found = Traced(weights, start - weights, state, gradients, ahead, kept, 0, forward, backward)
+    if setting.draws is None:
+        return found
+    del loss
+    for p in trained:
+        p.grad = None
+    engine, slots, peak = drawing(model.eval(), setting.draws, ledger)
+    return replace(found, engine=engine, slots=slots, drawing=peak)
 
 
 def attach_below(model: PreTrainedModel, setting: Setting) -> None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import ceil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
-
-import torch
 
 from lorafold.core.spec import Spec
 from lorafold.data.examples import WHOLE
@@ -20,10 +18,11 @@ from lorafold.data.stored import Part, Rows
 from lorafold.data.tokenizing import Encoder, tokenized
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import Evaluation, Measured, RewardEvaluation, evaluate, held_out_loss
+from lorafold.evaluation.rollouts import RolloutSize
 from lorafold.objectives import Declared
 from lorafold.opening import Base
 from lorafold.peft.saved import Saved
-from lorafold.step.head import labelled_loss
+from lorafold.step.losses import next_token_loss
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -155,6 +154,15 @@ class Objective(ABC):
         """How often a step updates the weights by its examples."""
         return 1
 
+    def draws(self, feed: Feed, held_out: Any) -> RolloutSize | None:
+        """The completions that steps draw at a time, for which an engine is beside the model; None
+        if they draw none.
+
+        Args:
+            held_out: The `Data` to measure on, or None.
+        """
+        return None
+
     def trained(self, example: Any) -> Any:
         """What of an example a step computes with gradients."""
         return example
@@ -202,6 +210,13 @@ class Objective(ABC):
             labelled: The tokens that the loss counts, divided evenly among padded rows.
         """
         return next_token_loss(model, inputs, labelled)
+
+    @property
+    def reads(self) -> Sequence[tuple[str, Path]]:
+        """The directories that it reads besides the model and the run's adapters, each after the
+        option that names it.
+        """
+        return ()
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -272,16 +287,3 @@ def no_options(asked: Asked) -> None:
     """Raise LorafoldError if options are given for an objective that has none."""
     if given := given_options(asked.beta, asked.options):
         raise LorafoldError(f"{', '.join(given)}: the objective {asked.name} has no such option")
-
-
-def next_token_loss(model: Any, inputs: Mapping[str, Tensor], labelled: int) -> Tensor:
-    """The loss of the next token, (), on tensors without values.
-
-    Args:
-        model: A language model without values.
-        inputs: input_ids with positions (1, T), or with a mask (B, T).
-        labelled: The tokens that the loss counts, divided evenly among padded rows.
-    """
-    rows = len(inputs["input_ids"])
-    labels = torch.zeros((rows, ceil(labelled / rows)), dtype=torch.long)
-    return labelled_loss(model, labels, inputs)[0]

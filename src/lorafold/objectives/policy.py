@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -32,19 +33,19 @@ from lorafold.errors import LorafoldError
 from lorafold.evaluation import Measured, RewardEvaluation, RewardSettings, evaluate_rewards
 from lorafold.evaluation.reward_adapter import RewardAdapter, rewards_over
 from lorafold.evaluation.rewarded import READ, Rewarded
-from lorafold.evaluation.rollouts import SLOTS, Completion, Rollouts
+from lorafold.evaluation.rollouts import SLOTS, Completion, Rollouts, RolloutSize
 from lorafold.files.card import JUDGED_BY
 from lorafold.objectives import Declared
 from lorafold.objectives.drawing import Drawing, chosen
 from lorafold.objectives.laws import class_of
 from lorafold.objectives.objective import Asked, Objective
+from lorafold.objectives.playing import QUIET, Playing
 from lorafold.ops.philox import key_of
-from lorafold.rewards import Rewards, as_reward, digest_of
+from lorafold.rewards import as_reward, digest_of
 from lorafold.rewards.naming import adapter_in, parted
 from lorafold.step import policy_laws
-from lorafold.step.branches import Branching, branching
-from lorafold.step.losses import Generated
-from lorafold.step.policy import Policy, Rollout
+from lorafold.step.branches import branching
+from lorafold.step.policy import Rollout
 from lorafold.step.policy_laws import PolicyLaw
 
 if TYPE_CHECKING:
@@ -54,39 +55,6 @@ if TYPE_CHECKING:
 
 LARGEST = 1e12  # an advantage: squares of gradients times it are still numbers of fp32
 PATIENCE = 10  # steps without a group whose rewards differ, before that is told
-
-
-class Playing(Policy):
-    """The loss of a policy with what draws and judges its completions."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        law: PolicyLaw,
-        how: Branching | None,
-        pad_id: int,
-        rollouts: Rollouts,
-        rewards: Rewards,
-    ) -> None:
-        super().__init__(model, law, how, pad_id, rollouts.longest)
-        self.rollouts, self.rewards = (rollouts,), rewards  # in a tuple: it has a model of its own
-        self.told: dict[str, float] = {}
-        self.quiet = 0  # steps since the first without a group whose rewards differ
-        self.last = Generated()
-
-    def figures(self) -> dict[str, float]:
-        found, self.told = self.told, {}
-        return found | super().figures()
-
-    def saw(self, found: Rewarded, seconds: Mapping[str, float]) -> None:
-        """Count what was drawn for a step, and the seconds that it took by what was done."""
-        last, tokens = self.last, sum(len(one.tokens) for group in found.groups for one in group)
-        spent = {name: last.seconds.get(name, 0.0) + more for name, more in seconds.items()}
-        self.last = Generated(last.tokens + tokens, spent, last.samples or found.to_read)
-
-    def generated(self) -> Generated:
-        found, self.last = self.last, Generated()
-        return found
 
 
 @dataclass(frozen=True)
@@ -117,6 +85,11 @@ class PolicyObjective(Objective):
         return {field.name: field.default for kind in kinds for field in fields(kind)}
 
     @property
+    def reads(self) -> Sequence[tuple[str, Path]]:
+        found = [(name, saved) for name, one in self.adapters.items() for saved in one.stack]
+        return [(f"for --reward {name}", saved.path) for name, saved in found]
+
+    @property
     def identity(self) -> Mapping[str, Any]:
         # an object's own repr may have its address, which another process does not have
         names = [getattr(fn, "__qualname__", type(fn).__qualname__) for fn in self.given]
@@ -141,6 +114,12 @@ class PolicyObjective(Objective):
     @property
     def updates(self) -> int:
         return self.drawing.updates
+
+    def draws(self, feed: Feed, held_out: Any) -> RolloutSize:
+        assert isinstance(feed, StoredFeed)
+        lengths = [*lengths_of(feed.examples), *(lengths_of(held_out.examples) if held_out else [])]
+        slots = min(SLOTS, feed.batch * self.drawing.group)
+        return RolloutSize(slots, self.drawing.group, max(lengths), self.drawing.max_new_tokens)
 
     def trained(self, example: Prompt) -> Rollout:
         """A group of completions of that prompt, as long as they may be."""
@@ -176,10 +155,8 @@ class PolicyObjective(Objective):
         self, loss: Playing, feed: Feed, held_out: Any, below: Sequence[str], console: Console
     ) -> tuple[Feed, Any]:
         """Open what draws, for the longest prompt of both."""
-        assert isinstance(feed, StoredFeed)
-        lengths = [*lengths_of(feed.examples), *(lengths_of(held_out.examples) if held_out else [])]
-        slots = min(SLOTS, feed.batch * self.drawing.group)
-        loss.rollouts[0].open(max(lengths), slots)
+        drawn = self.draws(feed, held_out)
+        loss.rollouts[0].open(drawn.prompt, drawn.slots)
         return feed, held_out
 
     def examples(self, step: int, planned: Sequence[Prompt], loss: Playing) -> Sequence[Rollout]:
@@ -200,8 +177,8 @@ class PolicyObjective(Objective):
             loss.told["groups drawn again"] = again / len(planned)
         counts = torch.tensor([any(map(self._counts, group)) for group in found.groups])
         if step < PATIENCE and not bool(learns.any()):
-            loss.quiet += 1
-            if loss.quiet == PATIENCE:
+            loss.counts[QUIET] += 1
+            if loss.counts[QUIET] == PATIENCE:
                 raise LorafoldError(self._constant(found, bool(counts.any())))
         # a policy that is its reference still has nothing to be held back from
         keep = learns | (counts & (self.law.beta > 0) & (bool(learns.any()) or step > 0))

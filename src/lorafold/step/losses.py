@@ -7,6 +7,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import ceil
 from types import MappingProxyType
 from typing import Any
 
@@ -38,7 +39,8 @@ class Loss(nn.Module, ABC):
     over micro-batches is that of the batch exactly. It starts in its model's mode (train or eval).
 
     `pace` is the share of a method's own learning rates that suits the loss; `rules` are what a run
-    that is resumed must have computed alike, where versions of lorafold differ in it.
+    that is resumed must have computed alike, where versions of lorafold differ in it. `counts` go
+    with its checkpoints.
     """
 
     pace = 1.0
@@ -47,6 +49,7 @@ class Loss(nn.Module, ABC):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model, self.training = model, model.training
+        self.counts: dict[str, int] = {}
 
     @property
     def device(self) -> torch.device:
@@ -188,3 +191,16 @@ class Classification(Loss):
 
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
         return F.cross_entropy(self.logits(**inputs), labels, reduction="sum")
+
+
+def next_token_loss(model: Any, inputs: Mapping[str, Tensor], labelled: int) -> Tensor:
+    """The loss of the next token, (), on tensors without values.
+
+    Args:
+        model: A language model without values.
+        inputs: input_ids with positions (1, T), or with a mask (B, T).
+        labelled: The tokens that the loss counts, divided evenly among padded rows.
+    """
+    rows = len(inputs["input_ids"])
+    labels = torch.zeros((rows, ceil(labelled / rows)), dtype=torch.long)
+    return labelled_loss(model, labels, inputs)[0]

@@ -253,5 +253,6 @@ def save(job: Job, progress: Progress) -> None:
     """Write a checkpoint in the main process; the others wait for it."""
     if job.accelerator.is_main_process:
         state = optimizer_tensors(job.optimizer) | rng_state()
+        progress.counts = dict(job.loss.counts)
         job.run.save(progress, job.adapter.state_dict(), state, job.recipe.keep)
     job.accelerator.wait_for_everyone()

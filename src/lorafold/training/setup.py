@@ -6,9 +6,11 @@ The cheap refusals come first, so that a wrong request fails before anything is 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -88,7 +90,9 @@ def check_request(request: Request, console: Console) -> Spec:
     in `<out>.run`, an optimizer that is not installed, an unknown method, and fields that an
     initial adapter fixes.
     """
-    check_apart(request)
+    loaded = [("--over", path) for path in request.over]
+    loaded += [("--init-adapter", path) for path in request.adapters[len(request.over) :]]
+    check_apart(request, loaded)
     replaces = request.overwrite or request.resume
     for path in (request.out, best_path(request.out)):
         check_out(path, replaces)
@@ -111,15 +115,14 @@ def check_request(request: Request, console: Console) -> Spec:
     return spec
 
 
-def check_apart(request: Request) -> None:
-    """Raise LorafoldError if what the run writes is, contains or lies in an adapter that it
-    loads.
+def check_apart(request: Request, read: Iterable[tuple[str, Path]]) -> None:
+    """Raise LorafoldError if what the run writes is, contains or lies in what it reads.
+
+    Args:
+        read: Directories, each after the option that names it.
     """
     written = (request.out, best_path(request.out), RunDirectory(request.out).path)
-    for option, path in (
-        *(("--over", path) for path in request.over),
-        *(("--init-adapter", path) for path in request.adapters[len(request.over) :]),
-    ):
+    for option, path in read:
         adapter = path.resolve()
         for target in (w.resolve() for w in written):
             if target.is_relative_to(adapter) or adapter.is_relative_to(target):
@@ -151,6 +154,7 @@ def set_up(request: Request, console: Console) -> Setup:
     spec = check_request(request, console)
     saved = saved_adapters(request)
     objective = objective_of(request, saved)
+    check_apart(request, objective.reads)
     if saved and not objective.outputs:
         check_language_model(request.base, saved)
     storage = settled_base(request.recipe, spec, request.base.source, saved)
@@ -218,7 +222,9 @@ def adapted_model(
     spec, shared = stored.spec if stored else setup.spec, setup.accelerator.num_processes
     trusted = base.trust_remote_code
     asked = Setting(base.held, spec, recipe.targets, extra, below=below, trust_remote_code=trusted)
-    heaviest = planned(recipe, setup.feed, setup.objective, asked, shared, base.where)
+    heaviest = planned(
+        recipe, setup.feed, setup.objective, asked, shared, base.where, setup.held_out
+    )
     free = free_everywhere(setup.accelerator)
     checkpointing = settle(base.config(), heaviest, recipe.gradient_checkpointing, free, console)
     model = setup.objective.load(base, setup.tokenizer, recipe.seed)

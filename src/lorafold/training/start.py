@@ -80,6 +80,7 @@ def prepare(
             console.print(unknown, highlight=False, markup=False, soft_wrap=True)
         if checkpoints := run.checkpoints():
             progress, tensors, state = run.load(checkpoints[max(checkpoints)])
+            loss.counts |= progress.counts
             check_sites(run, adapter, tensors)
             adapter.load_state_dict(tensors)
     else:

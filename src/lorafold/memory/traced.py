@@ -1,0 +1,61 @@
+"""The bytes of one step as they were traced, from which the terms of an estimate follow."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+
+
+@dataclass(frozen=True)
+class Traced:
+    """The bytes that a step takes.
+
+    weights, adapter, optimizer, gradients: The tensors of each.
+    ahead: Gradients that exist before the forward pass.
+    kept: Activations that exist when the forward pass is done.
+    kv_cache: Keys and values of inference.
+    engine: What draws completions beside the step, without keys and values.
+    slots: Keys and values of completions that are drawn before the step.
+    drawing: The peak meanwhile beyond weights, adapter, optimizer and engine.
+    forward, backward: The peak in either pass beyond weights, adapter and optimizer. For inference
+        these are the forward passes of the prompt and of the token after it.
+    """
+
+    weights: int
+    adapter: int = 0
+    optimizer: int = 0
+    gradients: int = 0
+    ahead: int = 0
+    kept: int = 0
+    kv_cache: int = 0
+    forward: int = 0
+    backward: int = 0
+    engine: int = 0
+    slots: int = 0
+    drawing: int = 0
+
+    @property
+    def in_backward(self) -> bool:
+        """Whether the peak is in the backward pass."""
+        return self.backward > self.forward and not self.in_drawing
+
+    @property
+    def in_drawing(self) -> bool:
+        """Whether the peak is while completions are drawn."""
+        return self.drawing > max(self.forward, self.backward)
+
+    @property
+    def peak(self) -> int:
+        """The largest of the peaks."""
+        return max(self.forward, self.backward, self.drawing)
+
+    def at(self, other: Traced, blocks: tuple[int, int, int]) -> Traced:
+        """Extrapolate to blocks[2] blocks, given that this is for blocks[0] blocks and the other
+        for blocks[1].
+        """
+        a, b, n = blocks
+        return Traced(
+            *(
+                x + (y - x) * (n - a) // (b - a)
+                for x, y in zip(astuple(self), astuple(other), strict=True)
+            )
+        )
