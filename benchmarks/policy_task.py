@@ -1,0 +1,132 @@
+"""A policy's way on a task with an exact reward: lists of as many things as are asked for.
+
+    python benchmarks/policy_task.py [--seeds 3] [--steps 60] [--method lora] [--rank 16]
+
+A prompt asks for two, three or four things of a kind; an answer is right where it is so many
+different words with commas between them and nothing else. `exact` says whether it is (1 or 0), and
+`form` and `number`, with 0.3 each, grade what is not: the share of parts that are one word, and how
+near their number is. Kinds of held-out prompts are in no prompt that is trained on. The embedded
+model draws 4 prompts x 8 completions of at most 16 tokens a step; figures are the share of right
+answers of 200 held-out prompts, one completion each, before the first step and after the last, with
+95% intervals.
+Prints JSON lines and a table, which is also written to results/.
+"""
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+from pathlib import Path
+
+from lib.finished import finished
+from lib.results import keep
+
+COUNTS = {"two": 2, "three": 3, "four": 4}
+ASKED = ("Name {n} {kind}.", "List {n} {kind}.", "Give me {n} {kind}.", "Write down {n} {kind}.")
+RULE = "Answer with words and commas alone, as in: red, blue"
+KINDS = """animals birds fish flowers trees fruits vegetables colours countries cities rivers
+mountains oceans planets metals gems tools toys games sports dances songs instruments books drinks
+foods soups desserts spices herbs nuts berries grains breads cheeses meats sauces snacks clothes
+shoes hats fabrics shapes letters months days seasons holidays jobs hobbies vehicles boats engines
+machines rooms buildings houses bridges roads parks gardens farms forests deserts islands lakes
+beaches storms winds clouds insects spiders snakes lizards frogs dogs cats horses cows pets bones
+organs muscles senses emotions languages poems films painters writers kings""".split()
+TRAINED = 70  # of the kinds
+REWARD = """
+import re
+
+def parts(completion):
+    return [part.strip() for part in completion.strip().split(",")]
+
+def exact(completion, wanted):
+    own = parts(completion)
+    words = all(re.fullmatch("[A-Za-z]+", part) for part in own)
+    return words and len({part.lower() for part in own}) == len(own) == wanted
+
+def form(completion):
+    own = parts(completion)
+    return sum(bool(re.fullmatch("[A-Za-z]+", part)) for part in own) / len(own)
+
+def number(completion, wanted):
+    return 1 / (1 + abs(len(set(parts(completion))) - wanted))
+"""
+
+
+def rows(n: int, seed: int, kinds: list[str]) -> list[dict]:
+    """Prompts with the number that they ask for."""
+    rng, found = random.Random(seed), []
+    for _ in range(n):
+        word, kind = rng.choice(sorted(COUNTS)), rng.choice(kinds)
+        text = f"{rng.choice(ASKED).format(n=word, kind=kind)} {RULE}"
+        prompt = [{"role": "user", "content": text}]
+        found.append({"prompt": prompt, "wanted": COUNTS[word]})
+    return found
+
+
+def trained(scratch: str, seed: int, asked: argparse.Namespace) -> dict:
+    """The figures of one run."""
+    out, file = f"{scratch}/out", f"{scratch}/reward.py"
+    options = ["group=8", "max_new_tokens=16", f"updates={asked.updates}"]
+    done = finished(
+        [
+            *(sys.executable, "-m", "lorafold", "train", "--model", "smollm2", "--objective"),
+            *("grpo", "--data", f"{scratch}/train.jsonl", "--eval-data", f"{scratch}/test.jsonl"),
+            *("--reward", f"{file}:exact", "--reward", f"0.3*{file}:form"),
+            *("--reward", f"0.3*{file}:number", "--out", out, "--overwrite", "--json"),
+            *("--storage", "fp32", "--batch", "4", "--steps", str(asked.steps)),
+            *("--eval-every", str(asked.steps), "--seed", str(seed), "--method", asked.method),
+            *(part for option in options for part in ("--objective-options", option)),
+            *asked.options,
+        ]
+    )
+    record = json.loads(Path(out, "lorafold.json").read_text())
+    held_out, steps = record["held_out"], record["steps"]
+    right = held_out[f"reward {file}:exact"]
+    found = {
+        "seed": seed, "seconds": done.said["seconds"], "whole_seconds": done.seconds,
+        "before": right[0], "after": right[-1], "parameters": done.said["trainable_parameters"],
+        "tokens": held_out["tokens a completion"], "entropy": steps["entropy"][-1],
+        "mismatch": max(x for x in steps["mismatch"] if x is not None),
+    }  # fmt: skip
+    print(json.dumps(found), flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--updates", type=int, default=1)
+    parser.add_argument("--method", default="lora")
+    parser.add_argument("options", nargs="*", help="further ones of `lorafold train`, after --")
+    asked = parser.parse_args()
+    kinds = sorted(set(KINDS))
+    random.Random(0).shuffle(kinds)
+    table = []
+    with tempfile.TemporaryDirectory() as scratch:
+        Path(scratch, "reward.py").write_text(REWARD)
+        sets = {"train": rows(400, 1, kinds[:TRAINED]), "test": rows(200, 2, kinds[TRAINED:])}
+        for name, of in sets.items():
+            lines = "".join(json.dumps(row) + "\n" for row in of)
+            Path(scratch, f"{name}.jsonl").write_text(lines)
+        for seed in range(asked.seeds):
+            one = trained(scratch, seed, asked)
+            table.append(
+                {
+                    "seed": str(seed),
+                    "right before": f"{one['before']:.1%}",
+                    "right after": f"{one['after']:.1%}",
+                    "minutes of training": f"{one['seconds'] / 60:.1f}",
+                    "tokens before, after": " ".join(f"{one['tokens'][at]:.1f}" for at in (0, -1)),
+                    "entropy": f"{one['entropy']:.2f}",
+                    "largest mean mismatch": f"{one['mismatch']:.1e}",
+                }
+            )
+    keep("policy_task", table)
+
+
+if __name__ == "__main__":
+    main()
