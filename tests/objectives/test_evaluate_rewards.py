@@ -97,7 +97,7 @@ def test_it_is_what_the_run_measured(policy: tuple[Path, float], base: Path, tmp
     assert found["samples"][0]["prompt"] in [row["prompt"] for row in ROWS]
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("temperature", [1.0, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_the_interval_has_the_expected_value(temperature: float, base: Path) -> None:
     """Of a reward of the first token, which follows from the model's softmax; 95% of intervals."""
     model, tokenizer = lf.load_model(base, "fp32", "cpu"), lf.load_tokenizer(str(base))

@@ -49,7 +49,9 @@ def opaque(rollouts: Rollouts) -> int:
     return sum(one._w.numel() * one._w.element_size() for one in packed)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str
+)
 def test_bytes_of_the_engine_and_of_its_keys_and_values(dtype: torch.dtype) -> None:
     asked = setting(dtype)
     expected = trace(CONFIG, asked, CONFIG.num_hidden_layers)
