@@ -1,20 +1,22 @@
 """A policy's way on a task with an exact reward: lists of as many things as are asked for.
 
-    python benchmarks/policy_task.py [--seeds 3] [--steps 60] [--method lora] [--rank 16]
+    python benchmarks/policy_task.py [--seeds 3] [--steps 100] [--task lists] [-- --rank 1]
 
 A prompt asks for two, three or four things of a kind; an answer is right where it is so many
 different words with commas between them and nothing else. `exact` says whether it is (1 or 0), and
 `form` and `number`, with 0.3 each, grade what is not: the share of parts that are one word, and how
-near their number is. Kinds of held-out prompts are in no prompt that is trained on. The embedded
+near their number is. Kinds of held-out prompts are in no prompt that is trained on. With --task the
+prompts and the verifier are those of a task of reasoning-gym, of numbers of one digit. The embedded
 model draws 4 prompts x 8 completions of at most 16 tokens a step; figures are the share of right
-answers of 200 held-out prompts, one completion each, before the first step and after the last, with
-95% intervals.
+answers (the verifier's mean) of 200 held-out prompts, one completion each, before the first step
+and after the last, with 95% intervals.
 Prints JSON lines and a table, which is also written to results/.
 """
 
 import argparse
 import json
 import random
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -22,16 +24,21 @@ from pathlib import Path
 from lib.finished import finished
 from lib.results import keep
 
+from lorafold.evaluation import wilson
+
 COUNTS = {"two": 2, "three": 3, "four": 4}
 ASKED = ("Name {n} {kind}.", "List {n} {kind}.", "Give me {n} {kind}.", "Write down {n} {kind}.")
 RULE = "Answer with words and commas alone, as in: red, blue"
-KINDS = """animals birds fish flowers trees fruits vegetables colours countries cities rivers
+KINDS = re.findall(
+    r"\w+",
+    """animals birds fish flowers trees fruits vegetables colours countries cities rivers
 mountains oceans planets metals gems tools toys games sports dances songs instruments books drinks
 foods soups desserts spices herbs nuts berries grains breads cheeses meats sauces snacks clothes
 shoes hats fabrics shapes letters months days seasons holidays jobs hobbies vehicles boats engines
 machines rooms buildings houses bridges roads parks gardens farms forests deserts islands lakes
 beaches storms winds clouds insects spiders snakes lizards frogs dogs cats horses cows pets bones
-organs muscles senses emotions languages poems films painters writers kings""".split()
+organs muscles senses emotions languages poems films painters writers kings""",
+)
 TRAINED = 70  # of the kinds
 REWARD = """
 import re
@@ -64,16 +71,46 @@ def rows(n: int, seed: int, kinds: list[str]) -> list[dict]:
     return found
 
 
-def trained(scratch: str, seed: int, asked: argparse.Namespace) -> dict:
+def lists(scratch: str) -> tuple[list[str], str]:
+    """The task of lists: its rewards, and the name of the one that says what is right."""
+    kinds = sorted(set(KINDS))
+    random.Random(0).shuffle(kinds)
+    put(scratch, "train", rows(400, 1, kinds[:TRAINED]))
+    put(scratch, "test", rows(200, 2, kinds[TRAINED:]))
+    file = f"{scratch}/reward.py"
+    Path(file).write_text(REWARD)
+    named = [f"{file}:exact", f"0.3*{file}:form", f"0.3*{file}:number"]
+    return named, f"reward {file}:exact"
+
+
+def of_reasoning_gym(task: str, scratch: str) -> tuple[list[str], str]:
+    """The same of a task of reasoning-gym."""
+    from reasoning_gym import create_dataset
+
+    small = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+    for name, n, seed in (("train", 400, 1), ("test", 200, 2)):
+        found = create_dataset(task, size=n, seed=seed, **small)
+        put(scratch, name, [{"prompt": e["question"], "entry": json.dumps(e)} for e in found])
+    return [f"reasoning-gym:{task}"], "reward"
+
+
+def put(scratch: str, name: str, of: list[dict]) -> None:
+    """Write rows to a file."""
+    Path(scratch, f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of))
+
+
+def trained(
+    scratch: str, seed: int, rewards: list[str], judge: str, asked: argparse.Namespace
+) -> dict:
     """The figures of one run."""
-    out, file = f"{scratch}/out", f"{scratch}/reward.py"
+    out = f"{scratch}/out"
     options = ["group=8", "max_new_tokens=16", f"updates={asked.updates}"]
     done = finished(
         [
             *(sys.executable, "-m", "lorafold", "train", "--model", "smollm2", "--objective"),
             *("grpo", "--data", f"{scratch}/train.jsonl", "--eval-data", f"{scratch}/test.jsonl"),
-            *("--reward", f"{file}:exact", "--reward", f"0.3*{file}:form"),
-            *("--reward", f"0.3*{file}:number", "--out", out, "--overwrite", "--json"),
+            *(part for reward in rewards for part in ("--reward", reward)),
+            *("--out", out, "--overwrite", "--json"),
             *("--storage", "fp32", "--batch", "4", "--steps", str(asked.steps)),
             *("--eval-every", str(asked.steps), "--seed", str(seed), "--method", asked.method),
             *(part for option in options for part in ("--objective-options", option)),
@@ -82,10 +119,11 @@ def trained(scratch: str, seed: int, asked: argparse.Namespace) -> dict:
     )
     record = json.loads(Path(out, "lorafold.json").read_text())
     held_out, steps = record["held_out"], record["steps"]
-    right = held_out[f"reward {file}:exact"]
+    right, within = held_out[judge], held_out["reward_interval"]
     found = {
         "seed": seed, "seconds": done.said["seconds"], "whole_seconds": done.seconds,
-        "before": right[0], "after": right[-1], "parameters": done.said["trainable_parameters"],
+        "right": right, "interval": within, "exact": judge != "reward",
+        "parameters": done.said["trainable_parameters"],
         "tokens": held_out["tokens a completion"], "entropy": steps["entropy"][-1],
         "mismatch": max(x for x in steps["mismatch"] if x is not None),
     }  # fmt: skip
@@ -93,39 +131,41 @@ def trained(scratch: str, seed: int, asked: argparse.Namespace) -> dict:
     return found
 
 
+def told(one: dict, at: int) -> str:
+    """What is right, with its interval: Wilson's of a share, else that of the mean."""
+    share = one["right"][at]
+    low, high = wilson(round(200 * share), 200) if one["exact"] else one["interval"][at]
+    return f"{share:.1%} ({low:.1%} to {high:.1%})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--task", default="lists", help="lists, or one of reasoning-gym")
     parser.add_argument("--updates", type=int, default=1)
     parser.add_argument("--method", default="lora")
     parser.add_argument("options", nargs="*", help="further ones of `lorafold train`, after --")
     asked = parser.parse_args()
-    kinds = sorted(set(KINDS))
-    random.Random(0).shuffle(kinds)
     table = []
     with tempfile.TemporaryDirectory() as scratch:
-        Path(scratch, "reward.py").write_text(REWARD)
-        sets = {"train": rows(400, 1, kinds[:TRAINED]), "test": rows(200, 2, kinds[TRAINED:])}
-        for name, of in sets.items():
-            lines = "".join(json.dumps(row) + "\n" for row in of)
-            Path(scratch, f"{name}.jsonl").write_text(lines)
+        made = lists(scratch) if asked.task == "lists" else of_reasoning_gym(asked.task, scratch)
         for seed in range(asked.seeds):
-            one = trained(scratch, seed, asked)
+            one = trained(scratch, seed, *made, asked)
             table.append(
                 {
                     "seed": str(seed),
-                    "right before": f"{one['before']:.1%}",
-                    "right after": f"{one['after']:.1%}",
+                    "right before": told(one, 0),
+                    "right after": told(one, -1),
                     "minutes of training": f"{one['seconds'] / 60:.1f}",
                     "tokens before, after": " ".join(f"{one['tokens'][at]:.1f}" for at in (0, -1)),
                     "entropy": f"{one['entropy']:.2f}",
                     "largest mean mismatch": f"{one['mismatch']:.1e}",
                 }
             )
-    keep("policy_task", table)
+    keep(f"policy_{asked.task}", table)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ BUDGETS = {
     "house": 55,
     "files": 165,
     "studies": 80,
-    "objectives": 65,
+    "objectives": 90,
     "data": 75,
     "engine": 65,
     "face": 40,
