@@ -1,9 +1,10 @@
 """Training of a policy: `lorafold train --objective grpo` beside TRL's GRPOTrainer with PEFT.
 
-    python benchmarks/policy.py [--steps 3] [--rounds 3] [--dtype float32]
+    python benchmarks/policy.py [--steps 3] [--rounds 3] [--prompts 8] [--notes 0]
 
-Each step has 8 prompts, 8 completions of each and at most 64 tokens of one; LoRA of rank 16 on
-every linear, on the embedded model. TRL has its defaults, micro-batches of 8 completions among
+Each step has 8 prompts, 8 completions of each and at most 64 tokens of one; a prompt has about 38
+tokens, and 13 more for each line of notes before it. LoRA of rank 16 on every
+linear, on the embedded model. TRL has its defaults, micro-batches of 8 completions among
 them, and generates by transformers. It is timed without gradient checkpointing, which makes it
 slower, and with it (its default), which takes less memory. The reward asks for a long answer, so
 that both sides draw about as many tokens, which are counted. The sides run in turn; figures are
@@ -24,7 +25,7 @@ from lib.results import keep
 
 from lorafold.models.sources import resolve_model
 
-GROUP, PROMPTS, LONGEST = 8, 8, 64
+GROUP, LONGEST = 8, 64
 SIDES = ("lorafold", "TRL + PEFT", "TRL + PEFT, gradient checkpointing")
 FIGURES = ("seconds", "tokens", "peak_bytes")
 LENGTH = r"tokens a completion ([\d.]+)"
@@ -36,7 +37,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
-model, data, out, dtype, steps, recompute = sys.argv[1:]
+model, data, out, dtype, steps, prompts, recompute = sys.argv[1:]
 tokens = []
 
 def longer(prompts, completions, completion_ids, **kwargs):
@@ -49,7 +50,7 @@ trainer = GRPOTrainer(
     reward_funcs=longer,
     train_dataset=load_dataset("json", data_files=data, split="train"),
     args=GRPOConfig(
-        output_dir=out, per_device_train_batch_size=8, gradient_accumulation_steps=8,
+        output_dir=out, per_device_train_batch_size=8, gradient_accumulation_steps=int(prompts),
         max_completion_length=64, max_steps=int(steps), learning_rate=1e-6, logging_steps=1,
         report_to="none", bf16=dtype == "bfloat16", use_cpu=True, save_strategy="no",
         gradient_checkpointing=recompute == "yes",
@@ -71,11 +72,13 @@ THINGS = ("river", "clock", "winter", "harbour", "mirror", "garden", "letter", "
 class Bench:
     """Both sides on the same prompts."""
 
-    def __init__(self, scratch: str, dtype: str, steps: int) -> None:
-        self.scratch, self.dtype, self.steps = scratch, dtype, steps
+    def __init__(self, scratch: str, asked: argparse.Namespace) -> None:
+        self.scratch, self.dtype, self.steps = scratch, asked.dtype, asked.steps
+        self.prompts = asked.prompts
         self.model = str(resolve_model("smollm2").path)
         self.data, self.reward = f"{scratch}/prompts.jsonl", f"{scratch}/reward.py"
-        texts = [f"Write a long story about a {thing}." for thing in THINGS]
+        notes = "".join(f"Note {n}: the house has {n} doors.\n" for n in range(asked.notes))
+        texts = [f"{notes}Write a long story about a {thing}." for thing in THINGS]
         rows = [{"prompt": [{"role": "user", "content": text}]} for text in texts]
         Path(self.data).write_text("".join(json.dumps(row) + "\n" for row in rows))
         Path(self.reward).write_text(REWARD)
@@ -86,12 +89,12 @@ class Bench:
         if side != "lorafold":
             recompute = "yes" if "checkpointing" in side else "no"
             return [sys.executable, "-c", TRL, self.model, self.data, out, self.dtype, steps,
-                    recompute]  # fmt: skip
+                    str(self.prompts), recompute]  # fmt: skip
         return [
             *(sys.executable, "-m", "lorafold", "train", "--model", self.model, "--objective"),
             *("grpo", "--data", self.data, "--reward", f"{self.reward}:longer", "--out", out),
             *("--overwrite", "--json", "--storage", STORAGE[self.dtype], "--steps", steps),
-            *("--batch", str(PROMPTS), "--objective-options", f"group={GROUP}"),
+            *("--batch", str(self.prompts), "--objective-options", f"group={GROUP}"),
             *("--objective-options", f"max_new_tokens={LONGEST}", "--lr", "1e-6", "--lr-b", "1e-6"),
         ]
 
@@ -99,7 +102,7 @@ class Bench:
         """Seconds a step, tokens a completion and peak bytes of a side."""
         done = finished(self.command(side), LORAFOLD_CACHE=f"{self.scratch}/cache")
         drawn = done.said.get("tokens") or sum(map(float, re.findall(LENGTH, done.told)))
-        completions = self.steps * PROMPTS * GROUP if "tokens" in done.said else self.steps
+        completions = self.steps * self.prompts * GROUP if "tokens" in done.said else self.steps
         one = {
             "side": side, "dtype": self.dtype, "seconds": done.said["seconds"] / self.steps,
             "tokens": drawn / completions, "peak_bytes": done.peak_bytes,
@@ -116,11 +119,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3, help="runs of each side")
     parser.add_argument("--dtype", choices=sorted(STORAGE), default="float32")
+    parser.add_argument("--prompts", type=int, default=8, help="of a step")
+    parser.add_argument("--notes", type=int, default=0, help="lines before each prompt")
     parser.add_argument("--sides", nargs="*", default=SIDES, choices=SIDES)
     asked = parser.parse_args()
     found: dict[str, list[dict]] = {side: [] for side in asked.sides}
     with tempfile.TemporaryDirectory() as scratch:
-        bench = Bench(scratch, asked.dtype, asked.steps)
+        bench = Bench(scratch, asked)
         for _ in range(asked.rounds):
             for side, runs in found.items():
                 runs.append(bench.timed(side))
@@ -138,7 +143,7 @@ def main() -> None:
                 "lorafold's of it": f"{first['peak_bytes'] / own['peak_bytes']:.2f}",
             }
         )
-    keep("policy", rows)
+    keep("policy_long_prompts" if asked.notes else "policy", rows)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """A policy's way on a task with an exact reward: lists of as many things as are asked for.
 
-    python benchmarks/policy_task.py [--seeds 3] [--steps 100] [--task lists] [-- --rank 1]
+    python benchmarks/policy_task.py [--seeds 3] [--steps 40] [--task lists] [-- --rank 1]
 
 A prompt asks for two, three or four things of a kind; an answer is right where it is so many
 different words with commas between them and nothing else. `exact` says whether it is (1 or 0), and
 `form` and `number`, with 0.3 each, grade what is not: the share of parts that are one word, and how
 near their number is. Kinds of held-out prompts are in no prompt that is trained on. With --task the
 prompts and the verifier are those of a task of reasoning-gym, of numbers of one digit. The embedded
-model draws 4 prompts x 8 completions of at most 16 tokens a step; figures are the share of right
+model draws 8 prompts x 8 completions of at most 16 tokens a step; figures are the share of right
 answers (the verifier's mean) of 200 held-out prompts, one completion each, before the first step
 and after the last, with 95% intervals.
 Prints JSON lines and a table, which is also written to results/.
@@ -111,7 +111,7 @@ def trained(
             *("grpo", "--data", f"{scratch}/train.jsonl", "--eval-data", f"{scratch}/test.jsonl"),
             *(part for reward in rewards for part in ("--reward", reward)),
             *("--out", out, "--overwrite", "--json"),
-            *("--storage", "fp32", "--batch", "4", "--steps", str(asked.steps)),
+            *("--storage", "fp32", "--batch", "8", "--steps", str(asked.steps)),
             *("--eval-every", str(asked.steps), "--seed", str(seed), "--method", asked.method),
             *(part for option in options for part in ("--objective-options", option)),
             *asked.options,
@@ -143,7 +143,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--task", default="lists", help="lists, or one of reasoning-gym")
     parser.add_argument("--updates", type=int, default=1)
     parser.add_argument("--method", default="lora")
