@@ -166,6 +166,7 @@ def test_a_process_lives_over_calls_and_is_started_again_after_its_end(one: Rewa
         ("stop", r"it raised SystemExit: 4 \(line 9 of given.py"),
         ("exit", "its process ended with exit code 3$"),
         ("killed", "its process was killed by SIGKILL, perhaps for want of memory"),
+        ("-1e200", r"it returned -1e\+200 .float., expected at most 1e\+150 either way"),
     ],
 )
 def test_what_is_wrong_names_the_completion(one: Rewards, completion: str, told: str) -> None:
@@ -279,6 +280,15 @@ def test_sums_with_weights_and_patterns_over_lines(one: Rewards, folder: Path) -
     assert each["regex:a.*b"] == [1.0, 1.0, 0.0]
     assert each["regex:[ab]+"] == [0.0, 1.0, 0.0]
     assert sums == [-0.5 + 0.75, -0.5 + 0.75 + 10.0, 0.75]
+
+
+def test_a_sum_that_weights_make_too_large(one: Rewards, folder: Path) -> None:
+    with Rewards.of(f"1e149*{folder}/given.py:one", "regex:a") as rewards:
+        assert rewards(judged("1"))[0] == [1e149]
+        told = fails(rewards, "1", "99")
+        assert (
+            told == "completion 2: with weights it is 9.9e+150, expected at most 1e+150 either way"
+        )
 
 
 def test_a_pattern_that_backtracks_for_ever_is_ended() -> None:

@@ -1,6 +1,7 @@
 """The comparison on a tiny model: real rows, kept as they finish, and a page that stands alone."""
 
 import json
+import os
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,9 @@ from conftest import lorafold
 from lorafold.api.arguments import as_rows
 from lorafold.comparing.measure import Task, measure
 from lorafold.comparing.report import markdown, page
-from lorafold.comparing.run import compare, key
+from lorafold.comparing.run import compare, in_own_process, key
 from lorafold.data.stored import Part, Rows
+from lorafold.errors import LorafoldError
 from lorafold.methods.lora import LoRA
 from lorafold.models.sources import resolve_model
 from lorafold.opening import Base
@@ -55,6 +57,35 @@ def test_what_is_compared_is_what_an_evaluation_of_the_adapter_says(
     lf.train(recipe, data=ROWS, model=base, out=tmp_path / "a", device="cpu")
     evaluated = lf.evaluate(base, ROWS[:4], adapters=tmp_path / "a", max_length=64, device="cpu")
     assert (found.loss, found.exact_match) == (evaluated.loss, evaluated.exact_match)
+
+
+def test_a_process_that_ends_before_it_is_done_is_told() -> None:
+    class Ends(Task):
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os._exit, (1,)
+
+    ends = Ends(Base("smollm2"), ROWS, ROWS, "rows", RECIPE)
+    with pytest.raises(LorafoldError, match="lora: the process that measures it ended before"):
+        in_own_process(ends, "lora", 0)
+
+
+def test_the_recipe_says_how_much_is_held_out_once(
+    tiny_model_dir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, seen = tiny_model_dir("llama"), list[Task]()
+
+    def none(task: Task, *_: Any) -> list[Any]:
+        seen.append(task)
+        raise LorafoldError("seen")
+
+    monkeypatch.setattr("lorafold.comparing.run.compare", none)
+    for fraction, expected in ((0.5, 5), (0.0, 1)):
+        recipe = Recipe(steps=1, eval_fraction=fraction)
+        with pytest.raises(LorafoldError, match="seen"):
+            lf.compare(tmp_path, model=model, data=ROWS[:10], methods=["lora"], recipe=recipe)
+        task = seen.pop()
+        assert (len(task.held_out), len(task.rows)) == (expected, 10 - expected)
+        assert task.recipe.eval_fraction == 0.0
 
 
 @pytest.mark.slow

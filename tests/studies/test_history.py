@@ -214,6 +214,40 @@ def test_a_run_of_an_earlier_version_and_one_without_rewards(tmp_path: Path) -> 
         lf.history(tmp_path / "none")
 
 
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"steps": {"reward": [1.0]}}, r"train`: steps\.reward: 1 for 2 losses"),
+        ({"losses": [1e200, 0]}, r"losses\.0: found 1e\+200, expected at most 1e\+150 either"),
+        ({"losses": [float("nan"), 0]}, r"losses\.0: Input should be a finite number"),
+        ({"held_out": {"step": [0, None], "reward": [1, 2]}}, r"held_out\.step: expected whole"),
+        ({"held_out": {"step": [0, 1], "reward": [[1, 2], 3]}}, r"held_out\.reward: expected num"),
+        (
+            {"held_out": {"step": [0, 1], "reward": [1, 2], "reward_interval": [[1, 2], 3]}},
+            r"held_out\.reward_interval: expected pairs",
+        ),
+        ({"held_out": {"reward": [1, 2]}}, r"held_out\.reward: 2 for 0 measures"),
+        ({"recipe": {"objective_options": "x"}}, r"recipe\.objective_options: expected an object"),
+    ],
+)
+def test_a_record_that_was_changed_by_hand(
+    changed: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    kept = {"recipe": {}, "losses": [1.0, 0.5]} | changed
+    (tmp_path / "lorafold.json").write_text(json.dumps(kept))
+    with pytest.raises(LorafoldError, match=told):
+        lf.history(tmp_path)
+
+
+def test_a_record_of_depth_and_one_with_controls(tmp_path: Path) -> None:
+    (tmp_path / "lorafold.json").write_text("[" * 100_000)
+    with pytest.raises(LorafoldError, match="not readable as JSON"):
+        lf.history(tmp_path)
+    kept = {"recipe": {}, "losses": [1.0], "judged_by": {"\x1b[2J\nerror": 1}}
+    (tmp_path / "lorafold.json").write_text(json.dumps(kept))
+    assert str(lf.history(tmp_path)).splitlines()[1] == r"judged by 1 x \x1b[2J\nerror"
+
+
 UP, DOWN = [n / 10 for n in range(30)], [3 - n / 10 for n in range(30)]
 OBSERVED = [
     ({"entropy": [2.0] * 27 + [0.1] * 3}, "Entropy went from 2 to 0.1 nats a token, 5% of"),
@@ -242,3 +276,5 @@ def test_what_is_observed_on_held_out_prompts() -> None:
     own = observed({}, found | {"reward_interval": [None] * 3}, {}, own=5)
     assert "step 5 is this one" in own[0]
     assert len(observed({}, found | {"reward_interval": [[0.1, 0.9], None, [0.1, 0.3]]}, {})) == 1
+    untrained = {"step": [0, 0], "reward": [0.5, 0.6], "reward_interval": [None] * 2}
+    assert observed({}, untrained, {}) == []

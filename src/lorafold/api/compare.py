@@ -91,7 +91,7 @@ def compare(
             they are measured, and a second call continues after them.
         model: A name or path as `lf.load_model` takes it.
         data: Training rows; None takes the quickstart's task.
-        eval_data: Held-out rows; None holds out a tenth of the data.
+        eval_data: Held-out rows; None holds out the recipe's `eval_fraction`, or a tenth.
         rewards: What judges completions that the model draws: one or several names such as
             "rewards.py:score", beside the recipe's; no functions, as these can't be kept figures
             of.
@@ -117,6 +117,7 @@ def compare(
             " a reward's file"
         )
     rows, held_out, source = train_and_test(data, eval_data, recipe, columns, console, True)
+    recipe = recipe.model_copy(update={"eval_fraction": 0.0})  # the runs hold out no more
     base = Base(
         model, device=device, revision=revision, trust_remote_code=trust_remote_code
     )

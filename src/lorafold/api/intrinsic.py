@@ -42,7 +42,7 @@ def intrinsic(
         out: The directory of the search. A second call continues after what is in it.
         model: A name or path as `lf.load_model` takes it.
         data: Training rows; None takes the quickstart's task.
-        eval_data: Held-out rows; None holds out a tenth of the data.
+        eval_data: Held-out rows; None holds out the recipe's `eval_fraction`, or a tenth.
         columns: The keys of the rows under other names, as in {"prompt": "question"}.
         smallest, largest: The range of dimensions.
         share: The share to reach, above 0 and at most 1.

@@ -31,7 +31,7 @@ def train_and_test(
 
     Args:
         data: Training rows; None takes the quickstart's task.
-        eval_data: Held-out rows; None holds out a tenth of the data.
+        eval_data: Held-out rows; None holds out the recipe's `eval_fraction`, or a tenth.
         columns: The keys of the rows under other names.
         console: Where ignored keys are named.
         recipe: For the seed that chooses the held-out rows, and the rows that the task needs.
@@ -55,4 +55,4 @@ def train_and_test(
     if eval_data is not None:
         held_out = as_rows(eval_data, columns, console, objective=objective)
         return rows, held_out, source_of(data)
-    return *split(rows, 0.1, recipe.seed), source_of(data)
+    return *split(rows, recipe.eval_fraction or 0.1, recipe.seed), source_of(data)

@@ -93,7 +93,7 @@ OptionalDataOption = Annotated[
 ]
 HeldOutOption = Annotated[
     str | None,
-    typer.Option(help="Held-out rows. Without them a tenth of the training rows is held out."),
+    typer.Option(help="Held-out rows. Without them --eval-fraction or a tenth is held out."),
 ]
 SeedOption = Annotated[
     int,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, fields
 from functools import partial
 from multiprocessing import get_context
@@ -132,9 +133,18 @@ def in_own_process(task: Task, method: str, seed: int) -> Measurement:
         task: Model, data and recipe.
         method: The name of the method.
         seed: The seed of the run.
+
+    Raises LorafoldError where that process ends before it is done.
     """
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(measure, task, method, seed).result()
+    try:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            return pool.submit(measure, task, method, seed).result()
+    except BrokenProcessPool:
+        raise LorafoldError(
+            f"{method}: the process that measures it ended before it was done, perhaps for want of"
+            " memory; a script calls lf.compare under `if __name__ == '__main__':`, as such a"
+            " process runs the script again"
+        ) from None
 
 
 def key(task: Task, method: str) -> str:

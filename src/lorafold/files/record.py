@@ -28,7 +28,7 @@ def as_object(content: bytes | bytearray, path: Path) -> dict[str, Any]:
     """The content of a JSON file, as `read_object`; `path` is for the message."""
     try:
         value = json.loads(content.decode("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LorafoldError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(value, dict):
         raise LorafoldError(f"{path}: found {type(value).__name__}, expected an object")

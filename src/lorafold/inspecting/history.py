@@ -13,17 +13,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, printable
 from lorafold.files.card import within
 from lorafold.files.intact import check_intact
 from lorafold.files.record import RECORD, read_object
 from lorafold.inspecting.observed import ends, observed
 
 INTERVAL = "_interval"  # a held-out figure with this at its end has the interval of another
+MOST = 1e150  # either way; means and squares of such are numbers still
+
+
+def bounded(value: float) -> float:
+    """A number that is not too large. Raises ValueError."""
+    if abs(value) > MOST:
+        raise ValueError(f"found {value:g}, expected at most {MOST:g} either way")
+    return value
+
+
+Figure = Annotated[float, Field(allow_inf_nan=False), AfterValidator(bounded)]
 
 
 class Read(BaseModel):
@@ -32,9 +43,9 @@ class Read(BaseModel):
     where: str
     prompt: str
     completion: str
-    reward: float
+    reward: Figure
     ended: bool
-    each: dict[str, float] = {}
+    each: dict[str, Figure] = {}
 
 
 class Side(BaseModel):
@@ -48,13 +59,33 @@ class Kept(BaseModel):
     """What a record keeps of a run, under its names there; adapters may be anybody's."""
 
     recipe: dict[str, Any]
-    losses: list[float] = Field(min_length=1)
-    evals: dict[int, float] = {}
+    losses: list[Figure] = Field(min_length=1)
+    evals: dict[int, Figure] = {}
     step: int | None = None
-    steps: dict[str, list[float | None]] = {}
-    held_out: dict[str, list[int | float | tuple[float, float] | None]] = {}
-    judged_by: dict[str, float] = {}
+    steps: dict[str, list[Figure | None]] = {}
+    held_out: dict[str, list[int | Figure | tuple[Figure, Figure] | None]] = {}
+    judged_by: dict[str, Figure] = {}
     samples: dict[Literal["first", "last"], Side] = {}
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        """What is known of a figure by its name, and that there is one for each step."""
+        if not isinstance(self.recipe.get("objective_options") or {}, dict):
+            raise ValueError("recipe.objective_options: expected an object")
+        measures = len(self.held_out.get("step", ()))
+        for name, values in self.steps.items():
+            if len(values) != len(self.losses):
+                raise ValueError(f"steps.{name}: {len(values)} for {len(self.losses)} losses")
+        for name, measured in self.held_out.items():
+            pairs = name.endswith(INTERVAL)
+            known = [one for one in measured if one is not None or name == "step"]
+            kind = int if name == "step" else tuple if pairs else int | float
+            if not all(isinstance(one, kind) for one in known):
+                expected = "pairs" if pairs else "whole numbers" if name == "step" else "numbers"
+                raise ValueError(f"held_out.{name}: expected {expected}")
+            if len(measured) != measures:
+                raise ValueError(f"held_out.{name}: {len(measured)} for {measures} measures")
+        return self
 
 
 @dataclass(frozen=True)
@@ -138,7 +169,7 @@ class History:
                     f"{name}: {fmean(first):.4g} in the first {len(first)} steps,"
                     f" {fmean(last):.4g} in the last {len(last)}"
                 )
-        return "\n".join([*lines, *self.observations])
+        return "\n".join(map(printable, [*lines, *self.observations]))
 
 
 def read_history(path: str | Path) -> History:
@@ -154,7 +185,9 @@ def read_history(path: str | Path) -> History:
         kept = Kept.model_validate(read_object(path / RECORD))
     except ValidationError as error:
         wrong = "; ".join(
-            f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()[:3]
+            ": ".join([*[".".join(map(str, one["loc"]))] * bool(one["loc"]), told])
+            for one in error.errors()[:3]
+            for told in (one["msg"].removeprefix("Value error, "),)
         )
         raise LorafoldError(
             f"{path / RECORD}: expected the record of `lorafold train`: {wrong}"

@@ -104,7 +104,8 @@ def _of_held_out(held_out: Mapping[str, Sequence[Any]], own: int | None) -> Iter
     if low and high and high[1] < low[0]:
         when = "before the first step" if start == 0 else f"after step {start}"
         yield f"The held-out reward fell from {first:.4g} {when} to {last:.4g} after step {end}."
-    best, most, _ = max((one for one in found if one[0]), key=lambda one: one[1])
+    trained = [one for one in found if one[0]]  # step 0 is before the first one
+    best, most, _ = max(trained, key=lambda one: one[1], default=found[-1])
     if most > last:
         where = "lies beside it, in a directory with .best at the end of its name"
         yield (

@@ -47,8 +47,8 @@ def chosen(
     Raises LorafoldError for an option that neither has, or a value out of its range.
     """
     given = given_options(beta, options)
-    own = {field.name for field in fields(Drawing)}
+    own = [field.name for field in fields(Drawing)]
     drawing = made(Drawing, {k: v for k, v in given.items() if k in own}, objective)
     kind: type[PolicyLaw] = class_of(OBJECTIVES[objective], policy_laws)
-    law = made(kind, {k: v for k, v in given.items() if k not in own}, objective)
+    law = made(kind, {k: v for k, v in given.items() if k not in own}, objective, own)
     return law, drawing

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from types import ModuleType
 from typing import Any, TypeVar
@@ -20,8 +20,11 @@ def class_of(declared: Declared, laws: ModuleType) -> Any:
     return getattr(laws, declared.law) if isinstance(declared.law, str) else declared.law
 
 
-def made(kind: type[L], given: Mapping[str, Any], objective: str) -> L:
+def made(kind: type[L], given: Mapping[str, Any], objective: str, besides: Sequence[str] = ()) -> L:
     """A law, or other checked options, with what is given.
+
+    Args:
+        besides: Options that the objective has elsewhere.
 
     Raises LorafoldError for an option that it does not have, or a value out of its range.
     """
@@ -30,7 +33,7 @@ def made(kind: type[L], given: Mapping[str, Any], objective: str) -> L:
         field = "" if unknown == ["beta"] else "objective_options: "
         raise LorafoldError(
             f"{field}{', '.join(unknown)}: the objective {objective} has no such option; it has:"
-            f" {', '.join(known)}"
+            f" {', '.join([*known, *besides])}"
         )
     try:
         return kind(**given)

@@ -21,6 +21,7 @@ from lorafold.errors import cut
 
 ONE, ALL = {"prompt", "completion"}, {"prompts", "completions"}
 SHOWN = 300  # characters of a message or value
+LARGEST = 1e150  # of a reward: its square is still a number, and so are means and intervals
 
 
 class Item(NamedTuple):
@@ -118,7 +119,7 @@ class Function:
 
 
 def number(value: Any, at: int | None) -> float:
-    """A reward as a finite float. Raises Wrong.
+    """A reward as a finite float, of at most LARGEST either way. Raises Wrong.
 
     Args:
         at: which item it is of.
@@ -131,6 +132,8 @@ def number(value: Any, at: int | None) -> float:
         found = math.inf
     if not math.isfinite(found):
         raise Wrong(f"it returned {_shown(value)}, expected a finite number", at)
+    if abs(found) > LARGEST:
+        raise Wrong(f"it returned {_shown(value)}, expected at most {LARGEST:g} either way", at)
     return found
 
 

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from lorafold.errors import LorafoldError
-from lorafold.rewards.calling import Wrong, number
+from lorafold.rewards.calling import LARGEST, Wrong, number
 from lorafold.rewards.direct import DirectReward
 from lorafold.rewards.judged import Judged, Reward, failure
 from lorafold.rewards.naming import reward_of
@@ -69,6 +69,10 @@ class Rewards:
             sum(weights[name] * found[at] for name, found in each.items())
             for at in range(len(judged))
         ]
+        for one, found in zip(judged, sums, strict=True):
+            if not abs(found) <= LARGEST:
+                told = f"with weights it is {found:g}, expected at most {LARGEST:g} either way"
+                raise failure(" + ".join(each), told, [one])
         return sums, each
 
     def close(self) -> None:
