@@ -90,7 +90,9 @@ def stored(base: str) -> Storage:
     return Storage(dtype, base if base in QUANTIZED else None)
 
 
-def as_in_files(setting: Setting, config: PreTrainedConfig, name: str, asked: bool) -> Setting:
+def as_in_files(
+    setting: Setting, config: PreTrainedConfig, name: str, asked: bool
+) -> Setting:
     """Return the setting with the base as the model's files store it, if they are quantized.
 
     Raises LorafoldError if another storage was asked for, and if the method trains the base's own

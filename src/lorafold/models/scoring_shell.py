@@ -37,7 +37,8 @@ def scoring_shell(model: Any, pad_id: int) -> Any:
     """
     of_base = twin(model)
     for path, module in [*adapted_modules(of_base)]:
-        if any(part.in_place for delta in module.deltas.values() for part in delta.parts()):  # type: ignore[operator]
+        deltas: Any = module.deltas.values()
+        if any(part.in_place for delta in deltas for part in delta.parts()):
             raise LorafoldError(
                 f"{path}: found base weights that are themselves trained, expected a method that"
                 " leaves the base as it is: a reward adapter lies over the base's own weights"

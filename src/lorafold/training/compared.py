@@ -41,4 +41,6 @@ def check_reference(adapter: Adapter, args: Any) -> None:
             f" model's name, expected the model under {', '.join(under)}, over which the adapter"
             f" {adapter.name!r} trains; give {how} (own_reference=True if yours is right)"
         )
-    logger.warning(f"{config}: TRL loads the base once more as reference; {how} takes no memory.")
+    logger.warning(
+        f"{config}: TRL loads the base once more as reference; {how} takes no memory."
+    )

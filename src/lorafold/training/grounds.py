@@ -1,6 +1,6 @@
 """What the figures of runs depend on besides their recipe and rows, for whoever keeps figures.
 
-digest_of([grounds(base, recipe.chat_template, "comparing"), recipe, rows.sha256])
+    digest_of([grounds(base, recipe.chat_template, "comparing"), recipe, rows.sha256])
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from lorafold.peft.saved import Saved
 FILES = "files"  # the name of the model's identity
 
 
-def grounds(base: Base, template: str | None, *rooms: str) -> dict[str, Any]:
+def grounds(
+    base: Base, template: str | None, *rooms: str
+) -> dict[str, Any]:
     """The identity of the model and of a chat template, how and where the model is loaded, and the
     code.
 

@@ -206,7 +206,9 @@ def _short(text: str, length: int = 72) -> str:
 
 def _section(one: Shown) -> str:
     """One example of the page."""
-    tools = "".join(f"<li>{markup.escape(_line(tool))}</li>" for tool in one.conversation.tools)
+    tools = "".join(
+        f"<li>{markup.escape(_line(tool))}</li>" for tool in one.conversation.tools
+    )
     schemas = markup.escape(json.dumps(one.conversation.tools, indent=1, ensure_ascii=False))
     turns = "".join(
         f"<tr><td>{markup.escape(role)}<td>{markup.escape(said)}"

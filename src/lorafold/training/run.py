@@ -1,10 +1,10 @@
 """One training run: from a model, data and a recipe to an adapter directory in PEFT's format.
 
-set_up          what needs no model: checks, device, storage, tokenizer, examples
-adapted_model   the model and its adapter, once the memory of a step is estimated
-prepare         the optimizer, and the state of a run that is resumed
-fit             the steps
-finish          the files
+    set_up          what needs no model: checks, device, storage, tokenizer, examples
+    adapted_model   the model and its adapter, once the memory of a step is estimated
+    prepare         the optimizer, and the state of a run that is resumed
+    fit             the steps
+    finish          the files
 """
 
 from __future__ import annotations

@@ -189,19 +189,8 @@ def set_up(request: Request, console: Console) -> Setup:
             f" expected a multiple of {accelerator.num_processes}"
         )
     return Setup(
-        request,
-        spec,
-        objective,
-        tokenizer,
-        words,
-        files,
-        saved,
-        own,
-        feed,
-        held_out,
-        findings,
-        accelerator,
-        day,
+        request, spec, objective, tokenizer, words, files, saved, own, feed, held_out,
+        findings, accelerator, day,
     )
 
 
