@@ -5,7 +5,8 @@
 
 The tokens of a row are not independent, so the interval of a loss is that of a ratio estimate with
 rows as its units (Cochran, Sampling Techniques, 1977, ch. 6). That of a share is Wilson's (1927),
-which is valid at 0% and 100% too; that of a mean over rows is the normal one.
+which is valid at 0% and 100% too. Those of means have Student's quantile for as many rows as there
+are: of five rows the normal one would be right in 88% of cases.
 """
 
 from __future__ import annotations
@@ -28,6 +29,22 @@ def wilson(hits: int, n: int) -> Interval:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
+def student(n: int) -> float:
+    """Student's 97.5% quantile for the mean of n values, n at least 2: closed forms for two and
+    three, else the expansion of Abramowitz and Stegun (1964, 26.7.5), 0.12% off for four values.
+    """
+    if n < 4:
+        return math.tan(math.pi * 0.475) if n == 2 else 0.95 / math.sqrt(2 * 0.975 * 0.025)
+    z, v = Z, n - 1
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / v**k for k, term in enumerate(terms, 1))
+
+
 def loss_interval(sums: Sequence[tuple[float, int]]) -> Interval | None:
     """The 95% interval of the mean loss, from (summed loss, tokens) of each row (Cochran 1977, ch.
     6); None for a single row.
@@ -36,7 +53,7 @@ def loss_interval(sums: Sequence[tuple[float, int]]) -> Interval | None:
     if m < 2:
         return None
     mean = mean_loss(sums)
-    half = Z * math.sqrt(m / (m - 1) * sum((s - mean * n) ** 2 for s, n in sums)) / tokens
+    half = student(m) * math.sqrt(m / (m - 1) * sum((s - mean * n) ** 2 for s, n in sums)) / tokens
     return max(0.0, mean - half), mean + half
 
 
@@ -44,7 +61,7 @@ def mean_interval(values: Sequence[float]) -> Interval | None:
     """The 95% interval of a mean over rows; None for a single row."""
     if len(values) < 2:
         return None
-    mean, half = fmean(values), Z * stdev(values) / math.sqrt(len(values))
+    mean, half = fmean(values), student(len(values)) * stdev(values) / math.sqrt(len(values))
     return mean - half, mean + half
 
 
