@@ -1,12 +1,11 @@
 """How much of a model a policy needs: LoRA of rank 1 and 16, VeRA and all weights, equal rollouts.
 
-    python benchmarks/policy_methods.py [--seeds 3] [--steps 24]
+    python benchmarks/policy_methods.py [--seeds 3] [--steps 16] [--held-out 200]
 
-The task is `policy_task.py`'s lists. Each method has two rates, half and twice its own of
-supervised training; a quarter of the steps with a seed that is not used again, judged on 200
-held-out prompts, says which of them it gets. Then each method trains with the same seeds, and so
-draws completions for the same prompts: differences to rank 16 are paired by seed, with Student's
-95% interval.
+The task is `policy_task.py`'s lists. Each method has two rates, four times apart; a quarter of the
+steps with a seed that is not used again, judged on a quarter of the held-out prompts, says which of
+them it gets. Then each method trains with the same seeds, and so draws completions for the same
+prompts: differences to rank 16 are paired by seed, with Student's 95% interval.
 Prints JSON lines and a table, which is also written to results/.
 """
 
@@ -20,24 +19,24 @@ from policy_task import lists, trained
 
 from lorafold.evaluation.intervals import mean_interval
 
-METHODS = {  # name: options, its own rates
-    "lora, rank 1": (["--method", "lora", "--rank", "1"], {"lr": 2e-4, "lr-b": 3e-3}),
-    "lora, rank 16": (["--method", "lora", "--rank", "16"], {"lr": 2e-4, "lr-b": 3e-3}),
-    "vera": (["--method", "vera"], {"lr": 2e-2}),
-    "full": (["--method", "full"], {"lr": 2e-5}),
+METHODS = {  # name: options, its own rates in supervised training, multiples of them
+    "lora, rank 1": (["--method", "lora", "--rank", "1"], {"lr": 2e-4, "lr-b": 3e-3}, (2, 8)),
+    "lora, rank 16": (["--method", "lora", "--rank", "16"], {"lr": 2e-4, "lr-b": 3e-3}, (0.5, 2)),
+    "vera": (["--method", "vera"], {"lr": 2e-2}, (1, 4)),
+    "full": (["--method", "full"], {"lr": 2e-5}, (1, 4)),
 }
 BESIDE = "lora, rank 16"
 
 
-def run(scratch: str, name: str, times: float, seed: int, steps: int) -> dict:
+def run(scratch: str, name: str, times: float, seed: int, steps: int, held_out: int) -> dict:
     """One run of a method with a multiple of its own rates."""
-    (_, method, *options), rates = METHODS[name]
+    (_, method, *options), rates, _ = METHODS[name]
     options = options + [
         part for rate, own in rates.items() for part in (f"--{rate}", str(times * own))
     ]
     asked = SimpleNamespace(updates=1, steps=steps, method=method, options=options)
     print(f"{name}, {times} of its rates, seed {seed}, {steps} steps", flush=True)
-    return trained(scratch, seed, *lists(scratch), asked)
+    return trained(scratch, seed, *lists(scratch, held_out), asked)
 
 
 def within(differences: list[float]) -> str:
@@ -51,19 +50,22 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--held-out", type=int, default=200)
     asked = parser.parse_args()
     chosen, tried, shares, runs = {}, {}, {}, {}
+    whole = asked.steps, asked.held_out
+    quarter = tuple(n // 4 for n in whole)
     with tempfile.TemporaryDirectory() as scratch:
-        for name in METHODS:
+        for name, (*_, multiples) in METHODS.items():
             tried[name] = {
-                times: run(scratch, name, times, asked.seeds, asked.steps // 4)["interval"][-1]
-                for times in (0.5, 2.0)
+                times: run(scratch, name, times, asked.seeds, *quarter)["interval"][-1]
+                for times in multiples
             }
             chosen[name] = max(tried[name], key=lambda times: sum(tried[name][times]))
         for seed in range(asked.seeds):
             for name, times in chosen.items():
-                runs.setdefault(name, []).append(run(scratch, name, times, seed, asked.steps))
+                runs.setdefault(name, []).append(run(scratch, name, times, seed, *whole))
     for name, found in runs.items():
         shares[name] = [one["right"][-1] for one in found]
     keep(

@@ -40,6 +40,7 @@ beaches storms winds clouds insects spiders snakes lizards frogs dogs cats horse
 organs muscles senses emotions languages poems films painters writers kings""",
 )
 TRAINED = 70  # of the kinds
+HELD_OUT = 200  # prompts
 REWARD = """
 import re
 
@@ -71,12 +72,12 @@ def rows(n: int, seed: int, kinds: list[str]) -> list[dict]:
     return found
 
 
-def lists(scratch: str) -> tuple[list[str], str]:
+def lists(scratch: str, held_out: int = HELD_OUT) -> tuple[list[str], str]:
     """The task of lists: its rewards, and the name of the one that says what is right."""
     kinds = sorted(set(KINDS))
     random.Random(0).shuffle(kinds)
     put(scratch, "train", rows(400, 1, kinds[:TRAINED]))
-    put(scratch, "test", rows(200, 2, kinds[TRAINED:]))
+    put(scratch, "test", rows(held_out, 2, kinds[TRAINED:]))
     file = f"{scratch}/reward.py"
     Path(file).write_text(REWARD)
     named = [f"{file}:exact", f"0.3*{file}:form", f"0.3*{file}:number"]
@@ -88,7 +89,7 @@ def of_reasoning_gym(task: str, scratch: str) -> tuple[list[str], str]:
     from reasoning_gym import create_dataset
 
     small = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
-    for name, n, seed in (("train", 400, 1), ("test", 200, 2)):
+    for name, n, seed in (("train", 400, 1), ("test", HELD_OUT, 2)):
         found = create_dataset(task, size=n, seed=seed, **small)
         put(scratch, name, [{"prompt": e["question"], "entry": json.dumps(e)} for e in found])
     return [f"reasoning-gym:{task}"], "reward"
@@ -134,7 +135,7 @@ def trained(
 def told(one: dict, at: int) -> str:
     """What is right, with its interval: Wilson's of a share, else that of the mean."""
     share = one["right"][at]
-    low, high = wilson(round(200 * share), 200) if one["exact"] else one["interval"][at]
+    low, high = wilson(round(HELD_OUT * share), HELD_OUT) if one["exact"] else one["interval"][at]
     return f"{share:.1%} ({low:.1%} to {high:.1%})"
 
 

@@ -234,15 +234,20 @@ class Reader:
 
     @torch.no_grad()
     def held(
-        self, entry: KnownAdapter, deltas: Mapping[str, Delta], vocabulary: int | None
+        self,
+        entry: KnownAdapter,
+        deltas: Mapping[str, Delta],
+        vocabulary: int | None,
+        apart: bool = False,
     ) -> LoadedAdapter:
         """An adapter as the engine holds it.
 
         Args:
             deltas: its deltas by module path.
             vocabulary: the size of the vocabulary with its new tokens, or None.
+            apart: compute it by its deltas' own code, in passes of its own.
         """
-        apart = vocabulary is not None or not deltas.keys() <= self.structure.rowwise
+        apart = apart or vocabulary is not None or not deltas.keys() <= self.structure.rowwise
         pairs = {} if apart else {p: f for p, d in deltas.items() if (f := self._low_rank(p, d))}
         factors = {}
         for i, shape in enumerate(self.structure.shapes):

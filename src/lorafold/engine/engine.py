@@ -46,6 +46,7 @@ from lorafold.machine.threads import disband
 from lorafold.machine.waiting import considerate
 from lorafold.methods.parts.extras import vocabulary
 from lorafold.models.positions import positions_of
+from lorafold.step.fused import fused
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -85,11 +86,14 @@ class Engine:
             self._reader = Reader(model, self.structure, dtype, settings.allow_other_base, room)
             if self.slotted:
                 slots, chunk, whole = settings.slots, settings.chunk, settings.invariant
-                operations = available(model.device.type) if settings.fast else Operations()
+                device, alike = model.device.type, settings.as_trained
+                operations = available(device, alike) if settings.fast else Operations()
                 stack.enter_context(slotted(model, operations))
                 cache = SlotCache(slots, self.length, chunk, operations, whole)
                 self._runner: Runner = SlotRunner(model, self.structure, cache, settings)
-                if settings.fast:
+                if alike:
+                    stack.enter_context(fused(model))
+                elif settings.fast:
                     deltas = self._runner.deltas
                     stack.enter_context(fast_path(model, self.structure, deltas, operations, slots))
             else:
@@ -107,7 +111,7 @@ class Engine:
         self._grammars = Grammars(tokenizer, self.vocabulary)
         self._inbox: deque[Row] = deque()
         self._thread: threading.Thread | None = None
-        self._closing = False
+        self._closing, self._apart = False, settings.as_trained
 
     @property
     def slotted(self) -> bool:
@@ -148,7 +152,8 @@ class Engine:
             )
         deltas = attached(self.model, on_model)
         size = vocabulary(self.model, parts_of(deltas))
-        self.adapters.adopt(name, lambda entry: self._reader.held(entry, deltas, size))
+        apart = self._apart
+        self.adapters.adopt(name, lambda entry: self._reader.held(entry, deltas, size, apart))
 
     def unload(self, name: str) -> None:
         """Forget an adapter. Raises LorafoldError for an unknown name."""

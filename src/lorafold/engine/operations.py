@@ -8,6 +8,7 @@ import logging
 
 from torch import Tensor
 
+from lorafold.engine.as_trained import attend
 from lorafold.kernels.table import DECODING, use
 from lorafold.ops.decoding import ATTEND, LOW_RANK, STORED, WRITE
 from lorafold.ops.gated import GATED
@@ -29,13 +30,16 @@ class Operations:
 
     Args:
         device: the kind of device, whose forms are in use; without it the plain forms.
+        as_trained: attend as training does.
     """
 
-    def __init__(self, device: str = "") -> None:
-        self.name = device or "plain"
+    def __init__(self, device: str = "", as_trained: bool = False) -> None:
+        self.name = (device or "plain") + "_as_trained" * as_trained
         self.independent = INDEPENDENT.get(device, INDEPENDENT[""])
         self.stored, self.low_rank = STORED.on(device), LOW_RANK.on(device)
         self.attend, self.write, self.gated = ATTEND.on(device), WRITE.on(device), GATED.on(device)
+        if as_trained:
+            self.attend = attend
         self._norm, self._turned = NORM.on(device), ROTARY.on(device)
 
     def rms_norm(self, x: Tensor, gain: Tensor, eps: float) -> Tensor:
@@ -60,10 +64,13 @@ class Operations:
         return y
 
 
-def available(device: str) -> Operations:
+def available(device: str, as_trained: bool = False) -> Operations:
     """The operations in their forms for a kind of device; the plain ones where there are none or,
     which the log says, where they can't be compiled.
+
+    Args:
+        as_trained: attend as training does.
     """
     if why := use(DECODING, device):
         log.info("the engine's operations run in torch: %s", why)
-    return Operations("" if why else device)
+    return Operations("" if why else device, as_trained)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -26,8 +26,9 @@ from lorafold.engine.products import Plan, Products
 from lorafold.engine.row import Row
 from lorafold.engine.settings import EngineSettings
 from lorafold.engine.slots import SlotCache, SlotView
+from lorafold.engine.steady import FEW
 from lorafold.engine.structure import Structure, run
-from lorafold.ops.arithmetic import multiplies_bf16, multiplying
+from lorafold.ops.arithmetic import multiplies_bf16, multiplying, widens
 
 
 class Runner(ABC):
@@ -90,6 +91,7 @@ class SlotRunner(Runner):
         self.model, self.structure, self.cache, slots = model, structure, cache, cache.slots
         self.slots, self.each, self.chunk = slots, settings.invariant, settings.chunk
         self.reuse, self.kept, self.steady = settings.prefix_reuse, KeptPrefixes(), settings.fast
+        self.as_trained = settings.as_trained
         self.single = self.each and structure.routed
         self.products = Products(structure, slots, cache.operations)
         self.deltas = ActiveDeltas(model, self.products)
@@ -220,14 +222,22 @@ class SlotRunner(Runner):
         width = self.chunk if self.each and not decoding else max(ns)
         width = max(width, min(self.chunk, -(-self._least(held) // len(taken))))
         # one arithmetic, however many rows there are
-        one = multiplying(widened=not multiplies_bf16(), rows=1) if self.steady else nullcontext()
-        with one:
+        with self._one_arithmetic():
             logits = self._pass(held, taken, ns, at, starts, width)
         index = {id(row): b for b, row in enumerate(taken) if row is not None}
         return logits[[index[id(row)] for row in rows]]
 
+    def _one_arithmetic(self) -> AbstractContextManager[None]:
+        if self.as_trained:
+            return multiplying(widened=widens(self.model.dtype), rows=1)
+        if self.steady:
+            return multiplying(widened=not multiplies_bf16(), rows=1)
+        return nullcontext()
+
     def _least(self, held: LoadedAdapter | None) -> int:
         """The least number of tokens of a pass under an adapter that can't be mixed, or none."""
+        if self.as_trained:
+            return FEW
         if not self.steady or (held is None and self.structure.where.keys() <= self.deltas.aware):
             return 1
         return self.products.least(self.model.dtype, self.model.device)
@@ -250,6 +260,8 @@ class SlotRunner(Runner):
         view = self._views[held].aim(rows, torch.tensor(starts, device=device), width)
         to_score = [0 if row is None else row.to_score(n) for row, n in zip(taken, ns, strict=True)]
         lasts = [*range(max(ns))] if any(to_score) else sorted({n - 1 for n in ns})
+        if self.as_trained:  # the head is a product too
+            lasts = sorted({*lasts, *range(-(-FEW // len(ns)))})
         keep = torch.tensor(lasts, device=device)
         context = self.deltas.alone(held) if held else self.deltas.mixed(self._planned(taken))
         ids_BT, counts_B = torch.tensor(ids, device=device), torch.tensor(ns, device=device)

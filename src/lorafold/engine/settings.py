@@ -29,6 +29,8 @@ class EngineSettings:
             table of them.
         invariant: keep the shapes of all passes the same, so that a request's logits are the same
             bits whatever shares the batch, without the faster parts (experts: one at a time).
+        as_trained: have the bits of training's numbers (`engine.as_trained`), without the matrices in
+            the kernel's order.
         prefix_reuse: start from what a request of the same tenant and adapter has or left in a
             slot, where the prompt begins the same; never where `invariant`. What is being read is
             read once for all requests with that prompt, whatever is set here.
@@ -49,6 +51,7 @@ class EngineSettings:
     fast: bool = True
     beyond: bool = False
     invariant: bool = False
+    as_trained: bool = False
     prefix_reuse: bool = True
     strikes: int = 3
     tenant_slots: int | None = None

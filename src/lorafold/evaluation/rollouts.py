@@ -66,6 +66,7 @@ class Rollouts:
         group: how many completions a prompt has.
         longest: the most tokens of a completion.
         sampling: how tokens are chosen. Training learns from those of temperature 1 alone.
+        exact: compute as training does, bit by bit, which takes longer.
     """
 
     def __init__(
@@ -75,12 +76,13 @@ class Rollouts:
         group: int,
         longest: int,
         sampling: Sampling = AS_TRAINED,
+        exact: bool = False,
     ) -> None:
         self.shell, self.names = twin(model), selection_of(model).names
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         self.moving = [p for name, p in self.shell.named_parameters() if name in trained]
         self.tokenizer, self.ends = tokenizer, end_tokens(model, tokenizer)
-        self.group, self.longest, self.sampling = group, longest, sampling
+        self.group, self.longest, self.sampling, self.exact = group, longest, sampling, exact
         self._stack = ExitStack()
         self._engine: Engine | None = None
 
@@ -101,7 +103,8 @@ class Rollouts:
         self._stack.enter_context(only(self.shell))
         engine = Engine(
             self.shell, self.tokenizer, slots=slots, length=prompt + self.longest, beyond=True,
-            fast=2 * nbytes <= free_bytes(self.shell.device),
+            fast=self.exact or 2 * nbytes <= free_bytes(self.shell.device),
+            as_trained=self.exact,
         )  # fmt: skip
         self._engine = self._stack.enter_context(engine)
 

@@ -26,6 +26,7 @@ class Drawing:
         fill: how often a group from which nothing is learned is drawn again.
         updates: how often the weights are updated by the completions of a step.
         truncated: whether completions that were cut off there count in the loss.
+        exact: draw bit by bit as the step computes, which takes longer.
         rewards: names as `lorafold.rewards.reward_of` reads them.
         reward_seconds: the seconds that a call of one may take.
     """
@@ -35,6 +36,7 @@ class Drawing:
     fill: Annotated[int, Field(ge=0)] = 0
     updates: Annotated[int, Field(ge=1)] = 1
     truncated: Literal["counted", "masked"] = "counted"
+    exact: bool = False
     rewards: tuple[str, ...] = ()
     reward_seconds: Annotated[float, Field(gt=0)] = 30.0
 

@@ -31,7 +31,7 @@ class Playing(Policy):
         rollouts: Rollouts,
         rewards: Rewards,
     ) -> None:
-        super().__init__(model, law, how, pad_id, rollouts.longest)
+        super().__init__(model, law, how, pad_id, rollouts.longest, rollouts.exact)
         self.rollouts, self.rewards = (rollouts,), rewards  # in a tuple: it has a model of its own
         self.told: dict[str, float] = {}
         self.counts[QUIET] = 0

@@ -143,7 +143,9 @@ class PolicyObjective(Objective):
         drawing = self.drawing
         with ExitStack() as stack:
             rewards = stack.enter_context(self._judging(model, packing, console))
-            rollouts = Rollouts(model, tokenizer, drawing.group, drawing.max_new_tokens)
+            rollouts = Rollouts(
+                model, tokenizer, drawing.group, drawing.max_new_tokens, exact=drawing.exact
+            )
             stack.callback(rollouts.close)
             if dropped := stack.enter_context(undropped(model)):
                 told = f"dropout: found {dropped:g} in the model or its adapters, taken as 0"

@@ -68,7 +68,7 @@ def fused(
     """Replace all parts that can be fused until the `with` block ends.
 
     Args:
-        linears: whether frozen linears and a trained head are among the parts.
+        linears: whether frozen linears and the head are among the parts.
         norm: what computes `lorafold.ops.norm.rms_norm` (..., d).
         rotate: what computes `lorafold.ops.rotary.rotary` (B, H, T, D).
         gate: what computes `lorafold.ops.gated.gated` (..., k).
@@ -92,7 +92,7 @@ def fused(
             if linears:
                 for module in (module for block in inside for module in block if _free(module)):
                     _put(stack, module, "forward", _linear(module))
-                _put(stack, *_trained_head(model))
+                _put(stack, *_head(model))
             # the fused function for each of transformers'
             rotation = cache(partial(_fused_rotary, rotate))
             for parts, block in zip(found, inside, strict=True):
@@ -155,14 +155,11 @@ def _random(*shape: int, like: Tensor) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like)
 
 
-def _trained_head(model: nn.Module) -> tuple[Any, str, Forward | None]:
-    """Return the arguments of `_put` for a head that is trained without a delta of its own, such as
-    a head tied to a trained embedding. `step.head` computes a frozen one itself.
-    """
+def _head(model: nn.Module) -> tuple[Any, str, Forward | None]:
+    """Return the arguments of `_put` for a head without a delta of its own, trained or not."""
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     bare = head is not None and not isinstance(head, Adapted) and "forward" not in vars(head)
-    trained = bare and any(p.requires_grad for p in head.parameters())
-    return head, "forward", _linear(head) if trained else None
+    return head, "forward", _linear(head) if bare else None
 
 
 def _linear(module: nn.Module) -> Forward | None:

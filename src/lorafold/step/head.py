@@ -68,7 +68,9 @@ def labelled_loss(model: Any, labels: Tensor, inputs: Mapping[str, Tensor]) -> t
     return loss + len(targets) * _router_loss(model, output), len(targets)
 
 
-def token_losses(model: Any, labels: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+def token_losses(
+    model: Any, labels: Tensor, inputs: Mapping[str, Tensor], own: bool = False
+) -> Tensor:
     """Return the loss in nats of each labelled position, (n,), from the first row to the last.
 
     The losses are differentiable once, and their gradients may have any weights. They never include
@@ -79,9 +81,10 @@ def token_losses(model: Any, labels: Tensor, inputs: Mapping[str, Tensor]) -> Te
 
     Args:
         model, labels, inputs: As `labelled_loss` takes them.
+        own: Compute a frozen linear head by the model too, as it rounds logits.
     """
     h, targets, linear, _ = until_head(model, labels, inputs)
-    if linear is not None:
+    if linear is not None and not own:
         return linear_cross_entropy(h, targets, linear)
     return head_losses(h, targets, partial(head_of, model))
 

@@ -11,6 +11,7 @@ in another order of sums, or the run ends.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -22,6 +23,7 @@ from lorafold.core.evaluating import evaluating
 from lorafold.data.branches import Branched
 from lorafold.data.examples import NO_LOSS, Example
 from lorafold.errors import LorafoldError
+from lorafold.ops.arithmetic import multiplying, widens
 from lorafold.step.branched import BranchedLoss
 from lorafold.step.branches import Branching
 from lorafold.step.head import token_losses
@@ -98,13 +100,20 @@ class Policy(BranchedLoss):
         how: How far the model goes with packed documents; None pads.
         pad_id: The token that fills short sequences.
         longest: The most tokens of a completion.
+        exact: Completions are drawn bit by bit as this computes them (`lorafold.engine.as_trained`).
     """
 
     def __init__(
-        self, model: nn.Module, law: PolicyLaw, how: Branching | None, pad_id: int, longest: int
+        self,
+        model: nn.Module,
+        law: PolicyLaw,
+        how: Branching | None,
+        pad_id: int,
+        longest: int,
+        exact: bool = False,
     ) -> None:
         super().__init__(model, how, pad_id)
-        self.law, self.pace, self.longest = law, law.pace, longest
+        self.law, self.pace, self.longest, self.exact = law, law.pace, longest, exact
         self.seen, self.first, self.at = Seen(), list[First](), 0
         # factors in fp32 over a base in 16 bits meet what that has rounded
         size = min(p.element_size() for p in model.parameters() if p.is_floating_point())
@@ -143,8 +152,7 @@ class Policy(BranchedLoss):
         document, lens = inputs.pop("document"), inputs.pop("lens", None)
         given = inputs.pop("drawn"), inputs.pop("advantages"), inputs.pop("weights")
         drawn, advantages, weights = given
-        with self.over(labels, lens):
-            logps = -token_losses(self.model, labels, inputs)
+        logps = self._logps(labels, lens, inputs)
         below = partial(self._below, labels, lens, inputs)
         of = document[labels != NO_LOSS]
         if self.at == len(self.first):
@@ -158,14 +166,22 @@ class Policy(BranchedLoss):
             self.seen.kl += float(found.kl.detach().sum())
         return (self.law.loss(found) * weights[of]).sum()
 
+    def _logps(self, labels: Tensor, lens: Tensor | None, inputs: Mapping[str, Tensor]) -> Tensor:
+        with ExitStack() as stack:
+            stack.enter_context(self.over(labels, lens))
+            if self.exact:
+                widened = widens(self.model.dtype)
+                stack.enter_context(multiplying(widened=widened, rows=1))
+            return -token_losses(self.model, labels, inputs, self.exact)
+
     def figures(self) -> dict[str, float]:
         """What the step saw, once."""
         found, self.seen = self.seen.figures(bool(self.law.beta)), Seen()
         return found
 
     def _below(self, labels: Tensor, lens: Tensor | None, inputs: Mapping[str, Tensor]) -> Tensor:
-        with evaluating(self), torch.no_grad(), self.below(), self.over(labels, lens):
-            return -token_losses(self.model, labels, inputs)
+        with evaluating(self), torch.no_grad(), self.below():
+            return self._logps(labels, lens, inputs)
 
     def _compare(self, logps: Tensor, drawn: Tensor, below: Callable[[], Tensor]) -> None:
         """Add to what was seen. Raises LorafoldError where the mean difference is none of rounding,
