@@ -23,7 +23,8 @@ from mkdocs.structure.files import File, Files
 
 from lorafold.cli import _load
 from lorafold.cli.groups import OTHERS
-from lorafold.recipe.recipe import GROUPS, Recipe
+from lorafold.recipe.fields import GROUPS
+from lorafold.recipe.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 PICTURES = ["benchmarks/results/scaling.svg"]  # shown on pages, and kept where they are made
