@@ -56,7 +56,8 @@ def test_every_verb_returns_what_a_notebook_shows() -> None:
     classes = {n: c for m in modules for n, c in vars(m).items() if inspect.isclass(c)}
     verbs = {name for name in dir(lf) if getattr(lf, name).__module__.startswith("lorafold.api.")}
     for verb in verbs - OTHERWISE - {"load_model"}:
-        returned = re.findall(r"(\w+)(?: \||$)", inspect.signature(getattr(lf, verb)).return_annotation)
+        kinds = inspect.signature(getattr(lf, verb)).return_annotation
+        returned = re.findall(r"(\w+)(?: \||$)", kinds)
         assert all(issubclass(classes[name], Shown) for name in returned), verb
 
 
