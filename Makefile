@@ -33,7 +33,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/mypy
 
 docs: $(VENV)/installed-docs
-	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict
 
 $(VENV)/installed-docs: $(VENV)/installed
 	@echo "installing what the documentation is built with"

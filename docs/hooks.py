@@ -23,7 +23,8 @@ from mkdocs.structure.files import File, Files
 
 from lorafold.cli import _load
 from lorafold.cli.groups import OTHERS
-from lorafold.recipe.recipe import GROUPS, Recipe
+from lorafold.recipe.fields import GROUPS
+from lorafold.recipe.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 PICTURES = ["benchmarks/results/scaling.svg"]  # shown on pages, and kept where they are made
@@ -141,7 +142,7 @@ def methods() -> str:
         rates = {"": spec.lr, "B ": spec.lr_b}
         rate = ", ".join(word + power(lr) for word, lr in rates.items() if lr)
         rows.append([f"[{name}](#{name})", code(call), cell(targets), rate])
-        link = f"[`{call}`](api.md#lorafold.{made.__name__})"
+        link = f"[`{call}`](api.md#{made.__module__}.{made.__name__})"
         sections.setdefault(file, []).append(f'<span id="{name}"></span>`{name}`: {link}')
     head = ["name", "in Python", "targets", "learning rate"]
     texts = [f"{heading(file)}\n\n{'; '.join(names)}" for file, names in sections.items()]

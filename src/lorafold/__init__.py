@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from lorafold.recipe.recipe import Recipe as Recipe
     from lorafold.training.callback import AdapterCallback as AdapterCallback
 
+    __version__: str
+
 # where each function and class lies; the spec classes are those of lorafold.methods
 _HOME = {
     "Adapter": "adapter",
@@ -79,6 +81,8 @@ if not TYPE_CHECKING:  # a wrong name is an error to type checkers, which read t
             return getattr(importlib.import_module(f"lorafold.{_HOME[name]}"), name)
         if name == "__all__":  # of `from lorafold import *`
             return __dir__()
+        if name == "__version__":
+            return importlib.import_module("importlib.metadata").version("lorafold")
         if name in (classes := _METHODS.classes):
             return classes[name]()
         raise AttributeError(f"module 'lorafold' has no attribute {name!r}")

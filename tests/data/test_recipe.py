@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
 
 from lorafold.errors import LorafoldError
 from lorafold.recipe.reading import load_recipe
@@ -164,7 +163,7 @@ def test_bad_files(tmp_path):
 
 
 def test_frozen_and_described():
-    with pytest.raises(ValidationError):
+    with pytest.raises(LorafoldError, match=r"^recipe: rank: .* as in lf\.Recipe\(rank=3\)$"):
         Recipe().rank = 3
     assert all(field.description for field in Recipe.model_fields.values())
 
@@ -189,3 +188,27 @@ def test_the_module_imports_no_torch():
         " sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"rnak": 8}, "rnak is not a field of a recipe: did you mean rank?"),
+        (
+            {"rank": "x", "batch": 0},
+            "rank: found 'x', expected a valid integer, unable to parse string as an integer;"
+            " batch: found 0, expected greater than or equal to 1",
+        ),
+        ({"accumulate": 3}, "accumulate: found 3, expected a divisor of batch, which is 8"),
+    ],
+)
+def test_a_recipe_of_a_call_is_refused_in_one_line_too(fields, said):
+    with pytest.raises(LorafoldError) as caught:
+        Recipe(**fields)
+    assert str(caught.value) == f"recipe: {said}"
+
+
+def test_a_field_under_its_old_name_is_told_of_the_caller_s_line():
+    with pytest.warns(DeprecationWarning, match="storage now") as told:
+        Recipe(base="int8")
+    assert [one.filename for one in told] == [__file__]

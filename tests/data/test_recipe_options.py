@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from lorafold.cli import _load
 from lorafold.cli.groups import grouped
 from lorafold.cli.recipe_options import RecipeFlags, of_recipe
-from lorafold.recipe.recipe import GROUPS, Recipe
+from lorafold.recipe.fields import GROUPS
+from lorafold.recipe.recipe import Recipe
 
 FOUND: list[Recipe] = []
 

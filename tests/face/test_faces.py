@@ -130,7 +130,7 @@ def test_a_recipe_keeps_the_old_names_of_its_fields(tmp_path: Path, caplog) -> N
     assert load_recipe(file, ["base=fp32"]).storage == "fp32"
     assert "--set base is called --set storage now; lorafold 0.3" in caplog.text
     assert load_recipe(file, storage="bf16").base == "bf16"
-    with pytest.raises(ValueError, match="base: found it beside storage"):
+    with pytest.raises(LorafoldError, match="base: found it beside storage"):
         lf.Recipe(base="int8", storage="fp32")
     file.write_text("base: int8\nstorage: fp32\n")
     with pytest.raises(LorafoldError, match=r"recipe\.yaml: base: found it beside storage"):

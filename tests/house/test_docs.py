@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -230,6 +231,39 @@ def test_the_recipe_s_page_is_generated_from_the_recipe() -> None:
 def test_a_page_that_loads_from_another_host_is_refused(html: str, remote: bool) -> None:
     pytest.importorskip("mkdocs")
     assert bool(load_hooks().REMOTE.search(html)) == remote
+
+
+def test_the_table_of_methods_links_to_what_the_api_reference_has() -> None:
+    pytest.importorskip("mkdocs")
+    there = set(re.findall(r"^::: (\S+)$", (DOCS / "api.md").read_text(encoding="utf-8"), re.M))
+    linked = set(re.findall(r"\(api\.md#([^)]+)\)", load_hooks().methods()))
+    assert len(linked) > 10
+    assert linked - there == set()
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("[here](#one)", ""),
+        ("[a page](none.md)", "link 'none.md', but the target is not found"),
+        ("[an anchor](#two)", "no such anchor"),
+    ],
+)
+def test_make_docs_fails_for_a_dead_link(text: str, wrong: str, tmp_path: Path) -> None:
+    """As `make docs` builds the site: with the options that it has and the settings of the site."""
+    pytest.importorskip("mkdocs")
+    makefile = (DOCS.parent / "Makefile").read_text(encoding="utf-8")
+    [given] = re.findall(r"mkdocs (build .*)$", makefile, re.M)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "index.md").write_text(f"# Page\n\n## One\n\n{text}\n")
+    own = "plugins: []\nhooks: []\ndocs_dir: docs\nsite_dir: site\nnav: [index.md]\nwatch: []\n"
+    (tmp_path / "mkdocs.yml").write_text(f"INHERIT: {DOCS.parent / 'mkdocs.yml'}\n{own}")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", *given.split()],
+        cwd=tmp_path, env={**os.environ, "NO_MKDOCS_2_WARNING": "true"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, wrong in done.stderr) == (int(bool(wrong)), True), done.stderr
 
 
 def load_hooks() -> ModuleType:

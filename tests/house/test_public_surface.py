@@ -8,6 +8,7 @@ import inspect
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -46,6 +47,7 @@ def test_the_public_surface_is_what_type_checkers_see_and_what_the_page_on_the_a
     shown = re.findall(r"^::: lorafold(?:\.methods\.\w+)?\.(\w+)$", page, re.MULTILINE)
     assert names == sorted(shown)
     assert all(inspect.getdoc(getattr(lorafold, name)) for name in names)
+    assert lorafold.__version__ == version("lorafold")
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = lorafold.no_such_name  # type: ignore[attr-defined]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from lorafold.data.checking import renamed
 from lorafold.data.prompts import read_prompts
@@ -205,6 +205,19 @@ def as_paths(adapters: Paths) -> list[Path]:
 def as_path(path: str | Path) -> Path:
     """The path, with ~ as the user's home."""
     return Path(path).expanduser()
+
+
+def or_shown(console: Console | Literal[False] | None) -> Console:
+    """The console, for None one that shows progress where somebody looks, on a terminal or in a
+    notebook, and else nothing, as for False.
+    """
+    from rich.console import Console
+
+    if console is not None and console is not False:
+        return console
+    found = Console(stderr=True)
+    quiet = console is False or not (found.is_terminal or found.is_jupyter)
+    return Console(quiet=True) if quiet else found
 
 
 def or_quiet(console: Console | None) -> Console:

@@ -23,6 +23,7 @@ from lorafold.comparing.report import markdown
 from lorafold.comparing.rewards import Difference, over_base, verdict
 from lorafold.comparing.run import known_methods, methods_for, unfit
 from lorafold.errors import LorafoldError
+from lorafold.files.shown import Shown
 from lorafold.opening import Base
 from lorafold.quickstart.story import RECIPE
 from lorafold.recipe.fitting import fitting, settled_length, spec_of, without
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Shown):
     """The figures of every method and seed, in the order asked for, and what they were measured on.
     Where they are rewards, those of the base come first.
     """

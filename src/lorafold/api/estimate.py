@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorafold.api.arguments import as_recipe, or_quiet
 from lorafold.errors import LorafoldError, both_names, called_now
+from lorafold.files.shown import Shown
 from lorafold.machine.devices import check_device
 from lorafold.memory import report, terms
 from lorafold.memory.advice import Advice, advise
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Forecast:
+class Forecast(Shown):
     """The memory of a setting at its peak, in bytes by term.
 
     `advice` says whether it fits a device's memory and what would, if that was asked; `measured`

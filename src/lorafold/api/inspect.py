@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lorafold.api.arguments import Data, Paths, as_path, as_paths, as_rows, or_quiet
 from lorafold.api.opened import length_for, opened
 from lorafold.errors import LorafoldError
+from lorafold.files.shown import Shown
 from lorafold.inspecting import run
 from lorafold.inspecting.conclusions import of_paths
 from lorafold.inspecting.paths import measured_paths
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Inspection:
+class Inspection(Shown):
     """The figures of one adapter; `lorafold.inspecting` defines each.
 
     `sites` has the figures of every module path, and of each matrix of experts as

@@ -44,7 +44,8 @@ def intrinsic(
         data: Training rows; None takes the quickstart's task.
         eval_data: Held-out rows; None holds out the recipe's `eval_fraction`, or a tenth.
         columns: The keys of the rows under other names, as in {"prompt": "question"}.
-        smallest, largest: The range of dimensions.
+        smallest: The dimension to begin with.
+        largest: The dimension to end with, if none before reaches the share.
         share: The share to reach, above 0 and at most 1.
         recipe: The recipe of all runs, whose method is ignored.
         device: cpu, cuda, cuda:N or mps; None takes the fastest that is available.

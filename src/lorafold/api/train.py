@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from lorafold.api.arguments import (
     Columns,
@@ -14,7 +14,7 @@ from lorafold.api.arguments import (
     as_paths,
     as_recipe,
     as_rows,
-    or_quiet,
+    or_shown,
     rows_to_train,
     source_of,
     with_rewards,
@@ -44,7 +44,7 @@ def train(
     allow_other_base: bool = False,
     resume: bool = False,
     overwrite: bool = False,
-    console: Console | None = None,
+    console: Console | Literal[False] | None = None,
 ) -> Trained:
     """Train one adapter and write it to `out` in PEFT's format, whole or not at all.
 
@@ -69,11 +69,13 @@ def train(
             base, or over other adapters.
         resume: Continue from the last checkpoint of a run that was stopped or killed.
         overwrite: Replace `out` if it exists.
-        console: A rich console for progress and notices; None is quiet.
+        console: A rich console for progress and notices; None shows them on a terminal (on stderr)
+            and in a notebook, and else nothing, as False does everywhere.
 
     Raises LorafoldError for anything wrong with the arguments, if possible before weights are
     loaded, and Interrupted after SIGINT or SIGTERM, once a checkpoint is written.
     """
+    console = or_shown(console)
     recipe, functions = with_rewards(as_recipe(recipe, Recipe()), rewards)
     rows, objective = rows_to_train(data, recipe, columns, console), recipe.objective
     held_out = (
@@ -104,4 +106,4 @@ def train(
         tuple(as_paths(over)),
         rewards=functions,
     )
-    return run.train(request, or_quiet(console))
+    return run.train(request, console)

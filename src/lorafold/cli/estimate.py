@@ -10,7 +10,7 @@ from lorafold.cli.common import JsonOption, Source, emit, messages
 from lorafold.cli.groups import grouped
 from lorafold.cli.recipe_options import RecipeFlags, of_recipe
 from lorafold.errors import LorafoldError
-from lorafold.recipe.recipe import OF_MEMORY
+from lorafold.recipe.fields import OF_MEMORY
 
 UNITS = {
     "": 1,

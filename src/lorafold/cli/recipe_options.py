@@ -20,8 +20,9 @@ import typer
 
 from lorafold.methods import METHODS
 from lorafold.objectives import OBJECTIVES
+from lorafold.recipe.fields import GROUPS
 from lorafold.recipe.reading import load_recipe
-from lorafold.recipe.recipe import GROUPS, Recipe
+from lorafold.recipe.recipe import Recipe
 
 CONFIG = Annotated[
     Path | None,

@@ -21,6 +21,7 @@ from lorafold.composing.updates import read
 from lorafold.data.batches import split
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import atomic_directory, check_out
+from lorafold.files.shown import Shown
 from lorafold.opening.kinds import check_language_model
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ LEARNED = ("lorahub", "mixture")  # the ways that learn from examples
 
 
 @dataclass(frozen=True)
-class Composition:
+class Composition(Shown):
     """What `lf.compose` made: an adapter for each way, and the interference if there were tasks."""
 
     composed: dict[str, Composed]

@@ -71,7 +71,8 @@ class Base(Layer):
         """Run a layer over this one where the model calls the module.
 
         Args:
-            *args, **kwargs: the inputs of the module's forward.
+            *args: the inputs of the module's forward.
+            **kwargs: its inputs by name.
         """
         return layer(*args, **kwargs)
 

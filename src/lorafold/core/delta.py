@@ -53,7 +53,8 @@ class Delta(nn.Module, ABC):
 
         Args:
             layer: the layer below; calling it runs the module and the deltas under this one.
-            *args, **kwargs: the inputs of the module's forward.
+            *args: the inputs of the module's forward.
+            **kwargs: its inputs by name.
         """
 
     @abstractmethod

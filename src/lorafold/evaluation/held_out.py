@@ -47,6 +47,7 @@ def progress_bar(console: Console | None, name: str) -> Iterator[Callable[[int, 
     """A progress bar; it yields a function of how many are done, of how many."""
     from rich.progress import Progress
 
-    with Progress(console=console, transient=True, disable=console is None) as bars:
+    quiet = console is None or not console.is_terminal
+    with Progress(console=console, transient=True, disable=quiet) as bars:
         task = bars.add_task(name)
         yield lambda done, total: bars.update(task, completed=done, total=total)

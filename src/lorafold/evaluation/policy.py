@@ -24,6 +24,7 @@ from lorafold.evaluation.intervals import Interval
 from lorafold.evaluation.rewarded import READ, Rewarded, Sample
 from lorafold.evaluation.rollouts import SLOTS, Rollouts
 from lorafold.files.card import within
+from lorafold.files.shown import Shown
 from lorafold.generation import table_left
 from lorafold.rewards import Rewards
 
@@ -86,7 +87,7 @@ class MeanReward:
 
 
 @dataclass(frozen=True)
-class RewardEvaluation:
+class RewardEvaluation(Shown):
     """What completions are worth, `group` of each of n prompts: the mean of their weighted sums of
     rewards, and each reward by its name.
 

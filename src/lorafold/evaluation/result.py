@@ -9,6 +9,7 @@ from typing import Any
 
 from lorafold.evaluation.intervals import Interval
 from lorafold.evaluation.preferences import PreferenceFigures
+from lorafold.files.shown import Shown
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Shown):
     """The loss in nats a labelled token (or a classified text), and exact match as a share of the n
     rows. Exact match is None for rows without references, the loss interval for a single row.
     Rows of preferences have both for their chosen completions, and `preference` besides.

@@ -32,6 +32,7 @@ from lorafold.evaluation.held_out import progress_bar
 from lorafold.evaluation.intervals import Interval, mean_interval
 from lorafold.evaluation.rewards import RewardFigures, rank_correlation, reward_figures, scores_of
 from lorafold.files.atomic import write_text
+from lorafold.files.shown import Shown
 from lorafold.step.branches import branching
 from lorafold.step.preference_laws import Reward
 from lorafold.step.preferences import Preferences
@@ -60,7 +61,7 @@ class RowScore:
 
 
 @dataclass(frozen=True)
-class ScoredRows:
+class ScoredRows(Shown):
     """The scores of n rows, and for pairs the figures of the preference. `score` is the mean of
     other rows, with its 95% interval (None for a single row) and Spearman's correlation of their
     scores with the tokens of their completions.

@@ -25,19 +25,26 @@ VOCABULARY = "vocabulary"
 # in an adapter's record: the adapters that it was trained over, the lowest first
 OVER = "over"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+EMBEDDED = "smollm2"  # the model that has a package of its own; no other library knows the name
 
 LOAD = """\
 ## How to use it
 
 ```python
-from transformers import {auto}
-import lorafold as lf
-
-model = {auto}.from_pretrained("{base}"{head})
+{opened}
 {below}adapter = lf.load(model, "path/to/this/directory")
 ```
 
 {or_with_peft}"""
+BY_TRANSFORMERS = """\
+import lorafold as lf
+from transformers import {auto}
+
+model = {auto}.from_pretrained("{base}"{head})"""
+BY_LORAFOLD = """\
+import lorafold as lf
+
+model = lf.load_model("{base}"{head})"""
 IN_PEFT = """\
 or with PEFT:
 
@@ -51,9 +58,7 @@ NOT_IN_PEFT = """\
 PEFT has no such adapters and refuses these files: lorafold alone reads them.
 """
 ALONE = 'model = PeftModel.from_pretrained(model, "path/to/this/directory")'
-GROWN = (
-    "model.resize_token_embeddings({size})  # for the new tokens; their tokenizer is here too\n"
-)
+GROWN = "model.resize_token_embeddings({size})  # for the new tokens; their tokenizer is here too\n"
 
 LOAD_WHOLE = """\
 ## How to use it
@@ -97,6 +102,11 @@ def training_card(
     """
     on_hub = HUB_ID.fullmatch(base) is not None and not Path(base).exists()
     name = base if on_hub else Path(base).name or "the base model"
+    outputs = 1 if record.get(REWARD) else len(record.get(CLASSES, ()))
+    own = base == EMBEDDED and not outputs
+    # a directory of this machine is told by its name alone
+    elsewhere = not base or Path(base).exists() or Path(base).is_absolute() or base == EMBEDDED
+    source = base if own or not elsewhere else f"path/to/{name}"
     front: dict[str, Any] = {"base_model": base} if on_hub else {}
     relation = "finetune" if whole else "adapter"
     front |= {
@@ -120,9 +130,9 @@ def training_card(
         k: Path(v).name if k == "source" and Path(v).suffix else v
         for k, v in record.get("data", {}).items()
     }
-    outputs = 1 if record.get(REWARD) else len(record.get(CLASSES, ()))
     auto = "AutoModelForSequenceClassification" if outputs else opened_by
     head = f", num_labels={outputs}" if outputs else ""
+    opened = (BY_LORAFOLD if own else BY_TRANSFORMERS).format(auto=auto, base=source, head=head)
     grown = GROWN.format(size=record[VOCABULARY]) if VOCABULARY in record else ""
     below = {f"below{n}": entry["adapter"] for n, entry in enumerate(record.get(OVER, ()), 1)}
     ours, stacked = _loaded(below)
@@ -134,9 +144,9 @@ def training_card(
         _table("Figures", numbers),
         _table("Recipe", record.get("recipe", {})),
         _table("Data", data),
-        (LOAD_WHOLE if whole else LOAD).format(
-            auto=auto, base=name, head=head, below=ours, or_with_peft=theirs
-        ),
+        LOAD_WHOLE.format(auto=auto)
+        if whole
+        else LOAD.format(opened=opened, below=ours, or_with_peft=theirs),
     ]
     return "\n".join(part for part in parts if part)
 
@@ -193,6 +203,7 @@ def _table(title: str, rows: Mapping[str, Any]) -> str:
 
 
 def _cell(value: Any) -> str:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    text = f"{value:,.6g}" if number else str(value)
+    text = str(value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        text = f"{value:,.6g}" if isinstance(value, float) else f"{value:,}"
     return text.replace("|", "\\|").replace("\n", " ")

@@ -21,6 +21,7 @@ from lorafold.errors import LorafoldError, printable
 from lorafold.files.card import within
 from lorafold.files.intact import check_intact
 from lorafold.files.record import RECORD, read_object
+from lorafold.files.shown import Shown
 from lorafold.inspecting.observed import ends, observed
 
 INTERVAL = "_interval"  # a held-out figure with this at its end has the interval of another
@@ -89,7 +90,7 @@ class Kept(BaseModel):
 
 
 @dataclass(frozen=True)
-class History:
+class History(Shown):
     """The figures of a run by step.
 
     Attributes:

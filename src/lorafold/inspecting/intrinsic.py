@@ -25,6 +25,7 @@ from lorafold.data.template_forms import on_day
 from lorafold.errors import Interrupted, LorafoldError
 from lorafold.files.atomic import write_json
 from lorafold.files.record import read_object
+from lorafold.files.shown import Shown
 from lorafold.identity import of_adapter
 from lorafold.methods.fastfood import Fastfood
 from lorafold.recipe.fitting import fitting
@@ -49,7 +50,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Intrinsic:
+class Intrinsic(Shown):
     """The result: `dimension` is None if even the largest one that was tried does not reach
     `share`; `points` has all runs in ascending order of dimension.
     """

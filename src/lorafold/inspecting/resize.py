@@ -29,6 +29,7 @@ from lorafold.core.matrices import module_at, parameter_path
 from lorafold.core.targets import Matches, match
 from lorafold.errors import LorafoldError
 from lorafold.files.record import BASE, OTHER_BASE
+from lorafold.files.shown import Shown
 from lorafold.inspecting.spectra import effective_rank
 from lorafold.inspecting.updates import load_below, matrix_names, sites, stacked, unstacked
 from lorafold.methods.lora import LoRA, of_ranks
@@ -43,7 +44,7 @@ NAME = "resized"
 
 
 @dataclass(frozen=True)
-class Resized:
+class Resized(Shown):
     """A written adapter: `sites` has rank and relative error by module path, for experts those of
     each matrix, as `...gate_up_proj[3]`; `error` is that of all sites together. `left_out` has the
     relative difference of tensors that differ between two models and that an adapter of linear

@@ -23,8 +23,9 @@ from lorafold.memory.trace import Setting
 from lorafold.models.quantizing import quantization_of
 from lorafold.models.storage import Storage
 from lorafold.models.storages import DEFAULT, IN_FILES, QUANTIZED
+from lorafold.recipe.fields import OF_MEMORY
 from lorafold.recipe.fitting import spec_of, trainable_storage
-from lorafold.recipe.recipe import OF_MEMORY, Recipe
+from lorafold.recipe.recipe import Recipe
 from lorafold.step.adamw import check_rounding
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ import torch
 from lorafold.adapter import load
 from lorafold.data.probes import probe_ids
 from lorafold.files.atomic import atomic_directory, write_json
+from lorafold.files.shown import Shown
 from lorafold.fold.rounding import Rounding
 from lorafold.merging.certificate import Gap, compare
 from lorafold.merging.execute import Folded, execute
@@ -53,7 +54,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Merged:
+class Merged(Shown):
     """A merged model, as `merge.json` describes it. `gap` is None without the certificate, and
     `other_base` has a line for each adapter that was trained on another base.
     """

@@ -121,10 +121,11 @@ class AdaLoRA(Spec):
         init_rank: the rank at start (None: 1.5 rank).
         alpha: the numerator of the scale (None: 2 init_rank).
         dropout: the probability of dropout on the branch.
-        tinit, tfinal: the length of the first and of the last phase; below 1 a share of the run,
-            else a number of steps.
+        tinit: the length of the first phase; below 1 a share of the run, else a number of steps.
+        tfinal: the length of the last phase, as `tinit`.
         delta_t: the number of steps from one allocation to the next.
-        beta1, beta2: the smoothing of sensitivity and of uncertainty.
+        beta1: the smoothing of sensitivity.
+        beta2: the smoothing of uncertainty.
         orth_reg: the weight of the orthogonality penalty.
         rank_pattern: ranks by regular expression, for the modules whose path ends in it; a file of
             a pruned adapter has them.

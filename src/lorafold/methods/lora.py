@@ -70,8 +70,9 @@ class LoRA(Spec):
         rslora: divide alpha by sqrt(r) instead of r.
         init: kaiming (uniform, as in PEFT) or gaussian for A; or loftq for both factors, which
             corrects the rounding of a quantized base, so merge into the dequantized base.
-        rank_pattern, alpha_pattern: ranks and alphas by regular expression, for the modules whose
-            path ends in it; the first that matches counts.
+        rank_pattern: ranks by regular expression, for the modules whose path ends in it; the first
+            that matches counts.
+        alpha_pattern: alphas, as `rank_pattern` has ranks.
     """
 
     rank: int = 16

@@ -112,8 +112,8 @@ class LTSFT(_Sparse):
 
     Args:
         density: the share of entries that are trained.
-        dense_steps, dense_lr: the steps and the learning rate of the first phase, which has an
-            AdamW of its own.
+        dense_steps: the steps of the first phase, which has an AdamW of its own.
+        dense_lr: the learning rate of that phase.
     """
 
     dense_steps: int = 50

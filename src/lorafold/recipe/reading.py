@@ -7,8 +7,7 @@ are merged first and checked then.
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,8 @@ from pydantic import ValidationError
 
 from lorafold.errors import LorafoldError, both_names, called_now
 from lorafold.files.record import RENAMED, named_as_now
-from lorafold.recipe.recipe import Recipe
+from lorafold.recipe.problems import explain
+from lorafold.recipe.recipe import UNWORDED, Recipe
 
 log = logging.getLogger(__name__)
 MAPPINGS = [name for name, field in Recipe.model_fields.items() if field.default == {}]
@@ -78,9 +78,9 @@ def load_recipe(
         if value is not None:
             values[field], sources[field] = value, "--" + field.replace("_", "-")
     try:
-        recipe = Recipe(**values)
+        recipe = Recipe.model_validate(values, context=UNWORDED)
     except ValidationError as error:
-        problems += _explain(error, values, sources)
+        problems += explain(error, values, sources)
     if problems:
         raise LorafoldError("recipe: " + "; ".join(problems))
     return recipe
@@ -127,35 +127,3 @@ def _read(config: Path) -> Mapping[str, Any]:
         return named_as_now(found)
     except LorafoldError as error:
         raise LorafoldError(f"{config}: {error}") from None
-
-
-def _explain(
-    error: ValidationError, values: Mapping[str, Any], sources: Mapping[str, str]
-) -> Iterator[str]:
-    # (field, key of its entry) -> the expectations that it fails, in order, each once
-    expected: dict[tuple[str, str], dict[str, None]] = {}
-    for problem in error.errors(include_url=False):
-        message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-        if not problem["loc"]:
-            yield message
-            continue
-        if problem["type"] == "missing":
-            message = "one more value"
-        elif problem["type"].startswith("bool_"):
-            message = "on or off"
-        field, *inner = map(str, problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            near = get_close_matches(field, Recipe.model_fields, n=3)
-            hint = (
-                f"did you mean {' or '.join(near)}?"
-                if near
-                else f"expected one of {', '.join(Recipe.model_fields)}"
-            )
-            yield f"{field} (from {sources[field]}) is not a field of a recipe: {hint}"
-            continue
-        deep = isinstance(values[field], dict) and inner and inner[0] in values[field]
-        expected.setdefault((field, inner[0] if deep else ""), {})[message] = None
-    for (field, key), messages in expected.items():
-        found = values[field][key] if key else values[field]
-        name = f"{field}.{key}" if key else field
-        yield f"{name}: found {found!r} (from {sources[field]}), expected {' or '.join(messages)}"

@@ -1,244 +1,35 @@
 """The recipe: every choice of a training run in one frozen record.
 
-A field that is None asks for the method's own default, so that this file knows no method. Use
-`Recipe(...)` from Python; `recipe.reading` makes one of a YAML file, `--set` and flags.
+Use `Recipe(...)` from Python; `recipe.reading` makes one of a YAML file, `--set` and flags.
 """
 
 import warnings
 from math import ceil
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, NoReturn, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    ModelWrapValidatorHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-from lorafold.errors import both_names, called_now
+from lorafold.errors import LorafoldError, both_names, called_now, cut
 from lorafold.files.record import RENAMED
-from lorafold.methods import METHODS
-from lorafold.models import storages
-from lorafold.objectives import DEFAULT, OBJECTIVES, in_words, named
+from lorafold.objectives import OBJECTIVES, named
+from lorafold.recipe.fields import OF_METHOD, Fields
+from lorafold.recipe.problems import explain
 
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
-Name = Annotated[str, Field(min_length=1)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
+UNWORDED = "unworded"  # the context of those who tell in their own words what is wrong
 
 
-# The fields that are options of methods, that come with an adapter to start from, that bear on the
-# memory of a step.
-OF_METHOD = ("rank", "alpha", "dropout", "rank_pattern", "alpha_pattern")
-OF_ADAPTER = {*OF_METHOD, "method", "options", "targets", "bias", "modules_to_save", "new_tokens"}
-OF_MEMORY = {
-    *(*OF_METHOD, "method", "options", "targets", "storage", "optimizer", "gradient_checkpointing")
-}
-# The subject of the fields from this one on, for help and docs.
-GROUPS = {
-    "method": "the update",
-    "new_tokens": "tokens and chat template",
-    "objective": "the objective and the base",
-    "lr": "the optimizer",
-    "epochs": "steps and batches",
-    "eval_fraction": "evaluation, checkpoints, tracking",
-}
-
-
-class Recipe(BaseModel):
+class Recipe(Fields):
     """What is trained, on which objective, and how.
 
-    Raises pydantic's ValidationError; `load_recipe` turns it into one line.
+    Raises LorafoldError that names every bad field, what was found and what was expected.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    method: Name = Field("lora", description=f"The adaptation method: {', '.join(METHODS)}.")
-    rank: Count | None = Field(
-        None, description="The rank r of the update. Without it the method's own; LoRA has 16."
-    )
-    alpha: Positive | None = Field(
-        None, description="The update is scaled by alpha / r. Without it 2r for LoRA."
-    )
-    dropout: Decay | None = Field(
-        None, description="Dropout on the input of the update. Without it 0.05 for LoRA."
-    )
-    options: dict[str, Any] = Field(
-        {}, description="Further options of the method, as in init=gaussian or over=loha."
-    )
-    targets: Name | Annotated[tuple[Name, ...], Field(min_length=1)] | None = Field(
-        None,
-        description=(
-            "The modules to adapt: a preset such as all-linear, a regular expression over whole"
-            " module paths, or a list of name endings such as q_proj. Without it the method's own;"
-            " LoRA has all-linear."
-        ),
-    )
-    rank_pattern: dict[str, Count] = Field(
-        {}, description="Another rank for the modules that a pattern matches, as in 0.q_proj=8."
-    )
-    alpha_pattern: dict[str, Positive] = Field(
-        {}, description="Another alpha for the modules that a pattern matches."
-    )
-    bias: Literal["none", "lora_only", "all"] = Field(
-        "none", description="Also train the biases of the adapted modules, or of all modules."
-    )
-    modules_to_save: tuple[Name, ...] = Field(
-        (), description="Modules that are trained whole and saved with the adapter."
-    )
-    new_tokens: tuple[Name, ...] = Field(
-        (),
-        description=(
-            "Words that shall each be one token. Their rows of the embedding and the head are"
-            ' trained, also those of words that are tokens already. As in "<|user|>,<|bot|>".'
-        ),
-    )
-    chat_template: Name | None = Field(
-        None,
-        description=(
-            "A file with a Jinja chat template, which replaces the model's own and is saved with"
-            " the adapter. none joins prompt and completion as they stand (./none is a file); tools"
-            " is ChatML with tools, for models whose own template has none."
-        ),
-    )
-    template_kwargs: dict[Name, Any] = Field(
-        {}, description="Variables of the chat template, saved with it: enable_thinking=false."
-    )
-    allow_control_tokens: bool = Field(
-        False, description="Control tokens in contents are tokens; else they are read as text."
-    )
-    train_on: Literal["all", "last"] = Field(
-        "all", description="The turns of the assistant to train on: all, or the last of each row."
-    )
-    mask_reasoning: bool = Field(
-        False, description="Leave the reasoning of the assistant's turns out of the loss."
-    )
-    end_of_turn: Literal["auto", "none"] = Field(
-        "auto",
-        description="Train an end also where the template writes none with a turn, or none there.",
-    )
-
-    objective: str = Field(DEFAULT, description=in_words())
-    beta: Positive | None = Field(
-        None,
-        description=(
-            "How strongly a preference is held to the reference: small allows large changes."
-            " Without it the objective's own; DPO has 0.1."
-        ),
-    )
-    objective_options: dict[str, Any] = Field(
-        {},
-        description="Further options of the objective, as in label_smoothing=0.1 or sft_weight=1.",
-    )
-    storage: storages.StorageName = Field(
-        storages.DEFAULT,
-        description=(
-            "How the base stores its weights while the adapter is trained:"
-            f" {storages.LISTED}. auto is bf16 where the device multiplies it natively, else fp32."
-        ),
-    )
-
-    lr: Positive | None = Field(
-        None,
-        description=(
-            "The peak learning rate. Without it the method's own, of which preferences take a"
-            " twentieth; LoRA has 2e-4."
-        ),
-    )
-    lr_b: Positive | None = Field(
-        None,
-        description=(
-            "The peak learning rate of LoRA's up factors B (LoRA+). Without it the method's own;"
-            " LoRA has 3e-3."
-        ),
-    )
-    schedule: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="How the learning rate goes on after the warm-up."
-    )
-    warmup: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.03, description="The share of the steps over which the learning rate rises."
-    )
-    weight_decay: Annotated[float, Field(ge=0)] = Field(
-        0.0,
-        description="AdamW's decoupled weight decay of matrices; vectors, as biases, have none.",
-    )
-    clip: Annotated[float, Field(ge=0)] = Field(
-        1.0, description="Gradients are scaled down to this norm. 0 leaves them as they are."
-    )
-    betas: tuple[Decay, Decay] = Field(
-        (0.9, 0.999), description="The decay rates of AdamW's two moments."
-    )
-    eps: Positive = Field(1e-8, description="AdamW's epsilon.")
-    optimizer: Literal["auto", "adamw", "adamw8bit", "paged-adamw8bit"] = Field(
-        "auto",
-        description=(
-            "AdamW with its moments in fp32 or in 8 bits. auto is adamw, or paged-adamw8bit on a"
-            " CUDA device that is short of memory."
-        ),
-    )
-
-    epochs: Positive = Field(1.0, description="Passes over the training rows.")
-    steps: Count | None = Field(
-        None, description="The number of optimizer steps. It takes precedence over epochs."
-    )
-    batch: Count = Field(8, description="Rows of an optimizer step.")
-    accumulate: Count = Field(
-        1, description="Micro-batches of an optimizer step, at least. It divides batch."
-    )
-    streaming: bool = Field(
-        False,
-        description=(
-            "Read rows while training, and keep none: for data that is larger than the disk. It"
-            " takes a number of steps, and held-out rows of their own."
-        ),
-    )
-    shuffle_buffer: Count = Field(
-        10_000, description="With streaming, the rows among which the next one is drawn."
-    )
-    max_length: Annotated[int, Field(ge=2)] = Field(
-        1024,
-        description=(
-            "Longer rows are cut to this many tokens, and counted. A packed sequence holds as many."
-            " Unless it is set, it is at most the model's positions."
-        ),
-    )
-    packing: bool = Field(
-        True, description="Lay rows end to end, with attention per row, instead of padding them."
-    )
-    gradient_checkpointing: bool | Literal["auto"] = Field(
-        "auto",
-        description=(
-            "Recompute activations in the backward pass, which takes less memory and more time."
-            " auto does it where a step would not fit otherwise."
-        ),
-    )
-
-    eval_fraction: Decay = Field(
-        0.0, description="The share of the rows to hold out if no held-out rows are given."
-    )
-    eval_every: Count | None = Field(
-        None,
-        description="Steps between evaluations. Without it at each checkpoint and at the end.",
-    )
-    save_every: Count | None = Field(
-        None, description="Steps between checkpoints. Without it about ten checkpoints a run."
-    )
-    keep: Count = Field(2, description="Checkpoints to keep besides the best.")
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
-        0, description="The seed of the initialization, the order of the rows and dropout."
-    )
-    trackers: tuple[Name, ...] = Field(
-        (), description="Trackers of the accelerate library to report to, as in tensorboard."
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _old_names(cls, given: Any) -> Any:
-        if isinstance(given, dict):
-            for old, name in RENAMED.items():
-                if old in given and name in given:
-                    raise ValueError(both_names(old, name))
-                if old in given:
-                    # of the caller of `Recipe`
-                    warnings.warn(called_now(old, name), DeprecationWarning, stacklevel=3)
-                    given = {name if key == old else key: v for key, v in given.items()}
-        return given
 
     @field_validator("objective", mode="before")
     @classmethod
@@ -258,7 +49,7 @@ class Recipe(BaseModel):
         return value
 
     @model_validator(mode="after")
-    def _micro_batches_fit(self) -> "Recipe":
+    def _micro_batches_fit(self) -> Self:
         if self.batch % self.accumulate:
             raise ValueError(
                 f"accumulate: found {self.accumulate}, expected a divisor of batch, which is"
@@ -267,7 +58,7 @@ class Recipe(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _can_stream(self) -> "Recipe":
+    def _can_stream(self) -> Self:
         if self.streaming and self.steps is None:
             raise ValueError("streaming: expected a number of steps, since the rows have no end")
         if self.streaming and self.eval_fraction:
@@ -276,6 +67,35 @@ class Recipe(BaseModel):
             streamed = named(name for name, one in OBJECTIVES.items() if one.streams)
             raise ValueError(f"streaming: expected the objective {streamed}")
         return self
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _in_one_line(
+        cls, given: Any, check: ModelWrapValidatorHandler[Self], info: ValidationInfo
+    ) -> Self:
+        if isinstance(given, dict):
+            for old, name in RENAMED.items():
+                if old in given and name in given:
+                    raise LorafoldError(f"recipe: {both_names(old, name)}")
+                if old in given:
+                    # of the caller of `Recipe`
+                    warnings.warn(called_now(old, name), DeprecationWarning, stacklevel=3)
+                    given = {name if key == old else key: v for key, v in given.items()}
+        try:
+            return check(given)
+        except ValidationError as error:
+            if info.context == UNWORDED:
+                raise
+            raise LorafoldError(f"recipe: {'; '.join(explain(error, given))}") from None
+
+    if not TYPE_CHECKING:  # type checkers say so themselves
+
+        def __setattr__(self, name: str, value: Any) -> NoReturn:
+            """A recipe does not change. Raises LorafoldError, which says how to make another."""
+            raise LorafoldError(
+                f"recipe: {name}: found a new value, expected none, as a recipe is frozen; make"
+                f" another one, as in lf.Recipe({name}={cut(repr(value), 80)})"
+            )
 
     @property
     def base(self) -> str:

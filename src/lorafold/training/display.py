@@ -1,9 +1,14 @@
-"""The progress of a run: a bar on a terminal, and about ten lines in a file or pipe."""
+"""The progress of a run: a bar on a terminal, one that is drawn anew in place in a notebook, and
+about ten lines in a file or pipe.
+"""
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping
+from time import monotonic
 from types import MappingProxyType, TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -15,6 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+PAUSE = 0.5  # seconds between two drawings of a notebook's bar, at least
 NONE: Mapping[str, float] = MappingProxyType({})
 
 
@@ -38,8 +44,16 @@ class Display:
             "training", total=steps, completed=done, loss="-", rate="-", first=""
         )
 
+        self.cell: Any = None  # the handle of a notebook's output
+        self.drawn = self.began = monotonic()
+        self.before = done
+
     def __enter__(self) -> Display:
         self.bar.start()
+        if self.console.is_jupyter and not self.console.quiet:
+            from IPython.display import HTML, display
+
+            self.cell = display(HTML(self.drawing(self.before, "")), display_id=True)
         return self
 
     def __exit__(
@@ -70,8 +84,31 @@ class Display:
         self.bar.update(
             self.task, completed=step, loss=f"{loss:.3f}", rate=f"{rate:,.0f}", first=first
         )
-        if not self.console.is_terminal and (
+        if self.cell is not None:
+            self.draw(step, f"loss {loss:.4f}, {rate:,.0f} tokens/s{''.join(shown)}")
+        elif not self.console.is_terminal and (
             step == self.steps or step % max(1, self.steps // 10) == 0
         ):
             told = f"step {step}/{self.steps}: loss {loss:.4f}, {rate:,.0f} tokens/s"
             self.note(told + "".join(shown))
+
+    def draw(self, step: int, told: str) -> None:
+        """Draw a notebook's bar anew, if the last time is long enough ago or this is the end.
+
+        Args:
+            step: How many steps are done.
+            told: The figures of the last one.
+        """
+        now = monotonic()
+        if step == self.steps or now - self.drawn >= PAUSE:
+            from IPython.display import HTML
+
+            self.drawn = now
+            left = (now - self.began) * (self.steps - step) / max(step - self.before, 1)
+            minutes, seconds = divmod(round(left), 60)
+            self.cell.update(HTML(self.drawing(step, f"{told}, {minutes}:{seconds:02} left")))
+
+    def drawing(self, step: int, told: str) -> str:
+        """The bar as HTML, with the figures of the last step."""
+        bar = f'<progress value="{step}" max="{self.steps}"></progress>'
+        return f"{bar} step {step}/{self.steps} {html.escape(told)}"

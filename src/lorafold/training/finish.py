@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from lorafold.data.findings import Findings
 from lorafold.files.card import HELD_OUT, SAMPLES, STEPS, VOCABULARY, training_card
+from lorafold.files.shown import Shown
 from lorafold.machine.room import peak_bytes
 from lorafold.models.architecture import opened_by_name
 from lorafold.models.weights import Weights
 from lorafold.peft.form import peft_reads
 from lorafold.peft.stack import recorded
+from lorafold.recipe.fields import OF_METHOD
+from lorafold.step.optim import UP
 from lorafold.training.checkpoint import Progress
 from lorafold.training.loop import Job
 from lorafold.training.request import Request
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Trained:
+class Trained(Shown):
     """The result of a run.
 
     Losses are means in nats over labelled tokens (over texts, for a classifier); `train_loss` is
@@ -120,7 +123,7 @@ def finish(
         own = {"eval_loss": progress.evals.get(record.get("step", progress.step))}
         card = training_card(
             request.base.name,
-            record,
+            record | {"recipe": settled(record["recipe"], job)},
             asdict(result) | result.pace | own,
             whole=spec.trains_base,
             opened_by=opened_by_name(model),
@@ -137,6 +140,21 @@ def finish(
         write(best_path(request.out), record | {"step": progress.best})
     job.run.remove()
     return result
+
+
+def settled(recipe: Mapping[str, Any], job: Job) -> dict[str, Any]:
+    """The fields of a recipe with what the run took for those that are None: of the method's
+    options, of its targets and of the peak learning rates.
+
+    Args:
+        recipe: Its fields by name.
+        job: The finished loop.
+    """
+    spec = job.adapter.spec
+    taken = {name: getattr(spec, name, None) for name in (*OF_METHOD, "targets")}
+    names = {"": "lr", UP: "lr_b"}
+    peaks = {names[g["of"]]: g["peak"] for g in job.optimizer.param_groups if g["of"] in names}
+    return {k: (taken | peaks).get(k) if v in (None, {}) else v for k, v in recipe.items()}
 
 
 def kept_figures(progress: Progress) -> dict[str, Any]:

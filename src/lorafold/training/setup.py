@@ -37,8 +37,8 @@ from lorafold.objectives.objective import Data, Objective
 from lorafold.opening.kinds import check_language_model
 from lorafold.peft.saved import Saved, open_all
 from lorafold.peft.stack import mismatch, same
+from lorafold.recipe.fields import OF_ADAPTER
 from lorafold.recipe.fitting import settled_base, spec_of, without
-from lorafold.recipe.recipe import OF_ADAPTER
 from lorafold.step.adamw import check_available, check_rounding, free_everywhere
 from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.finish import best_path

@@ -24,7 +24,7 @@ from lorafold.peft.config import (
     read_config,
 )
 from lorafold.peft.format import Field, Method
-from lorafold.recipe.recipe import OF_METHOD
+from lorafold.recipe.fields import OF_METHOD
 from lorafold.translating.rules import (
     NOT_KNOWN,
     Outcome,

@@ -20,7 +20,7 @@ from difflib import get_close_matches
 from typing import Any, Literal, TypeVar
 
 from lorafold.errors import LorafoldError
-from lorafold.recipe.recipe import OF_ADAPTER
+from lorafold.recipe.fields import OF_ADAPTER
 
 T = TypeVar("T")
 

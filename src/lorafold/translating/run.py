@@ -20,7 +20,7 @@ from lorafold.objectives.drawing import chosen
 from lorafold.peft.config import CONFIG
 from lorafold.recipe.fitting import left_out, spec_of, trainable_storage
 from lorafold.recipe.reading import parse_yaml
-from lorafold.recipe.recipe import Recipe
+from lorafold.recipe.recipe import UNWORDED, Recipe
 from lorafold.translating import axolotl, llamafactory, peft_config, trl
 from lorafold.translating.rules import TranslatedKey, by_rules, left
 from lorafold.translating.translation import Translation
@@ -140,7 +140,7 @@ def _recipe(entries: Sequence[TranslatedKey]) -> Recipe:
         for name, value in entry.outcome.fields.items():
             values[name] = _joined(values.get(name), value)
     try:
-        recipe = Recipe(**values)
+        recipe = Recipe.model_validate(values, context=UNWORDED)
     except ValidationError as error:
         problems: dict[str, str] = {}
         for problem in error.errors(include_url=False):

@@ -21,6 +21,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from lorafold.errors import LorafoldError
+from lorafold.files.shown import Shown
 from lorafold.undoing.measure import State
 from lorafold.undoing.subspaces import Overlap
 
@@ -165,7 +166,7 @@ def crossing(points: Sequence[tuple[int, float]], level: float) -> float | None:
 
 
 @dataclass(frozen=True)
-class Fragility:
+class Fragility(Shown):
     """The figures of every stack before, by its name, and of every point."""
 
     model: str

@@ -1,0 +1,145 @@
+"""What a notebook shows of a result, and of a run."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lorafold as lf
+from adapter_cases import make_adapter
+from imports import FILES, name_of
+from lorafold.evaluation import Answer, Evaluation
+from lorafold.files.shown import Shown
+from lorafold.inspecting.resize import Resized
+
+# completions, a conversation, and what serves until it ends
+OTHERWISE = {"generate", "chat", "serve"}
+
+
+class Table(HTMLParser):
+    """The texts of the cells, and the attributes of all tags."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.cells: list[str] = []
+        self.attributes: set[tuple[str, str | None]] = set()
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag in {"div", "table", "thead", "tbody", "tr", "td", "th"}
+        self.attributes |= {*attrs}
+        if tag in ("td", "th"):
+            self.cells.append("")
+
+    def handle_data(self, data: str) -> None:
+        self.cells[-1] += data
+
+
+def shown(result: Any) -> dict[str, str]:
+    """The cells of a result's first table by the cell before each."""
+    table = Table(result._repr_html_())
+    assert table.attributes <= {("class", "wide")}
+    return dict(zip(table.cells, table.cells[1:], strict=False))
+
+
+def test_every_verb_returns_what_a_notebook_shows() -> None:
+    for path in FILES:
+        if (name := name_of(path)) not in ("", "__main__"):
+            importlib.import_module(f"lorafold.{name}")
+    known = {kind.__name__ for kind in Shown.__subclasses__()}
+    verbs = {name for name in dir(lf) if getattr(lf, name).__module__.startswith("lorafold.api.")}
+    for verb in verbs - OTHERWISE - {"load_model"}:
+        kinds = inspect.signature(getattr(lf, verb)).return_annotation
+        assert {*re.findall(r"(\w+)(?: \||$)", kinds)} <= known, verb
+
+
+def test_what_stands_in_it_is_text() -> None:
+    hostile = "<b onclick=x>&amp;</b>"
+    answers = (Answer("a", "b", "c"),)
+    measured = Evaluation(0.5, (0.25, 1e3), 0.75, None, 1234, answers)
+    assert shown(measured) | {"loss": "0.5 (95%: 0.25 to 1000)", "n": "1,234"} == shown(measured)
+    assert shown(Resized({}, 0.5, hostile, {}))["out"] == hostile
+
+
+@pytest.mark.usefixtures("unestimated")
+def test_a_run_and_its_adapter_are_shown_in_a_few_lines(tiny_model_dir, tmp_path: Path) -> None:
+    base = tiny_model_dir("llama")
+    recipe = lf.Recipe(steps=6, batch=1, storage="fp32")
+    rows = [{"prompt": "a", "completion": "b"}]
+    trained = lf.train(recipe, model=base, data=rows, out=tmp_path / "a", device="cpu")
+    assert shown(trained)["adapter"] == str(tmp_path / "a")
+    assert shown(trained)["losses"].endswith(" (6)")
+    make_adapter(base, tmp_path / "b")
+    for one in (trained, lf.history(tmp_path / "a"), lf.inspect(tmp_path / "b", base)):
+        assert 3 < one._repr_html_().count("<tr>") <= 40
+
+
+ASKED = """\
+import lorafold as lf
+rows = [{"prompt": "a", "completion": "b"}]
+recipe = lf.Recipe(steps=300, batch=1, storage="fp32", eval_fraction=0.0)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_in_a_notebook_is_a_few_lines_and_one_bar(tiny_model_dir, tmp_path: Path) -> None:
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    given = f"data=rows, model={str(tiny_model_dir('llama'))!r}, device='cpu'"
+    cells = [
+        ASKED,
+        f"lf.train(recipe, out='a', {given})",
+        f"lf.train(recipe, out='b', console=False, {given})",
+    ]
+    notebook = nbformat.v4.new_notebook()
+    notebook.cells = [nbformat.v4.new_code_cell(text) for text in cells]
+    context = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, kernel_name="python3", resources=context).execute()
+    told, silent = (cell.outputs for cell in notebook.cells[1:])
+    pages = [one["data"].get("text/html", "") for one in told if "data" in one]
+    assert [page for page in pages if "<progress" in page] == [
+        page for page in pages if 'value="300" max="300"' in page
+    ]
+    assert sum("<progress" in page for page in pages) == 1
+    assert "<table>" in pages[-1]
+    assert len(told) < 25
+    # rich's warning; tqdm's own names it too, where transformers is imported
+    assert not any('install "ipywidgets"' in str(one) for one in told)
+    assert [one["output_type"] for one in silent] == ["execute_result"]
+
+
+@pytest.mark.usefixtures("unestimated")
+def test_a_run_on_a_terminal_shows_a_bar_unless_told_not_to(
+    tiny_model_dir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, terminal = os.openpty()
+    os.set_blocking(ours, False)
+    recipe = lf.Recipe(steps=2, batch=1, storage="fp32")
+    given = {"model": tiny_model_dir("llama"), "data": [{"prompt": "a", "completion": "b"}]}
+    monkeypatch.setenv("TERM", "xterm")
+    with os.fdopen(terminal, "w") as screen:
+        monkeypatch.setattr(sys, "stderr", screen)
+        lf.train(recipe, out=tmp_path / "a", device="cpu", console=False, **given)
+        with pytest.raises(BlockingIOError):
+            os.read(ours, 1)
+        lf.train(recipe, out=tmp_path / "b", device="cpu", **given)
+        said = os.read(ours, 1 << 20).decode()
+    os.close(ours)
+    assert "2/2" in said
+    assert "tokens/s" in said
+
+
+@pytest.mark.usefixtures("unestimated")
+def test_a_run_in_a_pipe_prints_nothing(tiny_model_dir, tmp_path: Path, capfd) -> None:
+    recipe = lf.Recipe(steps=2, batch=1, storage="fp32")
+    rows = [{"prompt": "a", "completion": "b"}]
+    lf.train(recipe, model=tiny_model_dir("llama"), data=rows, out=tmp_path / "a", device="cpu")
+    assert "step" not in "".join(capfd.readouterr())
