@@ -12,9 +12,9 @@ from lorafold.api.arguments import (
     Rewarding,
     as_path,
     as_paths,
-    as_recipe,
     as_rows,
     or_quiet,
+    recipe_to_train,
     rows_to_train,
     source_of,
     with_rewards,
@@ -74,7 +74,7 @@ def train(
     Raises LorafoldError for anything wrong with the arguments, if possible before weights are
     loaded, and Interrupted after SIGINT or SIGTERM, once a checkpoint is written.
     """
-    recipe, functions = with_rewards(as_recipe(recipe, Recipe()), rewards)
+    recipe, functions = with_rewards(recipe_to_train(recipe, Recipe()), rewards)
     rows, objective = rows_to_train(data, recipe, columns, console), recipe.objective
     held_out = (
         None

@@ -28,6 +28,7 @@ from lorafold.core.delta import Additive, put
 from lorafold.core.matrices import module_at, parameter_path
 from lorafold.core.targets import Matches, match
 from lorafold.errors import LorafoldError
+from lorafold.files.atomic import check_out
 from lorafold.files.record import BASE, OTHER_BASE
 from lorafold.inspecting.spectra import effective_rank
 from lorafold.inspecting.updates import load_below, matrix_names, sites, stacked, unstacked
@@ -143,6 +144,7 @@ def resize(
     no form in weight space, changes biases with its weights or can't be read.
     """
     check_request(rank, energy)
+    check_out(out, overwrite)
     check_language_model(base, stack)
     *over, saved = stack
     model, allowed = base.mapped().model, base.allow_other_base
@@ -200,6 +202,7 @@ def extract(
 
     Raises LorafoldError where the models have different modules, or equal weights in those layers.
     """
+    check_out(out, overwrite)
     one, other = base.mapped(), tuned.mapped()
     paths = match(one.model, LoRA.targets, is_linear).paths
     theirs = dict(other.model.named_parameters(remove_duplicate=False))

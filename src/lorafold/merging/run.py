@@ -16,7 +16,7 @@ import torch
 
 from lorafold.adapter import load
 from lorafold.data.probes import probe_ids
-from lorafold.files.atomic import atomic_directory, write_json
+from lorafold.files.atomic import atomic_directory, check_out, write_json
 from lorafold.fold.rounding import Rounding
 from lorafold.merging.certificate import Gap, compare
 from lorafold.merging.execute import Folded, execute
@@ -152,6 +152,7 @@ def merge(
     Args:
         base: In the storage on which the adapters were trained; auto takes it from their records.
     """
+    check_out(out, wanted.overwrite)
     source, _ = base.source, base.held  # a wrong name or device is told before any work
     with atomic_directory(out, wanted.overwrite) as tmp, _bars(console) as bar:
         target = choose_into(wanted.into, adapters, base.storage, stored_in_files(source))

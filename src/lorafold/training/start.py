@@ -30,7 +30,7 @@ from lorafold.training.loop import Job
 from lorafold.training.setup import Setup
 
 # A resumed run may change these fields: they decide what is watched and kept, not what is learned.
-_FREE_ON_RESUME = {"save_every", "eval_every", "keep", "trackers"}
+FREE_ON_RESUME = {"save_every", "eval_every", "keep", "trackers"}
 # What decides which elements are dropped, in the identity of a run with dropout; the second one in
 # runs that do not name it.
 RULE, DROPOUT = "dropout_rule", "Philox of seed, step, row and site"
@@ -146,7 +146,7 @@ def identity_of(setup: Setup, adapter: Adapter) -> dict[str, Any]:
     """
     request = setup.request
     recipe = request.recipe.model_dump(mode="json")
-    identity: dict[str, Any] = {k: v for k, v in recipe.items() if k not in _FREE_ON_RESUME}
+    identity: dict[str, Any] = {k: v for k, v in recipe.items() if k not in FREE_ON_RESUME}
     identity |= {
         "model": request.base.name,
         "data": request.data.identity,
