@@ -27,7 +27,7 @@ from lorafold.core.combine import Stack
 from lorafold.core.delta import Additive, put
 from lorafold.core.matrices import module_at, parameter_path
 from lorafold.core.targets import Matches, match
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, listed
 from lorafold.files.atomic import check_out
 from lorafold.files.record import BASE, OTHER_BASE
 from lorafold.inspecting.spectra import effective_rank
@@ -214,7 +214,7 @@ def extract(
     ]:
         raise LorafoldError(
             f"{tuned.name}: expected a fine-tuned {base.name}, found other modules:"
-            f" {'; '.join(problems)}"
+            f" {listed(problems, '; ')}"
         )
     factors, errors = dict[str, Factors](), Errors()
     for path in paths:

@@ -16,6 +16,7 @@ import torch
 
 from lorafold.adapter import load
 from lorafold.data.probes import probe_ids
+from lorafold.errors import listed
 from lorafold.files.atomic import atomic_directory, check_out, write_json
 from lorafold.fold.rounding import Rounding
 from lorafold.merging.certificate import Gap, compare
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CERTIFICATE = "merge.json"
-SHOWN = 3
 INSTEAD = "; merge another one in Python, with adapter.merge() and model.save_pretrained(out)"
 
 
@@ -119,9 +119,8 @@ class Merged:
             f" {sums.noise:.2%} of its norm"
         )
         if untied := self.folded.untied:
-            more = f" and {len(untied) - SHOWN} more" if len(untied) > SHOWN else ""
             lines.append(
-                f"  weights are no longer shared: {', '.join(untied[:SHOWN])}{more}"
+                f"  weights are no longer shared: {listed(untied)}"
                 f" {'was' if len(untied) == 1 else 'were'} added"
             )
         if self.folded.biases:

@@ -18,7 +18,7 @@ from lorafold.data.endings import WITH_TURN, ending_of
 from lorafold.data.feed import Feed
 from lorafold.data.stored import Rows
 from lorafold.data.stream import RowStream
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, listed
 from lorafold.evaluation import Measured
 from lorafold.objectives import OBJECTIVES
 from lorafold.recipe.recipe import Recipe
@@ -179,7 +179,7 @@ def _streamed_before(data: Rows | RowStream, run: RunDirectory, console: Console
         return {}
     told = (
         f"{run.path}: an earlier lorafold began this run and did not say what was in"
-        f" {', '.join(map(str, data.sources))}: whether the rows are the same can't be checked"
+        f" {listed(data.sources)}: whether the rows are the same can't be checked"
     )
     console.print(told, highlight=False, markup=False, soft_wrap=True)
     return {"data": written}
