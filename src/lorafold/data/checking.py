@@ -100,7 +100,8 @@ def _shapeless(row: Row, shapes: Sequence[Shape]) -> Iterator[str]:
     keys = listed(map(repr, row), room=80) or "none"
     guess = proposed(row)
     known = listed(shapes, room=40 if guess else 90)
-    yield f"keys found: {keys}; {guess or '--columns renames'}; expected one of {known}"
+    renames = f"; {guess}" if guess else " (--columns renames)"
+    yield f"keys found: {keys}; expected one of {known}{renames}"
 
 
 def _null(keys: Iterable[str], shape: Shape) -> Iterator[str]:
