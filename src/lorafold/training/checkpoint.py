@@ -243,4 +243,4 @@ class RunDirectory:
 
 
 def _shown(value: Any) -> str:
-    return shortened(repr(value), 60)
+    return shortened(repr(value), 80)
