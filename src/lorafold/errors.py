@@ -5,9 +5,12 @@ exits with code 2.
 from __future__ import annotations
 
 import traceback
+from collections.abc import Iterable
 from pathlib import PurePath
 
 UNTIL = "0.3"  # the version that no longer knows old names
+LISTED = 5  # items that a message lists
+ALONE = 240  # characters of the first of them
 STOPS = (SystemExit, KeyboardInterrupt)  # the only errors that end a thread, panics do not
 
 
@@ -61,6 +64,38 @@ def place(error: BaseException) -> str:
 def printable(text: str) -> str:
     """A text that is one line wherever it is shown: other characters are escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def listed(
+    items: Iterable[object], by: str = ", ", room: int = 200, count: int | None = None
+) -> str:
+    """The first of some items in a message, at most five and as many as there is room for, and how
+    many more there are. One that is too long alone is cut in its middle, since names tell most at
+    their ends.
+
+    Args:
+        items: What is listed, each as its text.
+        by: What stands between two.
+        room: The most characters of those that are shown.
+        count: How many there are, where only the first are given.
+    """
+    found, shown, length = [*map(str, items)], list[str](), 0
+    for item in found[:LISTED]:
+        short = shortened(item, max(room, ALONE))
+        length += len(short) + len(by) * bool(shown)
+        if shown and length > room:
+            break
+        shown.append(short)
+    more = (len(found) if count is None else count) - len(shown)
+    return by.join(shown) + (f"{by.rstrip(', ')} and {more:,} more" if more else "")
+
+
+def shortened(text: str, most: int) -> str:
+    """A text of at most so many characters, without its middle if it is longer."""
+    if len(text) <= most:
+        return text
+    before = (most - 5) // 2
+    return f"{text[:before]} ... {text[len(text) - (most - 5 - before):]}"
 
 
 def cut(text: str, most: int) -> str:

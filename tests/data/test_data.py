@@ -122,39 +122,44 @@ def test_parquet_and_directories(tmp_path):
 
 
 def test_bad_rows_are_told_together_by_line(tmp_path):
+    bad = [
+        {"question": "a", "answer": "b"},
+        {"messages": [{"role": "user", "content": None}, 3]},
+        PAIR,
+        {"messages": []},
+    ]
     source = jsonl(
         tmp_path,
         CHAT,
         "",
         '{"messages": [',
         "[1]",
-        {"question": "a", "answer": "b"},
-        {"messages": [{"role": "user", "content": None}, 3]},
-        PAIR,
-        {"messages": []},
+        *bad,
     )
     message = refused(read_rows, source)
     assert message.startswith(f"{source}: row 3: not JSON: ")
     for part in [
         "row 4: found a list, expected an object",
-        (
-            "row 5: keys found: 'question', 'answer'; expected one of {messages}, {prompt,"
-            " completion}, {prompt, chosen, rejected}, {conversations, chosen, rejected}, {chosen,"
-            " rejected}, {conversations}, {instruction, output}, {instruction, response}, {query,"
-            " answers, tools}, {text, label}, {text} (--columns"
-        ),
-        "row 6: field messages[0].content: found null, expected text",
-        "row 6: field messages[1]: found 3, expected an object with role and content",
-        "row 7: shape {prompt, completion}, but row 1 has {messages}",
-        "row 8: field messages: found an empty list, expected a list of messages",
+        "and 5 more",
     ]:
         assert part in message
+    for number, part in enumerate(
+        [
+            "keys found: 'question', 'answer'; expected one of {messages}, {prompt, completion} and"
+            " 9 more; did you mean --columns prompt=question,completion=answer",
+            "row 2: field messages[0].content: found null, expected text; row 2: field messages[1]:"
+            " found 3, expected an object with role and content",
+            "row 2: shape {prompt, completion}, but row 1 has {messages}",
+            "row 2: field messages: found an empty list, expected a list of messages",
+        ]
+    ):
+        assert part in refused(read_rows, jsonl(tmp_path, CHAT, bad[number]))
 
 
 def test_many_bad_rows_are_counted(tmp_path):
     message = refused(read_rows, jsonl(tmp_path, *({"text": i} for i in range(25))))
-    assert message.count("expected text") == 10
-    assert message.endswith("and 15 more")
+    assert message.count("expected text") == 4
+    assert message.endswith("; and 21 more")
     message = refused(read_rows, jsonl(tmp_path, *[{"text": 1}] * 25))
     assert message.endswith(": rows 1 to 25: field text: found 1, expected text")
     message = refused(read_rows, jsonl(tmp_path, {"text": 1}, {"text": "a"}, {"text": 1}))
@@ -198,6 +203,9 @@ def test_sharegpt_and_alpaca_are_conversations(tmp_path):
     turn = {"from": "narrator", "value": None}
     message = refused(read_rows, jsonl(tmp_path, {"conversations": [turn]}))
     assert "conversations[0].from: found 'narrator', expected one of human, prompter" in message
+    assert message.endswith("; and 1 more")
+    turn = {"from": "human", "value": None}
+    message = refused(read_rows, jsonl(tmp_path, {"conversations": [turn]}))
     assert "conversations[0].value: found null, expected text" in message
     message = refused(read_rows, jsonl(tmp_path, {"instruction": "a", "output": "b", "input": 1}))
     assert "field input: found 1, expected text" in message
@@ -382,8 +390,8 @@ def test_what_a_template_refuses_names_the_row(plain):
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
     )
     bad = {"messages": [{"role": "system", "content": "x"}, *CHAT["messages"]]}
-    assert "row 2: the model's chat template refuses this conversation: no system turns" in refused(
-        encode, [CHAT, bad], plain, 512
+    assert "row 1: the model's chat template refuses this conversation: no system turns" in refused(
+        encode, [bad, CHAT], plain, 512
     )
 
 

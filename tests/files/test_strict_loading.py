@@ -111,8 +111,8 @@ def test_several_defects_in_one_message(saved: Path, tiny_model: Model) -> None:
     model = tiny_model("llama")
     torch.nn.init.normal_(model.model.layers[0].mlp.up_proj.weight)
     message = refusal(model, saved)
-    for name in ("unknown", "missing", "nan", "other embedding"):
-        assert all(text in message for text in DEFECTS[name][1]), name
+    assert int(message.rpartition(" and ")[2].removesuffix(" more")) >= 4
+    assert len(message.replace(str(saved), "")) <= 300
     assert "not the base it was trained on" in message
     assert "up_proj.weight (other values)" in message
 
@@ -192,15 +192,7 @@ def test_all_of_a_config_at_once(saved: Path, tiny_model: Model) -> None:
     )
     (saved / "adapter_model.safetensors").rename(saved / "adapter_model.bin")
     message = refusal(tiny_model("llama"), saved)
-    for text in (
-        "use_qalora",
-        "layer_replication",
-        "r: found '8'",
-        "bias: found 'some'",
-        "'olora'",
-        "adapter_model.bin",
-        "convert it to",
-    ):
+    for text in ("r: found '8'", "; and 4 more", "adapter_model.bin", "convert it to"):
         assert text in message, message
 
 
@@ -297,7 +289,9 @@ def test_another_architecture_is_named_together_with_its_targets(
 ) -> None:
     message = refusal(tiny_model("gpt2"), saved)
     assert "fingerprinted weights" in message
-    assert "target_modules q_proj match no module" in message
+    assert message.endswith("; and 1 more")
+    targets = refusal(tiny_model("gpt2"), saved, allow_other_base=True)
+    assert "target_modules q_proj match no module" in targets
 
 
 def test_merged_model_is_another_base(saved: Path, tiny_model: Model) -> None:

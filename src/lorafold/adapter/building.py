@@ -28,7 +28,7 @@ from lorafold.core.rescaled import keep_scale
 from lorafold.core.skip_init import skip_init
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches, match
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, listed
 from lorafold.files.contents import Contents
 from lorafold.methods.parts.extras import Bias, add_biases, add_token_rows
 from lorafold.methods.parts.replace import ReplaceDelta, leaves
@@ -95,7 +95,7 @@ def build(
     matches = match(model, spec.targets if targets is None else targets, is_linear).without(whole)
     if not matches.paths:
         raise LorafoldError(
-            f"modules_to_save includes every target ({', '.join(matches.by_pattern)}); leave some"
+            f"modules_to_save includes every target ({listed(matches.by_pattern)}); leave some"
             " modules to the method"
         )
     deltas: dict[str, list[Delta]] = {}
@@ -189,7 +189,7 @@ def read(
         with skip_init(_most(model, saved.weights)):
             built = build(model, saved.spec_in(model), tokens=tokens, **saved.beside(model))
     except LorafoldError as e:
-        raise LorafoldError(f"{saved}: {'; '.join([*problems, str(e)])}") from None
+        raise LorafoldError(f"{saved}: {listed([*problems, e], '; ')}") from None
     saved.fill(model, built.parts, built.chosen.matches.paths, base, problems)
     over = below if saved.over and fits else saved.over
     files, trained_on = (str(saved), saved.sha256), saved.base_identity

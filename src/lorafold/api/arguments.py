@@ -17,6 +17,7 @@ from lorafold.data.sources import Row, source_from
 from lorafold.data.stored import Rows
 from lorafold.errors import LorafoldError, cut
 from lorafold.objectives import DEFAULT, OBJECTIVES, named
+from lorafold.recipe.trackers import check_trackers
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -195,6 +196,13 @@ def as_recipe(recipe: Recipe | None, default: Recipe) -> Recipe:
             f"recipe: found {type(recipe).__name__}, expected an lf.Recipe, as in lf.Recipe(rank=8)"
         )
     return default if recipe is None else recipe
+
+
+def recipe_to_train(recipe: Recipe | None, default: Recipe) -> Recipe:
+    """As `as_recipe`. Raises LorafoldError for trackers that there are not, too."""
+    found = as_recipe(recipe, default)
+    check_trackers(found.trackers)
+    return found
 
 
 def as_paths(adapters: Paths) -> list[Path]:

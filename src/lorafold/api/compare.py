@@ -12,8 +12,8 @@ from lorafold.api.arguments import (
     Data,
     Rewarding,
     as_path,
-    as_recipe,
     or_quiet,
+    recipe_to_train,
     with_rewards,
 )
 from lorafold.api.task import train_and_test
@@ -23,6 +23,7 @@ from lorafold.comparing.report import markdown
 from lorafold.comparing.rewards import Difference, over_base, verdict
 from lorafold.comparing.run import known_methods, methods_for, unfit
 from lorafold.errors import LorafoldError
+from lorafold.files.atomic import check_folder
 from lorafold.files.shown import Shown
 from lorafold.opening import Base
 from lorafold.quickstart.story import RECIPE
@@ -109,7 +110,8 @@ def compare(
     learn the objective, for recipe options that none of the methods has, and for rewards that are
     missing or that the objective does not take.
     """
-    console, recipe = or_quiet(console), as_recipe(recipe, Recipe() if data else RECIPE)
+    check_folder(as_path(out))
+    console, recipe = or_quiet(console), recipe_to_train(recipe, Recipe() if data else RECIPE)
     recipe, functions = with_rewards(recipe, rewards)
     if functions:
         raise LorafoldError(

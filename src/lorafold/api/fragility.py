@@ -15,15 +15,15 @@ from lorafold.api.arguments import (
     as_path,
     as_paths,
     as_prompts,
-    as_recipe,
     as_rows,
     or_quiet,
+    recipe_to_train,
     source_of,
 )
 from lorafold.api.opened import opened
 from lorafold.data.stored import Rows
 from lorafold.errors import LorafoldError
-from lorafold.files.atomic import write_json, write_text
+from lorafold.files.atomic import check_folder, write_json, write_text
 from lorafold.methods.lora import LoRA
 from lorafold.opening import Base
 from lorafold.peft.saved import Saved, open_all
@@ -118,12 +118,14 @@ def fragility(
     console = or_quiet(console)
     if problems := list(problems_of(out, data, tuned, bool(against), instead)):
         raise LorafoldError("; ".join(problems))
+    if out is not None:
+        check_folder(as_path(out))
     second = [open_all(as_paths(against))] if against else []
     stacks = stacks_of(open_all(as_paths(adapters)), *second)
     rows = Rows.of([]) if data is None else as_rows(data, columns, console)
     base = Base(model, storage, device, revision, trust_remote_code, allow_other_base)
     used = [one for stack in stacks for one in stack.adapters]
-    base, recipe = settled(base, as_recipe(recipe, RECIPE), used)
+    base, recipe = settled(base, recipe_to_train(recipe, RECIPE), used)
     before = max((sum(s.spec.positions for s in stack.adapters) for stack in stacks), default=0)
     recipe = settled_length(recipe, base, before, console)
     task = Task(

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafold.api.arguments import Columns, Data, as_path, as_recipe, or_quiet
+from lorafold.api.arguments import Columns, Data, as_path, or_quiet, recipe_to_train
 from lorafold.api.task import train_and_test
 from lorafold.errors import LorafoldError
+from lorafold.files.atomic import check_folder
 from lorafold.inspecting.intrinsic import Intrinsic, Point, search
 from lorafold.opening import Base
 from lorafold.quickstart.story import RECIPE
@@ -58,7 +59,8 @@ def intrinsic(
     """
     if smallest > largest:
         raise LorafoldError(f"--smallest: found {smallest}, expected at most --largest {largest}")
-    console, recipe = or_quiet(console), as_recipe(recipe, Recipe() if data else RECIPE)
+    check_folder(as_path(out))
+    console, recipe = or_quiet(console), recipe_to_train(recipe, Recipe() if data else RECIPE)
     rows, held_out, source = train_and_test(data, eval_data, recipe, columns, console)
     base = Base(model, device=device, revision=revision, trust_remote_code=trust_remote_code)
     recipe = settled_length(recipe, base, 0, console)

@@ -12,9 +12,9 @@ from lorafold.api.arguments import (
     Rewarding,
     as_path,
     as_paths,
-    as_recipe,
     as_rows,
     or_shown,
+    recipe_to_train,
     rows_to_train,
     source_of,
     with_rewards,
@@ -76,7 +76,7 @@ def train(
     loaded, and Interrupted after SIGINT or SIGTERM, once a checkpoint is written.
     """
     console = or_shown(console)
-    recipe, functions = with_rewards(as_recipe(recipe, Recipe()), rewards)
+    recipe, functions = with_rewards(recipe_to_train(recipe, Recipe()), rewards)
     rows, objective = rows_to_train(data, recipe, columns, console), recipe.objective
     held_out = (
         None

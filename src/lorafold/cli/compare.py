@@ -16,6 +16,7 @@ from lorafold.cli.common import (
     messages,
 )
 from lorafold.cli.groups import grouped
+from lorafold.cli.pages import page_option
 from lorafold.cli.recipe_options import RecipeFlags, of_recipe
 from lorafold.cli.rewards import RewardAdapterOption, RewardOption, rewards_of
 from lorafold.recipe.recipe import Recipe
@@ -51,7 +52,7 @@ def command(
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="The number of seeds of each method.")] = 1,
     html: Annotated[
-        Path | None, typer.Option(help="Also write the table with plots as one HTML file.")
+        Path | None, page_option("Also write the table with plots as one HTML file.")
     ] = None,
     json: JsonOption = False,
 ) -> None:

@@ -8,6 +8,7 @@ import typer
 
 from lorafold.cli.common import JsonOption, Source, emit, messages
 from lorafold.cli.groups import grouped
+from lorafold.cli.pages import page_option
 from lorafold.cli.recipe_options import RecipeFlags, of_recipe
 from lorafold.errors import LorafoldError
 from lorafold.recipe.fields import OF_MEMORY
@@ -87,7 +88,7 @@ def command(
         ),
     ] = False,
     html: Annotated[
-        Path | None, typer.Option(help="Also write the terms as a chart, in one HTML file.")
+        Path | None, page_option("Also write the terms as a chart, in one HTML file.")
     ] = None,
     cheatsheet: Annotated[
         bool,

@@ -15,6 +15,7 @@ from lorafold.cli.common import (
     messages,
 )
 from lorafold.cli.groups import grouped
+from lorafold.cli.pages import page_option
 from lorafold.cli.recipe_options import RecipeFlags, of_recipe
 from lorafold.errors import LorafoldError
 
@@ -124,7 +125,7 @@ def command(
         ),
     ] = None,
     html: Annotated[
-        Path | None, typer.Option(help="Also write the curves and the table as one HTML file.")
+        Path | None, page_option("Also write the curves and the table as one HTML file.")
     ] = None,
     json: JsonOption = False,
 ) -> None:

@@ -3,18 +3,16 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from lorafold.cli.common import Adapters, JsonOption, emit
 from lorafold.cli.groups import grouped
+from lorafold.cli.pages import page_option
 
 
 @grouped
 def command(
     adapters: Adapters,
     html: Annotated[
-        Path | None,
-        typer.Option(help="Also write curves and completions as one HTML file."),
+        Path | None, page_option("Also write curves and completions as one HTML file.")
     ] = None,
     json: JsonOption = False,
 ) -> None:

@@ -7,6 +7,7 @@ import typer
 
 from lorafold.cli.common import Adapters, JsonOption, Opening, OverOption, emit, messages
 from lorafold.cli.groups import grouped
+from lorafold.cli.pages import page_option
 
 EPILOG = """How to read the figures. Effective rank: the number of directions that hold 90, 95 or
 99% of an update's energy (its squared singular values). If it is far below the nominal rank,
@@ -69,8 +70,7 @@ def command(
         ),
     ] = False,
     html: Annotated[
-        Path | None,
-        typer.Option(help="Also write heat maps, spectra and tables as one HTML file."),
+        Path | None, page_option("Also write heat maps, spectra and tables as one HTML file.")
     ] = None,
     json: JsonOption = False,
 ) -> None:

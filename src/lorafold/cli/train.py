@@ -17,6 +17,7 @@ from lorafold.cli.common import (
     messages,
 )
 from lorafold.cli.groups import grouped
+from lorafold.cli.pages import page_option
 from lorafold.cli.recipe_options import RecipeFlags, of_recipe
 from lorafold.cli.rewards import RewardAdapterOption, RewardOption, rewards_of
 from lorafold.errors import LorafoldError
@@ -63,7 +64,7 @@ def command(
     ] = False,
     html: Annotated[
         Path | None,
-        typer.Option(help="With --preview: write the rows as a page that needs no other file."),
+        page_option("With --preview: write the rows as a page that needs no other file."),
     ] = None,
     resume: Annotated[
         bool,

@@ -171,11 +171,12 @@ def measure(task: Task, method: str, seed: int) -> Measurement:
         merged = merge_proved(models)
         attached_ratio, merged_ratio = latencies(base, tuned, merged, NEW if generates else 0)
         size = sum(f.stat().st_size for f in request.out.rglob("*.safetensors"))
+    count = trained.trainable_parameters
     return Measurement(
         method=method,
         seed=seed,
-        trainable_parameters=trained.trainable_parameters,
-        trainable_share=trained.trainable_parameters / parameter_count(base),
+        trainable_parameters=count,
+        trainable_share=count / parameter_count(base) if count is not None else None,
         adapter_bytes=size,
         tokens_per_second=trained.tokens_per_second,
         peak_bytes=trained.peak_bytes,

@@ -18,7 +18,7 @@ from typing import Any
 
 from lorafold.comparing.measure import BASE, Measurement, Task, measure, recipe_of
 from lorafold.data.stored import Rows
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, listed
 from lorafold.files.atomic import write_json
 from lorafold.files.figures import digest_of, kept
 from lorafold.methods import METHODS, known_options, make_spec
@@ -33,7 +33,7 @@ def known_methods(names: Sequence[str]) -> Sequence[str]:
     """The same names. Raises LorafoldError if one is not a method's."""
     if unknown := [name for name in names if name not in METHODS]:
         raise LorafoldError(
-            f"unknown method {', '.join(unknown)}; expected one of {', '.join(METHODS)}"
+            f"unknown method {listed(unknown)}; expected one of {', '.join(METHODS)}"
         )
     return names
 
@@ -99,7 +99,7 @@ def compare(
         if not any(option in known_options(m, task.recipe.options.get("over")) for m in methods)
     ]:
         raise LorafoldError(
-            f"recipe: options {', '.join(strange)}: expected options that one of"
+            f"recipe: options {listed(strange)}: expected options that one of"
             f" {', '.join(methods)} has"
         )
     before = [BASE] if task.rewarded else []

@@ -25,7 +25,7 @@ from lorafold.core.selection import Loading, OnlyBlock, Selection
 from lorafold.core.selection import Origin as Origin
 from lorafold.core.served_weights import Read
 from lorafold.core.settings import SETTINGS, check_settings, written
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, listed
 
 _base_alone: ContextVar[bool] = ContextVar("base_alone", default=False)
 
@@ -194,7 +194,7 @@ def selection_of(model: nn.Module) -> Selection:
         if clash := set(first.names) & set(other.names):
             raise LorafoldError(
                 "two parts of this model have adapters of the same name:"
-                f" {', '.join(sorted(clash))}; detach one of them"
+                f" {listed(sorted(clash))}; detach one of them"
             )
         first.names += other.names
         first.origins |= other.origins
@@ -274,8 +274,9 @@ class only:
         carried = {name for _, m in adapted_modules(model) for name in m.deltas}
         if unknown := [n for n in names if n not in carried]:
             raise LorafoldError(
-                f"no adapter {', '.join(unknown)} is attached to this model; the attached ones:"
-                f" {', '.join(sorted(carried)) or 'none'}"
+                f"no adapter {listed(unknown, room=80)} is attached to this model; the attached"
+                " ones:"
+                f" {listed(sorted(carried), room=120) or 'none'}"
             )
         self.selection, self.names = selection_of(model), names
         self._entries: list[OnlyBlock] = []

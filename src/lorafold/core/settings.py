@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lorafold.core.delta import Delta
-from lorafold.errors import LorafoldError, cut
+from lorafold.errors import LorafoldError, cut, listed
 
 SETTINGS = "settings"
 SHOWN = 200  # characters of a value in a message
@@ -56,8 +56,8 @@ def check_settings(delta: Delta, given: Tensor, what: str) -> None:
             if own.get(name) != there.get(name)
         ]
         raise LorafoldError(
-            f"{what}: the state to load is of another adapter: {'; '.join(told)}; attach one with"
-            " the options of that one"
+            f"{what}: the state to load is of another adapter: {listed(told, '; ')}; attach one"
+            " with the options of that one"
         )
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from lorafold.core.anatomy import bare_modules
 from lorafold.core.presets import PRESETS
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, listed, shortened
 
 # what has a matrix and is in no preset, but may be named
 NAMED = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -79,7 +79,7 @@ def match(
     else:
         found = {t: [p for p in paths if p == t or p.endswith(f".{t}")] for t in targets}
     if missing := [t for t in found if not found[t]]:
-        raise LorafoldError("; ".join(no_match(t, model, is_linear) for t in missing))
+        raise LorafoldError(listed((no_match(t, model, is_linear) for t in missing), "; "))
     seen: set[str] = set()
     by_pattern = {}
     for pattern, hits in found.items():
@@ -102,4 +102,5 @@ def no_match(pattern: str, model: nn.Module, is_linear: Callable[[nn.Module], bo
         }
     )
     near = difflib.get_close_matches(pattern.rsplit(".", 1)[-1], names, n=3, cutoff=0.4) or names
-    return f"target {pattern!r} matches no module; similar names: {', '.join(near) or 'none'}"
+    given, similar = shortened(repr(pattern), 80), listed(near, room=100) or "none"
+    return f"target {given} matches no module; similar names: {similar}"

@@ -5,10 +5,9 @@ from typing import Any
 
 from lorafold.data.foreign import as_known
 from lorafold.data.parsing import Row
+from lorafold.data.proposing import proposed
 from lorafold.data.shapes import SHAPES, Shape, shape_of
-from lorafold.errors import LorafoldError
-
-LISTED = 10  # bad rows that one message lists
+from lorafold.errors import LorafoldError, listed
 
 
 def renamed(
@@ -28,8 +27,8 @@ def renamed(
         if not isinstance(row, dict):
             yield number, row
         elif missing := [key for key in (*names.values(), *dropped) if key not in row]:
-            keys = ", ".join(map(repr, row)) or "none"
-            yield number, f"found no column {', '.join(map(repr, missing))}; it has {keys}"
+            keys = listed(map(repr, row), room=100) or "none"
+            yield number, f"found no column {listed(map(repr, missing), room=80)}; it has {keys}"
         elif lost := [name for name in names if name in row and name not in theirs]:
             pairs = ", ".join(f"{name}={names[name]}" for name in lost)
             yield number, f"--columns {pairs}: the row has a column {', '.join(lost)} as well"
@@ -48,7 +47,7 @@ def checked(
     """Yield the rows that are well-formed and of the first one's shape, with the keys by which
     shapes know them, each after its number and the shape.
 
-    After the last row, raises LorafoldError that lists the first ten bad rows, or says that there
+    After the last row, raises LorafoldError that lists the first bad rows, or says that there
     is no row.
 
     Args:
@@ -71,7 +70,10 @@ def checked(
         else:
             first = first or (number, shape)
             problems = list(shape.problems(row))
-            if shape is not first[1]:
+            nulls = [key for key in first[1].keys if key in row and row[key] is None]
+            if shape is not first[1] and nulls:
+                problems += _null(nulls, first[1])
+            elif shape is not first[1]:
                 problems.append(f"shape {shape}, but row {first[0]} has {first[1]}")
         for problem in problems:
             bad.setdefault(problem, []).append(number)
@@ -81,8 +83,7 @@ def checked(
             yield number, shape, row
     if bad:
         told = [f"{_numbers(numbers)}: {problem}" for problem, numbers in bad.items()]
-        more = f"; and {len(told) - LISTED} more" if len(told) > LISTED else ""
-        raise LorafoldError(f"{source}: {'; '.join(told[:LISTED])}{more}")
+        raise LorafoldError(f"{source}: {listed(told, '; ')}")
     if first is None and not none:
         raise LorafoldError(f"{source}: no rows found, expected at least one")
 
@@ -94,13 +95,19 @@ def _shapeless(row: Row, shapes: Sequence[Shape]) -> Iterator[str]:
     near = [shape for shape in shapes if all(key in row for key in shape.keys)]
     if near:
         nearest = max(near, key=lambda shape: sum(row[key] is not None for key in shape.keys))
-        for key in nearest.keys:
-            if row[key] is None:
-                yield f"field {key}: found null, expected a value, as rows of {nearest} have one"
+        yield from _null((key for key in nearest.keys if row[key] is None), nearest)
         return
-    keys = ", ".join(repr(key) for key in row) or "none"
-    known = ", ".join(map(str, shapes))
-    yield f"keys found: {keys}; expected one of {known} (--columns renames)"
+    keys = listed(map(repr, row), room=80) or "none"
+    guess = proposed(row)
+    known = listed(shapes, room=40 if guess else 90)
+    renames = f"; {guess}" if guess else " (--columns renames)"
+    yield f"keys found: {keys}; expected one of {known}{renames}"
+
+
+def _null(keys: Iterable[str], shape: Shape) -> Iterator[str]:
+    """That these keys have no value."""
+    for key in keys:
+        yield f"field {key}: found null, expected a value, as rows of {shape} have one"
 
 
 def _numbers(numbers: Sequence[int]) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lorafold.data.readers import KINDS, kind_of_file
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, listed
 
 SHOWN = 10  # files that one line names
 SPLITS = {
@@ -99,7 +99,7 @@ def _for_training(name: str, files: dict[Path, str]) -> tuple[list[Path], dict[s
         known = sorted(set(splits.values()))
         if len(known) > 1 and "" not in known:
             raise LorafoldError(
-                f"{name}: found the splits {', '.join(known)}; expected only one, or one named"
+                f"{name}: found the splits {listed(known)}; expected only one, or one named"
                 f" train; a pattern such as {Path(name) / f'*{known[0]}*'} takes one"
             )
         return list(files), {}

@@ -34,7 +34,7 @@ from lorafold.data.shapes import LABELS
 from lorafold.data.sources import Row
 from lorafold.data.stored import Part, Rows
 from lorafold.data.tokenizing import Encoder, tokenized
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, listed, shortened
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -152,8 +152,9 @@ class Labels(Encoder):
         if not ids:
             return f"field text: found no token in {given.text!r}"
         if str(given.label) not in self.classes:
-            expected = ", ".join(self.classes)
-            return f"field label: found {str(given.label)!r}, expected one of {expected}"
+            expected = listed(self.classes, room=100)
+            found = shortened(repr(str(given.label)), 80)
+            return f"field label: found {found}, expected one of {expected}"
         return ""
 
 

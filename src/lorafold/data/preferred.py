@@ -14,7 +14,6 @@ import numpy as np
 
 from lorafold.data.arrow import Array
 from lorafold.data.branches import Branched, BranchedExamples, Branches, MismatchedExamples
-from lorafold.data.checking import LISTED
 from lorafold.data.control_tokens import told_of
 from lorafold.data.examples import WHOLE
 from lorafold.data.origins import named
@@ -24,7 +23,7 @@ from lorafold.data.shapes import JUDGED, PAIRS
 from lorafold.data.sources import Row
 from lorafold.data.stored import Part, Rows, parts_of
 from lorafold.data.tokenizing import tokenized
-from lorafold.errors import LorafoldError
+from lorafold.errors import LISTED, LorafoldError, listed
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -151,10 +150,9 @@ def refuse_cut(rows: Rows, examples: BranchedExamples, max_length: int, cut: Arr
             bad[row] = "chosen and rejected are equal"
     if bad:
         first = zip(named(rows.origins.places([*bad][:LISTED])), bad.values(), strict=False)
-        listed = "; ".join(f"{name}: {told}" for name, told in first)
-        more = f"; and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
+        told = listed((f"{name}: {what}" for name, what in first), "; ", count=len(bad))
         raise LorafoldError(
-            f"data: within max_length {max_length}: {listed}{more}; raise max_length, or leave"
+            f"data: within max_length {max_length}: {told}; raise max_length, or leave"
             " these rows out"
         )
 

@@ -8,11 +8,12 @@ are numbered from 1: by line in a file of JSON lines, by record after the header
 
 import csv
 import io
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorafold.data.parsing import Found, as_row, decoded, loaded, row_of, suspect
 from lorafold.errors import LorafoldError
@@ -22,14 +23,19 @@ if TYPE_CHECKING:
 
 Numbered = Iterator[tuple[int, Found]]
 BOM = b"\xef\xbb\xbf"
+WIDE = (b"\xff\xfe", b"\xfe\xff")  # what UTF-16 begins with
+ZIPPED = b"PK\x03\x04"  # what a spreadsheet begins with
+DELIMITERS = ",;\t|"
 AT_ONCE = 1000  # rows of a table that are made into objects together
+AS_CSV = "save it as CSV in UTF-8, or: pandas.read_excel(FILE).to_csv('rows.csv', index=False)"
+AS_UTF8 = "save the file as UTF-8; one of Windows: iconv -f windows-1252 -t utf-8 FILE > rows.csv"
 LONGEST = 2**31 - 1  # bytes of a field of CSV
 
 
 class Kind(NamedTuple):
     """How a file is read, and pyarrow's name of its compression."""
 
-    read: Callable[[BinaryIO], Numbered]
+    read: Callable[[io.BufferedReader], Numbered]
     compression: str | None
 
 
@@ -62,7 +68,7 @@ class Unreadable(ValueError):
     """What is wrong with a file as a whole, in one line."""
 
 
-def _expanded(file: BinaryIO, compression: str | None) -> BinaryIO:
+def _expanded(file: io.BufferedReader, compression: str | None) -> io.BufferedReader:
     if compression is None:
         return file
     import pyarrow as pa
@@ -78,7 +84,7 @@ def _lines(lines: Iterable[bytes]) -> Numbered:
             yield number, row_of(line.removeprefix(BOM))
 
 
-def _json(file: BinaryIO) -> Numbered:
+def _json(file: io.BufferedReader) -> Numbered:
     """One list of objects, one object, or objects one a line."""
     first = file.readline().removeprefix(BOM)
     if first.lstrip()[:1] == b"{" and isinstance(row_of(first), dict):
@@ -98,13 +104,17 @@ def _json(file: BinaryIO) -> Numbered:
         yield number, as_row(one, look)
 
 
-def _csv(file: BinaryIO, delimiter: str = "") -> Numbered:
+def _csv(file: io.BufferedReader, delimiter: str = "") -> Numbered:
     """Rows under the names of the header; every value is text. A column without a name, such as
     the index that pandas writes, is called by its place: column 1.
     """
     csv.field_size_limit(LONGEST)
     last = 0  # the line with which the last good record ends
-    with io.TextIOWrapper(file, "utf-8-sig", newline="") as lines:
+    begins = file.peek(4)
+    if begins.startswith(ZIPPED):
+        raise Unreadable(f"found a spreadsheet, expected CSV; {AS_CSV}")
+    encoding = "utf-16" if begins.startswith(WIDE) else "utf-8-sig"
+    with io.TextIOWrapper(file, encoding, newline="") as lines:
         try:
             header = lines.readline()
             records = csv.reader(
@@ -122,29 +132,32 @@ def _csv(file: BinaryIO, delimiter: str = "") -> Numbered:
                 else:
                     yield number, f"found {given} values, expected {len(names)} as in the header"
         except UnicodeDecodeError as error:
-            near = f"not UTF-8 soon after line {last}; save the file as UTF-8"
+            near = f"not UTF-8 soon after line {last}; {AS_UTF8}"
             raise Unreadable(near) from error
         except csv.Error as error:
             raise Unreadable(f"not CSV after line {last or 1}: {error}") from error
 
 
 def _delimiter(header: str) -> str:
-    """What divides the fields: a semicolon where a header has no comma, as Excel writes it."""
-    return ";" if ";" in header and "," not in header else ","
+    """What divides the fields: of comma, semicolon, tab and bar the one that the header has most
+    often outside of quotes, the earlier of equals.
+    """
+    bare = re.sub(r'"[^"]*"', "", header)
+    return max(DELIMITERS, key=bare.count)
 
 
-def _tsv(file: BinaryIO) -> Numbered:
+def _tsv(file: io.BufferedReader) -> Numbered:
     return _csv(file, "\t")
 
 
-def _parquet(file: BinaryIO) -> Numbered:
+def _parquet(file: io.BufferedReader) -> Numbered:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(file) as found:
         yield from _rows(found.iter_batches(AT_ONCE))
 
 
-def _arrow(file: BinaryIO) -> Numbered:
+def _arrow(file: io.BufferedReader) -> Numbered:
     """A file of Arrow, or a stream of it, as `datasets` writes them."""
     import pyarrow as pa
 
@@ -162,7 +175,7 @@ def _rows(batches: "Iterable[pa.RecordBatch]") -> Numbered:
     return enumerate((row for batch in few for row in batch.to_pylist()), 1)
 
 
-TEXT: dict[str, Callable[[BinaryIO], Numbered]] = {
+TEXT: dict[str, Callable[[io.BufferedReader], Numbered]] = {
     ".jsonl": _lines,
     ".ndjson": _lines,
     ".json": _json,

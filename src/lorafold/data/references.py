@@ -11,12 +11,11 @@ from lorafold.data.conversations import Conversation
 from lorafold.data.omissions import check_able, check_shown
 from lorafold.data.reasoning import block_of
 from lorafold.data.trained_spans import Drawing
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, listed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LISTED = 3  # bad rows that one message lists
 
 
 class Reference(NamedTuple):
@@ -52,10 +51,9 @@ def references(
         except LorafoldError as error:
             raise LorafoldError(f"data: row {number}: {error}") from error
     if bad:
-        more = f"; and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
         raise LorafoldError(
             "data: evaluation by generation needs rows with a prompt and a reference completion:"
-            f" {'; '.join(bad[:LISTED])}{more}"
+            f" {listed(bad, '; ')}"
         )
     return found
 

@@ -12,11 +12,13 @@ from typing import Any
 
 from lorafold.data.folders import Files, files_of, is_pattern, shown
 from lorafold.data.parsing import Found, Row
-from lorafold.data.readers import KINDS, kind_of_file, numbered
-from lorafold.errors import LorafoldError
+from lorafold.data.readers import AS_CSV, KINDS, kind_of_file, numbered
+from lorafold.errors import LorafoldError, shortened
+from lorafold.machine.hub import asked_once
 
 __all__ = ["Row", "Source", "source_from"]
 
+SPREADSHEETS = (".xlsx", ".xls", ".xlsm", ".ods")
 NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|[-+]?inf|nan"
 
 
@@ -126,18 +128,27 @@ def source_from(text: str) -> Source:
 
 def _dataset(source: str, path: Path, streaming: bool = False) -> Any:
     local = path.exists()
+    if path.is_file() and path.suffix.lower() in SPREADSHEETS:
+        raise LorafoldError(f"{source}: found a spreadsheet, expected rows; {AS_CSV}")
     if path.is_file() or (not local and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source)):
         found = f"a {path.suffix or 'nameless'} file" if local else "no such file or directory"
         raise LorafoldError(
             f"{source}: found {found}, expected {KINDS}, a directory or a hub dataset"
         )
     from datasets import load_dataset, load_from_disk
+    from datasets.config import HF_DATASETS_CACHE
     from datasets.exceptions import DatasetsError
 
+    away = ""
     try:
-        found = load_from_disk(source) if local else load_dataset(source, streaming=streaming)
+        if local:
+            found = load_from_disk(source)
+        else:
+            with asked_once() as away:
+                found = load_dataset(source, streaming=streaming)
     except (OSError, ValueError, DatasetsError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = shortened((str(error) or type(error).__name__).splitlines()[0], 150)
+        reason = f"{away}, and it is not in {HF_DATASETS_CACHE}" if away else reason
         what = (
             "can't be read"
             if local

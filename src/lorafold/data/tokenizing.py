@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafold.data.arrow import open_table
-from lorafold.data.checking import LISTED, check_given
+from lorafold.data.checking import check_given
 from lorafold.data.origins import named
 from lorafold.data.sources import Row
 from lorafold.data.stored import CHUNK, Rows, in_chunks
-from lorafold.errors import LorafoldError
+from lorafold.errors import LISTED, LorafoldError, listed
 from lorafold.files.cache import cached
 from lorafold.machine.workers import workers
 
@@ -114,7 +114,7 @@ def tokenized(rows: Rows, encoder: Encoder, console: "Console | None" = None) ->
 
 
 def refuse_problems(table: "pa.Table", rows: Rows) -> None:
-    """Raise LorafoldError that lists the first ten rows with a `problem`, and counts the rest."""
+    """Raise LorafoldError that lists the first rows with a `problem`, and counts the rest."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -125,10 +125,9 @@ def refuse_problems(table: "pa.Table", rows: Rows) -> None:
     first = bad.select(["row", "problem"]).slice(0, LISTED).to_pylist()
     places = rows.origins.places(one["row"] for one in first)
     problems = zip(named(places), first, strict=True)
-    listed = [f"{name}: {one['problem']}" for name, one in problems]
-    more = f"; and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
+    told = (f"{name}: {one['problem']}" for name, one in problems)
     source = "" if places[0].file else "data: "
-    raise LorafoldError(f"{source}{'; '.join(listed)}{more}")
+    raise LorafoldError(f"{source}{listed(told, '; ', count=len(bad))}")
 
 
 def numbered(rows: Iterable[Any]) -> Chunks:

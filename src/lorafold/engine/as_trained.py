@@ -1,4 +1,4 @@
-"""Passes whose numbers are the bits of training's, so that a policy is compared with itself exactly.
+"""Passes whose numbers are training's, bit by bit, so that a policy can be compared exactly.
 
     o_t = attention over the keys 0 to start + t of row b, by the kernel that packed documents have
 

@@ -20,14 +20,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lorafold.data.branches import Branched
-from lorafold.data.checking import LISTED
 from lorafold.data.examples import encode
 from lorafold.data.preferred import encode_preferred
 from lorafold.data.render import Rendering
 from lorafold.data.rows import as_checked
 from lorafold.data.shapes import PAIRS
 from lorafold.data.sources import Row
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, listed
 from lorafold.evaluation.held_out import progress_bar
 from lorafold.evaluation.intervals import Interval, mean_interval
 from lorafold.evaluation.rewards import RewardFigures, rank_correlation, reward_figures, scores_of
@@ -178,10 +177,8 @@ def whole_texts(
     data = encode(rows, tokenizer, max_length, console, WHOLE_CONVERSATION)
     found = dict(zip(data.examples.rows.tolist(), data.examples, strict=True))
     if missing := [n + 1 for n in range(len(rows)) if n not in found]:
-        listed = ", ".join(map(str, missing[:LISTED]))
-        more = f" and {len(missing) - LISTED} more" if len(missing) > LISTED else ""
         raise LorafoldError(
-            f"data: rows {listed}{more}: found no turn of the assistant within max_length"
+            f"data: rows {listed(missing)}: found no turn of the assistant within max_length"
             f" {max_length}, expected one to score"
         )
     examples = [Branched((), (found[n],)) for n in range(len(rows))]

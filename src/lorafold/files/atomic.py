@@ -16,6 +16,7 @@ import platform
 import re
 import secrets
 import shutil
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -68,25 +69,47 @@ def atomic_directory(
 
 
 def check_out(path: str | Path, overwrite: bool = False) -> None:
-    """Raise LorafoldError unless `path` is free, or `overwrite` may replace it.
+    """Raise LorafoldError unless `path` is free, or `overwrite` may replace it, and it can be
+    written.
 
     Call it before any work is done. It removes what killed runs left beside `path`. A directory
     with files but without a manifest is never replaced, since lorafold did not write it.
     """
     target = Path(path).expanduser()
+    _try(path, target.resolve().parent)
     with _writing(path):
         _clear_leftovers(target.resolve())
     if not os.path.lexists(target):
         return
-    if not overwrite:
-        raise LorafoldError(f"{path} exists; pass --overwrite to replace it")
     if not target.is_dir():
         raise LorafoldError(f"{path} exists and is not a directory; remove it yourself")
+    if not overwrite:
+        raise LorafoldError(f"{path} exists; pass --overwrite to replace it")
     if not (target / MANIFEST).is_file() and any(target.iterdir()):
         raise LorafoldError(
             f"{path} holds files that lorafold did not write (it has no {MANIFEST}); remove it"
             " yourself"
         )
+
+
+def check_folder(path: str | Path) -> None:
+    """Raise LorafoldError unless files can be written into a directory, which need not exist yet.
+
+    Call it before any work is done whose results are added to the directory one by one.
+    """
+    _try(path, Path(path).expanduser().resolve())
+
+
+def check_file(path: str | Path) -> None:
+    """Raise LorafoldError unless a file can be written, which `write_text` then does. Call it
+    before any work is done.
+    """
+    target = Path(path).expanduser().resolve()
+    if target.is_dir():
+        raise LorafoldError(f"{path}: found a directory, expected the name of a file")
+    if not target.parent.is_dir():
+        raise LorafoldError(f"{path} can't be written: found no directory {target.parent}")
+    _try(path, target.parent)
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -186,6 +209,18 @@ def _writing(path: str | Path) -> Iterator[None]:
         raise LorafoldError(f"{path} was not written: {error.strerror or error}{place}") from error
     except SafetensorError as error:
         raise LorafoldError(f"{path} was not written: {error}") from error
+
+
+def _try(path: str | Path, folder: Path) -> None:
+    """Raise LorafoldError, which names `path`, if nothing can be made in a folder, or nowhere above
+    it if it does not exist yet. What can be made is found by making it.
+    """
+    there = next(one for one in (folder, *folder.parents) if os.path.lexists(one))
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".", dir=there))
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise LorafoldError(f"{path} can't be written: {there}: {reason}") from error
 
 
 def _seal(root: Path, durable: bool) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lorafold.bases import layer_of
-from lorafold.errors import NotMergeable
+from lorafold.errors import NotMergeable, listed
 
 # switch in the config -> path of each module to which it gives a bias -> the shape of that bias
 Switches = dict[str, dict[str, torch.Size]]
@@ -37,10 +37,9 @@ def gained_with(model: nn.Module, paths: Collection[str]) -> Switches:
             found[name] = gained
             left -= gained.keys()
     if left:
-        some = ", ".join(sorted(left)[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
         raise NotMergeable(
-            f"{some}: the adapter adds a bias, and {type(model).__name__} has none there, whatever"
-            " its config says; keep the adapter separate"
+            f"{listed(sorted(left))}: the adapter adds a bias, and {type(model).__name__} has"
+            " none there, whatever its config says; keep the adapter separate"
         )
     return found
 

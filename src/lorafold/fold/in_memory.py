@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lorafold.bases import layer_of
 from lorafold.core.base import bare
 from lorafold.core.matrices import module_at
-from lorafold.errors import NotMergeable
+from lorafold.errors import NotMergeable, listed
 from lorafold.fold.biases import switch_on
 from lorafold.fold.plan import FoldPlan, fold, module_of
 from lorafold.fold.ties import untie, untie_others
@@ -38,12 +38,12 @@ def carry_out(
     problems = [f"{path}: {reason}" for path, reason in plan.problems]
     if not untie_weights:
         problems += [
-            f"{module_of(name)}: its weight is tied to {', '.join(map(module_of, others))}, where"
+            f"{module_of(name)}: its weight is tied to {listed(map(module_of, others))}, where"
             " it would not change in the same way; untie_weights=True gives it its own"
             for name, others in plan.apart.items()
         ]
     if problems:
-        raise NotMergeable("; ".join(problems))
+        raise NotMergeable(listed(problems, "; "))
     switch_on(model, plan.switches)
     if plan.vocabulary is not None:
         declare(model, plan.vocabulary)

@@ -27,7 +27,8 @@ from lorafold.core.combine import Stack
 from lorafold.core.delta import Additive, put
 from lorafold.core.matrices import module_at, parameter_path
 from lorafold.core.targets import Matches, match
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, listed
+from lorafold.files.atomic import check_out
 from lorafold.files.record import BASE, OTHER_BASE
 from lorafold.files.shown import Shown
 from lorafold.inspecting.spectra import effective_rank
@@ -144,6 +145,7 @@ def resize(
     no form in weight space, changes biases with its weights or can't be read.
     """
     check_request(rank, energy)
+    check_out(out, overwrite)
     check_language_model(base, stack)
     *over, saved = stack
     model, allowed = base.mapped().model, base.allow_other_base
@@ -201,6 +203,7 @@ def extract(
 
     Raises LorafoldError where the models have different modules, or equal weights in those layers.
     """
+    check_out(out, overwrite)
     one, other = base.mapped(), tuned.mapped()
     paths = match(one.model, LoRA.targets, is_linear).paths
     theirs = dict(other.model.named_parameters(remove_duplicate=False))
@@ -212,7 +215,7 @@ def extract(
     ]:
         raise LorafoldError(
             f"{tuned.name}: expected a fine-tuned {base.name}, found other modules:"
-            f" {'; '.join(problems)}"
+            f" {listed(problems, '; ')}"
         )
     factors, errors = dict[str, Factors](), Errors()
     for path in paths:

@@ -27,7 +27,7 @@ from lorafold.core.attach import lay, selection_of
 from lorafold.core.delta import Delta
 from lorafold.core.layer import Layer, add
 from lorafold.core.matrices import Matrices, module_at
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, listed
 from lorafold.models.quantizing import packable
 from lorafold.models.storages import MADE, STORAGES
 from lorafold.peft.saved import Saved, trained_on
@@ -185,8 +185,7 @@ def check_saved(model: nn.Module, quantization: str) -> None:
     ]
     if found:
         raise LorafoldError(
-            f"into {quantization}: found experts ({found[0]}"
-            + f" and {len(found) - 1} more" * (len(found) > 1)
-            + f"), which transformers can't save as {quantization}; fold into original or"
+            f"into {quantization}: found experts ({listed(found)}), which"
+            f" transformers can't save as {quantization}; fold into original or"
             f" dequantized weights and load them with --storage {quantization}"
         )

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorafold.adapter import load
-from lorafold.errors import LorafoldError, NotMergeable
+from lorafold.errors import LorafoldError, NotMergeable, listed
 from lorafold.fold.plan import WHOLE, FoldPlan, module_of, plan_fold
 from lorafold.merging.config import declared, untied_config, with_biases
 from lorafold.merging.into import ROUND_TRIP, attach_round_trip
@@ -116,9 +116,8 @@ def plan(
     if not (changed or converted or problems):
         problems["the adapters change no weight"].append(str(checkpoint.path))
     if problems:
-        raise NotMergeable(
-            "; ".join(f"{_few(paths)}: {reason}" for reason, paths in problems.items())
-        )
+        told = (f"{listed(paths, room=80)}: {reason}" for reason, paths in problems.items())
+        raise NotMergeable(listed(told, "; "))
     zeros = {
         entry.name: _stored(mapped.model, name)
         for name, entry in biases.items()
@@ -238,8 +237,3 @@ def _check_converted(conversion: Conversion, parameter: str, shape: tuple[int, .
             f"transformers converts this weight on loading, so it can't change its shape: found"
             f" {list(shape)}, expected {list(own)}"
         )
-
-
-def _few(paths: list[str]) -> str:
-    """The first three, and how many more there are."""
-    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")

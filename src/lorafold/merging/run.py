@@ -16,7 +16,8 @@ import torch
 
 from lorafold.adapter import load
 from lorafold.data.probes import probe_ids
-from lorafold.files.atomic import atomic_directory, write_json
+from lorafold.errors import listed
+from lorafold.files.atomic import atomic_directory, check_out, write_json
 from lorafold.files.shown import Shown
 from lorafold.fold.rounding import Rounding
 from lorafold.merging.certificate import Gap, compare
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CERTIFICATE = "merge.json"
-SHOWN = 3
 INSTEAD = "; merge another one in Python, with adapter.merge() and model.save_pretrained(out)"
 
 
@@ -120,9 +120,8 @@ class Merged(Shown):
             f" {sums.noise:.2%} of its norm"
         )
         if untied := self.folded.untied:
-            more = f" and {len(untied) - SHOWN} more" if len(untied) > SHOWN else ""
             lines.append(
-                f"  weights are no longer shared: {', '.join(untied[:SHOWN])}{more}"
+                f"  weights are no longer shared: {listed(untied)}"
                 f" {'was' if len(untied) == 1 else 'were'} added"
             )
         if self.folded.biases:
@@ -153,6 +152,7 @@ def merge(
     Args:
         base: In the storage on which the adapters were trained; auto takes it from their records.
     """
+    check_out(out, wanted.overwrite)
     source, _ = base.source, base.held  # a wrong name or device is told before any work
     with atomic_directory(out, wanted.overwrite) as tmp, _bars(console) as bar:
         target = choose_into(wanted.into, adapters, base.storage, stored_in_files(source))

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, listed
 from lorafold.models.load_errors import one_line
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def files_of(file: Path) -> tuple[Path, ...]:
     found = [file.with_name(f"{stem}-{n:05}-of-{count}{SUFFIX}") for n in range(1, int(count) + 1)]
     if absent := [part.name for part in found if not part.is_file()]:
         raise LorafoldError(
-            f"model {file}: one of {int(count)} files; missing beside it: {', '.join(absent)}"
+            f"model {file}: one of {int(count)} files; missing beside it: {listed(absent)}"
         )
     return tuple(found)
 
@@ -63,7 +63,7 @@ def files_in(folder: Path) -> tuple[Path, ...]:
     found = sorted(p for p in folder.glob(f"*{SUFFIX}") if not p.name.startswith(BESIDE))
     models = list(dict.fromkeys(map(files_of, found)))
     if len(models) > 1:
-        names = ", ".join(files[0].name for files in models)
+        names = listed(files[0].name for files in models)
         raise LorafoldError(
             f"model {folder}: found {len(models)} GGUF models in it, expected one of them: {names}"
         )

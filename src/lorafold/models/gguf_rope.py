@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, listed
 from lorafold.models.gguf_files import value
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def scale_positions(config: Any, readers: Sequence[GGUFReader], what: str) -> No
     odd = [key for key in UNKNOWN if said.get(f"scaling.{key}", 1.0) != 1.0]
     if wrong := [*({kind} - {"none", "linear", "yarn"}), *odd]:
         raise LorafoldError(
-            f"{what}: it scales rotary positions by {', '.join(wrong)} ({prefix}scaling),"
+            f"{what}: it scales rotary positions by {listed(wrong)} ({prefix}scaling),"
             " expected linear or yarn; use the model in Hugging Face's format"
         )
     if kind != "none" and factor is not None:

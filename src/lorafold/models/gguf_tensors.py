@@ -11,10 +11,10 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, listed
 from lorafold.models.gguf_files import value
 from lorafold.models.gguf_rope import FREQUENCIES, SCALED
-from lorafold.models.load_errors import shortened, tell_unread
+from lorafold.models.load_errors import tell_unread
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -68,7 +68,7 @@ def check_read(model: Any, report: Any, readers: Sequence[GGUFReader], what: str
     if inside:
         raise LorafoldError(
             f"{what}: {type(model).__name__} has no place for {len(inside)} tensors of its blocks,"
-            f" without which it is another model: {shortened(inside)}"
+            f" without which it is another model: {listed(inside)}"
         )
     tell_unread(what, unread)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, listed
 from lorafold.models.compressed import (
     check_values,
     compress,
@@ -67,8 +67,7 @@ def as_in_files(model: nn.Module, entries: Mapping[str, Entry], what: str) -> No
     """
     problems = [*compressed_misfits(model, entries), *misfits(model, entries)]
     if problems:
-        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise LorafoldError(f"{what}: {'; '.join(problems[:4])}{more}")
+        raise LorafoldError(f"{what}: {listed(problems, '; ')}")
     scales_as_in_files(model, entries)
 
 

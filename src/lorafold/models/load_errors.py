@@ -7,11 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, listed
 
 log = logging.getLogger(__name__)
-
-SHOWN = 8
 
 
 @contextmanager
@@ -69,10 +67,10 @@ def check_complete(
         misfits: a name, the shape in the files and that of the model, for each that does not fit.
     """
     if wrong := [f"{n}: shape {list(own)}, expected {list(ours)}" for n, own, ours in misfits]:
-        raise LorafoldError(f"{what}: {shortened(sorted(wrong))}")
+        raise LorafoldError(f"{what}: {listed(sorted(wrong), '; ')}")
     if missing:
         raise LorafoldError(
-            f"{what}: {len(missing)} weights are missing in its files: {shortened(missing)}"
+            f"{what}: {len(missing)} weights are missing in its files: {listed(missing)}"
         )
 
 
@@ -82,11 +80,5 @@ def tell_unread(what: str, names: Sequence[str]) -> None:
     if names:
         log.warning(
             "%s: %d tensors of its files are not read, since the model has no place for them: %s",
-            what, len(names), shortened(names),
+            what, len(names), listed(names),
         )  # fmt: skip
-
-
-def shortened(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafold.core.rescaled import keep_scale
-from lorafold.errors import LorafoldError, NoTokenizer
+from lorafold.errors import LorafoldError, NoTokenizer, listed
 from lorafold.models.architecture import auto_class
-from lorafold.models.load_errors import check_complete, loading, shortened, tell_unread
+from lorafold.models.load_errors import check_complete, loading, tell_unread
 from lorafold.models.quantizing import compute_in, read_quantized
 from lorafold.models.sources import ModelSource, remember, resolve_model
 from lorafold.models.storage import Storage, default_storage
@@ -96,7 +96,7 @@ def read_weights(
     if left_out := shards_left_out(source.path):
         log.warning(
             "model %s: %d files beside its weights are not read: %s",
-            source.name, len(left_out), shortened(left_out),
+            source.name, len(left_out), listed(left_out),
         )  # fmt: skip
     wanted = storage if isinstance(storage, Storage) else Storage(storage)
     if wanted.quantization is None and (stored := default_storage(source)) != "auto":

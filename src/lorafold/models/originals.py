@@ -17,7 +17,7 @@ from transformers import AutoConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, listed
 from lorafold.models.checkpoint import build, by_parameter, conversions, entries_of, mapped_tensors
 from lorafold.models.load_errors import loading
 from lorafold.models.sources import ModelSource
@@ -61,6 +61,6 @@ def original_weights(source: ModelSource) -> Weights:
     found, parts = by_parameter(model, entries)
     converted, problems = conversions(model, parts, tensors)
     if problems:
-        raise LorafoldError(f"model {source.name}: {'; '.join(problems.values())}")
+        raise LorafoldError(f"model {source.name}: {listed(problems.values(), '; ')}")
     own = {name: tensors[entry.name] for name, entry in found.items()}
     return MappedWeights(own | {name: c.parameter(name) for name, c in converted.items()})

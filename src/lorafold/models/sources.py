@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, listed
 from lorafold.files.atomic import verify
 from lorafold.files.card import EMBEDDED
 from lorafold.files.intact import check_intact
 from lorafold.files.record import read_object
+from lorafold.machine.hub import asked_once, cache
 from lorafold.models.gguf import Gguf, gguf_of, renew, unpacked
 from lorafold.models.gguf_files import SUFFIX, files_in, files_of, models_of
 from lorafold.models.load_errors import one_line
@@ -95,8 +96,11 @@ def resolve_model(
             f"model {text}: {'not a model' if path.exists() else 'no such file or directory'};"
             f" {ACCEPTED}"
         )
-    path = _from_hub(text, revision)
-    if not any((path / own).is_file() for own in OWN) and (files := gguf_on_hub(text, revision)):
+    with asked_once() as away:
+        path = _from_hub(text, revision, away)
+        own = any((path / name).is_file() for name in OWN)
+        files = () if own else gguf_on_hub(text, revision)
+    if files:
         gguf = gguf_of(files, fp32)
         return found(unpacked(gguf), text, gguf)
     return found(_checked(path, text), text)
@@ -136,7 +140,7 @@ def gguf_on_hub(repo: str, revision: str | None) -> tuple[Path, ...]:
         raise LorafoldError(
             f"model {repo}: found {len(models)} GGUF models in it, expected one; give the path of"
             f" one as --model (hf download {repo} FILE prints it):"
-            f" {', '.join(files[0] for files in models)}"
+            f" {listed(files[0] for files in models)}"
         )
     if not models:
         return ()
@@ -167,7 +171,7 @@ def _embedded_gguf() -> Path:
     )
 
 
-def _from_hub(repo: str, revision: str | None) -> Path:
+def _from_hub(repo: str, revision: str | None, away: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HTTPError
 
@@ -175,9 +179,10 @@ def _from_hub(repo: str, revision: str | None) -> Path:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES))
     except (OSError, ValueError, HTTPError) as error:
         where = repo if revision is None else f"{repo} at {revision}"
+        reason = f"{away}, and it is not in {cache()}" if away else one_line(error, 120)
         raise LorafoldError(
-            f"model {where}: not on this machine, and can't be loaded from the hub:"
-            f" {one_line(error)}; {ACCEPTED}"
+            f"model {where}: not on this machine, and can't be loaded from the hub: {reason};"
+            f" {ACCEPTED}"
         ) from error
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, listed
 from lorafold.files.contents import Contents
 from lorafold.models.joined import NONE, joined
 from lorafold.models.loading import read_tokenizer
@@ -39,7 +39,6 @@ FILES = (
 )
 TEMPLATES = "additional_chat_templates"
 BUILT_IN = {NONE: joined, TOOLS: with_tools}  # chat templates by the names that recipes have
-SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def add_words(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> Words
 
     if wrong := [word for word in words if not word.strip() or list(words).count(word) > 1]:
         raise LorafoldError(
-            f"new_tokens: found {', '.join(map(repr, dict.fromkeys(wrong)))}, expected words that"
+            f"new_tokens: found {listed(map(repr, dict.fromkeys(wrong)))}, expected words that"
             " are not blank, each once"
         )
     vocabulary = tokenizer.get_vocab()
@@ -140,10 +139,9 @@ def tokenizer_of(source: ModelSource, own: Sequence[Path]) -> PreTrainedTokenize
     for path, other in zip(own, earlier, strict=False):
         theirs = _by_id(other)
         if differing := [i for i in sorted(theirs.keys() & words.keys()) if theirs[i] != words[i]]:
-            some = ", ".join(f"{i} is {theirs[i]} and {words[i]}" for i in differing[:SHOWN])
-            more = f" and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
+            some = listed(f"{i} is {theirs[i]} and {words[i]}" for i in differing)
             raise LorafoldError(
-                f"{path} and {own[-1]}: their tokenizers differ: {some}{more}; these adapters can't"
+                f"{path} and {own[-1]}: their tokenizers differ: {some}; these adapters can't"
                 " be used together"
             )
         if missing := sorted(theirs.keys() - words.keys()):  # the last one may have fewer tokens

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lorafold.core.attach import base_state
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, listed
 from lorafold.files.header import places
 from lorafold.files.record import read_object
 
@@ -32,7 +32,6 @@ DTYPES = {
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARDS = "model-*-of-*.safetensors"
-SHOWN = 4
 # the files of a model, except those of its tokenizer
 MODEL_FILES = (
     "config.json",
@@ -235,11 +234,11 @@ def model_files(directory: Path) -> list[Path]:
         files = [directory / name for name in sorted(set(named.values()))]
         if missing := [file.name for file in files if not file.is_file()]:
             raise LorafoldError(
-                f"{directory}: {INDEX} names files that are missing: {', '.join(missing)}"
+                f"{directory}: {INDEX} names files that are missing: {listed(missing)}"
             )
         return files
     others = sorted(file.name for file in directory.glob("*.safetensors"))
-    beside = f" beside {', '.join(others[:SHOWN])}" if others else ""
+    beside = f" beside {listed(others)}" if others else ""
     raise LorafoldError(
         f"{directory}: found neither {SINGLE} nor {INDEX}{beside}, expected one of them"
     )

@@ -24,7 +24,7 @@ from lorafold.data.labelled import (
 from lorafold.data.render import Rendering
 from lorafold.data.stored import Rows
 from lorafold.data.tokenizing import Encoder
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, listed
 from lorafold.files.card import CLASSES
 from lorafold.models.classifier import head_paths, load_classifier, new_poolers, padding_id
 from lorafold.objectives.objective import Asked, Objective, no_options
@@ -55,8 +55,8 @@ class Classify(Objective):
         classes = known_classes(asked.base, asked.adapters) or found
         if strange := [name for name in found if name not in classes]:
             raise LorafoldError(
-                f"data: found labels {', '.join(strange)}, expected the classes of {asked.start}:"
-                f" {', '.join(classes)}"
+                f"data: found labels {listed(strange, room=100)}, expected the classes of"
+                f" {asked.start}: {listed(classes, room=100)}"
             )
         return cls(classes)
 

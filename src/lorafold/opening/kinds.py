@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, listed
 from lorafold.models.classifier import outputs_of_model
 from lorafold.opening.base import Base
 from lorafold.peft.saved import Saved
@@ -47,6 +47,6 @@ def check_language_model(base: Base, adapters: Sequence[Saved], advice: str = ""
     """
     if (kind := kind_of(base, adapters)) != LANGUAGE_MODEL:
         raise LorafoldError(
-            f"{', '.join(map(str, adapters))}: found {kind}, expected an adapter of a language"
+            f"{listed(adapters)}: found {kind}, expected an adapter of a language"
             f" model{advice}"
         )

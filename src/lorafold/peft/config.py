@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from lorafold.core.spec import Spec
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, listed
 from lorafold.methods.parts.extras import Bias
 from lorafold.peft.derived import PREFIX
 from lorafold.peft.form import Form
@@ -164,7 +164,7 @@ def read_config(config: Mapping[str, Any]) -> tuple[Spec, Selection, Bias]:
     }
     problems += [f"{k}={_shown(v)} is not supported" for k, v in unknown.items()]
     if problems or spec is None:
-        raise LorafoldError(f"{CONFIG}: {'; '.join(problems)}")
+        raise LorafoldError(f"{CONFIG}: {listed(problems, '; ')}")
     bias: Bias = shared.pop("bias")
     return spec, Selection(**shared), bias
 

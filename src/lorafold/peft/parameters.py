@@ -42,7 +42,7 @@ from lorafold.core.matrices import (
     parameter_path,
 )
 from lorafold.core.targets import pattern_matches
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, listed
 
 # the last parts of the paths that PEFT renames, by the family of experts in transformers 4
 FAMILIES = ("mixtral", "qwen2_moe")
@@ -137,9 +137,8 @@ def selected(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[str, ...
         else:
             wrong.append(path)
     if wrong:
-        more = f" and {len(wrong) - 1} more" * (len(wrong) > 1)
         raise LorafoldError(
-            f"target_parameters: found {wrong[0]}{more}, expected the matrices of experts in"
+            f"target_parameters: found {listed(wrong)}, expected the matrices of experts in"
             " parameters of three dimensions, or the weights of linear modules"
         )
     return {name: tuple(sites) for name, sites in found.items()}

@@ -22,7 +22,7 @@ from torch import nn
 from lorafold.core.attach import Origin
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, listed
 from lorafold.files.card import CLASSES, REWARD
 from lorafold.files.contents import Contents
 from lorafold.files.record import RECORD, named_as_now
@@ -79,7 +79,7 @@ class Saved:
             inside = sorted(str(p.parent) for p in contents.path.glob(f"*/{CONFIG}"))
             raise LorafoldError(
                 f"{contents.path}: found no {CONFIG}, expected the directory of an adapter"
-                + f"; there is one in {', '.join(inside)}" * bool(inside)
+                + f"; there is one in {listed(inside)}" * bool(inside)
             )
         problems: list[str] = []
         config = _attempt(problems, lambda: _config(contents))
@@ -87,7 +87,7 @@ class Saved:
         about = _attempt(problems, lambda: _about(contents))
         contents.check_intact()  # what is damaged explains the problems
         if config is None or weights is None or about is None:
-            raise LorafoldError(f"{contents.path}: {'; '.join(problems)}")
+            raise LorafoldError(f"{contents.path}: {listed(problems, '; ')}")
         spec, selection, bias, task = config
         written, over, record = about
         return cls(
@@ -216,7 +216,7 @@ class Saved:
         misfits = (misfit(key, tensor, expected[key], loaded) for key, tensor in loaded.items())
         wrong += [text for text in misfits if text]
         if wrong:
-            raise LorafoldError(f"{self}: {'; '.join(wrong)}")
+            raise LorafoldError(f"{self}: {listed(wrong, '; ')}")
         for key, saved in expected.items():
             saved.assign(saved.entry.from_file(loaded[key], saved.site))
 
@@ -233,7 +233,7 @@ def open_all(paths: Sequence[str | Path]) -> tuple[Saved, ...]:
     problems: list[str] = []
     found = [_attempt(problems, partial(Saved.open, path)) for path in paths]
     if problems:
-        raise LorafoldError("; ".join(problems))
+        raise LorafoldError(listed(problems, "; "))
     return tuple(one for one in found if one is not None)
 
 

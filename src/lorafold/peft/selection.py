@@ -24,7 +24,7 @@ from lorafold.core.attach import base_state
 from lorafold.core.matrices import Matrices, module_at
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches, match
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, listed
 from lorafold.peft.form import Form
 from lorafold.peft.parameters import renamed_patterns, selected, shortest
 from lorafold.peft.tokens import Ids
@@ -180,8 +180,8 @@ def describe(
     if whole is None:
         extra = sorted(set(saved_leaves(model, saved)) - set(saved))
         raise LorafoldError(
-            f"modules to save {', '.join(names)}: PEFT's format can't name them without"
-            f" {', '.join(extra)}; save these too"
+            f"modules to save {listed(names)}: PEFT's format can't name them without"
+            f" {listed(extra)}; save these too"
         )
     like = Selection((), whole, experts=not form.method.of_peft)
     parameters = shortest(model, form.parameters.values())

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lorafold.bases import layer_class
 from lorafold.core.anatomy import bare_modules, sharers, vocabulary_ends
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, listed
 from lorafold.methods.parts.token_rows import TokenRows
 from lorafold.models import fingerprint
 from lorafold.models.weights import Weights
@@ -67,7 +67,7 @@ def resolve(model: nn.Module, ids: Ids) -> ByPath:
     paths = [path for path, _ in bare_modules(model) if path]
     found = {name: [p for p in paths if p.endswith(name)] for name in ids}
     if missing := [name for name, hits in found.items() if not hits]:
-        raise LorafoldError(f"{INDICES}: found no module {', '.join(missing)} in this model")
+        raise LorafoldError(f"{INDICES}: found no module {listed(missing)} in this model")
     return {path: ids[name] for name, hits in found.items() for path in hits}
 
 

@@ -24,7 +24,7 @@ import uvicorn
 
 from lorafold.core.anatomy import bare_modules
 from lorafold.data.allowed_tokens import allow
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, listed
 from lorafold.identity import joined, of_code
 from lorafold.machine.collection import all_set_aside
 from lorafold.machine.room import free_bytes
@@ -233,9 +233,8 @@ def _tell(server: Server, address: str, console: Console) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     names = registry.listed
-    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     several = "adapter" if len(names) == 1 else "adapters"
-    say(f"base {registry.base}, {len(names)} {several}: {shown or 'none'}")
+    say(f"base {registry.base}, {len(names)} {several}: {listed(names) or 'none'}")
     if others := registry.directory.others():
         say(f"no adapters: {', '.join(others)} (without adapter_config.json)")
     if registry.kept.unloaded:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorafold.core.delta import Delta
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, listed
 
 
 class Schedule(Protocol):
@@ -170,13 +170,13 @@ def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
     if wrong := [
         key for key in sorted(shapes.keys() | found.keys()) if shapes.get(key) != found.get(key)
     ]:
-        listed = "; ".join(
+        told = (
             f"{key}: expected {shapes.get(key, 'none')}, found {found.get(key, 'none')}"
             for key in wrong
         )
         raise LorafoldError(
-            f"the checkpoint's optimizer state is that of another optimizer: {listed}; resume with"
-            " the optimizer that wrote it"
+            f"the checkpoint's optimizer state is that of another optimizer:"
+            f" {listed(told, '; ')}; resume with the optimizer that wrote it"
         )
     for i, p in enumerate(parameters(optimizer)):
         state = optimizer.state.get(p, {})

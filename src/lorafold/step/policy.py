@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +100,7 @@ class Policy(BranchedLoss):
         how: How far the model goes with packed documents; None pads.
         pad_id: The token that fills short sequences.
         longest: The most tokens of a completion.
-        exact: Completions are drawn bit by bit as this computes them (`lorafold.engine.as_trained`).
+        exact: Completions are drawn with the bits that this computes (`lorafold.engine.as_trained`).
     """
 
     def __init__(
@@ -170,8 +170,8 @@ class Policy(BranchedLoss):
         with ExitStack() as stack:
             stack.enter_context(self.over(labels, lens))
             if self.exact:
-                widened = widens(self.model.dtype)
-                stack.enter_context(multiplying(widened=widened, rows=1))
+                model: Any = self.model
+                stack.enter_context(multiplying(widened=widens(model.dtype), rows=1))
             return -token_losses(self.model, labels, inputs, self.exact)
 
     def figures(self) -> dict[str, float]:

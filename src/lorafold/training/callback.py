@@ -27,7 +27,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lorafold.adapter import Adapter
 from lorafold.core.spec import Spec
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, listed
 from lorafold.files.atomic import atomic_directory, check_out, verify, write_json
 from lorafold.files.record import read_object
 from lorafold.models.weights import ModelWeights
@@ -204,7 +204,7 @@ class AdapterCallback(TrainerCallback):
         if others := [n for n, p in named if p.requires_grad and id(p) not in own]:
             raise LorafoldError(
                 f"AdapterCallback saves the adapter {name!r} alone, and {len(others)} other"
-                f" parameters of the model train as well: {', '.join(others[:3])}"
+                f" parameters of the model train as well: {listed(others)}"
                 f"{', ...' * (len(others) > 3)}; freeze them (another adapter:"
                 " requires_grad_(False)), or make them part of this adapter (modules_to_save)"
             )
@@ -232,7 +232,7 @@ class AdapterCallback(TrainerCallback):
                 where = f"the last complete checkpoint is {good}" * bool(good)
                 raise LorafoldError(
                     f"{checkpoint / part}: no adapter that could be resumed:"
-                    f" {'; '.join(problems)}; {where or 'there is no complete checkpoint'}"
+                    f" {listed(problems, '; ')}; {where or 'there is no complete checkpoint'}"
                 )
         base = ModelWeights(self.adapter.model)
         saved = Saved.open(checkpoint / ADAPTER)
@@ -249,7 +249,7 @@ class AdapterCallback(TrainerCallback):
             if key in found and found[key].shape != tensor.shape
         ]
         if wrong:
-            raise LorafoldError(f"{checkpoint / STATE}: another adapter: {'; '.join(wrong)}")
+            raise LorafoldError(f"{checkpoint / STATE}: another adapter: {listed(wrong, '; ')}")
         self.adapter.load_state_dict(found)
         logger.info(f"The adapter was restored from {checkpoint}.")
 

@@ -19,7 +19,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, listed, shortened
 from lorafold.files.atomic import atomic_directory, verify
 from lorafold.files.intact import check_intact
 from lorafold.files.record import named_as_now
@@ -151,7 +151,7 @@ class RunDirectory:
         now, then = identity.get(FILES, {}), found.pop(FILES, None)
         names = sorted((set(found) | set(identity)) - {FILES})
         changes = [
-            f"{k}: was {found.get(k)!r}, now {identity.get(k)!r}"
+            f"{k}: was {_shown(found.get(k))}, now {_shown(identity.get(k))}"
             for k in names
             if found.get(k) != identity.get(k)
         ]
@@ -163,9 +163,9 @@ class RunDirectory:
         if changes or others:
             wrong = "had another recipe" if changes else "began on something else"
             raise LorafoldError(
-                f"{self.path}: the run to resume {wrong}: {'; '.join([*changes, *others])}. Use the"
-                f" old {'values' if changes else 'files'} and the lorafold that began it, or start"
-                " again with --overwrite"
+                f"{self.path}: the run to resume {wrong}: {listed([*changes, *others], '; ')}. Use"
+                f" the old {'values' if changes else 'files'} and the lorafold that began it, or"
+                " start again with --overwrite"
             )
         if now and then is None:
             shown = ", ".join(of["name"] for of in now.values())
@@ -223,8 +223,8 @@ class RunDirectory:
         """
         if problems := verify(path):
             raise LorafoldError(
-                f"{path}: damaged checkpoint: {'; '.join(problems)}; remove it to resume from the"
-                " checkpoint before"
+                f"{path}: damaged checkpoint: {listed(problems, '; ')}; remove it to resume from"
+                " the checkpoint before"
             )
         state = json.loads((path / "state.json").read_text())
         if figures := state.pop("figures", {}):  # of the last evaluation alone: earlier versions
@@ -240,3 +240,7 @@ class RunDirectory:
     def remove(self) -> None:
         """Remove the directory with all checkpoints."""
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _shown(value: Any) -> str:
+    return shortened(repr(value), 80)

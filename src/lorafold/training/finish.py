@@ -4,7 +4,8 @@ each a record of how it was made.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,8 @@ from lorafold.training.request import Request
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+INIT_ADAPTER = "init_adapter"  # in a record: the adapter that the run started from
+
 
 @dataclass(frozen=True)
 class Trained(Shown):
@@ -38,14 +41,15 @@ class Trained(Shown):
     model's the towers and connectors beside them. `files` has the rows of each file that was read
     of a directory or a pattern, and `data` what was found in the rows before the first step, such
     as duplicates. `pace` has tokens and seconds of drawing, judging and learning, where completions
-    are drawn.
+    are drawn. Of a run that was finished before, which had nothing to resume, there is what the
+    adapter's record has: no times (nan), no memory and no counts of parameters (None).
     """
 
     train_loss: float
     eval_loss: float | None
     tokens_per_second: float
-    peak_bytes: int
-    trainable_parameters: int
+    peak_bytes: int | None
+    trainable_parameters: int | None
     steps: int
     seconds: float
     adapter: str
@@ -58,9 +62,12 @@ class Trained(Shown):
 
     def __str__(self) -> str:
         held_out = "" if self.eval_loss is None else f", held out {self.eval_loss:.4f}"
+        count, rate = self.trainable_parameters, self.tokens_per_second
+        parameters = "" if count is None else f"{count:,} parameters, "
+        pace = "" if math.isnan(rate) else f", {rate:,.0f} tokens/s"
         return (
-            f"adapter: {self.adapter} ({self.trainable_parameters:,} parameters, {self.steps}"
-            f" steps, loss {self.train_loss:.4f}{held_out}, {self.tokens_per_second:,.0f} tokens/s)"
+            f"adapter: {self.adapter} ({parameters}{self.steps} steps, loss"
+            f" {self.train_loss:.4f}{held_out}{pace})"
         )
 
 
@@ -85,9 +92,8 @@ def finish(
         base: The base's own weights, where the model has only quantized ones.
         findings: What was found in the rows.
     """
-    tail = progress.losses[-10:]
     result = Trained(
-        train_loss=sum(tail) / len(tail),
+        train_loss=mean_of_last(progress.losses),
         eval_loss=progress.evals.get(progress.step),
         tokens_per_second=progress.tokens / max(progress.seconds, 1e-9),
         peak_bytes=peak_bytes(job.accelerator.device),
@@ -155,6 +161,12 @@ def settled(recipe: Mapping[str, Any], job: Job) -> dict[str, Any]:
     names = {"": "lr", UP: "lr_b"}
     peaks = {names[g["of"]]: g["peak"] for g in job.optimizer.param_groups if g["of"] in names}
     return {k: (taken | peaks).get(k) if v in (None, {}) else v for k, v in recipe.items()}
+
+
+def mean_of_last(losses: Sequence[float]) -> float:
+    """The mean loss of the last ten steps, in nats."""
+    tail = losses[-10:]
+    return sum(tail) / len(tail)
 
 
 def kept_figures(progress: Progress) -> dict[str, Any]:

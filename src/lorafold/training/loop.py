@@ -27,10 +27,9 @@ from lorafold.core.draws import drawing
 from lorafold.core.selection import Draws
 from lorafold.core.unchanged import unchanged
 from lorafold.data.feed import Feed
-from lorafold.errors import Interrupted, LorafoldError
+from lorafold.errors import Interrupted, LorafoldError, listed
 from lorafold.evaluation import Measured
 from lorafold.machine.waiting import considerate
-from lorafold.models.load_errors import shortened
 from lorafold.ops.philox import key_of
 from lorafold.recipe.recipe import Recipe
 from lorafold.step.losses import Loss
@@ -184,7 +183,7 @@ def train_step(job: Job, examples: Sequence[Any], step: int) -> float:
     if step == 0 and (idle := check_gradients(job.adapter)) and accelerator.is_main_process:
         log.warning(
             "no gradient in the first step for %d of the %d adapted modules, on which the loss of"
-            " its rows does not depend: %s", len(idle), len(job.adapter.sites), shortened(idle),
+            " its rows does not depend: %s", len(idle), len(job.adapter.sites), listed(idle),
         )  # fmt: skip
     if job.recipe.clip:
         accelerator.clip_grad_norm_(job.adapter.parameters(), job.recipe.clip)

@@ -21,7 +21,8 @@ from lorafold.peft.saved import BASE_IDENTITY
 from lorafold.step.activations import recompute
 from lorafold.step.fused import fused
 from lorafold.training.display import Display
-from lorafold.training.finish import Trained, finish
+from lorafold.training.finish import INIT_ADAPTER, Trained, finish
+from lorafold.training.finished import finished
 from lorafold.training.loop import fit
 from lorafold.training.request import Request
 from lorafold.training.setup import adapted_model, set_up
@@ -31,9 +32,13 @@ from lorafold.training.start import prepare
 def train(request: Request, console: Console) -> Trained:
     """Train one adapter and write it to `request.out`.
 
+    A run that is to be resumed and is finished is left as it is.
+
     Raises LorafoldError for anything wrong with the request, and Interrupted (a checkpoint is
     written) after SIGINT or SIGTERM.
     """
+    if (before := finished(request, console)) is not None:
+        return before
     setup = set_up(request, console)
     model, adapter, weights, checkpointing = adapted_model(setup, console)
     for line in (
@@ -73,5 +78,7 @@ def train(request: Request, console: Console) -> Trained:
     saved = tokenizer if setup.own_tokenizer or adapter.spec.trains_base else None
     ids = setup.words.ids
     about = setup.objective.record() | ({"new_tokens": ids} if ids else {})
+    if INIT_ADAPTER in setup.files:
+        about[INIT_ADAPTER] = setup.files[INIT_ADAPTER]
     about[BASE_IDENTITY] = setup.files["model"]["sha256"]
     return finish(setup.request, job, progress, saved, about, weights, setup.findings)

@@ -18,7 +18,7 @@ from lorafold.data.endings import WITH_TURN, ending_of
 from lorafold.data.feed import Feed
 from lorafold.data.stored import Rows
 from lorafold.data.stream import RowStream
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, listed
 from lorafold.evaluation import Measured
 from lorafold.objectives import OBJECTIVES
 from lorafold.recipe.recipe import Recipe
@@ -30,7 +30,7 @@ from lorafold.training.loop import Job
 from lorafold.training.setup import Setup
 
 # A resumed run may change these fields: they decide what is watched and kept, not what is learned.
-_FREE_ON_RESUME = {"save_every", "eval_every", "keep", "trackers"}
+FREE_ON_RESUME = {"save_every", "eval_every", "keep", "trackers"}
 # What decides which elements are dropped, in the identity of a run with dropout; the second one in
 # runs that do not name it.
 RULE, DROPOUT = "dropout_rule", "Philox of seed, step, row and site"
@@ -146,7 +146,7 @@ def identity_of(setup: Setup, adapter: Adapter) -> dict[str, Any]:
     """
     request = setup.request
     recipe = request.recipe.model_dump(mode="json")
-    identity: dict[str, Any] = {k: v for k, v in recipe.items() if k not in _FREE_ON_RESUME}
+    identity: dict[str, Any] = {k: v for k, v in recipe.items() if k not in FREE_ON_RESUME}
     identity |= {
         "model": request.base.name,
         "data": request.data.identity,
@@ -179,7 +179,7 @@ def _streamed_before(data: Rows | RowStream, run: RunDirectory, console: Console
         return {}
     told = (
         f"{run.path}: an earlier lorafold began this run and did not say what was in"
-        f" {', '.join(map(str, data.sources))}: whether the rows are the same can't be checked"
+        f" {listed(data.sources)}: whether the rows are the same can't be checked"
     )
     console.print(told, highlight=False, markup=False, soft_wrap=True)
     return {"data": written}

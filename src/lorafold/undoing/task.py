@@ -17,11 +17,10 @@ from typing import Any
 import numpy as np
 
 from lorafold.composing.updates import names
-from lorafold.data.checking import LISTED
 from lorafold.data.prompts import asked_in
 from lorafold.data.sources import Row
 from lorafold.data.stored import Part, Rows
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, listed
 from lorafold.files.figures import digest_of
 from lorafold.identity import of_adapter
 from lorafold.methods.lora import LoRA
@@ -235,7 +234,7 @@ def check(task: Task) -> None:
             f"recipe: expected the objective {DEFAULT}, without streaming and new_tokens"
         )
     if problems:
-        raise LorafoldError("; ".join(problems))
+        raise LorafoldError(listed(problems, "; "))
 
 
 def _overlapping(task: Task) -> Iterator[str]:
@@ -271,9 +270,8 @@ def _asked_and_trained(task: Task) -> Iterator[str]:
             if prompt in asked
         ]
         if told:
-            more = f"; and {len(told) - LISTED} more" if len(told) > LISTED else ""
             yield (
-                f"{name}: {'; '.join(told[:LISTED])}{more}; expected none that is asked"
+                f"{name}: {listed(told, '; ')}; expected none that is asked"
                 " too, because the figures would be of what was trained; leave them out"
             )
 

@@ -1,0 +1,23 @@
+"""The option of a page, which is written once all work is done, and checked before."""
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+
+def page_option(text: str) -> Any:
+    """The option `--html`, which refuses a file that can't be written.
+
+    Args:
+        text: What is written, for `--help`.
+    """
+    return typer.Option("--html", callback=_checked, help=text)
+
+
+def _checked(path: Path | None) -> Path | None:
+    if path is not None:
+        from lorafold.files.atomic import check_file
+
+        check_file(path)
+    return path

@@ -1,0 +1,107 @@
+"""A run that is to be resumed and is finished already: its adapter is kept as it is.
+
+A job that is always started with --resume, as on a cluster that stops and restarts it, may be
+started once more after its run has ended. The same request then has the same result, which the
+adapter's record tells; another request is refused, since it would replace the adapter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lorafold.errors import LorafoldError, listed, shortened
+from lorafold.files.intact import check_intact
+from lorafold.files.record import RECORD, named_as_now, read_object
+from lorafold.identity import of_adapter
+from lorafold.peft.saved import BASE_IDENTITY, Saved, open_all
+from lorafold.peft.stack import parse
+from lorafold.recipe.recipe import Recipe
+from lorafold.training.checkpoint import RunDirectory
+from lorafold.training.finish import INIT_ADAPTER, Trained, mean_of_last
+from lorafold.training.request import Request
+from lorafold.training.start import FREE_ON_RESUME
+
+MADE = {"resized", "composed", "extracted"}  # in records of adapters that no run wrote
+
+
+def finished(request: Request, console: Console) -> Trained | None:
+    """The result of the run, if it is to be resumed and is finished; None if there is a run to do.
+
+    Args:
+        request: Says whether to resume.
+        console: For the line that says that there is nothing to resume.
+
+    Raises LorafoldError where the finished run had another recipe, model or data, and where
+    something else than a trained adapter is in its place.
+    """
+    out, replaced = request.out, request.overwrite or not request.resume
+    if replaced or RunDirectory(out).path.exists() or not (out / RECORD).is_file():
+        return None
+    check_intact(out, [RECORD])
+    record = read_object(out / RECORD)
+    made = MADE & record.keys()
+    if made or not isinstance(record.get("recipe"), dict) or not record.get("losses"):
+        raise LorafoldError(
+            f"{out}: --resume: found an adapter that no run of training wrote, expected a run that"
+            " was stopped; choose another --out, or replace it with --overwrite"
+        )
+    if differing := list(_differing(request, record)):
+        raise LorafoldError(
+            f"nothing to resume: {out} is finished, and this is another run: {listed(differing)};"
+            " choose another --out, or replace it with --overwrite"
+        )
+    told = f"nothing to resume: {out} is finished"
+    console.print(told, highlight=False, markup=False, soft_wrap=True)
+    return _told_by(record, out)
+
+
+def _differing(request: Request, record: Mapping[str, Any]) -> Iterator[str]:
+    """What the finished run had in another way."""
+    asked = request.recipe
+    now = asked.model_dump(mode="json")
+    then = Recipe().model_dump(mode="json") | named_as_now(record["recipe"])
+    # a run settles these where they are left to it
+    left = {name for name in ("storage", "max_length") if name not in asked.model_fields_set}
+    left |= {"storage"} if asked.storage == "auto" else set()
+    for name in sorted(now.keys() - FREE_ON_RESUME - left):
+        if now[name] != then[name]:
+            yield f"{name} was {_short(then[name])}, now {_short(now[name])}"
+    base = record.get(BASE_IDENTITY)  # which earlier versions did not write
+    if base and base != request.base.identity:
+        yield "the model was another one"
+    data, given = record.get("data", {}), request.data.record
+    if any(data.get(key) != given[key] for key in ("sha256", "streamed") if key in given):
+        yield "the rows were others"
+    below = [origin.sha256 for origin in parse(record)]
+    if below != [one.sha256 for one in open_all(request.over)]:
+        yield "it lay over other adapters"
+    began = request.init_adapter and of_adapter(Saved.open(request.init_adapter))
+    if record.get(INIT_ADAPTER, {}).get("sha256") != began:
+        yield "it started from another adapter"
+
+
+def _short(value: Any) -> str:
+    return shortened(repr(value), 40)
+
+
+def _told_by(record: Mapping[str, Any], out: Path) -> Trained:
+    """The result as far as a record has it: no times, memory and counts."""
+    losses, evals = record["losses"], record.get("evals", {})
+    return Trained(
+        train_loss=mean_of_last(losses),
+        eval_loss=evals.get(str(len(losses))),
+        tokens_per_second=math.nan,
+        peak_bytes=None,
+        trainable_parameters=None,
+        steps=len(losses),
+        seconds=math.nan,
+        adapter=str(out),
+        losses=losses,
+        figures=record.get("figures", {}),
+        files=record.get("data", {}).get("files", {}),
+    )

@@ -1,0 +1,112 @@
+"""What a newcomer brings and meets: tables as programs save them, and errors of bounded length."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from lorafold.data.rows import read_rows
+from lorafold.data.sources import source_from
+from lorafold.errors import LISTED, LorafoldError, listed, shortened
+from lorafold.models.sources import resolve_model
+
+TABLE = 'prompt,completion\n"Wann, bitte?",früh\n'
+
+
+def refused(source: Path) -> str:
+    with pytest.raises(LorafoldError) as error:
+        read_rows(str(source))
+    return str(error.value).replace(str(source), "FILE")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_a_table_is_read_as_a_program_saved_it(
+    delimiter: str, encoding: str, tmp_path: Path
+) -> None:
+    text = f'prompt{delimiter}completion\n"Wann{delimiter} bitte?"{delimiter}früh\n'
+    (tmp_path / "rows.csv").write_bytes(text.encode(encoding))
+    found = read_rows(str(tmp_path / "rows.csv"))
+    assert list(found) == [{"prompt": f"Wann{delimiter} bitte?", "completion": "früh"}]
+
+
+def test_an_encoding_of_windows_is_named_with_what_helps(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_bytes(TABLE.encode("cp1252"))
+    assert "iconv -f windows-1252 -t utf-8" in refused(tmp_path / "rows.csv")
+
+
+@pytest.mark.parametrize("name", ["a.xlsx", "a.ods", "a.csv"])
+def test_a_spreadsheet_is_told_how_to_save_it(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"PK\x03\x04")
+    line = refused(tmp_path / name)
+    assert "found a spreadsheet" in line
+    assert "pandas.read_excel(FILE).to_csv(" in line
+
+
+@pytest.mark.parametrize(
+    ("header", "values", "told"),
+    [
+        ("Question,Answer,id", "a,b,c", "did you mean --columns prompt=Question,completion=Answer"),
+        ("id;Frage;Antwort", "7;a;b", "did you mean --columns prompt=Frage,completion=Antwort"),
+        ("Eingabe,Ausgabe", "a,b", "did you mean --columns prompt=Eingabe,completion=Ausgabe"),
+        ("prompt,answer", "a,b", "did you mean --columns completion=answer"),
+        (
+            "Mail text,when,Reply text",
+            "a,2024-01-02,b",
+            "--columns 'prompt=Mail text,completion=Reply text' (a guess by their order)",
+        ),
+        ("one,two,three", "a,b,c", "(--columns renames)"),
+    ],
+)
+def test_the_columns_to_try_are_proposed(
+    header: str, values: str, told: str, tmp_path: Path
+) -> None:
+    (tmp_path / "rows.csv").write_text(f"{header}\n{values}\n")
+    line = refused(tmp_path / "rows.csv")
+    assert line.endswith(told)
+    assert len(line) <= 300
+
+
+def test_what_is_proposed_is_what_is_read(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("Frage,Antwort\na,b\n")
+    pairs = refused(tmp_path / "rows.csv").rpartition("--columns ")[2].split(",")
+    columns = dict(pair.split("=") for pair in pairs)
+    found = read_rows(str(tmp_path / "rows.csv"), columns)
+    assert list(found) == [{"prompt": "a", "completion": "b"}]
+
+
+def test_a_null_is_called_one(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(
+        '{"text": "a", "label": "b"}\n{"text": "a", "label": null}\n'
+    )
+    assert "row 2: field label: found null, expected a value" in refused(tmp_path / "a.jsonl")
+
+
+def test_long_lists_are_cut_and_counted(tmp_path: Path) -> None:
+    names = [f"model.layers.{n}.self_attn.q_proj.weight" for n in range(1239)]
+    text = listed(names)
+    assert text.endswith(f" and {1239 - text.count('model'):,} more")
+    assert len(text) <= 220
+    assert listed("abcdefg", "; ") == "a; b; c; d; e; and 2 more"
+    assert listed(["a"], count=7) == "a and 6 more"
+    assert listed([]) == ""
+    assert len(shortened("x" * 1000, 41)) == 41
+    # the widest table and the worst file
+    header = ",".join(f"c{n}" for n in range(999))
+    (tmp_path / "wide.csv").write_text(f"{header}\n{header}\n")
+    (tmp_path / "bad.jsonl").write_text("\n".join(f'{{"key {n}": {n}}}' for n in range(999)))
+    for name in ("wide.csv", "bad.jsonl"):
+        assert len(refused(tmp_path / name)) <= 300
+    assert LISTED == 5
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = "http://127.0.0.1:9"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", closed)
+    began = time.monotonic()
+    with pytest.raises(LorafoldError, match=r"not on this machine.*9 does not answer, and it is"):
+        resolve_model("nobody/nothing")
+    with pytest.raises(LorafoldError, match=r"hub dataset: http://127.0.0.1:9 does not answer"):
+        _ = source_from("nobody/nothing").size
+    assert time.monotonic() - began < 10  # with retries half a minute
