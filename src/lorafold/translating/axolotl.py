@@ -33,7 +33,7 @@ from lorafold.translating.rules import (
     without,
 )
 
-TYPICAL_KEYS = (
+SIGNS = (
     "base_model adapter micro_batch_size sequence_len num_epochs lora_r lora_target_linear"
     " sample_packing val_set_size lora_target_modules lora_model_dir"
 )

@@ -27,9 +27,9 @@ from lorafold.translating.rules import (
     without,
 )
 
-TYPICAL_KEYS = (
-    "model_name_or_path finetuning_type stage cutoff_len lora_rank lora_target template"
-    " per_device_train_batch_size num_train_epochs quantization_bit dataset_dir"
+SIGNS = (
+    "finetuning_type stage cutoff_len lora_rank lora_target template quantization_bit dataset_dir"
+    " dataset pref_loss pref_beta adapter_name_or_path preprocessing_num_workers overwrite_cache"
 )
 
 RULES: tuple[Rule, ...] = (

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,37 +20,9 @@ from lorafold.peft.config import CONFIG
 from lorafold.recipe.fitting import left_out, spec_of, trainable_storage
 from lorafold.recipe.reading import parse_yaml
 from lorafold.recipe.recipe import Recipe
-from lorafold.translating import axolotl, llamafactory, peft_config, trl
-from lorafold.translating.rules import TranslatedKey, by_rules, left
+from lorafold.translating.rules import TranslatedKey, left
+from lorafold.translating.tools import TOOLS, kind_of
 from lorafold.translating.translation import Translation
-
-
-@dataclass(frozen=True)
-class Tool:
-    """Another tool: its name, the keys by which its files are recognized (separated by spaces), the
-    function that reads them, and a note on what such a file never says.
-    """
-
-    name: str
-    typical_keys: str
-    entries: Callable[[Mapping[str, Any]], tuple[TranslatedKey, ...]]
-    note: str = ""
-
-
-TOOLS: dict[str, Tool] = {
-    "axolotl": Tool("axolotl", axolotl.TYPICAL_KEYS, axolotl.entries),
-    "llamafactory": Tool(
-        "LLaMA-Factory", llamafactory.TYPICAL_KEYS, partial(by_rules, llamafactory.RULES)
-    ),
-    "trl-grpo": Tool("TRL's GRPO", f"{trl.TYPICAL_KEYS} {trl.OF_GRPO}", trl.entries_of_grpo),
-    "trl-rloo": Tool("TRL's RLOO", f"{trl.TYPICAL_KEYS} {trl.OF_RLOO}", trl.entries_of_rloo),
-    "peft": Tool(
-        "PEFT",
-        peft_config.TYPICAL_KEYS,
-        peft_config.entries,
-        "such a file says nothing of data, base, rates, batch and length: lorafold's defaults hold",
-    ),
-}
 
 
 def translate(path: str | Path, kind: str | None = None) -> Translation:
@@ -64,7 +35,7 @@ def translate(path: str | Path, kind: str | None = None) -> Translation:
         raise LorafoldError(f"kind {kind!r}: expected {', '.join(TOOLS)}")
     source = Path(path) / CONFIG if Path(path).is_dir() else Path(path)
     config = _read(source)
-    tool = TOOLS[kind or _kind_of(source, config)]
+    tool = TOOLS[kind or kind_of(source, config)]
     try:
         entries = tool.entries(config)
         recipe = _recipe(entries)
@@ -119,18 +90,6 @@ def _read(path: Path) -> Mapping[str, Any]:
             " configuration"
         )
     return found
-
-
-def _kind_of(path: Path, config: Mapping[str, Any]) -> str:
-    hits = {kind: len(config.keys() & tool.typical_keys.split()) for kind, tool in TOOLS.items()}
-    best = [kind for kind, n in hits.items() if n == max(hits.values())]
-    if len(best) != 1:
-        keys = ", ".join(list(config)[:8]) or "none"
-        raise LorafoldError(
-            f"{path}: can't tell which tool's it is by its keys ({keys}); expected --kind"
-            f" {', '.join(TOOLS)}"
-        )
-    return best[0]
 
 
 def _recipe(entries: Sequence[TranslatedKey]) -> Recipe:
