@@ -22,7 +22,6 @@ Count = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(min_length=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
-
 # The fields that are options of methods, that come with an adapter to start from, that bear on the
 # memory of a step.
 OF_METHOD = ("rank", "alpha", "dropout", "rank_pattern", "alpha_pattern")
@@ -110,8 +109,7 @@ class Recipe(BaseModel):
         False, description="Leave the reasoning of the assistant's turns out of the loss."
     )
     end_of_turn: Literal["auto", "none"] = Field(
-        "auto",
-        description="Train an end also where the template writes none with a turn, or none there.",
+        "auto", description="Train an end also where the template writes none with a turn, or none."
     )
 
     objective: str = Field(DEFAULT, description=in_words())
@@ -123,8 +121,7 @@ class Recipe(BaseModel):
         ),
     )
     objective_options: dict[str, Any] = Field(
-        {},
-        description="Further options of the objective, as in label_smoothing=0.1 or sft_weight=1.",
+        {}, description="Further options of the objective: label_smoothing=0.1, sft_weight=1."
     )
     storage: storages.StorageName = Field(
         storages.DEFAULT,
@@ -154,9 +151,11 @@ class Recipe(BaseModel):
     warmup: Annotated[float, Field(ge=0, le=1)] = Field(
         0.03, description="The share of the steps over which the learning rate rises."
     )
+    warmup_steps: Count | None = Field(
+        None, description="The number of steps over which it rises, in place of their share."
+    )
     weight_decay: Annotated[float, Field(ge=0)] = Field(
-        0.0,
-        description="AdamW's decoupled weight decay of matrices; vectors, as biases, have none.",
+        0.0, description="AdamW's decoupled weight decay of matrices; vectors (biases) have none."
     )
     clip: Annotated[float, Field(ge=0)] = Field(
         1.0, description="Gradients are scaled down to this norm. 0 leaves them as they are."
@@ -213,8 +212,7 @@ class Recipe(BaseModel):
         0.0, description="The share of the rows to hold out if no held-out rows are given."
     )
     eval_every: Count | None = Field(
-        None,
-        description="Steps between evaluations. Without it at each checkpoint and at the end.",
+        None, description="Steps between evaluations. Without it at each checkpoint and the end."
     )
     save_every: Count | None = Field(
         None, description="Steps between checkpoints. Without it about ten checkpoints a run."
@@ -258,12 +256,14 @@ class Recipe(BaseModel):
         return value
 
     @model_validator(mode="after")
-    def _micro_batches_fit(self) -> "Recipe":
+    def _numbers_fit(self) -> "Recipe":
         if self.batch % self.accumulate:
             raise ValueError(
                 f"accumulate: found {self.accumulate}, expected a divisor of batch, which is"
                 f" {self.batch}"
             )
+        if self.warmup_steps and self.warmup != Recipe.model_fields["warmup"].default:
+            raise ValueError("warmup_steps: found beside warmup, expected one of the two")
         return self
 
     @model_validator(mode="after")
