@@ -7,9 +7,6 @@ of their own, and keys that a recipe has no field for are listed in `no_counterp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from lorafold.translating import axolotl_policies as policies
 from lorafold.translating import axolotl_preferences as preferences
 from lorafold.translating import axolotl_readers as readers
@@ -21,9 +18,7 @@ from lorafold.translating.policies import OWN_DRAWS
 from lorafold.translating.preferences import law_option
 from lorafold.translating.rules import (
     Rule,
-    TranslatedKey,
     all_without,
-    by_rules,
     changed,
     left,
     option,
@@ -149,11 +144,3 @@ RULES: tuple[Rule, ...] = (
         readers.of_lora(lambda value, settings: taken("the base's storage decides"))),
     *(rule for why, keys in AXOLOTL for rule in all_without(why, keys)),
 )  # fmt: skip
-
-
-def entries(config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
-    """Every key of a file as an entry, those of its block `trl` apart where it trains a policy.
-
-    LorafoldError lists every value that can't be read, or that lorafold can't train.
-    """
-    return by_rules(RULES, policies.flat(config))

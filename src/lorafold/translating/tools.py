@@ -9,12 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lorafold.errors import LorafoldError
-from lorafold.translating import axolotl, llamafactory, peft_config, trl_trainers
+from lorafold.translating import (
+    axolotl,
+    axolotl_policies,
+    llamafactory,
+    mlx,
+    mlx_readers,
+    peft_config,
+    trl_trainers,
+)
 from lorafold.translating.rules import Rule, TranslatedKey, by_rules
 
 SHOWN = 8  # the most fields that a line names
@@ -42,19 +49,25 @@ class Tool:
         return [] if self.known is None else [key for key in config if key not in self.known]
 
 
-def _by_rules(name: str, signs: str, rules: Sequence[Rule]) -> Tool:
-    return Tool(name, signs, partial(by_rules, rules), frozenset(rule.key for rule in rules))
+def _by_rules(
+    name: str,
+    signs: str,
+    rules: Sequence[Rule],
+    flat: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
+) -> Tool:
+    """A tool with a table of rules; `flat` gives the keys of its blocks as keys of the file."""
+    known = frozenset(rule.key for rule in rules)
+    return Tool(name, signs, lambda config: by_rules(rules, flat(config)), known)
 
 
 TOOLS: dict[str, Tool] = {
-    "axolotl": Tool(
-        "axolotl", axolotl.SIGNS, axolotl.entries, frozenset(rule.key for rule in axolotl.RULES)
-    ),
+    "axolotl": _by_rules("axolotl", axolotl.SIGNS, axolotl.RULES, axolotl_policies.flat),
     "llamafactory": _by_rules("LLaMA-Factory", llamafactory.SIGNS, llamafactory.RULES),
     **{
         kind: _by_rules(trl_trainers.NAMES[kind], trl_trainers.SIGNS[kind], rules)
         for kind, rules in trl_trainers.RULES.items()
     },
+    "mlx-lm": _by_rules("mlx-lm", mlx.SIGNS, mlx.RULES, mlx_readers.flat),
     "peft": Tool(
         "PEFT",
         peft_config.SIGNS,
