@@ -23,6 +23,7 @@ from lorafold.recipe.recipe import Recipe
 from lorafold.translating.rules import TranslatedKey, left
 from lorafold.translating.tools import TOOLS, kind_of
 from lorafold.translating.translation import Translation
+from lorafold.translating.unsloth_script import arguments_of
 
 
 def translate(path: str | Path, kind: str | None = None) -> Translation:
@@ -34,7 +35,7 @@ def translate(path: str | Path, kind: str | None = None) -> Translation:
     if kind is not None and kind not in TOOLS:
         raise LorafoldError(f"kind {kind!r}: expected {', '.join(TOOLS)}")
     source = Path(path) / CONFIG if Path(path).is_dir() else Path(path)
-    config = _read(source)
+    config = _read(source, kind)
     tool = TOOLS[kind or kind_of(source, config)]
     try:
         entries = tool.entries(config)
@@ -73,7 +74,7 @@ def check_free(out: str | Path, overwrite: bool) -> None:
         raise LorafoldError(f"{out} exists; pass --overwrite to replace it")
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def _read(path: Path, kind: str | None) -> Mapping[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -81,6 +82,8 @@ def _read(path: Path) -> Mapping[str, Any]:
             f"{path}: can't be read: {getattr(error, 'strerror', None) or error}; expected a"
             " training configuration of another tool"
         ) from error
+    if path.suffix == ".py" or kind == "unsloth":
+        return arguments_of(text, str(path))
     if path.suffix == ".json":
         return read_object(path)
     found = parse_yaml(text, str(path))

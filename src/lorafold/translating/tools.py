@@ -21,6 +21,7 @@ from lorafold.translating import (
     mlx_readers,
     peft_config,
     trl_trainers,
+    unsloth,
 )
 from lorafold.translating.rules import Rule, TranslatedKey, by_rules
 
@@ -68,6 +69,14 @@ TOOLS: dict[str, Tool] = {
         for kind, rules in trl_trainers.RULES.items()
     },
     "mlx-lm": _by_rules("mlx-lm", mlx.SIGNS, mlx.RULES, mlx_readers.flat),
+    "unsloth": Tool(
+        "Unsloth",
+        unsloth.SIGNS,
+        unsloth.entries,
+        unsloth.KNOWN,
+        "a script is read and not executed: what it does with its rows before it trains is not"
+        " seen, and is to be done to them before",
+    ),
     "peft": Tool(
         "PEFT",
         peft_config.SIGNS,

@@ -113,7 +113,8 @@ def quantized(bits: int) -> Reader:
     return read
 
 
-COMMON: tuple[Rule, ...] = (
+# Of the model: ModelConfig and what goes with it
+MODEL: tuple[Rule, ...] = (
     Rule("use_peft", use_peft, False),
     Rule("use_dora", read_with("use_peft"), False),
     Rule("use_rslora", read_with("use_peft"), False),
@@ -134,6 +135,17 @@ COMMON: tuple[Rule, ...] = (
     Rule("torch_dtype", dtype),
     Rule("bf16", read_with("dtype"), True),
     Rule("fp16", read_with("dtype"), False),
+    Rule("gradient_checkpointing", to("gradient_checkpointing", boolean), True),
+    Rule("model_name_or_path", option("--model")),
+    Rule("model_revision", lambda value, settings: (
+        taken("the model's own") if value == "main" else option("--revision")(value, settings))),
+    Rule("trust_remote_code", lambda value, settings: (
+        left("pass --trust-remote-code", "--trust-remote-code")
+        if boolean(value) else taken("it is off"))),
+)  # fmt: skip
+
+COMMON: tuple[Rule, ...] = (
+    *MODEL,
     Rule("lr_scheduler_type", trainer.schedule, "linear"),
     *trainer.warmup_rules("lr_scheduler_type", 0),
     Rule("optim", trainer.optimizer, "adamw_torch_fused"),
@@ -142,7 +154,6 @@ COMMON: tuple[Rule, ...] = (
     *trainer.ADAM_RULES,
     Rule("num_train_epochs", to("epochs", number), 3.0),
     Rule("max_steps", trainer.max_steps),
-    Rule("gradient_checkpointing", to("gradient_checkpointing", boolean), True),
     Rule("eval_steps", trainer.interval("eval_every", "each checkpoint is evaluated")),
     Rule("save_steps", trainer.interval("save_every", "there are about ten checkpoints a run")),
     Rule("save_strategy", trainer.interval_strategy),
@@ -151,12 +162,6 @@ COMMON: tuple[Rule, ...] = (
     Rule("test_split_size", trainer.held_out_rows),
     Rule("seed", to("seed", integer)),
     Rule("report_to", trainer.trackers),
-    Rule("model_name_or_path", option("--model")),
-    Rule("model_revision", lambda value, settings: (
-        taken("the model's own") if value == "main" else option("--revision")(value, settings))),
-    Rule("trust_remote_code", lambda value, settings: (
-        left("pass --trust-remote-code", "--trust-remote-code")
-        if boolean(value) else taken("it is off"))),
     Rule("output_dir", option("--out")),
     Rule("overwrite_output_dir", without("pass --overwrite to replace what an earlier run wrote")),
     Rule("do_train", lambda value, settings: taken("lorafold train does it")),
