@@ -19,7 +19,7 @@ from lorafold.recipe.reading import load_recipe
 from lorafold.recipe.recipe import Recipe
 from lorafold.training.request import Request
 from lorafold.training.run import train
-from lorafold.translating import axolotl, llamafactory, trl_trainers
+from lorafold.translating import axolotl, llamafactory, mlx, trl_trainers
 from lorafold.translating.rules import NOT_KNOWN
 from lorafold.translating.run import TOOLS, translate, write
 from lorafold.translating.translation import Translation
@@ -137,7 +137,7 @@ def test_an_axolotl_file_field_by_field(tmp_path):
     assert "packed sequences" in remark(found, "micro_batch_size")
     assert "acme/recipes (chat_template)" in remark(found, "datasets")
     assert found.command("r.yaml") == (
-        "lorafold train --config r.yaml --model acme/tiny-llama --data DATA"
+        "lorafold train --config r.yaml --model acme/tiny-llama --data acme/recipes"
         " --out './outputs/chef one'"
     )
 
@@ -206,6 +206,7 @@ RULES = {
     "axolotl": axolotl.RULES,
     "llamafactory": llamafactory.RULES,
     **trl_trainers.RULES,
+    "mlx-lm": mlx.RULES,
 }
 
 
@@ -217,7 +218,8 @@ def test_every_key_is_told_exactly_once_or_the_file_is_refused_by_name(tmp_path,
     needed = {"lora_r": 4, "lora_alpha": 4, "lora_target_linear": True, "learning_rate": 1e-3}
     draws = 120 if tool.startswith("trl") else 400
     for _ in range(draws):
-        config = {key: VALUES.get(key, draw.choice(WORDS)) for key in draw.sample(known, 6)}
+        some = draw.sample(known, 2 if tool == "mlx-lm" else 6)  # which has few keys
+        config = {key: VALUES.get(key, draw.choice(WORDS)) for key in some}
         config[f"odd_{draw.random()}"] = draw.choice(WORDS)
         if tool == "axolotl":
             config = needed | {"adapter": "lora"} | config
@@ -499,4 +501,4 @@ def test_the_command_prints_the_recipe_and_the_report_apart(tmp_path):
 def test_the_command_refuses_a_file_in_one_line(tmp_path):
     (tmp_path / "theirs.yml").write_text("a: 1\n")
     assert "expected --kind" in refused("recipe", "--from", str(tmp_path / "theirs.yml"))
-    assert set(TOOLS) == {*RULES, "peft"}
+    assert set(TOOLS) == {*RULES, "unsloth", "peft"}

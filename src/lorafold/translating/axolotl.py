@@ -12,6 +12,7 @@ from lorafold.translating import axolotl_preferences as preferences
 from lorafold.translating import axolotl_readers as readers
 from lorafold.translating import trainer
 from lorafold.translating.axolotl_preferences import objective_of
+from lorafold.translating.axolotl_rows import datasets
 from lorafold.translating.convert import boolean, integer, names, number
 from lorafold.translating.no_counterpart import AXOLOTL
 from lorafold.translating.policies import OWN_DRAWS
@@ -106,8 +107,8 @@ RULES: tuple[Rule, ...] = (
         left("pass --trust-remote-code", "--trust-remote-code")
         if boolean(value) else taken("it is off"))),
     Rule("output_dir", option("--out")),
-    Rule("datasets", readers.datasets),
-    Rule("pretraining_dataset", readers.datasets),
+    Rule("datasets", datasets(objective_of)),
+    Rule("pretraining_dataset", datasets(objective_of)),
     Rule("test_datasets", lambda value, settings: (
         left("pass its rows as --eval-data", "--eval-data EVAL_DATA"))),
     Rule("resume_from_checkpoint", without("lorafold resumes runs of its own: --resume")),
@@ -136,7 +137,7 @@ RULES: tuple[Rule, ...] = (
     Rule("process_reward_model", refusing("lorafold's reward models score whole texts")),
     Rule("reinit_weights", refusing("lorafold does not pretrain")),
     Rule("relora", refusing("lorafold does not restart LoRA")),
-    Rule("unfrozen_parameters", refusing("lorafold's full method trains the whole model")),
+    Rule("unfrozen_parameters", readers.unfrozen_parameters),
     Rule("qat", refusing("lorafold does not train for later quantization")),
     Rule("special_tokens",
         without("the tokenizer's own are used; words that are to be tokens: --new-tokens")),

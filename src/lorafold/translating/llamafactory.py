@@ -13,8 +13,9 @@ from lorafold.translating import llamafactory_readers as readers
 from lorafold.translating import trainer
 from lorafold.translating.convert import boolean, integer, names, number
 from lorafold.translating.llamafactory_preferences import objective_of
+from lorafold.translating.llamafactory_rows import dataset
 from lorafold.translating.no_counterpart import LLAMAFACTORY
-from lorafold.translating.preferences import beta, law_option, rows_wanted
+from lorafold.translating.preferences import beta, law_option
 from lorafold.translating.rules import (
     Rule,
     all_without,
@@ -112,8 +113,8 @@ RULES: tuple[Rule, ...] = (
         if boolean(value) else taken("it is off"))),
     Rule("output_dir", option("--out")),
     Rule("overwrite_output_dir", without("pass --overwrite to replace what an earlier run wrote")),
-    Rule("dataset", lambda value, settings: left(
-        f"{rows_wanted(objective_of(settings))}: {value}", "--data DATA")),
+    Rule("dataset", dataset),
+    Rule("dataset_dir", lambda value, settings: taken("it is read with dataset")),
     Rule("eval_dataset", lambda value, settings: (
         left("pass its rows as --eval-data", "--eval-data EVAL_DATA"))),
     Rule("do_train", lambda value, settings: (

@@ -19,7 +19,7 @@ from lorafold.models.storages import made_of
 from lorafold.translating.convert import boolean, choice, integer, names, number, product
 from lorafold.translating.preferences import rows_wanted
 from lorafold.translating.rows import Rows, differing, given_as_data, of_hub
-from lorafold.translating.rules import Outcome, Reader, Settings, changed, left, option, taken
+from lorafold.translating.rules import Outcome, Reader, Settings, changed, flagged, left, taken
 
 BLOCK = "lora_parameters"
 OF_BLOCK = ("rank", "scale", "dropout")
@@ -55,7 +55,10 @@ def of_lora(reader: Reader) -> Reader:
 
 def micro(settings: Settings) -> int:
     """The iterations of an optimizer step."""
-    return settings.read("grad_accumulation_steps", integer)
+    found = settings.read("grad_accumulation_steps", integer)
+    if found < 1:
+        raise LorafoldError(f"grad_accumulation_steps: found {found}, expected 1 or more")
+    return found
 
 
 def fine_tune_type(value: Any, settings: Settings) -> Outcome:
@@ -95,7 +98,10 @@ def optimizer(value: Any, settings: Settings) -> Outcome:
     """The optimizer becomes adamw, with what `optimizer_config` says of it."""
     name = str(value).lower()
     choice(name, "adam", "adamw", "muon", "sgd", "adafactor")
-    given = (settings["optimizer_config"] or {}).get(name) or {}
+    config = settings["optimizer_config"] or {}
+    given = config.get(name) or {} if isinstance(config, dict) else None
+    if not isinstance(given, dict):
+        raise LorafoldError(f"found {name}, and optimizer_config: {config!r}, expected an object")
     fields: dict[str, Any] = {"optimizer": "adamw", "weight_decay": 0.0}
     if name == "adamw":
         fields["weight_decay"] = number(given.get("weight_decay", 0.01))
@@ -116,7 +122,7 @@ def optimizer(value: Any, settings: Settings) -> Outcome:
 
 def learning_rate(value: Any, settings: Settings) -> Outcome | None:
     """`learning_rate` becomes the rate, of LoRA that of both factors; a schedule has its own."""
-    if settings["lr_schedule"]:
+    if settings["lr_schedule"] != CONSTANT:
         return None
     return _rate(value, settings)
 
@@ -139,12 +145,13 @@ def lr_schedule(value: Any, settings: Settings) -> Outcome:
     fields |= {"warmup_steps": warm} if warm else {"warmup": 0.0}
     said = [] if name in SCHEDULES else [f"lorafold has no {name}"]
     if name in SCHEDULES:
-        length, end = arguments[1:3] if name == "cosine_decay" else reversed(arguments[1:3])
-        if number(end or 0):
+        rest = [*arguments[1:], 0, 0][:2]
+        length, end = rest if name == "cosine_decay" else reversed(rest)
+        steps = ceil(settings.read("iters", integer) / micro(settings)) - warm
+        if number(end):
             said.append(f"it ends at {end} there, and at 0 here")
-        steps = ceil(settings.read("iters", integer) / micro(settings))
         if integer(length) != steps:
-            said.append(f"it lasts {length} steps there, and the {steps} of the run here")
+            said.append(f"it falls over {length} steps there, and over {steps} here")
     if warm and number(value.get("warmup_init") or 0):
         said.append(
             f"the warm-up begins at {value['warmup_init']} there, and at a step's share here"
@@ -221,9 +228,9 @@ def model(value: Any, settings: Settings) -> Outcome:
     """
     bits = next((n for n in (4, 8) if f"{n}bit" in str(value)), None)
     if bits is None:
-        passed = option("--model")(value, settings)
+        passed = flagged("--model", value)
         said = f"as the model's files are; {passed.remark}"
-        return Outcome("taken", {"storage": "auto"}, said, passed.flag)
+        return replace(passed, how="taken", fields={"storage": "auto"}, remark=said)
     return Outcome(
         "changed",
         {"storage": made_of(bits)},

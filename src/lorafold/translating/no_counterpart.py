@@ -168,7 +168,7 @@ LLAMAFACTORY = (
      " local_rank ray_run_name ray_storage_path ray_num_workers ray_init_kwargs"
      " resources_per_worker placement_strategy use_ray device_map quantization_device_map use_cpu"),
     ("give that many rows as --data", "max_samples"),
-    (ROWS, "dataset_dir media_dir overwrite_cache preprocessing_num_workers"
+    (ROWS, "media_dir overwrite_cache preprocessing_num_workers"
      " preprocessing_batch_size dataloader_num_workers dataloader_pin_memory streaming buffer_size"
      " mix_strategy interleave_probs tokenized_path data_shared_file_system group_by_length"
      " train_sampling_strategy disable_shuffling dataloader_drop_last dataloader_prefetch_factor"

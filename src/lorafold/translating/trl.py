@@ -168,4 +168,3 @@ COMMON: tuple[Rule, ...] = (
     Rule("resume_from_checkpoint", without("lorafold resumes runs of its own: --resume")),
     *(rule for why, keys in TRL for rule in all_without(why, keys)),
 )  # fmt: skip
-

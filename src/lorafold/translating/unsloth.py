@@ -49,6 +49,16 @@ DEFAULTS = {
 OF_GRPO = {"loss_type": "bnpo", "beta": 0.001}
 # Fields of TRL that the functions of Unsloth have in their place
 OF_MODEL = {rule.key for rule in trl.MODEL} | {"lora_dropout", "learning_rate"}
+# What each trainer trains, where rows are not those of supervised training
+OBJECTIVES = {
+    "trl-dpo": "dpo",
+    "trl-kto": "kto",
+    "trl-orpo": "orpo",
+    "trl-cpo": "simpo",
+    "trl-reward": "reward",
+    "trl-grpo": "grpo",
+    "trl-rloo": "rloo",
+}
 OBJECTS = (
     "model",
     "tokenizer",
@@ -122,13 +132,18 @@ def target_modules(value: Any, settings: Settings) -> Outcome:
     return taken(targets=value if isinstance(value, str) else names(value))
 
 
+def wanted(settings: Settings) -> str:
+    """The rows that the script's trainer takes, in words."""
+    return rows_wanted(OBJECTIVES.get(TRAINERS.get(str(settings["trainer"]), "")))
+
+
 def loaded_rows(value: Any, settings: Settings) -> Outcome:
     """The first dataset that the script loads goes to `--data`."""
     files = settings["load_dataset.data_files"]
     if isinstance(files, str) and value in ("json", "csv", "parquet", "text"):
-        return given_as_data([of_hub(files)], rows_wanted(None))
+        return given_as_data([of_hub(files)], wanted(settings))
     name, split = (settings[f"load_dataset.{key}"] for key in ("name", "split"))
-    return given_as_data([of_hub(value, name, split, files)], rows_wanted(None))
+    return given_as_data([of_hub(value, name, split, files)], wanted(settings))
 
 
 def read_with(key: str) -> Reader:
@@ -192,7 +207,7 @@ OWN: tuple[Rule, ...] = (
       for key in ("name", "split", "data_files")),
     Rule("train_dataset", lambda value, settings: (
         taken("it is load_dataset's") if settings["load_dataset.path"]
-        else left(rows_wanted(None), PLACEHOLDER))),
+        else left(wanted(settings), PLACEHOLDER))),
     Rule("eval_dataset", lambda value, settings: (
         left("pass its rows as --eval-data", "--eval-data EVAL_DATA"))),
     Rule("get_chat_template.chat_template", lambda value, settings: left(
@@ -205,6 +220,7 @@ OWN: tuple[Rule, ...] = (
     *(Rule(f"train_on_responses_only.{key}", lambda value, settings: taken(
         "the loss is on completions, by the template itself"))
       for key in ("instruction_part", "response_part", "tokenizer", "num_proc")),
+    *all_without("the reference is what lies beneath the new adapter", "ref_model"),
     *all_without("what it does is to be done to the rows themselves", "formatting_func"),
     *all_without(ROWS, "callbacks compute_metrics"),
 )  # fmt: skip

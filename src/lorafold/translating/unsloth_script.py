@@ -120,8 +120,9 @@ def _literals(tree: ast.Module) -> Mapping[str, Any]:
         for target in targets:
             for one in ast.walk(target):
                 if isinstance(one, ast.Name):
-                    whole = isinstance(target, ast.Name)
-                    assigned.setdefault(one.id, []).append(node.value if whole else target)
+                    value = getattr(node, "value", target)
+                    found = value if isinstance(target, ast.Name) else target
+                    assigned.setdefault(one.id, []).append(found)
     once = {name: nodes[0] for name, nodes in assigned.items() if len(nodes) == 1}
     values = {name: _value(node, {}) for name, node in once.items()}
     return {name: value for name, value in values.items() if not isinstance(value, Expression)}
