@@ -5,10 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from lorafold.errors import LorafoldError
 from lorafold.recipe.reading import load_recipe
 from lorafold.recipe.recipe import Recipe
+from lorafold.step.optim import set_learning_rates
 
 
 def written(tmp_path: Path, text: str) -> Path:
@@ -138,6 +140,19 @@ def test_learning_rates_are_finite_and_positive(value):
 def test_micro_batches_divide_the_batch():
     assert "accumulate: found 3, expected a divisor of batch, which is 8" in refused(accumulate=3)
     assert Recipe(batch=8, accumulate=4).accumulate == 4
+
+
+def test_a_warm_up_is_a_share_or_a_number_of_steps(tmp_path):
+    assert "warmup_steps: found beside warmup" in refused(warmup=0.1, warmup_steps=5)
+    recipe = Recipe(warmup_steps=5)
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+    group = {"params": [torch.zeros(1)], "lr": 0.0, "peak": 6.0}
+    optimizer, rates = torch.optim.SGD([group]), []
+    for step in range(8):
+        set_learning_rates(optimizer, Recipe(warmup_steps=5, schedule="constant"), step, 8)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 6.0, 6.0]
 
 
 @pytest.mark.parametrize(

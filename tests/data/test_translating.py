@@ -19,7 +19,7 @@ from lorafold.recipe.reading import load_recipe
 from lorafold.recipe.recipe import Recipe
 from lorafold.training.request import Request
 from lorafold.training.run import train
-from lorafold.translating import axolotl, llamafactory, policy_rules, trl
+from lorafold.translating import axolotl, llamafactory, mlx, trl_trainers
 from lorafold.translating.rules import NOT_KNOWN
 from lorafold.translating.run import TOOLS, translate, write
 from lorafold.translating.translation import Translation
@@ -113,7 +113,7 @@ def test_an_axolotl_file_field_by_field(tmp_path):
         lr=2e-4,
         lr_b=3.2e-3,
         schedule="linear",
-        warmup=0.0333,
+        warmup_steps=10,
         weight_decay=0.01,
         clip=0.5,
         optimizer="adamw8bit",
@@ -137,7 +137,7 @@ def test_an_axolotl_file_field_by_field(tmp_path):
     assert "packed sequences" in remark(found, "micro_batch_size")
     assert "acme/recipes (chat_template)" in remark(found, "datasets")
     assert found.command("r.yaml") == (
-        "lorafold train --config r.yaml --model acme/tiny-llama --data DATA"
+        "lorafold train --config r.yaml --model acme/tiny-llama --data acme/recipes"
         " --out './outputs/chef one'"
     )
 
@@ -205,8 +205,8 @@ WORDS = [None, False, True, 0, -1, 1, 3, 0.5, float("inf"), "name", "a,b", ["x"]
 RULES = {
     "axolotl": axolotl.RULES,
     "llamafactory": llamafactory.RULES,
-    "trl-grpo": (*policy_rules.GRPO, *trl.COMMON),
-    "trl-rloo": (*policy_rules.RLOO, *trl.COMMON),
+    **trl_trainers.RULES,
+    "mlx-lm": mlx.RULES,
 }
 
 
@@ -216,11 +216,15 @@ def test_every_key_is_told_exactly_once_or_the_file_is_refused_by_name(tmp_path,
     assert len(set(known)) == len(known)
     draw, told, refusals = random.Random(0), 0, []
     needed = {"lora_r": 4, "lora_alpha": 4, "lora_target_linear": True, "learning_rate": 1e-3}
-    for _ in range(400):
-        config = {key: VALUES.get(key, draw.choice(WORDS)) for key in draw.sample(known, 6)}
+    draws = 120 if tool.startswith("trl") else 400
+    for _ in range(draws):
+        some = draw.sample(known, 2 if tool == "mlx-lm" else 6)  # which has few keys
+        config = {key: VALUES.get(key, draw.choice(WORDS)) for key in some}
         config[f"odd_{draw.random()}"] = draw.choice(WORDS)
         if tool == "axolotl":
             config = needed | {"adapter": "lora"} | config
+        if tool == "trl-cpo":  # of its losses lorafold has this one
+            config |= {"loss_type": "simpo"}
         try:
             found = translated(tmp_path, yaml.safe_dump(config), tool)
         except LorafoldError as error:
@@ -231,8 +235,8 @@ def test_every_key_is_told_exactly_once_or_the_file_is_refused_by_name(tmp_path,
         assert counts == [1] * len(config), config
         odd = next(key for key in config if key.startswith("odd_"))
         assert remark(found, odd).startswith(NOT_KNOWN)
-    assert told > 50
-    assert len(refusals) > 50
+    assert told > draws // 8
+    assert len(refusals) > draws // 8
     for message, config in refusals:
         assert any(f"{key}: " in message or f"{key}, " in message for key in config), message
 
@@ -254,8 +258,8 @@ def test_an_unknown_key_is_listed_with_a_near_name(tmp_path):
         ({"float32": True}, {"storage": "fp32"}),
         ({"lr_scheduler": "constant", "warmup_ratio": 0.2}, {"schedule": "constant", "warmup": 0}),
         ({"lr_scheduler": "rex"}, {"schedule": "cosine"}),
-        ({"warmup_steps": 5}, {"warmup": 0.03}),
-        ({"warmup_steps": 7, "max_steps": 100}, {"warmup": 0.07, "steps": 100}),
+        ({"warmup_steps": 5}, {"warmup": 0.03, "warmup_steps": 5}),
+        ({"warmup_steps": 0.1}, {"warmup": 0.1, "warmup_steps": None}),
         ({"batch_size": 32, "micro_batch_size": 4}, {"batch": 32, "accumulate": 8}),
         ({"val_set_size": 100}, {"eval_fraction": 0.0}),
         ({"optimizer": "paged_adamw_32bit"}, {"optimizer": "adamw"}),
@@ -309,15 +313,6 @@ def test_an_adapter_to_start_from_brings_its_own(tmp_path):
     assert not {"rank", "alpha", "method", "targets"} & found.recipe.model_fields_set
 
 
-@pytest.mark.parametrize("total", [3, 7, 100, 300, 997, 12345])
-def test_warm_up_steps_become_the_share_that_a_run_rounds_to_them(tmp_path, total):
-    from math import ceil
-
-    for steps in {1, 2, total // 3, total - 1, total} - {0}:
-        recipe = axolotl_of(tmp_path, warmup_steps=steps, max_steps=total).recipe
-        assert ceil(recipe.warmup * total) == steps
-
-
 @pytest.mark.parametrize(
     ("text", "part"),
     [
@@ -332,7 +327,7 @@ def test_warm_up_steps_become_the_share_that_a_run_rounds_to_them(tmp_path, tota
         ("base_model: m\nadapter: ia4", "adapter: found 'ia4', expected lora or qlora"),
         ("base_model: m\nlearning_rate: 1\nload_in_4bit: true", "trains the base's own weights"),
         ("a: 1\nb: 2", "can't tell which tool's it is by its keys (a, b)"),
-        ("base_model: m\nstage: sft", "expected --kind axolotl, llamafactory, trl-grpo"),
+        ("base_model: m\nstage: sft", "expected --kind axolotl, llamafactory, trl-sft"),
         ("- a", "found list, expected `name: value` lines"),
         ("a: [1", "not YAML at line 1"),
         ("", "found NoneType"),
@@ -347,7 +342,7 @@ def test_a_file_that_can_not_be_translated_is_one_line(tmp_path, text, part):
 
 
 def test_an_unknown_kind_and_a_missing_file(tmp_path):
-    with pytest.raises(LorafoldError, match="expected axolotl, llamafactory, trl-grpo"):
+    with pytest.raises(LorafoldError, match="expected axolotl, llamafactory, trl-sft"):
         translate(tmp_path, "trl")
     with pytest.raises(LorafoldError, match="No such file"):
         translate(tmp_path / "none.yml")
@@ -506,4 +501,4 @@ def test_the_command_prints_the_recipe_and_the_report_apart(tmp_path):
 def test_the_command_refuses_a_file_in_one_line(tmp_path):
     (tmp_path / "theirs.yml").write_text("a: 1\n")
     assert "expected --kind" in refused("recipe", "--from", str(tmp_path / "theirs.yml"))
-    assert set(TOOLS) == {"axolotl", "llamafactory", "trl-grpo", "trl-rloo", "peft"}
+    assert set(TOOLS) == {*RULES, "unsloth", "peft"}

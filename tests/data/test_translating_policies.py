@@ -2,21 +2,14 @@
 defaults are written, and they train.
 """
 
-import dataclasses
-import json
 
 import pytest
-import yaml
-from transformers import TrainingArguments
-from trl import DatasetMixtureConfig, GRPOConfig, ModelConfig, RLOOConfig
-from trl.scripts.grpo import GRPOScriptArguments
-from trl.scripts.rloo import RLOOScriptArguments
 
 from lorafold.api.train import train
 from lorafold.errors import LorafoldError
 from lorafold.recipe.reading import load_recipe
 from lorafold.recipe.recipe import Recipe
-from lorafold.translating import axolotl_policies, policies, policy_rules, trl
+from lorafold.translating import axolotl_policies, policies
 from lorafold.translating.rules import NOT_KNOWN
 from lorafold.translating.run import write
 from translation_cases import grpo_of, keys, remark, translated, trl_of
@@ -81,19 +74,6 @@ learning_rate: 1.0e-5
 max_steps: 100
 output_dir: out
 """
-TOOLS = {"trl-grpo": (GRPOConfig, GRPOScriptArguments, policy_rules.GRPO),
-         "trl-rloo": (RLOOConfig, RLOOScriptArguments, policy_rules.RLOO)}  # fmt: skip
-
-
-def defaults_of(*kinds):
-    """The fields of dataclasses with their defaults."""
-    found = {}
-    for kind in kinds:
-        for field in dataclasses.fields(kind):
-            made = field.default_factory is not dataclasses.MISSING
-            found[field.name] = field.default_factory() if made else field.default
-    return found
-
 
 def test_an_axolotl_file_field_by_field(tmp_path):
     found = translated(tmp_path, AXOLOTL)
@@ -141,39 +121,14 @@ def test_a_file_of_trl_field_by_field(tmp_path):
     assert keys(found, "left") == {"model_name_or_path", "dataset_name", "output_dir", "use_vllm"}
     assert "no file of yours has accuracy_reward" in remark(found, "reward_funcs")
     assert found.command().endswith(
-        "--model acme/tiny-qwen --data DATA --out out --reward 2*FILE.py:FUNCTION"
+        "--model acme/tiny-qwen --data acme/sums --out out --reward 2*FILE.py:FUNCTION"
     )
     assert "whole groups" in remark(found, "gradient_accumulation_steps")
     write(found, tmp_path / "recipe.yaml")
     assert load_recipe(tmp_path / "recipe.yaml") == found.recipe
 
 
-@pytest.mark.parametrize("kind", TOOLS)
-def test_every_field_of_trl_has_an_outcome_and_its_defaults_are_trls(tmp_path, kind):
-    config, script, rules = TOOLS[kind]
-    theirs = defaults_of(config, script, ModelConfig, DatasetMixtureConfig)
-    known = {rule.key: rule.default for rule in (*rules, *trl.COMMON)}
-    assert set(theirs) <= set(known)
-    written = {key: default for key, default in known.items() if key in theirs}
-    stands_for = {"bf16", "lora_target_modules", "reward_funcs"}  # of None, which TRL looks up
-    differ = {k for k, v in written.items() if v is not None and v != theirs[k]}
-    assert differ == stands_for
-    # what is off without a default of ours is off in theirs
-    silent = trl_of(tmp_path, kind)
-    path = tmp_path / "all.json"
-    given = {"model_name_or_path": "m", "use_peft": True, "reward_funcs": ["rewards.score"]}
-    path.write_text(json.dumps({**theirs, **given}))
-    told = translated(tmp_path, yaml.safe_dump(json.loads(path.read_text())), kind)
-    same = {"seed", "betas", "eps", "eval_every", "save_every"}  # TRL's numbers, now given
-    for name in set(Recipe.model_fields) - same:
-        assert getattr(told.recipe, name) == getattr(silent.recipe, name), name
-    assert all(not e.outcome.remark.startswith(NOT_KNOWN) for e in told.entries)
-    assert sorted(e.key for e in told.entries if e.given or e.key in theirs) == sorted(theirs)
-
-
-def test_trainers_of_transformers_have_no_further_field():
-    beneath = {field.name for field in dataclasses.fields(TrainingArguments)}
-    assert beneath <= set(defaults_of(GRPOConfig))
+def test_axolotls_block_has_trls_keys_and_its_own():
     blocks = {rule.key for rule in axolotl_policies.OF_BLOCK}
     assert {"num_generations", "rollout_func", "use_liger_loss", "vllm_lora_sync"} <= blocks
 

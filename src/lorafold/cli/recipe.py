@@ -14,8 +14,9 @@ def command(
         typer.Option(
             "--from",
             help=(
-                "The configuration: a YAML file of axolotl, LLaMA-Factory, trl grpo or trl rloo, or"
-                " PEFT's adapter_config.json or a directory with it."
+                "The configuration: a YAML file of axolotl, LLaMA-Factory, TRL or mlx-lm, a"
+                " script of Unsloth (.py, which is read and not executed), or PEFT's"
+                " adapter_config.json or a directory with it."
             ),
         ),
     ],
@@ -25,8 +26,8 @@ def command(
     kind: Annotated[
         str | None,
         typer.Option(
-            help="axolotl, llamafactory, trl-grpo, trl-rloo or peft; without it the file's keys"
-            " tell which it is."
+            help="axolotl, llamafactory, trl-sft, trl-dpo, trl-kto, trl-orpo, trl-cpo, trl-reward,"
+            " trl-grpo, trl-rloo, mlx-lm, unsloth or peft; without it the file's keys tell which."
         ),
     ] = None,
     overwrite: Annotated[

@@ -154,6 +154,10 @@ class Fields(BaseModel):
     warmup: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.03, description="The share of the steps over which the learning rate rises."
     )
+    warmup_steps: Count | None = Field(
+        default=None,
+        description="The number of steps over which it rises, in place of their share.",
+    )
     weight_decay: Annotated[float, Field(ge=0)] = Field(
         default=0.0,
         description="AdamW's decoupled weight decay of matrices; vectors, as biases, have none.",

@@ -49,12 +49,14 @@ class Recipe(Fields):
         return value
 
     @model_validator(mode="after")
-    def _micro_batches_fit(self) -> Self:
+    def _numbers_fit(self) -> Self:
         if self.batch % self.accumulate:
             raise ValueError(
                 f"accumulate: found {self.accumulate}, expected a divisor of batch, which is"
                 f" {self.batch}"
             )
+        if self.warmup_steps and self.warmup != type(self).model_fields["warmup"].default:
+            raise ValueError("warmup_steps: found beside warmup, expected one of the two")
         return self
 
     @model_validator(mode="after")

@@ -30,6 +30,10 @@ class Schedule(Protocol):
     def warmup(self) -> float:
         """The share of the steps over which they rise."""
 
+    @property
+    def warmup_steps(self) -> int | None:
+        """The number of steps over which they rise, in place of the share."""
+
 
 # the parameters that may have a learning rate of their own, as a run tells them
 UP, WHOLE = "up factors (LoRA+)", "modules trained whole"
@@ -109,9 +113,9 @@ def in_short(rate: float) -> str:
 def set_learning_rates(optimizer: Optimizer, schedule: Schedule, step: int, steps: int) -> None:
     """Set each group's learning rate to its peak rate times the schedule at this step.
 
-    The rate rises linearly over the first `warmup` share of the steps (rounded up); then it falls
-    to zero along a cosine or a line, or stays. It depends on the step alone, so a checkpoint stores
-    nothing of it.
+    The rate rises linearly over the first `warmup_steps`, or the `warmup` share of the steps
+    (rounded up); then it falls to zero along a cosine or a line, or stays. It depends on the step
+    alone, so a checkpoint stores nothing of it.
 
     Args:
         optimizer: An optimizer over `param_groups`.
@@ -119,7 +123,7 @@ def set_learning_rates(optimizer: Optimizer, schedule: Schedule, step: int, step
         step: The number of the step, from 0.
         steps: The number of steps of the run.
     """
-    warm = math.ceil(schedule.warmup * steps)
+    warm = schedule.warmup_steps or math.ceil(schedule.warmup * steps)
     done = (step - warm) / max(1, steps - warm)
     after = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[
         schedule.schedule

@@ -100,7 +100,7 @@ class Policy(BranchedLoss):
         how: How far the model goes with packed documents; None pads.
         pad_id: The token that fills short sequences.
         longest: The most tokens of a completion.
-        exact: Completions are drawn with the bits that this computes (`lorafold.engine.as_trained`).
+        exact: Completions have the bits that this computes (`lorafold.engine.as_trained`).
     """
 
     def __init__(

@@ -7,23 +7,19 @@ of their own, and keys that a recipe has no field for are listed in `no_counterp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from lorafold.translating import axolotl_policies as policies
 from lorafold.translating import axolotl_preferences as preferences
 from lorafold.translating import axolotl_readers as readers
 from lorafold.translating import trainer
 from lorafold.translating.axolotl_preferences import objective_of
+from lorafold.translating.axolotl_rows import datasets
 from lorafold.translating.convert import boolean, integer, names, number
 from lorafold.translating.no_counterpart import AXOLOTL
 from lorafold.translating.policies import OWN_DRAWS
 from lorafold.translating.preferences import law_option
 from lorafold.translating.rules import (
     Rule,
-    TranslatedKey,
     all_without,
-    by_rules,
     changed,
     left,
     option,
@@ -33,7 +29,7 @@ from lorafold.translating.rules import (
     without,
 )
 
-TYPICAL_KEYS = (
+SIGNS = (
     "base_model adapter micro_batch_size sequence_len num_epochs lora_r lora_target_linear"
     " sample_packing val_set_size lora_target_modules lora_model_dir"
 )
@@ -111,8 +107,8 @@ RULES: tuple[Rule, ...] = (
         left("pass --trust-remote-code", "--trust-remote-code")
         if boolean(value) else taken("it is off"))),
     Rule("output_dir", option("--out")),
-    Rule("datasets", readers.datasets),
-    Rule("pretraining_dataset", readers.datasets),
+    Rule("datasets", datasets(objective_of)),
+    Rule("pretraining_dataset", datasets(objective_of)),
     Rule("test_datasets", lambda value, settings: (
         left("pass its rows as --eval-data", "--eval-data EVAL_DATA"))),
     Rule("resume_from_checkpoint", without("lorafold resumes runs of its own: --resume")),
@@ -141,7 +137,7 @@ RULES: tuple[Rule, ...] = (
     Rule("process_reward_model", refusing("lorafold's reward models score whole texts")),
     Rule("reinit_weights", refusing("lorafold does not pretrain")),
     Rule("relora", refusing("lorafold does not restart LoRA")),
-    Rule("unfrozen_parameters", refusing("lorafold's full method trains the whole model")),
+    Rule("unfrozen_parameters", readers.unfrozen_parameters),
     Rule("qat", refusing("lorafold does not train for later quantization")),
     Rule("special_tokens",
         without("the tokenizer's own are used; words that are to be tokens: --new-tokens")),
@@ -149,11 +145,3 @@ RULES: tuple[Rule, ...] = (
         readers.of_lora(lambda value, settings: taken("the base's storage decides"))),
     *(rule for why, keys in AXOLOTL for rule in all_without(why, keys)),
 )  # fmt: skip
-
-
-def entries(config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
-    """Every key of a file as an entry, those of its block `trl` apart where it trains a policy.
-
-    LorafoldError lists every value that can't be read, or that lorafold can't train.
-    """
-    return by_rules(RULES, policies.flat(config))

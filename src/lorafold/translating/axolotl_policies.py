@@ -13,7 +13,16 @@ from typing import Any
 from lorafold.translating import policies
 from lorafold.translating.convert import integer
 from lorafold.translating.policy_rules import GRPO
-from lorafold.translating.rules import Outcome, Reader, Rule, Settings, all_without, refusing, taken
+from lorafold.translating.rules import (
+    Outcome,
+    Reader,
+    Rule,
+    Settings,
+    all_without,
+    refusing,
+    taken,
+    unless,
+)
 
 BLOCK = "trl"
 PREFIX = f"{BLOCK}."
@@ -24,7 +33,7 @@ DEFAULTS = {
 OWN = (
     Rule("rollout_func", refusing("lorafold draws completions itself, of one turn")),
     Rule("replay_buffer_size", refusing("what was drawn is not used again")),
-    Rule("reroll_start_fraction", policies.unless(1, "prompts are drawn in their order")),
+    Rule("reroll_start_fraction", unless(1, "prompts are drawn in their order")),
     Rule("skip_zero_advantage_batches",
         lambda value, settings: taken("groups without a signal are always left out")),
     *all_without(policies.OWN_DRAWS, "use_data_producer async_prefetch prefetch_depth"

@@ -16,7 +16,15 @@ from lorafold.objectives import OBJECTIVES
 from lorafold.translating import policies
 from lorafold.translating.axolotl_policies import as_trl, beta_key, is_policy
 from lorafold.translating.convert import boolean, choice, integer, names, number
-from lorafold.translating.preferences import NO_DROPOUT, supervised
+from lorafold.translating.preferences import (
+    DPO_LOSSES,
+    NO_DROPOUT,
+    ORPO_TERM,
+    SUPERVISED,
+    of_dpo,
+    smoothing_of_dpo,
+    supervised,
+)
 from lorafold.translating.rules import (
     Outcome,
     Reader,
@@ -28,16 +36,11 @@ from lorafold.translating.rules import (
     taken,
 )
 
-LOSSES = {"sigmoid": "dpo", "hinge": "hinge", "ipo": "ipo"}
 OTHERS = ("ipo", "orpo", "simpo", "kto")
 REFUSED = {
     "gdpo": "lorafold sums rewards before it compares them",
     "ebft": "lorafold has no energy-based objective",
 }
-SUPERVISED = (
-    "TRL averages the supervised term over the chosen tokens of a micro-batch, and lorafold over"
-    " those of each row"
-)
 
 
 def objective_of(settings: Settings) -> str | None:
@@ -46,7 +49,7 @@ def objective_of(settings: Settings) -> str | None:
     if is_policy(settings):
         return policies.objective_of(as_trl(settings))
     if found == "dpo":
-        return LOSSES.get(next(iter(settings.read("dpo_loss_type", names)), ""))
+        return DPO_LOSSES.get(next(iter(settings.read("dpo_loss_type", names)), ""))
     if found in OTHERS:
         return found
     return "reward" if is_reward_model(settings) else None
@@ -76,11 +79,7 @@ def rl(value: Any, settings: Settings) -> Outcome:
     if value == "simpo" and settings["simpo_gamma"] is None:
         raise LorafoldError("simpo_gamma missing, and axolotl has no default for it")
     if value == "orpo":
-        return changed(
-            "TRL's supervised term also learns the prompts, and averages over the tokens of a"
-            " micro-batch; lorafold's learns each chosen completion",
-            objective="orpo",
-        )
+        return changed(ORPO_TERM, objective="orpo")
     return taken(objective=value)
 
 
@@ -90,24 +89,7 @@ def loss_type(value: Any, settings: Settings) -> Outcome | None:
     """
     if settings["rl"] != "dpo":
         return None
-    found, given = names(value), settings["dpo_loss_weights"]
-    weights = [1.0] * len(found)
-    if given is not None:
-        if not isinstance(given, list) or len(given) != len(found):
-            raise LorafoldError(f"found {value!r}, and dpo_loss_weights {given!r}, one for each")
-        weights = [number(one) for one in given]
-    if not found or found[0] not in LOSSES:
-        raise LorafoldError(f"found {value!r}, expected {', '.join(LOSSES)}, of what lorafold has")
-    if found[1:] not in ((), ("sft",)) or weights[0] != 1:
-        raise LorafoldError(
-            f"found {value!r} with weights {weights}, but lorafold has one loss of weight 1 and,"
-            " for sigmoid, sft besides"
-        )
-    objective = LOSSES[found[0]]
-    extra = supervised(weights[1], objective, SUPERVISED) if found[1:] else None
-    if extra is None or not extra.fields:
-        return taken(objective=objective)
-    return changed(extra.remark, objective=objective, **extra.fields)
+    return of_dpo(names(value), settings["dpo_loss_weights"], "dpo_loss_weights")
 
 
 def loss_weights(value: Any, settings: Settings) -> Outcome | None:
@@ -141,15 +123,8 @@ def beta_of(key: str) -> Reader:
 
 
 def label_smoothing(value: Any, settings: Settings) -> Outcome | None:
-    """`dpo_label_smoothing` has no effect on the losses that can be translated: TRL reads it for
-    others only.
-    """
-    if settings["rl"] != "dpo" or not number(value):
-        return None
-    return left(
-        "TRL 1 does not read it for this loss; for cDPO pass --objective-options"
-        f" label_smoothing={number(value):g}"
-    )
+    """`dpo_label_smoothing` has no effect on the losses that can be translated."""
+    return smoothing_of_dpo(value, settings) if settings["rl"] == "dpo" else None
 
 
 def cpo_alpha(value: Any, settings: Settings) -> Outcome | None:

@@ -7,6 +7,7 @@ packed sequences, and lorafold's batch counts rows.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,15 @@ from lorafold.errors import LorafoldError
 from lorafold.models.storages import made_of
 from lorafold.translating import policy_batches, trainer
 from lorafold.translating.axolotl_policies import accumulation, as_trl, is_policy
-from lorafold.translating.axolotl_preferences import objective_of, starts_afresh
+from lorafold.translating.axolotl_preferences import starts_afresh
 from lorafold.translating.convert import boolean, choice, integer, names, number
-from lorafold.translating.preferences import rows_wanted
 from lorafold.translating.rules import Outcome, Reader, Settings, changed, left, taken
 
+# Weights of an adapter of PEFT, as axolotl names them
+OF_LORA = (
+    "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight",
+    "base_model.model.model.layers.17.mlp.down_proj.lora_B.default.weight",
+)
 NO_ADAPTER = "none, the whole model"  # what stands for a file without `adapter`
 
 
@@ -216,12 +221,23 @@ def chat_template_kwargs(value: Any, settings: Settings) -> Outcome:
     )
 
 
-def datasets(value: Any, settings: Settings) -> Outcome:
-    """`datasets` are left: their rows go to `--data`."""
-    found = [d for d in value if isinstance(d, dict)] if isinstance(value, list) else []
-    listed = ", ".join(f"{d.get('path')} ({d.get('type', 'no type')})" for d in found)
-    wanted = rows_wanted(objective_of(settings))
-    return left(f"{wanted}: {listed or value}", "--data DATA")
+def unfrozen_parameters(value: Any, settings: Settings) -> Outcome:
+    """`unfrozen_parameters` are taken where they are all of the adapter's weights. axolotl freezes
+    what no pattern matches after it has attached the adapter, whose weights are called
+    base_model.model.PATH.lora_A.default.weight. LorafoldError where the whole model trains.
+    """
+    if settings["adapter"] == NO_ADAPTER:
+        raise LorafoldError(f"found {value!r}, but lorafold's full method trains the whole model")
+    try:  # a dot is itself there, except before +
+        patterns = [re.compile(re.sub(r"\.(?!\+)", r"\\.", one)) for one in names(value)]
+    except re.error as error:
+        raise LorafoldError(f"found {value!r}, no regular expressions: {error}") from None
+    if all(any(pattern.match(name) for pattern in patterns) for name in OF_LORA):
+        return taken("they are the adapter's weights")
+    return left(
+        "axolotl freezes every weight of the adapter that none matches, by names such as"
+        f" {OF_LORA[0]}; here they all train, and of the base none: --set targets=REGEX"
+    )
 
 
 def new_tokens(value: Any, settings: Settings) -> Outcome:

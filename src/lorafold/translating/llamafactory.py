@@ -13,8 +13,9 @@ from lorafold.translating import llamafactory_readers as readers
 from lorafold.translating import trainer
 from lorafold.translating.convert import boolean, integer, names, number
 from lorafold.translating.llamafactory_preferences import objective_of
+from lorafold.translating.llamafactory_rows import dataset
 from lorafold.translating.no_counterpart import LLAMAFACTORY
-from lorafold.translating.preferences import beta, law_option, rows_wanted
+from lorafold.translating.preferences import beta, law_option
 from lorafold.translating.rules import (
     Rule,
     all_without,
@@ -27,9 +28,9 @@ from lorafold.translating.rules import (
     without,
 )
 
-TYPICAL_KEYS = (
-    "model_name_or_path finetuning_type stage cutoff_len lora_rank lora_target template"
-    " per_device_train_batch_size num_train_epochs quantization_bit dataset_dir"
+SIGNS = (
+    "finetuning_type stage cutoff_len lora_rank lora_target template quantization_bit dataset_dir"
+    " dataset pref_loss pref_beta adapter_name_or_path preprocessing_num_workers overwrite_cache"
 )
 
 RULES: tuple[Rule, ...] = (
@@ -112,8 +113,8 @@ RULES: tuple[Rule, ...] = (
         if boolean(value) else taken("it is off"))),
     Rule("output_dir", option("--out")),
     Rule("overwrite_output_dir", without("pass --overwrite to replace what an earlier run wrote")),
-    Rule("dataset", lambda value, settings: left(
-        f"{rows_wanted(objective_of(settings))}: {value}", "--data DATA")),
+    Rule("dataset", dataset),
+    Rule("dataset_dir", lambda value, settings: taken("it is read with dataset")),
     Rule("eval_dataset", lambda value, settings: (
         left("pass its rows as --eval-data", "--eval-data EVAL_DATA"))),
     Rule("do_train", lambda value, settings: (

@@ -26,12 +26,15 @@ TRL = (
     (NUMBERS, "tf32 fp8 torch_compile torch_compile_backend torch_compile_mode use_liger_kernel"
      " liger_kernel_config bf16_full_eval fp16_full_eval bnb_4bit_quant_storage"
      " label_names prediction_loss_only batch_eval_metrics include_for_metrics"),
-    (MODEL, "model_init_kwargs router_aux_loss_coef ignore_bias_buffers use_cache"),
+    (REFERENCE, "precompute_ref_log_probs precompute_ref_batch_size"),
+    ("the tokenizer's own is used", "eos_token pad_token padding_value"),
+    (MODEL, "is_encoder_decoder model_init_kwargs router_aux_loss_coef ignore_bias_buffers"
+     " use_cache"),
     (PROCESSES, "deepspeed fsdp fsdp_config ddp_timeout ddp_find_unused_parameters ddp_backend"
      " ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph local_rank use_cpu"
      " accelerator_config parallelism_config average_tokens_across_devices log_on_each_node"
      " save_on_each_node eval_use_gather_object"),
-    (ROWS, "dataset_config dataset_train_split dataset_streaming streaming shuffle_dataset"
+    (ROWS, "dataset_num_proc dataset_kwargs dataset_streaming streaming shuffle_dataset"
      " remove_unused_columns dataloader_drop_last dataloader_num_workers dataloader_pin_memory"
      " dataloader_persistent_workers dataloader_prefetch_factor dataloader_in_order"
      " dataloader_multiprocessing_context train_sampling_strategy length_column_name data_seed"
@@ -39,13 +42,14 @@ TRL = (
     (DECAY, "lr_scheduler_kwargs optim_args optim_target_modules"),
     (ABSENT, "neftune_noise_alpha label_smoothing_factor lora_exclude_modules"),
     (MEMORY, "gradient_checkpointing_kwargs activation_checkpointing"
-     " activation_checkpointing_kwargs torch_empty_cache_steps auto_find_batch_size"
+     " activation_checkpointing_kwargs activation_offloading padding_free"
+     " torch_empty_cache_steps auto_find_batch_size"
      " skip_memory_metrics eval_accumulation_steps eval_do_concat_batches"),
     (LOGGING, "logging_steps logging_dir logging_strategy logging_first_step log_level"
      " log_level_replica logging_nan_inf_filter disable_tqdm include_num_input_tokens_seen"
      " per_device_eval_batch_size eval_delay eval_on_start save_only_model enable_jit_checkpoint"
      " load_best_model_at_end metric_for_best_model greater_is_better debug"
-     " restore_callback_states_from_checkpoint do_eval do_predict"),
+     " restore_callback_states_from_checkpoint do_eval do_predict generate_during_eval"),
     (HUB, "push_to_hub hub_model_id hub_token hub_strategy hub_private_repo hub_always_push"
      " hub_revision"),
 )  # fmt: skip
@@ -164,7 +168,7 @@ LLAMAFACTORY = (
      " local_rank ray_run_name ray_storage_path ray_num_workers ray_init_kwargs"
      " resources_per_worker placement_strategy use_ray device_map quantization_device_map use_cpu"),
     ("give that many rows as --data", "max_samples"),
-    (ROWS, "dataset_dir media_dir overwrite_cache preprocessing_num_workers"
+    (ROWS, "media_dir overwrite_cache preprocessing_num_workers"
      " preprocessing_batch_size dataloader_num_workers dataloader_pin_memory streaming buffer_size"
      " mix_strategy interleave_probs tokenized_path data_shared_file_system group_by_length"
      " train_sampling_strategy disable_shuffling dataloader_drop_last dataloader_prefetch_factor"

@@ -36,7 +36,7 @@ from lorafold.translating.rules import (
 )
 from lorafold.translating.trainer import kind_of_lora, target_parameters
 
-TYPICAL_KEYS = "peft_type"
+SIGNS = "peft_type"
 INIT = "init_lora_weights"
 TARGETS = "target_modules"
 # A saved adapter does not depend on these; they are options of the method while it trains.

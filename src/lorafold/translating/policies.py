@@ -174,6 +174,13 @@ def group(value: Any, settings: Settings) -> Outcome:
     return taken(objective="rloo", **fields) if is_leave_one_out(settings) else taken(**fields)
 
 
+def dropout(value: Any, settings: Settings) -> Outcome:
+    """`lora_dropout` is 0 where completions are drawn."""
+    if number(value):
+        return changed(NO_DROPOUT, dropout=0.0)
+    return taken(dropout=0.0)
+
+
 def completion_length(value: Any, settings: Settings) -> Outcome:
     """`max_completion_length` becomes `max_new_tokens`, and with the prompt's the `max_length`."""
     told, prompt = settings.given.get("max_completion_length", value), settings["max_prompt_length"]
@@ -242,17 +249,6 @@ def bound_of_ratios(least: float) -> Reader:
                 f"found {value!r} with num_iterations, but there is no such bound"
             )
         return changed(f"lorafold has no such bound; {RATIOS}")
-
-    return read
-
-
-def unless(neutral: float, why: str) -> Reader:
-    """The reader of a number that asks for what lorafold can't train, unless it is neutral."""
-
-    def read(value: Any, settings: Settings) -> Outcome:
-        if number(value) == neutral:
-            return taken("it is off")
-        raise LorafoldError(f"found {value!r}, but {why}")
 
     return read
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 from lorafold.translating import policies, policy_batches, policy_rewards
 from lorafold.translating.no_counterpart import LOGGING, MEMORY, NUMBERS
 from lorafold.translating.policies import drawn_plainly
-from lorafold.translating.rules import Rule, all_without, refusing, taken, to, without
+from lorafold.translating.rules import Rule, all_without, refusing, taken, to, unless, without
 
 NO_PART = "tokens count alike here, and entropy has no part in the loss"
 STAYS = "lorafold's reference never moves"
@@ -60,8 +60,8 @@ GRPO: tuple[Rule, ...] = (
     Rule("multi_objective_aggregation", policies.aggregation),
     Rule("delta", policies.bound_of_ratios(1)),
     Rule("off_policy_mask_threshold", policies.bound_of_ratios(0)),
-    Rule("top_entropy_quantile", policies.unless(1, NO_PART)),
-    Rule("entropy_coef", policies.unless(0, NO_PART)),
+    Rule("top_entropy_quantile", unless(1, NO_PART)),
+    Rule("entropy_coef", unless(0, NO_PART)),
     Rule("use_adaptive_entropy", refusing(NO_PART)),
     *(Rule(key, lambda value, settings: None)
       for key in ("entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target",

@@ -21,6 +21,7 @@ from typing import Any, Literal, TypeVar
 
 from lorafold.errors import LorafoldError
 from lorafold.recipe.fields import OF_ADAPTER
+from lorafold.translating.convert import number
 
 T = TypeVar("T")
 
@@ -133,6 +134,17 @@ def refusing(why: str) -> Reader:
 
     def read(value: Any, settings: Settings) -> Outcome:
         if is_off(value):
+            return taken("it is off")
+        raise LorafoldError(f"found {value!r}, but {why}")
+
+    return read
+
+
+def unless(neutral: float, why: str) -> Reader:
+    """The reader of a number that asks for what lorafold can't train, unless it is neutral."""
+
+    def read(value: Any, settings: Settings) -> Outcome:
+        if number(value) == neutral:
             return taken("it is off")
         raise LorafoldError(f"found {value!r}, but {why}")
 

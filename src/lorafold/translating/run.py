@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,37 +20,10 @@ from lorafold.peft.config import CONFIG
 from lorafold.recipe.fitting import left_out, spec_of, trainable_storage
 from lorafold.recipe.reading import parse_yaml
 from lorafold.recipe.recipe import UNWORDED, Recipe
-from lorafold.translating import axolotl, llamafactory, peft_config, trl
-from lorafold.translating.rules import TranslatedKey, by_rules, left
+from lorafold.translating.rules import TranslatedKey, left
+from lorafold.translating.tools import TOOLS, kind_of
 from lorafold.translating.translation import Translation
-
-
-@dataclass(frozen=True)
-class Tool:
-    """Another tool: its name, the keys by which its files are recognized (separated by spaces), the
-    function that reads them, and a note on what such a file never says.
-    """
-
-    name: str
-    typical_keys: str
-    entries: Callable[[Mapping[str, Any]], tuple[TranslatedKey, ...]]
-    note: str = ""
-
-
-TOOLS: dict[str, Tool] = {
-    "axolotl": Tool("axolotl", axolotl.TYPICAL_KEYS, axolotl.entries),
-    "llamafactory": Tool(
-        "LLaMA-Factory", llamafactory.TYPICAL_KEYS, partial(by_rules, llamafactory.RULES)
-    ),
-    "trl-grpo": Tool("TRL's GRPO", f"{trl.TYPICAL_KEYS} {trl.OF_GRPO}", trl.entries_of_grpo),
-    "trl-rloo": Tool("TRL's RLOO", f"{trl.TYPICAL_KEYS} {trl.OF_RLOO}", trl.entries_of_rloo),
-    "peft": Tool(
-        "PEFT",
-        peft_config.TYPICAL_KEYS,
-        peft_config.entries,
-        "such a file says nothing of data, base, rates, batch and length: lorafold's defaults hold",
-    ),
-}
+from lorafold.translating.unsloth_script import arguments_of
 
 
 def translate(path: str | Path, kind: str | None = None) -> Translation:
@@ -63,8 +35,8 @@ def translate(path: str | Path, kind: str | None = None) -> Translation:
     if kind is not None and kind not in TOOLS:
         raise LorafoldError(f"kind {kind!r}: expected {', '.join(TOOLS)}")
     source = Path(path) / CONFIG if Path(path).is_dir() else Path(path)
-    config = _read(source)
-    tool = TOOLS[kind or _kind_of(source, config)]
+    config = _read(source, kind)
+    tool = TOOLS[kind or kind_of(source, config)]
     try:
         entries = tool.entries(config)
         recipe = _recipe(entries)
@@ -102,7 +74,7 @@ def check_free(out: str | Path, overwrite: bool) -> None:
         raise LorafoldError(f"{out} exists; pass --overwrite to replace it")
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def _read(path: Path, kind: str | None) -> Mapping[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -110,6 +82,8 @@ def _read(path: Path) -> Mapping[str, Any]:
             f"{path}: can't be read: {getattr(error, 'strerror', None) or error}; expected a"
             " training configuration of another tool"
         ) from error
+    if path.suffix == ".py" or kind == "unsloth":
+        return arguments_of(text, str(path))
     if path.suffix == ".json":
         return read_object(path)
     found = parse_yaml(text, str(path))
@@ -119,18 +93,6 @@ def _read(path: Path) -> Mapping[str, Any]:
             " configuration"
         )
     return found
-
-
-def _kind_of(path: Path, config: Mapping[str, Any]) -> str:
-    hits = {kind: len(config.keys() & tool.typical_keys.split()) for kind, tool in TOOLS.items()}
-    best = [kind for kind, n in hits.items() if n == max(hits.values())]
-    if len(best) != 1:
-        keys = ", ".join(list(config)[:8]) or "none"
-        raise LorafoldError(
-            f"{path}: can't tell which tool's it is by its keys ({keys}); expected --kind"
-            f" {', '.join(TOOLS)}"
-        )
-    return best[0]
 
 
 def _recipe(entries: Sequence[TranslatedKey]) -> Recipe:

@@ -70,13 +70,7 @@ def warmup_rules(scheduler: str, steps_default: int | None) -> tuple[Rule, Rule]
             return None
         if found < 1:  # a share, as transformers 5 reads it
             return taken(warmup=found)
-        total = total_steps(settings)
-        if total is None:
-            return left(
-                "warm-up is a share of the steps here, and their number depends on the rows:"
-                f" --set warmup=SHARE, {integer(value)} over the steps of the run; without it 0.03"
-            )
-        return taken(warmup=warmup_share(integer(value), total))
+        return taken(warmup_steps=integer(value))
 
     def of_ratio(value: Any, settings: Settings) -> Outcome | None:
         steps = settings["warmup_steps"]
@@ -87,16 +81,6 @@ def warmup_rules(scheduler: str, steps_default: int | None) -> tuple[Rule, Rule]
         return taken(warmup=number(value))
 
     return Rule("warmup_steps", of_steps, steps_default), Rule("warmup_ratio", of_ratio)
-
-
-def warmup_share(steps: int, total: int) -> float:
-    """The share of `total` steps that a run rounds up to exactly `steps`, in few digits."""
-    return min(1.0, next(
-        share
-        for digits in range(3, 18)
-        if ceil((share := float(f"{min(steps / total, 1.0):.{digits}g}")) * total)
-        == min(steps, total) or digits == 17
-    ))  # fmt: skip
 
 
 def total_steps(settings: Settings) -> int | None:

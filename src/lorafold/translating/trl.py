@@ -1,48 +1,36 @@
-"""TRL's YAML of `trl grpo` and `trl rloo`: the fields of GRPOConfig or RLOOConfig, of ModelConfig
-and of the script, one rule each, with TRL's own defaults and those of the Trainer beneath.
+"""What every configuration of TRL has, whichever its trainer: the fields of ModelConfig, of the
+script and of the Trainer beneath, one rule each, with TRL's defaults. What is a trainer's own
+stands in `trl_trainers` and `policy_rules`.
 
-Read off TRL 1.16 and transformers 5.24. A file of GRPOConfig's fields alone says nothing of the
+Read off TRL 1.16 and transformers 5.24. A file of a trainer's fields alone says nothing of the
 model: then LoRA is trained, lorafold's default, where `trl` would train the whole model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 from lorafold.errors import LorafoldError
 from lorafold.models.storages import made_of
-from lorafold.translating import policies, policy_batches, trainer
+from lorafold.translating import trainer
 from lorafold.translating.convert import boolean, choice, integer, names, number
 from lorafold.translating.no_counterpart import TRL
-from lorafold.translating.policy_rules import GRPO, RLOO
-from lorafold.translating.preferences import rows_wanted
 from lorafold.translating.rules import (
     Outcome,
     Reader,
     Rule,
     Settings,
-    TranslatedKey,
     all_without,
-    by_rules,
     changed,
     left,
     option,
-    refusing,
     taken,
     to,
     without,
 )
 
-TYPICAL_KEYS = (
-    "model_name_or_path per_device_train_batch_size num_train_epochs dataset_name use_peft"
-    " num_generations max_completion_length reward_funcs reward_weights num_iterations"
-    " mask_truncated_completions steps_per_generation generation_batch_size use_vllm"
-)
-OF_GRPO = "loss_type scale_rewards importance_sampling_level multi_objective_aggregation delta"
-OF_RLOO = "normalize_advantages reward_clip_range"
 BY_ARCHITECTURE = "by architecture"  # what stands for a file without lora_target_modules
+HEAD = "score"  # what transformers calls the head of a reward model
 DTYPES = {"bfloat16": "bf16", "float16": "bf16", "float32": "bf16", "auto": "auto"}
 
 
@@ -76,18 +64,18 @@ def target_modules(value: Any, settings: Settings) -> Outcome:
     return taken(targets="all-linear" if found == ("all-linear",) else found)
 
 
+def modules_to_save(value: Any, settings: Settings) -> Outcome:
+    """`lora_modules_to_save`, without the head that a reward model trains in any case."""
+    others = tuple(name for name in names(value) if name != HEAD)
+    said = f"{HEAD} is trained with a reward model in any case" if HEAD in names(value) else ""
+    return taken(said, modules_to_save=others) if others else taken(said)
+
+
 def learning_rate(value: Any, settings: Settings) -> Outcome:
     """`learning_rate` becomes the rate, of LoRA that of both factors."""
     if not is_lora(settings):
         return taken(lr=number(value))
     return taken("one rate for both factors, no LoRA+", lr=number(value), lr_b=number(value))
-
-
-def dropout(value: Any, settings: Settings) -> Outcome:
-    """`lora_dropout` is 0 where completions are drawn."""
-    if number(value):
-        return changed(policies.NO_DROPOUT, dropout=0.0)
-    return taken(dropout=0.0)
 
 
 def dtype(value: Any, settings: Settings) -> Outcome | None:
@@ -125,24 +113,19 @@ def quantized(bits: int) -> Reader:
     return read
 
 
-def dataset(value: Any, settings: Settings) -> Outcome:
-    """The data are left: their rows go to `--data`."""
-    return left(f"{rows_wanted('grpo')}: {value}", "--data DATA")
-
-
-COMMON: tuple[Rule, ...] = (
+# Of the model: ModelConfig and what goes with it
+MODEL: tuple[Rule, ...] = (
     Rule("use_peft", use_peft, False),
     Rule("use_dora", read_with("use_peft"), False),
     Rule("use_rslora", read_with("use_peft"), False),
     Rule("lora_r", of_lora(to("rank", integer)), 16),
     Rule("lora_alpha", of_lora(to("alpha", number)), 32),
-    Rule("lora_dropout", of_lora(dropout), 0.05),
     Rule("lora_target_modules", of_lora(target_modules), BY_ARCHITECTURE),
     Rule("lora_target_parameters", of_lora(lambda value, settings: (
         trainer.target_parameters(settings["lora_target_modules"], names(value))))),
-    Rule("lora_modules_to_save", of_lora(to("modules_to_save", names))),
-    Rule("lora_task_type", lambda value, settings: taken("it generates") if (
-        choice(value, "CAUSAL_LM")) else None),
+    Rule("lora_modules_to_save", of_lora(modules_to_save)),
+    Rule("lora_task_type", lambda value, settings: taken("the objective decides") if (
+        choice(value, "CAUSAL_LM", "SEQ_CLS")) else None),
     Rule("load_in_4bit", quantized(4), False),
     Rule("load_in_8bit", quantized(8), False),
     Rule("bnb_4bit_quant_type", lambda value, settings: taken("it is part of the base"), "nf4"),
@@ -152,7 +135,17 @@ COMMON: tuple[Rule, ...] = (
     Rule("torch_dtype", dtype),
     Rule("bf16", read_with("dtype"), True),
     Rule("fp16", read_with("dtype"), False),
-    Rule("learning_rate", learning_rate, 1e-6),
+    Rule("gradient_checkpointing", to("gradient_checkpointing", boolean), True),
+    Rule("model_name_or_path", option("--model")),
+    Rule("model_revision", lambda value, settings: (
+        taken("the model's own") if value == "main" else option("--revision")(value, settings))),
+    Rule("trust_remote_code", lambda value, settings: (
+        left("pass --trust-remote-code", "--trust-remote-code")
+        if boolean(value) else taken("it is off"))),
+)  # fmt: skip
+
+COMMON: tuple[Rule, ...] = (
+    *MODEL,
     Rule("lr_scheduler_type", trainer.schedule, "linear"),
     *trainer.warmup_rules("lr_scheduler_type", 0),
     Rule("optim", trainer.optimizer, "adamw_torch_fused"),
@@ -161,10 +154,6 @@ COMMON: tuple[Rule, ...] = (
     *trainer.ADAM_RULES,
     Rule("num_train_epochs", to("epochs", number), 3.0),
     Rule("max_steps", trainer.max_steps),
-    Rule("per_device_train_batch_size", policy_batches.batch, 8),
-    Rule("gradient_accumulation_steps", policy_batches.accumulation, 1),
-    Rule("max_prompt_length", policies.prompt_length),
-    Rule("gradient_checkpointing", to("gradient_checkpointing", boolean), True),
     Rule("eval_steps", trainer.interval("eval_every", "each checkpoint is evaluated")),
     Rule("save_steps", trainer.interval("save_every", "there are about ten checkpoints a run")),
     Rule("save_strategy", trainer.interval_strategy),
@@ -173,29 +162,9 @@ COMMON: tuple[Rule, ...] = (
     Rule("test_split_size", trainer.held_out_rows),
     Rule("seed", to("seed", integer)),
     Rule("report_to", trainer.trackers),
-    Rule("model_name_or_path", option("--model")),
-    Rule("model_revision", lambda value, settings: (
-        taken("the model's own") if value == "main" else option("--revision")(value, settings))),
-    Rule("trust_remote_code", lambda value, settings: (
-        left("pass --trust-remote-code", "--trust-remote-code")
-        if boolean(value) else taken("it is off"))),
     Rule("output_dir", option("--out")),
     Rule("overwrite_output_dir", without("pass --overwrite to replace what an earlier run wrote")),
-    Rule("dataset_name", dataset),
-    Rule("datasets", lambda value, settings: dataset(value, settings) if value else None),
-    Rule("dataset_test_split", without("pass its rows as --eval-data")),
     Rule("do_train", lambda value, settings: taken("lorafold train does it")),
     Rule("resume_from_checkpoint", without("lorafold resumes runs of its own: --resume")),
-    Rule("reward_model_name_or_path", refusing(
-        "lorafold's rewards are functions, patterns, schemas and verifiers")),
     *(rule for why, keys in TRL for rule in all_without(why, keys)),
 )  # fmt: skip
-
-
-def entries_of(rules: tuple[Rule, ...], config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
-    """Every key of a file as an entry, by a trainer's rules."""
-    return by_rules((*rules, *COMMON), config)
-
-
-entries_of_grpo = partial(entries_of, GRPO)
-entries_of_rloo = partial(entries_of, RLOO)

@@ -1,0 +1,239 @@
+"""Readers of mlx-lm's values: each is the function of a rule in `mlx.RULES` and says what becomes
+of that key.
+
+mlx-lm adds scale B A x to a layer's output, so that alpha is scale times the rank. Its iterations
+are micro-batches. It clips no gradients and packs no rows.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import replace
+from math import ceil
+from pathlib import PurePath
+from typing import Any
+
+from lorafold.errors import LorafoldError
+from lorafold.models.storages import made_of
+from lorafold.translating.convert import boolean, choice, integer, names, number, product
+from lorafold.translating.preferences import rows_wanted
+from lorafold.translating.rows import Rows, differing, given_as_data, of_hub
+from lorafold.translating.rules import Outcome, Reader, Settings, changed, flagged, left, taken
+
+BLOCK = "lora_parameters"
+OF_BLOCK = ("rank", "scale", "dropout")
+ALL = "every linear layer"  # what stands for a file without keys
+CONSTANT = "constant"  # what stands for a file without a schedule
+SCHEDULES = {"cosine_decay": "cosine", "linear_schedule": "linear"}
+
+
+def flat(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The file with the keys of its block of LoRA as keys `lora_parameters.KEY`. LorafoldError
+    where it has one without the rank, scale or dropout that mlx-lm asks for.
+    """
+    block = config.get(BLOCK)
+    if block is None:
+        return config
+    if not isinstance(block, dict):
+        raise LorafoldError(f"{BLOCK}: found {block!r}, expected an object of rank, scale, dropout")
+    if missing := [key for key in OF_BLOCK if key not in block]:
+        raise LorafoldError(f"{BLOCK}: {', '.join(missing)} missing, and mlx-lm has no default")
+    rest = {key: value for key, value in config.items() if key != BLOCK}
+    return rest | {f"{BLOCK}.{key}": value for key, value in block.items()}
+
+
+def is_full(settings: Settings) -> bool:
+    """Whether whole layers are trained."""
+    return settings["fine_tune_type"] == "full"
+
+
+def of_lora(reader: Reader) -> Reader:
+    """The same reader, except that the key has no effect where whole layers are trained."""
+    return lambda value, settings: None if is_full(settings) else reader(value, settings)
+
+
+def micro(settings: Settings) -> int:
+    """The iterations of an optimizer step."""
+    found = settings.read("grad_accumulation_steps", integer)
+    if found < 1:
+        raise LorafoldError(f"grad_accumulation_steps: found {found}, expected 1 or more")
+    return found
+
+
+def fine_tune_type(value: Any, settings: Settings) -> Outcome:
+    """`fine_tune_type` becomes the method. LorafoldError where only some layers train whole."""
+    if choice(value, "lora", "dora", "full") == "full" and settings["num_layers"] != -1:
+        raise LorafoldError(
+            f"found 'full' of the last {settings['num_layers']} layers (num_layers), but lorafold's"
+            " full method trains the whole model: num_layers: -1"
+        )
+    return taken(objective="sft", method=value)
+
+
+def alpha(value: Any, settings: Settings) -> Outcome:
+    """`scale` times the rank becomes alpha."""
+    rank = settings[f"{BLOCK}.rank"]
+    return taken("alpha is scale times the rank", alpha=product(value, rank))
+
+
+def num_layers(value: Any, settings: Settings) -> Outcome:
+    """`num_layers` is left, unless it is all: targets name modules, and not the last layers."""
+    if integer(value) < 0:
+        return taken("every layer")
+    return left(
+        f"there the last {integer(value)} layers are adapted, and here all: for fewer --set"
+        " targets=REGEX of their module paths"
+    )
+
+
+def keys(value: Any, settings: Settings) -> Outcome:
+    """`keys` become the targets; without them every linear layer of the blocks is one."""
+    if value == ALL:
+        return taken(targets="all-linear")
+    return taken(targets=names(value))
+
+
+def optimizer(value: Any, settings: Settings) -> Outcome:
+    """The optimizer becomes adamw, with what `optimizer_config` says of it."""
+    name = str(value).lower()
+    choice(name, "adam", "adamw", "muon", "sgd", "adafactor")
+    config = settings["optimizer_config"] or {}
+    given = config.get(name) or {} if isinstance(config, dict) else None
+    if not isinstance(given, dict):
+        raise LorafoldError(f"found {name}, and optimizer_config: {config!r}, expected an object")
+    fields: dict[str, Any] = {"optimizer": "adamw", "weight_decay": 0.0}
+    if name == "adamw":
+        fields["weight_decay"] = number(given.get("weight_decay", 0.01))
+    if name in ("adam", "adamw"):
+        if "betas" in given:
+            fields["betas"] = tuple(number(one) for one in given["betas"])
+        if "eps" in given:
+            fields["eps"] = number(given["eps"])
+        if given.get("bias_correction"):
+            return taken(**fields)
+        return changed(
+            "its moments are not corrected for their start there, and are here", **fields
+        )
+    return changed(
+        "lorafold trains with AdamW only, which may need another learning rate", **fields
+    )
+
+
+def learning_rate(value: Any, settings: Settings) -> Outcome | None:
+    """`learning_rate` becomes the rate, of LoRA that of both factors; a schedule has its own."""
+    if settings["lr_schedule"] != CONSTANT:
+        return None
+    return _rate(value, settings)
+
+
+def _rate(value: Any, settings: Settings) -> Outcome:
+    if is_full(settings):
+        return taken(lr=number(value))
+    return taken("one rate for both factors, no LoRA+", lr=number(value), lr_b=number(value))
+
+
+def lr_schedule(value: Any, settings: Settings) -> Outcome:
+    """`lr_schedule` becomes the rate, the schedule and the warm-up, in optimizer steps."""
+    if value == CONSTANT:
+        return taken("there is no warm-up", schedule="constant", warmup=0.0)
+    if not isinstance(value, dict) or "name" not in value or not value.get("arguments"):
+        raise LorafoldError(f"found {value!r}, expected an object with name and arguments")
+    name, arguments = value["name"], value["arguments"]
+    fields = {**_rate(arguments[0], settings).fields, "schedule": SCHEDULES.get(name, "cosine")}
+    warm = integer(value.get("warmup") or 0)
+    fields |= {"warmup_steps": warm} if warm else {"warmup": 0.0}
+    said = [] if name in SCHEDULES else [f"lorafold has no {name}"]
+    if name in SCHEDULES:
+        rest = [*arguments[1:], 0, 0][:2]
+        length, end = rest if name == "cosine_decay" else reversed(rest)
+        steps = ceil(settings.read("iters", integer) / micro(settings)) - warm
+        if number(end):
+            said.append(f"it ends at {end} there, and at 0 here")
+        if integer(length) != steps:
+            said.append(f"it falls over {length} steps there, and over {steps} here")
+    if warm and number(value.get("warmup_init") or 0):
+        said.append(
+            f"the warm-up begins at {value['warmup_init']} there, and at a step's share here"
+        )
+    return changed("; ".join(said), **fields) if said else taken(**fields)
+
+
+def in_steps(name: str) -> Reader:
+    """The reader of a number of iterations, which becomes one of optimizer steps."""
+    return lambda value, settings: taken(
+        **{name: max(1, ceil(settings.read(key_of(name), integer) / micro(settings)))}
+    )
+
+
+def key_of(name: str) -> str:
+    """The key of mlx-lm that becomes a recipe field in steps."""
+    return {"steps": "iters", "eval_every": "steps_per_eval", "save_every": "save_every"}[name]
+
+
+def batch(value: Any, settings: Settings) -> Outcome:
+    """`batch_size` times accumulation becomes the batch."""
+    return taken(
+        "micro-batch times accumulation, of one machine",
+        batch=integer(value) * micro(settings),
+        accumulate=micro(settings),
+        packing=False,
+        clip=0.0,
+    )
+
+
+def mask_prompt(value: Any, settings: Settings) -> Outcome:
+    """`mask_prompt` trains the last message alone; off, every token."""
+    if boolean(value):
+        return taken("the last message is trained", train_on="last")
+    return changed("there every token is trained; here the assistant's turns and {text} rows are")
+
+
+def data(value: Any, settings: Settings) -> Outcome:
+    """`data` goes to `--data`: a hub dataset, or a directory whose `train.jsonl` is taken."""
+    if settings["hf_dataset"]:
+        return taken("hf_dataset takes its place")
+    columns = {
+        "prompt": settings["prompt_feature"],
+        "completion": settings["completion_feature"],
+        "messages": settings["chat_feature"],
+        "text": settings["text_feature"],
+    }
+    rows = given_as_data([Rows(str(value), str(value), differing(columns))], rows_wanted(None))
+    valid = shlex.quote(str(PurePath(str(value)) / "valid.jsonl"))
+    said = f"{rows.remark}; of a directory train.jsonl is taken: --eval-data {valid}"
+    return replace(rows, remark=said)
+
+
+def hf_dataset(value: Any, settings: Settings) -> Outcome:
+    """`hf_dataset` goes to `--data` and `--columns`."""
+    found = []
+    for one in value if isinstance(value, list) else [value]:
+        if not isinstance(one, dict) or not one.get("path"):
+            raise LorafoldError(f"found {one!r}, expected an object with path")
+        rows = of_hub(one["path"], one.get("config"), one.get("train_split", "train[:80%]"))
+        columns = {
+            "prompt": one.get("prompt_feature"),
+            "completion": one.get("completion_feature"),
+            "messages": one.get("chat_feature"),
+            "text": one.get("text_feature"),
+        }
+        found.append(Rows(rows.name, rows.path, differing(columns), rows.said))
+    return given_as_data(found, rows_wanted(None))
+
+
+def model(value: Any, settings: Settings) -> Outcome:
+    """`model` goes to `--model`, and is held as its files are; a quantized one of MLX has another
+    form.
+    """
+    bits = next((n for n in (4, 8) if f"{n}bit" in str(value)), None)
+    if bits is None:
+        passed = flagged("--model", value)
+        said = f"as the model's files are; {passed.remark}"
+        return replace(passed, how="taken", fields={"storage": "auto"}, remark=said)
+    return Outcome(
+        "changed",
+        {"storage": made_of(bits)},
+        f"{value} is quantized as MLX does it: pass the model that it was made of as --model",
+        "--model MODEL",
+    )
