@@ -10,18 +10,30 @@ lays on a model itself: its fused parts, its adapters' own code and its head.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
+from lorafold.engine.steady import FEW, plain_products
 from lorafold.kernels.table import TRAINING, use
 from lorafold.ops.attention import FORWARD, Scores
 from lorafold.ops.decoding import ATTEND
 from lorafold.ops.documents import Documents
 
+WIDE = 4096  # rows of a matrix that are enough to tell: a head has many times as many
+
 
 def lacks(device: str) -> str:
     """Why passes on a kind of device can't have training's numbers, or nothing."""
     return use(TRAINING) if device == "cpu" else f"found a model on {device}, expected one on a CPU"
+
+
+def unsteady(shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> bool:
+    """Whether products with matrices (out, in) of these shapes depend on the number of rows on this
+    processor, even where that is FEW.
+    """
+    return plain_products({(min(out, WIDE), inn) for out, inn in shapes}, dtype) > FEW
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:

@@ -20,6 +20,7 @@ from torch.autograd.graph import increment_version
 from lorafold.core.attach import only, selection_of
 from lorafold.core.twin import twin
 from lorafold.engine import Engine, Request, Sampling, Stream, Token
+from lorafold.engine.as_trained import lacks, unsteady
 from lorafold.errors import LorafoldError
 from lorafold.generation import end_tokens, text_of
 from lorafold.machine.room import free_bytes
@@ -92,13 +93,18 @@ class Rollouts:
         assert self._engine is not None
         return self._engine
 
-    def open(self, prompt: int, slots: int) -> None:
-        """Open the engine.
+    def open(self, prompt: int, slots: int) -> bool:
+        """Open the engine. Returns whether it is to be `exact`, which this processor's products are
+        not.
 
         Args:
             prompt: the most tokens of a prompt.
             slots: how many completions are drawn at a time.
+
+        Raises LorafoldError where `exact` is asked for, and drawing can't have training's numbers.
         """
+        if self.exact and (why := lacks(self.shell.device.type)):
+            raise LorafoldError(f"exact: {why}")
         nbytes = sum(p.nbytes for p in self.shell.parameters())
         self._stack.enter_context(only(self.shell))
         engine = Engine(
@@ -107,6 +113,11 @@ class Rollouts:
             as_trained=self.exact,
         )  # fmt: skip
         self._engine = self._stack.enter_context(engine)
+        if self.exact and not engine.slotted:
+            raise LorafoldError(f"exact: found a model that draws apart: {engine.structure.why}")
+        return self.exact and unsteady(
+            [(shape.out, shape.inn) for shape in engine.structure.shapes], self.shell.dtype
+        )
 
     def close(self) -> None:
         """Close the engine."""

@@ -40,6 +40,7 @@ from lorafold.objectives.drawing import Drawing, chosen
 from lorafold.objectives.laws import class_of
 from lorafold.objectives.objective import Asked, Objective
 from lorafold.objectives.playing import QUIET, Playing
+from lorafold.ops.arithmetic import multiplying, widens
 from lorafold.ops.philox import key_of
 from lorafold.rewards import as_reward, digest_of
 from lorafold.rewards.naming import adapter_in, parted
@@ -151,6 +152,13 @@ class PolicyObjective(Objective):
                 told = f"dropout: found {dropped:g} in the model or its adapters, taken as 0"
                 console.print(f"{told}: completions are drawn without", highlight=False)
             how = stack.enter_context(branching(model)) if packing else None
+            if drawing.exact and (how is None or not how.packs):
+                raise LorafoldError(
+                    "exact: found padded sequences, expected packed ones, as drawing computes them;"
+                    " turn packing on, or train without exact"
+                )
+            if drawing.exact:  # in the backward too, where checkpointed parts run again
+                stack.enter_context(multiplying(widened=widens(model.dtype), rows=1))
             yield Playing(model, self.law, how, tokenizer.pad_token_id or 0, rollouts, rewards)
 
     def refer(
@@ -158,7 +166,9 @@ class PolicyObjective(Objective):
     ) -> tuple[Feed, Any]:
         """Open what draws, for the longest prompt of both."""
         drawn = self.draws(feed, held_out)
-        loss.rollouts[0].open(drawn.prompt, drawn.slots)
+        if loss.rollouts[0].open(drawn.prompt, drawn.slots):
+            told = "exact: products depend on the number of rows on this processor, so that some"
+            console.print(f"{told} differences of rounding remain", highlight=False)
         return feed, held_out
 
     def examples(self, step: int, planned: Sequence[Prompt], loss: Playing) -> Sequence[Rollout]:

@@ -11,10 +11,9 @@ in another order of sums, or the run ends.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,6 @@ from lorafold.core.evaluating import evaluating
 from lorafold.data.branches import Branched
 from lorafold.data.examples import NO_LOSS, Example
 from lorafold.errors import LorafoldError
-from lorafold.ops.arithmetic import multiplying, widens
 from lorafold.step.branched import BranchedLoss
 from lorafold.step.branches import Branching
 from lorafold.step.head import token_losses
@@ -167,11 +165,7 @@ class Policy(BranchedLoss):
         return (self.law.loss(found) * weights[of]).sum()
 
     def _logps(self, labels: Tensor, lens: Tensor | None, inputs: Mapping[str, Tensor]) -> Tensor:
-        with ExitStack() as stack:
-            stack.enter_context(self.over(labels, lens))
-            if self.exact:
-                model: Any = self.model
-                stack.enter_context(multiplying(widened=widens(model.dtype), rows=1))
+        with self.over(labels, lens):
             return -token_losses(self.model, labels, inputs, self.exact)
 
     def figures(self) -> dict[str, float]:
