@@ -52,7 +52,7 @@ def main() -> None:
         options = {"group": 8, "max_new_tokens": 16, "rewards": named}
         recipe = lf.Recipe(
             objective="grpo", storage="fp32", batch=8, steps=asked.steps, eval_every=asked.steps,
-            lr=1e-4, lr_b=1.5e-3, beta=beta, objective_options=options,
+            lr=1e-4, lr_b=1.5e-3, beta=beta or None, objective_options=options,
         )  # fmt: skip
         learn(recipe, prompts, out, over=sft, eval_data=unseen)
         found = lf.history(out)

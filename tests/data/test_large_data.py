@@ -384,7 +384,7 @@ def test_a_bad_row_of_a_stream_is_told_when_it_is_read(tmp_path: Path) -> None:
     ],
 )
 def test_what_a_stream_cant_do(fields: dict, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(LorafoldError, match=said):
         lf.Recipe(streaming=True, **fields)
 
 
