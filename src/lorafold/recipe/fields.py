@@ -178,7 +178,13 @@ class Fields(BaseModel):
         ),
     )
 
-    epochs: Positive = Field(default=1.0, description="Passes over the training rows.")
+    epochs: Positive | Literal["auto"] = Field(
+        default=1.0,
+        description=(
+            "Passes over the training rows. auto makes at least 100 steps of few rows, ends where"
+            " the held-out loss no longer falls, and keeps the adapter of the best step."
+        ),
+    )
     steps: Count | None = Field(
         default=None, description="The number of optimizer steps. It takes precedence over epochs."
     )

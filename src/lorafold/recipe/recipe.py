@@ -22,6 +22,7 @@ from lorafold.objectives import OBJECTIVES, named
 from lorafold.recipe.fields import OF_METHOD, Fields
 from lorafold.recipe.problems import explain
 
+STEPS = 100  # the least of `epochs="auto"`
 UNWORDED = "unworded"  # the context of those who tell in their own words what is wrong
 
 
@@ -111,7 +112,18 @@ class Recipe(Fields):
 
     def total_steps(self, n_rows: int) -> int:
         """Optimizer steps of a run over `n_rows` training rows."""
-        return self.steps or max(1, ceil(self.epochs * n_rows / self.batch))
+        if self.steps is not None:
+            return self.steps
+        if self.epochs == "auto":
+            return max(STEPS, ceil(n_rows / self.batch))
+        return max(1, ceil(self.epochs * n_rows / self.batch))
+
+    @property
+    def stops(self) -> bool:
+        """Whether training ends where the held-out loss no longer falls, and keeps the best step's
+        adapter.
+        """
+        return self.steps is None and self.epochs == "auto"
 
     def checkpoint_interval(self, total_steps: int) -> int:
         """Optimizer steps between checkpoints."""

@@ -25,6 +25,7 @@ from lorafold.files.intact import check_intact
 from lorafold.files.record import named_as_now
 from lorafold.step.losses import Generated
 
+PATIENCE = 3  # measures in a row without a better one
 FILES = "files"  # of an identity: what the run reads, each by `name` and `sha256`
 
 
@@ -57,6 +58,11 @@ class Progress:
         """The step with the lowest held-out loss, the earliest of equals; None before any."""
         steps = self.evals.keys() - {0}
         return min(steps, key=lambda s: (self.evals[s], s)) if steps else None
+
+    @property
+    def stalled(self) -> bool:
+        """Whether the last PATIENCE measures were no better than one before."""
+        return sum(step > (self.best or 0) for step in self.evals) >= PATIENCE
 
     @property
     def figures(self) -> dict[str, Any]:

@@ -81,7 +81,8 @@ def finish(
     findings: Findings,
 ) -> Trained:
     """Write the adapter to `request.out`, and that of the best step to `<out>.best` if it was an
-    earlier one; then remove the checkpoints. Only the main process writes.
+    earlier one, or in its place where the recipe keeps that; then remove the checkpoints. Only the
+    main process writes.
 
     Args:
         request: Names the output directory, the recipe and the data.
@@ -92,9 +93,11 @@ def finish(
         base: The base's own weights, where the model has only quantized ones.
         findings: What was found in the rows.
     """
+    better = progress.best if progress.best != progress.step else None
+    kept = better if better is not None and request.recipe.stops else progress.step
     result = Trained(
         train_loss=mean_of_last(progress.losses),
-        eval_loss=progress.evals.get(progress.step),
+        eval_loss=progress.evals.get(kept),
         tokens_per_second=progress.tokens / max(progress.seconds, 1e-9),
         peak_bytes=peak_bytes(job.accelerator.device),
         trainable_parameters=sum(p.numel() for p in job.adapter.parameters()),
@@ -139,11 +142,13 @@ def finish(
             path, overwrite=overwrite, card=card, record=record, tokenizer=tokenizer, base=base
         )
 
-    write(request.out, record)
-    if progress.best not in (None, progress.step):
-        _, tensors, _ = job.run.load(job.run.checkpoints()[progress.best])
+    if kept == progress.step:
+        write(request.out, record)
+    if better is not None:
+        _, tensors, _ = job.run.load(job.run.checkpoints()[better])
         job.adapter.load_state_dict(tensors)
-        write(best_path(request.out), record | {"step": progress.best})
+        own = request.out if kept == better else best_path(request.out)
+        write(own, record | {"step": better})
     job.run.remove()
     return result
 

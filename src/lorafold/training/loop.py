@@ -83,7 +83,7 @@ def fit(job: Job, progress: Progress, display: Display) -> Progress:
     if job.measures_before and progress.step == 0:
         measure(job, progress, display)
     with StopRequest() as stop:
-        while progress.step < job.steps:
+        while not over(job, progress):
             start = time.perf_counter()
             try:
                 examples = job.examples(progress.step, next(feed))
@@ -107,11 +107,12 @@ def fit(job: Job, progress: Progress, display: Display) -> Progress:
             display.step(progress.step, loss, progress.tokens / progress.seconds, figures)
             lr = job.optimizer.param_groups[0]["lr"]
             job.accelerator.log({"loss": loss, "lr": lr, **figures}, step=progress.step)
-            last = progress.step == job.steps
-            due = progress.step % save_every == 0 or last or stop.signal is not None
-            evaluate = progress.step % (job.recipe.eval_every or save_every) == 0 or last
+            every = job.recipe.eval_every or save_every
+            evaluate = progress.step % every == 0 or progress.step == job.steps
             if evaluate:
                 measure(job, progress, display)
+            last = over(job, progress)
+            due = progress.step % save_every == 0 or last or stop.signal is not None
             if due or (evaluate and progress.best == progress.step):
                 save(job, progress)
             if stop.signal is not None and not last:
@@ -121,7 +122,15 @@ def fit(job: Job, progress: Progress, display: Display) -> Progress:
                     " with --resume continues from it"
                 )
                 raise Interrupted(message, 128 + stop.signal)
+    if job.recipe.stops and progress.best not in (None, progress.step):
+        told = f"the held-out loss was lowest after step {progress.best}, whose adapter is kept"
+        display.note(f"step {progress.step}: {told}")
     return progress
+
+
+def over(job: Job, progress: Progress) -> bool:
+    """Whether no step is left, or none that would help."""
+    return progress.step == job.steps or (job.recipe.stops and progress.stalled)
 
 
 def measure(job: Job, progress: Progress, display: Display) -> None:

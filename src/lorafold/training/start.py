@@ -21,7 +21,7 @@ from lorafold.data.stream import RowStream
 from lorafold.errors import LorafoldError, listed
 from lorafold.evaluation import Measured
 from lorafold.objectives import OBJECTIVES
-from lorafold.recipe.recipe import Recipe
+from lorafold.recipe.recipe import STEPS, Recipe
 from lorafold.step.adamw import described, make_optimizer, pick
 from lorafold.step.losses import Loss
 from lorafold.step.optim import param_groups, rates, restore_optimizer, restore_rng
@@ -29,6 +29,7 @@ from lorafold.training.checkpoint import FILES, Progress, RunDirectory
 from lorafold.training.loop import Job
 from lorafold.training.setup import Setup
 
+FEW = 30  # steps
 # A resumed run may change these fields: they decide what is watched and kept, not what is learned.
 FREE_ON_RESUME = {"save_every", "eval_every", "keep", "trackers"}
 # What decides which elements are dropped, in the identity of a run with dropout; the second one in
@@ -105,6 +106,12 @@ def prepare(
     )
     if resume:
         console.print(f"resuming after step {progress.step} of {feed.steps}", highlight=False)
+    elif recipe.steps is None and feed.steps < FEW:
+        less = "" if held_out else ", and --eval-fraction 0.1 ends where they no longer help"
+        console.print(
+            f"steps: {feed.steps}, few to learn by: --epochs auto takes {STEPS}{less}",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
     return Job(
         adapter, loss, wrapped, optimizer, accelerator, feed, held_out, recipe, run, feed.steps
     ), progress

@@ -1,0 +1,88 @@
+"""epochs="auto": enough steps of few rows, ended by the held-out loss."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lorafold as lf
+from conftest import lorafold, unestimating
+from lorafold.errors import Interrupted
+from lorafold.training import loop
+
+pytestmark = pytest.mark.usefixtures("unestimated")
+ROWS = [
+    {"prompt": f"Say {word}", "completion": word}
+    for word in ("red", "blue", "green", "gold", "grey", "pink")
+]
+# what is held out contradicts what is learned, so that its loss rises soon
+OTHER = [{"prompt": row["prompt"], "completion": row["completion"][::-1]} for row in ROWS]
+AUTO = {"epochs": "auto", "batch": 2, "max_length": 64, "storage": "fp32", "lr": 0.02, "lr_b": 0.05}
+
+
+def record(out: Path) -> dict[str, Any]:
+    return json.loads((out / "lorafold.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def ended(tiny_model_dir, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("ended") / "out"
+    given: dict[str, Any] = {"model": tiny_model_dir("llama"), "data": ROWS, "eval_data": OTHER}
+    with unestimating():
+        lf.train(lf.Recipe(**AUTO), out=out, **given)
+    return out
+
+
+def test_steps() -> None:
+    recipe = lf.Recipe(epochs="auto", batch=4)
+    assert [recipe.total_steps(n) for n in (3, 400, 401)] == [100, 100, 101]
+    assert lf.Recipe(epochs="auto", steps=7).total_steps(3) == 7
+
+
+def test_training_ends_where_the_held_out_loss_no_longer_falls(ended: Path) -> None:
+    found = record(ended)
+    evals = {int(step): loss for step, loss in found["evals"].items()}
+    best = min(evals, key=evals.__getitem__)
+    assert len(found["losses"]) == max(evals) == best + 30 < 100
+    assert found["step"] == best
+    assert not ended.with_name("out.best").exists()
+
+
+def test_the_adapter_is_that_of_the_best_step(ended: Path, tiny_model_dir) -> None:
+    found = record(ended)
+    measured = lf.evaluate(tiny_model_dir("llama"), OTHER, adapters=ended, storage="fp32")
+    assert measured.loss == pytest.approx(found["evals"][str(found["step"])], rel=1e-5)
+
+
+def test_a_run_that_is_killed_ends_at_the_same_step(
+    ended: Path, tiny_model_dir, tmp_path: Path, monkeypatch
+) -> None:
+    train, calls = loop.train_step, len(record(ended)["losses"])
+
+    def killed(job: Any, examples: Any, step: int) -> float:
+        if step == calls - 5:
+            raise Interrupted("killed", 1)
+        return train(job, examples, step)
+
+    given: dict[str, Any] = {"model": tiny_model_dir("llama"), "data": ROWS, "eval_data": OTHER}
+    recipe, out = lf.Recipe(**AUTO), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", killed)
+        with pytest.raises(Interrupted):
+            lf.train(recipe, out=out, **given)
+    lf.train(recipe, out=out, resume=True, **given)
+    assert record(out)["losses"] == record(ended)["losses"]
+    assert (out / "adapter_model.safetensors").read_bytes() == (
+        ended / "adapter_model.safetensors"
+    ).read_bytes()
+
+
+def test_few_steps_are_told(tiny_model_dir, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    common = ("--data", str(tmp_path / "rows.jsonl"), "--max-length", "64")
+    model = ("--model", str(tiny_model_dir("llama")))
+    said = lorafold("train", *model, *common, "--out", str(tmp_path / "few"))
+    assert "steps: 1, few to learn by: --epochs auto takes 100, and --eval-fr" in said.stderr
+    said = lorafold("train", *model, *common, "--out", str(tmp_path / "asked"), "--steps", "1")
+    assert "few to learn by" not in said.stderr
