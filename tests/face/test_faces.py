@@ -48,6 +48,7 @@ BY_OTHER_MEANS = {
     "score": {"out", "overwrite"},  # the scores have `write`
     "train": {"reward_adapter"},  # rewards="adapter:DIR"
     "compare": {"reward_adapter"},
+    "estimate": {"reward_adapter"},
 }
 # options whose parameter stands in the plural, since a call takes a list where a command repeats
 PLURAL = {

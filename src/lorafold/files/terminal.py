@@ -11,13 +11,13 @@ from textwrap import wrap
 
 WIDTH = 80
 GAP = "  "
-LEAST = 8  # characters that the first column keeps
+ENOUGH, LEAST = 20, 8  # characters of the first column before figures break, and after
 
 
 def text_table(head: Sequence[str], lines: Sequence[Sequence[str]], width: int = WIDTH) -> str:
     """A table of texts. The first column has names, whose texts go on in further lines where the
-    others leave too little room; the others have figures, which stand whole, under headings that
-    break between words.
+    others leave too little room; the others have figures, each of which stands whole. Headings, and
+    cells where there is no room, break between words.
 
     Args:
         head: The headings of the columns.
@@ -25,9 +25,16 @@ def text_table(head: Sequence[str], lines: Sequence[Sequence[str]], width: int =
         width: The most characters of a line.
     """
     columns = [*zip(*lines, strict=True)] or [()] * len(head)
-    sizes = [max(map(len, (*name.split(), *of))) for name, of in zip(head, columns, strict=True)]
-    others = sum(sizes[1:]) + len(GAP) * (len(sizes) - 1)
-    sizes[0] = min(sizes[0], max(LEAST, width - others))
+    words = [
+        max(map(len, " ".join((name, *of)).split())) for name, of in zip(head, columns, strict=True)
+    ]
+    sizes = [max(size, *map(len, of), 0) for size, of in zip(words, columns, strict=True)]
+    room = width - len(GAP) * (len(sizes) - 1)
+    sizes[0] = min(sizes[0], max(ENOUGH, room - sum(sizes[1:])))
+    while sum(sizes) > room and sizes[1:] != words[1:]:
+        widest = max(range(1, len(sizes)), key=lambda n: sizes[n] - words[n])
+        sizes[widest] = words[widest]
+    sizes[0] = min(sizes[0], max(LEAST, room - sum(sizes[1:])))
     rule = ["-" * size for size in sizes]
     return "".join(f"{text}\n" for line in (head, rule, *lines) for text in _folded(line, sizes))
 
