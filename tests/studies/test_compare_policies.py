@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import json
 from dataclasses import replace
@@ -118,7 +119,7 @@ def test_the_command_has_the_same(tiny_model_dir, rewards: Path, tmp_path: Path)
     assert "1/6 base: reward" in done.stderr
     shown = " ".join((tmp_path / "page.html").read_text().split())
     assert shown.count("<svg") == 4
-    assert f"<p>{found['verdict']}.</p>" in shown
+    assert f"<p>{html.escape(found['verdict'])}.</p>" in shown
     assert "held-out reward (higher is better)" in shown
     assert "oss and exact match" not in shown
     assert "held-out loss" not in shown

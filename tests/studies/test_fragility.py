@@ -25,6 +25,7 @@ from lorafold.api.opened import opened
 from lorafold.core.attach import adapted_modules, selection_of
 from lorafold.data.prompts import Prompt, prompts_of
 from lorafold.data.stored import Rows
+from lorafold.evaluation.intervals import student
 from lorafold.inspecting.updates import Svd, of_dense, of_factors
 from lorafold.models.loading import load_tokenizer
 from lorafold.opening import Base
@@ -155,7 +156,7 @@ def test_log_odds_and_kl_by_their_formulas(model_dir, tmp_path: Path) -> None:
         )
         odds.append(torch.tensor([cant, no], dtype=torch.float64).logsumexp(0).item() - sure)
     assert found.log_odds == pytest.approx(sum(odds) / len(odds), abs=1e-4)
-    half = 1.959964 * torch.tensor(odds).std().item() / len(odds) ** 0.5
+    half = student(len(odds)) * torch.tensor(odds).std().item() / len(odds) ** 0.5
     assert found.log_odds_interval == pytest.approx(
         (found.log_odds - half, found.log_odds + half), abs=1e-4
     )

@@ -48,15 +48,12 @@ def _next(out: Path) -> Iterator[str]:
         quote(str(out / name)) for name in ("merged", "train.jsonl", "test.jsonl")
     )
     mine = quote(str(out / "mine"))
-    yield "Ask the merged model, measure the adapter, see what training sees, train your own:"
+    yield "Ask the merged model, measure the adapter, see what training sees, train again:"
     yield f"{run} generate --model {merged} --system JSON --prompt {quote(PROMPT)}"
     yield f"{run} eval --model {MODEL} --adapter {adapter} --data {test}"
     yield f"{run} train --model {MODEL} --data {train} --out {mine} --preview"
     yield f"{run} train --model {MODEL} --data {train} --out {mine} --rank 8 --steps 20"
-    yield (
-        'Ask it for "a table for four at Chez Luigi on Friday at 8pm" in the browser, beside the'
-        " base:"
-    )
+    yield 'Ask it for "a table for four at Chez Luigi on Friday at 8pm", beside the base:'
     yield f"{run} serve --model {MODEL} --adapters {quote(str(out))} --open"
 
 

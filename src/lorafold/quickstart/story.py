@@ -40,19 +40,15 @@ from lorafold.training.run import train
 PROMPT = "book a table for two at Chez Mario on Sunday at 7pm"
 MODEL = "smollm2"
 UNSEEN = 200  # rows of the test split
-# exact match from which on it is, in words: a run on two cores had 99% and more
+# from which exact match on it is so, in words; a run on an AMD EPYC in fp32 had 100%
 LEARNED = (
     (0.9, "good: it has learned the task"),
     (0.5, "middling: it has learned most of the form, and more steps would help"),
     (0.0, "poor: it has not learned the task, which on this task means that something is wrong"),
 )
-ROUNDING = 1e-3  # nats a token; what storing 16-bit sums costs is far below
+ROUNDING = 1e-3  # nats a token; sums rounded to the 16 bits of the files had 1.3e-4 in that run
 CHANGED = "more than rounding: look at `merge.json` before you use it"
-# 12 steps in fp32, one thread of a Xeon: 80 and 88 tokens/s compiled, 86 and 95 not; of dropout see
-# `ops.dropout`
-UNCOMPILED = (
-    "torch computes the same, which takes no longer here; training with dropout would take longer"
-)
+UNCOMPILED = "torch computes the same in more passes over memory, so that a step may take longer"
 # the base in fp32 on every machine, so that figures of commands that use this recipe are comparable
 RECIPE = Recipe(steps=100, batch=4, dropout=0.0, storage="fp32", max_length=256)
 
