@@ -203,7 +203,7 @@ def test_a_comparison_of_two(model: str, tmp_path: Path) -> None:
     found = lf.compare(
         tmp_path / "c", model=model, data=ROWS, methods=["lora", "bitfit"], recipe=recipe
     )
-    assert [row.method for row in found.rows] == ["lora", "bitfit"]
+    assert [row.method for row in found.rows] == ["base", "lora", "bitfit"]
     assert (tmp_path / "c" / "table.md").read_text() == str(found)
 
 

@@ -41,11 +41,14 @@ VERBS = {
     "fragility": ("fragility", LOADS),
 }
 # what the command alone has: how it prints, and what a call in Python does by other means
-OF_COMMANDS = {"json", "html", "config", "sets", "help", "preview", "cheatsheet", "fail_under"}
+OF_COMMANDS = {
+    "json", "html", "wide", "config", "sets", "help", "preview", "cheatsheet", "fail_under",
+}  # fmt: skip
 BY_OTHER_MEANS = {
     "score": {"out", "overwrite"},  # the scores have `write`
     "train": {"reward_adapter"},  # rewards="adapter:DIR"
     "compare": {"reward_adapter"},
+    "estimate": {"reward_adapter"},
 }
 # options whose parameter stands in the plural, since a call takes a list where a command repeats
 PLURAL = {

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 from pathlib import Path
+from shlex import quote
 
 import pytest
 import torch
 from rich.console import Console
 
+from lorafold.cli.quickstart import this_command
+from lorafold.machine.cores import processor_name
+from lorafold.models.storage import Storage
 from lorafold.ops.arithmetic import multiplying
 from lorafold.peft.saved import Saved
 from lorafold.quickstart import story as module
-from lorafold.quickstart.story import RECIPE, fastest, quickstart
+from lorafold.quickstart.story import RECIPE, Story, computing, fastest, quickstart
 
 CPU = torch.device("cpu")
 
@@ -57,4 +64,57 @@ def test_the_whole_story_is_told_on_it(tmp_path: Path, monkeypatch: pytest.Monke
     assert found.base == "bf16"
     assert Saved.open(found.adapter).record["recipe"]["storage"] == "bf16"
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert text.startswith("base: bf16: this CPU has AMX\n")
+    first, second, third, *_ = text.splitlines()
+    assert first.startswith(f"processor: {processor_name()}, ")
+    assert first.endswith(", multiplying in bf16")
+    assert second == "base: bf16: this CPU has AMX"
+    assert third.startswith("C++ operations: ")
+
+
+def test_a_processor_without_a_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "use", lambda _: "found no C++ compiler")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    told = [*computing(CPU, Storage(torch.float32, None, "fp32: as asked"))]
+    assert ", 1 thread on " in told[0]
+    assert told[0].endswith("multiplying in fp32")
+    assert told[1:] == [
+        "base: fp32: as asked", f"C++ operations: found no C++ compiler; {module.UNCOMPILED}"
+    ]  # fmt: skip
+
+
+def test_each_figure_is_said_and_judged() -> None:
+    def said(after: float, kl: float | None) -> str:
+        return "\n".join(Story(0.0, after, 60, 90, "a", "m", 10**6, 10**8, kl, "fp32").meaning())
+
+    assert "99.0% after: the share of" in said(0.99, 1e-6)
+    assert "to the letter; good" in said(0.99, 1e-6)
+    assert "no difference but rounding: good" in said(0.99, 1e-6)
+    assert "middling" in said(0.7, 1e-6)
+    assert "poor" in said(0.1, 1e-2)
+    assert "more than rounding" in said(0.1, 1e-2)
+    assert "costs 1.0% of a model" in said(0.1, None)
+    assert "KL" not in said(0.1, None)
+
+
+@pytest.mark.parametrize("there", ["on the path", "elsewhere", "as a module"])
+def test_its_commands_run_from_where_it_ran(
+    there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bin_ = tmp_path / "a b" / "bin"
+    bin_.mkdir(parents=True)
+    script = bin_ / "lorafold"
+    script.write_text(f"#!{sys.executable}\nprint('ran')\n")
+    script.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    path = [str(bin_)] if there == "on the path" else []
+    monkeypatch.setenv("PATH", os.pathsep.join([*path, "/usr/bin", "/bin"]))
+    module_run = there == "as a module"
+    typed = str(tmp_path / "lorafold" / "__main__.py") if module_run else "a b/bin/lorafold"
+    monkeypatch.setattr(sys, "argv", [typed])
+    run = this_command()
+    if there == "as a module":
+        assert run == f"{quote(sys.executable)} -m lorafold"
+        return
+    assert run == ("lorafold" if there == "on the path" else "'a b/bin/lorafold'")
+    done = subprocess.run(run, shell=True, capture_output=True, text=True, check=True)
+    assert done.stdout == "ran\n"

@@ -224,3 +224,10 @@ def test_json_is_replaced_in_one_step(tmp_path):
         write_json(tmp_path / "nowhere" / "b.json", {})
     assert os.listdir(tmp_path) == ["a.json"]
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["name"] == "Zoë"
+
+
+def test_a_directory_is_no_file_to_write(tmp_path: Path) -> None:
+    with pytest.raises(LorafoldError) as told:
+        write_json(tmp_path, {})
+    assert str(told.value) == f"{tmp_path}: found a directory, expected the name of a file"
+    assert not [*tmp_path.iterdir()]

@@ -96,14 +96,17 @@ def test_classifiers_are_compared_too(tiny_model_dir, tmp_path: Path) -> None:
     ]
     recipe = RECIPE.model_copy(update={"objective": "classify"})
     task = Task(Base(tiny_model_dir("llama"), device="cpu"), texts, texts[:4], "texts", recipe)
-    probe, lora = compare(task, ["linear-probe", "lora"], [0], tmp_path, lambda *_: None)
+    both = ["linear-probe", "lora"]
+    base, probe, lora = compare(task, both, [0], tmp_path, lambda *_: None)
+    assert (base.method, base.trainable_parameters) == ("base", None)
+    assert base.loss_interval is not None
     assert probe.trainable_parameters < lora.trainable_parameters
     for row in (probe, lora):
         assert row.mergeable
         assert row.exact_match is not None
         assert row.forgetting_kl is row.latency_attached is row.latency_merged is None
         assert row.prefill_merged is not None
-    page([probe, lora], "Methods", tmp_path / "page.html")
+    page([base, probe, lora], "Methods", tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text().count("<svg") == 2
 
 
@@ -146,15 +149,19 @@ def test_rows_are_measured_kept_and_shown(tiny_model_dir, tmp_path: Path, monkey
         tmp_path,
         lambda row, done, total: told.append(f"{row.method} {done}/{total}"),
     )
-    assert told == ["lora 1/3", "houlsby 2/3", "full 3/3"]
-    lora, houlsby, full = rows
+    assert told == ["base 1/4", "lora 2/4", "houlsby 3/4", "full 4/4"]
+    base, lora, houlsby, full = rows
+    alone = lf.evaluate(tiny_model_dir("llama"), ROWS[:4], max_length=64, storage="fp32")
+    assert (base.loss, base.loss_interval) == (alone.loss, alone.loss_interval)
+    assert base.row_losses == alone.losses
+    assert base.peak_bytes is base.mergeable is None
     assert (lora.mergeable, houlsby.mergeable, full.mergeable) == (True, False, True)
     assert (lora.modifies_architecture, houlsby.modifies_architecture) == (False, True)
     assert houlsby.latency_merged is None
     assert full.trainable_share == 1.0
     assert lora.forgetting_kl >= 0
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "rows").iterdir()}
-    assert len(stamps) == 3
+    assert len(stamps) == 4
 
     def never(*_: object) -> None:
         raise AssertionError
@@ -171,7 +178,7 @@ def test_rows_are_measured_kept_and_shown(tiny_model_dir, tmp_path: Path, monkey
         # other defaults, another row
         other = run.key(task, "lora")
         assert other not in {p.stem.rpartition("-")[2] for p in stamps}
-    assert markdown(rows).count("\n") == 5
+    assert markdown(rows).count("\n") == 8
     page(rows, "Methods <on> rows", tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
     assert text.count("<svg") == 4
@@ -179,7 +186,7 @@ def test_rows_are_measured_kept_and_shown(tiny_model_dir, tmp_path: Path, monkey
     assert "| 3.5000 (3.0000 to 4.0000) |" in markdown(
         [replace(lora, loss=3.0), replace(lora, seed=1, loss=4.0)]
     )
-    assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 3
+    assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 4
 
 
 @pytest.mark.slow

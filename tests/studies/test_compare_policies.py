@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import html
 import io
 import json
 from dataclasses import replace
 from pathlib import Path
-from statistics import NormalDist, fmean, stdev
+from statistics import fmean, stdev
 from typing import Any
 
 import pytest
@@ -17,10 +18,11 @@ from conftest import lorafold, refused
 from lorafold.api.compare import Comparison
 from lorafold.comparing import latency, run
 from lorafold.comparing.measure import BASE, Measurement, measure
+from lorafold.comparing.paired import Difference, over_base, verdict
 from lorafold.comparing.plots import Quality
-from lorafold.comparing.report import columns, markdown
-from lorafold.comparing.rewards import Difference, over_base, verdict
+from lorafold.comparing.report import columns, deciding, markdown
 from lorafold.errors import LorafoldError
+from lorafold.evaluation.intervals import student
 from lorafold.methods import METHODS, make_spec
 from lorafold.recipe.fitting import spec_of
 
@@ -94,8 +96,9 @@ def test_rows_are_what_training_and_evaluating_alone_give(
     assert [*columns(found.rows)][:6] == [
         "method", "trainable", "share", "adapter MB", "seconds", "tokens/s"
     ]  # fmt: skip
-    assert {"reward", "95%", "over base", f"reward {rewards}:short"} <= {*columns(found.rows)}
-    assert not {"loss", "exact"} & {*columns(found.rows)}
+    names = {*columns(found.rows)}
+    assert {"reward", "reward 95%", "over base", f"reward {rewards}:short"} <= names
+    assert not {"loss", "exact"} & names
 
 
 @pytest.mark.slow
@@ -112,11 +115,11 @@ def test_the_command_has_the_same(tiny_model_dir, rewards: Path, tmp_path: Path)
     found = json.loads(done.stdout.splitlines()[-1])
     assert [row["method"] for row in found["rows"]] == [BASE] * 2 + ["lora"] * 2 + ["ia3"] * 2
     assert {*found["over_base"]} == {"lora", "ia3"}
-    assert found["verdict"].startswith("highest held-out reward: ")
+    assert "highest held-out reward" in found["verdict"]
     assert "1/6 base: reward" in done.stderr
     shown = " ".join((tmp_path / "page.html").read_text().split())
     assert shown.count("<svg") == 4
-    assert f"<p>{found['verdict']}.</p>" in shown
+    assert f"<p>{html.escape(found['verdict'])}.</p>" in shown
     assert "held-out reward (higher is better)" in shown
     assert "oss and exact match" not in shown
     assert "held-out loss" not in shown
@@ -193,26 +196,72 @@ SAME = policy("ia3", *(x + gain for x, gain in zip(HARD, (-0.1, 0.0, 0.1), stric
 
 def test_a_difference_is_of_prompts_in_pairs() -> None:
     gain = over_base([BEFORE, BETTER])["lora"]
-    half = NormalDist().inv_cdf(0.975) * stdev((0.05, 0.06, 0.07)) / 3**0.5
+    half = student(3) * stdev((0.05, 0.06, 0.07)) / 3**0.5
     assert gain.mean == pytest.approx(0.06)
     assert gain.interval == pytest.approx((0.06 - half, 0.06 + half))
     assert gain.above
-    assert not Difference.of([1.0], [0.0]).above  # one prompt says nothing
+    assert not Difference.of([(1.0, 1)], [(0.0, 1)]).above  # one prompt says nothing
     two = [BEFORE, replace(BEFORE, seed=1), BETTER, policy("lora", 0.1, 0.5, 0.9, seed=1)]
     assert over_base(two)["lora"].mean == pytest.approx(0.03)
 
 
-def test_the_highest_reward_is_the_best() -> None:
-    told = verdict([BEFORE, SAME, BETTER])
-    assert told.startswith("highest held-out reward: lora, +0.06 (95%: +0.04868 to +0.07132) over")
-    assert told.endswith("prompts; not told from lora: ia3")
-    worse = policy("ia3", *(x - gain for x, gain in zip(HARD, (0.05, 0.06, 0.07), strict=True)))
-    assert verdict([BEFORE, worse, BETTER]).endswith("over the base, paired by prompts")
-    assert "which does not tell it from the base" in verdict([BEFORE, worse, SAME])
+WORSE = policy("ia3", *(x - gain for x, gain in zip(HARD, (0.05, 0.06, 0.07), strict=True)))
+
+
+def test_the_best_is_named_where_the_prompts_tell_it_from_all_others() -> None:
+    told = verdict([BEFORE, WORSE, BETTER])
+    assert told == (
+        "highest held-out reward: lora, +0.06 (95%: +0.03516 to +0.08484) over the base, paired by"
+        " prompts"
+    )
     assert markdown([BEFORE, BETTER]).endswith(f"\n\n{verdict([BEFORE, BETTER])}\n")
-    loss = Measurement("lora", 0, loss=1.0)
-    assert (verdict([loss]), over_base([loss])) == ("", {})
-    assert [*columns([loss])] == ["method", "loss"]
+    tie = verdict([BEFORE, SAME, BETTER])
+    assert tie.startswith("no best method: lora has the highest held-out reward, and in pairs")
+    assert tie.endswith("these prompts don't tell it from ia3; nor ia3 from the base")
+    alone = verdict([BEFORE, SAME])
+    assert alone.endswith("paired by prompts, which does not tell it from the base")
+
+
+def losses(method: str, *rows: float) -> Measurement:
+    tokens = (10, 40, 10, 40)
+    units = tuple((row * n, n) for row, n in zip(rows, tokens, strict=True))
+    loss = sum(s for s, _ in units) / sum(tokens)
+    return Measurement(
+        method, 0, 10, loss=loss, row_losses=units, exact_match=0.5, train_seconds=1.0
+    )
+
+
+def test_losses_are_compared_in_pairs_too() -> None:
+    base, lora = losses(BASE, 1, 2, 3, 4), losses("lora", 0.5, 1.5, 2.5, 3.4)
+    same = losses("ia3", 0.4, 1.6, 2.4, 3.5)
+    assert over_base([base, lora])["lora"].mean == pytest.approx(-0.54)
+    assert verdict([base, lora]).startswith("lowest held-out loss: lora, -0.54 (95%: ")
+    assert verdict([base, lora]).endswith("against the base, paired by rows")
+    tie = verdict([base, lora, same])
+    assert tie.startswith("no best method: ")
+    assert "don't tell it from" in tie
+    assert "the base" not in tie  # both are below it
+    worse = losses("dora", 1.5, 2.5, 3.5, 4.4)
+    assert verdict([base, worse]).endswith("which does not tell it from the base")
+    assert [*columns([base, lora])] == [
+        "method", "trainable", "seconds", "loss", "loss 95%", "over base", "exact"
+    ]  # fmt: skip
+    assert (verdict([lora]), over_base([lora])) == ("", {})
+
+
+def test_what_decides_fits_a_terminal_whole() -> None:
+    """Also long figures and names; nothing is cut."""
+    rows = [BEFORE, BETTER, policy("linear-probe", -1234.5, 17.25, 99.75)]
+    many = [replace(row, peak_bytes=int(12.5e9), train_seconds=12345.0) for row in rows]
+    base, lora = losses(BASE, 1, 2, 3, 4), losses("lora", 0.5, 1.5, 2.5, 3.4)
+    for shown in (deciding(many), deciding([base, lora]), deciding([lora, replace(lora, seed=1)])):
+        assert max(map(len, shown.splitlines())) <= 80
+        assert "…" not in shown
+    assert "12.50  12,345" in deciding(many)
+    assert "-0.5400 ±" in deciding([base, lora])
+    assert "Means over 2 seeds." in deciding([lora, replace(lora, seed=1)])
+    head = deciding([base, lora]).split("---")[0].split()
+    assert head == ["method", "loss", "over", "base", "exact", "time", "trained", "s"]
 
 
 def test_up_is_the_reward_in_plots() -> None:
@@ -233,6 +282,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a method that asks for losses": (
         {"rewards": "regex:a", "methods": ["lora", "fish"]}, "method: found fish, which chooses",
     ),
+    "a reward of no form": ({"rewards": "nosuch"}, "reward 'nosuch': expected FILE.py:fn, "),
+    "no such file": ({"rewards": "nosuch.py:fn"}, "reward nosuch.py:fn: found no file"),
+    "no regular expression": ({"rewards": "regex:("}, r"reward regex:\(: it is no regular"),
     "no such reward model": ({"rewards": "adapter:a"}, "a: found no adapter_config.json"),
 }  # fmt: skip
 
@@ -242,7 +294,7 @@ def test_bad_input(case: str, tiny_model_dir, tmp_path: Path) -> None:
     given, said = BAD[case]
     with pytest.raises(LorafoldError, match=said):
         compared(tmp_path / "c", tiny_model_dir("llama"), **given)
-    assert not [*tmp_path.rglob("*.json")]
+    assert not [*tmp_path.iterdir()]  # nor an empty folder
 
 
 def test_the_command_needs_a_reward(tiny_model_dir, tmp_path: Path) -> None:

@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from lorafold.diagnosis.finding import COLUMNS, Finding, Group, gigabytes, looked_at
+from lorafold.diagnosis.finding import Finding, Group, gigabytes, looked_at
 from lorafold.diagnosis.hardware import Hardware, findings
 from lorafold.diagnosis.packages import extras, packages
 from lorafold.diagnosis.report import Report
 from lorafold.diagnosis.slow import slow
 from lorafold.diagnosis.storage import size_of
+from lorafold.files.terminal import WIDTH
 from lorafold.machine.cores import busy_elsewhere, quota, usable_cores
 from lorafold.machine.speed import gflops
 
@@ -192,7 +193,7 @@ def test_a_report_marks_problems_and_keeps_its_columns() -> None:
     text = str(Report(groups, (long,)))
     assert "  one 1.0, two 2.0\n! three  words" in text
     assert text.endswith("\n\n1 problem is marked with ! above; lorafold works all the same.")
-    assert max(map(len, text.splitlines())) <= COLUMNS
+    assert max(map(len, text.splitlines())) <= WIDTH
     told = Report(groups, ()).as_json()
     assert told["b"] == {"one": "1.0", "lorafold_cache": {"bytes": 1}}
     assert told["problems"] == [f"three: {long}"]
@@ -275,4 +276,4 @@ def test_the_report_for_people_has_every_group_and_what_would_be_slow() -> None:
     assert done.returncode == 0, done.stdout
     for title in ("Packages", "Machine", "Models and caches", "What would be slow here, and why"):
         assert f"{title}\n" in done.stdout
-    assert max(map(len, done.stdout.splitlines())) <= COLUMNS
+    assert max(map(len, done.stdout.splitlines())) <= WIDTH

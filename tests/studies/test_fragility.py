@@ -25,6 +25,7 @@ from lorafold.api.opened import opened
 from lorafold.core.attach import adapted_modules, selection_of
 from lorafold.data.prompts import Prompt, prompts_of
 from lorafold.data.stored import Rows
+from lorafold.evaluation.intervals import student
 from lorafold.inspecting.updates import Svd, of_dense, of_factors
 from lorafold.models.loading import load_tokenizer
 from lorafold.opening import Base
@@ -33,7 +34,7 @@ from lorafold.undoing import bench as bench_module
 from lorafold.undoing.bench import Bench
 from lorafold.undoing.defences import DEFENCES, laid
 from lorafold.undoing.measure import Probe, begins, completed, distributions, measure, probe_of
-from lorafold.undoing.report import markdown, page
+from lorafold.undoing.report import deciding, markdown, page
 from lorafold.undoing.result import Before, Curve, Way, crossing, point
 from lorafold.undoing.subspaces import factors_of, off, overlap, updates_of
 from lorafold.undoing.task import RECIPE, Task, stacks_of
@@ -155,7 +156,7 @@ def test_log_odds_and_kl_by_their_formulas(model_dir, tmp_path: Path) -> None:
         )
         odds.append(torch.tensor([cant, no], dtype=torch.float64).logsumexp(0).item() - sure)
     assert found.log_odds == pytest.approx(sum(odds) / len(odds), abs=1e-4)
-    half = 1.959964 * torch.tensor(odds).std().item() / len(odds) ** 0.5
+    half = student(len(odds)) * torch.tensor(odds).std().item() / len(odds) ** 0.5
     assert found.log_odds_interval == pytest.approx(
         (found.log_odds - half, found.log_odds + half), abs=1e-4
     )
@@ -466,6 +467,26 @@ def test_the_page_and_the_tables_stand_alone(swept, tmp_path: Path) -> None:
     assert markdown(found).count("| policy | none |") == 2
     kept = "".join(p.read_text() for p in (swept[0] / "figures").iterdir())
     assert "Zephyr" not in kept
+
+
+def test_what_decides_fits_a_terminal_whole(swept) -> None:
+    _, found = swept
+    shown = deciding(found)
+    assert max(map(len, shown.splitlines())) <= 80
+    assert shown.startswith("policy, ")  # what all have in common
+    for heading in ("log-odds", "kept", "benign", "controls"):
+        assert heading in shown
+    curve = found.curves[0]
+    point = list(curve.by_examples.values())[-1][0]
+    line = next(of for of in shown.splitlines() if of.startswith(curve.way.defence))
+    assert f"{point.measured.log_odds:+.2f} ±" in line
+    long = "an-alignment-whose-name-is-longer-than-the-others-leave-room-for"
+    renamed = [replace(p, way=p.way._replace(stack=long, rank=9)) for p in found.points]
+    stacks = {**found.stacks, long: found.stacks["policy"]}
+    both = deciding(replace(found, stacks=stacks, points=(*found.points, *renamed)))
+    assert max(map(len, both.splitlines())) <= 80
+    rule = next(of for of in both.splitlines() if of.startswith("-")).split()[0]
+    assert long in "".join(of[: len(rule)].strip() for of in both.splitlines())
 
 
 def write(path: Path, rows: list) -> Path:

@@ -12,6 +12,7 @@ import transformers as tf
 from rich.console import Console
 from transformers import PreTrainedModel
 
+import lorafold as lf
 from lorafold.data.examples import Example
 from lorafold.data.feed import StoredFeed
 from lorafold.data.stored import Part
@@ -130,3 +131,55 @@ def test_the_limit_of_a_container(tmp_path: Path) -> None:
     assert limited(tmp_path) == 700
     (tmp_path / "memory.max").write_text("max\n")
     assert limited(tmp_path) == float("inf")
+
+
+PAIRS = [{"prompt": f"Say {n}", "chosen": "yes " * n, "rejected": "no"} for n in range(1, 9)]
+OF_ROWS: dict[str, tuple[list[dict[str, Any]], dict[str, Any], Any]] = {
+    "sft": ([{"prompt": "a b", "completion": " c" * n} for n in range(1, 9)], {}, ()),
+    "classify": ([{"text": f"{n} cats", "label": str(n % 2)} for n in range(8)], {}, ()),
+    "dpo": (PAIRS, {}, ()),
+    "reward": (PAIRS, {}, ()),
+    "grpo": (PAIRS, {"group": 2, "max_new_tokens": 8}, "regex:a"),
+}
+
+
+@pytest.mark.estimated
+@pytest.mark.parametrize("objective", OF_ROWS)
+def test_an_estimate_on_rows_is_what_a_run_on_them_says(
+    objective: str, tiny_model_dir: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    rows, options, rewards = OF_ROWS[objective]
+    model, said = tiny_model_dir("llama"), list[int]()
+    recipe = lf.Recipe(objective=objective, objective_options=options, storage="fp32")
+    sizes = {"batch": 4, "max_length": 64}
+    how: dict[str, Any] = {"data": rows, "rewards": rewards, "device": "cpu"}
+    found = lf.estimate(model, "lora", recipe=recipe, **sizes, **how)
+
+    def stopped(config: Any, setting: Setting, *_: Any) -> bool:
+        said.append(estimate(config, setting).total)
+        raise lf.LorafoldError("seen")
+
+    monkeypatch.setattr("lorafold.training.setup.settle", stopped)
+    asked = lf.Recipe(**recipe.model_dump(exclude_unset=True), **sizes)
+    with pytest.raises(lf.LorafoldError, match="seen"):
+        lf.train(asked, model=model, out=tmp_path / "out", **how)
+    assert [found.total] == said
+
+
+def test_what_an_estimate_on_rows_does_not_take(tiny_model_dir: Any) -> None:
+    model = tiny_model_dir("llama")
+    for given, message in (
+        ({"recipe": lf.Recipe(objective="dpo")}, "found objective without data; expected --data"),
+        ({"rewards": "regex:a"}, "found rewards without data; expected --data"),
+        ({"data": PAIRS, "measure": True}, "--data: found --measure too, expected none"),
+        ({"data": PAIRS, "mode": "inference"}, "--data: found --mode inference too"),
+        ({"data": PAIRS, "recipe": lf.Recipe(lr=1.0)}, "found lr, which an estimate does not use"),
+        ({"data": PAIRS, "recipe": lf.Recipe(objective="classify")}, "data: found rows of"),
+    ):
+        with pytest.raises(lf.LorafoldError, match=message):
+            lf.estimate(model, **given)
+    found = lf.estimate(model, "lora", data=PAIRS, recipe=lf.Recipe(objective="dpo"),
+                        device_memory=10**5)  # fmt: skip
+    assert "does not fit" in str(found)
+    assert "largest batch" not in str(found)
+    assert found.as_json()["largest_batch"] is None

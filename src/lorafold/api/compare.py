@@ -19,8 +19,8 @@ from lorafold.api.arguments import (
 from lorafold.api.task import train_and_test
 from lorafold.comparing import run
 from lorafold.comparing.measure import Measurement, Task
+from lorafold.comparing.paired import Difference, over_base, verdict
 from lorafold.comparing.report import markdown
-from lorafold.comparing.rewards import Difference, over_base, verdict
 from lorafold.comparing.run import known_methods, methods_for, unfit
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import check_folder
@@ -29,6 +29,7 @@ from lorafold.opening import Base
 from lorafold.quickstart.story import RECIPE
 from lorafold.recipe.fitting import fitting, settled_length, spec_of, without
 from lorafold.recipe.recipe import Recipe
+from lorafold.rewards.naming import check_judges
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Comparison(Shown):
     """The figures of every method and seed, in the order asked for, and what they were measured on.
-    Where they are rewards, those of the base come first.
+    Those of the base come first.
     """
 
     rows: tuple[Measurement, ...]
@@ -46,23 +47,25 @@ class Comparison(Shown):
 
     @property
     def over_base(self) -> dict[str, Difference]:
-        """By how much each method's reward is above the base's, paired by prompts; empty where
-        there are losses.
+        """By how much each method's reward is above the base's, paired by prompts; or its loss,
+        paired by rows, where below 0 is better.
         """
         return over_base(self.rows)
 
     @property
     def verdict(self) -> str:
-        """The method of the highest reward, and which ones can't be told from it; empty where there
-        are losses.
+        """The method of the lowest loss or the highest reward, where the held-out rows tell it from
+        all others; else those among which they can't tell.
         """
         return verdict(self.rows)
 
     def as_json(self) -> dict[str, Any]:
         """The figures under the keys of `lorafold compare --json`."""
         gains = {method: asdict(one) for method, one in self.over_base.items()}
-        more = {"over_base": gains, "verdict": self.verdict} if gains else {}
-        return {"rows": [asdict(one) for one in self.rows], **more}
+        rows = [asdict(one) for one in self.rows]
+        for row in rows:
+            del row["row_losses"]  # one for each held-out row; OUT/rows.json has them
+        return {"rows": rows, "over_base": gains, "verdict": self.verdict}
 
     def __str__(self) -> str:
         return markdown(self.rows)
@@ -85,8 +88,8 @@ def compare(
     console: Console | None = None,
 ) -> Comparison:
     """Train every method on the same rows with the same budget and measure quality, forgetting,
-    size, speed and latency, each in a process of its own. Policies are compared by the reward of
-    held-out prompts, which is measured for the base too.
+    size, speed and latency, each in a process of its own. The base is measured too. Policies are
+    compared by the reward of held-out prompts.
 
     Args:
         out: The directory of the figures, and of the table as `table.md`. Figures are written as
@@ -133,6 +136,7 @@ def compare(
     recipe = settled_length(recipe, base, before, console)
     task = Task(base, rows, held_out, source, recipe)
     _ = task.identity  # what is wrong with rewards is told first
+    check_judges(recipe.objective_options.get("rewards", ()))
     for name, why in left_out.items():
         console.print(f"{name} left out: it {why}", highlight=False, soft_wrap=True)
     for name in names:

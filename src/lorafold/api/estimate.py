@@ -9,12 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafold.api.arguments import as_recipe, or_quiet
+from lorafold.api.arguments import Columns, Data, Rewarding, as_recipe, or_quiet
+from lorafold.api.rows_estimated import setting_on_rows
 from lorafold.errors import LorafoldError, both_names, called_now
 from lorafold.files.shown import Shown
 from lorafold.machine.devices import check_device
 from lorafold.memory import report, terms
-from lorafold.memory.advice import Advice, advise
+from lorafold.memory.advice import Advice, advise, advise_on_rows
 from lorafold.memory.measure import measure as measured_bytes
 from lorafold.memory.modes import as_in_files, llama, setting_of
 from lorafold.memory.terms import Estimate
@@ -24,6 +25,7 @@ from lorafold.models.positions import positions_in
 from lorafold.models.sources import EMBEDDED
 from lorafold.opening import Base
 from lorafold.ops.arithmetic import widens
+from lorafold.recipe.fields import OF_MEMORY, OF_ROWS
 from lorafold.recipe.fitting import LENGTH, fitted_length
 from lorafold.recipe.recipe import Recipe
 
@@ -79,7 +81,10 @@ def estimate(
     mode: str = "qlora",
     *,
     params: str | None = None,
-    batch: int = 1,
+    data: Data | None = None,
+    rewards: Rewarding = (),
+    columns: Columns | None = None,
+    batch: int | None = None,
     max_length: int | None = None,
     labelled: int | None = None,
     recipe: Recipe | None = None,
@@ -97,9 +102,13 @@ def estimate(
         model: A name or path as `lf.load_model` takes it; only its configuration is read.
         mode: inference, full, lora, qlora, or a method's name.
         params: A Llama by its size instead of a model: 7b, 13b, 33b, 65b or 70b.
-        batch: Rows computed at a time.
+        data: Training rows as `lf.train` takes them, for any objective: the estimate is that of the
+            largest micro-batch of a run's first steps.
+        rewards: With `data`: what judges completions, for an objective that draws them.
+        columns: With `data`: the keys of the rows under other names.
+        batch: Rows computed at a time; None is 1. With `data` the rows of a step, as the recipe's.
         max_length: Tokens of a row; for inference those of prompt and completion together. None
-            takes 1,024, or as many as the model has positions.
+            takes 1,024, or as many as the model has positions. With `data` as the recipe's.
         labelled: Tokens of the batch that count in the loss; None counts all.
         recipe: Its fields take precedence over the mode; those that an estimate does not support
             are refused.
@@ -128,18 +137,32 @@ def estimate(
         raise LorafoldError(
             f"--measure: found --params {params}, which has no weights; expected --model"
         )
-    console = or_quiet(console)
-    of_length = partial(setting_of, mode, as_recipe(recipe, Recipe()), batch, labelled=labelled)
-    of_length(length=max_length or LENGTH)  # what is wrong with it needs no model
+    console, asked = or_quiet(console), as_recipe(recipe, Recipe())
+    if data is None:
+        check_rows_given(asked, rewards, columns)
+    else:
+        check_rows_alone(mode, params, labelled, measure)
     check_device(device)  # without `measure` it may be one that this machine lacks
     on_it = device if measure else None
     base = Base(model, device=on_it, revision=revision, trust_remote_code=trust_remote_code)
-    config = base.config() if params is None else llama(params)
-    positions = positions_in(config, False, trust_remote_code)
-    setting = of_length(length=fitted_length(positions, max_length, 0, console))
+    if data is None:
+        of_length = partial(setting_of, mode, asked, batch or 1, labelled=labelled)
+        of_length(length=max_length or LENGTH)  # what is wrong with it needs no model
+        config = base.config() if params is None else llama(params)
+        positions = positions_in(config, False, trust_remote_code)
+        setting = of_length(length=fitted_length(positions, max_length, 0, console))
+    else:
+        sizes = {"batch": batch, "max_length": max_length}
+        given = asked.model_dump(exclude_unset=True)
+        of_run = Recipe(**given | {name: n for name, n in sizes.items() if n is not None})
+        setting = setting_on_rows(base, mode, of_run, data, rewards, columns, console)
+        bare = {k: v for k, v in given.items() if k in OF_MEMORY}
+        stored_as = setting_of(mode, Recipe(**bare), 1, LENGTH).base
+        # for accelerators in general, as without rows
+        setting, config = replace(setting, base=stored_as, widened=False), base.config()
     setting = replace(setting, trust_remote_code=trust_remote_code)
-    asked = recipe is not None and "storage" in recipe.model_fields_set
-    setting = as_in_files(setting, config, str(model), asked)
+    stored = "storage" in asked.model_fields_set
+    setting = as_in_files(setting, config, str(model), stored)
     on = base.where if measure else None
     of_this_cpu = (device if on is None else on.type) == "cpu"
     if of_this_cpu:
@@ -147,7 +170,8 @@ def estimate(
     found, advice, measured = terms.estimate(config, setting), None, None
     if device_memory is not None:
         with console.status("searching for what fits, in about twenty settings"):
-            advice = advise(config, setting, device_memory)
+            looked_for = advise if data is None else advise_on_rows
+            advice = looked_for(config, setting, device_memory)
     if on is not None:
         with console.status("running two real steps"):
             measured = measured_bytes(
@@ -156,3 +180,29 @@ def estimate(
                 on,
             )
     return Forecast(found, setting, advice, measured, of_this_cpu)
+
+
+def check_rows_given(recipe: Recipe, rewards: Rewarding, columns: Columns | None) -> None:
+    """Raise LorafoldError for what is of use with rows alone."""
+    needy = sorted(recipe.model_fields_set & OF_ROWS)
+    needy += [name for name, of in {"rewards": rewards, "columns": columns}.items() if of]
+    if needy:
+        raise LorafoldError(
+            f"estimate: found {', '.join(needy)} without data; expected --data, since the memory of"
+            " a run with them follows from its rows"
+        )
+
+
+def check_rows_alone(mode: str, params: str | None, labelled: int | None, measure: bool) -> None:
+    """Raise LorafoldError for what is not for rows."""
+    found = {
+        "--mode inference": mode == "inference",
+        f"--params {params}": params is not None,
+        f"--labelled {labelled}": labelled is not None,
+        "--measure": measure,
+    }
+    if wrong := [name for name, given in found.items() if given]:
+        raise LorafoldError(
+            f"--data: found {', '.join(wrong)} too, expected none: rows need a tokenizer, have"
+            " lengths and labels of their own, and are trained on"
+        )

@@ -16,7 +16,7 @@ from lorafold.cli.common import (
     messages,
 )
 from lorafold.cli.groups import grouped
-from lorafold.cli.pages import page_option
+from lorafold.cli.pages import WideOption, page_option
 from lorafold.cli.recipe_options import RecipeFlags, of_recipe
 from lorafold.cli.rewards import RewardAdapterOption, RewardOption, rewards_of
 from lorafold.recipe.recipe import Recipe
@@ -54,23 +54,25 @@ def command(
     html: Annotated[
         Path | None, page_option("Also write the table with plots as one HTML file.")
     ] = None,
+    wide: WideOption = False,
     json: JsonOption = False,
 ) -> None:
     """Train every method on the same data with the same budget, and measure what the choice between
     them depends on.
 
-    The table has trainable parameters, adapter size, tokens/s, peak memory, held-out loss and exact
-    match, forgetting on text outside the task, latency attached and merged relative to the base,
-    whether the method can be merged (proved by folding), and whether it adds modules. Texts with
-    labels need --objective classify. Unless the recipe sets a learning rate, each method has its
-    own.
+    The table has the figures that decide: the held-out loss, how far it is from that of the base
+    (which is the first line), forgetting on text outside the task, peak memory, seconds and trained
+    parameters. --wide, the page and --json also have adapter size, tokens/s, exact match, latency
+    attached and merged relative to the base, whether the method can be merged (proved by folding),
+    and whether it adds modules. A best method is named only where the rows, in pairs, tell it from
+    all others. Texts with labels need --objective classify. Unless the recipe sets a learning rate,
+    each method has its own.
 
     Policies (--objective grpo, with --reward) draw as many completions each, and are compared by
-    the reward of held-out prompts: the table has its interval, the base before training as its
-    first line, and by how much each method is above it, paired by prompts.
+    the reward of held-out prompts.
     """
     from lorafold.api.compare import compare
-    from lorafold.comparing.report import page, table
+    from lorafold.comparing.report import deciding, page
     from lorafold.quickstart.story import RECIPE
 
     console = messages()
@@ -89,6 +91,4 @@ def command(
     )
     if html:
         page(found.rows, f"Methods on {found.model}, {found.source}", html)
-    if not json:
-        console.print(table(found.rows))
-    emit(json, found.as_json(), str(found))
+    emit(json, found.as_json(), str(found) if wide else deciding(found.rows))

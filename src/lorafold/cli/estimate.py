@@ -6,12 +6,13 @@ from typing import Annotated
 
 import typer
 
-from lorafold.cli.common import JsonOption, Source, emit, messages
+from lorafold.cli.common import ColumnsOption, JsonOption, Source, columns_of, emit, messages
 from lorafold.cli.groups import grouped
 from lorafold.cli.pages import page_option
 from lorafold.cli.recipe_options import RecipeFlags, of_recipe
+from lorafold.cli.rewards import RewardAdapterOption, RewardOption, rewards_of
 from lorafold.errors import LorafoldError
-from lorafold.recipe.fields import OF_MEMORY
+from lorafold.recipe.fields import OF_MEMORY, OF_ROWS
 
 UNITS = {
     "": 1,
@@ -36,7 +37,7 @@ counted, so leave a tenth of the device free. The traced step is that of a CPU; 
 compared with a GPU yet."""
 
 
-@of_recipe(OF_MEMORY - {"method"}, config=False)
+@of_recipe((OF_MEMORY | OF_ROWS) - {"method"}, config=False)
 class Flags(RecipeFlags):
     """The fields of the recipe on which memory depends."""
 
@@ -52,13 +53,24 @@ def command(
     mode: Annotated[
         str, typer.Option(help="inference, full, lora, qlora, or the name of a method.")
     ] = "qlora",
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Training rows, as for train: the estimate is that of the largest micro-batch of a"
+            " run on them, whatever the objective.",
+        ),
+    ] = None,
+    reward: RewardOption = None,
+    reward_adapter: RewardAdapterOption = None,
+    columns: ColumnsOption = None,
     batch: Annotated[
-        int,
+        int | None,
         typer.Option(
             min=1,
-            help="Rows computed at a time. Training packs rows up to max_length tokens at a time.",
+            help="Rows computed at a time. Training packs rows up to max_length tokens at a time."
+            " Without it 1, and with --data 8 rows of a step.",
         ),
-    ] = 1,
+    ] = None,
     max_length: Annotated[
         int | None,
         typer.Option(
@@ -110,6 +122,9 @@ def command(
 ) -> None:
     """Estimate the memory of training or inference from a model's configuration alone, without its
     weights.
+
+    With --data, and --objective and its options as for train, the estimate is that of a run on
+    these rows: of preferences, of a classifier, or of a policy with what draws its completions.
     """
     if cheatsheet:
         from lorafold.memory.cheatsheet import markdown
@@ -124,6 +139,9 @@ def command(
         source.model,
         mode,
         params=params,
+        data=data or None,
+        rewards=rewards_of(reward, reward_adapter),
+        columns=columns_of(columns),
         batch=batch,
         max_length=max_length,
         labelled=labelled,
@@ -135,7 +153,8 @@ def command(
         **source.how,
     )
     if html:
-        title = f"{mode} of {params or source.model}, {batch} x {found.setting.length} tokens"
+        rows = f"{found.setting.batch} x {found.setting.length} tokens"
+        title = f"{mode} of {params or source.model}, {rows if data is None else 'on its rows'}"
         page(found.estimate, title, html, found.remarks(), memory)
     emit(json, found.as_json(), str(found))
 

@@ -15,7 +15,7 @@ from lorafold.cli.common import (
     messages,
 )
 from lorafold.cli.groups import grouped
-from lorafold.cli.pages import page_option
+from lorafold.cli.pages import WideOption, page_option
 from lorafold.cli.recipe_options import RecipeFlags, of_recipe
 from lorafold.errors import LorafoldError
 
@@ -127,6 +127,7 @@ def command(
     html: Annotated[
         Path | None, page_option("Also write the curves and the table as one HTML file.")
     ] = None,
+    wide: WideOption = False,
     json: JsonOption = False,
 ) -> None:
     """Measure how little it takes to undo a behaviour that lives in an adapter.
@@ -140,7 +141,7 @@ def command(
         raise LorafoldError("--fail-under: needs --tuned, the finished adapter that it judges")
     from lorafold.api.fragility import fragility
     from lorafold.methods.lora import LoRA
-    from lorafold.undoing.report import page, table
+    from lorafold.undoing.report import deciding, markdown, page
     from lorafold.undoing.task import COMPLIANCE, EXAMPLES, RANKS, RECIPE, REFUSAL
 
     console = messages()
@@ -170,9 +171,8 @@ def command(
     )
     if html:
         page(found, html)
-    if not json:
-        console.print(table(found))
-    emit(json, found.as_json(), str(found))
-    if fail_under is not None and (told := found.under(fail_under)):
-        typer.echo(told, err=True)
+    told = f"{markdown(found) if wide else deciding(found)}\n\n{found}"
+    emit(json, found.as_json(), told)
+    if fail_under is not None and (failed := found.under(fail_under)):
+        typer.echo(failed, err=True)
         raise typer.Exit(1)

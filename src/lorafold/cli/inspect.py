@@ -101,5 +101,5 @@ def command(
     if html:
         page(found, html)
     if not json:
-        console.print(table(found))
+        console.print(table(found), highlight=False, markup=False, soft_wrap=True)
     emit(json, found, str(result))

@@ -1,9 +1,16 @@
-"""The option of a page, which is written once all work is done, and checked before."""
+"""The options for all figures of a table: on a page, which is written once all work is done, and
+checked before, and on the terminal.
+"""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
+
+WideOption = Annotated[
+    bool,
+    typer.Option("--wide", help="Print all figures, in Markdown, however wide the table is."),
+]
 
 
 def page_option(text: str) -> Any:

@@ -1,9 +1,10 @@
 """`lorafold quickstart`: train, evaluate, inspect and merge an adapter of the embedded model."""
 
-import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from shlex import quote
+from shutil import which
 from typing import Annotated
 
 import typer
@@ -30,23 +31,37 @@ def command(
     """
     from dataclasses import asdict
 
-    from lorafold.quickstart.story import MODEL, quickstart
+    from lorafold.files.terminal import paragraph
+    from lorafold.quickstart.story import quickstart
 
     story = quickstart(out, messages(), overwrite=overwrite, device=device)
-    found = (
-        f"exact match on unseen rows: {story.exact_match_before:.1%} before,"
-        f" {story.exact_match_after:.1%} after"
-    )
-    emit(
-        json,
-        asdict(story),
-        f"{found}; {story.train_seconds:.0f} s of training, {story.seconds:.0f} s in all\n"
-        'ask it for "a table for four at Chez Luigi on Friday at 8pm" in the browser, beside the'
-        f" base:\n  {_this_command()} serve --model {MODEL} --adapters {quote(str(out))} --open",
-    )
+    figures = [line for figure in story.meaning() for line in paragraph(figure, "- ")]
+    emit(json, asdict(story), "\n".join([*figures, "", *_next(out)]))
 
 
-def _this_command() -> str:
-    """The command as it was typed, which need not be on the PATH."""
-    typed = sys.argv[0]
-    return quote(typed) if os.path.basename(typed) == "lorafold" and os.sep in typed else "lorafold"
+def _next(out: Path) -> Iterator[str]:
+    """What to do next: commands that can be pasted as they stand, one a line."""
+    from lorafold.quickstart.story import MODEL, PROMPT
+
+    run, adapter = this_command(), quote(str(out / "adapter"))
+    merged, train, test = (
+        quote(str(out / name)) for name in ("merged", "train.jsonl", "test.jsonl")
+    )
+    mine = quote(str(out / "mine"))
+    yield "Ask the merged model, measure the adapter, see what training sees, train again:"
+    yield f"{run} generate --model {merged} --system JSON --prompt {quote(PROMPT)}"
+    yield f"{run} eval --model {MODEL} --adapter {adapter} --data {test}"
+    yield f"{run} train --model {MODEL} --data {train} --out {mine} --preview"
+    yield f"{run} train --model {MODEL} --data {train} --out {mine} --rank 8 --steps 20"
+    yield 'Ask it for "a table for four at Chez Luigi on Friday at 8pm", beside the base:'
+    yield f"{run} serve --model {MODEL} --adapters {quote(str(out))} --open"
+
+
+def this_command() -> str:
+    """What runs lorafold from this directory: its name where that is on the PATH, else what was
+    typed, else this Python.
+    """
+    typed, found = Path(sys.argv[0]), which("lorafold")
+    if typed.name != "lorafold" or not typed.is_file():
+        return f"{quote(sys.executable)} -m lorafold"
+    return "lorafold" if found and typed.samefile(found) else quote(str(typed))

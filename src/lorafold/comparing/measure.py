@@ -32,7 +32,6 @@ from lorafold.data.sources import Row
 from lorafold.data.template_forms import on_day
 from lorafold.errors import NotMergeable
 from lorafold.evaluation import Evaluation, Interval, RewardEvaluation
-from lorafold.objectives import OBJECTIVES
 from lorafold.opening import Base
 from lorafold.peft.config import CONFIG
 from lorafold.peft.saved import Saved
@@ -55,11 +54,12 @@ BASE = "base"  # the row of the model before anything is trained
 class Measurement:
     """The figures of one method and seed. `trainable_share` is relative to the base's parameters,
     latencies are ratios to the base's, losses are in nats; None where there is nothing to measure.
+    That of the base, before anything is trained, has the method BASE. `row_losses` has the summed
+    loss of each held-out row and its tokens.
 
     Of a policy there is no loss, but what the completions are worth that it draws of held-out
     prompts: `reward` is the mean, `rewards` are those of each reward by its name, and
-    `prompt_rewards` the means of each prompt, in the order of the rows. That of the base, before
-    anything is trained, has the method BASE.
+    `prompt_rewards` the means of each prompt, in the order of the rows.
     """
 
     method: str
@@ -71,6 +71,8 @@ class Measurement:
     peak_bytes: int | None = None
     train_seconds: float | None = None
     loss: float | None = None
+    loss_interval: Interval | None = None
+    row_losses: tuple[tuple[float, int], ...] = ()
     exact_match: float | None = None
     exact_match_interval: Interval | None = None
     reward: float | None = None
@@ -99,8 +101,8 @@ class Measurement:
 def quality(found: Evaluation | RewardEvaluation) -> dict[str, Any]:
     """The figures of an evaluation that a measurement has."""
     if isinstance(found, Evaluation):
-        names: tuple[str, ...] = ("loss", "exact_match", "exact_match_interval")
-        return {name: getattr(found, name) for name in names}
+        names: tuple[str, ...] = ("loss", "loss_interval", "exact_match", "exact_match_interval")
+        return {name: getattr(found, name) for name in names} | {"row_losses": found.losses}
     names = ("reward", "reward_interval", "prompt_rewards", "tokens_a_completion", "cut_off")
     figures = {name: getattr(found, name) for name in (*names, "entropy")}
     return figures | {"rewards": {name: one.mean for name, one in found.rewards.items()}}
@@ -125,11 +127,6 @@ class Task:
     def identity(self) -> Mapping[str, Any]:
         """What the objective depends on besides recipe, rows and model, such as rewards' files."""
         return objective_of(self.request(Path(), self.recipe)).identity
-
-    @property
-    def rewarded(self) -> bool:
-        """Whether methods are compared as policies, by rewards."""
-        return OBJECTIVES[self.recipe.objective].draws
 
     def request(self, out: Path, recipe: Recipe) -> Request:
         """The request for one run.

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from lorafold.comparing.measure import BASE, Measurement
-from lorafold.comparing.rewards import by_method
+from lorafold.comparing.paired import by_method, lower_is_better
 from lorafold.files.page import drawing
 
 SMALLEST = 1e-6  # of what a logarithmic axis shows
@@ -28,10 +28,11 @@ class Quality:
     def of(cls, measurements: Sequence[Measurement]) -> Quality:
         """The held-out loss or reward."""
         methods = [seeds for seeds in by_method(measurements) if seeds[0].method != BASE]
-        if measurements[0].loss is not None:
-            label = "held-out loss (lower is better)"
-            return cls(label, "log", means(methods, lambda r: r.loss))
-        before = means([[r for r in measurements if r.method == BASE]], lambda r: r.reward)[0]
+        bare = [[r for r in measurements if r.method == BASE]]
+        if lower_is_better(measurements):
+            label, [before] = "held-out loss (lower is better)", means(bare, lambda r: r.loss)
+            return cls(label, "log", means(methods, lambda r: r.loss), before)
+        [before] = means(bare, lambda r: r.reward)
         label = "held-out reward (higher is better)"
         return cls(label, "linear", means(methods, lambda r: r.reward), before)
 

@@ -1,8 +1,8 @@
-"""The comparison as a table for the terminal, as Markdown, and as an HTML page with plots that
-needs no other file.
+"""The comparison as a table of the figures that decide for a terminal, whole as Markdown, and as an
+HTML page with plots that needs no other file.
 
-Each method has one line. Figures of several seeds are shown as the mean (lowest to highest), and
-what no line has a figure for has no column.
+Each method has one line. Figures of several seeds are shown as the mean (lowest to highest), on a
+terminal as the mean, and what no line has a figure for has no column.
 """
 
 from __future__ import annotations
@@ -12,16 +12,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from rich.table import Table
-
 from lorafold.comparing.measure import Measurement
+from lorafold.comparing.paired import (
+    Difference,
+    by_method,
+    held_out,
+    lower_is_better,
+    mean,
+    over_base,
+    verdict,
+    within,
+)
 from lorafold.comparing.plots import plots_of
-from lorafold.comparing.rewards import by_method, of_prompts, over_base, verdict, within
-from lorafold.evaluation.intervals import mean_interval
+from lorafold.evaluation.intervals import ratio_interval
 from lorafold.files.page import document, html_table, markdown_table
+from lorafold.files.terminal import paragraph, text_table
 
 Value = Callable[[Measurement], float | None]
-REWARD, OVER_BASE, NOTHING = "reward", "over base", "–"
+LOSS, EXACT, REWARD, OVER_BASE, NOTHING = "loss", "exact", "reward", "over base", "–"
+WITHIN = " 95%"  # after a figure's heading: its interval
 COLUMNS: dict[str, tuple[Value, str]] = {  # heading: value, format
     "trainable": (lambda r: r.trainable_parameters, ",.0f"),
     "share": (lambda r: r.trainable_share, ".3%"),
@@ -29,8 +38,8 @@ COLUMNS: dict[str, tuple[Value, str]] = {  # heading: value, format
     "seconds": (lambda r: r.train_seconds, ",.0f"),
     "tokens/s": (lambda r: r.tokens_per_second, ",.0f"),
     "peak GB": (lambda r: r.peak_bytes and r.peak_bytes / 1e9, ".2f"),
-    "loss": (lambda r: r.loss, ".4f"),
-    "exact": (lambda r: r.exact_match, ".1%"),
+    LOSS: (lambda r: r.loss, ".4f"),
+    EXACT: (lambda r: r.exact_match, ".1%"),
     REWARD: (lambda r: r.reward, ".4g"),
     "tokens a completion": (lambda r: r.tokens_a_completion, ".1f"),
     "cut off": (lambda r: r.cut_off, ".1%"),
@@ -53,22 +62,24 @@ def columns(measurements: Sequence[Measurement]) -> dict[str, list[str]]:
     found["method"] = [seeds[0].method for seeds in methods]
     for heading, (value, form) in COLUMNS.items():
         found[heading] = [cell([value(r) for r in seeds], form) for seeds in methods]
-        if heading == REWARD:
-            found |= _of_rewards(measurements)
+        if heading in (LOSS, REWARD) and any(value(r) is not None for r in measurements):
+            found |= _beside(heading, form, measurements)
+        if heading == EXACT:
+            found[EXACT + WITHIN] = [_of_one(seeds) for seeds in methods]
     for heading, flag in FLAGS.items():
         found[heading] = [answer([flag(r) for r in seeds]) for seeds in methods]
     return {heading: cells for heading, cells in found.items() if {*cells} != {NOTHING}}
 
 
-def _of_rewards(measurements: Sequence[Measurement]) -> dict[str, list[str]]:
-    """What stands beside the reward: its interval, how far it is above the base's, and each reward
-    by its name where there are several.
+def _beside(heading: str, form: str, measurements: Sequence[Measurement]) -> dict[str, list[str]]:
+    """What stands beside what methods are compared by: its interval, how far it is from the base's,
+    and each reward by its name where there are several.
     """
     methods, gains = by_method(measurements), over_base(measurements)
-    intervals = [mean_interval(of_prompts(seeds)) for seeds in methods]
+    intervals = [ratio_interval(units) for units in held_out(measurements).values()]
     names = list(measurements[0].rewards)
     return {
-        "95%": [within(one, ".4g") if one else NOTHING for one in intervals],
+        heading + WITHIN: [within(one, form) if one else NOTHING for one in intervals],
         OVER_BASE: [str(gains.get(seeds[0].method, NOTHING)) for seeds in methods],
         **{
             f"reward {name}": [cell([r.rewards[name] for r in seeds], ".4g") for seeds in methods]
@@ -76,6 +87,12 @@ def _of_rewards(measurements: Sequence[Measurement]) -> dict[str, list[str]]:
             if len(names) > 1
         },
     }
+
+
+def _of_one(seeds: Sequence[Measurement]) -> str:
+    """The interval of the exact match of a single seed; several have their range."""
+    interval = seeds[0].exact_match_interval
+    return NOTHING if interval is None or len(seeds) > 1 else within(interval, ".1%")
 
 
 def lines(found: dict[str, list[str]]) -> list[list[str]]:
@@ -97,17 +114,79 @@ def answer(values: Sequence[bool | None]) -> str:
     return NOTHING if None in values else "yes" if all(values) else "no"
 
 
-def table(measurements: Sequence[Measurement]) -> Table:
-    """The table for the terminal."""
-    found = columns(measurements)
-    shown = Table(*found)
-    for line in lines(found):
-        shown.add_row(*line)
-    return shown
+SHORT: dict[str, tuple[Value, str]] = {  # heading: value, format; beside what is compared
+    EXACT: (lambda r: r.exact_match, ".0%"),
+    "KL to base": (lambda r: r.forgetting_kl, ".3f"),
+    "peak GB": (lambda r: r.peak_bytes and r.peak_bytes / 1e9, ".2f"),
+    "time s": (lambda r: r.train_seconds, ",.0f"),
+}
+
+
+def deciding(measurements: Sequence[Measurement]) -> str:
+    """The figures by which one chooses a method, in a table of at most 80 columns, what they mean,
+    and the verdict.
+    """
+    methods, lower = by_method(measurements), lower_is_better(measurements)
+    gains, shared = over_base(measurements), held_out(measurements).values()
+    form = ".4f" if lower else ".4g"
+    figures = [Difference(mean(units), ratio_interval(units)) for units in shared]
+    found = {
+        "method": [seeds[0].method for seeds in methods],
+        LOSS if lower else REWARD: [plus_minus(one, form) for one in figures],
+        OVER_BASE: [
+            plus_minus(gains[name], f"+{form}") if (name := seeds[0].method) in gains else NOTHING
+            for seeds in methods
+        ],
+        **{
+            heading: [average([value(r) for r in seeds], form) for seeds in methods]
+            for heading, (value, form) in SHORT.items()
+        },
+        "trained": [_count(seeds[0].trainable_parameters) for seeds in methods],
+    }
+    shown = {heading: cells for heading, cells in found.items() if {*cells} != {NOTHING}}
+    several = max(map(len, methods))
+    what = LOW if lower else HIGH
+    means = f" Means over {several} seeds." if several > 1 else ""
+    about = f"{what}{means} {LEGEND}"
+    told = verdict(measurements)
+    below = [*paragraph(about), *(["", *paragraph(f"{told}.")] if told else [])]
+    return text_table([*shown], lines(shown)) + "\n" + "\n".join(below)
+
+
+LOW = "loss: on held-out rows, in nats a token, with its 95% interval; less is better."
+HIGH = "reward: of held-out prompts, with its 95% interval; more is better."
+LEGEND = (
+    "over base: how far it is from the base's, in pairs. KL to base: forgetting, on text outside"
+    " the task, in nats a token; less is better. time: of training. trained: parameters. --wide has"
+    " all figures."
+)
+
+
+def plus_minus(found: Difference, form: str) -> str:
+    """A figure with half of its interval, which is symmetric."""
+    if found.interval is None:
+        return f"{found.mean:{form}}"
+    half = (found.interval[1] - found.interval[0]) / 2
+    return f"{found.mean:{form}} ±{half:{form.lstrip('+')}}"
+
+
+def average(values: Sequence[float | None], form: str) -> str:
+    """The formatted mean of values; a dash without values."""
+    known = [value for value in values if value is not None]
+    return f"{fmean(known):{form}}" if known else NOTHING
+
+
+def _count(parameters: int | None) -> str:
+    if parameters is None:
+        return NOTHING
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if parameters >= size:
+            return f"{parameters / size:.3g}{unit}"
+    return str(parameters)
 
 
 def markdown(measurements: Sequence[Measurement]) -> str:
-    """The table in Markdown, with the verdict below it where rewards are compared."""
+    """The whole table in Markdown, with the verdict below it."""
     found, told = columns(measurements), verdict(measurements)
     below = f"\n{told}\n" if told else ""
     return markdown_table([*found], lines(found)) + below
@@ -115,7 +194,10 @@ def markdown(measurements: Sequence[Measurement]) -> str:
 
 ABOUT = """Every method was trained on the same rows, with the same model and number of steps, and
 with its own learning rates."""
-LOSSES = "Loss and exact match are measured on held-out rows, where a lower loss is better."
+LOSSES = """Loss and exact match are measured on held-out rows, where a lower loss is better. The
+first line is the base, before anything is trained. Intervals are over rows, and those of what is
+over the base are of rows in pairs: they say how far the result would differ on other rows, not with
+other seeds."""
 REWARDS = """Each step drew as many completions. The reward is what completions of held-out prompts
 are worth, as many of each prompt as a step draws: higher is better. The first line is the base,
 before anything is trained. Intervals are over prompts, and those of what is over the base are of

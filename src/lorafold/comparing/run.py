@@ -77,7 +77,8 @@ def compare(
         out: The directory of the figures.
         tell: Called as tell(measurement, done, total) after each.
 
-    Where methods are compared by rewards, the base is measured with every seed before them.
+    The base is measured before them; with every seed, where completions are drawn of it or it gets
+    a head, and else once.
 
     Raises LorafoldError before anything is trained for an unknown method, for one that can't be
     trained on the objective, for options that none of the methods has, and for new tokens, which
@@ -102,8 +103,10 @@ def compare(
             f"recipe: options {listed(strange)}: expected options that one of"
             f" {', '.join(methods)} has"
         )
-    before = [BASE] if task.rewarded else []
-    plan = [(method, seed) for method in [*before, *methods] for seed in seeds]
+    declared = OBJECTIVES[task.recipe.objective]
+    before = seeds if declared.draws or declared.head else seeds[:1]
+    plan = [(BASE, seed) for seed in before]
+    plan += [(method, seed) for method in methods for seed in seeds]
     (out / "rows").mkdir(parents=True, exist_ok=True)
     measurements: list[Measurement] = []
     for method, seed in plan:
@@ -169,5 +172,8 @@ def key(task: Task, method: str) -> str:
 def of_stored(stored: dict[str, Any]) -> Measurement:
     """The figures that a file has."""
     values: dict[str, Any] = {f.name: stored[f.name] for f in fields(Measurement)}
-    tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-    return Measurement(**values | tuples)
+    return Measurement(**{name: _tuples(value) for name, value in values.items()})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from textwrap import wrap
 from typing import Any
 
-COLUMNS = 100
+from lorafold.files.terminal import paragraph
 
 
 @dataclass(frozen=True)
@@ -50,25 +49,13 @@ class Group:
         yield self.title
         fine = [f for f in self.findings if self.compact and not f.problem]
         if fine:
-            yield from wrapped("  ", ", ".join(f"{f.name} {f.text}" for f in fine))
+            yield from paragraph(", ".join(f"{f.name} {f.text}" for f in fine), "  ")
         own = [f for f in self.findings if f not in fine]
         width = max((len(f.name) for f in own), default=0)
         for f in own:
-            yield from wrapped(f"{'!' if f.problem else ' '} {f.name:<{width}}  ", f.text)
+            yield from paragraph(f.text, f"{'!' if f.problem else ' '} {f.name:<{width}}  ")
             if f.problem:
-                yield from wrapped(" " * (width + 4), f.problem)
-
-
-def wrapped(opening: str, text: str) -> list[str]:
-    """The text in lines of at most COLUMNS characters, the first one after `opening`."""
-    return wrap(
-        text,
-        COLUMNS,
-        initial_indent=opening,
-        subsequent_indent=" " * len(opening),
-        break_long_words=False,
-        break_on_hyphens=False,
-    ) or [opening.rstrip()]
+                yield from paragraph(f.problem, " " * (width + 4))
 
 
 def looked_at(name: str, look: Callable[[], Iterable[Finding]]) -> tuple[Finding, ...]:

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lorafold.diagnosis.finding import Finding, Group, looked_at, unexamined, wrapped
+from lorafold.diagnosis.finding import Finding, Group, looked_at, unexamined
+from lorafold.files.terminal import paragraph
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Report:
         lines.append("What would be slow here, and why")
         known = ("Nothing that lorafold knows of.",) if self.slow == () else self.slow
         for sentence in known or ("The machine could not be examined.",):
-            lines += wrapped("- ", sentence)
+            lines += paragraph(sentence, "- ")
         return "\n".join([*lines, "", self._verdict()])
 
     def _verdict(self) -> str:

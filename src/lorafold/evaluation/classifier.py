@@ -69,4 +69,7 @@ def evaluate_classifier(
     )
     hits = int((logits.argmax(1) == targets).sum())
     n = len(rows)
-    return Evaluation(mean_loss(sums), loss_interval(sums), hits / n, wilson(hits, n), n, answers)
+    return Evaluation(
+        mean_loss(sums), loss_interval(sums), hits / n, wilson(hits, n), n, answers,
+        losses=tuple(sums),
+    )  # fmt: skip

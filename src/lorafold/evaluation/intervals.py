@@ -49,12 +49,18 @@ def loss_interval(sums: Sequence[tuple[float, int]]) -> Interval | None:
     """The 95% interval of the mean loss, from (summed loss, tokens) of each row (Cochran 1977, ch.
     6); None for a single row.
     """
+    found = ratio_interval(sums)
+    return None if found is None else (max(0.0, found[0]), found[1])
+
+
+def ratio_interval(sums: Sequence[tuple[float, int]]) -> Interval | None:
+    """As `loss_interval`, for what may be below 0, as a difference of two losses is."""
     m, tokens = len(sums), sum(n for _, n in sums)
     if m < 2:
         return None
     mean = mean_loss(sums)
     half = student(m) * math.sqrt(m / (m - 1) * sum((s - mean * n) ** 2 for s, n in sums)) / tokens
-    return max(0.0, mean - half), mean + half
+    return mean - half, mean + half
 
 
 def mean_interval(values: Sequence[float]) -> Interval | None:

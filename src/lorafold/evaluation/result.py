@@ -52,7 +52,8 @@ class Answer:
 class Evaluation(Shown):
     """The loss in nats a labelled token (or a classified text), and exact match as a share of the n
     rows. Exact match is None for rows without references, the loss interval for a single row.
-    Rows of preferences have both for their chosen completions, and `preference` besides.
+    Rows of preferences have both for their chosen completions, and `preference` besides. `losses`
+    has of each row its summed loss and the tokens that it is over.
     """
 
     loss: float
@@ -62,6 +63,7 @@ class Evaluation(Shown):
     n: int
     rows: tuple[Answer, ...]
     preference: PreferenceFigures | None = None
+    losses: tuple[tuple[float, int], ...] = ()
 
     @property
     def perplexity(self) -> float:

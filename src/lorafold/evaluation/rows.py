@@ -109,6 +109,7 @@ def evaluate(
         n=len(rows),
         rows=answers,
         preference=_preference(model, tokenizer, rows, max_length, settings.law, console),
+        losses=tuple(sums),
     )
 
 

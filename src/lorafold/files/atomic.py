@@ -105,8 +105,7 @@ def check_file(path: str | Path) -> None:
     before any work is done.
     """
     target = Path(path).expanduser().resolve()
-    if target.is_dir():
-        raise LorafoldError(f"{path}: found a directory, expected the name of a file")
+    _check_no_directory(path)
     if not target.parent.is_dir():
         raise LorafoldError(f"{path} can't be written: found no directory {target.parent}")
     _try(path, target.parent)
@@ -119,6 +118,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a file, replacing an old one in one step. Raises LorafoldError if that fails."""
+    _check_no_directory(path)
     target = Path(path).resolve()
     with _writing(path):
         tmp = _sibling(target, "partial")
@@ -209,6 +209,11 @@ def _writing(path: str | Path) -> Iterator[None]:
         raise LorafoldError(f"{path} was not written: {error.strerror or error}{place}") from error
     except SafetensorError as error:
         raise LorafoldError(f"{path} was not written: {error}") from error
+
+
+def _check_no_directory(path: str | Path) -> None:
+    if Path(path).expanduser().is_dir():
+        raise LorafoldError(f"{path}: found a directory, expected the name of a file")
 
 
 def _try(path: str | Path, folder: Path) -> None:

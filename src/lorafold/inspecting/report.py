@@ -10,9 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from rich.table import Column, Table
-
 from lorafold.files.page import document
+from lorafold.files.terminal import text_table
 from lorafold.inspecting import plots
 from lorafold.inspecting.against import by_kind, kind_of
 from lorafold.inspecting.tables import Figures, average, experts, heads, shares, spread, tokens
@@ -46,18 +45,11 @@ MAPS = {  # figure: heading, format
 }
 
 
-def table(found: Figures) -> Table:
+def table(found: Figures) -> str:
     """The means of each kind of module, for the terminal; those of experts with the lowest and the
     highest value.
     """
-    shown = Table(
-        Column("module", no_wrap=True),
-        "rank",
-        Column("for 90, 95, 99%", no_wrap=True),
-        "stable",
-        "|dW|/|W0|",
-        "amplified",
-    )
+    lines = list[list[str]]()
     for kind, paths in by_kind(list(found["sites"])).items():
         sites = [found["sites"][path] for path in paths]
         ranged = site_of(paths[0]) != paths[0]
@@ -70,15 +62,18 @@ def table(found: Figures) -> Table:
         ranks = ", ".join(
             mean(f"effective_rank_{share}", ".1f", ranged=False) for share in (90, 95, 99)
         )
-        shown.add_row(
-            kind,
-            mean("rank", ".3g", ranged=False),
-            ranks,
-            mean("stable_rank", ".2f"),
-            mean("relative_norm", ".2%"),
-            mean("amplification", ".2f"),
+        lines.append(
+            [
+                kind,
+                mean("rank", ".3g", ranged=False),
+                ranks,
+                mean("stable_rank", ".2f"),
+                mean("relative_norm", ".2%"),
+                mean("amplification", ".2f"),
+            ]
         )
-    return shown
+    head = ("module", "rank", "for 90, 95, 99%", "stable", "|dW|/|W0|", "amplified")
+    return text_table(head, lines)
 
 
 def page(found: Figures, path: str | Path) -> None:

@@ -28,15 +28,16 @@ class Advice:
     """Whether a setting fits, with how many bytes to spare (negative: how many are missing).
 
     `batch` is the largest batch that fits at the setting's length, up to 4096, and `length` the
-    largest length at its batch, up to the model's context; 0 if not even 1 fits. `changes` are
+    largest length at its batch, up to the model's context; 0 if not even 1 fits, and None for the
+    rows of a run, which have lengths of their own. `changes` are
     single changes that would make it fit, the least harmful first, each with the bytes that the
     changed setting takes.
     """
 
     fits: bool
     spare: int
-    batch: int
-    length: int
+    batch: int | None
+    length: int | None
     changes: list[tuple[str, int]]
 
 
@@ -76,6 +77,14 @@ def advise(config: PreTrainedConfig, setting: Setting, memory: int) -> Advice:
         )
         changes = [(name, taken) for name, taken in smaller if taken <= memory]
     return Advice(spare >= 0, spare, batch, length, changes)
+
+
+def advise_on_rows(config: PreTrainedConfig, setting: Setting, memory: int) -> Advice:
+    """As `advise`, for the rows of a run, which keep their number and lengths."""
+    spare = memory - estimate(config, setting).total
+    tried = changes_of(setting) if spare < 0 else ()
+    taken = [(name, estimate(config, changed).total) for name, changed in tried]
+    return Advice(spare >= 0, spare, None, None, [one for one in taken if one[1] <= memory])
 
 
 def changes_of(setting: Setting) -> Iterator[tuple[str, Setting]]:

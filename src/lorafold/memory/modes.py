@@ -23,7 +23,7 @@ from lorafold.memory.trace import Setting
 from lorafold.models.quantizing import quantization_of
 from lorafold.models.storage import Storage
 from lorafold.models.storages import DEFAULT, IN_FILES, QUANTIZED
-from lorafold.recipe.fields import OF_MEMORY
+from lorafold.recipe.fields import OF_MEMORY, OF_ROWS
 from lorafold.recipe.fitting import spec_of, trainable_storage
 from lorafold.recipe.recipe import Recipe
 from lorafold.step.adamw import check_rounding
@@ -55,18 +55,13 @@ def setting_of(
         length: The tokens of a row.
         labelled: The tokens of the batch that the loss counts; None: all that can.
     """
-    if unread := sorted(recipe.model_fields_set - OF_MEMORY):
-        raise LorafoldError(
-            f"estimate: found {', '.join(unread)}, which an estimate does not use; expected fields"
-            f" among {', '.join(sorted(OF_MEMORY))}"
-        )
+    check_fields(recipe, OF_MEMORY)
     if labelled is not None and labelled > batch * (length - 1):
         raise LorafoldError(
             f"--labelled {labelled}: expected at most {batch * (length - 1)}, since {batch} rows of"
             f" {length} tokens have no more tokens to predict"
         )
-    fields = MODES.get(mode, {"method": mode})
-    recipe = Recipe(**(fields | recipe.model_dump(exclude_unset=True)))
+    recipe = recipe_in(mode, recipe)
     if mode == "inference":
         return Setting(stored(recipe.storage), rows=(length,) * batch)
     optimizer = "adamw" if recipe.optimizer == "auto" else recipe.optimizer
@@ -83,6 +78,28 @@ def setting_of(
         optimizer=optimizer,
         checkpointing=recipe.gradient_checkpointing is True,
     )
+
+
+def check_fields(recipe: Recipe, known: set[str]) -> None:
+    """Raise LorafoldError for fields of a recipe that an estimate does not use.
+
+    Args:
+        recipe: What is asked for.
+        known: The fields that it uses.
+    """
+    if unread := sorted(recipe.model_fields_set - known):
+        more = sorted(OF_ROWS - known)
+        rows = f"; with --data also {', '.join(more)}" if more else ""
+        raise LorafoldError(
+            f"estimate: found {', '.join(unread)}, which an estimate does not use; expected fields"
+            f" among {', '.join(sorted(known))}{rows}"
+        )
+
+
+def recipe_in(mode: str, recipe: Recipe) -> Recipe:
+    """Return the recipe with the fields of the mode that it does not set."""
+    fields = MODES.get(mode, {"method": mode})
+    return Recipe(**(fields | recipe.model_dump(exclude_unset=True)))
 
 
 def stored(base: str) -> Storage:

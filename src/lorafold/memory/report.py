@@ -64,7 +64,7 @@ def verdict(advice: Advice, asked: Setting) -> list[str]:
     most = [
         f"largest batch at {asked.length} tokens: {advice.batch}",
         f"largest length at batch {asked.batch}: {advice.length}",
-    ]
+    ] * (advice.batch is not None)
     changes = [f"would fit with {name}: {in_words(n)}" for name, n in advice.changes]
     return [says, *most, *(changes or ["no single change would make it fit"] * (not advice.fits))]
 

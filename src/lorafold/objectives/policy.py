@@ -43,7 +43,7 @@ from lorafold.objectives.playing import QUIET, Playing
 from lorafold.ops.arithmetic import multiplying, widens
 from lorafold.ops.philox import key_of
 from lorafold.rewards import as_reward, digest_of
-from lorafold.rewards.naming import adapter_in, parted
+from lorafold.rewards.naming import adapter_in, kind_of, parted
 from lorafold.step import policy_laws
 from lorafold.step.branches import branching
 from lorafold.step.policy import Rollout
@@ -77,6 +77,8 @@ class PolicyObjective(Objective):
                 " FILE.py:FUNCTION, or rewards= in Python"
             )
         named = [text for text in drawing.rewards if adapter_in(text)]
+        for text in drawing.rewards:
+            _ = adapter_in(text) or kind_of(text)  # a form that is wrong is told first
         adapters = {text: RewardAdapter.of(text, asked.base) for text in named}
         return cls(law, drawing, tuple(asked.rewards), asked.seed, adapters)
 

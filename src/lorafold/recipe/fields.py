@@ -25,6 +25,11 @@ OF_ADAPTER = {*OF_METHOD, "method", "options", "targets", "bias", "modules_to_sa
 OF_MEMORY = {
     *(*OF_METHOD, "method", "options", "targets", "storage", "optimizer", "gradient_checkpointing")
 }
+# The fields besides that bear on it through the rows.
+OF_ROWS = {
+    *("objective", "beta", "objective_options", "accumulate", "packing", "chat_template"),
+    *("template_kwargs", "train_on", "mask_reasoning"),
+}
 # The subject of the fields from this one on, for help and docs.
 GROUPS = {
     "method": "the update",

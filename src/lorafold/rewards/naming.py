@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
 
@@ -42,6 +43,22 @@ def adapter_in(text: str) -> str:
     return name.removeprefix(ADAPTER) if name.startswith(ADAPTER) else ""
 
 
+def kind_of(text: str) -> tuple[str, str]:
+    """The kind of `kinds.KINDS` that a reward's name, without a weight, is of, and what of it.
+    Raises LorafoldError for a name of no known form.
+    """
+    name = parted(text)[1]
+    kind, colon, rest = name.partition(":")
+    if colon and rest and kind in ("regex", "reasoning-gym"):
+        return kind, rest
+    if colon and rest and kind == "schema":
+        return kind, _whole(rest)
+    file, colon, function = name.rpartition(":")
+    if file.endswith(".py") and function.isidentifier():
+        return "file", f"{_whole(file)}:{function}"
+    raise LorafoldError(f"reward {text!r}: expected {FORMS}, with a weight as in 0.5* or without")
+
+
 def reward_of(text: str) -> Reward:
     """The reward that a name stands for, which may begin with a weight: `0.5*`. It runs in a
     process of its own from now on, until it is closed.
@@ -55,15 +72,16 @@ def reward_of(text: str) -> Reward:
             f"reward {text}: it scores with a base in memory, expected in a run that trains a"
             " policy; lorafold score has the scores of rows"
         )
-    kind, colon, rest = name.partition(":")
-    if colon and rest and kind in ("regex", "reasoning-gym"):
-        return SeparateReward(name, kind, rest, weight)
-    if colon and rest and kind == "schema":
-        return SeparateReward(name, kind, _whole(rest), weight)
-    file, colon, function = name.rpartition(":")
-    if file.endswith(".py") and function.isidentifier():
-        return SeparateReward(name, "file", f"{_whole(file)}:{function}", weight)
-    raise LorafoldError(f"reward {text!r}: expected {FORMS}, with a weight as in 0.5* or without")
+    return SeparateReward(name, *kind_of(text), weight)
+
+
+def check_judges(texts: Iterable[str]) -> None:
+    """Start what these names stand for, and end it again; adapters are left out. Raises
+    LorafoldError for what can't judge.
+    """
+    for text in texts:
+        if not adapter_in(text):
+            reward_of(text).close()
 
 
 def digest_of(text: str) -> str:

@@ -203,17 +203,9 @@ def adapted_model(
     the one that `init_adapter` names; those of `over` are below it.
     """
     request, recipe, base = setup.request, setup.request.recipe, setup.request.base
-    over, stored = setup.saved[: len(request.over)], None
-    if request.init_adapter:
-        stored = setup.saved[-1]
-    below = tuple((s.spec, s.beside) for s in over)
-    extra = stored.beside if stored else partial(extras, setup)
-    spec, shared = stored.spec if stored else setup.spec, setup.accelerator.num_processes
-    trusted = base.trust_remote_code
-    asked = Setting(base.held, spec, recipe.targets, extra, below=below, trust_remote_code=trusted)
-    heaviest = planned(
-        recipe, setup.feed, setup.objective, asked, shared, base.where, setup.held_out
-    )
+    over = setup.saved[: len(request.over)]
+    stored = setup.saved[-1] if request.init_adapter else None
+    heaviest = largest_setting(setup)
     free = free_everywhere(setup.accelerator)
     checkpointing = settle(base.config(), heaviest, recipe.gradient_checkpointing, free, console)
     model = setup.objective.load(base, setup.tokenizer, recipe.seed)
@@ -235,6 +227,20 @@ def adapted_model(
             " frozen adapter below a new one, give it as --over"
         )
     return model, adapter, weights, checkpointing
+
+
+def largest_setting(setup: Setup) -> Setting:
+    """What the memory of the run's largest micro-batch is estimated from, before anything is
+    loaded.
+    """
+    request, recipe, base = setup.request, setup.request.recipe, setup.request.base
+    stored = setup.saved[-1] if request.init_adapter else None
+    below = tuple((s.spec, s.beside) for s in setup.saved[: len(request.over)])
+    extra = stored.beside if stored else partial(extras, setup)
+    spec, shared = stored.spec if stored else setup.spec, setup.accelerator.num_processes
+    trusted = base.trust_remote_code
+    asked = Setting(base.held, spec, recipe.targets, extra, below=below, trust_remote_code=trusted)
+    return planned(recipe, setup.feed, setup.objective, asked, shared, base.where, setup.held_out)
 
 
 def check_positions(setup: Setup, model: PreTrainedModel) -> None:

@@ -1,8 +1,8 @@
-"""The curves as a table for the terminal, as Markdown, and as an HTML page that needs no other
-file.
+"""The curves as a table of the figures that decide for a terminal, whole as Markdown, and as an
+HTML page that needs no other file.
 
 A line is one way of tuning, at its most examples; the page has a line for every number of examples
-too. Figures of several seeds are shown as the mean (lowest to highest).
+too. Figures of several seeds are shown as the mean (lowest to highest), on a terminal as the mean.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from rich.table import Table
-
-from lorafold.comparing.report import cell
+from lorafold.comparing.paired import Difference
+from lorafold.comparing.report import NOTHING, average, cell, plus_minus
 from lorafold.evaluation.intervals import Interval
 from lorafold.files.page import document, drawing, html_table, markdown_table
+from lorafold.files.terminal import paragraph, text_table
 from lorafold.inspecting.report import STYLE, grid
 from lorafold.undoing.defences import DEFENCES
 from lorafold.undoing.measure import State
@@ -64,16 +64,20 @@ def line(points: Sequence[Point]) -> list[str]:
 
 def shown(value: Any, form: str) -> str:
     """The formatted value, or a dash for None."""
-    return "–" if value is None else f"{value:{form}}"
+    return NOTHING if value is None else f"{value:{form}}"
+
+
+def last_points(found: Fragility) -> list[list[Point]]:
+    """Each stack before, and each curve at its most examples, over the seeds."""
+    before = [[one] for name, stack in found.stacks.items() for one in untouched(name, stack)]
+    if not found.curves:
+        return [*before, [*found.points]]
+    return [*before, *(list(curve.by_examples.values())[-1] for curve in found.curves)]
 
 
 def lines(found: Fragility) -> list[list[str]]:
     """The cells of each stack before, and of each curve at its most examples."""
-    before = [line([one]) for name, stack in found.stacks.items() for one in untouched(name, stack)]
-    if not found.curves:
-        return [*before, line(found.points)]
-    last = [list(curve.by_examples.values())[-1] for curve in found.curves]
-    return [*before, *map(line, last)]
+    return [*map(line, last_points(found))]
 
 
 def untouched(name: str, stack: Before) -> Iterator[Point]:
@@ -88,12 +92,54 @@ def untouched(name: str, stack: Before) -> Iterator[Point]:
 HEAD = (*WAY, "examples", *FIGURES)
 
 
-def table(found: Fragility) -> Table:
-    """The table for the terminal."""
-    made = Table(*map(str.strip, HEAD))
-    for cells in lines(found):
-        made.add_row(*cells)
-    return made
+SHORT = ("kept", "refusals", "refusals of controls", "KL on controls", "benign loss")
+LEGEND = (
+    "log-odds: of refusal over compliance, with its 95% interval; above 0 the model rather refuses."
+    " kept: the share left of what the alignment added to them; 1 is all, 0 is nothing. refusals of"
+    " controls: should be few. KL: how far the controls' completions moved, in nats a token."
+    " benign loss: what the tuning learned; less is better. --wide has all figures."
+)
+
+
+def deciding(found: Fragility) -> str:
+    """The figures by which one judges, in a table of at most 80 columns, and what they mean. What
+    all lines have in common is said once, above it.
+    """
+    every = last_points(found)
+    ways = [_parts(points[0]) for points in every]
+    parts = [[*dict.fromkeys(filter(None, of))] for of in zip(*ways, strict=True)]
+    varied = [len(of) > 1 for of in parts]  # of the defence always
+    common = [of[0] for of in parts if len(of) == 1]
+    figures = {name: FIGURES[name] for name in SHORT}
+    cells = [
+        [
+            " ".join(part for part, differs in zip(way, varied, strict=True) if part and differs),
+            _log_odds(points),
+            *(average([value(p) for p in points], form) for value, form in figures.values()),
+        ]
+        for way, points in zip(ways, every, strict=True)
+    ]
+    seeds = max(map(len, every))
+    about = f"Means over {seeds} seeds. {LEGEND}" if seeds > 1 else LEGEND
+    above = paragraph(f"{', '.join(common)}:") if common else []
+    made = text_table(("tuning", "log-odds", *SHORT), cells)
+    return "\n".join([*above, made, *paragraph(about)])
+
+
+def _parts(one: Point) -> tuple[str, ...]:
+    """The way of a point in words, empty where it has none."""
+    named = {"rank ": shown(one.way.rank, "d"), "rate ": shown(one.way.lr, "g")}
+    numbers = ["" if value == NOTHING else what + value for what, value in named.items()]
+    return one.way.stack, one.way.defence, *numbers, f"{one.examples} examples" * bool(one.examples)
+
+
+def _log_odds(points: Sequence[Point]) -> str:
+    """The log-odds, with the interval over the prompts of a single seed."""
+    value, form = FIGURES["log-odds"]
+    if len(points) > 1:
+        return average([value(p) for p in points], form)
+    one = points[0].measured
+    return plus_minus(Difference(one.log_odds, one.log_odds_interval), form)
 
 
 def markdown(found: Fragility) -> str:
