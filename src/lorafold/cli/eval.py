@@ -21,6 +21,11 @@ from lorafold.cli.groups import grouped
 from lorafold.rewards.naming import FORMS
 
 REWARDS = "Rewards"
+EXAMPLES = (
+    "lorafold eval demo/adapter --data demo/test.jsonl",
+    "lorafold eval --data demo/test.jsonl --no-completions",
+    'lorafold eval demo/adapter --data demo/test.jsonl --reward "regex:^\\{"',
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Rewarding:
         typer.Option(
             rich_help_panel=REWARDS,
             help=f"Measure what completions are worth that the model draws: what judges them, as"
-            f" {FORMS}, with a weight as in 0.5* or without. Repeat the option for a sum. Rows are"
+            f" {FORMS}, with a weight as in 0.5* or without; several are added. Rows are"
             " prompts then, with whatever else the reward wants.",
         ),
     ] = None

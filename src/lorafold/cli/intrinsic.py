@@ -19,6 +19,12 @@ from lorafold.cli.groups import grouped
 from lorafold.cli.recipe_options import RecipeFlags, of_recipe
 from lorafold.recipe.recipe import Recipe
 
+EXAMPLES = (
+    "lorafold intrinsic --out search",
+    "lorafold intrinsic --out mine --data demo/train.jsonl --steps 50",
+    "lorafold intrinsic --out narrow --smallest 64 --largest 4096",
+)
+
 
 @of_recipe(Recipe.model_fields.keys() - {"method"})
 class Flags(RecipeFlags):

@@ -17,6 +17,12 @@ from lorafold.cli.common import (
 )
 from lorafold.cli.groups import grouped
 
+EXAMPLES = (
+    "lorafold resize demo/adapter --rank 4 --out rank-4",
+    "lorafold resize demo/adapter --energy 0.95 --out most",
+    "lorafold resize demo/adapter --rank 4 --out measured --data demo/test.jsonl",
+)
+
 
 @grouped
 def command(

@@ -18,6 +18,12 @@ from lorafold.cli.common import (
 from lorafold.cli.groups import grouped
 from lorafold.errors import LorafoldError
 
+EXAMPLES = (
+    "lorafold train --objective reward --data pairs.jsonl --out judge",
+    "lorafold score judge --data pairs.jsonl",
+    "lorafold score judge --data pairs.jsonl --out scores.jsonl",
+)
+
 
 @grouped
 def command(
