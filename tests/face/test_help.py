@@ -22,6 +22,12 @@ from lorafold.cli.help import MOST
 
 NEW_KEY = "serve new-key"
 ENDLESS = {"serve"}  # it serves until it is stopped; tests/serve run it
+# of those that train many times the examples run with these too
+SHORT = {
+    "compare": "--steps 1 --batch 1 --max-length 64",
+    "intrinsic": "--steps 1 --batch 1 --max-length 64",
+    "fragility": "--max-new-tokens 2 --examples 1 --rank 2 --defence none",
+}
 
 
 def command_of(name: str) -> typer.core.TyperCommand:
@@ -127,6 +133,7 @@ def enter(folder: Path, packages: Path, given: dict[str, str], patch: pytest.Mon
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unestimated")
 @pytest.mark.parametrize("name", sorted({*COMMANDS, NEW_KEY} - ENDLESS))
 def test_examples_run(name: str, after_quickstart, monkeypatch) -> None:
     folder, given = after_quickstart
@@ -135,7 +142,7 @@ def test_examples_run(name: str, after_quickstart, monkeypatch) -> None:
     for example in command_of(name).examples:
         typed = io.TextIOWrapper(io.BytesIO(b"a table for two\n"))
         monkeypatch.setattr(sys, "stdin", typed)
-        arguments = words(example)
+        arguments = [*words(example), *SHORT.get(name, "").split()]
         if "--out" in arguments and "--overwrite" in options - {*arguments}:
             arguments.append("--overwrite")  # another command's example may have the same name
         done = lorafold(*arguments)

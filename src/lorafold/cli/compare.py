@@ -5,13 +5,12 @@ from typing import Annotated
 
 import typer
 
+from lorafold.cli.columns import ColumnsOption, columns_of
 from lorafold.cli.common import (
-    ColumnsOption,
     Computing,
     HeldOutOption,
     JsonOption,
     OptionalDataOption,
-    columns_of,
     emit,
     messages,
 )

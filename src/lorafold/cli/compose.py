@@ -20,10 +20,10 @@ All ways but mixture give one LoRA. linear and task-arithmetic concatenate the f
 is the sum of the adapters' ranks unless --rank cuts it. The others compute dense updates, of which
 an SVD keeps a rank; the result states how much of the update was lost."""
 EXAMPLES = (
-    "lorafold compose demo/adapter adapter --out sum",
-    "lorafold compose demo/adapter adapter --how svd --rank 8 --out cut",
-    "lorafold compose demo/adapter adapter --data demo/test.jsonl --how linear \\\n"
-    "    --how ties --out ways",
+    "lorafold compose demo/adapter adapter --storage fp32 --out sum",
+    "lorafold compose demo/adapter adapter --storage fp32 --how svd --out cut",
+    "lorafold compose demo/adapter adapter --storage fp32 --data demo/test.jsonl \\\n"
+    "    --how linear --how ties --out ways",
 )
 
 

@@ -7,16 +7,8 @@ from typing import Annotated
 
 import typer
 
-from lorafold.cli.common import (
-    Adapters,
-    ColumnsOption,
-    DataOption,
-    JsonOption,
-    Opening,
-    columns_of,
-    emit,
-    messages,
-)
+from lorafold.cli.columns import ColumnsOption, columns_of
+from lorafold.cli.common import Adapters, DataOption, JsonOption, Opening, emit, messages
 from lorafold.cli.groups import grouped
 from lorafold.rewards.naming import FORMS
 

@@ -5,15 +5,8 @@ from typing import Annotated
 
 import typer
 
-from lorafold.cli.common import (
-    Adapters,
-    ColumnsOption,
-    JsonOption,
-    Opening,
-    columns_of,
-    emit,
-    messages,
-)
+from lorafold.cli.columns import ColumnsOption, columns_of
+from lorafold.cli.common import Adapters, JsonOption, Opening, emit, messages
 from lorafold.cli.groups import grouped
 from lorafold.cli.pages import page_option
 from lorafold.cli.recipe_options import RecipeFlags, of_recipe

@@ -4,17 +4,8 @@ from typing import Annotated
 
 import typer
 
-from lorafold.cli.common import (
-    Adapters,
-    ColumnsOption,
-    JsonOption,
-    Opening,
-    Output,
-    OverOption,
-    columns_of,
-    emit,
-    messages,
-)
+from lorafold.cli.columns import ColumnsOption, columns_of
+from lorafold.cli.common import Adapters, JsonOption, Opening, Output, OverOption, emit, messages
 from lorafold.cli.groups import grouped
 
 EXAMPLES = (

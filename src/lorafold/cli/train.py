@@ -5,14 +5,13 @@ from typing import Annotated
 
 import typer
 
+from lorafold.cli.columns import ColumnsOption, columns_of
 from lorafold.cli.common import (
     AllowOtherOption,
-    ColumnsOption,
     Computing,
     JsonOption,
     Output,
     TrainDataOption,
-    columns_of,
     emit,
     messages,
 )
