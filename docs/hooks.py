@@ -22,7 +22,7 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 from lorafold.cli import _load
-from lorafold.cli.groups import OTHERS
+from lorafold.cli.help import OTHERS, entry, panel
 from lorafold.recipe.fields import GROUPS
 from lorafold.recipe.recipe import Recipe
 
@@ -91,12 +91,9 @@ def options(name: str) -> str:
     context = typer.Context(command, info_name=f"lorafold {name}")
     panels: dict[str, list[list[str]]] = {"Arguments": [], OTHERS: []}
     for parameter in command.get_params(context):
-        if (record := parameter.get_help_record(context)) is None:
-            continue
-        argument = parameter.param_type_name == "argument"
-        panel = getattr(parameter, "rich_help_panel", None) or OTHERS
-        rows = panels.setdefault("Arguments" if argument else panel, [])
-        rows.append([code(record[0]), cell(record[1])])
+        if record := entry(parameter, context):
+            rows = panels.setdefault(panel(parameter), [])
+            rows.append([code(record[0]), cell(record[1])])
     parts = [f"    {command.get_usage(context)}"]
     head = ["option", "meaning"]
     parts += [f"**{name}**\n\n{table(head, rows)}" for name, rows in panels.items() if rows]

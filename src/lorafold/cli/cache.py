@@ -8,11 +8,17 @@ from lorafold.cli.common import JsonOption, emit
 from lorafold.errors import LorafoldError
 from lorafold.files.cache import KINDS
 
+EXAMPLES = (
+    "lorafold cache",
+    "lorafold cache --kind tokens",
+    "lorafold cache --kind tokens --clear",
+)
+
 
 def command(
     kind: Annotated[
         list[str] | None,
-        typer.Option(help=f"Only this kind: {', '.join(KINDS)}. Repeat it for more."),
+        typer.Option(help=f"Only this kind: {', '.join(KINDS)}."),
     ] = None,
     clear: Annotated[
         bool, typer.Option("--clear", help="Remove what is listed; it is made again when needed.")

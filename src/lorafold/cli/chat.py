@@ -30,6 +30,11 @@ HELP = {
 }
 ALONE = {"/both", "/reset", "/new", "/help", "/quit"}  # nothing comes after these
 EPILOG = " ".join(f"{name}: {text}." for name, text in HELP.items())
+EXAMPLES = (
+    "lorafold chat",
+    "lorafold chat demo/adapter",
+    'lorafold chat demo/adapter --system "Answer in JSON." --temperature 0.7',
+)
 
 
 @grouped

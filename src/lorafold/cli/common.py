@@ -32,6 +32,7 @@ DeviceOption = Annotated[
     str | None,
     typer.Option(
         rich_help_panel=BASE,
+        hidden=True,
         help="cpu, cuda, cuda:N or mps. Without it the fastest that this machine has.",
     ),
 ]
@@ -43,6 +44,7 @@ AllowOtherOption = Annotated[
     typer.Option(
         "--allow-other-base",
         rich_help_panel=BASE,
+        hidden=True,
         help="Accept an adapter although its fingerprint says it was trained on another base.",
     ),
 ]
@@ -50,8 +52,7 @@ OverOption = Annotated[
     list[Path] | None,
     typer.Option(
         "--over",
-        help="The adapter that this one was trained over. Repeat the option for a stack, the lowest"
-        " first.",
+        help="The adapter that this one was trained over; of a stack each, the lowest first.",
     ),
 ]
 DataOption = Annotated[
@@ -71,20 +72,10 @@ TrainDataOption = Annotated[
     typer.Option(
         help=(
             "A file (.jsonl, .json, .csv, .tsv, .parquet, .arrow; also .gz, .zst), a directory,"
-            " a pattern such as \"data/*.jsonl\", or a hub dataset. Repeat the"
-            " option for more; FILE:0.3 takes 0.3 of its rows an epoch. A row is {messages},"
-            " {prompt, completion}, {conversations} (ShareGPT), {instruction, output} (Alpaca),"
-            " {text} or {text, label}."
+            " a pattern such as \"data/*.jsonl\", or a hub dataset. FILE:0.3 takes"
+            " 0.3 of its rows an epoch. A row is {messages}, {prompt, completion}, {conversations}"
+            " (ShareGPT), {instruction, output} (Alpaca), {text} or {text, label}."
         )
-    ),
-]
-ColumnsOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--columns",
-        metavar="NAME=COLUMN",
-        help="The columns of your rows that lorafold shall read under its own names, as in"
-        " prompt=question,completion=answer; NAME= drops a column.",
     ),
 ]
 OptionalDataOption = Annotated[
@@ -105,7 +96,11 @@ SeedOption = Annotated[
 ]
 JsonOption = Annotated[
     bool,
-    typer.Option("--json", help="Print the result as one JSON object, the last line of stdout."),
+    typer.Option(
+        "--json",
+        hidden=True,
+        help="Print the result as one JSON object, the last line of stdout.",
+    ),
 ]
 
 
@@ -118,6 +113,7 @@ class Source:
         str | None,
         typer.Option(
             rich_help_panel=BASE,
+            hidden=True,
             help="The branch, tag or commit of a hub model. Only a commit never changes.",
         ),
     ] = None
@@ -126,6 +122,7 @@ class Source:
         typer.Option(
             "--trust-remote-code",
             rich_help_panel=BASE,
+            hidden=True,
             help="Run Python code that comes with the model. It gets all the rights you have.",
         ),
     ] = False
@@ -195,7 +192,7 @@ class Adapters:
         list[Path] | None,
         typer.Option(
             "--adapter",
-            help="The same by name. Repeat the option to stack several on the base.",
+            help="The same by name.",
         ),
     ] = None
 
@@ -259,22 +256,10 @@ class Output:
         bool,
         typer.Option(
             "--overwrite",
+            hidden=True,
             help="Replace what an earlier run wrote to OUT, once the new result is complete.",
         ),
     ] = False
-
-
-def columns_of(pairs: list[str] | None) -> dict[str, str]:
-    """The user's names of columns by lorafold's. LorafoldError for what is no NAME=COLUMN."""
-    found: dict[str, str] = {}
-    for pair in (pair.strip() for text in pairs or () for pair in text.split(",")):
-        name, given, column = pair.partition("=")
-        if not name or not given or name in found:
-            raise LorafoldError(
-                f"--columns {pair}: expected NAME=COLUMN, each name once, as in prompt=question"
-            )
-        found[name] = column
-    return found
 
 
 def messages() -> "Console":

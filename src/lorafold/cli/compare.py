@@ -5,13 +5,12 @@ from typing import Annotated
 
 import typer
 
+from lorafold.cli.columns import ColumnsOption, columns_of
 from lorafold.cli.common import (
-    ColumnsOption,
     Computing,
     HeldOutOption,
     JsonOption,
     OptionalDataOption,
-    columns_of,
     emit,
     messages,
 )
@@ -20,6 +19,12 @@ from lorafold.cli.pages import WideOption, page_option
 from lorafold.cli.recipe_options import RecipeFlags, of_recipe
 from lorafold.cli.rewards import RewardAdapterOption, RewardOption, rewards_of
 from lorafold.recipe.recipe import Recipe
+
+EXAMPLES = (
+    "lorafold compare --out compared",
+    "lorafold compare --out two --methods lora,dora --data demo/train.jsonl",
+    "lorafold compare --out seeds --methods lora --seeds 3 --html compared.html",
+)
 
 
 @of_recipe(Recipe.model_fields.keys() - {"method", "seed"})
@@ -46,8 +51,7 @@ def command(
         list[str] | None,
         typer.Option(
             metavar="NAME,NAME",
-            help="The methods, as in lora,dora. Repeat it for more. Without it all that can learn"
-            " the objective.",
+            help="The methods, as in lora,dora. Without it all that can learn the objective.",
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="The number of seeds of each method.")] = 1,

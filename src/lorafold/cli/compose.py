@@ -19,6 +19,12 @@ token).
 All ways but mixture give one LoRA. linear and task-arithmetic concatenate the factors, so the rank
 is the sum of the adapters' ranks unless --rank cuts it. The others compute dense updates, of which
 an SVD keeps a rank; the result states how much of the update was lost."""
+EXAMPLES = (
+    "lorafold compose demo/adapter adapter --storage fp32 --out sum",
+    "lorafold compose demo/adapter adapter --storage fp32 --how svd --out cut",
+    "lorafold compose demo/adapter adapter --storage fp32 --data demo/test.jsonl \\\n"
+    "    --how linear --how ties --out ways",
+)
 
 
 class Gates(StrEnum):
@@ -38,8 +44,8 @@ def command(
         list[str] | None,
         typer.Option(
             help=(
-                "The way to compose, from the list below. Repeat the option to compare several,"
-                " each in OUT/WAY.  [default: linear]"
+                "The way to compose, from the list below; several are compared, each in"
+                " OUT/WAY.  [default: linear]"
             )
         ),
     ] = None,
@@ -47,8 +53,8 @@ def command(
         list[float] | None,
         typer.Option(
             help=(
-                "The weight of an adapter. Repeat the option for each, in order. Without it the"
-                " way's default."
+                "The weight of an adapter, for each of them in order. Without it the way's"
+                " default."
             )
         ),
     ] = None,
@@ -71,13 +77,13 @@ def command(
     ] = Gates.shared,
     data: Annotated[
         list[str] | None,
-        typer.Option(help="Rows of a task to measure on. Repeat the option for each task."),
+        typer.Option(help="Rows of a task to measure on, for each task."),
     ] = None,
     examples: Annotated[
         list[str] | None,
         typer.Option(
             help=(
-                "Rows that lorahub and mixture learn from. Repeat the option for each task."
+                "Rows that lorahub and mixture learn from, for each task."
                 " Without it half of the rows of each --data."
             )
         ),

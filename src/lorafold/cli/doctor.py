@@ -5,6 +5,12 @@ import typer
 from lorafold.cli.common import JsonOption, Source, emit
 from lorafold.cli.groups import grouped
 
+EXAMPLES = (
+    "lorafold doctor",
+    "lorafold doctor --model demo/merged",
+    "lorafold doctor --json",
+)
+
 
 @grouped
 def command(source: Source, json: JsonOption = False) -> None:

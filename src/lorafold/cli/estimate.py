@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from lorafold.cli.common import ColumnsOption, JsonOption, Source, columns_of, emit, messages
+from lorafold.cli.columns import ColumnsOption, columns_of
+from lorafold.cli.common import JsonOption, Source, emit, messages
 from lorafold.cli.groups import grouped
 from lorafold.cli.pages import page_option
 from lorafold.cli.recipe_options import RecipeFlags, of_recipe
@@ -35,6 +36,11 @@ number. --device cpu and --measure ask about this machine instead, whose CPU may
 copies of them in fp32. The process itself, the scratch memory of kernels and fragmentation are not
 counted, so leave a tenth of the device free. The traced step is that of a CPU; no estimate has been
 compared with a GPU yet."""
+EXAMPLES = (
+    "lorafold estimate --params 7b",
+    "lorafold estimate --params 7b --mode lora --device-memory 24GB",
+    "lorafold estimate --model smollm2 --mode full --batch 4 --max-length 512",
+)
 
 
 @of_recipe((OF_MEMORY | OF_ROWS) - {"method"}, config=False)
@@ -83,7 +89,9 @@ def command(
     ] = None,
     labelled: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens of a batch that count in the loss. Without it all."),
+        typer.Option(
+            min=1, hidden=True, help="Tokens of a batch that count in the loss. Without it all."
+        ),
     ] = None,
     device_memory: Annotated[
         str | None,

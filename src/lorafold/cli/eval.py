@@ -7,20 +7,17 @@ from typing import Annotated
 
 import typer
 
-from lorafold.cli.common import (
-    Adapters,
-    ColumnsOption,
-    DataOption,
-    JsonOption,
-    Opening,
-    columns_of,
-    emit,
-    messages,
-)
+from lorafold.cli.columns import ColumnsOption, columns_of
+from lorafold.cli.common import Adapters, DataOption, JsonOption, Opening, emit, messages
 from lorafold.cli.groups import grouped
 from lorafold.rewards.naming import FORMS
 
 REWARDS = "Rewards"
+EXAMPLES = (
+    "lorafold eval demo/adapter --data demo/test.jsonl",
+    "lorafold eval --data demo/test.jsonl --no-completions",
+    'lorafold eval demo/adapter --data demo/test.jsonl --reward "regex:^\\{"',
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,7 @@ class Rewarding:
         typer.Option(
             rich_help_panel=REWARDS,
             help=f"Measure what completions are worth that the model draws: what judges them, as"
-            f" {FORMS}, with a weight as in 0.5* or without. Repeat the option for a sum. Rows are"
+            f" {FORMS}, with a weight as in 0.5* or without; several are added. Rows are"
             " prompts then, with whatever else the reward wants.",
         ),
     ] = None

@@ -7,6 +7,12 @@ import typer
 from lorafold.cli.common import JsonOption, Output, Source, emit
 from lorafold.cli.groups import grouped
 
+EXAMPLES = (
+    "lorafold extract --tuned demo/merged --rank 8 --out extracted",
+    "lorafold extract --model smollm2 --tuned demo/merged --rank 4 --out rank-4",
+    "lorafold extract --tuned demo/merged --rank 2 --out rank-2 --json",
+)
+
 
 @grouped
 def command(

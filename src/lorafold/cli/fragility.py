@@ -5,15 +5,8 @@ from typing import Annotated
 
 import typer
 
-from lorafold.cli.common import (
-    Adapters,
-    ColumnsOption,
-    JsonOption,
-    Opening,
-    columns_of,
-    emit,
-    messages,
-)
+from lorafold.cli.columns import ColumnsOption, columns_of
+from lorafold.cli.common import Adapters, JsonOption, Opening, emit, messages
 from lorafold.cli.groups import grouped
 from lorafold.cli.pages import WideOption, page_option
 from lorafold.cli.recipe_options import RecipeFlags, of_recipe
@@ -32,6 +25,14 @@ of greedy completions that begin with a refusal. KL: how far the completions of 
 in nats a token. Overlap: the share of the tuning's energy in the directions of the alignment's
 update, beside that of random directions. Halved at: the number of benign examples at which kept is
 one half."""
+EXAMPLES = (
+    "lorafold fragility policy --refuse refuse.jsonl --controls controls.jsonl \\\n"
+    "    --data benign.jsonl --out fragile --html fragile.html",
+    "lorafold fragility policy --refuse refuse.jsonl --controls controls.jsonl \\\n"
+    "    --data benign.jsonl --examples 10 --rank 8 --defence none",
+    "lorafold fragility policy --refuse refuse.jsonl --controls controls.jsonl \\\n"
+    "    --tuned tuned --fail-under 0.8",
+)
 
 
 @of_recipe({"alpha", "dropout", "targets", "schedule", "warmup", "epochs", "batch", "max_length"})
@@ -62,35 +63,34 @@ def command(
     columns: ColumnsOption = None,
     refusal_prefix: Annotated[
         list[str] | None,
-        typer.Option(help="How a refusal begins; repeat it for more.  [default: I can't]"),
+        typer.Option(hidden=True, help="How a refusal begins.  [default: I can't]"),
     ] = None,
     compliance_prefix: Annotated[
         list[str] | None,
-        typer.Option(help="How compliance begins; repeat it for more.  [default: Sure]"),
+        typer.Option(hidden=True, help="How compliance begins.  [default: Sure]"),
     ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="The most tokens of a control's completion.")
+        int, typer.Option(min=1, hidden=True, help="The most tokens of a control's completion.")
     ] = 32,
     examples: Annotated[
         list[int] | None,
         typer.Option(
             rich_help_panel=TUNING,
-            help="A number of benign examples; repeat it for more.  [default: 1 3 10 30 100]",
+            help="A number of benign examples.  [default: 1 3 10 30 100]",
         ),
     ] = None,
     rank: Annotated[
         list[int] | None,
         typer.Option(
             rich_help_panel=TUNING,
-            help="A rank of the tuning, which is LoRA; repeat it for more.  [default: 4 16]",
+            help="A rank of the tuning, which is LoRA.  [default: 4 16]",
         ),
     ] = None,
     lr: Annotated[
         list[float] | None,
         typer.Option(
             rich_help_panel=TUNING,
-            help="A learning rate of A, B's is 15 times as high; repeat it for more."
-            "  [default: 2e-4]",
+            help="A learning rate of A, B's is 15 times as high.  [default: 2e-4]",
         ),
     ] = None,
     seeds: Annotated[
@@ -99,16 +99,17 @@ def command(
     defence: Annotated[
         list[str] | None,
         typer.Option(
-            help="What is done against it: none, halved, projected, mixed, readded; repeat it for"
-            " more. Without it all that can be measured."
+            help="What is done against it: none, halved, projected, mixed, readded. Without it all"
+            " that can be measured."
         ),
     ] = None,
     mix: Annotated[
-        str | None, typer.Option(help="Rows that refuse, as for train, for --defence mixed.")
+        str | None,
+        typer.Option(hidden=True, help="Rows that refuse, as for train, for --defence mixed."),
     ] = None,
     against_adapter: Annotated[
         list[Path] | None,
-        typer.Option(help="A second stack, tuned and measured alike; repeat it as --adapter."),
+        typer.Option(hidden=True, help="A second stack, tuned and measured alike."),
     ] = None,
     tuned: Annotated[
         Path | None,
@@ -116,7 +117,9 @@ def command(
     ] = None,
     instead: Annotated[
         bool,
-        typer.Option("--instead", help="--tuned replaces the stack, and does not lie over it."),
+        typer.Option(
+            "--instead", hidden=True, help="--tuned replaces the stack, and does not lie over it."
+        ),
     ] = False,
     fail_under: Annotated[
         float | None,

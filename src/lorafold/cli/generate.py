@@ -9,6 +9,12 @@ from lorafold.cli.common import Adapters, JsonOption, Opening, Sampling, emit, m
 from lorafold.cli.groups import grouped
 from lorafold.errors import LorafoldError
 
+EXAMPLES = (
+    'lorafold generate demo/adapter --prompt "a table for two at Noma at 7pm"',
+    'lorafold generate --prompt "What is a low-rank adapter?" --max-new-tokens 40',
+    'lorafold generate demo/adapter --prompt "a table for two" --temperature 0.7',
+)
+
 
 @grouped
 def command(

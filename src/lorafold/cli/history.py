@@ -7,6 +7,12 @@ from lorafold.cli.common import Adapters, JsonOption, emit
 from lorafold.cli.groups import grouped
 from lorafold.cli.pages import page_option
 
+EXAMPLES = (
+    "lorafold history demo/adapter",
+    "lorafold history demo/adapter --html history.html",
+    "lorafold history demo/adapter --json",
+)
+
 
 @grouped
 def command(

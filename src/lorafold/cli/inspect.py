@@ -16,6 +16,11 @@ that of the base. Amplification: the norm of the update divided by that of the b
 own directions. phi, with --against: the share of one subspace that lies in another, at most 1.
 Barrier: how far the loss between two adapters rises above the straight line between their losses,
 in nats."""
+EXAMPLES = (
+    "lorafold inspect demo/adapter",
+    "lorafold inspect demo/adapter --full --html inside.html",
+    "lorafold inspect demo/adapter --data demo/test.jsonl --rows 16",
+)
 
 
 @grouped

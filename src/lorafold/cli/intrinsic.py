@@ -5,19 +5,24 @@ from typing import Annotated
 
 import typer
 
+from lorafold.cli.columns import ColumnsOption, columns_of
 from lorafold.cli.common import (
-    ColumnsOption,
     Computing,
     HeldOutOption,
     JsonOption,
     OptionalDataOption,
-    columns_of,
     emit,
     messages,
 )
 from lorafold.cli.groups import grouped
 from lorafold.cli.recipe_options import RecipeFlags, of_recipe
 from lorafold.recipe.recipe import Recipe
+
+EXAMPLES = (
+    "lorafold intrinsic --out search",
+    "lorafold intrinsic --out mine --data demo/train.jsonl --steps 50",
+    "lorafold intrinsic --out narrow --smallest 64 --largest 4096",
+)
 
 
 @of_recipe(Recipe.model_fields.keys() - {"method"})

@@ -19,6 +19,12 @@ from lorafold.cli.common import (
 from lorafold.cli.groups import grouped
 from lorafold.models.storages import LISTED, MADE
 
+EXAMPLES = (
+    "lorafold merge demo/adapter --out merged",
+    "lorafold merge demo/adapter --out quick --no-certificate",
+    "lorafold merge demo/adapter --out small --into nf4",
+)
+
 
 class Rounding(StrEnum):
     """How folded weights are rounded to the model's dtype."""

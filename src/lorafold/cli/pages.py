@@ -13,13 +13,14 @@ WideOption = Annotated[
 ]
 
 
-def page_option(text: str) -> Any:
+def page_option(text: str, rare: bool = False) -> Any:
     """The option `--html`, which refuses a file that can't be written.
 
     Args:
         text: What is written, for `--help`.
+        rare: Leave it to `--help-all` where a command has many options.
     """
-    return typer.Option("--html", callback=_checked, help=text)
+    return typer.Option("--html", callback=_checked, hidden=rare, help=text)
 
 
 def _checked(path: Path | None) -> Path | None:

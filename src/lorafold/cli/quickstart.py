@@ -11,6 +11,12 @@ import typer
 
 from lorafold.cli.common import DeviceOption, JsonOption, emit, messages
 
+EXAMPLES = (
+    "lorafold quickstart --out demo",
+    "lorafold quickstart --out demo --overwrite",
+    "lorafold quickstart --out again --device cpu --json",
+)
+
 
 def command(
     out: Annotated[

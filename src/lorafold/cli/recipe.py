@@ -7,6 +7,12 @@ import typer
 
 from lorafold.cli.common import JsonOption, emit
 
+EXAMPLES = (
+    "lorafold recipe --from sft.yaml --out recipe.yaml",
+    "lorafold recipe --from sft.py --kind unsloth",
+    "lorafold recipe --from demo/adapter",
+)
+
 
 def command(
     source: Annotated[

@@ -18,9 +18,10 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import typer
 
+from lorafold.cli.help import PLACEHOLDERS
 from lorafold.methods import METHODS
 from lorafold.objectives import OBJECTIVES
-from lorafold.recipe.fields import GROUPS
+from lorafold.recipe.fields import COMMON, GROUPS
 from lorafold.recipe.reading import load_recipe
 from lorafold.recipe.recipe import Recipe
 
@@ -37,9 +38,12 @@ SETS = Annotated[
         "--set",
         metavar="FIELD=VALUE",
         rich_help_panel="Recipe",
-        help="One field of the recipe, as in --set rank=8. Repeat the option for more.",
+        hidden=True,
+        help="One field of the recipe, as in --set rank=8.",
     ),
 ]
+
+WIDEST = 50  # characters of choices as a placeholder
 
 
 class RecipeFlags:
@@ -87,13 +91,23 @@ def _option(name: str, panel: str) -> Any:
     if name == "method":
         more = {"metavar": "NAME", "autocompletion": lambda: list(METHODS)}
     elif choices := list(OBJECTIVES) if name == "objective" else choices:
-        more = {"metavar": "|".join(choices), "autocompletion": lambda: choices}
+        numbers = [PLACEHOLDERS[part] for part in _parts(info.annotation) if part in (int, float)]
+        listed = "|".join([*numbers, *choices])
+        more = {
+            "metavar": listed if len(listed) < WIDEST else "NAME",  # the text has them then
+            "autocompletion": lambda: choices,
+        }
     elif kind == list[str]:
         mapping = isinstance(info.default, dict)
         more = {"metavar": "KEY=VALUE" if mapping else "TEXT"}
     return Annotated[
         kind | None,
-        typer.Option(rich_help_panel=panel, help=f"{info.description}{shown}", **more),
+        typer.Option(
+            rich_help_panel=panel,
+            hidden=name not in COMMON,
+            help=f"{info.description}{shown}",
+            **more,
+        ),
     ]
 
 

@@ -4,18 +4,15 @@ from typing import Annotated
 
 import typer
 
-from lorafold.cli.common import (
-    Adapters,
-    ColumnsOption,
-    JsonOption,
-    Opening,
-    Output,
-    OverOption,
-    columns_of,
-    emit,
-    messages,
-)
+from lorafold.cli.columns import ColumnsOption, columns_of
+from lorafold.cli.common import Adapters, JsonOption, Opening, Output, OverOption, emit, messages
 from lorafold.cli.groups import grouped
+
+EXAMPLES = (
+    "lorafold resize demo/adapter --rank 4 --out rank-4",
+    "lorafold resize demo/adapter --energy 0.95 --out most",
+    "lorafold resize demo/adapter --rank 4 --out measured --data demo/test.jsonl",
+)
 
 
 @grouped

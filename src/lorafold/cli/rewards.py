@@ -11,14 +11,15 @@ RewardOption = Annotated[
     typer.Option(
         help="For objectives that draw completions: what judges them, as FILE.py:FUNCTION,"
         " regex:PATTERN, schema:FILE.json, reasoning-gym:TASK or adapter:DIR, with a weight as"
-        " in 0.5*... or without. Repeat the option for a sum."
+        " in 0.5*... or without; several are added."
     ),
 ]
 RewardAdapterOption = Annotated[
     list[str] | None,
     typer.Option(
+        hidden=True,
         help="The same as --reward adapter:DIR: a reward model that was trained on this base"
-        " (--objective reward). It scores with the base of the run, which is in memory once."
+        " (--objective reward). It scores with the base of the run, which is in memory once.",
     ),
 ]
 

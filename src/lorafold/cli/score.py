@@ -5,18 +5,16 @@ from typing import Annotated
 
 import typer
 
-from lorafold.cli.common import (
-    Adapters,
-    ColumnsOption,
-    DataOption,
-    JsonOption,
-    Opening,
-    columns_of,
-    emit,
-    messages,
-)
+from lorafold.cli.columns import ColumnsOption, columns_of
+from lorafold.cli.common import Adapters, DataOption, JsonOption, Opening, emit, messages
 from lorafold.cli.groups import grouped
 from lorafold.errors import LorafoldError
+
+EXAMPLES = (
+    "lorafold train --objective reward --data pairs.jsonl --out judge",
+    "lorafold score judge --data pairs.jsonl",
+    "lorafold score judge --data pairs.jsonl --out scores.jsonl",
+)
 
 
 @grouped

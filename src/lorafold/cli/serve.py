@@ -10,6 +10,12 @@ from lorafold.cli.groups import grouped
 from lorafold.errors import LorafoldError
 from lorafold.models.storages import LISTED
 
+EXAMPLES = (
+    "lorafold serve --adapters demo --open",
+    "lorafold serve --adapters demo --port 0 --json-logs",
+    "lorafold serve --adapters demo --host 0.0.0.0 --keys keys.json",
+)
+
 
 @grouped
 def command(

@@ -6,6 +6,12 @@ from typing import Annotated
 
 import typer
 
+EXAMPLES = (
+    "lorafold serve new-key acme",
+    'lorafold serve new-key acme --adapters "acme-*" --expires 30d',
+    "lorafold serve new-key trial --no-base --tokens-per-day 100000",
+)
+
 
 def command(
     tenant: Annotated[str, typer.Argument(help="Whose key it is.")],
@@ -14,7 +20,7 @@ def command(
         typer.Option(
             "--adapters",
             help="The adapters and aliases that the key may use, as a glob such as 'acme-*'."
-            " Repeat it for more. Without it all.",
+            " Without it all.",
         ),
     ] = None,
     keys: Annotated[

@@ -5,14 +5,13 @@ from typing import Annotated
 
 import typer
 
+from lorafold.cli.columns import ColumnsOption, columns_of
 from lorafold.cli.common import (
     AllowOtherOption,
-    ColumnsOption,
     Computing,
     JsonOption,
     Output,
     TrainDataOption,
-    columns_of,
     emit,
     messages,
 )
@@ -22,6 +21,12 @@ from lorafold.cli.recipe_options import RecipeFlags, of_recipe
 from lorafold.cli.rewards import RewardAdapterOption, RewardOption, rewards_of
 from lorafold.errors import LorafoldError
 from lorafold.recipe.recipe import Recipe
+
+EXAMPLES = (
+    "lorafold train --data demo/train.jsonl --out adapter --preview",
+    "lorafold train --data demo/train.jsonl --out adapter",
+    "lorafold train --data demo/train.jsonl --out small --rank 8 --epochs 2",
+)
 
 
 @of_recipe(Recipe.model_fields)
@@ -44,13 +49,16 @@ def command(
     columns: ColumnsOption = None,
     init_adapter: Annotated[
         Path | None,
-        typer.Option(help="Start from this saved adapter, with its method and targets."),
+        typer.Option(
+            hidden=True, help="Start from this saved adapter, with its method and targets."
+        ),
     ] = None,
     over: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Train over this saved adapter, which stays frozen below the new one. Repeat the"
-            " option for a stack, the lowest first."
+            hidden=True,
+            help="Train over this saved adapter, which stays frozen below the new one; over a"
+            " stack, each of it, the lowest first.",
         ),
     ] = None,
     allow_other_base: AllowOtherOption = False,
@@ -64,7 +72,9 @@ def command(
     ] = False,
     html: Annotated[
         Path | None,
-        page_option("With --preview: write the rows as a page that needs no other file."),
+        page_option(
+            "With --preview: write the rows as a page that needs no other file.", rare=True
+        ),
     ] = None,
     resume: Annotated[
         bool,

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from safetensors import SafetensorError
 
 from lorafold.errors import LorafoldError
 
@@ -202,6 +201,8 @@ def is_abandoned(name: str) -> bool:
 @contextmanager
 def _writing(path: str | Path) -> Iterator[None]:
     """Turn errors of the file system and of safetensors into a LorafoldError of one line."""
+    from safetensors import SafetensorError
+
     try:
         yield
     except OSError as error:

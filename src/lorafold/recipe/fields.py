@@ -40,6 +40,12 @@ GROUPS = {
     "eval_fraction": "evaluation, checkpoints, tracking",
 }
 
+# The fields that --help has of a command with many options; --help-all has the others too.
+COMMON = {
+    *("method", "rank", "alpha", "dropout", "targets", "objective", "storage", "lr"),
+    *("epochs", "steps", "batch", "accumulate", "max_length", "seed"),
+}
+
 
 class Fields(BaseModel):
     """What each field is alone; `Recipe` says what they are together."""

@@ -13,7 +13,6 @@ from lorafold.data.shapes import JUDGED
 from lorafold.errors import LorafoldError
 from lorafold.objectives import OBJECTIVES
 from lorafold.objectives.laws import class_of
-from lorafold.step import preference_laws
 from lorafold.translating.convert import number
 from lorafold.translating.rules import Outcome, Reader, Settings, changed, left, taken
 
@@ -40,6 +39,8 @@ def has_reference(objective: str | None) -> bool:
     declared = OBJECTIVES[objective] if objective is not None else None
     if declared is None or not declared.law:
         return False
+    from lorafold.step import preference_laws
+
     return bool(class_of(declared, preference_laws).has_reference)
 
 

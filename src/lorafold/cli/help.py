@@ -1,0 +1,137 @@
+"""How a command's help is laid out: what it does, examples to copy, options by panel.
+
+`--help` leaves the rare options of a long list to `--help-all`; those are declared with
+`hidden=True`. Placeholders say what is typed (PATH, NUMBER), and not which type reads it.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin
+
+import typer
+
+OTHERS = "Options"
+MOST = 25  # the most options that --help lists, itself and --help-all among them
+OF_QUICKSTART = "demo"  # the directory that examples use where they need rows or an adapter
+PLACEHOLDERS = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH"}
+
+
+class Panels:
+    """Help that lists the options by panel, those without a panel first."""
+
+    examples: tuple[str, ...] = ()
+    get_params: Callable[[Any], list[Any]]
+    get_help: Callable[[Any], str]
+    params: list[Any]
+
+    def __init__(self, *args: Any, **attributes: Any) -> None:
+        super().__init__(*args, **attributes)
+        rare = {one.name for one in self.params if one.hidden}
+        many = 1 + sum(one.param_type_name == "option" for one in self.params) > MOST
+        self.rare = rare if many else set[str]()
+        for parameter in self.params:
+            parameter.hidden = False
+            option = parameter.param_type_name == "option"
+            if option and parameter.metavar is None and not parameter.is_flag:
+                parameter.metavar = placeholder(parameter.type_descriptor)
+            if getattr(parameter, "multiple", False):
+                parameter.help = f"{parameter.help}  [repeatable]"
+        self.params.append(_help_all(hidden=not self.rare))
+
+    def help_all(self, ctx: Any) -> str:
+        """The help with the rare options."""
+        rare, self.rare = self.rare, set()
+        try:
+            return self.get_help(ctx)
+        finally:
+            self.rare = rare
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the examples, and the arguments and options that are not rare, by panel."""
+        write_examples(formatter, self.examples)
+        params = self.get_params(ctx)
+        panels: dict[str, list[tuple[str, str]]] = {"Arguments": [], OTHERS: []}
+        for parameter in params:
+            if parameter.name not in self.rare and (record := entry(parameter, ctx)):
+                panels.setdefault(panel(parameter), []).append(record)
+        write_lists(formatter, panels)
+        if self.rare:
+            formatter.write_paragraph()
+            formatter.write_text(
+                f"{ctx.command_path} --help-all lists {len(self.rare)} more options."
+            )
+
+
+def panel(parameter: Any) -> str:
+    """The title under which an argument or an option is listed."""
+    if parameter.param_type_name == "argument":
+        return "Arguments"
+    return getattr(parameter, "rich_help_panel", None) or OTHERS
+
+
+def entry(parameter: Any, ctx: Any) -> tuple[str, str] | None:
+    """An argument or an option as it is typed, and what it means; None for one that is hidden."""
+    if (record := parameter.get_help_record(ctx)) is None:
+        return None
+    if parameter.param_type_name == "argument":  # without Typer's type after the name
+        return parameter.metavar or parameter.name.upper(), record[1]
+    return record
+
+
+def placeholder(kind: Any) -> str:
+    """What stands for a value in the help; `kind` is the type as Typer describes it."""
+    if kind.choices:
+        return "|".join(str(getattr(choice, "value", choice)) for choice in kind.choices)
+    if get_origin(kind.annotation) is tuple:
+        return " ".join(PLACEHOLDERS[one] for one in get_args(kind.annotation))
+    [one] = get_args(kind.annotation) or [kind.annotation]  # of a list its items
+    return PLACEHOLDERS[one]
+
+
+def write_examples(formatter: Any, examples: Sequence[str], title: str = "") -> None:
+    """Write commands as they are typed, one a line, under a title or what they need."""
+    needs = any(OF_QUICKSTART in example for example in examples)
+    after = f" (after lorafold quickstart --out {OF_QUICKSTART})" if needs else ""
+    with formatter.section(title or f"Examples{after}"):
+        for example in examples:
+            for line in example.splitlines():
+                formatter.write(f"{'':>{formatter.current_indent}}{line}\n")
+
+
+def write_lists(formatter: Any, lists: dict[str, list[tuple[str, str]]]) -> None:
+    """Write lists of names and what they are, each under its title; empty ones are left out."""
+    for title, records in lists.items():
+        if records:
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+def _help_all(hidden: bool) -> Any:
+    """The option `--help-all`, as Typer makes it of a declaration."""
+    one = typer.Typer(add_completion=False)
+
+    @one.command()
+    def command(help_all: HelpAll = False) -> None:
+        """Carries the option."""
+
+    [option] = typer.main.get_command(one).params
+    option.hidden = hidden  # type: ignore[attr-defined]
+    return option
+
+
+def _show_all(ctx: typer.Context, asked: bool) -> None:
+    if asked and not ctx.resilient_parsing:
+        typer.echo(ctx.command.help_all(ctx))  # type: ignore[attr-defined]
+        raise typer.Exit
+
+
+HelpAll = Annotated[
+    bool,
+    typer.Option(
+        "--help-all",
+        is_eager=True,
+        expose_value=False,
+        callback=_show_all,
+        help="Show the rarer options too, and exit.",
+    ),
+]
