@@ -13,7 +13,7 @@ from lorafold.files.shown import Shown
 from lorafold.inspecting import run
 from lorafold.inspecting.conclusions import of_paths
 from lorafold.inspecting.paths import measured_paths
-from lorafold.opening import Base
+from lorafold.opening import base_for
 from lorafold.peft.saved import Saved, open_all
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Inspection(Shown):
 
 def inspect(
     adapter: str | Path,
-    model: str | Path = "smollm2",
+    model: str | Path | None = None,
     *,
     over: Paths = (),
     against: str | Path | None = None,
@@ -111,9 +111,19 @@ def inspect(
             " measured over the bare base only"
         )
     examples = None if data is None else as_rows(data, None, console)[:rows]
-    base = Base(model, storage, device, revision, trust_remote_code, allow_other_base)
     stack = open_all([*below, as_path(adapter)])
     other = None if against is None else Saved.open(against)
+    known = stack if other is None else (*stack, other)
+    base = base_for(
+        model,
+        known,
+        console,
+        storage=storage,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        allow_other_base=allow_other_base,
+    )
     length = 0 if examples is None else length_for(base, max_length, stack, console)
     with console.status("sites") as status:
         found = run.inspect(

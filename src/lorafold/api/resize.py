@@ -12,7 +12,7 @@ from lorafold.api.arguments import Columns, Data, Paths, as_path, as_paths, as_r
 from lorafold.api.opened import length_for, opened
 from lorafold.inspecting import resize as best
 from lorafold.inspecting.loss import losses_of
-from lorafold.opening import Base
+from lorafold.opening import Base, base_for
 from lorafold.peft.saved import Saved, open_all
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def resize(
     adapter: str | Path,
     out: str | Path,
     *,
-    model: str | Path = "smollm2",
+    model: str | Path | None = None,
     over: Paths = (),
     rank: int | None = None,
     energy: float | None = None,
@@ -66,8 +66,17 @@ def resize(
     """
     best.check_request(rank, energy)  # before any rows are read
     rows = None if data is None else as_rows(data, columns, console)
-    base = Base(model, storage, device, revision, trust_remote_code, allow_other_base)
     stack = open_all([*as_paths(over), as_path(adapter)])
+    base = base_for(
+        model,
+        stack,
+        console,
+        storage=storage,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        allow_other_base=allow_other_base,
+    )
     length = 0 if rows is None else length_for(base, max_length, stack, console)
     result = best.resize(base, stack, out, rank=rank, energy=energy, overwrite=overwrite)
     if rows is None:

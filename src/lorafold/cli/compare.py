@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
+from lorafold.cli.alone import ComputingAlone
 from lorafold.cli.common import (
     ColumnsOption,
-    Computing,
     HeldOutOption,
     JsonOption,
     OptionalDataOption,
@@ -36,7 +36,7 @@ def command(
         ),
     ],
     flags: Flags,
-    computing: Computing,
+    computing: ComputingAlone,
     data: OptionalDataOption = None,
     eval_data: HeldOutOption = None,
     reward: RewardOption = None,

@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
+from lorafold.cli.alone import ComputingAlone
 from lorafold.cli.common import (
     ColumnsOption,
-    Computing,
     HeldOutOption,
     JsonOption,
     OptionalDataOption,
@@ -34,7 +34,7 @@ def command(
         ),
     ],
     flags: Flags,
-    computing: Computing,
+    computing: ComputingAlone,
     data: OptionalDataOption = None,
     eval_data: HeldOutOption = None,
     columns: ColumnsOption = None,

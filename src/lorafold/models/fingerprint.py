@@ -117,6 +117,27 @@ def differences(expected: Fingerprint, weights: Weights) -> list[str]:
     ]
 
 
+def fits(expected: Fingerprint, weights: Weights) -> bool:
+    """Tell whether the weights are those of a fingerprint. Their shapes are compared first, so
+    that of another model no values are read.
+    """
+    some = False
+    for name, sample in expected.items():
+        if found := weights.find(name):
+            some = True
+            if _misshapen(list(weights.shape(found)), sample["shape"]):
+                return False
+    return some and not differences(expected, weights)
+
+
+def agree(a: Fingerprint, b: Fingerprint) -> bool:
+    """Tell whether two fingerprints are of the same weights, which may be stored otherwise."""
+    both = a.keys() & b.keys()
+    return bool(both) and all(
+        a[n]["shape"] == b[n]["shape"] and same(_values(a[n]), _values(b[n])) for n in both
+    )
+
+
 def same(a: Tensor, b: Tensor) -> bool:
     """Tell whether two floating-point tensors of the same shape, any shape, are equal after both
     are rounded to the narrower of their dtypes.
@@ -156,15 +177,23 @@ def _positions(shape: Sequence[int]) -> Tensor:  # (16, rank)
     return torch.tensor(np.array(np.unravel_index(flat, shape))).T.reshape(VALUES, len(shape))
 
 
+def _misshapen(shape: list[int], asked: list[int]) -> bool:
+    """Of a resized vocabulary, the rows may be others."""
+    return shape[1:] != asked[1:] or len(shape) != len(asked) or (shape != asked and len(shape) < 2)
+
+
+def _values(sample: dict[str, Any]) -> Tensor:  # (16,)
+    values = torch.frombuffer(bytearray.fromhex(sample["values"]), dtype=torch.float32)
+    return values.to(getattr(torch, sample["dtype"]))
+
+
 def _difference(expected: dict[str, Any], weights: Weights, name: str) -> str | None:
     shape, asked = list(weights.shape(name)), expected["shape"]
-    if shape[1:] != asked[1:] or len(shape) != len(asked) or (shape != asked and len(shape) < 2):
+    if _misshapen(shape, asked):
         return f"{name} (shape {shape}, expected {asked})"
     positions = _positions(asked)
     both = positions[:, 0] < shape[0]  # of a resized vocabulary, the tokens that both have
-    wanted = torch.frombuffer(bytearray.fromhex(expected["values"]), dtype=torch.float32).to(
-        getattr(torch, expected["dtype"])
-    )
+    wanted = _values(expected)
     return (
         None if same(weights.at(name, positions[both]), wanted[both]) else f"{name} (other values)"
     )
