@@ -42,7 +42,7 @@ from lorafold.peft.saved import Saved
 from lorafold.peft.stack import loading_advice, mismatch, same
 
 log = logging.getLogger(__name__)
-MOST = 298  # characters of a message that names an adapter, its base and the one at hand
+MOST = 290  # characters of a message that names an adapter, its base and the one at hand
 ROOM = 1 << 26  # numbers that every adapter may have
 
 

@@ -38,7 +38,8 @@ def chat(
     remembers.
 
     Args:
-        model: A name or path as `lf.load_model` takes it.
+        model: A name or path as `lf.load_model` takes it; None takes the base that the adapters
+            say they were trained on, and without adapters smollm2.
         adapters: Saved adapters, which `Chat.switch` knows by the last parts of their paths.
         system: The system message; None takes the chat template's default.
         max_new_tokens: An answer ends after this many tokens at the latest.

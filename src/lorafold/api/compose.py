@@ -54,7 +54,7 @@ def compose(
     Args:
         adapters: Saved adapters of one base whose updates are additive (LoRA, VeRA, LoHa ...).
         out: The directory of the new adapter; with several ways, that of each is `out/<way>`.
-        model: The base of the adapters.
+        model: The base of the adapters; None takes the one that they say they were trained on.
         how: linear, task-arithmetic, svd, ties, dare, dare-ties, magnitude, lorahub or mixture.
         weights: One for each adapter, in their order; empty for the way's defaults.
         rank: Cut every site to this rank; None is the way's default.

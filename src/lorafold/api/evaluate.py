@@ -64,7 +64,8 @@ def evaluate(
 
     Args:
         model: A name or path, or a loaded model, which is measured with its active adapters and
-            takes no other `storage`, `device`, `revision` or `allow_other_base`.
+            takes no other `storage`, `device`, `revision` or `allow_other_base`. None takes the
+            base that the adapters say they were trained on; without adapters smollm2.
         data: Rows, of the forms that `lf.train` takes; texts with labels need a classifier.
         columns: The keys of the rows under other names, as in {"prompt": "question"}.
         adapters: Saved adapters to load on a model that is named.

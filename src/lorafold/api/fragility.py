@@ -90,7 +90,8 @@ def fragility(
             measured on these, others on the stack's own.
         data: Benign rows of the forms that `lf.train` takes; those beyond the most examples are
             held out for the loss.
-        model: A name or path as `lf.load_model` takes it.
+        model: A name or path as `lf.load_model` takes it; None takes the base that the adapters say
+            they were trained on.
         adapters: The stack, lowest first. The update of its last adapter is the alignment.
         against: A second stack on the same base, tuned and measured in the same way.
         tuned: A finished adapter to measure over the stack; nothing is trained then.

@@ -49,7 +49,8 @@ def generate(
 
     Args:
         model: A name or path, or a loaded model, which is used with its active adapters and
-            takes no other `storage`, `device`, `revision` or `allow_other_base`.
+            takes no other `storage`, `device`, `revision` or `allow_other_base`. None takes the
+            base that the adapters say they were trained on; without adapters smollm2.
         prompts: The user's message, which the chat template renders, or a list of messages, which
             gives a list of completions.
         adapters: Saved adapters to load on a model that is named.

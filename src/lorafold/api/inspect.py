@@ -84,7 +84,8 @@ def inspect(
 
     Args:
         adapter: A saved adapter of any method that folds.
-        model: Its base, as `lf.load_model` takes it; only `data` makes it load all weights.
+        model: Its base, as `lf.load_model` takes it; None takes the one that it says it was trained
+            on. Only `data` makes it load all weights.
         over: The adapters that it was trained over, lowest first; they count as its base.
         against: A second adapter of the same base: another rank, seed or task. With `over`, one
             over the same adapters, or one of these.

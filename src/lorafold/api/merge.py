@@ -38,7 +38,8 @@ def merge(
     of how far it is from base plus adapters. The directory appears whole or not at all.
 
     Args:
-        model: The base, as `lf.load_model` takes it.
+        model: The base, as `lf.load_model` takes it; None takes the one that the adapters say they
+            were trained on.
         adapters: One saved adapter or several, folded in this order.
         out: The directory of the merged model.
         into: original (the base's weights before quantization), dequantized (the weights that the

@@ -45,7 +45,8 @@ def resize(
 
     Args:
         out: The directory to write.
-        model: Its base, as `lf.load_model` takes it; only `data` makes it load all weights.
+        model: Its base, as `lf.load_model` takes it; None takes the one that it says it was trained
+            on. Only `data` makes it load all weights.
         over: The adapters that it was trained over, lowest first; the result lies over the same.
         rank: The rank of every site; smaller where an update has a smaller one.
         energy: Instead of a rank, a share above 0 and at most 1.

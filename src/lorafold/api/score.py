@@ -35,7 +35,7 @@ def score(
     Args:
         model: The base's name or path, the path of a reward model, or a loaded one, which is used
             with its active adapters and takes no other `storage`, `device`, `revision` or
-            `allow_other_base`.
+            `allow_other_base`. None takes the base that the adapters say they were trained on.
         data: Rows of preferences, or of completions, conversations or text, whose last turn of the
             assistant ends the text that is scored.
         columns: The keys of the rows under other names, as in {"prompt": "question"}.

@@ -39,7 +39,8 @@ def serve(
 
     Args:
         adapters: A directory whose entries are saved adapters, or one adapter.
-        model: The base, as `lf.load_model` takes it.
+        model: The base, as `lf.load_model` takes it; None takes the one that the adapters say they
+            were trained on, and of an empty directory smollm2.
         config: A YAML file with settings and limits.
         settings: Settings by name, such as {"port": 8000, "keys": "keys.json"}; those that are not
             None win over the file.
@@ -77,7 +78,8 @@ def serve(
 
 def own_bases(adapters: Path) -> list[OwnBase]:
     """The bases of all adapters in a directory; those that can't be read are refused later, when
-    they are verified. Raises LorafoldError without a directory, or if no adapter can be read.
+    they are verified. Raises LorafoldError without a directory, or if none of its adapters can be
+    read.
 
     Args:
         adapters: A directory whose entries are saved adapters, or one adapter.
@@ -88,7 +90,7 @@ def own_bases(adapters: Path) -> list[OwnBase]:
     for name in sorted(directory.names()):
         with suppress(LorafoldError):
             found.append(OwnBase.read(directory.locate(name)))
-    if not found:
+    if directory.names() and not found:
         raise LorafoldError(
             f"--adapters {adapters}: found no adapter in it whose base could be served; expected"
             " --model PATH (model)"

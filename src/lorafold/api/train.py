@@ -55,7 +55,8 @@ def train(
             pattern of such files, a hub dataset, a list of these ("more.jsonl:0.3" takes 0.3 of its
             rows an epoch), or a list of rows such as {"prompt": ..., "completion": ...}.
         out: The directory of the adapter. During the run, checkpoints are in `<out>.run`.
-        model: smollm2 (embedded), a directory, a .gguf file or a hub id.
+        model: smollm2 (embedded), a directory, a .gguf file or a hub id; None takes the base of the
+            adapters of `over` and `init_adapter`, and without them smollm2.
         eval_data: Held-out rows, of the same forms as `data`.
         rewards: What judges completions that the model draws: one or several functions, or names
             such as "rewards.py:score", beside the recipe's.

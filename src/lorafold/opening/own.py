@@ -115,8 +115,9 @@ def _opened(own: OwnBase, how: dict[str, Any]) -> tuple[Base, str]:
     try:
         return replace(base, model=base.source), f"{own.name}{said}"
     except LorafoldError as error:
-        reason = str(error).partition(": ")[2].partition(";")[0]
-        raise LorafoldError(f"{_not_found(own)}: {shortened(reason, 100)}") from error
+        reason = str(error).rpartition(" the hub: ")[2].partition(";")[0]
+        told = f"and it can't be had from the hub: {shortened(reason, 60)}"
+        raise LorafoldError(f"{_not_found(own)}; {told}") from error
 
 
 def _told(found: str, own: OwnBase, by: str = "") -> str:

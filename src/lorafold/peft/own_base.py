@@ -18,7 +18,7 @@ from lorafold.peft.config import CONFIG
 
 BASE_IDENTITY = "base_identity"  # in a record: of the base's files, as `identity.of_model` gives it
 ALLOWED = "--allow-other-base"
-SHORT = 36  # characters of a name, so that a message has less than 300
+SHORT = 30  # characters of a name, so that a message has less than 300
 
 
 @dataclass(frozen=True)
