@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     # `X as X`: type checkers take it for a name of this module
     from lorafold.adapter import Adapter as Adapter
     from lorafold.adapter import attach as attach
-    from lorafold.adapter import load as load
     from lorafold.adapter import reference as reference
     from lorafold.api.chat import chat as chat
     from lorafold.api.compare import compare as compare
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from lorafold.api.history import history as history
     from lorafold.api.inspect import inspect as inspect
     from lorafold.api.intrinsic import intrinsic as intrinsic
+    from lorafold.api.load import load as load
     from lorafold.api.load_model import load_model as load_model
     from lorafold.api.merge import merge as merge
     from lorafold.api.resize import extract as extract
@@ -48,7 +48,7 @@ _HOME = {
     "Adapter": "adapter",
     "AdapterCallback": "training.callback",
     "attach": "adapter",
-    "load": "adapter",
+    "load": "api.load",
     "only": "adapter",
     "reference": "adapter",
     "chat": "api.chat",

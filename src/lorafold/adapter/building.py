@@ -28,18 +28,21 @@ from lorafold.core.rescaled import keep_scale
 from lorafold.core.skip_init import skip_init
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches, match
-from lorafold.errors import LorafoldError, listed
+from lorafold.errors import LorafoldError, listed, shortened
 from lorafold.files.contents import Contents
 from lorafold.methods.parts.extras import Bias, add_biases, add_token_rows
 from lorafold.methods.parts.replace import ReplaceDelta, leaves
 from lorafold.methods.parts.token_rows import Tokens
+from lorafold.models.sources import called
 from lorafold.models.weights import ModelWeights, Weights
 from lorafold.peft.directory import Chosen
+from lorafold.peft.own_base import ALLOWED
 from lorafold.peft.paths import within
-from lorafold.peft.saved import ALLOWED, Saved
+from lorafold.peft.saved import Saved
 from lorafold.peft.stack import loading_advice, mismatch, same
 
 log = logging.getLogger(__name__)
+MOST = 290  # characters of a message that names an adapter, its base and the one at hand
 ROOM = 1 << 26  # numbers that every adapter may have
 
 
@@ -176,21 +179,30 @@ def read(
         problems.append(f"{mismatch(saved.over, below)}; {advice}")
     told = ""
     if allow_other_base:
-        told = saved.other_base(base)
+        told = saved.own_base.other(base)
         if told:
             log.warning(told)
         if not fits:
             other = mismatch(saved.over, below)
             log.warning("adapter %s: %s; loaded all the same (%s)", saved, other, ALLOWED)
     else:
-        problems += saved.base_problems(base)
+        problems += saved.own_base.problems(base, called(model))
     try:
         tokens, saved = saved.token_rows(model, base)
         with skip_init(_most(model, saved.weights)):
             built = build(model, saved.spec_in(model), tokens=tokens, **saved.beside(model))
     except LorafoldError as e:
-        raise LorafoldError(f"{saved}: {listed([*problems, e], '; ')}") from None
-    saved.fill(model, built.parts, built.chosen.matches.paths, base, problems)
+        raise _refused(saved, model, listed([*problems, e], "; ")) from None
+    try:
+        saved.fill(model, built.parts, built.chosen.matches.paths, base, problems)
+    except LorafoldError as e:
+        raise _refused(saved, model, str(e)) from None
     over = below if saved.over and fits else saved.over
-    files, trained_on = (str(saved), saved.sha256), saved.base_identity
+    files, trained_on = (str(saved), saved.sha256), saved.own_base.identity
     return replace(built, over=over, files=files, base_identity=trained_on, other_base=told)
+
+
+def _refused(saved: Saved, model: nn.Module, told: str) -> LorafoldError:
+    """The error for an adapter that does not fit a model, whose path is whole if there is room."""
+    path = shortened(str(saved), max(40, MOST - len(told)))
+    return LorafoldError(f"{path}: {told}{saved.own_base.hint(called(model))}")

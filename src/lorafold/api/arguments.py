@@ -205,6 +205,11 @@ def recipe_to_train(recipe: Recipe | None, default: Recipe) -> Recipe:
     return found
 
 
+def missing(name: str) -> LorafoldError:
+    """The error for an argument that has no default besides `model`, which stands before it."""
+    return LorafoldError(f"{name}: found none, expected it")
+
+
 def as_paths(adapters: Paths) -> list[Path]:
     """The paths as a list, also if there is only one."""
     return [*map(as_path, [adapters] if isinstance(adapters, (str, Path)) else adapters)]

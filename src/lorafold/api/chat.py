@@ -10,7 +10,7 @@ from lorafold.api.opened import opened
 from lorafold.conversation import Chat, unique_names
 from lorafold.data.allowed_tokens import allow
 from lorafold.engine import Sampling
-from lorafold.opening import Base
+from lorafold.opening import base_for
 from lorafold.peft.saved import open_all
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def chat(
-    model: str | Path = "smollm2",
+    model: str | Path | None = None,
     adapters: Paths = (),
     *,
     system: str | None = None,
@@ -38,7 +38,8 @@ def chat(
     remembers.
 
     Args:
-        model: A name or path as `lf.load_model` takes it.
+        model: A name or path as `lf.load_model` takes it; None takes the base that the adapters
+            say they were trained on, and without adapters smollm2.
         adapters: Saved adapters, which `Chat.switch` knows by the last parts of their paths.
         system: The system message; None takes the chat template's default.
         max_new_tokens: An answer ends after this many tokens at the latest.
@@ -54,9 +55,19 @@ def chat(
 
     Raises LorafoldError for a model or adapter that can't be loaded.
     """
-    base = Base(model, storage, device, revision, trust_remote_code, allow_other_base)
     paths = as_paths(adapters)
-    loaded, tokenizer = opened(base, open_all(paths), console=console)
+    found = open_all(paths)
+    base = base_for(
+        model,
+        found,
+        console,
+        storage=storage,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        allow_other_base=allow_other_base,
+    )
+    loaded, tokenizer = opened(base, found, console=console)
     if allow_control_tokens:
         allow(tokenizer)
     attached = (f"adapter{number}" for number in range(1, len(paths) + 1))  # the names of `opened`

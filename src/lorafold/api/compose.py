@@ -16,7 +16,7 @@ from lorafold.composing.run import Composition
 from lorafold.composing.updates import names
 from lorafold.data.sources import Row
 from lorafold.methods.parts.mixture import Gating
-from lorafold.opening import Base
+from lorafold.opening import base_for
 from lorafold.peft.saved import open_all
 from lorafold.recipe.fitting import settled_length
 from lorafold.recipe.recipe import Recipe
@@ -29,7 +29,7 @@ def compose(
     adapters: Paths,
     out: str | Path,
     *,
-    model: str | Path = "smollm2",
+    model: str | Path | None = None,
     how: str | Sequence[str] = "linear",
     weights: Sequence[float] = (),
     rank: int | None = None,
@@ -54,7 +54,7 @@ def compose(
     Args:
         adapters: Saved adapters of one base whose updates are additive (LoRA, VeRA, LoHa ...).
         out: The directory of the new adapter; with several ways, that of each is `out/<way>`.
-        model: The base of the adapters.
+        model: The base of the adapters; None takes the one that they say they were trained on.
         how: linear, task-arithmetic, svd, ties, dare, dare-ties, magnitude, lorahub or mixture.
         weights: One for each adapter, in their order; empty for the way's defaults.
         rank: Cut every site to this rank; None is the way's default.
@@ -78,7 +78,16 @@ def compose(
     adapter or rows.
     """
     saved, console = open_all(as_paths(adapters)), or_quiet(console)
-    base = Base(model, storage, device, revision, trust_remote_code, allow_other_base)
+    base = base_for(
+        model,
+        saved,
+        console,
+        storage=storage,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        allow_other_base=allow_other_base,
+    )
     before = sum(one.spec.positions for one in saved)
     recipe = settled_length(as_recipe(recipe, RECIPE), base, before, console)
     request = Request(

@@ -8,7 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafold.api.arguments import Columns, Data, Paths, Rewarding, as_paths, as_rewards, as_rows
+from lorafold.api.arguments import (
+    Columns,
+    Data,
+    Paths,
+    Rewarding,
+    as_paths,
+    as_rewards,
+    as_rows,
+    missing,
+)
 from lorafold.data.shapes import LABELS, PROMPT_ALONE, PROMPTS
 from lorafold.data.stored import Rows
 from lorafold.errors import LorafoldError
@@ -26,8 +35,8 @@ DRAWS = next(name for name, one in OBJECTIVES.items() if one.draws)  # all of th
 
 
 def evaluate(
-    model: str | Path | PreTrainedModel,
-    data: Data,
+    model: str | Path | PreTrainedModel | None = None,
+    data: Data | None = None,
     *,
     columns: Columns | None = None,
     adapters: Paths = (),
@@ -55,7 +64,8 @@ def evaluate(
 
     Args:
         model: A name or path, or a loaded model, which is measured with its active adapters and
-            takes no other `storage`, `device`, `revision` or `allow_other_base`.
+            takes no other `storage`, `device`, `revision` or `allow_other_base`. None takes the
+            base that the adapters say they were trained on; without adapters smollm2.
         data: Rows, of the forms that `lf.train` takes; texts with labels need a classifier.
         columns: The keys of the rows under other names, as in {"prompt": "question"}.
         adapters: Saved adapters to load on a model that is named.
@@ -85,6 +95,8 @@ def evaluate(
     Raises LorafoldError for bad rows, for a model or adapter that can't be loaded or does not suit
     the rows, for a loss that is not finite, and for a reward that fails.
     """
+    if data is None:
+        raise missing("data")
     judges = as_rewards(rewards)
     drawn: dict[str, Any] = {"group": group, "temperature": temperature, "seed": seed}
     drawn = {name: value for name, value in drawn.items() if value is not None}
@@ -97,16 +109,17 @@ def evaluate(
     from lorafold.api.opened import at_hand, length_for, opened
     from lorafold.peft.saved import open_all
 
+    found = open_all(as_paths(adapters))
     asked = at_hand(
         model,
-        adapters,
+        found,
+        console,
         storage=storage,
         device=device,
         revision=revision,
         trust_remote_code=trust_remote_code,
         allow_other_base=allow_other_base,
     )
-    found = open_all(as_paths(adapters))
     labels = rows.give(LABELS) and not judges
     length = length_for(asked, max_length, found, console, head=labels)
     if judges:

@@ -25,7 +25,8 @@ from lorafold.data.stored import Rows
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import check_folder, write_json, write_text
 from lorafold.methods.lora import LoRA
-from lorafold.opening import Base
+from lorafold.opening import Base, base_for
+from lorafold.peft.own_base import OwnBase
 from lorafold.peft.saved import Saved, open_all
 from lorafold.recipe.fitting import settled_length
 from lorafold.recipe.recipe import Recipe
@@ -55,7 +56,7 @@ def fragility(
     refuse: Data,
     controls: Data,
     data: Data | None = None,
-    model: str | Path = "smollm2",
+    model: str | Path | None = None,
     adapters: Paths = (),
     against: Paths = (),
     tuned: str | Path | None = None,
@@ -89,7 +90,8 @@ def fragility(
             measured on these, others on the stack's own.
         data: Benign rows of the forms that `lf.train` takes; those beyond the most examples are
             held out for the loss.
-        model: A name or path as `lf.load_model` takes it.
+        model: A name or path as `lf.load_model` takes it; None takes the base that the adapters say
+            they were trained on.
         adapters: The stack, lowest first. The update of its last adapter is the alignment.
         against: A second stack on the same base, tuned and measured in the same way.
         tuned: A finished adapter to measure over the stack; nothing is trained then.
@@ -123,8 +125,18 @@ def fragility(
     second = [open_all(as_paths(against))] if against else []
     stacks = stacks_of(open_all(as_paths(adapters)), *second)
     rows = Rows.of([]) if data is None else as_rows(data, columns, console)
-    base = Base(model, storage, device, revision, trust_remote_code, allow_other_base)
     used = [one for stack in stacks for one in stack.adapters]
+    finished = [] if tuned is None else [OwnBase.read(as_path(tuned))]
+    base = base_for(
+        model,
+        [*used, *finished],
+        console,
+        storage=storage,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        allow_other_base=allow_other_base,
+    )
     base, recipe = settled(base, recipe_to_train(recipe, RECIPE), used)
     before = max((sum(s.spec.positions for s in stack.adapters) for stack in stacks), default=0)
     recipe = settled_length(recipe, base, before, console)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lorafold.api.arguments import Paths, as_paths
+from lorafold.api.arguments import Paths, as_paths, missing
 from lorafold.api.opened import at_hand, opened
 from lorafold.data.allowed_tokens import allow
 from lorafold.data.messages import tool_problems, tools_of
@@ -27,8 +27,8 @@ Prompts = TypeVar("Prompts", str, list[str])  # a prompt gives a completion, a l
 
 
 def generate(
-    model: str | Path | PreTrainedModel,
-    prompts: Prompts,
+    model: str | Path | PreTrainedModel | None = None,
+    prompts: Prompts | None = None,
     *,
     adapters: Paths = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -49,7 +49,8 @@ def generate(
 
     Args:
         model: A name or path, or a loaded model, which is used with its active adapters and
-            takes no other `storage`, `device`, `revision` or `allow_other_base`.
+            takes no other `storage`, `device`, `revision` or `allow_other_base`. None takes the
+            base that the adapters say they were trained on; without adapters smollm2.
         prompts: The user's message, which the chat template renders, or a list of messages, which
             gives a list of completions.
         adapters: Saved adapters to load on a model that is named.
@@ -70,16 +71,19 @@ def generate(
     Raises LorafoldError for a model or adapter that can't be loaded, a negative temperature, and a
     prompt that the template refuses or that has no tokens.
     """
+    if prompts is None:
+        raise missing("prompts")
+    found = open_all(as_paths(adapters))
     chosen = at_hand(
         model,
-        adapters,
+        found,
+        console,
         storage=storage,
         device=device,
         revision=revision,
         trust_remote_code=trust_remote_code,
         allow_other_base=allow_other_base,
     )
-    found = open_all(as_paths(adapters))
     loaded, tokenizer = opened(chosen, found, tokenizer, console=console)
     asked = [prompts] if isinstance(prompts, str) else prompts
     if allow_control_tokens:

@@ -13,7 +13,7 @@ from lorafold.files.shown import Shown
 from lorafold.inspecting import run
 from lorafold.inspecting.conclusions import of_paths
 from lorafold.inspecting.paths import measured_paths
-from lorafold.opening import Base
+from lorafold.opening import base_for
 from lorafold.peft.saved import Saved, open_all
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Inspection(Shown):
 
 def inspect(
     adapter: str | Path,
-    model: str | Path = "smollm2",
+    model: str | Path | None = None,
     *,
     over: Paths = (),
     against: str | Path | None = None,
@@ -84,7 +84,8 @@ def inspect(
 
     Args:
         adapter: A saved adapter of any method that folds.
-        model: Its base, as `lf.load_model` takes it; only `data` makes it load all weights.
+        model: Its base, as `lf.load_model` takes it; None takes the one that it says it was trained
+            on. Only `data` makes it load all weights.
         over: The adapters that it was trained over, lowest first; they count as its base.
         against: A second adapter of the same base: another rank, seed or task. With `over`, one
             over the same adapters, or one of these.
@@ -111,9 +112,19 @@ def inspect(
             " measured over the bare base only"
         )
     examples = None if data is None else as_rows(data, None, console)[:rows]
-    base = Base(model, storage, device, revision, trust_remote_code, allow_other_base)
     stack = open_all([*below, as_path(adapter)])
     other = None if against is None else Saved.open(against)
+    known = stack if other is None else (*stack, other)
+    base = base_for(
+        model,
+        known,
+        console,
+        storage=storage,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        allow_other_base=allow_other_base,
+    )
     length = 0 if examples is None else length_for(base, max_length, stack, console)
     with console.status("sites") as status:
         found = run.inspect(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafold.api.arguments import Paths, as_path, as_paths
+from lorafold.api.arguments import Paths, as_path, as_paths, missing
 from lorafold.errors import LorafoldError
 from lorafold.fold.rounding import Rounding
 from lorafold.merging import run
-from lorafold.opening import Base
+from lorafold.opening import base_for
 from lorafold.peft.saved import open_all
 
 if TYPE_CHECKING:
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 def merge(
-    model: str | Path,
-    adapters: Paths,
-    out: str | Path,
+    model: str | Path | None = None,
+    adapters: Paths = (),
+    out: str | Path | None = None,
     *,
     into: str | None = None,
     storage: str = "auto",
@@ -38,7 +38,8 @@ def merge(
     of how far it is from base plus adapters. The directory appears whole or not at all.
 
     Args:
-        model: The base, as `lf.load_model` takes it.
+        model: The base, as `lf.load_model` takes it; None takes the one that the adapters say they
+            were trained on.
         adapters: One saved adapter or several, folded in this order.
         out: The directory of the merged model.
         into: original (the base's weights before quantization), dequantized (the weights that the
@@ -60,8 +61,19 @@ def merge(
     Raises LorafoldError, with nothing written, for a model, adapter, probe or `out` that can't be
     used, and NotMergeable with every reason for which the adapters can't be folded.
     """
-    base = Base(model, storage, device, revision, trust_remote_code, allow_other_base)
+    if out is None:
+        raise missing("out")
     if not (found := open_all(as_paths(adapters))):
         raise LorafoldError("adapters: found no adapter, expected at least one to merge")
+    base = base_for(
+        model,
+        found,
+        console,
+        storage=storage,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        allow_other_base=allow_other_base,
+    )
     wanted = run.Wanted(into, rounding, seed, certificate, probe, overwrite)
     return run.merge(base, found, as_path(out), wanted, console)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafold.adapter import load
-from lorafold.api.arguments import Paths, as_paths, or_quiet
+from lorafold.api.arguments import or_quiet
 from lorafold.errors import LorafoldError
 from lorafold.models.loading import load_tokenizer
 from lorafold.models.positions import positions_of
@@ -17,7 +17,7 @@ from lorafold.objectives.classify import Classify
 from lorafold.objectives.objective import Objective
 from lorafold.objectives.reward import RewardModel
 from lorafold.objectives.sft import Sft
-from lorafold.opening import Base
+from lorafold.opening import Base, base_for
 from lorafold.opening.kinds import LANGUAGE_MODEL, REWARD_MODEL, kind_of, known_classes
 from lorafold.peft.saved import Saved, trained_on
 from lorafold.recipe.fitting import fitted_length
@@ -37,22 +37,26 @@ class Loaded:
 
 
 def at_hand(
-    model: str | Path | ModelSource | PreTrainedModel, adapters: Paths, **how: Any
+    model: str | Path | ModelSource | PreTrainedModel | None,
+    adapters: Sequence[Saved],
+    console: Console | None = None,
+    **how: Any,
 ) -> Base | Loaded:
-    """What a verb was given as its model: the model itself if it is loaded, else the base that the
-    name and the other arguments ask for.
+    """What a verb was given as its model: the model itself if it is loaded, else the base as
+    `base_for` finds it.
 
     Raises LorafoldError for arguments that a loaded model leaves without effect.
 
     Args:
         model: A loaded model keeps its storage, device and adapters.
         adapters: Those to load.
+        console: For which base is taken; None is quiet.
         how: The fields of `Base`.
     """
-    if isinstance(model, (str, Path, ModelSource)):
-        return Base(model, **how)
+    if model is None or isinstance(model, (str, Path, ModelSource)):
+        return base_for(model, adapters, console, **how)
     unasked = Base()
-    given = ["adapters"] if as_paths(adapters) else []
+    given = ["adapters"] if adapters else []
     given += [n for n, v in how.items() if n != "trust_remote_code" and v != getattr(unasked, n)]
     if given:
         raise LorafoldError(

@@ -12,7 +12,7 @@ from lorafold.api.arguments import Columns, Data, Paths, as_path, as_paths, as_r
 from lorafold.api.opened import length_for, opened
 from lorafold.inspecting import resize as best
 from lorafold.inspecting.loss import losses_of
-from lorafold.opening import Base
+from lorafold.opening import Base, base_for
 from lorafold.peft.saved import Saved, open_all
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def resize(
     adapter: str | Path,
     out: str | Path,
     *,
-    model: str | Path = "smollm2",
+    model: str | Path | None = None,
     over: Paths = (),
     rank: int | None = None,
     energy: float | None = None,
@@ -45,7 +45,8 @@ def resize(
 
     Args:
         out: The directory to write.
-        model: Its base, as `lf.load_model` takes it; only `data` makes it load all weights.
+        model: Its base, as `lf.load_model` takes it; None takes the one that it says it was trained
+            on. Only `data` makes it load all weights.
         over: The adapters that it was trained over, lowest first; the result lies over the same.
         rank: The rank of every site; smaller where an update has a smaller one.
         energy: Instead of a rank, a share above 0 and at most 1.
@@ -66,8 +67,17 @@ def resize(
     """
     best.check_request(rank, energy)  # before any rows are read
     rows = None if data is None else as_rows(data, columns, console)
-    base = Base(model, storage, device, revision, trust_remote_code, allow_other_base)
     stack = open_all([*as_paths(over), as_path(adapter)])
+    base = base_for(
+        model,
+        stack,
+        console,
+        storage=storage,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        allow_other_base=allow_other_base,
+    )
     length = 0 if rows is None else length_for(base, max_length, stack, console)
     result = best.resize(base, stack, out, rank=rank, energy=energy, overwrite=overwrite)
     if rows is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafold.api.arguments import Columns, Data, Paths, as_paths, as_rows
+from lorafold.api.arguments import Columns, Data, Paths, as_paths, as_rows, missing
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 def score(
-    model: str | Path | PreTrainedModel,
-    data: Data,
+    model: str | Path | PreTrainedModel | None = None,
+    data: Data | None = None,
     *,
     columns: Columns | None = None,
     adapters: Paths = (),
@@ -35,7 +35,7 @@ def score(
     Args:
         model: The base's name or path, the path of a reward model, or a loaded one, which is used
             with its active adapters and takes no other `storage`, `device`, `revision` or
-            `allow_other_base`.
+            `allow_other_base`. None takes the base that the adapters say they were trained on.
         data: Rows of preferences, or of completions, conversations or text, whose last turn of the
             assistant ends the text that is scored.
         columns: The keys of the rows under other names, as in {"prompt": "question"}.
@@ -53,21 +53,24 @@ def score(
     Raises LorafoldError for bad rows, for a model that can't be loaded or is no reward model, and
     for scores that are not finite.
     """
+    if data is None:
+        raise missing("data")
     rows = as_rows(data, columns, console, objective=None)
     from lorafold.api.opened import at_hand, length_for, opened
     from lorafold.evaluation.scoring import score_rows
     from lorafold.peft.saved import open_all
 
+    found = open_all(as_paths(adapters))
     asked = at_hand(
         model,
-        adapters,
+        found,
+        console,
         storage=storage,
         device=device,
         revision=revision,
         trust_remote_code=trust_remote_code,
         allow_other_base=allow_other_base,
     )
-    found = open_all(as_paths(adapters))
     length = length_for(asked, max_length, found, console, head=True)
     loaded, tokenizer = opened(asked, found, tokenizer, reward=True, console=console)
     return score_rows(loaded, tokenizer, rows, length, console=console)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from lorafold.api.arguments import as_path, or_quiet
 from lorafold.api.opened import opened
 from lorafold.errors import LorafoldError
-from lorafold.opening import Base
+from lorafold.opening import base_for
+from lorafold.peft.own_base import OwnBase
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,7 +24,7 @@ NEEDED = ("fastapi", "uvicorn", "sse_starlette", "prometheus_client")
 def serve(
     adapters: str | Path,
     *,
-    model: str | Path = "smollm2",
+    model: str | Path | None = None,
     config: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
     storage: str = "auto",
@@ -37,7 +39,8 @@ def serve(
 
     Args:
         adapters: A directory whose entries are saved adapters, or one adapter.
-        model: The base, as `lf.load_model` takes it.
+        model: The base, as `lf.load_model` takes it; None takes the one that the adapters say they
+            were trained on, and of an empty directory smollm2.
         config: A YAML file with settings and limits.
         settings: Settings by name, such as {"port": 8000, "keys": "keys.json"}; those that are not
             None win over the file.
@@ -59,5 +62,37 @@ def serve(
 
     found = read_settings(None if config is None else as_path(config), settings or {})
     console = or_quiet(console)
-    base = Base(model, storage, device, revision, trust_remote_code, allow_other_base)
-    run.serve(base, partial(opened, console=console), as_path(adapters), found, console, open_page)
+    folder = as_path(adapters)
+    base = base_for(
+        model,
+        [] if model else own_bases(folder),
+        console,
+        storage=storage,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        allow_other_base=allow_other_base,
+    )
+    run.serve(base, partial(opened, console=console), folder, found, console, open_page)
+
+
+def own_bases(adapters: Path) -> list[OwnBase]:
+    """The bases of all adapters in a directory; those that can't be read are refused later, when
+    they are verified. Raises LorafoldError without a directory, or if none of its adapters can be
+    read.
+
+    Args:
+        adapters: A directory whose entries are saved adapters, or one adapter.
+    """
+    from lorafold.serving.directory import Directory
+
+    directory, found = Directory(adapters), list[OwnBase]()
+    for name in sorted(directory.names()):
+        with suppress(LorafoldError):
+            found.append(OwnBase.read(directory.locate(name)))
+    if directory.names() and not found:
+        raise LorafoldError(
+            f"--adapters {adapters}: found no adapter in it whose base could be served; expected"
+            " --model PATH (model)"
+        )
+    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lorafold.api.arguments import (
     Columns,
@@ -24,6 +24,7 @@ from lorafold.recipe.recipe import Recipe
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from lorafold.opening import Base
     from lorafold.training.finish import Trained
 
 
@@ -32,7 +33,7 @@ def train(
     *,
     data: Data,
     out: str | Path,
-    model: str | Path = "smollm2",
+    model: str | Path | None = None,
     eval_data: Data | None = None,
     rewards: Rewarding = (),
     columns: Columns | None = None,
@@ -54,7 +55,8 @@ def train(
             pattern of such files, a hub dataset, a list of these ("more.jsonl:0.3" takes 0.3 of its
             rows an epoch), or a list of rows such as {"prompt": ..., "completion": ...}.
         out: The directory of the adapter. During the run, checkpoints are in `<out>.run`.
-        model: smollm2 (embedded), a directory, a .gguf file or a hub id.
+        model: smollm2 (embedded), a directory, a .gguf file or a hub id; None takes the base of the
+            adapters of `over` and `init_adapter`, and without them smollm2.
         eval_data: Held-out rows, of the same forms as `data`.
         rewards: What judges completions that the model draws: one or several functions, or names
             such as "rewards.py:score", beside the recipe's.
@@ -83,13 +85,15 @@ def train(
         if eval_data is None
         else as_rows(eval_data, columns, console, objective=objective)
     )
-    from lorafold.opening import Base
     from lorafold.training import run
     from lorafold.training.request import Request
 
     request = Request(
-        Base(
+        base_to_train(
             model,
+            over,
+            init_adapter,
+            console,
             device=device,
             revision=revision,
             trust_remote_code=trust_remote_code,
@@ -107,3 +111,25 @@ def train(
         rewards=functions,
     )
     return run.train(request, console)
+
+
+def base_to_train(
+    model: str | Path | None, over: Paths, init_adapter: str | Path | None, console: Console,
+    **how: Any,
+) -> Base:  # fmt: skip
+    """The base that is named, or else that of the adapters that a run loads, or the embedded model.
+
+    Args:
+        model: A name or path, or None.
+        over: The adapters below.
+        init_adapter: The one to start from, or None.
+        console: Is told which base is taken, where none was named.
+        how: The other fields of `Base`.
+
+    Raises LorafoldError as `base_for`, and for adapters that can't be read.
+    """
+    from lorafold.opening import base_for
+    from lorafold.peft.own_base import OwnBase
+
+    paths = [*as_paths(over), *([] if init_adapter is None else [as_path(init_adapter)])]
+    return base_for(model, [] if model else [*map(OwnBase.read, paths)], console, **how)

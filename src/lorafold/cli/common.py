@@ -17,15 +17,15 @@ from lorafold.models.storages import LISTED
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lorafold.opening import Base
-
 BASE = "Base model"
+KINDS = "smollm2 (embedded), a directory, a .gguf file or a hub id (owner/name)"
 
 ModelOption = Annotated[
-    str,
+    str | None,
     typer.Option(
         rich_help_panel=BASE,
-        help="The base: smollm2 (embedded), a directory, a .gguf file or a hub id (owner/name).",
+        help=f"The base: {KINDS}. Default: the adapter's own base, as its record says; without an"
+        " adapter smollm2.",
     ),
 ]
 DeviceOption = Annotated[
@@ -106,9 +106,9 @@ JsonOption = Annotated[
 
 @dataclass(frozen=True)
 class Source:
-    """The base model, and how to get it."""
+    """The base model, by default that of the adapters, and how to get it."""
 
-    model: ModelOption = "smollm2"
+    model: ModelOption = None
     revision: Annotated[
         str | None,
         typer.Option(
@@ -126,13 +126,6 @@ class Source:
             help="Run Python code that comes with the model. It gets all the rights you have.",
         ),
     ] = False
-
-    @property
-    def base(self) -> "Base":
-        """The model as the options ask for it."""
-        from lorafold.opening import Base
-
-        return Base(self.model, **self.how)
 
     @property
     def how(self) -> dict[str, Any]:

@@ -5,15 +5,9 @@ from typing import Annotated
 
 import typer
 
+from lorafold.cli.alone import ComputingAlone
 from lorafold.cli.columns import ColumnsOption, columns_of
-from lorafold.cli.common import (
-    Computing,
-    HeldOutOption,
-    JsonOption,
-    OptionalDataOption,
-    emit,
-    messages,
-)
+from lorafold.cli.common import HeldOutOption, JsonOption, OptionalDataOption, emit, messages
 from lorafold.cli.groups import grouped
 from lorafold.cli.pages import WideOption, page_option
 from lorafold.cli.recipe_options import RecipeFlags, of_recipe
@@ -41,7 +35,7 @@ def command(
         ),
     ],
     flags: Flags,
-    computing: Computing,
+    computing: ComputingAlone,
     data: OptionalDataOption = None,
     eval_data: HeldOutOption = None,
     reward: RewardOption = None,

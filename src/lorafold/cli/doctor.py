@@ -2,7 +2,8 @@
 
 import typer
 
-from lorafold.cli.common import JsonOption, Source, emit
+from lorafold.cli.alone import Alone
+from lorafold.cli.common import JsonOption, emit
 from lorafold.cli.groups import grouped
 
 EXAMPLES = (
@@ -13,7 +14,7 @@ EXAMPLES = (
 
 
 @grouped
-def command(source: Source, json: JsonOption = False) -> None:
+def command(source: Alone, json: JsonOption = False) -> None:
     """What this machine and this installation are, what is wrong, what would be slow here, and
     what the model's chat template does.
 

@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
+from lorafold.cli.alone import Alone
 from lorafold.cli.columns import ColumnsOption, columns_of
-from lorafold.cli.common import JsonOption, Source, emit, messages
+from lorafold.cli.common import JsonOption, emit, messages
 from lorafold.cli.groups import grouped
 from lorafold.cli.pages import page_option
 from lorafold.cli.recipe_options import RecipeFlags, of_recipe
@@ -50,7 +51,7 @@ class Flags(RecipeFlags):
 
 @grouped
 def command(
-    source: Source,
+    source: Alone,
     flags: Flags,
     params: Annotated[
         str | None,

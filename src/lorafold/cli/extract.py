@@ -4,7 +4,8 @@ from typing import Annotated
 
 import typer
 
-from lorafold.cli.common import JsonOption, Output, Source, emit
+from lorafold.cli.alone import Alone
+from lorafold.cli.common import JsonOption, Output, emit
 from lorafold.cli.groups import grouped
 
 EXAMPLES = (
@@ -18,7 +19,7 @@ EXAMPLES = (
 def command(
     tuned: Annotated[str, typer.Option(help="The fine-tuned model: a directory or a hub id.")],
     output: Output,
-    source: Source,
+    source: Alone,
     rank: Annotated[int, typer.Option(min=1, help="The rank of every module's update.")],
     json: JsonOption = False,
 ) -> None:

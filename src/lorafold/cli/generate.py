@@ -46,11 +46,14 @@ def command(
     from lorafold.data.control_tokens import IN_PROMPT, is_marked
     from lorafold.data.messages import tools_of
     from lorafold.generation import stream
+    from lorafold.opening import base_for
     from lorafold.peft.saved import open_all
 
     console = messages()
     offered = read_tools(tools) if tools else []
-    model, tokenizer = opened(opening.base, open_all(adapters.paths), console=console)
+    found = open_all(adapters.paths)
+    base = base_for(opening.model, found, console, **opening.how)
+    model, tokenizer = opened(base, found, console=console)
     if sampling.allow_control_tokens:
         allow(tokenizer)
     text = rendered(prompt, sampling.system, tokenizer, offered)
@@ -69,17 +72,17 @@ def command(
         if not json:
             typer.echo(pieces[-1], nl=False)
     speed = count / (time.perf_counter() - start)
-    found: dict[str, object] = {"text": "".join(pieces), "tokens_per_second": speed}
+    result: dict[str, object] = {"text": "".join(pieces), "tokens_per_second": speed}
     calls: list[dict[str, Any]] = []
     if tools:
         try:
             calls = parse_calls("".join(pieces), tokenizer, tools_of(offered))
-            found["tool_calls"] = calls
+            result["tool_calls"] = calls
         except LorafoldError as error:
-            found["tool_calls"] = None
+            result["tool_calls"] = None
             console.print(str(error), highlight=False, markup=False)
     # without --json the text is on stdout already, and this ends its line
-    emit(json, found, "")
+    emit(json, result, "")
     for call in calls:
         function = call["function"]
         told = f"calls {function['name']} {function['arguments']}"

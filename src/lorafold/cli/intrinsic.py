@@ -5,15 +5,9 @@ from typing import Annotated
 
 import typer
 
+from lorafold.cli.alone import ComputingAlone
 from lorafold.cli.columns import ColumnsOption, columns_of
-from lorafold.cli.common import (
-    Computing,
-    HeldOutOption,
-    JsonOption,
-    OptionalDataOption,
-    emit,
-    messages,
-)
+from lorafold.cli.common import HeldOutOption, JsonOption, OptionalDataOption, emit, messages
 from lorafold.cli.groups import grouped
 from lorafold.cli.recipe_options import RecipeFlags, of_recipe
 from lorafold.recipe.recipe import Recipe
@@ -39,7 +33,7 @@ def command(
         ),
     ],
     flags: Flags,
-    computing: Computing,
+    computing: ComputingAlone,
     data: OptionalDataOption = None,
     eval_data: HeldOutOption = None,
     columns: ColumnsOption = None,

@@ -75,7 +75,7 @@ def command(
     from lorafold.api.serve import serve
 
     if adapters is None:
-        raise LorafoldError("--adapters: expected it, as in --model smollm2 --adapters DIR")
+        raise LorafoldError("--adapters: expected it, as in --adapters DIR")
     settings = {
         "host": host, "port": port, "keys": keys, "admin_key": admin_key_file,
         "metrics_key": metrics_key_file, "json_logs": json_logs or None,

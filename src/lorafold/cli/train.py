@@ -92,9 +92,9 @@ def command(
     for B (LoRA+), a cosine schedule with 3% warm-up, AdamW, and the loss on completions only.
     """
     recipe = flags.recipe()
-    from dataclasses import asdict, replace
+    from dataclasses import asdict
 
-    from lorafold.api.train import train
+    from lorafold.api.train import base_to_train, train
 
     console = messages()
     rewards = rewards_of(reward, reward_adapter)
@@ -109,7 +109,14 @@ def command(
         from lorafold.training.request import Request
 
         request = Request(
-            replace(computing.base, allow_other_base=allow_other_base),
+            base_to_train(
+                computing.model,
+                over or (),
+                init_adapter,
+                console,
+                allow_other_base=allow_other_base,
+                **computing.how,
+            ),
             output.out,
             recipe,
             rows,

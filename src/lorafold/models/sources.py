@@ -217,3 +217,8 @@ def known(model: "nn.Module") -> ModelSource | None:
 def forget(model: "nn.Module") -> None:
     """The model's own weights are changed, so that they are no longer those of its files."""
     _READ.pop(model, None)
+
+
+def called(model: "nn.Module") -> str:
+    """The name or path by which a model was opened; empty if it has none."""
+    return str(getattr(getattr(model, "config", None), "_name_or_path", None) or "")

@@ -19,6 +19,7 @@ from lorafold.files.card import CARD, Beside, training_card
 from lorafold.files.record import RECORD
 from lorafold.methods.full import write_model
 from lorafold.models.architecture import opened_by_name
+from lorafold.models.sources import called
 
 
 def write(
@@ -42,9 +43,8 @@ def write(
             f"{path} was not written: found a {type(model).__name__}, but {type(spec).__name__}"
             " saves whole models and expects one of transformers (with save_pretrained)"
         )
-    base = getattr(model.config, "_name_or_path", "")
     own_card = training_card(
-        base,
+        called(model),
         {"recipe": {"method": type(spec).__name__, **vars(spec)}},
         {},
         whole=True,

@@ -16,6 +16,7 @@ from torch import nn
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError, listed
 from lorafold.methods.parts.extras import Bias
+from lorafold.models.sources import called
 from lorafold.peft.derived import PREFIX
 from lorafold.peft.form import Form
 from lorafold.peft.format import Field, Method, Regex, Site
@@ -117,9 +118,7 @@ def write_config(
             " rename the option"
         )
     config = method.config(spec, sites) | {
-        "base_model_name_or_path": (
-            getattr(getattr(model, "config", None), "_name_or_path", None) or None
-        ),
+        "base_model_name_or_path": called(model) or None,
         "inference_mode": True,
         "modules_to_save": list(selection.modules_to_save) or None,
         "revision": None,

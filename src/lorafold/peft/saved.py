@@ -27,7 +27,6 @@ from lorafold.files.card import CLASSES, REWARD
 from lorafold.files.contents import Contents
 from lorafold.files.record import RECORD, named_as_now
 from lorafold.methods.parts.extras import Bias
-from lorafold.models import fingerprint
 from lorafold.models.fingerprint import Fingerprint
 from lorafold.models.tokenizer import has_tokenizer
 from lorafold.models.weights import LoadedWeights, Weights
@@ -36,16 +35,14 @@ from lorafold.peft.checks import misfit, stray
 from lorafold.peft.config import CONFIG, WEIGHTS, read_config
 from lorafold.peft.convolution import in_matrix_form
 from lorafold.peft.form import with_dropout
+from lorafold.peft.own_base import OwnBase
 from lorafold.peft.parameters import check_fused
 from lorafold.peft.selection import Selection
 from lorafold.peft.stack import digest_of, parse
 from lorafold.peft.tensors import Parts, saved_tensors
 
 FILES = (CONFIG, WEIGHTS, RECORD)
-BASE_IDENTITY = "base_identity"  # in a record: of the base's files, as `identity.of_model` gives it
 HEADS = (".score.weight", ".classifier.weight")  # in the files of PEFT's classifiers
-
-ALLOWED = "--allow-other-base"
 
 T = TypeVar("T")
 
@@ -59,7 +56,7 @@ class Saved:
     bias: Bias
     selection: Selection
     weights: Weights
-    fingerprint: Fingerprint
+    own_base: OwnBase  # what it says of the base that it was trained on
     over: tuple[Origin, ...]  # what it was trained over
     record: Mapping[str, Any]  # how it was made; empty if PEFT wrote it
     task: str | None  # PEFT's type of task
@@ -82,24 +79,27 @@ class Saved:
                 + f"; there is one in {listed(inside)}" * bool(inside)
             )
         problems: list[str] = []
-        config = _attempt(problems, lambda: _config(contents))
+        written = _attempt(problems, lambda: contents.object(CONFIG))
+        config = None
+        if written is not None:
+            config = _attempt(problems, partial(read_config, written))
         weights = _attempt(problems, lambda: _weights(contents))
-        about = _attempt(problems, lambda: _about(contents))
+        about = _attempt(problems, lambda: _about(contents, written or {}))
         contents.check_intact()  # what is damaged explains the problems
-        if config is None or weights is None or about is None:
+        if written is None or config is None or weights is None or about is None:
             raise LorafoldError(f"{contents.path}: {listed(problems, '; ')}")
-        spec, selection, bias, task = config
-        written, over, record = about
+        spec, selection, bias = config
+        own_base, over, record = about
         return cls(
             contents.path,
             with_dropout(spec, record) if selection.target_parameters else spec,
             bias,
             selection,
             weights,
-            written,
+            own_base,
             over,
             record,
-            task,
+            written.get("task_type"),
             contents.entries,
             digest_of(contents),
             has_tokenizer(contents),
@@ -119,9 +119,9 @@ class Saved:
         return str(self.recipe["storage"]) if "storage" in self.recipe else None
 
     @property
-    def base_identity(self) -> str:
-        """That of the files of its base; empty if its record does not have it."""
-        return str(self.record.get(BASE_IDENTITY, ""))
+    def fingerprint(self) -> Fingerprint:
+        """That of its base; empty if it has no record."""
+        return self.own_base.fingerprint
 
     @property
     def classes(self) -> tuple[str, ...] | None:
@@ -172,20 +172,6 @@ class Saved:
         ids, weights = tokens.completed(model, resolved, self.weights, base)
         return ids, replace(self, weights=weights)
 
-    def base_problems(self, base: Weights) -> list[str]:
-        """Return a line that says that the adapter was trained on another base, or no line. An
-        adapter without a fingerprint fits any base.
-        """
-        return [
-            f"not the base it was trained on ({d}); load that base, or override this with"
-            " --allow-other-base (allow_other_base=True)"
-            for d in fingerprint.differences(self.fingerprint, base)
-        ]
-
-    def other_base(self, base: Weights) -> str:
-        """The line to tell where `allow_other_base` loads it on another base; else empty."""
-        return other_base(str(self), self.fingerprint, base)
-
     def fill(
         self,
         model: nn.Module,
@@ -197,8 +183,8 @@ class Saved:
         """Give attached deltas the adapter's values, in fp32, on the devices of their modules (the
         CPU for modules on the meta device).
 
-        Raises LorafoldError that lists `problems` and all tensors that are unknown, missing, of a
-        wrong shape or not finite; then nothing is changed.
+        Raises LorafoldError, without the adapter's path, that lists `problems` and all tensors that
+        are unknown, missing, of a wrong shape or not finite; then nothing is changed.
 
         Args:
             model: The model that the deltas are attached to.
@@ -216,16 +202,9 @@ class Saved:
         misfits = (misfit(key, tensor, expected[key], loaded) for key, tensor in loaded.items())
         wrong += [text for text in misfits if text]
         if wrong:
-            raise LorafoldError(f"{self}: {listed(wrong, '; ')}")
+            raise LorafoldError(listed(wrong, "; "))
         for key, saved in expected.items():
             saved.assign(saved.entry.from_file(loaded[key], saved.site))
-
-
-def other_base(adapter: str, trained_on: Fingerprint, base: Weights) -> str:
-    """As `Saved.other_base`, of the fingerprint that an adapter's record has."""
-    found = fingerprint.differences(trained_on, base)
-    told = f"adapter {adapter} was trained on another base ({'; '.join(found)})"
-    return f"{told}; loaded all the same ({ALLOWED})" if found else ""
 
 
 def open_all(paths: Sequence[str | Path]) -> tuple[Saved, ...]:
@@ -260,11 +239,6 @@ def _attempt(problems: list[str], do: Callable[[], T]) -> T | None:
         return None
 
 
-def _config(contents: Contents) -> tuple[Spec, Selection, Bias, str | None]:
-    config = contents.object(CONFIG)
-    return *read_config(config), config.get("task_type")
-
-
 def _weights(contents: Contents) -> Weights:
     if WEIGHTS in contents.files:
         return in_matrix_form(LoadedWeights(contents.files[WEIGHTS], contents.path / WEIGHTS))
@@ -277,13 +251,13 @@ def _weights(contents: Contents) -> Weights:
 
 
 def _about(
-    contents: Contents,
-) -> tuple[Fingerprint, tuple[Origin, ...], Mapping[str, Any]]:
-    """Return the fingerprint of the base, what the adapter lies over, and the record that says
-    both; PEFT's directories have none.
+    contents: Contents, config: Mapping[str, Any]
+) -> tuple[OwnBase, tuple[Origin, ...], Mapping[str, Any]]:
+    """Return what the adapter says of its base, what it lies over, and the record; PEFT's
+    directories have none.
     """
     record = contents.record
     try:
-        return fingerprint.parse(record.get("base", {})), parse(record), record
+        return OwnBase.of(contents.path, config, record), parse(record), record
     except LorafoldError as e:
         raise LorafoldError(f"{RECORD}: {e}") from None

@@ -21,12 +21,12 @@ from lorafold.files.digests import Marks
 from lorafold.files.record import RECORD
 from lorafold.identity import joined
 from lorafold.methods import name_of
-from lorafold.models import fingerprint
 from lorafold.models.tokenizer import CONFIG as SETTINGS
 from lorafold.models.weights import Weights
 from lorafold.peft.config import CONFIG, WEIGHTS, read_config
 from lorafold.peft.form import DROPOUT
-from lorafold.peft.saved import FILES, other_base
+from lorafold.peft.own_base import OwnBase
+from lorafold.peft.saved import FILES
 from lorafold.peft.stack import not_found, parse
 from lorafold.screening.screen import Screen, Verified
 from lorafold.serving.backend import Backend
@@ -158,8 +158,8 @@ class Verifier:
         """That it was trained on another base, where it is served all the same."""
         if self._weights is None:
             return ""
-        trained_on = fingerprint.parse(contents.record.get("base", {}))
-        return cut(other_base(str(path), trained_on, self._weights), TOLD_MOST)
+        own = OwnBase.of(path, contents.object(CONFIG), contents.record)
+        return cut(own.other(self._weights), TOLD_MOST)
 
     def _opened(self, path: Path, verified: Verified) -> str:
         """The digest of an adapter's tokenizer, opened from the bytes that were verified."""

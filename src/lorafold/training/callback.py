@@ -30,6 +30,7 @@ from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError, listed
 from lorafold.files.atomic import atomic_directory, check_out, verify, write_json
 from lorafold.files.record import read_object
+from lorafold.models.sources import called
 from lorafold.models.weights import ModelWeights
 from lorafold.peft.saved import Saved
 from lorafold.peft.stack import mismatch, same
@@ -234,9 +235,9 @@ class AdapterCallback(TrainerCallback):
                     f"{checkpoint / part}: no adapter that could be resumed:"
                     f" {listed(problems, '; ')}; {where or 'there is no complete checkpoint'}"
                 )
-        base = ModelWeights(self.adapter.model)
         saved = Saved.open(checkpoint / ADAPTER)
-        wrong = saved.base_problems(base)
+        model = self.adapter.model
+        wrong = saved.own_base.problems(ModelWeights(model), called(model))
         if not same(saved.over, self.adapter.over):
             wrong.append(mismatch(saved.over, self.adapter.over))
         about, spec = read_object(checkpoint / STATE / ABOUT), repr(self.adapter.spec)

@@ -18,7 +18,8 @@ from lorafold.errors import LorafoldError, listed, shortened
 from lorafold.files.intact import check_intact
 from lorafold.files.record import RECORD, named_as_now, read_object
 from lorafold.identity import of_adapter
-from lorafold.peft.saved import BASE_IDENTITY, Saved, open_all
+from lorafold.peft.own_base import BASE_IDENTITY
+from lorafold.peft.saved import Saved, open_all
 from lorafold.peft.stack import parse
 from lorafold.recipe.recipe import Recipe
 from lorafold.training.checkpoint import RunDirectory

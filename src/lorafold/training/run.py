@@ -17,7 +17,7 @@ from rich.console import Console
 from lorafold.adapter.reach import strays, text_alone
 from lorafold.machine.allocator import freed_blocks_kept
 from lorafold.objectives import OBJECTIVES
-from lorafold.peft.saved import BASE_IDENTITY
+from lorafold.peft.own_base import BASE_IDENTITY
 from lorafold.step.activations import recompute
 from lorafold.step.fused import fused
 from lorafold.training.display import Display

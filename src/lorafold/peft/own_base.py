@@ -1,0 +1,124 @@
+"""What a saved adapter says of the base that it was trained on: its name, in adapter_config.json,
+and in a record its fingerprint and identity. Directories that PEFT wrote have the name alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorafold.errors import LorafoldError, shortened
+from lorafold.files.record import BASE, RECORD, read_object
+from lorafold.models import fingerprint
+from lorafold.models.fingerprint import Fingerprint
+from lorafold.models.weights import Weights
+from lorafold.peft.config import CONFIG
+
+BASE_IDENTITY = "base_identity"  # in a record: of the base's files, as `identity.of_model` gives it
+ALLOWED = "--allow-other-base"
+SHORT = 30  # characters of a name, so that a message has less than 300
+
+
+@dataclass(frozen=True)
+class OwnBase:
+    """The base of an adapter as it says itself; what it does not say is empty.
+
+    adapter: The directory of the adapter.
+    name: The name or path by which the base was opened.
+    revision: Of a hub model, as PEFT notes it.
+    fingerprint: Of the base's weights.
+    identity: Of the base's files.
+    """
+
+    adapter: Path
+    name: str
+    revision: str | None
+    fingerprint: Fingerprint
+    identity: str
+
+    @classmethod
+    def of(cls, adapter: Path, config: Mapping[str, Any], record: Mapping[str, Any]) -> OwnBase:
+        """From the contents of both files. Raises LorafoldError for a malformed fingerprint."""
+        name, revision = config.get("base_model_name_or_path"), config.get("revision")
+        return cls(
+            adapter,
+            name if isinstance(name, str) else "",
+            revision if isinstance(revision, str) and revision else None,
+            fingerprint.parse(record.get(BASE, {})),
+            str(record.get(BASE_IDENTITY, "")),
+        )
+
+    @classmethod
+    def read(cls, adapter: Path) -> OwnBase:
+        """From the files of an adapter that is not opened. Raises LorafoldError for files that
+        can't be read.
+        """
+        record = adapter / RECORD
+        try:
+            config = read_object(adapter / CONFIG)
+            return cls.of(adapter, config, read_object(record) if record.is_file() else {})
+        except OSError as error:
+            raise LorafoldError(
+                f"{adapter}: found no {CONFIG} that can be read ({type(error).__name__}),"
+                " expected the directory of an adapter"
+            ) from None
+
+    @property
+    def said_by(self) -> str:
+        """The file that says it, in words."""
+        return "the adapter's record" if self.fingerprint else f"the adapter's {CONFIG}"
+
+    @property
+    def known(self) -> bool:
+        """Whether it says anything by which the base can be found."""
+        return bool(self.name or self.fingerprint)
+
+    def same_as(self, other: OwnBase) -> bool:
+        """Whether both are one base: by what both say of it, and if only one has a fingerprint, by
+        their names.
+        """
+        if self.identity and self.identity == other.identity:
+            return True
+        if self.fingerprint and other.fingerprint:
+            return fingerprint.agree(self.fingerprint, other.fingerprint)
+        return self.name == other.name
+
+    def problems(self, base: Weights, called: str) -> list[str]:
+        """Return a line that says that a base is another one, or no line. An adapter without a
+        fingerprint fits any base.
+
+        Args:
+            base: The weights of the base that the adapter is loaded on.
+            called: The name of that base.
+        """
+        if not (found := fingerprint.differences(self.fingerprint, base)):
+            return []
+        told = "not the base it was trained on"
+        if self.name not in ("", called):
+            theirs, ours = shortened(self.name, SHORT), shortened(called or "nameless", SHORT)
+            told += f": that is {theirs}, this is {ours}"
+            found = [found[0].partition(":")[0]]
+        return [
+            f"{told} ({shortened(found[0], 110)}); load that base, or allow this one:"
+            f" {ALLOWED} (allow_other_base=True)"
+        ]
+
+    def hint(self, called: str) -> str:
+        """What a message about a base that does not fit ends with, if the adapter has no
+        fingerprint and names another one.
+
+        Args:
+            called: The name of the base that it does not fit.
+        """
+        if self.fingerprint or self.name in ("", called):
+            return ""
+        theirs, ours = shortened(self.name, SHORT), shortened(called or "nameless", SHORT)
+        return f"; {self.said_by} names the base {theirs}, and this is {ours}"
+
+    def other(self, base: Weights) -> str:
+        """The line to tell where an adapter is loaded on another base all the same; else empty."""
+        found = fingerprint.differences(self.fingerprint, base)
+        told = f"adapter {self.adapter} was trained on another base ({'; '.join(found)})"
+        return f"{told}; loaded all the same ({ALLOWED})" if found else ""

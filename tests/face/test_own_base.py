@@ -1,0 +1,267 @@
+"""Where no model is named, adapters are loaded on the base that they say they were trained on, and
+that is said; it is found again by its name, beside the adapter, and by its fingerprint.
+"""
+
+import io
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+from rich.console import Console
+
+import lorafold as lf
+from adapter_cases import make_adapter
+from conftest import lorafold, make_model_dir, refused
+from lorafold.api.serve import own_bases
+from lorafold.cli import _load
+from lorafold.errors import LorafoldError
+from lorafold.opening import Base, base_for
+from lorafold.peft.own_base import OwnBase
+from lorafold.peft.saved import open_all
+
+pytestmark = pytest.mark.usefixtures("unestimated")
+
+ROWS = [{"prompt": f"Book a table for {n}", "completion": f'{{"people": {n}}}'} for n in range(4)]
+VERBS = ("generate", "eval", "chat", "merge", "inspect", "compose", "resize", "serve", "score",
+         "fragility", "train")  # fmt: skip
+COMMIT = "0" * 40
+
+
+@pytest.fixture
+def place(tiny_model_dir, tmp_path: Path) -> Path:
+    """A directory with the model `base` and the adapter `adapter` of it."""
+    shutil.copytree(tiny_model_dir("llama"), tmp_path / "base")
+    make_adapter(tmp_path / "base", tmp_path / "adapter")
+    return tmp_path
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch) -> Path:
+    """An empty cache of the hub."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def named(adapter: Path, name: str | None, record: bool = True) -> Path:
+    """The adapter, after it was given another name of its base, with its record or without."""
+    config = adapter / "adapter_config.json"
+    found = {**json.loads(config.read_text()), "base_model_name_or_path": name}
+    config.write_text(json.dumps(found))
+    (adapter / "manifest.json").unlink(missing_ok=True)
+    if not record:
+        (adapter / "lorafold.json").unlink()
+    return adapter
+
+
+def in_hub(model: Path, hub: Path, repo: str) -> Path:
+    """The snapshot of a model that was put into the hub's cache."""
+    folder = hub / f"models--{repo.replace('/', '--')}"
+    shutil.copytree(model, folder / "snapshots" / COMMIT)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(COMMIT)
+    return folder / "snapshots" / COMMIT
+
+
+def found(*adapters: Path) -> tuple[Base, str]:
+    """The base of adapters, and the line that says which it is."""
+    told = io.StringIO()
+    base = base_for(None, open_all(adapters), Console(file=told, width=1000))
+    return base, told.getvalue()
+
+
+
+CALLS: dict[str, Callable[[Path, Console], object]] = {
+    "evaluate": lambda at, console: lf.evaluate(
+        data=ROWS, adapters=at / "adapter", completions=False, console=console
+    ),
+    "generate": lambda at, console: lf.generate(
+        None, "Book", adapters=at / "adapter", max_new_tokens=2, console=console
+    ),
+    "chat": lambda at, console: lf.chat(adapters=at / "adapter", console=console),
+    "merge": lambda at, console: lf.merge(
+        adapters=at / "adapter", out=at / "out", certificate=False, console=console
+    ),
+    "inspect": lambda at, console: lf.inspect(at / "adapter", console=console),
+    "compose": lambda at, console: lf.compose([at / "adapter"] * 2, at / "out", console=console),
+    "resize": lambda at, console: lf.resize(at / "adapter", at / "out", rank=1, console=console),
+    "train": lambda at, console: lf.train(
+        lf.Recipe(steps=1, batch=2, storage="fp32"), data=ROWS, out=at / "out",
+        over=at / "adapter", console=console,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", CALLS)
+def test_every_verb_takes_the_adapters_own_base_and_says_so(verb: str, place: Path) -> None:
+    told = io.StringIO()
+    CALLS[verb](place, Console(file=told, width=1000))
+    assert f"base: {place / 'base'}, as the adapter's record says\n" in told.getvalue()
+
+
+def test_commands_do_too(place: Path) -> None:
+    done = lorafold("generate", str(place / "adapter"), "--prompt", "Book", "--max-new-tokens=2")
+    assert done.returncode == 0
+    assert f"base: {place / 'base'}, as the adapter's record says\n" in done.stderr
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_says_what_the_default_is(verb: str) -> None:
+    option = next(p for p in _load(verb).params if p.name == "model")
+    assert option.default is None
+    assert "the adapter's own base" in option.help
+
+
+def test_an_adapter_is_loaded_with_its_base(place: Path) -> None:
+    adapter = lf.load(path=place / "adapter")
+    assert adapter.model.name_or_path == str(place / "base")
+    with pytest.raises(LorafoldError, match="path: found none, expected it"):
+        lf.load()
+
+
+def test_what_has_no_record_says_it_in_its_configuration(place: Path) -> None:
+    base, told = found(named(place / "adapter", str(place / "base"), record=False))
+    assert base.source.path == place / "base"
+    assert told == f"base: {place / 'base'}, as the adapter's adapter_config.json says\n"
+
+
+@pytest.mark.parametrize("name", ["base", "models/base", "/gone/base", "../base"])
+def test_a_base_is_found_by_a_relative_name_and_beside_the_adapter(
+    name: str, place: Path, hub: Path
+) -> None:
+    at = place / "adapter"
+    for record in (True, False):
+        base, told = found(named(at, name, record))
+        assert base.source.path.resolve() == place / "base"
+        assert f"says {name}\n" in told
+
+
+def test_a_base_that_was_renamed_is_found_by_its_fingerprint(place: Path, hub: Path) -> None:
+    adapter, other = place / "adapter", place / "elsewhere" / "deep"
+    shutil.copytree(place / "base", place / "a", dirs_exist_ok=True)
+    make_model_dir("qwen2", place / "a")  # an older one under a name that comes first
+    (place / "base").rename(place / "renamed")
+    base, told = found(adapter)
+    assert base.source.path == place / "renamed"
+    assert told == (
+        f"base: {place / 'renamed'}, found by its fingerprint; the adapter's record says"
+        f" {place / 'base'}\n"
+    )
+    other.mkdir(parents=True)
+    adapter.rename(other / "adapter")  # it lies where the record says that it did
+    assert found(other / "adapter")[0].source.path == place / "renamed"
+
+
+def test_a_model_of_that_name_with_other_weights_is_taken_if_no_other_fits(
+    place: Path, hub: Path
+) -> None:
+    shutil.rmtree(place / "base")
+    make_model_dir("qwen2", place / "base")
+    assert found(place / "adapter")[0].source.path == place / "base"
+    with pytest.raises(LorafoldError, match="not the base it was trained on"):
+        lf.load(path=place / "adapter")
+    in_hub(make_model_dir("llama", place / "sub" / "right"), hub, "acme/tiny")
+    assert found(place / "adapter")[0].name == "acme/tiny"
+
+
+def test_a_base_of_the_hub_is_taken_from_its_cache(place: Path, hub: Path) -> None:
+    snapshot = in_hub(place / "base", hub, "acme/tiny")
+    shutil.rmtree(place / "base")
+    for record in (True, False):
+        base, told = found(named(place / "adapter", "acme/tiny", record))
+        assert (base.name, base.source.path) == ("acme/tiny", snapshot)
+        assert re.fullmatch(r"base: acme/tiny, as the adapter's \S+ says\n", told)
+
+
+def test_a_base_is_found_in_the_hubs_cache_by_its_fingerprint(place: Path, hub: Path) -> None:
+    snapshot = in_hub(place / "base", hub, "acme/tiny")
+    shutil.rmtree(place / "base")
+    base, told = found(place / "adapter")
+    assert (base.name, base.source.path) == ("acme/tiny", snapshot)
+    assert "acme/tiny, found by its fingerprint" in told
+
+
+def test_among_fifty_models_it_is_found_within_two_seconds(place: Path, hub: Path) -> None:
+    other = make_model_dir("qwen2", place / "sub" / "other")  # the same shapes, other values
+    for number in range(49):
+        in_hub(other, hub, f"acme/a{number:02}")
+    in_hub(place / "base", hub, "acme/z")
+    shutil.rmtree(place / "base")
+    adapters, start = open_all([place / "adapter"]), time.perf_counter()
+    assert base_for(None, adapters).name == "acme/z"
+    assert time.perf_counter() - start < 2
+
+
+def test_what_is_not_found_says_where_it_was_looked_for(place: Path, hub: Path) -> None:
+    shutil.rmtree(place / "base")
+    said = refused("inspect", str(place / "adapter"))
+    assert "base is neither there, nor beside it in " in said
+    assert said.endswith("; expected --model PATH (model)\n")
+    named(place / "adapter", "acme/tiny")
+    said = refused("inspect", str(place / "adapter"))
+    assert "its base acme/tiny is neither there" in said
+    assert "HF_HUB_OFFLINE is set" in said
+    for record in (True, False):
+        named(place / "adapter", None, record)
+        with pytest.raises(LorafoldError, match=r"expected --model PATH \(model\)"):
+            found(place / "adapter")
+
+
+def test_adapters_of_different_bases_are_refused_with_both_named(
+    place: Path, tiny_model_dir
+) -> None:
+    theirs = make_adapter(tiny_model_dir("qwen2"), place / "theirs")
+    with pytest.raises(LorafoldError) as error:
+        lf.compose([place / "adapter", theirs], place / "out")
+    said = str(error.value)
+    assert said.startswith("adapters of different bases: ")
+    assert "base, and " in said
+    assert "qwen2" in said
+    assert "--model" in said
+    assert len(said) <= 300
+    named(theirs, "acme/other", record=False)
+    with pytest.raises(LorafoldError, match=r"adapters of different bases: .* on acme/other"):
+        found(theirs, place / "adapter")
+    same = make_adapter(place / "base", place / "same")
+    assert found(named(same, "/another/name"), place / "adapter")[0].source.path == place / "base"
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
+def test_a_model_that_is_another_is_refused_with_both_named(
+    kind: str, place: Path, tiny_model_dir
+) -> None:
+    model = str(tiny_model_dir(kind))
+    said = refused("inspect", str(place / "adapter"), "--model", model)
+    assert "not the base it was trained on: that is " in said
+    assert f"{str(place / 'base')[-10:]}, this is " in said
+    assert f"{model[-10:]} (" in said
+    assert "--allow-other-base" in said
+    assert len(said) <= 300
+    named(place / "adapter", str(place / "base"), record=False)
+    if kind == "gpt2":
+        said = refused("inspect", str(place / "adapter"), "--model", model)
+        assert "; the adapter's adapter_config.json names the base " in said
+
+
+def test_without_adapters_it_is_the_embedded_model(place: Path) -> None:
+    assert base_for(None, []).name == "smollm2"
+    base, told = found(named(place / "adapter", "smollm2", record=False))
+    assert base.name == "smollm2"
+    assert told == "base: smollm2, as the adapter's adapter_config.json says\n"
+
+
+def test_a_server_takes_that_of_its_directory(place: Path) -> None:
+    folder = place / "adapters"
+    folder.mkdir()
+    assert own_bases(folder) == []
+    make_adapter(place / "base", folder / "a")
+    (make_adapter(place / "base", folder / "b") / "adapter_config.json").write_text("{")
+    assert base_for(None, own_bases(folder)).source.path == place / "base"
+    assert OwnBase.read(folder / "a") == open_all([folder / "a"])[0].own_base
+    shutil.rmtree(folder / "a")
+    with pytest.raises(LorafoldError, match="found no adapter in it whose base could be served"):
+        own_bases(folder)
