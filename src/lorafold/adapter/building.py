@@ -36,7 +36,7 @@ from lorafold.methods.parts.token_rows import Tokens
 from lorafold.models.sources import called
 from lorafold.models.weights import ModelWeights, Weights
 from lorafold.peft.directory import Chosen
-from lorafold.peft.own_base import ALLOWED
+from lorafold.peft.own_base import ALLOWED, OTHER
 from lorafold.peft.paths import within
 from lorafold.peft.saved import Saved
 from lorafold.peft.stack import loading_advice, mismatch, same
@@ -203,6 +203,8 @@ def read(
 
 
 def _refused(saved: Saved, model: nn.Module, told: str) -> LorafoldError:
-    """The error for an adapter that does not fit a model, whose path is whole if there is room."""
-    path = shortened(str(saved), max(40, MOST - len(told)))
-    return LorafoldError(f"{path}: {told}{saved.own_base.hint(called(model))}")
+    """The error for an adapter that does not fit a model, whose path is cut for the base's sake."""
+    path, hint = str(saved), saved.own_base.hint(called(model))
+    if told.startswith(OTHER):
+        path = shortened(path, max(40, MOST - len(told)))
+    return LorafoldError(f"{path}: {told}{hint}")

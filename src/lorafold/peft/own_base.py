@@ -18,6 +18,7 @@ from lorafold.peft.config import CONFIG
 
 BASE_IDENTITY = "base_identity"  # in a record: of the base's files, as `identity.of_model` gives it
 ALLOWED = "--allow-other-base"
+OTHER = "not the base it was trained on"
 SHORT = 30  # characters of a name, so that a message has less than 300
 
 
@@ -95,7 +96,7 @@ class OwnBase:
         """
         if not (found := fingerprint.differences(self.fingerprint, base)):
             return []
-        told = "not the base it was trained on"
+        told = OTHER
         if self.name not in ("", called):
             theirs, ours = shortened(self.name, SHORT), shortened(called or "nameless", SHORT)
             told += f": that is {theirs}, this is {ours}"
