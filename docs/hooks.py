@@ -57,7 +57,8 @@ def on_post_page(output: str, page: Any, **_: Any) -> None:
 
 def cell(text: str) -> str:
     """Text as a cell of a table."""
-    return html.escape(" ".join(text.split()), quote=False).replace("|", "&#124;")
+    plain = html.escape(" ".join(text.split()), quote=False).replace("|", "&#124;")
+    return plain.replace("[", "&#91;")  # no link
 
 
 def code(text: str) -> str:
