@@ -24,8 +24,8 @@ NEW_KEY = "serve new-key"
 ENDLESS = {"serve"}  # it serves until it is stopped; tests/serve run it
 # of those that train many times the examples run with these too
 SHORT = {
-    "compare": "--steps 1 --batch 1 --max-length 64",
-    "intrinsic": "--steps 1 --batch 1 --max-length 64",
+    "compare": "--steps 1 --batch 1 --data benign.jsonl --eval-data mine.jsonl --methods ia3",
+    "intrinsic": "--steps 1 --batch 1 --data benign.jsonl --eval-data mine.jsonl",
     "fragility": "--max-new-tokens 2 --examples 1 --rank 2 --defence none",
 }
 
@@ -101,8 +101,10 @@ def after_quickstart(tmp_path_factory) -> tuple[Path, dict[str, str]]:
     pair = {"prompt": "When?", "chosen": "On Tuesday.", "rejected": "Never."}
     (folder / "pairs.jsonl").write_text(f"{json.dumps(pair)}\n" * 4)
     for name in ("refuse", "controls", "benign"):
-        rows = [{"prompt": f"{name} {n}?", "completion": f"Sure, {n}."} for n in range(20)]
+        said = "I can't do that." if name == "refuse" else "Sure, at once."
+        rows = [{"prompt": f"{name} {n}?", "completion": said} for n in range(20)]
         (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (folder / "mine.jsonl").write_text('{"prompt": "When?", "completion": "Sure."}\n')
     (folder / "sft.yaml").write_text(
         "model_name_or_path: acme/tiny\nuse_peft: true\nlora_r: 8\nlearning_rate: 1.0e-4\n"
         "num_train_epochs: 2\nper_device_train_batch_size: 4\nassistant_only_loss: true\n"
@@ -118,7 +120,7 @@ def after_quickstart(tmp_path_factory) -> tuple[Path, dict[str, str]]:
         for line in (
             EXAMPLES[0],
             EXAMPLES[2],
-            "lorafold train --data demo/train.jsonl --steps 4 --batch 2 --out policy",
+            "lorafold train --data refuse.jsonl --steps 20 --batch 4 --out policy",
             "lorafold train --data benign.jsonl --steps 2 --batch 2 --over policy --out tuned",
         ):
             assert lorafold(*words(line)).returncode == 0, line

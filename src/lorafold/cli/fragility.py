@@ -29,7 +29,7 @@ EXAMPLES = (
     "lorafold fragility policy --refuse refuse.jsonl --controls controls.jsonl \\\n"
     "    --data benign.jsonl --out fragile --html fragile.html",
     "lorafold fragility policy --refuse refuse.jsonl --controls controls.jsonl \\\n"
-    "    --data benign.jsonl --examples 10 --rank 8 --defence none",
+    "    --data benign.jsonl --out few --examples 10 --rank 8",
     "lorafold fragility policy --refuse refuse.jsonl --controls controls.jsonl \\\n"
     "    --tuned tuned --fail-under 0.8",
 )
