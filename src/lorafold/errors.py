@@ -5,7 +5,7 @@ exits with code 2.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 
 UNTIL = "0.3"  # the version that no longer knows old names
@@ -88,6 +88,11 @@ def listed(
         shown.append(short)
     more = (len(found) if count is None else count) - len(shown)
     return by.join(shown) + (f"{by.rstrip(', ')} and {more:,} more" if more else "")
+
+
+def as_one(problems: Sequence[object]) -> str:
+    """One problem whole, with what to do about it, or the first of several."""
+    return str(problems[0]) if len(problems) == 1 else listed(problems, "; ")
 
 
 def shortened(text: str, most: int) -> str:

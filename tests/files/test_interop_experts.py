@@ -478,18 +478,18 @@ DEFECTS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         {INNER: torch.zeros(15, 64), OUTER: None, f"{INNER}s": torch.zeros(2)},
         {},
         [
-            f"{INNER}: shape [15, 64], expected [12, 64]",
-            f"missing key {OUTER}",
             f"unknown key {INNER}s",
+            f"missing key {OUTER}",
+            "and 1 more",
         ],
     ),
     "a router": (
         {},
         {"target_parameters": ["gate.weight", "gate_up_proj", "down_proj"]},
         [
-            "target_parameters: found model.layers.0.mlp.gate.weight and 1 more, expected the"
-            " matrices of experts in parameters of three dimensions, or the weights of linear"
-            " modules"
+            "target_parameters: found model.layers.0.mlp.gate.weight,"
+            " model.layers.1.mlp.gate.weight, expected the matrices of experts in parameters of"
+            " three dimensions, or the weights of linear modules"
         ],
     ),
     "an embedding": (

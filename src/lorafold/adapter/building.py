@@ -28,7 +28,7 @@ from lorafold.core.rescaled import keep_scale
 from lorafold.core.skip_init import skip_init
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches, match
-from lorafold.errors import LorafoldError, listed, shortened
+from lorafold.errors import LorafoldError, as_one, listed, shortened
 from lorafold.files.contents import Contents
 from lorafold.methods.parts.extras import Bias, add_biases, add_token_rows
 from lorafold.methods.parts.replace import ReplaceDelta, leaves
@@ -192,7 +192,7 @@ def read(
         with skip_init(_most(model, saved.weights)):
             built = build(model, saved.spec_in(model), tokens=tokens, **saved.beside(model))
     except LorafoldError as e:
-        raise _refused(saved, model, listed([*problems, e], "; ")) from None
+        raise _refused(saved, model, as_one([*problems, e])) from None
     try:
         saved.fill(model, built.parts, built.chosen.matches.paths, base, problems)
     except LorafoldError as e:

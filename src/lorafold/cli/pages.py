@@ -9,7 +9,9 @@ import typer
 
 WideOption = Annotated[
     bool,
-    typer.Option("--wide", help="Print all figures, in Markdown, however wide the table is."),
+    typer.Option(
+        "--wide", hidden=True, help="Print all figures, in Markdown, however wide the table is."
+    ),
 ]
 
 

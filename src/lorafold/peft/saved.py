@@ -22,7 +22,7 @@ from torch import nn
 from lorafold.core.attach import Origin
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches
-from lorafold.errors import LorafoldError, listed
+from lorafold.errors import LorafoldError, as_one, listed
 from lorafold.files.card import CLASSES, REWARD
 from lorafold.files.contents import Contents
 from lorafold.files.record import RECORD, named_as_now
@@ -202,7 +202,7 @@ class Saved:
         misfits = (misfit(key, tensor, expected[key], loaded) for key, tensor in loaded.items())
         wrong += [text for text in misfits if text]
         if wrong:
-            raise LorafoldError(listed(wrong, "; "))
+            raise LorafoldError(as_one(wrong))
         for key, saved in expected.items():
             saved.assign(saved.entry.from_file(loaded[key], saved.site))
 
@@ -212,7 +212,7 @@ def open_all(paths: Sequence[str | Path]) -> tuple[Saved, ...]:
     problems: list[str] = []
     found = [_attempt(problems, partial(Saved.open, path)) for path in paths]
     if problems:
-        raise LorafoldError(listed(problems, "; "))
+        raise LorafoldError(as_one(problems))
     return tuple(one for one in found if one is not None)
 
 
