@@ -22,7 +22,7 @@ from lorafold.bases import layer_of
 from lorafold.core.anatomy import bare_modules
 from lorafold.core.delta import Additive
 from lorafold.core.matrices import module_at
-from lorafold.errors import LorafoldError, listed
+from lorafold.errors import LorafoldError, as_one
 from lorafold.inspecting.updates import matrix_names, unstacked
 from lorafold.opening import Base
 from lorafold.peft.saved import Saved
@@ -112,7 +112,7 @@ def read(base: Base, adapters: Sequence[Saved]) -> Updates:
                 " can't be composed with others"
             )
     if problems:
-        raise LorafoldError(listed(problems, "; "))
+        raise LorafoldError(as_one(problems))
     return Updates(model, tuple(attached), names([saved.path for saved in adapters]))
 
 

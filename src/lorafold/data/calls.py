@@ -19,7 +19,7 @@ from lorafold.data.grammar import NAMES, Grammar, Pairs, grammar_of, special_wor
 from lorafold.data.messages import Tool, tool_problems
 from lorafold.data.reasoning import block_of
 from lorafold.data.template_forms import ASKED, attempt, call, form_of
-from lorafold.errors import LorafoldError, listed
+from lorafold.errors import LorafoldError, as_one
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,7 +66,7 @@ def read_tools(path: Path) -> list[Tool]:
     except ValueError as error:
         raise LorafoldError(f"{path}: not JSON: {error}") from error
     if problems := list(tool_problems(found)):
-        raise LorafoldError(f"{path}: {listed(problems, '; ')}")
+        raise LorafoldError(f"{path}: {as_one(problems)}")
     return list(found)
 
 

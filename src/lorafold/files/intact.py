@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from lorafold.errors import LorafoldError, listed
+from lorafold.errors import LorafoldError, as_one
 from lorafold.files.atomic import MANIFEST, compare, on_disk
 
 
@@ -35,7 +35,7 @@ def check(directory: str | Path, problems: Sequence[str]) -> None:
     """Raise LorafoldError if a comparison with the manifest found problems."""
     if problems:
         raise LorafoldError(
-            f"{directory}: {listed(problems, '; ')}: damaged, or changed by hand; restore it, or"
+            f"{directory}: {as_one(problems)}: damaged, or changed by hand; restore it, or"
             f" delete {MANIFEST} if you changed it yourself"
         )
 

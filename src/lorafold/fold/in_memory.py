@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lorafold.bases import layer_of
 from lorafold.core.base import bare
 from lorafold.core.matrices import module_at
-from lorafold.errors import NotMergeable, listed
+from lorafold.errors import NotMergeable, as_one, listed
 from lorafold.fold.biases import switch_on
 from lorafold.fold.plan import FoldPlan, fold, module_of
 from lorafold.fold.ties import untie, untie_others
@@ -43,7 +43,7 @@ def carry_out(
             for name, others in plan.apart.items()
         ]
     if problems:
-        raise NotMergeable(listed(problems, "; "))
+        raise NotMergeable(as_one(problems))
     switch_on(model, plan.switches)
     if plan.vocabulary is not None:
         declare(model, plan.vocabulary)

@@ -27,7 +27,7 @@ from lorafold.core.combine import Stack
 from lorafold.core.delta import Additive, put
 from lorafold.core.matrices import module_at, parameter_path
 from lorafold.core.targets import Matches, match
-from lorafold.errors import LorafoldError, listed
+from lorafold.errors import LorafoldError, as_one
 from lorafold.files.atomic import check_out
 from lorafold.files.record import BASE, OTHER_BASE
 from lorafold.files.shown import Shown
@@ -216,7 +216,7 @@ def extract(
     ]:
         raise LorafoldError(
             f"{tuned.name}: expected a fine-tuned {base.name}, found other modules:"
-            f" {listed(problems, '; ')}"
+            f" {as_one(problems)}"
         )
     factors, errors = dict[str, Factors](), Errors()
     for path in paths:

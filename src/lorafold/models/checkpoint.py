@@ -27,7 +27,7 @@ from transformers.core_model_loading import (
 )
 
 from lorafold.core.anatomy import tied_parameters
-from lorafold.errors import LorafoldError, listed
+from lorafold.errors import LorafoldError, as_one
 from lorafold.files.atomic import MANIFEST
 from lorafold.files.record import read_object
 from lorafold.models.architecture import auto_class
@@ -167,7 +167,7 @@ def mapped_model(checkpoint: Checkpoint) -> MappedModel:
         ):
             problems.append(f"{name}: found in no weight file")
     if problems:
-        raise LorafoldError(f"{checkpoint.path}: {listed(problems, '; ')}")
+        raise LorafoldError(f"{checkpoint.path}: {as_one(problems)}")
     _place(model, _parameters(entries, tensors, converted, tied), tied)
     check_quantized(model, what)
     return MappedModel(model, entries, tied, converted)

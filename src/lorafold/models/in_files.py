@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorafold.errors import LorafoldError, listed
+from lorafold.errors import LorafoldError, as_one
 from lorafold.models.compressed import (
     check_values,
     compress,
@@ -67,7 +67,7 @@ def as_in_files(model: nn.Module, entries: Mapping[str, Entry], what: str) -> No
     """
     problems = [*compressed_misfits(model, entries), *misfits(model, entries)]
     if problems:
-        raise LorafoldError(f"{what}: {listed(problems, '; ')}")
+        raise LorafoldError(f"{what}: {as_one(problems)}")
     scales_as_in_files(model, entries)
 
 

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from lorafold.core.spec import Spec
-from lorafold.errors import LorafoldError, listed
+from lorafold.errors import LorafoldError, as_one
 from lorafold.methods.parts.extras import Bias
 from lorafold.models.sources import called
 from lorafold.peft.derived import PREFIX
@@ -163,7 +163,7 @@ def read_config(config: Mapping[str, Any]) -> tuple[Spec, Selection, Bias]:
     }
     problems += [f"{k}={_shown(v)} is not supported" for k, v in unknown.items()]
     if problems or spec is None:
-        raise LorafoldError(f"{CONFIG}: {listed(problems, '; ')}")
+        raise LorafoldError(f"{CONFIG}: {as_one(problems)}")
     bias: Bias = shared.pop("bias")
     return spec, Selection(**shared), bias
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches
-from lorafold.errors import LorafoldError, listed
+from lorafold.errors import LorafoldError, as_one
 from lorafold.files.atomic import atomic_directory, write_json
 from lorafold.files.card import CARD, OVER, VOCABULARY, Beside, training_card
 from lorafold.files.record import BASE, RECORD
@@ -98,7 +98,7 @@ def write(
         if (key := renamed(f"{ROOT}.{name}", named)) not in tensors
     }
     if wrong := [text for key, t in tensors.items() if (text := not_finite(key, t))]:
-        raise LorafoldError(f"{path} was not written: {listed(wrong, '; ')}")
+        raise LorafoldError(f"{path} was not written: {as_one(wrong)}")
     record = {k: v for k, v in beside.record.items() if k != DROPOUT} | form.record
     known = record.get(BASE) or fingerprint.of(base, replaced)
     about = {**record, "lorafold": version("lorafold"), BASE: known}

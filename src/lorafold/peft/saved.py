@@ -87,7 +87,7 @@ class Saved:
         about = _attempt(problems, lambda: _about(contents, written or {}))
         contents.check_intact()  # what is damaged explains the problems
         if written is None or config is None or weights is None or about is None:
-            raise LorafoldError(f"{contents.path}: {listed(problems, '; ')}")
+            raise LorafoldError(f"{contents.path}: {as_one(problems)}")
         spec, selection, bias = config
         own_base, over, record = about
         return cls(

@@ -27,7 +27,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lorafold.adapter import Adapter
 from lorafold.core.spec import Spec
-from lorafold.errors import LorafoldError, listed
+from lorafold.errors import LorafoldError, as_one, listed
 from lorafold.files.atomic import atomic_directory, check_out, verify, write_json
 from lorafold.files.record import read_object
 from lorafold.models.sources import called
@@ -233,7 +233,7 @@ class AdapterCallback(TrainerCallback):
                 where = f"the last complete checkpoint is {good}" * bool(good)
                 raise LorafoldError(
                     f"{checkpoint / part}: no adapter that could be resumed:"
-                    f" {listed(problems, '; ')}; {where or 'there is no complete checkpoint'}"
+                    f" {as_one(problems)}; {where or 'there is no complete checkpoint'}"
                 )
         saved = Saved.open(checkpoint / ADAPTER)
         model = self.adapter.model
@@ -250,7 +250,7 @@ class AdapterCallback(TrainerCallback):
             if key in found and found[key].shape != tensor.shape
         ]
         if wrong:
-            raise LorafoldError(f"{checkpoint / STATE}: another adapter: {listed(wrong, '; ')}")
+            raise LorafoldError(f"{checkpoint / STATE}: another adapter: {as_one(wrong)}")
         self.adapter.load_state_dict(found)
         logger.info(f"The adapter was restored from {checkpoint}.")
 

@@ -19,7 +19,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lorafold.errors import LorafoldError, listed, shortened
+from lorafold.errors import LorafoldError, as_one, listed, shortened
 from lorafold.files.atomic import atomic_directory, verify
 from lorafold.files.intact import check_intact
 from lorafold.files.record import named_as_now
@@ -229,7 +229,7 @@ class RunDirectory:
         """
         if problems := verify(path):
             raise LorafoldError(
-                f"{path}: damaged checkpoint: {listed(problems, '; ')}; remove it to resume from"
+                f"{path}: damaged checkpoint: {as_one(problems)}; remove it to resume from"
                 " the checkpoint before"
             )
         state = json.loads((path / "state.json").read_text())

@@ -20,7 +20,7 @@ from lorafold.composing.updates import names
 from lorafold.data.prompts import asked_in
 from lorafold.data.sources import Row
 from lorafold.data.stored import Part, Rows
-from lorafold.errors import LorafoldError, listed
+from lorafold.errors import LorafoldError, as_one, listed
 from lorafold.files.figures import digest_of
 from lorafold.identity import of_adapter
 from lorafold.methods.lora import LoRA
@@ -234,7 +234,7 @@ def check(task: Task) -> None:
             f"recipe: expected the objective {DEFAULT}, without streaming and new_tokens"
         )
     if problems:
-        raise LorafoldError(listed(problems, "; "))
+        raise LorafoldError(as_one(problems))
 
 
 def _overlapping(task: Task) -> Iterator[str]:

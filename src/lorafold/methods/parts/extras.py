@@ -18,7 +18,7 @@ from lorafold.core.delta import Delta
 from lorafold.core.matrices import module_at
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches
-from lorafold.errors import LorafoldError, listed
+from lorafold.errors import LorafoldError, as_one
 from lorafold.methods.parts.bias import BiasDelta
 from lorafold.methods.parts.token_rows import TokenRows, Tokens, carried
 
@@ -77,7 +77,7 @@ def add_token_rows(
             )
         deltas.setdefault(path, []).append(delta)
     if problems:
-        raise LorafoldError(listed(problems, "; "))
+        raise LorafoldError(as_one(problems))
 
 
 def vocabulary(model: nn.Module, parts: Iterable[tuple[str, Delta]]) -> int | None:

@@ -36,7 +36,7 @@ from lorafold.core.base import bare
 from lorafold.core.delta import Delta
 from lorafold.core.layer import Layer, add
 from lorafold.core.targets import no_match
-from lorafold.errors import LorafoldError, listed
+from lorafold.errors import LorafoldError, as_one
 
 
 class TokenRows(Delta):
@@ -182,7 +182,7 @@ class Tokens:
             rows = EmbeddingRows if _is_embedding(module) else HeadRows
             found[path] = rows(ids, self._owner(model, path, by_path, found) or self._start(w, ids))
         if problems := problems or self._one_sided(model, found):
-            raise LorafoldError(listed(problems, "; "))
+            raise LorafoldError(as_one(problems))
         return found
 
     def _by_path(self, model: Any) -> tuple[dict[str, tuple[int, ...]], list[str]]:
