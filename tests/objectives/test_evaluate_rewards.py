@@ -212,7 +212,10 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "one that fails": (
         {"rewards": lambda completion: 1 / 0}, "^reward <lambda>: row 1, completion 1: it raised",
     ),
-    "an adapter too many": ({"adapters": "x", "model": None}, "^adapters: expected none, because"),
+    "a setting too many": (
+        {"allow_other_base": True, "model": None},
+        "^allow_other_base: expected none, because",
+    ),
 }  # fmt: skip
 
 
