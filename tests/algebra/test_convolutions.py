@@ -259,7 +259,7 @@ def test_a_whole_w2_of_a_conv1d_is_never_misread(tmp_path: Path) -> None:
     right = torch.kron(w1[..., None], w2) * stem.scaling["default"]
     assert gap(stem.get_delta_weight("default"), right.view(16, 6, 3)) > 0.1
     save_theirs(wrapped, tmp_path / "theirs")
-    with pytest.raises(lf.LorafoldError, match=r"stem\.lokr_w2.*another order than LyCORIS"):
+    with pytest.raises(lf.LorafoldError, match=r"lokr_w2: .*order than LyCORIS"):
         lf.load(net(1), tmp_path / "theirs")
     ours("lokr-whole", 1)[1].save(tmp_path / "ours")
     with pytest.raises(RuntimeError, match="size mismatch"):
@@ -627,5 +627,5 @@ def test_a_file_says_what_it_needs(tmp_path: Path) -> None:
     ours("lora", 1)[1].save(tmp_path / "a")
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert sorted(config["target_modules"]) == sorted(BOTH)
-    with pytest.raises(lf.LorafoldError, match=r"shape \[4, 6, 3\], expected .*\[4, 6, 3, 2\]"):
+    with pytest.raises(lf.LorafoldError, match="not the base it was trained on"):
         lf.load(net(2), tmp_path / "a")

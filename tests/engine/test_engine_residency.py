@@ -292,6 +292,8 @@ def test_the_same_files_elsewhere_are_read_there_from_then_on(
 @pytest.mark.parametrize("kind", ["missing", "other-model", "truncated"])
 def test_what_cannot_be_read_gets_no_name(model, paths, tmp_path, tiny_model, kind) -> None:
     where = tmp_path / "it"
+    # of a path beside two bases the middle is cut
+    said = "/it: not the base it was trained on" if kind == "other-model" else str(where)
     if kind == "other-model":
         where = save_adapters(tiny_model("gpt2"), tmp_path, {"it": lf.LoRA(rank=2)})["it"]
     if kind == "truncated":
@@ -300,10 +302,10 @@ def test_what_cannot_be_read_gets_no_name(model, paths, tmp_path, tiny_model, ki
         weights.write_bytes(weights.read_bytes()[:-100])
     with Engine(model, slots=2, length=32) as engine:
         engine.load("a", paths["a1"])
-        with pytest.raises(LorafoldError, match=str(where)):
+        with pytest.raises(LorafoldError, match=said):
             engine.load("it", where)
         assert engine.adapters.names() == ("a",)
-        with pytest.raises(LorafoldError, match=str(where)):
+        with pytest.raises(LorafoldError, match=said):
             engine.load("a", where)
         engine.submit(Request("1", PROMPTS[0], NEW, adapter="a"))
         engine.run()
