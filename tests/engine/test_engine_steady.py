@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorafold.engine.steady import FEW, ROWS, plain_products, random_rows, steady
-from lorafold.ops.arithmetic import multiplying
+from lorafold.engine.steady import ROWS, plain_products, random_rows, steady
+from lorafold.ops.arithmetic import FEW, multiplying
 
 
 @pytest.mark.parametrize("odd", [*range(1, FEW + 1)])

@@ -297,6 +297,18 @@ def test_bad_input(case: str, tiny_model_dir, tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
 
 
+def test_a_finished_run_is_known_by_the_contents_of_its_reward(tiny_model_dir, tmp_path) -> None:
+    judge = tmp_path / "judge.py"
+    judge.write_text("def size(completion):\n    return len(completion)\n")
+    recipe = asked(steps=1, options={"rewards": [f"{judge}:size"]})
+    given: dict[str, Any] = {"rewards": (), "resume": True}
+    trained(tiny_model_dir("llama"), tmp_path / "out", recipe, **given)
+    trained(tiny_model_dir("llama"), tmp_path / "out", recipe, **given)
+    judge.write_text("def size(completion):\n    return -len(completion)\n")
+    with pytest.raises(LorafoldError, match="another run: rewards had other contents"):
+        trained(tiny_model_dir("llama"), tmp_path / "out", recipe, **given)
+
+
 def test_rewards_that_never_vary_are_told(tiny_model_dir, tmp_path: Path) -> None:
     with pytest.raises(LorafoldError, match=r"the first 10 steps.*row \d, completion 1: .* has 1"):
         trained(

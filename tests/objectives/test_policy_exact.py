@@ -5,10 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorafold as lf
+from conftest import SIZE
+from lorafold.engine import Engine, Request
 from lorafold.engine.as_trained import unsteady
 from lorafold.errors import LorafoldError
+from lorafold.step.head import token_losses
 
 pytestmark = pytest.mark.usefixtures("unestimated")
 ROWS = [{"prompt": word} for word in ("r", "Say blue", "Say green, and then say gold", "Say red")]
@@ -63,6 +67,31 @@ def test_a_policy_over_an_adapter(tiny_model_dir, tmp_path: Path) -> None:
 def test_without_it_there_is_rounding(tiny_model_dir, tmp_path: Path) -> None:
     found = mismatch(tiny_model_dir("llama"), tmp_path / "out", exact=False)
     assert all(0 < one < 0.2 for one in found)
+
+
+@pytest.mark.parametrize("length", [6, 15])
+def test_a_pass_has_as_many_tokens_as_it_needs(length: int, tiny_model) -> None:
+    with Engine(tiny_model("llama"), slots=1, length=length, as_trained=True) as engine:
+        stream = engine.submit(Request("1", (5, 6, 7), length - 3))
+        engine.run()
+        assert len(stream.result().tokens) == length - 3
+
+
+def test_few_positions_have_the_bits_of_many() -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZE | {"hidden_size": 576}, vocab_size=300)).eval()
+    ids = torch.randint(300, (1, 300))
+    inputs = {"input_ids": ids}
+
+    def losses(n: int) -> torch.Tensor:
+        labels = ids.roll(-1).masked_fill(torch.arange(300) >= n, -100)
+        return token_losses(model, labels, inputs, own=True)
+
+    if unsteady([(300, 576)], torch.float32):
+        pytest.skip("products of this processor depend on the number of rows")
+    whole = losses(290)
+    for n in (1, 3, 5, 257, 259):
+        assert torch.equal(losses(n), whole[:n])
 
 
 def test_padded_sequences_are_refused(tiny_model_dir, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 import lorafold as lf
 from conftest import lorafold, unestimating
-from lorafold.errors import Interrupted
+from lorafold.errors import Interrupted, LorafoldError
 from lorafold.training import loop
 
 pytestmark = pytest.mark.usefixtures("unestimated")
@@ -78,6 +78,17 @@ def test_a_run_that_is_killed_ends_at_the_same_step(
     ).read_bytes()
 
 
+def test_a_finished_run_is_kept_under_what_it_was_ended_by(ended: Path, tiny_model_dir) -> None:
+    given: dict[str, Any] = {"model": tiny_model_dir("llama"), "data": ROWS, "resume": True}
+    again = lf.train(lf.Recipe(**AUTO), out=ended, eval_data=OTHER, **given)
+    found = record(ended)
+    assert again.eval_loss == found["evals"][str(found["step"])]
+    with pytest.raises(LorafoldError, match="another run: eval_data had other contents"):
+        lf.train(lf.Recipe(**AUTO), out=ended, eval_data=ROWS, **given)
+    with pytest.raises(LorafoldError, match="eval_every was None, now 7"):
+        lf.train(lf.Recipe(**AUTO, eval_every=7), out=ended, eval_data=OTHER, **given)
+
+
 def test_few_steps_are_told(tiny_model_dir, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     common = ("--data", str(tmp_path / "rows.jsonl"), "--max-length", "64")
@@ -86,3 +97,5 @@ def test_few_steps_are_told(tiny_model_dir, tmp_path: Path) -> None:
     assert "steps: 1, few to learn by: --epochs auto takes 100, and --eval-fr" in said.stderr
     said = lorafold("train", *model, *common, "--out", str(tmp_path / "asked"), "--steps", "1")
     assert "few to learn by" not in said.stderr
+    said = lorafold("train", *model, *common, "--out", str(tmp_path / "all"), "--epochs", "auto")
+    assert "epochs auto: 100 steps, found no held-out rows to end by" in said.stderr

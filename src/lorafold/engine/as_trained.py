@@ -15,8 +15,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from lorafold.engine.steady import FEW, plain_products
+from lorafold.engine.steady import plain_products
 from lorafold.kernels.table import TRAINING, use
+from lorafold.ops.arithmetic import FEW
 from lorafold.ops.attention import FORWARD, Scores
 from lorafold.ops.decoding import ATTEND
 from lorafold.ops.documents import Documents

@@ -28,9 +28,9 @@ from lorafold.core.anatomy import bare_modules
 from lorafold.core.attach import deltas_on
 from lorafold.engine.active_deltas import ActiveDeltas
 from lorafold.engine.operations import Operations
-from lorafold.engine.steady import FEW, random_rows, steady
+from lorafold.engine.steady import random_rows, steady
 from lorafold.engine.structure import Structure
-from lorafold.ops.arithmetic import HALF, multiplies_bf16
+from lorafold.ops.arithmetic import FEW, HALF, multiplies_bf16
 from lorafold.step.fused import fused
 
 log = logging.getLogger(__name__)

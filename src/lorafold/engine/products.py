@@ -26,9 +26,9 @@ from lorafold.core.delta import Delta, Opaque
 from lorafold.core.layer import Layer, add
 from lorafold.engine.adapters import Factors, LoadedAdapter
 from lorafold.engine.operations import Operations
-from lorafold.engine.steady import FEW, plain_products
+from lorafold.engine.steady import plain_products
 from lorafold.engine.structure import Shape, Structure
-from lorafold.ops.arithmetic import HALF
+from lorafold.ops.arithmetic import FEW, HALF
 from lorafold.ops.decoding import Part, Product
 
 log = logging.getLogger(__name__)

@@ -26,9 +26,8 @@ from lorafold.engine.products import Plan, Products
 from lorafold.engine.row import Row
 from lorafold.engine.settings import EngineSettings
 from lorafold.engine.slots import SlotCache, SlotView
-from lorafold.engine.steady import FEW
 from lorafold.engine.structure import Structure, run
-from lorafold.ops.arithmetic import multiplies_bf16, multiplying, widens
+from lorafold.ops.arithmetic import FEW, multiplies_bf16, multiplying, widens
 
 
 class Runner(ABC):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from lorafold.errors import LorafoldError
+from lorafold.ops.arithmetic import FEW
 
 LONGEST = 2048  # tokens of a request, unless more are asked for
 
@@ -79,5 +80,6 @@ class EngineSettings:
         if wrong:
             raise LorafoldError(f"engine: {'; '.join(wrong)}")
         reuse, fast = (asked and not self.invariant for asked in (self.prefix_reuse, self.fast))
-        chunk = min(self.chunk, length)
+        # a pass of training's numbers has FEW tokens or more
+        chunk = max(min(self.chunk, length), FEW if self.as_trained else 0)
         return replace(self, length=length, chunk=chunk, prefix_reuse=reuse, fast=fast), length

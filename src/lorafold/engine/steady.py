@@ -15,11 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorafold.ops.arithmetic import arithmetic
+from lorafold.ops.arithmetic import FEW, arithmetic
 
-# numbers of rows that may be summed in orders of their own; a block has FEW where all are. Each up
-# to it is tried: a kernel of blocks of 4 rows may sum 8 as it sums 12, and 9 otherwise
-FEW = 16
+# a block has FEW rows where no number of them has an order of its own. Each number up to it is
+# tried: a kernel of blocks of 4 rows may sum 8 as it sums 12, and 9 otherwise
 ROWS = (*range(1, FEW + 2), 40, 64, 100, 256)
 
 

@@ -42,6 +42,8 @@ HALF = (torch.bfloat16, torch.float16)
 CPU = torch.device("cpu")
 # with fewer input vectors, reading W takes most of the time, which is half as long in 16 bits
 ROWS = 64
+# numbers of rows that kernels may sum in orders of their own: so many have the order of all more
+FEW = 16
 # whether to widen, None where the processor decides, and from how many input vectors on
 _said: ContextVar[tuple[bool | None, int]] = ContextVar("widened", default=(None, ROWS))
 

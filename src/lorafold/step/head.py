@@ -34,6 +34,7 @@ from lorafold.core.anatomy import decoder_of
 from lorafold.core.fake import is_fake
 from lorafold.data.examples import NO_LOSS
 from lorafold.errors import LorafoldError
+from lorafold.ops.arithmetic import FEW
 from lorafold.ops.cross_entropy import (
     LinearHead,
     chunks,
@@ -81,12 +82,13 @@ def token_losses(
 
     Args:
         model, labels, inputs: As `labelled_loss` takes them.
-        own: Compute a frozen linear head by the model too, as it rounds logits.
+        own: Compute a frozen linear head by the model too, as it rounds logits, and of few rows in
+            the order of many.
     """
     h, targets, linear, _ = until_head(model, labels, inputs)
     if linear is not None and not own:
         return linear_cross_entropy(h, targets, linear)
-    return head_losses(h, targets, partial(head_of, model))
+    return head_losses(h, targets, partial(head_of, model, least=FEW if own else 0))
 
 
 def document_losses(
@@ -233,10 +235,10 @@ def _short_circuit(model: Any) -> Iterator[Callable[[Tensor], Tensor]]:
             decoder.forward = replaced
 
 
-def head_of(model: Any, h: Tensor) -> Tensor:
-    """Return the logits (n, V) of hidden states h (n, d), exactly as the model computes them."""
+def head_of(model: Any, h: Tensor, least: int = 0) -> Tensor:
+    """Return the logits (n, V) of hidden states h (n, d), as the model computes `least` or more."""
     with _short_circuit(model) as head:
-        return head(h)
+        return head(F.pad(h, (0, 0, 0, max(0, least - len(h)))))[: len(h)]
 
 
 def _leaves(y: Tensor) -> list[Tensor]:

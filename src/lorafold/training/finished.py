@@ -24,9 +24,10 @@ from lorafold.peft.stack import parse
 from lorafold.recipe.recipe import Recipe
 from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.finish import INIT_ADAPTER, Trained, mean_of_last
-from lorafold.training.request import Request
-from lorafold.training.start import FREE_ON_RESUME
+from lorafold.training.request import Request, objective_of
+from lorafold.training.start import depends_on, free_on_resume
 
+DEPENDS_ON = "depends_on"  # in a record
 MADE = {"resized", "composed", "extracted"}  # in records of adapters that no run wrote
 
 
@@ -69,7 +70,7 @@ def _differing(request: Request, record: Mapping[str, Any]) -> Iterator[str]:
     # a run settles these where they are left to it
     left = {name for name in ("storage", "max_length") if name not in asked.model_fields_set}
     left |= {"storage"} if asked.storage == "auto" else set()
-    for name in sorted(now.keys() - FREE_ON_RESUME - left):
+    for name in sorted(now.keys() - free_on_resume(asked) - left):
         if now[name] != then[name]:
             yield f"{name} was {_short(then[name])}, now {_short(now[name])}"
     base = record.get(BASE_IDENTITY)  # which earlier versions did not write
@@ -81,6 +82,11 @@ def _differing(request: Request, record: Mapping[str, Any]) -> Iterator[str]:
     below = [origin.sha256 for origin in parse(record)]
     if below != [one.sha256 for one in open_all(request.over)]:
         yield "it lay over other adapters"
+    if DEPENDS_ON in record:  # which earlier versions did not write
+        here = depends_on(request, objective_of(request, open_all(request.adapters)))
+        for name in sorted(here.keys() | record[DEPENDS_ON].keys()):
+            if here.get(name) != record[DEPENDS_ON].get(name):
+                yield f"{name} had other contents"
     began = request.init_adapter and of_adapter(Saved.open(request.init_adapter))
     if record.get(INIT_ADAPTER, {}).get("sha256") != began:
         yield "it started from another adapter"
@@ -95,7 +101,7 @@ def _told_by(record: Mapping[str, Any], out: Path) -> Trained:
     losses, evals = record["losses"], record.get("evals", {})
     return Trained(
         train_loss=mean_of_last(losses),
-        eval_loss=evals.get(str(len(losses))),
+        eval_loss=evals.get(str(record.get("step", len(losses)))),
         tokens_per_second=math.nan,
         peak_bytes=None,
         trainable_parameters=None,

@@ -22,11 +22,11 @@ from lorafold.step.activations import recompute
 from lorafold.step.fused import fused
 from lorafold.training.display import Display
 from lorafold.training.finish import INIT_ADAPTER, Trained, finish
-from lorafold.training.finished import finished
+from lorafold.training.finished import DEPENDS_ON, finished
 from lorafold.training.loop import fit
 from lorafold.training.request import Request
 from lorafold.training.setup import adapted_model, set_up
-from lorafold.training.start import prepare
+from lorafold.training.start import depends_on, prepare
 
 
 def train(request: Request, console: Console) -> Trained:
@@ -80,5 +80,6 @@ def train(request: Request, console: Console) -> Trained:
     about = setup.objective.record() | ({"new_tokens": ids} if ids else {})
     if INIT_ADAPTER in setup.files:
         about[INIT_ADAPTER] = setup.files[INIT_ADAPTER]
+    about[DEPENDS_ON] = depends_on(request, setup.objective)
     about[BASE_IDENTITY] = setup.files["model"]["sha256"]
     return finish(setup.request, job, progress, saved, about, weights, setup.findings)

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -21,17 +23,20 @@ from lorafold.data.stream import RowStream
 from lorafold.errors import LorafoldError, listed
 from lorafold.evaluation import Measured
 from lorafold.objectives import OBJECTIVES
+from lorafold.objectives.objective import Objective
 from lorafold.recipe.recipe import STEPS, Recipe
 from lorafold.step.adamw import described, make_optimizer, pick
 from lorafold.step.losses import Loss
 from lorafold.step.optim import param_groups, rates, restore_optimizer, restore_rng
 from lorafold.training.checkpoint import FILES, Progress, RunDirectory
 from lorafold.training.loop import Job
+from lorafold.training.request import Request
 from lorafold.training.setup import Setup
 
 FEW = 30  # steps
 # A resumed run may change these fields: they decide what is watched and kept, not what is learned.
 FREE_ON_RESUME = {"save_every", "eval_every", "keep", "trackers"}
+WHEN_MEASURED = {"save_every", "eval_every"}  # what is learned where a run ends by what is measured
 # What decides which elements are dropped, in the identity of a run with dropout; the second one in
 # runs that do not name it.
 RULE, DROPOUT = "dropout_rule", "Philox of seed, step, row and site"
@@ -106,6 +111,9 @@ def prepare(
     )
     if resume:
         console.print(f"resuming after step {progress.step} of {feed.steps}", highlight=False)
+    elif recipe.stops and held_out is None:
+        told = "found no held-out rows to end by; --eval-fraction 0.1 holds some out"
+        console.print(f"epochs auto: {feed.steps} steps, {told}", highlight=False, soft_wrap=True)
     elif recipe.steps is None and feed.steps < FEW:
         less = "" if held_out else ", and --eval-fraction 0.1 ends where they no longer help"
         console.print(
@@ -144,6 +152,27 @@ def check_sites(run: RunDirectory, adapter: Adapter, tensors: Mapping[str, Tenso
         )
 
 
+def free_on_resume(recipe: Recipe) -> set[str]:
+    """The fields that a resumed run may change."""
+    return FREE_ON_RESUME - (WHEN_MEASURED if recipe.stops else set())
+
+
+def depends_on(request: Request, objective: Objective) -> dict[str, Any]:
+    """What the result of a run depends on besides its recipe, model, adapters and training rows:
+    held-out rows, the file of a chat template, and what the objective names.
+    """
+    found: dict[str, Any] = {HELD_OUT: held_out_of(request), **objective.identity}
+    template = request.recipe.chat_template
+    if template is not None and Path(template).is_file():
+        found["chat_template"] = sha256(Path(template).read_bytes()).hexdigest()
+    return found
+
+
+def held_out_of(request: Request) -> str:
+    """The digest of the held-out rows that were given; empty without any."""
+    return Rows.of(request.eval_rows).sha256 if request.eval_rows else ""
+
+
 def identity_of(setup: Setup, adapter: Adapter) -> dict[str, Any]:
     """What a resumed run must have in common with the one that was stopped. The code is no part of
     it, so that a later version of lorafold resumes it too.
@@ -153,13 +182,14 @@ def identity_of(setup: Setup, adapter: Adapter) -> dict[str, Any]:
     """
     request = setup.request
     recipe = request.recipe.model_dump(mode="json")
-    identity: dict[str, Any] = {k: v for k, v in recipe.items() if k not in FREE_ON_RESUME}
+    free = free_on_resume(request.recipe)
+    identity: dict[str, Any] = {k: v for k, v in recipe.items() if k not in free}
     identity |= {
         "model": request.base.name,
         "data": request.data.identity,
         "init_adapter": str(request.init_adapter or ""),
         FILES: setup.files,
-        HELD_OUT: Rows.of(request.eval_rows).sha256 if request.eval_rows else "",
+        HELD_OUT: held_out_of(request),
     }
     if request.over:
         identity["over"] = [origin.sha256 for origin in adapter.over]
