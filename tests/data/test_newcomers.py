@@ -35,6 +35,19 @@ def test_an_encoding_of_windows_is_named_with_what_helps(tmp_path: Path) -> None
     assert "iconv -f windows-1252 -t utf-8" in refused(tmp_path / "rows.csv")
 
 
+def test_the_first_line_of_excel_names_the_delimiter(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("sep=;\r\nprompt;completion\r\na,b;c\r\n", newline="")
+    assert list(read_rows(str(tmp_path / "rows.csv"))) == [{"prompt": "a,b", "completion": "c"}]
+
+
+@pytest.mark.parametrize("found", ["prompt,ä\na,b\n".encode("utf-16-le"), b"\xd0\xcf\0\xff"])
+def test_what_is_no_text_is_not_to_be_converted(found: bytes, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_bytes(found)
+    line = refused(tmp_path / "rows.csv")
+    assert "not text; expected CSV in UTF-8" in line
+    assert "iconv" not in line
+
+
 @pytest.mark.parametrize("name", ["a.xlsx", "a.ods", "a.csv"])
 def test_a_spreadsheet_is_told_how_to_save_it(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"PK\x03\x04")
@@ -53,7 +66,8 @@ def test_a_spreadsheet_is_told_how_to_save_it(name: str, tmp_path: Path) -> None
         (
             "Mail text,when,Reply text",
             "a,2024-01-02,b",
-            "--columns 'prompt=Mail text,completion=Reply text' (a guess by their order)",
+            "--columns 'prompt=Mail text,completion=Reply text' (a guess by their order, if the"
+            " file begins with names)",
         ),
         ("one,two,three", "a,b,c", "(--columns renames)"),
     ],

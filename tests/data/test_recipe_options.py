@@ -54,6 +54,9 @@ def test_every_field_has_an_option_with_help_in_a_panel() -> None:
         ((), {}),
         (("--rank", "8", "--lr", "1e-4", "--epochs", "3"), {"rank": 8, "lr": 1e-4, "epochs": 3.0}),
         (("--targets", "all-linear"), {"targets": "all-linear"}),
+        (("--targets", "mlp"), {"targets": "mlp"}),
+        (("--targets", "q_proj"), {"targets": ("q_proj",)}),
+        (("--targets", r".*\.q_proj"), {"targets": r".*\.q_proj"}),
         (("--targets", "q_proj", "--targets", "v_proj"), {"targets": ("q_proj", "v_proj")}),
         (("--options", "init=pissa"), {"options": {"init": "pissa"}}),
         (

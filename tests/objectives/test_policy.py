@@ -189,6 +189,17 @@ def test_completions_of_other_weights_end_the_run(model, tokenizer) -> None:
         loss(**loss.collate(examples, loss.device))
 
 
+def test_rounding_that_is_left_of_an_exact_run_is_said_once(model, tokenizer, caplog) -> None:
+    with drawing(model, tokenizer) as rollouts:
+        examples = rollouts_of(rollouts.draw(PROMPTS, 0))
+    loss = Policy(model, Grpo(), None, 0, longest=5, exact=True)
+    collated = loss.collate(examples, loss.device)
+    for _ in range(2):
+        loss(**{**collated, "drawn": collated["drawn"] + 1e-5})
+        loss.begin(0)
+    assert caplog.text.count("exact: found log-probabilities that differ by") == 1
+
+
 def test_a_run_learns_from_its_reward_and_resumes_exactly(
     tiny_model_dir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ A list is an option that is repeated, a mapping an option KEY=VALUE that is repe
 FILE` is read first; `--set` takes precedence over it, and the options over both.
 """
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,9 +145,16 @@ def _parts(annotation: Any) -> Iterator[Any]:
         yield annotation
 
 
+def _is_name(target: str) -> bool:
+    """Whether a target can only be the ending of a module's name."""
+    from lorafold.core.presets import PRESETS
+
+    return target not in PRESETS and bool(re.fullmatch(r"\w+", target))
+
+
 def _split(given: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
     """(mappings as --set pairs, the values of the other fields). A single target is passed as a
-    string, since it may be a preset or a regular expression.
+    string if it is a preset or a regular expression, which a plain name is not.
     """
     pairs: list[str] = []
     flags: dict[str, Any] = {}
@@ -155,7 +163,7 @@ def _split(given: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
             pairs += [f"{name}.{pair}" for pair in value]
         elif name == "new_tokens":
             flags[name] = [word.strip() for text in value for word in text.split(",")]
-        elif name == "targets" and len(value) == 1:
+        elif name == "targets" and len(value) == 1 and not _is_name(value[0]):
             flags[name] = value[0]
         else:
             flags[name] = value

@@ -103,4 +103,6 @@ def no_match(pattern: str, model: nn.Module, is_linear: Callable[[nn.Module], bo
     )
     near = difflib.get_close_matches(pattern.rsplit(".", 1)[-1], names, n=3, cutoff=0.4) or names
     given, similar = shortened(repr(pattern), 80), listed(near, room=100) or "none"
+    if pattern in names:  # alone it is a regular expression, as in PEFT
+        return f"target {given} matches no whole path of a module; as a name it is [{given}]"
     return f"target {given} matches no module; similar names: {similar}"

@@ -31,7 +31,7 @@ def proposed(row: Row) -> str:
         return _columns({"prompt": asked[0], "completion": said[0]})
     if len(texts) == 2:
         found = _columns({"prompt": texts[0], "completion": texts[1]})
-        return f"{found} (a guess by their order)" * bool(found)
+        return f"{found} (a guess by their order, if the file begins with names)" * bool(found)
     return ""
 
 

@@ -110,13 +110,15 @@ def _csv(file: io.BufferedReader, delimiter: str = "") -> Numbered:
     """
     csv.field_size_limit(LONGEST)
     last = 0  # the line with which the last good record ends
-    begins = file.peek(4)
+    begins = file.peek(4)[:64]
     if begins.startswith(ZIPPED):
         raise Unreadable(f"found a spreadsheet, expected CSV; {AS_CSV}")
     encoding = "utf-16" if begins.startswith(WIDE) else "utf-8-sig"
     with io.TextIOWrapper(file, encoding, newline="") as lines:
         try:
             header = lines.readline()
+            if told := re.fullmatch(r"sep=(.)\s*", header):  # as Excel begins such a file
+                delimiter, header = told[1], lines.readline()
             records = csv.reader(
                 chain([header], lines), strict=True, delimiter=delimiter or _delimiter(header)
             )
@@ -132,7 +134,9 @@ def _csv(file: io.BufferedReader, delimiter: str = "") -> Numbered:
                 else:
                     yield number, f"found {given} values, expected {len(names)} as in the header"
         except UnicodeDecodeError as error:
-            near = f"not UTF-8 soon after line {last}; {AS_UTF8}"
+            near = f"not UTF-8 soon after line {last or 1}; {AS_UTF8}"
+            if b"\0" in begins:
+                near = "not text; expected CSV in UTF-8, or in UTF-16 with its byte order mark"
             raise Unreadable(near) from error
         except csv.Error as error:
             raise Unreadable(f"not CSV after line {last or 1}: {error}") from error

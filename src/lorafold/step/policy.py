@@ -10,6 +10,7 @@ in another order of sums, or the run ends.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,8 @@ from lorafold.step.branched import BranchedLoss
 from lorafold.step.branches import Branching
 from lorafold.step.head import token_losses
 from lorafold.step.policy_laws import Drawn, PolicyLaw
+
+log = logging.getLogger(__name__)
 
 # The mean difference of log-probabilities a token, in nats, from which on they are of other weights
 # by the bytes of the base's numbers: SmolLM2's rounding alone is 6e-6 in fp32 and 0.034 in bf16
@@ -112,7 +115,7 @@ class Policy(BranchedLoss):
     ) -> None:
         super().__init__(model, how, pad_id)
         self.law, self.pace, self.longest, self.exact = law, law.pace, longest, exact
-        self.seen, self.first, self.at = Seen(), list[First](), 0
+        self.seen, self.first, self.at, self.inexact = Seen(), list[First](), 0, False
         # factors in fp32 over a base in 16 bits meet what that has rounded
         size = min(p.element_size() for p in model.parameters() if p.is_floating_point())
         self.bound = APART.get(size, APART[2])
@@ -185,6 +188,13 @@ class Policy(BranchedLoss):
         self.seen.compared += len(apart)
         self.seen.apart += float(apart.sum())
         self.seen.largest = max(self.seen.largest, float(apart.max()) if len(apart) else 0.0)
+        if self.exact and self.seen.largest and not self.inexact:
+            self.inexact = True
+            log.warning(
+                "exact: found log-probabilities that differ by %.3g, expected 0: experts, windows"
+                " shorter than the text and capped scores are summed in another order",
+                self.seen.largest,
+            )
         if not len(apart) or float(apart.mean()) <= self.bound:
             return
         mean, other = float(apart.mean()), float((below() - drawn).abs().mean())
