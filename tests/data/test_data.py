@@ -260,7 +260,7 @@ def test_csv(tmp_path):
     path.write_text('text\n"open\n')
     assert "not CSV after line 1: unexpected end of data" in refused(read_rows, str(path))
     path.write_bytes(b"text\n\xff\n")
-    assert "not UTF-8 soon after line 0; save the file" in refused(read_rows, str(path))
+    assert "not UTF-8 soon after line 1; save the file" in refused(read_rows, str(path))
     path.write_text("text,label,text,label\na,b,c,d\n")
     assert refused(read_rows, str(path)) == (
         f"{path}: header: found 'text', 'label' more than once, expected each name once"
