@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lorafold.api.compose import compose as compose
     from lorafold.api.estimate import estimate as estimate
     from lorafold.api.evaluate import evaluate as evaluate
+    from lorafold.api.export import export as export
     from lorafold.api.fragility import fragility as fragility
     from lorafold.api.generate import generate as generate
     from lorafold.api.history import history as history
@@ -56,6 +57,7 @@ _HOME = {
     "compose": "api.compose",
     "estimate": "api.estimate",
     "evaluate": "api.evaluate",
+    "export": "api.export",
     "fragility": "api.fragility",
     "generate": "api.generate",
     "history": "api.history",

@@ -58,13 +58,35 @@ def complete(
     and a completion that can't be computed.
     """
     ids = [tokens_of(tokenizer, prompt) for prompt in prompts]
+    ends = end_tokens(model, tokenizer)
+    made = complete_tokens(model, ids, max_new_tokens, ends, sampling, progress)
+    return [text_of(tokenizer, one) for one in made]
+
+
+def complete_tokens(
+    model: "PreTrainedModel",
+    ids: Sequence[tuple[int, ...]],
+    max_new_tokens: int,
+    ends: frozenset[int],
+    sampling: Sampling = GREEDY,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[tuple[int, ...]]:
+    """The tokens of the completion of each prompt, in their order, as `complete` makes them.
+
+    Args:
+        ids: Of each prompt, at least one.
+        ends: The tokens that end a completion, and are no part of it.
+
+    Raises LorafoldError for a prompt with more tokens than a table of positions has, and a
+    completion that can't be computed.
+    """
     most = room_of(model, ids, max_new_tokens)
-    completions = [""] * len(ids)
+    completions: list[tuple[int, ...]] = [()] * len(ids)
     if not ids or max_new_tokens < 1:
         return completions
     waiting = deque(sorted(range(len(ids)), key=lambda i: len(ids[i]), reverse=True))
     running: dict[int, Stream] = {}
-    slots, ends = min(len(ids), BATCH), end_tokens(model, tokenizer)
+    slots = min(len(ids), BATCH)
     length = max(len(prompt) + n for prompt, n in zip(ids, most, strict=True))
     passes = max_new_tokens * -(-len(ids) // slots)
     with engine_of(model, None, slots=slots, length=length, passes=passes) as (engine, adapter):
@@ -79,7 +101,7 @@ def complete(
             engine.step()
             ended = {i: found for i, events in running.items() if (found := events.ended)}
             for i, found in ended.items():
-                completions[i] = text_of(tokenizer, _sound(found).tokens)
+                completions[i] = _sound(found).tokens
                 del running[i]
             if progress and ended:
                 progress(len(ids) - len(waiting) - len(running), len(ids))

@@ -42,6 +42,10 @@ SIGNATURES = {
         " temperature seed reward_seconds storage device revision trust_remote_code"
         " allow_other_base console"
     ),
+    "export": (
+        "model adapters out *to tensors as_lora prove prompts engine_python allow_other_base"
+        " overwrite revision trust_remote_code device console"
+    ),
     "extract": "tuned out *rank model revision trust_remote_code overwrite",
     "fragility": (
         "out *refuse controls data model adapters against tuned instead examples ranks rates seeds"

@@ -31,6 +31,7 @@ VERBS = {
     "chat": ("chat", LOADS),
     "serve": ("serve", LOADS),
     "merge": ("merge", LOADS),
+    "export": ("export", {*COMPUTES, "allow_other_base"}),
     "estimate": ("estimate", COMPUTES),
     "compose": ("compose", LOADS),
     "inspect": ("inspect", LOADS),

@@ -26,6 +26,7 @@ FLOORS = [
     "undoing",
     "comparing",
     "composing",
+    "exporting",
     "inspecting",
     "merging",
     "training",

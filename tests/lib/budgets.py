@@ -21,6 +21,7 @@ BUDGETS = {
     "house": 55,
     "files": 165,
     "studies": 80,
+    "export": 40,
     "objectives": 90,
     "data": 75,
     "engine": 65,

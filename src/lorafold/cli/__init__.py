@@ -32,6 +32,7 @@ GROUPS = {
         "chat": "Talk to the base and its adapters in the terminal.",
         "serve": "Serve a base and its adapters: OpenAI's API, and a page.",
         "merge": "Fold adapters into their base: a plain model, certified.",
+        "export": "Write adapters for another engine, and prove them there.",
     },
     "Measure": {
         "eval": "Loss, perplexity, exact match or rewards, with intervals.",

@@ -154,7 +154,7 @@ def merge(
     """
     check_out(out, wanted.overwrite)
     source, _ = base.source, base.held  # a wrong name or device is told before any work
-    with atomic_directory(out, wanted.overwrite) as tmp, _bars(console) as bar:
+    with atomic_directory(out, wanted.overwrite) as tmp, bars(console) as bar:
         target = choose_into(wanted.into, adapters, base.storage, stored_in_files(source))
         if console is not None and (target.trained_on or target.asked):
             console.print(f"merging into {target}", highlight=False)
@@ -217,7 +217,7 @@ def quantize(plain: Base, quantization: str) -> None:
 
 
 @contextmanager
-def _bars(console: Console | None) -> Iterator[Callable[[str], Callable[[int, int], None]]]:
+def bars(console: Console | None) -> Iterator[Callable[[str], Callable[[int, int], None]]]:
     """A function that makes the progress bar of a stage; bars are shown on terminals only."""
     from rich.progress import Progress
 

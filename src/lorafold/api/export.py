@@ -1,0 +1,73 @@
+"""`lf.export`: adapters or a model for another engine, proved in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorafold.api.arguments import Paths, as_path, as_paths, missing
+from lorafold.exporting import run
+from lorafold.opening import base_for
+from lorafold.peft.saved import open_all
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def export(
+    model: str | Path | None = None,
+    adapters: Paths = (),
+    out: str | Path | None = None,
+    *,
+    to: str,
+    tensors: str | None = None,
+    as_lora: int | None = None,
+    prove: bool = True,
+    prompts: str | Path | None = None,
+    engine_python: str | Path | None = None,
+    allow_other_base: bool = False,
+    overwrite: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    device: str | None = None,
+    console: Console | None = None,
+) -> run.Exported:
+    """Write saved adapters, or a model, in the form of another engine, and compare what that engine
+    computes with what lorafold does. The directory appears whole or not at all.
+
+    Args:
+        model: The base, as `lf.load_model` takes it; None takes the one that the adapters say they
+            were trained on.
+        adapters: One saved adapter or several, lowest first.
+        out: The directory to write.
+        to: The engine or format, a key of `lorafold.exporting.table.TARGETS`.
+        tensors: The type of the tensors, where the target has several; None is its first.
+        as_lora: Write the best LoRA of this rank in place of what the adapters change.
+        prove: Ask the engine for its answers to the prompts, in fp32 from lorafold.
+        prompts: A file of rows with prompts; None takes 32 built-in ones.
+        engine_python: The Python of another environment, which has the engine.
+        allow_other_base: Accept adapters whose fingerprint names another base.
+        overwrite: Replace `out` if it exists.
+        revision: The branch, tag or commit of a hub model.
+        trust_remote_code: Run Python code that comes with the model.
+        device: Where lorafold computes its own answers; None takes the fastest that is available.
+        console: A rich console for progress and notices; None is quiet.
+
+    Raises LorafoldError, with nothing written, for a model, adapter or `out` that can't be used,
+    for what the target can't say, and if the engine computes something else than lorafold.
+    """
+    if out is None:
+        raise missing("out")
+    found = open_all(as_paths(adapters))
+    base = base_for(
+        model,
+        found,
+        console,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        allow_other_base=allow_other_base,
+    )
+    python = None if engine_python is None else str(engine_python)
+    wanted = run.Wanted(to, tensors, as_lora, prove, prompts, python, overwrite)
+    return run.export(base, found, as_path(out), wanted, console)

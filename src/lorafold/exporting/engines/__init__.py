@@ -1,0 +1,85 @@
+"""The engines that prove an export, each in a process of its own, which can be another Python.
+
+    program.py in_NAME.py JOB.json        reads the files, answers the prompts
+
+These files import nothing of lorafold: they run in the environment that has the engine. A new
+engine is a file with `answers(job)`, and a row of `ENGINES`.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lorafold.errors import LorafoldError, shortened
+from lorafold.exporting.proof import Theirs
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine: its name for people, the module that has it, and what installs it."""
+
+    title: str
+    module: str
+    install: str
+
+    @property
+    def here(self) -> bool:
+        """Whether this environment has it."""
+        return find_spec(self.module) is not None
+
+
+ENGINES: dict[str, Engine] = {
+    "peft": Engine("PEFT", "peft", "pip install peft"),
+}
+
+
+def ask(name: str, job: Mapping[str, Any], python: str | None = None) -> Theirs:
+    """What an engine answers.
+
+    Args:
+        name: of the engine, in `ENGINES`.
+        job: what its program needs, as `program` has it, without `out`.
+        python: the Python of the environment that has it; None is this one.
+
+    Raises LorafoldError if the engine can't run or refuses the files, with its own last line.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        asked, out, said = (Path(scratch, n) for n in ("job.json", "theirs.npz", "said.txt"))
+        asked.write_text(json.dumps({**job, "out": str(out)}), encoding="utf-8")
+        program = [str(HERE / "program.py"), str(HERE / f"in_{name}.py")]
+        command = [python or sys.executable, *program, str(asked)]
+        with said.open("wb") as log:
+            try:
+                code = subprocess.run(command, stdout=log, stderr=log, check=False).returncode
+            except OSError as error:
+                raise LorafoldError(f"{command[0]}: {error.strerror}") from error
+        if code or not out.is_file():
+            lines = said.read_text("utf-8", "replace").strip().splitlines()
+            last = shortened(lines[-1], 160) if lines else f"it ended with code {code}"
+            raise LorafoldError(f"{ENGINES[name].title}: {last}")
+        with np.load(out) as found:
+            about = json.loads(str(found["about"]))
+            greedy = tuple(tuple(int(t) for t in row if t >= 0) for row in found["greedy"])
+            tensors = {k: torch.from_numpy(found[k]) for k in ("adapted", "base") if k in found}
+    return Theirs(
+        tensors["adapted"],
+        tensors.get("base"),
+        greedy,
+        ENGINES[name].title,
+        about["version"],
+        tuple(about.get("unused", ())),
+        tuple(about.get("other_tokens", ())),
+    )

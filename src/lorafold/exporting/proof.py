@@ -1,0 +1,131 @@
+"""There equals here: how far an engine's answers are from lorafold's own in fp32.
+
+    p = softmax(ours), q = softmax(theirs), of the token after each prompt, over the vocabulary
+    kl          sum_v p log(p / q) in nats: the mean, and the largest of a prompt
+    distance    the same from ours with the adapters to ours without: what there is to lose
+    share       kl / distance
+    changed     the same from theirs with the adapters to theirs without; 0 where the engine took
+                the files and changed nothing
+
+Both sides are normalized here: an engine's own log-probabilities need not sum to one. Where greedy
+texts part, the two likeliest tokens of ours are compared: closer than the largest difference of
+log-probabilities that was measured, they are as good as equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lorafold.exporting.answers import Answers
+from lorafold.files.shown import Shown
+
+LIKELY = 20  # the most likely tokens, whose log-probabilities are compared
+
+
+@dataclass(frozen=True)
+class Theirs:
+    """What an engine answered: as `Answers`, with its name and version. `base` is None where it has
+    the merged model alone, and `unused` the tensors of the files that it did not take, if it tells.
+    """
+
+    adapted: Tensor
+    base: Tensor | None
+    greedy: tuple[tuple[int, ...], ...]
+    engine: str
+    version: str
+    unused: tuple[str, ...] = ()
+    other_tokens: tuple[int, ...] = ()  # the prompts whose texts it tokenizes in another way
+
+
+@dataclass(frozen=True)
+class Proof(Shown):
+    """The figures above, over so many prompts. `top` counts those with the same likeliest token,
+    `greedy` the same greedy texts, `near` those that part where ours has two as good as equal.
+    `gap` is the largest difference of log-probabilities among our most likely tokens.
+    """
+
+    engine: str
+    version: str
+    prompts: int
+    kl: float
+    kl_largest: float
+    distance: float
+    changed: float | None
+    top: int
+    gap: float
+    greedy: int
+    near: int
+    unused: tuple[str, ...]
+    other_tokens: tuple[int, ...]
+
+    @property
+    def share(self) -> float | None:
+        """What of the distance was lost; None where the adapters change nothing."""
+        return self.kl / self.distance if self.distance else None
+
+    def as_json(self) -> dict[str, Any]:
+        """All figures."""
+        return {**asdict(self), "share": self.share}
+
+    def __str__(self) -> str:
+        n = self.prompts
+        part = "" if self.share is None else f", {self.share:.2%} of what the adapters change"
+        near = f", {self.near} part where two tokens are as good as equal" * bool(self.near)
+        return (
+            f"{self.engine} {self.version}, {n} prompts: KL {self.kl:.1e} nats on average,"
+            f" {self.kl_largest:.1e} at most{part}; the same likeliest token {self.top} of {n},"
+            f" the same greedy text {self.greedy} of {n}{near}"
+        )
+
+
+def proof(ours: Answers, theirs: Theirs, margin: Callable[[int, int], float]) -> Proof:
+    """The figures of an engine's answers to the same prompts.
+
+    Args:
+        margin: of a prompt, and a number of greedy tokens after it, the difference of our two
+            largest log-probabilities there.
+    """
+    adapted = theirs.adapted.double().log_softmax(-1)
+    size = min(adapted.shape[-1], ours.adapted.shape[-1])
+    kls = divergences(ours.adapted, adapted)
+    likely = ours.adapted.topk(LIKELY).indices.clamp_max(size - 1)
+    gaps = ours.adapted.gather(1, likely).double() - adapted.gather(1, likely)
+    gap = float(gaps.abs().max())
+    pairs = [*zip(ours.greedy, theirs.greedy, strict=True)]
+    parted = {n: parting(own, other) for n, (own, other) in enumerate(pairs) if own != other}
+    return Proof(
+        engine=theirs.engine,
+        version=theirs.version,
+        prompts=len(kls),
+        kl=float(kls.mean()),
+        kl_largest=float(kls.max()),
+        distance=float(divergences(ours.adapted, ours.base).mean()),
+        changed=(
+            None if theirs.base is None else float(divergences(adapted, theirs.base).mean())
+        ),
+        top=int((ours.adapted.argmax(-1) == adapted.argmax(-1)).sum()),
+        gap=gap,
+        greedy=len(pairs) - len(parted),
+        near=sum(margin(n, at) <= 2 * gap for n, at in parted.items()),
+        unused=theirs.unused,
+        other_tokens=theirs.other_tokens,
+    )
+
+
+def divergences(p: Tensor, q: Tensor) -> Tensor:  # (prompts, vocabulary), both -> (prompts,)
+    """KL(p, q) of log-probabilities, over the tokens that both have."""
+    size = min(p.shape[-1], q.shape[-1])
+    p, q = (side[:, :size].double().log_softmax(-1) for side in (p, q))
+    terms = p.exp() * (p - q)
+    return terms.where(p.isfinite() & q.isfinite(), 0).sum(-1).clamp_min(0)
+
+
+def parting(own: Sequence[int], other: Sequence[int]) -> int:
+    """The first place at which two sequences differ."""
+    same = [a == b for a, b in zip(own, other, strict=False)]
+    return same.index(False) if False in same else len(same)
+

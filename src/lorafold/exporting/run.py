@@ -1,0 +1,170 @@
+"""From a base with adapters to the files of another engine, proved there.
+
+    cut -> check -> write -> prove -> export.json       whole or not at all
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import rmtree
+from typing import TYPE_CHECKING, Any
+
+from lorafold.errors import LorafoldError, as_one
+from lorafold.exporting.cutting import Cut, cut_to, rank_enough
+from lorafold.exporting.engines import ENGINES, ask
+from lorafold.exporting.ours import Ours
+from lorafold.exporting.proof import Proof, proof
+from lorafold.exporting.table import target_of
+from lorafold.exporting.target import Subject, Target, Written
+from lorafold.files.atomic import atomic_directory, check_out, write_json
+from lorafold.files.shown import Shown
+from lorafold.merging.run import bars
+from lorafold.opening import Base
+from lorafold.opening.kinds import check_language_model
+from lorafold.peft.saved import Saved
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+EXPORT, SCRATCH = "export.json", "scratch"
+SHARE = 0.01  # of what the adapters change, that a proof may lose
+INSTEAD = ", which no engine here takes"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The choices of `lf.export` besides the model and the adapters."""
+
+    to: str
+    tensors: str | None = None
+    as_lora: int | None = None
+    prove: bool = True
+    prompts: str | Path | None = None
+    engine_python: str | None = None
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Exported(Shown):
+    """What was written, as `export.json` has it. `proof` is None where `unproved` says why."""
+
+    to: str
+    tensors: str | None
+    model: str
+    adapters: tuple[str, ...]
+    out: str
+    written: Written
+    cut: Cut | None
+    proof: Proof | None
+    unproved: str
+
+    def as_json(self) -> dict[str, Any]:
+        """The content of `export.json`."""
+        return {
+            "to": self.to,
+            "tensors": self.tensors,
+            "model": self.model,
+            "adapters": list(self.adapters),
+            "out": self.out,
+            "files": list(self.written.files),
+            "launch": list(self.launch),
+            "notes": list(self.written.notes),
+            "as_lora": None if self.cut is None else self.cut.as_json(),
+            "proof": None if self.proof is None else self.proof.as_json(),
+            "unproved": self.unproved,
+        }
+
+    @property
+    def launch(self) -> tuple[str, ...]:
+        """How the files are used, in lines."""
+        return tuple(line.replace("{out}", self.out) for line in self.written.launch)
+
+    def summary(self) -> str:
+        """A few lines to read."""
+        lines = [f"exported: {self.out} for {self.to} ({', '.join(self.written.files)})"]
+        lines += [f"  {note}" for note in self.written.notes]
+        if self.cut is not None:
+            lines.append(f"  {self.cut}")
+        if self.proof is not None:
+            lines.append(f"  proved in {self.proof}")
+        else:
+            lines.append(f"  not proved: {self.unproved}")
+        return "\n".join([*lines, "use it so:", *(f"  {line}" for line in self.launch)])
+
+
+def export(
+    base: Base,
+    adapters: Sequence[Saved],
+    out: Path,
+    wanted: Wanted,
+    console: Console | None = None,
+) -> Exported:
+    """Write adapters over a base, or the base alone, for another engine, as `lf.export`, whose
+    arguments these are.
+    """
+    target = target_of(wanted.to)
+    tensors = _tensors(target, wanted.tensors)
+    check_out(out, wanted.overwrite)
+    check_language_model(base, adapters, INSTEAD)
+    unproved = _unproved(target, wanted)
+    with atomic_directory(out, wanted.overwrite) as tmp, bars(console) as bar:
+        subject, cut, ours = Subject(base, tuple(adapters), tensors), None, None
+        if not unproved:
+            ours = Ours.of(subject, wanted.prompts, bar("answering"))
+        if wanted.as_lora is not None:
+            subject, cut = cut_to(subject, wanted.as_lora, tmp / SCRATCH, ours)
+            ours = ours and Ours.of(subject, wanted.prompts, bar("answering"))
+        if problems := target.problems(subject):
+            progress = bar("trying ranks")
+            dense = subject.update.dense and not subject.update.beside
+            enough = rank_enough(subject, wanted.prompts, progress) if dense else ""
+            raise LorafoldError(f"{wanted.to}: {as_one(problems)}{enough}")
+        written, found = target.write(subject, tmp, bar("writing")), None
+        if ours is not None and target.engine is not None:
+            theirs = ask(target.engine, ours.job(written.job, tmp), wanted.engine_python)
+            found = proof(ours.answers, theirs, ours.margin)
+            _check(found, target, tensors)
+        rmtree(tmp / SCRATCH, ignore_errors=True)
+        names = tuple(map(str, adapters))
+        result = Exported(
+            wanted.to, tensors, base.name, names, str(out), written, cut, found, unproved
+        )
+        write_json(tmp / EXPORT, result.as_json())
+    return result
+
+
+def _tensors(target: Target, asked: str | None) -> str | None:
+    """The type of the tensors. Raises LorafoldError for one that the target has not."""
+    if asked is not None and asked not in target.tensors:
+        expected = ", ".join(target.tensors) or "none, because it has one form alone"
+        raise LorafoldError(f"--tensors: found {asked!r} for {target.name}, expected {expected}")
+    return asked or next(iter(target.tensors), None)
+
+
+def _unproved(target: Target, wanted: Wanted) -> str:
+    """Why nothing is proved, or nothing."""
+    if not wanted.prove:
+        return "--no-proof was given"
+    if target.engine is None:
+        return f"no engine here reads what {target.name} takes"
+    engine = ENGINES[target.engine]
+    if wanted.engine_python is None and not engine.here:
+        return f"{engine.title} is not installed here ({engine.install})"
+    return ""
+
+
+def _check(found: Proof, target: Target, tensors: str | None) -> None:
+    """Raise LorafoldError if the engine computes something else than what was exported."""
+    allowed = target.tolerance.get(tensors or "", SHARE)
+    said = f"{found.engine} {found.version} does not compute what lorafold does"
+    if found.unused:
+        raise LorafoldError(f"{said}: it left out {as_one(found.unused)}")
+    if found.distance and found.changed == 0:
+        raise LorafoldError(f"{said}: the adapter changes nothing there")
+    if found.share is not None and allowed is not None and found.share > allowed:
+        raise LorafoldError(
+            f"{said}: KL {found.kl:.1e} nats, {found.share:.1%} of what the adapters change,"
+            f" expected at most {allowed:.0%}; nothing was written"
+        )

@@ -1,0 +1,16 @@
+"""Every target by its name."""
+
+from __future__ import annotations
+
+from lorafold.errors import LorafoldError
+from lorafold.exporting.target import Target
+from lorafold.exporting.to_peft import ToPeft
+
+TARGETS: dict[str, Target] = {target.name: target for target in (ToPeft(),)}
+
+
+def target_of(name: str) -> Target:
+    """The target of this name. Raises LorafoldError with the names that there are."""
+    if name not in TARGETS:
+        raise LorafoldError(f"--to: found {name!r}, expected one of {', '.join(TARGETS)}")
+    return TARGETS[name]

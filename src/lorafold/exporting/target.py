@@ -1,0 +1,125 @@
+"""What every target has: what it can say, how it is written, which engine proves it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import nn
+
+from lorafold.adapter import load
+from lorafold.exporting.update import Update, update_of
+from lorafold.models.tokenizer import tokenizer_of
+from lorafold.opening import Base
+from lorafold.peft.saved import Saved
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+Progress = Callable[[int, int], None]  # done, of
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is exported: a base with adapters, lowest first, or the base alone.
+
+    tensors: the type of the tensors that was asked for, in the target's words; None is its own.
+    """
+
+    base: Base
+    adapters: tuple[Saved, ...]
+    tensors: str | None = None
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Those of the adapters on `model`."""
+        return tuple(f"exported{n}" for n, _ in enumerate(self.adapters))
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The base on its files, with the adapters attached."""
+        model, other = self.base.mapped().model, self.base.allow_other_base
+        for name, saved in zip(self.names, self.adapters, strict=True):
+            load(model, saved, name, allow_other_base=other)
+        return model
+
+    @cached_property
+    def update(self) -> Update:
+        """What the adapters change."""
+        return update_of(self.model, self.names)
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        """The base's configuration."""
+        return self.base.config()
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the last adapter that has one, or the base's."""
+        own = [one.path for one in self.adapters if one.own_tokenizer]
+        return tokenizer_of(self.base.source, own)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a target wrote.
+
+    Attributes:
+        files: their names in the directory, the most important first.
+        launch: how one uses them, commands of one line each; {out} stands for the directory.
+        notes: what was adapted to say it there, a sentence each.
+        job: what the engine's process needs beside prompts (`engines/`), paths in the directory as
+            {out}/NAME.
+    """
+
+    files: tuple[str, ...]
+    launch: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    job: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Target(ABC):
+    """Abstract: a form of files that an engine reads.
+
+    name: as --to has it.
+    engine: the process of `engines` that proves it, or None if none can.
+    tensors: the types that its tensors may have, the usual one first.
+    merged: whether adapters go in folded.
+    tolerance: the share of KL(adapted, base) that the proof may have by the type of the tensors,
+        where that is another than 1%; None for a type whose share is only told.
+    """
+
+    name: ClassVar[str]
+    engine: ClassVar[str | None] = None
+    tensors: ClassVar[tuple[str, ...]] = ()
+    merged: ClassVar[bool] = False
+    tolerance: ClassVar[Mapping[str, float | None]] = {}
+
+    @abstractmethod
+    def problems(self, subject: Subject) -> Sequence[str]:
+        """Why the target can't say the subject, a line each; asked before anything is written."""
+
+    @abstractmethod
+    def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
+        """Write the files into the directory, which appears when all are there."""
+
+
+def only_products(update: Update, name: str) -> list[str]:
+    """Why a form that has nothing but factors of matrices can't say this update, a line each.
+
+    Args:
+        name: of the form.
+    """
+    found = [f"{path}: {what}, which {name} can't say" for path, what in update.beside.items()]
+    methods: dict[str, list[str]] = {}
+    for path, method in update.dense.items():
+        methods.setdefault(method, []).append(path)
+    return found + [
+        f"{paths[0]}{f' and {len(paths) - 1} more' * (len(paths) > 1)}: {method} is no product of"
+        f" factors, all that {name} has"
+        for method, paths in methods.items()
+    ]

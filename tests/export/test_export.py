@@ -1,0 +1,111 @@
+"""There equals here: what is exported computes in the engine what it computes in lorafold, and what
+a target can't say is refused with nothing written.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import lorafold as lf
+from conftest import lorafold
+from lorafold.errors import LorafoldError
+from lorafold.exporting.update import update_of
+from lorafold.methods import METHODS
+
+EXACT = ("lora", "rslora", "pissa", "olora", "vera", "adalora")
+OTHERS = ("dora", "loha", "lokr", "ia3")
+
+
+@pytest.fixture
+def adapter(tiny_model, tmp_path):
+    """The directory of an adapter of a method on the tiny Llama, whose update is not small."""
+
+    def saved(method: str, name: str = "adapter", **beside) -> Path:
+        model = tiny_model("llama")
+        made = lf.attach(model, METHODS[method](), name="one", **beside)
+        torch.manual_seed(0)
+        for p in made.parameters():
+            p.data += 0.3 * torch.randn_like(p)
+        return made.save(tmp_path / name)
+
+    return saved
+
+
+@pytest.mark.parametrize("method", EXACT)
+def test_factors_are_the_update(method, adapter, tiny_model):
+    """Of every method that is a product, bases moved by PiSSA and OLoRA included."""
+    saved, model, merged = adapter(method), tiny_model("llama"), tiny_model("llama")
+    lf.load(model, saved, "one")
+    update = update_of(model, ["one"])
+    assert not update.dense
+    assert not update.beside
+    assert len(update.factors) == 14
+    before = {path: merged.get_submodule(path).weight.clone() for path in update.factors}
+    lf.load(merged, saved, "one").merge()
+    for path, (up, down) in update.factors.items():
+        change = merged.get_submodule(path).weight - before[path]
+        torch.testing.assert_close(change, up @ down, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", OTHERS)
+def test_others_are_cut_to_the_best_of_a_rank(method, adapter, tiny_model):
+    model = tiny_model("llama")
+    lf.load(model, adapter(method), "one")
+    whole = update_of(model, ["one"], rank=32)
+    assert whole.error < 1e-5
+    cut = update_of(model, ["one"], rank=4)
+    for path, (up, down) in whole.factors.items():
+        s = torch.linalg.svdvals(up @ down)
+        lost, _ = cut.lost[path]
+        assert lost == pytest.approx(float(s[4:].square().sum()), rel=1e-3, abs=1e-9)
+        assert down.shape[0] <= 32
+        assert cut.factors[path][1].shape[0] <= 4
+    assert update_of(model, ["one"]).dense.keys() == whole.factors.keys()
+
+
+@pytest.mark.parametrize("method", ["rslora", "pissa"])
+def test_peft_computes_what_lorafold_does(method, adapter, tiny_model_dir, tmp_path):
+    out = tmp_path / "out"
+    done = lf.export(tiny_model_dir("llama"), adapter(method), out, to="peft", device="cpu")
+    assert done.proof is not None
+    assert done.proof.share is not None
+    assert done.proof.kl < 1e-9
+    assert done.proof.share < 1e-6
+    assert done.proof.top == done.proof.prompts == 32
+    assert done.proof.greedy + done.proof.near == 32
+    assert not done.proof.unused
+    assert done.proof.changed == pytest.approx(done.proof.distance, rel=1e-3)
+    assert json.loads((out / "export.json").read_text())["proof"]["engine"] == "PEFT"
+    config = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert not config["rank_pattern"]
+    assert not config["alpha_pattern"]
+    assert config["lora_alpha"] == config["r"]
+    assert not config["use_rslora"]
+
+
+def test_as_lora_says_what_it_loses_and_which_rank_is_enough(adapter, tiny_model_dir, tmp_path):
+    base, saved = tiny_model_dir("llama"), adapter("dora")
+    with pytest.raises(LorafoldError, match=r"DoRADelta is no product .* --as-lora \d+ writes"):
+        lf.export(base, saved, tmp_path / "none", to="peft", device="cpu")
+    assert not (tmp_path / "none").exists()
+    done = lf.export(base, saved, tmp_path / "out", to="peft", as_lora=2, device="cpu")
+    assert done.cut is not None
+    assert done.cut.share is not None
+    assert done.proof is not None
+    assert done.proof.share < 1e-5 < done.cut.share
+    assert done.cut.enough is not None
+    assert done.cut.enough > 2
+
+
+def test_what_a_target_cannot_say_is_refused(adapter, tiny_model_dir, tmp_path):
+    saved = adapter("lora", modules_to_save=["norm"])
+    done = lorafold(
+        "export", str(saved), "--model", str(tiny_model_dir("llama")), "--to", "peft",
+        "--out", str(tmp_path / "out"), "--device", "cpu",
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "norm" in done.stderr
+    assert "can't say" in done.stderr
+    assert not (tmp_path / "out").exists()
