@@ -13,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from lorafold.cli.quickstart import this_command
+from lorafold.cli.pasted import this_command
 from lorafold.machine.cores import processor_name
 from lorafold.models.storage import Storage
 from lorafold.ops.arithmetic import multiplying

@@ -18,6 +18,8 @@ from lorafold.cli.groups import grouped
 
 EXAMPLES = (
     "lorafold export demo/adapter --to peft --out for-peft",
+    "lorafold export demo/adapter --to peft --as-lora 4 --out small-for-peft",
+    "lorafold export demo/adapter --to peft --out unproved --no-proof",
 )
 
 

@@ -1,10 +1,8 @@
 """`lorafold quickstart`: train, evaluate, inspect and merge an adapter of the embedded model."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from shlex import quote
-from shutil import which
 from typing import Annotated
 
 import typer
@@ -47,6 +45,7 @@ def command(
 
 def _next(out: Path) -> Iterator[str]:
     """What to do next: commands that can be pasted as they stand, one a line."""
+    from lorafold.cli.pasted import this_command
     from lorafold.quickstart.story import MODEL, PROMPT
 
     run, adapter = this_command(), quote(str(out / "adapter"))
@@ -62,12 +61,3 @@ def _next(out: Path) -> Iterator[str]:
     yield 'Ask it for "a table for four at Chez Luigi on Friday at 8pm", beside the base:'
     yield f"{run} serve --model {MODEL} --adapters {quote(str(out))} --open"
 
-
-def this_command() -> str:
-    """What runs lorafold from this directory: its name where that is on the PATH, else what was
-    typed, else this Python.
-    """
-    typed, found = Path(sys.argv[0]), which("lorafold")
-    if typed.name != "lorafold" or not typed.is_file():
-        return f"{quote(sys.executable)} -m lorafold"
-    return "lorafold" if found and typed.samefile(found) else quote(str(typed))

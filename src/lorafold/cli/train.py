@@ -95,6 +95,7 @@ def command(
     from dataclasses import asdict
 
     from lorafold.api.train import base_to_train, train
+    from lorafold.cli.pasted import after_training
 
     console = messages()
     rewards = rewards_of(reward, reward_adapter)
@@ -147,4 +148,5 @@ def command(
         console=console,
         **computing.how,
     )
-    emit(json, asdict(result), str(result))
+    told = [str(result), *after_training(result, recipe, over or ())]
+    emit(json, asdict(result), "\n".join(told))

@@ -232,7 +232,7 @@ class Products:
         if dtype not in self._least:
             shapes = {(shape.out, shape.inn) for shape in self.structure.shapes}
             found = max(2, plain_products(shapes, dtype))
-            if found > FEW:
+            if found > FEW and self._slots > 1:
                 log.warning(
                     "torch's products in %s depend on the number of rows here, so requests under"
                     " adapters that are no low-rank products may round otherwise in company",

@@ -23,6 +23,7 @@ from lorafold.recipe.fields import OF_METHOD, Fields
 from lorafold.recipe.problems import explain
 
 STEPS = 100  # the least of `epochs="auto"`
+FEW = 30  # steps, by which a run learns little
 UNWORDED = "unworded"  # the context of those who tell in their own words what is wrong
 
 

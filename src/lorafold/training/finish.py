@@ -27,6 +27,7 @@ from lorafold.training.request import Request
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+LAST = 10  # steps, whose mean loss is told
 INIT_ADAPTER = "init_adapter"  # in a record: the adapter that the run started from
 
 
@@ -65,8 +66,9 @@ class Trained(Shown):
         count, rate = self.trainable_parameters, self.tokens_per_second
         parameters = "" if count is None else f"{count:,} parameters, "
         pace = "" if math.isnan(rate) else f", {rate:,.0f} tokens/s"
+        over = f" of the last {LAST}" if len(self.losses) > LAST else ""
         return (
-            f"adapter: {self.adapter} ({parameters}{self.steps} steps, loss"
+            f"adapter: {self.adapter} ({parameters}{self.steps} steps, mean loss{over}"
             f" {self.train_loss:.4f}{held_out}{pace})"
         )
 
@@ -170,7 +172,7 @@ def settled(recipe: Mapping[str, Any], job: Job) -> dict[str, Any]:
 
 def mean_of_last(losses: Sequence[float]) -> float:
     """The mean loss of the last ten steps, in nats."""
-    tail = losses[-10:]
+    tail = losses[-LAST:]
     return sum(tail) / len(tail)
 
 

@@ -24,7 +24,7 @@ from lorafold.errors import LorafoldError, listed
 from lorafold.evaluation import Measured
 from lorafold.objectives import OBJECTIVES
 from lorafold.objectives.objective import Objective
-from lorafold.recipe.recipe import STEPS, Recipe
+from lorafold.recipe.recipe import FEW, STEPS, Recipe
 from lorafold.step.adamw import described, make_optimizer, pick
 from lorafold.step.losses import Loss
 from lorafold.step.optim import param_groups, rates, restore_optimizer, restore_rng
@@ -33,7 +33,6 @@ from lorafold.training.loop import Job
 from lorafold.training.request import Request
 from lorafold.training.setup import Setup
 
-FEW = 30  # steps
 # A resumed run may change these fields: they decide what is watched and kept, not what is learned.
 FREE_ON_RESUME = {"save_every", "eval_every", "keep", "trackers"}
 WHEN_MEASURED = {"save_every", "eval_every"}  # what is learned where a run ends by what is measured
