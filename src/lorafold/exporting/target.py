@@ -115,6 +115,8 @@ def only_products(update: Update, name: str) -> list[str]:
         name: of the form.
     """
     found = [f"{path}: {what}, which {name} can't say" for path, what in update.beside.items()]
+    if not (found or update.factors or update.dense):
+        return ["found no adapter that changes anything, expected one"]
     methods: dict[str, list[str]] = {}
     for path, method in update.dense.items():
         methods.setdefault(method, []).append(path)
