@@ -24,6 +24,10 @@ class NotMergeable(LorafoldError):
     """A delta without a form in weight space, or a weight that can't store the changed values."""
 
 
+class NoTarget(LorafoldError):
+    """Targets that match no module of a model."""
+
+
 class NoTokenizer(LorafoldError):
     """A model or adapter directory without the vocabulary of a tokenizer."""
 

@@ -18,6 +18,7 @@ from lorafold.data.stored import Rows
 from lorafold.errors import LorafoldError, cut
 from lorafold.objectives import DEFAULT, OBJECTIVES, named
 from lorafold.recipe.trackers import check_trackers
+from lorafold.rewards.naming import check_there
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -109,6 +110,7 @@ def as_rewards(rewards: Rewarding) -> list[str | Callable[..., Any]]:
     if wrong := [each for each in given if not (isinstance(each, str) or callable(each))]:
         found = cut(repr(wrong[0]), 80)
         raise LorafoldError(f"rewards: found {found}, expected functions or names")
+    check_there(one for one in given if isinstance(one, str))
     return given
 
 

@@ -75,6 +75,8 @@ def check_out(path: str | Path, overwrite: bool = False) -> None:
     with files but without a manifest is never replaced, since lorafold did not write it.
     """
     target = Path(path).expanduser()
+    if target.name in ("", ".."):
+        raise LorafoldError(f"{path}: expected the name of a new directory")
     _try(path, target.resolve().parent)
     with _writing(path):
         _clear_leftovers(target.resolve())
@@ -82,13 +84,13 @@ def check_out(path: str | Path, overwrite: bool = False) -> None:
         return
     if not target.is_dir():
         raise LorafoldError(f"{path} exists and is not a directory; remove it yourself")
-    if not overwrite:
-        raise LorafoldError(f"{path} exists; pass --overwrite to replace it")
     if not (target / MANIFEST).is_file() and any(target.iterdir()):
         raise LorafoldError(
-            f"{path} holds files that lorafold did not write (it has no {MANIFEST}); remove it"
-            " yourself"
+            f"{path} holds files that lorafold did not write (it has no {MANIFEST}); choose"
+            " another name, or remove it yourself"
         )
+    if not overwrite:
+        raise LorafoldError(f"{path} exists; pass --overwrite to replace it")
 
 
 def check_folder(path: str | Path) -> None:

@@ -92,10 +92,10 @@ def check_request(request: Request, console: Console) -> Spec:
     """
     loaded = [("--over", path) for path in request.over]
     loaded += [("--init-adapter", path) for path in request.adapters[len(request.over) :]]
-    check_apart(request, loaded)
     replaces = request.overwrite or request.resume
-    for path in (request.out, best_path(request.out)):
-        check_out(path, replaces)
+    check_out(request.out, replaces)
+    check_apart(request, loaded)
+    check_out(best_path(request.out), replaces)
     RunDirectory(request.out).check_free(replaces)
     check_available(request.recipe.optimizer)
     spec = spec_of(request.recipe)
