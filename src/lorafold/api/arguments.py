@@ -1,6 +1,7 @@
 """What a verb is given: rows, paths of adapters, a console.
 
-Nothing here imports torch, so that what is wrong with rows is told at once.
+Nothing here imports torch, nor transformers before rows are read, so that what is wrong with them
+is told at once.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from lorafold.data.checking import renamed
-from lorafold.data.prompts import read_prompts
 from lorafold.data.rows import check_rows, read_rows
 from lorafold.data.shapes import PAIRS
 from lorafold.data.sources import Row, source_from
@@ -124,6 +124,8 @@ def as_prompts(data: Data, columns: Columns | None = None) -> list[Row]:
 
     Raises LorafoldError for bad rows and for a source that can't be read.
     """
+    from lorafold.data.prompts import read_prompts  # and with it transformers
+
     if (sources := sources_in(data)) is None:
         given = enumerate(cast(Sequence[Row], data), 1)
         return read_prompts(given, columns or {}, source_of(data))

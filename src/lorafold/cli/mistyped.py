@@ -54,13 +54,13 @@ def repeated(line: Line) -> LorafoldError | None:
     """The error for options that are given more than once, with values of which one alone would be
     taken, or None.
     """
-    given: dict[str, dict[tuple[str, ...], str]] = {}
-    for word in line.words:
-        if word.option is not None and not getattr(word.option, "multiple", False):
-            flag = (word.name,) if getattr(word.option, "is_flag", False) else word.values
-            given.setdefault(str(word.option.name), {})[flag] = word.name
+    given: dict[str, dict[str, str]] = {}
+    for name, option, values in line.words:
+        if option is not None and not getattr(option, "multiple", False):
+            value = name if getattr(option, "is_flag", False) else " ".join(values)
+            given.setdefault(str(option.name), {})[value] = name
     told = [
-        f"{[*found.values()][0]}: found {' and '.join(map(' '.join, found))}, expected it once"
+        f"{next(iter(found.values()))}: found {' and '.join(found)}, expected it once"
         for found in given.values()
         if len(found) > 1
     ]
@@ -83,45 +83,44 @@ def unread(error: Any, line: Line, params: Sequence[Any]) -> LorafoldError | Non
     if hasattr(error, "param_type"):
         return _missing(line, params)
     if getattr(error, "param", None) is not None:
-        found = [*_bad(error)]
-        return LorafoldError("; ".join(found)) if found else None
-    return _stray(line, params) if line.stray else None
+        wrong = [*_bad(error)]
+        return LorafoldError("; ".join(wrong)) if wrong else None
+    return _stray(line) if line.stray else None
 
 
 def _missing(line: Line, params: Sequence[Any]) -> LorafoldError:
-    """What is required and not given; words without an option are taken to be values of it."""
-    given = {word.option.name for word in line.words if word.option is not None}
-    words = not any(one.param_type_name == "argument" for one in params)
-    stray = line.stray if words else []
-    wanted, left = list[str](), list(stray)
+    """What is required and not given. Of a command that takes options alone, words without one are
+    taken to be the values.
+    """
+    given = {option.name for _, option, _ in line.words if option is not None}
+    alone = all(one.param_type_name == "option" for one in params)
+    wanted, left = list[str](), line.stray if alone else []
+    found = shortened(" ".join(left), 100)
     for one in params:
-        if one.required and one.name not in given and one.param_type_name == "option":
-            value = quote(left.pop(0)) if left else one.metavar
-            wanted.append(f"{one.opts[0]} {value}")
-        elif one.required and one.param_type_name == "argument" and not line.stray:
+        if not one.required or one.name in given:
+            continue
+        if one.param_type_name == "option":
+            wanted.append(f"{one.opts[0]} {quote(left.pop(0)) if left else one.metavar}")
+        elif not line.stray:
             wanted.append(one.metavar or one.name.upper())
-    found = f"found {' '.join(stray)} without an option" if stray else "found none"
-    if not stray:
-        return LorafoldError(f"missing {' and '.join(wanted)}; {line.see}")
-    return LorafoldError(f"{found}, expected {' '.join(wanted)}; {line.see}")
+    if found:
+        what = f"found {found} without an option, expected {' '.join(wanted)}"
+    else:
+        what = f"missing {' and '.join(wanted)}"
+    return LorafoldError(f"{what}; {line.see}")
 
 
-def _stray(line: Line, params: Sequence[Any]) -> LorafoldError:
+def _stray(line: Line) -> LorafoldError:
     """What words are told that belong to no option, of a command that takes none."""
-    word, before = line.stray[0], None
-    for last, one in zip(line.words, line.words[1:], strict=False):
-        if not one.name:
-            before = last
-            break
-    bare = word.strip(DASHES)
-    flag = before is not None and getattr(before.option, "is_flag", False)
-    if flag and before is not None and word.lower() in SWITCHED:
-        names = " or ".join([*before.option.opts, *before.option.secondary_opts])  # type: ignore[union-attr]
+    at = next(n for n, one in enumerate(line.words) if not one.name)
+    before, word = line.words[at - 1] if at else None, line.stray[0]
+    if before and word.lower() in SWITCHED and getattr(before.option, "is_flag", False):
+        option: Any = before.option
+        names = " or ".join([*option.opts, *option.secondary_opts])
         return LorafoldError(f"{before.name}: found {word}, expected {names} without a value")
-    near = get_close_matches(f"--{bare.split()[0] if bare.split() else ''}", line.options, 1, 0.8)
+    near = get_close_matches(f"--{word.strip(DASHES)}", line.options, 1, 0.8)
     told = f"did you mean {near[0]}?" if near else f"expected options alone; {line.see}"
-    shown = shortened(" ".join(line.stray), 100)
-    return LorafoldError(f"found {shown} without an option; {told}")
+    return LorafoldError(f"found {shortened(' '.join(line.stray), 100)} without an option; {told}")
 
 
 def _bad(error: Any) -> Iterator[str]:

@@ -109,7 +109,8 @@ def _told(
         or _near(name, own.values())
         or _sharing(plain, own.values())
     )
-    return told or f"{path} {'--help-all' if '--help-all' in own.values() else '--help'} lists all"
+    more = options.get("--help-all")
+    return told or f"{path} {'--help' if more is None or more.hidden else '--help-all'} lists all"
 
 
 def _of_theirs(key: str, given: Mapping[str, str | None], options: Mapping[str, Any]) -> str:

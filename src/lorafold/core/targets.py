@@ -109,4 +109,6 @@ def no_match(pattern: str, model: nn.Module, is_linear: Callable[[nn.Module], bo
         return f"target {given} matches no module; several names are a list: {apart}"
     if pattern in names:  # alone it is a regular expression, as in PEFT
         return f"target {given} matches no whole path of a module; as a name it is [{given}]"
+    if any(path.endswith(f".{pattern}") for path, _ in bare_modules(model)):
+        return f"target {given} matches no whole path of a module; .*{pattern} does"
     return f"target {given} matches no module; similar names: {similar}"

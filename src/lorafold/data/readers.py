@@ -146,7 +146,7 @@ def _csv(file: io.BufferedReader, delimiter: str = "") -> Numbered:
                     found = f"found {given} values, expected {len(names)} as in the header"
                     yield number, f"{found}{quotes}"
         except UnicodeDecodeError as error:
-            reason = f"UTF-8, but not soon after line {last or 1}; save the file as UTF-8"
+            reason = f"UTF-8 first, and not UTF-8 soon after line {last or 1}; save it as UTF-8"
             raise Unreadable(reason) from error
         except csv.Error as error:
             what = str(error)

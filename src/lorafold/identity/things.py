@@ -13,7 +13,6 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
-from lorafold.errors import LorafoldError
 from lorafold.files.digests import of_file, of_files
 from lorafold.models.loading import TOKENIZER_FILES, VOCABULARIES
 from lorafold.models.sources import ModelSource

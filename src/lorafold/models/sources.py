@@ -213,7 +213,8 @@ def _checked(path: Path, name: str) -> Path:
             about = read_object(path / "adapter_config.json")
             base = about.get("base_model_name_or_path") or "BASE"
             raise LorafoldError(
-                f"model {name}: this is an adapter, expected a model, as its base is: --model {base}"
+                f"model {name}: this is an adapter, expected a model, as its base is: --model"
+                f" {base}"
             )
         raise LorafoldError(f"model {name}: found no config.json in it; {ACCEPTED}")
     if not any(path.glob("*.safetensors")):

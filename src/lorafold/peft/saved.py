@@ -31,8 +31,8 @@ from lorafold.models.fingerprint import Fingerprint
 from lorafold.models.tokenizer import has_tokenizer
 from lorafold.models.weights import LoadedWeights, Weights
 from lorafold.peft import tokens
-from lorafold.peft.checks import misfit, stray
 from lorafold.peft.absent import no_adapter
+from lorafold.peft.checks import misfit, stray
 from lorafold.peft.config import CONFIG, WEIGHTS, read_config
 from lorafold.peft.convolution import in_matrix_form
 from lorafold.peft.form import with_dropout

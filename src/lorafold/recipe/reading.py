@@ -20,7 +20,6 @@ from lorafold.recipe.problems import explain
 from lorafold.recipe.recipe import UNWORDED, Recipe
 
 log = logging.getLogger(__name__)
-ROOM = 270  # characters of what is told of several fields
 TRANSLATES = "lorafold recipe --from {} reads other tools' files"
 MAPPINGS = [name for name, field in Recipe.model_fields.items() if field.default == {}]
 
@@ -84,7 +83,7 @@ def load_recipe(
     except ValidationError as error:
         problems += explain(error, values, sources)
     if problems:
-        raise LorafoldError("recipe: " + listed(problems, "; ", ROOM))
+        raise LorafoldError("recipe: " + "; ".join(problems))
     return recipe
 
 
