@@ -65,6 +65,14 @@ def place(error: BaseException) -> str:
     return f"{type(error).__name__} at {file}:{last.lineno} in {last.name}"
 
 
+def why_unread(error: OSError | ValueError) -> str:
+    """Why a file of text can't be read, in a few words: what the system says, or that it is none.
+    """
+    if isinstance(error, UnicodeDecodeError):
+        return "it is no text in UTF-8"
+    return getattr(error, "strerror", None) or str(error)
+
+
 def printable(text: str) -> str:
     """A text that is one line wherever it is shown: other characters are escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

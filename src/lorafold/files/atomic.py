@@ -28,6 +28,7 @@ from typing import Any
 import psutil
 
 from lorafold.errors import LorafoldError
+from lorafold.files.apart import check_name
 
 MANIFEST = "manifest.json"
 Found = tuple[int, Callable[[], str]]
@@ -75,8 +76,7 @@ def check_out(path: str | Path, overwrite: bool = False) -> None:
     with files but without a manifest is never replaced, since lorafold did not write it.
     """
     target = Path(path).expanduser()
-    if target.name in ("", ".."):
-        raise LorafoldError(f"{path}: expected the name of a new directory")
+    check_name(path)
     _try(path, target.resolve().parent)
     with _writing(path):
         _clear_leftovers(target.resolve())

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from lorafold.errors import LorafoldError, both_names, called_now, listed
+from lorafold.errors import LorafoldError, both_names, called_now, listed, why_unread
 from lorafold.files.record import RENAMED, named_as_now
 from lorafold.recipe.problems import explain
 from lorafold.recipe.recipe import UNWORDED, Recipe
@@ -95,11 +95,9 @@ def text_of(path: Path, what: str) -> str:
     """
     try:
         return path.expanduser().read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        reason = "it is no text in UTF-8"
-    except OSError as error:
-        reason = error.strerror or str(error)
-    raise LorafoldError(f"{path}: can't be read as {what}: {reason}")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = why_unread(error)
+        raise LorafoldError(f"{path}: can't be read as {what}: {reason}") from error
 
 
 def kind_of(value: Any) -> str:
