@@ -24,6 +24,10 @@ class NotMergeable(LorafoldError):
     """A delta without a form in weight space, or a weight that can't store the changed values."""
 
 
+class NoTarget(LorafoldError):
+    """Targets that match no module of a model."""
+
+
 class NoTokenizer(LorafoldError):
     """A model or adapter directory without the vocabulary of a tokenizer."""
 
@@ -59,6 +63,14 @@ def place(error: BaseException) -> str:
     last = frames[-1]
     file = "/".join(PurePath(last.filename).parts[-2:])
     return f"{type(error).__name__} at {file}:{last.lineno} in {last.name}"
+
+
+def why_unread(error: OSError | ValueError) -> str:
+    """Why a file of text can't be read, in a few words: what the system says, or that it is none.
+    """
+    if isinstance(error, UnicodeDecodeError):
+        return "it is no text in UTF-8"
+    return getattr(error, "strerror", None) or str(error)
 
 
 def printable(text: str) -> str:

@@ -258,9 +258,9 @@ def test_csv(tmp_path):
     assert "row 2: found 1 values, expected 2 as in the header" in message
     assert "row 3: found 3 values, expected 2 as in the header" in message
     path.write_text('text\n"open\n')
-    assert "not CSV after line 1: unexpected end of data" in refused(read_rows, str(path))
-    path.write_bytes(b"text\n\xff\n")
-    assert "not UTF-8 soon after line 1; save the file" in refused(read_rows, str(path))
+    assert "not CSV after line 1: a quote is not closed" in refused(read_rows, str(path))
+    path.write_bytes("text\nä\n".encode() + b"\xff\n")
+    assert "not UTF-8 soon after line 1; save it as UTF-8" in refused(read_rows, str(path))
     path.write_text("text,label,text,label\na,b,c,d\n")
     assert refused(read_rows, str(path)) == (
         f"{path}: header: found 'text', 'label' more than once, expected each name once"
@@ -276,8 +276,8 @@ def test_csv(tmp_path):
 
 def test_bad_sources(tmp_path):
     assert "no rows found" in refused(read_rows, jsonl(tmp_path))
-    assert "No such file" in refused(read_rows, str(tmp_path / "none.jsonl"))
-    assert "No such file" in refused(read_rows, str(tmp_path / "none.parquet"))
+    assert "there is no such file" in refused(read_rows, str(tmp_path / "none.jsonl"))
+    assert "there is no such file" in refused(read_rows, str(tmp_path / "none.parquet"))
     assert "found no such file or directory, expected .jsonl" in refused(read_rows, "a.jsonl:x")
     (tmp_path / "rows.txt").write_text("a,b\n")
     assert "found a .txt file, expected .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow" in (

@@ -1,5 +1,7 @@
 """What a newcomer brings and meets: tables as programs save them, and errors of bounded length."""
 
+import gzip
+import json
 import time
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import pytest
 
 from lorafold.data.rows import read_rows
 from lorafold.data.sources import source_from
+from lorafold.data.stream import stream_of
 from lorafold.errors import LISTED, LorafoldError, listed, shortened
 from lorafold.models.sources import resolve_model
 
@@ -30,9 +33,75 @@ def test_a_table_is_read_as_a_program_saved_it(
     assert list(found) == [{"prompt": f"Wann{delimiter} bitte?", "completion": "früh"}]
 
 
-def test_an_encoding_of_windows_is_named_with_what_helps(tmp_path: Path) -> None:
+@pytest.mark.parametrize("before", [0, 10_000, 400_000])  # ASCII, in one piece and in several
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_what_excel_saves_is_read_and_said(
+    before: int, suffix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = "prompt,completion\n" + "a,b\n" * (before // 4)
+    content = f"{plain}Wann? „Öffnet“ ihr,früh – 5 €\n".encode("cp1252")
+    file = tmp_path / f"rows.csv{suffix}"
+    file.write_bytes(gzip.compress(content) if suffix else content)
+    found = read_rows(str(file))
+    assert found[-1] == {"prompt": "Wann? „Öffnet“ ihr", "completion": "früh – 5 €"}
+    [line] = caplog.messages
+    assert line.startswith(f"{file}: no UTF-8, so it is read as Windows-1252")
+    assert "'Öffnet'; where that is wrong, save it as UTF-8" in line
+
+
+def test_what_excel_saves_is_said_of_streamed_and_kept_rows_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "rows.csv").write_bytes(TABLE.encode("cp1252"))
-    assert "iconv -f windows-1252 -t utf-8" in refused(tmp_path / "rows.csv")
+    monkeypatch.setenv("LORAFOLD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("lorafold.data.rows.LARGE", 1)
+    for _ in range(2):  # written to the cache, and found there
+        caplog.clear()
+        assert read_rows(str(tmp_path / "rows.csv"))[0]["completion"] == "früh"
+        assert ["Windows-1252" in line for line in caplog.messages] == [True]
+    caplog.clear()
+    rows = stream_of(str(tmp_path / "rows.csv")).rows(0, 1)
+    assert next(rows)[1]["completion"] == "früh"
+    assert "Windows-1252" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text", "told"),
+    [
+        ("cp1251", "Когда вы открываетесь?", "neither UTF-8 nor Windows-1252"),
+        ("gbk", "你们几点开门？我想订一张桌子。", "neither UTF-8 nor Windows-1252"),
+        ("shift-jis", "何時に開きますか。予約をお願いします。", "neither UTF-8 nor Windows-1252"),
+        ("cp1252", "früh", "UTF-8 first, and not UTF-8 soon after line"),
+    ],
+)
+def test_other_code_pages_are_not_read_as_that_of_windows(
+    encoding: str, text: str, told: str, tmp_path: Path
+) -> None:
+    before = "ä,b\n" if encoding == "cp1252" else "a,b\n"
+    content = f"prompt,completion\n{before}".encode() + f"{text},b\n".encode(encoding)
+    (tmp_path / "rows.csv").write_bytes(content)
+    assert told in refused(tmp_path / "rows.csv")
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_json_is_read_as_the_shell_of_windows_writes_it(name: str, tmp_path: Path) -> None:
+    row = {"prompt": "Wann?", "completion": "früh"}
+    text = json.dumps(row if name == "rows.jsonl" else [row], ensure_ascii=False)
+    (tmp_path / name).write_bytes(text.encode("utf-16"))
+    assert list(read_rows(str(tmp_path / name))) == [row]
+    (tmp_path / name).write_bytes(text.encode("utf-16")[:-1])
+    assert "no UTF-16, as its first bytes say" in refused(tmp_path / name)
+
+
+def test_cells_that_name_nothing_are_said_to_be_words(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("prompt,completion\na,NULL\nb,NULL\nc,#N/A\nNone,\n")
+    assert read_rows(str(tmp_path / "rows.csv")).told == tuple(
+        f"{count} texts of {key} are {word!r} alone, which is read as that word and not as an empty"
+        " cell"
+        for count, key, word in [
+            (2, "completion", "NULL"), (1, "completion", "#N/A"), (1, "prompt", "None")
+        ]
+    )  # fmt: skip
 
 
 def test_the_first_line_of_excel_names_the_delimiter(tmp_path: Path) -> None:

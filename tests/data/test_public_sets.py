@@ -263,7 +263,7 @@ def test_a_struct_of_lists_in_parquet(tmp_path: Path) -> None:
         ({"messages": {"role": ["user"], "content": []}},
          "field messages: found 1 of role, 0 of content, expected as many of each"),
         ({"messages": "[{'role': 'user'}]"},
-         "field messages: found text that is no JSON of messages (not JSON: Expecting property"),
+         "field messages: found text that is no JSON of messages (not JSON: found single quotes"),
         ({"chosen": "a", "rejected": "b"}, "field chosen: found text, expected a list of messages"),
         ({"query": "a", "answers": "f(1)", "tools": []}, "field answers: found no JSON (not JSON:"),
     ],

@@ -172,7 +172,7 @@ def test_bad_pairs(pair, part):
 
 def test_bad_files(tmp_path):
     assert "No such file" in refused(tmp_path / "none.yaml")
-    assert "found list" in refused(written(tmp_path, "- rank\n"))
+    assert "found a list" in refused(written(tmp_path, "- rank\n"))
     assert "not YAML at line 3, column" in refused(written(tmp_path, "rank: 4\nlr: [1\nx: }\n"))
     assert load_recipe(written(tmp_path, "# nothing yet\n")) == Recipe()
 
@@ -211,7 +211,7 @@ def test_the_module_imports_no_torch():
         ({"rnak": 8}, "rnak is not a field of a recipe: did you mean rank?"),
         (
             {"rank": "x", "batch": 0},
-            "rank: found 'x', expected a valid integer, unable to parse string as an integer;"
+            "rank: found 'x', expected a whole number;"
             " batch: found 0, expected greater than or equal to 1",
         ),
         ({"accumulate": 3}, "accumulate: found 3, expected a divisor of batch, which is 8"),

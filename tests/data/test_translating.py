@@ -328,9 +328,9 @@ def test_an_adapter_to_start_from_brings_its_own(tmp_path):
         ("base_model: m\nlearning_rate: 1\nload_in_4bit: true", "trains the base's own weights"),
         ("a: 1\nb: 2", "can't tell which tool's it is by its keys (a, b)"),
         ("base_model: m\nstage: sft", "expected --kind axolotl, llamafactory, trl-sft"),
-        ("- a", "found list, expected `name: value` lines"),
+        ("- a", "found a list, expected `name: value` lines"),
         ("a: [1", "not YAML at line 1"),
-        ("", "found NoneType"),
+        ("", "found an empty file"),
     ],
 )
 def test_a_file_that_can_not_be_translated_is_one_line(tmp_path, text, part):

@@ -108,7 +108,11 @@ def test_a_script_of_unsloth_is_read_as_literals(tmp_path):
         optimizer="adamw8bit", epochs=3, steps=60, batch=8, accumulate=2, max_length=1024,
         packing=False,
     )  # fmt: skip
-    assert remark(found, "seed") == "no literal, so that it is not read: --set seed=VALUE"
+    assert remark(found, "seed") == "no literal, so that it is not read: give --seed SEED"
+    assert found.command().endswith("--seed SEED")  # which is no number, so that nobody forgets it
+    [told] = [line for line in found.to_yaml().splitlines() if line.startswith("# NOT READ: ")]
+    assert "seed: " in told
+    assert told.endswith("give --seed SEED")
     pairs = script_of(tmp_path, SCRIPT.replace("SFT", "DPO"))
     assert "rows of prompt, chosen and rejected" in remark(pairs, "load_dataset.path")
     assert remark(found, "odd").startswith("it is not known here")

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import lorafold as lf
 from adapter_cases import make_adapter
-from conftest import lorafold, refused
+from conftest import lorafold, refused, unestimating
 from lorafold.cli import _load, app
 from lorafold.cli.reading import OLD_NAMES
 from lorafold.errors import LorafoldError
@@ -248,16 +248,24 @@ def test_the_kinds_of_the_cache_are_listed() -> None:
     assert f"Only this kind: {', '.join(KINDS)}." in told
 
 
-@pytest.mark.parametrize("verb", ["inspect", "resize", "train"])
-def test_a_reward_model_is_called_one_by_every_verb(
-    verb: str, tiny_model_dir, tmp_path: Path
-) -> None:
-    base, rows = tiny_model_dir("llama"), tmp_path / "rows.jsonl"
+@pytest.fixture(scope="module")
+def judge(tiny_model_dir, tmp_path_factory) -> Path:
+    """A reward model."""
+    path, base = tmp_path_factory.mktemp("judge") / "judge", tiny_model_dir("llama")
     pairs = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2
     recipe = lf.Recipe(objective="reward", steps=1, batch=2, storage="fp32")
-    lf.train(recipe, data=pairs, out=tmp_path / "judge", model=base, device="cpu")
+    with unestimating():
+        lf.train(recipe, data=pairs, out=path, model=base, device="cpu")
+    return path
+
+
+@pytest.mark.parametrize("verb", ["inspect", "resize", "train"])
+def test_a_reward_model_is_called_one_by_every_verb(
+    verb: str, judge: Path, tiny_model_dir, tmp_path: Path
+) -> None:
+    base, rows = tiny_model_dir("llama"), tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a", "completion": "b"}\n')
-    judge, out = tmp_path / "judge", ["--out", tmp_path / "out", "--model", base]
+    out = ["--out", tmp_path / "out", "--model", base]
     asked = {
         "inspect": [judge, "--model", base],
         "resize": [judge, "--rank", "1", *out],

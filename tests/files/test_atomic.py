@@ -196,7 +196,7 @@ with atomic_directory({str(out)!r}) as tmp:
 def test_a_process_killed_between_its_two_renames_loses_nothing(tmp_path):
     out = tmp_path / "out"
     leftover(out, dead_pid(), "old")
-    with pytest.raises(LorafoldError, match="exists"):
+    with pytest.raises(LorafoldError, match="holds files"):
         check_out(out)
     assert (out / "weights").read_text() == "left"
     assert os.listdir(tmp_path) == ["out"]

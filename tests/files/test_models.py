@@ -63,7 +63,7 @@ def test_what_is_no_model_is_refused(tmp_path, tiny_model_dir):
     with pytest.raises(LorafoldError, match=r"no config\.json in it"):
         resolve_model(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(LorafoldError, match="this is an adapter; give it as --adapter"):
+    with pytest.raises(LorafoldError, match="this is an adapter, expected a model, as its"):
         resolve_model(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")

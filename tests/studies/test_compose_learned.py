@@ -496,7 +496,7 @@ def test_half_of_the_rows_are_set_apart_for_what_learns(
         (["--how", "nonsense"], "--how: found nonsense, expected one of"),
         (["--how", "ties", "--how", "ties"], "--how ties: given twice"),
         (["--weight", "1"], "--weight: found 1"),
-        (["--data", "missing.jsonl"], "missing.jsonl: can't be read"),
+        (["--data", "missing.jsonl"], "missing.jsonl: there is no such file"),
         (["--set", "step=3"], "did you mean steps"),
     ],
     ids=" ".join,

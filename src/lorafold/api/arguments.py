@@ -1,6 +1,7 @@
 """What a verb is given: rows, paths of adapters, a console.
 
-Nothing here imports torch, so that what is wrong with rows is told at once.
+Nothing here imports torch, nor transformers before rows are read, so that what is wrong with them
+is told at once.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from lorafold.data.checking import renamed
-from lorafold.data.prompts import read_prompts
 from lorafold.data.rows import check_rows, read_rows
 from lorafold.data.shapes import PAIRS
 from lorafold.data.sources import Row, source_from
@@ -18,6 +18,7 @@ from lorafold.data.stored import Rows
 from lorafold.errors import LorafoldError, cut
 from lorafold.objectives import DEFAULT, OBJECTIVES, named
 from lorafold.recipe.trackers import check_trackers
+from lorafold.rewards.naming import check_there
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -109,6 +110,7 @@ def as_rewards(rewards: Rewarding) -> list[str | Callable[..., Any]]:
     if wrong := [each for each in given if not (isinstance(each, str) or callable(each))]:
         found = cut(repr(wrong[0]), 80)
         raise LorafoldError(f"rewards: found {found}, expected functions or names")
+    check_there(one for one in given if isinstance(one, str))
     return given
 
 
@@ -122,6 +124,8 @@ def as_prompts(data: Data, columns: Columns | None = None) -> list[Row]:
 
     Raises LorafoldError for bad rows and for a source that can't be read.
     """
+    from lorafold.data.prompts import read_prompts  # and with it transformers
+
     if (sources := sources_in(data)) is None:
         given = enumerate(cast(Sequence[Row], data), 1)
         return read_prompts(given, columns or {}, source_of(data))

@@ -102,6 +102,8 @@ def opened(
     if wanted != ("a classifier" if classes else kind):
         what = f"no {wanted.removeprefix('a ')}" if kind == LANGUAGE_MODEL else kind
         hint = "; lorafold score has the scores of rows" if kind == REWARD_MODEL else ""
+        trains = "classify" if classify else "reward" if reward else ""
+        hint = hint or f"; lorafold train --objective {trains} makes one" * bool(trains)
         raise LorafoldError(
             f"{', '.join(map(str, adapters)) or model.name}: found {what}, expected {wanted} for"
             f" this data or command{hint}"

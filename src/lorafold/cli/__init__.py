@@ -8,15 +8,15 @@ import importlib
 import importlib.metadata
 import logging
 import sys
-from itertools import takewhile
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
-from lorafold.cli.help import OTHERS, write_examples, write_lists
+from lorafold.cli.help import OTHERS, help_all_option, write_examples, write_lists
 from lorafold.cli.reading import Above, Command, Group
 from lorafold.cli.unknown import no_options
+from lorafold.cli.words import words
 from lorafold.errors import Interrupted, LorafoldError
 from lorafold.machine.collection import imports_set_aside
 from lorafold.machine.restart import restart_tuned
@@ -72,6 +72,11 @@ class Commands(Group):
         self.commands.update(
             {name: TyperCommand(name, short_help=line) for name, line in COMMANDS.items()}
         )
+        self.params.append(help_all_option(hidden=True))
+
+    def help_all(self, ctx: Any) -> str:
+        """The help, which leaves nothing to another one."""
+        return self.get_help(ctx)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read what comes before the command. LorafoldError for unknown options."""
@@ -79,8 +84,8 @@ class Commands(Group):
             return super().parse_args(ctx, [*args])  # which it empties
         except typer.TyperException as error:
             options = {n: p for p in self.get_params(ctx) for n in (*p.opts, *p.secondary_opts)}
-            before = list(takewhile(lambda word: word not in COMMANDS, args))
-            raise no_options(before, options, "lorafold") or error from None
+            typed = words(args, options, interspersed=False)
+            raise no_options(typed, options, "lorafold") or error from None
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write a first run, the commands by group, and the options."""

@@ -17,7 +17,6 @@ from lorafold.errors import LorafoldError
 from lorafold.recipe.fields import OF_MEMORY, OF_ROWS
 
 UNITS = {
-    "": 1,
     "K": 1e3,
     "M": 1e6,
     "G": 1e9,
@@ -172,5 +171,7 @@ def size(text: str) -> int:
     """The bytes of a size such as 24GB, 24GiB or 500MB. Raises LorafoldError for anything else."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
     if found is None or found[2] not in UNITS:
-        raise LorafoldError(f"--device-memory: found {text}, expected a size as in 24GB or 24GiB")
+        bare = f"; did you mean {text}GB?" if re.fullmatch(r"[\d.]+", text) else ""
+        expected = "expected a size as in 24GB or 24GiB"
+        raise LorafoldError(f"--device-memory: found {text}, {expected}{bare}")
     return int(float(found[1]) * UNITS[found[2]])

@@ -36,7 +36,7 @@ class Panels:
                 parameter.metavar = placeholder(parameter.type_descriptor)
             if getattr(parameter, "multiple", False):
                 parameter.help = f"{parameter.help}  [repeatable]"
-        self.params.append(_help_all(hidden=not self.rare))
+        self.params.append(help_all_option(hidden=not self.rare))
 
     def help_all(self, ctx: Any) -> str:
         """The help with the rare options."""
@@ -106,7 +106,7 @@ def write_lists(formatter: Any, lists: dict[str, list[tuple[str, str]]]) -> None
                 formatter.write_dl(records)
 
 
-def _help_all(hidden: bool) -> Any:
+def help_all_option(hidden: bool) -> Any:
     """The option `--help-all`, as Typer makes it of a declaration."""
     one = typer.Typer(add_completion=False)
 

@@ -10,8 +10,10 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from lorafold.cli.help import Panels
-from lorafold.cli.unknown import no_command, no_options
+from lorafold.cli.help import PLACEHOLDERS, Panels
+from lorafold.cli.mistyped import Line, repeated, unread
+from lorafold.cli.unknown import no_command
+from lorafold.cli.words import words
 from lorafold.errors import LorafoldError, both_names, called_now
 
 # names that options had, and what they are called now: the first of these that the command has
@@ -28,16 +30,19 @@ class Reading(Panels):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the arguments, options under their old names too, which stderr says; and expand the
-        ~ of paths, which a shell does not do everywhere. LorafoldError for unknown options.
+        ~ of paths, which a shell does not do everywhere. LorafoldError for what can't be read, and
+        for an option that is given twice.
         """
-        now = _as_now(args, self.params)
+        now, params = _as_now(args, self.params), self.get_params(ctx)
+        options = {name: p for p in params for name in (*p.opts, *p.secondary_opts)}
+        typed = [*words(now, options, ctx.allow_interspersed_args)]
+        line = Line(typed, options, ctx.command_path)
         try:
             rest = super().parse_args(ctx, [*now])  # type: ignore[misc]
         except typer.TyperException as error:
-            options = {n: p for p in self.get_params(ctx) for n in (*p.opts, *p.secondary_opts)}
-            if hasattr(error, "possibilities"):  # a name that is not there has these
-                raise no_options(now, options, ctx.command_path) or error from None
-            raise
+            raise unread(error, line, params) or error from None
+        if twice := repeated(line):
+            raise twice
         ctx.params.update({name: _expanded(value) for name, value in ctx.params.items()})
         return list(rest)
 
@@ -85,7 +90,8 @@ class Group(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         """The name of the command, the command itself, and its arguments."""
         if args[0] not in self.commands and not ctx.resilient_parsing:
-            raise no_command(args[0], self.commands, ctx.command_path)
+            where = next((p.opts[0] for p in self.params if p.metavar == PLACEHOLDERS[Path]), "")
+            raise no_command(args[0], self.commands, ctx.command_path, args[1:], where)
         return super().resolve_command(ctx, args)
 
 

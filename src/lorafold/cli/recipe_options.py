@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import typer
 
 from lorafold.cli.help import PLACEHOLDERS
+from lorafold.errors import LorafoldError
 from lorafold.methods import METHODS
 from lorafold.objectives import OBJECTIVES
 from lorafold.recipe.fields import COMMON, GROUPS
@@ -58,7 +59,14 @@ class RecipeFlags:
         given = {n: v for n, v in vars(self).items() if v not in (None, [])}
         config, sets = given.pop("config", None), given.pop("sets", [])
         pairs, flags = _split(given)
-        return load_recipe(config, [*sets, *pairs], defaults, **flags, **fixed)
+        recipe = load_recipe(config, [*sets, *pairs], defaults, **flags, **fixed)
+        rates = {"lr": recipe.lr, "lr_b": recipe.lr_b}
+        if wrong := [f"{n}: found {rate:g}" for n, rate in rates.items() if rate and rate > 1]:
+            raise LorafoldError(
+                f"recipe: {'; '.join(wrong)}, expected at most 1: a step of AdamW moves each number"
+                " by about as much"
+            )
+        return recipe
 
 
 Flags = TypeVar("Flags", bound=type[RecipeFlags])

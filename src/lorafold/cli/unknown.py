@@ -1,74 +1,116 @@
 """What an option or a command that there is not is told, in one line: the name that it has here, by
-the tables that translate other tools' files, or the nearest name.
+the tables that translate other tools' files, or the nearest names.
 
     unknown option --lora-r: lorafold's is --rank 16
     unknown command trian: did you mean train?
 """
 
-from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from pathlib import Path
+from re import match
 from shlex import quote, split
 from typing import Any
 
-from lorafold.errors import LorafoldError
+from lorafold.cli.words import Word
+from lorafold.errors import LorafoldError, listed
 
 SAMPLES = ("true", "1")  # values that stand in for one that is not given: of a switch, of a number
+SPELT = 0.9  # how alike two names are of which one is a misspelling
+ALIKE = 0.6
+TRAIN = "lorafold train"
+ROOM = 270  # characters of what is told of several
+# what commands are called elsewhere
+COMMANDS = {
+    **dict.fromkeys(("finetune", "fine-tune", "fine_tune", "lora", "qlora"), "train"),
+    **dict.fromkeys(("infer", "inference", "predict", "run"), "generate"),
+    **dict.fromkeys(("fuse", "export", "merge-lora", "merge_and_unload"), "merge"),
+    "test": "eval",
+}
+# what options of other tools are called here, by an option that the command has: those of the
+# servers vLLM, SGLang and llama.cpp, and of mergers
+ELSEWHERE = {
+    "--adapters": {
+        **dict.fromkeys(("lora_modules", "lora_paths", "lora"), "lorafold's is --adapters DIR"),
+        "api_key": "lorafold's is --keys FILE, which lorafold serve new-key writes",
+        **dict.fromkeys(
+            ("max_model_len", "context_length", "ctx_size"),
+            "lorafold's is length, in the file of --config",
+        ),
+    },
+    "--into": {
+        **dict.fromkeys(("dtype", "torch_dtype"), "merged weights keep the dtype of the files"),
+        "save_path": "lorafold's is --out DIR",
+    },
+}
 
 
-def no_command(name: str, commands: Collection[str], path: str) -> LorafoldError:
+def no_command(
+    name: str, commands: Collection[str], path: str, after: Sequence[str] = (), where: str = ""
+) -> LorafoldError:
     """The error for a command that there is not.
 
     Args:
         path: The command above it, as it is typed.
+        after: The words that follow it.
+        where: The option of the command above that takes a path; empty for none.
     """
     from lorafold.objectives import OBJECTIVES
 
     if name in OBJECTIVES and "train" in commands:  # TRL has a command for each
         told = f"lorafold's is {path} train --objective {name}"
+    elif COMMANDS.get(name) in commands:
+        told = f"lorafold's is {path} {COMMANDS[name]}"
+    elif name == "help":
+        below = [word for word in after[:1] if word in commands]
+        told = f"lorafold's is {' '.join([path, *below])} --help"
+    elif where and Path(name).exists():
+        told = f"expected {where} {quote(name)}"
     else:
         told = _near(name, commands) or f"{path} --help lists all"
     return LorafoldError(f"unknown command {name}: {told}")
 
 
-def no_options(args: Sequence[str], options: Mapping[str, Any], path: str) -> LorafoldError | None:
+def no_options(
+    typed: Iterable[Word], options: Mapping[str, Any], path: str
+) -> LorafoldError | None:
     """The error for the options of a command line that there are not, or None where all are there.
 
     Args:
+        typed: The words of the command line.
         options: The command's options, by each of their names.
         path: The command, as it is typed.
     """
-    found = dict(_unknown_in(args, options))
+    found = {
+        word.name: word.values[0] if word.values else None
+        for word in typed
+        if word.name and word.option is None
+    }
     given = {_plain(name): value for name, value in found.items()}
     told = [f"unknown option {name}: {_told(name, given, options, path)}" for name in found]
-    return LorafoldError("; ".join(told)) if told else None
-
-
-def _unknown_in(
-    args: Sequence[str], options: Mapping[str, Any]
-) -> Iterator[tuple[str, str | None]]:
-    """The options that are not there, each with its value; a value may read like an option."""
-    rest = deque(args)
-    while rest and rest[0] != "--":
-        name, equals, value = rest.popleft().partition("=")
-        option = options.get(name)
-        if option is not None:
-            values = 0 if equals or getattr(option, "is_flag", False) else option.nargs
-            for _ in range(min(values, len(rest))):
-                rest.popleft()
-        elif name.startswith("-") and name.strip("-"):
-            has_value = not equals and rest and not rest[0].startswith("--")
-            yield name, rest.popleft() if has_value else value or None
+    return LorafoldError(listed(told, "; ", ROOM)) if told else None
 
 
 def _told(
     name: str, given: Mapping[str, str | None], options: Mapping[str, Any], path: str
 ) -> str:
-    own = {_plain(option): option for option in options}
-    if _plain(name) in own:
-        return f"lorafold's is {own[_plain(name)]}"
-    told = _of_theirs(_plain(name), given, options) or _near(name, options)
-    return told or f"{path} {'--help-all' if '--help-all' in own.values() else '--help'} lists all"
+    own = {_plain(option): option for option in options if option.startswith("-")}
+    plain, words = _plain(name), [option for option in options if not option.startswith("-")]
+    if plain in own:
+        return f"lorafold's is {own[plain]}"
+    if plain in words:
+        return f"it is given without a name, as in {path} {given[plain] or plain.upper()}"
+    tables = [table for option, table in ELSEWHERE.items() if option in options]
+    told = (
+        next((table[plain] for table in tables if plain in table), "")
+        or _near(name, own.values(), SPELT)
+        or _of_theirs(plain, given, options)
+        or _begun(name, own.values())
+        or _near(name, own.values())
+        or _sharing(plain, own.values())
+    )
+    more = options.get("--help-all")
+    return told or f"{path} {'--help' if more is None or more.hidden else '--help-all'} lists all"
 
 
 def _of_theirs(key: str, given: Mapping[str, str | None], options: Mapping[str, Any]) -> str:
@@ -76,7 +118,7 @@ def _of_theirs(key: str, given: Mapping[str, str | None], options: Mapping[str, 
     from lorafold.translating.options import counterpart
 
     known = {name: SAMPLES[0] if value is None else value for name, value in given.items()}
-    problems = list[str]()
+    problems, trains = list[str](), "--lr" in options
     for value in dict.fromkeys([known[key], *SAMPLES]):
         try:
             found = counterpart(key, {**known, key: value})
@@ -87,15 +129,16 @@ def _of_theirs(key: str, given: Mapping[str, str | None], options: Mapping[str, 
             return ""
         asked = [word for name, one in found.fields.items() for word in _asked(name, one, options)]
         words = asked or split(found.flag)
-        if not words:
-            return "" if found.how == "taken" else found.remark
+        if not words:  # what is said of training is not true elsewhere
+            return "" if found.how == "taken" or not trains else found.remark
         if value != known[key] or (value != given[key] and not found.fields):
             words = [word for word in words if word.startswith("--")]
         if not {word for word in words if word.startswith("--")} <= options.keys():
-            return f"it is {_line(words)} of lorafold train"
+            longer = [option for option in options if key.startswith(f"{_plain(option)}_")]
+            return f"did you mean {longer[0]}?" if longer else f"it is {_line(words)} of {TRAIN}"
         remark = f" ({found.remark})" if asked and found.remark else ""
         return f"lorafold's is {_line(words)}{remark}"
-    return problems[0]
+    return problems[0] if trains else ""
 
 
 def _asked(name: str, value: Any, options: Mapping[str, Any]) -> Iterator[str]:
@@ -121,10 +164,28 @@ def _line(words: Iterable[str]) -> str:
     return " ".join(map(quote, words))
 
 
-def _near(name: str, names: Collection[str]) -> str:
+def _begun(name: str, names: Iterable[str]) -> str:
+    """A question for the one option that a name begins, or that begins a name which goes on with
+    its value; empty where there is none.
+    """
+    longer = [one for one in names if one.startswith(name) and len(name) > len("--x")]
+    if len(longer) == 1:
+        return f"did you mean {longer[0]}?"
+    glued = match(r"(--[a-z][a-z-]*?)(-?[.\d].*)$", name)
+    return f"did you mean {glued[1]} {glued[2]}?" if glued and glued[1] in [*names] else ""
+
+
+def _sharing(plain: str, names: Iterable[str]) -> str:
+    """A question for the options whose last word a name has; empty where there are none or many."""
+    last = f"_{plain.rpartition('_')[2]}"
+    found = [name for name in names if "_" in plain and _plain(name).endswith(last)]
+    return f"did you mean {' or '.join(found)}?" if 0 < len(found) < 4 else ""
+
+
+def _near(name: str, names: Iterable[str], cutoff: float = ALIKE) -> str:
     """A question for the nearest name; empty where none is near."""
     plain = {_plain(one): one for one in names}
-    near = get_close_matches(_plain(name), plain, n=1, cutoff=0.6)
+    near = get_close_matches(_plain(name), plain, n=1, cutoff=cutoff)
     return f"did you mean {plain[near[0]]}?" if near else ""
 
 

@@ -20,6 +20,7 @@ from lorafold.composing.rules import RULES
 from lorafold.composing.updates import read
 from lorafold.data.batches import split
 from lorafold.errors import LorafoldError
+from lorafold.files.apart import check_kept
 from lorafold.files.atomic import atomic_directory, check_out
 from lorafold.files.shown import Shown
 from lorafold.opening.kinds import check_language_model
@@ -86,6 +87,7 @@ def compose(request: Request, opened: Callable[[], Opened], console: Console) ->
     """
     check(request)
     check_out(request.out, request.overwrite)
+    check_kept(request.out, [one.path for one in request.adapters])
     request = set_apart(request)
     check_language_model(request.base, request.adapters)
     job = Job(request, read(request.base, request.adapters), cache(opened), console)

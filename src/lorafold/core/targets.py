@@ -18,7 +18,7 @@ from torch import nn
 
 from lorafold.core.anatomy import bare_modules
 from lorafold.core.presets import PRESETS
-from lorafold.errors import LorafoldError, listed, shortened
+from lorafold.errors import NoTarget, listed, shortened
 
 # what has a matrix and is in no preset, but may be named
 NAMED = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -56,7 +56,7 @@ def match(
 ) -> Matches:
     """Resolve targets to module paths.
 
-    Raises LorafoldError with every pattern that matches no module, and similar names.
+    Raises NoTarget with every pattern that matches no module, and similar names.
 
     Args:
         targets: a preset, a regular expression, or names; matches are returned as they are.
@@ -67,7 +67,7 @@ def match(
     if isinstance(targets, str) and targets in PRESETS:
         found = {targets: PRESETS[targets](model, is_linear)}
         if not found[targets]:
-            raise LorafoldError(
+            raise NoTarget(
                 f"targets {targets!r}: {type(model).__name__} has no modules of this preset; name"
                 " the modules instead"
             )
@@ -75,11 +75,11 @@ def match(
         try:
             found = {targets: [p for p in paths if re.fullmatch(targets, p)]}
         except re.error as e:
-            raise LorafoldError(f"targets {targets!r} is not a regular expression: {e}") from None
+            raise NoTarget(f"targets {targets!r} is not a regular expression: {e}") from None
     else:
         found = {t: [p for p in paths if p == t or p.endswith(f".{t}")] for t in targets}
     if missing := [t for t in found if not found[t]]:
-        raise LorafoldError(listed((no_match(t, model, is_linear) for t in missing), "; "))
+        raise NoTarget(listed((no_match(t, model, is_linear) for t in missing), "; "))
     seen: set[str] = set()
     by_pattern = {}
     for pattern, hits in found.items():
@@ -103,6 +103,12 @@ def no_match(pattern: str, model: nn.Module, is_linear: Callable[[nn.Module], bo
     )
     near = difflib.get_close_matches(pattern.rsplit(".", 1)[-1], names, n=3, cutoff=0.4) or names
     given, similar = shortened(repr(pattern), 80), listed(near, room=100) or "none"
+    if "," in pattern:
+        each = [name.strip() for name in pattern.split(",")]
+        apart = listed((f"--targets {name}" for name in each), " ", room=60)
+        return f"target {given} matches no module; several names are a list: {apart}"
     if pattern in names:  # alone it is a regular expression, as in PEFT
         return f"target {given} matches no whole path of a module; as a name it is [{given}]"
+    if any(path.endswith(f".{pattern}") for path, _ in bare_modules(model)):
+        return f"target {given} matches no whole path of a module; .*{pattern} does"
     return f"target {given} matches no module; similar names: {similar}"

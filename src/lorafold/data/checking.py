@@ -28,7 +28,10 @@ def renamed(
             yield number, row
         elif missing := [key for key in (*names.values(), *dropped) if key not in row]:
             keys = listed(map(repr, row), room=100) or "none"
-            yield number, f"found no column {listed(map(repr, missing), room=80)}; it has {keys}"
+            there = {*columns} <= {*row} and all(names.values())
+            turned = ",".join(f"{key}={name}" for name, key in names.items())
+            hint = f"; NAME=COLUMN is --columns {turned}" if there else f"; it has {keys}"
+            yield number, f"found no column {listed(map(repr, missing), room=80)}{hint}"
         elif lost := [name for name in names if name in row and name not in theirs]:
             pairs = ", ".join(f"{name}={names[name]}" for name in lost)
             yield number, f"--columns {pairs}: the row has a column {', '.join(lost)} as well"

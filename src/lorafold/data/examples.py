@@ -196,11 +196,13 @@ def encoded(table: "pa.Table", rows: Rows, max_length: int) -> Encoded:
     longest, truncated = int(whole.max()), len(np.unique(row[whole > max_length]))
     left_out = int(column(table, "left_out").sum())
     if not examples:
+        cut = f"{truncated} were cut at max_length {max_length} (the longest has {longest} tokens)"
+        lost = f"{left_out} assistant turns are left out, as the template renders them differently"
+        found = [*[cut] * bool(truncated), *[f"{lost} at generation"] * bool(left_out)]
         raise LorafoldError(
-            f"none of the {len(rows)} rows has a token to train on: {truncated} were cut at"
-            f" max_length {max_length} (the longest has {longest} tokens), and {left_out} assistant"
-            " turns are left out because the chat template renders them differently at generation;"
-            " expected assistant turns or completions within max_length that their rows let train"
+            f"none of the {len(rows)} rows has a token to train on:"
+            f" {', and '.join(found) or 'they have no answer of an assistant that may train'};"
+            " expected answers within max_length"
         )
     report = Report(
         len(rows),

@@ -14,6 +14,13 @@ from lorafold.data.sharegpt import TURN_KEYS
 
 PLAIN = {"system", "user", "assistant", "tool", "developer"}
 SHOWN = 5  # roles that one line names
+# what databases, spreadsheets and pandas write where there is nothing, or a wrong formula
+NOTHING = {
+    *("NULL", "null", "None", "NaN", "nan", "\\N"),
+    *("#N/A", "#REF!", "#VALUE!", "#NAME?", "#DIV/0!"),
+}
+LONGEST = max(map(len, NOTHING))
+AS_WORD = "which is read as that word and not as an empty cell"
 LEFT = "assistant turns are not trained on, as their rows say"
 OTHERS = "turns that rows want trained are not of the assistant, and are not trained on"
 AS_THEY_ARE = "messages go to the chat template with roles of their own, and are not trained on"
@@ -34,6 +41,9 @@ class Noticed:
                 continue
             if key not in shape.known:
                 self._ignored[key] = None
+            elif isinstance(value, str):
+                if len(value) <= LONGEST and value in NOTHING and key != "label":
+                    self._counts[f"texts of {key} are {value!r} alone, {AS_WORD}"] += 1
             elif key in SPOKEN and isinstance(value, list):
                 for message in value:
                     self._look(f"{key}[]", message)

@@ -36,11 +36,28 @@ def loaded(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}: " if error.lineno > 1 else ""
-        raise ValueError(f"{line}not JSON: {error.msg} at column {error.colno}") from error
+        raise ValueError(f"{line}not JSON: {_wrong(error)}") from error
     except RecursionError as error:
         raise ValueError(TOO_DEEP) from error
     except ValueError as error:  # of Python's limit of digits
         raise ValueError(unusable(json.loads(text, parse_int=_whole))) from error
+
+
+def _wrong(error: json.JSONDecodeError) -> str:
+    """What is wrong where a text is no JSON, and what is expected of what people often write."""
+    here, before = error.doc[error.pos :], error.doc[: error.pos].rstrip()
+    if (before.endswith(",") and here[:1] in ("]", "}")) or "trailing comma" in error.msg:
+        return "found a comma with nothing after it, expected none there"
+    if "Extra data" in error.msg and here[:1] == ",":
+        return "found a comma after the object, expected an object a line without it"
+    if "double quotes" in error.msg and here[:1] == "'":
+        return "found single quotes, expected double ones, as json.dumps writes them"
+    if word := re.match("None|True|False|nan", here):
+        meant = "null" if word[0] in ("None", "nan") else word[0].lower()
+        return f"found {word[0]}, expected {meant}"
+    if "Unterminated string" in error.msg:
+        return f"found no end of the text that begins at column {error.colno}"
+    return f"{error.msg} at column {error.colno}"
 
 
 def suspect(text: str) -> bool:

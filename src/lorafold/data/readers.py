@@ -11,24 +11,23 @@ import io
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorafold.data.parsing import Found, as_row, decoded, loaded, row_of, suspect
+from lorafold.data.text import Tell, Unreadable, as_utf8, other_than_rows
 from lorafold.errors import LorafoldError
+from lorafold.files.near import beside
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 Numbered = Iterator[tuple[int, Found]]
 BOM = b"\xef\xbb\xbf"
-WIDE = (b"\xff\xfe", b"\xfe\xff")  # what UTF-16 begins with
-ZIPPED = b"PK\x03\x04"  # what a spreadsheet begins with
 DELIMITERS = ",;\t|"
 AT_ONCE = 1000  # rows of a table that are made into objects together
-AS_CSV = "save it as CSV in UTF-8, or: pandas.read_excel(FILE).to_csv('rows.csv', index=False)"
-AS_UTF8 = "save the file as UTF-8; one of Windows: iconv -f windows-1252 -t utf-8 FILE > rows.csv"
+MAGIC = {"gzip": b"\x1f\x8b", "bz2": b"BZh", "zstd": b"\x28\xb5\x2f\xfd"}
 LONGEST = 2**31 - 1  # bytes of a field of CSV
 
 
@@ -47,8 +46,11 @@ def kind_of_file(path: Path) -> Kind | None:
     return Kind(READERS[last], None) if last in READERS else None
 
 
-def numbered(path: Path) -> Numbered:
+def numbered(path: Path, tell: Tell) -> Numbered:
     """The numbered rows of a file of a kind that is known, unchecked.
+
+    Args:
+        tell: Is told in which encoding it is, where that was guessed.
 
     Raises LorafoldError where the file can't be read.
     """
@@ -56,7 +58,15 @@ def numbered(path: Path) -> Numbered:
     assert kind is not None
     try:
         with path.open("rb") as plain, _expanded(plain, kind.compression) as file:
-            yield from kind.read(file)
+            begins = file.peek(64)[:64]
+            of_text = kind.read in TEXT.values()
+            if (told := other_than_rows(begins)) and (of_text or begins.startswith(b"version")):
+                raise Unreadable(f"found {told}")
+            windows = kind.read in (_csv, _tsv)
+            yield from kind.read(as_utf8(file, windows, tell) if of_text else file)
+    except FileNotFoundError as error:
+        several = "; one --data names one file, a directory or a pattern" * ("," in path.name)
+        raise LorafoldError(f"{path}: there is no such file{beside(path) or several}") from error
     except (OSError, ValueError, NotImplementedError) as error:
         known = isinstance(error, Unreadable)
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
@@ -64,24 +74,28 @@ def numbered(path: Path) -> Numbered:
         raise LorafoldError(f"{path}: {told}") from error
 
 
-class Unreadable(ValueError):
-    """What is wrong with a file as a whole, in one line."""
-
-
 def _expanded(file: io.BufferedReader, compression: str | None) -> io.BufferedReader:
     if compression is None:
         return file
     import pyarrow as pa
 
+    if (begins := file.peek(4)) and not begins.startswith(MAGIC[compression]):
+        raise Unreadable(f"found no {compression}, as its name says; rename it if it is plain text")
     stream: Any = pa.CompressedInputStream(file, compression)
     return io.BufferedReader(stream)
 
 
 def _lines(lines: Iterable[bytes]) -> Numbered:
-    """One object a line."""
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            yield number, row_of(line.removeprefix(BOM))
+    """One object a line. Raises Unreadable for one list, and for JSON over several lines."""
+    bare = ((number, line.removeprefix(BOM)) for number, line in enumerate(lines, 1))
+    filled = ((number, line) for number, line in bare if line.strip())
+    begins = [*islice(filled, 2)]
+    first = begins[0][1].strip() if begins else b""
+    if first in (b"[", b"{") or (len(begins) == 1 and first.startswith(b"[")):
+        what = "a list" if first.startswith(b"[") else "an object over several lines"
+        raise Unreadable(f"found {what}, expected an object a line; name the file .json")
+    for number, line in chain(begins, filled):
+        yield number, row_of(line)
 
 
 def _json(file: io.BufferedReader) -> Numbered:
@@ -110,11 +124,7 @@ def _csv(file: io.BufferedReader, delimiter: str = "") -> Numbered:
     """
     csv.field_size_limit(LONGEST)
     last = 0  # the line with which the last good record ends
-    begins = file.peek(4)[:64]
-    if begins.startswith(ZIPPED):
-        raise Unreadable(f"found a spreadsheet, expected CSV; {AS_CSV}")
-    encoding = "utf-16" if begins.startswith(WIDE) else "utf-8-sig"
-    with io.TextIOWrapper(file, encoding, newline="") as lines:
+    with io.TextIOWrapper(file, "utf-8-sig", newline="") as lines:
         try:
             header = lines.readline()
             if told := re.fullmatch(r"sep=(.)\s*", header):  # as Excel begins such a file
@@ -132,14 +142,16 @@ def _csv(file: io.BufferedReader, delimiter: str = "") -> Numbered:
                 if given == len(names):
                     yield number, dict(zip(names, values, strict=True))
                 else:
-                    yield number, f"found {given} values, expected {len(names)} as in the header"
+                    quotes = "; a text with such a mark stands in quotes" * (given > len(names))
+                    found = f"found {given} values, expected {len(names)} as in the header"
+                    yield number, f"{found}{quotes}"
         except UnicodeDecodeError as error:
-            near = f"not UTF-8 soon after line {last or 1}; {AS_UTF8}"
-            if b"\0" in begins:
-                near = "not text; expected CSV in UTF-8, or in UTF-16 with its byte order mark"
-            raise Unreadable(near) from error
+            reason = f"UTF-8 first, and not UTF-8 soon after line {last or 1}; save it as UTF-8"
+            raise Unreadable(reason) from error
         except csv.Error as error:
-            raise Unreadable(f"not CSV after line {last or 1}: {error}") from error
+            what = str(error)
+            reason = "a quote is not closed" if "unexpected end" in what else what
+            raise Unreadable(f"not CSV after line {last or 1}: {reason}") from error
 
 
 def _delimiter(header: str) -> str:

@@ -8,6 +8,7 @@ expected. Large data is checked once: its rows are kept in the cache, under the 
 """
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_json
 from lorafold.files.cache import cached
 
+log = logging.getLogger(__name__)
 Notice = Callable[[str], None]
 
 
@@ -38,7 +40,7 @@ class Reading:
         self._sources, self._columns = sources, columns
         self._shapes, self._notice, self._noticed = shapes_for(wanted), notice, Noticed()
         self._parts, self._files = list[list[int]](), list[list[int]]()
-        self._runs = list[list[int]]()
+        self._runs, self._guessed = list[list[int]](), list[str]()
 
     def __iter__(self) -> Iterator[Row]:
         """The rows. LorafoldError for bad ones, and for a source without any."""
@@ -69,10 +71,14 @@ class Reading:
         """What is known of the rows after the last one, as JSON."""
         noticed = self._noticed
         found = {"ignored": noticed.ignored, "told": noticed.told, "runs": self._runs}
+        found["guessed"] = self._guessed
         return {"parts": self._parts, "files": self._files, **found}
 
     def _checked(self, file: Source, none: bool) -> Iterator[tuple[int, Shape, Row]]:
-        numbered = renamed(file.numbered(), self._columns)
+        def tell(text: str) -> None:
+            self._guessed.append(f"{file.name}: {text}")
+
+        numbered = renamed(file.numbered(tell), self._columns)
         return checked(numbered, file.name, shapes=self._shapes, none=none)
 
 
@@ -123,6 +129,8 @@ def read_rows(
         rows, known = ArrowRows(path / "rows.arrow"), (about["sha256"], about["bytes"])
     parts = tuple(Part(count, named[n].weight) for n, count in about["parts"])
     ignored, told = tuple(about["ignored"]), tuple(about["told"])
+    for guessed in about["guessed"]:
+        log.warning(guessed)
     counts = [count for _, count in about["files"]]
     files = dict[str, int]()
     for source in named:

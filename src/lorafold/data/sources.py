@@ -2,6 +2,7 @@
 the Hugging Face hub or that `datasets` saved.
 """
 
+import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -12,12 +13,15 @@ from typing import Any
 
 from lorafold.data.folders import Files, files_of, is_pattern, shown
 from lorafold.data.parsing import Found, Row
-from lorafold.data.readers import AS_CSV, KINDS, kind_of_file, numbered
+from lorafold.data.readers import KINDS, kind_of_file, numbered
+from lorafold.data.text import AS_CSV, Tell
 from lorafold.errors import LorafoldError, shortened
+from lorafold.files.near import beside
 from lorafold.machine.hub import asked_once
 
 __all__ = ["Row", "Source", "source_from"]
 
+log = logging.getLogger(__name__)
 SPREADSHEETS = (".xlsx", ".xls", ".xlsm", ".ods")
 NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|[-+]?inf|nan"
 
@@ -82,18 +86,26 @@ class Source:
         kind = "".join(self._path.suffixes[-2:]).lower()
         return f"{kind} {of_file(self._path)[1]}" if self._is_file else self._dataset._fingerprint
 
-    def numbered(self) -> Iterable[tuple[int, Found]]:
+    def numbered(self, tell: Tell | None = None) -> Iterable[tuple[int, Found]]:
         """The numbered rows of a file or dataset, unchecked. LorafoldError where they can't be
         read.
+
+        Args:
+            tell: Is told in which encoding a file is, where that was guessed; None: the log is.
         """
-        return numbered(self._path) if self._is_file else enumerate(self._dataset, 1)
+        if self._is_file:
+            return numbered(self._path, tell or self._log)
+        return enumerate(self._dataset, 1)
 
     def streamed(self) -> Iterable[tuple[int, Found]]:
         """The numbered rows, without a copy of a dataset. LorafoldError where they can't be read.
         """
         if self._is_file:
-            return numbered(self._path)
+            return numbered(self._path, self._log)
         return enumerate(_dataset(self.name, self._path, streaming=True), 1)
+
+    def _log(self, told: str) -> None:
+        log.warning("%s: %s", self.name, told)
 
     @property
     def _path(self) -> Path:
@@ -132,14 +144,14 @@ def _dataset(source: str, path: Path, streaming: bool = False) -> Any:
         raise LorafoldError(f"{source}: found a spreadsheet, expected rows; {AS_CSV}")
     if path.is_file() or (not local and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source)):
         found = f"a {path.suffix or 'nameless'} file" if local else "no such file or directory"
-        raise LorafoldError(
-            f"{source}: found {found}, expected {KINDS}, a directory or a hub dataset"
-        )
+        near = "" if local else beside(path)
+        expected = near or f", expected {KINDS}, a directory or a hub dataset"
+        raise LorafoldError(f"{source}: found {found}{expected}")
     from datasets import load_dataset, load_from_disk
     from datasets.config import HF_DATASETS_CACHE
     from datasets.exceptions import DatasetsError
 
-    away = ""
+    away, near = "", "" if local else beside(path)
     try:
         if local:
             found = load_from_disk(source)
@@ -154,7 +166,7 @@ def _dataset(source: str, path: Path, streaming: bool = False) -> Any:
             if local
             else "there is no such file, and it can't be loaded as a hub dataset"
         )
-        raise LorafoldError(f"{source}: {what}: {reason}") from error
+        raise LorafoldError(f"{source}: {what}: {reason}{near}") from error
     if not isinstance(found, dict):
         return found
     if "train" not in found and len(found) != 1:

@@ -28,6 +28,7 @@ from typing import Any
 import psutil
 
 from lorafold.errors import LorafoldError
+from lorafold.files.apart import check_name
 
 MANIFEST = "manifest.json"
 Found = tuple[int, Callable[[], str]]
@@ -75,6 +76,7 @@ def check_out(path: str | Path, overwrite: bool = False) -> None:
     with files but without a manifest is never replaced, since lorafold did not write it.
     """
     target = Path(path).expanduser()
+    check_name(path)
     _try(path, target.resolve().parent)
     with _writing(path):
         _clear_leftovers(target.resolve())
@@ -82,13 +84,13 @@ def check_out(path: str | Path, overwrite: bool = False) -> None:
         return
     if not target.is_dir():
         raise LorafoldError(f"{path} exists and is not a directory; remove it yourself")
-    if not overwrite:
-        raise LorafoldError(f"{path} exists; pass --overwrite to replace it")
     if not (target / MANIFEST).is_file() and any(target.iterdir()):
         raise LorafoldError(
-            f"{path} holds files that lorafold did not write (it has no {MANIFEST}); remove it"
-            " yourself"
+            f"{path} holds files that lorafold did not write (it has no {MANIFEST}); choose"
+            " another name, or remove it yourself"
         )
+    if not overwrite:
+        raise LorafoldError(f"{path} exists; pass --overwrite to replace it")
 
 
 def check_folder(path: str | Path) -> None:

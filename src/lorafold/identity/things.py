@@ -13,11 +13,11 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
-from lorafold.errors import LorafoldError
 from lorafold.files.digests import of_file, of_files
 from lorafold.models.loading import TOKENIZER_FILES, VOCABULARIES
 from lorafold.models.sources import ModelSource
 from lorafold.models.weights import INDEX, MODEL_FILES, model_files
+from lorafold.peft.absent import no_adapter
 from lorafold.peft.config import CONFIG
 from lorafold.peft.saved import FILES, Saved
 
@@ -67,7 +67,7 @@ def of_adapter(adapter: str | Path | Saved, words: bool = True) -> str:
     else:
         path, read = Path(adapter), {}
     if not (path / CONFIG).is_file():
-        raise LorafoldError(f"{path}: found no {CONFIG}, expected the directory of an adapter")
+        raise no_adapter(path)
     return of_files(path, (*FILES, *((*WORDS, CODE) if words else ())), read)
 
 

@@ -28,6 +28,7 @@ from lorafold.core.delta import Additive, put
 from lorafold.core.matrices import module_at, parameter_path
 from lorafold.core.targets import Matches, match
 from lorafold.errors import LorafoldError, as_one
+from lorafold.files.apart import check_kept
 from lorafold.files.atomic import check_out
 from lorafold.files.record import BASE, OTHER_BASE
 from lorafold.files.shown import Shown
@@ -147,6 +148,7 @@ def resize(
     """
     check_request(rank, energy)
     check_out(out, overwrite)
+    check_kept(out, [one.path for one in stack])
     check_language_model(base, stack)
     *over, saved = stack
     model, allowed = base.mapped().model, base.allow_other_base
@@ -205,6 +207,7 @@ def extract(
     Raises LorafoldError where the models have different modules, or equal weights in those layers.
     """
     check_out(out, overwrite)
+    check_kept(out, [base.source.path, tuned.source.path])
     one, other = base.mapped(), tuned.mapped()
     paths = match(one.model, LoRA.targets, is_linear).paths
     theirs = dict(other.model.named_parameters(remove_duplicate=False))

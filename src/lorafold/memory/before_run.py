@@ -21,13 +21,15 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedConfig
 
+from lorafold.adapter import attach
 from lorafold.data.batches import labelled, micro_batches
 from lorafold.data.branches import Branched
 from lorafold.data.feed import Feed
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, NoTarget
 from lorafold.memory.advice import changes_of
 from lorafold.memory.terms import Estimate, estimate
 from lorafold.memory.trace import Setting
+from lorafold.models.fake import fake_model, without_values
 from lorafold.objectives.objective import Objective
 from lorafold.ops.arithmetic import CPU, widens
 from lorafold.recipe.recipe import Recipe
@@ -145,11 +147,29 @@ def settle(
                 f"warning: a step may not fit in memory; {would}", highlight=False, soft_wrap=True
             )
     except LorafoldError as error:
+        if isinstance(error, NoTarget):
+            check_targets(config, setting)
         console.print(
             f"memory: no estimate: {error}", highlight=False, soft_wrap=True, markup=False
         )
         return asked is True
     return setting.checkpointing
+
+
+def check_targets(config: PreTrainedConfig, setting: Setting) -> None:
+    """Raise NoTarget where a run would find no module for its targets, once its weights are loaded.
+    An estimate is of few blocks, in which those that are named need not be.
+    """
+    blocks, trusted = config.get_text_config().num_hidden_layers, setting.trust_remote_code
+    with without_values():
+        model = fake_model(config, setting.base, blocks, setting.classes, trusted)
+        beside = {"targets": setting.targets, **setting.beside(model)}
+        try:
+            attach(model, setting.spec, **beside)  # type: ignore[arg-type]
+        except NoTarget:
+            raise
+        except LorafoldError:
+            return  # which the run says, if it is so there too
 
 
 def summary(found: Estimate) -> str:

@@ -17,6 +17,7 @@ import torch
 from lorafold.adapter import load
 from lorafold.data.probes import probe_ids
 from lorafold.errors import listed
+from lorafold.files.apart import check_kept
 from lorafold.files.atomic import atomic_directory, check_out, write_json
 from lorafold.files.shown import Shown
 from lorafold.fold.rounding import Rounding
@@ -154,6 +155,7 @@ def merge(
     """
     check_out(out, wanted.overwrite)
     source, _ = base.source, base.held  # a wrong name or device is told before any work
+    check_kept(out, [source.path, *(one.path for one in adapters)])
     with atomic_directory(out, wanted.overwrite) as tmp, bars(console) as bar:
         target = choose_into(wanted.into, adapters, base.storage, stored_in_files(source))
         if console is not None and (target.trained_on or target.asked):

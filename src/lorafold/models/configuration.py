@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING
 
 from lorafold.errors import LorafoldError
 from lorafold.files.intact import check_intact
+from lorafold.machine.hub import asked_once
 from lorafold.models.gguf_files import one_file
-from lorafold.models.load_errors import loading, one_line
+from lorafold.models.load_errors import loading
 from lorafold.models.sources import (
     ACCEPTED,
     EMBEDDED,
     check_revision,
     gguf_at,
     gguf_on_hub,
+    not_there,
     resolve_model,
 )
 
@@ -48,17 +50,14 @@ def configuration(
         if path.exists() and not (path / "config.json").is_file():
             raise LorafoldError(f"model {name}: found no config.json in it; {ACCEPTED}")
         check_intact(path, ["config.json"])
-        try:
-            return AutoConfig.from_pretrained(
-                path if path.exists() else name,
-                revision=revision,
-                trust_remote_code=trust_remote_code,
-            )
-        except OSError as error:
-            if not path.exists() and (files := gguf_on_hub(name, revision)):
-                with one_file(files) as file:
-                    return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-            raise LorafoldError(
-                f"model {name}: not on this machine, and can't be loaded from the hub:"
-                f" {one_line(error)}; {ACCEPTED}"
-            ) from error
+        trusted = {"trust_remote_code": trust_remote_code}
+        if path.exists():
+            return AutoConfig.from_pretrained(path, revision=revision, **trusted)
+        with asked_once() as away:
+            try:
+                return AutoConfig.from_pretrained(name, revision=revision, **trusted)
+            except OSError as error:
+                if files := gguf_on_hub(name, revision):
+                    with one_file(files) as file:
+                        return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+                raise not_there(name, away, error) from error

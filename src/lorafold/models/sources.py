@@ -5,6 +5,7 @@ Face hub. `resolve_model` returns a directory in Hugging Face's format for each 
 import importlib.util
 import re
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from lorafold.errors import LorafoldError, listed
 from lorafold.files.atomic import verify
 from lorafold.files.card import EMBEDDED
 from lorafold.files.intact import check_intact
+from lorafold.files.near import beside
 from lorafold.files.record import read_object
 from lorafold.machine.hub import asked_once, cache
 from lorafold.models.gguf import Gguf, gguf_of, renew, unpacked
@@ -92,10 +94,8 @@ def resolve_model(
     if path.is_dir():
         return found(_checked(path, text), text)
     if path.exists() or path.suffix == SUFFIX or not HUB_ID.fullmatch(text):
-        raise LorafoldError(
-            f"model {text}: {'not a model' if path.exists() else 'no such file or directory'};"
-            f" {ACCEPTED}"
-        )
+        what = "not a model" if path.exists() else "no such file or directory"
+        raise LorafoldError(f"model {text}: {what}; {meant(text) or ACCEPTED}")
     with asked_once() as away:
         path = _from_hub(text, revision, away)
         own = any((path / name).is_file() for name in OWN)
@@ -104,6 +104,16 @@ def resolve_model(
         gguf = gguf_of(files, fp32)
         return found(unpacked(gguf), text, gguf)
     return found(_checked(path, text), text)
+
+
+def meant(name: str) -> str:
+    """A question for the model that a name may stand for; empty where there is none."""
+    if page := re.match(r"https?://huggingface\.co/([\w.-]+/[\w.-]+)", name):
+        return f"did you mean {page[1]}?"
+    if get_close_matches(name.lower(), [EMBEDDED], 1, 0.8):
+        return f"did you mean {EMBEDDED}?"
+    near = beside(Path(name).expanduser()).removeprefix("; ")
+    return "" if Path(name).exists() else near
 
 
 def gguf_at(path: Path) -> tuple[Path, ...]:
@@ -179,18 +189,32 @@ def _from_hub(repo: str, revision: str | None, away: str) -> Path:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES))
     except (OSError, ValueError, HTTPError) as error:
         where = repo if revision is None else f"{repo} at {revision}"
-        reason = f"{away}, and it is not in {cache()}" if away else one_line(error, 120)
-        raise LorafoldError(
-            f"model {where}: not on this machine, and can't be loaded from the hub: {reason};"
-            f" {ACCEPTED}"
-        ) from error
+        raise not_there(where, away, error) from error
+
+
+def not_there(name: str, away: str, error: Exception) -> LorafoldError:
+    """The error for a model that is neither on this machine nor loaded from the hub.
+
+    Args:
+        name: As it was asked for, with the revision.
+        away: Why the hub was not asked; empty if it was.
+        error: What it said.
+    """
+    reason = f"{away}, and it is not in {cache()}" if away else one_line(error, 120)
+    return LorafoldError(
+        f"model {name}: not on this machine, and can't be loaded from the hub: {reason};"
+        f" {meant(name) or ACCEPTED}"
+    )
 
 
 def _checked(path: Path, name: str) -> Path:
     if not (path / "config.json").is_file():
         if (path / "adapter_config.json").is_file():
+            about = read_object(path / "adapter_config.json")
+            base = about.get("base_model_name_or_path") or "BASE"
             raise LorafoldError(
-                f"model {name}: this is an adapter; give it as --adapter, and its base as --model"
+                f"model {name}: this is an adapter, expected a model, as its base is: --model"
+                f" {base}"
             )
         raise LorafoldError(f"model {name}: found no config.json in it; {ACCEPTED}")
     if not any(path.glob("*.safetensors")):

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafold.errors import LorafoldError, listed
+from lorafold.errors import LorafoldError, listed, why_unread
 from lorafold.files.contents import Contents
 from lorafold.models.joined import NONE, joined
 from lorafold.models.loading import read_tokenizer
@@ -97,7 +97,7 @@ def set_template(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise LorafoldError(
-            f"chat template {path}: can't be read: {getattr(error, 'strerror', None) or error};"
+            f"chat template {path}: can't be read: {why_unread(error)};"
             f" expected a file with a Jinja template, or {NONE} to join texts unchanged, or {TOOLS}"
             " for ChatML with tools"
         ) from error

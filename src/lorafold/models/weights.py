@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lorafold.core.attach import base_state
 from lorafold.errors import LorafoldError, listed
 from lorafold.files.header import places
+from lorafold.files.near import beside
 from lorafold.files.record import read_object
 
 # by their names in safetensors
@@ -208,6 +209,8 @@ class FileWeights(Weights):
 
 def unreadable(path: Path, error: Exception) -> LorafoldError:
     """The error for a file of tensors that can't be read."""
+    if not path.exists():
+        return LorafoldError(f"{path}: there is no such file{beside(path)}")
     return LorafoldError(
         f"{path}: not readable as safetensors, it may have been cut short or damaged ({error})"
     )

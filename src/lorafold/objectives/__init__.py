@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lorafold.data.shapes import CONVERSATIONS, JUDGED, LABELS, PAIRS, PROMPTS, Shape, shapes_for
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, listed
 
 if TYPE_CHECKING:
     from lorafold.objectives.objective import Objective
@@ -130,7 +130,7 @@ def check_shapes(shapes: Iterable[Shape | None], objective: str) -> None:
     for shape in shapes:
         if shape is None or takes not in shape.gives:
             known = [str(one) for one in shapes_for(takes) if takes in one.gives]
-            expected = " or ".join(known)
+            expected = " or ".join(known) if len(known) < 4 else listed(known, room=90)
             fitting = [n for n, d in OBJECTIVES.items() if shape and d.takes in shape.gives]
             # completions that rows have are for learning them, before they are for being drawn
             others = [n for n in fitting if not OBJECTIVES[n].draws] or fitting

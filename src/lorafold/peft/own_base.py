@@ -14,6 +14,7 @@ from lorafold.files.record import BASE, RECORD, read_object
 from lorafold.models import fingerprint
 from lorafold.models.fingerprint import Fingerprint
 from lorafold.models.weights import Weights
+from lorafold.peft.absent import no_adapter
 from lorafold.peft.config import CONFIG
 
 BASE_IDENTITY = "base_identity"  # in a record: of the base's files, as `identity.of_model` gives it
@@ -57,6 +58,8 @@ class OwnBase:
         can't be read.
         """
         record = adapter / RECORD
+        if not (adapter / CONFIG).exists():
+            raise no_adapter(adapter)
         try:
             config = read_object(adapter / CONFIG)
             return cls.of(adapter, config, read_object(record) if record.is_file() else {})

@@ -22,7 +22,7 @@ from torch import nn
 from lorafold.core.attach import Origin
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches
-from lorafold.errors import LorafoldError, as_one, listed
+from lorafold.errors import LorafoldError, as_one
 from lorafold.files.card import CLASSES, REWARD
 from lorafold.files.contents import Contents
 from lorafold.files.record import RECORD, named_as_now
@@ -31,6 +31,7 @@ from lorafold.models.fingerprint import Fingerprint
 from lorafold.models.tokenizer import has_tokenizer
 from lorafold.models.weights import LoadedWeights, Weights
 from lorafold.peft import tokens
+from lorafold.peft.absent import no_adapter
 from lorafold.peft.checks import misfit, stray
 from lorafold.peft.config import CONFIG, WEIGHTS, read_config
 from lorafold.peft.convolution import in_matrix_form
@@ -73,11 +74,7 @@ class Saved:
         """
         contents = path if isinstance(path, Contents) else Contents(path, FILES)
         if CONFIG not in contents.files:
-            inside = sorted(str(p.parent) for p in contents.path.glob(f"*/{CONFIG}"))
-            raise LorafoldError(
-                f"{contents.path}: found no {CONFIG}, expected the directory of an adapter"
-                + f"; there is one in {listed(inside)}" * bool(inside)
-            )
+            raise no_adapter(contents.path)
         problems: list[str] = []
         written = _attempt(problems, lambda: contents.object(CONFIG))
         config = None

@@ -7,8 +7,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from lorafold.errors import listed
 from lorafold.recipe.fields import Fields
 
+WORDS = {
+    "missing": "one more value",
+    **dict.fromkeys(("int_parsing", "int_from_float"), "a whole number"),
+    "float_parsing": "a number",
+}
 NOWHERE: Mapping[str, str] = MappingProxyType({})
 
 
@@ -28,27 +34,29 @@ def explain(
 
     # (field, key of its entry) -> the expectations that it fails, in order, each once
     expected: dict[tuple[str, str], dict[str, None]] = {}
+    strange: dict[str, list[str]] = {}  # fields that there are not, by where they come from
     for problem in error.errors(include_url=False):
         message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
         if not problem["loc"]:
             yield message
             continue
-        if problem["type"] == "missing":
-            message = "one more value"
-        elif problem["type"].startswith("bool_"):
+        message = WORDS.get(problem["type"], message)
+        if problem["type"].startswith("bool_"):
             message = "on or off"
         field, *inner = map(str, problem["loc"])
         if problem["type"] == "extra_forbidden":
-            near = get_close_matches(field, Fields.model_fields, n=3)
-            hint = (
-                f"did you mean {' or '.join(near)}?"
-                if near
-                else f"expected one of {', '.join(Fields.model_fields)}"
-            )
-            yield f"{field}{origin(field)} is not a field of a recipe: {hint}"
+            if near := get_close_matches(field, Fields.model_fields, n=3):
+                hint = f"did you mean {' or '.join(near)}?"
+                yield f"{field}{origin(field)} is not a field of a recipe: {hint}"
+            else:
+                strange.setdefault(origin(field), []).append(field)
             continue
         deep = isinstance(values[field], dict) and inner and inner[0] in values[field]
         expected.setdefault((field, inner[0] if deep else ""), {})[message] = None
+    for place, names in strange.items():
+        what = "is not a field" if len(names) == 1 else "are no fields"
+        known = listed(Fields.model_fields, room=60)
+        yield f"{listed(names, room=60)}{place} {what} of a recipe: expected one of {known}"
     for (field, key), messages in expected.items():
         found = values[field][key] if key else values[field]
         name = f"{field}.{key}" if key else field

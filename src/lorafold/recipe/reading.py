@@ -14,12 +14,13 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from lorafold.errors import LorafoldError, both_names, called_now
+from lorafold.errors import LorafoldError, both_names, called_now, listed, why_unread
 from lorafold.files.record import RENAMED, named_as_now
 from lorafold.recipe.problems import explain
 from lorafold.recipe.recipe import UNWORDED, Recipe
 
 log = logging.getLogger(__name__)
+TRANSLATES = "lorafold recipe --from {} reads other tools' files"
 MAPPINGS = [name for name, field in Recipe.model_fields.items() if field.default == {}]
 
 
@@ -86,6 +87,25 @@ def load_recipe(
     return recipe
 
 
+def text_of(path: Path, what: str) -> str:
+    """The text of a file in UTF-8, as Windows writes it too. LorafoldError where it can't be read.
+
+    Args:
+        what: What it is expected to be.
+    """
+    try:
+        return path.expanduser().read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = why_unread(error)
+        raise LorafoldError(f"{path}: can't be read as {what}: {reason}") from error
+
+
+def kind_of(value: Any) -> str:
+    """What a value of YAML is, in words."""
+    names = {dict: "other keys than text", list: "a list", str: "a text", type(None): "nothing"}
+    return names.get(type(value), repr(value))
+
+
 class _Yaml(yaml.SafeLoader):
     """YAML 1.1 as PyYAML reads it, except that 3e-4 is a number (1.1 wants a dot and a sign)."""
 
@@ -104,24 +124,25 @@ def parse_yaml(text: str, where: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise LorafoldError(
-            f"{where}: not YAML{place}: {getattr(error, 'problem', None) or 'unreadable'}"
-        ) from error
+        reason = getattr(error, "problem", None) or getattr(error, "reason", None) or "unreadable"
+        raise LorafoldError(f"{where}: not YAML{place}: {reason}") from error
 
 
 def _read(config: Path) -> Mapping[str, Any]:
-    try:
-        text = config.expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise LorafoldError(
-            f"{config}: can't be read as a recipe: {getattr(error, 'strerror', None) or error}"
-        ) from error
-    found = parse_yaml(text, str(config))
+    found = parse_yaml(text_of(config, "a recipe"), str(config))
     if found is None:
+        log.warning("%s: it says nothing, so the defaults hold", config)
         return {}
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
         raise LorafoldError(
-            f"{config}: expected recipe fields as `name: value` lines, found {type(found).__name__}"
+            f"{config}: expected recipe fields as `name: value` lines, found {kind_of(found)};"
+            f" {TRANSLATES.format(config)}"
+        )
+    theirs = [name for name in found if name not in {*Recipe.model_fields, *RENAMED}]
+    if 2 * len(theirs) > len(found) and len(theirs) > 1:
+        raise LorafoldError(
+            f"{config}: found {listed(theirs, room=100)}, which are no fields of a recipe;"
+            f" {TRANSLATES.format(config)}"
         )
     try:
         return named_as_now(found)

@@ -18,7 +18,10 @@ from hashlib import sha256
 from pathlib import Path
 
 from lorafold.errors import LorafoldError
+from lorafold.files.near import beside
+from lorafold.rewards.calling import Wrong
 from lorafold.rewards.judged import Reward
+from lorafold.rewards.kinds import pattern
 from lorafold.rewards.separate import SeparateReward
 
 NUMBER = r"[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|inf|nan)"
@@ -57,6 +60,22 @@ def kind_of(text: str) -> tuple[str, str]:
     if file.endswith(".py") and function.isidentifier():
         return "file", f"{_whole(file)}:{function}"
     raise LorafoldError(f"reward {text!r}: expected {FORMS}, with a weight as in 0.5* or without")
+
+
+def check_there(texts: Iterable[str]) -> None:
+    """Raise LorafoldError for names of no known form, of files that are not there, and for patterns
+    that are none: what can be known without running anything. Adapters are left out.
+    """
+    for text in texts:
+        kind, what = ("", "") if adapter_in(text) else kind_of(text)
+        file = Path(what.rpartition(":")[0] if kind == "file" else what)
+        if kind in ("file", "schema") and not file.is_file():
+            raise LorafoldError(f"reward {text}: found no file {file}, expected one{beside(file)}")
+        if kind == "regex":
+            try:
+                pattern(what)
+            except Wrong as error:
+                raise LorafoldError(f"reward {text}: {error}") from None
 
 
 def reward_of(text: str) -> Reward:

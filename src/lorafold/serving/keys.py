@@ -27,7 +27,7 @@ from typing import Annotated
 from filelock import FileLock
 from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
 
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, why_unread
 from lorafold.files.atomic import write_text
 from lorafold.serving.json_file import read
 from lorafold.serving.refusal import Refusal
@@ -240,7 +240,7 @@ def _own(file: Path | None) -> str:
     try:
         key = file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise LorafoldError(f"{file}: can't be read ({error})") from None
+        raise LorafoldError(f"{file}: can't be read ({why_unread(error)})") from None
     if len(key) < 16:
         raise LorafoldError(f"{file}: found a key of {len(key)} characters, expected 16")
     return _hash(key)

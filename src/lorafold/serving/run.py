@@ -84,7 +84,8 @@ def listening(settings: Settings) -> socket.socket:
         return at
     except OSError as error:
         raise LorafoldError(
-            f"--port {settings.port}: {settings.host} can't be listened at ({error.strerror})"
+            f"--port {settings.port}: {settings.host} can't be listened at ({error.strerror});"
+            " --port 0 takes a free one"
         ) from None
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, why_unread
 from lorafold.recipe.reading import parse_yaml
 
 
@@ -97,8 +97,7 @@ def read_settings(file: Path | None, options: Mapping[str, Any]) -> Settings:
         try:
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            why = getattr(error, "strerror", None) or error
-            raise LorafoldError(f"{file}: can't be read ({why})") from None
+            raise LorafoldError(f"{file}: can't be read ({why_unread(error)})") from None
         found = parse_yaml(text, str(file)) or {}
         if not isinstance(found, dict):
             raise LorafoldError(f"{file}: found {type(found).__name__}, expected settings by name")

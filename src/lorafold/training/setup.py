@@ -26,6 +26,7 @@ from lorafold.data.feed import Feed
 from lorafold.data.findings import Findings
 from lorafold.data.template_forms import day_of, is_dated, on_day
 from lorafold.errors import LorafoldError
+from lorafold.files.apart import check_name
 from lorafold.files.atomic import check_out
 from lorafold.memory.before_run import planned, settle
 from lorafold.memory.trace import Setting
@@ -92,6 +93,7 @@ def check_request(request: Request, console: Console) -> Spec:
     """
     loaded = [("--over", path) for path in request.over]
     loaded += [("--init-adapter", path) for path in request.adapters[len(request.over) :]]
+    check_name(request.out)
     check_apart(request, loaded)
     replaces = request.overwrite or request.resume
     for path in (request.out, best_path(request.out)):

@@ -54,7 +54,8 @@ def adapter(value: Any, settings: Settings) -> Outcome:
         require("learning_rate lora_r lora_alpha", settings)
         if not (settings["lora_target_modules"] or settings["lora_target_linear"]):
             raise LorafoldError(
-                f"found {value}, and neither lora_target_modules nor lora_target_linear"
+                f"found {value}, and neither lora_target_modules nor lora_target_linear, expected"
+                " one of them, as axolotl does"
             )
     peft = settings["peft"]
     loftq = isinstance(peft, dict) and peft.get("loftq_config")

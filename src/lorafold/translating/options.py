@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lorafold.translating import axolotl, llamafactory, trl_trainers, unsloth
+from lorafold.translating import axolotl, llamafactory, mlx, trl_trainers, unsloth
 from lorafold.translating.rules import Outcome, Rule, Settings
 
 # Switches that their tools read with another key, and what that is then
@@ -20,7 +20,8 @@ SWITCHES = {
 
 
 def counterpart(key: str, given: Mapping[str, Any]) -> Outcome | None:
-    """What becomes of an option of TRL's, PEFT's, Unsloth's, LLaMA-Factory's or axolotl's.
+    """What becomes of an option of TRL's, PEFT's, Unsloth's, LLaMA-Factory's,
+    axolotl's or mlx-lm's.
 
     Args:
         key: The option's name without dashes in front, as in lora_r.
@@ -47,6 +48,7 @@ def _tables() -> Iterator[Mapping[str, Rule]]:
     yield from (_by_name(rules) for rules in trl_trainers.RULES.values())
     yield _by_name(llamafactory.RULES)
     yield _by_name(axolotl.RULES)
+    yield _by_name(mlx.RULES)
 
 
 def _by_name(rules: Sequence[Rule], *calls: str) -> Mapping[str, Rule]:

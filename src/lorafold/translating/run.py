@@ -18,7 +18,8 @@ from lorafold.objectives.comparing import law_of
 from lorafold.objectives.drawing import chosen
 from lorafold.peft.config import CONFIG
 from lorafold.recipe.fitting import left_out, spec_of, trainable_storage
-from lorafold.recipe.reading import parse_yaml
+from lorafold.recipe.reading import kind_of as in_words
+from lorafold.recipe.reading import parse_yaml, text_of
 from lorafold.recipe.recipe import UNWORDED, Recipe
 from lorafold.translating.rules import TranslatedKey, left
 from lorafold.translating.tools import TOOLS, kind_of
@@ -75,13 +76,9 @@ def check_free(out: str | Path, overwrite: bool) -> None:
 
 
 def _read(path: Path, kind: str | None) -> Mapping[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise LorafoldError(
-            f"{path}: can't be read: {getattr(error, 'strerror', None) or error}; expected a"
-            " training configuration of another tool"
-        ) from error
+    text = text_of(path, "a training configuration")
+    if not text.strip():
+        raise LorafoldError(f"{path}: found an empty file, expected a training configuration")
     if path.suffix == ".py" or kind == "unsloth":
         return arguments_of(text, str(path))
     if path.suffix == ".json":
@@ -89,7 +86,7 @@ def _read(path: Path, kind: str | None) -> Mapping[str, Any]:
     found = parse_yaml(text, str(path))
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
         raise LorafoldError(
-            f"{path}: found {type(found).__name__}, expected `name: value` lines of a training"
+            f"{path}: found {in_words(found)}, expected `name: value` lines of a training"
             " configuration"
         )
     return found

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafold.errors import LorafoldError
+from lorafold.recipe.recipe import Recipe
 from lorafold.translating import (
     axolotl,
     axolotl_policies,
@@ -25,7 +26,7 @@ from lorafold.translating import (
 )
 from lorafold.translating.rules import Rule, TranslatedKey, by_rules
 
-SHOWN = 8  # the most fields that a line names
+SHOWN = 4  # the most fields that a line names
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,12 @@ def kind_of(path: Path, config: Mapping[str, Any]) -> str:
     best, *others = [kind for kind in order if rank[kind] == rank[order[0]]]
     if signs[best] and not others and 3 * len(unknown[best]) <= len(config):
         return best
+    own = [key for key in config if key in Recipe.model_fields]
+    if 2 * len(own) > len(config):
+        raise LorafoldError(
+            f"{path}: found a recipe of lorafold's own ({_some(own)}), expected another tool's"
+            f" file; train with: lorafold train --config {path}"
+        )
     near = [kind for kind in order if kind != "peft"]
     told = [f"{TOOLS[kind].name} {_unknown(unknown[kind])}" for kind in near[: max(3, len(others))]]
     raise LorafoldError(

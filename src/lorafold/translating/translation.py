@@ -19,6 +19,7 @@ import yaml
 
 from lorafold.recipe.recipe import Recipe
 from lorafold.translating.rules import TranslatedKey
+from lorafold.translating.unsloth_script import Expression
 
 WIDTH = 100
 HEADS = {
@@ -47,6 +48,11 @@ class Translation:
         """All entries: those taken, then those taken differently, then those left."""
         return (*self.taken, *self.changed, *self.left)
 
+    @property
+    def unread(self) -> list[TranslatedKey]:
+        """Those of a script whose value it computes, and that a recipe would have."""
+        return [e for e in self.left if isinstance(e.value, Expression) and e.outcome.flag]
+
     def written(self) -> dict[str, Any]:
         """The recipe's fields that differ from its defaults, and `base` wherever a key set it:
         without that line the model's files would decide on the storage.
@@ -64,6 +70,7 @@ class Translation:
         lines = [
             f"# {self.tool}'s {self.source.name}, translated by lorafold {version('lorafold')}.",
             f"# {self.command(path)}",
+            *(f"# NOT READ: {_named(e)}: {e.outcome.remark}" for e in self.unread),
         ]
         for name, value in self.written().items():
             text = yaml.safe_dump(value, default_flow_style=True, width=10**6)

@@ -255,6 +255,7 @@ def _unread(
 ) -> Iterator[TranslatedKey]:
     defaults = {entry.key: entry.outcome.fields for entry in found}
     for key, text in expressions.items():
-        sets = " ".join(f"--set {name}=VALUE" for name in defaults.get(key, ()))
-        told = "no literal, so that it is not read" + (f": {sets}" if sets else "")
-        yield TranslatedKey(key, str(text), True, left(told))
+        fields = defaults.get(key, ())
+        flag = " ".join(f"--{name.replace('_', '-')} {name.upper()}" for name in fields)
+        told = "no literal, so that it is not read" + (f": give {flag}" if flag else "")
+        yield TranslatedKey(key, text, True, left(told, flag))
