@@ -7,8 +7,8 @@ from shlex import quote
 from shutil import which
 from typing import TYPE_CHECKING
 
-from lorafold.methods import METHODS
 from lorafold.objectives import OBJECTIVES
+from lorafold.peft.config import CONFIG
 from lorafold.recipe.recipe import FEW
 
 if TYPE_CHECKING:
@@ -39,6 +39,6 @@ def after_training(
             f"{result.steps} steps are few to learn by; if its answers are poor: the same command"
             " with --epochs auto"
         )
-    if not (OBJECTIVES[recipe.objective].head or METHODS[recipe.method].trains_base):
+    if not OBJECTIVES[recipe.objective].head and Path(result.adapter, CONFIG).is_file():
         adapters = " ".join(quote(str(one)) for one in (*over, result.adapter))
         yield f"talk to it: {this_command()} chat {adapters}"
