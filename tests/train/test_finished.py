@@ -29,6 +29,12 @@ def files_of(run: list[str]) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in out.iterdir()}
 
 
+def with_other(run: list[str], option: str, value: str | Path) -> list[str]:
+    """The command with another value of an option that it has."""
+    at = run.index(option) + 1
+    return [*run[:at], str(value), *run[at + 1 :]]
+
+
 def test_a_finished_run_is_not_trained_again(run: list[str]) -> None:
     before = files_of(run)
     done = lorafold(*run)
@@ -57,11 +63,10 @@ def test_another_run_does_not_replace_a_finished_one(
     run: list[str], other: list[str], told: str, tiny_model_dir, tmp_path: Path
 ) -> None:
     if other[0] == "--data":
-        run = [*run]
         (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0]))
-        run[run.index("--data") + 1] = str(tmp_path / "rows.jsonl")
+        run = with_other(run, "--data", tmp_path / "rows.jsonl")
     elif other[0] == "--model":
-        run = [*run, "--model", str(tiny_model_dir(other[1]))]
+        run = with_other(run, "--model", tiny_model_dir(other[1]))
     elif other[0] == "--init-adapter":
         run = [*run, "--init-adapter", run[run.index("--out") + 1]]
     else:
@@ -79,7 +84,7 @@ def test_what_no_run_wrote_is_not_resumed(run: list[str], tmp_path: Path) -> Non
     smaller = str(tmp_path / "smaller")
     model = run[run.index("--model") + 1]
     lorafold("resize", adapter, "--model", model, "--out", smaller, "--rank", "1")
-    line = refused(*run, "--out", smaller)
+    line = refused(*with_other(run, "--out", smaller))
     assert "found an adapter that no run of training wrote" in line
 
 

@@ -253,7 +253,7 @@ def test_evaluation_best_checkpoint_and_warm_start(tiny_model_dir, tmp_path: Pat
 def test_an_existing_out_is_refused_before_anything_is_done(tiny_model_dir, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "precious").write_text("x")
-    with pytest.raises(LorafoldError, match="exists; pass --overwrite"):
+    with pytest.raises(LorafoldError, match="holds files that lorafold did not write"):
         train(request(tiny_model_dir("llama"), tmp_path / "a"), quiet())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
 

@@ -8,6 +8,8 @@ which options stand twice, and which words belong to no option.
 
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from itertools import takewhile
+from pathlib import Path
 from shlex import quote
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ from lorafold.errors import LorafoldError, shortened
 
 SWITCHED = {"true", "false", "yes", "no", "on", "off", "1", "0"}
 DASHES = "-\u2010\u2011\u2012\u2013\u2014\u2015\u2212"  # which an editor puts for two of them
+SPOKEN = {"prompt", "system"}  # options whose values are texts that people speak
 WHOLE, FRACTION = "a whole number", "a number"
 BOUNDS = {
     "greater_than": "above {gt}",
@@ -67,6 +70,19 @@ def repeated(line: Line) -> LorafoldError | None:
     return LorafoldError("; ".join([*told, line.see])) if told else None
 
 
+def unquoted(line: Line) -> LorafoldError | None:
+    """The error for a text of several words that stands without quotes, so that all but the first
+    are taken for paths, or None.
+    """
+    for at, (name, option, values) in enumerate(line.words):
+        loose = [one.values[0] for one in takewhile(lambda one: not one.name, line.words[at + 1 :])]
+        spoken = option is not None and option.name in SPOKEN
+        if spoken and loose and not Path(loose[0]).exists():
+            text = quote(shortened(" ".join([*values, *loose]), 100))
+            return LorafoldError(f"{name}: found several words, expected quotes: {name} {text}")
+    return None
+
+
 def unread(error: Any, line: Line, params: Sequence[Any]) -> LorafoldError | None:
     """The error for a command line that Typer can't read, or None where Typer's says all.
 
@@ -112,12 +128,14 @@ def _missing(line: Line, params: Sequence[Any]) -> LorafoldError:
 
 def _stray(line: Line) -> LorafoldError:
     """What words are told that belong to no option, of a command that takes none."""
-    at = next(n for n, one in enumerate(line.words) if not one.name)
-    before, word = line.words[at - 1] if at else None, line.stray[0]
-    if before and word.lower() in SWITCHED and getattr(before.option, "is_flag", False):
-        option: Any = before.option
+    at, word = next(n for n, one in enumerate(line.words) if not one.name), line.stray[0]
+    name, option, values = line.words[at - 1] if at else Word("", None)
+    if option is not None and getattr(option, "is_flag", False) and word.lower() in SWITCHED:
         names = " or ".join([*option.opts, *option.secondary_opts])
-        return LorafoldError(f"{before.name}: found {word}, expected {names} without a value")
+        return LorafoldError(f"{name}: found {word}, expected {names} without a value")
+    if option is not None and getattr(option, "multiple", False):
+        each = " ".join(f"{name} {quote(one)}" for one in (*values, word))
+        return LorafoldError(f"{name}: found {word} as well, expected its name before each: {each}")
     near = get_close_matches(f"--{word.strip(DASHES)}", line.options, 1, 0.8)
     told = f"did you mean {near[0]}?" if near else f"expected options alone; {line.see}"
     return LorafoldError(f"found {shortened(' '.join(line.stray), 100)} without an option; {told}")

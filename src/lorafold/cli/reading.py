@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from lorafold.cli.help import PLACEHOLDERS, Panels
-from lorafold.cli.mistyped import Line, repeated, unread
+from lorafold.cli.mistyped import Line, repeated, unquoted, unread
 from lorafold.cli.unknown import no_command
 from lorafold.cli.words import words
 from lorafold.errors import LorafoldError, both_names, called_now
@@ -41,8 +41,8 @@ class Reading(Panels):
             rest = super().parse_args(ctx, [*now])  # type: ignore[misc]
         except typer.TyperException as error:
             raise unread(error, line, params) or error from None
-        if twice := repeated(line):
-            raise twice
+        if wrong := repeated(line) or unquoted(line):
+            raise wrong
         ctx.params.update({name: _expanded(value) for name, value in ctx.params.items()})
         return list(rest)
 
