@@ -30,7 +30,6 @@ INTEGERS = {
     "num_experts": "expert_count",
     "num_experts_per_tok": "expert_used_count",
     "moe_intermediate_size": "expert_feed_forward_length",
-    "vocab_size": "vocab_size",
 }
 FLOATS = {
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",

@@ -1,8 +1,9 @@
-"""Writes a model in Hugging Face's format as one GGUF file, a few rows of a tensor at a time.
+"""Writes a model as one GGUF file, adapters folded in, a few rows of a tensor at a time.
 
     header | metadata | names, shapes, types and places of tensors | tensors
 
-Memory: the largest parameter in the type that its file has, and some megabytes.
+Memory: the largest parameter in the type that its file has, three times one in fp32 that adapters
+change, and some megabytes.
 """
 
 from __future__ import annotations
@@ -10,14 +11,19 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
+
 from lorafold.data.render import ensure_chat_template
 from lorafold.errors import LorafoldError
+from lorafold.exporting.folded import Folded, folded
 from lorafold.exporting.gguf_metadata import add_metadata, architecture_of
 from lorafold.exporting.gguf_positions import add_positions
-from lorafold.exporting.gguf_tensors import Placed, tensors_of
+from lorafold.exporting.gguf_tensors import tensors_of
 from lorafold.exporting.gguf_tokenizer import add_tokenizer
 from lorafold.exporting.gguf_types import EMBEDDING, OUTPUT, encoded, number_of, size_of, type_of
 from lorafold.exporting.target import Progress
@@ -31,28 +37,40 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FILE_TYPES = {
-    "F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0",
+    "F16": "MOSTLY_F16", "F32": "ALL_F32", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0",
     "Q5_1": "MOSTLY_Q5_1", "Q5_0": "MOSTLY_Q5_0", "Q4_1": "MOSTLY_Q4_1", "Q4_0": "MOSTLY_Q4_0",
 }  # fmt: skip
+ONE_MATRIX = ("gemma", "gemma2")  # whose output is the embedding in llama.cpp, whatever a file has
 
 
-def write_model(
-    directory: Path,
-    out: Path,
-    tensors: str,
-    progress: Progress,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    name: str | None = None,
-) -> Sequence[str]:
+@dataclass(frozen=True)
+class Content:
+    """What goes into a file: a model on its files, the adapters on it that are folded in, lowest
+    first, the directory that it was read from, a tokenizer, and its name for people.
+    """
+
+    model: PreTrainedModel
+    adapters: Sequence[str]
+    directory: Path
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+
+
+def write_model(directory: Path, out: Path, tensors: str, progress: Progress) -> Sequence[str]:
+    """Write the model of a directory in Hugging Face's format, as `write_content` does."""
+    source = resolve_model(directory)
+    model, tokenizer = mapped_model_of(source).model, tokenizer_of(source, ())
+    content = Content(model, (), directory, tokenizer, directory.name)
+    return write_content(content, out, tensors, progress)
+
+
+def write_content(content: Content, out: Path, tensors: str, progress: Progress) -> Sequence[str]:
     """Write a model as a GGUF file.
 
     Args:
-        directory: of the model: config.json, safetensors, tokenizer.
         out: the file, which is replaced.
         tensors: the type of matrices, a key of `FILE_TYPES`.
         progress: called as progress(bytes, all) after each tensor.
-        tokenizer: another one than the directory's.
-        name: of the model, for people; None is the directory's.
 
     Returns:
         What an engine computes otherwise than the model, a sentence each.
@@ -61,70 +79,69 @@ def write_model(
     type does not have, and if the disk has no room.
     """
     import gguf
-    import torch
 
-    source = resolve_model(directory)
-    model = mapped_model_of(source).model
-    config: Any = model.config
+    config: Any = content.model.config
     row = architecture_of(config)
     writer = gguf.GGUFWriter(out, row.name)
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(name or directory.name)
+    writer.add_name(content.name)
     writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[tensors]])
     if tensors.startswith("Q"):
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     notes = [*add_metadata(writer, config, row)]
     beside = add_positions(writer, config, row)
-    own = tokenizer or tokenizer_of(source, ())
-    ensure_chat_template(own)
-    ends = sorted(_ends(model, directory, own))
-    add_tokenizer(writer, own, model.get_input_embeddings().weight.shape[0], ends)
-    placed = [*tensors_of(model, config, row)]
-    placed += [Placed(n, tuple(t.shape), lambda t=t: t) for n, t in beside.items()]  # type: ignore[misc]
-    tied = OUTPUT not in {one.name for one in placed}
-    kinds = {one.name: type_of(one.name, one.shape, tensors, tied) for one in placed}
-    sizes = [size_of(one.shape, kinds[one.name]) for one in placed]
-    odd = [n for n, k in kinds.items() if k == "F16" != tensors]
-    if odd:
+    placed = [*tensors_of(folded(content.model, content.adapters), config, row)]
+    placed += [Folded(n, tuple(t.shape), lambda t=t: t) for n, t in beside.items()]  # type: ignore[misc]
+    shapes = {one.path: one.shape for one in placed}
+    if row.name in ONE_MATRIX and OUTPUT in shapes:
+        raise LorafoldError(
+            f"gguf: adapters change the output's matrix alone, and llama.cpp takes the embedding"
+            f" for it in {row.name}; expected adapters that leave lm_head out"
+        )
+    rows = shapes[EMBEDDING][0]
+    writer.add_vocab_size(rows)
+    ensure_chat_template(content.tokenizer)
+    add_tokenizer(writer, content.tokenizer, rows, _ends(content))
+    kinds = {n: type_of(n, s, tensors, OUTPUT not in shapes) for n, s in shapes.items()}
+    sizes = {n: size_of(s, kinds[n]) for n, s in shapes.items()}
+    if odd := [n for n, kind in kinds.items() if kind == "F16" != tensors]:
         notes.append(f"{len(odd)} matrices are F16, because their rows are no whole blocks")
-    _need_room(out, sum(sizes))
-    for one, size in zip(placed, sizes, strict=True):
-        kind = number_of(kinds[one.name])
-        writer.add_tensor_info(one.name, one.shape, torch.empty(0).numpy().dtype, size, kind)
+    _need_room(out, sum(sizes.values()))
+    for name, shape in shapes.items():
+        kind = number_of(kinds[name])
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), sizes[name], kind)
     with _disk(out), torch.inference_mode():
         _write(writer, placed, kinds, sizes, progress)
     return notes
 
 
-def _ends(
-    model: PreTrainedModel, directory: Path, tokenizer: PreTrainedTokenizerBase
-) -> frozenset[int]:
+def _ends(content: Content) -> Sequence[int]:
     """The tokens that end a completion, by the directory's files."""
     from transformers import GenerationConfig
 
-    if (directory / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(directory)
-    return end_tokens(model, tokenizer)
+    if (content.directory / "generation_config.json").is_file():
+        content.model.generation_config = GenerationConfig.from_pretrained(content.directory)
+    return sorted(end_tokens(content.model, content.tokenizer))
 
 
 def _write(
     writer: gguf.GGUFWriter,
-    placed: Sequence[Placed],
+    placed: Sequence[Folded],
     kinds: dict[str, str],
-    sizes: Sequence[int],
+    sizes: dict[str, int],
     progress: Progress,
 ) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     assert writer.fout is not None
-    file, done, total = writer.fout[0], 0, sum(sizes)
+    file, done, total = writer.fout[0], 0, sum(sizes.values())
     writer.write_padding(file, file.tell())
-    for one, size in zip(placed, sizes, strict=True):
-        for piece in encoded(one.name, one.values(), kinds[one.name]):
+    for one in placed:
+        for piece in encoded(one.path, one.values(), kinds[one.path]):
             file.write(piece.tobytes())
-        writer.write_padding(file, size)
-        done += size
+        writer.write_padding(file, sizes[one.path])
+        done += sizes[one.path]
         progress(done, total)
     writer.close()
 

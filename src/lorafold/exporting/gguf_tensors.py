@@ -9,14 +9,15 @@ A tied head is not there: llama.cpp takes the embedding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorafold.errors import LorafoldError
+from lorafold.exporting.folded import Folded
 from lorafold.exporting.gguf_metadata import Architecture
 
 if TYPE_CHECKING:
@@ -26,20 +27,14 @@ HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
 SUFFIXES = (".weight", ".bias")
 
 
-@dataclass(frozen=True)
-class Placed:
-    """A tensor of the file: its name there, its shape, and its values when they are asked for."""
+def tensors_of(parameters: Iterable[Folded], config: Any, row: Architecture) -> Iterator[Folded]:
+    """The tensors of the file, by their names there, from the parameters of a model.
 
-    name: str
-    shape: tuple[int, ...]
-    values: Callable[[], Tensor]
-
-
-def tensors_of(model: nn.Module, config: Any, row: Architecture) -> Iterator[Placed]:
-    """All tensors of a model. Raises LorafoldError for a parameter that has no name there."""
+    Raises LorafoldError for a parameter that has no name there.
+    """
     names = names_of(row, config.num_hidden_layers)
-    for path, parameter in model.named_parameters():
-        yield from _placed(path, parameter, names, config, row)
+    for parameter in parameters:
+        yield from _placed(parameter, names, config, row)
 
 
 def names_of(row: Architecture, layers: int) -> TensorNameMap:
@@ -51,25 +46,23 @@ def names_of(row: Architecture, layers: int) -> TensorNameMap:
 
 
 def _placed(
-    path: str, parameter: Tensor, names: TensorNameMap, config: Any, row: Architecture
-) -> Iterator[Placed]:
-    stem, _, leaf = path.rpartition(".")
-    shape = tuple(parameter.shape)
+    parameter: Folded, names: TensorNameMap, config: Any, row: Architecture
+) -> Iterator[Folded]:
+    stem, _, leaf = parameter.path.rpartition(".")
+    shape = parameter.shape
     if leaf in ("gate_up_proj", "down_proj"):  # of all experts
         halves = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
         rows = shape[1] // len(halves)
         for n, half in enumerate(halves):
-            name = _named(f"{stem}.{half}.weight", names)
-            part = partial(_rows, parameter, n * rows, rows)
-            yield Placed(name, (shape[0], rows, shape[2]), part)
+            made = parameter.part((shape[0], rows, shape[2]), partial(_rows, n * rows, rows))
+            yield replace(made, path=_named(f"{stem}.{half}.weight", names))
         return
-    module = stem.rpartition(".")[2]
-    make = partial(_whole, parameter)
+    module, made = stem.rpartition(".")[2], parameter
     if row.interleaved and module in HEADS:
-        make = partial(interleaved, parameter, getattr(config, HEADS[module]))
-    elif row.gain and path.endswith("norm.weight"):
-        make = partial(_more, parameter, row.gain)
-    yield Placed(_named(path, names), shape, make)
+        made = parameter.part(shape, partial(interleaved, heads=getattr(config, HEADS[module])))
+    elif row.gain and parameter.path.endswith("norm.weight"):
+        made = parameter.part(shape, lambda values: values.float() + row.gain)
+    yield replace(made, path=_named(parameter.path, names))
 
 
 def _named(path: str, names: TensorNameMap) -> str:
@@ -87,13 +80,5 @@ def interleaved(rows: Tensor, heads: int) -> Tensor:
     return halves.transpose(1, 2).reshape(rows.shape)
 
 
-def _whole(values: Tensor) -> Tensor:
-    return values
-
-
-def _rows(values: Tensor, start: int, count: int) -> Tensor:
+def _rows(start: int, count: int, values: Tensor) -> Tensor:
     return values[:, start : start + count]
-
-
-def _more(values: Tensor, gain: float) -> Tensor:
-    return values.float() + gain

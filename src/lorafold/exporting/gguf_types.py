@@ -81,4 +81,4 @@ def encoded(name: str, values: Tensor, kind: str) -> Iterator[np.ndarray]:
                 )
             yield made.view(torch.uint8).numpy()
         else:
-            yield gguf.quants.quantize(some.float().numpy(), number_of(kind))
+            yield gguf.quants.quantize(some.float().contiguous().numpy(), number_of(kind))
