@@ -1,5 +1,5 @@
-"""llama.cpp's answers, from its own server in this process, as the xllamacpp wheel has it. `base` is
-a GGUF file, and the job has `adapter` too: another, or None for a merged model.
+"""llama.cpp's answers, from its own server in this process, as the xllamacpp wheel has it. `base`
+is a GGUF file, and the job has `adapter` too: another, or None for a merged model.
 
 The server gives probabilities as text, which costs as much as computing them: several prompts are
 asked at once, and the first few alone without the adapter.
