@@ -28,8 +28,9 @@ LIKELY = 20  # the most likely tokens, whose log-probabilities are compared
 
 @dataclass(frozen=True)
 class Theirs:
-    """What an engine answered: as `Answers`, with its name and version. `base` is None where it has
-    the merged model alone, and `unused` the tensors of the files that it did not take, if it tells.
+    """What an engine answered: as `Answers`, with its name and version. `base` is of the first so
+    many prompts, None where it has the merged model alone; `unused` are the tensors of the files
+    that it did not take, if it tells.
     """
 
     adapted: Tensor
@@ -105,7 +106,9 @@ def proof(ours: Answers, theirs: Theirs, margin: Callable[[int, int], float]) ->
         kl_largest=float(kls.max()),
         distance=float(divergences(ours.adapted, ours.base).mean()),
         changed=(
-            None if theirs.base is None else float(divergences(adapted, theirs.base).mean())
+            None
+            if theirs.base is None
+            else float(divergences(adapted[: len(theirs.base)], theirs.base).mean())
         ),
         top=int((ours.adapted.argmax(-1) == adapted.argmax(-1)).sum()),
         gap=gap,

@@ -43,6 +43,7 @@ class Engine:
 
 ENGINES: dict[str, Engine] = {
     "peft": Engine("PEFT", "peft", "pip install peft"),
+    "llamacpp": Engine("llama.cpp", "xllamacpp", "pip install xllamacpp"),
 }
 
 

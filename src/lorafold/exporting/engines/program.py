@@ -8,7 +8,7 @@
                ends       the tokens that end it
                out        the .npz file to write
     answers    adapted    (prompts, vocabulary) log-probabilities of the next token
-               base       the same without adapters, if the engine can
+               base       the same without adapters, of the first prompts, if the engine can
                greedy     tokens of each prompt, without those that end it
                version    of the engine
                unused     the tensors of the files that it did not take, if it tells

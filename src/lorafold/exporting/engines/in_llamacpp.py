@@ -1,0 +1,120 @@
+"""llama.cpp's answers, from its own server in this process, as the xllamacpp wheel has it. `base`
+is a GGUF file, and the job has `adapter` too: another, or None for a merged model.
+
+The server gives probabilities as text, which costs as much as computing them: several prompts are
+asked at once, and the first few alone without the adapter.
+"""
+
+import contextlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from urllib.request import Request, urlopen
+
+import numpy as np
+
+SLOTS = 4  # requests at once
+BARE = 8  # prompts that are asked without the adapter
+UNIT = 256  # llama.cpp's contexts are multiples of it
+ERRORS = 1  # a verbosity
+ID, VALUE = re.compile(rb'"id":(\d+),"token":'), re.compile(rb'"logprob":([^,}]+)')
+FAULT = re.compile(r"^[\d.]+ E \S+: (.*)$", re.MULTILINE)
+
+
+def answers(job: dict[str, Any]) -> dict[str, Any]:
+    """The answers, as `program` describes them; `base` those of the first prompts."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read as the library is loaded
+    import xllamacpp
+
+    longest = max(map(len, job["ids"])) + job["greedy"]
+    params = xllamacpp.CommonParams()
+    params.model.path = job["base"]
+    if job.get("adapter"):
+        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(job["adapter"], 1.0)]
+    params.n_parallel, params.n_ctx = SLOTS, SLOTS * UNIT * -(-longest // UNIT)
+    params.cache_ram_mib, params.cache_prompt, params.fit_params = 0, False, False
+    params.warmup, params.verbosity, params.ui = False, ERRORS, False
+    for each in (params.cpuparams, params.cpuparams_batch):
+        each.n_threads = os.cpu_count() or 1
+    with _told() as told:
+        try:
+            server = xllamacpp.Server(params)
+        except RuntimeError as error:
+            faults = FAULT.findall(told())
+            raise SystemExit(faults[0] if faults else str(error)) from None
+    ask = _asking(server.listening_address)
+    size = json.loads(ask("/v1/models"))["data"][0]["meta"]["n_vocab"]
+    harmless = _tokens(ask, "a")[-1:]  # a whole character: part of one would have no probabilities
+
+    def following(ids: Sequence[int], scale: float) -> np.ndarray:
+        scales = [{"id": 0, "scale": scale}] if job.get("adapter") else []
+        body = {
+            "prompt": ids, "n_predict": 1, "n_probs": size, "cache_prompt": False, "lora": scales,
+            "temperature": 0, "logit_bias": [[token, 1e6] for token in harmless],
+        }  # fmt: skip
+        said = ask("/completion", body)
+        said = said[said.index(b'"top_logprobs"') :]
+        row = np.full(size, -np.inf, np.float32)
+        row[np.array(ID.findall(said), "S").astype(int)] = np.array(VALUE.findall(said), "S")
+        return row
+
+    def text(ids: Sequence[int]) -> list[int]:
+        body = {"prompt": ids, "n_predict": job["greedy"], "temperature": 0, "return_tokens": True}
+        made = json.loads(ask("/completion", {**body, "cache_prompt": False}))["tokens"]
+        ended = [n for n, token in enumerate(made) if token in job["ends"]]
+        return made[: ended[0]] if ended else made
+
+    with ThreadPoolExecutor(SLOTS) as pool:
+        found = {
+            "adapted": [*pool.map(lambda ids: following(ids, 1.0), job["ids"])],
+            "greedy": [*pool.map(text, job["ids"])],
+            "version": xllamacpp.__version__,
+            "other_tokens": [
+                n
+                for n, (given, ids) in enumerate(zip(job["texts"], job["ids"], strict=True))
+                if _tokens(ask, given) != ids
+            ],
+        }
+        if job.get("adapter"):
+            found["base"] = [*pool.map(lambda ids: following(ids, 0.0), job["ids"][:BARE])]
+    return found
+
+
+def _asking(address: str) -> Callable[..., bytes]:
+    """What sends a request to the server, and gives its reply."""
+
+    def ask(path: str, body: dict[str, Any] | None = None) -> bytes:
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"}
+        with urlopen(Request(address + path, data, headers)) as reply:
+            return bytes(reply.read())
+
+    return ask
+
+
+def _tokens(ask: Callable[..., bytes], text: str) -> list[int]:
+    body = {"content": text, "add_special": False, "parse_special": True}
+    found: list[int] = json.loads(ask("/tokenize", body))["tokens"]
+    return found
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[Callable[[], str]]:
+    """Keeps what the library writes to the screen, and gives it."""
+    with tempfile.TemporaryFile() as file:
+        screen = os.dup(2)
+        os.dup2(file.fileno(), 2)
+
+        def told() -> str:
+            file.seek(0)
+            return file.read().decode("utf-8", "replace")
+
+        try:
+            yield told
+        finally:
+            os.dup2(screen, 2)
+            os.close(screen)
