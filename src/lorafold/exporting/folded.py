@@ -19,6 +19,7 @@ from lorafold.core.matrices import module_at
 from lorafold.errors import NotMergeable, listed
 from lorafold.fold.plan import FoldPlan, plan_fold
 from lorafold.merging.folding import before_and_after
+from lorafold.models.converted import OnDemand
 
 DELTAS = ".deltas."
 
@@ -71,4 +72,4 @@ def _changed(model: nn.Module, plan: FoldPlan, name: str, names: Sequence[str]) 
 
 
 def _same(parameter: Tensor) -> Tensor:
-    return parameter
+    return parameter.make() if isinstance(parameter, OnDemand) else parameter

@@ -110,7 +110,7 @@ def write_content(content: Content, out: Path, tensors: str, progress: Progress)
     for name, shape in shapes.items():
         kind = number_of(kinds[name])
         writer.add_tensor_info(name, shape, np.dtype(np.float32), sizes[name], kind)
-    with _disk(out), torch.inference_mode():
+    with _disk(out), torch.no_grad():
         _write(writer, placed, kinds, sizes, progress)
     return notes
 
