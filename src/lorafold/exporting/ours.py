@@ -39,6 +39,13 @@ class Ours:
         model = adapted(plain, subject.adapters)
         return cls(model, tokenizer, prompts, answers(model, tokenizer, prompts, progress))
 
+    def first(self, n: int) -> Ours:
+        """The same of the first n prompts."""
+        prompts = Prompts(self.prompts.texts[:n], self.prompts.ids[:n])
+        found = self.answers
+        few = Answers(found.adapted[:n], found.base[:n], found.greedy[:n])
+        return replace(self, prompts=prompts, answers=few)
+
     @cached_property
     def ends(self) -> frozenset[int]:
         """The tokens that end a completion."""
