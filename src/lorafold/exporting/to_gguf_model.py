@@ -17,15 +17,16 @@ from lorafold.errors import LorafoldError, NotMergeable, shortened
 from lorafold.exporting.folded import folded
 from lorafold.exporting.gguf_metadata import architecture_of
 from lorafold.exporting.gguf_model import FILE_TYPES, Content, write_content
+from lorafold.exporting.gguf_types import PLAIN
 from lorafold.exporting.target import Progress, Subject, Target, Written
 from lorafold.models.storage import stored_in_files
 
 QUANTIZER = "llama-quantize"
 MIXED = ("Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_M", "Q2_K", "IQ4_NL", "IQ4_XS")
-HALF = {"F32": 0.01, "F16": 0.01, "BF16": 0.01, "Q8_0": 0.02}
-TOLERANCE: dict[str, float | None] = HALF | dict.fromkeys(
-    (kind for kind in (*FILE_TYPES, *MIXED) if kind not in HALF)
-)
+# of other types than these the share is told and refuses nothing
+TOLERANCE: Mapping[str, float | None] = {
+    **dict.fromkeys((*FILE_TYPES, *MIXED)), **dict.fromkeys(PLAIN, 0.01), "Q8_0": 0.02
+}  # fmt: skip
 
 
 def file_of(tensors: str | None) -> str:
