@@ -164,7 +164,7 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
     base = saved("llama", tmp_path / "base")
     full = SimpleNamespace(disk_usage=lambda path: SimpleNamespace(free=1000))
     monkeypatch.setattr(gguf_model, "shutil", full)
-    with pytest.raises(LorafoldError, match="the disk has 0.0 GB left"):
+    with pytest.raises(LorafoldError, match=r"the disk has 0\.0 GB left"):
         lf.export(base, out=tmp_path / "out", to="gguf-model", prove=False, device="cpu")
     assert not (tmp_path / "out").exists()
 

@@ -40,8 +40,9 @@ FIELD = {
         "{% set given = messages[0]['content'] %}{% set rest = messages[1:] %}"
         "{% else %}{% set given = '' %}{% set rest = messages %}{% endif %}"
         "{% for m in rest %}{% if m['role'] == 'user' %}{{ '[INST] ' }}"
-        "{% if loop.first and given %}{{ given + '\n\n' }}{% endif %}{{ m['content'] + ' [/INST]' }}"
-        "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+        "{% if loop.first and given %}{{ given + '\n\n' }}{% endif %}"
+        "{{ m['content'] + ' [/INST]' }}{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}"
+        "{% endfor %}"
     ),
     "mistral-v3": (
         "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"

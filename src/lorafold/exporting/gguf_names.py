@@ -1,11 +1,12 @@
 """Where the factors of an update go in llama.cpp's form of an adapter, and in which order.
 
     W (out, in)        NAME.lora_a (r, in) = down         NAME.lora_b (out, r) = up
-    embedding (V, d)   token_embd.weight.lora_a (V, r) = up        .lora_b (d, r) = down^T
-    experts            ffn_gate_exps, ffn_up_exps, ffn_down_exps: lora_a (E, r, in), lora_b (E, out, r)
+    embedding (V, d)   token_embd.weight.lora_a (V, r) = down^T    .lora_b (d, r) = up
+    experts            ffn_{gate,up,down}_exps: lora_a (E, r, in), lora_b (E, out, r)
 
-Rows of `up` are those of W, and lie in the file as W's do: interleaved for queries and keys of
-llama, the halves of transformers' gate_up_proj of experts apart.
+An embedding is taken as a map from tokens, so that its `up` is (d, r). Rows of `up` lie in the file
+as those of W do: interleaved for queries and keys of llama, the halves of transformers'
+gate_up_proj of experts apart.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def tensors_of_update(
                     " for both, which an adapter can't change"
                 )
             elif name == EMBEDDING:
-                tensors |= {f"{name}.lora_a": up, f"{name}.lora_b": down.mT}
+                tensors |= {f"{name}.lora_a": down.mT, f"{name}.lora_b": up}
             else:
                 tensors |= {f"{name}.lora_a": down, f"{name}.lora_b": up}
     return tensors, problems

@@ -80,7 +80,7 @@ class Proof(Shown):
         near = f", {self.near} part where two tokens are as good as equal" * bool(self.near)
         other = {"tokens": self.other_tokens, "texts": self.other_texts}
         told = "".join(
-            f"; it makes other {what} of {len(found)} chats" for what, found in other.items() if found
+            f"; other {what} there of {len(found)} chats" for what, found in other.items() if found
         )
         return (
             f"{self.engine} {self.version}, {n} prompts: KL {self.kl:.1e} nats on average,"

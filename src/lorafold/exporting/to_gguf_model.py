@@ -11,12 +11,10 @@ import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from lorafold.errors import LorafoldError, NotMergeable, shortened
-from lorafold.exporting.folded import folded
-from lorafold.exporting.gguf_metadata import architecture_of
-from lorafold.exporting.gguf_model import FILE_TYPES, Content, write_content
+from lorafold.errors import LorafoldError, shortened
+from lorafold.exporting.gguf_model import FILE_TYPES, Content, described, write_content
 from lorafold.exporting.gguf_types import PLAIN
 from lorafold.exporting.target import Progress, Subject, Target, Written
 from lorafold.models.storage import stored_in_files
@@ -48,22 +46,21 @@ def problems_of(subject: Subject) -> Sequence[str]:
             f" {subject.tensors}"
         ]
     try:
-        architecture_of(subject.config)
-        for _ in folded(subject.model, subject.names):
-            pass
-    except (NotMergeable, LorafoldError) as error:
+        described(_content(subject), "F16")
+    except LorafoldError as error:
         return [str(error)]
     return []
 
 
+def _content(subject: Subject) -> Content:
+    name, source = Path(subject.base.name).name, subject.base.source
+    model: Any = subject.model
+    return Content(model, subject.names, source.path, subject.tokenizer, name)
+
+
 def write_gguf(subject: Subject, directory: Path, progress: Progress) -> Sequence[str]:
     """Write the file of a subject into a directory; as `write_content`, which has the notes."""
-    asked = str(subject.tensors)
-    source = subject.base.source
-    name = Path(subject.base.name).name
-    content = Content(
-        subject.model, subject.names, source.path, subject.tokenizer, name  # type: ignore[arg-type]
-    )  # fmt: skip
+    asked, content = str(subject.tensors), _content(subject)
     if asked not in MIXED:
         return write_content(content, directory / file_of(asked), asked, progress)
     plain = directory / file_of("F32")

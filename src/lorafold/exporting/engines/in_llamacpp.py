@@ -2,7 +2,8 @@
 is a GGUF file, and the job has `adapter` too: another, or None for a merged model.
 
 The server gives probabilities as text, which costs as much as computing them: several prompts are
-asked at once, and the first few alone without the adapter.
+asked at once, and only the first few without the adapter. A greedy text begins from what the server
+keeps of its prompt. Nothing that is kept is for another adapter: the server would not notice.
 """
 
 import contextlib
@@ -12,18 +13,19 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import numpy as np
 
-SLOTS = 4  # requests at once
-BARE = 8  # prompts that are asked without the adapter
+SLOTS = 8  # requests at once
+BARE = SLOTS  # prompts that are asked without the adapter
 UNIT = 256  # llama.cpp's contexts are multiples of it
 ERRORS = 1  # a verbosity
 ID, VALUE = re.compile(rb'"id":(\d+),"token":'), re.compile(rb'"logprob":([^,}]+)')
-FAULT = re.compile(r"^[\d.]+ E \S+: (.*)$", re.MULTILINE)
+FAULT = re.compile(r"^[\d.]+ E .*?: (.*)$", re.MULTILINE)
 
 
 def answers(job: dict[str, Any]) -> dict[str, Any]:
@@ -51,11 +53,11 @@ def answers(job: dict[str, Any]) -> dict[str, Any]:
     size = json.loads(ask("/v1/models"))["data"][0]["meta"]["n_vocab"]
     harmless = _tokens(ask, "a")[-1:]  # a whole character: part of one would have no probabilities
 
-    def following(ids: Sequence[int], scale: float) -> np.ndarray:
+    def following(ids: Sequence[int], slot: int, scale: float) -> np.ndarray:
         scales = [{"id": 0, "scale": scale}] if job.get("adapter") else []
         body = {
             "prompt": ids, "n_predict": 1, "n_probs": size, "cache_prompt": False, "lora": scales,
-            "temperature": 0, "logit_bias": [[token, 1e6] for token in harmless],
+            "id_slot": slot, "temperature": 0, "logit_bias": [[token, 1e6] for token in harmless],
         }  # fmt: skip
         said = ask("/completion", body)
         said = said[said.index(b'"top_logprobs"') :]
@@ -63,16 +65,27 @@ def answers(job: dict[str, Any]) -> dict[str, Any]:
         row[np.array(ID.findall(said), "S").astype(int)] = np.array(VALUE.findall(said), "S")
         return row
 
-    def text(ids: Sequence[int]) -> list[int]:
-        body = {"prompt": ids, "n_predict": job["greedy"], "temperature": 0, "return_tokens": True}
-        made = json.loads(ask("/completion", {**body, "cache_prompt": False}))["tokens"]
-        ended = [n for n, token in enumerate(made) if token in job["ends"]]
-        return made[: ended[0]] if ended else made
+    def text(ids: Sequence[int], slot: int) -> list[int]:
+        made: list[int] = []
+        while len(made) < job["greedy"]:  # it stops at more tokens than those that end a completion
+            body = {
+                "prompt": [*ids, *made], "n_predict": job["greedy"] - len(made), "id_slot": slot,
+                "temperature": 0, "cache_prompt": True, "return_tokens": True,
+            }  # fmt: skip
+            made += json.loads(ask("/completion", body))["tokens"]
+            if ended := [n for n, token in enumerate(made) if token in job["ends"]]:
+                return made[: ended[0]]
+        return made
+
+    def both(slot: int) -> list[tuple[np.ndarray, list[int]]]:
+        return [(following(ids, slot, 1.0), text(ids, slot)) for ids in job["ids"][slot::SLOTS]]
 
     with ThreadPoolExecutor(SLOTS) as pool:
+        turns = [*pool.map(both, range(SLOTS))]
+        each = [turns[n % SLOTS][n // SLOTS] for n in range(len(job["ids"]))]
         found = {
-            "adapted": [*pool.map(lambda ids: following(ids, 1.0), job["ids"])],
-            "greedy": [*pool.map(text, job["ids"])],
+            "adapted": [row for row, _ in each],
+            "greedy": [made for _, made in each],
             "version": xllamacpp.__version__,
             "other_tokens": [
                 n
@@ -83,7 +96,8 @@ def answers(job: dict[str, Any]) -> dict[str, Any]:
         if not job.get("adapter"):
             found["other_texts"] = _otherwise(ask, job["chats"], job["texts"])
         else:
-            found["base"] = [*pool.map(lambda ids: following(ids, 0.0), job["ids"][:BARE])]
+            bare = partial(following, scale=0.0)
+            found["base"] = [*pool.map(bare, job["ids"][:BARE], range(BARE))]
     return found
 
 
