@@ -89,12 +89,12 @@ def architecture_of(config: Any) -> Architecture:
     found = ARCHITECTURES.get(config.model_type)
     if found is None:
         raise LorafoldError(
-            f"gguf: found a model of type {config.model_type}, expected one of"
+            f"found a model of type {config.model_type}, expected one of"
             f" {', '.join(ARCHITECTURES)}; the directory that lorafold merge writes can be"
             " converted by llama.cpp's own converter"
         )
     if wrong := _problems(config, found):
-        raise LorafoldError(f"gguf: llama.cpp can't say {wrong[0]}")
+        raise LorafoldError(f"llama.cpp can't say {wrong[0]}")
     return found
 
 

@@ -12,11 +12,13 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lorafold.data.render import ensure_chat_template
 from lorafold.errors import LorafoldError
@@ -75,44 +77,73 @@ def write_content(content: Content, out: Path, tensors: str, progress: Progress)
     Returns:
         What an engine computes otherwise than the model, a sentence each.
 
-    Raises LorafoldError for a model or a tokenizer that the format can't say, for values that the
-    type does not have, and if the disk has no room.
+    Raises LorafoldError as `described`, for values that the type does not have, and if the disk has
+    no room.
+    """
+    made = described(content, tensors)
+    kinds = {n: type_of(n, s, tensors, OUTPUT not in made.shapes) for n, s in made.shapes.items()}
+    sizes = {n: size_of(s, kinds[n]) for n, s in made.shapes.items()}
+    _need_room(out, sum(sizes.values()))
+    for name, shape in made.shapes.items():
+        kind = number_of(kinds[name])
+        made.writer.add_tensor_info(name, shape, np.dtype(np.float32), sizes[name], kind)
+    with _disk(out), torch.no_grad():
+        _write(made, out, kinds, sizes, progress)
+    if odd := [n for n, kind in kinds.items() if kind == "F16" != tensors]:
+        return [*made.notes, f"{len(odd)} matrices are F16: their rows are no whole blocks"]
+    return made.notes
+
+
+@dataclass(frozen=True)
+class Described:
+    """A file before it is written: a writer with all metadata, the tensors, and what an engine
+    computes otherwise, a sentence each.
+    """
+
+    writer: gguf.GGUFWriter
+    tensors: Sequence[Folded]
+    notes: Sequence[str]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the tensors, by name."""
+        return {one.path: one.shape for one in self.tensors}
+
+
+def described(content: Content, tensors: str) -> Described:
+    """What a file says of a model; nothing is computed or written.
+
+    Raises LorafoldError for a model or a tokenizer that the format can't say.
     """
     import gguf
 
     config: Any = content.model.config
     row = architecture_of(config)
-    writer = gguf.GGUFWriter(out, row.name)
+    writer = gguf.GGUFWriter(None, row.name)
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(content.name)
     writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[tensors]])
     if tensors.startswith("Q"):
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    notes = [*add_metadata(writer, config, row)]
+    notes = add_metadata(writer, config, row)
     beside = add_positions(writer, config, row)
     placed = [*tensors_of(folded(content.model, content.adapters), config, row)]
-    placed += [Folded(n, tuple(t.shape), lambda t=t: t) for n, t in beside.items()]  # type: ignore[misc]
+    placed += [Folded(name, tuple(t.shape), partial(_same, t)) for name, t in beside.items()]
     shapes = {one.path: one.shape for one in placed}
     if row.name in ONE_MATRIX and OUTPUT in shapes:
         raise LorafoldError(
-            f"gguf: adapters change the output's matrix alone, and llama.cpp takes the embedding"
-            f" for it in {row.name}; expected adapters that leave lm_head out"
+            "adapters change the output's matrix alone, and llama.cpp takes the embedding for it in"
+            f" {row.name}; expected adapters that leave lm_head out"
         )
     rows = shapes[EMBEDDING][0]
     writer.add_vocab_size(rows)
     ensure_chat_template(content.tokenizer)
     add_tokenizer(writer, content.tokenizer, rows, _ends(content))
-    kinds = {n: type_of(n, s, tensors, OUTPUT not in shapes) for n, s in shapes.items()}
-    sizes = {n: size_of(s, kinds[n]) for n, s in shapes.items()}
-    if odd := [n for n, kind in kinds.items() if kind == "F16" != tensors]:
-        notes.append(f"{len(odd)} matrices are F16, because their rows are no whole blocks")
-    _need_room(out, sum(sizes.values()))
-    for name, shape in shapes.items():
-        kind = number_of(kinds[name])
-        writer.add_tensor_info(name, shape, np.dtype(np.float32), sizes[name], kind)
-    with _disk(out), torch.no_grad():
-        _write(writer, placed, kinds, sizes, progress)
-    return notes
+    return Described(writer, placed, notes)
+
+
+def _same(values: Tensor) -> Tensor:
+    return values
 
 
 def _ends(content: Content) -> Sequence[int]:
@@ -125,25 +156,24 @@ def _ends(content: Content) -> Sequence[int]:
 
 
 def _write(
-    writer: gguf.GGUFWriter,
-    placed: Sequence[Folded],
-    kinds: dict[str, str],
-    sizes: dict[str, int],
-    progress: Progress,
+    made: Described, out: Path, kinds: dict[str, str], sizes: dict[str, int], progress: Progress
 ) -> None:
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    assert writer.fout is not None
-    file, done, total = writer.fout[0], 0, sum(sizes.values())
-    writer.write_padding(file, file.tell())
-    for one in placed:
-        for piece in encoded(one.path, one.values(), kinds[one.path]):
-            file.write(piece.tobytes())
-        writer.write_padding(file, sizes[one.path])
-        done += sizes[one.path]
-        progress(done, total)
-    writer.close()
+    writer, done, total = made.writer, 0, sum(sizes.values())
+    try:
+        writer.write_header_to_file(out)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        assert writer.fout is not None
+        file = writer.fout[0]
+        writer.write_padding(file, file.tell())
+        for one in made.tensors:
+            for piece in encoded(one.path, one.values(), kinds[one.path]):
+                file.write(piece.tobytes())
+            writer.write_padding(file, sizes[one.path])
+            done += sizes[one.path]
+            progress(done, total)
+    finally:
+        writer.close()
 
 
 @contextmanager

@@ -34,7 +34,7 @@ def add_positions(writer: GGUFWriter, config: Any, row: Architecture) -> dict[st
     kind, prefix = rope.get("rope_type", "default"), f"{row.name}.rope."
     if kind not in KNOWN or windowed.get("rope_type", "default") != "default":
         raise LorafoldError(
-            f"gguf: the model scales its rotary positions by {kind}, expected"
+            f"the model scales its rotary positions by {kind}, expected"
             f" {', '.join(KNOWN)}, and by default in windows"
         )
     width = int(head_width(config) * rope.get("partial_rotary_factor", 1.0))
@@ -80,9 +80,9 @@ def _check_yarn(rope: Mapping[str, Any]) -> None:
     """Raise LorafoldError for a scale of attention that is not YaRN's own, which llama.cpp has."""
     own, factor = rope.get("attention_factor"), rope["factor"]
     usual = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
-    if rope.get("mscale") or own is not None and not math.isclose(own, usual, rel_tol=1e-4):
+    if rope.get("mscale") or (own is not None and not math.isclose(own, usual, rel_tol=1e-4)):
         raise LorafoldError(
-            "gguf: its rotary positions (yarn) scale attention by"
+            "its rotary positions (yarn) scale attention by"
             f" {own or rope.get('mscale')}, expected YaRN's own {usual:.4g}, all that llama.cpp"
             " takes from a file"
         )

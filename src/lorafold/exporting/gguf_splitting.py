@@ -45,7 +45,7 @@ def name_of_rule(backend: Tokenizer, whole_words: bool) -> str:
             if all(_pieces(rule, text) == found for text, found in zip(TEXTS, wanted, strict=True)):
                 return name
     raise LorafoldError(
-        f"gguf: its tokenizer splits text by a rule for which llama.cpp has no name that is known"
+        f"its tokenizer splits text by a rule for which llama.cpp has no name that is known"
         f" here ({type(own).__name__}{', words that are tokens are whole' * whole_words}); expected"
         " the rule of one of GPT-2, SmolLM2, Llama 3, Qwen 2, Tekken, GPT-4o and so on"
     )
@@ -69,7 +69,7 @@ def check_whole(backend: Tokenizer) -> None:
         made = _marked(backend, text)
         if made not in (before + text.replace(" ", SPACE), text.replace(" ", SPACE)):
             raise LorafoldError(
-                "gguf: its tokenizer changes texts before it makes tokens in a way that llama.cpp"
+                "its tokenizer changes texts before it makes tokens in a way that llama.cpp"
                 f" has not: {text[:24]!r} becomes {made[:24]!r}"
             )
 

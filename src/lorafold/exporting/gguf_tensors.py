@@ -68,7 +68,7 @@ def _placed(
 def _named(path: str, names: TensorNameMap) -> str:
     found = names.get_name(path, try_suffixes=SUFFIXES)
     if found is None:
-        raise LorafoldError(f"gguf: found a parameter {path}, for which llama.cpp has no name")
+        raise LorafoldError(f"found a parameter {path}, for which llama.cpp has no name")
     return found
 
 

@@ -41,12 +41,12 @@ def add_tokenizer(
     model = content["model"]
     if model["type"] != "BPE":
         raise LorafoldError(
-            f"gguf: the model has a tokenizer of the kind {model['type']}, expected byte-level BPE,"
+            f"the model has a tokenizer of the kind {model['type']}, expected byte-level BPE,"
             " or BPE with bytes for unknown characters"
         )
     if len(tokenizer) > rows:
         raise LorafoldError(
-            f"gguf: the tokenizer has {len(tokenizer):,} tokens, but the model's embedding has"
+            f"the tokenizer has {len(tokenizer):,} tokens, but the model's embedding has"
             f" {rows:,} rows"
         )
     added = {one["id"]: one for one in content["added_tokens"]}
@@ -110,7 +110,7 @@ def _add_special(
     own: Any = tokenizer
     eos = own.eos_token_id if own.eos_token_id is not None else next(iter(ends), None)
     if eos is None:
-        raise LorafoldError("gguf: neither tokenizer nor configuration says which token ends a text")
+        raise LorafoldError("neither tokenizer nor configuration says which token ends a text")
     bos = own.bos_token_id
     # llama.cpp takes token 11 for one that a file leaves out
     writer.add_bos_token_id(eos if bos is None else bos)

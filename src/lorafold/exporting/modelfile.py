@@ -59,7 +59,7 @@ def modelfile(weights: str, template: str, stops: Sequence[str]) -> str:
         if QUOTES in text or odd:
             found = QUOTES if QUOTES in text else repr(odd[0])
             raise LorafoldError(
-                f"ollama: the model's chat template has {found}, which a Modelfile can't have"
+                f"the model's chat template has {found}, which a Modelfile can't have"
             )
     ends = "".join(f"PARAMETER stop {QUOTES}{stop}{QUOTES}\n" for stop in stops)
     return f"FROM ./{weights}\nTEMPLATE {QUOTES}{template}{QUOTES}\n{ends}"

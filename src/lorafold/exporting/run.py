@@ -17,7 +17,7 @@ from lorafold.exporting.engines import ENGINES, ask
 from lorafold.exporting.ours import Ours
 from lorafold.exporting.proof import Proof, proof
 from lorafold.exporting.table import target_of
-from lorafold.exporting.target import Subject, Target, Written
+from lorafold.exporting.target import Progress, Subject, Target, Written
 from lorafold.files.atomic import atomic_directory, check_out, write_json
 from lorafold.files.shown import Shown
 from lorafold.merging.run import bars
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 EXPORT, SCRATCH, PROVING = "export.json", "scratch", "proving"
 SHARE = 0.01  # of what the adapters change, that a proof may lose
+ALONE = 1e-3  # nats, of a base without adapters
 FEWER = 8  # prompts for figures that refuse nothing
 INSTEAD = ", which no engine here takes"
 
@@ -117,16 +118,14 @@ def export(
     unproved = _unproved(target, wanted)
     with atomic_directory(out, wanted.overwrite) as tmp, bars(console) as bar:
         subject, cut, ours = Subject(base, tuple(adapters), tensors), None, None
+        if wanted.as_lora is None:
+            _check_said(target, subject, wanted, bar("trying ranks"))
         if not unproved:
             ours = Ours.of(subject, wanted.prompts, bar("answering"))
         if wanted.as_lora is not None:
             subject, cut = cut_to(subject, wanted.as_lora, tmp / SCRATCH, ours)
+            _check_said(target, subject, wanted, bar("trying ranks"))
             ours = ours and Ours.of(subject, wanted.prompts, bar("answering"))
-        if problems := target.problems(subject):
-            progress = bar("trying ranks")
-            dense = subject.update.dense and not subject.update.beside
-            enough = rank_enough(subject, wanted.prompts, progress) if dense else ""
-            raise LorafoldError(f"{wanted.to}: {as_one(problems)}{enough}")
         written, found, beside = target.write(subject, tmp, bar("writing")), None, {}
         if ours is not None and target.engine is not None:
             made = target.proving(subject, tmp / PROVING, bar("preparing the proof"))
@@ -144,6 +143,14 @@ def export(
         )
         write_json(tmp / EXPORT, result.as_json())
     return result
+
+
+def _check_said(target: Target, subject: Subject, wanted: Wanted, progress: Progress) -> None:
+    """Raise LorafoldError for what the target can't say, with the rank of a LoRA that is enough."""
+    if problems := target.problems(subject):
+        dense = not target.merged and subject.update.dense and not subject.update.beside
+        enough = rank_enough(subject, wanted.prompts, progress) if dense else ""
+        raise LorafoldError(f"{wanted.to}: {as_one(problems)}{enough}")
 
 
 def _proof(
@@ -181,6 +188,10 @@ def _check(found: Proof, target: Target, tensors: str | None) -> None:
         raise LorafoldError(f"{said}: it left out {as_one(found.unused)}")
     if found.distance and found.changed == 0:
         raise LorafoldError(f"{said}: the adapter changes nothing there")
+    if not found.distance and allowed == SHARE and found.kl > ALONE:
+        raise LorafoldError(
+            f"{said}: KL {found.kl:.1e} nats, expected at most {ALONE}; nothing was written"
+        )
     if found.share is not None and allowed is not None and found.share > allowed:
         raise LorafoldError(
             f"{said}: KL {found.kl:.1e} nats, {found.share:.1%} of what the adapters change,"

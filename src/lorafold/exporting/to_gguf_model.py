@@ -11,21 +11,20 @@ import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from lorafold.errors import LorafoldError, NotMergeable, shortened
-from lorafold.exporting.folded import folded
-from lorafold.exporting.gguf_metadata import architecture_of
-from lorafold.exporting.gguf_model import FILE_TYPES, Content, write_content
+from lorafold.errors import LorafoldError, shortened
+from lorafold.exporting.gguf_model import FILE_TYPES, Content, described, write_content
+from lorafold.exporting.gguf_types import PLAIN
 from lorafold.exporting.target import Progress, Subject, Target, Written
 from lorafold.models.storage import stored_in_files
 
 QUANTIZER = "llama-quantize"
 MIXED = ("Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_M", "Q2_K", "IQ4_NL", "IQ4_XS")
-HALF = {"F32": 0.01, "F16": 0.01, "BF16": 0.01, "Q8_0": 0.02}
-TOLERANCE: dict[str, float | None] = HALF | dict.fromkeys(
-    (kind for kind in (*FILE_TYPES, *MIXED) if kind not in HALF)
-)
+# of other types than these the share is told and refuses nothing
+TOLERANCE: Mapping[str, float | None] = {
+    **dict.fromkeys((*FILE_TYPES, *MIXED)), **dict.fromkeys(PLAIN, 0.01), "Q8_0": 0.02
+}  # fmt: skip
 
 
 def file_of(tensors: str | None) -> str:
@@ -47,22 +46,21 @@ def problems_of(subject: Subject) -> Sequence[str]:
             f" {subject.tensors}"
         ]
     try:
-        architecture_of(subject.config)
-        for _ in folded(subject.model, subject.names):
-            pass
-    except (NotMergeable, LorafoldError) as error:
+        described(_content(subject), "F16")
+    except LorafoldError as error:
         return [str(error)]
     return []
 
 
+def _content(subject: Subject) -> Content:
+    name, source = Path(subject.base.name).name, subject.base.source
+    model: Any = subject.model
+    return Content(model, subject.names, source.path, subject.tokenizer, name)
+
+
 def write_gguf(subject: Subject, directory: Path, progress: Progress) -> Sequence[str]:
     """Write the file of a subject into a directory; as `write_content`, which has the notes."""
-    asked = str(subject.tensors)
-    source = subject.base.source
-    name = Path(subject.base.name).name
-    content = Content(
-        subject.model, subject.names, source.path, subject.tokenizer, name  # type: ignore[arg-type]
-    )  # fmt: skip
+    asked, content = str(subject.tensors), _content(subject)
     if asked not in MIXED:
         return write_content(content, directory / file_of(asked), asked, progress)
     plain = directory / file_of("F32")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from lorafold.data.endings import ending_of
 from lorafold.data.render import ensure_chat_template
+from lorafold.errors import LorafoldError
 from lorafold.exporting.gguf_model import FILE_TYPES
 from lorafold.exporting.modelfile import go_template, modelfile
 from lorafold.exporting.target import Progress, Subject, Target, Written
@@ -71,7 +72,14 @@ class ToOllama(Target):
     tolerance: ClassVar[Mapping[str, float | None]] = TOLERANCE
 
     def problems(self, subject: Subject) -> Sequence[str]:
-        return problems_of(subject)
+        if found := problems_of(subject):
+            return found
+        try:
+            template, stops, _ = chat_of(subject.tokenizer)
+            modelfile(file_of(subject.tensors), template, stops)
+        except LorafoldError as error:
+            return [str(error)]
+        return []
 
     def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
         template, stops, notes = chat_of(subject.tokenizer)

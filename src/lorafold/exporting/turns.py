@@ -89,7 +89,7 @@ def turns_of(tokenizer: PreTrainedTokenizerBase) -> Turns:
         if not wrong[found]:
             return found
     raise LorafoldError(
-        "ollama: the model's chat template can't be said in Ollama's language: it writes"
+        "the model's chat template can't be said in Ollama's language: it writes"
         f" {wrong[tried[0]]}; --to gguf-model has the template itself, which llama.cpp's server"
         " applies"
     )
@@ -126,7 +126,7 @@ def _around(text: str, said: Sequence[str]) -> list[str]:
         before, found, text = text.partition(one)
         if not found or one in text:
             raise LorafoldError(
-                f"ollama: the model's chat template does not write {one!r}, said in a plain chat,"
+                f"the model's chat template does not write {one!r}, said in a plain chat,"
                 " once and in its place"
             )
         parts.append(before)

@@ -83,4 +83,5 @@ def ask(name: str, job: Mapping[str, Any], python: str | None = None) -> Theirs:
         about["version"],
         tuple(about.get("unused", ())),
         tuple(about.get("other_tokens", ())),
+        tuple(about.get("other_texts", ())),
     )

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import numpy as np
@@ -94,7 +95,9 @@ def answers(job: dict[str, Any]) -> dict[str, Any]:
                 if _tokens(ask, given) != ids
             ],
         }
-        if job.get("adapter"):
+        if not job.get("adapter"):
+            found["other_texts"] = _otherwise(ask, job["chats"], job["texts"])
+        else:
             bare = partial(following, scale=0.0)
             found["base"] = [*pool.map(bare, job["ids"][:BARE], range(BARE))]
     return found
@@ -115,6 +118,24 @@ def _asking(address: str) -> Callable[..., bytes]:
 def _tokens(ask: Callable[..., bytes], text: str) -> list[int]:
     body = {"content": text, "add_special": False, "parse_special": True}
     found: list[int] = json.loads(ask("/tokenize", body))["tokens"]
+    return found
+
+
+def _otherwise(
+    ask: Callable[..., bytes], chats: Sequence[dict[str, Any]], texts: Sequence[str]
+) -> list[int]:
+    """The chats that the server's own Jinja writes in another way. The token that begins a text may
+    be missing: the server adds it itself.
+    """
+    first = json.loads(ask("/props"))["bos_token"]
+    found = []
+    for n, (chat, text) in enumerate(zip(chats, texts, strict=True)):
+        try:
+            made = json.loads(ask("/apply-template", chat))["prompt"]
+        except HTTPError:
+            made = None
+        if made is None or made.removeprefix(first) != text.removeprefix(first):
+            found.append(n)
     return found
 
 
