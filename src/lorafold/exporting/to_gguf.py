@@ -3,9 +3,9 @@
     y = W x + B (A x)      every scale is in B, and alpha is 0: llama.cpp multiplies by alpha / r
                            where alpha is another
 
-So each site has the rank and the scale that it has. The proof runs over a base that is written in
-F16 for it and removed; where the model is a GGUF file of fewer bits, the same is asked over that
-file, and what it differs by is told.
+So each site has the rank and the scale that it has. The proof runs over a base that is written for
+it in F32, in F16 where that would be large, and removed; where the model is a GGUF file, the same
+is asked over that file, and what it differs by is told.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lorafold.exporting.gguf_types import encoded, number_of, type_of
 from lorafold.exporting.target import Progress, Subject, Target, Written, only_products
 
 FILE = "adapter.gguf"
-PROVING = "F16"  # the type of the base that is written for the proof
+LARGE = 1 << 30  # weights
 JOB = {"adapter": f"{{out}}/{FILE}"}
 
 
@@ -56,7 +56,9 @@ class GgufAdapter(Target):
     def proving(self, subject: Subject, scratch: Path, progress: Progress) -> Mapping[str, Any]:
         scratch.mkdir(exist_ok=True)
         base = scratch / "base.gguf"
-        write_model(subject.base.source.path, base, PROVING, progress)
+        weights = sum(p.numel() for p in subject.model.parameters())
+        kind = "F32" if weights < LARGE else "F16"
+        write_model(subject.base.source.path, base, kind, progress)
         return {"base": str(base)}
 
     def beside(self, subject: Subject) -> Mapping[str, Mapping[str, Any]]:

@@ -72,7 +72,9 @@ def answers(job: dict[str, Any]) -> dict[str, Any]:
                 "prompt": [*ids, *made], "n_predict": job["greedy"] - len(made), "id_slot": slot,
                 "temperature": 0, "cache_prompt": True, "return_tokens": True,
             }  # fmt: skip
-            made += json.loads(ask("/completion", body))["tokens"]
+            made += (more := json.loads(ask("/completion", body))["tokens"])
+            if not more:
+                break
             if ended := [n for n, token in enumerate(made) if token in job["ends"]]:
                 return made[: ended[0]]
         return made
