@@ -18,8 +18,8 @@ from lorafold.cli.groups import grouped
 
 EXAMPLES = (
     "lorafold export demo/adapter --to peft --out for-peft",
-    "lorafold export demo/adapter --to peft --as-lora 4 --out small-for-peft",
-    "lorafold export demo/adapter --to peft --out unproved --no-proof",
+    "lorafold export demo/adapter --to gguf --out for-llamacpp",
+    "lorafold export demo/adapter --to ollama --tensors Q8_0 --out for-ollama",
 )
 
 
@@ -28,7 +28,7 @@ def command(
     adapters: Adapters,
     output: Output,
     computing: Computing,
-    to: Annotated[str, typer.Option(help="The engine or format: peft.")],
+    to: Annotated[str, typer.Option(help="The engine or format: peft, gguf-model, ollama.")],
     tensors: Annotated[
         str | None,
         typer.Option(help="The type of the tensors, where there are several. Default: its first."),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -31,10 +31,11 @@ GREEDY = 16  # tokens of a greedy text
 
 @dataclass(frozen=True)
 class Prompts:
-    """Rendered prompts, their tokens, and the tokens that end a completion."""
+    """Rendered prompts, their tokens, and the chats that they are of, as a server takes them."""
 
     texts: tuple[str, ...]
     ids: tuple[tuple[int, ...], ...]
+    chats: tuple[dict[str, Any], ...]
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,10 @@ def prompts_of(tokenizer: PreTrainedTokenizerBase, source: str | Path | None = N
     """
     ensure_chat_template(tokenizer)
     rows = read_rows(str(source or BUILT_IN), wanted=PROMPTS)
-    texts = tuple(prompt_of(given, tokenizer) for given in rows.given(PROMPTS))
-    return Prompts(texts, tuple(tokens_of(tokenizer, text) for text in texts))
+    given = rows.given(PROMPTS)
+    texts = tuple(prompt_of(one, tokenizer) for one in given)
+    chats = tuple({"messages": one.messages, "tools": one.tools} for one in given)
+    return Prompts(texts, tuple(tokens_of(tokenizer, text) for text in texts), chats)
 
 
 def answers(

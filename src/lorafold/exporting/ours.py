@@ -39,6 +39,14 @@ class Ours:
         model = adapted(plain, subject.adapters)
         return cls(model, tokenizer, prompts, answers(model, tokenizer, prompts, progress))
 
+    def first(self, n: int) -> Ours:
+        """The same of the first n prompts."""
+        asked = self.prompts
+        prompts = Prompts(asked.texts[:n], asked.ids[:n], asked.chats[:n])
+        found = self.answers
+        few = Answers(found.adapted[:n], found.base[:n], found.greedy[:n])
+        return replace(self, prompts=prompts, answers=few)
+
     @cached_property
     def ends(self) -> frozenset[int]:
         """The tokens that end a completion."""
@@ -55,7 +63,8 @@ class Ours:
             key: value.replace("{out}", str(directory)) if isinstance(value, str) else value
             for key, value in own.items()
         }
-        asked = {"ids": self.prompts.ids, "texts": self.prompts.texts, "greedy": GREEDY}
+        asked = {"ids": self.prompts.ids, "texts": self.prompts.texts, "greedy": GREEDY,
+                 "chats": self.prompts.chats}  # fmt: skip
         return {**asked, "ends": sorted(self.ends), **placed}
 
     def margin(self, prompt: int, at: int) -> float:

@@ -28,8 +28,9 @@ LIKELY = 20  # the most likely tokens, whose log-probabilities are compared
 
 @dataclass(frozen=True)
 class Theirs:
-    """What an engine answered: as `Answers`, with its name and version. `base` is None where it has
-    the merged model alone, and `unused` the tensors of the files that it did not take, if it tells.
+    """What an engine answered: as `Answers`, with its name and version. `base` is of the first so
+    many prompts, None where it has the merged model alone; `unused` are the tensors of the files
+    that it did not take, if it tells.
     """
 
     adapted: Tensor
@@ -39,6 +40,7 @@ class Theirs:
     version: str
     unused: tuple[str, ...] = ()
     other_tokens: tuple[int, ...] = ()  # the prompts whose texts it tokenizes in another way
+    other_texts: tuple[int, ...] = ()  # those that its own template application writes so
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Proof(Shown):
     near: int
     unused: tuple[str, ...]
     other_tokens: tuple[int, ...]
+    other_texts: tuple[int, ...]
 
     @property
     def share(self) -> float | None:
@@ -75,10 +78,14 @@ class Proof(Shown):
         n = self.prompts
         part = "" if self.share is None else f", {self.share:.2%} of what the adapters change"
         near = f", {self.near} part where two tokens are as good as equal" * bool(self.near)
+        other = {"tokens": self.other_tokens, "texts": self.other_texts}
+        told = "".join(
+            f"; other {what} there of {len(found)} chats" for what, found in other.items() if found
+        )
         return (
             f"{self.engine} {self.version}, {n} prompts: KL {self.kl:.1e} nats on average,"
             f" {self.kl_largest:.1e} at most{part}; the same likeliest token {self.top} of {n},"
-            f" the same greedy text {self.greedy} of {n}{near}"
+            f" the same greedy text {self.greedy} of {n}{near}{told}"
         )
 
 
@@ -105,7 +112,9 @@ def proof(ours: Answers, theirs: Theirs, margin: Callable[[int, int], float]) ->
         kl_largest=float(kls.max()),
         distance=float(divergences(ours.adapted, ours.base).mean()),
         changed=(
-            None if theirs.base is None else float(divergences(adapted, theirs.base).mean())
+            None
+            if theirs.base is None
+            else float(divergences(adapted[: len(theirs.base)], theirs.base).mean())
         ),
         top=int((ours.adapted.argmax(-1) == adapted.argmax(-1)).sum()),
         gap=gap,
@@ -113,6 +122,7 @@ def proof(ours: Answers, theirs: Theirs, margin: Callable[[int, int], float]) ->
         near=sum(margin(n, at) <= 2 * gap for n, at in parted.items()),
         unused=theirs.unused,
         other_tokens=theirs.other_tokens,
+        other_texts=theirs.other_texts,
     )
 
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
@@ -17,7 +17,7 @@ from lorafold.exporting.engines import ENGINES, ask
 from lorafold.exporting.ours import Ours
 from lorafold.exporting.proof import Proof, proof
 from lorafold.exporting.table import target_of
-from lorafold.exporting.target import Subject, Target, Written
+from lorafold.exporting.target import Progress, Subject, Target, Written
 from lorafold.files.atomic import atomic_directory, check_out, write_json
 from lorafold.files.shown import Shown
 from lorafold.merging.run import bars
@@ -28,8 +28,10 @@ from lorafold.peft.saved import Saved
 if TYPE_CHECKING:
     from rich.console import Console
 
-EXPORT, SCRATCH = "export.json", "scratch"
+EXPORT, SCRATCH, PROVING = "export.json", "scratch", "proving"
 SHARE = 0.01  # of what the adapters change, that a proof may lose
+ALONE = 1e-3  # nats, of a base without adapters
+FEWER = 8  # prompts for figures that refuse nothing
 INSTEAD = ", which no engine here takes"
 
 
@@ -48,7 +50,9 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Exported(Shown):
-    """What was written, as `export.json` has it. `proof` is None where `unproved` says why."""
+    """What was written, as `export.json` has it. `proof` is None where `unproved` says why;
+    `beside` has figures that are told alone, by what they are of.
+    """
 
     to: str
     tensors: str | None
@@ -59,6 +63,7 @@ class Exported(Shown):
     cut: Cut | None
     proof: Proof | None
     unproved: str
+    beside: Mapping[str, Proof]
 
     def as_json(self) -> dict[str, Any]:
         """The content of `export.json`."""
@@ -74,6 +79,7 @@ class Exported(Shown):
             "as_lora": None if self.cut is None else self.cut.as_json(),
             "proof": None if self.proof is None else self.proof.as_json(),
             "unproved": self.unproved,
+            "beside": {name: found.as_json() for name, found in self.beside.items()},
         }
 
     @property
@@ -91,6 +97,7 @@ class Exported(Shown):
             lines.append(f"  proved in {self.proof}")
         else:
             lines.append(f"  not proved: {self.unproved}")
+        lines += [f"  {name}, in {found}" for name, found in self.beside.items()]
         return "\n".join([*lines, "use it so:", *(f"  {line}" for line in self.launch)])
 
 
@@ -111,28 +118,46 @@ def export(
     unproved = _unproved(target, wanted)
     with atomic_directory(out, wanted.overwrite) as tmp, bars(console) as bar:
         subject, cut, ours = Subject(base, tuple(adapters), tensors), None, None
+        if wanted.as_lora is None:
+            _check_said(target, subject, wanted, bar("trying ranks"))
         if not unproved:
             ours = Ours.of(subject, wanted.prompts, bar("answering"))
         if wanted.as_lora is not None:
             subject, cut = cut_to(subject, wanted.as_lora, tmp / SCRATCH, ours)
+            _check_said(target, subject, wanted, bar("trying ranks"))
             ours = ours and Ours.of(subject, wanted.prompts, bar("answering"))
-        if problems := target.problems(subject):
-            progress = bar("trying ranks")
-            dense = subject.update.dense and not subject.update.beside
-            enough = rank_enough(subject, wanted.prompts, progress) if dense else ""
-            raise LorafoldError(f"{wanted.to}: {as_one(problems)}{enough}")
-        written, found = target.write(subject, tmp, bar("writing")), None
+        written, found, beside = target.write(subject, tmp, bar("writing")), None, {}
         if ours is not None and target.engine is not None:
-            theirs = ask(target.engine, ours.job(written.job, tmp), wanted.engine_python)
-            found = proof(ours.answers, theirs, ours.margin)
+            made = target.proving(subject, tmp / PROVING, bar("preparing the proof"))
+            job = {**written.job, **made}
+            found = _proof(ours, job, tmp, target.engine, wanted)
             _check(found, target, tensors)
-        rmtree(tmp / SCRATCH, ignore_errors=True)
+            few = ours.first(FEWER)
+            for name, other in target.beside(subject).items():
+                beside[name] = _proof(few, {**job, **other}, tmp, target.engine, wanted)
+        for scratch in (SCRATCH, PROVING):
+            rmtree(tmp / scratch, ignore_errors=True)
         names = tuple(map(str, adapters))
         result = Exported(
-            wanted.to, tensors, base.name, names, str(out), written, cut, found, unproved
+            wanted.to, tensors, base.name, names, str(out), written, cut, found, unproved, beside
         )
         write_json(tmp / EXPORT, result.as_json())
     return result
+
+
+def _check_said(target: Target, subject: Subject, wanted: Wanted, progress: Progress) -> None:
+    """Raise LorafoldError for what the target can't say, with the rank of a LoRA that is enough."""
+    if problems := target.problems(subject):
+        dense = not target.merged and subject.update.dense and not subject.update.beside
+        enough = rank_enough(subject, wanted.prompts, progress) if dense else ""
+        raise LorafoldError(f"{wanted.to}: {as_one(problems)}{enough}")
+
+
+def _proof(
+    ours: Ours, own: Mapping[str, Any], directory: Path, engine: str, wanted: Wanted
+) -> Proof:
+    theirs = ask(engine, ours.job(own, directory), wanted.engine_python)
+    return proof(ours.answers, theirs, ours.margin)
 
 
 def _tensors(target: Target, asked: str | None) -> str | None:
@@ -163,6 +188,10 @@ def _check(found: Proof, target: Target, tensors: str | None) -> None:
         raise LorafoldError(f"{said}: it left out {as_one(found.unused)}")
     if found.distance and found.changed == 0:
         raise LorafoldError(f"{said}: the adapter changes nothing there")
+    if not found.distance and allowed == SHARE and found.kl > ALONE:
+        raise LorafoldError(
+            f"{said}: KL {found.kl:.1e} nats, expected at most {ALONE}; nothing was written"
+        )
     if found.share is not None and allowed is not None and found.share > allowed:
         raise LorafoldError(
             f"{said}: KL {found.kl:.1e} nats, {found.share:.1%} of what the adapters change,"

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from lorafold.errors import LorafoldError
 from lorafold.exporting.target import Target
+from lorafold.exporting.to_gguf import ToGguf, ToLlamaCpp
+from lorafold.exporting.to_gguf_model import ToGgufModel
+from lorafold.exporting.to_ollama import ToOllama
 from lorafold.exporting.to_peft import ToPeft
 
-TARGETS: dict[str, Target] = {target.name: target for target in (ToPeft(),)}
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (ToPeft(), ToGguf(), ToLlamaCpp(), ToGgufModel(), ToOllama())
+}
 
 
 def target_of(name: str) -> Target:

@@ -107,6 +107,20 @@ class Target(ABC):
     def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
         """Write the files into the directory, which appears when all are there."""
 
+    def proving(self, subject: Subject, scratch: Path, progress: Progress) -> Mapping[str, Any]:
+        """What the engine's job needs besides, made for the proof alone.
+
+        Args:
+            scratch: a directory, there or not, which is removed after the proof.
+        """
+        return {}
+
+    def beside(self, subject: Subject) -> Mapping[str, Mapping[str, Any]]:
+        """What of the job is another where the engine is asked once more, for figures that are told
+        and refuse nothing: by what they are of.
+        """
+        return {}
+
 
 def only_products(update: Update, name: str) -> list[str]:
     """Why a form that has nothing but factors of matrices can't say this update, a line each.

@@ -54,6 +54,8 @@ BAILING = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*"
     rf"|\s*[\r\n]|{SPACES}"
 )
+# the rules that transformers has too, by the name that says no more than the rule
+PREFERRED = ("gpt-2", "smollm", "llama-bpe", "qwen2", "tekken", "gpt-4o", "qwen35", "dbrx")
 # each splits what those before it left
 RULES: dict[str, tuple[str, ...]] = {
     "glm4": (LLAMA3,),
@@ -112,20 +114,42 @@ def split_as_learned(
         backend.model.ignore_merges = True
 
 
-def _rule(
-    tokenizer: PreTrainedTokenizerBase, as_gpt2: PreTokenizer, pre: str | None, what: str
-) -> PreTokenizer:
+def rule_of(pre: str) -> PreTokenizer | None:
+    """The rule of this name, or None if neither transformers nor this file knows it."""
     from tokenizers import Regex
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-    each_digit = Sequence([Digits(individual_digits=True), as_gpt2])
+    as_gpt2 = ByteLevel(add_prefix_space=False)
     if pre in AS_GPT2:
         return as_gpt2
     if pre in EACH_DIGIT:
-        return each_digit
-    if pre in RULES:
-        splits = [Split(Regex(rule), behavior="isolated") for rule in RULES[pre]]
-        return Sequence([*splits, ByteLevel(add_prefix_space=False, use_regex=False)])
+        return Sequence([Digits(individual_digits=True), as_gpt2])
+    known = {name: (rule,) for name, rule in GGUF_PRE_TOKENIZER_SPLITS.items()} | RULES
+    if pre not in known:
+        return None
+    splits = [Split(Regex(rule), behavior="isolated") for rule in known[pre]]
+    return Sequence([*splits, ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def names_of_rules() -> tuple[str, ...]:
+    """The names that `rule_of` knows, those first that say no more than a rule."""
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    others = (*RULES, *GGUF_PRE_TOKENIZER_SPLITS, *sorted(EACH_DIGIT), *sorted(AS_GPT2))
+    return tuple(dict.fromkeys((*PREFERRED, *others)))
+
+
+def _rule(
+    tokenizer: PreTrainedTokenizerBase, as_gpt2: PreTokenizer, pre: str | None, what: str
+) -> PreTokenizer:
+    from tokenizers.pre_tokenizers import Digits, Sequence
+
+    if pre in AS_GPT2:
+        return as_gpt2
+    if pre and (known := rule_of(pre)) is not None:
+        return known
+    each_digit = Sequence([Digits(individual_digits=True), as_gpt2])
     if pre not in (None, "", "default"):
         raise LorafoldError(
             f"{what}: its tokenizer splits text by a rule that is not known here,"

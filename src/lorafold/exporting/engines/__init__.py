@@ -43,6 +43,7 @@ class Engine:
 
 ENGINES: dict[str, Engine] = {
     "peft": Engine("PEFT", "peft", "pip install peft"),
+    "llamacpp": Engine("llama.cpp", "xllamacpp", "pip install xllamacpp"),
 }
 
 
@@ -82,4 +83,5 @@ def ask(name: str, job: Mapping[str, Any], python: str | None = None) -> Theirs:
         about["version"],
         tuple(about.get("unused", ())),
         tuple(about.get("other_tokens", ())),
+        tuple(about.get("other_texts", ())),
     )

@@ -4,15 +4,17 @@
     job        base       the directory or file of the base, or of the merged model
                ids        the tokens of each prompt
                texts      the prompts as texts
+               chats      what they are of: messages and tools
                greedy     how many tokens a greedy text has
                ends       the tokens that end it
                out        the .npz file to write
     answers    adapted    (prompts, vocabulary) log-probabilities of the next token
-               base       the same without adapters, if the engine can
+               base       the same without adapters, of the first prompts, if the engine can
                greedy     tokens of each prompt, without those that end it
                version    of the engine
                unused     the tensors of the files that it did not take, if it tells
                other_tokens    the prompts whose texts it tokenizes in another way, if it can tell
+               other_texts     the prompts that its own template application writes in another way
 """
 
 import json

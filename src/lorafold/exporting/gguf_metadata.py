@@ -1,0 +1,151 @@
+"""What the metadata of a GGUF file says of a model, from its configuration.
+
+    hidden_size  ->  ARCH.embedding_length          num_experts  ->  ARCH.expert_count      ...
+
+An architecture is a row of `ARCHITECTURES`: llama.cpp's name for it, and what llama.cpp takes for
+granted there, which a configuration that says otherwise is refused for. `gguf_rope` has what it
+says of positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lorafold.errors import LorafoldError
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+INTEGERS = {
+    "max_position_embeddings": "context_length",
+    "hidden_size": "embedding_length",
+    "num_hidden_layers": "block_count",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "sliding_window": "attention.sliding_window",
+    "num_local_experts": "expert_count",
+    "num_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
+}
+FLOATS = {
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A kind of model as llama.cpp has it.
+
+    Attributes:
+        name: its own.
+        activation: of the gated MLP.
+        interleaved: whether rows of queries and keys lie interleaved for rotation.
+        gain: what the files' gains of norms have less than the gains themselves.
+        granted: fields of the configuration with the values that it takes for granted.
+        period: every how many layers one attends to all positions, and the others to a window; 0
+            where all do.
+        square: the numbers of layers whose attention it scales by the width of a head among
+            hidden_size / heads, instead of by head_dim.
+    """
+
+    name: str
+    activation: str = "silu"
+    interleaved: bool = False
+    gain: float = 0.0
+    granted: Mapping[str, Any] = field(default_factory=dict)
+    period: int = 0
+    square: tuple[int, ...] = ()
+
+
+LLAMA = Architecture("llama", interleaved=True)
+QWEN = {"use_sliding_window": False}
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "mixtral": LLAMA,
+    "qwen2": Architecture("qwen2", granted=QWEN),
+    "qwen3": Architecture("qwen3", granted=QWEN),
+    "qwen3_moe": Architecture(
+        "qwen3moe",
+        granted=QWEN | {"norm_topk_prob": True, "mlp_only_layers": [], "decoder_sparse_step": 1},
+    ),
+    "gemma": Architecture("gemma", "gelu_pytorch_tanh", gain=1.0),
+    "gemma2": Architecture("gemma2", "gelu_pytorch_tanh", gain=1.0, period=2, square=(46,)),
+    "gemma3_text": Architecture("gemma3", "gelu_pytorch_tanh", gain=1.0, period=6, square=(62,)),
+    "phi3": Architecture("phi3"),
+}
+
+
+def architecture_of(config: Any) -> Architecture:
+    """The row of a model's configuration. Raises LorafoldError for one that has none, or that says
+    something else than llama.cpp takes for granted.
+    """
+    found = ARCHITECTURES.get(config.model_type)
+    if found is None:
+        raise LorafoldError(
+            f"found a model of type {config.model_type}, expected one of"
+            f" {', '.join(ARCHITECTURES)}; the directory that lorafold merge writes can be"
+            " converted by llama.cpp's own converter"
+        )
+    if wrong := _problems(config, found):
+        raise LorafoldError(f"llama.cpp can't say {wrong[0]}")
+    return found
+
+
+def _problems(config: Any, row: Architecture) -> list[str]:
+    granted = dict(row.granted)
+    activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
+    found = [
+        f"{name} = {own!r} of {config.model_type}, which it takes for {value!r}"
+        for name, value in granted.items()
+        if (own := getattr(config, name, value)) != value
+    ]
+    if activation != row.activation:
+        found.append(f"the activation {activation} of this model, where it has {row.activation}")
+    scale = getattr(config, "query_pre_attn_scalar", None)
+    square = config.num_hidden_layers in row.square
+    width = config.hidden_size // config.num_attention_heads if square else head_width(config)
+    if scale not in (None, width):
+        found.append(f"query_pre_attn_scalar = {scale}, which it takes for {width}")
+    return found
+
+
+def head_width(config: Any) -> int:
+    """The dimensions of a head of attention."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def add_metadata(writer: GGUFWriter, config: Any, row: Architecture) -> Sequence[str]:
+    """Have a writer say what a configuration does, but for positions and tokens.
+
+    Returns:
+        What llama.cpp computes otherwise, a sentence each.
+    """
+    for table, add in ((INTEGERS, writer.add_uint32), (FLOATS, writer.add_float32)):
+        for name, key in table.items():
+            value = getattr(config, name, None)
+            if value is not None and not (name == "sliding_window" and not row.period):
+                add(f"{row.name}.{key}", value)
+    for key in ("attention.key_length", "attention.value_length"):
+        writer.add_uint32(f"{row.name}.{key}", head_width(config))
+    if row.period:
+        layers = config.num_hidden_layers
+        kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers
+        windowed = [kind == "sliding_attention" for kind in kinds]
+        if windowed != [(n + 1) % row.period != 0 for n in range(layers)]:
+            writer.add_array(f"{row.name}.attention.sliding_window_pattern", windowed)
+    window = getattr(config, "sliding_window", None)
+    if row.period or window is None or window >= config.max_position_embeddings:
+        return ()
+    if getattr(config, "use_sliding_window", True) is False:
+        return ()
+    return (
+        f"llama.cpp attends to all positions, where the model attends to the last {window:,} alone:"
+        " longer texts than that are read in another way",
+    )

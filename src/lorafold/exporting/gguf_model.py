@@ -1,0 +1,192 @@
+"""Writes a model as one GGUF file, adapters folded in, a few rows of a tensor at a time.
+
+    header | metadata | names, shapes, types and places of tensors | tensors
+
+Memory: the largest parameter in the type that its file has, three times one in fp32 that adapters
+change, and some megabytes.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lorafold.data.render import ensure_chat_template
+from lorafold.errors import LorafoldError
+from lorafold.exporting.folded import Folded, folded
+from lorafold.exporting.gguf_metadata import add_metadata, architecture_of
+from lorafold.exporting.gguf_positions import add_positions
+from lorafold.exporting.gguf_tensors import tensors_of
+from lorafold.exporting.gguf_tokenizer import add_tokenizer
+from lorafold.exporting.gguf_types import EMBEDDING, OUTPUT, encoded, number_of, size_of, type_of
+from lorafold.exporting.target import Progress
+from lorafold.generation import end_tokens
+from lorafold.models.checkpoint import mapped_model_of
+from lorafold.models.sources import resolve_model
+from lorafold.models.tokenizer import tokenizer_of
+
+if TYPE_CHECKING:
+    import gguf
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+FILE_TYPES = {
+    "F16": "MOSTLY_F16", "F32": "ALL_F32", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0",
+    "Q5_1": "MOSTLY_Q5_1", "Q5_0": "MOSTLY_Q5_0", "Q4_1": "MOSTLY_Q4_1", "Q4_0": "MOSTLY_Q4_0",
+}  # fmt: skip
+ONE_MATRIX = ("gemma", "gemma2")  # whose output is the embedding in llama.cpp, whatever a file has
+
+
+@dataclass(frozen=True)
+class Content:
+    """What goes into a file: a model on its files, the adapters on it that are folded in, lowest
+    first, the directory that it was read from, a tokenizer, and its name for people.
+    """
+
+    model: PreTrainedModel
+    adapters: Sequence[str]
+    directory: Path
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+
+
+def write_model(directory: Path, out: Path, tensors: str, progress: Progress) -> Sequence[str]:
+    """Write the model of a directory in Hugging Face's format, as `write_content` does."""
+    source = resolve_model(directory)
+    model, tokenizer = mapped_model_of(source).model, tokenizer_of(source, ())
+    content = Content(model, (), directory, tokenizer, directory.name)
+    return write_content(content, out, tensors, progress)
+
+
+def write_content(content: Content, out: Path, tensors: str, progress: Progress) -> Sequence[str]:
+    """Write a model as a GGUF file.
+
+    Args:
+        out: the file, which is replaced.
+        tensors: the type of matrices, a key of `FILE_TYPES`.
+        progress: called as progress(bytes, all) after each tensor.
+
+    Returns:
+        What an engine computes otherwise than the model, a sentence each.
+
+    Raises LorafoldError as `described`, for values that the type does not have, and if the disk has
+    no room.
+    """
+    made = described(content, tensors)
+    kinds = {n: type_of(n, s, tensors, OUTPUT not in made.shapes) for n, s in made.shapes.items()}
+    sizes = {n: size_of(s, kinds[n]) for n, s in made.shapes.items()}
+    _need_room(out, sum(sizes.values()))
+    for name, shape in made.shapes.items():
+        kind = number_of(kinds[name])
+        made.writer.add_tensor_info(name, shape, np.dtype(np.float32), sizes[name], kind)
+    with _disk(out), torch.no_grad():
+        _write(made, out, kinds, sizes, progress)
+    if odd := [n for n, kind in kinds.items() if kind == "F16" != tensors]:
+        return [*made.notes, f"{len(odd)} matrices are F16: their rows are no whole blocks"]
+    return made.notes
+
+
+@dataclass(frozen=True)
+class Described:
+    """A file before it is written: a writer with all metadata, the tensors, and what an engine
+    computes otherwise, a sentence each.
+    """
+
+    writer: gguf.GGUFWriter
+    tensors: Sequence[Folded]
+    notes: Sequence[str]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the tensors, by name."""
+        return {one.path: one.shape for one in self.tensors}
+
+
+def described(content: Content, tensors: str) -> Described:
+    """What a file says of a model; nothing is computed or written.
+
+    Raises LorafoldError for a model or a tokenizer that the format can't say.
+    """
+    import gguf
+
+    config: Any = content.model.config
+    row = architecture_of(config)
+    writer = gguf.GGUFWriter(None, row.name)
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(content.name)
+    writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[tensors]])
+    if tensors.startswith("Q"):
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    notes = add_metadata(writer, config, row)
+    beside = add_positions(writer, config, row)
+    placed = [*tensors_of(folded(content.model, content.adapters), config, row)]
+    placed += [Folded(name, tuple(t.shape), partial(_same, t)) for name, t in beside.items()]
+    shapes = {one.path: one.shape for one in placed}
+    if row.name in ONE_MATRIX and OUTPUT in shapes:
+        raise LorafoldError(
+            "adapters change the output's matrix alone, and llama.cpp takes the embedding for it in"
+            f" {row.name}; expected adapters that leave lm_head out"
+        )
+    rows = shapes[EMBEDDING][0]
+    writer.add_vocab_size(rows)
+    ensure_chat_template(content.tokenizer)
+    add_tokenizer(writer, content.tokenizer, rows, _ends(content))
+    return Described(writer, placed, notes)
+
+
+def _same(values: Tensor) -> Tensor:
+    return values
+
+
+def _ends(content: Content) -> Sequence[int]:
+    """The tokens that end a completion, by the directory's files."""
+    from transformers import GenerationConfig
+
+    if (content.directory / "generation_config.json").is_file():
+        content.model.generation_config = GenerationConfig.from_pretrained(content.directory)
+    return sorted(end_tokens(content.model, content.tokenizer))
+
+
+def _write(
+    made: Described, out: Path, kinds: dict[str, str], sizes: dict[str, int], progress: Progress
+) -> None:
+    writer, done, total = made.writer, 0, sum(sizes.values())
+    try:
+        writer.write_header_to_file(out)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        assert writer.fout is not None
+        file = writer.fout[0]
+        writer.write_padding(file, file.tell())
+        for one in made.tensors:
+            for piece in encoded(one.path, one.values(), kinds[one.path]):
+                file.write(piece.tobytes())
+            writer.write_padding(file, sizes[one.path])
+            done += sizes[one.path]
+            progress(done, total)
+    finally:
+        writer.close()
+
+
+@contextmanager
+def _disk(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise LorafoldError(f"{out}: it could not be written: {error.strerror or error}") from error
+
+
+def _need_room(out: Path, size: int) -> None:
+    if (free := shutil.disk_usage(out.parent).free) < size:
+        raise LorafoldError(
+            f"{out.parent}: the disk has {free / 1e9:.1f} GB left, the file needs"
+            f" {size / 1e9:.1f} GB; free some space or choose another --out"
+        )

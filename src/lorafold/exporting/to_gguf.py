@@ -1,0 +1,139 @@
+"""Exports an adapter as a GGUF file, for llama.cpp and what is built on it.
+
+    y = W x + B (A x)      every scale is in B, and alpha is 0: llama.cpp multiplies by alpha / r
+                           where alpha is another
+
+So each site has the rank and the scale that it has. The proof runs over a base that is written for
+it in F32, in F16 where that would be large, and removed; where the model is a GGUF file, the same
+is asked over that file, and what it differs by is told.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from torch import Tensor
+
+from lorafold.errors import LorafoldError
+from lorafold.exporting.gguf_metadata import architecture_of
+from lorafold.exporting.gguf_model import write_model
+from lorafold.exporting.gguf_names import tensors_of_update
+from lorafold.exporting.gguf_types import encoded, number_of, type_of
+from lorafold.exporting.target import Progress, Subject, Target, Written, only_products
+
+FILE = "adapter.gguf"
+LARGE = 1 << 30  # weights
+JOB = {"adapter": f"{{out}}/{FILE}"}
+
+
+class GgufAdapter(Target):
+    """Abstract: an adapter as a file; what differs is how it is used."""
+
+    engine: ClassVar[str | None] = "llamacpp"
+    tensors: ClassVar[tuple[str, ...]] = ("F32", "F16", "BF16", "Q8_0")
+    tolerance: ClassVar[Mapping[str, float | None]] = {"Q8_0": 0.02}
+
+    @abstractmethod
+    def use(self, base: str) -> Sequence[str]:
+        """How the file is used over the file of a base, as `Written.launch`."""
+
+    def problems(self, subject: Subject) -> Sequence[str]:
+        return problems_of(subject)
+
+    def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
+        write_adapter(subject, directory / FILE, progress)
+        gguf = subject.base.source.gguf
+        if gguf is not None:
+            return Written((FILE,), tuple(self.use(str(gguf))), (), JOB)
+        made = f"lorafold export --model {subject.base.name} --to gguf-model --out base"
+        lines = (f"{made}  # writes base/model-F16.gguf", *self.use("base/model-F16.gguf"))
+        return Written((FILE,), lines, (), JOB)
+
+    def proving(self, subject: Subject, scratch: Path, progress: Progress) -> Mapping[str, Any]:
+        scratch.mkdir(exist_ok=True)
+        base = scratch / "base.gguf"
+        weights = sum(p.numel() for p in subject.model.parameters())
+        kind = "F32" if weights < LARGE else "F16"
+        write_model(subject.base.source.path, base, kind, progress)
+        return {"base": str(base)}
+
+    def beside(self, subject: Subject) -> Mapping[str, Mapping[str, Any]]:
+        gguf = subject.base.source.gguf
+        if gguf is None:
+            return {}
+        return {f"over {gguf.files[0].name}": {"base": str(gguf.files[0])}}
+
+
+class ToGguf(GgufAdapter):
+    """For whatever reads such files."""
+
+    name: ClassVar[str] = "gguf"
+
+    def use(self, base: str) -> Sequence[str]:
+        return (f"llama-cli -m {base} --lora {{out}}/{FILE}",)
+
+
+class ToLlamaCpp(GgufAdapter):
+    """For llama.cpp's server. With --lora-init-without-apply a request that names no scale gets the
+    adapter all the same, so that scales are said.
+    """
+
+    name: ClassVar[str] = "llama.cpp"
+
+    def use(self, base: str) -> Sequence[str]:
+        return (
+            f"llama-server -m {base} --lora-scaled {{out}}/{FILE}:1.0 --jinja",
+            'a request with "lora": [{"id": 0, "scale": 0.0}] is answered by the base alone',
+        )
+
+
+def problems_of(subject: Subject) -> Sequence[str]:
+    """Why an update is no file of this form, a line each."""
+    if not subject.adapters:
+        return ["found no adapter, expected one; --to gguf-model writes a whole model"]
+    try:
+        row = architecture_of(subject.config)
+    except LorafoldError as error:
+        return [str(error)]
+    update = subject.update
+    found = tensors_of_update(update.factors, subject.config, row)[1]
+    return [*only_products(update, "a GGUF adapter"), *found]
+
+
+def write_adapter(subject: Subject, out: Path, progress: Progress) -> None:
+    """Write the file. Raises LorafoldError for values that the type has not, and a full disk.
+
+    Args:
+        out: the file.
+    """
+    import gguf
+
+    row = architecture_of(subject.config)
+    tensors, _ = tensors_of_update(subject.update.factors, subject.config, row)
+    writer = gguf.GGUFWriter(out, row.name)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)
+    for name, tensor in tensors.items():
+        kind = type_of(name, tuple(tensor.shape), str(subject.tensors), tied=False)
+        writer.add_tensor(name, _bytes(name, tensor, kind), raw_dtype=number_of(kind))
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    except OSError as error:
+        raise LorafoldError(f"{out}: it could not be written: {error.strerror or error}") from error
+    finally:
+        writer.close()
+    progress(len(tensors), len(tensors))
+
+
+def _bytes(name: str, tensor: Tensor, kind: str) -> np.ndarray:
+    """The bytes (*, bytes of a row) of a tensor (*, n)."""
+    rows = np.concatenate([*encoded(name, tensor, kind)])
+    return rows.reshape(*tensor.shape[:-1], -1)
+

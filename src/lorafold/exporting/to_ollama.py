@@ -1,0 +1,100 @@
+"""Exports a whole model for Ollama: a GGUF file, and a Modelfile with its chat template.
+
+Ollama from 0.34.1 on makes no model of a Modelfile with ADAPTER (ollama#14969), so adapters go in
+folded. Its templates are in Go's language, which has plain chat here: `turns` finds what the
+model's template writes around what is said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from lorafold.data.endings import ending_of
+from lorafold.data.render import ensure_chat_template
+from lorafold.errors import LorafoldError
+from lorafold.exporting.gguf_model import FILE_TYPES
+from lorafold.exporting.modelfile import go_template, modelfile
+from lorafold.exporting.target import Progress, Subject, Target, Written
+from lorafold.exporting.to_gguf_model import MIXED, TOLERANCE, file_of, problems_of, write_gguf
+from lorafold.exporting.turns import Turns, adds, turns_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MODELFILE = "Modelfile"
+FOLDED = "adapters are folded in, because Ollama from 0.34.1 on takes no ADAPTER in a Modelfile"
+SILENT = "the model's template takes no system message: Ollama's leaves one out"
+
+
+def chat_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[str], list[str]]:
+    """The template in Ollama's language, the texts that end a completion, and what people should
+    know of it, a sentence each.
+
+    Raises LorafoldError for a template that can't be said.
+    """
+    ensure_chat_template(tokenizer)
+    turns, notes = turns_of(tokenizer), adds(tokenizer)
+    if turns.system is None:
+        notes.append(SILENT)
+    return go_template(without_first(turns, tokenizer)), stops_of(tokenizer), notes
+
+
+def without_first(turns: Turns, tokenizer: PreTrainedTokenizerBase) -> Turns:
+    """The marks without the token that begins a text, where the engine itself adds it."""
+    first = str(tokenizer.bos_token or "")
+    ids = tokenizer("a")["input_ids"]
+    if not first or ids[0] != tokenizer.bos_token_id:
+        return turns
+    system = turns.system and (turns.system[0].removeprefix(first), turns.system[1])
+    start = turns.start.removeprefix(first)
+    return Turns(start, system, turns.a_open, turns.u_open, turns.end, turns.late)
+
+
+def stops_of(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The texts that end a completion."""
+    ending = ending_of(tokenizer)
+    ids = [*sorted(ending.tokens), tokenizer.eos_token_id]
+    texts = [str(tokenizer.convert_ids_to_tokens(i)) for i in ids if i is not None]
+    if not ending.tokens and ending.text.strip():
+        texts.append(ending.text)
+    return list(dict.fromkeys(texts))
+
+
+class ToOllama(Target):
+    """A model for Ollama, with adapters folded in."""
+
+    name: ClassVar[str] = "ollama"
+    engine: ClassVar[str | None] = "llamacpp"
+    tensors: ClassVar[tuple[str, ...]] = (*FILE_TYPES, *MIXED)
+    merged: ClassVar[bool] = True
+    tolerance: ClassVar[Mapping[str, float | None]] = TOLERANCE
+
+    def problems(self, subject: Subject) -> Sequence[str]:
+        if found := problems_of(subject):
+            return found
+        try:
+            template, stops, _ = chat_of(subject.tokenizer)
+            modelfile(file_of(subject.tensors), template, stops)
+        except LorafoldError as error:
+            return [str(error)]
+        return []
+
+    def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
+        template, stops, notes = chat_of(subject.tokenizer)
+        file = file_of(subject.tensors)
+        text = modelfile(file, template, stops)
+        told = [*write_gguf(subject, directory, progress), *notes]
+        (directory / MODELFILE).write_text(text, encoding="utf-8")
+        name = directory_name(subject)
+        launch = (f"ollama create {name} -f {{out}}/{MODELFILE}", f"ollama run {name}")
+        told = [FOLDED, *told] if subject.adapters else told
+        return Written((MODELFILE, file), launch, tuple(told), {"base": f"{{out}}/{file}"})
+
+
+def directory_name(subject: Subject) -> str:
+    """A name for the model in Ollama."""
+    last = subject.adapters[-1].path if subject.adapters else Path(subject.base.name)
+    kept = [c if c.isalnum() or c in "-_" else "-" for c in last.name.lower()]
+    return "".join(kept).strip("-_") or "model"

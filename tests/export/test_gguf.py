@@ -1,0 +1,274 @@
+"""Adapters as GGUF files: in closed form, as lorafold's loader reads a base with the product added
+to it, and in llama.cpp itself.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import lorafold as lf
+from conftest import lorafold
+from export_cases import CONFIGS, saved
+from lorafold.errors import LorafoldError
+from lorafold.exporting.engines import ask
+from lorafold.exporting.gguf_metadata import architecture_of
+from lorafold.exporting.gguf_model import write_model
+from lorafold.exporting.gguf_names import tensors_of_update
+from lorafold.exporting.run import SHARE
+from lorafold.exporting.update import update_of
+from lorafold.methods import METHODS
+from lorafold.models.sources import resolve_model
+
+READ = [kind for kind in CONFIGS if kind not in ("mixtral", "gemma")]  # by transformers' loader
+MIXTURES = ("mixtral", "qwen3_moe")
+EMBEDDING = "token_embd.weight"
+EVERYWHERE = ("embed_tokens", "lm_head", "q_proj", "k_proj", "down_proj")
+
+
+def quietly(done: int, total: int) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def base_of(tmp_path_factory):
+    """The directory of the tiny model of a kind, made once."""
+    made: dict[str, Path] = {}
+
+    def base(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = saved(kind, tmp_path_factory.mktemp("base") / kind)
+        return made[kind]
+
+    return base
+
+
+def moved(base: Path, out: Path, spec: Any = None, **beside) -> Path:
+    """The directory of an adapter whose update is not small."""
+    model = lf.load_model(base, storage="fp32", device="cpu")
+    adapter = lf.attach(model, spec or lf.LoRA(rank=4, alpha=8, dropout=0.0), **beside)
+    torch.manual_seed(0)
+    for p in adapter.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    return adapter.save(out)
+
+
+def written(base: Path, adapter: Path, out: Path, **options) -> Path:
+    done = lf.export(base, adapter, out, to="gguf", prove=False, device="cpu", **options)
+    assert done.unproved == "--no-proof was given"
+    return out / "adapter.gguf"
+
+
+def products(file: Path) -> dict[str, torch.Tensor]:
+    """What the file adds to each tensor of a base, as llama.cpp multiplies."""
+    found = {t.name: torch.from_numpy(t.data.copy()) for t in gguf.GGUFReader(file).tensors}
+    ends = {name.removesuffix(".lora_a") for name in found if name.endswith(".lora_a")}
+    assert len(found) == 2 * len(ends)
+    both = {name: found[f"{name}.lora_b"] @ found[f"{name}.lora_a"] for name in ends - {EMBEDDING}}
+    if EMBEDDING in ends:
+        both[EMBEDDING] = found[f"{EMBEDDING}.lora_a"] @ found[f"{EMBEDDING}.lora_b"].mT
+    return both
+
+
+@pytest.mark.few(4)
+@pytest.mark.parametrize("kind", READ)
+def test_the_product_on_the_base_is_the_merged_model(kind, base_of, tmp_path):
+    base = base_of(kind)
+    untied = kind in ("llama", "qwen2", "mistral")
+    adapter = moved(base, tmp_path / "adapter", **({"targets": EVERYWHERE} if untied else {}))
+    write_model(base, tmp_path / "model.gguf", "F32", quietly)
+    added = products(written(base, adapter, tmp_path / "out"))
+    for tensor in gguf.GGUFReader(tmp_path / "model.gguf", "r+").tensors:
+        if tensor.name in added:
+            tensor.data[...] += added.pop(tensor.name).numpy()
+    assert not added
+    lf.merge(base, adapter, tmp_path / "merged", certificate=False, device="cpu")
+    wanted, found = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).state_dict()
+        for path in (tmp_path / "merged", resolve_model(tmp_path / "model.gguf").path)
+    )
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5, msg=name)
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_llama_cpp_computes_what_lorafold_does(kind, base_of, tmp_path):
+    base = base_of(kind)
+    adapter = moved(base, tmp_path / "adapter")
+    done = lf.export(base, adapter, tmp_path / "out", to="gguf", device="cpu")
+    assert done.proof is not None
+    assert done.proof.distance > 1e-2
+    assert done.proof.share is not None
+    assert done.proof.share < 1e-4
+    assert done.proof.changed == pytest.approx(done.proof.distance, rel=0.5)
+    assert done.proof.top == done.proof.prompts == 32
+    if kind not in MIXTURES:  # there a token of two experts as good as equal goes another way
+        assert done.proof.greedy + done.proof.near == 32
+    assert not done.proof.other_tokens
+    assert {one.name for one in (tmp_path / "out").iterdir()} == {
+        "adapter.gguf", "export.json", "manifest.json",
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tensors", ["F16", "BF16", "Q8_0"])
+def test_smaller_types_are_proved_too(tensors, base_of, tmp_path):
+    base = base_of("llama")
+    adapter = moved(base, tmp_path / "adapter", lf.LoRA(rank=32, alpha=64, dropout=0.0))
+    done = lf.export(base, adapter, tmp_path / "out", to="gguf", tensors=tensors, device="cpu")
+    kinds = {t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "out/adapter.gguf").tensors}
+    assert kinds == {tensors}
+    assert done.proof is not None
+    assert done.proof.share is not None
+    assert done.proof.share < SHARE
+
+
+@pytest.mark.slow
+def test_a_stack_of_ranks_and_scales_with_embedding_and_head(base_of, tmp_path):
+    """What llama.cpp's own converter does not say: rsLoRA, ranks that differ, two adapters."""
+    base = base_of("llama")
+    low = moved(base, tmp_path / "low", METHODS["rslora"](rank=16), targets=EVERYWHERE, name="a")
+    high = moved(base, tmp_path / "high", lf.LoRA(rank=3, alpha=24), targets="attention", name="b")
+    done = lf.export(base, [low, high], tmp_path / "out", to="llama.cpp", device="cpu")
+    assert done.proof is not None
+    assert done.proof.share is not None
+    assert done.proof.share < 1e-4
+    assert done.proof.top == 32
+    assert "--lora-scaled" in done.summary()
+
+
+def test_a_proof_finds_rows_in_another_order_and_a_lost_scale(base_of, tmp_path):
+    """Both of which leave most likeliest tokens as they are."""
+    from lorafold.exporting.ours import Ours
+    from lorafold.exporting.proof import proof
+    from lorafold.exporting.target import Subject
+    from lorafold.opening import base_for
+    from lorafold.peft.saved import open_all
+
+    directory = base_of("llama")
+    adapters = open_all([moved(directory, tmp_path / "adapter")])
+    base = base_for(directory, adapters, None, device="cpu")
+    ours = Ours.of(Subject(base, tuple(adapters)), None, quietly)
+    write_model(directory, tmp_path / "base.gguf", "F32", quietly)
+    right = written(directory, tmp_path / "adapter", tmp_path / "out")
+    for name, changed in (("order", unordered), ("scale", halved)):
+        wrong = tmp_path / f"{name}.gguf"
+        shutil.copy(right, wrong)
+        for tensor in gguf.GGUFReader(wrong, "r+").tensors:
+            changed(tensor)
+        job = ours.job({"base": str(tmp_path / "base.gguf"), "adapter": str(wrong)}, tmp_path)
+        found = proof(ours.answers, ask("llamacpp", job), ours.margin)
+        assert found.share is not None
+        assert found.share > SHARE
+
+
+def unordered(tensor) -> None:
+    """The rows of queries and keys as transformers has them."""
+    if tensor.name.endswith(("attn_q.weight.lora_b", "attn_k.weight.lora_b")):
+        rows, rank = tensor.data.shape
+        pairs = tensor.data.reshape(rows // 16, 8, 2, rank)  # of heads of 16
+        tensor.data[...] = pairs.swapaxes(1, 2).reshape(rows, rank)
+
+
+def halved(tensor) -> None:
+    if tensor.name.endswith(".lora_b"):
+        tensor.data[...] /= 2
+
+
+def test_what_has_no_tensor_is_named(base_of, tmp_path):
+    base = base_of("llama-tied")
+    model = lf.load_model(base, storage="fp32", device="cpu")
+    lf.attach(model, lf.LoRA(rank=2), targets=["q_proj", "lm_head"], name="one")
+    row = architecture_of(model.config)
+    factors = dict(update_of(model, ["one"]).factors)
+    factors["model.layers.0.elsewhere"] = factors["lm_head"]
+    tensors, problems = tensors_of_update(factors, model.config, row)
+    assert {name.partition(".lora")[0] for name in tensors} == {
+        f"blk.{n}.attn_q.weight" for n in range(3)
+    }
+    assert len(problems) == 2
+    assert "lm_head: the head is the embedding" in problems[0]
+    assert "elsewhere: llama.cpp has no tensor" in problems[1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "beside", "said"),
+    [
+        ("llama", "lora", {"modules_to_save": ["norm"]}, "norm"),
+        ("gpt2", "lora", {}, "of type gpt2, expected one of llama"),
+        ("gemma", "lora", {"targets": ["embed_tokens"]}, "the head is the embedding"),
+    ],
+)
+def test_what_it_cannot_say_is_one_line(
+    kind, method, beside, said, tiny_model, tiny_model_dir, tmp_path
+):
+    made = lf.attach(tiny_model(kind), METHODS[method](), name="one", **beside)
+    done = lorafold(
+        "export", str(made.save(tmp_path / "adapter")), "--model", str(tiny_model_dir(kind)),
+        "--to", "gguf", "--out", str(tmp_path / "out"), "--device", "cpu",
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_alone_is_another_target(base_of, tmp_path):
+    with pytest.raises(LorafoldError, match=r"found no adapter.*gguf-model"):
+        lf.export(base_of("llama"), out=tmp_path / "out", to="gguf", prove=False, device="cpu")
+
+
+def test_llama_cpp_refuses_the_base_of_another_model_in_a_line(base_of, tmp_path):
+    adapter = written(
+        base_of("qwen2"), moved(base_of("qwen2"), tmp_path / "adapter"), tmp_path / "out"
+    )
+    write_model(base_of("llama"), tmp_path / "other.gguf", "F32", quietly)
+    job = {
+        "base": str(tmp_path / "other.gguf"), "adapter": str(adapter), "ids": [[1, 2]],
+        "texts": ["a"], "greedy": 2, "ends": [],
+    }  # fmt: skip
+    with pytest.raises(LorafoldError, match=r"^llama\.cpp: .*arch mismatch$"):
+        ask("llamacpp", job)
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_leaves_nothing(base_of, tmp_path):
+    resource = pytest.importorskip("resource")
+    adapter = moved(base_of("llama"), tmp_path / "adapter")
+    work = tmp_path / "work"
+    work.mkdir()
+
+    def limit() -> None:  # the file takes 70 kB
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    command = [sys.executable, "-m", "lorafold", "export", str(adapter), "--no-proof"]
+    command += ["--model", str(base_of("llama")), "--to", "gguf", "--out", str(work / "out")]
+    done = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "could not be written" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not [*work.iterdir()]
+
+
+@pytest.mark.slow
+def test_over_a_gguf_file_of_few_bits_what_it_differs_by_is_told(tmp_path, base_of):
+    base = base_of("llama")
+    write_model(base, tmp_path / "model.gguf", "Q4_0", quietly)
+    adapter = moved(tmp_path / "model.gguf", tmp_path / "adapter")
+    done = lf.export(adapters=adapter, out=tmp_path / "out", to="gguf", device="cpu")
+    assert done.proof is not None
+    assert done.proof.kl < 2e-5
+    told = done.beside["over model.gguf"]
+    assert told.prompts == 8
+    assert told.kl > 10 * done.proof.kl
+    kept = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert kept["beside"]["over model.gguf"]["kl"] == told.kl
+    assert str(tmp_path / "model.gguf") in kept["launch"][0]

@@ -1,0 +1,74 @@
+"""A model as a GGUF file: what lorafold's own loader reads back is what was written, and llama.cpp
+computes what the model does.
+"""
+
+from pathlib import Path
+from unicodedata import is_normalized
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lorafold as lf
+from export_cases import CONFIGS, saved
+from lorafold.exporting.gguf_model import write_model
+from lorafold.exporting.gguf_splitting import TEXTS
+from lorafold.models.sources import resolve_model
+
+UNREAD = ("mixtral", "qwen3_moe", "gemma")  # transformers has other sizes or names for these
+
+
+def quietly(done: int, total: int) -> None: ...
+
+
+@pytest.fixture
+def noisy(tmp_path):
+    """The directory of a LoRA whose update is not small, on the model of a directory."""
+
+    def made(base: Path, **beside) -> Path:
+        model = lf.load_model(base, storage="fp32", device="cpu")
+        adapter = lf.attach(model, lf.LoRA(rank=4, alpha=8, dropout=0.0), **beside)
+        torch.manual_seed(0)
+        for p in adapter.parameters():
+            p.data += 0.1 * torch.randn_like(p)
+        return adapter.save(tmp_path / "adapter")
+
+    return made
+
+
+@pytest.mark.few(5)
+@pytest.mark.parametrize("kind", [kind for kind in CONFIGS if kind not in UNREAD])
+def test_what_is_read_back_is_what_was_written(kind, tmp_path):
+    base = saved(kind, tmp_path / "base")
+    write_model(base, tmp_path / "model.gguf", "F32", quietly)
+    back = resolve_model(tmp_path / "model.gguf").path
+    ours = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(back, dtype=torch.float32)
+    found, wanted = theirs.state_dict(), ours.state_dict()
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-6, msg=name)
+    before, after = (AutoTokenizer.from_pretrained(path) for path in (base, back))
+    # transformers has rules of its own for a first space, and for marks in a tokenizer of Qwen's
+    for text in filter(lambda text: is_normalized("NFC", text) and text[0] != " ", TEXTS):
+        assert after(text)["input_ids"] == before(text)["input_ids"], text
+    assert after.chat_template == before.chat_template
+    assert after.eos_token == before.eos_token
+
+
+@pytest.mark.few(3)
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_llama_cpp_computes_what_the_model_does(kind, tmp_path, noisy):
+    """With adapters folded in, experts among them."""
+    pytest.importorskip("xllamacpp")
+    base = saved(kind, tmp_path / "base")
+    done = lf.export(
+        base, noisy(base), tmp_path / "out", to="gguf-model", tensors="F32", device="cpu"
+    )
+    assert done.proof is not None
+    assert done.proof.distance > 1e-2
+    assert done.proof.share is not None
+    assert done.proof.share < 1e-4
+    assert done.proof.top == done.proof.prompts == 32
+    assert not done.proof.other_tokens
+    assert not done.proof.other_texts
