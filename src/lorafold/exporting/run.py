@@ -126,6 +126,8 @@ def export(
             theirs = ask(target.engine, ours.job(written.job, tmp), wanted.engine_python)
             found = proof(ours.answers, theirs, ours.margin)
             _check(found, target, tensors)
+        elif wanted.prove and target.engine is None:
+            unproved = target.read_back(subject, tmp) or unproved
         rmtree(tmp / SCRATCH, ignore_errors=True)
         names = tuple(map(str, adapters))
         result = Exported(

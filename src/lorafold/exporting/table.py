@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from lorafold.errors import LorafoldError
 from lorafold.exporting.target import Target
+from lorafold.exporting.to_mlx import ToMlx
 from lorafold.exporting.to_peft import ToPeft
+from lorafold.exporting.to_sglang import ToSglang
+from lorafold.exporting.to_vllm import ToVllm
 
-TARGETS: dict[str, Target] = {target.name: target for target in (ToPeft(),)}
+TARGETS: dict[str, Target] = {
+    target.name: target for target in (ToMlx(), ToPeft(), ToSglang(), ToVllm())
+}
 
 
 def target_of(name: str) -> Target:
