@@ -30,4 +30,4 @@ def apart(kind: str, name: str, factors: Factors) -> Iterator[tuple[str, Factors
     else:
         gate, beside = up.chunk(2, 1)
     yield "gate_proj", (gate, down)
-    yield "up_proj", (beside, down)
+    yield "up_proj", (beside, down.clone())  # safetensors writes no tensor twice

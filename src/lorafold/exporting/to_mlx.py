@@ -6,7 +6,8 @@
 
 mlx-lm (0.32.2, tuner/utils.py) has one rank and one scale for a file, so smaller ranks are filled
 with zeros. It builds its layers at all paths that `keys` has; what the file has no tensors for
-stays as it is without a word, so the keys are those of the tensors and no others.
+stays as it is without a word, so the keys are those of the tensors and no others. A base whose
+positions it would misread (`older`) is written beside the adapter.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ from lorafold.core.attach import adapted_modules
 from lorafold.exporting.canonical import of_one_rank
 from lorafold.exporting.elsewhere import TEMPLATE, elsewhere, write_template
 from lorafold.exporting.experts import apart
+from lorafold.exporting.older import write_older
 from lorafold.exporting.target import Progress, Subject, Target, Written, only_products
 from lorafold.exporting.update import Factors, Update
 from lorafold.files.atomic import write_json
 from lorafold.fold.plan import deltas_of
 from lorafold.methods.dora import DoRADelta
 
-WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
+WEIGHTS, CONFIG, BASE = "adapters.safetensors", "adapter_config.json", "base"
 BLOCK = re.compile(r"(model\.layers\.\d+)\.(.+)")
 EXPERTS = re.compile(r"mlp\.experts\.(\w+)")
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
@@ -83,20 +85,30 @@ class ToMlx(Target):
 
     def _written(self, subject: Subject, directory: Path, rank: int) -> Written:
         base, template = elsewhere(subject.base), write_template(subject, directory)
-        both = f"--model {base.quoted} --adapter-path {{out}}/adapter"
-        launch = [f'mlx_lm.generate {both} --prompt "Hello"', f"mlx_lm.server {both}"]
-        notes = [f"rank {rank} at every site, scale 1", *base.notes]
-        if base.revision:
+        source = subject.base.source.path
+        notes, model, path = [f"rank {rank} at every site, scale 1"], base.quoted, str(source)
+        if write_older(source, directory / BASE):
+            model = path = f"{{out}}/{BASE}"
+            notes.append(
+                "base/ is the base with a config.json that mlx-lm understands: it reads no"
+                " rope_parameters and would compute with other positions"
+            )
+        elif base.revision:
             notes.append(
                 f"mlx-lm's commands take the newest revision of {base.model}, this is for"
                 f" {base.revision}"
             )
+        else:
+            notes += base.notes
+        both = f"--model {model} --adapter-path {{out}}/adapter"
+        launch = [f'mlx_lm.generate {both} --prompt "Hello"', f"mlx_lm.server {both}"]
         if template:
             launch = [f'{launch[1]} --chat-template "$(cat {{out}}/{TEMPLATE})"']
             notes.append(f"the chat template is another than the base's: {TEMPLATE}")
         files = (f"adapter/{WEIGHTS}", f"adapter/{CONFIG}", *[TEMPLATE] * template)
-        job = {"adapter": "{out}/adapter", "base": str(subject.base.source.path)}
-        return Written(files, tuple(launch), tuple(notes), job)
+        return Written(
+            files, tuple(launch), tuple(notes), {"adapter": "{out}/adapter", "base": path}
+        )
 
 
 def keys_of(paths: Iterable[str], layers: int) -> list[str]:
