@@ -7,6 +7,7 @@ from pathlib import Path
 from shlex import quote
 
 from lorafold.data.render import ensure_chat_template
+from lorafold.errors import NoTokenizer
 from lorafold.exporting.target import Subject
 from lorafold.opening import Base
 
@@ -51,7 +52,10 @@ def write_template(subject: Subject, directory: Path) -> bool:
     Args:
         directory: gets `TEMPLATE`.
     """
-    tokenizer = subject.tokenizer
+    try:
+        tokenizer = subject.tokenizer
+    except NoTokenizer:
+        return False
     ensure_chat_template(tokenizer)
     text = tokenizer.chat_template
     if not isinstance(text, str) or text == subject.base.tokenizer().chat_template:
