@@ -7,14 +7,19 @@ import shlex
 
 import pytest
 import torch
-from export_cases import changes, noisy, python_of, tensors_in, with_tokenizer
-from mixtures import mixture
+from safetensors.torch import save_file
 
 import lorafold as lf
 from conftest import make_tokenizer
+from export_cases import changes, noisy, python_of, tensors_in, with_tokenizer
 from lorafold.errors import LorafoldError
 from lorafold.exporting.older import older_config
+from lorafold.exporting.target import Subject
 from lorafold.exporting.to_mlx import keys_of
+from lorafold.exporting.to_sglang import ToSglang
+from lorafold.opening import Base
+from lorafold.peft.saved import Saved
+from mixtures import mixture
 
 CLOSE = {"atol": 3e-5, "rtol": 1e-4}
 ROOT = "base_model.model."
@@ -34,6 +39,11 @@ def tiny_mixture(tmp_path_factory):
 def exported(base, saved, out, to, **how):
     """Export without a proof."""
     return lf.export(base, saved, out, to=to, device="cpu", prove=False, **how)
+
+
+def in_fp32(base):
+    """The model of a directory."""
+    return lf.load_model(base, storage="fp32")
 
 
 def mlx_config(out):
@@ -83,10 +93,10 @@ def test_mlx_has_dora(tiny_model, tiny_model_dir, tmp_path):
 @pytest.mark.parametrize("name", ["qwen3-moe", "mixtral", "gpt-oss"])
 def test_mlx_experts_are_apart(name, tiny_mixture, tmp_path):
     base = tiny_mixture(name)
-    saved = noisy(lf.load_model(base, storage="fp32"), lf.LoRA(rank=3), tmp_path / "adapter")
+    saved = noisy(in_fp32(base), lf.LoRA(rank=3), tmp_path / "adapter")
     exported(base, saved, tmp_path / "out", "mlx")
     tensors = tensors_in(tmp_path / "out" / "adapter" / "adapters.safetensors")
-    model, merged = lf.load_model(base, storage="fp32"), lf.load_model(base, storage="fp32")
+    model, merged = in_fp32(base), in_fp32(base)
     lf.load(merged, saved, "one").merge()
     site = "model.layers.1.mlp.experts"
     found = changes(model, merged, [f"{site}.gate_up_proj", f"{site}.down_proj"])
@@ -148,7 +158,7 @@ def test_vllm_is_told_of_stacked_experts(tiny_mixture, tmp_path):
     """With zeros for the parameter that is not changed, and under its own names."""
     base = tiny_mixture("mixtral")
     targets = r".*experts\.gate_up_proj"
-    saved = noisy(lf.load_model(base, storage="fp32"), lf.LoRA(rank=2), tmp_path / "adapter", targets=targets)
+    saved = noisy(in_fp32(base), lf.LoRA(rank=2), tmp_path / "adapter", targets=targets)
     done = exported(base, saved, tmp_path / "out", "vllm")
     words = shlex.split(done.launch[0])
     assert "--enable-mixed-moe-lora-format" in words
@@ -176,11 +186,11 @@ def test_sglang_gets_zeros_for_what_it_packs(tiny_model, tiny_model_dir, tmp_pat
 
 def test_sglang_experts_are_pairs(tiny_mixture, tmp_path):
     base = tiny_mixture("qwen3-moe")
-    saved = noisy(lf.load_model(base, storage="fp32"), lf.LoRA(rank=3), tmp_path / "adapter")
+    saved = noisy(in_fp32(base), lf.LoRA(rank=3), tmp_path / "adapter")
     done = lf.export(base, saved, tmp_path / "out", to="sglang", device="cpu")
     assert "read back, not run" in done.unproved
     tensors = tensors_in(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
-    model, merged = lf.load_model(base, storage="fp32"), lf.load_model(base, storage="fp32")
+    model, merged = in_fp32(base), in_fp32(base)
     lf.load(merged, saved, "one").merge()
     site = "model.layers.0.mlp.experts"
     change = changes(model, merged, [f"{site}.gate_up_proj"])[f"{site}.gate_up_proj"]
@@ -192,6 +202,27 @@ def test_sglang_experts_are_pairs(tiny_mixture, tmp_path):
             torch.testing.assert_close(part, product, **CLOSE)
     config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
     assert {"gate_proj", "up_proj", "down_proj"} <= set(config["target_modules"])
+
+
+def test_sglang_reads_back_what_is_there(tiny_model, tiny_model_dir, tmp_path):
+    """A scale that is lost, a tensor too many and one that is not there are found."""
+    base = tiny_model_dir("llama")
+    saved = noisy(tiny_model("llama"), lf.LoRA(rank=4), tmp_path / "adapter")
+    exported(base, saved, tmp_path / "out", "sglang")
+    subject, target = Subject(Base(base), (Saved.open(saved),)), ToSglang()
+    assert "14 modules" in target.read_back(subject, tmp_path / "out")
+    file = tmp_path / "out" / "adapter" / "adapter_model.safetensors"
+    whole = tensors_in(file)
+    key = f"{ROOT}model.layers.1.mlp.up_proj.lora_B.weight"
+    damaged = {
+        "differ by 5": {**whole, key: whole[key] / 2},
+        "has no module": {**whole, key.replace("layers.1", "layers.7"): whole[key].clone()},
+        "not in the file": {k: t for k, t in whole.items() if k != key},
+    }
+    for said, tensors in damaged.items():
+        save_file(tensors, file)
+        with pytest.raises(LorafoldError, match=said):
+            target.read_back(subject, tmp_path / "out")
 
 
 REFUSED = {
@@ -226,8 +257,8 @@ def test_experts_of_unknown_families_are_refused(to, tiny_mixture, tmp_path):
     """vLLM would pass over them without a word."""
     base = tiny_mixture("deepseek-v3" if to == "vllm" else "gpt-oss")
     targets = r".*experts\.down_proj"
-    saved = noisy(lf.load_model(base, storage="fp32"), lf.LoRA(rank=2), tmp_path / "adapter", targets=targets)
-    with pytest.raises(LorafoldError, match="known of .*, not of"):
+    saved = noisy(in_fp32(base), lf.LoRA(rank=2), tmp_path / "adapter", targets=targets)
+    with pytest.raises(LorafoldError, match=r"known of .*, not of"):
         exported(base, saved, tmp_path / "out", to)
 
 
@@ -258,7 +289,7 @@ def test_mlx_computes_what_lorafold_does(kind, tiny_model, tiny_model_dir, tmp_p
 @pytest.mark.parametrize("name", ["qwen3-moe", "mixtral", "qwen2-moe", "gpt-oss"])
 def test_mlx_computes_experts(name, tiny_mixture, tmp_path):
     python, base = python_of("mlx"), tiny_mixture(name)
-    saved = noisy(lf.load_model(base, storage="fp32"), lf.LoRA(rank=3), tmp_path / "adapter", std=0.1)
+    saved = noisy(in_fp32(base), lf.LoRA(rank=3), tmp_path / "adapter", std=0.1)
     out = tmp_path / "out"
     check(lf.export(base, saved, out, to="mlx", engine_python=python, device="cpu"))
 

@@ -22,7 +22,7 @@ def python_of(engine: str) -> str | None:
     if (named := os.environ.get(PYTHONS[engine])) is not None:
         return named
     if find_spec(MODULES[engine]) is None:
-        pytest.skip(f"{MODULES[engine]} is not installed here, and {PYTHONS[engine]} names no other")
+        pytest.skip(f"{MODULES[engine]} is not installed, and {PYTHONS[engine]} names no Python")
     return None
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorafold.bases import is_linear, layer_of
 from lorafold.core.attach import adapted_modules

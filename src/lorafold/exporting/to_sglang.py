@@ -22,17 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lorafold.core.matrices import module_at
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, as_one
 from lorafold.exporting.experts import apart
-from lorafold.exporting.servers import (
-    ADAPTER,
-    FORM,
-    called,
-    last,
-    tied_heads,
-    write_files,
-    zeros,
-)
+from lorafold.exporting.servers import ADAPTER, FORM, called, last, tied_heads, write_files, zeros
 from lorafold.exporting.target import Progress, Subject, Target, Written, only_products
 from lorafold.exporting.update import Factors
 from lorafold.files.atomic import write_json
@@ -81,7 +73,7 @@ class ToSglang(Target):
             notes.append(f"{added} modules have zeros, because SGLang packs them with others")
         if any(map(EXPERTS.fullmatch, factors)):
             _split(directory / ADAPTER, subject.config.model_type, factors, rank)
-            notes.append("experts have a pair of matrices each, which SGLang reads and PEFT does not")
+            notes.append("experts have a pair of matrices each: for SGLang, not for PEFT")
         name = called(subject)
         line = (
             f"python -m sglang.launch_server --model-path {base.quoted} --enable-lora"
@@ -101,11 +93,11 @@ class ToSglang(Target):
                 raise LorafoldError(f"sglang: {path} is not among its target modules")
             a, b = (_taken(tensors, path, half) for half in "AB")
             largest = max(largest, _difference((scale * b, a), (up, down)))
-        if tensors or largest > EXACT:
-            over = f"{len(tensors)} tensors that it has no place for, such as {min(tensors, default='')}"
+        if tensors:
+            raise LorafoldError(f"sglang: read back, {as_one(tensors)}: it has no module for that")
+        if largest > EXACT:
             raise LorafoldError(
-                "sglang: read back, the files say another thing:"
-                f" {over if tensors else f'they differ by {largest:.1e} of the update'}"
+                f"sglang: read back, the files differ by {largest:.1e} from the update"
             )
         return (
             f"SGLang has no build for CPUs; read back, not run: {len(wanted)} modules under names"

@@ -44,7 +44,7 @@ class Engine:
 ENGINES: dict[str, Engine] = {
     "mlx": Engine("mlx-lm", "mlx_lm", "pip install mlx-lm; on Linux mlx-cpu too"),
     "peft": Engine("PEFT", "peft", "pip install peft"),
-    "vllm": Engine("vLLM", "vllm", "pip install vllm, in an environment of its own: --engine-python"),
+    "vllm": Engine("vLLM", "vllm", "pip install vllm, elsewhere: --engine-python"),
 }
 
 

@@ -54,7 +54,7 @@ def asked(model: Any, prompts: list[list[int]], most: int, ends: list[int]) -> t
     read(model, prompts[0][:common], start)
     found, greedy = [], []
     for ids in prompts:
-        cache, made = deepcopy(start), []
+        cache, made = deepcopy(start), list[int]()
         read(model, ids[common:-1], cache)
         logits = model(mx.array([ids[-1:]]), cache=cache)[0, -1]
         found.append(np.array(logits - mx.logsumexp(logits)))
