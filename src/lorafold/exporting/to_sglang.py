@@ -94,10 +94,10 @@ class ToSglang(Target):
             a, b = (_taken(tensors, path, half) for half in "AB")
             largest = max(largest, _difference((scale * b, a), (up, down)))
         if tensors:
-            raise LorafoldError(f"sglang: read back, {as_one(tensors)}: it has no module for that")
+            raise LorafoldError(f"sglang: read back, {as_one(sorted(tensors))}: it has no module for that")
         if largest > EXACT:
             raise LorafoldError(
-                f"sglang: read back, the files differ by {largest:.1e} from the update"
+                f"sglang: read back, they differ by {largest:.1e} from the update"
             )
         return (
             f"SGLang has no build for CPUs; read back, not run: {len(wanted)} modules under names"
