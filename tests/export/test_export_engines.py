@@ -90,6 +90,13 @@ def test_mlx_has_dora(tiny_model, tiny_model_dir, tmp_path):
         torch.testing.assert_close(merged.get_submodule(site).weight.detach(), folded, **CLOSE)
 
 
+def test_mlx_has_no_dora_over_loha(tiny_model, tiny_model_dir, tmp_path):
+    spec = lf.DoRA(over=lf.LoHa())
+    saved = noisy(tiny_model("llama"), spec, tmp_path / "adapter", targets=["q_proj"])
+    with pytest.raises(LorafoldError, match="DoRADelta is no product"):
+        exported(tiny_model_dir("llama"), saved, tmp_path / "out", "mlx")
+
+
 @pytest.mark.parametrize("name", ["qwen3-moe", "mixtral", "gpt-oss"])
 def test_mlx_experts_are_apart(name, tiny_mixture, tmp_path):
     base = tiny_mixture(name)

@@ -144,7 +144,7 @@ def _doras(subject: Subject) -> Mapping[str, tuple[Factors, Tensor]]:
         if len(deltas) > 1 or not isinstance(one, DoRADelta) or not is_linear(module):
             return {}
         pair = one.inner.factors()
-        if layer_of(module).matrices or subject.update.beside:
+        if pair is None or layer_of(module).matrices or subject.update.beside:
             return {}
         found[path] = ((pair[0].float(), pair[1].float()), one.magnitude.float())
     return found
