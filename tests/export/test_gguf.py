@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import lorafold as lf
 from conftest import lorafold
-from export_cases import CONFIGS, saved
+from gguf_models import CONFIGS, saved
 from lorafold.errors import LorafoldError
 from lorafold.exporting.engines import ask
 from lorafold.exporting.gguf_metadata import architecture_of

@@ -16,7 +16,7 @@ from tokenizers import Regex, pre_tokenizers
 
 import lorafold as lf
 from conftest import lorafold, make_tokenizer
-from export_cases import CONFIGS, HEADS, learned, saved
+from gguf_models import CONFIGS, HEADS, learned, saved
 from lorafold.errors import LorafoldError
 from lorafold.exporting import gguf_model
 from lorafold.exporting.gguf_metadata import architecture_of

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorafold as lf
-from export_cases import CONFIGS, saved
+from gguf_models import CONFIGS, saved
 from lorafold.exporting.gguf_model import write_model
 from lorafold.exporting.gguf_splitting import TEXTS
 from lorafold.models.sources import resolve_model

@@ -16,7 +16,7 @@ import families
 import lorafold as lf
 import template_cases
 from conftest import lorafold, make_tokenizer
-from export_cases import saved
+from gguf_models import saved
 from lorafold.errors import LorafoldError
 from lorafold.exporting.modelfile import modelfile
 from lorafold.exporting.to_ollama import chat_of

@@ -28,7 +28,13 @@ def command(
     adapters: Adapters,
     output: Output,
     computing: Computing,
-    to: Annotated[str, typer.Option(help="The engine or format: peft, gguf-model, ollama.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="The engine or format: peft, gguf or llama.cpp (the adapter), gguf-model or ollama"
+            " (the whole model), vllm, sglang or mlx."
+        ),
+    ],
     tensors: Annotated[
         str | None,
         typer.Option(help="The type of the tensors, where there are several. Default: its first."),

@@ -135,6 +135,8 @@ def export(
             few = ours.first(FEWER)
             for name, other in target.beside(subject).items():
                 beside[name] = _proof(few, {**job, **other}, tmp, target.engine, wanted)
+        elif wanted.prove and target.engine is None:
+            unproved = target.read_back(subject, tmp) or unproved
         for scratch in (SCRATCH, PROVING):
             rmtree(tmp / scratch, ignore_errors=True)
         names = tuple(map(str, adapters))

@@ -121,6 +121,12 @@ class Target(ABC):
         """
         return {}
 
+    def read_back(self, subject: Subject, directory: Path) -> str:
+        """Read the files as the engine's loader would, which itself does not run here, and say what
+        that showed; nothing where it was not done. Raises LorafoldError if they say another thing.
+        """
+        return ""
+
 
 def only_products(update: Update, name: str) -> list[str]:
     """Why a form that has nothing but factors of matrices can't say this update, a line each.

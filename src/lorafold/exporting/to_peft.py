@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from lorafold.exporting.canonical import FILES, write_canonical
+from lorafold.exporting.elsewhere import TEMPLATE, elsewhere, write_template
 from lorafold.exporting.target import Progress, Subject, Target, Written, only_products
 
 
@@ -22,14 +23,20 @@ class ToPeft(Target):
     def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
         update = subject.update
         write_canonical(subject.base, update.factors, directory / "adapter")
-        base = subject.base.name
+        base, template = elsewhere(subject.base), write_template(subject, directory)
+        at = f", revision={base.revision!r}" if base.revision else ""
         launch = (
             "from peft import PeftModel",
-            f'PeftModel.from_pretrained(model, "{{out}}/adapter")  # over {base}',
+            "from transformers import AutoModelForCausalLM",
+            f"model = AutoModelForCausalLM.from_pretrained({base.model!r}{at})",
+            'model = PeftModel.from_pretrained(model, "{out}/adapter")',
         )
+        notes = [f"rank {update.rank} at every site, scale 1", *base.notes]
+        if template:
+            notes.append(f"the chat template is another than the base's: {TEMPLATE}")
         return Written(
-            tuple(f"adapter/{name}" for name in FILES),
+            (*(f"adapter/{name}" for name in FILES), *[TEMPLATE] * template),
             launch,
-            (f"rank {update.rank} at every site, scale 1",),
+            tuple(notes),
             {"adapter": "{out}/adapter", "base": str(subject.base.source.path)},
         )

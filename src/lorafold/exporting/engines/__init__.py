@@ -42,8 +42,10 @@ class Engine:
 
 
 ENGINES: dict[str, Engine] = {
+    "mlx": Engine("mlx-lm", "mlx_lm", "pip install mlx-lm; on Linux mlx-cpu too"),
     "peft": Engine("PEFT", "peft", "pip install peft"),
     "llamacpp": Engine("llama.cpp", "xllamacpp", "pip install xllamacpp"),
+    "vllm": Engine("vLLM", "vllm", "pip install vllm, elsewhere: --engine-python"),
 }
 
 

@@ -1,0 +1,182 @@
+"""Exports for mlx-lm: a directory of adapters as its own training writes it.
+
+    lora_a (in, r) = down^T, lora_b (r, out) = up^T with every scale in it, scale = 1
+    DoRA          beside them m (out,), its magnitude
+    experts       switch_mlp.{gate,up,down}_proj    lora_a (E, r, in), lora_b (E, out, r)
+
+mlx-lm (0.32.2, tuner/utils.py) has one rank and one scale for a file, so smaller ranks are filled
+with zeros. It builds its layers at all paths that `keys` has; what the file has no tensors for
+stays as it is without a word, so the keys are those of the tensors and no others. A base whose
+positions it would misread (`older`) is written beside the adapter.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lorafold.bases import is_linear, layer_of
+from lorafold.core.attach import adapted_modules
+from lorafold.exporting.canonical import of_one_rank
+from lorafold.exporting.elsewhere import TEMPLATE, elsewhere, write_template
+from lorafold.exporting.experts import apart
+from lorafold.exporting.older import write_older
+from lorafold.exporting.target import Progress, Subject, Target, Written, only_products
+from lorafold.exporting.update import Factors, Update
+from lorafold.files.atomic import write_json
+from lorafold.fold.plan import deltas_of
+from lorafold.methods.dora import DoRADelta
+
+WEIGHTS, CONFIG, BASE = "adapters.safetensors", "adapter_config.json", "base"
+BLOCK = re.compile(r"(model\.layers\.\d+)\.(.+)")
+EXPERTS = re.compile(r"mlp\.experts\.(\w+)")
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+# where mlx-lm has the experts of a block, by the model's type
+SWITCH = {
+    "gpt_oss": "mlp.experts",
+    "mixtral": "block_sparse_moe.switch_mlp",
+    "olmoe": "mlp.switch_mlp",
+    "qwen2_moe": "mlp.switch_mlp",
+    "qwen3_moe": "mlp.switch_mlp",
+}
+
+
+class ToMlx(Target):
+    """mlx-lm's adapters."""
+
+    name: ClassVar[str] = "mlx"
+    engine: ClassVar[str | None] = "mlx"
+
+    def problems(self, subject: Subject) -> Sequence[str]:
+        update = subject.update
+        if doras := _doras(subject):
+            update = Update({path: pair for path, (pair, _) in doras.items()})
+        found = only_products(update, "mlx-lm's form")
+        return found + [line for path in update.factors if (line := _unnamed(subject, path))]
+
+    def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
+        doras, kind = _doras(subject), subject.config.model_type
+        found = {path: pair for path, (pair, _) in doras.items()} or subject.update.factors
+        rank = max(down.shape[-2] for _, down in found.values())
+        tensors: dict[str, Tensor] = {}
+        for path, pair in of_one_rank(found, rank).items():
+            for name, each in _named(kind, path, pair):
+                tensors |= _leaves(name, each)
+            if path in doras:
+                tensors[f"{name}.m"] = doras[path][1]
+        (out := directory / "adapter").mkdir()
+        contiguous = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+        save_file(contiguous, out / WEIGHTS, metadata={"format": "mlx"})
+        layers = subject.config.get_text_config().num_hidden_layers
+        keys = keys_of({key.rsplit(".", 1)[0] for key in tensors}, layers)
+        parameters = {"rank": rank, "scale": 1.0, "dropout": 0.0, "keys": keys}
+        config = {
+            "fine_tune_type": "dora" if doras else "lora",
+            "num_layers": layers,
+            "lora_parameters": parameters,
+        }
+        write_json(out / CONFIG, config)
+        return self._written(subject, directory, rank)
+
+    def _written(self, subject: Subject, directory: Path, rank: int) -> Written:
+        base, template = elsewhere(subject.base), write_template(subject, directory)
+        source = subject.base.source.path
+        notes, model, path = [f"rank {rank} at every site, scale 1"], base.quoted, str(source)
+        if write_older(source, directory / BASE):
+            model = path = f"{{out}}/{BASE}"
+            notes.append(
+                "base/ is the base with a config.json that mlx-lm understands: it reads no"
+                " rope_parameters and would compute with other positions"
+            )
+        elif base.revision:
+            notes.append(
+                f"mlx-lm's commands take the newest revision of {base.model}, this is for"
+                f" {base.revision}"
+            )
+        else:
+            notes += base.notes
+        both = f"--model {model} --adapter-path {{out}}/adapter"
+        launch = [f'mlx_lm.generate {both} --prompt "Hello"', f"mlx_lm.server {both}"]
+        if template:
+            launch = [f'{launch[1]} --chat-template "$(cat {{out}}/{TEMPLATE})"']
+            notes.append(f"the chat template is another than the base's: {TEMPLATE}")
+        files = (f"adapter/{WEIGHTS}", f"adapter/{CONFIG}", *[TEMPLATE] * template)
+        return Written(
+            files, tuple(launch), tuple(notes), {"adapter": "{out}/adapter", "base": path}
+        )
+
+
+def keys_of(paths: Iterable[str], layers: int) -> list[str]:
+    """The `keys` that name exactly these modules: as they are called in a block where all blocks
+    have the same, and else from the model's root.
+
+    Args:
+        paths: of modules in mlx-lm.
+        layers: the number of blocks.
+    """
+    inside: dict[str, set[str]] = {}
+    outside = []
+    for path in paths:
+        if (found := BLOCK.fullmatch(path)) is None:
+            outside.append(path)
+        else:
+            inside.setdefault(found[2], set()).add(found[1])
+    if all(len(blocks) == layers for blocks in inside.values()):
+        return sorted([*inside, *outside])
+    return sorted(paths)
+
+
+def _doras(subject: Subject) -> Mapping[str, tuple[Factors, Tensor]]:
+    """The factors beneath the magnitude, and the magnitude (out,), of each site; none unless every
+    change is DoRA over a product, at linears.
+    """
+    found = {}
+    for path, module in adapted_modules(subject.model):
+        deltas = [*deltas_of(module, subject.names)]
+        if not deltas:
+            continue
+        one = deltas[0]
+        if len(deltas) > 1 or not isinstance(one, DoRADelta) or not is_linear(module):
+            return {}
+        pair = one.inner.factors()
+        if pair is None or layer_of(module).matrices or subject.update.beside:
+            return {}
+        found[path] = ((pair[0].float(), pair[1].float()), one.magnitude.float())
+    return found
+
+
+def _unnamed(subject: Subject, path: str) -> str:
+    """Why mlx-lm has no such module, or nothing."""
+    found, kind = BLOCK.fullmatch(path), subject.config.model_type
+    if path in (EMBEDDING, HEAD):
+        if getattr(subject.config.get_text_config(), "tie_word_embeddings", False):
+            return f"{path}: embedding and head are tied, and mlx-lm adapts both or neither"
+        return ""
+    if found is None:
+        return f"{path}: found none of mlx-lm's names, expected those of model.layers"
+    if EXPERTS.fullmatch(found[2]) and kind not in SWITCH:
+        known = ", ".join(SWITCH)
+        return f"{path}: mlx-lm's names for experts are known of {known}, not of {kind}"
+    return ""
+
+
+def _named(kind: str, path: str, factors: Factors) -> Iterator[tuple[str, Factors]]:
+    """Yield what a site is in mlx-lm, by module path."""
+    block = BLOCK.fullmatch(path)
+    experts = EXPERTS.fullmatch(block[2]) if block else None
+    if block is None or experts is None:
+        yield path, factors
+        return
+    for name, each in apart(kind, experts[1], factors):
+        yield f"{block[1]}.{SWITCH[kind]}.{name}", each
+
+
+def _leaves(path: str, factors: Factors) -> dict[str, Tensor]:
+    up, down = factors
+    pair = (down, up) if up.dim() > 2 else (down.t(), up.t())
+    return {f"{path}.lora_a": pair[0], f"{path}.lora_b": pair[1]}
