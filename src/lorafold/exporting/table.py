@@ -6,8 +6,8 @@ from lorafold.errors import LorafoldError
 from lorafold.exporting.target import Target
 from lorafold.exporting.to_gguf import ToGguf, ToLlamaCpp
 from lorafold.exporting.to_gguf_model import ToGgufModel
-from lorafold.exporting.to_ollama import ToOllama
 from lorafold.exporting.to_mlx import ToMlx
+from lorafold.exporting.to_ollama import ToOllama
 from lorafold.exporting.to_peft import ToPeft
 from lorafold.exporting.to_sglang import ToSglang
 from lorafold.exporting.to_vllm import ToVllm
