@@ -18,6 +18,7 @@ from lorafold.cli.groups import grouped
 
 EXAMPLES = (
     "lorafold export demo/adapter --to peft --out for-peft",
+    "lorafold export demo/adapter --to llama.cpp --out for-llamacpp",
 )
 
 
@@ -26,7 +27,7 @@ def command(
     adapters: Adapters,
     output: Output,
     computing: Computing,
-    to: Annotated[str, typer.Option(help="The engine or format: peft.")],
+    to: Annotated[str, typer.Option(help="The engine or format: peft, gguf, llama.cpp.")],
     tensors: Annotated[
         str | None,
         typer.Option(help="The type of the tensors, where there are several. Default: its first."),
