@@ -19,6 +19,7 @@ from lorafold.cli.groups import grouped
 EXAMPLES = (
     "lorafold export demo/adapter --to peft --out for-peft",
     "lorafold export demo/adapter --to llama.cpp --out for-llamacpp",
+    "lorafold export demo/adapter --to ollama --tensors Q8_0 --out for-ollama",
 )
 
 
@@ -27,7 +28,10 @@ def command(
     adapters: Adapters,
     output: Output,
     computing: Computing,
-    to: Annotated[str, typer.Option(help="The engine or format: peft, gguf, llama.cpp.")],
+    to: Annotated[
+        str,
+        typer.Option(help="The engine or format: peft, gguf, llama.cpp, gguf-model, ollama."),
+    ],
     tensors: Annotated[
         str | None,
         typer.Option(help="The type of the tensors, where there are several. Default: its first."),

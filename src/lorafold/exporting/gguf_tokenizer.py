@@ -36,8 +36,9 @@ def add_tokenizer(
 
     Raises LorafoldError for a kind of tokenizer, or a rule of splitting, that llama.cpp has not.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = {"model": {"type": "slow"}} if backend is None else json.loads(backend.to_str())
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    slow = {"model": {"type": type(tokenizer).__name__}}
+    content: dict[str, Any] = slow if backend is None else json.loads(backend.to_str())
     model = content["model"]
     if model["type"] != "BPE":
         raise LorafoldError(

@@ -45,7 +45,7 @@ def without_first(turns: Turns, tokenizer: PreTrainedTokenizerBase) -> Turns:
     """The marks without the token that begins a text, where the engine itself adds it."""
     first = str(tokenizer.bos_token or "")
     ids = tokenizer("a")["input_ids"]
-    if not first or ids[0] != tokenizer.bos_token_id:  # type: ignore[index]
+    if not first or ids[0] != tokenizer.bos_token_id:
         return turns
     system = turns.system and (turns.system[0].removeprefix(first), turns.system[1])
     start = turns.start.removeprefix(first)

@@ -125,10 +125,10 @@ def rule_of(pre: str) -> PreTokenizer | None:
         return as_gpt2
     if pre in EACH_DIGIT:
         return Sequence([Digits(individual_digits=True), as_gpt2])
-    theirs = GGUF_PRE_TOKENIZER_SPLITS.get(pre)
-    if pre not in RULES and theirs is None:
+    known = {name: (rule,) for name, rule in GGUF_PRE_TOKENIZER_SPLITS.items()} | RULES
+    if pre not in known:
         return None
-    splits = [Split(Regex(rule), behavior="isolated") for rule in RULES.get(pre, (theirs,))]
+    splits = [Split(Regex(rule), behavior="isolated") for rule in known[pre]]
     return Sequence([*splits, ByteLevel(add_prefix_space=False, use_regex=False)])
 
 

@@ -1,0 +1,85 @@
+"""What merged models lose as GGUF files in llama.cpp: KL of its distribution of the next token from
+lorafold's adapted model in fp32 over 32 prompts, greedy texts, seconds and bytes. One JSON object a
+line.
+
+    python benchmarks/export_models.py ADAPTER [--model smollm2] [--quantizer PROGRAM] [--tensors T]
+
+PROGRAM IN.gguf OUT.gguf NUMBER is llama.cpp's own quantizer (llama-quantize takes the number of a
+type too). It quantizes the F16 file that was written here: `same` counts the tensors that have the
+same bytes in both, and its KL is asked for where some differ.
+"""
+
+import argparse
+import json
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+from lorafold.exporting.engines import ask
+from lorafold.exporting.gguf_model import FILE_TYPES
+from lorafold.exporting.ours import Ours
+from lorafold.exporting.proof import proof
+from lorafold.exporting.target import Subject
+from lorafold.exporting.to_gguf_model import file_of, write_gguf
+from lorafold.opening import Base
+from lorafold.peft.saved import Saved
+
+ENGINE = "llamacpp"
+
+
+def quietly(done: int, total: int) -> None: ...
+
+
+def same(ours: Path, theirs: Path) -> tuple[int, int]:
+    """The tensors with the same bytes, and all."""
+    found = {t.name: t for t in gguf.GGUFReader(theirs).tensors}
+    own = gguf.GGUFReader(ours).tensors
+    alike = [
+        t.tensor_type == found[t.name].tensor_type and np.array_equal(t.data, found[t.name].data)
+        for t in own
+    ]
+    return sum(alike), len(alike)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("adapter")
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--quantizer")
+    parser.add_argument("--tensors", nargs="+", default=["F16", "Q8_0", "Q4_0"])
+    args = parser.parse_args()
+    base, adapters = Base(args.model, device="cpu"), (Saved.open(Path(args.adapter)),)
+    ours = Ours.of(Subject(base, adapters), None, quietly)
+
+    def told(file: Path) -> dict:
+        theirs = ask(ENGINE, ours.job({"base": str(file)}, file.parent))
+        found = proof(ours.answers, theirs, ours.margin)
+        names = ("kl", "kl_largest", "distance", "share", "top", "greedy", "near", "gap")
+        about = found.as_json() | {"share": found.share}
+        counts = {n: len(about[n]) for n in ("other_tokens", "other_texts")}
+        return {n: about[n] for n in names} | counts | {"engine": theirs.version}
+
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        for tensors in dict.fromkeys(["F16", *args.tensors]):
+            start = time.perf_counter()
+            write_gguf(Subject(base, adapters, tensors), out, quietly)
+            seconds, file = time.perf_counter() - start, out / file_of(tensors)
+            line = {"tensors": tensors, "seconds": round(seconds, 1), "bytes": file.stat().st_size}
+            if args.quantizer and tensors.startswith("Q"):
+                theirs = out / "theirs.gguf"
+                number = str(int(gguf.LlamaFileType[FILE_TYPES[tensors]]))
+                command = [args.quantizer, str(out / file_of("F16")), str(theirs), number]
+                subprocess.run(command, check=True, capture_output=True)
+                line["same"], line["of"] = same(file, theirs)
+                if line["same"] < line["of"]:
+                    line["kl_of_quantizer"] = told(theirs)["kl"]
+            print(json.dumps(line | told(file)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
