@@ -65,16 +65,26 @@ def test_others_are_cut_to_the_best_of_a_rank(method, adapter, tiny_model):
     assert update_of(model, ["one"]).dense.keys() == whole.factors.keys()
 
 
+@pytest.fixture
+def prompts(tmp_path):
+    """A file of few prompts: PEFT takes a second for each."""
+    rows = [{"prompt": text} for text in ("the fox", "What is rain?", "jumps", "over the dog")]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["rslora", "pissa"])
-def test_peft_computes_what_lorafold_does(method, adapter, tiny_model_dir, tmp_path):
-    out = tmp_path / "out"
-    done = lf.export(tiny_model_dir("llama"), adapter(method), out, to="peft", device="cpu")
+def test_peft_computes_what_lorafold_does(method, adapter, prompts, tiny_model_dir, tmp_path):
+    out, base = tmp_path / "out", tiny_model_dir("llama")
+    done = lf.export(base, adapter(method), out, to="peft", prompts=prompts, device="cpu")
     assert done.proof is not None
     assert done.proof.share is not None
     assert done.proof.kl < 1e-9
     assert done.proof.share < 1e-6
-    assert done.proof.top == done.proof.prompts == 32
-    assert done.proof.greedy + done.proof.near == 32
+    assert done.proof.top == done.proof.prompts == 4
+    assert done.proof.greedy + done.proof.near == 4
     assert not done.proof.unused
     assert done.proof.changed == pytest.approx(done.proof.distance, rel=1e-3)
     assert json.loads((out / "export.json").read_text())["proof"]["engine"] == "PEFT"
@@ -85,16 +95,19 @@ def test_peft_computes_what_lorafold_does(method, adapter, tiny_model_dir, tmp_p
     assert not config["use_rslora"]
 
 
-def test_as_lora_says_what_it_loses_and_which_rank_is_enough(adapter, tiny_model_dir, tmp_path):
+def test_as_lora_says_what_it_loses_and_which_rank_is_enough(
+    adapter, prompts, tiny_model_dir, tmp_path
+):
     base, saved = tiny_model_dir("llama"), adapter("dora")
+    few = {"prompts": prompts, "device": "cpu"}
     with pytest.raises(LorafoldError, match=r"DoRADelta is no product .* --as-lora \d+ writes"):
-        lf.export(base, saved, tmp_path / "none", to="peft", device="cpu")
+        lf.export(base, saved, tmp_path / "none", to="gguf", **few)
     assert not (tmp_path / "none").exists()
-    done = lf.export(base, saved, tmp_path / "out", to="peft", as_lora=2, device="cpu")
+    done = lf.export(base, saved, tmp_path / "out", to="gguf", as_lora=2, **few)
     assert done.cut is not None
     assert done.cut.share is not None
     assert done.proof is not None
-    assert done.proof.share < 1e-5 < done.cut.share
+    assert done.proof.share < 1e-3 < done.cut.share
     assert done.cut.enough is not None
     assert done.cut.enough > 2
 

@@ -31,7 +31,7 @@ def tensors_of_update(
     """The tensors of the file by their names there, and why others have no place, a line each.
 
     Args:
-        factors: of each site, by module path.
+        factors: of each site, up (*matrices, out, r) and down (*matrices, r, in).
         config: of the base.
         row: llama.cpp's architecture for it.
     """
