@@ -60,7 +60,7 @@ def repeated(line: Line) -> LorafoldError | None:
     given: dict[str, dict[str, str]] = {}
     for name, option, values in line.words:
         if option is not None and not getattr(option, "multiple", False):
-            value = name if getattr(option, "is_flag", False) else " ".join(values)
+            value = name if getattr(option, "is_flag", False) else " ".join(map(str, values))
             given.setdefault(str(option.name), {})[value] = name
     told = [
         f"{next(iter(found.values()))}: found {' and '.join(found)}, expected it once"
