@@ -98,6 +98,7 @@ VALUES = {
     "eval adapter --data rows.jsonl --max-length 1": "--max-length: found '1', expected at least 2",
     "generate adapter --prompt hello --storage fp4": "storage fp4: unknown; expected auto",
     "merge adapter --out out --rounding up": "expected auto, nearest, stochastic",
+    "export adapter --to ggml --out out": "--to: found 'ggml', expected one of peft, gguf",
     "compose adapter adapter --out out --weight 1,2": "repeat the option for several",
     "resize adapter --energy 90 --out out": "found 90, expected a share above 0, at most 1",
     "resize adapter --out out": "--rank, --energy: found neither",

@@ -133,7 +133,7 @@ def test_a_masked_model_is_trained_as_a_classifier(method: str, tmp_path: Path) 
         method=method, objective="classify", steps=2, batch=2, storage="fp32", seed=3, eval_every=2
     )
     trained = lf.train(recipe, model=base, data=rows, out=tmp_path / "adapter", eval_data=rows)
-    found = lf.evaluate(base, rows, adapters=tmp_path / "adapter")
+    found = lf.evaluate(base, rows, adapters=tmp_path / "adapter", storage="fp32")
     assert found.loss == pytest.approx(trained.eval_loss, rel=1e-5)
 
 

@@ -365,7 +365,8 @@ def test_a_classifier_below_gives_its_classes_and_head(base: Path, tmp_path: Pat
         run.train(asked, quiet())
     first, second = open_all([tmp_path / "first", tmp_path / "second"])
     assert second.classes == first.classes
-    found = lf.evaluate(base, rows, adapters=[tmp_path / "first", tmp_path / "second"])
+    both = [tmp_path / "first", tmp_path / "second"]
+    found = lf.evaluate(base, rows, adapters=both, storage="fp32")
     assert found is not None
 
 

@@ -88,7 +88,8 @@ def test_the_base_has_the_loss_of_the_objective(request_: Request) -> None:
     assert found == pytest.approx(math.log(2), abs=1e-6)
     rows = [{"text": row["prompt"], "label": row["completion"][1:]} for row in ROWS]
     recipe = request_.recipe.model_copy(update={"objective": "classify", "seed": 3})
-    found = bare_loss(replace(request_, rows=rows, eval_rows=rows), recipe)
+    plain = request_.base.stored("fp32")
+    found = bare_loss(replace(request_, base=plain, rows=rows, eval_rows=rows), recipe)
     source, tokenizer = request_.base.source, request_.base.tokenizer()
     classes = tuple(sorted({row["label"] for row in rows}))
     model = load_classifier(source, classes, tokenizer.pad_token_id, torch.float32, seed=3)

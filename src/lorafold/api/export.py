@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lorafold.api.arguments import Paths, as_path, as_paths, missing
 from lorafold.exporting import run
+from lorafold.exporting.table import target_of
 from lorafold.opening import base_for
 from lorafold.peft.saved import open_all
 
@@ -58,6 +59,7 @@ def export(
     """
     if out is None:
         raise missing("out")
+    target_of(to)  # before anything is opened
     found = open_all(as_paths(adapters))
     base = base_for(
         model,

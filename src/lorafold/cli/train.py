@@ -95,7 +95,6 @@ def command(
     from dataclasses import asdict
 
     from lorafold.api.train import base_to_train, train
-    from lorafold.cli.pasted import after_training
 
     console = messages()
     rewards = rewards_of(reward, reward_adapter)
@@ -148,5 +147,7 @@ def command(
         console=console,
         **computing.how,
     )
+    from lorafold.cli.pasted import after_training
+
     told = [str(result), *after_training(result, recipe, over or ())]
     emit(json, asdict(result), "\n".join(told))

@@ -33,7 +33,11 @@ class Folded:
     values: Callable[[], Tensor]
 
     def part(self, shape: Sequence[int], of: Callable[[Tensor], Tensor]) -> Folded:
-        """What a function makes of the values, of another shape."""
+        """What a function makes of the values (*, in), or (n,) of a vector.
+
+        Args:
+            shape: of what it makes.
+        """
         return Folded(self.path, tuple(shape), lambda: of(self.values()))
 
 

@@ -77,21 +77,9 @@ def write_content(content: Content, out: Path, tensors: str, progress: Progress)
     Returns:
         What an engine computes otherwise than the model, a sentence each.
 
-    Raises LorafoldError as `described`, for values that the type does not have, and if the disk has
-    no room.
+    Raises LorafoldError as `described` and `write_described`.
     """
-    made = described(content, tensors)
-    kinds = {n: type_of(n, s, tensors, OUTPUT not in made.shapes) for n, s in made.shapes.items()}
-    sizes = {n: size_of(s, kinds[n]) for n, s in made.shapes.items()}
-    _need_room(out, sum(sizes.values()))
-    for name, shape in made.shapes.items():
-        kind = number_of(kinds[name])
-        made.writer.add_tensor_info(name, shape, np.dtype(np.float32), sizes[name], kind)
-    with _disk(out), torch.no_grad():
-        _write(made, out, kinds, sizes, progress)
-    if odd := [n for n, kind in kinds.items() if kind == "F16" != tensors]:
-        return [*made.notes, f"{len(odd)} matrices are F16: their rows are no whole blocks"]
-    return made.notes
+    return write_described(described(content, tensors), out, tensors, progress)
 
 
 @dataclass(frozen=True)
@@ -108,6 +96,26 @@ class Described:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the tensors, by name."""
         return {one.path: one.shape for one in self.tensors}
+
+
+def write_described(
+    made: Described, out: Path, tensors: str, progress: Progress
+) -> Sequence[str]:
+    """Write a file; arguments and result are those of `write_content`.
+
+    Raises LorafoldError for values that the type does not have, and if the disk has no room.
+    """
+    kinds = {n: type_of(n, s, tensors, OUTPUT not in made.shapes) for n, s in made.shapes.items()}
+    sizes = {n: size_of(s, kinds[n]) for n, s in made.shapes.items()}
+    _need_room(out, sum(sizes.values()))
+    for name, shape in made.shapes.items():
+        kind = number_of(kinds[name])
+        made.writer.add_tensor_info(name, shape, np.dtype(np.float32), sizes[name], kind)
+    with _disk(out), torch.no_grad():
+        _write(made, out, kinds, sizes, progress)
+    if odd := [n for n, kind in kinds.items() if kind == "F16" != tensors]:
+        return [*made.notes, f"{len(odd)} matrices are F16: their rows are no whole blocks"]
+    return made.notes
 
 
 def described(content: Content, tensors: str) -> Described:

@@ -33,7 +33,7 @@ def tensors_of_update(
     Args:
         factors: of each site, by module path.
         config: of the base.
-        row: its architecture.
+        row: llama.cpp's architecture for it.
     """
     names = names_of(row, config.num_hidden_layers)
     tensors: dict[str, Tensor] = {}

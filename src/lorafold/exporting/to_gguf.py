@@ -12,17 +12,17 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 from torch import Tensor
 
 from lorafold.errors import LorafoldError
+from lorafold.exporting.folded import Folded
 from lorafold.exporting.gguf_metadata import architecture_of
-from lorafold.exporting.gguf_model import write_model
+from lorafold.exporting.gguf_model import Described, write_described, write_model
 from lorafold.exporting.gguf_names import tensors_of_update
-from lorafold.exporting.gguf_types import encoded, number_of, type_of
 from lorafold.exporting.target import Progress, Subject, Target, Written, only_products
 
 FILE = "adapter.gguf"
@@ -45,13 +45,13 @@ class GgufAdapter(Target):
         return problems_of(subject)
 
     def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
-        write_adapter(subject, directory / FILE, progress)
+        notes = tuple(write_adapter(subject, directory / FILE, progress))
         gguf = subject.base.source.gguf
         if gguf is not None:
-            return Written((FILE,), tuple(self.use(str(gguf))), (), JOB)
+            return Written((FILE,), tuple(self.use(str(gguf))), notes, JOB)
         made = f"lorafold export --model {subject.base.name} --to gguf-model --out base"
         lines = (f"{made}  # writes base/model-F16.gguf", *self.use("base/model-F16.gguf"))
-        return Written((FILE,), lines, (), JOB)
+        return Written((FILE,), lines, notes, JOB)
 
     def proving(self, subject: Subject, scratch: Path, progress: Progress) -> Mapping[str, Any]:
         scratch.mkdir(exist_ok=True)
@@ -104,8 +104,8 @@ def problems_of(subject: Subject) -> Sequence[str]:
     return [*only_products(update, "a GGUF adapter"), *found]
 
 
-def write_adapter(subject: Subject, out: Path, progress: Progress) -> None:
-    """Write the file. Raises LorafoldError for values that the type has not, and a full disk.
+def write_adapter(subject: Subject, out: Path, progress: Progress) -> Sequence[str]:
+    """Write the file, as `write_described`, whose result this is.
 
     Args:
         out: the file.
@@ -114,26 +114,13 @@ def write_adapter(subject: Subject, out: Path, progress: Progress) -> None:
 
     row = architecture_of(subject.config)
     tensors, _ = tensors_of_update(subject.update.factors, subject.config, row)
-    writer = gguf.GGUFWriter(out, row.name)
+    writer = gguf.GGUFWriter(None, row.name)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)
-    for name, tensor in tensors.items():
-        kind = type_of(name, tuple(tensor.shape), str(subject.tensors), tied=False)
-        writer.add_tensor(name, _bytes(name, tensor, kind), raw_dtype=number_of(kind))
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-    except OSError as error:
-        raise LorafoldError(f"{out}: it could not be written: {error.strerror or error}") from error
-    finally:
-        writer.close()
-    progress(len(tensors), len(tensors))
+    placed = [Folded(name, tuple(t.shape), partial(_same, t)) for name, t in tensors.items()]
+    return write_described(Described(writer, placed, ()), out, str(subject.tensors), progress)
 
 
-def _bytes(name: str, tensor: Tensor, kind: str) -> np.ndarray:
-    """The bytes (*, bytes of a row) of a tensor (*, n)."""
-    rows = np.concatenate([*encoded(name, tensor, kind)])
-    return rows.reshape(*tensor.shape[:-1], -1)
-
+def _same(values: Tensor) -> Tensor:
+    return values

@@ -94,8 +94,8 @@ class ToSglang(Target):
             a, b = (_taken(tensors, path, half) for half in "AB")
             largest = max(largest, _difference((scale * b, a), (up, down)))
         if tensors:
-            strays = as_one(sorted(tensors))
-            raise LorafoldError(f"sglang: read back, {strays}: it has no module for that")
+            over = as_one(sorted(tensors))
+            raise LorafoldError(f"sglang: read back, {over}: it has no module for that")
         if largest > EXACT:
             raise LorafoldError(
                 f"sglang: read back, they differ by {largest:.1e} from the update"

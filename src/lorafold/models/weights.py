@@ -209,7 +209,7 @@ class FileWeights(Weights):
 
 def unreadable(path: Path, error: Exception) -> LorafoldError:
     """The error for a file of tensors that can't be read."""
-    if not path.exists():
+    if isinstance(error, FileNotFoundError):
         return LorafoldError(f"{path}: there is no such file{beside(path)}")
     return LorafoldError(
         f"{path}: not readable as safetensors, it may have been cut short or damaged ({error})"

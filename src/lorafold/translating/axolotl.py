@@ -14,7 +14,7 @@ from lorafold.translating import trainer
 from lorafold.translating.axolotl_preferences import objective_of
 from lorafold.translating.axolotl_rows import datasets
 from lorafold.translating.convert import boolean, integer, names, number
-from lorafold.translating.no_counterpart import AXOLOTL
+from lorafold.translating.no_counterpart import AXOLOTL, SYSTEM
 from lorafold.translating.policies import OWN_DRAWS
 from lorafold.translating.preferences import law_option
 from lorafold.translating.rules import (
@@ -60,7 +60,8 @@ RULES: tuple[Rule, ...] = (
     Rule("learning_rate", to("lr", number)),
     Rule("loraplus_lr_ratio", readers.of_lora(trainer.loraplus_ratio), 1),
     Rule("lr_scheduler", trainer.schedule, "cosine"),
-    *trainer.warmup_rules("lr_scheduler", None),
+    Rule("warmup_steps", readers.warmup_steps),
+    Rule("warmup_ratio", readers.warmup_ratio, 0.03),
     Rule("optimizer", trainer.optimizer, "adamw_torch_fused"),
     Rule("weight_decay", to("weight_decay", number), 0.0),
     Rule("max_grad_norm", trainer.max_grad_norm, 1.0),
@@ -89,6 +90,7 @@ RULES: tuple[Rule, ...] = (
     Rule("evaluation_strategy", trainer.interval_strategy),
     Rule("save_total_limit", trainer.save_total_limit),
     Rule("seed", to("seed", integer)),
+    Rule("default_system_message", without(SYSTEM)),
     Rule("tokens", readers.new_tokens),
     Rule("chat_template", readers.chat_template),
     Rule("chat_template_jinja", readers.chat_template_jinja),

@@ -179,6 +179,28 @@ def excess_length(value: Any, settings: Settings) -> Outcome:
     return changed("longer rows are cut here, and the run says how many; filter them out before")
 
 
+def warmup_steps(value: Any, settings: Settings) -> Outcome | None:
+    """`warmup_steps` becomes the warm-up; axolotl makes two steps of one."""
+    if settings["lr_scheduler"] == "constant":
+        return None
+    return trainer.warmed(2 if number(value) == 1 else number(value))
+
+
+def warmup_ratio(value: Any, settings: Settings) -> Outcome | None:
+    """`warmup_ratio` becomes the warm-up; of a run whose steps the file gives, axolotl takes the
+    steps rounded down, and at most 100 where the ratio is its own.
+    """
+    if settings["lr_scheduler"] == "constant" or settings["warmup_steps"] is not None:
+        return None
+    share, total = number(value), trainer.total_steps(settings)
+    if total is None:
+        return trainer.warmed(share, share=True)
+    steps = int(share * total)
+    if settings.given.get("warmup_ratio") is None:
+        steps = min(steps, 100)
+    return trainer.warmed(2 if steps == 1 else steps)
+
+
 def per_epoch(name: str, otherwise: str) -> Reader:
     """`evals_per_epoch` and `saves_per_epoch` become an interval in steps, by the share of the run
     that axolotl computes from them.

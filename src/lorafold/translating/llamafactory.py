@@ -14,7 +14,7 @@ from lorafold.translating import trainer
 from lorafold.translating.convert import boolean, integer, names, number
 from lorafold.translating.llamafactory_preferences import objective_of
 from lorafold.translating.llamafactory_rows import dataset
-from lorafold.translating.no_counterpart import LLAMAFACTORY
+from lorafold.translating.no_counterpart import LLAMAFACTORY, SYSTEM
 from lorafold.translating.preferences import beta, law_option
 from lorafold.translating.rules import (
     Rule,
@@ -102,6 +102,8 @@ RULES: tuple[Rule, ...] = (
     Rule("evaluation_strategy", trainer.interval_strategy),
     Rule("save_total_limit", trainer.save_total_limit),
     Rule("seed", to("seed", integer)),
+    Rule("use_cpu", trainer.use_cpu),
+    Rule("default_system", without(SYSTEM)),
     Rule("report_to", trainer.trackers),
     Rule("use_swanlab", lambda value, settings: (
         taken(trackers=("swanlab",)) if boolean(value) else taken("it is off"))),

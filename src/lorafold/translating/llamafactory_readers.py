@@ -136,7 +136,7 @@ def bf16(value: Any, settings: Settings) -> Outcome | None:
         )
     if settings.read("fp16", boolean):
         return None
-    return taken("as the model's files are, where the hardware can", storage="auto")
+    return taken(trainer.AUTO, storage="auto")
 
 
 def pure_bf16(value: Any, settings: Settings) -> Outcome | None:

@@ -20,6 +20,7 @@ from lorafold.translating.convert import boolean, choice, integer, names, number
 from lorafold.translating.preferences import rows_wanted
 from lorafold.translating.rows import Rows, differing, given_as_data, of_hub
 from lorafold.translating.rules import Outcome, Reader, Settings, changed, flagged, left, taken
+from lorafold.translating.trainer import AUTO
 
 BLOCK = "lora_parameters"
 OF_BLOCK = ("rank", "scale", "dropout")
@@ -173,12 +174,11 @@ def key_of(name: str) -> str:
 
 def batch(value: Any, settings: Settings) -> Outcome:
     """`batch_size` times accumulation becomes the batch."""
+    several = micro(settings)
+    fields = {"batch": integer(value) * several, "accumulate": several}
+    said = "; its micro-batches weigh alike there, and tokens here" if several > 1 else ""
     return taken(
-        "micro-batch times accumulation, of one machine",
-        batch=integer(value) * micro(settings),
-        accumulate=micro(settings),
-        packing=False,
-        clip=0.0,
+        f"micro-batch times accumulation, of one machine{said}", **fields, packing=False, clip=0.0
     )
 
 
@@ -229,7 +229,7 @@ def model(value: Any, settings: Settings) -> Outcome:
     bits = next((n for n in (4, 8) if f"{n}bit" in str(value)), None)
     if bits is None:
         passed = flagged("--model", value)
-        said = f"as the model's files are; {passed.remark}"
+        said = f"{AUTO}; {passed.remark}"
         return replace(passed, how="taken", fields={"storage": "auto"}, remark=said)
     return Outcome(
         "changed",

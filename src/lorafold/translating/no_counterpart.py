@@ -14,6 +14,7 @@ DECAY = "the schedule decays to zero, and AdamW has the arguments that a recipe 
 ABSENT = "lorafold has no such option and trains without it"
 MEMORY = "it concerns memory or speed, and not what is trained"
 LOGGING = "a run shows its loss by itself and keeps the best checkpoint"
+SYSTEM = "give the rows a column system with it, or their messages one of that role"
 HUB = "a saved adapter is uploaded with the hub's own command"
 
 REFERENCE = "one model is loaded, and what the reference computes is kept from one run to the next"
@@ -31,7 +32,7 @@ TRL = (
     (MODEL, "is_encoder_decoder model_init_kwargs router_aux_loss_coef ignore_bias_buffers"
      " use_cache"),
     (PROCESSES, "deepspeed fsdp fsdp_config ddp_timeout ddp_find_unused_parameters ddp_backend"
-     " ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph local_rank use_cpu"
+     " ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph local_rank"
      " accelerator_config parallelism_config average_tokens_across_devices log_on_each_node"
      " save_on_each_node eval_use_gather_object"),
     (ROWS, "dataset_num_proc dataset_kwargs dataset_streaming streaming shuffle_dataset"
@@ -105,7 +106,7 @@ AXOLOTL = (
         " dataset_keep_in_memory shuffle_merged_datasets skip_prepare_dataset group_by_length"
         " dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor streaming"
         " dataloader_drop_last remove_unused_columns curriculum_sampling min_sample_len"
-        " default_system_message eot_tokens",
+        " eot_tokens",
     ),
     (
         "lorafold packs rows by best fit and keeps each apart from the others",
@@ -166,13 +167,13 @@ LLAMAFACTORY = (
      " image_min_pixels video_max_pixels video_min_pixels video_fps video_maxlen"),
     (PROCESSES, "deepspeed fsdp fsdp_config ddp_timeout ddp_find_unused_parameters ddp_backend"
      " local_rank ray_run_name ray_storage_path ray_num_workers ray_init_kwargs"
-     " resources_per_worker placement_strategy use_ray device_map quantization_device_map use_cpu"),
+     " resources_per_worker placement_strategy use_ray device_map quantization_device_map"),
     ("give that many rows as --data", "max_samples"),
     (ROWS, "media_dir overwrite_cache preprocessing_num_workers"
      " preprocessing_batch_size dataloader_num_workers dataloader_pin_memory streaming buffer_size"
      " mix_strategy interleave_probs tokenized_path data_shared_file_system group_by_length"
      " train_sampling_strategy disable_shuffling dataloader_drop_last dataloader_prefetch_factor"
-     " remove_unused_columns tool_format default_system preserve_thinking data_seed"
+     " remove_unused_columns tool_format preserve_thinking data_seed"
      " eval_on_each_dataset dataloader_persistent_workers ignore_data_skip"),
     (DECAY, "lr_scheduler_kwargs optim_args loraplus_lr_embedding"),
     (ABSENT, "neftune_noise_alpha label_smoothing_factor use_dft_loss use_asft_loss asft_alpha"

@@ -26,6 +26,15 @@ from lorafold.translating import (
 )
 from lorafold.translating.rules import Rule, TranslatedKey, by_rules
 
+AFTER_TURNS = (
+    "what the chat template writes after the end of a turn, often a newline, counts in the loss"
+    " there and not here"
+)
+NOTES = {
+    "trl-sft": f"{AFTER_TURNS}; a prompt and completion of plain text are joined there as they"
+    " stand: for such rows --chat-template none",
+    "mlx-lm": f"{AFTER_TURNS}, and so does one token of padding after each row",
+}
 SHOWN = 4  # the most fields that a line names
 
 
@@ -56,20 +65,25 @@ def _by_rules(
     signs: str,
     rules: Sequence[Rule],
     flat: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
+    note: str = "",
 ) -> Tool:
     """A tool with a table of rules; `flat` gives the keys of its blocks as keys of the file."""
     known = frozenset(rule.key for rule in rules)
-    return Tool(name, signs, lambda config: by_rules(rules, flat(config)), known)
+    return Tool(name, signs, lambda config: by_rules(rules, flat(config)), known, note)
 
 
 TOOLS: dict[str, Tool] = {
     "axolotl": _by_rules("axolotl", axolotl.SIGNS, axolotl.RULES, axolotl_policies.flat),
-    "llamafactory": _by_rules("LLaMA-Factory", llamafactory.SIGNS, llamafactory.RULES),
+    "llamafactory": _by_rules(
+        "LLaMA-Factory", llamafactory.SIGNS, llamafactory.RULES, note=AFTER_TURNS
+    ),
     **{
-        kind: _by_rules(trl_trainers.NAMES[kind], trl_trainers.SIGNS[kind], rules)
+        kind: _by_rules(
+            trl_trainers.NAMES[kind], trl_trainers.SIGNS[kind], rules, note=NOTES.get(kind, "")
+        )
         for kind, rules in trl_trainers.RULES.items()
     },
-    "mlx-lm": _by_rules("mlx-lm", mlx.SIGNS, mlx.RULES, mlx_readers.flat),
+    "mlx-lm": _by_rules("mlx-lm", mlx.SIGNS, mlx.RULES, mlx_readers.flat, NOTES["mlx-lm"]),
     "unsloth": Tool(
         "Unsloth",
         unsloth.SIGNS,

@@ -11,7 +11,7 @@ from math import ceil
 from typing import Any
 
 from lorafold.errors import LorafoldError
-from lorafold.translating.convert import integer, names, number, product, text
+from lorafold.translating.convert import boolean, integer, names, number, product, text
 from lorafold.translating.rules import Outcome, Reader, Rule, Settings, changed, left, taken
 
 SCHEDULES = {
@@ -31,6 +31,8 @@ OPTIMIZERS = {
     "paged_adamw_8bit": "paged-adamw8bit",
 }
 NO_FP16 = "lorafold does not train in fp16; bf16 takes the same memory"
+AUTO = "there as the model's files are; here bf16 where the device multiplies it, else fp32"
+RISES = "the first step has a rate of 0 there, and a share here"
 TRACKERS = ("tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "swanlab", "aim", "clearml")
 
 
@@ -68,9 +70,7 @@ def warmup_rules(scheduler: str, steps_default: int | None) -> tuple[Rule, Rule]
             return None
         if found == 0 and steps_default is not None and settings["warmup_ratio"] is not None:
             return None
-        if found < 1:  # a share, as transformers 5 reads it
-            return taken(warmup=found)
-        return taken(warmup_steps=integer(value))
+        return warmed(found)
 
     def of_ratio(value: Any, settings: Settings) -> Outcome | None:
         steps = settings["warmup_steps"]
@@ -78,9 +78,20 @@ def warmup_rules(scheduler: str, steps_default: int | None) -> tuple[Rule, Rule]
             steps is not None and (number(steps) > 0 or steps_default is None)
         ):
             return None
-        return taken(warmup=number(value))
+        return warmed(number(value), share=True)
 
     return Rule("warmup_steps", of_steps, steps_default), Rule("warmup_ratio", of_ratio)
+
+
+def warmed(found: float, share: bool = False) -> Outcome:
+    """A warm-up of so many steps, or of a share of them: one below 1, as transformers 5 reads it,
+    or any that `share` says is one.
+    """
+    if found == 0:
+        return taken(warmup=0.0)
+    if share or found < 1:
+        return taken(RISES, warmup=found)
+    return taken(RISES, warmup_steps=integer(found))
 
 
 def total_steps(settings: Settings) -> int | None:
@@ -177,6 +188,11 @@ ADAM_RULES = (
 def max_grad_norm(value: Any, settings: Settings) -> Outcome:
     """`max_grad_norm` becomes the norm that gradients are clipped to; 0 does not clip."""
     return taken(clip=max(0.0, number(value)))
+
+
+def use_cpu(value: Any, settings: Settings) -> Outcome:
+    """`use_cpu` goes to `--device`."""
+    return left("pass --device cpu", "--device cpu") if boolean(value) else taken("it is off")
 
 
 def save_total_limit(value: Any, settings: Settings) -> Outcome:

@@ -91,8 +91,8 @@ def dtype(value: Any, settings: Settings) -> Outcome | None:
         return taken("weights that train are kept in fp32", storage="fp32")
     if found == "float32" and not settings.read("bf16", boolean):
         return taken(storage="fp32")
-    remark = "its products are in bf16 there" if found == "float32" else ""
-    return taken(remark, storage=DTYPES[found])
+    remarks = {"float32": "its products are in bf16 there", "auto": trainer.AUTO}
+    return taken(remarks.get(found, ""), storage=DTYPES[found])
 
 
 def read_with(key: str) -> Reader:
@@ -161,6 +161,7 @@ COMMON: tuple[Rule, ...] = (
     Rule("save_total_limit", trainer.save_total_limit),
     Rule("test_split_size", trainer.held_out_rows),
     Rule("seed", to("seed", integer)),
+    Rule("use_cpu", trainer.use_cpu),
     Rule("report_to", trainer.trackers),
     Rule("output_dir", option("--out")),
     Rule("overwrite_output_dir", without("pass --overwrite to replace what an earlier run wrote")),

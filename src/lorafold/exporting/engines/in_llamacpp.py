@@ -11,6 +11,7 @@ import json
 import os
 import re
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -25,6 +26,7 @@ BARE = SLOTS  # prompts that are asked without the adapter
 UNIT = 256  # llama.cpp's contexts are multiples of it
 ERRORS = 1  # a verbosity
 ID, VALUE = re.compile(rb'"id":(\d+),"token":'), re.compile(rb'"logprob":([^,}]+)')
+LAST = "exiting due to"  # begins the last line of a server that could not start
 FAULT = re.compile(r"^[\d.]+ E .*?: (.*)$", re.MULTILINE)
 
 
@@ -47,8 +49,7 @@ def answers(job: dict[str, Any]) -> dict[str, Any]:
         try:
             server = xllamacpp.Server(params)
         except RuntimeError as error:
-            faults = FAULT.findall(told())
-            raise SystemExit(faults[0] if faults else str(error)) from None
+            raise SystemExit(_fault(told) or str(error)) from None
     ask = _asking(server.listening_address)
     size = json.loads(ask("/v1/models"))["data"][0]["meta"]["n_vocab"]
     harmless = _tokens(ask, "a")[-1:]  # a whole character: part of one would have no probabilities
@@ -137,6 +138,15 @@ def _otherwise(
         if made is None or made.removeprefix(first) != text.removeprefix(first):
             found.append(n)
     return found
+
+
+def _fault(told: Callable[[], str]) -> str:
+    """The first fault that the library told, which a thread of its own writes, or nothing."""
+    for _ in range(100):
+        if LAST in told():
+            break
+        time.sleep(0.05)
+    return next(iter(FAULT.findall(told())), "")
 
 
 @contextlib.contextmanager
