@@ -62,6 +62,7 @@ WORDS = {
     "serve --adapters adapter --lora-modules a=b": "lorafold's is --adapters DIR",
     "merge adapter --out out --dtype float16": "merged weights keep the dtype of the files",
     "compare --data rows.jsonl --model base --out out --method dora": "did you mean --methods?",
+    "export adapter --to gguf --outtype q8_0 --out out": "lorafold's is --tensors",
     "doctor --adapter adapter": "lorafold doctor --help lists all",
 }
 TWICE = {
@@ -103,6 +104,7 @@ VALUES = {
     "resize adapter --out out": "--rank, --energy: found neither",
     "estimate --params seven": "expected one of 7b",
     "estimate --model base --device-memory 24": "did you mean 24GB?",
+    "export adapter --model base --to gguf --tensors Q9 --out out": "expected F32, F16, BF16, Q8_0",
     "cache --kind nope": "--kind nope: expected one of digests",
     "serve --adapters adapter --port 99999": "--port: found '99999', expected at most 65535",
 }
@@ -237,6 +239,8 @@ LATE = {
     "score adapter --data same.jsonl": "lorafold train --objective reward makes one",
     "eval of-other --data rows.jsonl --model base": "not the base it was trained on",
     "compose adapter adapter --out adapter --overwrite": "it would replace adapter, which is read",
+    "export adapter --to ggfu --out out": "--to: found 'ggfu', expected one of peft, gguf",
+    "export adapter --to peft --out adapter --overwrite": "it would replace adapter, which is read",
     "compose adapter adapter --out out --how tise": "expected one of linear",
     "resize adapter --rank 2 --out adapter --overwrite": "it would replace adapter",
 }

@@ -24,11 +24,11 @@ ROOM = 270  # characters of what is told of several
 COMMANDS = {
     **dict.fromkeys(("finetune", "fine-tune", "fine_tune", "lora", "qlora"), "train"),
     **dict.fromkeys(("infer", "inference", "predict", "run"), "generate"),
-    **dict.fromkeys(("fuse", "export", "merge-lora", "merge_and_unload"), "merge"),
+    **dict.fromkeys(("fuse", "merge-lora", "merge_and_unload"), "merge"),
     "test": "eval",
 }
 # what options of other tools are called here, by an option that the command has: those of the
-# servers vLLM, SGLang and llama.cpp, and of mergers
+# servers vLLM, SGLang and llama.cpp, of converters and of mergers
 ELSEWHERE = {
     "--adapters": {
         **dict.fromkeys(("lora_modules", "lora_paths", "lora"), "lorafold's is --adapters DIR"),
@@ -37,6 +37,10 @@ ELSEWHERE = {
             ("max_model_len", "context_length", "ctx_size"),
             "lorafold's is length, in the file of --config",
         ),
+    },
+    "--tensors": {
+        **dict.fromkeys(("quantization_method", "outtype", "quantize"), "lorafold's is --tensors"),
+        **dict.fromkeys(("format", "output_format"), "lorafold's is --to"),
     },
     "--into": {
         **dict.fromkeys(("dtype", "torch_dtype"), "merged weights keep the dtype of the files"),

@@ -18,6 +18,7 @@ from lorafold.exporting.ours import Ours
 from lorafold.exporting.proof import Proof, proof
 from lorafold.exporting.table import target_of
 from lorafold.exporting.target import Progress, Subject, Target, Written
+from lorafold.files.apart import check_kept
 from lorafold.files.atomic import atomic_directory, check_out, write_json
 from lorafold.files.shown import Shown
 from lorafold.merging.run import bars
@@ -114,6 +115,7 @@ def export(
     target = target_of(wanted.to)
     tensors = _tensors(target, wanted.tensors)
     check_out(out, wanted.overwrite)
+    check_kept(out, [base.source.path, *(one.path for one in adapters)])
     check_language_model(base, adapters, INSTEAD)
     unproved = _unproved(target, wanted)
     with atomic_directory(out, wanted.overwrite) as tmp, bars(console) as bar:

@@ -68,7 +68,8 @@ def ask(name: str, job: Mapping[str, Any], python: str | None = None) -> Theirs:
             try:
                 code = subprocess.run(command, stdout=log, stderr=log, check=False).returncode
             except OSError as error:
-                raise LorafoldError(f"{command[0]}: {error.strerror}") from error
+                given = f"--engine-python {python}" if python else command[0]
+                raise LorafoldError(f"{given}: can't be run: {error.strerror}") from error
         if code or not out.is_file():
             lines = said.read_text("utf-8", "replace").strip().splitlines()
             last = shortened(lines[-1], 160) if lines else f"it ended with code {code}"
