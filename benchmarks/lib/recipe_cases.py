@@ -67,7 +67,7 @@ AXOLOTL = """base_model: MODEL
 adapter: lora
 bf16: false
 tf32: false
-flash_attention: false
+attn_implementation: sdpa
 gradient_checkpointing: false
 lora_mlp_kernel: false
 lora_qkv_kernel: false
