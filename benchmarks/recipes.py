@@ -1,7 +1,7 @@
 """Configurations of other tools: the run that each makes there beside the run of its translation.
 
     python benchmarks/recipes.py [--python llamafactory=PATH] [--python axolotl=PATH]
-    [--python mlx-lm=PATH] [--only TRL,axolotl] [--steps 12] [--seeds 2]
+    [--python mlx-lm=PATH] [--only 'trl-sft;axolotl'] [--steps 12] [--seeds 2]
 
 The configurations are those of lib/recipe_cases.py, the base is the embedded model in fp32, on the
 CPU. Each is run by its tool, in the environment whose interpreter --python names (this one, unless
@@ -287,8 +287,8 @@ def compare(
             "OUT": at / "theirs",
         }  # fmt: skip
         text = case.text
-        for key, value in given.items():
-            text = text.replace(key, str(value))
+        for word, value in given.items():
+            text = text.replace(word, str(value))
         file = Path("train.py" if case.tool == "unsloth" else "train.yaml")
         file.write_text(text)
         other = theirs(case, file, at / "theirs", python)
@@ -310,20 +310,20 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--python", action="append", default=[], metavar="TOOL=PATH")
-    parser.add_argument("--only", help="tools, as in trl-sft,axolotl")
+    parser.add_argument("--only", help="tools and configurations, with ; between them")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--record", type=Path, help="a file that keeps runs")
     asked = parser.parse_args()
     pythons = dict(given.split("=", 1) for given in asked.python)
-    only = asked.only.split(",") if asked.only else list(NAMES)
+    only = asked.only.split(";") if asked.only else list(NAMES)
     os.environ["LORAFOLD_TUNE"] = "off"  # a command would restart this process
     table = []
     with tempfile.TemporaryDirectory() as folder:
         model = fp32_model(Path(folder) / "model")
         for name, case in CASES.items():
             python = str(Path(pythons.get(case.tool, sys.executable)).absolute())
-            if case.tool not in only:
+            if not any(one in (case.tool, name) for one in only):
                 continue
             if not is_installed(python, case.tool):
                 print(f"{NAMES[case.tool]}: {name}: skipped, as {python} does not have the tool")

@@ -67,7 +67,7 @@ AXOLOTL = """base_model: MODEL
 adapter: lora
 bf16: false
 tf32: false
-flash_attention: false
+attn_implementation: sdpa
 gradient_checkpointing: false
 lora_mlp_kernel: false
 lora_qkv_kernel: false
@@ -233,7 +233,7 @@ max_length: 256
     "responses only, rsLoRA, cosine": Case("unsloth", _unsloth(
         "messages", RENDER, TRAINER + RESPONSES, RANK=32, RSLORA=True, ACCUMULATE=2,
         SCHEDULE="cosine",
-    ), "messages", ("--data", "messages/train.jsonl", *FP32), 1),
+    ), "messages", ("--data", "messages/train.jsonl", *FP32), 2),
     "Alpaca, all, cosine, warm-up": Case("llamafactory", LLAMAFACTORY + """stage: sft
 dataset: alpaca
 cutoff_len: 512

@@ -135,3 +135,13 @@ def test_what_mlx_weighs_in_another_way_is_told(tmp_path):
     assert "weigh alike" not in remark(translated(tmp_path, text), "batch_size")
     several = translated(tmp_path, f"{text}grad_accumulation_steps: 2\n")
     assert "micro-batches weigh alike there" in remark(several, "batch_size")
+
+
+def test_axolotl_packs_without_a_named_attention_as_one_text(tmp_path):
+    open_rows = axolotl_of(tmp_path, sample_packing=True, flash_attention=False)
+    assert open_rows.recipe.packing
+    assert "rows see each other there" in remark(open_rows, "sample_packing")
+    for named in ({"flash_attention": True}, {"attn_implementation": "sdpa"}):
+        found = axolotl_of(tmp_path, sample_packing=True, **named)
+        assert found.recipe.packing
+        assert not remark(found, "sample_packing")

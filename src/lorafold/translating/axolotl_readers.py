@@ -17,13 +17,18 @@ from lorafold.translating import policy_batches, trainer
 from lorafold.translating.axolotl_policies import accumulation, as_trl, is_policy
 from lorafold.translating.axolotl_preferences import starts_afresh
 from lorafold.translating.convert import boolean, choice, integer, names, number
-from lorafold.translating.rules import Outcome, Reader, Settings, changed, left, taken
+from lorafold.translating.rules import Outcome, Reader, Settings, changed, is_off, left, taken
 
 # Weights of an adapter of PEFT, as axolotl names them
 OF_LORA = (
     "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight",
     "base_model.model.model.layers.17.mlp.down_proj.lora_B.default.weight",
 )
+# What names the attention, by which axolotl keeps packed rows apart
+APART = (
+    "attn_implementation", "flash_attention", "flex_attention", "xformers_attention",
+    "sage_attention", "sdp_attention", "eager_attention", "sdpa_varlen",
+)  # fmt: skip
 NO_ADAPTER = "none, the whole model"  # what stands for a file without `adapter`
 
 
@@ -164,9 +169,17 @@ def sequence_len(value: Any, settings: Settings) -> Outcome:
 
 
 def sample_packing(value: Any, settings: Settings) -> Outcome:
-    """`sample_packing` becomes packing, except that a policy reads a prompt once for its group."""
+    """`sample_packing` becomes packing, except that a policy reads a prompt once for its group. Of
+    a file that names no attention axolotl lets packed rows see each other, with positions that
+    start anew.
+    """
     if is_policy(settings):
         return taken("a prompt is read once for all its completions")
+    if boolean(value) and all(is_off(settings[key]) for key in APART):
+        return changed(
+            "without an attn_implementation rows see each other there, and are kept apart here",
+            packing=True,
+        )
     return taken(packing=boolean(value))
 
 
