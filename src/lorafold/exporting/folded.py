@@ -33,7 +33,7 @@ class Folded:
     values: Callable[[], Tensor]
 
     def part(self, shape: Sequence[int], of: Callable[[Tensor], Tensor]) -> Folded:
-        """What a function makes of the values, of another shape."""
+        """What a function makes of the values, of any shape; the result is of this shape."""
         return Folded(self.path, tuple(shape), lambda: of(self.values()))
 
 

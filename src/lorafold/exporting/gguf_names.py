@@ -28,12 +28,13 @@ if TYPE_CHECKING:
 def tensors_of_update(
     factors: Mapping[str, Factors], config: Any, row: Architecture
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors of the file by their names there, and why others have no place, a line each.
+    """The tensors of the file, of any shape, by their names there, and why others have no place, a
+    line each.
 
     Args:
         factors: of each site, by module path.
         config: of the base.
-        row: its architecture.
+        row: of the base, in `ARCHITECTURES`.
     """
     names = names_of(row, config.num_hidden_layers)
     tensors: dict[str, Tensor] = {}
