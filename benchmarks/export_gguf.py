@@ -123,7 +123,7 @@ def main(trained: Path | None, prompts: int) -> None:
         high = made(tmp / "high", METHODS["rslora"](rank=16), targets="mlp", name="high")
         own = ours([low, high])
         measured("two, ranks 4 and 16", own, exported([low, high], "two"), "F32")
-        dora = made(tmp / "dora", METHODS["dora"](rank=8))
+        dora = made(tmp / "dora", METHODS["dora"]())
         cut = exported([dora], "cut", as_lora=32)
         measured("DoRA, --as-lora 32", ours([dora]), cut, "F32")
     keep("export_gguf", rows)

@@ -72,3 +72,19 @@ def test_llama_cpp_computes_what_the_model_does(kind, tmp_path, noisy):
     assert done.proof.top == done.proof.prompts == 32
     assert not done.proof.other_tokens
     assert not done.proof.other_texts
+
+
+@pytest.mark.slow
+def test_the_embedded_model_says_the_same_in_llama_cpp(smollm2, tmp_path, noisy):
+    """Greedy texts too, but where two tokens are nearer than what was measured."""
+    pytest.importorskip("xllamacpp")
+    done = lf.export(
+        smollm2, noisy(smollm2, targets=["o_proj"]), tmp_path / "out", to="ollama", device="cpu"
+    )
+    assert done.proof is not None
+    assert done.proof.kl < 1e-4
+    assert done.proof.share is not None
+    assert done.proof.share < 1e-3
+    assert done.proof.greedy + done.proof.near == 32
+    assert not done.proof.other_tokens
+    assert not done.proof.other_texts

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 def tensors_of_update(
     factors: Mapping[str, Factors], config: Any, row: Architecture
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors of the file by their names there, and why others have no place, a line each.
+    """The tensors of the file, of any shape, by their names there, and why others have no place, a
+    line each.
 
     Args:
         factors: of each site, up (*matrices, out, r) and down (*matrices, r, in).
