@@ -26,7 +26,7 @@ def add_positions(writer: GGUFWriter, config: Any, row: Architecture) -> dict[st
     """Have a writer say what a configuration does of rotary positions.
 
     Returns:
-        The tensors of the file that say more, by name.
+        The tensors (dims / 2,) of the file that say more, by name.
 
     Raises LorafoldError for a way to scale them that it does not know.
     """
