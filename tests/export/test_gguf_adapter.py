@@ -267,6 +267,7 @@ def test_over_a_gguf_file_of_few_bits_what_it_differs_by_is_told(tmp_path, base_
     assert done.proof is not None
     assert done.proof.kl < 2e-5
     told = done.beside["over model.gguf"]
+    assert not isinstance(told, str)
     assert told.prompts == 8
     assert told.kl > 10 * done.proof.kl
     kept = json.loads((tmp_path / "out" / "export.json").read_text())

@@ -52,7 +52,7 @@ class Wanted:
 @dataclass(frozen=True)
 class Exported(Shown):
     """What was written, as `export.json` has it. `proof` is None where `unproved` says why;
-    `beside` has figures that are told alone, by what they are of.
+    `beside` has figures that are told alone, or why there are none, by what they are of.
     """
 
     to: str
@@ -64,7 +64,7 @@ class Exported(Shown):
     cut: Cut | None
     proof: Proof | None
     unproved: str
-    beside: Mapping[str, Proof]
+    beside: Mapping[str, Proof | str]
 
     def as_json(self) -> dict[str, Any]:
         """The content of `export.json`."""
@@ -80,7 +80,10 @@ class Exported(Shown):
             "as_lora": None if self.cut is None else self.cut.as_json(),
             "proof": None if self.proof is None else self.proof.as_json(),
             "unproved": self.unproved,
-            "beside": {name: found.as_json() for name, found in self.beside.items()},
+            "beside": {
+                name: found if isinstance(found, str) else found.as_json()
+                for name, found in self.beside.items()
+            },
         }
 
     @property
@@ -98,7 +101,7 @@ class Exported(Shown):
             lines.append(f"  proved in {self.proof}")
         else:
             lines.append(f"  not proved: {self.unproved}")
-        lines += [f"  {name}, in {found}" for name, found in self.beside.items()]
+        lines += [f"  {name}: {found}" for name, found in self.beside.items()]
         return "\n".join([*lines, "use it so:", *(f"  {line}" for line in self.launch)])
 
 
