@@ -174,6 +174,7 @@ def ours(case: Case, file: Path, out: Path, seed: int) -> Run:
         found["rates"].append(groups[0]["lr"])
         found["parameters"] = sum(p.numel() for g in groups for p in g["params"])
 
+    given = sys.argv
     loop.train_step, sys.argv = noted, ["lorafold", *argv, "--set", f"seed={seed}"]
     hook = register_optimizer_step_pre_hook(before)
     try:
@@ -184,7 +185,7 @@ def ours(case: Case, file: Path, out: Path, seed: int) -> Run:
             raise
     finally:
         hook.remove()
-        loop.train_step = step
+        loop.train_step, sys.argv = step, given
     return Run(**found, adapter=out)
 
 
