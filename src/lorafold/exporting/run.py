@@ -131,7 +131,8 @@ def export(
             subject, cut = cut_to(subject, wanted.as_lora, tmp / SCRATCH, ours)
             _check_said(target, subject, wanted, bar("trying ranks"))
             ours = ours and Ours.of(subject, wanted.prompts, bar("answering"))
-        written, found, beside = target.write(subject, tmp, bar("writing")), None, {}
+        written, found = target.write(subject, tmp, bar("writing")), None
+        beside: dict[str, Proof | str] = {}
         if ours is not None and target.engine is not None:
             made = target.proving(subject, tmp / PROVING, bar("preparing the proof"))
             job = {**written.job, **made}
