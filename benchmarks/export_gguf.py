@@ -4,18 +4,17 @@ adapter, other methods, and what llama.cpp's converter would have written.
     KL = sum_v p log(p / q)    p lorafold's next token in fp32, q llama.cpp's, in nats, over prompts
     share = KL / KL(adapted, base)
 
-The converter's rule, as convert_lora_to_gguf.py has it: factors as they are, and alpha, which
-llama.cpp divides by the rank; rsLoRA's root and ranks of single modules are not asked for.
+The converter is convert_lora_to_gguf.py in llama.cpp's sources, run as it is on lorafold's files.
 
-    python benchmarks/export_gguf.py [--adapter DIR] [--prompts 32]
+    python benchmarks/export_gguf.py [--adapter DIR] [--prompts 32] [--converter FILE]
 """
 
 import argparse
-import json
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
-import gguf
 import torch
 from lib.results import keep
 
@@ -48,25 +47,22 @@ def made(out: Path, spec: object, **beside: object) -> Path:
     return adapter.save(out)
 
 
-def as_converted(adapter: Path, exported: Path, out: Path) -> Path:
-    """The exported file by the converter's rule: every scale a plain alpha / rank."""
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    own = config["lora_alpha"] / config["r"] ** (0.5 if config["use_rslora"] else 1.0)
-    reader, writer = gguf.GGUFReader(exported), gguf.GGUFWriter(out, "llama")
-    writer.add_type(gguf.GGUFType.ADAPTER)
-    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, config["lora_alpha"])
-    for tensor in reader.tensors:
-        up = tensor.name.endswith(".lora_b")
-        writer.add_tensor(tensor.name, tensor.data / own if up else tensor.data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+def converted(converter: Path, adapter: Path, out: Path) -> Path:
+    """The file that llama.cpp's converter makes of an adapter over SmolLM2.
+
+    Raises RuntimeError with its last line where it refuses the adapter.
+    """
+    base = base_for("smollm2", [], None, device="cpu").source.path
+    command = [sys.executable, str(converter), str(adapter), "--base", str(base)]
+    run = subprocess.run(
+        [*command, "--outfile", str(out), "--outtype", "f32"], capture_output=True, text=True
+    )
+    if run.returncode:
+        raise RuntimeError(run.stderr.strip().splitlines()[-1])
     return out
 
 
-def main(trained: Path | None, prompts: int) -> None:
+def main(trained: Path | None, prompts: int, converter: Path | None) -> None:
     rows: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
         tmp = Path(folder)
@@ -101,6 +97,18 @@ def main(trained: Path | None, prompts: int) -> None:
             lf.export(None, adapters, tmp / name, to="gguf", prove=False, device="cpu", **options)
             return tmp / name / "adapter.gguf"
 
+        def beside(what: str, own: Ours, adapter: Path) -> None:
+            """What the converter's file of the same adapter comes to."""
+            if converter is None:
+                return
+            try:
+                file = converted(converter, adapter, tmp / f"{adapter.name}-converted.gguf")
+            except RuntimeError as err:
+                rows.append({"adapter": f"{what}, by the converter", "KL": f"refused: {err}"})
+                print(rows[-1], flush=True)
+            else:
+                measured(f"{what}, by the converter", own, file, "F32")
+
         first = trained or made(tmp / "lora", lf.LoRA(rank=8, alpha=16, dropout=0.0))
         title = f"LoRA, rank 8{', trained' * bool(trained)}"
         own = ours([first])
@@ -111,21 +119,20 @@ def main(trained: Path | None, prompts: int) -> None:
                 bases(kind).unlink()
         for kind in TYPES:
             measured(title, own, exported([first], f"plain-{kind}", tensors=kind), "F32", kind)
+        beside(title, own, first)
 
-        rooted = made(tmp / "rslora", METHODS["rslora"](rank=16, alpha=16))
-        own, file = ours([rooted]), exported([rooted], "rooted")
-        measured("rsLoRA, rank 16", own, file, "F32")
-        measured(
-            "the same by the converter's rule", own,
-            as_converted(rooted, file, tmp / "converted.gguf"), "F32",
-        )  # fmt: skip
         low = made(tmp / "low", lf.LoRA(rank=4, alpha=32), targets="attention", name="low")
         high = made(tmp / "high", METHODS["rslora"](rank=16), targets="mlp", name="high")
-        own = ours([low, high])
-        measured("two, ranks 4 and 16", own, exported([low, high], "two"), "F32")
-        dora = made(tmp / "dora", METHODS["dora"]())
-        cut = exported([dora], "cut", as_lora=32)
-        measured("DoRA, --as-lora 32", ours([dora]), cut, "F32")
+        lf.compose([low, high], tmp / "mixed", model="smollm2")
+        others = {
+            "rsLoRA, rank 16": (made(tmp / "rslora", METHODS["rslora"](rank=16, alpha=16)), {}),
+            "ranks 4 and 16 in one": (tmp / "mixed", {}),
+            "DoRA, --as-lora 32": (made(tmp / "dora", METHODS["dora"]()), {"as_lora": 32}),
+        }
+        for what, (adapter, options) in others.items():
+            own = ours([adapter])
+            measured(what, own, exported([adapter], f"{adapter.name}-exported", **options), "F32")
+            beside(what, own, adapter)
     keep("export_gguf", rows)
 
 
@@ -133,5 +140,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--adapter", type=Path)
     parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--converter", type=Path)
     given = parser.parse_args()
-    main(given.adapter, given.prompts)
+    main(given.adapter, given.prompts, given.converter)

@@ -46,7 +46,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--sft-steps", type=int, default=60)
+    parser.add_argument("--sft-steps", type=int, default=24)
     parser.add_argument("--held-out", type=int, default=300)
     parser.add_argument("--beta", type=float, nargs="+", default=[0.0, 0.05])
     asked = parser.parse_args()

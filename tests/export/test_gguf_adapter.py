@@ -49,13 +49,15 @@ def base_of(tmp_path_factory):
     return base
 
 
-def moved(base: Path, out: Path, spec: Any = None, storage: str = "fp32", **beside) -> Path:
-    """The directory of an adapter whose update is not small."""
+def moved(
+    base: Path, out: Path, spec: Any = None, storage: str = "fp32", size: float = 0.1, **beside
+) -> Path:
+    """The directory of an adapter whose update is not small, with the size given here."""
     model = lf.load_model(base, storage=storage, device="cpu")
     adapter = lf.attach(model, spec or lf.LoRA(rank=4, alpha=8, dropout=0.0), **beside)
     torch.manual_seed(0)
     for p in adapter.parameters():
-        p.data += 0.1 * torch.randn_like(p)
+        p.data += size * torch.randn_like(p)
     return adapter.save(out)
 
 
@@ -117,6 +119,17 @@ def test_llama_cpp_computes_what_lorafold_does(kind, base_of, tmp_path):
     assert {one.name for one in (tmp_path / "out").iterdir()} == {
         "adapter.gguf", "export.json", "manifest.json",
     }  # fmt: skip
+
+
+def test_an_adapter_below_the_engine_s_rounding_is_as_near_as_the_base(base_of, tmp_path):
+    base = base_of("llama")
+    adapter = moved(base, tmp_path / "adapter", size=3e-4)
+    done = lf.export(base, adapter, tmp_path / "out", to="gguf", device="cpu")
+    assert done.proof is not None
+    assert done.proof.share is not None
+    assert done.proof.share > SHARE
+    assert done.proof.rounding
+    assert "for the base alone" in done.summary()
 
 
 @pytest.mark.slow

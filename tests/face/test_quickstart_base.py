@@ -84,7 +84,9 @@ def test_a_processor_without_a_compiler_is_told(monkeypatch: pytest.MonkeyPatch)
 
 def test_each_figure_is_said_and_judged() -> None:
     def said(after: float, kl: float | None) -> str:
-        return "\n".join(Story(0.0, after, 60, 90, "a", "m", 10**6, 10**8, kl, "fp32").meaning())
+        lost = None if kl is None else 1e-4
+        story = Story(0.0, after, 60, 90, "a", "m", 10**6, 10**8, kl, "g", lost, "fp32")
+        return "\n".join(story.meaning())
 
     assert "99.0% after: the share of" in said(0.99, 1e-6)
     assert "to the letter; good" in said(0.99, 1e-6)
@@ -93,7 +95,9 @@ def test_each_figure_is_said_and_judged() -> None:
     assert "poor" in said(0.1, 1e-2)
     assert "more than rounding" in said(0.1, 1e-2)
     assert "costs 1.0% of a model" in said(0.1, None)
+    assert "0.01% lost in llama.cpp" in said(0.1, 1e-6)
     assert "KL" not in said(0.1, None)
+    assert "llama.cpp" not in said(0.1, None)
 
 
 @pytest.mark.parametrize("there", ["on the path", "elsewhere", "as a module"])

@@ -343,6 +343,9 @@ def test_options_of_objectives_are_checked() -> None:
     ]:
         with pytest.raises(LorafoldError, match=told):
             law_of(objective, None, options)
+    none = lf.Recipe(objective="dpo", beta=0)  # which a policy takes: its default
+    with pytest.raises(LorafoldError, match=r"objective dpo: beta: found 0.0, expected greater"):
+        law_of(none.objective, none.beta, {})
     compared = [name for name, one in OBJECTIVES.items() if one.law and not one.draws]
     laws = {law for law in vars(preference_laws).values() if inspect.isclass(law)}
     laws = {law for law in laws if issubclass(law, Law) and law is not Law}

@@ -1,4 +1,4 @@
-"""`lorafold quickstart`: train, evaluate, inspect and merge an adapter of the embedded model."""
+"""`lorafold quickstart`: an adapter of the embedded model, from training to its export."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,8 +30,8 @@ def command(
     laptop, without network.
 
     A request such as "book a table for four at Chez Luigi on Friday at 8pm" becomes strict JSON.
-    The model is evaluated on unseen rows before and after, and the adapter (in PEFT's format) and a
-    merged plain model are written to OUT.
+    The model is evaluated on unseen rows before and after, and the adapter (in PEFT's format), a
+    merged plain model and the adapter for llama.cpp (GGUF), proved there, are written to OUT.
     """
     from dataclasses import asdict
 

@@ -4,6 +4,7 @@
     kl          sum_v p log(p / q) in nats: the mean, and the largest of a prompt
     distance    the same from ours with the adapters to ours without: what there is to lose
     share       kl / distance
+    alone       kl of the two without adapters: how the engine rounds the base
     changed     the same from theirs with the adapters to theirs without; 0 where the engine took
                 the files and changed nothing
 
@@ -57,6 +58,7 @@ class Proof(Shown):
     kl_largest: float
     distance: float
     changed: float | None
+    alone: float | None
     top: int
     gap: float
     greedy: int
@@ -70,6 +72,11 @@ class Proof(Shown):
         """What of the distance was lost; None where the adapters change nothing."""
         return self.kl / self.distance if self.distance else None
 
+    @property
+    def rounding(self) -> bool:
+        """Whether the adapters are as near as the base is without them."""
+        return self.alone is not None and self.kl <= 2 * self.alone
+
     def as_json(self) -> dict[str, Any]:
         """All figures."""
         return {**asdict(self), "share": self.share}
@@ -77,6 +84,8 @@ class Proof(Shown):
     def __str__(self) -> str:
         n = self.prompts
         part = "" if self.share is None else f", {self.share:.2%} of what the adapters change"
+        alone = "" if self.alone is None else f" ({self.alone:.1e} for the base alone)"
+        top = f"the same likeliest token {self.top} of {n}"
         near = f", {self.near} part where two tokens are as good as equal" * bool(self.near)
         other = {"tokens": self.other_tokens, "texts": self.other_texts}
         told = "".join(
@@ -84,7 +93,7 @@ class Proof(Shown):
         )
         return (
             f"{self.engine} {self.version}, {n} prompts: KL {self.kl:.1e} nats on average,"
-            f" {self.kl_largest:.1e} at most{part}; the same likeliest token {self.top} of {n},"
+            f" {self.kl_largest:.1e} at most{part}{alone}; {top},"
             f" the same greedy text {self.greedy} of {n}{near}{told}"
         )
 
@@ -96,7 +105,7 @@ def proof(ours: Answers, theirs: Theirs, margin: Callable[[int, int], float]) ->
         margin: of a prompt, and a number of greedy tokens after it, the difference of our two
             largest log-probabilities there.
     """
-    adapted = theirs.adapted.double().log_softmax(-1)
+    adapted, bare = theirs.adapted.double().log_softmax(-1), theirs.base
     size = min(adapted.shape[-1], ours.adapted.shape[-1])
     kls = divergences(ours.adapted, adapted)
     likely = ours.adapted.topk(LIKELY).indices.clamp_max(size - 1)
@@ -111,11 +120,8 @@ def proof(ours: Answers, theirs: Theirs, margin: Callable[[int, int], float]) ->
         kl=float(kls.mean()),
         kl_largest=float(kls.max()),
         distance=float(divergences(ours.adapted, ours.base).mean()),
-        changed=(
-            None
-            if theirs.base is None
-            else float(divergences(adapted[: len(theirs.base)], theirs.base).mean())
-        ),
+        changed=None if bare is None else float(divergences(adapted[: len(bare)], bare).mean()),
+        alone=None if bare is None else float(divergences(ours.base[: len(bare)], bare).mean()),
         top=int((ours.adapted.argmax(-1) == adapted.argmax(-1)).sum()),
         gap=gap,
         greedy=len(pairs) - len(parted),

@@ -200,7 +200,8 @@ def _check(found: Proof, target: Target, tensors: str | None) -> None:
         raise LorafoldError(
             f"{said}: KL {found.kl:.1e} nats, expected at most {ALONE}; nothing was written"
         )
-    if found.share is not None and allowed is not None and found.share > allowed:
+    lost = found.share is not None and allowed is not None and found.share > allowed
+    if lost and not found.rounding:
         raise LorafoldError(
             f"{said}: KL {found.kl:.1e} nats, {found.share:.1%} of what the adapters change,"
             f" expected at most {allowed:.0%}; nothing was written"

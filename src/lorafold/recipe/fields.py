@@ -13,6 +13,7 @@ from lorafold.models import storages
 from lorafold.objectives import DEFAULT, in_words
 
 Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(min_length=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -126,11 +127,11 @@ class Fields(BaseModel):
     )
 
     objective: str = Field(default=DEFAULT, description=in_words())
-    beta: Positive | None = Field(
+    beta: NonNegative | None = Field(
         default=None,
         description=(
-            "How strongly a preference is held to the reference: small allows large changes."
-            " Without it the objective's own; DPO has 0.1."
+            "How strongly a preference or a policy is held to the reference: small allows large"
+            " changes. Without it the objective's own; DPO has 0.1, GRPO 0."
         ),
     )
     objective_options: dict[str, Any] = Field(
@@ -169,11 +170,11 @@ class Fields(BaseModel):
         default=None,
         description="The number of steps over which it rises, in place of their share.",
     )
-    weight_decay: Annotated[float, Field(ge=0)] = Field(
+    weight_decay: NonNegative = Field(
         default=0.0,
         description="AdamW's decoupled weight decay of matrices; vectors, as biases, have none.",
     )
-    clip: Annotated[float, Field(ge=0)] = Field(
+    clip: NonNegative = Field(
         default=1.0,
         description="Gradients are scaled down to this norm. 0 leaves them as they are.",
     )
