@@ -42,7 +42,11 @@ LAYOUTS = {
 
 
 def layout(shared: list[int], branches: list[list[int]], window: int | None = None) -> Documents:
-    made = Documents.branching(shared, branches, CPU)
+    """Of each row the shared tokens and then each branch."""
+    both = [*zip(shared, branches, strict=True)]
+    lens = [start + n for start, own in both for n in own]
+    starts = [start * (i > 0) for start, own in both for i, _ in enumerate(own)]
+    made = Documents.forest(lens, starts, CPU)
     return Documents(made.lens, window, made.starts, made.keys)
 
 
@@ -144,18 +148,18 @@ def test_dense_mask_shows_the_branches(rows: str, window: int | None) -> None:
 
 
 def test_documents_that_share_nothing_gather_nothing() -> None:
-    assert Documents.branching([0, 0], [[5, 3], [4]], CPU) == Documents((5, 3, 4))
-    one = Documents.branching([4, 2], [[3], [5]], CPU)
+    assert layout([0, 0], [[5, 3], [4]]) == Documents((5, 3, 4))
+    one = layout([4, 2], [[3], [5]])
     assert one == Documents((7, 7))
     assert one.keys is None
 
 
 @pytest.mark.parametrize(
-    ("shared", "branches"), [([-1], [[2]]), ([3], [[]]), ([3], [[4, 0]]), ([0], [[0]])]
+    ("lens", "starts"), [([4, 4], [0, -1]), ([4], [1]), ([4, 4], [0, 4]), ([3, 9], [0, 3])]
 )
-def test_lengths_that_no_row_has_are_refused(shared: list[int], branches: list[list[int]]) -> None:
-    with pytest.raises(LorafoldError, match=r"packed row 0: found .* expected"):
-        Documents.branching(shared, branches, CPU)
+def test_lengths_that_no_row_has_are_refused(lens: list[int], starts: list[int]) -> None:
+    with pytest.raises(LorafoldError, match=r"packed row \d: found .* expected fewer"):
+        Documents.forest(lens, starts, CPU)
 
 
 # --- models --------------------------------------------------------------------------------------
@@ -173,7 +177,7 @@ class Batch(NamedTuple):
 
 def batch() -> Batch:
     """The labels of a document are on its branch, the last position of which has none."""
-    docs = Documents.branching(SHARED, BRANCHES, CPU)
+    docs = layout(SHARED, BRANCHES)
     assert docs.starts is not None
     assert docs.keys is not None
     draw = torch.Generator().manual_seed(1)
@@ -363,7 +367,7 @@ def test_a_model_may_pack_and_not_share() -> None:
 
 def test_a_batch_that_is_not_the_layout_is_an_error() -> None:
     model, given = adapted("llama"), batch()
-    other = Documents.branching([sum(given.docs.own) - 3], [[1, 2]], CPU)
+    other = layout([sum(given.docs.own) - 3], [[1, 2]])
     with branching(model) as branches, torch.no_grad():
         with (
             pytest.raises(LorafoldError, match="as the layout of the batch has them"),
@@ -394,7 +398,7 @@ def test_chunked_attention_is_refused_where_a_chunk_ends_in_a_document() -> None
         pad_token_id=0,
     )
     model = tf.Llama4ForCausalLM(config).eval()
-    docs = Documents.branching([15], [[5, 4]], CPU)
+    docs = layout([15], [[5, 4]])
     inputs = {"input_ids": torch.arange(24)[None], "position_ids": docs.positions()}
     with branching(model) as branches, torch.no_grad():
         assert branches.shares

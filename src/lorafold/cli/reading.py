@@ -54,14 +54,22 @@ def _expanded(value: Any) -> Any:
 
 
 def _as_now(args: Sequence[str], params: Sequence[Any]) -> list[str]:
-    """The arguments with options under their names of now. A value may read like an option's name.
+    """The arguments with options under their names of now, and with `--x` and `--no-x` of an option
+    on|off|auto as its values on and off. A value may read like an option's name.
 
     Raises LorafoldError for an option that is given under both of its names.
     """
     options = {name: p for p in params for name in (*p.opts, *p.secondary_opts)}
+    switches = {name for name, p in options.items() if str(p.metavar).startswith("on|off")}
+    off = {f"--no-{name[2:]}": name for name in switches}
     found, rest, old_of, new = list[str](), deque(args), dict[str, str](), dict[str, str]()
     while rest and rest[0] != "--":
         name, equals, value = rest.popleft().partition("=")
+        if name in off and not equals:
+            found += [off[name], "off"]
+            continue
+        if name in switches and not equals and (not rest or rest[0].startswith("-")):
+            rest.appendleft("on")
         now = next((n for n in OLD_NAMES.get(name, ()) if n in options), name)
         option = options.get(name) or options.get(now)
         if option is None:

@@ -27,7 +27,7 @@ from lorafold.data.tokenizing import Encoder
 from lorafold.errors import LorafoldError, listed
 from lorafold.files.card import CLASSES
 from lorafold.models.classifier import head_paths, load_classifier, new_poolers, padding_id
-from lorafold.objectives.objective import Asked, Objective, no_options
+from lorafold.objectives.objective import Asked, Objective, Packing, no_options
 from lorafold.opening import Base
 from lorafold.opening.kinds import known_classes
 from lorafold.step.losses import Classification, Loss
@@ -84,7 +84,7 @@ class Classify(Objective):
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        packing: bool,
+        packing: Packing,
         console: Console,
     ) -> Iterator[Loss]:
         yield Classification(model, padding_id(tokenizer))

@@ -19,7 +19,7 @@ from lorafold.data.stored import Rows
 from lorafold.data.tokenizing import Encoder
 from lorafold.objectives import OBJECTIVES, Declared
 from lorafold.objectives.laws import class_of, made
-from lorafold.objectives.objective import Asked, Objective, given_options
+from lorafold.objectives.objective import Asked, Objective, Packing, given_options
 from lorafold.step import preference_laws
 from lorafold.step.branches import branching
 from lorafold.step.preference_laws import Law
@@ -74,14 +74,14 @@ class Comparing(Objective):
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        packing: bool,
+        packing: Packing,
         console: Console,
     ) -> Iterator[Preferences]:
         pad = self.padding(tokenizer)
         if not packing:
             yield Preferences(model, self.law, None, pad)
             return
-        with branching(model) as how:
+        with branching(model, across=packing == "auto") as how:
             if not how.shares:
                 instead = (
                     "each completion has its prompt before it"

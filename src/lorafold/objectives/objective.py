@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 from lorafold.core.spec import Spec
 from lorafold.data.examples import WHOLE
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from rich.text import Text
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Packing = bool | Literal["auto"]
 
 
 class Data(Protocol):
@@ -188,7 +190,7 @@ class Objective(ABC):
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        packing: bool,
+        packing: Packing,
         console: Console,
     ) -> Any:
         """A context manager that yields the `Loss` of this model.
@@ -196,7 +198,8 @@ class Objective(ABC):
         Args:
             model: As `load` gives it, with adapters attached.
             tokenizer: Names the token that pads.
-            packing: Lay the examples of a micro-batch end to end, where the model allows it.
+            packing: Lay the examples of a micro-batch end to end, where the model allows it; auto:
+                and compute once what several begin with, where that pays.
             console: For a notice if it does not.
         """
 

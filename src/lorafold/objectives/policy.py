@@ -38,7 +38,7 @@ from lorafold.files.card import JUDGED_BY
 from lorafold.objectives import Declared
 from lorafold.objectives.drawing import Drawing, chosen
 from lorafold.objectives.laws import class_of
-from lorafold.objectives.objective import Asked, Objective
+from lorafold.objectives.objective import Asked, Objective, Packing
 from lorafold.objectives.playing import QUIET, Playing
 from lorafold.ops.arithmetic import multiplying, widens
 from lorafold.ops.philox import key_of
@@ -140,7 +140,7 @@ class PolicyObjective(Objective):
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        packing: bool,
+        packing: Packing,
         console: Console,
     ) -> Iterator[Playing]:
         drawing = self.drawing
@@ -153,7 +153,9 @@ class PolicyObjective(Objective):
             if dropped := stack.enter_context(undropped(model)):
                 told = f"dropout: found {dropped:g} in the model or its adapters, taken as 0"
                 console.print(f"{told}: completions are drawn without", highlight=False)
-            how = stack.enter_context(branching(model)) if packing else None
+            how = None
+            if packing:
+                how = stack.enter_context(branching(model, across=packing == "auto"))
             if drawing.exact and (how is None or not how.packs):
                 raise LorafoldError(
                     "exact: found padded sequences, expected packed ones, as drawing computes them;"
@@ -230,10 +232,10 @@ class PolicyObjective(Objective):
         with self._judging(model, True, Console(quiet=True)) as rewards:
             return evaluate_rewards(model, tokenizer, as_checked(rows, PROMPTS), rewards, how)
 
-    def _judging(self, model: PreTrainedModel, packing: bool, console: Console) -> Any:
+    def _judging(self, model: PreTrainedModel, packing: Packing, console: Console) -> Any:
         given: list[Any] = [*self.drawing.rewards, *self.given]
         limit = self.drawing.reward_seconds
-        return rewards_over(model, given, self.adapters, limit, packing, console)
+        return rewards_over(model, given, self.adapters, limit, bool(packing), console)
 
     def _drawn(self, prompts: Sequence[Prompt], key: int, loss: Playing) -> Rewarded:
         start = time.perf_counter()

@@ -12,8 +12,8 @@ from lorafold.data.examples import WHOLE, Encoded, Example, encoded, preview
 from lorafold.data.render import Rendering, ensure_chat_template
 from lorafold.data.stored import Rows
 from lorafold.data.tokenizing import Encoder
-from lorafold.objectives.objective import Objective
-from lorafold.step.documents import packed
+from lorafold.objectives.objective import Objective, Packing
+from lorafold.step.branches import branching
 from lorafold.step.losses import Completions as CompletionLoss
 from lorafold.step.losses import Loss
 
@@ -44,17 +44,17 @@ class Sft(Objective):
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        packing: bool,
+        packing: Packing,
         console: Console,
     ) -> Iterator[Loss]:
         if not packing:
             yield CompletionLoss(model, False, tokenizer.pad_token_id or 0)
             return
-        with packed(model) as apart:
-            if not apart:
+        with branching(model, across=packing == "auto") as how:
+            if not how.packs:
                 console.print(
                     "packing: in this model documents of one sequence influence each other, so"
                     " examples are padded instead",
                     highlight=False,
                 )
-            yield CompletionLoss(model, apart, tokenizer.pad_token_id or 0)
+            yield CompletionLoss(model, how.packs, tokenizer.pad_token_id or 0, how)

@@ -4,8 +4,8 @@
 
 The query that is j-th in its document sees the keys (j - window, j] of it. Without shared tokens
 starts is 0 and every token is one query and one key. Documents that begin with the same tokens, as
-two completions of one prompt do, share them: the tokens are queries of the first document only, and
-keys of all of them, which `keys` lays end to end. No token is computed twice.
+two completions of one prompt do, share them to any depth: the tokens are queries of the first
+document only, and keys of all of them, which `keys` lays end to end. No token is computed twice.
 
 Use it to tell `ops.attention.document_attention` what attends to what.
 """
@@ -49,37 +49,30 @@ class Documents:
     )
 
     @classmethod
-    def branching(
-        cls, shared: Sequence[int], branches: Sequence[Sequence[int]], device: torch.device
+    def forest(
+        cls, lens: Sequence[int], starts: Sequence[int], device: torch.device
     ) -> Documents:
-        """The documents of rows that lie end to end: of each row the tokens that its branches
-        share, then the own tokens of each branch. A document is the shared tokens and one branch.
+        """The documents of rows that lie end to end, each the first starts[i] tokens of the one
+        before and its own.
 
-        Raises LorafoldError for lengths that no such row has.
+        Raises LorafoldError for lengths that no such rows have.
 
         Args:
-            shared: the number of shared tokens of each row, from 0.
-            branches: the numbers of own tokens of each row's branches, from 1.
+            lens: the number of tokens of each row.
+            starts: how many of them the row before has too, fewer than either has.
             device: where `keys` is made.
         """
-        lens: list[int] = []
-        starts: list[int] = []
-        keys: list[Tensor] = []
-        at = 0
-        for row, (start, own) in enumerate(zip(shared, branches, strict=True)):
-            if start < 0 or not own or min(own) < 1:
-                raise LorafoldError(
-                    f"packed row {row}: found {start} shared tokens and branches of {list(own)},"
-                    " expected 0 or more, and branches of 1 or more"
-                )
-            prompt, at = torch.arange(at, at + start), at + start
-            for i, n in enumerate(own):
-                lens.append(start + n)
-                starts.append(start if i else 0)
-                keys += [prompt, torch.arange(at, at + n)]
-                at += n
         if not any(starts):
             return cls(tuple(lens))
+        keys, at, path = list[Tensor](), 0, torch.arange(0)
+        for row, (length, start) in enumerate(zip(lens, starts, strict=True)):
+            if not 0 <= start < length or start > max(0, len(path) - 1):
+                raise LorafoldError(
+                    f"packed row {row}: found {start} shared tokens of {length} and {len(path)},"
+                    " expected fewer than either row has"
+                )
+            path = torch.cat([path[:start], torch.arange(at, at := at + length - start)])
+            keys.append(path)
         return cls(tuple(lens), None, tuple(starts), torch.cat(keys).to(device))
 
     def positions(self) -> Tensor:

@@ -221,9 +221,12 @@ class Fields(BaseModel):
             " Unless it is set, it is at most the model's positions."
         ),
     )
-    packing: bool = Field(
-        default=True,
-        description="Lay rows end to end, with attention per row, instead of padding them.",
+    packing: bool | Literal["auto"] = Field(
+        default="auto",
+        description=(
+            "Lay rows end to end, with attention per row, instead of padding them. auto also"
+            " computes once what rows begin with in common, where that pays."
+        ),
     )
     gradient_checkpointing: bool | Literal["auto"] = Field(
         default="auto",

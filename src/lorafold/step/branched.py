@@ -8,7 +8,7 @@ highest adapter, the one that trains, is the reference: no second model.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,8 @@ from lorafold.core.attach import only, selection_of
 from lorafold.core.draws import named
 from lorafold.data.batches import collate, micro_batches
 from lorafold.data.branches import Branched
-from lorafold.data.examples import NO_LOSS
-from lorafold.ops.documents import Documents
-from lorafold.step.branches import Branching
+from lorafold.data.forest import Forest, alike, forest, pays
+from lorafold.step.branches import Branching, over
 from lorafold.step.losses import Loss, within
 
 
@@ -49,7 +48,19 @@ class BranchedLoss(Loss):
         self, examples: Sequence[Branched], n: int, tokens: int
     ) -> list[Sequence[Branched]]:
         capacity = None if self.how is None else within(self.model, tokens)
-        return micro_batches(examples, n, capacity, lambda e: self.size(self.trained(e)))
+        if capacity is not None and self.meet(examples):
+            return alike(examples, n, capacity, lambda e: e.shared, self._own_size)
+        return micro_batches(examples, n, capacity, self._own_size)
+
+    def meet(self, examples: Sequence[Branched]) -> bool:
+        """Whether it pays that those whose prompts begin alike are in one micro-batch."""
+        if self.how is None or not self.how.across or not self.shared_in(examples):
+            return False
+        apart = sum(map(self._own_size, examples))
+        return pays(len(self._forest([self.trained(e) for e in examples]).ids), apart)
+
+    def _own_size(self, example: Branched) -> int:
+        return self.size(self.trained(example))
 
     def trained(self, example: Branched) -> Branched:
         """The example with those of its branches that have gradients: all."""
@@ -63,42 +74,31 @@ class BranchedLoss(Loss):
 
     def shared_in(self, examples: Sequence[Branched]) -> bool:
         """Whether the prompts of a batch of these examples are computed once."""
-        if self.how is None or not self.shares:
-            return False
         longest = max(len(e.shared) + len(b.ids) for e in examples for b in e.branches)
-        return self.how.longest is None or longest <= self.how.longest
+        return self.how is not None and self.how.shares_up_to(longest)
+
+    def computed(self, examples: Sequence[Branched]) -> int:
+        if self.shared_in(examples):
+            return len(self._forest(examples).ids)
+        return sum(map(self.size, examples))
 
     def laid_out(self, examples: Sequence[Branched]) -> dict[str, Tensor]:
         """input_ids and labels (B, T) with positions or a mask; `document` (B, T), which branch a
-        position belongs to; and where what branches share is computed once `lens` (n, 1 + k), the
-        tokens that are shared and those of each branch.
+        position belongs to; and where what branches share is computed once `lens` (n, 2), the
+        tokens of each document and how many of them the one before has too.
         """
-        return (self._shared if self.shared_in(examples) else self._apart)(examples)
+        if not self.shared_in(examples):
+            return self._apart(examples)
+        found = self._forest(examples).tensors()
+        del found["counts"]  # no token that is trained is shared
+        return found
 
-    def _shared(self, examples: Sequence[Branched]) -> dict[str, Tensor]:
-        ids: list[int] = []
-        positions, targets, document = list[int](), list[int](), list[int]()
-        number = 0
-        for e in examples:
-            s = len(e.shared)
-            ids += e.shared
-            positions += range(s)
-            targets += [NO_LOSS] * s
-            document += [number] * s
-            for branch in e.branches:
-                ids += branch.ids
-                positions += range(s, s + len(branch.ids))
-                targets += [*branch.labels[1:], NO_LOSS]
-                document += [number] * len(branch.ids)
-                number += 1
-        lens = [[len(e.shared), *(len(branch.ids) for branch in e.branches)] for e in examples]
-        return {
-            "input_ids": torch.tensor([ids]),
-            "position_ids": torch.tensor([positions]),
-            "labels": torch.tensor([targets]),
-            "document": torch.tensor([document]),
-            "lens": torch.tensor(lens),
-        }
+    def _forest(self, examples: Sequence[Branched]) -> Forest:
+        limits = [len(e.shared) for e in examples for _ in e.branches]
+        documents = [document for e in examples for document in e.documents()]
+        rows = [row for row, e in enumerate(examples) for _ in e.branches]
+        across = self.how is not None and self.how.across
+        return forest(documents, limits, None if across else rows)
 
     def _apart(self, examples: Sequence[Branched]) -> dict[str, Tensor]:
         documents = [document for e in examples for document in e.documents()]
@@ -127,21 +127,14 @@ class BranchedLoss(Loss):
         # a prompt that is computed with each completion has the names that it has if it is shared
         return named(row, positions, branch * (positions >= shared))
 
-    @contextmanager
-    def over(self, labels: Tensor, lens: Tensor | None) -> Iterator[None]:
+    def over(self, labels: Tensor, lens: Tensor | None) -> AbstractContextManager[None]:
         """Tell the model's attention the documents of a batch until the `with` block ends.
 
         Args:
             labels: (B, T), of the batch.
             lens: As `laid_out` gives it; None where each completion has its own prompt.
         """
-        if lens is None or self.how is None:
-            yield
-            return
-        shared, *_ = lens.t().tolist()
-        docs = Documents.branching(shared, lens[:, 1:].tolist(), labels.device)
-        with self.how.over(docs):
-            yield
+        return over(self.how, lens, labels.device)
 
     @contextmanager
     def below(self) -> Iterator[None]:

@@ -1,16 +1,16 @@
 """Packed rows whose documents share their first tokens, such as two completions of one prompt.
 
     with branching(model) as branches:
-        docs = Documents.branching(shared=[100], branches=[[40, 31]], device=model.device)
+        docs = Documents.forest(lens=[140, 131], starts=[0, 100], device=model.device)
         with branches.over(docs):
             losses, counts = document_losses(model, labels, inputs, document, n)
 
-A row is its s shared tokens and then each branch, at positions 0 to s - 1, s to s + c - 1, s to s +
-r - 1 ... Each branch attends to the shared tokens and to itself, so the shared tokens are computed
-once. transformers' mask functions see in the positions where documents end, but not what they
-share. So the mask function is told the layout of the batch, and where it finds the documents that
-the layout's positions imply, it returns the layout in their place. The backward may come after the
-block, with gradient checkpointing too, since the masks are arguments of the checkpointed layers.
+A document is the first s tokens of the one before and its own, at positions s, s + 1 ... Its own
+attend to all of them, so the shared tokens are computed once. transformers' mask functions see in
+the positions where documents end, but not what they share. So the mask function is told the layout
+of the batch, and where it finds the documents that the layout's positions imply, it returns the
+layout in their place. The backward may come after the block, with gradient checkpointing too, since
+the masks are arguments of the checkpointed layers.
 
 The last shared token has one hidden state and can predict one token only: let each branch begin
 with the last token of the prompt, and share the tokens before it. Use it for preference training
@@ -48,14 +48,22 @@ class Branching:
 
     packs: Packed documents do not influence each other.
     shares: They may share their first tokens as well.
+    across: So may those of different rows, where that pays.
     longest: The most tokens of a document that shares; None for any number. Where attention has
         chunks, tokens after a border see none before it, shared or not, which no layout says.
     """
 
-    def __init__(self, packs: bool, shares: bool, longest: int | None = None) -> None:
+    def __init__(
+        self, packs: bool, shares: bool, longest: int | None = None, across: bool = False
+    ) -> None:
         self.packs, self.shares, self.longest = packs, shares, longest
+        self.across = across and shares
         self._docs: Documents | None = None
         self._used = False
+
+    def shares_up_to(self, longest: int) -> bool:
+        """Whether documents share tokens in a batch whose longest has so many."""
+        return self.shares and (self.longest is None or longest <= self.longest)
 
     @contextmanager
     def over(self, docs: Documents) -> Iterator[None]:
@@ -95,18 +103,21 @@ class Branching:
 
 
 @contextmanager
-def branching(model: PreTrainedModel, name: str = NAME) -> Iterator[Branching]:
+def branching(
+    model: PreTrainedModel, name: str = NAME, across: bool = False
+) -> Iterator[Branching]:
     """Keep the model's attention inside documents, as `packed` does, until the `with` block ends,
     and yield how far that goes: the model is unchanged if its documents would influence each other.
 
     Args:
         name: Its own among the models whose attention is kept so at a time: transformers has one
             function of masks for each name.
+        across: Whether different rows are to share tokens too.
     """
     if not isolates(model):
         yield Branching(packs=False, shares=False)
         return
-    found = Branching(packs=True, shares=shares(model), longest=chunk_of(model))
+    found = Branching(True, shares(model), chunk_of(model), across)
     with attending(model, found.mask, name=name):
         yield found
 
@@ -120,39 +131,52 @@ def chunk_of(model: PreTrainedModel) -> int | None:
     return config.attention_chunk_size if chunked else None
 
 
-def shares(model: PreTrainedModel) -> bool:
-    """Test, with two short rows of two branches, whether the model computes a branch as it computes
-    the shared tokens and the branch alone. The model and the random state stay unchanged.
+@contextmanager
+def over(how: Branching | None, lens: Tensor | None, device: torch.device) -> Iterator[None]:
+    """Tell the model's attention the documents of a batch until the `with` block ends.
+
+    Args:
+        lens: (n, 2), the tokens of each and how many of them the one before has too; None where
+            none shares.
+        device: Of the batch.
     """
-    (s, a, b), (t, c, d) = first, second = (9, 7, 8), (5, 4, 6)
-    ids = random_ids(model, sum(first) + sum(second) + a)
-    *parts, other = ids.split([*first, *second, a])
+    if lens is None or how is None:
+        yield
+        return
+    lengths, starts = lens.t().tolist()
+    with how.over(Documents.forest(lengths, starts, device)):
+        yield
+
+
+def shares(model: PreTrainedModel) -> bool:
+    """Test, with rows that part at two depths, whether the model computes the tokens of each as it
+    computes them alone. The model and the random state stay unchanged.
+    """
+    lens, starts = (16, 17, 20, 9, 11), (0, 9, 13, 0, 5)
+    own = slice(starts[1], lens[0])  # what the first row shares with none
+    ids = random_ids(model, sum(lens) - sum(starts) + own.stop - own.start)
+    ids, others = ids[: own.start - own.stop], ids[own.start - own.stop :]
     branches = Branching(packs=True, shares=True)
-    docs = Documents.branching([s, t], [[a, b], [c, d]], ids.device)
+    docs = Documents.forest(lens, starts, ids.device)
+    assert docs.keys is not None
 
-    def together(parts: list[Tensor]) -> Tensor:
+    def together(ids: Tensor) -> Tensor:
         with branches.over(docs):
-            return packed_logits(model, torch.cat(parts), docs)
+            return packed_logits(model, ids, docs)
 
-    def alone(prompt: Tensor, branch: Tensor, own: int) -> Tensor:
-        row = torch.cat([prompt, branch])
-        return packed_logits(model, row, Documents((len(row),)))[-own:]
+    def alone(row: Tensor) -> Tensor:
+        return packed_logits(model, row, Documents((len(row),)))
 
     try:
         with evaluating(model):
-            expected = torch.cat(
-                [
-                    alone(parts[0], parts[1], s + a),
-                    alone(parts[0], parts[2], b),
-                    alone(parts[3], parts[4], t + c),
-                    alone(parts[3], parts[5], d),
-                ]
-            )
+            rows = zip(ids[docs.keys].split(lens), starts, strict=True)
+            expected = torch.cat([alone(row)[start:] for row, start in rows])
             with attending(model, branches.mask):
-                found, changed = together(parts), together([parts[0], other, *parts[2:]])
+                found = together(ids)
+                changed = together(torch.cat([ids[: own.start], others, ids[own.stop :]]))
     except (AttributeError, TypeError, LorafoldError):
         return False  # the decoder computes with its masks, or has others than the documents'
-    rest = slice(s + a, None)
+    rest = slice(own.stop, None)
     return near(model, changed[rest], found[rest], units=1) and near(
         model, found, expected, units=8
     )

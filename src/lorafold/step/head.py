@@ -43,9 +43,12 @@ from lorafold.ops.cross_entropy import (
     linear_cross_entropy,
 )
 from lorafold.ops.logits import widened
+from lorafold.step.balancing import balancing_loss
 
 
-def labelled_loss(model: Any, labels: Tensor, inputs: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+def labelled_loss(
+    model: Any, labels: Tensor, inputs: Mapping[str, Tensor], counts: Tensor | None = None
+) -> tuple[Tensor, int]:
     """Return the loss in nats summed over the labelled positions, and their number n.
 
     The loss is differentiable once; for n = 0 it is 0, with gradients of 0. If
@@ -59,14 +62,18 @@ def labelled_loss(model: Any, labels: Tensor, inputs: Mapping[str, Tensor]) -> t
         model: A causal language model of transformers, or a module with its interface.
         labels: (B, T), the target of each position (already shifted), or -100.
         inputs: Keyword arguments of the model, among them input_ids (B, T).
+        counts: (B, T), how often each position counts; None: once.
     """
     h, targets, linear, output = until_head(model, labels, inputs)
+    if counts is not None:
+        losses, each = losses_of(model, h, targets, linear), counts[labels != NO_LOSS].to(h.device)
+        return losses @ each.to(losses.dtype), int(each.sum())
     if linear is not None:
         loss = linear_cross_entropy(h, targets, linear).sum()
     else:
         with _short_circuit(model) as head:
             loss = head_cross_entropy(h, targets, head, _leaves(output.logits), _runs(h))
-    return loss + len(targets) * _router_loss(model, output), len(targets)
+    return loss + len(targets) * balancing_loss(model, output), len(targets)
 
 
 def token_losses(
@@ -86,9 +93,18 @@ def token_losses(
             the order of many.
     """
     h, targets, linear, _ = until_head(model, labels, inputs)
-    if linear is not None and not own:
+    return losses_of(model, h, targets, None if own else linear, FEW if own else 0)
+
+
+def losses_of(
+    model: Any, h: Tensor, targets: Tensor, linear: LinearHead | None, least: int = 0
+) -> Tensor:
+    """The loss in nats (n,) of each hidden state (n, d), by the head's linear form, or by the model
+    as it computes `least` or more.
+    """
+    if linear is not None:
         return linear_cross_entropy(h, targets, linear)
-    return head_losses(h, targets, partial(head_of, model, least=FEW if own else 0))
+    return head_losses(h, targets, partial(head_of, model, least=least))
 
 
 def document_losses(
@@ -276,23 +292,3 @@ def _linear_form(model: Any, logits: Tensor, h: Tensor) -> LinearHead | None:
     off = 4 * torch.finfo(h.dtype).eps
     alike = is_fake(h) or bool((found - expected).norm() <= off * expected.norm())
     return linear if alike else None
-
-
-def _router_loss(model: Any, output: Any) -> Tensor | float:
-    """Return the load-balancing loss of a mixture of experts as the model itself would add it, or 0
-    if it would add none.
-    """
-    config = model.config.get_text_config()
-    if not getattr(config, "output_router_logits", False):
-        return 0.0
-    aux, coefficient = (
-        getattr(output, "aux_loss", None),
-        getattr(config, "router_aux_loss_coef", None),
-    )
-    if aux is None or coefficient is None:
-        raise LorafoldError(
-            f"{type(model).__name__}: config.output_router_logits is set; found aux_loss {aux},"
-            f" router_aux_loss_coef {coefficient}; expected both. Set output_router_logits to false"
-            " to train without the router's loss"
-        )
-    return coefficient * aux

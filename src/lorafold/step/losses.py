@@ -16,10 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorafold.core.draws import named
-from lorafold.data.batches import collate, labelled, micro_batches
+from lorafold.data.batches import collate, ids_in, labelled, micro_batches, tokens_in
 from lorafold.data.examples import Example
+from lorafold.data.forest import alike, forest, pays
 from lorafold.data.labelled import LabelledExample
 from lorafold.models.positions import sequence_of
+from lorafold.step.branches import Branching, over
 from lorafold.step.head import labelled_loss, row_losses
 
 
@@ -68,6 +70,10 @@ class Loss(nn.Module, ABC):
             tokens: The most tokens of a packed sequence.
         """
         return micro_batches(examples, n)
+
+    def computed(self, examples: Sequence[Any]) -> int:
+        """The tokens that are computed for a micro-batch, without padding."""
+        return sum(len(e.ids) for e in examples)
 
     @abstractmethod
     def collate(self, examples: Sequence[Any], device: torch.device) -> dict[str, Tensor]:
@@ -132,25 +138,62 @@ def head_rules(model: nn.Module) -> Mapping[str, str]:
 
 
 class Completions(Loss):
-    """The next-token loss at labelled positions, in nats; on packed or on padded sequences."""
+    """The next-token loss at labelled positions, in nats; on packed or on padded sequences, in
+    which rows that begin alike share what they have in common, where `how` has it so and it pays.
+    """
 
-    def __init__(self, model: nn.Module, packed: bool, pad_id: int) -> None:
+    def __init__(
+        self, model: nn.Module, packed: bool, pad_id: int, how: Branching | None = None
+    ) -> None:
         super().__init__(model)
         self.packed, self.pad_id = packed, pad_id
+        # the balancing loss of a router is over all tokens alike, those of several rows too
+        config = getattr(model, "config", None)
+        balanced = getattr(config, "output_router_logits", False)
+        self.how = how if how is not None and how.across and not balanced else None
 
     def count(self, example: Example) -> int:
         return labelled(example)
 
+    def shared_in(self, examples: Sequence[Example]) -> bool:
+        """Whether rows that begin alike are computed once there."""
+        lengths = [len(e.ids) for e in examples]
+        if self.how is None or not self.how.shares_up_to(max(lengths)):
+            return False
+        return pays(len(forest(examples).ids), sum(lengths))
+
+    def computed(self, examples: Sequence[Example]) -> int:
+        shared = self.shared_in(examples)
+        return len(forest(examples).ids) if shared else super().computed(examples)
+
     def collate(self, examples: Sequence[Example], device: torch.device) -> dict[str, Tensor]:
-        return {k: v.to(device) for k, v in collate(examples, self.packed, self.pad_id).items()}
+        if self.shared_in(examples):
+            found = forest(examples).tensors()
+        else:
+            found = collate(examples, self.packed, self.pad_id)
+        return {name: tensor.to(device) for name, tensor in found.items()}
 
     def micro_batches(
         self, examples: Sequence[Example], n: int, tokens: int
     ) -> list[Sequence[Example]]:
-        return micro_batches(examples, n, within(self.model, tokens) if self.packed else None)
+        capacity = within(self.model, tokens) if self.packed else None
+        if capacity is not None and self.shared_in(examples):
+            return alike(examples, n, capacity, ids_in, tokens_in)
+        return micro_batches(examples, n, capacity)
+
+    def names(
+        self, examples: Sequence[Any], rows: Sequence[int], inputs: Mapping[str, Tensor]
+    ) -> Tensor:
+        if (document := inputs.get("document")) is None:
+            return super().names(examples, rows, inputs)
+        # a token of several rows draws as the first of them
+        return named(torch.tensor(rows, device=document.device)[document], inputs["position_ids"])
 
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
-        return labelled_loss(self.model, labels, inputs)[0]
+        inputs.pop("document", None)
+        counts, lens = inputs.pop("counts", None), inputs.pop("lens", None)
+        with over(self.how, lens, labels.device):
+            return labelled_loss(self.model, labels, inputs, counts)[0]
 
     def by_row(self, labels: Tensor, **inputs: Tensor) -> Tensor:
         """Return the loss of each row, (B,), from padded labels (B, T) and inputs, without

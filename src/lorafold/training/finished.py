@@ -68,7 +68,7 @@ def _differing(request: Request, record: Mapping[str, Any]) -> Iterator[str]:
     now = asked.model_dump(mode="json")
     then = Recipe().model_dump(mode="json") | named_as_now(record["recipe"])
     # a run settles these where they are left to it
-    left = {name for name in ("storage", "max_length") if name not in asked.model_fields_set}
+    left = {"storage", "max_length", "packing"} - asked.model_fields_set
     left |= {"storage"} if asked.storage == "auto" else set()
     for name in sorted(now.keys() - free_on_resume(asked) - left):
         if now[name] != then[name]:

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from lorafold.data.allowed_tokens import ALL, allow
 from lorafold.data.batches import epoch_size, split
-from lorafold.data.feed import Feed, StoredFeed
+from lorafold.data.feed import Feed, StoredFeed, by_row
 from lorafold.data.findings import STREAMED, Findings, look
 from lorafold.data.render import Rendering
 from lorafold.data.sources import Row
@@ -34,6 +34,8 @@ from lorafold.training.checkpoint import RunDirectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+BATCH_COUNTS = "batch_counts"  # rows, in the identity of runs of rows that give several examples
 
 
 @dataclass(frozen=True)
@@ -209,8 +211,12 @@ def tokenized(
         return feed, measured, told(Findings(0, unseen=STREAMED))
     rows, held_out = sides(request)
     train = data_of("data", rows)
-    steps = recipe.total_steps(epoch_size(train.parts))
-    feed = StoredFeed(train.examples, train.parts, recipe.batch, steps, recipe.seed)
+    run, firsts, parts = RunDirectory(request.out), None, train.parts
+    began = request.resume and run.path.exists()
+    if (several := by_row(train.examples, parts)) and not (began and not run.written(BATCH_COUNTS)):
+        firsts, parts = several
+    steps = recipe.total_steps(epoch_size(parts))
+    feed = StoredFeed(train.examples, parts, recipe.batch, steps, recipe.seed, firsts)
     of, measured, compared = Rows.of(rows), None, None
     if held_out is not None:
         measured = data_of("held out", held_out)

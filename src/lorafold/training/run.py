@@ -26,7 +26,7 @@ from lorafold.training.finished import DEPENDS_ON, finished
 from lorafold.training.loop import fit
 from lorafold.training.request import Request
 from lorafold.training.setup import adapted_model, set_up
-from lorafold.training.start import depends_on, prepare
+from lorafold.training.start import as_begun, depends_on, in_common, prepare
 
 
 def train(request: Request, console: Console) -> Trained:
@@ -39,6 +39,7 @@ def train(request: Request, console: Console) -> Trained:
     """
     if (before := finished(request, console)) is not None:
         return before
+    request = as_begun(request)
     setup = set_up(request, console)
     model, adapter, weights, checkpointing = adapted_model(setup, console)
     for line in (
@@ -61,6 +62,8 @@ def train(request: Request, console: Console) -> Trained:
         feed, held_out = setup.objective.refer(
             loss, setup.feed, setup.held_out, setup.below, console
         )
+        if told := in_common(loss, feed, request.recipe):
+            console.print(told, highlight=False)
         measure = partial(setup.objective.measure, loss, held_out) if held_out else None
         job, progress = prepare(setup, adapter, loss, feed, measure, console)
         job.examples = partial(setup.objective.examples, loss=loss)

@@ -5,8 +5,10 @@ optimizer and the random state of a run that was stopped.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from lorafold.step.losses import Loss
 from lorafold.step.optim import param_groups, rates, restore_optimizer, restore_rng
 from lorafold.training.checkpoint import FILES, Progress, RunDirectory
 from lorafold.training.loop import Job
-from lorafold.training.request import Request
+from lorafold.training.request import BATCH_COUNTS, Request
 from lorafold.training.setup import Setup
 
 # A resumed run may change these fields: they decide what is watched and kept, not what is learned.
@@ -41,6 +43,7 @@ WHEN_MEASURED = {"save_every", "eval_every"}  # what is learned where a run ends
 RULE, DROPOUT = "dropout_rule", "Philox of seed, step, row and site"
 _RULE_BEFORE = "random state of torch"
 MARKED = "control_tokens"  # how those in contents are read, in the identity of runs with such rows
+LOOKED_AT = 8  # steps, for what their rows have in common
 HELD_OUT = "eval_data"  # whose losses choose the best step; runs that do not name it may have any
 
 
@@ -124,6 +127,33 @@ def prepare(
     ), progress
 
 
+def as_begun(request: Request) -> Request:
+    """The request, with rows packed as a run that is resumed packed them from its first step: one
+    of an earlier version computed each apart.
+    """
+    run, recipe = RunDirectory(request.out), request.recipe
+    left = "packing" not in recipe.model_fields_set
+    if request.resume and left and isinstance(found := run.written("packing"), bool):
+        return replace(request, recipe=recipe.model_copy(update={"packing": found}))
+    return request
+
+
+def in_common(loss: Loss, feed: Feed, recipe: Recipe) -> str | None:
+    """What of the first steps is computed once for several rows, as a line; None if little is, or
+    what is computed is not known yet.
+    """
+    once = apart = 0
+    if OBJECTIVES[recipe.objective].draws:
+        return None
+    for examples in islice(feed.after(0), min(LOOKED_AT, feed.foreseen)):
+        for part in loss.micro_batches(examples, recipe.accumulate, recipe.max_length):
+            once += loss.computed(part)
+            apart += sum(loss.computed([example]) for example in part)
+    if once > 0.99 * apart:
+        return None
+    return f"packing: {1 - once / apart:.0%} of the tokens begin as another row's: computed once"
+
+
 def check_sites(run: RunDirectory, adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
     """Raise LorafoldError if the targets of a run mean other modules than when it began: an earlier
     version may not have found all that can be adapted.
@@ -203,6 +233,8 @@ def identity_of(setup: Setup, adapter: Adapter) -> dict[str, Any]:
         identity["day"] = setup.day
     if setup.feed.marked:
         identity[MARKED] = "text"
+    if setup.feed.whole_rows:
+        identity[BATCH_COUNTS] = "rows"
     if any(getattr(m, "dropout", 0.0) for d in adapter.deltas.values() for m in d.modules()):
         identity[RULE] = DROPOUT
     return identity

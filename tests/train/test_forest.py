@@ -1,0 +1,155 @@
+"""Rows that begin alike: their forest by its definition, and the loss and gradients of a step over
+it, which are those of the rows computed apart.
+"""
+
+from __future__ import annotations
+
+import itertools
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lorafold as lf
+from lorafold.data.examples import NO_LOSS, Example
+from lorafold.data.forest import alike, forest
+from lorafold.step.activations import recompute
+from lorafold.step.branches import branching
+from lorafold.step.fused import fused
+from lorafold.step.losses import Completions
+from sequence_cases import CONFIGS, VOCAB, assert_close, build
+
+CPU = torch.device("cpu")
+
+
+def row(ids: str, untrained: int = 0) -> Example:
+    """A row of letters, the first of which are not trained."""
+    made = tuple(ord(letter) - ord("a") + 1 for letter in ids)
+    return Example(made, (NO_LOSS,) * untrained + made[untrained:])
+
+
+ROWS = {
+    "apart": [row("abcdef"), row("bcdef"), row("cde")],
+    "one beginning": [row("abcdefgh", 4), row("abcdijk", 4), row("abcdlmn", 4)],
+    "three depths": [row("abcdefgh", 2), row("abcdefxy", 2), row("abcdzz", 2), row("abq", 2)],
+    "trained beginnings": [row("abcdef"), row("abcdxy"), row("abcd"), row("abc")],
+    "a part of another": [row("abcdef", 1), row("abcd", 2), row("abcdefghi", 3)],
+    "equal": [row("abcdef", 2), row("abcdef", 2), row("abcdef", 4)],
+    "one trained, one not": [row("abcdef", 4), row("abcxyz", 2), row("abcdgh", 6)],
+    "of one token": [row("a"), row("a"), row("ab")],
+}
+
+
+@given(
+    st.lists(
+        st.tuples(st.lists(st.integers(1, 3), min_size=1, max_size=8), st.integers(0, 8)),
+        min_size=1, max_size=6,
+    )
+)  # fmt: skip
+@settings(max_examples=200, deadline=None)
+def test_each_row_is_a_path(drawn: list[tuple[list[int], int]]) -> None:
+    """What the forest says of each token is what its rows say of it."""
+    rows = [Example((*ids,), ((NO_LOSS,) * n + (*ids[n:],))[: len(ids)]) for ids, n in drawn]
+    made = forest(rows)
+    paths, path, at = [], list[int](), 0
+    for length, start in zip(made.lens, made.starts, strict=True):
+        assert start < min(length, len(path) or 1)
+        path = [*path[:start], *range(at, at := at + length - start)]
+        paths.append(path)
+    assert at == len(made.ids) <= sum(len(one.ids) for one in rows)
+    known = {tuple(made.ids[p[:n]]) for p in paths for n in range(1, len(p) + 1)}
+    assert {one.ids for one in rows} <= known
+    for path in paths:
+        assert made.positions[path].tolist() == [*range(len(path))]
+    wanted = sorted(
+        (one.ids[:at], label)
+        for one in rows
+        for at, label in enumerate(one.labels) if at and label != NO_LOSS
+    )  # fmt: skip
+    found = list[tuple[tuple[int, ...], int]]()
+    for n, (target, count) in enumerate(zip(made.targets, made.counts, strict=True)):
+        path = next(p[: p.index(n) + 1] for p in paths if n in p)
+        assert (target == NO_LOSS) == (count == 0)
+        found += [(tuple(made.ids[path].tolist()), int(target))] * int(count)
+    assert sorted(found) == wanted
+
+
+def adapted(name: str, dropout: float = 0.0) -> Any:
+    model = build(name)
+    adapter = lf.attach(model, lf.LoRA(rank=4, dropout=dropout))
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=generator))
+    return model.train()
+
+
+def stepped(loss: Completions, batches: list[list[Example]]) -> tuple[float, dict[str, Any]]:
+    loss.model.zero_grad()
+    total = 0.0
+    for batch in batches:
+        one = loss(**loss.collate(batch, CPU))
+        one.backward()
+        total += one.item()
+    return total, {
+        name: p.grad.clone() for name, p in loss.model.named_parameters() if p.grad is not None
+    }
+
+
+@pytest.mark.few(6)
+@pytest.mark.parametrize(
+    ("rows", "name", "way"),
+    [
+        *((rows, "llama", "plain") for rows in ROWS),
+        *itertools.product(["three depths"], CONFIGS, ["plain", "checkpointed", "fused"]),
+    ],
+)
+def test_a_step_is_that_of_the_rows_apart(rows: str, name: str, way: str) -> None:
+    model, given = adapted(name), ROWS[rows]
+    apart = stepped(Completions(model, False, 0), [[one] for one in given])
+    if way == "checkpointed":
+        recompute(model)
+    with (
+        fused(model) if way == "fused" else nullcontext(),
+        branching(model, across=True) as how,
+    ):
+        assert how.across
+        loss = Completions(model, True, 0, how)
+        assert loss.shared_in(given) == (rows != "apart")
+        together = stepped(loss, [given])
+    assert_close(torch.tensor(together[0]), torch.tensor(apart[0]))
+    whole = torch.cat([g.flatten() for g in apart[1].values()]).norm().item()
+    for parameter, gradient in apart[1].items():
+        assert_close(together[1][parameter], gradient, whole)
+
+
+def test_a_shared_token_draws_as_the_first_of_its_rows() -> None:
+    """With dropout, rows of the same place draw the same for their own tokens."""
+    model = adapted("llama", dropout=0.5)
+    given = [row("abcdef", 4), row("abcdxy", 4)]
+    with branching(model, across=True) as how:
+        loss = Completions(model, True, 0, how)
+        inputs = loss.collate(given, CPU)
+        names = loss.names(given, [5, 3], inputs)
+        apart = Completions(model, True, 0).names(given, [5, 3], {
+            "input_ids": torch.zeros(1, 12, dtype=torch.long),
+            "position_ids": torch.arange(6).repeat(2)[None],
+        })  # fmt: skip
+    assert names.tolist() == [[*apart[0, :6].tolist(), *apart[0, 9:].tolist()]]
+
+
+def test_rows_that_begin_alike_meet_in_a_micro_batch() -> None:
+    draw = torch.Generator().manual_seed(1)
+    heads = torch.randint(1, VOCAB, (2, 50), generator=draw).tolist()
+    tails = torch.randint(1, VOCAB, (8, 10), generator=draw).tolist()
+    rows = [Example((ids := (*heads[n % 2], *tail)), ids) for n, tail in enumerate(tails)]
+    parts = alike(rows, 2, 1000, lambda one: one.ids, lambda one: len(one.ids))
+    assert [{one.ids[:50] for one in part} for part in parts] in (
+        [{tuple(heads[0])}, {tuple(heads[1])}], [{tuple(heads[1])}, {tuple(heads[0])}],
+    )  # fmt: skip
+    small = alike(rows, 1, 80, lambda one: one.ids, lambda one: len(one.ids))
+    assert all(len(forest(part).ids) <= 80 for part in small)
+    assert sorted(one.ids for part in small for one in part) == sorted(one.ids for one in rows)
