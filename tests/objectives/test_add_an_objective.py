@@ -102,7 +102,7 @@ class Hardest(Objective):
     def means(self, examples, loss):
         alone = CompletionLoss(loss.model, False, loss.pad_id)
         with evaluating(alone):
-            found = alone.by_row(**alone.collate(examples, alone.device)).tolist()
+            found = alone.by_row(examples).tolist()
         return [x / alone.count(e) for x, e in zip(found, examples, strict=True)]
 
     def examples(self, step, planned, loss):

@@ -2,6 +2,7 @@
 errors that say what is wrong.
 """
 
+import io
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 import lorafold as lf
 from fresh_models import fresh_model
@@ -50,11 +52,43 @@ def test_padded_and_packed_and_accumulated_give_the_same_losses(
     }
     losses = {}
     for name, fields in ways.items():
+        given = {"packing": True, "dropout": 0.3, **fields}
         losses[name] = train(
-            request(tiny_model_dir("llama"), tmp_path / name, dropout=0.3, **fields), quiet()
+            request(tiny_model_dir("llama"), tmp_path / name, **given), quiet()
         ).losses
     for name in ways:
         assert losses[name] == pytest.approx(losses["packed"], rel=1e-4), name
+
+
+def test_what_rows_begin_with_is_said_and_changes_no_loss(tiny_model_dir, tmp_path: Path) -> None:
+    """In one micro-batch, in several, checkpointed, and killed and resumed as it began."""
+    model, told = tiny_model_dir("llama"), Console(file=io.StringIO(), width=200)
+    ways = {
+        "apart": {"packing": True},
+        "once": {},
+        "accumulated": {"accumulate": 2},
+        "checkpointed": {"gradient_checkpointing": True},
+    }
+    losses = {
+        name: train(request(model, tmp_path / name, dropout=0.0, **fields), told).losses
+        for name, fields in ways.items()
+    }
+    for name in ways:
+        assert losses[name] == pytest.approx(losses["apart"], rel=1e-5), name
+    said = re.findall(r"packing: (\d+)% of the tokens begin as another row's", told.file.getvalue())
+    assert len(said) == 3
+    assert all(int(share) > 20 for share in said)
+
+
+def test_a_run_that_computed_rows_apart_goes_on_so(tiny_model_dir, tmp_path: Path) -> None:
+    """As a run of an earlier version did, whose recipe says that rows are packed."""
+    model, fields = tiny_model_dir("llama"), {"steps": 14, "save_every": 5, "dropout": 0.1}
+    apart = train(request(model, tmp_path / "apart", packing=True, **fields), quiet())
+    killed(train_until_killed, model, tmp_path / "killed", {"packing": True, **fields})
+    resumed = train(request(model, tmp_path / "killed", resume=True, **fields), quiet())
+    assert resumed.losses == apart.losses
+    again = train(request(model, tmp_path / "killed", resume=True, **fields), quiet())
+    assert again.losses == apart.losses
 
 
 @pytest.mark.parametrize(

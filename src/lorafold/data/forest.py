@@ -31,7 +31,8 @@ PAYS = 0.05  # of the tokens; a smaller part in common costs more than it saves
 @dataclass(frozen=True)
 class Forest:
     """Of each token (T,): its id, position, target (-100 for none), how many rows train on it, and
-    the first row that it is of. `lens` and `starts` are as `ops.documents.Documents` has them.
+    the first row that it is of. `trained` are the places of the tokens that each row trains on.
+    `lens` and `starts` are as `ops.documents.Documents` has them.
     """
 
     ids: Array
@@ -39,6 +40,7 @@ class Forest:
     targets: Array
     counts: Array
     first: Array
+    trained: tuple[Array, ...]
     lens: tuple[int, ...]
     starts: tuple[int, ...]
 
@@ -68,6 +70,7 @@ def forest(
     ids, positions, first, counts = (np.zeros(size, np.int64) for _ in range(4))
     targets = np.full(size, NO_LOSS, np.int64)
     lens, starts = list[int](), list[int]()
+    of_rows = [np.zeros(0, np.int64)] * len(rows)
     path, limit, end = np.zeros(0, np.int64), size, 0  # of the row before; the tokens so far
     group, order = None, range(len(rows))
     for n in order if groups else sorted(order, key=lambda n: tuple(rows[n].ids)):
@@ -85,12 +88,13 @@ def forest(
         ids[new], positions[new], first[new] = own[shared:], np.arange(shared, len(own)), n
         path = np.concatenate([path[:shared], new])
         trained = wanted != NO_LOSS
-        targets[path[trained]] = wanted[trained]
-        counts[path] += trained
+        of_rows[n] = path[trained]
+        targets[of_rows[n]] = wanted[trained]
+        counts[of_rows[n]] += 1
         first[path] = np.minimum(first[path], n)
     return Forest(
-        ids[:end], positions[:end], targets[:end], counts[:end], first[:end], tuple(lens),
-        tuple(starts),
+        ids[:end], positions[:end], targets[:end], counts[:end], first[:end], tuple(of_rows),
+        tuple(lens), tuple(starts),
     )  # fmt: skip
 
 

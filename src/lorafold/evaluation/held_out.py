@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lorafold.core.evaluating import evaluating
 from lorafold.data.arrow import lengths_of
+from lorafold.data.examples import Example
+from lorafold.data.forest import alike, forest, pays
 from lorafold.evaluation.intervals import mean_loss
-from lorafold.step.losses import Loss
+from lorafold.step.branches import branching
+from lorafold.step.losses import Completions, Loss
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from transformers import PreTrainedModel
 
 TOKENS = 2048  # the most tokens of a batch, with padding
+WINDOW = 1024  # examples among which those that begin alike are looked for
 
 
 def held_out_loss(loss: Loss, examples: Sequence[Any]) -> float:
@@ -40,6 +45,46 @@ def batches(examples: Sequence[Any]) -> list[list[int]]:
             groups.append([])
         groups[-1].append(i)
     return groups
+
+
+def row_losses(
+    model: PreTrainedModel, examples: Sequence[Example], step: Callable[[int, int], None]
+) -> list[float]:
+    """The loss of each example in nats, summed over its labelled positions, in evaluation mode.
+    Those that begin alike are computed together, where the model can and it pays.
+
+    Args:
+        step: called as step(done, total).
+    """
+    found: dict[int, float] = {}
+
+    def measured(loss: Completions, groups: Iterable[Sequence[int]]) -> None:
+        with evaluating(loss):
+            for group in groups:
+                losses = loss.by_row([examples[i] for i in group]).tolist()
+                found.update(zip(group, losses, strict=True))
+                step(len(found), len(examples))
+
+    if groups := list(alike_in(examples)):
+        with branching(model, across=True) as how:
+            loss = Completions(model, how.packs, 0, how)
+            measured(loss, (g for g in groups if loss.shared_in([examples[i] for i in g])))
+    rest = [i for i in range(len(examples)) if i not in found]
+    apart = batches([examples[i] for i in rest]) if rest else []
+    measured(Completions(model, False, 0), ([rest[i] for i in group] for group in apart))
+    return [found[i] for i in range(len(examples))]
+
+
+def alike_in(examples: Sequence[Example]) -> Iterator[Sequence[int]]:
+    """Indices of examples in batches of those that begin alike, where that pays."""
+    for first in range(0, len(examples), WINDOW):
+        window = examples[first : first + WINDOW]
+        ids = [example.ids for example in window]
+        lengths = [len(of) for of in ids]
+        for part in alike(range(len(ids)), 1, TOKENS, ids.__getitem__, lengths.__getitem__):
+            once = len(forest([window[i] for i in part]).ids)
+            if pays(once, sum(lengths[i] for i in part)):
+                yield [first + i for i in part]
 
 
 @contextmanager

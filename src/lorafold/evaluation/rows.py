@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lorafold.core.attach import selection_of
-from lorafold.core.evaluating import evaluating
+from lorafold.data.batches import labelled
 from lorafold.data.examples import encode
 from lorafold.data.preferred import encode_preferred
 from lorafold.data.references import references, without_reasoning
@@ -23,13 +23,12 @@ from lorafold.data.shapes import CONVERSATIONS, LABELS, PAIRS
 from lorafold.data.sources import Row
 from lorafold.data.stored import Rows
 from lorafold.evaluation.classifier import evaluate_classifier
-from lorafold.evaluation.held_out import batches, progress_bar
+from lorafold.evaluation.held_out import progress_bar, row_losses
 from lorafold.evaluation.intervals import loss_interval, mean_loss, wilson
 from lorafold.evaluation.preferences import PreferenceFigures, preference_figures
 from lorafold.evaluation.result import Answer, Evaluation
 from lorafold.generation import complete
 from lorafold.step.branches import branching
-from lorafold.step.losses import Completions
 from lorafold.step.preference_laws import Dpo, Law
 from lorafold.step.preferences import Preferences
 
@@ -85,17 +84,12 @@ def evaluate(
     data = encode(rows, tokenizer, max_length)
     if console and (data.report.truncated or data.report.unlabelled):
         console.print(str(data.report), highlight=False)
-    loss = Completions(model, packed=False, pad_id=0)
-    losses: dict[int, float] = {}  # by example
-    with progress_bar(console, "loss") as step, evaluating(loss):
-        for group in batches(data.examples):
-            found = loss.by_row(**loss.collate([data.examples[i] for i in group], loss.device))
-            losses |= dict(zip(group, found.tolist(), strict=True))
-            step(len(losses), len(data.examples))
+    with progress_bar(console, "loss") as step:
+        losses = row_losses(model, data.examples, step)
     by_row: dict[int, tuple[float, int]] = {}
     for i, row in enumerate(data.examples.rows.tolist()):
         s, n = by_row.get(row, (0.0, 0))
-        by_row[row] = s + losses[i], n + loss.count(data.examples[i])
+        by_row[row] = s + losses[i], n + labelled(data.examples[i])
     sums = list(by_row.values())
     answers: tuple[Answer, ...] = ()
     if settings.completions:

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from lorafold.core.draws import named
 from lorafold.data.batches import collate, ids_in, labelled, micro_batches, tokens_in
-from lorafold.data.examples import Example
+from lorafold.data.examples import NO_LOSS, Example
 from lorafold.data.forest import alike, forest, pays
 from lorafold.data.labelled import LabelledExample
 from lorafold.models.positions import sequence_of
 from lorafold.step.branches import Branching, over
-from lorafold.step.head import labelled_loss, row_losses
+from lorafold.step.head import labelled_loss, row_losses, token_losses
 
 
 @dataclass(frozen=True)
@@ -195,11 +195,24 @@ class Completions(Loss):
         with over(self.how, lens, labels.device):
             return labelled_loss(self.model, labels, inputs, counts)[0]
 
-    def by_row(self, labels: Tensor, **inputs: Tensor) -> Tensor:
-        """Return the loss of each row, (B,), from padded labels (B, T) and inputs, without
-        gradients.
-        """
-        return row_losses(self.model, labels, inputs)
+    @torch.no_grad()
+    def by_row(self, examples: Sequence[Example]) -> Tensor:
+        """The loss of each row, (n,), summed over its labelled positions, without gradients."""
+        inputs = self.collate(examples, self.device)
+        labels, lens = inputs.pop("labels"), inputs.pop("lens", None)
+        if lens is None:
+            return self._apart(examples)
+        del inputs["document"], inputs["counts"]
+        with over(self.how, lens, labels.device):
+            losses = token_losses(self.model, labels, inputs)
+        place = (labels[0] != NO_LOSS).cumsum(0) - 1  # of a token among the labelled ones
+        trained = forest(examples).trained
+        return torch.stack([losses[place[torch.from_numpy(of)]].sum() for of in trained])
+
+    def _apart(self, examples: Sequence[Example]) -> Tensor:
+        padded = collate(examples, False, self.pad_id)
+        inputs = {name: tensor.to(self.device) for name, tensor in padded.items()}
+        return row_losses(self.model, inputs.pop("labels"), inputs)
 
 
 class Classification(Loss):

@@ -1,0 +1,188 @@
+"""Rows that begin alike, computed once and apart: seconds of a step, and the memory that it takes.
+
+    python benchmarks/beginnings.py [--rounds 5] [--only WORD] [--dropout 0.05]
+
+SmolLM2-135M in this machine's own storage, LoRA of rank 16 on all linears, ids drawn at
+random. Both ways take turns in one process after a warm-up, and the medians are compared; memory is
+that of a process of its own each. `bound` is what operations alone would allow, of the blocks and
+the head.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
+
+import psutil
+import torch
+from lib.results import keep
+
+import lorafold as lf
+from lorafold.core.evaluating import evaluating
+from lorafold.data.branches import Branched
+from lorafold.data.examples import NO_LOSS, Example
+from lorafold.evaluation.held_out import batches, row_losses
+from lorafold.step.branches import branching
+from lorafold.step.fused import fused
+from lorafold.step.losses import Completions
+from lorafold.step.preference_laws import Dpo
+from lorafold.step.preferences import Preferences
+
+TOKENS = 8192  # of a packed sequence
+CPU = torch.device("cpu")
+
+
+def drawn(n: int) -> tuple[int, ...]:
+    return tuple(torch.randint(1, 40_000, (n,)).tolist())
+
+
+def trained(head: tuple[int, ...], own: tuple[int, ...]) -> Example:
+    """A row that is trained on what is its own."""
+    return Example((*head, *own), (NO_LOSS,) * len(head) + own)
+
+
+def heads(head: int, own: int, rows: int) -> list[Example]:
+    first = drawn(head)
+    return [trained(first, drawn(own)) for _ in range(rows)]
+
+
+def turns(rows: int, n: int, asked: int = 40, reasoning: int = 60, said: int = 40) -> list[Example]:
+    """Conversations whose template drops the reasoning of earlier turns: an example a turn."""
+    found = []
+    for _ in range(rows):
+        head: tuple[int, ...] = ()
+        for _ in range(n):
+            head += drawn(asked)
+            answer = drawn(said)
+            found.append(trained(head, (*drawn(reasoning), *answer)))
+            head += answer
+    return found
+
+
+def pairs(system: int, asked: int, own: int, rows: int) -> list[Branched]:
+    first = drawn(system)
+    return [
+        Branched((*first, *(prompt := drawn(asked))), tuple(_branch(prompt, own) for _ in range(2)))
+        for _ in range(rows)
+    ]
+
+
+def _branch(prompt: tuple[int, ...], own: int) -> Example:
+    ids = drawn(own)
+    return Example((prompt[-1], *ids), (NO_LOSS, *ids))
+
+
+SFT = {
+    "a head of 400, 100 of its own, 8 rows": lambda: heads(400, 100, 8),
+    "chat: a system prompt of 60, 120 of its own, 8 rows": lambda: heads(60, 120, 8),
+    "nothing in common: 8 rows of 200": lambda: heads(0, 200, 8),
+    "2 conversations of 6 turns, an example a turn": lambda: turns(2, 6),
+}
+PAIRS = "DPO: a system prompt of 300, a prompt of 40, answers of 80, 4 pairs"
+CHOICE = "multiple choice: 4 answers of 20 to 8 questions of 300"
+
+
+def ways(what: str, model: object, stack: ExitStack) -> tuple[int, int, list[Callable[[], None]]]:
+    """The tokens that are computed apart and once, and a step either way."""
+    torch.manual_seed(0)
+    if what == CHOICE:
+        rows = [e for _ in range(8) for e in heads(300, 20, 4)]
+
+        def padded() -> None:
+            loss = Completions(model, False, 0)
+            with evaluating(loss):
+                for group in batches(rows):
+                    loss.by_row([rows[i] for i in group])
+
+        once = 8 * (300 + 4 * 20)
+        alike = partial(row_losses, model, rows, lambda done, total: None)
+        return sum(len(e.ids) for e in rows), once, [padded, alike]
+    how = stack.enter_context(branching(model, across=True))
+    stack.enter_context(fused(model))
+    if what == PAIRS:
+        given = pairs(300, 40, 80, 4)
+        how_apart = type(how)(how.packs, how.shares, how.longest)
+        losses = [Preferences(model, Dpo(), one, 0, TOKENS) for one in (how_apart, how)]
+    else:
+        given = SFT[what]()
+        losses = [Completions(model, True, 0), Completions(model, True, 0, how)]
+
+    def step(loss: Completions | Preferences) -> None:
+        for part in loss.micro_batches(given, 1, TOKENS):
+            loss(**loss.collate(part, CPU)).backward()
+        model.zero_grad()
+
+    apart, once = (sum(map(loss.computed, loss.micro_batches(given, 1, TOKENS))) for loss in losses)
+    return apart, once, [lambda: step(losses[0]), lambda: step(losses[1])]
+
+
+def loaded(dropout: float) -> object:
+    model = lf.load_model("smollm2", device="cpu")
+    lf.attach(model, lf.LoRA(rank=16, dropout=dropout))
+    return model.train()
+
+
+def peak(what: str, way: int, dropout: float) -> float:
+    """The largest resident memory of a process over that before its steps, in GB."""
+    command = [sys.executable, __file__, "--one", what, str(way), "--dropout", str(dropout)]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def one(what: str, way: int, dropout: float) -> None:
+    import resource
+
+    with ExitStack() as stack:
+        model = loaded(dropout)
+        *_, steps = ways(what, model, stack)
+        before = psutil.Process().memory_info().rss
+        steps[way]()
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps((most - before) / 1e9))
+
+
+def rows(asked: argparse.Namespace) -> Iterator[dict]:
+    for what in (*SFT, PAIRS, CHOICE):
+        if asked.only not in what:
+            continue
+        with ExitStack() as stack:
+            apart, once, steps = ways(what, loaded(asked.dropout), stack)
+            seconds: list[list[float]] = [[], []]
+            for n in range(asked.rounds + 1):
+                for step, found in zip(steps, seconds, strict=True):
+                    start = time.perf_counter()
+                    step()
+                    if n:
+                        found.append(time.perf_counter() - start)
+        first, second = map(statistics.median, seconds)
+        memory = [peak(what, way, asked.dropout) for way in range(2)]
+        row = {
+            "rows": what, "tokens apart": apart, "once": once, "of them": f"{once / apart:.0%}",
+            "seconds apart": first, "once ": second, "times": first / second,
+            "memory": memory[1] / memory[0],
+        }  # fmt: skip
+        print(row, flush=True)
+        yield row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.one:
+        one(asked.one[0], int(asked.one[1]), asked.dropout)
+        return
+    keep("beginnings", list(rows(asked)))
+
+
+if __name__ == "__main__":
+    main()
