@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 EXPORT, SCRATCH, PROVING = "export.json", "scratch", "proving"
 SHARE = 0.01  # of what the adapters change, that a proof may lose
-ALONE = 1e-3  # nats, of a base without adapters
+ALONE = 1e-3  # nats, of a base without adapters; above that it is another model there
 FEWER = 8  # prompts for figures that refuse nothing
 INSTEAD = ", which no engine here takes"
 
@@ -201,6 +201,11 @@ def _check(found: Proof, target: Target, tensors: str | None) -> None:
             f"{said}: KL {found.kl:.1e} nats, expected at most {ALONE}; nothing was written"
         )
     lost = found.share is not None and allowed is not None and found.share > allowed
+    if lost and found.alone is not None and found.alone > ALONE:
+        raise LorafoldError(
+            f"{said}: without adapters KL {found.alone:.1e} nats, expected at most {ALONE}: it"
+            " reads the base as another model; nothing was written"
+        )
     if lost and not found.rounding:
         raise LorafoldError(
             f"{said}: KL {found.kl:.1e} nats, {found.share:.1%} of what the adapters change,"
