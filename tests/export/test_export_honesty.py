@@ -2,9 +2,11 @@
 adapters bring beside their tensors is not lost by the way.
 """
 
-
 import pytest
 
+import lorafold as lf
+from conftest import make_tokenizer
+from export_cases import noisy
 from lorafold.errors import LorafoldError
 from lorafold.exporting.older import older_config
 from lorafold.exporting.proof import Proof
@@ -35,3 +37,60 @@ def test_part_of_a_head_that_is_rotated_is_told_in_the_older_word():
     older = older_config(config)
     assert older is not None
     assert older["partial_rotary_factor"] == 0.25
+
+
+@pytest.fixture
+def exported(tiny_model, tiny_model_dir, tmp_path):
+    """What exporting an adapter of a tiny Qwen 2 says, and its directory."""
+
+    def made(spec, to, name="adapter", tokenizer=None, attach=None, **how):
+        saved = noisy(tiny_model("qwen2"), spec, tmp_path / name, **(attach or {}))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(saved)
+        how = {"prove": False, "device": "cpu"} | how
+        return lf.export(tiny_model_dir("qwen2"), saved, tmp_path / "out", to=to, **how)
+
+    return made
+
+
+def other_template():
+    """A tokenizer with another chat template than the tiny model's."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    return tokenizer
+
+
+def test_a_cut_keeps_the_name_and_the_tokenizer(exported, tmp_path):
+    """It was named scratch, and had the base's chat template."""
+    done = exported(lf.DoRA(), "ollama", "facts", other_template(), as_lora=4)
+    assert done.launch[0].startswith("ollama create facts -f ")
+    assert "[assistant]" in (tmp_path / "out" / "Modelfile").read_text()
+
+
+@pytest.mark.parametrize(
+    ("spec", "attach", "said"),
+    [
+        (lf.LoRA(), {"modules_to_save": ["norm"]}, "norm: a vector, which no LoRA has"),
+        (lf.BitFit(), {}, "a bias, which no LoRA has"),
+        (lf.LoRA(), {"tokens": [5, 6]}, "rows of tokens, which no LoRA has"),
+    ],
+)
+def test_a_cut_drops_nothing(spec, attach, said, exported, tmp_path):
+    """Biases were left out, and 0.00% of the update was said to be lost."""
+    with pytest.raises(LorafoldError, match=said):
+        exported(spec, "gguf", attach=attach, as_lora=8)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("rank", [0, True, "3", 2.5])
+def test_a_rank_is_a_whole_number(rank, exported):
+    with pytest.raises(LorafoldError, match=r"as_lora: found .*, expected a whole number from 1"):
+        exported(lf.LoRA(), "gguf", as_lora=rank)
+
+
+def test_ollama_gets_a_name_that_it_takes(exported):
+    done = exported(lf.LoRA(), "ollama", "für Grüße")
+    assert done.launch[0].startswith("ollama create f-r-gr--e -f ")

@@ -117,6 +117,8 @@ def export(
     """
     target = target_of(wanted.to)
     tensors = _tensors(target, wanted.tensors)
+    if (rank := wanted.as_lora) is not None and (type(rank) is not int or rank < 1):
+        raise LorafoldError(f"as_lora: found {rank!r}, expected a whole number from 1")
     check_out(out, wanted.overwrite)
     check_kept(out, [base.source.path, *(one.path for one in adapters)])
     check_language_model(base, adapters, INSTEAD)

@@ -24,7 +24,7 @@ HEADS = ("embed_tokens", "lm_head")
 
 def called(subject: Subject) -> str:
     """The name by which requests ask for the adapter: that of the last one's directory."""
-    return quote(subject.adapters[-1].path.resolve().name)
+    return quote(str(subject.called))
 
 
 def tied_heads(subject: Subject) -> list[str]:

@@ -28,11 +28,19 @@ class Subject:
     """What is exported: a base with adapters, lowest first, or the base alone.
 
     tensors: the type of the tensors that was asked for, in the target's words; None is its own.
+    given: what people gave, where `adapters` is a cut of it: names and tokenizers are its own.
     """
 
     base: Base
     adapters: tuple[Saved, ...]
     tensors: str | None = None
+    given: tuple[Saved, ...] = ()
+
+    @property
+    def called(self) -> str | None:
+        """The name of the last adapter's directory; None without adapters."""
+        found = self.given or self.adapters
+        return found[-1].path.resolve().name if found else None
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -60,7 +68,7 @@ class Subject:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the last adapter that has one, or the base's."""
-        own = [one.path for one in self.adapters if one.own_tokenizer]
+        own = [one.path for one in self.given or self.adapters if one.own_tokenizer]
         return tokenizer_of(self.base.source, own)
 
 
