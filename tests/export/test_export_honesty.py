@@ -2,6 +2,12 @@
 adapters bring beside their tensors is not lost by the way.
 """
 
+import ast
+import json
+import shlex
+import shutil
+from pathlib import Path
+
 import pytest
 
 import lorafold as lf
@@ -94,3 +100,41 @@ def test_a_rank_is_a_whole_number(rank, exported):
 def test_ollama_gets_a_name_that_it_takes(exported):
     done = exported(lf.LoRA(), "ollama", "für Grüße")
     assert done.launch[0].startswith("ollama create f-r-gr--e -f ")
+
+
+@pytest.mark.parametrize(
+    "to", ["gguf", "llama.cpp", "ollama", "gguf-model", "vllm", "sglang", "mlx"]
+)
+def test_lines_are_what_a_shell_takes(to, tiny_model, tiny_model_dir, tmp_path):
+    """Whatever paths have: spaces, quotation marks, umlauts; and = in a name."""
+    odd = tmp_path / 'it\'s $HOME "für" mich'
+    base, out = odd / "a base", odd / "an out"
+    shutil.copytree(tiny_model_dir("qwen2"), base)
+    saved = noisy(tiny_model("qwen2"), lf.LoRA(), odd / "lr=1e-4, x")
+    done = lf.export(base, saved, out, to=to, prove=False, device="cpu")
+    commands = [shlex.split(line, comments=True) for line in done.launch if '"lora": [' not in line]
+    words = [word for command in commands for word in command]
+    if to in ("vllm", "sglang"):
+        given = next(json.loads(word) for word in words if word.startswith("{"))
+        assert set(given.values()) == {"lr=1e-4, x", str(out / "adapter")}
+    else:
+        assert any(word.startswith(f"{out}/") for word in words)
+    if to in ("gguf", "llama.cpp", "vllm", "sglang"):
+        assert str(base) in words
+
+
+def test_lines_of_python_are_python(tiny_model, tiny_model_dir, tmp_path):
+    out = tmp_path / 'a "quoted" \\ name'
+    saved = noisy(tiny_model("qwen2"), lf.LoRA(), tmp_path / "adapter")
+    done = lf.export(tiny_model_dir("qwen2"), saved, out, to="peft", prove=False, device="cpu")
+    nodes = ast.walk(ast.parse("\n".join(done.launch)))
+    assert str(out / "adapter") in [n.value for n in nodes if isinstance(n, ast.Constant)]
+
+
+def test_llama_cpp_is_told_of_another_template(exported, tmp_path):
+    """Its server has the base's, which the adapter was not trained with; nothing said so."""
+    done = exported(lf.LoRA(), "llama.cpp", tokenizer=other_template())
+    words = shlex.split(done.launch[1])
+    file = Path(words[words.index("--chat-template-file") + 1])
+    assert "[assistant]" in file.read_text()
+    assert "another than the base's" in done.summary()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lorafold.errors import LorafoldError, as_one
 from lorafold.exporting.cutting import Cut, cut_to, rank_enough
 from lorafold.exporting.engines import ENGINES, ask
+from lorafold.exporting.launching import placed
 from lorafold.exporting.ours import Ours
 from lorafold.exporting.proof import Proof, proof
 from lorafold.exporting.table import target_of
@@ -89,7 +90,7 @@ class Exported(Shown):
     @property
     def launch(self) -> tuple[str, ...]:
         """How the files are used, in lines."""
-        return tuple(line.replace("{out}", self.out) for line in self.written.launch)
+        return tuple(placed(line, self.out) for line in self.written.launch)
 
     def summary(self) -> str:
         """A few lines to read."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import nn
 
 from lorafold.adapter import load
+from lorafold.exporting.launching import Line
 from lorafold.exporting.update import Update, update_of
 from lorafold.models.tokenizer import tokenizer_of
 from lorafold.opening import Base
@@ -78,14 +79,14 @@ class Written:
 
     Attributes:
         files: their names in the directory, the most important first.
-        launch: how one uses them, commands of one line each; {out} stands for the directory.
+        launch: how one uses them, a line each, as `launching` has them.
         notes: what was adapted to say it there, a sentence each.
         job: what the engine's process needs beside prompts (`engines/`), paths in the directory as
             {out}/NAME.
     """
 
     files: tuple[str, ...]
-    launch: tuple[str, ...]
+    launch: tuple[Line, ...]
     notes: tuple[str, ...] = ()
     job: Mapping[str, Any] = field(default_factory=dict)
 

@@ -89,7 +89,10 @@ class ToOllama(Target):
         told = [*write_gguf(subject, directory, progress), *notes]
         (directory / MODELFILE).write_text(text, encoding="utf-8")
         name = directory_name(subject)
-        launch = (f"ollama create {name} -f {{out}}/{MODELFILE}", f"ollama run {name}")
+        launch = (
+            ("ollama", "create", name, "-f", f"{{out}}/{MODELFILE}"),
+            ("ollama", "run", name),
+        )
         told = [FOLDED, *told] if subject.adapters else told
         return Written((MODELFILE, file), launch, tuple(told), {"base": f"{{out}}/{file}"})
 
