@@ -9,13 +9,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 import lorafold as lf
 from conftest import make_tokenizer
 from export_cases import noisy
 from lorafold.errors import LorafoldError
+from lorafold.exporting.answers import Answers
 from lorafold.exporting.older import older_config
-from lorafold.exporting.proof import Proof
+from lorafold.exporting.proof import Proof, Theirs, proof
 from lorafold.exporting.run import _check
 from lorafold.exporting.table import target_of
 
@@ -49,8 +51,8 @@ def test_part_of_a_head_that_is_rotated_is_told_in_the_older_word():
 def exported(tiny_model, tiny_model_dir, tmp_path):
     """What exporting an adapter of a tiny Qwen 2 says, and its directory."""
 
-    def made(spec, to, name="adapter", tokenizer=None, attach=None, **how):
-        saved = noisy(tiny_model("qwen2"), spec, tmp_path / name, **(attach or {}))
+    def made(spec, to, name="adapter", tokenizer=None, attach=None, std=0.3, **how):
+        saved = noisy(tiny_model("qwen2"), spec, tmp_path / name, std, **(attach or {}))
         if tokenizer is not None:
             tokenizer.save_pretrained(saved)
         how = {"prove": False, "device": "cpu"} | how
@@ -138,3 +140,35 @@ def test_llama_cpp_is_told_of_another_template(exported, tmp_path):
     file = Path(words[words.index("--chat-template-file") + 1])
     assert "[assistant]" in file.read_text()
     assert "another than the base's" in done.summary()
+
+
+@pytest.mark.parametrize("row", [{"text": "the fox"}, {"text": "the fox", "label": "x"}])
+def test_rows_that_ask_nothing_are_no_prompts(row, exported, tmp_path):
+    """Plain text ended in a KeyError."""
+    (file := tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(LorafoldError, match="found rows of text, which ask nothing"):
+        exported(lf.LoRA(), "gguf", prove=True, prompts=file)
+
+
+def test_no_number_is_no_proof():
+    """From NaN nothing has a distance, so it was as near as can be."""
+    ours = Answers(torch.zeros(2, 30), torch.zeros(2, 30), ((), ()))
+    theirs = Theirs(torch.full((2, 30), torch.nan), None, ((), ()), "llama.cpp", "1")
+    with pytest.raises(LorafoldError, match="computes NaN"):
+        proof(ours, theirs, lambda prompt, at: 1.0)
+
+
+def test_one_prompt_and_an_adapter_that_changes_nothing_are_told(exported, tmp_path):
+    pytest.importorskip("xllamacpp")
+    (file := tmp_path / "rows.jsonl").write_text('{"prompt": "the fox"}\n')
+    said = exported(lf.LoRA(), "gguf", std=0.0, prove=True, prompts=file).summary()
+    assert ", 1 prompt: KL " in said
+    assert "the adapters: they change nothing on these prompts" in said
+
+
+def test_llama_cpp_says_why_it_refuses_a_prompt(exported, tmp_path):
+    """A prompt that is longer than the model's positions was a Bad Request."""
+    pytest.importorskip("xllamacpp")
+    (file := tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "the fox " * 900}) + "\n")
+    with pytest.raises(LorafoldError, match=r"llama\.cpp: .*context"):
+        exported(lf.LoRA(), "gguf", prove=True, prompts=file)

@@ -141,6 +141,8 @@ def export(
             job = {**written.job, **made}
             found = _proof(ours, job, tmp, target.engine, wanted)
             _check(found, target, tensors)
+            if adapters and not found.distance:
+                beside["the adapters"] = "they change nothing on these prompts"
             few = ours.first(FEWER)
             for name, other in target.beside(subject).items():
                 beside[name] = _proof(few, {**job, **other}, tmp, target.engine, wanted)
