@@ -118,3 +118,23 @@ def test_imported_modules_are_set_aside_and_garbage_is_still_collected():
     assert said(SET_ASIDE).splitlines() == [
         "True True", "0", "True True True", "True", "True True True"
     ]  # fmt: skip
+
+
+def test_an_interrupt_that_comes_in_a_callback_of_the_collector_is_not_lost():
+    """While a command imports, every third Ctrl-C was told and passed over."""
+    assert said("""
+import gc, time
+from lorafold.machine.collection import imports_set_aside
+def late(phase, about):
+    gc.callbacks.remove(late)
+    raise KeyboardInterrupt
+with imports_set_aside():
+    gc.callbacks.append(late)
+    try:
+        gc.collect()
+        for _ in range(200):
+            time.sleep(0.01)
+        print("passed over")
+    except KeyboardInterrupt:
+        print("interrupted")
+""") == "interrupted"

@@ -19,6 +19,7 @@ from lorafold.core.attach import only
 from lorafold.data.render import ensure_chat_template, prompt_of
 from lorafold.data.rows import read_rows
 from lorafold.data.shapes import PROMPTS
+from lorafold.errors import LorafoldError
 from lorafold.exporting.target import Progress
 from lorafold.generation import complete_tokens, end_tokens, tokens_of
 
@@ -60,6 +61,11 @@ def prompts_of(tokenizer: PreTrainedTokenizerBase, source: str | Path | None = N
     """
     ensure_chat_template(tokenizer)
     rows = read_rows(str(source or BUILT_IN), wanted=PROMPTS)
+    if not rows.give(PROMPTS):
+        raise LorafoldError(
+            f"--prompts {source}: found rows of text, which ask nothing; expected rows with prompts"
+            ' or conversations, such as {"prompt": ...}'
+        )
     given = rows.given(PROMPTS)
     texts = tuple(prompt_of(one, tokenizer) for one in given)
     chats = tuple({"messages": one.messages, "tools": one.tools} for one in given)

@@ -15,6 +15,7 @@ import torch
 from lorafold.adapter import attach
 from lorafold.core.attach import only, selection_of
 from lorafold.core.targets import Matches
+from lorafold.errors import LorafoldError, as_one
 from lorafold.exporting.answers import last
 from lorafold.exporting.canonical import of_one_rank, write_canonical
 from lorafold.exporting.ours import Ours
@@ -62,11 +63,18 @@ class Cut(Shown):
 def cut_to(subject: Subject, rank: int, scratch: Path, ours: Ours | None) -> tuple[Subject, Cut]:
     """The subject with one plain LoRA of this rank in place of its adapters.
 
+    Raises LorafoldError for what no rank has: biases, vectors, rows of tokens.
+
     Args:
         scratch: a directory that does not exist, for its files.
         ours: what the adapters compute, for what the cut costs; None measures none.
     """
     update = update_of(subject.model, subject.names, rank)
+    if update.beside:
+        lines = [f"{path}: {what}, which no LoRA has" for path, what in update.beside.items()]
+        raise LorafoldError(f"--as-lora {rank}: {as_one(lines)}")
+    if not update.rank:
+        raise LorafoldError(f"--as-lora {rank}: found no adapter that changes anything")
     saved = write_canonical(subject.base, update.factors, scratch)
     sites = {name: (lost / whole) ** 0.5 for name, (lost, whole) in update.lost.items() if whole}
     kl = share = enough = None
@@ -75,7 +83,7 @@ def cut_to(subject: Subject, rank: int, scratch: Path, ours: Ours | None) -> tup
         kl, enough = kls[rank], _enough(kls, distance)
         share = kl / distance if distance else None
     cut = Cut(rank, update.error, sites, kl, share, enough)
-    return Subject(subject.base, (saved,), subject.tensors), cut
+    return Subject(subject.base, (saved,), subject.tensors, subject.adapters), cut
 
 
 def rank_enough(subject: Subject, source: str | Path | None, progress: Progress) -> str:

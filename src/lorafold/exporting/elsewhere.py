@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from shlex import quote
 
 from lorafold.data.render import ensure_chat_template
 from lorafold.errors import NoTokenizer
@@ -28,11 +27,6 @@ class Elsewhere:
     model: str
     revision: str | None
     notes: tuple[str, ...]
-
-    @property
-    def quoted(self) -> str:
-        """The model as a shell takes it."""
-        return quote(self.model)
 
 
 def elsewhere(base: Base) -> Elsewhere:

@@ -1,6 +1,7 @@
 """A base whose config.json older readers take for another model, in their form.
 
-    rope_parameters {rope_theta, rope_type, ...}    ->  rope_theta, rope_scaling
+    rope_parameters {rope_theta, rope_type, ...}    ->  rope_theta, rope_scaling,
+                                                        partial_rotary_factor
     num_local_experts                               ->  num_experts
 
 Transformers 5 writes the first. mlx-lm 0.32 reads the second in most of its models and computes
@@ -26,6 +27,7 @@ PARAMETERS, THETA, SCALING, LOCAL = (
     "rope_local_base_freq",
 )
 RENAMED = (("num_local_experts", "num_experts"),)
+PARTIAL = "partial_rotary_factor"
 KINDS = ("full_attention", "sliding_attention")  # of layers that have positions of their own
 
 
@@ -49,6 +51,8 @@ def _positions(config: Mapping[str, Any]) -> dict[str, Any]:
     if THETA not in own:
         return {}
     more: dict[str, Any] = {THETA: own[THETA]}
+    if PARTIAL in own and PARTIAL not in config:
+        more[PARTIAL] = own[PARTIAL]
     if own.get("rope_type", "default") != "default":
         more[SCALING] = {k: v for k, v in own.items() if k != THETA}
     if isinstance(local, Mapping) and THETA in local:

@@ -21,6 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lorafold.errors import LorafoldError
 from lorafold.exporting.answers import Answers
 from lorafold.files.shown import Shown
 
@@ -84,6 +85,7 @@ class Proof(Shown):
     def __str__(self) -> str:
         n = self.prompts
         part = "" if self.share is None else f", {self.share:.2%} of what the adapters change"
+        asked = f"{n} prompt{'s' * (n != 1)}"
         alone = "" if self.alone is None else f" ({self.alone:.1e} for the base alone)"
         top = f"the same likeliest token {self.top} of {n}"
         near = f", {self.near} part where two tokens are as good as equal" * bool(self.near)
@@ -92,19 +94,22 @@ class Proof(Shown):
             f"; other {what} there of {len(found)} chats" for what, found in other.items() if found
         )
         return (
-            f"{self.engine} {self.version}, {n} prompts: KL {self.kl:.1e} nats on average,"
+            f"{self.engine} {self.version}, {asked}: KL {self.kl:.1e} nats on average,"
             f" {self.kl_largest:.1e} at most{part}{alone}; {top},"
             f" the same greedy text {self.greedy} of {n}{near}{told}"
         )
 
 
 def proof(ours: Answers, theirs: Theirs, margin: Callable[[int, int], float]) -> Proof:
-    """The figures of an engine's answers to the same prompts.
+    """The figures of an engine's answers to the same prompts. Raises LorafoldError for NaN among
+    them, from which nothing has a distance.
 
     Args:
         margin: of a prompt, and a number of greedy tokens after it, the difference of our two
             largest log-probabilities there.
     """
+    if theirs.adapted.isnan().any():
+        raise LorafoldError(f"{theirs.engine} {theirs.version}: it computes NaN for a prompt")
     adapted, bare = theirs.adapted.double().log_softmax(-1), theirs.base
     size = min(adapted.shape[-1], ours.adapted.shape[-1])
     kls = divergences(ours.adapted, adapted)

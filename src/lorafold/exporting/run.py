@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lorafold.errors import LorafoldError, as_one
 from lorafold.exporting.cutting import Cut, cut_to, rank_enough
 from lorafold.exporting.engines import ENGINES, ask
+from lorafold.exporting.launching import placed
 from lorafold.exporting.ours import Ours
 from lorafold.exporting.proof import Proof, proof
 from lorafold.exporting.table import target_of
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 EXPORT, SCRATCH, PROVING = "export.json", "scratch", "proving"
 SHARE = 0.01  # of what the adapters change, that a proof may lose
-ALONE = 1e-3  # nats, of a base without adapters
+ALONE = 1e-3  # nats, of a base without adapters; above that it is another model there
 FEWER = 8  # prompts for figures that refuse nothing
 INSTEAD = ", which no engine here takes"
 
@@ -89,7 +90,7 @@ class Exported(Shown):
     @property
     def launch(self) -> tuple[str, ...]:
         """How the files are used, in lines."""
-        return tuple(line.replace("{out}", self.out) for line in self.written.launch)
+        return tuple(placed(line, self.out) for line in self.written.launch)
 
     def summary(self) -> str:
         """A few lines to read."""
@@ -117,6 +118,8 @@ def export(
     """
     target = target_of(wanted.to)
     tensors = _tensors(target, wanted.tensors)
+    if (rank := wanted.as_lora) is not None and (type(rank) is not int or rank < 1):
+        raise LorafoldError(f"as_lora: found {rank!r}, expected a whole number from 1")
     check_out(out, wanted.overwrite)
     check_kept(out, [base.source.path, *(one.path for one in adapters)])
     check_language_model(base, adapters, INSTEAD)
@@ -138,6 +141,8 @@ def export(
             job = {**written.job, **made}
             found = _proof(ours, job, tmp, target.engine, wanted)
             _check(found, target, tensors)
+            if adapters and not found.distance:
+                beside["the adapters"] = "they change nothing on these prompts"
             few = ours.first(FEWER)
             for name, other in target.beside(subject).items():
                 beside[name] = _proof(few, {**job, **other}, tmp, target.engine, wanted)
@@ -201,6 +206,11 @@ def _check(found: Proof, target: Target, tensors: str | None) -> None:
             f"{said}: KL {found.kl:.1e} nats, expected at most {ALONE}; nothing was written"
         )
     lost = found.share is not None and allowed is not None and found.share > allowed
+    if lost and found.alone is not None and found.alone > ALONE:
+        raise LorafoldError(
+            f"{said}: without adapters KL {found.alone:.1e} nats, expected at most {ALONE}: it"
+            " reads the base as another model; nothing was written"
+        )
     if lost and not found.rounding:
         raise LorafoldError(
             f"{said}: KL {found.kl:.1e} nats, {found.share:.1%} of what the adapters change,"

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from shlex import quote
 
 import torch
 
@@ -20,11 +19,6 @@ from lorafold.exporting.update import Factors
 ADAPTER = "adapter"
 FORM = "a server's plain LoRA"
 HEADS = ("embed_tokens", "lm_head")
-
-
-def called(subject: Subject) -> str:
-    """The name by which requests ask for the adapter: that of the last one's directory."""
-    return quote(subject.adapters[-1].path.resolve().name)
 
 
 def tied_heads(subject: Subject) -> list[str]:
@@ -49,8 +43,8 @@ def write_files(
     write_canonical(subject.base, factors, directory / ADAPTER)
     base, template = elsewhere(subject.base), write_template(subject, directory)
     files = (*(f"{ADAPTER}/{name}" for name in FILES), *[TEMPLATE] * template)
-    options = [f"--revision {base.revision}"] if base.revision else []
-    options += [f"--chat-template {{out}}/{TEMPLATE}"] * template
+    options = ["--revision", base.revision] if base.revision else []
+    options += ["--chat-template", f"{{out}}/{TEMPLATE}"] * template
     return base, files, tuple(options)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import nn
 
 from lorafold.adapter import load
+from lorafold.exporting.launching import Line
 from lorafold.exporting.update import Update, update_of
 from lorafold.models.tokenizer import tokenizer_of
 from lorafold.opening import Base
@@ -28,11 +29,19 @@ class Subject:
     """What is exported: a base with adapters, lowest first, or the base alone.
 
     tensors: the type of the tensors that was asked for, in the target's words; None is its own.
+    given: what people gave, where `adapters` is a cut of it: names and tokenizers are its own.
     """
 
     base: Base
     adapters: tuple[Saved, ...]
     tensors: str | None = None
+    given: tuple[Saved, ...] = ()
+
+    @property
+    def called(self) -> str | None:
+        """The name of the last adapter's directory; None without adapters."""
+        found = self.given or self.adapters
+        return found[-1].path.resolve().name if found else None
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -60,7 +69,7 @@ class Subject:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the last adapter that has one, or the base's."""
-        own = [one.path for one in self.adapters if one.own_tokenizer]
+        own = [one.path for one in self.given or self.adapters if one.own_tokenizer]
         return tokenizer_of(self.base.source, own)
 
 
@@ -70,14 +79,14 @@ class Written:
 
     Attributes:
         files: their names in the directory, the most important first.
-        launch: how one uses them, commands of one line each; {out} stands for the directory.
+        launch: how one uses them, a line each, as `launching` has them.
         notes: what was adapted to say it there, a sentence each.
         job: what the engine's process needs beside prompts (`engines/`), paths in the directory as
             {out}/NAME.
     """
 
     files: tuple[str, ...]
-    launch: tuple[str, ...]
+    launch: tuple[Line, ...]
     notes: tuple[str, ...] = ()
     job: Mapping[str, Any] = field(default_factory=dict)
 

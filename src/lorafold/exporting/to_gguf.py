@@ -14,15 +14,18 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from lorafold.errors import LorafoldError
+from lorafold.exporting.elsewhere import TEMPLATE, elsewhere, write_template
 from lorafold.exporting.folded import Folded
 from lorafold.exporting.gguf_metadata import architecture_of
 from lorafold.exporting.gguf_model import Described, write_described, write_model
 from lorafold.exporting.gguf_names import tensors_of_update
+from lorafold.exporting.launching import Line
 from lorafold.exporting.target import Progress, Subject, Target, Written, only_products
 
 FILE = "adapter.gguf"
@@ -38,20 +41,28 @@ class GgufAdapter(Target):
     tolerance: ClassVar[Mapping[str, float | None]] = {"Q8_0": 0.02}
 
     @abstractmethod
-    def use(self, base: str) -> Sequence[str]:
-        """How the file is used over the file of a base, as `Written.launch`."""
+    def use(self, base: str, options: Sequence[str]) -> Sequence[Line]:
+        """How the file is used over the file of a base, with options, as `Written.launch`."""
 
     def problems(self, subject: Subject) -> Sequence[str]:
         return problems_of(subject)
 
     def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
-        notes = tuple(write_adapter(subject, directory / FILE, progress))
-        gguf = subject.base.source.gguf
+        notes = [*write_adapter(subject, directory / FILE, progress)]
+        gguf, base = subject.base.source.gguf, elsewhere(subject.base)
+        options: tuple[str, ...] = ("--jinja",)
+        files: tuple[str, ...] = (FILE,)
+        if write_template(subject, directory):
+            notes.append(f"the chat template is another than the base's: {TEMPLATE}")
+            options = (*options, "--chat-template-file", f"{{out}}/{TEMPLATE}")
+            files = (FILE, TEMPLATE)
         if gguf is not None:
-            return Written((FILE,), tuple(self.use(str(gguf))), notes, JOB)
-        made = f"lorafold export --model {subject.base.name} --to gguf-model --out base"
-        lines = (f"{made}  # writes base/model-F16.gguf", *self.use("base/model-F16.gguf"))
-        return Written((FILE,), lines, notes, JOB)
+            return Written(files, tuple(self.use(str(gguf), options)), tuple(notes), JOB)
+        at = f" --revision {base.revision}" if base.revision else ""
+        made = f"lorafold export --model {quote(subject.base.name)}{at} --to gguf-model --out base"
+        use = self.use("base/model-F16.gguf", options)
+        lines = (f"{made}  # writes base/model-F16.gguf", *use)
+        return Written(files, lines, tuple(notes), JOB)
 
     def proving(self, subject: Subject, scratch: Path, progress: Progress) -> Mapping[str, Any]:
         scratch.mkdir(exist_ok=True)
@@ -73,8 +84,8 @@ class ToGguf(GgufAdapter):
 
     name: ClassVar[str] = "gguf"
 
-    def use(self, base: str) -> Sequence[str]:
-        return (f"llama-cli -m {base} --lora {{out}}/{FILE}",)
+    def use(self, base: str, options: Sequence[str]) -> Sequence[Line]:
+        return (("llama-cli", "-m", base, "--lora", f"{{out}}/{FILE}", *options),)
 
 
 class ToLlamaCpp(GgufAdapter):
@@ -84,9 +95,9 @@ class ToLlamaCpp(GgufAdapter):
 
     name: ClassVar[str] = "llama.cpp"
 
-    def use(self, base: str) -> Sequence[str]:
+    def use(self, base: str, options: Sequence[str]) -> Sequence[Line]:
         return (
-            f"llama-server -m {base} --lora-scaled {{out}}/{FILE}:1.0 --jinja",
+            ("llama-server", "-m", base, "--lora-scaled", f"{{out}}/{FILE}:1.0", *options),
             'a request with "lora": [{"id": 0, "scale": 0.0}] is answered by the base alone',
         )
 

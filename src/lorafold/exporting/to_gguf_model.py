@@ -91,5 +91,5 @@ class ToGgufModel(Target):
     def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
         file = file_of(subject.tensors)
         notes = write_gguf(subject, directory, progress)
-        launch = (f"llama-server -m {{out}}/{file} --jinja",)
+        launch = (("llama-server", "-m", f"{{out}}/{file}", "--jinja"),)
         return Written((file,), launch, tuple(notes), {"base": f"{{out}}/{file}"})

@@ -25,6 +25,7 @@ from lorafold.core.attach import adapted_modules
 from lorafold.exporting.canonical import of_one_rank
 from lorafold.exporting.elsewhere import TEMPLATE, elsewhere, write_template
 from lorafold.exporting.experts import apart
+from lorafold.exporting.launching import CONTENT
 from lorafold.exporting.older import write_older
 from lorafold.exporting.target import Progress, Subject, Target, Written, only_products
 from lorafold.exporting.update import Factors, Update
@@ -86,7 +87,7 @@ class ToMlx(Target):
     def _written(self, subject: Subject, directory: Path, rank: int) -> Written:
         base, template = elsewhere(subject.base), write_template(subject, directory)
         source = subject.base.source.path
-        notes, model, path = [f"rank {rank} at every site, scale 1"], base.quoted, str(source)
+        notes, model, path = [f"rank {rank} at every site, scale 1"], base.model, str(source)
         if write_older(source, directory / BASE):
             model = path = f"{{out}}/{BASE}"
             notes.append(
@@ -100,10 +101,10 @@ class ToMlx(Target):
             )
         else:
             notes += base.notes
-        both = f"--model {model} --adapter-path {{out}}/adapter"
-        launch = [f'mlx_lm.generate {both} --prompt "Hello"', f"mlx_lm.server {both}"]
+        both = ("--model", model, "--adapter-path", "{out}/adapter")
+        launch = [("mlx_lm.generate", *both, "--prompt", "Hello"), ("mlx_lm.server", *both)]
         if template:
-            launch = [f'{launch[1]} --chat-template "$(cat {{out}}/{TEMPLATE})"']
+            launch = [(*launch[1], "--chat-template", f"{CONTENT}{{out}}/{TEMPLATE}")]
             notes.append(f"the chat template is another than the base's: {TEMPLATE}")
         files = (f"adapter/{WEIGHTS}", f"adapter/{CONFIG}", *[TEMPLATE] * template)
         return Written(

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MODELFILE = "Modelfile"
+LONGEST = 80  # characters of a name
 FOLDED = "adapters are folded in, because Ollama from 0.34.1 on takes no ADAPTER in a Modelfile"
 SILENT = "the model's template takes no system message: Ollama's leaves one out"
 
@@ -88,13 +89,16 @@ class ToOllama(Target):
         told = [*write_gguf(subject, directory, progress), *notes]
         (directory / MODELFILE).write_text(text, encoding="utf-8")
         name = directory_name(subject)
-        launch = (f"ollama create {name} -f {{out}}/{MODELFILE}", f"ollama run {name}")
+        launch = (
+            ("ollama", "create", name, "-f", f"{{out}}/{MODELFILE}"),
+            ("ollama", "run", name),
+        )
         told = [FOLDED, *told] if subject.adapters else told
         return Written((MODELFILE, file), launch, tuple(told), {"base": f"{{out}}/{file}"})
 
 
 def directory_name(subject: Subject) -> str:
-    """A name for the model in Ollama."""
-    last = subject.adapters[-1].path if subject.adapters else Path(subject.base.name)
-    kept = [c if c.isalnum() or c in "-_" else "-" for c in last.name.lower()]
-    return "".join(kept).strip("-_") or "model"
+    """A name for the model in Ollama, which takes letters of ASCII."""
+    name = subject.called or Path(subject.base.name).name
+    kept = [c if c.isascii() and (c.isalnum() or c in "-_") else "-" for c in name.lower()]
+    return "".join(kept).strip("-_")[:LONGEST] or "model"

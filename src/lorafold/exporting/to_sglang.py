@@ -24,7 +24,7 @@ from torch import Tensor
 from lorafold.core.matrices import module_at
 from lorafold.errors import LorafoldError, as_one
 from lorafold.exporting.experts import apart
-from lorafold.exporting.servers import ADAPTER, FORM, called, last, tied_heads, write_files, zeros
+from lorafold.exporting.servers import ADAPTER, FORM, last, tied_heads, write_files, zeros
 from lorafold.exporting.target import Progress, Subject, Target, Written, only_products
 from lorafold.exporting.update import Factors
 from lorafold.files.atomic import write_json
@@ -74,13 +74,16 @@ class ToSglang(Target):
         if any(map(EXPERTS.fullmatch, factors)):
             _split(directory / ADAPTER, subject.config.model_type, factors, rank)
             notes.append("experts have a pair of matrices each: for SGLang, not for PEFT")
-        name = called(subject)
+        name, module = str(subject.called), f"{{out}}/{ADAPTER}"
+        lora = f"{name}={module}"
+        if "=" in name:
+            lora = json.dumps({"lora_name": name, "lora_path": module}, ensure_ascii=False)
         line = (
-            f"python -m sglang.launch_server --model-path {base.quoted} --enable-lora"
-            f" --lora-paths {name}={{out}}/{ADAPTER} --max-lora-rank {rank} --lora-strict-loading"
-        )
+            "python", "-m", "sglang.launch_server", "--model-path", base.model, "--enable-lora",
+            "--lora-paths", lora, "--max-lora-rank", str(rank), "--lora-strict-loading",
+        )  # fmt: skip
         notes.append(f"requests ask for it as model {base.model}:{name}")
-        return Written(files, (" ".join([line, *options]),), tuple(notes))
+        return Written(files, ((*line, *options),), tuple(notes))
 
     def read_back(self, subject: Subject, directory: Path) -> str:
         tensors = load_file(directory / ADAPTER / WEIGHTS)

@@ -19,16 +19,7 @@ from typing import ClassVar
 from safetensors.torch import load_file, save_file
 
 from lorafold.exporting.experts import DOWN, GATE_UP
-from lorafold.exporting.servers import (
-    ADAPTER,
-    FORM,
-    HEADS,
-    called,
-    last,
-    tied_heads,
-    write_files,
-    zeros,
-)
+from lorafold.exporting.servers import ADAPTER, FORM, HEADS, last, tied_heads, write_files, zeros
 from lorafold.exporting.target import Progress, Subject, Target, Written, only_products
 from lorafold.exporting.update import Factors
 from lorafold.peft.config import WEIGHTS
@@ -83,16 +74,16 @@ class ToVllm(Target):
         most = next(rank for rank in RANKS if rank >= update.rank)
         engine: dict[str, object] = {"max_lora_rank": most}
         request: dict[str, object] = {}
-        name, module = called(subject), f"{{out}}/{ADAPTER}"
+        name, module = str(subject.called), f"{{out}}/{ADAPTER}"
         lora = f"{name}={module}"
         if kind in SPLIT and any(map(EXPERTS.fullmatch, factors)):
             engine["enable_mixed_moe_lora_format"] = request["is_3d_lora_weight"] = True
-            about = json.dumps({"name": name, "path": module, **request})
-            lora, options = f"'{about}'", (*options, "--enable-mixed-moe-lora-format")
-        line = (
-            f"vllm serve {base.quoted} --enable-lora --max-lora-rank {most} --lora-modules {lora}"
-        )
-        launch = (" ".join([line, *options]),)
+            options = (*options, "--enable-mixed-moe-lora-format")
+        if request or {*name} & {*"=,"}:  # which vLLM reads as the end of a name, and as JSON
+            about = {"name": name, "path": module, **request}
+            lora = json.dumps(about, ensure_ascii=False)
+        line = ("vllm", "serve", base.model, "--enable-lora", "--max-lora-rank", str(most))
+        launch = ((*line, "--lora-modules", lora, *options),)
         job = {
             "adapter": f"{{out}}/{ADAPTER}",
             "base": str(subject.base.source.path),

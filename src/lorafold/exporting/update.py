@@ -23,6 +23,7 @@ from lorafold.core.delta import Delta, on_meta
 from lorafold.errors import NotMergeable
 from lorafold.fold.plan import deltas_of
 from lorafold.inspecting.updates import Svd, matrix_names, of_dense, of_factors, stacked, unstacked
+from lorafold.methods.parts.token_rows import TokenRows
 
 Factors = tuple[Tensor, Tensor]  # up, down
 
@@ -80,7 +81,7 @@ def update_of(model: nn.Module, names: Sequence[str], rank: int | None = None) -
             continue
         pair = _product(deltas)
         if pair is None and rank is None:
-            parts = [part for delta in deltas for part in delta.parts()]
+            parts = [p for delta in deltas for p in delta.parts() if p.factors() is None]
             dense[path] = ", ".join(sorted({type(part).__name__ for part in parts}))
         elif rank is None:
             factors[path] = pair  # type: ignore[assignment]
@@ -101,6 +102,9 @@ def _beside(layer: Base, deltas: Sequence[Delta]) -> str:
         return str(e)
     if changed.shape != w.shape:
         return f"{changed.shape[0] - w.shape[0]:,} new rows"
+    parts = [part for delta in deltas for part in delta.parts()]
+    if rows := {i for part in parts if isinstance(part, TokenRows) for i in part.ids}:
+        return f"{len(rows):,} rows of tokens"
     if bias is not b:
         return "a bias"
     return "" if w.dim() > 1 else "a vector"

@@ -14,11 +14,14 @@ The first is for a process that does one thing, since what is garbage when it is
 until the process ends.
 """
 
+import _thread
 import gc
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+SOON = 0.02  # seconds, after which what interrupted is done with
 MANY = 1.1  # times the modules that there were; a module or two are imported at any time
 
 
@@ -37,10 +40,31 @@ def imports_set_aside() -> Iterator[None]:
 
     gc.callbacks.append(before)
     try:
-        yield
+        with _interrupts_kept():
+            yield
     finally:
         gc.callbacks.remove(before)
         gc.freeze()
+
+
+@contextmanager
+def _interrupts_kept() -> Iterator[None]:
+    """Interrupt again, soon, where Ctrl-C came while a callback of the collector ran: Python tells
+    such an exception and goes on, and while it imports those callbacks are called all the time.
+    """
+    usual = sys.unraisablehook
+
+    def kept(lost: "sys.UnraisableHookArgs") -> None:
+        if issubclass(lost.exc_type, KeyboardInterrupt):
+            threading.Timer(SOON, _thread.interrupt_main).start()
+        else:
+            usual(lost)
+
+    sys.unraisablehook = kept
+    try:
+        yield
+    finally:
+        sys.unraisablehook = usual
 
 
 @contextmanager

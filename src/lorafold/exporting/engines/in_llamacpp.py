@@ -26,6 +26,8 @@ BARE = SLOTS  # prompts that are asked without the adapter
 UNIT = 256  # llama.cpp's contexts are multiples of it
 ERRORS = 1  # a verbosity
 ID, VALUE = re.compile(rb'"id":(\d+),"token":'), re.compile(rb'"logprob":([^,}]+)')
+NOTHING = b"null"  # a logarithm that is no number
+TEMPLATE = "/apply-template"
 LAST = "exiting due to"  # begins the last line of a server that could not start
 FAULT = re.compile(r"^[\d.]+ E .*?: (.*)$", re.MULTILINE)
 
@@ -63,7 +65,10 @@ def answers(job: dict[str, Any]) -> dict[str, Any]:
         said = ask("/completion", body)
         said = said[said.index(b'"top_logprobs"') :]
         row = np.full(size, -np.inf, np.float32)
-        row[np.array(ID.findall(said), "S").astype(int)] = np.array(VALUE.findall(said), "S")
+        values = VALUE.findall(said)
+        if NOTHING in values:
+            raise SystemExit("it computes NaN for a token: numbers there grow too large for it")
+        row[np.array(ID.findall(said), "S").astype(int)] = np.array(values, "S")
         return row
 
     def text(ids: Sequence[int], slot: int) -> list[int]:
@@ -110,10 +115,23 @@ def _asking(address: str) -> Callable[..., bytes]:
     def ask(path: str, body: dict[str, Any] | None = None) -> bytes:
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"}
-        with urlopen(Request(address + path, data, headers)) as reply:
-            return bytes(reply.read())
+        try:
+            with urlopen(Request(address + path, data, headers)) as reply:
+                return bytes(reply.read())
+        except HTTPError as error:
+            if path == TEMPLATE:
+                raise
+            raise SystemExit(_reason(error)) from None
 
     return ask
+
+
+def _reason(error: HTTPError) -> str:
+    """Why the server refused a request, in its words."""
+    try:
+        return str(json.loads(error.read())["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return str(error)
 
 
 def _tokens(ask: Callable[..., bytes], text: str) -> list[int]:
@@ -132,7 +150,7 @@ def _otherwise(
     found = []
     for n, (chat, text) in enumerate(zip(chats, texts, strict=True)):
         try:
-            made = json.loads(ask("/apply-template", chat))["prompt"]
+            made = json.loads(ask(TEMPLATE, chat))["prompt"]
         except HTTPError:
             made = None
         if made is None or made.removeprefix(first) != text.removeprefix(first):

@@ -1,0 +1,174 @@
+"""What an export says is true: a proof that is none refuses, what a cut drops is refused, and what
+adapters bring beside their tensors is not lost by the way.
+"""
+
+import ast
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import lorafold as lf
+from conftest import make_tokenizer
+from export_cases import noisy
+from lorafold.errors import LorafoldError
+from lorafold.exporting.answers import Answers
+from lorafold.exporting.older import older_config
+from lorafold.exporting.proof import Proof, Theirs, proof
+from lorafold.exporting.run import _check
+from lorafold.exporting.table import target_of
+
+
+def proved(**figures):
+    """The figures of a proof, all well but those given."""
+    plain = {
+        "engine": "mlx-lm", "version": "1", "prompts": 32, "kl": 1e-9, "kl_largest": 1e-8,
+        "distance": 0.1, "changed": 0.1, "alone": 1e-9, "top": 32, "gap": 1e-4, "greedy": 32,
+        "near": 0, "unused": (), "other_tokens": (), "other_texts": (),
+    }  # fmt: skip
+    return Proof(**(plain | figures))
+
+
+def test_an_engine_that_reads_another_base_is_no_rounding():
+    """As far from lorafold without the adapter as with it, and far: mlx-lm with GLM."""
+    with pytest.raises(LorafoldError, match="reads the base as another model"):
+        _check(proved(kl=0.69, alone=0.63), target_of("mlx"), None)
+    _check(proved(kl=6e-4, alone=5e-4, distance=1e-3), target_of("mlx"), None)
+
+
+def test_part_of_a_head_that_is_rotated_is_told_in_the_older_word():
+    """Phi's, StableLM's and GLM-4's, which mlx-lm reads beside rope_theta or has a default for."""
+    config = {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}}
+    older = older_config(config)
+    assert older is not None
+    assert older["partial_rotary_factor"] == 0.25
+
+
+@pytest.fixture
+def exported(tiny_model, tiny_model_dir, tmp_path):
+    """What exporting an adapter of a tiny Qwen 2 says, and its directory."""
+
+    def made(spec, to, name="adapter", tokenizer=None, attach=None, std=0.3, **how):
+        saved = noisy(tiny_model("qwen2"), spec, tmp_path / name, std, **(attach or {}))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(saved)
+        how = {"prove": False, "device": "cpu"} | how
+        return lf.export(tiny_model_dir("qwen2"), saved, tmp_path / "out", to=to, **how)
+
+    return made
+
+
+def other_template():
+    """A tokenizer with another chat template than the tiny model's."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    return tokenizer
+
+
+def test_a_cut_keeps_the_name_and_the_tokenizer(exported, tmp_path):
+    """It was named scratch, and had the base's chat template."""
+    done = exported(lf.DoRA(), "ollama", "facts", other_template(), as_lora=4)
+    assert done.launch[0].startswith("ollama create facts -f ")
+    assert "[assistant]" in (tmp_path / "out" / "Modelfile").read_text()
+
+
+@pytest.mark.parametrize(
+    ("spec", "attach", "said"),
+    [
+        (lf.LoRA(), {"modules_to_save": ["norm"]}, "norm: a vector, which no LoRA has"),
+        (lf.BitFit(), {}, "a bias, which no LoRA has"),
+        (lf.LoRA(), {"tokens": [5, 6]}, "rows of tokens, which no LoRA has"),
+    ],
+)
+def test_a_cut_drops_nothing(spec, attach, said, exported, tmp_path):
+    """Biases were left out, and 0.00% of the update was said to be lost."""
+    with pytest.raises(LorafoldError, match=said):
+        exported(spec, "gguf", attach=attach, as_lora=8)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("rank", [0, True, "3", 2.5])
+def test_a_rank_is_a_whole_number(rank, exported):
+    with pytest.raises(LorafoldError, match=r"as_lora: found .*, expected a whole number from 1"):
+        exported(lf.LoRA(), "gguf", as_lora=rank)
+
+
+def test_ollama_gets_a_name_that_it_takes(exported):
+    done = exported(lf.LoRA(), "ollama", "für Grüße")
+    assert done.launch[0].startswith("ollama create f-r-gr--e -f ")
+
+
+@pytest.mark.parametrize(
+    "to", ["gguf", "llama.cpp", "ollama", "gguf-model", "vllm", "sglang", "mlx"]
+)
+def test_lines_are_what_a_shell_takes(to, tiny_model, tiny_model_dir, tmp_path):
+    """Whatever paths have: spaces, quotation marks, umlauts; and = in a name."""
+    odd = tmp_path / 'it\'s $HOME "für" mich'
+    base, out = odd / "a base", odd / "an out"
+    shutil.copytree(tiny_model_dir("qwen2"), base)
+    saved = noisy(tiny_model("qwen2"), lf.LoRA(), odd / "lr=1e-4, x")
+    done = lf.export(base, saved, out, to=to, prove=False, device="cpu")
+    commands = [shlex.split(line, comments=True) for line in done.launch if '"lora": [' not in line]
+    words = [word for command in commands for word in command]
+    if to in ("vllm", "sglang"):
+        given = next(json.loads(word) for word in words if word.startswith("{"))
+        assert set(given.values()) == {"lr=1e-4, x", str(out / "adapter")}
+    else:
+        assert any(word.startswith(f"{out}/") for word in words)
+    if to in ("gguf", "llama.cpp", "vllm", "sglang"):
+        assert str(base) in words
+
+
+def test_lines_of_python_are_python(tiny_model, tiny_model_dir, tmp_path):
+    out = tmp_path / 'a "quoted" \\ name'
+    saved = noisy(tiny_model("qwen2"), lf.LoRA(), tmp_path / "adapter")
+    done = lf.export(tiny_model_dir("qwen2"), saved, out, to="peft", prove=False, device="cpu")
+    nodes = ast.walk(ast.parse("\n".join(done.launch)))
+    assert str(out / "adapter") in [n.value for n in nodes if isinstance(n, ast.Constant)]
+
+
+def test_llama_cpp_is_told_of_another_template(exported, tmp_path):
+    """Its server has the base's, which the adapter was not trained with; nothing said so."""
+    done = exported(lf.LoRA(), "llama.cpp", tokenizer=other_template())
+    words = shlex.split(done.launch[1])
+    file = Path(words[words.index("--chat-template-file") + 1])
+    assert "[assistant]" in file.read_text()
+    assert "another than the base's" in done.summary()
+
+
+@pytest.mark.parametrize("row", [{"text": "the fox"}, {"text": "the fox", "label": "x"}])
+def test_rows_that_ask_nothing_are_no_prompts(row, exported, tmp_path):
+    """Plain text ended in a KeyError."""
+    (file := tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(LorafoldError, match="found rows of text, which ask nothing"):
+        exported(lf.LoRA(), "gguf", prove=True, prompts=file)
+
+
+def test_no_number_is_no_proof():
+    """From NaN nothing has a distance, so it was as near as can be."""
+    ours = Answers(torch.zeros(2, 30), torch.zeros(2, 30), ((), ()))
+    theirs = Theirs(torch.full((2, 30), torch.nan), None, ((), ()), "llama.cpp", "1")
+    with pytest.raises(LorafoldError, match="computes NaN"):
+        proof(ours, theirs, lambda prompt, at: 1.0)
+
+
+def test_one_prompt_and_an_adapter_that_changes_nothing_are_told(exported, tmp_path):
+    pytest.importorskip("xllamacpp")
+    (file := tmp_path / "rows.jsonl").write_text('{"prompt": "the fox"}\n')
+    said = exported(lf.LoRA(), "gguf", std=0.0, prove=True, prompts=file).summary()
+    assert ", 1 prompt: KL " in said
+    assert "the adapters: they change nothing on these prompts" in said
+
+
+def test_llama_cpp_says_why_it_refuses_a_prompt(exported, tmp_path):
+    """A prompt that is longer than the model's positions was a Bad Request."""
+    pytest.importorskip("xllamacpp")
+    (file := tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "the fox " * 900}) + "\n")
+    with pytest.raises(LorafoldError, match=r"llama\.cpp: .*context"):
+        exported(lf.LoRA(), "gguf", prove=True, prompts=file)
