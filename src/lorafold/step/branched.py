@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from lorafold.core.attach import only, selection_of
 from lorafold.core.draws import named
 from lorafold.data.batches import collate, micro_batches
 from lorafold.data.branches import Branched
+from lorafold.data.examples import NO_LOSS
 from lorafold.data.forest import Forest, alike, forest, pays
 from lorafold.step.branches import Branching, over
 from lorafold.step.losses import Loss, within
@@ -92,6 +94,14 @@ class BranchedLoss(Loss):
         found = self._forest(examples).tensors()
         del found["counts"]  # no token that is trained is shared
         return found
+
+    def order(self, examples: Sequence[Branched]) -> Tensor:
+        """The trained tokens (n,) of a batch in the order of `laid_out`, by their numbers from the
+        first document to the last.
+        """
+        if not self.shared_in(examples):
+            return torch.arange(sum(label != NO_LOSS for e in examples for label in e.labels))
+        return torch.from_numpy(np.concatenate(self._forest(examples).trained)).argsort()
 
     def _forest(self, examples: Sequence[Branched]) -> Forest:
         limits = [len(e.shared) for e in examples for _ in e.branches]

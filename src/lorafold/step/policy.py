@@ -131,7 +131,8 @@ class Policy(BranchedLoss):
         completion: what its tokens count in the sum.
         """
         found = self.laid_out(examples)
-        found["drawn"] = torch.tensor([p for e in examples for own in e.drawn for p in own])
+        drawn = torch.tensor([p for e in examples for own in e.drawn for p in own])
+        found["drawn"] = drawn[self.order(examples)]
         found["advantages"] = torch.tensor([a for e in examples for a in e.advantages])
         lengths = torch.tensor([len(own) for e in examples for own in e.drawn])
         over = {"per-sequence": lengths, "longest": torch.full_like(lengths, self.longest)}
