@@ -77,7 +77,7 @@ def test_what_rows_begin_with_is_said_and_changes_no_loss(tiny_model_dir, tmp_pa
         assert losses[name] == pytest.approx(losses["apart"], rel=1e-5), name
     said = re.findall(r"packing: (\d+)% of the tokens begin as another row's", told.file.getvalue())
     assert len(said) == 3
-    assert all(int(share) > 20 for share in said)
+    assert all(int(share) >= 10 for share in said)
 
 
 def test_a_run_that_computed_rows_apart_goes_on_so(tiny_model_dir, tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def shares(model: PreTrainedModel) -> bool:
     """Test, with rows that part at two depths, whether the model computes the tokens of each as it
     computes them alone. The model and the random state stay unchanged.
     """
-    lens, starts = (16, 17, 20, 9, 11), (0, 9, 13, 0, 5)
+    lens, starts = (16, 17, 17, 9, 11), (0, 9, 13, 0, 5)
     own = slice(starts[1], lens[0])  # what the first row shares with none
     ids = random_ids(model, sum(lens) - sum(starts) + own.stop - own.start)
     ids, others = ids[: own.start - own.stop], ids[own.start - own.stop :]
