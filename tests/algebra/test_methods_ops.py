@@ -180,7 +180,7 @@ def test_documents_behind_tokens_in_front(batch: int, shared: bool) -> None:
     n, cpu = 3, torch.device("cpu")
     docs = Documents((4, 6, 1, 9))
     if shared:
-        docs = Documents.branching([4, 0], [[3, 5], [6]], cpu)
+        docs = Documents.forest([7, 9, 6], [0, 4, 0], cpu)
     tokens = sum(docs.own)
     fronted = prefixed(docs, n, batch, cpu)
     mask = docs.dense(batch, cpu)

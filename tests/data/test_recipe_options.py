@@ -70,7 +70,7 @@ def test_every_field_has_an_option_with_help_in_a_panel() -> None:
         (("--train-on", "last", "--mask-reasoning"),
          {"train_on": "last", "mask_reasoning": True}),
         (("--betas", "0.8", "0.95"), {"betas": (0.8, 0.95)}),
-        (("--no-packing",), {"packing": False}),
+        (("--packing", "off"), {"packing": False}),
         (("--gradient-checkpointing", "on"), {"gradient_checkpointing": True}),
         (("--gradient-checkpointing", "auto"), {"gradient_checkpointing": "auto"}),
         (("--new-tokens", "<|a|>, <|b|>", "--new-tokens", "[c]"),

@@ -338,7 +338,7 @@ def test_axolotl_does_not_load_an_adapter_before_dpo(tmp_path):
         ({"pref_loss": "orpo", "pref_ftx": 0.5}, "pref_ftx: found 0.5, but lorafold's objective"),
         ({"pref_loss": "ipo", "dpo_label_smoothing": 0.1}, "dpo_label_smoothing: found 0.1"),
         ({"dpo_label_smoothing": 0.7}, "dpo_label_smoothing: objective dpo: label_smoothing"),
-        ({"pref_beta": 0}, "pref_beta: found 0.0 as recipe field beta"),
+        ({"pref_beta": 0}, "pref_beta: objective dpo: beta: found 0.0, expected"),
         ({"pref_bco_weight": 0.5}, "pref_bco_weight: found 0.5"),
         ({"ld_alpha": 0.5}, "ld_alpha: found 0.5"),
         ({"pissa_init": True}, "pissa_init: found True, which LLaMA-Factory refuses"),

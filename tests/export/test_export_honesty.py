@@ -39,6 +39,25 @@ def test_an_engine_that_reads_another_base_is_no_rounding():
     _check(proved(kl=6e-4, alone=5e-4, distance=1e-3), target_of("mlx"), None)
 
 
+def test_a_base_that_an_adapter_of_peft_names_otherwise_is_told(
+    tiny_model, tiny_model_dir, tmp_path
+):
+    saved, base = noisy(tiny_model("llama"), lf.LoRA(rank=2), tmp_path / "a"), tmp_path / "base"
+    shutil.copytree(tiny_model_dir("llama"), base)
+    (saved / "lorafold.json").unlink()
+    (saved / "manifest.json").unlink(missing_ok=True)
+    config = json.loads((saved / "adapter_config.json").read_text())
+
+    def told(name: str) -> str:
+        named = {**config, "base_model_name_or_path": name}
+        (saved / "adapter_config.json").write_text(json.dumps(named))
+        asked = {"to": "peft", "prove": False, "overwrite": True, "device": "cpu"}
+        return lf.export(base, saved, tmp_path / "out", **asked).summary()
+
+    assert "adapter_config.json names the base org/other, and this is" in told("org/other")
+    assert "names the base" not in told("org/base")
+
+
 def test_part_of_a_head_that_is_rotated_is_told_in_the_older_word():
     """Phi's, StableLM's and GLM-4's, which mlx-lm reads beside rope_theta or has a default for."""
     config = {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}}

@@ -129,22 +129,6 @@ def test_what_has_no_record_says_it_in_its_configuration(place: Path) -> None:
     assert told == f"base: {place / 'base'}, as the adapter's adapter_config.json says\n"
 
 
-def test_a_given_base_that_a_configuration_names_otherwise_is_told(place: Path) -> None:
-    """Where nothing else tells whether it fits; another folder of the same name does."""
-    adapter = named(place / "adapter", "org/other", record=False)
-
-    def told() -> str:
-        console = Console(file=io.StringIO(), width=1000)
-        base_for(place / "base", open_all([adapter]), console)
-        return console.file.getvalue()  # type: ignore[attr-defined]
-
-    said = told()
-    assert "the adapter's adapter_config.json names the base org/other, and this is" in said
-    assert len(said.splitlines()) == 1
-    named(adapter, "org/base", record=True)
-    assert told() == ""
-
-
 @pytest.mark.parametrize("name", ["base", "models/base", "/gone/base", "../base"])
 def test_a_base_is_found_by_a_relative_name_and_beside_the_adapter(
     name: str, place: Path, hub: Path

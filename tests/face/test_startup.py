@@ -123,8 +123,9 @@ def test_imported_modules_are_set_aside_and_garbage_is_still_collected():
 def test_an_interrupt_that_comes_in_a_callback_of_the_collector_is_not_lost():
     """While a command imports, every third Ctrl-C was told and passed over."""
     assert said("""
-import gc, time
+import gc, signal, time
 from lorafold.machine.collection import imports_set_aside
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background has not
 def late(phase, about):
     gc.callbacks.remove(late)
     raise KeyboardInterrupt

@@ -135,7 +135,7 @@ def export(
             _check_said(target, subject, wanted, bar("trying ranks"))
             ours = ours and Ours.of(subject, wanted.prompts, bar("answering"))
         written, found = target.write(subject, tmp, bar("writing")), None
-        beside: dict[str, Proof | str] = {}
+        beside: dict[str, Proof | str] = {**_named_otherwise(base, adapters)}
         if ours is not None and target.engine is not None:
             made = target.proving(subject, tmp / PROVING, bar("preparing the proof"))
             job = {**written.job, **made}
@@ -156,6 +156,13 @@ def export(
         )
         write_json(tmp / EXPORT, result.as_json())
     return result
+
+
+def _named_otherwise(base: Base, adapters: Sequence[Saved]) -> dict[str, str]:
+    """What adapters say that have nothing but a name to know their base by, and have another."""
+    said = {str(one): one.own_base.hint(base.name).removeprefix("; ") for one in adapters}
+    names = {str(one): Path(one.own_base.name).name for one in adapters}
+    return {one: told for one, told in said.items() if told and names[one] != Path(base.name).name}
 
 
 def _check_said(target: Target, subject: Subject, wanted: Wanted, progress: Progress) -> None:

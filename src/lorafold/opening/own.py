@@ -45,28 +45,18 @@ def base_for(
     Args:
         model: A name or path; None takes the adapters' own.
         adapters: All that are loaded on it.
-        console: Is told which base is taken, where none was named, and of adapters that name
-            another one and have nothing else to know it by; None is quiet.
+        console: Is told which base is taken, where none was named; None is quiet.
         how: The other fields of `Base`.
     """
-    own = [one.own_base if isinstance(one, Saved) else one for one in adapters]
     if model is not None:
-        if console is not None:
-            _tell_others(own, str(model), console)
         return Base(model, **how)
+    own = [one.own_base if isinstance(one, Saved) else one for one in adapters]
     if not own:
         return Base(**how)
     base, told = _opened(_agreed(own), how)
     if console is not None:
         console.print(f"base: {told}", highlight=False, markup=False, soft_wrap=True)
     return base
-
-
-def _tell_others(own: Sequence[OwnBase], called: str, console: Console) -> None:
-    for one in own:
-        told = one.hint(called).removeprefix("; ")
-        if told and Path(one.name).name != Path(called).name:
-            console.print(f"base: {told}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _agreed(own: Sequence[OwnBase]) -> OwnBase:

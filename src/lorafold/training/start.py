@@ -131,9 +131,10 @@ def as_begun(request: Request) -> Request:
     """The request, with rows packed as a run that is resumed packed them from its first step: one
     of an earlier version computed each apart.
     """
-    run, recipe = RunDirectory(request.out), request.recipe
-    left = "packing" not in recipe.model_fields_set
-    if request.resume and left and isinstance(found := run.written("packing"), bool):
+    recipe = request.recipe
+    if not request.resume or "packing" in recipe.model_fields_set:
+        return request
+    if isinstance(found := RunDirectory(request.out).written("packing"), bool):
         return replace(request, recipe=recipe.model_copy(update={"packing": found}))
     return request
 
