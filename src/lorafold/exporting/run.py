@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 EXPORT, SCRATCH, PROVING = "export.json", "scratch", "proving"
 SHARE = 0.01  # of what the adapters change, that a proof may lose
 ALONE = 1e-3  # nats, of a base without adapters; above that it is another model there
-FEWER = 8  # prompts for figures that refuse nothing
+FEWER = 4  # prompts for figures that refuse nothing
 INSTEAD = ", which no engine here takes"
 
 

@@ -41,6 +41,7 @@ from lorafold.training.run import train
 PROMPT = "book a table for two at Chez Mario on Sunday at 7pm"
 MODEL = "smollm2"
 UNSEEN = 200  # rows of the test split
+ABROAD = 8  # of them that llama.cpp is asked about, which takes seconds for each
 # from which exact match on it is so, in words; a run on an AMD EPYC in fp32 had 100%
 LEARNED = (
     (0.9, "good: it has learned the task"),
@@ -117,8 +118,8 @@ def fastest(device: torch.device) -> Storage:
 def quickstart(
     out: Path, console: Console, *, overwrite: bool = False, device: str | None = None
 ) -> Story:
-    """Run all steps and write `train.jsonl`, `test.jsonl`, `adapter/`, `adapter.html`, `merged/`
-    and `gguf/`.
+    """Run all steps and write `train.jsonl`, `test.jsonl`, `asked.jsonl`, `adapter/`,
+    `adapter.html`, `merged/` and `gguf/`.
 
     Args:
         overwrite: Replace what an earlier quickstart wrote to `out`.
@@ -143,7 +144,8 @@ def quickstart(
         rows("train", RECIPE.batch * (RECIPE.steps or 0), seed=0),
         rows("test", UNSEEN, seed=0),
     )
-    for name, data in (("train", train_rows), ("test", test_rows)):
+    asked = [{"prompt": row["prompt"]} for row in test_rows[:ABROAD]]
+    for name, data in (("train", train_rows), ("test", test_rows), ("asked", asked)):
         (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
 
     console.rule("1  before: the base without an adapter")
@@ -172,7 +174,7 @@ def quickstart(
     merged = merge(Base(MODEL), adapters, out / "merged", Wanted(overwrite=overwrite), console)
     console.print(merged.summary(), highlight=False)
     console.rule("6  export: the adapter for llama.cpp, proved there")
-    wanted = exporting.Wanted("gguf", overwrite=overwrite)
+    wanted = exporting.Wanted("gguf", prompts=out / "asked.jsonl", overwrite=overwrite)
     exported = exporting.export(Base(MODEL), adapters, out / "gguf", wanted, console)
     console.print(exported.summary(), highlight=False, markup=False, soft_wrap=True)
 
