@@ -3,7 +3,7 @@
     python benchmarks/export_matrix.py [--python mlx=PATH] [--python vllm=PATH] [--only bases]
 
 Tiny random models with an update that is not small, exported to each target and proved in its
-engine on eight prompts; an engine in an environment of its own is named by its Python. A cell says
+engine on four prompts; an engine in an environment of its own is named by its Python. A cell says
 `proved` where the engine computed lorafold's distributions within 1% of what the adapter changes,
 and `written` where no engine was asked; by `--as-lora` where the method is no product, with a rank
 at which the update of these small matrices is whole. Refusals are numbered, and told below.
@@ -31,7 +31,7 @@ from lorafold.exporting.answers import BUILT_IN  # noqa: E402
 from lorafold.exporting.table import TARGETS  # noqa: E402
 from lorafold.methods import METHODS  # noqa: E402
 
-PROMPTS = 8
+PROMPTS = 4
 WHOLE = 64  # the rank of the tiny models' updates
 SAME = {"llama.cpp": "gguf", "ollama": "gguf-model"}  # the same files, with words beside
 MORE = ("qwen2-moe", "gpt-oss", "deepseek-v3")
