@@ -320,6 +320,15 @@ def test_a_finished_run_is_known_by_the_contents_of_its_reward(tiny_model_dir, t
         trained(tiny_model_dir("llama"), tmp_path / "out", recipe, **given)
 
 
+def test_a_policy_is_measured_on_rows_with_answers(tiny_model_dir, tmp_path: Path) -> None:
+    model, out = tiny_model_dir("llama"), tmp_path / "a"
+    trained(model, out, asked(steps=1))
+    rows = [{"prompt": "a", "completion": "b"}]
+    assert lf.evaluate(model, rows, adapters=out, completions=False).loss > 0
+    pairs = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
+    assert lf.evaluate(model, pairs, adapters=out, completions=False).preference is not None
+
+
 def test_rewards_that_never_vary_are_told(tiny_model_dir, tmp_path: Path) -> None:
     with pytest.raises(LorafoldError, match=r"the first 10 steps.*row \d, completion 1: .* has 1"):
         trained(

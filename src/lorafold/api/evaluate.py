@@ -168,13 +168,15 @@ def check_prompts(rows: Rows) -> None:
 
 
 def law_of_adapters(adapters: Sequence[Saved]) -> Law:
-    """The law that the last adapter was trained with, from its record; that of DPO if it was none.
+    """The law of pairs that the last adapter was trained with, from its record; that of DPO if it
+    was trained otherwise.
     """
     from lorafold.objectives.comparing import law_of
     from lorafold.step.preference_laws import Dpo
 
     recipe = adapters[-1].recipe if adapters else {}
-    objective = recipe.get("objective")
-    if objective not in OBJECTIVES or not OBJECTIVES[objective].law:
+    objective = str(recipe.get("objective"))
+    declared = OBJECTIVES.get(objective)
+    if declared is None or not declared.law or declared.draws:
         return Dpo()
     return law_of(objective, recipe.get("beta"), recipe.get("objective_options") or {})
