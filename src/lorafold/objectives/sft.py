@@ -57,4 +57,11 @@ class Sft(Objective):
                     " examples are padded instead",
                     highlight=False,
                 )
-            yield CompletionLoss(model, how.packs, tokenizer.pad_token_id or 0, how)
+            loss = CompletionLoss(model, how.packs, tokenizer.pad_token_id or 0, how)
+            if packing == "auto" and how.packs and loss.how is None:
+                console.print(
+                    "packing: this model does not compute once what rows begin with in common; each"
+                    " row is computed apart",
+                    highlight=False,
+                )
+            yield loss
