@@ -98,7 +98,7 @@ def test_gradcheck_in_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.autograd.gradcheck(lambda *x: document_attention(*x, docs, 0.5, 2.0), qkv)
 
 
-@pytest.mark.usefixtures("each_arithmetic")
+@pytest.mark.usefixtures("each_arithmetic", "each_form")
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (50, None), (None, 30.0)])
 def test_attention_in_bf16_errs_no_more_than_its_specification(
     window: int | None, softcap: float | None

@@ -1,27 +1,22 @@
 // Attention inside documents, forward and backward; `lorafold.ops.attention` has its equation.
 //
-// An item is one head of queries of one document, so that items share no output. Of an item, ROWS
-// queries at a time meet the keys that they see: their scores S^T (keys, ROWS) stay in cache, a lane
-// of a vector for each query, so that the softmax over the keys needs no sums across lanes. The
-// forward takes KEYS of them at a time and keeps a running softmax (Milakov and Gimelshein 2018,
-// arXiv 1805.02867). Inputs and outputs are float or bfloat16, all that lies between is fp32.
+// An item is the queries of one document that read one head of keys, or a part of them, so that
+// keys are copied once for their group. Its rows are the queries, those of one token beside each
+// other. ROWS of them at a time meet the keys that they see: their scores S^T (keys, ROWS) stay in
+// cache, a lane of a vector for each query, so that the softmax over the keys needs no sums across
+// lanes. The forward takes KEYS of them at a time and keeps a running softmax (Milakov and
+// Gimelshein 2018, arXiv 1805.02867). Inputs and outputs are float or bfloat16, all that lies
+// between is fp32, but for the factors of products by matrix units, which are bfloat16.
 
 #include <algorithm>
 #include <limits>
-#include <utility>
 #include <vector>
 
-#include "numbers.h"
+#include "matrix_units.h"
 
 namespace {
 
-struct lanes {
-  vector a, b;
-};
-
-constexpr long ROWS = 2 * LANES, STRIP = 8;
-constexpr int RUN = LANES / 2;  // rows whose sums are in registers: there are twice LANES
-constexpr long KEYS = 512;      // of which the scores exist at a time in the forward
+constexpr long KEYS = 256;    // of which the scores exist at a time in the forward
 constexpr float LARGE = 3e38f;  // no score
 
 // tokens of queries and of keys before the document, its first own key, its keys
@@ -29,124 +24,38 @@ struct document {
   int64_t at, key_at, start, length;
 };
 
-// numbers that begin at a whole vector, so that no load of one crosses two lines of the cache
-struct aligned {
-  std::vector<lanes> all;
-  void resize(long n) { all.resize((n + ROWS - 1) / ROWS); }
-  void clear(long n) { all.assign((n + ROWS - 1) / ROWS, lanes{}); }
-  float* data() { return reinterpret_cast<float*>(all.data()); }
-  float& operator[](long i) { return data()[i]; }
+// rows [begin, end) of the queries of a document that read the keys of `head`
+struct item {
+  document doc;
+  long head, begin, end;
 };
 
-inline long padded(long n, long to) { return (n + to - 1) / to * to; }
+// documents, heads of queries and of keys, their numbers and those of a value, the parts into which
+// the rows of a head of keys are divided, tokens with keys, and each key's token, if it isn't that
+// at its place
+struct sizes {
+  long many, heads, kv, d, dv, parts, tokens;
+  const int64_t* token_of;
+  float window, scale, cap;
 
-inline vector one(const float* from) {
-  vector x;
-  std::memcpy(&x, from, sizeof x);
-  return x;
-}
+  long group() const { return heads / kv; }
+  long items() const { return many * kv * parts; }
 
-inline lanes read(const float* from) {
-  lanes x;
-  std::memcpy(&x, from, sizeof x);
-  return x;
-}
-
-template <class V>
-inline void write(float* to, V x) {
-  std::memcpy(to, &x, sizeof x);
-}
-
-// C (m, n) = A B, or C + A B, of A (m, k) the element i, j at i * by_row + j * by_column, B (k, n)
-// row by row; m is a multiple of STRIP, n of ROWS. RUN rows of ROWS numbers are summed at a time.
-template <bool ADD>
-void multiply(const float* a, long by_row, long by_column, const float* b, float* c, long m, long k,
-              long n) {
-  for (long at = 0; at < n; at += ROWS)
-    for (long i = 0; i < m; i += RUN) {
-      vector sums[RUN][2];
-      float* to = c + i * n + at;
-#pragma GCC unroll 16
-      for (int r = 0; r < RUN; r++)
-        for (int half = 0; half < 2; half++)
-          sums[r][half] = ADD ? one(to + r * n + half * LANES) : vector{};
-      const float *rows = a + i * by_row, *columns = b + at;
-      for (long j = 0; j < k; j++, rows += by_column, columns += n) {
-        vector x = one(columns), y = one(columns + LANES);
-#pragma GCC unroll 16
-        for (int r = 0; r < RUN; r++) {
-          float f = rows[r * by_row];
-          sums[r][0] += f * x;
-          sums[r][1] += f * y;
-        }
-      }
-#pragma GCC unroll 16
-      for (int r = 0; r < RUN; r++) {
-        write(to + r * n, sums[r][0]);
-        write(to + r * n + LANES, sums[r][1]);
-      }
-    }
-}
-
-// rows of d numbers, `step` apart, as `most` rows of `wide` numbers in fp32, filled up with zeros
-template <class T>
-void gather(const T* from, long step, long rows, long d, aligned& to, long most, long wide) {
-  to.resize(most * wide);
-  for (long i = 0; i < rows; i++) {
-    float* row = to.data() + i * wide;
-    for (long j = 0; j < d; j++) row[j] = load(from + i * step + j);
-    std::fill(row + d, row + wide, 0.0f);
+  item at(const document* docs, long i) const {
+    const document& doc = docs[i / (kv * parts)];
+    long rows = (doc.length - doc.start) * group(), each = padded((rows + parts - 1) / parts, ROWS);
+    long begin = std::min(rows, i % parts * each);
+    return {doc, i / parts % kv, begin, std::min(rows, begin + each)};
   }
-  std::fill(to.data() + rows * wide, to.data() + most * wide, 0.0f);
-}
-
-// halves of x and y, interleaved: the first if AT is 0, the second if it is LANES / 2
-template <int AT, size_t... I>
-inline vector mixed(vector x, vector y, std::index_sequence<I...>) {
-  return vector{(I % 2 ? y : x)[AT + I / 2]...};
-}
-
-// LANES rows of LANES numbers become columns: each stage mixes the first half of the rows with the
-// second
-inline void transpose(vector (&x)[LANES]) {
-  constexpr std::make_index_sequence<LANES> lanes;
-#pragma GCC unroll 4
-  for (int stage = 1; stage < LANES; stage *= 2) {
-    vector y[LANES];
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES / 2; i++) {
-      y[2 * i] = mixed<0>(x[i], x[i + LANES / 2], lanes);
-      y[2 * i + 1] = mixed<LANES / 2>(x[i], x[i + LANES / 2], lanes);
-    }
-    std::memcpy(x, y, sizeof y);
-  }
-}
-
-// ROWS rows of `wide` numbers as columns
-void turn(const float* from, long wide, aligned& to) {
-  to.resize(wide * ROWS);
-  for (long i = 0; i < ROWS; i += LANES)
-    for (long j = 0; j < wide; j += LANES) {
-      vector x[LANES];
-      for (int r = 0; r < LANES; r++) x[r] = one(from + (i + r) * wide + j);
-      transpose(x);
-      for (int r = 0; r < LANES; r++) write(to.data() + (j + r) * ROWS + i, x[r]);
-    }
-}
+};
 
 // 1 / x, and 0 for the sum of a query that is none
 inline vector reciprocal(vector x) { return x > 0.0f ? 1.0f / x : vector{}; }
 
-// the lanes of the places of queries first, first + 1, ... that see the key
+// the lanes whose queries, at these places, see the key
 inline vector hidden(vector x, float key, vector place, float window) {
   vector none = vector{} - std::numeric_limits<float>::infinity();
   return (place >= key) & (place - key < window) ? x : none;
-}
-
-inline vector places(float first) {
-  vector x;
-  for (int i = 0; i < LANES; i++) x[i] = first + i;
-  return x;
 }
 
 // cap tanh(x / cap)
@@ -154,6 +63,25 @@ inline vector capped(vector x, float cap) {
   vector e = exponential(x * (2.0f / cap));
   return cap * (1.0f - 2.0f / (e + 1.0f));
 }
+
+// ROWS queries from row `first` of an item on, their places in the document, and the keys that they
+// see, from a multiple of `strip` on
+struct tile {
+  long first, rows, from, keys;
+  float low, high;
+  lanes places;
+
+  tile(const item& own, long first, const sizes& n, long strip)
+      : first(first), rows(std::min(ROWS, own.end - first)) {
+    float place[ROWS];
+    for (long i = 0; i < ROWS; i++) place[i] = own.doc.start + (first + i) / n.group();
+    low = place[0], high = place[rows - 1];
+    places = read(place);
+    from = n.window < low ? static_cast<long>(low) - static_cast<long>(n.window) + 1 : 0;
+    from -= from % strip;
+    keys = static_cast<long>(high) + 1 - from;
+  }
+};
 
 // what the softmax of ROWS queries has seen: the largest score, the sum of e^(score - largest), and
 // that sum weighted by the gradients of the probabilities
@@ -164,17 +92,16 @@ struct seen {
 // products S^T (keys, ROWS) of keys `from`, ... become probabilities that are not divided by their
 // sums yet; g (keys, ROWS) are their gradients, if there are any. Returns what becomes of the
 // weight of the keys before, for queries that saw some.
-lanes softmax(float* s, const float* g, long keys, long from, long first, float window,
-              float scale, float cap, seen& so) {
-  vector at = places(first), after = places(first + LANES);
+lanes softmax(float* s, const float* g, long keys, long from, const tile& t, const sizes& n,
+              seen& so) {
   lanes top = so.top, total = {}, along = {};
   for (long j = 0; j < keys; j++) {
     lanes x = read(s + j * ROWS);
-    x = {scale * x.a, scale * x.b};
-    if (cap > 0) x = {capped(x.a, cap), capped(x.b, cap)};
-    // a query before the last key, or one whose window may end after the first
-    if (from + j > first || first + ROWS - from - j > window)
-      x = {hidden(x.a, from + j, at, window), hidden(x.b, from + j, after, window)};
+    x = {n.scale * x.a, n.scale * x.b};
+    if (n.cap > 0) x = {capped(x.a, n.cap), capped(x.b, n.cap)};
+    float key = from + j;
+    if (key > t.low || t.high - key >= n.window)
+      x = {hidden(x.a, key, t.places.a, n.window), hidden(x.b, key, t.places.b, n.window)};
     write(s + j * ROWS, x);
     top = {larger(top.a, x.a), larger(top.b, x.b)};
   }
@@ -193,17 +120,37 @@ lanes softmax(float* s, const float* g, long keys, long from, long first, float 
   return kept;
 }
 
-// the queries `first`, ... of a document and the keys that they see
-struct tile {
-  long first, rows, from, keys;
-
-  tile(const document& doc, long first, float window)
-      : first(first), rows(std::min(ROWS, doc.length - first)) {
-    from = window < first ? first - static_cast<long>(window) + 1 : 0;
-    from -= from % STRIP;
-    keys = first + rows - from;
+// rows of numbers in a tensor: `group` of them, `head` apart, for each token
+template <class T>
+struct rows_of {
+  T* from;
+  long token, head = 0, group = 1, first = 0;
+  T* operator()(long i) const {
+    return from + (first + i) / group * token + (first + i) % group * head;
   }
 };
+
+// those of a tile's queries, in a tensor (tokens, heads, d), whose strides are given
+template <class T>
+rows_of<T> queries(T* x, const item& own, const tile& t, const sizes& n, long token, long head) {
+  return {x + own.doc.at * token + own.head * n.group() * head, token, head, n.group(), t.first};
+}
+
+// those of a document's keys or values
+template <class T>
+struct keys_of {
+  T* from;
+  long token;
+  const int64_t* token_of;
+  T* operator()(long i) const { return from + (token_of ? token_of[i] : i) * token; }
+};
+
+template <class T>
+keys_of<T> keys(T* x, const item& own, const sizes& n, long token, long head) {
+  x += own.head * head;
+  if (n.token_of) return {x, token, n.token_of + own.doc.key_at};
+  return {x + own.doc.key_at * token, token, nullptr};
+}
 
 template <class T>
 struct matrices {
@@ -211,86 +158,100 @@ struct matrices {
   long q_token, q_head, k_token, k_head, v_token, v_head;
 };
 
-// memory of one thread, in fp32; `s` and `gs` have a row of ROWS queries for each key
+// memory of one thread; `s` and `gs` have a row of ROWS queries for each key
+template <class By>
 struct memory {
-  aligned k, v, s, gs, slope, q, g, q_rows, g_rows, out, gk, gv;
+  typename By::operand k, v, q, g, p, gp;
+  aligned s, gs, slope, sums, rows, gk, gv;
+
+  // the sums (d, ROWS), turned, times `factor`, of the rows of a tile
+  template <class Row>
+  void put(long d, long rows_there, lanes factor, Row row) {
+    long wide = padded(d, ROWS);
+    for (long j = 0; j < d; j++) {
+      lanes x = read(sums.data() + j * ROWS);
+      write(sums.data() + j * ROWS, lanes{factor.a * x.a, factor.b * x.b});
+    }
+    rows.resize(ROWS * wide);
+    turn(sums.data(), ROWS, wide, ROWS, rows.data(), wide);
+    for (long i = 0; i < rows_there; i++) {
+      auto to = row(i);
+      for (long j = 0; j < d; j++) store(to + j, rows.data()[i * wide + j]);
+    }
+  }
 };
 
-template <class T>
-void forward(const matrices<T>& m, const document& doc, long h, long group, long heads, long d,
-             long dv, float window, float scale, float cap, T* out, memory& x) {
-  long wide = padded(d, ROWS), of_v = padded(dv, ROWS), most = padded(doc.length, STRIP);
-  const T *k = m.k + doc.key_at * m.k_token + h / group * m.k_head,
-          *v = m.v + doc.key_at * m.v_token + h / group * m.v_head;
-  gather(k, m.k_token, doc.length, d, x.k, most, wide);
-  gather(v, m.v_token, doc.length, dv, x.v, most, of_v);
-  x.s.resize(std::min(most, KEYS) * ROWS);
-  for (long first = doc.start; first < doc.length; first += ROWS) {
-    tile t(doc, first, window);
-    long token = doc.at + first - doc.start;
-    gather(m.q + token * m.q_token + h * m.q_head, m.q_token, t.rows, d, x.q_rows, ROWS, wide);
-    turn(x.q_rows.data(), wide, x.q);
-    x.out.clear(ROWS * of_v);
+template <class By, class T>
+void forward(const matrices<T>& m, const item& own, const sizes& n, T* out, memory<By>& x) {
+  long wide = padded(n.d, By::STRIP), of_v = padded(n.dv, ROWS), length = own.doc.length;
+  x.k.gather(length, n.d, keys(m.k, own, n, m.k_token, m.k_head));
+  x.v.gather(length, n.dv, keys(m.v, own, n, m.v_token, m.v_head));
+  x.v.turn_left();
+  x.s.resize(std::min(padded(length, ROWS), KEYS) * ROWS);
+  float* s = x.s.data();
+  for (long first = own.begin; first < own.end; first += ROWS) {
+    tile t(own, first, n, By::STRIP);
+    x.q.gather(t.rows, n.d, queries(m.q, own, t, n, m.q_token, m.q_head));
+    x.q.turn_right();
+    x.sums.clear(of_v * ROWS);
     seen so;
-    float factor[ROWS];
     for (long from = t.from; from < t.from + t.keys; from += KEYS) {
-      long keys = std::min(KEYS, t.from + t.keys - from);
-      multiply<false>(x.k.data() + from * wide, wide, 1, x.q.data(), x.s.data(),
-                      padded(keys, STRIP), d, ROWS);
-      write(factor, softmax(x.s.data(), nullptr, keys, from, first, window, scale, cap, so));
-      for (long i = 0; i < ROWS; i++)
-        for (long j = 0; j < of_v; j++) x.out[i * of_v + j] *= factor[i];
-      multiply<true>(x.s.data(), 1, ROWS, x.v.data() + from * of_v, x.out.data(), ROWS, keys, of_v);
+      long keys = std::min(KEYS, t.from + t.keys - from), all = padded(keys, By::STRIP);
+      By::template multiply<false>(x.k.rows(from), x.q.turned(), s, all, wide, ROWS);
+      lanes kept = softmax(s, nullptr, keys, from, t, n, so);
+      std::fill(s + keys * ROWS, s + all * ROWS, 0.0f);
+      for (long j = 0; from > t.from && j < of_v; j++) {
+        lanes y = read(x.sums.data() + j * ROWS);
+        write(x.sums.data() + j * ROWS, lanes{kept.a * y.a, kept.b * y.b});
+      }
+      x.p.take(s, all);
+      x.p.pair();
+      By::template multiply<true>(x.v.turned(from), x.p.rows(), x.sums.data(), of_v, all, ROWS);
     }
-    write(factor, lanes{1.0f / so.total.a, 1.0f / so.total.b});
-    for (long i = 0; i < t.rows; i++) {
-      T* to = out + ((token + i) * heads + h) * dv;
-      for (long j = 0; j < dv; j++) store(to + j, factor[i] * x.out[i * of_v + j]);
-    }
+    x.put(n.dv, t.rows, {1.0f / so.total.a, 1.0f / so.total.b},
+          queries(out, own, t, n, n.heads * n.dv, n.dv));
   }
 }
 
-// to_k and to_v (length, ...) are of this head alone
-template <class T>
-void backward(const matrices<T>& m, const T* g, const document& doc, long h, long group,
-              long heads, long d, long dv, float window, float scale, float cap, T* to_q,
-              float* to_k, float* to_v, memory& x) {
-  long wide = padded(d, ROWS), of_v = padded(dv, ROWS), most = padded(doc.length, STRIP);
-  const T *k = m.k + doc.key_at * m.k_token + h / group * m.k_head,
-          *v = m.v + doc.key_at * m.v_token + h / group * m.v_head;
-  gather(k, m.k_token, doc.length, d, x.k, most, wide);
-  gather(v, m.v_token, doc.length, dv, x.v, most, of_v);
+// to_k and to_v are of this item alone, a row for each of its keys
+template <class By, class T>
+void backward(const matrices<T>& m, const T* g, const item& own, const sizes& n, T* to_q,
+              float* to_k, float* to_v, memory<By>& x) {
+  long wide = padded(n.d, ROWS), of_v = padded(n.dv, ROWS), length = own.doc.length,
+       most = padded(length, ROWS);
+  x.k.gather(length, n.d, keys(m.k, own, n, m.k_token, m.k_head));
+  x.k.turn_left();
+  x.v.gather(length, n.dv, keys(m.v, own, n, m.v_token, m.v_head));
   x.s.resize(most * ROWS);
   x.gs.resize(most * ROWS);
-  x.slope.resize(cap > 0 ? most * ROWS : 0);
-  x.out.resize(ROWS * wide);
+  x.slope.resize(n.cap > 0 ? most * ROWS : 0);
+  x.sums.resize(wide * ROWS);
   x.gk.clear(most * wide);
   x.gv.clear(most * of_v);
   float *s = x.s.data(), *gs = x.gs.data(), *slope = x.slope.data();
-  for (long first = doc.start; first < doc.length; first += ROWS) {
-    tile t(doc, first, window);
-    long token = doc.at + first - doc.start, keys = padded(t.keys, STRIP);
-    const T *q = m.q + token * m.q_token + h * m.q_head, *gi = g + (token * heads + h) * dv;
-    gather(q, m.q_token, t.rows, d, x.q_rows, ROWS, wide);
-    gather(gi, heads * dv, t.rows, dv, x.g_rows, ROWS, of_v);
-    turn(x.q_rows.data(), wide, x.q);
-    turn(x.g_rows.data(), of_v, x.g);
-    multiply<false>(x.k.data() + t.from * wide, wide, 1, x.q.data(), s, keys, d, ROWS);
-    multiply<false>(x.v.data() + t.from * of_v, of_v, 1, x.g.data(), gs, keys, dv, ROWS);
-    for (long j = 0; cap > 0 && j < t.keys; j++) {
+  for (long first = own.begin; first < own.end; first += ROWS) {
+    tile t(own, first, n, By::STRIP);
+    long keys = padded(t.keys, By::STRIP);
+    x.q.gather(t.rows, n.d, queries(m.q, own, t, n, m.q_token, m.q_head));
+    x.g.gather(t.rows, n.dv, queries(g, own, t, n, n.heads * n.dv, n.dv));
+    x.q.turn_right();
+    x.g.turn_right();
+    By::template multiply<false>(x.k.rows(t.from), x.q.turned(), s, keys, wide, ROWS);
+    By::template multiply<false>(x.v.rows(t.from), x.g.turned(), gs, keys, of_v, ROWS);
+    for (long j = 0; n.cap > 0 && j < t.keys; j++) {
       lanes y = read(s + j * ROWS);
-      y = {capped(scale * y.a, cap) / cap, capped(scale * y.b, cap) / cap};
+      y = {capped(n.scale * y.a, n.cap) / n.cap, capped(n.scale * y.b, n.cap) / n.cap};
       write(slope + j * ROWS, lanes{1.0f - y.a * y.a, 1.0f - y.b * y.b});
     }
     seen so;
-    softmax(s, gs, t.keys, t.from, first, window, scale, cap, so);
+    softmax(s, gs, t.keys, t.from, t, n, so);
     lanes over = {reciprocal(so.total.a), reciprocal(so.total.b)};
     lanes along = {over.a * so.along.a, over.b * so.along.b};
     for (long j = 0; j < t.keys; j++) {
       lanes p = read(s + j * ROWS), y = read(gs + j * ROWS);
       p = {p.a * over.a, p.b * over.b};
-      y = {scale * p.a * (y.a - along.a), scale * p.b * (y.b - along.b)};
-      if (cap > 0) {
+      y = {n.scale * p.a * (y.a - along.a), n.scale * p.b * (y.b - along.b)};
+      if (n.cap > 0) {
         lanes z = read(slope + j * ROWS);
         y = {y.a * z.a, y.b * z.b};
       }
@@ -299,90 +260,116 @@ void backward(const matrices<T>& m, const T* g, const document& doc, long h, lon
     }
     std::fill(s + t.keys * ROWS, s + keys * ROWS, 0.0f);
     std::fill(gs + t.keys * ROWS, gs + keys * ROWS, 0.0f);
-    multiply<true>(s, ROWS, 1, x.g_rows.data(), x.gv.data() + t.from * of_v, keys, ROWS, of_v);
-    multiply<true>(gs, ROWS, 1, x.q_rows.data(), x.gk.data() + t.from * wide, keys, ROWS, wide);
-    multiply<false>(gs, 1, ROWS, x.k.data() + t.from * wide, x.out.data(), ROWS, t.keys, wide);
-    for (long i = 0; i < t.rows; i++) {
-      T* to = to_q + ((token + i) * heads + h) * d;
-      for (long j = 0; j < d; j++) store(to + j, x.out[i * wide + j]);
-    }
+    x.p.take(s, keys);
+    x.gp.take(gs, keys);
+    x.gp.pair();
+    x.q.pair();
+    x.g.pair();
+    By::template multiply<true>(x.p.rows(0), x.g.rows(), x.gv.data() + t.from * of_v, keys, ROWS,
+                                of_v);
+    By::template multiply<true>(x.gp.rows(0), x.q.rows(), x.gk.data() + t.from * wide, keys, ROWS,
+                                wide);
+    By::template multiply<false>(x.k.turned(t.from), x.gp.rows(), x.sums.data(), wide, keys, ROWS);
+    x.put(n.d, t.rows, {vector{} + 1.0f, vector{} + 1.0f},
+          queries(to_q, own, t, n, n.heads * n.d, n.d));
   }
-  for (long i = 0; i < doc.length; i++) {
-    std::memcpy(to_k + i * d, x.gk.data() + i * wide, d * sizeof(float));
-    std::memcpy(to_v + i * dv, x.gv.data() + i * of_v, dv * sizeof(float));
-  }
-}
-
-// the gradients of a group's heads, each (length, d), added up to (length, kv heads, d)
-template <class T>
-void add_up(float* parts, T* out, long length, long group, long step, long d) {
   for (long i = 0; i < length; i++) {
-    float* row = parts + i * d;
-    for (long g = 1; g < group; g++)
-      for (long j = 0; j < d; j++) row[j] += parts[(g * length + i) * d + j];
-    for (long j = 0; j < d; j++) store(out + i * step + j, row[j]);
+    long row = i * n.kv * n.parts;
+    std::memcpy(to_k + row * n.d, x.gk.data() + i * wide, n.d * sizeof(float));
+    std::memcpy(to_v + row * n.dv, x.gv.data() + i * of_v, n.dv * sizeof(float));
   }
 }
 
+// the keys of each token, in turn: those of token i are keys[begin[i]], ... before begin[i + 1]
+struct places {
+  std::vector<long> begin, keys;
+
+  places(const int64_t* token_of, long tokens, long all) : begin(tokens + 2), keys(all) {
+    for (long i = 0; i < all; i++) begin[(token_of ? token_of[i] : i) + 2]++;
+    for (long i = 2; i < tokens + 2; i++) begin[i] += begin[i - 1];
+    for (long i = 0; i < all; i++) keys[begin[(token_of ? token_of[i] : i) + 1]++] = i;
+  }
+};
+
+// the gradients of a token's keys, each (kv heads, parts, d), added up to (kv heads, d)
 template <class T>
-void attend(const T* q, const T* k, const T* v, T* out, const document* docs, long many, long heads,
-            long kv, long d, long dv, const int64_t* strides, float window, float scale, float cap,
-            int threads) {
-  matrices<T> m = {q, k, v, strides[0], strides[1], strides[2], strides[3], strides[4], strides[5]};
-#pragma omp parallel num_threads(threads)
-  {
-    memory own;
-#pragma omp for schedule(dynamic)
-    for (long i = 0; i < many * heads; i++)
-      forward(m, docs[i / heads], i % heads, heads / kv, heads, d, dv, window, scale, cap, out,
-              own);
+void add_up(const float* of_keys, const places& of, long token, T* out, const sizes& n, long d,
+            float* sums) {
+  for (long h = 0; h < n.kv; h++) {
+    std::fill(sums, sums + d, 0.0f);
+    for (long i = of.begin[token]; i < of.begin[token + 1]; i++)
+      for (long part = 0; part < n.parts; part++) {
+        const float* row = of_keys + ((of.keys[i] * n.kv + h) * n.parts + part) * d;
+        for (long j = 0; j < d; j++) sums[j] += row[j];
+      }
+    for (long j = 0; j < d; j++) store(out + (token * n.kv + h) * d + j, sums[j]);
   }
 }
 
-// of_k and of_v (keys, heads, ...) are memory for the gradients of each head of queries
-template <class T>
-void attend_backward(const T* g, const T* q, const T* k, const T* v, T* to_q, T* to_k, T* to_v,
-                     float* of_k, float* of_v, const document* docs, long many, long heads, long kv,
-                     long d, long dv, const int64_t* strides, float window, float scale, float cap,
-                     int threads) {
-  matrices<T> m = {q, k, v, strides[0], strides[1], strides[2], strides[3], strides[4], strides[5]};
-  long group = heads / kv;
+template <class By, class T>
+void attend(const matrices<T>& m, T* out, const document* docs, const sizes& n, int threads) {
 #pragma omp parallel num_threads(threads)
   {
-    memory own;
+    typename By::configured tiles;
+    memory<By> own;
 #pragma omp for schedule(dynamic)
-    for (long i = 0; i < many * heads; i++) {
-      const document& doc = docs[i / heads];
-      long h = i % heads, at = doc.key_at * heads + h * doc.length;
-      backward(m, g, doc, h, group, heads, d, dv, window, scale, cap, to_q, of_k + at * d,
-               of_v + at * dv, own);
+    for (long i = 0; i < n.items(); i++) forward(m, n.at(docs, i), n, out, own);
+  }
+}
+
+// of_k and of_v (keys, kv heads, parts, ...) are memory for the gradients of each item
+template <class By, class T>
+void attend_backward(const matrices<T>& m, const T* g, T* to_q, T* to_k, T* to_v, float* of_k,
+                     float* of_v, const document* docs, const sizes& n, int threads) {
+  const places of(n.token_of, n.tokens, docs[n.many - 1].key_at + docs[n.many - 1].length);
+#pragma omp parallel num_threads(threads)
+  {
+    typename By::configured tiles;
+    memory<By> own;
+#pragma omp for schedule(dynamic)
+    for (long i = 0; i < n.items(); i++) {
+      item it = n.at(docs, i);
+      long at = it.doc.key_at * n.kv * n.parts + i % (n.kv * n.parts);
+      backward(m, g, it, n, to_q, of_k + at * n.d, of_v + at * n.dv, own);
     }
+    own.s.resize(std::max(n.d, n.dv));
 #pragma omp for schedule(static)
-    for (long i = 0; i < many * kv; i++) {
-      const document& doc = docs[i / kv];
-      long h = i % kv, at = doc.key_at * heads + h * group * doc.length;
-      add_up(of_k + at * d, to_k + (doc.key_at * kv + h) * d, doc.length, group, kv * d, d);
-      add_up(of_v + at * dv, to_v + (doc.key_at * kv + h) * dv, doc.length, group, kv * dv, dv);
+    for (long i = 0; i < n.tokens; i++) {
+      add_up(of_k, of, i, to_k, n, n.d, own.s.data());
+      add_up(of_v, of, i, to_v, n, n.dv, own.s.data());
     }
   }
+}
+
+// by matrix units, where there are some and the numbers are bf16
+template <class T, class Call>
+void multiplied(Call call) {
+#ifdef MATRIX_UNITS
+  if constexpr (std::is_same_v<T, bf16>)
+    if (matrix_units::there()) return call(matrix_units{});
+#endif
+  call(single{});
 }
 
 }  // namespace
 
 // ctypes finds functions by name: attend_float32, attend_bfloat16, ...
+#define SIZES                                                                                      \
+  const document *docs, long many, long heads, long kv, long d, long dv, long parts, long tokens,  \
+      const int64_t *token_of, const int64_t *by, float window, float scale, float cap, int threads
 #define EXPORT(T, NAME)                                                                            \
-  extern "C" void attend_##NAME(const T* q, const T* k, const T* v, T* out, const document* docs,  \
-                                long many, long heads, long kv, long d, long dv,                   \
-                                const int64_t* strides, float window, float scale, float cap,      \
-                                int threads) {                                                     \
-    attend(q, k, v, out, docs, many, heads, kv, d, dv, strides, window, scale, cap, threads);      \
+  extern "C" void attend_##NAME(const T* q, const T* k, const T* v, T* out, SIZES) {               \
+    matrices<T> m = {q, k, v, by[0], by[1], by[2], by[3], by[4], by[5]};                           \
+    sizes n = {many, heads, kv, d, dv, parts, tokens, token_of, window, scale, cap};               \
+    multiplied<T>([&](auto how) { attend<decltype(how)>(m, out, docs, n, threads); });             \
   }                                                                                                \
-  extern "C" void attend_backward_##NAME(                                                          \
-      const T* g, const T* q, const T* k, const T* v, T* to_q, T* to_k, T* to_v, float* of_k,      \
-      float* of_v, const document* docs, long many, long heads, long kv, long d, long dv,          \
-      const int64_t* strides, float window, float scale, float cap, int threads) {                 \
-    attend_backward(g, q, k, v, to_q, to_k, to_v, of_k, of_v, docs, many, heads, kv, d, dv,        \
-                    strides, window, scale, cap, threads);                                         \
+  extern "C" void attend_backward_##NAME(const T* g, const T* q, const T* k, const T* v, T* to_q,  \
+                                         T* to_k, T* to_v, float* of_k, float* of_v, SIZES) {      \
+    matrices<T> m = {q, k, v, by[0], by[1], by[2], by[3], by[4], by[5]};                           \
+    sizes n = {many, heads, kv, d, dv, parts, tokens, token_of, window, scale, cap};               \
+    multiplied<T>([&](auto how) {                                                                  \
+      attend_backward<decltype(how)>(m, g, to_q, to_k, to_v, of_k, of_v, docs, n, threads);        \
+    });                                                                                            \
   }
 
 EXPORT(float, float32)

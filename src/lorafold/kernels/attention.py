@@ -2,10 +2,11 @@
 
 The tiles of `lorafold.ops.attention` are some twenty calls each, and make the product's library
 compile a kernel for every length. Here the products are in fp32, whose rate is that of such small
-matrices in 16 bits. Five documents of 110 to 298 tokens in SmolLM2's shape, bf16, forward and
-backward: 10.7 ms where tiles take 15.6; four of 256: 10.0 and 9.6; one of 2048: 117 and 110 (two
-cores of an AMD EPYC, Zen 5). Eight completions of 64 after a prompt of 38, fp32: 10.3 and 29.1, one
-of 1024: 97 and 170 (one core of an AMD EPYC with AVX2).
+matrices in 16 bits, or in bf16 by matrix units (AMX). Forward and backward in SmolLM2's shape:
+five documents of 110 to 298 tokens, bf16, 10.7 ms where tiles take 15.6; four of 256: 10.0 and 9.6;
+one of 2048: 117 and 110 (two cores of an AMD EPYC, Zen 5). Eight completions of 64 after a prompt
+of 38, fp32: 10.3 and 29.1, one of 1024: 97 and 170 (one core of an AMD EPYC with AVX2). By matrix
+units, bf16: eight of 500: 22 and 95, 52 in fp32; one of 4096: 206 and 523 (two cores of a Xeon).
 """
 
 from __future__ import annotations
@@ -21,11 +22,8 @@ from lorafold.kernels.compiling import INT, F, Functions, N, P, taken
 from lorafold.ops.attention import Scores
 from lorafold.ops.documents import Documents
 
-SIZES = [P, N, N, N, N, N, P, F, F, F, INT]  # from the table of documents on
+SIZES = [P, *[N] * 7, P, P, F, F, F, INT]  # from the table of documents on
 SIGNATURES = {"attend": [*[P] * 4, *SIZES], "attend_backward": [*[P] * 9, *SIZES]}
-# With matrix units (AMX), products of longer documents are faster in 16 bits. This follows from
-# their rates; it was not measured.
-SHORT = 512
 
 
 def forms() -> Any:
@@ -38,12 +36,11 @@ def forms() -> Any:
 class _Forms:
     def __init__(self) -> None:
         self._call = Functions(Path(__file__).with_suffix(".cpp"), SIGNATURES)
-        self._longest = SHORT if torch.cpu._is_amx_tile_supported() else None
 
     def document_attention(
         self, q: Tensor, k: Tensor, v: Tensor, docs: Documents, scores: Scores
     ) -> Any:
-        if not self._takes(docs, q, k, v):
+        if not _takes(q, k, v):
             return NotImplemented
         out = q.new_empty(*q.shape[:2], v.shape[-1])
         self._attend("attend", (q, k, v), (q, k, v, out), docs, scores)
@@ -52,17 +49,16 @@ class _Forms:
     def document_attention_backward(
         self, g: Tensor, q: Tensor, k: Tensor, v: Tensor, docs: Documents, scores: Scores
     ) -> Any:
-        if not self._takes(docs, q, k, v, g):
+        if not _takes(q, k, v, g):
             return NotImplemented
         found = tuple(x.new_empty(x.shape) for x in (q, k, v))
-        heads = [x.new_empty(len(x), q.shape[1], x.shape[2], dtype=torch.float32) for x in (k, v)]
-        pointers = (g.contiguous(), q, k, v, *found, *heads)
+        parts, keys = _parts(docs, q, k), sum(docs.lens)
+        each = [
+            x.new_empty(keys, k.shape[1], parts, x.shape[2], dtype=torch.float32) for x in (k, v)
+        ]
+        pointers = (g.contiguous(), q, k, v, *found, *each)
         self._attend("attend_backward", (q, k, v), pointers, docs, scores)
         return found
-
-    def _takes(self, docs: Documents, *tensors: Tensor) -> bool:
-        short = self._longest is None or max(docs.lens) <= self._longest
-        return short and taken(*tensors) and all(t.stride(-1) == 1 for t in tensors)
 
     def _attend(
         self, name: str, qkv: tuple[Tensor, ...], pointers: tuple[Tensor, ...], docs: Documents,
@@ -75,6 +71,16 @@ class _Forms:
         window = float("inf") if docs.window is None else docs.window
         self._call(
             name, q.dtype, *pointers, docs.table, len(docs.table), q.shape[1], k.shape[1],
-            q.shape[2], v.shape[2], strides, window, scores.scale, scores.cap or 0.0,
-            torch.get_num_threads(),
+            q.shape[2], v.shape[2], _parts(docs, q, k), len(k), docs.keys, strides, window,
+            scores.scale, scores.cap or 0.0, torch.get_num_threads(),
         )  # fmt: skip
+
+
+def _takes(*tensors: Tensor) -> bool:
+    return taken(*tensors) and all(t.stride(-1) == 1 for t in tensors)
+
+
+def _parts(docs: Documents, q: Tensor, k: Tensor) -> int:
+    """Into how many the queries of a head of keys are divided, so that all threads have some."""
+    few = len(docs.lens) * k.shape[1] < 2 * torch.get_num_threads()
+    return q.shape[1] // k.shape[1] if few else 1

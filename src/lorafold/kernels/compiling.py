@@ -61,11 +61,11 @@ class Functions:
                 self._found[name, dtype] = function, pointers
 
     def __call__(self, name: str, dtype: torch.dtype, *parts: Any) -> None:
-        """Call a function with numbers and with the addresses of tensors."""
+        """Call a function with numbers and with the addresses of tensors, or None for no tensor."""
         function, pointers = self._found[name, dtype]
         given = [*parts]
         for i in pointers:
-            given[i] = parts[i].data_ptr()
+            given[i] = parts[i] if parts[i] is None else parts[i].data_ptr()
         function(*given)
 
 

@@ -81,8 +81,8 @@ def _probabilities(
 
 
 def _attended(q: Tensor, k: Tensor, v: Tensor, docs: Documents, scores: Scores) -> Tensor:
-    """The output (T, H, Dv) for queries (T, H, D), keys (S, Hk, D) and values (S, Hk, Dv)."""
-    dtype = arithmetic(q)
+    """The output (T, H, Dv) for queries (T, H, D), keys (T, Hk, D) and values (T, Hk, Dv)."""
+    dtype, k, v = arithmetic(q), docs.gathered(k), docs.gathered(v)
     kv_heads, groups = k.shape[1], q.shape[1] // k.shape[1]
     out = q.new_empty(*q.shape[:2], v.shape[-1])
     for tiles in docs.groups():
@@ -101,7 +101,8 @@ def _attended_backward(
     dtype, kv_heads, groups = arithmetic(q), k.shape[1], q.shape[1] // k.shape[1]
     # several tiles, and documents that share tokens, add to a key's gradient, and in bf16 each
     # sum would be rounded
-    wide = torch.promote_types(k.dtype, torch.float32)
+    wide, tokens = torch.promote_types(k.dtype, torch.float32), len(k)
+    k, v = docs.gathered(k), docs.gathered(v)
     gq, (gk, gv) = torch.empty_like(q), (docs.gradient_like(x) for x in (k, v))
     for tiles in docs.groups():
         ks, vs = (tiles[0].keys(x, dtype) for x in (k, v))
@@ -119,10 +120,10 @@ def _attended_backward(
             gks[:, tile.seen] += torch.bmm(gs.mT, qi)
         tiles[0].put_keys(gk, gks)
         tiles[0].put_keys(gv, gvs)
+    gk, gv = (docs.scattered(x, tokens).to(k.dtype) for x in (gk, gv))
     return gq, gk, gv
 
 
-# of keys and values as `Documents.gathered` gives them
 FORWARD = Operation("document_attention", _attended)
 GRADIENTS = Operation("document_attention_backward", _attended_backward)
 
@@ -137,7 +138,7 @@ class _DocumentAttention(Exact):
         ctx.widened = arithmetic(q) != q.dtype
 
         def attended() -> Tensor:
-            y: Tensor = FORWARD(q, docs.gathered(k), docs.gathered(v), docs, scores)
+            y: Tensor = FORWARD(q, k, v, docs, scores)
             return y
 
         return kept(attended) if max(docs.lens) >= LONG else attended()
@@ -145,13 +146,9 @@ class _DocumentAttention(Exact):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        q, k, v = ctx.saved_tensors
-        docs = ctx.docs
-        gathered = docs.gathered(k), docs.gathered(v)
         with multiplying(widened=ctx.widened, rows=1):  # as the forward did
-            gq, *both = GRADIENTS(g, q, *gathered, docs, ctx.scores)
-        gk, gv = (docs.scattered(x, len(q)).to(k.dtype) for x in both)
-        return gq, gk, gv, None, None
+            gradients = GRADIENTS(g, *ctx.saved_tensors, ctx.docs, ctx.scores)
+        return *gradients, None, None
 
 
 def document_attention(

@@ -111,15 +111,14 @@ class Documents:
         return torch.empty_like(x_SHD, dtype=x_SHD.dtype if self.keys is None else wide)
 
     def scattered(self, x_SHD: Tensor, tokens: int) -> Tensor:
-        """The sums (tokens, Hk, D) of what is at each token's keys, tokens in front among them: the
-        transpose of `gathered`.
+        """The sums (tokens, Hk, D) of what is at each token's keys: the transpose of `gathered`.
 
         Args:
             x_SHD: what is at the keys.
+            tokens: the number of all, those in front among them.
         """
         if self.keys is None:
             return x_SHD
-        tokens += 0 if self.behind is None else self.behind[1]
         return x_SHD.new_zeros(tokens, *x_SHD.shape[1:]).index_add_(0, self.keys, x_SHD)
 
     def flash(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
