@@ -41,7 +41,7 @@ from lorafold.models.loading import load_tokenizer
 from lorafold.models.sources import resolve_model
 from lorafold.objectives import OBJECTIVES
 from lorafold.recipe.recipe import Recipe
-from lorafold.step.losses import Classification
+from lorafold.step.classification import Classification
 from lorafold.training.preview import show
 from lorafold.training.run import train
 

@@ -10,17 +10,23 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorafold as lf
+from lorafold.data.branches import Branched
 from lorafold.data.examples import NO_LOSS, Example
 from lorafold.data.forest import alike, forest
+from lorafold.data.labelled import LabelledExample
 from lorafold.step.activations import recompute
 from lorafold.step.branches import branching
+from lorafold.step.classification import Classification
 from lorafold.step.fused import fused
-from lorafold.step.losses import Completions
-from sequence_cases import CONFIGS, VOCAB, assert_close, build
+from lorafold.step.losses import Completions, RowsAlike
+from lorafold.step.preference_laws import Dpo
+from lorafold.step.preferences import Preferences
+from sequence_cases import CONFIGS, GROUPED, VOCAB, assert_close, build
 
 CPU = torch.device("cpu")
 
@@ -87,7 +93,7 @@ def adapted(name: str, dropout: float = 0.0) -> Any:
     return model.train()
 
 
-def stepped(loss: Completions, batches: list[list[Example]]) -> tuple[float, dict[str, Any]]:
+def stepped(loss: RowsAlike, batches: list[list[Any]]) -> tuple[float, dict[str, Any]]:
     loss.model.zero_grad()
     total = 0.0
     for batch in batches:
@@ -120,10 +126,77 @@ def test_a_step_is_that_of_the_rows_apart(rows: str, name: str, way: str) -> Non
         loss = Completions(model, True, 0, how)
         assert loss.shared_in(given) == (rows != "apart")
         together = stepped(loss, [given])
-    assert_close(torch.tensor(together[0]), torch.tensor(apart[0]))
-    whole = torch.cat([g.flatten() for g in apart[1].values()]).norm().item()
-    for parameter, gradient in apart[1].items():
-        assert_close(together[1][parameter], gradient, whole)
+    same_step(together, apart)
+
+
+def same_step(found: tuple[float, dict[str, Any]], expected: tuple[float, dict[str, Any]]) -> None:
+    assert_close(torch.tensor(found[0]), torch.tensor(expected[0]))
+    whole = torch.cat([g.flatten() for g in expected[1].values()]).norm().item()
+    for parameter, gradient in expected[1].items():
+        assert_close(found[1][parameter], gradient, whole)
+
+
+def text(ids: str, label: int) -> LabelledExample:
+    return LabelledExample(row(ids).ids, label)
+
+
+def test_texts_with_a_class_are_read_where_each_ends() -> None:
+    """One goes on from another, two are equal with other classes, one ends in padding tokens."""
+    pad = row("z").ids[0]
+    config = tf.LlamaConfig(**GROUPED, num_labels=3, pad_token_id=pad)
+    model = tf.LlamaForSequenceClassification(config)
+    lf.attach(model, lf.LoRA(rank=4, dropout=0.0))
+    model.train()
+    given = [
+        text("abcdefgh", 0), text("abcdef", 1), text("abcdef", 2), text("abcxyz", 0),
+        text("abcdefghzz", 1), text("qrs", 2),
+    ]  # fmt: skip
+    apart = stepped(Classification(model, pad), [[one] for one in given])
+    with branching(model, across=True) as how:
+        loss = Classification(model, pad, how)
+        assert loss.computed(given) == 10 + 3 + 3 < sum(len(one.ids) for one in given)
+        same_step(stepped(loss, [given]), apart)
+        alone = [Classification(model, pad).collate([one], CPU) for one in given]
+        logits = [loss.logits(**{k: v for k, v in one.items() if k != "labels"}) for one in alone]
+        inputs = loss.collate(given, CPU)
+        assert inputs.pop("labels").tolist() == [0, 1, 2, 0, 1, 2]
+        assert_close(loss.logits(**inputs), torch.cat(logits))
+
+
+def test_references_are_computed_where_prompts_meet_and_are_those_of_each_pair_alone() -> None:
+    model = adapted("llama")
+
+    def pair(prompt: str) -> Branched:
+        *shared, last = row(prompt).ids
+        ends = [row(end).ids for end in ("xy", "uvw")]
+        branches = tuple(Example((last, *ids), (NO_LOSS, *ids)) for ids in ends)
+        return Branched(tuple(shared), branches)
+
+    given = [pair(p) for p in ("abcdefghij", "qrstqrstqr", "abcdefghmn", "qrstqrstop", "abcdkl")]
+    with branching(model, across=True) as how:
+        loss = Preferences(model, Dpo(), how, 0, 30)
+        groups = loss.groups(given)
+        assert sorted(i for group in groups for i in group) == [0, 1, 2, 3, 4]
+        assert any({0, 2} <= {*group} for group in groups)
+        assert all(loss.computed([given[i] for i in group]) <= 30 for group in groups)
+        found = dict(loss.references(given))
+        alone = [next(loss.references([one]))[1] for one in given]
+    assert_close(torch.tensor([found[i] for i in range(5)]), torch.tensor(alone))
+
+
+def test_a_tree_may_have_more_tokens_than_the_model_has_positions() -> None:
+    """A token's position is that in its row, and no row has more than there are."""
+    model = adapted("gpt2")
+    most = model.config.n_positions
+    head = torch.randint(1, VOCAB, (most - 20,), generator=torch.Generator().manual_seed(1))
+    ends = torch.randint(1, VOCAB, (6, 20), generator=torch.Generator().manual_seed(0))
+    rows = [Example((ids := (*head.tolist(), *end)), ids) for end in ends.tolist()]
+    apart = stepped(Completions(model, False, 0), [[one] for one in rows])
+    with branching(model, across=True) as how:
+        loss = Completions(model, True, 0, how)
+        [part] = loss.micro_batches(rows, 1, 10**6)
+        assert len(forest(part).ids) > most
+        same_step(stepped(loss, [part]), apart)
 
 
 def test_a_shared_token_draws_as_the_first_of_its_rows() -> None:

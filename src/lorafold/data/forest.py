@@ -26,13 +26,14 @@ from lorafold.data.examples import NO_LOSS
 
 R = TypeVar("R")
 PAYS = 0.05  # of the tokens; a smaller part in common costs more than it saves
+WINDOW = 1024  # rows among which those that begin alike are looked for, where nothing is trained
 
 
 @dataclass(frozen=True)
 class Forest:
     """Of each token (T,): its id, position, target (-100 for none), how many rows train on it, and
-    the first row that it is of. `trained` are the places of the tokens that each row trains on.
-    `lens` and `starts` are as `ops.documents.Documents` has them.
+    the first row that it is of. `places` are those of each row's tokens, `trained` of those that it
+    trains on. `lens` and `starts` are as `ops.documents.Documents` has them.
     """
 
     ids: Array
@@ -40,6 +41,7 @@ class Forest:
     targets: Array
     counts: Array
     first: Array
+    places: tuple[Array, ...]
     trained: tuple[Array, ...]
     lens: tuple[int, ...]
     starts: tuple[int, ...]
@@ -70,7 +72,7 @@ def forest(
     ids, positions, first, counts = (np.zeros(size, np.int64) for _ in range(4))
     targets = np.full(size, NO_LOSS, np.int64)
     lens, starts = list[int](), list[int]()
-    of_rows = [np.zeros(0, np.int64)] * len(rows)
+    places, of_rows = ([np.zeros(0, np.int64)] * len(rows) for _ in range(2))
     path, limit, end = np.zeros(0, np.int64), size, 0  # of the row before; the tokens so far
     group, order = None, range(len(rows))
     for n in order if groups else sorted(order, key=lambda n: tuple(rows[n].ids)):
@@ -88,13 +90,13 @@ def forest(
         ids[new], positions[new], first[new] = own[shared:], np.arange(shared, len(own)), n
         path = np.concatenate([path[:shared], new])
         trained = wanted != NO_LOSS
-        of_rows[n] = path[trained]
+        places[n], of_rows[n] = path, path[trained]
         targets[of_rows[n]] = wanted[trained]
         counts[of_rows[n]] += 1
         first[path] = np.minimum(first[path], n)
     return Forest(
-        ids[:end], positions[:end], targets[:end], counts[:end], first[:end], tuple(of_rows),
-        tuple(lens), tuple(starts),
+        ids[:end], positions[:end], targets[:end], counts[:end], first[:end], tuple(places),
+        tuple(of_rows), tuple(lens), tuple(starts),
     )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from lorafold.data.arrow import (
 from lorafold.data.checking import check_given
 from lorafold.data.completions import identity_of
 from lorafold.data.conversations import Labelled
+from lorafold.data.examples import NO_LOSS
 from lorafold.data.rows import as_checked
 from lorafold.data.shapes import LABELS
 from lorafold.data.sources import Row
@@ -49,6 +50,11 @@ class LabelledExample:
 
     ids: tuple[int, ...]
     label: int
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """Those of its tokens (T,): none is trained."""
+        return (NO_LOSS,) * len(self.ids)
 
 
 @dataclass(frozen=True)

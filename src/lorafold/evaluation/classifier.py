@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorafold.core.evaluating import evaluating
-from lorafold.data.labelled import encode_labelled
+from lorafold.data.labelled import LabelledExample, encode_labelled
 from lorafold.data.shapes import Row
 from lorafold.errors import LorafoldError
-from lorafold.evaluation.held_out import batches, progress_bar
+from lorafold.evaluation.held_out import by_row, progress_bar
 from lorafold.evaluation.intervals import loss_interval, mean_loss, wilson
 from lorafold.evaluation.result import Answer, Evaluation
-from lorafold.step.losses import Classification
+from lorafold.step.classification import Classification
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -52,15 +52,16 @@ def evaluate_classifier(
             "the model's config: field pad_token_id: found null, expected the id of the token that"
             " pads short texts"
         )
-    loss = Classification(model, pad_id)
-    by_row: dict[int, Tensor] = {}
-    with progress_bar(console, "rows") as step, evaluating(loss):
-        for group in batches(data.examples):
-            arguments = loss.collate([data.examples[i] for i in group], loss.device)
-            arguments.pop("labels")
-            by_row |= dict(zip(group, loss.logits(**arguments).cpu(), strict=True))
-            step(len(by_row), len(rows))
-    logits = torch.stack([by_row[i] for i in range(len(rows))])  # (n, C)
+
+    def measured(loss: Classification, some: Sequence[LabelledExample]) -> Sequence[Tensor]:
+        arguments = loss.collate(some, loss.device)
+        arguments.pop("labels")
+        return list(loss.logits(**arguments).cpu())
+
+    loss_of = partial(Classification, model, pad_id)
+    with progress_bar(console, "rows") as step:
+        found = by_row(model, data.examples, loss_of, measured, step)
+    logits = torch.stack(found)  # (n, C)
     targets = torch.tensor([e.label for e in data.examples])  # (n,)
     sums = [(value, 1) for value in F.cross_entropy(logits, targets, reduction="none").tolist()]
     chosen = [classes[i] for i in logits.argmax(1).tolist()]

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorafold.core.evaluating import evaluating
 from lorafold.data.arrow import lengths_of
 from lorafold.data.examples import Example
-from lorafold.data.forest import alike, forest, pays
+from lorafold.data.forest import WINDOW, alike, forest, pays
 from lorafold.evaluation.intervals import mean_loss
-from lorafold.step.branches import branching
-from lorafold.step.losses import Completions, Loss
+from lorafold.step.branches import Branching, branching
+from lorafold.step.fused import fused
+from lorafold.step.losses import Completions, Loss, RowsAlike
 
 if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedModel
 
+E = TypeVar("E")
+F = TypeVar("F")
+L = TypeVar("L", bound=RowsAlike)
 TOKENS = 2048  # the most tokens of a batch, with padding
-WINDOW = 1024  # examples among which those that begin alike are looked for
 
 
 def held_out_loss(loss: Loss, examples: Sequence[Any]) -> float:
@@ -51,31 +54,55 @@ def row_losses(
     model: PreTrainedModel, examples: Sequence[Example], step: Callable[[int, int], None]
 ) -> list[float]:
     """The loss of each example in nats, summed over its labelled positions, in evaluation mode.
-    Those that begin alike are computed together, where the model can and it pays.
 
     Args:
         step: called as step(done, total).
     """
-    found: dict[int, float] = {}
 
-    def measured(loss: Completions, groups: Iterable[Sequence[int]]) -> None:
+    def loss_of(how: Branching | None) -> Completions:
+        return Completions(model, how is not None, 0, how)
+
+    return by_row(
+        model, examples, loss_of, lambda loss, some: loss.by_row(some).tolist(), step
+    )
+
+
+def by_row(
+    model: PreTrainedModel,
+    examples: Sequence[E],
+    loss_of: Callable[[Branching | None], L],
+    measure: Callable[[L, Sequence[E]], Sequence[F]],
+    step: Callable[[int, int], None],
+) -> list[F]:
+    """What is measured of each example, in evaluation mode. Those that begin alike are computed
+    together, where the model can and it pays.
+
+    Args:
+        loss_of: makes the loss, whose rows share what they have in common (None: nothing).
+        measure: measures a batch with it.
+        step: called as step(done, total).
+    """
+    found: dict[int, F] = {}
+
+    def measured(loss: L, groups: Iterable[Sequence[int]]) -> None:
         with evaluating(loss):
             for group in groups:
-                losses = loss.by_row([examples[i] for i in group]).tolist()
-                found.update(zip(group, losses, strict=True))
+                values = measure(loss, [examples[i] for i in group])
+                found.update(zip(group, values, strict=True))
                 step(len(found), len(examples))
 
-    if groups := list(alike_in(examples)):
-        with branching(model, across=True) as how:
-            loss = Completions(model, how.packs, 0, how)
-            measured(loss, (g for g in groups if loss.shared_in([examples[i] for i in g])))
-    rest = [i for i in range(len(examples)) if i not in found]
-    apart = batches([examples[i] for i in rest]) if rest else []
-    measured(Completions(model, False, 0), ([rest[i] for i in group] for group in apart))
+    with fused(model):
+        if groups := list(alike_in(examples)):
+            with branching(model, across=True) as how:
+                loss = loss_of(how)
+                measured(loss, (g for g in groups if loss.shared_in([examples[i] for i in g])))
+        rest = [i for i in range(len(examples)) if i not in found]
+        apart = batches([examples[i] for i in rest]) if rest else []
+        measured(loss_of(None), ([rest[i] for i in group] for group in apart))
     return [found[i] for i in range(len(examples))]
 
 
-def alike_in(examples: Sequence[Example]) -> Iterator[Sequence[int]]:
+def alike_in(examples: Sequence[Any]) -> Iterator[Sequence[int]]:
     """Indices of examples in batches of those that begin alike, where that pays."""
     for first in range(0, len(examples), WINDOW):
         window = examples[first : first + WINDOW]

@@ -81,14 +81,17 @@ class RewardAdapter:
         return cls(name, weight, base, stack, joined([of_adapter(one) for one in stack]))
 
     @contextmanager
-    def over(self, model: PreTrainedModel, packing: bool, console: Console) -> Iterator[Reward]:
+    def over(
+        self, model: PreTrainedModel, packing: bool | str, console: Console
+    ) -> Iterator[Reward]:
         """The reward, over a model's own tensors.
 
         Raises LorafoldError for an adapter of another base, or with tensors that do not fit.
 
         Args:
             model: A language model of the base, with adapters or without.
-            packing: Lay texts end to end, where the model allows it.
+            packing: Lay texts end to end, where the model allows it; auto: compute once what they
+                begin with in common.
             console: For what there is to say of tokenizer and storage.
         """
         tokenizer = self.base.tokenizer(self.stack)
@@ -105,7 +108,8 @@ class RewardAdapter:
         heads = head_paths(shell)
         if lacking := [p for p in heads if not isinstance(shell.get_submodule(p), Adapted)]:
             raise failure(self.name, f"found no {', '.join(lacking)} in it, expected its head")
-        with branching(shell, ATTENTION) if packing else nullcontext() as how:
+        across = packing == "auto"
+        with branching(shell, ATTENTION, across) if packing else nullcontext() as how:
             yield AdapterReward(self.name, self.weight, shell, tokenizer, how)
 
     def _stored(self, model: PreTrainedModel) -> str:
@@ -123,7 +127,7 @@ def rewards_over(
     given: Sequence[str | Callable[..., Any]],
     adapters: Mapping[str, RewardAdapter],
     limit: float,
-    packing: bool,
+    packing: bool | str,
     console: Console,
 ) -> Iterator[Rewards]:
     """Rewards, those that are adapters over the model that draws the completions.

@@ -119,7 +119,7 @@ def _preference(
     if not rows.give(PAIRS):
         return None
     data = encode_preferred(rows, tokenizer, max_length, PAIRS)
-    with branching(model) as how, progress_bar(console, "preferences") as step:
+    with branching(model, across=True) as how, progress_bar(console, "preferences") as step:
         loss = Preferences(model, law, how, tokenizer.pad_token_id or 0)
         adapted = bool(selection_of(model).names)
         return preference_figures(loss, data.examples, adapted, step)

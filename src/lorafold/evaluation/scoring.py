@@ -140,7 +140,7 @@ def score_rows(
     names = ("chosen", "rejected") if paired else ("score",)
     if console and truncated:
         console.print(report, highlight=False)
-    with branching(model) as how, progress_bar(console, "rows") as step:
+    with branching(model, across=True) as how, progress_bar(console, "rows") as step:
         loss = Preferences(model, BRADLEY_TERRY, how, text.pad_token_id)
         scores, tokens = scores_of(loss, examples, step)
     if bad := np.flatnonzero(~np.isfinite(scores).all(1)).tolist():

@@ -25,9 +25,10 @@ from lorafold.recipe.recipe import Recipe
 from lorafold.step.activations import recompute
 from lorafold.step.adamw import make_optimizer
 from lorafold.step.branches import branching
+from lorafold.step.classification import Classification
 from lorafold.step.documents import packed
 from lorafold.step.fused import fused
-from lorafold.step.losses import Classification, Completions, Loss
+from lorafold.step.losses import Completions, Loss
 from lorafold.step.preference_laws import Reward
 from lorafold.step.preferences import Preferences
 

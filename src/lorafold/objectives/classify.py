@@ -30,7 +30,9 @@ from lorafold.models.classifier import head_paths, load_classifier, new_poolers,
 from lorafold.objectives.objective import Asked, Objective, Packing, no_options
 from lorafold.opening import Base
 from lorafold.opening.kinds import known_classes
-from lorafold.step.losses import Classification, Loss
+from lorafold.step.branches import branching
+from lorafold.step.classification import Classification
+from lorafold.step.losses import Loss
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -87,7 +89,11 @@ class Classify(Objective):
         packing: Packing,
         console: Console,
     ) -> Iterator[Loss]:
-        yield Classification(model, padding_id(tokenizer))
+        if packing != "auto":
+            yield Classification(model, padding_id(tokenizer))
+            return
+        with branching(model, across=True) as how:
+            yield Classification(model, padding_id(tokenizer), how)
 
     def traced(self, model: Any, inputs: Mapping[str, Tensor], labelled: int) -> Tensor:
         return class_loss(model, inputs)

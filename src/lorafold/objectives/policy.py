@@ -229,13 +229,13 @@ class PolicyObjective(Objective):
         """
         longest, k = self.drawing.max_new_tokens, self.drawing.group
         how = RewardSettings(max_length, longest, k, seed=self.seed)
-        with self._judging(model, True, Console(quiet=True)) as rewards:
+        with self._judging(model, "auto", Console(quiet=True)) as rewards:
             return evaluate_rewards(model, tokenizer, as_checked(rows, PROMPTS), rewards, how)
 
     def _judging(self, model: PreTrainedModel, packing: Packing, console: Console) -> Any:
         given: list[Any] = [*self.drawing.rewards, *self.given]
         limit = self.drawing.reward_seconds
-        return rewards_over(model, given, self.adapters, limit, bool(packing), console)
+        return rewards_over(model, given, self.adapters, limit, packing, console)
 
     def _drawn(self, prompts: Sequence[Prompt], key: int, loss: Playing) -> Rewarded:
         start = time.perf_counter()

@@ -19,7 +19,7 @@ from lorafold.core.draws import named
 from lorafold.data.batches import collate, micro_batches
 from lorafold.data.branches import Branched
 from lorafold.data.examples import NO_LOSS
-from lorafold.data.forest import Forest, alike, forest, pays
+from lorafold.data.forest import WINDOW, Forest, alike, forest, pays
 from lorafold.step.branches import Branching, over
 from lorafold.step.losses import Loss, within
 
@@ -153,11 +153,22 @@ class BranchedLoss(Loss):
             yield
 
     def groups(self, examples: Sequence[Branched]) -> list[list[int]]:
-        """The indices of examples in batches of similar length, of at most `tokens` together."""
-        sizes = [self.size(e) for e in examples]
-        groups: list[list[int]] = [[]]
-        for i in sorted(range(len(sizes)), key=sizes.__getitem__):
-            if groups[-1] and (len(groups[-1]) + 1) * sizes[i] > self.tokens:
-                groups.append([])
-            groups[-1].append(i)
-        return groups
+        """The indices of examples in batches of at most `tokens` together, in which those that
+        begin alike meet, where that pays; the others are among those of similar length.
+        """
+        found, rest = list[list[int]](), list[int]()
+        for first in range(0, len(examples), WINDOW):
+            window = range(first, min(first + WINDOW, len(examples)))
+            some = [examples[i] for i in window]
+            if self.meet(some):
+                beginning, size = lambda i: examples[i].shared, lambda i: self.size(examples[i])
+                found += map(list, alike(window, 1, self.tokens, beginning, size))
+            else:
+                rest += window
+        sizes = {i: self.size(examples[i]) for i in rest}
+        last: list[int] = []
+        for i in sorted(rest, key=sizes.__getitem__):
+            if not last or (len(last) + 1) * sizes[i] > self.tokens:
+                found.append(last := [])
+            last.append(i)
+        return found

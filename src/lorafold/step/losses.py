@@ -12,14 +12,12 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorafold.core.draws import named
 from lorafold.data.batches import collate, ids_in, labelled, micro_batches, tokens_in
 from lorafold.data.examples import NO_LOSS, Example
 from lorafold.data.forest import alike, forest, pays
-from lorafold.data.labelled import LabelledExample
 from lorafold.models.positions import sequence_of
 from lorafold.step.branches import Branching, over
 from lorafold.step.head import labelled_loss, row_losses, token_losses
@@ -137,9 +135,9 @@ def head_rules(model: nn.Module) -> Mapping[str, str]:
     return {"head": "fp32"} if narrow else {}
 
 
-class Completions(Loss):
-    """The next-token loss at labelled positions, in nats; on packed or on padded sequences, in
-    which rows that begin alike share what they have in common, where `how` has it so and it pays.
+class RowsAlike(Loss):
+    """Abstract: a loss over rows, of which those that begin alike share what they have in common,
+    where `how` has it so and it pays.
     """
 
     def __init__(
@@ -152,34 +150,22 @@ class Completions(Loss):
         balanced = getattr(config, "output_router_logits", False)
         self.how = how if how is not None and how.across and not balanced else None
 
-    def count(self, example: Example) -> int:
-        return labelled(example)
-
-    def shared_in(self, examples: Sequence[Example]) -> bool:
+    def shared_in(self, examples: Sequence[Any]) -> bool:
         """Whether rows that begin alike are computed once there."""
         lengths = [len(e.ids) for e in examples]
         if self.how is None or not self.how.shares_up_to(max(lengths)):
             return False
         return pays(len(forest(examples).ids), sum(lengths))
 
-    def computed(self, examples: Sequence[Example]) -> int:
+    def computed(self, examples: Sequence[Any]) -> int:
         shared = self.shared_in(examples)
         return len(forest(examples).ids) if shared else super().computed(examples)
 
-    def collate(self, examples: Sequence[Example], device: torch.device) -> dict[str, Tensor]:
+    def micro_batches(self, examples: Sequence[Any], n: int, tokens: int) -> list[Sequence[Any]]:
+        capacity = within(self.model, tokens)
         if self.shared_in(examples):
-            found = forest(examples).tensors()
-        else:
-            found = collate(examples, self.packed, self.pad_id)
-        return {name: tensor.to(device) for name, tensor in found.items()}
-
-    def micro_batches(
-        self, examples: Sequence[Example], n: int, tokens: int
-    ) -> list[Sequence[Example]]:
-        capacity = within(self.model, tokens) if self.packed else None
-        if capacity is not None and self.shared_in(examples):
             return alike(examples, n, capacity, ids_in, tokens_in)
-        return micro_batches(examples, n, capacity)
+        return micro_batches(examples, n, capacity if self.packed else None)
 
     def names(
         self, examples: Sequence[Any], rows: Sequence[int], inputs: Mapping[str, Tensor]
@@ -188,6 +174,20 @@ class Completions(Loss):
             return super().names(examples, rows, inputs)
         # a token of several rows draws as the first of them
         return named(torch.tensor(rows, device=document.device)[document], inputs["position_ids"])
+
+
+class Completions(RowsAlike):
+    """The next-token loss at labelled positions, in nats; on packed or on padded sequences."""
+
+    def count(self, example: Example) -> int:
+        return labelled(example)
+
+    def collate(self, examples: Sequence[Example], device: torch.device) -> dict[str, Tensor]:
+        if self.shared_in(examples):
+            found = forest(examples).tensors()
+        else:
+            found = collate(examples, self.packed, self.pad_id)
+        return {name: tensor.to(device) for name, tensor in found.items()}
 
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
         inputs.pop("document", None)
@@ -213,40 +213,6 @@ class Completions(Loss):
         padded = collate(examples, False, self.pad_id)
         inputs = {name: tensor.to(self.device) for name, tensor in padded.items()}
         return row_losses(self.model, inputs.pop("labels"), inputs)
-
-
-class Classification(Loss):
-    """The cross entropy of the class, in nats, for a model whose output has `.logits` (B, classes).
-    """
-
-    def __init__(self, model: nn.Module, pad_id: int) -> None:
-        super().__init__(model)
-        self.pad_id = pad_id
-        self.rules = head_rules(model)
-
-    def count(self, example: LabelledExample) -> int:
-        return 1
-
-    def collate(
-        self, examples: Sequence[LabelledExample], device: torch.device
-    ) -> dict[str, Tensor]:
-        """input_ids, attention_mask (B, T), padded at the right, and labels (B,)."""
-        ids = [torch.tensor(e.ids, device=device) for e in examples]
-        mask = nn.utils.rnn.pad_sequence([torch.ones_like(i) for i in ids], batch_first=True)
-        padded = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=self.pad_id)
-        return {
-            "input_ids": padded,
-            "attention_mask": mask,
-            "labels": torch.tensor([e.label for e in examples], device=device),
-        }
-
-    def logits(self, **inputs: Tensor) -> Tensor:
-        """Return the model's logits for padded inputs (B, T): (B, classes), in fp32."""
-        logits: Tensor = self.model(**inputs).logits
-        return logits.float()
-
-    def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
-        return F.cross_entropy(self.logits(**inputs), labels, reduction="sum")
 
 
 def next_token_loss(model: Any, inputs: Mapping[str, Tensor], labelled: int) -> Tensor:
