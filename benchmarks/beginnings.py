@@ -85,27 +85,29 @@ SFT = {
     "2 conversations of 6 turns, an example a turn": lambda: turns(2, 6),
 }
 PAIRS = "DPO: a system prompt of 300, a prompt of 40, answers of 80, 4 pairs"
-CHOICE = "multiple choice: 4 answers of 20 to 8 questions of 300"
+OWN = f"{PAIRS}; apart: each pair's own prompt once"
+QUESTIONS = 32
+CHOICE = f"multiple choice: 4 answers of 20 to {QUESTIONS} questions of 300"
 
 
 def ways(what: str, model: object, stack: ExitStack) -> tuple[int, int, list[Callable[[], None]]]:
     """The tokens that are computed apart and once, and a step either way."""
     torch.manual_seed(0)
     if what == CHOICE:
-        rows = [e for _ in range(8) for e in heads(300, 20, 4)]
+        rows = [e for _ in range(QUESTIONS) for e in heads(300, 20, 4)]
 
         def padded() -> None:
             loss = Completions(model, False, 0)
-            with evaluating(loss):
+            with evaluating(loss), fused(model):
                 for group in batches(rows):
                     loss.by_row([rows[i] for i in group])
 
-        once = 8 * (300 + 4 * 20)
+        once = QUESTIONS * (300 + 4 * 20)
         alike = partial(row_losses, model, rows, lambda done, total: None)
         return sum(len(e.ids) for e in rows), once, [padded, alike]
     how = stack.enter_context(branching(model, across=True))
     stack.enter_context(fused(model))
-    if what == PAIRS:
+    if what in (PAIRS, OWN):
         given = pairs(300, 40, 80, 4)
         losses = [Preferences(model, Dpo(), how, 0, TOKENS)] * 2
     else:
@@ -113,13 +115,13 @@ def ways(what: str, model: object, stack: ExitStack) -> tuple[int, int, list[Cal
         losses = [Completions(model, True, 0), Completions(model, True, 0, how)]
 
     def step(loss: Completions | Preferences, across: bool) -> None:
-        how.across = across
+        how.across, how.shares = across, across or what == OWN
         for part in loss.micro_batches(given, 1, TOKENS):
             loss(**loss.collate(part, CPU)).backward()
         model.zero_grad()
 
     def computed(loss: Completions | Preferences, across: bool) -> int:
-        how.across = across
+        how.across, how.shares = across, across or what == OWN
         return sum(map(loss.computed, loss.micro_batches(given, 1, TOKENS)))
 
     both = [*zip(losses, (False, True), strict=True)]
@@ -153,7 +155,7 @@ def one(what: str, way: int, dropout: float) -> None:
 
 
 def rows(asked: argparse.Namespace) -> Iterator[dict]:
-    for what in (*SFT, PAIRS, CHOICE):
+    for what in (*SFT, PAIRS, OWN, CHOICE):
         if asked.only not in what:
             continue
         with ExitStack() as stack:

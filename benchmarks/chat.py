@@ -1,15 +1,16 @@
 """Fine-tuning on real chat data from the first to the last second, `lorafold train` beside TRL's
 SFTTrainer with PEFT.
 
-    python benchmarks/chat.py [--rows 128] [--rounds 2] [--storage bf16,nf4]
+    python benchmarks/chat.py [--rows 128] [--rounds 2] [--storage bf16,nf4] [--system 400]
 
 Worked solutions of generated arithmetic problems (`reasoning-gym`), one epoch in batches of 8 rows,
 LoRA of rank 16 with dropout 0.05 on every linear, learning rate 2e-4, on the embedded model in
 bf16; TRL with its defaults but for gradient checkpointing, which it would turn on and which makes
-it slower. Seconds are those of the whole process, imports, loading, tokenizing, logging and saving
-included, and of training alone as each reports it; tokens are the real ones of the rows. The sides
-run in turn; figures are medians. Prints JSON lines and a table, which is also written to
-results/chat.md. Linux only.
+it slower, and with packing where every row begins with a system prompt of --system tokens, of
+which a step of lorafold computes one. Seconds are those of the whole process, imports, loading,
+tokenizing, logging and saving included, and of training alone as each reports it; tokens are the
+real ones of the rows. The sides run in turn; figures are medians. Prints JSON lines and a table,
+which is also written to results/chat.md. Linux only.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from lib.results import keep
 from reasoning_gym import create_dataset
@@ -35,7 +37,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-model, data, out = sys.argv[1:]
+model, data, out, packing = sys.argv[1:]
 trainer = SFTTrainer(
     model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16),
     processing_class=AutoTokenizer.from_pretrained(model),
@@ -43,6 +45,7 @@ trainer = SFTTrainer(
     args=SFTConfig(
         output_dir=out, per_device_train_batch_size=8, num_train_epochs=1, learning_rate=2e-4,
         logging_steps=4, report_to="none", bf16=True, use_cpu=True, gradient_checkpointing=False,
+        packing=packing == "packing",
     ),
     peft_config=LoraConfig(
         r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM"
@@ -54,15 +57,25 @@ print(json.dumps({"seconds": metrics["train_runtime"], "loss": metrics["train_lo
 """
 
 
-def chat(n: int) -> list[dict]:
+def chat(n: int, system: str) -> list[dict]:
     data = create_dataset("gsm_symbolic", size=n, seed=0)
+    first = [{"role": "system", "content": system}] if system else []
     return [
         {
-            "prompt": [{"role": "user", "content": item["question"]}],
+            "prompt": [*first, {"role": "user", "content": item["question"]}],
             "completion": [{"role": "assistant", "content": item["metadata"]["answer_cot"]}],
         }
         for item in data
     ]
+
+
+def rules(tokens: int, tokenizer: Any) -> str:
+    """A system prompt of at least so many tokens."""
+    found, number = "", 0
+    while len(tokenizer(found)["input_ids"]) < tokens:
+        number += 1
+        found += f"Rule {number}: a sum of {number} and {number * 7} is written on its own line. "
+    return found
 
 
 def run(command: list[str]) -> dict:
@@ -96,12 +109,10 @@ def main() -> None:
         default="bf16,nf4",
         help="what lorafold holds the base as, separated by commas; TRL holds it in bf16",
     )
+    parser.add_argument("--system", type=int, default=0, help="tokens of a system prompt")
     asked = parser.parse_args()
-    model, tokenizer, rows = (
-        str(resolve_model("smollm2").path),
-        load_tokenizer("smollm2"),
-        chat(asked.rows),
-    )
+    model, tokenizer = str(resolve_model("smollm2").path), load_tokenizer("smollm2")
+    rows = chat(asked.rows, rules(asked.system, tokenizer))
     tokens = sum(
         len(tokenizer.apply_chat_template(row["prompt"] + row["completion"])["input_ids"])
         for row in rows
@@ -126,7 +137,10 @@ def main() -> None:
             f"lorafold, {base}": [*own, "--storage", base, "--set", "lr_b=2e-4", "--json"]
             for base in asked.storage.split(",")
         }
-        sides["TRL + PEFT"] = [sys.executable, "-c", TRL, model, str(data), f"{scratch}/trl"]
+        sides["TRL + PEFT"] = [
+            *(sys.executable, "-c", TRL, model, str(data), f"{scratch}/trl"),
+            "packing" if asked.system else "padded",
+        ]
         found: dict[str, list[dict]] = {side: [] for side in sides}
         for _ in range(asked.rounds):
             for side, command in sides.items():
