@@ -80,11 +80,11 @@ def test_the_heaviest_part_of_a_run_is_planned_for() -> None:
     def plan(**fields: Any) -> Setting:
         recipe = Recipe(epochs=1, **fields)
         feed = StoredFeed(examples, [Part(4)], recipe.batch, recipe.total_steps(4), recipe.seed)
-        return planned(recipe, feed, Sft(), SETTING)
+        return planned(recipe, feed, Sft(), SETTING, shares=True)
 
-    whole = plan(batch=4)
+    whole = plan(batch=4, packing=True)
     assert (sorted(whole.rows), whole.labelled, whole.accumulating) == ([10, 20, 30, 40], 8, False)
-    packed = plan(batch=4, max_length=60)
+    packed = plan(batch=4, max_length=60, packing=True)
     assert (sum(packed.rows), packed.accumulating) == (60, True)
     padded = plan(batch=4, accumulate=2, packing=False)
     assert (len(padded.rows), max(padded.rows), padded.packed, padded.accumulating) == (
@@ -93,6 +93,10 @@ def test_the_heaviest_part_of_a_run_is_planned_for() -> None:
         False,
         True,
     )
+    # the ids of each begin as those of the longest, and all train on the same two after their own
+    alike = plan(batch=4, packing="auto")
+    assert (sum(alike.rows), alike.accumulating) == (40, False)
+    assert alike.labelled == 8
 
 
 @pytest.mark.few(1)

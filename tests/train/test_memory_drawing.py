@@ -91,6 +91,6 @@ def test_shorter_completions_fill_a_sequence() -> None:
         planned(Recipe(batch=3, steps=1, max_length=n), feed, drawing, setting(torch.float32, None))
         for n in (150, 1000)
     ]
-    whole = sum(n for prompt in prompts for n in documents(drawing.trained(prompt)))
+    whole = sum(n for prompt in prompts for n in documents([drawing.trained(prompt)]))
     assert [sum(one.rows) for one in found] == [150, whole]
     assert [one.draws for one in found] == [RolloutSize(12, 4, 14, 20)] * 2

@@ -22,9 +22,10 @@ from rich.console import Console
 from transformers import PreTrainedConfig
 
 from lorafold.adapter import attach
-from lorafold.data.batches import labelled, micro_batches
+from lorafold.data.batches import labelled, micro_batches, tokens_in
 from lorafold.data.branches import Branched
 from lorafold.data.feed import Feed
+from lorafold.data.forest import alike, forest, pays
 from lorafold.errors import LorafoldError, NoTarget
 from lorafold.memory.advice import changes_of
 from lorafold.memory.terms import Estimate, estimate
@@ -46,6 +47,7 @@ def planned(
     processes: int = 1,
     device: torch.device = CPU,
     held_out: Any = None,
+    shares: bool = False,
 ) -> Setting:
     """Return the setting of the largest micro-batch of the run's first steps.
 
@@ -57,25 +59,33 @@ def planned(
         processes: The processes that share each step's examples.
         device: The device of this machine that the run uses.
         held_out: The `Data` to measure on, or None.
+        shares: Whether the model computes once what rows begin with in common (`may_share`).
     """
-    packed, outputs = recipe.packing and objective.packs, objective.outputs
+    packed, outputs = bool(recipe.packing) and objective.packs, objective.outputs
+    shares = shares and packed and recipe.packing == "auto"
     draws = objective.draws(feed, held_out)
-    largest: Sequence[Any] = ()
-    whole, accumulating = 0, False
+    largest: Sequence[int] = ()
+    most, count, whole, accumulating = -1, 0, 0, False
     for examples in islice(feed.after(0), feed.foreseen):
         capacity = recipe.max_length if packed else None
         own = [objective.trained(example) for example in examples[::processes]]
-        parts = micro_batches(own, recipe.accumulate, capacity)
+        if once := shares and in_common(own):
+            parts = alike(own, recipe.accumulate, recipe.max_length, beginning, tokens_in)
+        else:
+            parts = micro_batches(own, recipe.accumulate, capacity)
         accumulating = accumulating or len(parts) > 1
-        largest = max(largest, *parts, key=lambda part: computed(part, packed))
-        whole = max(whole, sum(n for e in own for n in documents(e)))
-    rows = tuple(n for e in largest for n in documents(e))
+        for part in parts:
+            if (size := computed(part, packed, once)) > most:
+                most, largest = size, documents(part, once)
+                count = sum(map(labelled, part))
+        whole = max(whole, sum(documents(own, once)))
+    rows = tuple(largest)
     # more completions fit where they are shorter than they may be
     more = max(0, min(recipe.max_length, whole) - sum(rows)) if draws and packed else 0
     return replace(
         asked,
         rows=(*rows, more) if more else rows,
-        labelled=None if outputs else sum(map(labelled, largest)) + more,
+        labelled=None if outputs else count + more,
         packed=packed,
         classes=outputs,
         loss=objective.traced,
@@ -86,13 +96,47 @@ def planned(
     )
 
 
-def documents(example: Any) -> tuple[int, ...]:
-    """Return the tokens of each document of an example."""
-    return example.lengths if isinstance(example, Branched) else (len(example.ids),)
+def documents(examples: Sequence[Any], once: bool = False) -> tuple[int, ...]:
+    """The tokens that are computed for each document of a micro-batch.
+
+    Args:
+        once: What its rows begin with in common is computed once.
+    """
+    if once:
+        rows, limits = whole_documents(examples)
+        found = forest(rows, limits)
+        return tuple(n - start for n, start in zip(found.lens, found.starts, strict=True))
+    return tuple(
+        n for e in examples for n in (e.lengths if isinstance(e, Branched) else (len(e.ids),))
+    )
 
 
-def computed(micro_batch: Sequence[Any], packed: bool) -> int:
-    """Return the number of tokens that the model computes for a micro-batch, padding included."""
+def whole_documents(examples: Sequence[Any]) -> tuple[list[Any], list[int]]:
+    """The documents of examples, and the most tokens that each may share with others."""
+    of = [e.documents() if isinstance(e, Branched) else [e] for e in examples]
+    pairs = [(d, len(beginning(e))) for e, some in zip(examples, of, strict=True) for d in some]
+    return [d for d, _ in pairs], [n for _, n in pairs]
+
+
+def beginning(example: Any) -> tuple[int, ...]:
+    """The ids that an example may have in common with others."""
+    found: tuple[int, ...] = example.shared if isinstance(example, Branched) else example.ids
+    return found
+
+
+def in_common(examples: Sequence[Any]) -> bool:
+    """Whether it pays to compute once what the examples of a step begin with in common."""
+    return pays(sum(documents(examples, True)), sum(documents(examples)))
+
+
+def computed(micro_batch: Sequence[Any], packed: bool, once: bool = False) -> int:
+    """The number of tokens that the model computes for a micro-batch, padding included.
+
+    Args:
+        once: What its rows begin with in common is computed once.
+    """
+    if once:
+        return sum(documents(micro_batch, True))
     lengths = [len(e.ids) for e in micro_batch]
     return sum(lengths) if packed else len(lengths) * max(lengths, default=0)
 

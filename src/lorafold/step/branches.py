@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from lorafold.core.evaluating import evaluating
 from lorafold.errors import LorafoldError
@@ -120,6 +120,17 @@ def branching(
     found = Branching(True, shares(model), chunk_of(model), across)
     with attending(model, found.mask, name=name):
         yield found
+
+
+def may_share(config: PreTrainedConfig) -> bool:
+    """Whether a configuration has nothing but attention to whole rows or to windows of them, so
+    that its model will most likely share: what can be known before there are weights.
+    """
+    text = config.get_text_config()
+    balanced = getattr(text, "output_router_logits", False)
+    kinds = set(getattr(text, "layer_types", None) or ())
+    attends = getattr(text, "num_attention_heads", None) is not None
+    return attends and not balanced and kinds <= {"full_attention", "sliding_attention"}
 
 
 def chunk_of(model: PreTrainedModel) -> int | None:

@@ -41,6 +41,7 @@ from lorafold.peft.stack import mismatch, same
 from lorafold.recipe.fields import OF_ADAPTER
 from lorafold.recipe.fitting import settled_base, spec_of, without
 from lorafold.step.adamw import check_available, check_rounding, free_everywhere
+from lorafold.step.branches import may_share
 from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.finish import best_path
 from lorafold.training.request import (
@@ -242,7 +243,10 @@ def largest_setting(setup: Setup) -> Setting:
     spec, shared = stored.spec if stored else setup.spec, setup.accelerator.num_processes
     trusted = base.trust_remote_code
     asked = Setting(base.held, spec, recipe.targets, extra, below=below, trust_remote_code=trusted)
-    return planned(recipe, setup.feed, setup.objective, asked, shared, base.where, setup.held_out)
+    return planned(
+        recipe, setup.feed, setup.objective, asked, shared, base.where, setup.held_out,
+        may_share(base.config()),
+    )  # fmt: skip
 
 
 def check_positions(setup: Setup, model: PreTrainedModel) -> None:
