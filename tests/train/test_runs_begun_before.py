@@ -84,6 +84,36 @@ def test_turns_ended_as_the_template_writes_them(
         assert GOES_ON in resumed(again, end_of_turn="none")
 
 
+# writes the reasoning of the last answer only
+FORGETFUL = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if loop.last and m.reasoning_content %}"
+    "{{ m.reasoning_content }} {% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_steps_of_examples_where_they_are_of_rows_now(tiny_model_dir, tmp_path: Path) -> None:
+    """A conversation of three answers gives three examples: a batch of one row has all of them, one
+    of an earlier version had one.
+    """
+    template = tmp_path / "forgetful.jinja"
+    template.write_text(FORGETFUL)
+    said = {"role": "assistant", "content": "a", "reasoning_content": "b"}
+    rows = [{"messages": [{"role": "user", "content": f"Book {n}"}, said] * 3} for n in range(4)]
+    fields = {"batch": 1, "chat_template": str(template), "steps": None, "epochs": 1}
+    asked = replace(
+        request(tiny_model_dir("llama"), tmp_path / "a", **STOPS | fields), rows=rows
+    )
+    again = begun_before(asked, "batch_counts")
+    told = Console(file=io.StringIO(), width=400)
+    assert GOES_ON in resumed(again, told)
+    assert re.search(r"resuming after step \d of 12$", told.file.getvalue(), re.M)  # type: ignore[attr-defined]
+    now = begun_before(replace(asked, out=tmp_path / "b"))
+    told = Console(file=io.StringIO(), width=400)
+    assert GOES_ON in resumed(now, told)
+    assert re.search(r"resuming after step \d of 4$", told.file.getvalue(), re.M)  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("found", ["more", "fewer"])
 def test_targets_that_mean_other_modules_now(found: str, tiny_model_dir, tmp_path: Path) -> None:
     asked = request(tiny_model_dir("llama"), tmp_path / "a", **STOPS)
