@@ -136,6 +136,21 @@ def same_step(found: tuple[float, dict[str, Any]], expected: tuple[float, dict[s
         assert_close(found[1][parameter], gradient, whole)
 
 
+@pytest.mark.parametrize("rows", ["three depths", "equal", "a part of another"])
+def test_a_router_is_balanced_over_the_tokens_of_all_rows(rows: str) -> None:
+    router = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
+    torch.manual_seed(0)
+    config = tf.MixtralConfig(**GROUPED, **router, num_local_experts=4)
+    model = tf.AutoModelForCausalLM.from_config(config)
+    lf.attach(model, lf.LoRA(rank=4, dropout=0.0))
+    given = ROWS[rows]
+    with branching(model, across=True) as how:
+        apart = stepped(Completions(model, True, 0), [given])
+        loss = Completions(model, True, 0, how)
+        assert loss.shared_in(given)
+        same_step(stepped(loss, [given]), apart)
+
+
 def text(ids: str, label: int) -> LabelledExample:
     return LabelledExample(row(ids).ids, label)
 

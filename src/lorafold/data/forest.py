@@ -46,6 +46,10 @@ class Forest:
     lens: tuple[int, ...]
     starts: tuple[int, ...]
 
+    def rows(self) -> Tensor:
+        """How many rows have each token, (1, T)."""
+        return torch.from_numpy(np.bincount(np.concatenate(self.places)))[None]
+
     def tensors(self) -> dict[str, Tensor]:
         """input_ids, position_ids, labels, counts and document, each (1, T), and lens (n, 2)."""
         tokens = {

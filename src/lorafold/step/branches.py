@@ -127,10 +127,9 @@ def may_share(config: PreTrainedConfig) -> bool:
     that its model will most likely share: what can be known before there are weights.
     """
     text = config.get_text_config()
-    balanced = getattr(text, "output_router_logits", False)
     kinds = set(getattr(text, "layer_types", None) or ())
     attends = getattr(text, "num_attention_heads", None) is not None
-    return attends and not balanced and kinds <= {"full_attention", "sliding_attention"}
+    return attends and kinds <= {"full_attention", "sliding_attention"}
 
 
 def chunk_of(model: PreTrainedModel) -> int | None:

@@ -47,8 +47,9 @@ from lorafold.step.balancing import balancing_loss
 
 
 def labelled_loss(
-    model: Any, labels: Tensor, inputs: Mapping[str, Tensor], counts: Tensor | None = None
-) -> tuple[Tensor, int]:
+    model: Any, labels: Tensor, inputs: Mapping[str, Tensor], counts: Tensor | None = None,
+    rows: Tensor | None = None,
+) -> tuple[Tensor, int]:  # fmt: skip
     """Return the loss in nats summed over the labelled positions, and their number n.
 
     The loss is differentiable once; for n = 0 it is 0, with gradients of 0. If
@@ -63,11 +64,13 @@ def labelled_loss(
         labels: (B, T), the target of each position (already shifted), or -100.
         inputs: Keyword arguments of the model, among them input_ids (B, T).
         counts: (B, T), how often each position counts; None: once.
+        rows: (B, T), how many rows have each position, for the load-balancing loss; None: one.
     """
     h, targets, linear, output = until_head(model, labels, inputs)
     if counts is not None:
         losses, each = losses_of(model, h, targets, linear), counts[labels != NO_LOSS].to(h.device)
-        return losses @ each.to(losses.dtype), int(each.sum())
+        n = int(each.sum())
+        return losses @ each.to(losses.dtype) + n * balancing_loss(model, output, rows), n
     if linear is not None:
         loss = linear_cross_entropy(h, targets, linear).sum()
     else:

@@ -19,6 +19,7 @@ from lorafold.data.batches import collate, ids_in, labelled, micro_batches, toke
 from lorafold.data.examples import NO_LOSS, Example
 from lorafold.data.forest import alike, forest, pays
 from lorafold.models.positions import sequence_of
+from lorafold.step.balancing import balances, weighs
 from lorafold.step.branches import Branching, over
 from lorafold.step.head import labelled_loss, row_losses, token_losses
 
@@ -145,10 +146,9 @@ class RowsAlike(Loss):
     ) -> None:
         super().__init__(model)
         self.packed, self.pad_id = packed, pad_id
-        # the balancing loss of a router is over all tokens alike, those of several rows too
-        config = getattr(model, "config", None)
-        balanced = getattr(config, "output_router_logits", False)
-        self.how = how if how is not None and how.across and not balanced else None
+        self.balanced = balances(model)
+        shares = how is not None and how.across and (not self.balanced or weighs(model))
+        self.how = how if shares else None
 
     def shared_in(self, examples: Sequence[Any]) -> bool:
         """Whether rows that begin alike are computed once there."""
@@ -184,16 +184,17 @@ class Completions(RowsAlike):
 
     def collate(self, examples: Sequence[Example], device: torch.device) -> dict[str, Tensor]:
         if self.shared_in(examples):
-            found = forest(examples).tensors()
+            made = forest(examples)
+            found = made.tensors() | ({"rows": made.rows()} if self.balanced else {})
         else:
             found = collate(examples, self.packed, self.pad_id)
         return {name: tensor.to(device) for name, tensor in found.items()}
 
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
         inputs.pop("document", None)
-        counts, lens = inputs.pop("counts", None), inputs.pop("lens", None)
+        counts, rows, lens = (inputs.pop(name, None) for name in ("counts", "rows", "lens"))
         with over(self.how, lens, labels.device):
-            return labelled_loss(self.model, labels, inputs, counts)[0]
+            return labelled_loss(self.model, labels, inputs, counts, rows)[0]
 
     @torch.no_grad()
     def by_row(self, examples: Sequence[Example]) -> Tensor:
@@ -202,7 +203,8 @@ class Completions(RowsAlike):
         labels, lens = inputs.pop("labels"), inputs.pop("lens", None)
         if lens is None:
             return self._apart(examples)
-        del inputs["document"], inputs["counts"]
+        for name in ("document", "counts", "rows"):
+            inputs.pop(name, None)
         with over(self.how, lens, labels.device):
             losses = token_losses(self.model, labels, inputs)
         place = (labels[0] != NO_LOSS).cumsum(0) - 1  # of a token among the labelled ones
