@@ -310,7 +310,7 @@ template <class By, class T>
 void attend(const matrices<T>& m, T* out, const document* docs, const sizes& n, int threads) {
 #pragma omp parallel num_threads(threads)
   {
-    typename By::configured tiles;
+    [[maybe_unused]] typename By::configured tiles;
     memory<By> own;
 #pragma omp for schedule(dynamic)
     for (long i = 0; i < n.items(); i++) forward(m, n.at(docs, i), n, out, own);
@@ -324,7 +324,7 @@ void attend_backward(const matrices<T>& m, const T* g, T* to_q, T* to_k, T* to_v
   const places of(n.token_of, n.tokens, docs[n.many - 1].key_at + docs[n.many - 1].length);
 #pragma omp parallel num_threads(threads)
   {
-    typename By::configured tiles;
+    [[maybe_unused]] typename By::configured tiles;
     memory<By> own;
 #pragma omp for schedule(dynamic)
     for (long i = 0; i < n.items(); i++) {

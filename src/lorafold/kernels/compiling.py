@@ -3,7 +3,7 @@
     call = Functions(SOURCE, {"rotary": [P, P, N, INT]})
     call("rotary", x.dtype, x, out, n, threads)         its rotary_float32 or rotary_bfloat16
 
-That takes a second or two, once for each processor, compiler and version of the file.
+That takes some seconds, once for each processor, compiler and version of the file.
 """
 
 from __future__ import annotations

@@ -78,7 +78,8 @@ struct matrix_units {
       alignas(64) static constexpr uint16_t FIRST[32] = {
           0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
           8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-      __m512i first = _mm512_load_si512(FIRST), second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+      const __m512i first = _mm512_load_si512(FIRST),
+                    second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
       pairs.resize(many * wide / 2);
       for (long i = 0; i < many; i += 2)
         for (long j = 0; j < wide; j += ROWS) {
