@@ -4,8 +4,8 @@ and in a record its fingerprint and identity. Directories that PEFT wrote have t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,16 @@ class OwnBase:
         if self.fingerprint and other.fingerprint:
             return fingerprint.agree(self.fingerprint, other.fingerprint)
         return self.name == other.name
+
+    def without(self, paths: Sequence[str]) -> OwnBase:
+        """The same with a fingerprint that has nothing of these modules, which are not the base's.
+
+        Args:
+            paths: of modules.
+        """
+        inside = tuple(f"{path}." for path in paths)
+        found = {n: one for n, one in self.fingerprint.items() if not n.startswith(inside)}
+        return replace(self, fingerprint=found)
 
     def problems(self, base: Weights, called: str) -> list[str]:
         """Return a line that says that a base is another one, or no line. An adapter without a
