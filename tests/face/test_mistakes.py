@@ -174,6 +174,8 @@ THINGS = {
     "history base": "found no lorafold.json, expected what `lorafold train` wrote",
     "inspect adapter --model base --directions no.safetensors": "there is no such file",
     "extract --tuned base --model base --rank 4 --out out": "there is nothing to extract",
+    "TRAIN --init-adapter of-other": "not the base it was trained on",
+    "TRAIN --over of-other": "not the base it was trained on",
     "TRAIN --init-adapter base": "it is a model, which is given as --model base",
     "TRAIN --init-adapter adapter --rank 8": "--init-adapter fixes these fields",
     "TRAIN --over none": "there is none on this machine",

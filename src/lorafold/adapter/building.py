@@ -37,13 +37,12 @@ from lorafold.models.classifier import new_heads
 from lorafold.models.sources import called
 from lorafold.models.weights import ModelWeights, Weights
 from lorafold.peft.directory import Chosen
-from lorafold.peft.own_base import ALLOWED, OTHER
+from lorafold.peft.own_base import ALLOWED, MOST, OTHER
 from lorafold.peft.paths import within
 from lorafold.peft.saved import Saved
 from lorafold.peft.stack import loading_advice, mismatch, same
 
 log = logging.getLogger(__name__)
-MOST = 290  # characters of a message that names an adapter, its base and the one at hand
 ROOM = 1 << 26  # numbers that every adapter may have
 
 

@@ -138,6 +138,15 @@ class Base:
 
         return mapped_model_of(self.source)
 
+    def in_files(self) -> Weights | None:
+        """Its weights as the files have them, of which nothing is read yet, before it is loaded;
+        None if they are quantized there.
+        """
+        from lorafold.models.originals import original_weights
+
+        quantized = self.source.config().get("quantization_config")
+        return None if quantized else original_weights(self.source)
+
     def weights(self) -> Weights | None:
         """The original weights, if those in memory are quantized and the files have others."""
         return weights_of(self.source, self.held)

@@ -20,6 +20,7 @@ from lorafold.peft.config import CONFIG
 BASE_IDENTITY = "base_identity"  # in a record: of the base's files, as `identity.of_model` gives it
 ALLOWED = "--allow-other-base"
 OTHER = "not the base it was trained on"
+MOST = 290  # characters of a message that names an adapter, its base and the one at hand
 SHORT = 30  # characters of a name, so that a message has less than 300
 
 
@@ -118,6 +119,12 @@ class OwnBase:
             f"{told} ({shortened(found[0], 110)}); load that base, or allow this one:"
             f" {ALLOWED} (allow_other_base=True)"
         ]
+
+    def check(self, base: Weights, called: str) -> None:
+        """Raise LorafoldError for another base, as `problems`, whose arguments these are."""
+        if found := self.problems(base, called):
+            path = shortened(str(self.adapter), max(SHORT, MOST - len(found[0])))
+            raise LorafoldError(f"{path}: {found[0]}")
 
     def hint(self, called: str) -> str:
         """What a message about a base that does not fit ends with, if the adapter has no

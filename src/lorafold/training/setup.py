@@ -136,7 +136,7 @@ def check_apart(request: Request, read: Iterable[tuple[str, Path]]) -> None:
 
 def saved_adapters(request: Request) -> list[Saved]:
     """The adapters that the run loads, lowest first. Raises LorafoldError if one of them was
-    trained over others than those of `over` that are below it.
+    trained on another base, or over others than those of `over` that are below it.
     """
     found = [*open_all(request.adapters)]
     origins = [Origin(path=str(one), sha256=one.sha256) for one in found]
@@ -144,6 +144,9 @@ def saved_adapters(request: Request) -> list[Saved]:
         if not (request.base.allow_other_base or same(one.over, origins[:n])):
             needed = " ".join(f"--over {origin.path}" for origin in one.over)
             raise LorafoldError(f"{one}: {mismatch(one.over, origins[:n])}; give {needed}")
+    if found and not request.base.allow_other_base and (base := request.base.in_files()):
+        for one in found:
+            one.own_base.check(base, request.base.name)
     return found
 
 
