@@ -121,8 +121,11 @@ class OwnBase:
         ]
 
     def check(self, base: Weights, called: str) -> None:
-        """Raise LorafoldError for another base, as `problems`, whose arguments these are."""
-        if found := self.problems(base, called):
+        """Raise LorafoldError for another base, as `problems`, whose arguments these are, but not
+        where none of the weights is there: in files they may have other names than in the model.
+        """
+        known = any(base.find(name) for name in self.fingerprint)
+        if known and (found := self.problems(base, called)):
             path = shortened(str(self.adapter), max(SHORT, MOST - len(found[0])))
             raise LorafoldError(f"{path}: {found[0]}")
 

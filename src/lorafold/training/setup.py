@@ -212,7 +212,8 @@ def adapted_model(
     stored = setup.saved[-1] if request.init_adapter else None
     heaviest = largest_setting(setup)
     free = free_everywhere(setup.accelerator)
-    checkpointing = settle(base.config(), heaviest, recipe.gradient_checkpointing, free, console)
+    asked = recipe.gradient_checkpointing
+    checkpointing, unknown = settle(base.config(), heaviest, asked, free, console)
     model = setup.objective.load(base, setup.tokenizer, recipe.seed)
     check_positions(setup, model)
     torch.manual_seed(recipe.seed)
@@ -220,11 +221,14 @@ def adapted_model(
     setup.saved.clear()
     for name, one in zip(request.below, over, strict=True):
         load(model, one, name, allow_other_base=other, base=weights)
+    if stored is not None:
+        adapter = load(model, stored, trainable=True, allow_other_base=other, base=weights)
+    if unknown:
+        console.print(unknown, highlight=False, soft_wrap=True, markup=False)
     if stored is None:
         fresh = extras(setup, model)
         adapter = attach(model, setup.spec, recipe.targets, base=weights, **fresh)
         return model, adapter, weights, checkpointing
-    adapter = load(model, stored, trainable=True, allow_other_base=other, base=weights)
     if missing := untrained(setup, model, adapter.spec):
         raise LorafoldError(
             f"--init-adapter {request.init_adapter}: found no {', '.join(missing)}, which the"
