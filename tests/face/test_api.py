@@ -249,7 +249,7 @@ def test_what_is_of_another_type_is_one_line(name: str, model: str, tmp_path: Pa
     """It was a TypeError of whatever met it first, or nothing where it was not needed."""
     for value in WRONG[name]:
         given = {"model": model, "adapters": [], "out": tmp_path / "out", "to": "gguf-model"}
-        wrong: dict[str, Any] = {**given, "prove": False, name: value}
+        wrong = {**given, "prove": False, name: value}
         with pytest.raises(lf.LorafoldError, match=rf"{name}: found .*, expected ") as refused:
             lf.export(**wrong)
         assert len(str(refused.value)) < 300

@@ -217,8 +217,9 @@ def missing(name: str) -> LorafoldError:
 
 def as_paths(adapters: Paths) -> list[Path]:
     """The paths as a list, also if there is only one. Raises LorafoldError for anything else."""
-    several = isinstance(adapters, Iterable) and not isinstance(adapters, (str, bytes))
-    return [as_path(one, "adapters") for one in (adapters if several else [adapters])]
+    given: Any = adapters
+    several = isinstance(given, Iterable) and not isinstance(given, (str, bytes))
+    return [as_path(one, "adapters") for one in (given if several else [given])]
 
 
 def as_path(path: str | PathLike[str], name: str = "out") -> Path:
