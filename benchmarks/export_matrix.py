@@ -34,7 +34,8 @@ from lorafold.methods import METHODS  # noqa: E402
 PROMPTS = 4
 WHOLE = 64  # the rank of the tiny models' updates
 SAME = {"llama.cpp": "gguf", "ollama": "gguf-model"}  # the same files, with words beside
-WIDE = {"hidden_size": 128, "head_dim": 32}  # vLLM's attention on CPUs has heads of 32 and more
+# vLLM's attention on CPUs has heads of 32 and more; Gemma's scale is that of its heads
+WIDE = {"hidden_size": 128, "head_dim": 32, "query_pre_attn_scalar": 32}
 MORE = ("qwen2-moe", "gpt-oss", "deepseek-v3")
 
 
