@@ -34,13 +34,15 @@ from lorafold.methods import METHODS  # noqa: E402
 PROMPTS = 4
 WHOLE = 64  # the rank of the tiny models' updates
 SAME = {"llama.cpp": "gguf", "ollama": "gguf-model"}  # the same files, with words beside
+# vLLM's attention on CPUs has heads of 32 and more; Gemma's scale is that of its heads
+WIDE = {"hidden_size": 128, "head_dim": 32, "query_pre_attn_scalar": 32}
 MORE = ("qwen2-moe", "gpt-oss", "deepseek-v3")
 
 
 def made(kind: str, folder: Path) -> Path:
     """The directory of a tiny model of a kind."""
     if kind in gguf_models.CONFIGS:
-        return gguf_models.saved(kind, folder)
+        return gguf_models.saved(kind, folder, **WIDE)
     if kind not in MORE:
         return make_model_dir(kind, folder)
     tokenizer = make_tokenizer()

@@ -3,17 +3,21 @@ adapters bring beside their tensors is not lost by the way.
 """
 
 import ast
+import csv
 import json
 import shlex
 import shutil
+from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
 
 import lorafold as lf
+from classify_cases import ROWS
 from conftest import make_tokenizer
 from export_cases import noisy
+from gguf_models import saved
 from lorafold.errors import LorafoldError
 from lorafold.exporting.answers import Answers
 from lorafold.exporting.older import older_config
@@ -138,10 +142,38 @@ def test_lines_are_what_a_shell_takes(to, tiny_model, tiny_model_dir, tmp_path):
     if to in ("vllm", "sglang"):
         given = next(json.loads(word) for word in words if word.startswith("{"))
         assert set(given.values()) == {"lr=1e-4, x", str(out / "adapter")}
+    elif to in ("gguf", "llama.cpp"):
+        assert [str(out / "adapter.gguf")] == listed_in(words[words.index("--lora") + 1])
     else:
         assert any(word.startswith(f"{out}/") for word in words)
     if to in ("gguf", "llama.cpp", "vllm", "sglang"):
         assert str(base) in words
+
+
+def listed_in(value):
+    """The paths of llama.cpp's --lora, a row of CSV."""
+    return next(csv.reader([value]))
+
+
+@pytest.mark.parametrize("name", ["a,b", "a:1.0", "a=b", "a, b=c"])
+def test_a_directory_that_an_engine_would_split(name, tiny_model, tiny_model_dir, tmp_path):
+    """llama.cpp's --lora-scaled ends a path at a comma or a colon, vLLM takes a comma for JSON."""
+    out = tmp_path / name
+    saved = noisy(tiny_model("qwen2"), lf.LoRA(), tmp_path / "facts")
+    for to in ("gguf", "llama.cpp", "vllm"):
+        done = lf.export(
+            tiny_model_dir("qwen2"), saved, out, to=to, prove=False, device="cpu", overwrite=True
+        )
+        words = [*chain(*(shlex.split(line, comments=True) for line in done.launch))]
+        if to != "vllm":
+            assert listed_in(words[words.index("--lora") + 1]) == [str(out / "adapter.gguf")]
+            continue
+        value = words[words.index("--lora-modules") + 1]
+        if "=" in value and "," not in value:  # vLLM's LoRAParserAction
+            found = value.split("=", 1)
+        else:
+            found = [*json.loads(value).values()]
+        assert found == ["facts", str(out / "adapter")]
 
 
 def test_lines_of_python_are_python(tiny_model, tiny_model_dir, tmp_path):
@@ -191,3 +223,45 @@ def test_llama_cpp_says_why_it_refuses_a_prompt(exported, tmp_path):
     (file := tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "the fox " * 900}) + "\n")
     with pytest.raises(LorafoldError, match=r"llama\.cpp: .*context"):
         exported(lf.LoRA(), "gguf", prove=True, prompts=file)
+
+
+def test_a_base_without_a_tokenizer_is_told(tiny_model, tiny_model_dir, tmp_path):
+    """It was that alone, without what to do, and without a proof nothing was said."""
+    base, out = tmp_path / "wordless", tmp_path / "out"
+    words = shutil.ignore_patterns("*token*", "chat_template*")
+    shutil.copytree(tiny_model_dir("qwen2"), base, ignore=words)
+    saved = noisy(tiny_model("qwen2"), lf.LoRA(), tmp_path / "adapter")
+    with pytest.raises(LorafoldError, match=r"expected its files beside .*, or --no-proof"):
+        lf.export(base, saved, out, to="peft", device="cpu")
+    assert not out.exists()
+    done = lf.export(base, saved, out, to="peft", prove=False, device="cpu")
+    assert "the base: it has no tokenizer, without which engines take no texts" in done.summary()
+
+
+@pytest.mark.parametrize("program", ["/bin/true", "/bin/false", "/bin/echo"])
+def test_a_program_that_is_no_python_is_told(program, exported, tmp_path):
+    """What ended without answers was told by its exit code, and by whatever it had printed."""
+    with pytest.raises(LorafoldError, match=rf"-python {program}: .* that has peft"):
+        exported(lf.LoRA(), "peft", prove=True, engine_python=program)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_vocabulary_without_some_bytes_is_refused(tmp_path):
+    """llama.cpp said _Map_base::at of it."""
+    base = saved("phi3", tmp_path / "base")
+    file = base / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["zz"] = vocabulary.pop("<0x0A>")
+    file.write_text(json.dumps(content))
+    with pytest.raises(LorafoldError, match="no token for <0x0A>, expected one for each"):
+        lf.export(base, out=tmp_path / "out", to="gguf-model", device="cpu")
+
+
+def test_what_a_classifier_is_for_is_said(tiny_model_dir, tmp_path):
+    base = tiny_model_dir("qwen2")
+    recipe = lf.Recipe(objective="classify", steps=1, batch=9, storage="fp32")
+    lf.train(recipe, model=base, data=ROWS, out=tmp_path / "classes", device="cpu")
+    with pytest.raises(LorafoldError, match=r"a classifier of .* PEFT reads the adapter") as e:
+        lf.export(base, tmp_path / "classes", tmp_path / "out", to="peft", device="cpu")
+    assert len(str(e.value)) - len(str(tmp_path)) < 250

@@ -155,7 +155,7 @@ def test_a_stack_of_ranks_and_scales_with_embedding_and_head(base_of, tmp_path):
     assert done.proof is not None
     assert done.proof.share is not None
     assert done.proof.share < 1e-4
-    assert "--lora-scaled" in done.summary()
+    assert f"--lora {done.out}/adapter.gguf" in done.summary()
 
 
 def test_a_proof_finds_rows_in_another_order_and_a_lost_scale(base_of, tmp_path):

@@ -231,3 +231,26 @@ def test_compose_names_the_keys_that_it_ignores() -> None:
 def test_bad_rows_are_told_by_number() -> None:
     with pytest.raises(lf.LorafoldError, match=r"rows given in Python: row 2: keys found: 'x'"):
         lf.evaluate("smollm2", [{"text": "a"}, {"x": 1}])
+
+
+WRONG = {
+    "model": [3, ["smollm2"]],
+    "adapters": [3, None, [3], b"adapter"],
+    "out": [3, b"out", ["out"]],
+    "to": [3, ["peft"]],
+    "prompts": [3, [{"prompt": "Hello"}]],
+    "engine_python": [3, ["python"]],
+    "device": [3],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_of_another_type_is_one_line(name: str, model: str, tmp_path: Path) -> None:
+    """It was a TypeError of whatever met it first, or nothing where it was not needed."""
+    for value in WRONG[name]:
+        given = {"model": model, "adapters": [], "out": tmp_path / "out", "to": "gguf-model"}
+        wrong = {**given, "prove": False, name: value}
+        with pytest.raises(lf.LorafoldError, match=rf"{name}: found .*, expected ") as refused:
+            lf.export(**wrong)
+        assert len(str(refused.value)) < 300
+        assert not (tmp_path / "out").exists()

@@ -125,6 +125,8 @@ ROWS = {
     "ON pointer.parquet": "git lfs pull fetches it",
     "ON zipped.jsonl": "expected a name that ends with .gz",
     "ON plain.jsonl.gz": "found no gzip, as its name says",
+    "ON german.csv --columns prompt=frage,completion=Antwrt":
+        "did you mean --columns prompt=Frage,completion=Antwort?",
     "ON german.csv": "did you mean --columns prompt=Frage,completion=Antwort",
     "ON german.jsonl": "row 1: not UTF-8 at byte 14; save the file as UTF-8",
     "ON trailing.json": "line 3: not JSON: found a comma with nothing after it",
@@ -174,6 +176,8 @@ THINGS = {
     "history base": "found no lorafold.json, expected what `lorafold train` wrote",
     "inspect adapter --model base --directions no.safetensors": "there is no such file",
     "extract --tuned base --model base --rank 4 --out out": "there is nothing to extract",
+    "TRAIN --init-adapter of-other": "not the base it was trained on",
+    "TRAIN --over of-other": "not the base it was trained on",
     "TRAIN --init-adapter base": "it is a model, which is given as --model base",
     "TRAIN --init-adapter adapter --rank 8": "--init-adapter fixes these fields",
     "TRAIN --over none": "there is none on this machine",
@@ -237,6 +241,8 @@ LATE = {
     "ON asked.jsonl": "they have no answer of an assistant that may train",
     "eval adapter --data labels.jsonl": "lorafold train --objective classify makes one",
     "score adapter --data same.jsonl": "lorafold train --objective reward makes one",
+    "train --model other --data rows.jsonl --out out --init-adapter adapter":
+        "not the base it was trained on",
     "eval of-other --data rows.jsonl --model base": "not the base it was trained on",
     "compose adapter adapter --out adapter --overwrite": "it would replace adapter, which is read",
     "export adapter --to ggfu --out out": "--to: found 'ggfu', expected one of peft, gguf",

@@ -54,16 +54,24 @@ CONFIGS: dict[str, Made] = {
 LEARNED = ("mistral", "gemma", "gemma2", "gemma3", "phi3")  # with SentencePiece
 
 
-def saved(kind: str, folder: Path) -> Path:
-    """The directory of a tiny model, with weights so large that every part matters."""
+def saved(kind: str, folder: Path, **sizes: int) -> Path:
+    """The directory of a tiny model, with weights so large that every part matters.
+
+    Args:
+        kind: of `CONFIGS`.
+        folder: the directory to write.
+        sizes: fields of its configuration that are others here.
+    """
     tokenizer = learned(kind.startswith("gemma")) if kind in LEARNED else make_tokenizer()
     own: Any = tokenizer
     tokens = {
         "vocab_size": len(tokenizer) + 20, "eos_token_id": own.eos_token_id,
         "bos_token_id": own.bos_token_id, "pad_token_id": own.pad_token_id,
     }  # fmt: skip
+    config = CONFIGS[kind](**tokens)
+    config = type(config).from_dict({**config.to_dict(), **sizes})
     torch.manual_seed(0)
-    model: Any = tf.AutoModelForCausalLM.from_config(CONFIGS[kind](**tokens), dtype=torch.float32)
+    model: Any = tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, p in model.named_parameters():
             gain = 0.0 if "gemma" in kind else 1.0

@@ -418,3 +418,36 @@ def test_commands_from_training_to_evaluation(tiny_model_dir, tmp_path: Path) ->
         failed = lorafold(*arguments)
         with pytest.raises(LorafoldError, match=message):
             raise failed.exception
+
+
+def test_a_drawn_head_below_is_no_part_of_the_base(tiny_model_dir, tmp_path: Path) -> None:
+    """It is drawn in the dtype of the base, so that what was trained over a classifier on fp32 was
+    of another base than the same files on bf16. Records of before have it.
+    """
+    base = tiny_model_dir("llama")
+    recipe = Recipe(objective="classify", steps=3, batch=9, storage="fp32")
+    lf.train(recipe, model=base, data=ROWS, out=tmp_path / "one", device="cpu")
+    above = tmp_path / "two"
+    lf.train(recipe, model=base, data=ROWS, out=above, over=[tmp_path / "one"], device="cpu")
+    record = json.loads((above / "lorafold.json").read_text())
+    assert "score.weight" not in record["base"]
+    both = [tmp_path / "one", above]
+    found = [
+        lf.evaluate(base, ROWS, adapters=both, storage=storage, device="cpu").loss
+        for storage in ("fp32", "bf16")
+    ]
+    assert found[1] == pytest.approx(found[0], rel=1e-2)
+    sample = {"shape": [3, 64], "dtype": "float32", "values": "3f" * 64}
+    record["base"]["score.weight"] = sample
+    (above / "manifest.json").unlink()
+    (above / "lorafold.json").write_text(json.dumps(record))
+    again = lf.evaluate(base, ROWS, adapters=both, storage="fp32", device="cpu")
+    assert again.loss == found[0]
+
+
+def test_a_drawn_head_is_trained_whole(tiny_model_dir, tmp_path: Path) -> None:
+    """What LoRA adds to a head that is saved nowhere is nothing: such runs could not be used."""
+    recipe = Recipe(objective="classify", targets=["score"], steps=1, batch=9, storage="fp32")
+    with pytest.raises(LorafoldError, match=r"score alone, a new head.* --method linear-probe"):
+        lf.train(recipe, model=tiny_model_dir("llama"), data=ROWS, out=tmp_path / "one")
+    assert not (tmp_path / "one").exists()

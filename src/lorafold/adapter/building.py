@@ -33,16 +33,16 @@ from lorafold.files.contents import Contents
 from lorafold.methods.parts.extras import Bias, add_biases, add_token_rows
 from lorafold.methods.parts.replace import ReplaceDelta, leaves
 from lorafold.methods.parts.token_rows import Tokens
+from lorafold.models.classifier import new_heads
 from lorafold.models.sources import called
 from lorafold.models.weights import ModelWeights, Weights
 from lorafold.peft.directory import Chosen
-from lorafold.peft.own_base import ALLOWED, OTHER
+from lorafold.peft.own_base import ALLOWED, MOST, OTHER
 from lorafold.peft.paths import within
 from lorafold.peft.saved import Saved
 from lorafold.peft.stack import loading_advice, mismatch, same
 
 log = logging.getLogger(__name__)
-MOST = 290  # characters of a message that names an adapter, its base and the one at hand
 ROOM = 1 << 26  # numbers that every adapter may have
 
 
@@ -171,6 +171,8 @@ def read(
     """
     keep_scale(model)
     saved = within(path if isinstance(path, Saved) else Saved.open(path), model)
+    if saved.over:  # one of those replaces the head that was drawn for this model
+        saved = replace(saved, own_base=saved.own_base.without(new_heads(model)))
     base, problems = base or ModelWeights(model), []
     below = selection_of(model).active if below is None else tuple(below)
     fits = same(saved.over, below)

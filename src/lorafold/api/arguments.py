@@ -7,6 +7,7 @@ is told at once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -215,12 +216,20 @@ def missing(name: str) -> LorafoldError:
 
 
 def as_paths(adapters: Paths) -> list[Path]:
-    """The paths as a list, also if there is only one."""
-    return [*map(as_path, [adapters] if isinstance(adapters, (str, Path)) else adapters)]
+    """The paths as a list, also if there is only one. Raises LorafoldError for anything else."""
+    given: Any = adapters
+    several = isinstance(given, Iterable) and not isinstance(given, (str, bytes))
+    return [as_path(one, "adapters") for one in (given if several else [given])]
 
 
-def as_path(path: str | Path) -> Path:
-    """The path, with ~ as the user's home."""
+def as_path(path: str | PathLike[str], name: str = "out") -> Path:
+    """The path, with ~ as the user's home. Raises LorafoldError for what is none.
+
+    Args:
+        name: Of the argument, for the message.
+    """
+    if not isinstance(path, (str, PathLike)):
+        raise LorafoldError(f"{name}: found {cut(repr(path), 80)}, expected a path")
     return Path(path).expanduser()
 
 

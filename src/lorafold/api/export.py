@@ -60,6 +60,9 @@ def export(
     if out is None:
         raise missing("out")
     target_of(to)  # before anything is opened
+    place = as_path(out)
+    python = None if engine_python is None else str(as_path(engine_python, "engine_python"))
+    asked = None if prompts is None else as_path(prompts, "prompts")
     found = open_all(as_paths(adapters))
     base = base_for(
         model,
@@ -70,6 +73,5 @@ def export(
         trust_remote_code=trust_remote_code,
         allow_other_base=allow_other_base,
     )
-    python = None if engine_python is None else str(engine_python)
-    wanted = run.Wanted(to, tensors, as_lora, prove, prompts, python, overwrite)
-    return run.export(base, found, as_path(out), wanted, console)
+    wanted = run.Wanted(to, tensors, as_lora, prove, asked, python, overwrite)
+    return run.export(base, found, place, wanted, console)

@@ -126,7 +126,7 @@ def fragility(
     stacks = stacks_of(open_all(as_paths(adapters)), *second)
     rows = Rows.of([]) if data is None else as_rows(data, columns, console)
     used = [one for stack in stacks for one in stack.adapters]
-    finished = [] if tuned is None else [OwnBase.read(as_path(tuned))]
+    finished = [] if tuned is None else [OwnBase.read(as_path(tuned, "tuned"))]
     base = base_for(
         model,
         [*used, *finished],
@@ -161,7 +161,7 @@ def fragility(
     opening = partial(opened, base)
     if tuned is not None:
         with console.status("measuring"):
-            return run.gate(task, as_path(tuned), instead, opening)
+            return run.gate(task, as_path(tuned, "tuned"), instead, opening)
     assert out is not None  # a problem otherwise
     with progress(console) as tell:
         found = run.sweep(task, as_path(out), opening, tell)

@@ -22,4 +22,4 @@ def history(adapter: str | Path) -> History:
     """
     from lorafold.inspecting.history import read_history
 
-    return read_history(as_path(adapter))
+    return read_history(as_path(adapter, "adapter"))

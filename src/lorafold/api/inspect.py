@@ -112,7 +112,7 @@ def inspect(
             " measured over the bare base only"
         )
     examples = None if data is None else as_rows(data, None, console)[:rows]
-    stack = open_all([*below, as_path(adapter)])
+    stack = open_all([*below, as_path(adapter, "adapter")])
     other = None if against is None else Saved.open(against)
     known = stack if other is None else (*stack, other)
     base = base_for(
@@ -131,7 +131,7 @@ def inspect(
             base,
             stack,
             against=other,
-            directions=None if directions is None else as_path(directions),
+            directions=None if directions is None else as_path(directions, "directions"),
             full=full,
             progress=lambda done, total: status.update(f"site {done} of {total}"),
         )

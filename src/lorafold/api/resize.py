@@ -67,7 +67,7 @@ def resize(
     """
     best.check_request(rank, energy)  # before any rows are read
     rows = None if data is None else as_rows(data, columns, console)
-    stack = open_all([*as_paths(over), as_path(adapter)])
+    stack = open_all([*as_paths(over), as_path(adapter, "adapter")])
     base = base_for(
         model,
         stack,

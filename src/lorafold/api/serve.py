@@ -60,9 +60,9 @@ def serve(
     from lorafold.serving import run
     from lorafold.serving.settings import read_settings
 
-    found = read_settings(None if config is None else as_path(config), settings or {})
+    found = read_settings(None if config is None else as_path(config, "config"), settings or {})
     console = or_quiet(console)
-    folder = as_path(adapters)
+    folder = as_path(adapters, "adapters")
     base = base_for(
         model,
         [] if model else own_bases(folder),

@@ -104,7 +104,7 @@ def train(
         rows,
         source_of(data),
         held_out,
-        None if init_adapter is None else as_path(init_adapter),
+        None if init_adapter is None else as_path(init_adapter, "init_adapter"),
         resume,
         overwrite,
         tuple(as_paths(over)),
@@ -131,5 +131,6 @@ def base_to_train(
     from lorafold.opening import base_for
     from lorafold.peft.own_base import OwnBase
 
-    paths = [*as_paths(over), *([] if init_adapter is None else [as_path(init_adapter)])]
+    first = [] if init_adapter is None else [as_path(init_adapter, "init_adapter")]
+    paths = [*as_paths(over), *first]
     return base_for(model, [] if model else [*map(OwnBase.read, paths)], console, **how)

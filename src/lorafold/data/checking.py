@@ -1,6 +1,7 @@
 """The check that rows are well-formed, of one shape, and give what is asked of them."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from lorafold.data.foreign import as_known
@@ -30,7 +31,8 @@ def renamed(
             keys = listed(map(repr, row), room=100) or "none"
             there = {*columns} <= {*row} and all(names.values())
             turned = ",".join(f"{key}={name}" for name, key in names.items())
-            hint = f"; NAME=COLUMN is --columns {turned}" if there else f"; it has {keys}"
+            has = f"; it has {keys}{meant(names, row)}"
+            hint = f"; NAME=COLUMN is --columns {turned}" if there else has
             yield number, f"found no column {listed(map(repr, missing), room=80)}{hint}"
         elif lost := [name for name in names if name in row and name not in theirs]:
             pairs = ", ".join(f"{name}={names[name]}" for name in lost)
@@ -38,6 +40,18 @@ def renamed(
         else:
             rest = {key: value for key, value in row.items() if key not in theirs}
             yield number, rest | {name: row[key] for name, key in names.items()}
+
+
+def meant(names: Mapping[str, str], row: Mapping[str, Any]) -> str:
+    """A question, after a semicolon, for the columns whose names are nearest to those that a row
+    has not; empty where one of these has none.
+    """
+    near = {
+        name: key if key in row else next(iter(get_close_matches(key, map(str, row), 1)), "")
+        for name, key in names.items()
+    }
+    turned = ",".join(f"{name}={key}" for name, key in near.items())
+    return f"; did you mean --columns {turned}?" if near and all(near.values()) else ""
 
 
 def checked(

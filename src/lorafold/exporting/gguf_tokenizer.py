@@ -11,10 +11,10 @@ Rows of the embedding without a token get a filler.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, listed
 from lorafold.exporting.gguf_splitting import check_whole, name_of_rule, prefixes_space
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def add_tokenizer(
     texts, kinds = _tokens(model["vocab"], added, rows, by_bytes, model.get("unk_token"))
     merges = [pair if isinstance(pair, list) else pair.split(" ", 1) for pair in model["merges"]]
     if by_bytes:
+        _check_bytes(model["vocab"])
         check_whole(backend)
         writer.add_tokenizer_pre("default")
         writer.add_add_space_prefix(prefixes_space(backend))
@@ -66,6 +67,18 @@ def add_tokenizer(
     writer.add_token_list(texts)
     writer.add_token_types(kinds)
     _add_special(writer, tokenizer, ends)
+
+
+def _check_bytes(vocabulary: Collection[str]) -> None:
+    """Raise LorafoldError for a vocabulary without a token for each byte, which llama.cpp looks up
+    and does not miss in words of its own.
+    """
+    lacking = [f"<0x{n:02X}>" for n in range(256) if f"<0x{n:02X}>" not in vocabulary]
+    if lacking:
+        raise LorafoldError(
+            f"the tokenizer has no token for {listed(lacking)}, expected one for each of the 256"
+            " bytes, as llama.cpp has them"
+        )
 
 
 def _tokens(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from shlex import quote
 
 OUT = "{out}"  # stands for the directory of the export
 CONTENT = "$(cat "  # begins a word that is the content of a file, whose path follows
 LITERAL = re.compile(r'"\{out\}([^"]*)"')
 
-Line = str | tuple[str, ...]  # text, Python or words of a command
+Word = str | Callable[[str], str]  # or what makes it from the directory
+Line = str | tuple[Word, ...]  # text, Python or words of a command
 
 
 def placed(line: Line, out: str) -> str:
@@ -22,9 +24,9 @@ def placed(line: Line, out: str) -> str:
     return LITERAL.sub(lambda found: json.dumps(out + found[1], ensure_ascii=False), line)
 
 
-def _word(word: str, out: str) -> str:
+def _word(word: Word, out: str) -> str:
+    if callable(word):
+        return quote(word(out))
     if word.startswith(CONTENT):
         return f'"$(cat {quote(word.removeprefix(CONTENT).replace(OUT, out))})"'
-    if word.startswith('{"'):  # JSON
-        out = json.dumps(out, ensure_ascii=False)[1:-1]
     return quote(word.replace(OUT, out))

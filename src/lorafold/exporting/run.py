@@ -11,7 +11,7 @@ from pathlib import Path
 from shutil import rmtree
 from typing import TYPE_CHECKING, Any
 
-from lorafold.errors import LorafoldError, as_one
+from lorafold.errors import LorafoldError, NoTokenizer, as_one
 from lorafold.exporting.cutting import Cut, cut_to, rank_enough
 from lorafold.exporting.engines import ENGINES, ask
 from lorafold.exporting.launching import placed
@@ -34,7 +34,10 @@ EXPORT, SCRATCH, PROVING = "export.json", "scratch", "proving"
 SHARE = 0.01  # of what the adapters change, that a proof may lose
 ALONE = 1e-3  # nats, of a base without adapters; above that it is another model there
 FEWER = 4  # prompts for figures that refuse nothing
-INSTEAD = ", which no engine here takes"
+INSTEAD = (
+    ": engines take no heads of another kind; lf.load and adapter.merge() in Python make it a plain"
+    " transformers model, and PEFT reads the adapter as it is"
+)
 
 
 @dataclass(frozen=True)
@@ -126,8 +129,16 @@ def export(
     unproved = _unproved(target, wanted)
     with atomic_directory(out, wanted.overwrite) as tmp, bars(console) as bar:
         subject, cut, ours = Subject(base, tuple(adapters), tensors), None, None
+        beside: dict[str, Proof | str] = {**_named_otherwise(base, adapters)}
         if wanted.as_lora is None:
             _check_said(target, subject, wanted, bar("trying ranks"))
+        if not _has_tokenizer(subject):
+            beside["the base"] = "it has no tokenizer, without which engines take no texts"
+            if not unproved:
+                raise LorafoldError(
+                    f"{subject.base.source.name}: found no tokenizer, which the proof's prompts"
+                    " need; expected its files beside config.json, or --no-proof"
+                )
         if not unproved:
             ours = Ours.of(subject, wanted.prompts, bar("answering"))
         if wanted.as_lora is not None:
@@ -135,7 +146,6 @@ def export(
             _check_said(target, subject, wanted, bar("trying ranks"))
             ours = ours and Ours.of(subject, wanted.prompts, bar("answering"))
         written, found = target.write(subject, tmp, bar("writing")), None
-        beside: dict[str, Proof | str] = {**_named_otherwise(base, adapters)}
         if ours is not None and target.engine is not None:
             made = target.proving(subject, tmp / PROVING, bar("preparing the proof"))
             job = {**written.job, **made}
@@ -156,6 +166,14 @@ def export(
         )
         write_json(tmp / EXPORT, result.as_json())
     return result
+
+
+def _has_tokenizer(subject: Subject) -> bool:
+    """Whether the adapters or the base have one."""
+    try:
+        return subject.tokenizer is not None
+    except NoTokenizer:
+        return False
 
 
 def _named_otherwise(base: Base, adapters: Sequence[Saved]) -> dict[str, str]:

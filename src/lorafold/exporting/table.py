@@ -22,6 +22,6 @@ TARGETS: dict[str, Target] = {
 
 def target_of(name: str) -> Target:
     """The target of this name. Raises LorafoldError with the names that there are."""
-    if name not in TARGETS:
+    if not isinstance(name, str) or name not in TARGETS:
         raise LorafoldError(f"--to: found {name!r}, expected one of {', '.join(TARGETS)}")
     return TARGETS[name]

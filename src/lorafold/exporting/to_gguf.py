@@ -85,21 +85,32 @@ class ToGguf(GgufAdapter):
     name: ClassVar[str] = "gguf"
 
     def use(self, base: str, options: Sequence[str]) -> Sequence[Line]:
-        return (("llama-cli", "-m", base, "--lora", f"{{out}}/{FILE}", *options),)
+        return (("llama-cli", "-m", base, "--lora", listed_path, *options),)
 
 
 class ToLlamaCpp(GgufAdapter):
     """For llama.cpp's server. With --lora-init-without-apply a request that names no scale gets the
-    adapter all the same, so that scales are said.
+    adapter all the same, so that scales are said there; --lora-scaled takes no path with a colon.
     """
 
     name: ClassVar[str] = "llama.cpp"
 
     def use(self, base: str, options: Sequence[str]) -> Sequence[Line]:
         return (
-            ("llama-server", "-m", base, "--lora-scaled", f"{{out}}/{FILE}:1.0", *options),
+            ("llama-server", "-m", base, "--lora", listed_path, *options),
             'a request with "lora": [{"id": 0, "scale": 0.0}] is answered by the base alone',
         )
+
+
+def listed_path(out: str) -> str:
+    """The file as one of a list, which llama.cpp's --lora takes: quoted as in CSV where it has what
+    would end it.
+
+    Args:
+        out: the directory of the export.
+    """
+    path = f"{out}/{FILE}"
+    return '"' + path.replace('"', '""') + '"' if {*path} & {*',"'} else path
 
 
 def problems_of(subject: Subject) -> Sequence[str]:

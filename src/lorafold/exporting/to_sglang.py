@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -74,13 +75,11 @@ class ToSglang(Target):
         if any(map(EXPERTS.fullmatch, factors)):
             _split(directory / ADAPTER, subject.config.model_type, factors, rank)
             notes.append("experts have a pair of matrices each: for SGLang, not for PEFT")
-        name, module = str(subject.called), f"{{out}}/{ADAPTER}"
-        lora = f"{name}={module}"
-        if "=" in name:
-            lora = json.dumps({"lora_name": name, "lora_path": module}, ensure_ascii=False)
+        name = str(subject.called)
         line = (
             "python", "-m", "sglang.launch_server", "--model-path", base.model, "--enable-lora",
-            "--lora-paths", lora, "--max-lora-rank", str(rank), "--lora-strict-loading",
+            "--lora-paths", partial(path_of, name), "--max-lora-rank", str(rank),
+            "--lora-strict-loading",
         )  # fmt: skip
         notes.append(f"requests ask for it as model {base.model}:{name}")
         return Written(files, ((*line, *options),), tuple(notes))
@@ -107,6 +106,19 @@ class ToSglang(Target):
             f"SGLang has no build for CPUs; read back, not run: {len(wanted)} modules under names"
             f" that its loader takes, at most {largest:.0e} from the update"
         )
+
+
+def path_of(name: str, out: str) -> str:
+    """The value of --lora-paths for an adapter: JSON where the name has an equals sign.
+
+    Args:
+        name: of the adapter.
+        out: the directory of the export.
+    """
+    path = f"{out}/{ADAPTER}"
+    if "=" in name:
+        return json.dumps({"lora_name": name, "lora_path": path}, ensure_ascii=False)
+    return f"{name}={path}"
 
 
 def packed(subject: Subject, factors: Mapping[str, Factors]) -> dict[str, Factors]:

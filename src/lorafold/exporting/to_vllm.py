@@ -13,12 +13,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 from safetensors.torch import load_file, save_file
 
 from lorafold.exporting.experts import DOWN, GATE_UP
+from lorafold.exporting.launching import Line
 from lorafold.exporting.servers import ADAPTER, FORM, HEADS, last, tied_heads, write_files, zeros
 from lorafold.exporting.target import Progress, Subject, Target, Written, only_products
 from lorafold.exporting.update import Factors
@@ -74,23 +76,35 @@ class ToVllm(Target):
         most = next(rank for rank in RANKS if rank >= update.rank)
         engine: dict[str, object] = {"max_lora_rank": most}
         request: dict[str, object] = {}
-        name, module = str(subject.called), f"{{out}}/{ADAPTER}"
-        lora = f"{name}={module}"
+        name = str(subject.called)
         if kind in SPLIT and any(map(EXPERTS.fullmatch, factors)):
             engine["enable_mixed_moe_lora_format"] = request["is_3d_lora_weight"] = True
             options = (*options, "--enable-mixed-moe-lora-format")
-        if request or {*name} & {*"=,"}:  # which vLLM reads as the end of a name, and as JSON
-            about = {"name": name, "path": module, **request}
-            lora = json.dumps(about, ensure_ascii=False)
         line = ("vllm", "serve", base.model, "--enable-lora", "--max-lora-rank", str(most))
-        launch = ((*line, "--lora-modules", lora, *options),)
+        module = partial(module_of, name, request)
+        launch: Line = (*line, "--lora-modules", module, *options)
         job = {
             "adapter": f"{{out}}/{ADAPTER}",
             "base": str(subject.base.source.path),
             "lora": {"engine": engine, "request": request},
         }
         notes.append(f"requests ask for it as model {name}")
-        return Written(files, launch, tuple(notes), job)
+        return Written(files, (launch,), tuple(notes), job)
+
+
+def module_of(name: str, request: Mapping[str, object], out: str) -> str:
+    """The value of --lora-modules for an adapter: JSON where there is more to say than a name and a
+    path, or where they have what vLLM takes for the end of a name, or for JSON.
+
+    Args:
+        name: of the adapter.
+        request: what else vLLM is told of it.
+        out: the directory of the export.
+    """
+    path = f"{out}/{ADAPTER}"
+    if request or "=" in name or "," in name + path:
+        return json.dumps({"name": name, "path": path, **request}, ensure_ascii=False)
+    return f"{name}={path}"
 
 
 def both_of_experts(subject: Subject, factors: Mapping[str, Factors]) -> dict[str, Factors]:

@@ -31,7 +31,8 @@ def gpus() -> list[Gpu]:
 
 def check_device(device: str | None) -> None:
     """Raise LorafoldError unless it is None or the name of a device, which may be absent."""
-    if device is not None and not re.fullmatch(r"(cpu|cuda|mps)(:\d+)?", device, re.ASCII):
+    named = isinstance(device, str) and re.fullmatch(r"(cpu|cuda|mps)(:\d+)?", device, re.ASCII)
+    if device is not None and not named:
         raise LorafoldError(f"device: found {device!r}, expected cpu, cuda, cuda:N or mps")
 
 

@@ -147,8 +147,9 @@ def settle(
     asked: bool | Literal["auto"],
     free: int,
     console: Console,
-) -> bool:
-    """Print the memory that the setting needs, and return whether to use gradient checkpointing.
+) -> tuple[bool, str]:
+    """Print the memory that the setting needs, and return whether to use gradient checkpointing,
+    and a line for where there is no estimate: loading may say why.
 
     Args:
         config: The configuration of the model.
@@ -193,11 +194,8 @@ def settle(
     except LorafoldError as error:
         if isinstance(error, NoTarget):
             check_targets(config, setting)
-        console.print(
-            f"memory: no estimate: {error}", highlight=False, soft_wrap=True, markup=False
-        )
-        return asked is True
-    return setting.checkpointing
+        return asked is True, f"memory: no estimate: {error}"
+    return setting.checkpointing, ""
 
 
 def check_targets(config: PreTrainedConfig, setting: Setting) -> None:

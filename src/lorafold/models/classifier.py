@@ -80,6 +80,7 @@ def load_classifier(
     new = [name for name in missing if name.startswith(heads)]
     lacking = [name for name in missing if name not in new]
     check_complete(f"model {source.name}", lacking, report["mismatched_keys"])
+    model.new_heads = tuple(sorted({name.rpartition(".")[0] for name in new}))
     widen_heads(model, None if new else FileWeights(model_files(source.path)))
     return model
 
@@ -125,6 +126,14 @@ def head_paths(model: nn.Module) -> tuple[str, ...]:
             f"{type(model).__name__}: found no head beside its body, expected a classifier"
         )
     return tuple(found)
+
+
+def new_heads(model: nn.Module) -> tuple[str, ...]:
+    """Return the paths of the modules of a head that the files of the model do not have: drawn from
+    a seed in the dtype of the body, so that no one finds them again in another one.
+    """
+    found: tuple[str, ...] = model.__dict__.get("new_heads", ())
+    return found
 
 
 def new_poolers(model: nn.Module) -> tuple[str, ...]:

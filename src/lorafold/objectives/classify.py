@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 
 from lorafold.bases import is_linear
+from lorafold.core.attach import Adapted
+from lorafold.core.matrices import module_at
 from lorafold.core.spec import Spec
 from lorafold.core.targets import match
 from lorafold.data.examples import WHOLE
@@ -26,7 +28,13 @@ from lorafold.data.stored import Rows
 from lorafold.data.tokenizing import Encoder
 from lorafold.errors import LorafoldError, listed
 from lorafold.files.card import CLASSES
-from lorafold.models.classifier import head_paths, load_classifier, new_poolers, padding_id
+from lorafold.models.classifier import (
+    head_paths,
+    load_classifier,
+    new_heads,
+    new_poolers,
+    padding_id,
+)
 from lorafold.objectives.objective import Asked, Objective, Packing, no_options
 from lorafold.opening import Base
 from lorafold.opening.kinds import known_classes
@@ -109,13 +117,22 @@ def head_to_save(model: PreTrainedModel, spec: Spec, targets: Any) -> tuple[str,
     """The paths of the head's modules, to be trained whole; where the method does so already, those
     of a new pooler that it leaves out.
 
+    Raises LorafoldError for a method that changes a head which is drawn for this run, and nothing
+    else: what it changed would be nowhere.
+
     Args:
-        model: A classifier without adapters.
+        model: A classifier, or one with the adapters of another over it.
         targets: The recipe's; None takes the method's own.
     """
     heads = set(head_paths(model))
     found = set(match(model, spec.targets if targets is None else targets, is_linear).paths)
     # the method adapts nothing but the head, or trains the base's own weights, the head's too
+    drawn = {p for p in new_heads(model) if not isinstance(module_at(model, p), Adapted)}
+    if found and found <= drawn and not (spec.head_alone or spec.trains_base):
+        raise LorafoldError(
+            f"targets: found {', '.join(sorted(found))} alone, a new head, which is trained whole"
+            " beside other targets; expected those, or --method linear-probe to train it alone"
+        )
     trained = found <= heads or (spec.trains_base and heads <= found)
     return tuple(p for p in new_poolers(model) if p not in found) if trained else head_paths(model)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lorafold.data.allowed_tokens import allow
+from lorafold.errors import LorafoldError, shortened
 from lorafold.identity import of_model
 from lorafold.machine.devices import choose_device
 from lorafold.models.configuration import configuration
@@ -59,7 +60,12 @@ class Base:
     in_fp32: bool = False
 
     def __post_init__(self) -> None:
-        """Raise LorafoldError for a storage or a device that there is not, used or not."""
+        """Raise LorafoldError for what is no name, and for a storage or a device that there is not,
+        used or not.
+        """
+        if not isinstance(self.model, (str, Path, ModelSource)):
+            found = shortened(repr(self.model), 80)
+            raise LorafoldError(f"model: found {found}, expected a name or a path")
         check_storage(self.storage)
         choose_device(self.device)
 
@@ -137,6 +143,15 @@ class Base:
         from lorafold.models.checkpoint import mapped_model_of
 
         return mapped_model_of(self.source)
+
+    def in_files(self) -> Weights | None:
+        """Its weights as the files have them, of which nothing is read yet, before it is loaded;
+        None if they are quantized there.
+        """
+        from lorafold.models.originals import original_weights
+
+        quantized = self.source.config().get("quantization_config")
+        return None if quantized else original_weights(self.source)
 
     def weights(self) -> Weights | None:
         """The original weights, if those in memory are quantized and the files have others."""

@@ -34,7 +34,7 @@ def kind_of(base: Base, adapters: Sequence[Saved]) -> str:
     LorafoldError as `known_classes` does.
     """
     if classes := known_classes(base, adapters):
-        return f"a classifier of {', '.join(classes)}"
+        return f"a classifier of {listed(classes, room=60)}"
     scores = any(one.scores for one in adapters) or len(outputs_of_model(base.source) or ()) == 1
     return REWARD_MODEL if scores else LANGUAGE_MODEL
 

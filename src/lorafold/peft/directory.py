@@ -29,6 +29,7 @@ from lorafold.methods.parts.extras import Bias
 from lorafold.methods.parts.replace import ReplaceDelta
 from lorafold.models import fingerprint
 from lorafold.models.architecture import opened_by_name
+from lorafold.models.classifier import new_heads
 from lorafold.models.text_part import whole_of
 from lorafold.models.weights import Weights
 from lorafold.peft.checks import not_finite
@@ -100,7 +101,8 @@ def write(
     if wrong := [text for key, t in tensors.items() if (text := not_finite(key, t))]:
         raise LorafoldError(f"{path} was not written: {as_one(wrong)}")
     record = {k: v for k, v in beside.record.items() if k != DROPOUT} | form.record
-    known = record.get(BASE) or fingerprint.of(base, replaced)
+    beneath = new_heads(model) if OVER in record else ()  # replaced there
+    known = record.get(BASE) or fingerprint.of(base, [*replaced, *beneath])
     about = {**record, "lorafold": version("lorafold"), BASE: known}
     shown = {k: v for k, v in record.items() if k in (OVER, VOCABULARY)} | {
         "recipe": {"method": type(spec).__name__, **vars(spec)}

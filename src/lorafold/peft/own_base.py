@@ -4,8 +4,8 @@ and in a record its fingerprint and identity. Directories that PEFT wrote have t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from lorafold.peft.config import CONFIG
 BASE_IDENTITY = "base_identity"  # in a record: of the base's files, as `identity.of_model` gives it
 ALLOWED = "--allow-other-base"
 OTHER = "not the base it was trained on"
+MOST = 290  # characters of a message that names an adapter, its base and the one at hand
 SHORT = 30  # characters of a name, so that a message has less than 300
 
 
@@ -89,6 +90,16 @@ class OwnBase:
             return fingerprint.agree(self.fingerprint, other.fingerprint)
         return self.name == other.name
 
+    def without(self, paths: Sequence[str]) -> OwnBase:
+        """The same with a fingerprint that has nothing of these modules, which are not the base's.
+
+        Args:
+            paths: of modules.
+        """
+        inside = tuple(f"{path}." for path in paths)
+        found = {n: one for n, one in self.fingerprint.items() if not n.startswith(inside)}
+        return replace(self, fingerprint=found)
+
     def problems(self, base: Weights, called: str) -> list[str]:
         """Return a line that says that a base is another one, or no line. An adapter without a
         fingerprint fits any base.
@@ -108,6 +119,15 @@ class OwnBase:
             f"{told} ({shortened(found[0], 110)}); load that base, or allow this one:"
             f" {ALLOWED} (allow_other_base=True)"
         ]
+
+    def check(self, base: Weights, called: str) -> None:
+        """Raise LorafoldError for another base, as `problems`, whose arguments these are, but not
+        where none of the weights is there: in files they may have other names than in the model.
+        """
+        known = any(base.find(name) for name in self.fingerprint)
+        if known and (found := self.problems(base, called)):
+            path = shortened(str(self.adapter), max(SHORT, MOST - len(found[0])))
+            raise LorafoldError(f"{path}: {found[0]}")
 
     def hint(self, called: str) -> str:
         """What a message about a base that does not fit ends with, if the adapter has no

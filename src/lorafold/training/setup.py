@@ -137,7 +137,7 @@ def check_apart(request: Request, read: Iterable[tuple[str, Path]]) -> None:
 
 def saved_adapters(request: Request) -> list[Saved]:
     """The adapters that the run loads, lowest first. Raises LorafoldError if one of them was
-    trained over others than those of `over` that are below it.
+    trained on another base, or over others than those of `over` that are below it.
     """
     found = [*open_all(request.adapters)]
     origins = [Origin(path=str(one), sha256=one.sha256) for one in found]
@@ -145,6 +145,9 @@ def saved_adapters(request: Request) -> list[Saved]:
         if not (request.base.allow_other_base or same(one.over, origins[:n])):
             needed = " ".join(f"--over {origin.path}" for origin in one.over)
             raise LorafoldError(f"{one}: {mismatch(one.over, origins[:n])}; give {needed}")
+    if found and not request.base.allow_other_base and (base := request.base.in_files()):
+        for one in found:
+            one.own_base.check(base, request.base.name)
     return found
 
 
@@ -210,7 +213,8 @@ def adapted_model(
     stored = setup.saved[-1] if request.init_adapter else None
     heaviest = largest_setting(setup)
     free = free_everywhere(setup.accelerator)
-    checkpointing = settle(base.config(), heaviest, recipe.gradient_checkpointing, free, console)
+    asked = recipe.gradient_checkpointing
+    checkpointing, unknown = settle(base.config(), heaviest, asked, free, console)
     model = setup.objective.load(base, setup.tokenizer, recipe.seed)
     check_positions(setup, model)
     torch.manual_seed(recipe.seed)
@@ -218,11 +222,14 @@ def adapted_model(
     setup.saved.clear()
     for name, one in zip(request.below, over, strict=True):
         load(model, one, name, allow_other_base=other, base=weights)
+    if stored is not None:
+        adapter = load(model, stored, trainable=True, allow_other_base=other, base=weights)
+    if unknown:
+        console.print(unknown, highlight=False, soft_wrap=True, markup=False)
     if stored is None:
         fresh = extras(setup, model)
         adapter = attach(model, setup.spec, recipe.targets, base=weights, **fresh)
         return model, adapter, weights, checkpointing
-    adapter = load(model, stored, trainable=True, allow_other_base=other, base=weights)
     if missing := untrained(setup, model, adapter.spec):
         raise LorafoldError(
             f"--init-adapter {request.init_adapter}: found no {', '.join(missing)}, which the"

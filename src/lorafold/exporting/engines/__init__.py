@@ -72,8 +72,12 @@ def ask(name: str, job: Mapping[str, Any], python: str | None = None) -> Theirs:
                 raise LorafoldError(f"{given}: can't be run: {error.strerror}") from error
         if code or not out.is_file():
             lines = said.read_text("utf-8", "replace").strip().splitlines()
-            last = shortened(lines[-1], 160) if lines else f"it ended with code {code}"
-            raise LorafoldError(f"{ENGINES[name].title}: {last}")
+            ended = f"it ended with code {code} and no answers"
+            last = shortened(lines[-1], 160) if code and lines else ended
+            told = f"--engine-python {python}: " * (python is not None)
+            if not (code and lines) or last.startswith("ModuleNotFoundError"):
+                last += f"; expected a Python that has {ENGINES[name].module}"
+            raise LorafoldError(f"{told}{ENGINES[name].title}: {last}")
         with np.load(out) as found:
             about = json.loads(str(found["about"]))
             greedy = tuple(tuple(int(t) for t in row if t >= 0) for row in found["greedy"])

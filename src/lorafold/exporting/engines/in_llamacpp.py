@@ -29,6 +29,7 @@ ID, VALUE = re.compile(rb'"id":(\d+),"token":'), re.compile(rb'"logprob":([^,}]+
 NOTHING = b"null"  # a logarithm that is no number
 TEMPLATE = "/apply-template"
 LAST = "exiting due to"  # begins the last line of a server that could not start
+INTERNAL = re.compile(r"[\w:]+")  # the name of a function of C++ that raised
 FAULT = re.compile(r"^[\d.]+ E .*?: (.*)$", re.MULTILINE)
 
 
@@ -51,7 +52,10 @@ def answers(job: dict[str, Any]) -> dict[str, Any]:
         try:
             server = xllamacpp.Server(params)
         except RuntimeError as error:
-            raise SystemExit(_fault(told) or str(error)) from None
+            why = _fault(told) or str(error)
+            if INTERNAL.fullmatch(why):
+                why = f"it can't read {os.path.basename(job['base'])}, and says {why} alone"
+            raise SystemExit(why) from None
     ask = _asking(server.listening_address)
     size = json.loads(ask("/v1/models"))["data"][0]["meta"]["n_vocab"]
     harmless = _tokens(ask, "a")[-1:]  # a whole character: part of one would have no probabilities
