@@ -101,7 +101,7 @@ def finish(
         train_loss=mean_of_last(progress.losses),
         eval_loss=progress.evals.get(kept),
         tokens_per_second=progress.tokens / max(progress.seconds, 1e-9),
-        peak_bytes=peak_bytes(job.accelerator.device),
+        peak_bytes=most(job.processes.gather(peak_bytes(job.device))),
         trainable_parameters=sum(p.numel() for p in job.adapter.parameters()),
         steps=progress.step,
         seconds=progress.seconds,
@@ -113,7 +113,8 @@ def finish(
         data=findings.as_json(),
         pace=progress.pace | progress.rates,
     )
-    if not job.accelerator.is_main_process:
+    if not job.processes.first:
+        job.processes.wait()
         return result
     record = {
         "recipe": request.recipe.model_dump(mode="json"),
@@ -152,6 +153,7 @@ def finish(
         own = request.out if kept == better else best_path(request.out)
         write(own, record | {"step": better})
     job.run.remove()
+    job.processes.wait()
     return result
 
 
@@ -168,6 +170,11 @@ def settled(recipe: Mapping[str, Any], job: Job) -> dict[str, Any]:
     names = {"": "lr", UP: "lr_b"}
     peaks = {names[g["of"]]: g["peak"] for g in job.optimizer.param_groups if g["of"] in names}
     return {k: (taken | peaks).get(k) if v in (None, {}) else v for k, v in recipe.items()}
+
+
+def most(bytes_of: Sequence[int | None]) -> int | None:
+    """The largest number of bytes; None where none is known."""
+    return max((n for n in bytes_of if n is not None), default=None)
 
 
 def mean_of_last(losses: Sequence[float]) -> float:
