@@ -22,6 +22,7 @@ from lorafold.recipe.fields import OF_METHOD
 from lorafold.step.optim import UP
 from lorafold.training.checkpoint import Progress
 from lorafold.training.loop import Job
+from lorafold.training.read_back import check_moved, read_back
 from lorafold.training.request import Request
 
 if TYPE_CHECKING:
@@ -83,8 +84,10 @@ def finish(
     findings: Findings,
 ) -> Trained:
     """Write the adapter to `request.out`, and that of the best step to `<out>.best` if it was an
-    earlier one, or in its place where the recipe keeps that; then remove the checkpoints. Only the
-    main process writes.
+    earlier one, or in its place where the recipe keeps that, read them back, and remove the checkpoints.
+    Only the first process writes.
+
+    Raises LorafoldError where what was trained is zero, or is not what was written.
 
     Args:
         request: Names the output directory, the recipe and the data.
@@ -116,6 +119,7 @@ def finish(
     if not job.processes.first:
         job.processes.wait()
         return result
+    check_moved(job.adapter, job.optimizer)
     record = {
         "recipe": request.recipe.model_dump(mode="json"),
         "losses": progress.losses,
@@ -144,6 +148,7 @@ def finish(
         job.adapter.save(
             path, overwrite=overwrite, card=card, record=record, tokenizer=tokenizer, base=base
         )
+        read_back(job.adapter, path, base)
 
     if kept == progress.step:
         write(request.out, record)
