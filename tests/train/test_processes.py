@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lorafold.methods import METHODS
 from process_cases import apart, rows, same_bytes, together
 
 RUN = ("--device", "cpu", "--set", "storage=fp32", "--set", "steps=8", "--set", "batch=8")
@@ -32,3 +33,18 @@ def test_two_processes_train_what_one_does(
     two = together(2, tmp_path, *command, "--out", str(tmp_path / "two"), "--json")
     assert [p.code for p in (one, *two)] == [0, 0, 0], two[0].stderr
     assert apart(tmp_path / "one", tmp_path / "two") < CLOSE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {*FEW, "linear-probe"}))
+def test_every_method_in_two_processes_and_four(
+    method: str, command: tuple[str, ...], tmp_path: Path
+) -> None:
+    for dropout in ("0", "0.1") if method in DROPS else (None,):
+        dropped = () if dropout is None else ("--set", f"dropout={dropout}")
+        asked, outs = (*command, "--method", method, *dropped, "--overwrite"), []
+        for n in (1, 2, 4):
+            outs.append(out := tmp_path / str(n))
+            done = together(n, tmp_path, *asked, "--out", str(out))
+            assert [p.code for p in done] == [0] * n, done[0].stderr
+        assert max(apart(outs[0], out) for out in outs[1:]) < CLOSE

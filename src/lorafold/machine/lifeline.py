@@ -139,7 +139,7 @@ class Lifeline:
     def _end(self, code: int, told: str) -> NoReturn:
         with self._lock:
             if told:
-                print(f"error: {told}", file=sys.stderr, flush=True)
+                print(f"error: {told}", file=sys.__stderr__, flush=True)
             self._end_others(code)
             os._exit(code)
 

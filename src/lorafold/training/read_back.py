@@ -9,15 +9,14 @@ from pathlib import Path
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lorafold.adapter import Adapter, only
-from lorafold.adapter.building import read
-from lorafold.core.attach import selection_of
+from lorafold.adapter import Adapter
 from lorafold.errors import LorafoldError, listed
-from lorafold.models.weights import Weights
+from lorafold.models.weights import ModelWeights, Weights
+from lorafold.peft.paths import within
 from lorafold.peft.saved import Saved
+from lorafold.peft.tensors import saved_tensors
 
 MOMENTS = ("exp_avg", "absmax1", "state1")  # of a gradient, as optimizers call it
-CLOSE = 1e-3  # of a tensor's size, where files hold it in another form
 
 
 def check_moved(adapter: Adapter, optimizer: Optimizer) -> None:
@@ -46,33 +45,20 @@ def read_back(adapter: Adapter, path: Path, base: Weights | None) -> None:
     """
     if adapter.spec.trains_base:  # a plain model
         return
-    names = selection_of(adapter.model).names
-    below = names[: names.index(adapter.name)]
-    with only(adapter.model, *below):
-        saved = Saved.open(path)
-        found = read(adapter.model, saved, allow_other_base=True, base=base, below=adapter.over)
-    own = {site: [*delta.parts()] for site, delta in adapter.deltas.items()}
-    wrong = [site for site in own.keys() ^ found.parts.keys()]
-    for site in own.keys() & found.parts.keys():
-        for ours, theirs in zip(own[site], found.parts[site], strict=True):
-            read_as = dict(theirs.named_parameters())
-            wrong += [
-                f"{site}.{name}"
-                for name, p in ours.named_parameters()
-                if not _same(p.detach(), read_as[name].detach())
-            ]
+    base = base or ModelWeights(adapter.model)
+    saved = within(Saved.open(path), adapter.model)
+    _, saved = saved.token_rows(adapter.model, base)
+    parts = {site: [*delta.parts()] for site, delta in adapter.deltas.items()}
+    targets, names = adapter.matches.paths, set(saved.weights.names)
+    wrong = [*set(targets).symmetric_difference(saved.targets(adapter.model).paths)]
+    for key, own in saved_tensors(adapter.model, parts, targets, base).items():
+        if key not in names or not saved.weights.get(key).equal(own.encoded().cpu()):
+            wrong.append(key)
     if wrong:
         raise LorafoldError(
             f"{path}: read back, found other values than were trained in {listed(wrong, room=120)};"
             " expected the same: the checkpoints of the run are kept"
         )
-
-
-def _same(own: Tensor, found: Tensor) -> bool:
-    if own.shape != found.shape:
-        return False
-    a, b = own.float(), found.to(own.device).float()
-    return bool((a - b).norm() <= CLOSE * a.norm())
 
 
 def _learned(optimizer: Optimizer, p: Tensor) -> bool:
