@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from lorafold.methods import METHODS
-from process_cases import apart, rows, same_bytes, together
+from process_cases import apart, rows, together
 
 RUN = ("--device", "cpu", "--set", "storage=fp32", "--set", "steps=8", "--set", "batch=8")
 FEW = ("lora", "adalora", "full", "prompt")

@@ -76,9 +76,10 @@ class Processes:
         has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
         self.add([has])
         used = [p for p, n in zip(parameters, has.tolist(), strict=True) if n]
-        for p in used:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        self.add([p.grad for p in used])
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in used]
+        self.add(grads)
+        for p, grad in zip(used, grads, strict=True):
+            p.grad = grad
 
     def largest(self, number: int) -> int:
         """The largest of the numbers of all processes."""

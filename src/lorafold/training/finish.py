@@ -84,8 +84,8 @@ def finish(
     findings: Findings,
 ) -> Trained:
     """Write the adapter to `request.out`, and that of the best step to `<out>.best` if it was an
-    earlier one, or in its place where the recipe keeps that, read them back, and remove the checkpoints.
-    Only the first process writes.
+    earlier one, or in its place where the recipe keeps that; read them back, and remove the
+    checkpoints. Only the first process writes.
 
     Raises LorafoldError where what was trained is zero, or is not what was written.
 
