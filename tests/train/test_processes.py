@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 
 from lorafold.methods import METHODS
+from mixtures import CONFIGS
 from process_cases import apart, rows, together
 
 RUN = ("--device", "cpu", "--set", "storage=fp32", "--set", "steps=8", "--set", "batch=8")
@@ -32,6 +36,31 @@ def test_two_processes_train_what_one_does(
     two = together(2, tmp_path, *command, "--out", str(tmp_path / "two"), "--json")
     assert [p.code for p in (one, *two)] == [0, 0, 0], two[0].stderr
     assert apart(tmp_path / "one", tmp_path / "two") < CLOSE
+
+
+def test_preferences_beside_their_reference(tiny_model_dir, tmp_path: Path) -> None:
+    data, model = rows(tmp_path / "rows.jsonl", 24, "dpo"), str(tiny_model_dir("llama-wide"))
+    command = ("train", "--model", model, "--data", str(data), *RUN, "--objective", "dpo")
+    outs = [tmp_path / str(n) for n in (1, 2)]
+    for n, out in enumerate(outs, 1):
+        done = together(n, tmp_path, *command, "--set", "dropout=0.1", "--out", str(out))
+        assert [p.code for p in done] == [0] * n, done[0].stderr
+    assert apart(*outs) < CLOSE
+
+
+def test_experts_some_of_which_get_no_token(tiny_model_dir, tmp_path: Path) -> None:
+    config = CONFIGS["mixtral"](num_local_experts=16, max_position_embeddings=512)
+    model = shutil.copytree(tiny_model_dir("llama-wide"), tmp_path / "mixture")
+    torch.manual_seed(0)
+    transformers.MixtralForCausalLM(config).save_pretrained(model)
+    data = rows(tmp_path / "rows.jsonl", 8)
+    targets = ("--set", "targets=[gate_up_proj, down_proj, q_proj]", "--set", "accumulate=2")
+    command = ("train", "--model", str(model), "--data", str(data), *RUN, *targets)
+    outs = [tmp_path / str(n) for n in (1, 2)]
+    for n, out in enumerate(outs, 1):
+        done = together(n, tmp_path, *command, "--set", "dropout=0.1", "--out", str(out))
+        assert [p.code for p in done] == [0] * n, done[0].stderr
+    assert apart(*outs) < CLOSE
 
 
 @pytest.mark.slow
