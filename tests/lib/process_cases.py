@@ -130,15 +130,17 @@ def together(n: int, folder: Path, *arguments: str, **how: Any) -> list[One]:
     return ended(begun(n, folder, *arguments, **how))
 
 
-def apart(one: Path, other: Path) -> float:
-    """The largest relative difference between tensors of two adapters or models."""
+def apart(one: Path, other: Path, but: str = "nothing") -> float:
+    """The largest relative difference between tensors of two adapters or models, but for those
+    whose names have `but` in them.
+    """
     a, b = (
         {k: t for path in sorted(of.glob("*.safetensors")) for k, t in load_file(path).items()}
         for of in (one, other)
     )
     assert a.keys() == b.keys()
     assert a
-    return max(float((a[k] - b[k]).norm() / a[k].norm().clamp_min(1e-12)) for k in a)
+    return max(float((a[k] - b[k]).norm() / a[k].norm().clamp_min(1e-12)) for k in a if but not in k)
 
 
 def same_bytes(one: Path, other: Path) -> bool:
