@@ -20,7 +20,10 @@ from safetensors.torch import load_file
 
 from training_cases import beginning
 
-WORDS = "copper lantern friday eight table four plumber alarm fox dog rain mountain book".split()
+WORDS = (
+    *("copper", "lantern", "friday", "eight", "table", "four", "plumber"),
+    *("alarm", "fox", "dog", "rain", "mountain", "book"),
+)
 LONG = 90  # seconds after which processes count as hung
 
 
@@ -140,7 +143,8 @@ def apart(one: Path, other: Path, but: str = "nothing") -> float:
     )
     assert a.keys() == b.keys()
     assert a
-    return max(float((a[k] - b[k]).norm() / a[k].norm().clamp_min(1e-12)) for k in a if but not in k)
+    sizes = {k: t.norm().clamp_min(1e-12) for k, t in a.items() if but not in k}
+    return max(float((a[k] - b[k]).norm() / size) for k, size in sizes.items())
 
 
 def same_bytes(one: Path, other: Path) -> bool:
