@@ -214,19 +214,18 @@ def test_a_tree_may_have_more_tokens_than_the_model_has_positions() -> None:
         same_step(stepped(loss, [part]), apart)
 
 
-def test_a_shared_token_draws_as_the_first_of_its_rows() -> None:
-    """With dropout, rows of the same place draw the same for their own tokens."""
+def test_a_token_that_begins_rows_draws_as_the_first_of_them() -> None:
+    """Also where it is not computed once: in another micro-batch, or in another process."""
     model = adapted("llama", dropout=0.5)
     given = [row("abcdef", 4), row("abcdxy", 4)]
     with branching(model, across=True) as how:
-        loss = Completions(model, True, 0, how)
-        inputs = loss.collate(given, CPU)
-        names = loss.names(given, [5, 3], inputs)
-        apart = Completions(model, True, 0).names(given, [5, 3], {
-            "input_ids": torch.zeros(1, 12, dtype=torch.long),
-            "position_ids": torch.arange(6).repeat(2)[None],
-        })  # fmt: skip
-    assert names.tolist() == [[*apart[0, :6].tolist(), *apart[0, 9:].tolist()]]
+        loss, own = Completions(model, True, 0, how), Completions(model, True, 0)
+        rows = loss.rows_of(given)
+        names = loss.names(given, rows, loss.collate(given, CPU))
+        [second] = loss.names(given[1:], rows[1:], loss.collate(given[1:], CPU)).tolist()
+        [apart] = own.names(given, own.rows_of(given), own.collate(given, CPU)).tolist()
+    assert names.tolist() == [[*apart[:6], apart[3], *apart[10:]]]
+    assert second == [*apart[:4], *apart[10:]]
 
 
 def test_rows_that_begin_alike_meet_in_a_micro_batch() -> None:

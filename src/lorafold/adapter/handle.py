@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,11 @@ class Adapter:
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the adapter's parameters."""
         return (p for _, p in self.named_parameters())
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield every parameter and buffer of the adapter, each in its own shape."""
+        deltas = self.deltas.values()
+        return chain.from_iterable(chain(d.parameters(), d.buffers()) for d in deltas)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every tensor of the adapter, in its own shape, by `<module path>.<name>`; checkpoints

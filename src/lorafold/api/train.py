@@ -77,40 +77,48 @@ def train(
     Raises LorafoldError for anything wrong with the arguments, if possible before weights are
     loaded, and Interrupted after SIGINT or SIGTERM, once a checkpoint is written.
     """
-    console = or_shown(console)
-    recipe, functions = with_rewards(recipe_to_train(recipe, Recipe()), rewards)
-    rows, objective = rows_to_train(data, recipe, columns, console), recipe.objective
-    held_out = (
-        None
-        if eval_data is None
-        else as_rows(eval_data, columns, console, objective=objective)
-    )
-    from lorafold.training import run
-    from lorafold.training.request import Request
+    from lorafold.machine.launched import launched
 
-    request = Request(
-        base_to_train(
-            model,
-            over,
-            init_adapter,
-            console,
-            device=device,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            allow_other_base=allow_other_base,
-        ),
-        as_path(out),
-        recipe,
-        rows,
-        source_of(data),
-        held_out,
-        None if init_adapter is None else as_path(init_adapter, "init_adapter"),
-        resume,
-        overwrite,
-        tuple(as_paths(over)),
-        rewards=functions,
-    )
-    return run.train(request, console)
+    console, here = or_shown(console), launched()
+    recipe, functions = with_rewards(recipe_to_train(recipe, Recipe()), rewards)
+    from lorafold.machine.devices import own_device
+    from lorafold.machine.processes import together
+
+    device = own_device(device, here)
+    with together(here, device) as processes:
+        console = processes.voice(console)
+        rows, objective = rows_to_train(data, recipe, columns, console), recipe.objective
+        held_out = (
+            None
+            if eval_data is None
+            else as_rows(eval_data, columns, console, objective=objective)
+        )
+        from lorafold.training import run
+        from lorafold.training.request import Request
+
+        request = Request(
+            base_to_train(
+                model,
+                over,
+                init_adapter,
+                console,
+                device=device,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                allow_other_base=allow_other_base,
+            ),
+            as_path(out),
+            recipe,
+            rows,
+            source_of(data),
+            held_out,
+            None if init_adapter is None else as_path(init_adapter, "init_adapter"),
+            resume,
+            overwrite,
+            tuple(as_paths(over)),
+            rewards=functions,
+        )
+        return run.train(request, console, processes)
 
 
 def base_to_train(

@@ -7,6 +7,7 @@ An error that the user can put right is one line on stderr, with exit code 2. Ct
 import importlib
 import importlib.metadata
 import logging
+import os
 import sys
 from typing import Annotated, Any
 
@@ -19,6 +20,7 @@ from lorafold.cli.unknown import no_options
 from lorafold.cli.words import words
 from lorafold.errors import Interrupted, LorafoldError
 from lorafold.machine.collection import imports_set_aside
+from lorafold.machine.launched import Launched, launched
 from lorafold.machine.restart import restart_tuned
 
 # The function of each is lorafold.cli.<name>.command; the text is its line in `lorafold --help`.
@@ -62,6 +64,7 @@ EXAMPLES = (
     "lorafold train --data demo/train.jsonl --out adapter",
 )
 TRAINING = {"quickstart", "train", "compare", "intrinsic", "fragility"}
+SEVERAL = {"train", "doctor"}  # which several processes may be started of
 
 
 class Commands(Group):
@@ -150,11 +153,19 @@ def main() -> None:
     """Run the command line and exit with its code."""
     if TRAINING.intersection(sys.argv[1:2]):
         restart_tuned()
+    here = Launched()
+    try:
+        here = launched()
+        if not here.speaks:
+            sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the end
+    except LorafoldError as error:
+        sys.exit(_fail(str(error)))
     notices, told = logging.StreamHandler(), set[str]()
     notices.addFilter(lambda line: _is_new(line.getMessage(), told))
     logging.getLogger("lorafold").addHandler(notices)
     logging.getLogger("lorafold").setLevel(logging.INFO)
     try:
+        _check_alone(here, *sys.argv[1:2])
         with imports_set_aside():
             code = app(prog_name="lorafold", standalone_mode=False)
     except LorafoldError as error:
@@ -168,7 +179,19 @@ def main() -> None:
         code = 130
     except OSError as error:
         code = _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+    except Exception:
+        sys.stderr = sys.__stderr__  # a defect of any process
+        raise
     sys.exit(code)
+
+
+def _check_alone(here: Launched, command: str = "") -> None:
+    """Raise LorafoldError where a launcher started several processes of a command for one."""
+    if here.world > 1 and command in COMMANDS.keys() - SEVERAL:
+        raise LorafoldError(
+            f"lorafold {command}: {here.by} started {here.world} processes, expected one: start it"
+            " alone; lorafold train computes with several"
+        )
 
 
 def _is_new(line: str, told: set[str]) -> bool:

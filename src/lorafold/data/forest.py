@@ -104,6 +104,23 @@ def forest(
     )  # fmt: skip
 
 
+def leaders(rows: Sequence[Sequence[int]]) -> list[Array]:
+    """Of each token of each row, (t,): the first row that begins with the same tokens up to it.
+
+    Args:
+        rows: the ids of what each may have in common with others.
+    """
+    first = np.full(sum(map(len, rows)), len(rows), np.int64)  # of each node
+    of_rows, path, ids, end = [first[:0]] * len(rows), first[:0], first[:0], 0
+    for n in sorted(range(len(rows)), key=lambda n: tuple(rows[n])):
+        before, ids = ids, np.array(rows[n], np.int64)
+        shared = _common(before, before, ids, ids)
+        path = np.concatenate([path[:shared], np.arange(end, end := end + len(ids) - shared)])
+        of_rows[n] = path
+        first[path] = np.minimum(first[path], n)
+    return [first[path] for path in of_rows]
+
+
 def pays(once: int, apart: int) -> bool:
     """Whether rows are computed faster as a forest than apart.
 

@@ -72,6 +72,7 @@ def diagnose(model: str = "smollm2", **how: Any) -> Report:
             Group("machine", "Machine", machine),
             Group("models", "Models and caches", looked_at("models", _storage)),
             Group("training", "Processes that train", looked_at("tuning", _tuning)),
+            Group("processes", "Several processes of one run", looked_at("launchers", _launchers)),
             Group("generating", "Completions on the processor", looked_at("engine", _generating)),
             Group("template", f"The chat template of {model}", _template(model, how)),
         ),
@@ -116,6 +117,12 @@ def _storage() -> Iterable[Finding]:
 
 def _tuning() -> Iterable[Finding]:
     from lorafold.diagnosis.tuning import findings
+
+    return findings()
+
+
+def _launchers() -> Iterable[Finding]:
+    from lorafold.diagnosis.launchers import findings
 
     return findings()
 

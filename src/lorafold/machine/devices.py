@@ -4,6 +4,7 @@ import re
 from typing import TYPE_CHECKING, NamedTuple
 
 from lorafold.errors import LorafoldError
+from lorafold.machine.launched import Launched
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +61,38 @@ def choose_device(name: str | None = None) -> "torch.device":
             f" {', '.join(k for k, there in present.items() if there)}"
         )
     return torch.device(name)
+
+
+def own_device(name: str | None, here: Launched) -> str | None:
+    """The device of one of several processes: on GPUs the one of its own number on its machine.
+
+    Args:
+        name: As it was asked for.
+        here: Which process this is; one that is alone has the device that was asked for.
+
+    Raises LorafoldError as `choose_device`, for a GPU that is named for all, and where there are
+    fewer than processes.
+    """
+    if here.world == 1:
+        return name
+    import torch
+
+    if (found := choose_device(name)).type != "cuda":
+        return found.type
+    if found.index is not None:
+        raise LorafoldError(
+            f"device {name}: found {here.world} processes, expected cuda: each takes a GPU of its"
+            " own; CUDA_VISIBLE_DEVICES says which there are"
+        )
+    count = torch.cuda.device_count()
+    if here.by == "srun" and count == 1:
+        return "cuda:0"  # SLURM may give each process the sight of its own alone
+    if here.local_rank >= count:
+        raise LorafoldError(
+            f"device cuda: found {count} GPUs for process {here.rank}, number {here.local_rank} on"
+            " its machine; expected one for each process: start fewer, or use --device cpu"
+        )
+    return f"cuda:{here.local_rank}"
 
 
 def native_bf16(device: "torch.device") -> tuple[bool, str]:

@@ -20,12 +20,12 @@ from math import ceil
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from lorafold.bases.bitsandbytes import bitsandbytes
 from lorafold.errors import LorafoldError
+from lorafold.machine.processes import Processes
 from lorafold.machine.room import free_bytes
 from lorafold.step.rounded_adamw import RoundedAdamW, narrow
 
@@ -62,16 +62,19 @@ def choose(parameters: int, device: str, free: int) -> Choice:
     )
 
 
-def pick(asked: str, before: str, groups: list[dict], accelerator: Accelerator) -> Choice:
+def pick(
+    asked: str, before: str, groups: list[dict], where: torch.device, processes: Processes
+) -> Choice:
     """Choose the optimizer of a run.
 
     Args:
         asked: The recipe's optimizer, possibly auto.
         before: The optimizer that a resumed run had before it stopped, which auto keeps; empty for
             a new run.
-        accelerator: The run's accelerator, whose processes must all choose the same.
+        where: The device of the run.
+        processes: Those of the run, which must all choose the same.
     """
-    device = accelerator.device.type
+    device = where.type
     if asked != "auto":
         choice = Choice(asked, "")
     elif before:
@@ -80,20 +83,16 @@ def pick(asked: str, before: str, groups: list[dict], accelerator: Accelerator) 
         choice = Choice("adamw", "16-bit weights are trained")
     else:
         choice = choose(
-            sum(p.numel() for p in trained(groups)), device, free_everywhere(accelerator)
+            sum(p.numel() for p in trained(groups)), device, free_everywhere(where, processes)
         )
     if choice.name == PAGED and device != "cuda":
         return Choice(PAGED, f"not paged: {DEVICES.get(device, device)} has no paging")
     return choice
 
 
-def free_everywhere(accelerator: Accelerator) -> int:
+def free_everywhere(where: torch.device, processes: Processes) -> int:
     """Return the free bytes of the process that has the fewest, so that all choose the same."""
-    return int(
-        accelerator.gather(
-            torch.tensor([free_bytes(accelerator.device)], device=accelerator.device)
-        ).min()
-    )
+    return min(processes.gather(free_bytes(where)))
 
 
 class Constants(Protocol):

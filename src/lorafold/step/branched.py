@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from lorafold.core.attach import only, selection_of
 from lorafold.core.draws import named
+from lorafold.data.arrow import Array
 from lorafold.data.batches import collate, micro_batches
 from lorafold.data.branches import Branched
 from lorafold.data.examples import NO_LOSS
-from lorafold.data.forest import WINDOW, Forest, alike, forest, pays
+from lorafold.data.forest import WINDOW, Forest, alike, forest, leaders, pays
 from lorafold.step.branches import Branching, over
-from lorafold.step.losses import Loss, within
+from lorafold.step.losses import Loss, row_at, within
 
 
 class BranchedLoss(Loss):
@@ -121,21 +122,30 @@ class BranchedLoss(Loss):
             found["document"] = number.repeat_interleave(lengths)[None]
         return found
 
+    def rows_of(self, examples: Sequence[Branched]) -> list[Array]:
+        own = super().rows_of(examples)
+        if self.how is None or not self.how.across:
+            return own
+        prompts = leaders([e.shared for e in examples])
+        return [np.append(*pair) for pair in zip(prompts, own, strict=True)]
+
     def names(
-        self, examples: Sequence[Branched], rows: Sequence[int], inputs: Mapping[str, Tensor]
+        self, examples: Sequence[Branched], rows: Sequence[Array], inputs: Mapping[str, Tensor]
     ) -> Tensor:
         document = inputs["document"]
         documents = [
-            (row, len(e.shared), branch)
-            for row, e in zip(rows, examples, strict=True)
+            (number, len(e.shared), branch)
+            for number, e in enumerate(examples)
             for branch, _ in enumerate(self.trained(e).branches)
         ]
-        row, shared, branch = torch.tensor(documents, device=document.device).t()[:, document]
+        example, shared, branch = torch.tensor(documents, device=document.device).t()[:, document]
         positions = inputs.get("position_ids")
         if positions is None:
             positions = torch.arange(document.shape[1], device=document.device)
         # a prompt that is computed with each completion has the names that it has if it is shared
-        return named(row, positions, branch * (positions >= shared))
+        return named(
+            row_at(rows, example, positions), positions, branch * (positions >= shared)
+        )
 
     def over(self, labels: Tensor, lens: Tensor | None) -> AbstractContextManager[None]:
         """Tell the model's attention the documents of a batch until the `with` block ends.

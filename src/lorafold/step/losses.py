@@ -5,19 +5,21 @@ loss, so that accelerate wraps the whole computation.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lorafold.core.draws import named
+from lorafold.data.arrow import Array
 from lorafold.data.batches import collate, ids_in, labelled, micro_batches, tokens_in
 from lorafold.data.examples import NO_LOSS, Example
-from lorafold.data.forest import alike, forest, pays
+from lorafold.data.forest import alike, forest, leaders, pays
 from lorafold.models.positions import sequence_of
 from lorafold.step.balancing import balances, weighs
 from lorafold.step.branches import Branching, over
@@ -91,6 +93,15 @@ class Loss(nn.Module, ABC):
         """
         return {}
 
+    def gathered(self, gather: Callable[[Any], list[Any]]) -> None:
+        """Take what the losses of all processes saw of the step that was just computed as this
+        one's.
+
+        Args:
+            gather: Makes of a process's value those of all.
+        """
+        return None
+
     def figures(self) -> Mapping[str, float]:
         """Return what the step that was just computed has to show besides its loss, by name. It is
         asked once a step.
@@ -102,20 +113,30 @@ class Loss(nn.Module, ABC):
         """
         return Generated()
 
+    def rows_of(self, examples: Sequence[Any]) -> list[Array]:
+        """Return for each example of a step the row that each of its tokens is named by, (t,): its
+        place in the whole batch, or, where tokens that begin several are computed once, that of the
+        first of them. It depends neither on micro-batches nor on the number of processes.
+        """
+        return [np.full(1, row) for row in range(len(examples))]
+
     def names(
-        self, examples: Sequence[Any], rows: Sequence[int], inputs: Mapping[str, Tensor]
+        self, examples: Sequence[Any], rows: Sequence[Array], inputs: Mapping[str, Tensor]
     ) -> Tensor:
         """Return the names (B, T) of the tokens of a micro-batch, which dropout follows from.
 
         Args:
-            rows: Their places in the whole batch of the step.
+            rows: Of each example, as `rows_of` gives them.
             inputs: As `collate` gives them.
         """
-        ids = inputs["input_ids"]
-        row = torch.tensor(rows, device=ids.device)
-        if (positions := inputs.get("position_ids")) is None:
-            return named(row[:, None], torch.arange(ids.shape[1], device=ids.device))
-        return named(row[(positions == 0).cumsum(1) - 1], positions)
+        ids, positions = inputs["input_ids"], inputs.get("position_ids")
+        document = inputs.get("document")  # where tokens of several rows are computed once
+        if positions is None:
+            document = torch.arange(len(ids), device=ids.device)[:, None]
+            positions = torch.arange(ids.shape[1], device=ids.device)
+        elif document is None:
+            document = (positions == 0).cumsum(1) - 1
+        return named(row_at(rows, document, positions), positions)
 
     @abstractmethod
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
@@ -123,6 +144,18 @@ class Loss(nn.Module, ABC):
 
         `inputs` are the model's keyword arguments, each (B, T).
         """
+
+
+def row_at(rows: Sequence[Array], document: Tensor, positions: Tensor) -> Tensor:
+    """The rows (B, T) that tokens are named by.
+
+    Args:
+        rows: Those of the tokens of each document, (t,); a last one counts for all after it.
+        document, positions: Of each token; they broadcast to (B, T).
+    """
+    table = np.stack([np.pad(of, (0, max(map(len, rows)) - len(of)), "edge") for of in rows])
+    of_tokens = torch.from_numpy(table).to(document.device)
+    return of_tokens[document, positions.clamp(max=of_tokens.shape[1] - 1)]
 
 
 def within(model: nn.Module, tokens: int) -> int:
@@ -167,13 +200,8 @@ class RowsAlike(Loss):
             return alike(examples, n, capacity, ids_in, tokens_in)
         return micro_batches(examples, n, capacity if self.packed else None)
 
-    def names(
-        self, examples: Sequence[Any], rows: Sequence[int], inputs: Mapping[str, Tensor]
-    ) -> Tensor:
-        if (document := inputs.get("document")) is None:
-            return super().names(examples, rows, inputs)
-        # a token of several rows draws as the first of them
-        return named(torch.tensor(rows, device=document.device)[document], inputs["position_ids"])
+    def rows_of(self, examples: Sequence[Any]) -> list[Array]:
+        return super().rows_of(examples) if self.how is None else leaders([*map(ids_in, examples)])
 
 
 class Completions(RowsAlike):

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +84,12 @@ class Seen:
     apart: float = 0.0  # of the differences to the log-probabilities with which they were drawn
     clipped: int = 0
     kl: float = 0.0
+
+    @classmethod
+    def of(cls, parts: Sequence[Seen]) -> Seen:
+        """What several processes saw together."""
+        sums = {f.name: sum(getattr(part, f.name) for part in parts) for f in fields(cls)}
+        return cls(**(sums | {"largest": max(part.largest for part in parts)}))
 
     def figures(self, kl: bool) -> dict[str, float]:
         """Means over the tokens, and the largest difference; nothing of a step without any."""
@@ -171,6 +177,9 @@ class Policy(BranchedLoss):
     def _logps(self, labels: Tensor, lens: Tensor | None, inputs: Mapping[str, Tensor]) -> Tensor:
         with self.over(labels, lens):
             return -token_losses(self.model, labels, inputs, self.exact)
+
+    def gathered(self, gather: Callable[[Any], list[Any]]) -> None:
+        self.seen = Seen.of(gather(self.seen))
 
     def figures(self) -> dict[str, float]:
         """What the step saw, once."""

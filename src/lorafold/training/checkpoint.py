@@ -11,11 +11,13 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -123,6 +125,30 @@ class RunDirectory:
                 " --overwrite to start again"
             )
 
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keep other runs out until the `with` block ends. Raises LorafoldError if one is in it."""
+        target = self.path.expanduser().resolve()
+        absent = [folder for folder in target.parents if not folder.exists()]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file = target.with_name(f".{target.name}.lock")
+        lock = FileLock(str(file), timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise LorafoldError(
+                f"{self.path}: found another run in it, expected one at a time; choose another"
+                " --out, or wait for it to end"
+            ) from None
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+            lock.release()
+            with suppress(OSError):
+                for folder in absent:
+                    folder.rmdir()
+
     def start(self, identity: dict) -> None:
         """Remove the checkpoints of an earlier run and write the identity of this one."""
         shutil.rmtree(self.path, ignore_errors=True)
@@ -190,6 +216,10 @@ class RunDirectory:
         }
         return dict(sorted(found.items()))
 
+    def at(self, step: int) -> Path:
+        """Where the checkpoint of a step is, or would be."""
+        return self.path / f"step-{step:06d}"
+
     def save(
         self,
         progress: Progress,
@@ -205,7 +235,7 @@ class RunDirectory:
             optimizer: The optimizer's tensors and the random state by name, of any shapes.
             keep: How many of the newest checkpoints stay, with this one; the best stays too.
         """
-        path = self.path / f"step-{progress.step:06d}"
+        path = self.at(progress.step)
         with atomic_directory(path, overwrite=True) as tmp:
             save_file(
                 {k: v.detach().cpu().contiguous() for k, v in adapter.items()},

@@ -22,6 +22,7 @@ from lorafold.recipe.fields import OF_METHOD
 from lorafold.step.optim import UP
 from lorafold.training.checkpoint import Progress
 from lorafold.training.loop import Job
+from lorafold.training.read_back import check_moved, read_back
 from lorafold.training.request import Request
 
 if TYPE_CHECKING:
@@ -83,8 +84,10 @@ def finish(
     findings: Findings,
 ) -> Trained:
     """Write the adapter to `request.out`, and that of the best step to `<out>.best` if it was an
-    earlier one, or in its place where the recipe keeps that; then remove the checkpoints. Only the
-    main process writes.
+    earlier one, or in its place where the recipe keeps that; read them back, and remove the
+    checkpoints. Only the first process writes.
+
+    Raises LorafoldError where what was trained is zero, or is not what was written.
 
     Args:
         request: Names the output directory, the recipe and the data.
@@ -101,7 +104,7 @@ def finish(
         train_loss=mean_of_last(progress.losses),
         eval_loss=progress.evals.get(kept),
         tokens_per_second=progress.tokens / max(progress.seconds, 1e-9),
-        peak_bytes=peak_bytes(job.accelerator.device),
+        peak_bytes=most(job.processes.gather(peak_bytes(job.device))),
         trainable_parameters=sum(p.numel() for p in job.adapter.parameters()),
         steps=progress.step,
         seconds=progress.seconds,
@@ -113,8 +116,10 @@ def finish(
         data=findings.as_json(),
         pace=progress.pace | progress.rates,
     )
-    if not job.accelerator.is_main_process:
+    if not job.processes.first:
+        job.processes.wait()
         return result
+    check_moved(job.adapter, job.optimizer)
     record = {
         "recipe": request.recipe.model_dump(mode="json"),
         "losses": progress.losses,
@@ -143,6 +148,7 @@ def finish(
         job.adapter.save(
             path, overwrite=overwrite, card=card, record=record, tokenizer=tokenizer, base=base
         )
+        read_back(job.adapter, path, base)
 
     if kept == progress.step:
         write(request.out, record)
@@ -152,6 +158,7 @@ def finish(
         own = request.out if kept == better else best_path(request.out)
         write(own, record | {"step": better})
     job.run.remove()
+    job.processes.wait()
     return result
 
 
@@ -168,6 +175,11 @@ def settled(recipe: Mapping[str, Any], job: Job) -> dict[str, Any]:
     names = {"": "lr", UP: "lr_b"}
     peaks = {names[g["of"]]: g["peak"] for g in job.optimizer.param_groups if g["of"] in names}
     return {k: (taken | peaks).get(k) if v in (None, {}) else v for k, v in recipe.items()}
+
+
+def most(bytes_of: Sequence[int | None]) -> int | None:
+    """The largest number of bytes; None where none is known."""
+    return max((n for n in bytes_of if n is not None), default=None)
 
 
 def mean_of_last(losses: Sequence[float]) -> float:

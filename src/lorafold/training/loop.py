@@ -11,13 +11,11 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -29,6 +27,7 @@ from lorafold.core.unchanged import unchanged
 from lorafold.data.feed import Feed
 from lorafold.errors import Interrupted, LorafoldError, listed
 from lorafold.evaluation import Measured
+from lorafold.machine.processes import Processes
 from lorafold.machine.waiting import considerate
 from lorafold.ops.philox import key_of
 from lorafold.recipe.recipe import Recipe
@@ -37,6 +36,7 @@ from lorafold.step.optim import optimizer_tensors, rng_state, set_learning_rates
 from lorafold.training.checkpoint import Progress, RunDirectory
 from lorafold.training.display import Display
 from lorafold.training.interrupt import StopRequest
+from lorafold.training.tracking import Tracking
 
 log = logging.getLogger(__name__)
 
@@ -45,17 +45,16 @@ log = logging.getLogger(__name__)
 class Job:
     """Everything that the loop works with.
 
-    `wrapped` is the loss as accelerate wraps it; `examples(step, planned)` gives what
-    `loss.collate` takes, each with `ids`, of what the feed has for a step; `held_out()` measures on
-    held-out examples, also before the first step where `measures_before`. Each step updates the
-    weights `updates` times.
+    `examples(step, planned)` gives what `loss.collate` takes, each with `ids`, of what the feed has
+    for a step; `held_out()` measures on held-out examples, also before the first step where
+    `measures_before`. Each step updates the weights `updates` times.
     """
 
     adapter: Adapter
     loss: Loss
-    wrapped: nn.Module
     optimizer: Optimizer
-    accelerator: Accelerator
+    device: torch.device
+    processes: Processes
     feed: Feed  # of the rows of each step
     held_out: Callable[[], Measured] | None
     recipe: Recipe
@@ -64,6 +63,7 @@ class Job:
     examples: Callable[[int, Sequence[Any]], Sequence[Any]] = lambda step, planned: planned
     updates: int = 1
     measures_before: bool = False
+    tracking: Tracking = field(default_factory=Tracking)
 
 
 @considerate()
@@ -78,7 +78,8 @@ def fit(job: Job, progress: Progress, display: Display) -> Progress:
     Raises LorafoldError for a loss that is not finite and for an adapter without gradient, and
     Interrupted after SIGINT or SIGTERM.
     """
-    feed = job.feed.after(progress.step)
+    feed, processes = job.feed.after(progress.step), job.processes
+    processes.tell_place(lambda: f"in step {progress.step + 1}; {kept(job.run)}")
     save_every = job.recipe.checkpoint_interval(job.steps)
     if job.measures_before and progress.step == 0:
         measure(job, progress, display)
@@ -99,6 +100,7 @@ def fit(job: Job, progress: Progress, display: Display) -> Progress:
             seconds = time.perf_counter() - start
             tokens = job.updates * sum(len(e.ids) for e in examples)
             progress.tokens, progress.seconds = progress.tokens + tokens, progress.seconds + seconds
+            job.loss.gathered(processes.gather)
             figures, generated = dict(job.loss.figures()), job.loss.generated()
             progress.stepped(figures, generated, tokens, seconds)
             if job.held_out is None:
@@ -106,22 +108,22 @@ def fit(job: Job, progress: Progress, display: Display) -> Progress:
             figures |= progress.rates
             display.step(progress.step, loss, progress.tokens / progress.seconds, figures)
             lr = job.optimizer.param_groups[0]["lr"]
-            job.accelerator.log({"loss": loss, "lr": lr, **figures}, step=progress.step)
+            job.tracking.log({"loss": loss, "lr": lr, **figures}, step=progress.step)
             every = job.recipe.eval_every or save_every
             evaluate = progress.step % every == 0 or progress.step == job.steps
             if evaluate:
                 measure(job, progress, display)
-            last = over(job, progress)
-            due = progress.step % save_every == 0 or last or stop.signal is not None
+            last, signal = over(job, progress), processes.largest(stop.signal or 0)
+            due = progress.step % save_every == 0 or last or signal
             if due or (evaluate and progress.best == progress.step):
                 save(job, progress)
-            if stop.signal is not None and not last:
-                where = job.run.checkpoints()[progress.step]
+            if signal and not last:
+                where = job.run.at(progress.step)
                 message = (
                     f"stopped after step {progress.step}; {where} is complete; the same command"
                     " with --resume continues from it"
                 )
-                raise Interrupted(message, 128 + stop.signal)
+                raise Interrupted(message, 128 + signal)
     if job.recipe.stops and progress.best not in (None, progress.step):
         told = f"the held-out loss was lowest after step {progress.best}, whose adapter is kept"
         display.note(f"step {progress.step}: {told}")
@@ -137,12 +139,12 @@ def measure(job: Job, progress: Progress, display: Display) -> None:
     """Measure on held-out examples, if there are any."""
     if job.held_out is None:
         return
-    found = job.held_out()
+    found = job.processes.once(job.held_out)
     progress.evals[progress.step] = found.loss
     if found.figures:
         progress.measured[progress.step] = dict(found.figures)
     progress.read(found.samples)
-    job.accelerator.log({"eval_loss": found.loss, **found.numbers}, step=progress.step)
+    job.tracking.log({"eval_loss": found.loss, **found.numbers}, step=progress.step)
     display.note(f"step {progress.step}: {found}")
 
 
@@ -156,46 +158,48 @@ def train_step(job: Job, examples: Sequence[Any], step: int) -> float:
 
     Raises LorafoldError for a loss that is not finite and for an adapter without gradient.
     """
-    accelerator, world = job.accelerator, job.accelerator.num_processes
+    processes = job.processes
     if not examples:  # of a step in which there is nothing to learn
         return 0.0
-    own = examples[accelerator.process_index :: world]
-    micro = job.loss.micro_batches(own, job.recipe.accumulate, job.recipe.max_length)
+    share = slice(processes.index, None, processes.count)
+    own, numbers = examples[share], range(len(examples))[share]
+    micro = job.loss.micro_batches(own, job.recipe.accumulate, job.recipe.max_length) if own else []
     total = max(1, sum(map(job.loss.count, examples)))
-    place_of = places(own, range(accelerator.process_index, len(examples), world))
+    place_of = places(own, numbers)
     selection, key = selection_of(job.adapter.model), key_of(job.recipe.seed, step)
     set_learning_rates(job.optimizer, job.recipe, step, job.steps)
-    job.wrapped.train()
-    seen = torch.zeros((), device=accelerator.device)
+    processes.part_ways(key)
+    job.loss.train()
+    seen = torch.zeros((), device=job.device)
     with unchanged():
-        of_step = {name: accelerator.reduce(x) for name, x in job.loss.of_step(own).items()}
+        of_step = job.loss.of_step(own) if own else {}
+        processes.add([*of_step.values()])
+        rows = job.loss.rows_of(examples)
         for i, part in enumerate(micro):
-            is_last = i == len(micro) - 1
-            inputs = job.loss.collate(part, accelerator.device)
-            names = job.loss.names(part, [place_of[id(e)].pop() for e in part], inputs)
-            with (
-                nullcontext() if is_last else accelerator.no_sync(job.wrapped),
-                drawing(selection, Draws(key, names)),
-            ):
-                loss: Tensor = job.wrapped(**inputs, **of_step)
+            inputs = job.loss.collate(part, job.device)
+            names = job.loss.names(part, [rows[place_of[id(e)].pop()] for e in part], inputs)
+            with drawing(selection, Draws(key, names)):
+                loss: Tensor = job.loss(**inputs, **of_step)
                 seen += loss.detach()
-                loss = loss * (world / total)
-                if is_last:
+                loss = loss * (1 / total)
+                if i == len(micro) - 1 and processes.first:  # of the sum over all
                     loss = loss + penalty(job.adapter)
-                accelerator.backward(loss)
-    mean = accelerator.reduce(seen).item() / total
+                loss.backward()
+    processes.add_gradients([*dict.fromkeys(job.adapter.parameters())])
+    processes.add([seen])
+    mean = seen.item() / total
     if not math.isfinite(mean):
         raise LorafoldError(
             f"step {step + 1}: the loss is {mean}; {kept(job.run)}. Try a lower learning rate"
             " (lr, lr_b), clip or alpha"
         )
-    if step == 0 and (idle := check_gradients(job.adapter)) and accelerator.is_main_process:
+    if step == 0 and (idle := check_gradients(job.adapter)) and processes.first:
         log.warning(
             "no gradient in the first step for %d of the %d adapted modules, on which the loss of"
             " its rows does not depend: %s", len(idle), len(job.adapter.sites), listed(idle),
         )  # fmt: skip
     if job.recipe.clip:
-        accelerator.clip_grad_norm_(job.adapter.parameters(), job.recipe.clip)
+        nn.utils.clip_grad_norm_(job.adapter.parameters(), job.recipe.clip)
     job.optimizer.step()
     job.adapter.spec.after_step(job.adapter.own_deltas, step + 1, job.steps)
     job.optimizer.zero_grad()
@@ -258,9 +262,9 @@ def check_gradients(adapter: Adapter) -> list[str]:
 
 
 def save(job: Job, progress: Progress) -> None:
-    """Write a checkpoint in the main process; the others wait for it."""
-    if job.accelerator.is_main_process:
+    """Write a checkpoint in the first process; the others wait for it."""
+    if job.processes.first:
         state = optimizer_tensors(job.optimizer) | rng_state()
         progress.counts = dict(job.loss.counts)
         job.run.save(progress, job.adapter.state_dict(), state, job.recipe.keep)
-    job.accelerator.wait_for_everyone()
+    job.processes.wait()

@@ -9,38 +9,54 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 
 from rich.console import Console
 
 from lorafold.adapter.reach import strays, text_alone
 from lorafold.machine.allocator import freed_blocks_kept
+from lorafold.machine.processes import ALONE, Processes
 from lorafold.objectives import OBJECTIVES
 from lorafold.peft.own_base import BASE_IDENTITY
 from lorafold.step.activations import recompute
 from lorafold.step.fused import fused
+from lorafold.training.agreement import check_alike
+from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.display import Display
 from lorafold.training.finish import INIT_ADAPTER, Trained, finish
 from lorafold.training.finished import DEPENDS_ON, finished
 from lorafold.training.loop import fit
 from lorafold.training.request import Request
-from lorafold.training.setup import adapted_model, set_up
+from lorafold.training.setup import Setup, adapted_model, set_up
 from lorafold.training.start import as_begun, depends_on, in_common, prepare
+from lorafold.training.tracking import tracking
 
 
-def train(request: Request, console: Console) -> Trained:
+def train(request: Request, console: Console, processes: Processes = ALONE) -> Trained:
     """Train one adapter and write it to `request.out`.
 
     A run that is to be resumed and is finished is left as it is.
 
+    Args:
+        request: What to train, on which rows.
+        console: For progress and notices, of the first process alone.
+        processes: Those that compute it together, each with this request.
+
     Raises LorafoldError for anything wrong with the request, and Interrupted (a checkpoint is
     written) after SIGINT or SIGTERM.
     """
-    if (before := finished(request, console)) is not None:
+    console = processes.voice(console)
+    if (before := processes.once(partial(finished, request, console))) is not None:
         return before
-    request = as_begun(request)
-    setup = set_up(request, console)
+    setup = set_up(as_begun(request), console, processes)
+    check_alike(setup)
+    with RunDirectory(request.out).claimed() if processes.first else nullcontext():
+        return _trained(setup, console)
+
+
+def _trained(setup: Setup, console: Console) -> Trained:
+    request, processes = setup.request, setup.processes
     model, adapter, weights, checkpointing = adapted_model(setup, console)
     for line in (
         text_alone(model, adapter.sites),
@@ -52,13 +68,13 @@ def train(request: Request, console: Console) -> Trained:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
     if checkpointing:
         recompute(model)
-    tokenizer, packing = setup.tokenizer, setup.request.recipe.packing
+    tokenizer, packing = setup.tokenizer, request.recipe.packing
     with ExitStack() as stack:
         stack.enter_context(freed_blocks_kept())
         # what draws completions has modules of its own, which nothing is fused in yet
         loss = stack.enter_context(setup.objective.loss(model, tokenizer, packing, console))
         console.print(str(stack.enter_context(fused(model))), highlight=False)
-        loss.to(setup.accelerator.device)
+        loss.to(request.base.where)
         feed, held_out = setup.objective.refer(
             loss, setup.feed, setup.held_out, setup.below, console
         )
@@ -68,12 +84,16 @@ def train(request: Request, console: Console) -> Trained:
         job, progress = prepare(setup, adapter, loss, feed, measure, console)
         job.examples = partial(setup.objective.examples, loss=loss)
         job.updates = setup.objective.updates
-        job.measures_before = OBJECTIVES[setup.request.recipe.objective].draws
+        if OBJECTIVES[request.recipe.objective].draws:
+            job.measures_before, drawn = True, job.examples
+            # whoever judges completions may judge them otherwise elsewhere
+            job.examples = lambda *of: processes.once(partial(drawn, *of))
+        names = request.recipe.trackers if processes.first else ()
+        # the logs of trackers stay when the checkpoints are removed
+        logs = request.out.with_name(request.out.name + ".logs")
+        job.tracking = stack.enter_context(tracking(names, logs, request.recipe.model_dump()))
         with Display(console, job.steps, progress.step) as display:
-            try:
-                fit(job, progress, display)
-            finally:
-                setup.accelerator.end_training()
+            fit(job, progress, display)
     if told := str(setup.feed):
         console.print(told, highlight=False)
     if report := adapter.spec.report(adapter.own_deltas):

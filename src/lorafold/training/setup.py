@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 from rich.console import Console
 
 from lorafold.adapter import Adapter, attach, load
@@ -28,6 +27,7 @@ from lorafold.data.template_forms import day_of, is_dated, on_day
 from lorafold.errors import LorafoldError
 from lorafold.files.apart import check_name
 from lorafold.files.atomic import check_out
+from lorafold.machine.processes import ALONE, Processes
 from lorafold.memory.before_run import planned, settle
 from lorafold.memory.trace import Setting
 from lorafold.methods.parts.token_rows import Tokens
@@ -72,7 +72,7 @@ class Setup:
     feed: Feed
     held_out: Data | None
     findings: Findings
-    accelerator: Accelerator
+    processes: Processes
     day: str = ""  # what the chat template writes as the date; empty where it asks for none
 
     @property
@@ -85,21 +85,26 @@ class Setup:
         return [*read, base.held.name, str(base.held.dtype), base.where.type]
 
 
-def check_request(request: Request, console: Console) -> Spec:
+def check_request(request: Request, console: Console, processes: Processes) -> Spec:
     """The spec of the recipe's method; a notice names the recipe's fields that it leaves out.
 
     Raises LorafoldError for an output that exists or is one of the adapters to load, a stopped run
-    in `<out>.run`, an optimizer that is not installed, an unknown method, and fields that an
-    initial adapter fixes.
+    in `<out>.run`, a batch that can't be split over the processes, an optimizer that is not
+    installed, an unknown method, and fields that an initial adapter fixes.
     """
     loaded = [("--over", path) for path in request.over]
     loaded += [("--init-adapter", path) for path in request.adapters[len(request.over) :]]
     check_name(request.out)
     check_apart(request, loaded)
-    replaces = request.overwrite or request.resume
-    for path in (request.out, best_path(request.out)):
-        check_out(path, replaces)
-    RunDirectory(request.out).check_free(replaces)
+    replaces, count = request.overwrite or request.resume, processes.count
+    if processes.first:  # which alone writes
+        for path in (request.out, best_path(request.out)):
+            check_out(path, replaces)
+        RunDirectory(request.out).check_free(replaces)
+    if (batch := request.recipe.batch) % count:
+        raise LorafoldError(
+            f"batch {batch} can't be split over {count} processes; expected a multiple of {count}"
+        )
     check_available(request.recipe.optimizer)
     spec = spec_of(request.recipe)
     if notice := without(request.recipe):
@@ -151,13 +156,12 @@ def saved_adapters(request: Request) -> list[Saved]:
     return found
 
 
-def set_up(request: Request, console: Console) -> Setup:
+def set_up(request: Request, console: Console, processes: Processes = ALONE) -> Setup:
     """Check the request, choose device and storage, and tokenize the rows.
 
-    Raises LorafoldError for anything wrong with the request or its rows, and for a batch that can't
-    be split over the processes.
+    Raises LorafoldError for anything wrong with the request or its rows.
     """
-    spec = check_request(request, console)
+    spec = check_request(request, console, processes)
     saved = saved_adapters(request)
     objective = objective_of(request, saved)
     check_apart(request, objective.reads)
@@ -184,19 +188,9 @@ def set_up(request: Request, console: Console) -> Setup:
         console.print(f"the chat template writes the date: {held}", highlight=False)
     feed, held_out, findings = tokenized(request, dated, objective, console)
     console.print(f"base: {base.held.why}", highlight=False)
-    # the logs of trackers stay when the checkpoints are removed
-    logs = str(request.out.with_name(request.out.name + ".logs"))
-    accelerator = Accelerator(
-        cpu=base.where.type == "cpu", log_with=list(recipe.trackers) or None, project_dir=logs
-    )
-    if recipe.batch % accelerator.num_processes:
-        raise LorafoldError(
-            f"batch {recipe.batch} can't be split over {accelerator.num_processes} processes;"
-            f" expected a multiple of {accelerator.num_processes}"
-        )
     return Setup(
         request, spec, objective, tokenizer, words, files, saved, own, feed, held_out,
-        findings, accelerator, day,
+        findings, processes, day,
     )
 
 
@@ -212,7 +206,7 @@ def adapted_model(
     over = setup.saved[: len(request.over)]
     stored = setup.saved[-1] if request.init_adapter else None
     heaviest = largest_setting(setup)
-    free = free_everywhere(setup.accelerator)
+    free = free_everywhere(base.where, setup.processes)
     asked = recipe.gradient_checkpointing
     checkpointing, unknown = settle(base.config(), heaviest, asked, free, console)
     model = setup.objective.load(base, setup.tokenizer, recipe.seed)
@@ -247,7 +241,7 @@ def largest_setting(setup: Setup) -> Setting:
     stored = setup.saved[-1] if request.init_adapter else None
     below = tuple((s.spec, s.beside) for s in setup.saved[: len(request.over)])
     extra = stored.beside if stored else partial(extras, setup)
-    spec, shared = stored.spec if stored else setup.spec, setup.accelerator.num_processes
+    spec, shared = stored.spec if stored else setup.spec, setup.processes.count
     trusted = base.trust_remote_code
     asked = Setting(base.held, spec, recipe.targets, extra, below=below, trust_remote_code=trusted)
     return planned(

@@ -61,7 +61,7 @@ def prepare(
         setup: Its request may say to resume: then the run's last checkpoint is loaded, if there is
             one.
         adapter: Attached to the model of `loss`.
-        loss: On the accelerator's device.
+        loss: On the run's device.
         feed: The examples to train on.
         held_out: Measures on held-out examples.
         console: For the optimizer, the learning rates and the step from which a run is resumed.
@@ -69,7 +69,7 @@ def prepare(
     Raises LorafoldError where the run to resume had another recipe, model or data, other files, or
     other modules to adapt.
     """
-    request, accelerator = setup.request, setup.accelerator
+    request, processes, where = setup.request, setup.processes, setup.request.base.where
     recipe, run, spec = request.recipe, RunDirectory(request.out), adapter.spec
     identity = identity_of(setup, adapter) | dict(loss.rules)
     progress, state = Progress(decays_vectors=False), None
@@ -92,25 +92,24 @@ def prepare(
             check_sites(run, adapter, tensors)
             adapter.load_state_dict(tensors)
     else:
-        run.start(identity)
+        if processes.first:
+            run.start(identity)
         spec.prepare(adapter.own_deltas, partial(sample_losses, loss, feed, recipe))
+        processes.same([p.detach() for p in adapter.tensors()])
     lr_b = spec.lr_b and spec.lr_b * loss.pace
     lr = recipe.lr or spec.lr * loss.pace
     # runs without decay have the groups that those of earlier versions have
     vectors = progress.decays_vectors or not recipe.weight_decay
     whole = None if recipe.lr or spec.lr_whole is None else spec.lr_whole * loss.pace
     groups = param_groups(adapter.parts(), lr, recipe.lr_b or lr_b or lr, vectors, whole)
-    chosen = pick(recipe.optimizer, progress.optimizer, groups, accelerator)
+    chosen = pick(recipe.optimizer, progress.optimizer, groups, where, processes)
     progress.optimizer = chosen.name
     for line in (described(chosen, groups, recipe.seed), rates(groups, lr)):
         console.print(line, highlight=False, soft_wrap=True)
-    wrapped, optimizer = accelerator.prepare(loss, make_optimizer(chosen.name, groups, recipe))
+    optimizer = make_optimizer(chosen.name, groups, recipe)
     if state is not None:
         restore_optimizer(optimizer, {k: v for k, v in state.items() if not k.startswith("rng.")})
         restore_rng(state)
-    accelerator.init_trackers(
-        "lorafold", config={k: str(v) for k, v in recipe.model_dump().items()}
-    )
     if resume:
         console.print(f"resuming after step {progress.step} of {feed.steps}", highlight=False)
     elif recipe.stops and held_out is None:
@@ -123,7 +122,7 @@ def prepare(
             highlight=False, soft_wrap=True,
         )  # fmt: skip
     return Job(
-        adapter, loss, wrapped, optimizer, accelerator, feed, held_out, recipe, run, feed.steps
+        adapter, loss, optimizer, where, processes, feed, held_out, recipe, run, feed.steps
     ), progress
 
 

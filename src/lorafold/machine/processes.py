@@ -1,0 +1,229 @@
+"""The processes that compute one run together, and what they say to each other.
+
+    with together(launched(), device) as processes:        one process alone: ALONE
+        processes.add([p.grad for p in parameters])        summed over all, in place
+        found = processes.once(measure)                    process 0 computes it, all have it
+
+Each holds the whole model and computes its share of a step's rows. What one process decides by its
+own clock, disk or memory is decided by process 0, or agreed on. An error in one ends all of them
+(`lifeline`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from lorafold.errors import Interrupted, LorafoldError
+from lorafold.machine.launched import Launched
+from lorafold.machine.lifeline import Lifeline
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+
+T = TypeVar("T")
+TOGETHER = timedelta(minutes=5)  # in which all have to come
+PATIENT = timedelta(days=7)  # one may compute alone for long; the lifeline tells if it died
+BUCKET = 1 << 26  # bytes that are summed at a time
+CAUSE = 3.0  # seconds in which a connection that broke turns out to be a death
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of a run; `index` counts from 0."""
+
+    index: int = 0
+    count: int = 1
+    lifeline: Lifeline | None = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and prints."""
+        return self.index == 0
+
+    def voice(self, console: Console) -> Console:
+        """The console in process 0, and in others one that prints nothing."""
+        from rich.console import Console
+
+        return console if self.first else Console(quiet=True)
+
+    def add(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Replace tensors, of any shapes and on one device, by their sums over all processes."""
+        import torch
+        import torch.distributed as dist
+
+        if self.count == 1:
+            return
+        for bucket in _buckets(tensors):
+            flat = torch.cat([t.reshape(-1) for t in bucket])
+            dist.all_reduce(flat)
+            for t, summed in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+                t.copy_(summed.view_as(t))
+
+    def add_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Sum gradients over all processes. A parameter on which no process's loss depends has none
+        afterwards; where some do, the others count as zeros.
+        """
+        import torch
+
+        if self.count == 1:
+            return
+        has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
+        self.add([has])
+        used = [p for p, n in zip(parameters, has.tolist(), strict=True) if n]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in used]
+        self.add(grads)
+        for p, grad in zip(used, grads, strict=True):
+            p.grad = grad
+
+    def largest(self, number: int) -> int:
+        """The largest of the numbers of all processes."""
+        import torch
+        import torch.distributed as dist
+
+        if self.count == 1:
+            return number
+        found = torch.tensor(number)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
+
+    def part_ways(self, key: int) -> None:
+        """Have torch draw other numbers in each process from here on, which follow from the key. A
+        process that is alone goes on as before.
+        """
+        import torch
+
+        if self.count > 1:
+            torch.manual_seed((key + self.index) % (1 << 63))
+
+    def tell_place(self, place: Callable[[], str]) -> None:
+        """Say what a line about the death of another process says of where it was."""
+        if self.lifeline is not None:
+            self.lifeline.place = place
+
+    def same(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Replace tensors, of any shapes, by those of process 0."""
+        import torch.distributed as dist
+
+        for t in tensors if self.count > 1 else ():
+            whole = t.contiguous()
+            dist.broadcast(whole, 0)
+            t.copy_(whole)
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes in their order."""
+        import torch.distributed as dist
+
+        if self.count == 1:
+            return [value]
+        found: list[Any] = [None] * self.count
+        dist.all_gather_object(found, value)
+        return found
+
+    def once(self, compute: Callable[[], T]) -> T:
+        """What process 0 computes; the others wait for it."""
+        import torch.distributed as dist
+
+        found = [compute() if self.first else None]
+        if self.count > 1:
+            dist.broadcast_object_list(found, 0)
+        return found[0]  # type: ignore[return-value]
+
+    def wait(self) -> None:
+        """Wait until all have come here."""
+        self.gather(None)
+
+
+ALONE = Processes()
+
+
+@contextmanager
+def together(here: Launched, device: str | None = None) -> Iterator[Processes]:
+    """Join the processes that a launcher started, until the `with` block ends.
+
+    An error in the block ends all of them with its exit code: that of a LorafoldError is 2.
+
+    Args:
+        here: As `launched` gives it. Nothing happens where it is alone.
+        device: The one of this process, as `own_device` gives it.
+
+    Raises LorafoldError if the others do not come within five minutes.
+    """
+    if here.world == 1:
+        yield ALONE
+        return
+    import torch
+    import torch.distributed as dist
+
+    cuda = device is not None and device.startswith("cuda")
+    if cuda:
+        torch.cuda.set_device(device)
+    store, made = _met(here), not dist.is_initialized()
+    lifeline = Lifeline(here.rank, here.world, here.address, store)
+    if made:
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(
+            backend, store=store, rank=here.rank, world_size=here.world, timeout=PATIENT
+        )
+    try:
+        yield Processes(here.rank, here.world, lifeline)
+    except BaseException as error:
+        code, expected = _code_of(error)
+        if not expected:
+            lifeline.wait(CAUSE)
+        lifeline.failed(code, str(error) if expected else f"{type(error).__name__}: {error}")
+        raise
+    lifeline.left()
+    if made:
+        dist.destroy_process_group()
+
+
+def _met(here: Launched) -> Any:
+    """The store of these processes, for this run of them."""
+    import torch.distributed as dist
+
+    os.environ |= {
+        "RANK": str(here.rank), "WORLD_SIZE": str(here.world), "LOCAL_RANK": str(here.local_rank),
+        "MASTER_ADDR": here.address, "MASTER_PORT": str(here.port),
+    }  # fmt: skip
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=TOGETHER))
+        number = store.add(f"runs of {here.rank}", 1)
+        store.set_timeout(TOGETHER)
+        return dist.PrefixStore(f"lorafold {number}", store)
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        first = str(error).strip().splitlines()[0][:100]
+        raise LorafoldError(
+            f"process {here.rank} of {here.world}, started by {here.by}: found no way to process 0"
+            f" at {here.address}:{here.port} ({first}); expected all to start within"
+            f" {TOGETHER.seconds // 60} minutes"
+        ) from None
+
+
+def _code_of(error: BaseException) -> tuple[int, bool]:
+    """The exit code that an error has, and whether its message says it all."""
+    if isinstance(error, LorafoldError):
+        return 2, True
+    if isinstance(error, Interrupted):
+        return error.code, True
+    if isinstance(error, KeyboardInterrupt):
+        return 130, True
+    return 1, False
+
+
+def _buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """The tensors in parts of one dtype each, in their order."""
+    bucket: list[torch.Tensor] = []
+    for t in tensors:
+        full = bucket and sum(b.nbytes for b in bucket) + t.nbytes > BUCKET
+        if full or (bucket and bucket[0].dtype != t.dtype):
+            yield bucket
+            bucket = []
+        bucket.append(t)
+    if bucket:
+        yield bucket

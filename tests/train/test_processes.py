@@ -1,0 +1,80 @@
+"""Several processes of one run compute what one process does, and one alone speaks."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from lorafold.methods import METHODS
+from mixtures import CONFIGS
+from process_cases import apart, rows, together
+
+RUN = ("--device", "cpu", "--set", "storage=fp32", "--set", "steps=8", "--set", "batch=8")
+FEW = ("lora", "adalora", "full", "prompt")
+CLOSE = 1e-5
+DROPS = {"lora", "rslora", "pissa", "olora", "dora", "adalora", "lokr", "vera"}
+
+
+@pytest.fixture(scope="module")
+def command(tiny_model_dir, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """A run but for its method and its directory."""
+    data = rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
+    return ("train", "--model", str(tiny_model_dir("llama-wide")), "--data", str(data), *RUN)
+
+
+@pytest.mark.parametrize("method", FEW)
+def test_two_processes_train_what_one_does(
+    method: str, command: tuple[str, ...], tmp_path: Path
+) -> None:
+    dropped = ("--set", "dropout=0.1") if method in DROPS else ()
+    command = (*command, "--method", method, *dropped)
+    [one] = together(1, tmp_path, *command, "--out", str(tmp_path / "one"))
+    two = together(2, tmp_path, *command, "--out", str(tmp_path / "two"), "--json")
+    assert [p.code for p in (one, *two)] == [0, 0, 0], two[0].stderr
+    assert apart(tmp_path / "one", tmp_path / "two") < CLOSE
+
+
+def test_preferences_beside_their_reference(tiny_model_dir, tmp_path: Path) -> None:
+    data, model = rows(tmp_path / "rows.jsonl", 24, "dpo"), str(tiny_model_dir("llama-wide"))
+    command = ("train", "--model", model, "--data", str(data), *RUN, "--objective", "dpo")
+    outs = [tmp_path / str(n) for n in (1, 2)]
+    for n, out in enumerate(outs, 1):
+        done = together(n, tmp_path, *command, "--set", "dropout=0.1", "--out", str(out))
+        assert [p.code for p in done] == [0] * n, done[0].stderr
+    assert apart(*outs) < CLOSE
+
+
+def test_experts_some_of_which_get_no_token(tiny_model_dir, tmp_path: Path) -> None:
+    config = CONFIGS["mixtral"](num_local_experts=16, max_position_embeddings=512)
+    model = shutil.copytree(tiny_model_dir("llama-wide"), tmp_path / "mixture")
+    torch.manual_seed(0)
+    transformers.MixtralForCausalLM(config).save_pretrained(model)
+    data = rows(tmp_path / "rows.jsonl", 8)
+    targets = ("--set", "targets=[gate_up_proj, down_proj, q_proj]", "--set", "accumulate=2")
+    command = ("train", "--model", str(model), "--data", str(data), *RUN, *targets)
+    outs = [tmp_path / str(n) for n in (1, 2)]
+    for n, out in enumerate(outs, 1):
+        done = together(n, tmp_path, *command, "--set", "dropout=0.1", "--out", str(out))
+        assert [p.code for p in done] == [0] * n, done[0].stderr
+    assert apart(*outs) < CLOSE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {*FEW, "linear-probe"}))
+def test_every_method_in_two_processes_and_four(
+    method: str, command: tuple[str, ...], tmp_path: Path
+) -> None:
+    for dropout in ("0", "0.1") if method in DROPS else (None,):
+        dropped = () if dropout is None else ("--set", f"dropout={dropout}")
+        asked, outs = (*command, "--method", method, *dropped, "--overwrite"), []
+        for n in (1, 2, 4):
+            outs.append(out := tmp_path / str(n))
+            done = together(n, tmp_path, *asked, "--out", str(out))
+            assert [p.code for p in done] == [0] * n, done[0].stderr
+        # gradients of key biases are zero but for rounding, which AdamW makes steps of
+        worst = max(apart(outs[0], out, but="k_proj.base_layer.bias") for out in outs[1:])
+        assert worst < (3 * CLOSE if method == "fastfood" else CLOSE)
