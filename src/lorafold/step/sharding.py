@@ -15,7 +15,7 @@ All processes must run the same blocks in the same order. Trained tensors stay w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -122,7 +122,7 @@ def sharded(model: nn.Module, processes: Processes) -> Iterator[Sharded]:
             _, decoder = decoder_of(model)
             head = of[ends[-1]]
             stack.enter_context(
-                decoder.register_forward_hook(lambda *_: groups.open(head))  # type: ignore[arg-type]
+                decoder.register_forward_hook(lambda *_: groups.open(head))
             )
         sizes = [sum(s.size for s in shards) for shards in groups.all]
         kept = sum(len(s.own) for shards in groups.all for s in shards)
@@ -160,8 +160,8 @@ def _storages(module: nn.Module, taken: set[int]) -> list[torch.UntypedStorage]:
             continue
         if not storage.resizable():  # of a file that is mapped
             new = seen.setdefault(storage._cdata, storage.clone())
-            t.data = torch.empty(0, dtype=t.dtype).set_(new, t.storage_offset(), t.size(), t.stride())
-            storage = new
+            place = t.storage_offset(), t.size(), t.stride()
+            t.data, storage = torch.empty(0, dtype=t.dtype).set_(new, *place), new
         if storage._cdata not in taken:
             taken.add(storage._cdata)
             found.append(storage)
@@ -190,4 +190,4 @@ def _inside(t: Tensor) -> Iterator[Tensor]:
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:
     """All bytes of a storage (n,), which it shares."""
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # type: ignore[call-overload]
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
