@@ -235,6 +235,13 @@ class Fields(BaseModel):
             " auto does it where a step would not fit otherwise."
         ),
     )
+    strategy: Literal["ddp", "fsdp"] = Field(
+        default="ddp",
+        description=(
+            "What several processes hold: ddp the whole model in each, fsdp a part of its frozen"
+            " weights, of which one block is whole at a time."
+        ),
+    )
 
     eval_fraction: Decay = Field(
         default=0.0, description="The share of the rows to hold out if no held-out rows are given."

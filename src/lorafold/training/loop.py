@@ -47,7 +47,8 @@ class Job:
 
     `examples(step, planned)` gives what `loss.collate` takes, each with `ids`, of what the feed has
     for a step; `held_out()` measures on held-out examples, also before the first step where
-    `measures_before`. Each step updates the weights `updates` times.
+    `measures_before`. Each step updates the weights `updates` times. Where weights are `divided`
+    among the processes, all of them pass through the model together.
     """
 
     adapter: Adapter
@@ -63,6 +64,7 @@ class Job:
     examples: Callable[[int, Sequence[Any]], Sequence[Any]] = lambda step, planned: planned
     updates: int = 1
     measures_before: bool = False
+    divided: bool = False
     tracking: Tracking = field(default_factory=Tracking)
 
 
@@ -139,7 +141,7 @@ def measure(job: Job, progress: Progress, display: Display) -> None:
     """Measure on held-out examples, if there are any."""
     if job.held_out is None:
         return
-    found = job.processes.once(job.held_out)
+    found = job.held_out() if job.divided else job.processes.once(job.held_out)
     progress.evals[progress.step] = found.loss
     if found.figures:
         progress.measured[progress.step] = dict(found.figures)
@@ -164,6 +166,7 @@ def train_step(job: Job, examples: Sequence[Any], step: int) -> float:
     share = slice(processes.index, None, processes.count)
     own, numbers = examples[share], range(len(examples))[share]
     micro = job.loss.micro_batches(own, job.recipe.accumulate, job.recipe.max_length) if own else []
+    more = processes.largest(len(micro)) - len(micro) if job.divided else 0
     total = max(1, sum(map(job.loss.count, examples)))
     place_of = places(own, numbers)
     selection, key = selection_of(job.adapter.model), key_of(job.recipe.seed, step)
@@ -185,6 +188,10 @@ def train_step(job: Job, examples: Sequence[Any], step: int) -> float:
                 if i == len(micro) - 1 and processes.first:  # of the sum over all
                     loss = loss + penalty(job.adapter)
                 loss.backward()
+        for _ in range(more):  # passes of others, in which this process has nothing to learn
+            inputs = job.loss.collate(examples[:1], job.device)
+            with drawing(selection, Draws(key, job.loss.names(examples[:1], [rows[0]], inputs))):
+                (0 * job.loss(**inputs, **of_step)).backward()
     processes.add_gradients([*dict.fromkeys(job.adapter.parameters())])
     processes.add([seen])
     mean = seen.item() / total

@@ -24,6 +24,7 @@ from lorafold.step.fused import fused
 from lorafold.training.agreement import check_alike
 from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.display import Display
+from lorafold.training.dividing import check_dividable, divided
 from lorafold.training.finish import INIT_ADAPTER, Trained, finish
 from lorafold.training.finished import DEPENDS_ON, finished
 from lorafold.training.loop import fit
@@ -50,6 +51,7 @@ def train(request: Request, console: Console, processes: Processes = ALONE) -> T
     if (before := processes.once(partial(finished, request, console))) is not None:
         return before
     setup = set_up(as_begun(request), console, processes)
+    check_dividable(setup.request.recipe, setup.spec)
     check_alike(setup)
     with RunDirectory(request.out).claimed() if processes.first else nullcontext():
         return _trained(setup, console)
@@ -92,6 +94,9 @@ def _trained(setup: Setup, console: Console) -> Trained:
         # the logs of trackers stay when the checkpoints are removed
         logs = request.out.with_name(request.out.name + ".logs")
         job.tracking = stack.enter_context(tracking(names, logs, request.recipe.model_dump()))
+        if request.recipe.strategy == "fsdp":
+            job.divided = processes.count > 1
+            console.print(stack.enter_context(divided(job)), highlight=False, soft_wrap=True)
         with Display(console, job.steps, progress.step) as display:
             fit(job, progress, display)
     if told := str(setup.feed):

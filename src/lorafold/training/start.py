@@ -36,7 +36,7 @@ from lorafold.training.request import BATCH_COUNTS, Request
 from lorafold.training.setup import Setup
 
 # A resumed run may change these fields: they decide what is watched and kept, not what is learned.
-FREE_ON_RESUME = {"save_every", "eval_every", "keep", "trackers"}
+FREE_ON_RESUME = {"save_every", "eval_every", "keep", "trackers", "strategy"}
 WHEN_MEASURED = {"save_every", "eval_every"}  # what is learned where a run ends by what is measured
 # What decides which elements are dropped, in the identity of a run with dropout; the second one in
 # runs that do not name it.
