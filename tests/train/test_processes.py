@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import transformers
 
 from lorafold.methods import METHODS
 from mixtures import CONFIGS
-from process_cases import apart, rows, together
+from process_cases import apart, rows, same_bytes, together
 
 RUN = ("--device", "cpu", "--set", "storage=fp32", "--set", "steps=8", "--set", "batch=8")
 FEW = ("lora", "adalora", "full", "prompt")
@@ -78,3 +79,61 @@ def test_every_method_in_two_processes_and_four(
         # gradients of key biases are zero but for rounding, which AdamW makes steps of
         worst = max(apart(outs[0], out, but="k_proj.base_layer.bias") for out in outs[1:])
         assert worst < (3 * CLOSE if method == "fastfood" else CLOSE)
+
+
+DIVIDED = {
+    "uneven batches": ("--set", "batch=6", "--set", "accumulate=3"),
+    "checkpointed": ("--set", "gradient_checkpointing=true"),
+    "nf4": ("--set", "storage=nf4"),
+    "dropout": ("--set", "dropout=0.1"),
+    "prompt": ("--method", "prompt"),
+    "dora": ("--method", "dora", "--eval-fraction", "0.2"),
+    "dpo": ("--objective", "dpo"),
+}
+
+
+@pytest.mark.parametrize("what", [*("dropout", "prompt", "dpo")])
+def test_divided_weights_train_the_bytes_of_whole_ones(
+    what: str, command: tuple[str, ...], tmp_path: Path
+) -> None:
+    divided(what, command, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", sorted(DIVIDED.keys() - {"dropout", "prompt", "dpo"}))
+def test_divided_weights_of_other_runs(
+    what: str, command: tuple[str, ...], tmp_path: Path
+) -> None:
+    divided(what, command, tmp_path)
+
+
+def divided(what: str, command: tuple[str, ...], tmp_path: Path) -> None:
+    data = rows(tmp_path / "rows.jsonl", kind="dpo" if what == "dpo" else "sft")
+    asked = (*command[:4], str(data), *command[5:], *DIVIDED[what])
+    outs = [tmp_path / strategy for strategy in ("ddp", "fsdp")]
+    for out in outs:
+        found = together(2, tmp_path, *asked, "--strategy", out.name, "--out", str(out))
+        assert [p.code for p in found] == [0, 0], found[0].stderr
+    assert same_bytes(*outs)
+    said = found[0].stderr + found[0].stdout
+    whole, kept = re.findall(r"of ([\d.]+) kB of frozen weights .* keeps ([\d.]+) kB", said)[0]
+    assert float(kept) == pytest.approx(float(whole) / 2, rel=0.01)
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_can_not_be_divided_is_refused(
+    processes: int, command: tuple[str, ...], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    asked = (*command, "--strategy", "fsdp", "--method", "full", "--out", str(out))
+    done = together(processes, tmp_path, *asked)
+    assert [p.code for p in done] == [2] * processes
+    assert "strategy fsdp: found method full, expected one that leaves" in done[0].stderr
+    assert not out.exists()
+
+
+def test_one_process_has_all_weights(command: tuple[str, ...], tmp_path: Path) -> None:
+    [one] = together(1, tmp_path, *command, "--strategy", "fsdp", "--out", str(tmp_path / "out"))
+    assert one.code == 0
+    assert "one process has all weights" in one.stderr + one.stdout
