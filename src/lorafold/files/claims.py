@@ -7,8 +7,8 @@ Whoever is given the same paths makes them together: each is made by one process
 creation and shows that its holder lives by being touched. It falls to another process when its
 holder is dead, as processes of one machine see, or has not touched it for LEASE seconds; these are
 counted by the clock of the one who waits, since clocks of several machines differ (filelock's
-`SoftFileLease`). Claims lie beside what they are for: on NFS, whoever has made one sees what was
-in that directory when the claim before was given up.
+`SoftFileLease`). Claims lie beside what they are for: on NFS, whoever has made one sees what was in
+that directory when the claim before was given up.
 """
 
 from __future__ import annotations
