@@ -154,7 +154,20 @@ def test_two_workers_undo(tiny_model_dir: Callable[..., Path], tmp_path: Path) -
         recipe=RECIPE.model_copy(update={"epochs": 2}), storage="fp32", device="cpu",
     ).as_json()  # fmt: skip
     found, written = shared(tmp_path / "out", arguments, "figures/*.json")
-    assert found == [json.loads(json.dumps(alone))] * 2
+    assert found[0] == found[1] == json.loads((tmp_path / "out" / "fragility.json").read_text())
     assert {len(stamps) for stamps in written.values()} == {1}
-    tables = [(tmp_path / name / "table.md").read_bytes() for name in ("out", "alone")]
-    assert tables[0] == tables[1]
+    assert len(written) == 1 + len(found[0]["points"])
+    close(found[0], json.loads(json.dumps(alone)))
+
+
+def close(found: Any, expected: Any) -> None:
+    """Equal, but for fp32's roundings of another process, whose memory is aligned otherwise."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        close([*found.values()], [*expected.values()])
+    elif isinstance(expected, list):
+        for one, other in zip(found, expected, strict=True):
+            close(one, other)
+    else:
+        near = isinstance(expected, float)
+        assert found == (pytest.approx(expected, rel=1e-5) if near else expected)

@@ -210,7 +210,7 @@ def divided(trained: Sequence[nn.Parameter], setting: Setting) -> dict[nn.Parame
         p.grad = None
 
     for p in trained:
-        p.register_post_accumulate_grad_hook(keep)  # type: ignore[arg-type]
+        p.register_post_accumulate_grad_hook(keep)
         if setting.accumulating:
             keep(p)
     return found
