@@ -171,3 +171,25 @@ def close(found: Any, expected: Any) -> None:
     else:
         near = isinstance(expected, float)
         assert found == (pytest.approx(expected, rel=1e-5) if near else expected)
+
+
+def test_a_ray_cluster_starts_the_workers(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    arguments = [
+        "compare", "--model", str(tiny_model_dir("llama")), "--device", "cpu",
+        "--data", rows_file(tmp_path, "rows.jsonl", ROWS), "--methods", "ia3,bitfit",
+        "--steps", "2", "--batch", "4", "--max-length", "64", "--storage", "fp32",
+        "--out", str(tmp_path / "out"),
+    ]  # fmt: skip
+    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100_000_000)
+    try:
+        monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+        found = ended(started(*arguments, "--on", "ray", "--workers=2"))
+    finally:
+        ray.shutdown()
+    assert [row["method"] for row in found["rows"]] == ["base", "ia3", "bitfit"]
+    assert found == ended(started(*arguments))  # which finds all of it
+    assert (tmp_path / "out" / "token").is_file()
