@@ -177,7 +177,8 @@ def test_a_ray_cluster_starts_the_workers(
     tiny_model_dir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ray = pytest.importorskip("ray")
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}.items():
+        monkeypatch.setenv(name, value)
     arguments = [
         "compare", "--model", str(tiny_model_dir("llama")), "--device", "cpu",
         "--data", rows_file(tmp_path, "rows.jsonl", ROWS), "--methods", "ia3,bitfit",
