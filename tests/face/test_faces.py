@@ -46,10 +46,13 @@ OF_COMMANDS = {
     "json", "html", "wide", "config", "sets", "help", "help_all", "preview", "cheatsheet",
     "fail_under",
 }  # fmt: skip
+WORKERS = {"on", "workers"}  # a script is started several times
 BY_OTHER_MEANS = {
     "score": {"out", "overwrite"},  # the scores have `write`
     "train": {"reward_adapter"},  # rewards="adapter:DIR"
-    "compare": {"reward_adapter"},
+    "compare": {"reward_adapter", *WORKERS},
+    "intrinsic": WORKERS,
+    "fragility": WORKERS,
     "estimate": {"reward_adapter"},
 }
 # options whose parameter stands in the plural, since a call takes a list where a command repeats

@@ -164,3 +164,69 @@ def test_what_would_have_no_effect_is_refused(
     given: tuple[str, ...], said: str, tiny_model_dir: Any
 ) -> None:
     assert said in refused("estimate", "--model", str(tiny_model_dir("llama")), *given)
+
+
+SHARED = ("--params", "7b", "--max-length", "256", "--gradient-checkpointing", "on", "--json")
+
+
+def of_each(*arguments: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(run(*SHARED, *arguments).stdout)
+    assert found["total"] == sum(found[name] for name in TERMS)
+    return found
+
+
+@pytest.mark.parametrize("mode", ["full", "qlora"])
+def test_what_each_of_several_processes_holds_and_sends(mode: str) -> None:
+    """By the page's formulas: a Llama of 7b has 32 blocks of 4 w^2 + 3 w m weights and 2 w norms,
+    and outside of them two tables of 32,000 rows and a norm.
+    """
+    w, m, rank, widths = 4096, 11008, 16, 4 * (4096 + 4096) + 3 * (4096 + 11008)
+    one, eight = (of_each("--mode", mode, "--gpus", n) for n in ("1", "8"))
+    for name in ("weights", "adapter", "optimizer"):
+        assert eight[name] == -(-one[name] // 8)
+    assert one["exchanged"] == 0
+    assert {"sent", "bandwidth"}.isdisjoint(one)
+    if mode == "full":
+        block, outside = 4 * (4 * w * w + 3 * w * m + 2 * w), 4 * (2 * 32000 * w + w)
+        adapter, gradients = 0, block
+    else:
+        outside = 2 * (2 * 32000 * w + w)
+        block = (one["weights"] - outside) // 32
+        adapter = gradients = 4 * rank * widths
+    assert eight["exchanged"] == pytest.approx(
+        outside + 2 * (block + adapter) + 2 * gradients, rel=1e-4
+    )
+    whole = gradients * 32 + (outside if mode == "full" else 0)
+    sent = 7 / 8 * (2 * 32 * (block + adapter) + outside + whole)
+    assert eight["sent"] == pytest.approx(sent, rel=1e-4)
+    assert eight["gradients"] in (0, pytest.approx(whole / 8, rel=1e-4))
+    # the forward pass of a block has the least to compute for what is gathered meanwhile
+    products = 2 * 256 * (4 * w * w + 3 * w * m)
+    most = 7 / 8 * (block + adapter + gradients) * 4e14
+    assert 7 / 8 * block * 4e14 / products * 0.9 <= eight["bandwidth"] <= most / products
+    slow = of_each("--mode", mode, "--gpus", "8", "--tflops", "40")
+    assert slow["bandwidth"] == pytest.approx(eight["bandwidth"] / 10)
+
+
+def test_ddp_holds_all_and_sends_gradients_alone() -> None:
+    one, four = of_each("--mode", "lora"), of_each(
+        "--mode", "lora", "--gpus", "4", "--strategy", "ddp"
+    )
+    bucket = four.pop("exchanged")
+    assert 0 < bucket <= 2**26
+    assert {n: four[n] for n in TERMS if n != "exchanged"} == {
+        n: one[n] for n in TERMS if n != "exchanged"
+    }
+    assert four["sent"] == int(2 * 3 / 4 * one["adapter"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--strategy", "zero"], "--strategy: found zero, expected one of fsdp, ddp"),
+        (["--mode", "inference"], "--gpus: found --mode inference too, expected none: the"),
+        (["--measure"], "--gpus: found --measure too, expected none: the estimate is that of a"),
+    ],
+)
+def test_what_several_processes_do_not_do(arguments: list[str], message: str) -> None:
+    assert message in refused("estimate", "--gpus", "2", *arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,8 @@ from lorafold.comparing.paired import Difference, over_base, verdict
 from lorafold.comparing.report import markdown
 from lorafold.comparing.run import known_methods, methods_for, unfit
 from lorafold.errors import LorafoldError
-from lorafold.files.atomic import check_folder
+from lorafold.files.atomic import check_folder, write_text
+from lorafold.files.claims import check_token
 from lorafold.files.shown import Shown
 from lorafold.opening import Base
 from lorafold.quickstart.story import RECIPE
@@ -114,6 +116,7 @@ def compare(
     missing or that the objective does not take.
     """
     check_folder(as_path(out))
+    check_token(as_path(out))
     console, recipe = or_quiet(console), recipe_to_train(recipe, Recipe() if data else RECIPE)
     recipe, functions = with_rewards(recipe, rewards)
     if functions:
@@ -146,9 +149,9 @@ def compare(
     def tell(one: Measurement, done: int, total: int) -> None:
         console.print(f"{done}/{total} {one}", highlight=False)
 
-    found = Comparison(
-        tuple(run.compare(task, list(names), range(seeds), as_path(out), tell)), str(model), source
-    )
-    (as_path(out) / "table.md").write_text(str(found), encoding="utf-8")
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    rows_found = run.compare(task, list(names), range(seeds), as_path(out), tell, say)
+    found = Comparison(tuple(rows_found), str(model), source)
+    write_text(as_path(out) / "table.md", str(found))
     return found
 

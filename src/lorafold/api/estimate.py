@@ -18,6 +18,7 @@ from lorafold.memory import report, terms
 from lorafold.memory.advice import Advice, advise, advise_on_rows
 from lorafold.memory.measure import measure as measured_bytes
 from lorafold.memory.modes import as_in_files, llama, setting_of
+from lorafold.memory.sharing import FSDP, SPEED, STRATEGIES
 from lorafold.memory.terms import Estimate
 from lorafold.memory.trace import Setting
 from lorafold.models.loading import load_model
@@ -39,7 +40,8 @@ class Forecast(Shown):
 
     `advice` says whether it fits a device's memory and what would, if that was asked; `measured`
     has the bytes of a real step, if one was run. `of_this_cpu` is set if the estimate is for this
-    machine's CPU instead of accelerators in general.
+    machine's CPU instead of accelerators in general. Of several processes the bytes are those of
+    each; `speed` is what a device computes, in operations a second.
     """
 
     estimate: Estimate
@@ -47,6 +49,7 @@ class Forecast(Shown):
     advice: Advice | None = None
     measured: int | None = None
     of_this_cpu: bool = False
+    speed: float = SPEED
 
     @property
     def total(self) -> int:
@@ -61,6 +64,7 @@ class Forecast(Shown):
     def remarks(self) -> list[str]:
         """The lines below the terms: the device, whether it fits, and the measured bytes."""
         lines = [report.about(self.setting)] * self.of_this_cpu
+        lines += report.together(self.estimate, self.setting, self.speed)
         lines += [] if self.advice is None else report.verdict(self.advice, self.setting)
         lines += [] if self.measured is None else [report.beside(self.estimate, self.measured)]
         return lines
@@ -70,7 +74,11 @@ class Forecast(Shown):
         advice = {} if self.advice is None else asdict(self.advice)
         largest = {f"largest_{k}" if k in ("batch", "length") else k: v for k, v in advice.items()}
         measured = {} if self.measured is None else {"measured": self.measured}
-        return {"total": self.total, **self.terms, "fits": None, **largest, **measured}
+        sent = self.estimate.sent
+        exchange = (
+            {} if sent is None else {"sent": sent.bytes, "bandwidth": sent.bandwidth(self.speed)}
+        )
+        return {"total": self.total, **self.terms, **exchange, "fits": None, **largest, **measured}
 
     def __str__(self) -> str:
         return "\n".join([*report.bars(self.estimate), *self.remarks()])
@@ -88,6 +96,9 @@ def estimate(
     max_length: int | None = None,
     labelled: int | None = None,
     recipe: Recipe | None = None,
+    gpus: int = 1,
+    strategy: str = FSDP,
+    tflops: float = SPEED / 1e12,
     device_memory: int | None = None,
     measure: bool = False,
     device: str | None = None,
@@ -112,6 +123,10 @@ def estimate(
         labelled: Tokens of the batch that count in the loss; None counts all.
         recipe: Its fields take precedence over the mode; those that an estimate does not support
             are refused.
+        gpus: Processes that train together, one on each device; `batch` is that of each.
+        strategy: What of the model each of them holds: all (ddp), or its part (fsdp).
+        tflops: What a device computes, in 10^12 operations a second, for the bandwidth from which
+            on what they send is hidden.
         device_memory: Bytes of the device, to say whether it fits and what would.
         measure: Also load the model and run two real steps.
         device: cpu estimates for this machine's CPU; `measure` runs on it, or on cuda, cuda:N or
@@ -137,6 +152,8 @@ def estimate(
         raise LorafoldError(
             f"--measure: found --params {params}, which has no weights; expected --model"
         )
+    if gpus > 1:
+        check_shared(mode, strategy, data is not None, measure)
     console, asked = or_quiet(console), as_recipe(recipe, Recipe())
     if data is None:
         check_rows_given(asked, rewards, columns)
@@ -161,6 +178,7 @@ def estimate(
         # for accelerators in general, as without rows
         setting, config = replace(setting, base=stored_as, widened=False), base.config()
     setting = replace(setting, trust_remote_code=trust_remote_code)
+    setting = replace(setting, processes=gpus, strategy=strategy)
     stored = "storage" in asked.model_fields_set
     setting = as_in_files(setting, config, str(model), stored)
     on = base.where if measure else None
@@ -179,7 +197,21 @@ def estimate(
                 setting,
                 on,
             )
-    return Forecast(found, setting, advice, measured, of_this_cpu)
+    return Forecast(found, setting, advice, measured, of_this_cpu, tflops * 1e12)
+
+
+def check_shared(mode: str, strategy: str, data: bool, measure: bool) -> None:
+    """Raise LorafoldError for what several processes don't do, or no estimate of them."""
+    if strategy not in STRATEGIES:
+        raise LorafoldError(
+            f"--strategy: found {strategy}, expected one of {', '.join(STRATEGIES)}"
+        )
+    found = {"--mode inference": mode == "inference", "--data": data, "--measure": measure}
+    if wrong := [name for name, given in found.items() if given]:
+        raise LorafoldError(
+            f"--gpus: found {', '.join(wrong)} too, expected none: the estimate is that of a"
+            " training step of which each process has --batch rows"
+        )
 
 
 def check_rows_given(recipe: Recipe, rewards: Rewarding, columns: Columns | None) -> None:

@@ -24,6 +24,7 @@ from lorafold.api.opened import opened
 from lorafold.data.stored import Rows
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import check_folder, write_json, write_text
+from lorafold.files.claims import check_token
 from lorafold.methods.lora import LoRA
 from lorafold.opening import Base, base_for
 from lorafold.peft.own_base import OwnBase
@@ -122,6 +123,7 @@ def fragility(
         raise LorafoldError("; ".join(problems))
     if out is not None:
         check_folder(as_path(out))
+        check_token(as_path(out))
     second = [open_all(as_paths(against))] if against else []
     stacks = stacks_of(open_all(as_paths(adapters)), *second)
     rows = Rows.of([]) if data is None else as_rows(data, columns, console)
@@ -164,7 +166,8 @@ def fragility(
             return run.gate(task, as_path(tuned, "tuned"), instead, opening)
     assert out is not None  # a problem otherwise
     with progress(console) as tell:
-        found = run.sweep(task, as_path(out), opening, tell)
+        say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+        found = run.sweep(task, as_path(out), opening, tell, say)
     write_json(as_path(out) / "fragility.json", found.as_json())
     write_text(as_path(out) / "table.md", markdown(found))
     return found

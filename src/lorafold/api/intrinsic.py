@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from lorafold.api.arguments import Columns, Data, as_path, or_quiet, recipe_to_t
 from lorafold.api.task import train_and_test
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import check_folder
+from lorafold.files.claims import check_token
 from lorafold.inspecting.intrinsic import Intrinsic, Point, search
 from lorafold.opening import Base
 from lorafold.quickstart.story import RECIPE
@@ -60,6 +62,7 @@ def intrinsic(
     if smallest > largest:
         raise LorafoldError(f"--smallest: found {smallest}, expected at most --largest {largest}")
     check_folder(as_path(out))
+    check_token(as_path(out))
     console, recipe = or_quiet(console), recipe_to_train(recipe, Recipe() if data else RECIPE)
     rows, held_out, source = train_and_test(data, eval_data, recipe, columns, console)
     base = Base(model, device=device, revision=revision, trust_remote_code=trust_remote_code)
@@ -73,4 +76,5 @@ def intrinsic(
         )
 
     request = Request(base, as_path(out), recipe, rows, source, eval_rows=held_out)
-    return search(request, smallest, largest, share, tell)
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    return search(request, smallest, largest, share, tell, say)

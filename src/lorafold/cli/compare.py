@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from lorafold.cli.alone import ComputingAlone
+from lorafold.cli.cluster import Cluster
 from lorafold.cli.columns import ColumnsOption, columns_of
 from lorafold.cli.common import HeldOutOption, JsonOption, OptionalDataOption, emit, messages
 from lorafold.cli.groups import grouped
@@ -35,6 +36,7 @@ def command(
         ),
     ],
     flags: Flags,
+    cluster: Cluster,
     computing: ComputingAlone,
     data: OptionalDataOption = None,
     eval_data: HeldOutOption = None,
@@ -69,6 +71,8 @@ def command(
     Policies (--objective grpo, with --reward) draw as many completions each, and are compared by
     the reward of held-out prompts.
     """
+    if (table := cluster.table(out)) is not None:
+        return typer.echo(table)
     from lorafold.api.compare import compare
     from lorafold.comparing.report import deciding, page
     from lorafold.quickstart.story import RECIPE

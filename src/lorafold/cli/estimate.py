@@ -40,6 +40,7 @@ EXAMPLES = (
     "lorafold estimate --params 7b",
     "lorafold estimate --params 7b --mode lora --device-memory 24GB",
     "lorafold estimate --model smollm2 --mode full --batch 4 --max-length 512",
+    "lorafold estimate --params 70b --gpus 8 --gradient-checkpointing on --device-memory 80GB",
 )
 
 
@@ -93,6 +94,24 @@ def command(
             min=1, hidden=True, help="Tokens of a batch that count in the loss. Without it all."
         ),
     ] = None,
+    gpus: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Devices that train together; the estimate is that of each, with --batch rows.",
+        ),
+    ] = 1,
+    strategy: Annotated[
+        str, typer.Option(help="What each of --gpus holds: its part (fsdp), or all (ddp).")
+    ] = "fsdp",
+    tflops: Annotated[
+        float,
+        typer.Option(
+            min=1,
+            hidden=True,
+            help="What a device computes, in TFLOP/s, to say which bandwidth --gpus need.",
+        ),
+    ] = 400,
     device_memory: Annotated[
         str | None,
         typer.Option(
@@ -154,6 +173,9 @@ def command(
         max_length=max_length,
         labelled=labelled,
         recipe=recipe,
+        gpus=gpus,
+        strategy=strategy,
+        tflops=tflops,
         device_memory=memory,
         measure=measure,
         device=device,

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from lorafold.cli.cluster import Cluster
 from lorafold.cli.columns import ColumnsOption, columns_of
 from lorafold.cli.common import Adapters, JsonOption, Opening, emit, messages
 from lorafold.cli.groups import grouped
@@ -50,6 +51,7 @@ def command(
     adapters: Adapters,
     opening: Opening,
     flags: Flags,
+    cluster: Cluster,
     data: Annotated[
         list[str] | None,
         typer.Option(help="Benign rows, as for train. Those not trained on measure the loss."),
@@ -140,6 +142,8 @@ def command(
     each, with defences beside. With --tuned a finished adapter is measured instead, as a gate: does
     it erode refusals? Neither the prompts to be refused nor their completions are kept.
     """
+    if (table := cluster.table(out)) is not None:
+        return typer.echo(table)
     if fail_under is not None and tuned is None:
         raise LorafoldError("--fail-under: needs --tuned, the finished adapter that it judges")
     from lorafold.api.fragility import fragility

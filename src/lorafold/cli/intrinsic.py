@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from lorafold.cli.alone import ComputingAlone
+from lorafold.cli.cluster import Cluster
 from lorafold.cli.columns import ColumnsOption, columns_of
 from lorafold.cli.common import HeldOutOption, JsonOption, OptionalDataOption, emit, messages
 from lorafold.cli.groups import grouped
@@ -33,6 +34,7 @@ def command(
         ),
     ],
     flags: Flags,
+    cluster: Cluster,
     computing: ComputingAlone,
     data: OptionalDataOption = None,
     eval_data: HeldOutOption = None,
@@ -57,6 +59,8 @@ def command(
     2012.13255). A low dimension means that the base nearly has the task already, so that an adapter
     of small rank is enough.
     """
+    if (table := cluster.table(out)) is not None:
+        return typer.echo(table)
     from lorafold.api.intrinsic import intrinsic
     from lorafold.quickstart.story import RECIPE
 

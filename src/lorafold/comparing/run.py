@@ -2,7 +2,7 @@
 
 The figures of each are written to `<out>/rows/` as soon as they are measured, under the method, the
 seed and a digest of everything that they depend on. A file that is there is not measured again, so
-the same call continues a comparison that was stopped.
+the same call continues a comparison that was stopped, and several calls share the work.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, fields
 from functools import partial
+from itertools import count
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from lorafold.comparing.measure import BASE, Measurement, Task, measure, recipe_
 from lorafold.data.stored import Rows
 from lorafold.errors import LorafoldError, listed
 from lorafold.files.atomic import write_json
+from lorafold.files.claims import silent, tell_strangers
 from lorafold.files.figures import digest_of, kept
+from lorafold.machine.parent import end_with_parent
 from lorafold.methods import METHODS, known_options, make_spec
 from lorafold.objectives import OBJECTIVES
 from lorafold.recipe.fitting import settled_base, spec_of
@@ -68,6 +71,7 @@ def compare(
     seeds: Sequence[int],
     out: Path,
     tell: Callable[[Measurement, int, int], None],
+    say: Callable[[str], object] = silent,
 ) -> list[Measurement]:
     """Measure every method with every seed, in this order.
 
@@ -76,6 +80,7 @@ def compare(
         methods: The names of the methods.
         out: The directory of the figures.
         tell: Called as tell(measurement, done, total) after each.
+        say: Is told for which other workers this one waits.
 
     The base is measured before them; with every seed, where completions are drawn of it or it gets
     a head, and else once.
@@ -108,12 +113,19 @@ def compare(
     plan = [(BASE, seed) for seed in before]
     plan += [(method, seed) for method in methods for seed in seeds]
     (out / "rows").mkdir(parents=True, exist_ok=True)
-    measurements: list[Measurement] = []
-    for method, seed in plan:
-        file = out / "rows" / f"{method}-{seed}-{key(task, method)}.json"
-        found = kept(file, partial(measured_anew, task, method, seed))
-        measurements.append(of_stored(found))
-        tell(measurements[-1], len(measurements), len(plan))
+    measures = {
+        out / "rows" / f"{method}-{seed}-{key(task, method)}.json": partial(
+            measured_anew, task, method, seed
+        )
+        for method, seed in plan
+    }
+    tell_strangers(measures, say)
+    done = count(1)
+
+    def there(_: Path, found: dict[str, Any]) -> None:
+        tell(of_stored(found), next(done), len(measures))
+
+    measurements = [of_stored(found) for found in kept(measures, there, say)]
     write_json(out / "rows.json", {"rows": [asdict(one) for one in measurements]})
     return measurements
 
@@ -140,7 +152,8 @@ def in_own_process(task: Task, method: str, seed: int) -> Measurement:
     Raises LorafoldError where that process ends before it is done.
     """
     try:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        spawned = get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=spawned, initializer=end_with_parent) as pool:
             return pool.submit(measure, task, method, seed).result()
     except BrokenProcessPool:
         raise LorafoldError(

@@ -6,7 +6,8 @@ training reaches 90% of the improvement of full training.
 Li et al. 2018, arXiv 1804.08838, sec. 2; for fine-tuning Aghajanyan et al. 2021, arXiv 2012.13255,
 whose subspace is used (`methods.fastfood`). The search bisects powers of 2, so the result is exact
 to a factor of 2. It writes the loss of every finished run to a file, and a stopped run resumes from
-its checkpoint, so the same command continues a search that was stopped.
+its checkpoint, so the same command continues a search that was stopped. Several calls share the
+base, full training and the largest dimension; the bisection has one run at a time.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from lorafold.data.stored import Rows
 from lorafold.data.template_forms import on_day
 from lorafold.errors import Interrupted, LorafoldError
 from lorafold.files.atomic import write_json
+from lorafold.files.claims import TOKEN, shared, silent
+from lorafold.files.figures import Figures, kept
 from lorafold.files.record import read_object
 from lorafold.files.shown import Shown
 from lorafold.identity import of_adapter
@@ -75,7 +78,12 @@ class Intrinsic(Shown):
 
 
 def search(
-    request: Request, smallest: int, largest: int, share: float, tell: Callable[[Point], None]
+    request: Request,
+    smallest: int,
+    largest: int,
+    share: float,
+    tell: Callable[[Point], None],
+    say: Callable[[str], object] = silent,
 ) -> Intrinsic:
     """Find the smallest power of 2 that reaches a share of the improvement of full training.
 
@@ -85,6 +93,7 @@ def search(
         smallest, largest: The range of dimensions.
         share: The share to reach, above 0 and at most 1.
         tell: Called with each point as it is measured.
+        say: Is told for which other workers this one waits.
 
     Raises LorafoldError as `train`, for a directory that has another search in it, and where full
     training does not lower the held-out loss.
@@ -114,29 +123,42 @@ def search(
         "held_out": Rows.of(request.eval_rows or ()).sha256,
     }
     check(out, identity)
-    base = kept(out / "base.json", lambda: bare_loss(request, recipe))
-    full = kept(out / "full.json", lambda: run(request, recipe, out / "full", "full"))
-    if full >= base:
-        raise LorafoldError(
-            f"intrinsic: full training changed the held-out loss from {base:.4f} to {full:.4f},"
-            " expected a lower one; try another learning rate (lr), more steps or more data"
-        )
-    points: dict[int, Point] = {}
     # the recipe's rate is that of full training, and of heads; a subspace has its own
     inside = recipe.model_copy(update={"lr": None})
     heads = {"head_lr": recipe.lr} if recipe.lr else {}
+    losses: dict[str, float] = {}
+
+    def there(file: Path, found: Figures) -> None:
+        losses[file.stem] = float(found["loss"])
+        base, full = losses.get("base"), losses.get("full")
+        if base is not None and full is not None and full >= base:
+            raise LorafoldError(
+                f"intrinsic: full training changed the held-out loss from {base:.4f} to"
+                f" {full:.4f}, expected a lower one; try another learning rate (lr), more steps or"
+                " more data"
+            )
+
+    def in_subspace(d: int) -> dict[Path, Callable[[], Figures]]:
+        options, at = {"dimension": d, **heads}, out / str(d)
+        return {at.with_suffix(".json"): lambda: run(request, inside, at, "fastfood", **options)}
+
+    low, high = (smallest - 1).bit_length(), largest.bit_length() - 1
+    first: dict[Path, Callable[[], Figures]] = {
+        out / "base.json": lambda: bare_loss(request, recipe),
+        out / "full.json": lambda: run(request, recipe, out / "full", "full"),
+    }
+    kept(first | in_subspace(2**high), there, say)
+    base, full = losses["base"], losses["full"]
+    points: dict[int, Point] = {}
 
     def reaches(exponent: int) -> bool:
         d = 2**exponent
-        loss = kept(
-            out / f"{d}.json",
-            lambda: run(request, inside, out / str(d), "fastfood", dimension=d, **heads),
-        )
+        kept(in_subspace(d), there, say)
+        loss = losses[str(d)]
         points[d] = Point(d, loss, (base - loss) / (base - full))
         tell(points[d])
         return points[d].reached >= share
 
-    low, high = (smallest - 1).bit_length(), largest.bit_length() - 1
     found = reaches(high)
     while found and low < high:
         middle = (low + high) // 2
@@ -152,38 +174,30 @@ def check(out: Path, identity: dict) -> None:
     Raises LorafoldError if it has another search or other files in it.
     """
     file = out / SEARCH
-    if file.exists():
-        found = read_object(file)
-        if FILES not in found:
-            raise LorafoldError(
-                f"{out}: found a search of an earlier lorafold, which does not say what was in the"
-                " files of its model; choose another --out"
-            )
-        now = json.loads(json.dumps(identity))
-        names = sorted(found.keys() | now.keys())
-        if differing := [name for name in names if found.get(name) != now.get(name)]:
-            raise LorafoldError(
-                f"{out}: found another search, which differs in {', '.join(differing)}; choose"
-                " another --out"
-            )
-        return
-    if out.exists() and any(out.iterdir()):
+    out.mkdir(parents=True, exist_ok=True)
+    others = [path for path in out.iterdir() if SEARCH not in path.name and path.name != TOKEN]
+    if others and not file.exists():
         raise LorafoldError(
             f"{out}: found files that are not from a search; choose another --out"
         )
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(file, identity)
+    shared({file: lambda: write_json(file, identity)})
+    found = read_object(file)
+    if FILES not in found:
+        raise LorafoldError(
+            f"{out}: found a search of an earlier lorafold, which does not say what was in the"
+            " files of its model; choose another --out"
+        )
+    now = json.loads(json.dumps(identity))
+    names = sorted(found.keys() | now.keys())
+    if differing := [name for name in names if found.get(name) != now.get(name)]:
+        raise LorafoldError(
+            f"{out}: found another search, which differs in {', '.join(differing)}; choose"
+            " another --out"
+        )
 
 
-def kept(file: Path, measure: Callable[[], float]) -> float:
-    """The loss in the file; if there is no such file, it is measured and written there."""
-    if not file.exists():
-        write_json(file, {"loss": measure()})
-    return float(read_object(file)["loss"])
-
-
-def run(request: Request, recipe: Recipe, out: Path, method: str, **options: float) -> float:
-    """The held-out loss at the end of a run, whose files are removed.
+def run(request: Request, recipe: Recipe, out: Path, method: str, **options: float) -> Figures:
+    """The held-out loss at the end of a run, as it is kept; the files of the run are removed.
 
     Args:
         request: The model and the data.
@@ -209,12 +223,12 @@ def run(request: Request, recipe: Recipe, out: Path, method: str, **options: flo
         ) from stop
     shutil.rmtree(out)
     shutil.rmtree(out.with_name(out.name + ".best"), ignore_errors=True)
-    return float(trained.eval_loss)  # type: ignore[arg-type]  # there are held-out rows
+    return {"loss": trained.eval_loss}
 
 
-def bare_loss(request: Request, recipe: Recipe) -> float:
-    """The held-out loss of the base, in nats, as its runs measure it: that of the objective, and
-    with the head that they start from.
+def bare_loss(request: Request, recipe: Recipe) -> Figures:
+    """The held-out loss of the base, in nats, as its runs measure it and as it is kept: that of the
+    objective, and with the head that they start from.
     """
     quiet, request = Console(quiet=True), replace(request, recipe=recipe)
     objective = objective_of(request)
@@ -222,4 +236,4 @@ def bare_loss(request: Request, recipe: Recipe) -> float:
     _, held_out, _ = tokenized(request, on_day(tokenizer, request.day), objective, quiet)
     model = objective.load(request.base, tokenizer, recipe.seed)
     with objective.loss(model, tokenizer, recipe.packing, quiet) as loss:
-        return objective.measure(loss, held_out).loss
+        return {"loss": objective.measure(loss, held_out).loss}

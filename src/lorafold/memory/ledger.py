@@ -4,6 +4,7 @@ process has from the operating system.
     with Ledger() as ledger: ...
     ledger.now, ledger.peak          bytes of the tensors made inside the block that still exist;
                                      the most of them at any time
+    ledger.operations                multiplications and additions of products of matrices
 
 It sees every tensor that torch makes, through torch's dispatcher, so it counts fake tensors as well
 as real ones. It does not see memory that a kernel allocates and frees within a single operation.
@@ -21,7 +22,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+aten = torch.ops.aten
 DEVICE = torch.ops.prim.device.default  # the operation that fake tensors run most often
+# of products a b: which argument is a (..., m, k), before b (..., k, n)
+PRODUCTS = {
+    **dict.fromkeys((aten.mm.default, aten.bmm.default, aten._grouped_mm.default), 0),
+    **dict.fromkeys((aten.addmm.default, aten.addmm_.default, aten.baddbmm.default), 1),
+}
 
 
 def distinct_bytes(tensors: Iterable[Tensor]) -> int:
@@ -30,11 +37,13 @@ def distinct_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 class Ledger(TorchDispatchMode):
-    """Counts the tensors that are made inside its `with` block, in bytes: `now` and `peak`."""
+    """Counts the tensors that are made inside its `with` block, in bytes: `now` and `peak`; and the
+    operations of products of matrices.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.operations = 0
         self._alive: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -46,6 +55,8 @@ class Ledger(TorchDispatchMode):
             t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)
         }
         out = func(*args, **(kwargs or {}))
+        if (first := PRODUCTS.get(func)) is not None:
+            self.operations += 2 * args[first].numel() * args[first + 1].shape[-1]
         for t in tree_iter(out):
             if isinstance(t, Tensor) and t.untyped_storage()._cdata not in before:
                 self._enter(t)

@@ -17,7 +17,7 @@ COLOURS = dict(
         TERMS,
         (
             "#4c78a8", "#f58518", "#e45756", "#72b7b2", "#54a24b", "#eeca3b", "#b279a2", "#9d755d",
-            "#bab0ac",
+            "#bab0ac", "#ff9da6",
         ),
         strict=True,
     )
@@ -67,6 +67,22 @@ def verdict(advice: Advice, asked: Setting) -> list[str]:
     ] * (advice.batch is not None)
     changes = [f"would fit with {name}: {in_words(n)}" for name, n in advice.changes]
     return [says, *most, *(changes or ["no single change would make it fit"] * (not advice.fits))]
+
+
+def together(found: Estimate, asked: Setting, speed: float) -> list[str]:
+    """Return the lines about what several processes send each other; none for one alone.
+
+    Args:
+        speed: The operations a second of a device.
+    """
+    if (sent := found.sent) is None:
+        return []
+    return [
+        f"in each of {asked.processes} processes, with {asked.strategy}",
+        f"a step of one micro-batch sends {in_words(sent.bytes)} from each, which is hidden behind"
+        f" computing from {in_words(int(sent.bandwidth(speed)))}/s on, where a device computes"
+        f" {speed / 1e12:g} TFLOP/s",
+    ]
 
 
 def about(asked: Setting) -> str:

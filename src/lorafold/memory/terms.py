@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lorafold.memory.sharing import Sent, shared
 from lorafold.memory.trace import Setting, trace
 from lorafold.memory.traced import Traced
 from lorafold.models.fake import period
@@ -79,6 +80,13 @@ def engine(traced: Traced) -> int:
     return traced.engine
 
 
+def exchanged(traced: Traced) -> int:
+    """What several processes send each other: with fsdp two blocks' weights, gathered, two of
+    their gradients, and all that is outside of the blocks; with ddp a bucket of gradients.
+    """
+    return traced.exchanged
+
+
 def workspace(traced: Traced) -> int:
     """Temporary tensors inside a block, if the peak is there."""
     others = (activations, kv_cache, gradients, logits)
@@ -97,15 +105,17 @@ TERMS: dict[str, Callable[[Traced], int]] = {
         kv_cache,
         workspace,
         engine,
+        exchanged,
     )
 }
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes by term, and their sum."""
+    """Bytes by term, and their sum. `sent` is what one of several processes sends."""
 
     terms: dict[str, int]
+    sent: Sent | None = None
 
     @property
     def total(self) -> int:
@@ -114,13 +124,18 @@ class Estimate:
 
 
 def estimate(config: PreTrainedConfig, setting: Setting) -> Estimate:
-    """Estimate the bytes that a model of this configuration takes at its peak.
+    """Estimate the bytes that a model of this configuration takes at its peak, of several processes
+    in each.
 
     Raises LorafoldError as `attach` does, and if the model's code does not run on fake tensors.
     """
     few, blocks = max(2, period(config)), config.get_text_config().num_hidden_layers
-    traced = trace(config, setting, few)
-    if blocks != few:
+    traced, sent = trace(config, setting, few), None
+    if blocks != few or setting.processes > 1:
         more = few + period(config)
-        traced = traced.at(trace(config, setting, more), (few, more, blocks))
-    return Estimate({name: term(traced) for name, term in TERMS.items()})
+        other = trace(config, setting, more)
+        block, traced = traced.a_block(other, more - few), traced.at(other, (few, more, blocks))
+        if setting.processes > 1:
+            strategy, processes = setting.strategy, setting.processes
+            traced, sent = shared(traced, block, blocks, strategy, processes)
+    return Estimate({name: term(traced) for name, term in TERMS.items()}, sent)

@@ -7,14 +7,14 @@ models give it for any n: a + (b - a) (n - n_a) / (n_b - n_a).
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorafold.adapter import attach
 from lorafold.core.spec import Spec
@@ -23,6 +23,7 @@ from lorafold.evaluation.rollouts import RolloutSize
 from lorafold.machine.collection import existing_set_aside
 from lorafold.memory.drawing import drawing
 from lorafold.memory.ledger import Ledger, distinct_bytes
+from lorafold.memory.sharing import FSDP
 from lorafold.memory.traced import Traced
 from lorafold.models.fake import fake_model, without_values
 from lorafold.models.load_errors import one_line
@@ -71,6 +72,8 @@ class Setting:
     widened: 16-bit matrices are multiplied in fp32, as some CPUs do because it is faster there
         (`ops.arithmetic.widens`); this takes more memory.
     trust_remote_code: The model's own Python files run.
+    processes: Those that train together, each on rows such as these.
+    strategy: ddp or fsdp, of several processes (`memory.sharing`).
     """
 
     base: Storage
@@ -89,6 +92,13 @@ class Setting:
     widened: bool = False
     below: tuple[tuple[Spec, Callable[[PreTrainedModel], Mapping[str, Any]]], ...] = ()
     trust_remote_code: bool = False
+    processes: int = 1
+    strategy: str = FSDP
+
+    @property
+    def parts(self) -> int:
+        """In how many parts weights, gradients and the optimizer's state are held."""
+        return self.processes if self.strategy == FSDP else 1
 
     @property
     def batch(self) -> int:
@@ -151,7 +161,8 @@ def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced
     start = collected(ledger)
     if setting.checkpointing:
         recompute(model)
-    if setting.accumulating:
+    parts = divided(trained, setting)
+    if setting.accumulating and parts is None:
         for p in trained:
             p.grad = torch.zeros_like(p)
     ahead = ledger.now - start
@@ -160,12 +171,22 @@ def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced
         ledger.peak = collected(ledger)
         loss = loss_of(model, setting)
         kept, forward = ledger.now - start - ahead, ledger.peak - start
-        ledger.peak = ledger.now
+        ledger.peak, operations = ledger.now, ledger.operations
         loss.backward()
         backward = ledger.peak - start
-    gradients = distinct_bytes(p.grad for p in trained if p.grad is not None)
-    state = state_bytes(setting.optimizer, trained)
-    found = Traced(weights, start - weights, state, gradients, ahead, kept, 0, forward, backward)
+    whole = (p.grad for p in trained if p.grad is not None)
+    found = Traced(
+        weights=weights,
+        adapter=start - weights,
+        optimizer=state_bytes(setting.optimizer, trained),
+        gradients=distinct_bytes(whole if parts is None else parts.values()),
+        ahead=ahead,
+        kept=kept,
+        forward=forward,
+        backward=backward,
+        forward_operations=operations,
+        backward_operations=ledger.operations - operations,
+    )
     if setting.draws is None:
         return found
     del loss
@@ -173,6 +194,26 @@ def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced
         p.grad = None
     engine, slots, peak = drawing(model.eval(), setting.draws, ledger)
     return replace(found, engine=engine, slots=slots, drawing=peak)
+
+
+def divided(trained: Sequence[nn.Parameter], setting: Setting) -> dict[nn.Parameter, Tensor] | None:
+    """Have each gradient give way to one of its parts as soon as it is there; these parts (n,), or
+    None where one process holds whole gradients.
+    """
+    if (n := setting.parts) == 1:
+        return None
+    found: dict[nn.Parameter, Tensor] = {}
+
+    def keep(p: nn.Parameter) -> None:
+        if p not in found:
+            found[p] = p.new_empty(-(-p.numel() // n))
+        p.grad = None
+
+    for p in trained:
+        p.register_post_accumulate_grad_hook(keep)
+        if setting.accumulating:
+            keep(p)
+    return found
 
 
 def attach_below(model: PreTrainedModel, setting: Setting) -> None:

@@ -18,6 +18,10 @@ class Traced:
     drawing: The peak meanwhile beyond weights, adapter, optimizer and engine.
     forward, backward: The peak in either pass beyond weights, adapter and optimizer. For inference
         these are the forward passes of the prompt and of the token after it.
+    exchanged: What is gathered from other processes and on its way to them.
+
+    forward_operations, backward_operations are no bytes, but the multiplications and additions of
+    either pass in products of matrices.
     """
 
     weights: int
@@ -32,6 +36,9 @@ class Traced:
     engine: int = 0
     slots: int = 0
     drawing: int = 0
+    exchanged: int = 0
+    forward_operations: int = 0
+    backward_operations: int = 0
 
     @property
     def in_backward(self) -> bool:
@@ -53,9 +60,10 @@ class Traced:
         for blocks[1].
         """
         a, b, n = blocks
-        return Traced(
-            *(
-                x + (y - x) * (n - a) // (b - a)
-                for x, y in zip(astuple(self), astuple(other), strict=True)
-            )
-        )
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return Traced(*(x + (y - x) * (n - a) // (b - a) for x, y in pairs))
+
+    def a_block(self, other: Traced, more: int) -> Traced:
+        """What one block takes, given that the other is for so many blocks more."""
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return Traced(*((y - x) // more for x, y in pairs))

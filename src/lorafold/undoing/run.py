@@ -4,21 +4,23 @@
 
 The model is loaded once to measure a stack before anything is trained, and once more for its
 points; no two models are in memory at a time. Figures are in `<out>/figures`, tunings in
-`<out>/tuned`, each as soon as it is there, so the same call continues what was stopped. A tuning
-whose figures are all there is not needed any more.
+`<out>/tuned`, each as soon as it is there, so the same call continues what was stopped, and several
+calls share the work. A tuning whose figures are all there is not needed any more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
+from itertools import count
 from pathlib import Path
 
 from rich.console import Console
 
 from lorafold.data.examples import encode
 from lorafold.errors import Interrupted, LorafoldError
-from lorafold.files.figures import digest_of, kept
+from lorafold.files.claims import shared, silent, tell_strangers
+from lorafold.files.figures import Figures, digest_of, kept
 from lorafold.training.request import Request, rendering_of
 from lorafold.training.run import train
 from lorafold.undoing.bench import Bench, Opening
@@ -28,7 +30,9 @@ from lorafold.undoing.task import Run, Stack, Task, check
 Tell = Callable[[str, int, int], None]  # what is done, how many of them, of how many
 
 
-def sweep(task: Task, out: Path, opening: Opening, tell: Tell) -> Fragility:
+def sweep(
+    task: Task, out: Path, opening: Opening, tell: Tell, say: Callable[[str], object] = silent
+) -> Fragility:
     """Train every run of the task and measure every point.
 
     Args:
@@ -36,6 +40,7 @@ def sweep(task: Task, out: Path, opening: Opening, tell: Tell) -> Fragility:
         out: The directory of figures and tunings.
         opening: Loads the model with adapters over it.
         tell: Called as tell(what, done, total) after each run and each point.
+        say: Is told for which other workers this one waits.
 
     Raises LorafoldError, before anything is trained, for anything wrong with the task, its rows and
     its adapters; and Interrupted after SIGINT or SIGTERM in a run.
@@ -43,28 +48,91 @@ def sweep(task: Task, out: Path, opening: Opening, tell: Tell) -> Fragility:
     check(task)
     for name in ("figures", "tuned"):
         (out / name).mkdir(parents=True, exist_ok=True)
-    stacks = {stack.name: before_of(task, stack, out, opening) for stack in task.stacks}
+    measures = {
+        before_file(task, stack, out): partial(before_of, task, stack, opening)
+        for stack in task.stacks
+    }
     runs = [run for stack in task.stacks for run in task.runs(stack)]
-    for done, run in enumerate(runs, 1):
-        if not all(file.is_file() for file in files(run, out).values()):
-            tune(run, out)
-        tell(f"tuned {described(run)}", done, len(runs))
+    after = [file for run in runs for file in files(run, out).values()]
+    tell_strangers([*measures, *(tuned(run, out) for run in runs), *after], say)
+    before = [Before.of_stored(found) for found in kept(measures, say=say)]
+    tune_all(runs, out, counted(tell, len(runs)), say)
+    told = counted(tell, len(after))
     points: list[Point] = []
-    total = sum(len(files(run, out)) for run in runs)
-    for stack in task.stacks:
+    for stack, found in zip(task.stacks, before, strict=True):
         bench = cache(partial(Bench, task, stack, opening))
-        for run in task.runs(stack):
-            for defence, file in files(run, out).items():
-                measure = partial(_after, bench, run, out, defence)
-                way, ids = Way(stack.name, defence, run.rank, run.lr), (run.seed, run.examples)
-                found = point(way, *ids, stacks[stack.name], kept(file, measure))
-                points.append(found)
-                told = f"{described(run)}, {defence}: log-odds {found.measured.log_odds:+.2f}"
-                tell(told, len(points), total)
+        points += points_of(stack, found, task, out, bench, told, say)
+    stacks = {stack.name: found for stack, found in zip(task.stacks, before, strict=True)}
     return Fragility(task.base.name, task.source, stacks, tuple(points))
 
 
-def _after(bench: Callable[[], Bench], run: Run, out: Path, defence: str) -> dict:
+def counted(tell: Tell, total: int) -> Callable[[str], None]:
+    """A function that tells what is done and counts it."""
+    done = count(1)
+    return lambda what: tell(what, next(done), total)
+
+
+def tune_all(
+    runs: Sequence[Run], out: Path, tell: Callable[[str], None], say: Callable[[str], object]
+) -> None:
+    """Have every run tuned whose figures are not all there, by this process or another.
+
+    Args:
+        out: The directory of figures and tunings.
+        tell: Called after each run.
+        say: Is told for which other workers this one waits.
+    """
+    needed = {}
+    for run in runs:
+        if all(file.is_file() for file in files(run, out).values()):
+            tell(f"tuned {described(run)}")
+        else:
+            needed[tuned(run, out)] = run
+    work = {path: partial(tune, run, path) for path, run in needed.items()}
+    shared(work, lambda path: tell(f"tuned {described(needed[path])}"), say)
+
+
+def points_of(
+    stack: Stack,
+    before: Before,
+    task: Task,
+    out: Path,
+    bench: Callable[[], Bench],
+    tell: Callable[[str], None],
+    say: Callable[[str], object],
+) -> list[Point]:
+    """The points of a stack, in the order of its runs.
+
+    Args:
+        before: The figures of the stack itself.
+        out: The directory of figures and tunings.
+        bench: Loads the stack once it is needed.
+        tell: Called after each point.
+        say: Is told for which other workers this one waits.
+    """
+    asked = {
+        file: (run, defence)
+        for run in task.runs(stack)
+        for defence, file in files(run, out).items()
+    }
+
+    def found(file: Path, stored: Figures) -> Point:
+        run, defence = asked[file]
+        way = Way(stack.name, defence, run.rank, run.lr)
+        return point(way, run.seed, run.examples, before, stored)
+
+    def there(file: Path, stored: Figures) -> None:
+        run, defence = asked[file]
+        odds = found(file, stored).measured.log_odds
+        tell(f"{described(run)}, {defence}: log-odds {odds:+.2f}")
+
+    measures = {
+        file: partial(_after, bench, run, out, defence) for file, (run, defence) in asked.items()
+    }
+    return [*map(found, asked, kept(measures, there, say))]
+
+
+def _after(bench: Callable[[], Bench], run: Run, out: Path, defence: str) -> Figures:
     return bench().after(tuned(run, out), defence)
 
 
@@ -88,25 +156,25 @@ def gate(task: Task, adapter: Path, instead: bool, opening: Opening) -> Fragilit
     return Fragility(task.base.name, str(adapter), {stack.name: before}, (found,))
 
 
-def before_of(task: Task, stack: Stack, out: Path, opening: Opening) -> Before:
+def before_file(task: Task, stack: Stack, out: Path) -> Path:
+    """The file of the figures of a stack itself."""
+    digest = digest_of([stack.identity, task.probe_identity, task.rows.identity, task.defences])
+    return out / "figures" / f"before-{digest}.json"
+
+
+def before_of(task: Task, stack: Stack, opening: Opening) -> Figures:
     """The figures of a stack; all that a run would stumble over later is checked with them.
 
     Args:
         task: What is asked.
         stack: The adapters.
-        out: The directory of the figures.
         opening: Loads the model with adapters over it.
     """
-
-    def measure() -> dict:
-        bench = Bench(task, stack, opening)
-        bench.check()
-        for rows in filter(None, (task.rows, task.mix)):
-            encode(rows, bench.tokenizer, task.recipe.max_length, None, rendering_of(task.recipe))
-        return bench.before()
-
-    digest = digest_of([stack.identity, task.probe_identity, task.rows.identity, task.defences])
-    return Before.of_stored(kept(out / "figures" / f"before-{digest}.json", measure))
+    bench = Bench(task, stack, opening)
+    bench.check()
+    for rows in filter(None, (task.rows, task.mix)):
+        encode(rows, bench.tokenizer, task.recipe.max_length, None, rendering_of(task.recipe))
+    return bench.before()
 
 
 def files(run: Run, out: Path) -> dict[str, Path]:
@@ -125,15 +193,13 @@ def tuned(run: Run, out: Path) -> Path:
     return out / "tuned" / run.name
 
 
-def tune(run: Run, out: Path) -> None:
-    """Train a run, unless its adapter is there; one that was stopped goes on.
+def tune(run: Run, path: Path) -> None:
+    """Train a run; one that was stopped goes on.
 
     Args:
-        out: The directory of figures and tunings.
+        path: The directory of its adapter.
     """
-    task, path = run.task, tuned(run, out)
-    if path.is_dir():
-        return
+    task = run.task
     request = Request(
         task.base,
         path,

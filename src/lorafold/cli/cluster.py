@@ -1,0 +1,153 @@
+"""`--on ray`: the same command on the machines of a Ray cluster, whose workers share its cells.
+
+Ray starts the workers and no more: what each does is found in the directory that they share
+(`files.claims`), and each ends with the whole table.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lorafold.errors import LorafoldError
+from lorafold.files.atomic import check_folder, write_text
+from lorafold.files.claims import TOKEN, VARIABLE
+
+CLUSTER = "Cluster"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where a study's workers run."""
+
+    on: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=CLUSTER,
+            hidden=True,
+            metavar="ray",
+            help="Start this command on a Ray cluster that runs already (RAY_ADDRESS).",
+        ),
+    ] = None
+    workers: Annotated[
+        int,
+        typer.Option(
+            rich_help_panel=CLUSTER,
+            hidden=True,
+            min=1,
+            help="How often --on starts it; each shares the work in --out.",
+        ),
+    ] = 2
+
+    def table(self, out: Path | None) -> str | None:
+        """What a worker elsewhere printed; None where the command runs here.
+
+        Args:
+            out: The directory that the workers share.
+
+        Raises LorafoldError for anything but ray, without a directory, without Ray or a cluster,
+        and where no worker ended with a table.
+        """
+        if self.on is None:
+            return None
+        if self.on != "ray":
+            raise LorafoldError(f"--on: found {self.on}, expected ray")
+        if out is None:
+            raise LorafoldError("--on: found no --out, expected the directory that workers share")
+        check_folder(out)
+        return on_ray(bare(sys.argv[1:]), out, self.workers)
+
+
+def bare(arguments: Sequence[str]) -> list[str]:
+    """The arguments of a command without --on and --workers."""
+    found, rest = [], iter(arguments)
+    for argument in rest:
+        name, equals, _ = argument.partition("=")
+        if name in ("--on", "--workers"):
+            if not equals:
+                next(rest, None)
+            continue
+        found.append(argument)
+    return found
+
+
+def on_ray(arguments: Sequence[str], out: Path, workers: int) -> str:
+    """Start a command on a Ray cluster and return what one that succeeded printed.
+
+    Args:
+        arguments: Those of `lorafold`.
+        out: The directory that the workers share.
+        workers: How many there are.
+
+    Raises LorafoldError as `Cluster.table`.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise LorafoldError("--on ray: found no ray, expected it; install lorafold[ray]") from None
+    try:
+        ray.init(address="auto", logging_level="warning")
+    except ConnectionError:
+        raise LorafoldError(
+            "--on ray: found no cluster, expected one that runs, here or at RAY_ADDRESS; `ray start"
+            " --head` starts one"
+        ) from None
+    out.mkdir(parents=True, exist_ok=True)
+    token = secrets.token_hex(16)
+    write_text(out / TOKEN, token)
+    start = ray.remote(worker).options(scheduling_strategy="SPREAD", **share(ray.nodes(), workers))
+    started = [start.remote(arguments, os.getcwd(), {VARIABLE: token}) for _ in range(workers)]
+    ended: list[tuple[int, str]] = []
+    for one in started:
+        try:
+            ended.append(ray.get(one))
+        except ray.exceptions.RayError as error:
+            ended.append((1, ""))
+            print(f"--on ray: a worker ended: {type(error).__name__}", file=sys.stderr)
+    ray.shutdown()
+    tables = [text for code, text in ended if code == 0]
+    if failed := len(ended) - len(tables):
+        told = f"{failed} of {workers} workers failed; what they said is above"
+        if not tables:
+            raise LorafoldError(f"--on ray: {told}")
+        print(f"--on ray: {told}, and the others did their work", file=sys.stderr)
+    return tables[0].rstrip("\n")
+
+
+def share(nodes: Sequence[Mapping[str, Any]], workers: int) -> dict[str, float]:
+    """What of a cluster each worker asks for: a GPU where there are some, and as many cores as it
+    can have on every node.
+
+    Args:
+        nodes: As Ray describes them.
+        workers: How many there are.
+    """
+    resources = [node["Resources"] for node in nodes if node["Alive"]]
+    cores = int(min((one.get("CPU", 0) for one in resources), default=0))
+    each = -(-workers // max(1, len(resources)))
+    gpu = any(one.get("GPU", 0) >= 1 for one in resources)
+    return {"num_cpus": max(1, cores // each), "num_gpus": 1 if gpu else 0}
+
+
+def worker(
+    arguments: Sequence[str], folder: str, environment: Mapping[str, str]
+) -> tuple[int, str]:
+    """(exit code, what it printed) of one run of the command, on a machine of the cluster.
+
+    Args:
+        arguments: Those of `lorafold`.
+        folder: Where it runs.
+        environment: Variables beside those of the machine.
+    """
+    command = [sys.executable, "-m", "lorafold", *arguments]
+    variables = {**os.environ, **environment}
+    done = subprocess.run(command, cwd=folder, env=variables, stdout=subprocess.PIPE, text=True)
+    return done.returncode, done.stdout

@@ -1,0 +1,133 @@
+"""Work that several processes share through one directory, on one machine or on many.
+
+    shared({out / "a.json": make_a, out / "b.json": make_b}, done, say)
+
+Whoever is given the same paths makes them together: each is made by one process, which holds
+`<path>.claim` meanwhile, and all return when every path is there. A claim is made by exclusive
+creation and shows that its holder lives by being touched. It falls to another process when its
+holder is dead, as processes of one machine see, or has not touched it for LEASE seconds; these are
+counted by the clock of the one who waits, since clocks of several machines differ (filelock's
+`SoftFileLease`). Claims lie beside what they are for: on NFS, whoever has made one sees what was in
+that directory when the claim before was given up.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from filelock import LeaseCompromise, SoftFileLease, Timeout
+
+from lorafold.errors import LorafoldError, listed
+
+CLAIM = ".claim"
+LEASE = 60.0  # seconds; a claim is touched three times in it
+PAUSE = 1.0  # seconds between two looks at what others make
+TOKEN = "token"  # a file in a directory that workers share, and what is in it, in the environment
+VARIABLE = "LORAFOLD_TOKEN"
+
+
+def silent(text: str) -> None:
+    """Say nothing."""
+
+
+def shared(
+    work: Mapping[Path, Callable[[], object]],
+    done: Callable[[Path], object] = lambda path: None,
+    say: Callable[[str], object] = silent,
+) -> None:
+    """Return when every path is there, each made by this process or by another.
+
+    Args:
+        work: What makes each path, whole or not at all; tried in this order.
+        done: Called with each path once it is there.
+        say: Is told for whom this process waits.
+
+    Raises LorafoldError where no claim can be written, and what making a path raises.
+    """
+    claims = {
+        path: SoftFileLease(f"{path}{CLAIM}", lease_duration=LEASE, on_compromise=_lost)
+        for path in work
+    }
+    told = False
+    while claims:
+        before = len(claims)
+        for path, claim in [*claims.items()]:
+            if path.exists() or _make(path, claim, work[path]):
+                del claims[path]
+                done(path)
+        if claims and len(claims) == before:
+            if not told:
+                say(f"waiting for {', '.join(map(_held, claims.values()))}")
+            told = True
+            time.sleep(PAUSE)
+
+
+def tell_strangers(work: Iterable[Path], say: Callable[[str], object]) -> None:
+    """Tell of claims on other work beside this.
+
+    Args:
+        work: All paths that this process is asked for.
+        say: Is told.
+    """
+    ours = set(work)
+    claims = {claim for folder in {p.parent for p in ours} for claim in folder.glob(f"*{CLAIM}")}
+    found = {claim.name.removesuffix(CLAIM) for claim in claims} - {path.name for path in ours}
+    if found:
+        say(
+            f"found claims on {listed(sorted(found))}, which is other work: workers that differ in"
+            " what they are asked, in data, versions or kind of device share nothing"
+        )
+
+
+def check_token(folder: Path) -> None:
+    """Raise LorafoldError unless a directory has the token that whoever started this worker gave
+    it: else every worker has a directory of its own under the same name, and nothing is shared.
+    """
+    expected = os.environ.get(VARIABLE)
+    if expected is None:
+        return
+    found = None
+    with suppress(OSError, UnicodeDecodeError):
+        found = (folder / TOKEN).read_text(encoding="utf-8").strip()
+    if found != expected.strip():
+        there = "none" if found is None else "another"
+        raise LorafoldError(
+            f"{folder / TOKEN}: found {there}, expected the token in {VARIABLE}, which whoever"
+            " starts the workers writes there: the directory is not the same on all machines"
+        )
+
+
+def _make(path: Path, claim: SoftFileLease, make: Callable[[], object]) -> bool:
+    """Make a path under its claim; False if another process holds that."""
+    try:
+        claim.acquire(blocking=False)
+    except Timeout:
+        return False
+    except OSError as error:
+        raise LorafoldError(f"{path}{CLAIM}: can't be written: {error.strerror}") from error
+    try:
+        if not path.exists():  # it may have been finished before its claim was free
+            make()
+    finally:
+        claim.release()
+    return True
+
+
+def _lost(found: LeaseCompromise) -> None:
+    """End this process as SIGTERM does, so that no two go on with the same work. It happens to one
+    that was suspended, or whose file system did not answer.
+    """
+    told = f"{found.lock_file}: lost to another worker ({found.reason}); this one ends"
+    print(told, file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _held(claim: SoftFileLease) -> str:
+    owner, name = claim.owner, Path(claim.lock_file).name.removesuffix(CLAIM)
+    return name if owner is None else f"{name} (process {owner.pid} on {owner.hostname})"
