@@ -114,7 +114,7 @@ def test_a_signal_to_one_stops_all_and_they_resume(
     assert apart(outs["whole"], outs["alone"]) < 1e-5
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_process_that_dies_ends_all(rank: int, command: tuple[str, ...], tmp_path: Path) -> None:
     def dying(number: int) -> dict:
         return {"before": in_step(4, signalled(signal.SIGKILL))} if number == rank else {}

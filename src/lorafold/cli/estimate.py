@@ -37,7 +37,6 @@ copies of them in fp32. The process itself, the scratch memory of kernels and fr
 counted, so leave a tenth of the device free. The traced step is that of a CPU; no estimate has been
 compared with a GPU yet."""
 EXAMPLES = (
-    "lorafold estimate --params 7b",
     "lorafold estimate --params 7b --mode lora --device-memory 24GB",
     "lorafold estimate --model smollm2 --mode full --batch 4 --max-length 512",
     "lorafold estimate --params 70b --gpus 8 --gradient-checkpointing on --device-memory 80GB",
