@@ -6,7 +6,8 @@ matrices in 16 bits, or in bf16 by matrix units (AMX). Forward and backward in S
 five documents of 110 to 298 tokens, bf16, 10.7 ms where tiles take 15.6; four of 256: 10.0 and 9.6;
 one of 2048: 117 and 110 (two cores of an AMD EPYC, Zen 5). Eight completions of 64 after a prompt
 of 38, fp32: 10.3 and 29.1, one of 1024: 97 and 170 (one core of an AMD EPYC with AVX2). By matrix
-units, bf16: eight of 500: 22 and 95, 52 in fp32; one of 4096: 206 and 523 (two cores of a Xeon).
+units, bf16: eight of 500: 34 and 123, 62 in fp32; one of 4096: 242 and 509 (two cores of a Xeon;
+`benchmarks/attention.py`).
 """
 
 from __future__ import annotations
