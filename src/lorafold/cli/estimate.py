@@ -39,7 +39,7 @@ compared with a GPU yet."""
 EXAMPLES = (
     "lorafold estimate --params 7b --mode lora --device-memory 24GB",
     "lorafold estimate --model smollm2 --mode full --batch 4 --max-length 512",
-    "lorafold estimate --params 70b --gpus 8 --gradient-checkpointing on --device-memory 80GB",
+    "lorafold estimate --params 70b --gpus 8 --device-memory 80GB",
 )
 
 
