@@ -1,7 +1,7 @@
 // Products of small matrices in cache, whose result C (m, n) is fp32. The left matrix (m, k) and
 // the right one (k, n) are views of an `operand`: rows that were gathered from a tensor, or scores,
-// read as they are or turned. `single` multiplies in fp32; `matrix_units.h` has the same by tiles of
-// bf16.
+// read as they are or turned. `single` multiplies in fp32; `matrix_units.h` has the same by tiles
+// of bf16.
 
 #pragma once
 

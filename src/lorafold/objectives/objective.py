@@ -156,6 +156,13 @@ class Objective(ABC):
         """How often a step updates the weights by its examples."""
         return 1
 
+    @property
+    def passes_alike(self) -> bool:
+        """Whether all passes over the model in a step are of its micro-batches, as many in each of
+        several processes.
+        """
+        return True
+
     def draws(self, feed: Feed, held_out: Any) -> RolloutSize | None:
         """The completions that steps draw at a time, for which an engine is beside the model; None
         if they draw none.

@@ -68,6 +68,10 @@ class PolicyObjective(Objective):
     seed: int = 0
     adapters: Mapping[str, RewardAdapter] = field(default_factory=dict)  # by what names them
 
+    @property
+    def passes_alike(self) -> bool:
+        return False
+
     @classmethod
     def of(cls, asked: Asked) -> Self:
         law, drawing = chosen(asked.name, asked.beta, asked.options)

@@ -61,7 +61,7 @@ class Sft(Objective):
             if packing == "auto" and how.packs and loss.how is None:
                 console.print(
                     "packing: this model does not compute once what rows begin with in common; each"
-                    " row is computed apart",
+                    " row is computed apart, in more memory than was estimated",
                     highlight=False,
                 )
             yield loss

@@ -15,7 +15,7 @@ All processes must run the same blocks in the same order. Trained tensors stay w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -116,6 +116,7 @@ def sharded(model: nn.Module, processes: Processes) -> Iterator[Sharded]:
             of[path] = same if same is not None else [_Shard(s, processes) for s in found]
             if same is None:
                 groups.add(of[path])
+        _unmap(model)
         for path, shards in of.items():
             _open_for(stack, model.get_submodule(path), groups, shards)
         if len(ends) > 1:  # the loss reads the head itself, once the decoder has run
@@ -153,24 +154,32 @@ def _open_for(stack: ExitStack, part: nn.Module, groups: _Groups, shards: list[_
 
 def _storages(module: nn.Module, taken: set[int]) -> list[torch.UntypedStorage]:
     """The storages of the module's large frozen tensors that are not taken, which then are."""
-    found, seen = list[torch.UntypedStorage](), dict[int, torch.UntypedStorage]()
-    for t in _frozen(part for _, part in bare_modules(module)):
+    found = list[torch.UntypedStorage]()
+    _unmap(module)
+    for t in _frozen(module):
         storage = t.untyped_storage()
-        if storage.nbytes() < LEAST or storage._cdata in taken:
-            continue
-        if not storage.resizable():  # of a file that is mapped
-            new = seen.setdefault(storage._cdata, storage.clone())
-            place = t.storage_offset(), t.size(), t.stride()
-            t.data, storage = torch.empty(0, dtype=t.dtype).set_(new, *place), new
-        if storage._cdata not in taken:
+        if storage.nbytes() >= LEAST and storage._cdata not in taken:
             taken.add(storage._cdata)
             found.append(storage)
     return found
 
 
-def _frozen(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
-    """The frozen tensors that modules hold, those of the state of quantized ones among them."""
-    for module in modules:
+def _unmap(module: nn.Module) -> None:
+    """Copy what is mapped from a file, which can't be emptied: a file stays mapped as long as
+    anything is.
+    """
+    copies = dict[int, torch.UntypedStorage]()
+    for t in _frozen(module):
+        if not (storage := t.untyped_storage()).resizable():
+            if storage.data_ptr() not in copies:
+                copies[storage.data_ptr()] = storage.clone()
+            place = t.storage_offset(), t.size(), t.stride()
+            t.data = torch.empty(0, dtype=t.dtype).set_(copies[storage.data_ptr()], *place)
+
+
+def _frozen(part: nn.Module) -> Iterator[Tensor]:
+    """The frozen tensors of a part of a model, those of the state of quantized ones among them."""
+    for _, module in bare_modules(part):
         held = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
         for t in held:
             if isinstance(t, Tensor) and not t.requires_grad:

@@ -7,14 +7,14 @@ from contextlib import contextmanager
 
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
-from lorafold.objectives import OBJECTIVES
+from lorafold.objectives.objective import Objective
 from lorafold.recipe.recipe import Recipe
 from lorafold.step.adamw import in_words
 from lorafold.step.sharding import sharded
 from lorafold.training.loop import Job
 
 
-def check_dividable(recipe: Recipe, spec: Spec) -> None:
+def check_dividable(recipe: Recipe, spec: Spec, objective: Objective) -> None:
     """Raise LorafoldError for a run whose processes do not all pass through the model alike, or
     that trains what would be divided.
     """
@@ -22,10 +22,11 @@ def check_dividable(recipe: Recipe, spec: Spec) -> None:
         return
     if spec.trains_base:
         why = f"method {recipe.method}", "one that leaves the base's weights as they are"
-    elif OBJECTIVES[recipe.objective].draws:
-        why = f"objective {recipe.objective}", "one that draws no completions"
-    elif recipe.objective == "kto":
-        why = "objective kto", "one whose rows are judged alone"
+    elif not objective.passes_alike:
+        why = (
+            f"objective {recipe.objective}",
+            "one that draws no completions and has gradients of all",
+        )
     else:
         return
     raise LorafoldError(f"strategy fsdp: found {why[0]}, expected {why[1]}; or strategy ddp")

@@ -51,7 +51,7 @@ def train(request: Request, console: Console, processes: Processes = ALONE) -> T
     if (before := processes.once(partial(finished, request, console))) is not None:
         return before
     setup = set_up(as_begun(request), console, processes)
-    check_dividable(setup.request.recipe, setup.spec)
+    check_dividable(setup.request.recipe, setup.spec, setup.objective)
     check_alike(setup)
     with RunDirectory(request.out).claimed() if processes.first else nullcontext():
         return _trained(setup, console)
