@@ -1,11 +1,12 @@
 """Rows that begin alike, computed once and apart: seconds of a step, and the memory that it takes.
 
-    python benchmarks/beginnings.py [--rounds 5] [--only WORD] [--dropout 0.05]
+    python benchmarks/beginnings.py [--rounds 5] [--only WORD] [--dropout 0.05] [--pays]
 
 SmolLM2-135M in this machine's own storage, LoRA of rank 16 on all linears, ids drawn at
 random. Both ways take turns in one process after a warm-up, and the medians are compared; memory is
 that of a process of its own each. `bound` is what operations alone would allow, of the blocks and
-the head.
+the head. `--pays` looks for the share in common from which on it is faster: a run computes less
+than `data.forest.PAYS` apart.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from lib.results import keep
 
 import lorafold as lf
 from lorafold.core.evaluating import evaluating
+from lorafold.data import forest
 from lorafold.data.branches import Branched
 from lorafold.data.examples import NO_LOSS, Example
 from lorafold.evaluation.held_out import batches, row_losses
@@ -84,6 +86,10 @@ SFT = {
     "nothing in common: 8 rows of 200": lambda: heads(0, 200, 8),
     "2 conversations of 6 turns, an example a turn": lambda: turns(2, 6),
 }
+PAYS = {
+    f"a head of {head}, {200 - head} of its own, 8 rows": partial(heads, head, 200 - head, 8)
+    for head in (4, 8, 16, 32, 64)
+}
 PAIRS = "DPO: a system prompt of 300, a prompt of 40, answers of 80, 4 pairs"
 OWN = f"{PAIRS}; apart: each pair's own prompt once"
 QUESTIONS = 32
@@ -111,7 +117,7 @@ def ways(what: str, model: object, stack: ExitStack) -> tuple[int, int, list[Cal
         given = pairs(300, 40, 80, 4)
         losses = [Preferences(model, Dpo(), how, 0, TOKENS)] * 2
     else:
-        given = SFT[what]()
+        given = (SFT | PAYS)[what]()
         losses = [Completions(model, True, 0), Completions(model, True, 0, how)]
 
     def step(loss: Completions | Preferences, across: bool) -> None:
@@ -155,7 +161,9 @@ def one(what: str, way: int, dropout: float) -> None:
 
 
 def rows(asked: argparse.Namespace) -> Iterator[dict]:
-    for what in (*SFT, PAIRS, OWN, CHOICE):
+    if asked.pays:
+        forest.PAYS = 0.0
+    for what in PAYS if asked.pays else (*SFT, PAIRS, OWN, CHOICE):
         if asked.only not in what:
             continue
         with ExitStack() as stack:
@@ -168,7 +176,7 @@ def rows(asked: argparse.Namespace) -> Iterator[dict]:
                     if n:
                         found.append(time.perf_counter() - start)
         first, second = map(statistics.median, seconds)
-        memory = [peak(what, way, asked.dropout) for way in range(2)]
+        memory = [1.0] * 2 if asked.pays else [peak(what, way, asked.dropout) for way in range(2)]
         row = {
             "rows": what, "tokens apart": apart, "once": once, "of them": f"{once / apart:.0%}",
             "seconds apart": first, "once ": second, "times": first / second,
@@ -185,12 +193,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default="")
     parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--pays", action="store_true")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.one:
         one(asked.one[0], int(asked.one[1]), asked.dropout)
         return
-    keep("beginnings", list(rows(asked)))
+    keep("beginnings_pays" if asked.pays else "beginnings", list(rows(asked)))
 
 
 if __name__ == "__main__":

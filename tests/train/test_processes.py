@@ -89,10 +89,15 @@ DIVIDED = {
     "prompt": ("--method", "prompt"),
     "dora": ("--method", "dora", "--eval-fraction", "0.2"),
     "dpo": ("--objective", "dpo"),
+    "full": ("--method", "full", "--set", "clip=0.5", "--eval-fraction", "0.2"),
+    "full, some modules": ("--method", "full", "--set", "targets=[q_proj, down_proj]"),
+    "full, bf16": ("--method", "full", "--set", "storage=bf16", "--set", "accumulate=2"),
+    "full, checkpointed": ("--method", "full", "--set", "gradient_checkpointing=true"),
 }
+FAST = ["dropout", "dpo", "full"]
 
 
-@pytest.mark.parametrize("what", ["dropout", "dpo"])
+@pytest.mark.parametrize("what", FAST)
 def test_divided_weights_train_the_bytes_of_whole_ones(
     what: str, command: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -100,7 +105,7 @@ def test_divided_weights_train_the_bytes_of_whole_ones(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", sorted(DIVIDED.keys() - {"dropout", "dpo"}))
+@pytest.mark.parametrize("what", sorted(DIVIDED.keys() - {*FAST}))
 def test_divided_weights_of_other_runs(
     what: str, command: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -116,7 +121,7 @@ def divided(what: str, command: tuple[str, ...], tmp_path: Path) -> None:
         assert [p.code for p in found] == [0, 0], found[0].stderr
     assert same_bytes(*outs)
     said = found[0].stderr + found[0].stdout
-    whole, kept = re.findall(r"of ([\d.]+) kB of frozen weights .* keeps ([\d.]+) kB", said)[0]
+    whole, kept = re.findall(r"of ([\d.]+) kB of weights .* keeps ([\d.]+) kB", said)[0]
     assert float(kept) == pytest.approx(float(whole) / 2, rel=0.01)
 
 
@@ -125,11 +130,12 @@ def divided(what: str, command: tuple[str, ...], tmp_path: Path) -> None:
 def test_what_can_not_be_divided_is_refused(
     processes: int, command: tuple[str, ...], tmp_path: Path
 ) -> None:
-    out = tmp_path / "out"
-    asked = (*command, "--strategy", "fsdp", "--method", "full", "--out", str(out))
-    done = together(processes, tmp_path, *asked)
+    out, data = tmp_path / "out", tmp_path / "rows.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b", "label": true}\n' * 16)
+    asked = (*command[:4], str(data), *command[5:], "--strategy", "fsdp", "--objective", "kto")
+    done = together(processes, tmp_path, *asked, "--out", str(out))
     assert [p.code for p in done] == [2] * processes
-    assert "strategy fsdp: found method full, expected one that leaves" in done[0].stderr
+    assert "strategy fsdp: found objective kto, expected one that draws no" in done[0].stderr
     assert not out.exists()
 
 

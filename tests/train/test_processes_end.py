@@ -87,31 +87,45 @@ def signalled(number: int) -> object:
     return lambda: os.kill(os.getpid(), number)
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [("--set", "dropout=0.1"), ("--method", "full", "--strategy", "fsdp")],
+    ids=["lora", "full, divided"],
+)
+@pytest.mark.parametrize(
+    ("count", "others"), [(2, (1,)), pytest.param(4, (2, 1), marks=pytest.mark.slow)]
+)
 def test_a_signal_to_one_stops_all_and_they_resume(
-    command: tuple[str, ...], tmp_path: Path
+    count: int,
+    others: tuple[int, ...],
+    asked: tuple[str, ...],
+    command: tuple[str, ...],
+    tmp_path: Path,
 ) -> None:
-    """Byte for byte as one that was not stopped, and by one process to rounding."""
-    command = (*command, "--set", "steps=7", "--set", "dropout=0.1")
-    outs = {name: tmp_path / name for name in ("whole", "pair", "alone")}
-    done = together(2, tmp_path, *command, "--out", str(outs["whole"]))
-    assert [one.code for one in done] == [0, 0], done[0].stderr
+    """Byte for byte as one that was not stopped, and by another number to rounding."""
+    command = (*command, "--set", "steps=7", *asked)
+    whole, stopped = tmp_path / "whole", tmp_path / str(count)
+    done = together(count, tmp_path, *command, "--out", str(whole))
+    assert [one.code for one in done] == [0] * count, done[0].stderr
 
     def stopping(rank: int) -> dict:
-        return {"before": in_step(3, signalled(signal.SIGTERM))} if rank else {}
+        return {"before": in_step(3, signalled(signal.SIGTERM))} if rank == count - 1 else {}
 
-    pair, alone = RunDirectory(outs["pair"]), RunDirectory(outs["alone"])
-    done = together(2, tmp_path, *command, "--out", str(outs["pair"]), own=stopping)
-    assert [one.code for one in done] == [143, 143]
+    run = RunDirectory(stopped)
+    done = together(count, tmp_path, *command, "--out", str(stopped), own=stopping)
+    assert [one.code for one in done] == [143] * count
     assert "stopped after step 4; " in done[0].stderr
-    assert not done[1].stderr
-    last = max(pair.checkpoints())
-    assert (last, verify(pair.at(last))) == (4, [])
-    shutil.copytree(pair.path, alone.path)
-    for name, n in (("pair", 2), ("alone", 1)):
-        done = together(n, tmp_path, *command, "--out", str(outs[name]), "--resume")
+    assert not done[-1].stderr
+    last = max(run.checkpoints())
+    assert (last, verify(run.at(last))) == (4, [])
+    for n in others:
+        shutil.copytree(run.path, RunDirectory(tmp_path / str(n)).path)
+    for n in (count, *others):
+        out = tmp_path / str(n)
+        done = together(n, tmp_path, *command, "--out", str(out), "--resume")
         assert [one.code for one in done] == [0] * n, done[0].stderr
-    assert same_bytes(outs["whole"], outs["pair"])
-    assert apart(outs["whole"], outs["alone"]) < 1e-5
+        assert apart(whole, out) < 1e-5
+    assert same_bytes(whole, stopped)
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])

@@ -15,6 +15,8 @@ from rich.console import Console
 
 from lorafold.data.stream import stream_of
 from lorafold.errors import LorafoldError, shortened
+from lorafold.machine.processes import ALONE
+from lorafold.step.replicated import Replicated
 from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.request import Request
 from lorafold.training.run import train
@@ -131,7 +133,8 @@ def test_targets_that_mean_other_modules_now(found: str, tiny_model_dir, tmp_pat
     else:
         tensors |= {k.replace(".mlp.", ".indexer."): t.clone() for k, t in some.items()}
         said = r"no longer adapts model\.layers\.0\.indexer\.down_proj and 3 more\."
-    run.save(progress, tensors, optimizer, keep=2)
+    pieces = Replicated(ALONE).pieces
+    run.save(progress, pieces(tensors), pieces(optimizer), keep=2)
     assert re.search(rf"adapted other modules when it began: .* {said}", resumed(again))
 
 

@@ -7,16 +7,11 @@ from pathlib import Path
 
 from lorafold.files.page import document
 from lorafold.memory.advice import Advice
-from lorafold.memory.sharing import FSDP
 from lorafold.memory.terms import TERMS, Estimate
 from lorafold.memory.trace import Setting
 from lorafold.step.adamw import in_words
 
 WIDTH = 40  # characters of the longest bar
-DIFFERS = (
-    "this FSDP divides what is trained too, and sends while it computes; that of lorafold train"
-    " divides frozen weights alone, and sends before it computes"
-)
 COLOURS = dict(
     zip(
         TERMS,
@@ -84,9 +79,8 @@ def together(found: Estimate, asked: Setting, speed: float) -> list[str]:
         return []
     return [
         f"in each of {asked.processes} processes, with {asked.strategy}",
-        *([DIFFERS] if asked.strategy == FSDP else []),
-        f"a step of one micro-batch sends {in_words(sent.bytes)} from each, which is hidden behind"
-        f" computing from {in_words(int(sent.bandwidth(speed)))}/s on, where a device computes"
+        f"a step of one micro-batch sends {in_words(sent.bytes)} from each, which takes as long as"
+        f" computing at {in_words(int(sent.bandwidth(speed)))}/s, where a device computes"
         f" {speed / 1e12:g} TFLOP/s",
     ]
 

@@ -1,21 +1,19 @@
 """What each of n processes holds and sends in a step, from what one alone would hold.
 
     w, a, g, s    bytes of the weights, the adapter, its gradients and the optimizer's state
-    w_b, a_b, g_b those of one block;  r = w + a outside of the blocks
+    w_b, g_b      those of one block;  r, g_r those of the largest of embedding and head
 
-    ddp     holds  w + a + g + s, and a bucket in which gradients are summed
-            sends  2 (n - 1) / n g                                      a ring's all-reduce
-    fsdp    holds  (w + a + g + s) / n + r + 2 (w_b + a_b) + 2 g_b
-            sends  (n - 1) / n (2 sum_b (w_b + a_b) + r + g)            gather, gather, scatter
+    ddp          holds  w + a + g + s, and a bucket in which gradients are summed
+                 sends  2 (n - 1) / n g                               a ring's all-reduce
+    fsdp         holds  w / n + a + g + s + max(w_b, r)
+                 sends  (n - 1) / n (2 sum_b w_b + w_e + 2 g)         gather twice, and ddp's sum
+    fsdp, full   holds  (w + g + s) / n + max(w_b + g_b, r + g_r)
+                 sends  (n - 1) / n (2 sum_b w_b + 3/2 w_e + g)       gather twice, reduce
 
-With fsdp a block is gathered while the one before computes, once in the forward pass and once in
-the backward pass; of its gradients there are those that are computed and those that are sent. What
-lies outside of the blocks, embedding and head, is gathered as a whole and stays for the step.
-Quantized weights are gathered as they are stored. Rajbhandari et al. 2020, arXiv 1910.02054, stage
-3; Zhao et al. 2023, arXiv 2304.11277.
-
-A transfer is hidden if it takes no longer than the products that run meanwhile: a block's beside
-the transfers of the next one, and with ddp the backward pass beside the sum.
+w_e is what a forward pass gathers for embedding and head, tied ones for each of the two; where they
+train, the embedding is gathered once more in the backward pass. This is what `step.sharding` does: one part of the model is whole at a time, quantized weights are
+gathered as they are stored, and what is trained beside the base is whole in each. Nothing is sent
+while it computes.
 """
 
 from __future__ import annotations
@@ -35,50 +33,53 @@ class Sent:
     """What a process sends in a step of one micro-batch.
 
     bytes: All of it; as much is received.
-    beside: (bytes, operations) of transfers and of the products that run meanwhile.
+    operations: Multiplications and additions that it computes in the step.
     """
 
     bytes: int
-    beside: tuple[tuple[float, int], ...]
+    operations: int
 
     def bandwidth(self, speed: float = SPEED) -> float:
-        """The bytes a second, in each direction, from which on all transfers are hidden.
+        """The bytes a second, in each direction, at which sending takes as long as computing.
 
         Args:
             speed: The operations a second of a device, a multiplication and an addition being two.
         """
-        return max(sent * speed / max(1, operations) for sent, operations in self.beside)
+        return self.bytes * speed / max(1, self.operations)
 
 
 def shared(
-    whole: Traced, block: Traced, blocks: int, strategy: str, processes: int
+    whole: Traced, block: Traced, blocks: int, strategy: str, processes: int, *, owned: bool,
+    tied: bool,
 ) -> tuple[Traced, Sent]:
     """(what one of the processes holds, what it sends).
 
     Args:
-        whole: The step of one process; its gradients are divided already, with fsdp.
+        whole: The step of one process; its gradients are divided already where they are owned.
         block: What of it is one block's.
         blocks: The number of blocks.
         strategy: ddp or fsdp.
         processes: Two or more.
-    """
+        owned: The base's own weights train, each in the process that owns it.
+        tied: Embedding and head are one.
+    """  # fmt: skip
     n, part = processes, (processes - 1) / processes
+    operations = whole.forward_operations + whole.backward_operations
     if strategy == DDP:
         summed = 2 * part * whole.gradients
-        sent = Sent(int(summed), ((summed, whole.backward_operations),))
-        return replace(whole, exchanged=min(BUCKET, whole.gradients)), sent
-    gathered, reduced = block.weights + block.adapter, n * block.gradients
-    outside = whole.weights + whole.adapter - blocks * gathered
+        return replace(whole, exchanged=min(BUCKET, whole.gradients)), Sent(int(summed), operations)
+    outside = whole.weights - blocks * block.weights
+    largest = outside if tied else outside // 2
+    gradients, beside = n * whole.gradients, 0
+    if owned:
+        rest = (gradients - blocks * n * block.gradients) // (1 if tied else 2)
+        beside = max(n * block.gradients + block.weights, rest + largest)
     held = replace(
         whole,
         weights=-(-whole.weights // n),
-        adapter=-(-whole.adapter // n),
-        optimizer=-(-whole.optimizer // n),
-        exchanged=outside + 2 * gathered + 2 * reduced,
+        optimizer=-(-whole.optimizer // n) if owned else whole.optimizer,
+        exchanged=max(block.weights, largest, beside),
     )
-    total = part * (2 * blocks * gathered + outside + n * whole.gradients)
-    beside = (
-        (part * gathered, block.forward_operations),
-        (part * (gathered + reduced), block.backward_operations),
-    )
-    return held, Sent(int(total), beside)
+    ends = outside * (2 if tied else 1) * (1.5 if owned else 1)
+    learned = gradients if owned else 2 * whole.gradients
+    return held, Sent(int(part * (2 * blocks * block.weights + ends + learned)), operations)

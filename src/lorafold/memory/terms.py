@@ -81,8 +81,8 @@ def engine(traced: Traced) -> int:
 
 
 def exchanged(traced: Traced) -> int:
-    """What several processes send each other: with fsdp two blocks' weights, gathered, two of
-    their gradients, and all that is outside of the blocks; with ddp a bucket of gradients.
+    """What several processes send each other: with fsdp the weights of the largest part, a block
+    or embedding or head, and their gradients where they train; with ddp a bucket of gradients.
     """
     return traced.exchanged
 
@@ -136,6 +136,8 @@ def estimate(config: PreTrainedConfig, setting: Setting) -> Estimate:
         other = trace(config, setting, more)
         block, traced = traced.a_block(other, more - few), traced.at(other, (few, more, blocks))
         if setting.processes > 1:
-            strategy, processes = setting.strategy, setting.processes
-            traced, sent = shared(traced, block, blocks, strategy, processes)
+            traced, sent = shared(
+                traced, block, blocks, setting.strategy, setting.processes, owned=setting.owned,
+                tied=bool(getattr(config.get_text_config(), "tie_word_embeddings", False)),
+            )  # fmt: skip
     return Estimate({name: term(traced) for name, term in TERMS.items()}, sent)

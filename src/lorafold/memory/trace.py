@@ -97,8 +97,13 @@ class Setting:
 
     @property
     def parts(self) -> int:
-        """In how many parts weights, gradients and the optimizer's state are held."""
-        return self.processes if self.strategy == FSDP else 1
+        """In how many parts gradients and the optimizer's state are held."""
+        return self.processes if self.strategy == FSDP and self.owned else 1
+
+    @property
+    def owned(self) -> bool:
+        """Whether the base's own weights train."""
+        return self.spec is not None and self.spec.trains_base
 
     @property
     def batch(self) -> int:

@@ -9,7 +9,7 @@ Tensors are read through safetensors and stay memory-mapped: they take no memory
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -23,6 +23,13 @@ from lorafold.errors import LorafoldError
 
 BLOCK = 1 << 23  # bytes copied at a time
 ALIGNMENT = 8  # of the first tensor, so that readers can map it
+# of dtypes, as a file writes them
+NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,15 @@ class Entry:
             if shape == self.shape
             else replace(self, shape=shape, size=self.size // prod(self.shape) * prod(shape))
         )
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor to be written, of which the values are got when its turn comes."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    get: Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -127,8 +143,22 @@ def write_container(
             if values is None:
                 _copy_bytes(entry, out)
             else:
-                out.write(values.contiguous().view(torch.uint8).numpy().data)
+                out.write(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)
             written(name, entry.size)
+
+
+def write_pieces(path: Path, pieces: Mapping[str, Piece]) -> None:
+    """Write a safetensors file of which one tensor is in memory at a time.
+
+    Args:
+        path: The file to write.
+        pieces: By name.
+    """
+    entries = [
+        (name, Entry(name, NAMES[p.dtype], p.shape, path, 0, prod(p.shape) * p.dtype.itemsize))
+        for name, p in pieces.items()
+    ]
+    write_container(path, entries, {}, lambda name: pieces[name].get().cpu(), lambda *_: None)
 
 
 def _copy_bytes(entry: Entry, out: BinaryIO) -> None:

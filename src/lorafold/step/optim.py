@@ -8,7 +8,7 @@ Up factors B have a learning rate of their own in every low-rank method, as in L
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -35,6 +35,7 @@ class Schedule(Protocol):
         """The number of steps over which they rise, in place of the share."""
 
 
+SHARED = {"qmap1", "qmap2"}  # of 8-bit optimizers: constants that all parameters have in common
 # the parameters that may have a learning rate of their own, as a run tells them
 UP, WHOLE = "up factors (LoRA+)", "modules trained whole"
 
@@ -152,9 +153,13 @@ def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
     return found
 
 
-def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
+def restore_optimizer(
+    optimizer: Optimizer,
+    tensors: dict[str, Tensor],
+    owns: Callable[[nn.Parameter], bool] = lambda p: True,
+) -> None:
     """Restore the state of `optimizer_tensors`, of any shapes, to an optimizer over the same
-    parameters that has made no step.
+    parameters that has made no step: that of the parameters that this process owns.
 
     The optimizer first makes a state of its own, with a step whose learning rates and gradients are
     zero and which changes nothing. The tensors are then copied into that state, which keeps its
@@ -162,6 +167,8 @@ def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
 
     Raises LorafoldError if the tensors are not those of such an optimizer.
     """
+    others = {str(i) for i, p in enumerate(parameters(optimizer)) if not owns(p)}
+    tensors = {key: t for key, t in tensors.items() if key.split(".")[0] not in others}
     owners = {int(key.split(".")[0]) for key in tensors}
     for group in optimizer.param_groups:
         group["lr"] = 0.0
@@ -170,7 +177,10 @@ def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
     optimizer.step()
     optimizer.zero_grad()
     own = optimizer_tensors(optimizer)
-    shapes, found = ({key: tuple(t.shape) for key, t in of.items()} for of in (own, tensors))
+    shapes, found = (
+        {key: tuple(t.shape) for key, t in of.items() if key.split(".")[1] not in SHARED}
+        for of in (own, tensors)
+    )
     if wrong := [
         key for key in sorted(shapes.keys() | found.keys()) if shapes.get(key) != found.get(key)
     ]:

@@ -1,23 +1,28 @@
-"""A model whose large frozen tensors are divided among the processes of a run.
+"""A model whose large tensors are divided among the processes of a run.
 
-    with sharded(model, processes):
+    with sharded(model, processes) as shards:
         loss(**inputs).backward()          in every process, as often as in the others
+        shards.add_gradients(parameters)
 
-Of each storage a process keeps one part of the bytes. Before a block runs, in the forward and in
-the backward, its parts are gathered, and those of the block before are let go: one block is whole
-at a time, or the embedding or the head (the scheme of ZeRO, stage 3: Rajbhandari et al. 2020, arXiv
-1910.02054). Bytes are divided as they are, so the codes of a quantized base are never cast. A
-tensor stays the object that it was and only its storage is emptied and filled: whatever holds it,
-a delta, a fused operation or a graph, knows nothing of this.
+Before a block runs, in the forward and in the backward, it is made whole, and the block before is
+let go: one block is whole at a time, or the embedding or the head (the scheme of ZeRO, stage 3:
+Rajbhandari et al. 2020, arXiv 1910.02054).
 
-All processes must run the same blocks in the same order. Trained tensors stay whole in each.
+- Of the storage of a *frozen* tensor a process keeps one part of the bytes, which are gathered as
+  they are: the codes of a quantized base are never cast.
+- A *trained* weight of the base has one owner, which keeps it whole, with its gradient and its
+  moments; the others get it, and give their gradients to the owner as soon as a block's backward
+  ends. What an optimizer computes of a parameter it computes of all of it, as in one process.
+
+A tensor stays the object that it was and only its storage is emptied and filled: whatever holds it,
+a delta, a fused operation or a graph, knows nothing of this. All processes must run the same blocks
+in the same order. The tensors of adapters stay whole in each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,120 +30,193 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
-from lorafold.core.anatomy import bare_modules, blocks, decoder_of, vocabulary_ends
+from lorafold.core.anatomy import bare_modules, decoder_of, vocabulary_ends
 from lorafold.machine.processes import Processes
+from lorafold.models.container import Piece
+from lorafold.step.replicated import Replicated
+from lorafold.step.shards import Owned, Parted, owners, parts_of, storages_of, trained_in, unmap
 
-LEAST = 1 << 14  # bytes of a storage; what is smaller stays whole
-UNIT = 64  # bytes that are not parted
+Shard = Parted | Owned
 
 
-@dataclass(frozen=True)
-class Sharded:
-    """What a model was divided into: the bytes of its large frozen tensors, those of them that a
-    process keeps, and those of the largest part of the model that is whole at a time.
+class Sharded(Replicated):
+    """The parts of a divided model, of which one is whole at a time.
+
+    `whole`, `kept` and `largest` are bytes: of all large tensors, of those that this process keeps,
+    and of the largest part that is whole at a time.
     """
 
-    whole: int
-    kept: int
-    largest: int
+    divides = True
 
+    def __init__(self, processes: Processes) -> None:
+        super().__init__(processes)
+        self._parts: list[Sequence[Shard]] = []
+        self._current: Sequence[Shard] = ()
+        self._backward = False  # whether what is whole was made so by a backward pass
+        self._owned: dict[nn.Parameter, Owned] = {}
 
-class _Shard:
-    """A storage, and this process's part of its bytes."""
+    @property
+    def _all(self) -> Iterator[Shard]:
+        return (shard for part in self._parts for shard in part)
 
-    def __init__(self, storage: torch.UntypedStorage, processes: Processes) -> None:
-        self.storage, self.size = storage, storage.nbytes()
-        each = -(-self.size // (processes.count * UNIT)) * UNIT
-        first = processes.index * each
-        mine = _bytes(storage)[first : first + each]
-        self.own = torch.zeros(each, dtype=torch.uint8, device=mine.device)
-        self.own[: len(mine)] = mine
-        self.padded = each * processes.count
+    @property
+    def whole(self) -> int:
+        return sum(shard.size for shard in self._all)
 
-    def fill(self) -> None:
-        self.storage.resize_(self.padded)
-        gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-        gather(_bytes(self.storage), self.own)
+    @property
+    def kept(self) -> int:
+        return sum(shard.kept for shard in self._all)
 
-    def empty(self) -> None:
-        self.storage.resize_(0)
+    @property
+    def largest(self) -> int:
+        return max((sum(shard.size for shard in part) for part in self._parts), default=0)
 
-
-class _Groups:
-    """The shards of the parts of a model, of which one part is whole at a time."""
-
-    def __init__(self) -> None:
-        self.all: list[list[_Shard]] = []
-        self.current: list[_Shard] | None = None
-
-    def add(self, shards: list[_Shard]) -> None:
-        for shard in shards:
+    def add(self, part: Sequence[Shard]) -> None:
+        """Divide a part of the model."""
+        for shard in part:
             shard.empty()
-        self.all.append(shards)
+            if isinstance(shard, Owned):
+                self._owned[shard.p] = shard
+        self._parts.append(part)
 
-    def open(self, shards: list[_Shard]) -> None:
-        if shards is self.current:
-            return
-        self.close()
-        for shard in shards:
-            shard.fill()
-        self.current = shards
+    def open(self, part: Sequence[Shard]) -> None:
+        """Make a part whole, and let the one before go."""
+        backward = torch._C._current_graph_task_id() != -1
+        # a forward pass that follows a backward one of the same part must not take its gradients
+        if part is not self._current or (self._backward and not backward):
+            self._close()
+            for shard in part:
+                shard.fill()
+            self._current = part
+        self._backward = backward
 
-    def close(self) -> None:
-        for shard in self.current or ():
+    def _close(self) -> None:
+        for shard in self._current:
+            if self._backward:
+                shard.settle()
             shard.empty()
-        self.current = None
+        self._current, self._backward = (), False
 
-    def restore(self) -> None:
-        self.close()
-        for shard in (shard for shards in self.all for shard in shards):
+    def owns(self, p: nn.Parameter) -> bool:
+        return p not in self._owned or self._owned[p].mine
+
+    def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._close()
+        owned = [*self._owned.values()]
+        # a gradient that came after its block was let go; one of which no process knows
+        late, learned = (
+            torch.tensor(found, dtype=torch.int32)
+            for found in (
+                [not one.mine and one.p.grad is not None for one in owned],
+                [one.learned or one.p.grad is not None for one in owned],
+            )
+        )
+        self.processes.add([late, learned])
+        for one, came, had in zip(owned, late.tolist(), learned.tolist(), strict=True):
+            if came:
+                one.settle()
+            if not had:
+                one.p.grad = None
+            one.learned = False
+        super().add_gradients([p for p in parameters if p not in self._owned])
+
+    def moves(self, parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, bool]:
+        here = super().moves(parameters)
+        found = torch.tensor([1 + here[p] if p in here else 0 for p in parameters])
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return {p: n == 2 for p, n in zip(parameters, found.tolist(), strict=True) if n}
+
+    def clip(self, parameters: Sequence[nn.Parameter], most: float) -> None:
+        norms = torch.zeros(len(parameters), device=parameters[0].device)
+        for i, p in enumerate(parameters):
+            counts = self.processes.first if p not in self._owned else self.owns(p)
+            if p.grad is not None and counts:
+                norms[i] = torch.linalg.vector_norm(p.grad)
+        self.processes.add([norms])
+        nn.utils.clip_grads_with_norm_(parameters, most, torch.linalg.vector_norm(norms))
+
+    def pieces(self, state: Mapping[str, Tensor]) -> dict[str, Piece]:
+        others = {one.storage._cdata for one in self._owned.values() if not one.mine}
+        own = {
+            name: (tuple(t.shape), t.dtype)
+            for name, t in state.items()
+            if t.untyped_storage()._cdata not in others
+        }
+        found: dict[str, Piece] = {}
+        for index, there in enumerate(self.processes.gather(own)):
+            for name, (shape, dtype) in there.items():
+                if name not in found:
+                    found[name] = self._piece(state.get(name), shape, dtype, index)
+        return {name: found[name] for name in sorted(found)}
+
+    def _piece(self, here: Tensor | None, shape: Any, dtype: torch.dtype, index: int) -> Piece:
+        def get() -> Tensor:
+            if index == self.processes.index and here is not None:
+                if index:
+                    dist.send(here.detach().cpu().contiguous(), 0)
+                return here.detach().clone()  # whoever sees it as bytes fixes its storage's size
+            there = torch.empty(shape if self.processes.first else 0, dtype=dtype)
+            if self.processes.first:
+                dist.recv(there, index)
+            return there
+
+        return Piece(shape, dtype, get)
+
+    def bring_home(self) -> None:
+        self._close()
+        for shard in self._all:
             shard.fill()
-            shard.storage.resize_(shard.size)
+            if self.processes.first:
+                shard.storage.resize_(shard.size)
+            else:
+                shard.empty()
 
 
 @contextmanager
 def sharded(model: nn.Module, processes: Processes) -> Iterator[Sharded]:
-    """Divide the model's large frozen tensors among the processes until the `with` block ends; then
-    each has all of them again.
+    """Divide the model's large tensors among the processes until the `with` block ends. Then no
+    process has them all, unless they were brought home.
 
     Args:
         model: With its adapters, the same in every process.
         processes: More than one.
     """
-    groups, taken = _Groups(), set[int]()
+    shards, params, taken = Sharded(processes), set[nn.Parameter](), set[int]()
     ends = vocabulary_ends(model)
-    with ExitStack() as stack, torch.no_grad():
-        of: dict[str, list[_Shard]] = {}
-        for path in [*blocks(model), *ends]:
-            found = _storages(model.get_submodule(path), taken)
-            # tied ends are one storage
-            same = next((of[e] for e in ends if e in of and not found), None)
-            of[path] = same if same is not None else [_Shard(s, processes) for s in found]
-            if same is None:
-                groups.add(of[path])
-        _unmap(model)
-        for path, shards in of.items():
-            _open_for(stack, model.get_submodule(path), groups, shards)
+    of: dict[str, Sequence[Shard]] = {}
+    with ExitStack() as stack:
+        with torch.no_grad():
+            owner_of = owners(model, processes.count)
+            for path in parts_of(model):
+                part = model.get_submodule(path)
+                held = [Owned(p, owner_of[p], processes) for p in trained_in(part, params)]
+                parted = [Parted(s, processes) for s in storages_of(part, taken)]
+                found: Sequence[Shard] = [*held, *parted]
+                # tied ends are one storage
+                same = next((of[e] for e in ends if e in of and not found), None)
+                of[path] = found if same is None else same
+                if same is None:
+                    shards.add(found)
+            unmap(model)
+        for path, part_of in of.items():
+            _open_for(stack, model.get_submodule(path), shards, part_of)
         if len(ends) > 1:  # the loss reads the head itself, once the decoder has run
             _, decoder = decoder_of(model)
             head = of[ends[-1]]
-            stack.enter_context(
-                decoder.register_forward_hook(lambda *_: groups.open(head))
-            )
-        sizes = [sum(s.size for s in shards) for shards in groups.all]
-        kept = sum(len(s.own) for shards in groups.all for s in shards)
-        with torch.enable_grad():
-            yield Sharded(sum(sizes), kept, max(sizes, default=0))
-        groups.restore()
+            opens = decoder.register_forward_hook(lambda *_: shards.open(head))
+            stack.callback(opens.remove)
+        yield shards
 
 
-def _open_for(stack: ExitStack, part: nn.Module, groups: _Groups, shards: list[_Shard]) -> None:
-    """Have the shards whole while a module of the part runs, and when its backward begins. It may
-    begin inside the part, where another pass read what a block kept, as keys of virtual tokens.
+def _open_for(
+    stack: ExitStack, part: nn.Module, shards: Sharded, held: Sequence[Shard]
+) -> None:
+    """Have a part of the model whole while a module of it runs, and when its backward begins. It
+    may begin inside the part, where another pass read what a block kept, as keys of virtual tokens.
     """
 
     def before(*_: Any) -> None:
-        groups.open(shards)
+        shards.open(held)
 
     def after(module: nn.Module, inputs: Any, output: Any) -> None:
         for t in tree_iter(output):
@@ -150,53 +228,3 @@ def _open_for(stack: ExitStack, part: nn.Module, groups: _Groups, shards: list[_
             module.register_forward_pre_hook(before), module.register_forward_hook(after)
         ):  # fmt: skip
             stack.callback(handle.remove)
-
-
-def _storages(module: nn.Module, taken: set[int]) -> list[torch.UntypedStorage]:
-    """The storages of the module's large frozen tensors that are not taken, which then are."""
-    found = list[torch.UntypedStorage]()
-    _unmap(module)
-    for t in _frozen(module):
-        storage = t.untyped_storage()
-        if storage.nbytes() >= LEAST and storage._cdata not in taken:
-            taken.add(storage._cdata)
-            found.append(storage)
-    return found
-
-
-def _unmap(module: nn.Module) -> None:
-    """Copy what is mapped from a file, which can't be emptied: a file stays mapped as long as
-    anything is.
-    """
-    copies = dict[int, torch.UntypedStorage]()
-    for t in _frozen(module):
-        if not (storage := t.untyped_storage()).resizable():
-            if storage.data_ptr() not in copies:
-                copies[storage.data_ptr()] = storage.clone()
-            place = t.storage_offset(), t.size(), t.stride()
-            t.data = torch.empty(0, dtype=t.dtype).set_(copies[storage.data_ptr()], *place)
-
-
-def _frozen(part: nn.Module) -> Iterator[Tensor]:
-    """The frozen tensors of a part of a model, those of the state of quantized ones among them."""
-    for _, module in bare_modules(part):
-        held = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
-        for t in held:
-            if isinstance(t, Tensor) and not t.requires_grad:
-                yield from _inside(t)
-
-
-def _inside(t: Tensor) -> Iterator[Tensor]:
-    yield t
-    left: list[Any] = [*vars(t).values()]
-    while left:
-        value = left.pop()
-        if isinstance(value, Tensor):
-            yield value
-        elif type(value).__module__.startswith("bitsandbytes."):
-            left += vars(value).values()
-
-
-def _bytes(storage: torch.UntypedStorage) -> Tensor:
-    """All bytes of a storage (n,), which it shares."""
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

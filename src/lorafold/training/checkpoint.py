@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lorafold.errors import LorafoldError, as_one, listed, shortened
 from lorafold.files.atomic import atomic_directory, verify
 from lorafold.files.intact import check_intact
 from lorafold.files.record import named_as_now
+from lorafold.models.container import Piece, write_pieces
 from lorafold.step.losses import Generated
 
 PATIENCE = 3  # measures in a row without a better one
@@ -223,28 +224,22 @@ class RunDirectory:
     def save(
         self,
         progress: Progress,
-        adapter: dict[str, Tensor],
-        optimizer: dict[str, Tensor],
+        adapter: Mapping[str, Piece],
+        optimizer: Mapping[str, Piece],
         keep: int,
     ) -> Path:
         """Write the checkpoint of `progress.step`, and remove old ones.
 
         Args:
             progress: Saved as `state.json`.
-            adapter: The adapter's tensors by name, of any shapes.
-            optimizer: The optimizer's tensors and the random state by name, of any shapes.
+            adapter: The adapter's tensors by name.
+            optimizer: The optimizer's tensors and the random state by name.
             keep: How many of the newest checkpoints stay, with this one; the best stays too.
         """
         path = self.at(progress.step)
         with atomic_directory(path, overwrite=True) as tmp:
-            save_file(
-                {k: v.detach().cpu().contiguous() for k, v in adapter.items()},
-                tmp / "adapter.safetensors",
-            )
-            save_file(
-                {k: v.detach().cpu().contiguous() for k, v in optimizer.items()},
-                tmp / "optimizer.safetensors",
-            )
+            write_pieces(tmp / "adapter.safetensors", adapter)
+            write_pieces(tmp / "optimizer.safetensors", optimizer)
             (tmp / "state.json").write_text(json.dumps(asdict(progress)))
         steps = list(self.checkpoints())
         for step in steps[: -keep or None]:

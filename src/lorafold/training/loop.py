@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
@@ -33,6 +33,7 @@ from lorafold.ops.philox import key_of
 from lorafold.recipe.recipe import Recipe
 from lorafold.step.losses import Loss
 from lorafold.step.optim import optimizer_tensors, rng_state, set_learning_rates
+from lorafold.step.replicated import Replicated
 from lorafold.training.checkpoint import Progress, RunDirectory
 from lorafold.training.display import Display
 from lorafold.training.interrupt import StopRequest
@@ -47,8 +48,8 @@ class Job:
 
     `examples(step, planned)` gives what `loss.collate` takes, each with `ids`, of what the feed has
     for a step; `held_out()` measures on held-out examples, also before the first step where
-    `measures_before`. Each step updates the weights `updates` times. Where weights are `divided`
-    among the processes, all of them pass through the model together.
+    `measures_before`. Each step updates the weights `updates` times. `layout` says how tensors lie
+    among the processes.
     """
 
     adapter: Adapter
@@ -61,10 +62,10 @@ class Job:
     recipe: Recipe
     run: RunDirectory
     steps: int
+    layout: Replicated
     examples: Callable[[int, Sequence[Any]], Sequence[Any]] = lambda step, planned: planned
     updates: int = 1
     measures_before: bool = False
-    divided: bool = False
     tracking: Tracking = field(default_factory=Tracking)
 
 
@@ -141,7 +142,7 @@ def measure(job: Job, progress: Progress, display: Display) -> None:
     """Measure on held-out examples, if there are any."""
     if job.held_out is None:
         return
-    found = job.held_out() if job.divided else job.processes.once(job.held_out)
+    found = job.held_out() if job.layout.divides else job.processes.once(job.held_out)
     progress.evals[progress.step] = found.loss
     if found.figures:
         progress.measured[progress.step] = dict(found.figures)
@@ -160,13 +161,13 @@ def train_step(job: Job, examples: Sequence[Any], step: int) -> float:
 
     Raises LorafoldError for a loss that is not finite and for an adapter without gradient.
     """
-    processes = job.processes
+    processes, layout = job.processes, job.layout
     if not examples:  # of a step in which there is nothing to learn
         return 0.0
     share = slice(processes.index, None, processes.count)
     own, numbers = examples[share], range(len(examples))[share]
     micro = job.loss.micro_batches(own, job.recipe.accumulate, job.recipe.max_length) if own else []
-    more = processes.largest(len(micro)) - len(micro) if job.divided else 0
+    more = processes.largest(len(micro)) - len(micro) if layout.divides else 0
     total = max(1, sum(map(job.loss.count, examples)))
     place_of = places(own, numbers)
     selection, key = selection_of(job.adapter.model), key_of(job.recipe.seed, step)
@@ -192,7 +193,8 @@ def train_step(job: Job, examples: Sequence[Any], step: int) -> float:
             inputs = job.loss.collate(examples[:1], job.device)
             with drawing(selection, Draws(key, job.loss.names(examples[:1], [rows[0]], inputs))):
                 (0 * job.loss(**inputs, **of_step)).backward()
-    processes.add_gradients([*dict.fromkeys(job.adapter.parameters())])
+    trained = [*dict.fromkeys(job.adapter.parameters())]
+    layout.add_gradients(trained)
     processes.add([seen])
     mean = seen.item() / total
     if not math.isfinite(mean):
@@ -200,13 +202,14 @@ def train_step(job: Job, examples: Sequence[Any], step: int) -> float:
             f"step {step + 1}: the loss is {mean}; {kept(job.run)}. Try a lower learning rate"
             " (lr, lr_b), clip or alpha"
         )
-    if step == 0 and (idle := check_gradients(job.adapter)) and processes.first:
+    idle = check_gradients(job.adapter, layout.moves(trained)) if step == 0 else []
+    if idle and processes.first:
         log.warning(
             "no gradient in the first step for %d of the %d adapted modules, on which the loss of"
             " its rows does not depend: %s", len(idle), len(job.adapter.sites), listed(idle),
         )  # fmt: skip
     if job.recipe.clip:
-        nn.utils.clip_grad_norm_(job.adapter.parameters(), job.recipe.clip)
+        layout.clip(trained, job.recipe.clip)
     job.optimizer.step()
     job.adapter.spec.after_step(job.adapter.own_deltas, step + 1, job.steps)
     job.optimizer.zero_grad()
@@ -233,9 +236,13 @@ def penalty(adapter: Adapter) -> Tensor | float:
     return sum((p for _, delta in adapter.parts() if (p := delta.penalty()) is not None), start=0.0)
 
 
-def check_gradients(adapter: Adapter) -> list[str]:
+def check_gradients(adapter: Adapter, moves: Mapping[nn.Parameter, bool]) -> list[str]:
     """Return the paths of the adapted modules that the loss does not depend on: those of a
     cross-attention on text alone, of copies that the model's code does not call.
+
+    Args:
+        adapter: What trains.
+        moves: Its parameters that have a gradient, and whether that is anything but zero.
 
     Raises LorafoldError if it depends on none, or all gradients are zero. Without this check, such
     a run would only look like one that does not learn.
@@ -243,7 +250,7 @@ def check_gradients(adapter: Adapter) -> list[str]:
     held = {path: dict(delta.named_parameters()) for path, delta in adapter.deltas.items()}
     own = {path: found for path, found in held.items() if found}  # a twin's are another's
     grads = {
-        path: {name: bool(p.grad.any()) for name, p in found.items() if p.grad is not None}
+        path: {name: moves[p] for name, p in found.items() if p in moves}
         for path, found in own.items()
     }
     # a scale of a vector that starts at zero, as Fastfood's, is zero at the start everywhere
@@ -269,9 +276,13 @@ def check_gradients(adapter: Adapter) -> list[str]:
 
 
 def save(job: Job, progress: Progress) -> None:
-    """Write a checkpoint in the first process; the others wait for it."""
+    """Write a checkpoint in the first process; the others give it what they hold, and wait."""
+    state = optimizer_tensors(job.optimizer) | rng_state()
+    adapter, optimizer = map(job.layout.pieces, (job.adapter.state_dict(), state))
     if job.processes.first:
-        state = optimizer_tensors(job.optimizer) | rng_state()
         progress.counts = dict(job.loss.counts)
-        job.run.save(progress, job.adapter.state_dict(), state, job.recipe.keep)
+        job.run.save(progress, adapter, optimizer, job.recipe.keep)
+    else:
+        for piece in (*adapter.values(), *optimizer.values()):
+            piece.get()
     job.processes.wait()

@@ -51,7 +51,7 @@ def train(request: Request, console: Console, processes: Processes = ALONE) -> T
     if (before := processes.once(partial(finished, request, console))) is not None:
         return before
     setup = set_up(as_begun(request), console, processes)
-    check_dividable(setup.request.recipe, setup.spec, setup.objective)
+    check_dividable(setup.request.recipe, setup.objective)
     check_alike(setup)
     with RunDirectory(request.out).claimed() if processes.first else nullcontext():
         return _trained(setup, console)
@@ -71,7 +71,8 @@ def _trained(setup: Setup, console: Console) -> Trained:
     if checkpointing:
         recompute(model)
     tokenizer, packing = setup.tokenizer, request.recipe.packing
-    with ExitStack() as stack:
+    with ExitStack() as until_written:
+        stack = until_written.enter_context(ExitStack())
         stack.enter_context(freed_blocks_kept())
         # what draws completions has modules of its own, which nothing is fused in yet
         loss = stack.enter_context(setup.objective.loss(model, tokenizer, packing, console))
@@ -94,20 +95,24 @@ def _trained(setup: Setup, console: Console) -> Trained:
         # the logs of trackers stay when the checkpoints are removed
         logs = request.out.with_name(request.out.name + ".logs")
         job.tracking = stack.enter_context(tracking(names, logs, request.recipe.model_dump()))
-        if request.recipe.strategy == "fsdp":
-            job.divided = processes.count > 1
-            console.print(stack.enter_context(divided(job)), highlight=False, soft_wrap=True)
+        if told := until_written.enter_context(divided(job)):
+            console.print(told, highlight=False, soft_wrap=True)
         with Display(console, job.steps, progress.step) as display:
             fit(job, progress, display)
-    if told := str(setup.feed):
-        console.print(told, highlight=False)
-    if report := adapter.spec.report(adapter.own_deltas):
-        console.print(report, highlight=False)
-    saved = tokenizer if setup.own_tokenizer or adapter.spec.trains_base else None
-    ids = setup.words.ids
-    about = setup.objective.record() | ({"new_tokens": ids} if ids else {})
-    if INIT_ADAPTER in setup.files:
-        about[INIT_ADAPTER] = setup.files[INIT_ADAPTER]
-    about[DEPENDS_ON] = depends_on(request, setup.objective)
-    about[BASE_IDENTITY] = setup.files["model"]["sha256"]
-    return finish(setup.request, job, progress, saved, about, weights, setup.findings)
+        stack.close()
+        if told := str(setup.feed):
+            console.print(told, highlight=False)
+        if report := adapter.spec.report(adapter.own_deltas):
+            console.print(report, highlight=False)
+        saved = tokenizer if setup.own_tokenizer or adapter.spec.trains_base else None
+        ids = setup.words.ids
+        about = setup.objective.record() | ({"new_tokens": ids} if ids else {})
+        if INIT_ADAPTER in setup.files:
+            about[INIT_ADAPTER] = setup.files[INIT_ADAPTER]
+        about[DEPENDS_ON] = depends_on(request, setup.objective)
+        about[BASE_IDENTITY] = setup.files["model"]["sha256"]
+        if job.layout.divides and weights is None and not adapter.spec.trains_base:
+            weights = request.base.in_files()
+        if weights is None:
+            job.layout.bring_home()
+        return finish(setup.request, job, progress, saved, about, weights, setup.findings)

@@ -30,7 +30,9 @@ from lorafold.recipe.recipe import FEW, STEPS, Recipe
 from lorafold.step.adamw import described, make_optimizer, pick
 from lorafold.step.losses import Loss
 from lorafold.step.optim import param_groups, rates, restore_optimizer, restore_rng
+from lorafold.step.replicated import Replicated
 from lorafold.training.checkpoint import FILES, Progress, RunDirectory
+from lorafold.training.dividing import owned_here
 from lorafold.training.loop import Job
 from lorafold.training.request import BATCH_COUNTS, Request
 from lorafold.training.setup import Setup
@@ -108,7 +110,8 @@ def prepare(
         console.print(line, highlight=False, soft_wrap=True)
     optimizer = make_optimizer(chosen.name, groups, recipe)
     if state is not None:
-        restore_optimizer(optimizer, {k: v for k, v in state.items() if not k.startswith("rng.")})
+        own = {k: v for k, v in state.items() if not k.startswith("rng.")}
+        restore_optimizer(optimizer, own, owned_here(adapter.model, recipe, processes))
         restore_rng(state)
     if resume:
         console.print(f"resuming after step {progress.step} of {feed.steps}", highlight=False)
@@ -122,8 +125,9 @@ def prepare(
             highlight=False, soft_wrap=True,
         )  # fmt: skip
     return Job(
-        adapter, loss, optimizer, where, processes, feed, held_out, recipe, run, feed.steps
-    ), progress
+        adapter, loss, optimizer, where, processes, feed, held_out, recipe, run, feed.steps,
+        Replicated(processes),
+    ), progress  # fmt: skip
 
 
 def as_begun(request: Request) -> Request:

@@ -1,0 +1,199 @@
+"""Several processes of one run beside one: memory of each, and tokens a second.
+
+    python benchmarks/processes.py [--sides memory,speed] [--counts 1,2,4] [--layers 24]
+
+memory: a random Llama of --layers blocks (width 1,024, 49,152 tokens, tied; 24 blocks: 357 million
+parameters, in bf16 files) is trained with `--strategy fsdp`, three steps of 8 rows of 64 tokens:
+all weights in fp32, and a LoRA of rank 16 over NF4. Peaks are of the memory that a process has of
+its own (RssAnon, sampled every 20 ms), less that of a process which trains a model of one small
+block, which is what the libraries take. While the model is loaded, the memory of all processes
+together, shared pages counted once, is set beside the bytes of its files.
+
+speed: `--strategy ddp`, LoRA of rank 16 on the embedded model in bf16, two processes of one thread
+beside one process of two, in turn; medians.
+
+Prints JSON lines and tables, which are also written to results/processes_*.md. Linux only.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lib.results import keep
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lorafold.models.loading import load_tokenizer
+from lorafold.models.sources import resolve_model
+
+WORDS = "the river turns north where old mills stand and children count boats under a red bridge"
+RUNS = {"full, fp32": ("full", "fp32"), "LoRA r = 16, NF4": ("lora", "nf4")}
+LOADED = "strategy fsdp"  # the line that follows loading
+
+
+def model_of(directory: Path, layers: int, width: int) -> Path:
+    """A random model in bf16, with the embedded one's tokenizer."""
+    tokenizer = load_tokenizer("smollm2")
+    tokenizer.save_pretrained(directory)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=width,
+        intermediate_size=width * 11 // 4, num_hidden_layers=layers, num_attention_heads=16,
+        num_key_value_heads=4, head_dim=max(width // 16, 8), tie_word_embeddings=True,
+        max_position_embeddings=2048, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, dtype="bfloat16",
+    )  # fmt: skip
+    LlamaForCausalLM(config).bfloat16().save_pretrained(directory)
+    return directory
+
+
+def rows_of(file: Path, count: int, words: int) -> Path:
+    draw, known = random.Random(0), WORDS.split()
+    rows = [{"text": " ".join(draw.choices(known, k=words))} for _ in range(count)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+class Watched:
+    """What the processes of a command take, while it runs."""
+
+    def __init__(self, mark: str) -> None:
+        self.mark, self.own = mark, dict[int, int]()
+        self.together = 0  # bytes, shared pages counted once, until the model is divided
+
+    def look(self, loading: bool) -> None:
+        together = 0
+        for at in Path("/proc").glob("[0-9]*"):
+            try:
+                command = (at / "cmdline").read_bytes()
+                if self.mark.encode() not in command or b"torchrun" in command:
+                    continue
+                if b"torch.distributed.run" in command:
+                    continue
+                status = dict(
+                    line.split(":", 1) for line in (at / "status").read_text().splitlines()
+                )
+                if loading:
+                    text = (at / "smaps_rollup").read_text()
+                    found = next(line for line in text.splitlines() if line.startswith("Pss:"))
+                    together += int(found.split()[1]) * 1024
+            except (OSError, ValueError, StopIteration):
+                continue
+            bytes_own = int(status.get("RssAnon", "0 kB").split()[0]) * 1024
+            pid = int(at.name)
+            self.own[pid] = max(self.own.get(pid, 0), bytes_own)
+        self.together = max(self.together, together)
+
+
+def run(count: int, threads: int, *command: str) -> tuple[dict[str, Any], Watched]:
+    """Run `lorafold train` in so many processes, and watch them."""
+    with tempfile.TemporaryDirectory() as where:
+        out = Path(where) / "out"
+        launch = [sys.executable, "-m"]
+        if count > 1:
+            launch += ["torch.distributed.run", "--nproc_per_node", str(count), "-m"]
+        asked = [*launch, "lorafold", "train", *command, "--out", str(out), "--json"]
+        watched = Watched(str(out))
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+        with (Path(where) / "said").open("w+") as said, (Path(where) / "json").open("w+") as told:
+            child = subprocess.Popen(asked, stdout=told, stderr=said, env=environment)
+            loading = True
+            while child.poll() is None:
+                if loading:
+                    loading = LOADED not in (Path(where) / "said").read_text()
+                watched.look(loading)
+                time.sleep(0.02)
+            if child.returncode:
+                raise SystemExit((Path(where) / "said").read_text())
+            return json.loads((Path(where) / "json").read_text()), watched
+
+
+def memory(counts: list[int], layers: int, width: int, where: Path) -> list[dict[str, Any]]:
+    """Peaks of each process, by run and number of processes."""
+    rows = rows_of(where / "rows.jsonl", 24, 60)
+    small = model_of(where / "small", 1, 128)
+    model = model_of(where / "model", layers, width)
+    size = sum(f.stat().st_size for f in model.glob("*.safetensors"))
+    found = []
+    for name, (method, storage) in RUNS.items():
+        asked = ("--data", str(rows), "--method", method, "--set", f"storage={storage}")
+        asked += ("--set", "steps=3", "--batch", "8", "--set", "max_length=64")
+        asked += ("--rank", "16") * (method == "lora")
+        asked += ("--device", "cpu", "--strategy", "fsdp", "--set", "optimizer=adamw")
+        for count in counts:
+            _, bare = run(count, 1, "--model", str(small), *asked)
+            result, watched = run(count, 1, "--model", str(model), *asked)
+            libraries = max(bare.own.values())
+            found.append(
+                {
+                    "run": name, "processes": count, "peak": max(watched.own.values()) - libraries,
+                    "libraries": libraries, "loading": watched.together / size,
+                    "loss": result["train_loss"], "tokens_per_second": result["tokens_per_second"],
+                }
+            )  # fmt: skip
+            print(json.dumps(found[-1]), flush=True)
+    return found
+
+
+def speed(rounds: int, where: Path) -> dict[str, list[float]]:
+    """Tokens a second of one process and of two."""
+    rows = rows_of(where / "rows.jsonl", 64, 200)
+    source = resolve_model("smollm2")
+    asked = ("--model", source.name, "--data", str(rows), "--batch", "8", "--rank", "16")
+    asked += ("--set", "storage=bf16", "--set", "steps=8", "--device", "cpu")
+    found: dict[str, list[float]] = {"1": [], "2": []}
+    for _ in range(rounds):
+        for count in (1, 2):
+            result, _ = run(count, 2 // count, *asked)
+            found[str(count)].append(result["tokens_per_second"])
+            print(json.dumps({"processes": count, "tokens/s": found[str(count)][-1]}), flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sides", default="memory,speed")
+    parser.add_argument("--counts", default="1,2,4")
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=3)
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as where:
+        if "memory" in asked.sides:
+            counts = [int(n) for n in asked.counts.split(",")]
+            found = memory(counts, asked.layers, asked.width, Path(where))
+            alone = {one["run"]: one["peak"] for one in found if one["processes"] == 1}
+            table = [
+                {
+                    "run": one["run"], "processes": one["processes"],
+                    "peak of each, MB": f"{one['peak'] / 1e6:,.0f}",
+                    "over one process": one["peak"] / alone.get(one["run"], float("nan")),
+                    "while loading, over the files": one["loading"],
+                    "libraries, MB": f"{one['libraries'] / 1e6:,.0f}",
+                }
+                for one in found
+            ]  # fmt: skip
+            keep("processes_memory", table)
+        if "speed" in asked.sides:
+            rates = speed(asked.rounds, Path(where))
+            ratios = [b / a for a, b in zip(rates["1"], rates["2"], strict=True)]
+            row = {
+                "one process of two threads, tokens/s": statistics.median(rates["1"]),
+                "two of one": statistics.median(rates["2"]),
+                "ratio": statistics.median(ratios), "least": min(ratios), "most": max(ratios),
+            }  # fmt: skip
+            keep("processes_speed", [row])
+
+
+if __name__ == "__main__":
+    main()

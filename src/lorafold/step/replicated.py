@@ -1,0 +1,56 @@
+"""The tensors of a run whose processes each have all of them, as data parallelism has it.
+
+    replicated.add_gradients(parameters)        summed over the processes, in place
+    replicated.clip(parameters, 1.0)            by the norm of all gradients
+    write_pieces(path, replicated.pieces(state))        of a state, in process 0
+
+`step.sharding` divides them behind the same words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from lorafold.machine.processes import Processes
+from lorafold.models.container import Piece
+
+
+class Replicated:
+    """All tensors in each process. Gradients are those of the process's share of a batch until they
+    are added.
+    """
+
+    divides = False  # whether all have to pass through the model together
+
+    def __init__(self, processes: Processes) -> None:
+        self.processes = processes
+
+    def owns(self, p: nn.Parameter) -> bool:
+        """Whether this process updates a parameter of any shape, and has its optimizer's state."""
+        return True
+
+    def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Sum the gradients of all processes; afterwards only who owns a parameter has its one."""
+        self.processes.add_gradients(parameters)
+
+    def moves(self, parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, bool]:
+        """The parameters that have a gradient, and whether any of its elements is not zero."""
+        return {p: bool(p.grad.any()) for p in parameters if p.grad is not None}
+
+    def clip(self, parameters: Sequence[nn.Parameter], most: float) -> None:
+        """Scale all gradients so that their common norm is at most so much."""
+        nn.utils.clip_grad_norm_(parameters, most)
+
+    def pieces(self, state: Mapping[str, Tensor]) -> dict[str, Piece]:
+        """The tensors of a state, of any shapes, as process 0 writes them. All processes get each
+        in turn, and process 0 alone has it then.
+        """
+        return {
+            name: Piece(tuple(t.shape), t.dtype, t.detach)
+            for name, t in (state.items() if self.processes.first else ())
+        }
+
+    def bring_home(self) -> None:
+        """Have process 0 hold what it writes."""
