@@ -198,9 +198,10 @@ def test_what_each_of_several_processes_holds_and_sends(mode: str) -> None:
         assert eight[name] == -(-one[name] // divides)
     assert eight["exchanged"] == pytest.approx(largest, rel=1e-4)
     assert eight["sent"] == pytest.approx(sent, rel=1e-4)
-    # a pass computes what the forward pass does; attention, head and factors come on top
+    # a pass computes what the forward pass does; attention, head and factors come on top, and the
+    # last products of a block are not repeated
     products = 32 * passes * 2 * 256 * (4 * w * w + 3 * w * m)
-    assert sent * 4e14 / products * 0.8 <= eight["bandwidth"] <= sent * 4e14 / products
+    assert 0.8 <= eight["bandwidth"] / (sent * 4e14 / products) <= 1.1
     slow = of_each("--mode", mode, "--gpus", "8", "--tflops", "40")
     assert slow["bandwidth"] == pytest.approx(eight["bandwidth"] / 10)
 

@@ -91,7 +91,7 @@ DIVIDED = {
     "dpo": ("--objective", "dpo"),
     "full": ("--method", "full", "--set", "clip=0.5", "--eval-fraction", "0.2"),
     "full, some modules": ("--method", "full", "--set", "targets=[q_proj, down_proj]"),
-    "full, bf16": ("--method", "full", "--set", "storage=bf16", "--set", "accumulate=2"),
+    "full, bf16": ("--method", "full", "--set", "storage=bf16"),
     "full, checkpointed": ("--method", "full", "--set", "gradient_checkpointing=true"),
 }
 FAST = ["dropout", "dpo", "full"]

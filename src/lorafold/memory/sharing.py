@@ -11,9 +11,9 @@
                  sends  (n - 1) / n (2 sum_b w_b + 3/2 w_e + g)       gather twice, reduce
 
 w_e is what a forward pass gathers for embedding and head, tied ones for each of the two; where they
-train, the embedding is gathered once more in the backward pass. This is what `step.sharding` does: one part of the model is whole at a time, quantized weights are
-gathered as they are stored, and what is trained beside the base is whole in each. Nothing is sent
-while it computes.
+train, the embedding is gathered once more in the backward pass. This is what `step.sharding` does:
+one part of the model is whole at a time, quantized weights are gathered as they are stored, and
+what is trained beside the base is whole in each. Nothing is sent while it computes.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ in the same order. The tensors of adapters stay whole in each.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -133,6 +134,8 @@ class Sharded(Replicated):
             if p.grad is not None and counts:
                 norms[i] = torch.linalg.vector_norm(p.grad)
         self.processes.add([norms])
+        kinds = {p.dtype for p in parameters}  # in which torch takes the norm of norms
+        norms = norms.to(functools.reduce(torch.promote_types, kinds))
         nn.utils.clip_grads_with_norm_(parameters, most, torch.linalg.vector_norm(norms))
 
     def pieces(self, state: Mapping[str, Tensor]) -> dict[str, Piece]:
