@@ -3,9 +3,9 @@
     python benchmarks/processes.py [--sides memory,speed] [--counts 1,2,4] [--layers 24]
 
 memory: a random Llama of --layers blocks (width 1,024, 49,152 tokens, tied; 24 blocks: 357 million
-parameters, in bf16 files) is trained with `--strategy fsdp`, three steps of 8 rows of 64 tokens:
+parameters, in bf16 files) is trained with `--strategy fsdp`, three steps of 4 rows of 32 tokens:
 all weights in fp32, and a LoRA of rank 16 over NF4. Peaks are of the memory that a process has of
-its own (RssAnon, sampled every 20 ms), less that of a process which trains a model of one small
+its own (RssAnon, sampled every 50 ms), less that of a process which trains a model of one small
 block, which is what the libraries take. While the model is loaded, the memory of all processes
 together, shared pages counted once, is set beside the bytes of its files.
 
@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,17 +68,24 @@ class Watched:
 
     def __init__(self, mark: str) -> None:
         self.mark, self.own = mark, dict[int, int]()
+        self._until, self._pids = 0.0, list[Path]()
         self.together = 0  # bytes, shared pages counted once, until the model is divided
+
+    def _found(self) -> list[Path]:
+        """The processes that compute, looked for once a second."""
+        if time.monotonic() > self._until:
+            self._until, self._pids = time.monotonic() + 1, []
+            for at in Path("/proc").glob("[0-9]*"):
+                with suppress(OSError):
+                    command = (at / "cmdline").read_bytes()
+                    if self.mark.encode() in command and b"distributed.run" not in command:
+                        self._pids.append(at)
+        return self._pids
 
     def look(self, loading: bool) -> None:
         together = 0
-        for at in Path("/proc").glob("[0-9]*"):
+        for at in self._found():
             try:
-                command = (at / "cmdline").read_bytes()
-                if self.mark.encode() not in command or b"torchrun" in command:
-                    continue
-                if b"torch.distributed.run" in command:
-                    continue
                 status = dict(
                     line.split(":", 1) for line in (at / "status").read_text().splitlines()
                 )
@@ -110,7 +118,7 @@ def run(count: int, threads: int, *command: str) -> tuple[dict[str, Any], Watche
                 if loading:
                     loading = LOADED not in (Path(where) / "said").read_text()
                 watched.look(loading)
-                time.sleep(0.02)
+                time.sleep(0.05)
             if child.returncode:
                 raise SystemExit((Path(where) / "said").read_text())
             return json.loads((Path(where) / "json").read_text()), watched
@@ -118,14 +126,14 @@ def run(count: int, threads: int, *command: str) -> tuple[dict[str, Any], Watche
 
 def memory(counts: list[int], layers: int, width: int, where: Path) -> list[dict[str, Any]]:
     """Peaks of each process, by run and number of processes."""
-    rows = rows_of(where / "rows.jsonl", 24, 60)
+    rows = rows_of(where / "rows.jsonl", 12, 30)
     small = model_of(where / "small", 1, 128)
     model = model_of(where / "model", layers, width)
     size = sum(f.stat().st_size for f in model.glob("*.safetensors"))
     found = []
     for name, (method, storage) in RUNS.items():
         asked = ("--data", str(rows), "--method", method, "--set", f"storage={storage}")
-        asked += ("--set", "steps=3", "--batch", "8", "--set", "max_length=64")
+        asked += ("--set", "steps=3", "--batch", "4", "--set", "max_length=32")
         asked += ("--rank", "16") * (method == "lora")
         asked += ("--device", "cpu", "--strategy", "fsdp", "--set", "optimizer=adamw")
         for count in counts:

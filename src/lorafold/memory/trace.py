@@ -295,7 +295,5 @@ def packed_as(model: Any, lens: tuple[int, ...]) -> Iterator[None]:
 def _mask(
     lens: tuple[int, ...], *, q_length: int, local_size: int | None = None, **_: Any
 ) -> Documents:
-    """Return documents of these lengths, or one document if the sequence has another length, as
-    that of a soft prompt has.
-    """
+    """Return documents of these lengths, or one where a soft prompt makes the sequence longer."""
     return LastTiles(lens if q_length == sum(lens) else (q_length,), local_size)

@@ -41,11 +41,7 @@ Shard = Parted | Owned
 
 
 class Sharded(Replicated):
-    """The parts of a divided model, of which one is whole at a time.
-
-    `whole`, `kept` and `largest` are bytes: of all large tensors, of those that this process keeps,
-    and of the largest part that is whole at a time.
-    """
+    """The parts of a divided model, of which one is whole at a time."""
 
     divides = True
 
@@ -62,14 +58,17 @@ class Sharded(Replicated):
 
     @property
     def whole(self) -> int:
+        """The bytes of all large tensors."""
         return sum(shard.size for shard in self._all)
 
     @property
     def kept(self) -> int:
+        """The bytes of them that this process keeps."""
         return sum(shard.kept for shard in self._all)
 
     @property
     def largest(self) -> int:
+        """The bytes of the largest part that is whole at a time."""
         return max((sum(shard.size for shard in part) for part in self._parts), default=0)
 
     def add(self, part: Sequence[Shard]) -> None:
