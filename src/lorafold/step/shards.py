@@ -31,11 +31,13 @@ class Parted:
         self.padded, self.kept = each * processes.count, each
 
     def fill(self) -> None:
+        """Gather all bytes, in all processes at once."""
         self.storage.resize_(self.padded)
         gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
         gather(_bytes(self.storage), self.own)
 
     def empty(self) -> None:
+        """Keep this process's part alone."""
         self.storage.resize_(0)
 
     def settle(self) -> None:
@@ -54,10 +56,12 @@ class Owned:
         self.learned = False  # whether it had a gradient here in this step
 
     def fill(self) -> None:
+        """Get it from its owner, in all processes at once."""
         self.storage.resize_(self.size)
         dist.broadcast(_bytes(self.storage), self.owner)
 
     def empty(self) -> None:
+        """Let it go where it is another's."""
         if not self.mine:
             self.storage.resize_(0)
 
