@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from lorafold.errors import LorafoldError
+from lorafold.machine.allocator import freed_blocks_returned
 from lorafold.machine.processes import Processes
 from lorafold.objectives.objective import Objective
 from lorafold.recipe.recipe import Recipe
@@ -44,7 +45,8 @@ def divided(job: Job) -> Iterator[str]:
     elif job.processes.count == 1:
         yield "strategy fsdp: one process has all weights; several would divide them"
     else:
-        with sharded(job.adapter.model, job.processes) as job.layout:
+        # what is whole for a moment must not stay in the process
+        with freed_blocks_returned(), sharded(job.adapter.model, job.processes) as job.layout:
             yield (
                 f"strategy fsdp: of {in_words(job.layout.whole)} of weights process 0 of"
                 f" {job.processes.count} keeps {in_words(job.layout.kept)}, and at most"

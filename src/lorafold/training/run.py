@@ -111,8 +111,11 @@ def _trained(setup: Setup, console: Console) -> Trained:
             about[INIT_ADAPTER] = setup.files[INIT_ADAPTER]
         about[DEPENDS_ON] = depends_on(request, setup.objective)
         about[BASE_IDENTITY] = setup.files["model"]["sha256"]
-        if job.layout.divides and weights is None and not adapter.spec.trains_base:
-            weights = request.base.in_files()
-        if weights is None:
-            job.layout.bring_home()
+        if job.layout.divides:
+            if adapter.spec.trains_base:
+                job.optimizer.state.clear()  # to make room for what is written
+            else:
+                weights = weights or request.base.in_files()
+            if weights is None:
+                job.layout.bring_home()
         return finish(setup.request, job, progress, saved, about, weights, setup.findings)
