@@ -115,12 +115,15 @@ def test_divided_weights_of_other_runs(
 def divided(what: str, command: tuple[str, ...], tmp_path: Path) -> None:
     data = rows(tmp_path / "rows.jsonl", kind="dpo" if what == "dpo" else "sft")
     asked = (*command[:4], str(data), *command[5:], *DIVIDED[what])
-    outs = [tmp_path / strategy for strategy in ("ddp", "fsdp")]
+    outs, needed = [tmp_path / strategy for strategy in ("ddp", "fsdp")], []
     for out in outs:
         found = together(2, tmp_path, *asked, "--strategy", out.name, "--out", str(out))
         assert [p.code for p in found] == [0, 0], found[0].stderr
+        said = found[0].stderr + found[0].stdout
+        needed += re.findall(r"memory: ([\d.]+) MB at the peak", said)
     assert same_bytes(*outs)
-    said = found[0].stderr + found[0].stdout
+    whole_need, divided_need = map(float, needed)
+    assert divided_need < whole_need
     whole, kept = re.findall(r"of ([\d.]+) kB of weights .* keeps ([\d.]+) kB", said)[0]
     assert float(kept) == pytest.approx(float(whole) / 2, rel=0.01)
 

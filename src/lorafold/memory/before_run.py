@@ -100,6 +100,8 @@ def planned(
         accumulating=accumulating,
         draws=draws,
         widened=widens(asked.base.dtype, device),
+        processes=processes,
+        strategy=recipe.strategy,
     )
 
 

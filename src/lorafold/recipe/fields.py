@@ -238,8 +238,8 @@ class Fields(BaseModel):
     strategy: Literal["ddp", "fsdp"] = Field(
         default="ddp",
         description=(
-            "What several processes hold: ddp the whole model in each, fsdp a part of its frozen"
-            " weights, of which one block is whole at a time."
+            "What several processes hold: ddp the whole model in each, fsdp a part of its weights,"
+            " of which one block is whole at a time."
         ),
     )
 

@@ -63,7 +63,12 @@ def choose(parameters: int, device: str, free: int) -> Choice:
 
 
 def pick(
-    asked: str, before: str, groups: list[dict], where: torch.device, processes: Processes
+    asked: str,
+    before: str,
+    groups: list[dict],
+    where: torch.device,
+    processes: Processes,
+    parts: int = 1,
 ) -> Choice:
     """Choose the optimizer of a run.
 
@@ -73,6 +78,7 @@ def pick(
             a new run.
         where: The device of the run.
         processes: Those of the run, which must all choose the same.
+        parts: Among how many of them the state is divided.
     """
     device = where.type
     if asked != "auto":
@@ -82,9 +88,8 @@ def pick(
     elif any(map(narrow, trained(groups))):
         choice = Choice("adamw", "16-bit weights are trained")
     else:
-        choice = choose(
-            sum(p.numel() for p in trained(groups)), device, free_everywhere(where, processes)
-        )
+        count = sum(p.numel() for p in trained(groups)) // parts
+        choice = choose(count, device, free_everywhere(where, processes))
     if choice.name == PAGED and device != "cuda":
         return Choice(PAGED, f"not paged: {DEVICES.get(device, device)} has no paging")
     return choice

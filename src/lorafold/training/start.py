@@ -104,7 +104,8 @@ def prepare(
     vectors = progress.decays_vectors or not recipe.weight_decay
     whole = None if recipe.lr or spec.lr_whole is None else spec.lr_whole * loss.pace
     groups = param_groups(adapter.parts(), lr, recipe.lr_b or lr_b or lr, vectors, whole)
-    chosen = pick(recipe.optimizer, progress.optimizer, groups, where, processes)
+    parts = processes.count if recipe.strategy == "fsdp" and spec.trains_base else 1
+    chosen = pick(recipe.optimizer, progress.optimizer, groups, where, processes, parts)
     progress.optimizer = chosen.name
     for line in (described(chosen, groups, recipe.seed), rates(groups, lr)):
         console.print(line, highlight=False, soft_wrap=True)
