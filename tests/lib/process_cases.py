@@ -59,8 +59,10 @@ def rows(path: Path, n: int = 32, kind: str = "sft") -> Path:
             row = {"prompt": f"{words(i // 4, 3 + (5 * i) % 7)} ="}
             if kind == "dpo":
                 row |= {"chosen": f" {words(3 * i, 2 + i % 4)}", "rejected": f" {words(i, 3, 5)}"}
-            else:
+            elif kind != "grpo":
                 row |= {"completion": f" {words(3 * i, 2 + i % 6)}"}
+            if kind == "kto":
+                row |= {"label": i % 3 > 0}
             file.write(json.dumps(row) + "\n")
     return path
 

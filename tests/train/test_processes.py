@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -79,6 +80,32 @@ def test_every_method_in_two_processes_and_four(
         # gradients of key biases are zero but for rounding, which AdamW makes steps of
         worst = max(apart(outs[0], out, but="k_proj.base_layer.bias") for out in outs[1:])
         assert worst < (3 * CLOSE if method == "fastfood" else CLOSE)
+
+
+DRAWN = ("--set", "objective_options={group: 4, max_new_tokens: 8}")
+# of losses: what rounding makes of them; a quantized base computes in bf16 where that is fast
+SHARED = {
+    "nf4": (2e-3, "--set", "storage=nf4", "--set", "dropout=0.1"),
+    "int8": (2e-3, "--set", "storage=int8"),
+    "streamed": (1e-5, "--set", "streaming=true", "--set", "dropout=0.1"),
+    "kto": (1e-6, "--objective", "kto"),
+    "grpo": (1e-5, "--objective", "grpo", "--reward", r"regex:\w*a", *DRAWN),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", SHARED)
+def test_two_processes_share_other_runs(
+    what: str, command: tuple[str, ...], tmp_path: Path
+) -> None:
+    data, (close, *own) = rows(tmp_path / "rows.jsonl", kind=what), SHARED[what]
+    asked, found = (*command[:4], str(data), *command[5:], *own), []
+    for n in (1, 2):
+        out = tmp_path / str(n)
+        done = together(n, tmp_path, *asked, "--out", str(out))
+        assert [p.code for p in done] == [0] * n, done[0].stderr
+        found.append(json.loads((out / "lorafold.json").read_text())["losses"])
+    assert found[1] == pytest.approx(found[0], abs=close)
 
 
 DIVIDED = {
