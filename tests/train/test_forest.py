@@ -255,3 +255,9 @@ def test_rows_that_begin_alike_meet_in_a_micro_batch() -> None:
     small = alike(rows, 1, 80, lambda one: one.ids, lambda one: len(one.ids))
     assert all(len(forest(part).ids) <= 80 for part in small)
     assert sorted(one.ids for part in small for one in part) == sorted(one.ids for one in rows)
+
+
+def test_equal_rows_as_long_as_a_sequence_meet() -> None:
+    """As rows are that are cut in what they have in common."""
+    rows = [row("abcdef")] * 4
+    assert alike(rows, 1, 6, lambda one: one.ids, lambda one: len(one.ids)) == [rows]
