@@ -217,6 +217,22 @@ def test_scores_are_those_of_transformers_on_each_text_alone(kind: str, tiny_mod
         assert (whole.figures, whole.n) == (None, len(ROWS))
 
 
+def test_answers_to_one_prompt_are_scored_behind_it_computed_once(tiny_model_dir) -> None:
+    directory = tiny_model_dir("llama")
+    model, tokenizer = reward_model(directory), load_tokenizer(directory)
+    adapted(model)
+    prompt = " ".join(SUBJECTS)
+    rows = [{"prompt": prompt, "completion": f"{subject}."} for subject in SUBJECTS]
+    alone = [score_rows(model, tokenizer, [row], 512).rows[0].scores["score"] for row in rows]
+    calls = list[int]()
+    seen = model.model.layers[0].register_forward_hook(lambda *of: calls.append(of[2].shape[1]))
+    found = [row.scores["score"] for row in score_rows(model, tokenizer, rows, 512).rows]
+    seen.remove()
+    assert found == pytest.approx(alone, rel=1e-5, abs=1e-5)
+    apart = sum(len(tokenizer(f"{prompt} {row['completion']}").input_ids) for row in rows)
+    assert 0 < calls[-1] < apart / 2
+
+
 @pytest.mark.parametrize("way", ["shared", "packed", "padded"])
 def test_a_text_that_ends_in_the_padding_token_has_the_score_that_transformers_reads(
     way: str, tiny_model_dir

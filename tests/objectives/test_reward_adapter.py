@@ -21,6 +21,7 @@ from conftest import lorafold, refused
 from lorafold.engine import Engine
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.reward_adapter import RewardAdapter
+from lorafold.objectives.objective import Packing
 from lorafold.opening import Base
 from lorafold.rewards import Judged, Rewards
 from lorafold.training import loop
@@ -60,7 +61,7 @@ def reward(tiny_model_dir, tmp_path_factory) -> tuple[Path, Path]:
 
 
 @contextmanager
-def scoring(model: Any, text: str, base: Base, packing: bool = True) -> Iterator[Any]:
+def scoring(model: Any, text: str, base: Base, packing: Packing = True) -> Iterator[Any]:
     with RewardAdapter.of(text, base).over(model, packing, Console(quiet=True)) as found:
         yield found
 
@@ -116,6 +117,20 @@ def test_scores_are_those_of_score_and_the_base_is_the_policy_s(
     # the policy is what it was
     assert model.training
     assert all(p.requires_grad for p in policy.parameters())
+
+
+def test_the_prompt_of_a_group_is_computed_once(reward: tuple[Path, Path]) -> None:
+    directory, out = reward
+    base = Base(directory, "fp32", device="cpu")
+    group = judged("Say red, " * 8, TEXTS)
+    calls = list[int]()
+    with scoring(base.load(), f"adapter:{out}", base, "auto") as found:
+        alone = [found([one])[0] for one in group]
+        found.shell.score.register_forward_hook(lambda *of: calls.append(of[2].shape[1]))
+        assert found(group) == pytest.approx(alone, rel=1e-4, abs=1e-5)
+        found(group[:1])
+    together, first = calls
+    assert first < together < len(group) * first / 2
 
 
 @pytest.mark.parametrize("storage", ["nf4", "int8"])

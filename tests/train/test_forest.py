@@ -4,6 +4,7 @@ it, which are those of the rows computed apart.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from contextlib import nullcontext
 from typing import Any
@@ -136,12 +137,26 @@ def same_step(found: tuple[float, dict[str, Any]], expected: tuple[float, dict[s
         assert_close(found[1][parameter], gradient, whole)
 
 
-@pytest.mark.parametrize("rows", ["three depths", "equal", "a part of another"])
-def test_a_router_is_balanced_over_the_tokens_of_all_rows(rows: str) -> None:
-    router = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
+ROUTER = GROUPED | {"output_router_logits": True, "router_aux_loss_coef": 0.5}
+MIXTRAL = tf.MixtralConfig(**ROUTER, num_local_experts=4)
+QWEN2_MOE = tf.Qwen2MoeConfig(  # without windows, whose masks transformers makes all the same
+    **ROUTER, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+    shared_expert_intermediate_size=16,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rows", "config"),
+    [
+        ("three depths", MIXTRAL), ("equal", MIXTRAL), ("a part of another", MIXTRAL),
+        ("three depths", QWEN2_MOE),
+    ],
+)  # fmt: skip
+def test_a_router_is_balanced_over_the_tokens_of_all_rows(
+    rows: str, config: tf.PreTrainedConfig
+) -> None:
     torch.manual_seed(0)
-    config = tf.MixtralConfig(**GROUPED, **router, num_local_experts=4)
-    model = tf.AutoModelForCausalLM.from_config(config)
+    model = tf.AutoModelForCausalLM.from_config(copy.deepcopy(config))
     lf.attach(model, lf.LoRA(rank=4, dropout=0.0))
     given = ROWS[rows]
     with branching(model, across=True) as how:
@@ -240,3 +255,9 @@ def test_rows_that_begin_alike_meet_in_a_micro_batch() -> None:
     small = alike(rows, 1, 80, lambda one: one.ids, lambda one: len(one.ids))
     assert all(len(forest(part).ids) <= 80 for part in small)
     assert sorted(one.ids for part in small for one in part) == sorted(one.ids for one in rows)
+
+
+def test_equal_rows_as_long_as_a_sequence_meet() -> None:
+    """As rows are that are cut in what they have in common."""
+    rows = [row("abcdef")] * 4
+    assert alike(rows, 1, 6, lambda one: one.ids, lambda one: len(one.ids)) == [rows]

@@ -80,6 +80,13 @@ class Branched:
         return [Example(self.shared + b.ids, before + b.labels) for b in self.branches]
 
 
+def continued(example: Example) -> Branched:
+    """A row as the only branch of what is before its trained tokens, but for the last of these."""
+    trained = (place for place, label in enumerate(example.labels) if label != NO_LOSS)
+    at = max(0, next(trained, 0) - 1)
+    return Branched(example.ids[:at], (Example(example.ids[at:], example.labels[at:]),))
+
+
 @dataclass(frozen=True, eq=False)
 class Branches(Encoder):
     """Makes examples of preferences; `kind` is `data.shapes.PAIRS` or `JUDGED`.

@@ -149,8 +149,9 @@ def alike(
     tokens, share, ids = 0, ceil(len(rows) / n), np.zeros(0, np.int64)
     for place, row in enumerate(sorted(rows, key=lambda row: tuple(beginning(row)))):
         before, ids = ids, np.array(beginning(row))
-        # the last may predict another token there, and then is in both
-        tokens += size(row) - max(0, _common(before, before, ids, ids) - 1)
+        common = _common(before, before, ids, ids)
+        # where both go on, the last may predict another token in each, and then is in both
+        tokens += size(row) - max(0, common - (common < min(len(before), len(ids))))
         if place % share == 0 or tokens > capacity:
             found.append([])
             tokens = size(row)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from lorafold.adapter import load
 from lorafold.core.attach import Adapted
-from lorafold.data.branches import Branched
+from lorafold.data.branches import Branched, continued
 from lorafold.data.completions import Completions
 from lorafold.data.conversations import Conversation
 from lorafold.data.examples import example_of
@@ -178,7 +178,7 @@ class AdapterReward:
         """Nothing runs."""
 
     def _texts(self, judged: Sequence[Judged]) -> list[Branched]:
-        """The tokens of prompt and completion, the whole text as the only branch."""
+        """The tokens of prompt and completion, the completion as the only branch."""
         table = self._encoder.encode([_answered(one) for one in judged], 0).to_pylist()
         # where earlier turns are rewritten, the last text of a row is the one with its last turn
         entries: dict[int, dict[str, Any]] = {entry["row"]: entry for entry in table}
@@ -191,7 +191,7 @@ class AdapterReward:
                 told = f"found a text of {tokens} tokens, expected at most the {self._most}"
                 raise failure(self.name, f"{told} positions of the model", [one])
         rows = (entries[number] for number, _ in enumerate(judged))
-        return [Branched((), (example_of(row["ids"], row["spans"]),)) for row in rows]
+        return [continued(example_of(row["ids"], row["spans"])) for row in rows]
 
 
 def _answered(one: Judged) -> Conversation:

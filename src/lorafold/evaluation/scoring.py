@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorafold.data.branches import Branched
+from lorafold.data.branches import Branched, continued
 from lorafold.data.examples import encode
 from lorafold.data.preferred import encode_preferred
 from lorafold.data.render import Rendering
@@ -165,7 +165,7 @@ def whole_texts(
     max_length: int,
     console: Console | None,
 ) -> tuple[list[Branched], str, int]:
-    """(one example a row with the whole text as its only branch, the report, how many were cut).
+    """(one example a row with a single branch, the report, how many were cut).
 
     Args:
         rows: Conversations, prompts with completions, or text.
@@ -181,5 +181,5 @@ def whole_texts(
             f"data: rows {listed(missing)}: found no turn of the assistant within max_length"
             f" {max_length}, expected one to score"
         )
-    examples = [Branched((), (found[n],)) for n in range(len(rows))]
+    examples = [continued(found[n]) for n in range(len(rows))]
     return examples, str(data.report), data.report.truncated
