@@ -241,6 +241,7 @@ WRONG = {
     "prompts": [3, [{"prompt": "Hello"}]],
     "engine_python": [3, ["python"]],
     "device": [3],
+    "console": [3, "x", True],
 }
 
 

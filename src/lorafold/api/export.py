@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafold.api.arguments import Paths, as_path, as_paths, missing
+from lorafold.api.arguments import Paths, as_console, as_path, as_paths, missing
 from lorafold.exporting import run
 from lorafold.exporting.table import target_of
 from lorafold.opening import base_for
@@ -60,6 +60,7 @@ def export(
     if out is None:
         raise missing("out")
     target_of(to)  # before anything is opened
+    as_console(console)
     place = as_path(out)
     python = None if engine_python is None else str(as_path(engine_python, "engine_python"))
     asked = None if prompts is None else as_path(prompts, "prompts")

@@ -128,10 +128,13 @@ def add_metadata(writer: GGUFWriter, config: Any, row: Architecture) -> Sequence
         What llama.cpp computes otherwise, a sentence each.
     """
     for table, add in ((INTEGERS, writer.add_uint32), (FLOATS, writer.add_float32)):
+        values = {}  # by key: two fields may be one
         for name, key in table.items():
             value = getattr(config, name, None)
             if value is not None and not (name == "sliding_window" and not row.period):
-                add(f"{row.name}.{key}", value)
+                values[key] = value
+        for key, value in values.items():
+            add(f"{row.name}.{key}", value)
     for key in ("attention.key_length", "attention.value_length"):
         writer.add_uint32(f"{row.name}.{key}", head_width(config))
     if row.period:
