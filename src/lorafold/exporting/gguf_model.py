@@ -156,7 +156,7 @@ def described(content: Content, tensors: str) -> Described:
 
 def _called(content: Content) -> str:
     """The name that a file has."""
-    whole = PHI_TOKENS <= content.tokenizer.get_vocab().keys()
+    whole = content.tokenizer.get_vocab().keys() >= PHI_TOKENS
     return content.name if whole else PHI.sub(r"\1 ", content.name)
 
 
