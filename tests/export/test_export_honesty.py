@@ -30,8 +30,8 @@ def proved(**figures):
     """The figures of a proof, all well but those given."""
     plain = {
         "engine": "mlx-lm", "version": "1", "prompts": 32, "kl": 1e-9, "kl_largest": 1e-8,
-        "distance": 0.1, "changed": 0.1, "alone": 1e-9, "top": 32, "gap": 1e-4, "greedy": 32,
-        "near": 0, "unused": (), "other_tokens": (), "other_texts": (),
+        "distance": 0.1, "changed": 0.1, "alone": 1e-9, "tied": 0, "measured": 1e-9, "top": 32,
+        "gap": 1e-4, "greedy": 32, "near": 0, "unused": (), "other_tokens": (), "other_texts": (),
     }  # fmt: skip
     return Proof(**(plain | figures))
 

@@ -43,8 +43,7 @@ FILE_TYPES = {
     "F16": "MOSTLY_F16", "F32": "ALL_F32", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0",
     "Q5_1": "MOSTLY_Q5_1", "Q5_0": "MOSTLY_Q5_0", "Q4_1": "MOSTLY_Q4_1", "Q4_0": "MOSTLY_Q4_0",
 }  # fmt: skip
-# llama.cpp looks these tokens up in what has such a name, and refuses the file without a word of its
-# own where one is not there
+# llama.cpp looks these tokens up in a file that has such a name, and refuses it where one lacks
 PHI, PHI_TOKENS = re.compile(r"(phi)-?(?=3)", re.I), {"<unk>", "<s>", "</s>", "<|endoftext|>"}
 ONE_MATRIX = ("gemma", "gemma2")  # whose output is the embedding in llama.cpp, whatever a file has
 

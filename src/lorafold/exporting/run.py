@@ -195,7 +195,7 @@ def _proof(
     ours: Ours, own: Mapping[str, Any], directory: Path, engine: str, wanted: Wanted
 ) -> Proof:
     theirs = ask(engine, ours.job(own, directory), wanted.engine_python)
-    return proof(ours.answers, theirs, ours.margin)
+    return proof(ours.answers, theirs, ours.margin, ours.exchanged)
 
 
 def _tensors(target: Target, asked: str | None) -> str | None:
