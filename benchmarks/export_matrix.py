@@ -7,8 +7,8 @@ Tiny random models with an update that is not small, exported to each target and
 engine on four prompts; an engine in an environment of its own is named by its Python. A cell says
 `proved` where the engine computed lorafold's distributions within 1% of what the adapter changes,
 and `written` where no engine was asked; by `--as-lora` where the method is no product, with a rank
-at which the update of these small matrices is whole. Refusals are numbered, and told below. What was
-found until an interrupt is kept.
+at which the update of these small matrices is whole. Refusals are numbered, and told below. An
+interrupt keeps what was found.
 """
 
 import argparse
