@@ -144,7 +144,8 @@ def main() -> None:
         today = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}"
         proved = [{"target": to, "proved in": by, "on": today} for to, by in matrix.engines.items()]
         why = [{"": n, "refused because": line} for n, line in enumerate(matrix.why, 1)]
-    keep("export_matrix", *tables, proved, why)
+    name = "export_matrix" if asked.only is None else f"export_{asked.only}"
+    keep(name, *filter(None, (*tables, proved, why)))
 
 
 if __name__ == "__main__":
