@@ -102,7 +102,8 @@ class Matrix:
         return "proved"
 
     def number(self, why: str) -> int:
-        why = re.sub(r", which [^;]* can't say", "", why.replace(f"{self.folder}/", ""))
+        why = re.sub(r", which [^;]* can't say|--engine-python [^:]*: ", "", why)
+        why = why.replace(f"{self.folder}/", "")
         if why not in self.why:
             self.why.append(why)
         return self.why.index(why) + 1

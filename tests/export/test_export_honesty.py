@@ -247,6 +247,7 @@ def test_a_program_that_is_no_python_is_told(program, exported, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("to", "url", "beside", "said"),
     [
