@@ -1,15 +1,18 @@
 """Which method over which base goes to which engine: as it is, by --as-lora, folded in, or not.
 
     python benchmarks/export_matrix.py [--python mlx=PATH] [--python vllm=PATH] [--only bases]
+        [--base KIND ...]
 
 Tiny random models with an update that is not small, exported to each target and proved in its
 engine on four prompts; an engine in an environment of its own is named by its Python. A cell says
 `proved` where the engine computed lorafold's distributions within 1% of what the adapter changes,
 and `written` where no engine was asked; by `--as-lora` where the method is no product, with a rank
-at which the update of these small matrices is whole. Refusals are numbered, and told below.
+at which the update of these small matrices is whole. Refusals are numbered, and told below. An
+interrupt keeps what was found.
 """
 
 import argparse
+import contextlib
 import datetime
 import re
 import sys
@@ -99,7 +102,8 @@ class Matrix:
         return "proved"
 
     def number(self, why: str) -> int:
-        why = re.sub(r", which [^;]* can't say", "", why.replace(f"{self.folder}/", ""))
+        why = re.sub(r", which [^;]* can't say|--engine-python [^:]*: ", "", why)
+        why = why.replace(f"{self.folder}/", "")
         if why not in self.why:
             self.why.append(why)
         return self.why.index(why) + 1
@@ -125,19 +129,24 @@ def main() -> None:
     )
     parser.add_argument("--python", action="append", default=[], metavar="ENGINE=PATH")
     parser.add_argument("--only", choices=["methods", "bases"])
+    kinds = [*gguf_models.CONFIGS, *MORE, "gpt2"]
+    parser.add_argument("--base", nargs="+", default=kinds, choices=kinds, metavar="KIND")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         matrix = Matrix(Path(scratch), dict(one.split("=", 1) for one in asked.python))
-        tables = []
-        if asked.only != "bases":
-            tables.append([matrix.row("llama", method) for method in METHODS])
-        if asked.only != "methods":
-            kinds = [*gguf_models.CONFIGS, *MORE, "gpt2"]
-            tables.append([matrix.row(kind, "lora") for kind in kinds])
+        methods = [("llama", method) for method in METHODS] * (asked.only != "bases")
+        bases = [(kind, "lora") for kind in asked.base] * (asked.only != "methods")
+        tables: list[list[dict[str, str]]] = []
+        with contextlib.suppress(KeyboardInterrupt):
+            for pairs in filter(None, (methods, bases)):
+                tables.append([])
+                for pair in pairs:
+                    tables[-1].append(matrix.row(*pair))
         today = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}"
         proved = [{"target": to, "proved in": by, "on": today} for to, by in matrix.engines.items()]
         why = [{"": n, "refused because": line} for n, line in enumerate(matrix.why, 1)]
-    keep("export_matrix", *tables, proved, why)
+    name = "export_matrix" if asked.only is None else f"export_{asked.only}"
+    keep(name, *filter(None, (*tables, proved, why)))
 
 
 if __name__ == "__main__":

@@ -146,6 +146,10 @@ def test_configs_of_transformers_5_are_told_in_the_older_words():
     assert older_config({"num_local_experts": 8}) == {"num_local_experts": 8, "num_experts": 8}
     assert older_config({"rope_theta": 1e4, **plain}) is None
     assert older_config({}) is None
+    kinds = ["sliding_attention", "full_attention"] * 2
+    layers = {"model_type": "gemma3_text", "layer_types": kinds}
+    assert older_config(layers) == {**layers, "sliding_window_pattern": 2}
+    assert older_config({**layers, "layer_types": kinds[:1] * 5 + kinds[1:2]}) is None
 
 
 def test_vllm_line_and_files(tiny_model, tiny_model_dir, tmp_path):

@@ -10,6 +10,7 @@ import shutil
 from itertools import chain
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 
@@ -30,8 +31,8 @@ def proved(**figures):
     """The figures of a proof, all well but those given."""
     plain = {
         "engine": "mlx-lm", "version": "1", "prompts": 32, "kl": 1e-9, "kl_largest": 1e-8,
-        "distance": 0.1, "changed": 0.1, "alone": 1e-9, "top": 32, "gap": 1e-4, "greedy": 32,
-        "near": 0, "unused": (), "other_tokens": (), "other_texts": (),
+        "distance": 0.1, "changed": 0.1, "alone": 1e-9, "tied": 0, "measured": 1e-9, "top": 32,
+        "gap": 1e-4, "greedy": 32, "near": 0, "unused": (), "other_tokens": (), "other_texts": (),
     }  # fmt: skip
     return Proof(**(plain | figures))
 
@@ -244,6 +245,30 @@ def test_a_program_that_is_no_python_is_told(program, exported, tmp_path):
     with pytest.raises(LorafoldError, match=rf"-python {program}: .* that has peft"):
         exported(lf.LoRA(), "peft", prove=True, engine_python=program)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize(
+    ("to", "url", "beside", "said"),
+    [
+        ("mlx", "http://localhost:9", {}, "for mlx, expected --to vllm"),
+        ("vllm", "http://localhost:9", {"engine_python": "python"}, "expected one of them"),
+        ("vllm", "http://localhost:9", {}, "refused; expected the URL of vLLM's server"),
+        ("vllm", "localhost", {}, "unknown url type: .*; expected the URL of vLLM's server"),
+    ],
+)
+def test_a_url_that_is_no_server_is_told(to, url, beside, said, exported, tmp_path):
+    with pytest.raises(LorafoldError, match=said):
+        exported(lf.LoRA(), to, prove=True, engine_url=url, **beside)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_called_phi_3_and_is_none_has_another_name(tmp_path):
+    """llama.cpp said _Map_base::at of it too: it looks up tokens of what is called so."""
+    base = saved("llama", tmp_path / "My-Phi3-tiny")
+    lf.export(base, out=tmp_path / "out", to="gguf-model", prove=False, device="cpu")
+    field = gguf.GGUFReader(tmp_path / "out" / "model-F16.gguf").fields["general.name"]
+    assert field.contents() == "My-Phi 3-tiny"
 
 
 def test_a_vocabulary_without_some_bytes_is_refused(tmp_path):

@@ -43,8 +43,8 @@ SIGNATURES = {
         " allow_other_base console"
     ),
     "export": (
-        "model adapters out *to tensors as_lora prove prompts engine_python allow_other_base"
-        " overwrite revision trust_remote_code device console"
+        "model adapters out *to tensors as_lora prove prompts engine_python engine_url"
+        " allow_other_base overwrite revision trust_remote_code device console"
     ),
     "extract": "tuned out *rank model revision trust_remote_code overwrite",
     "fragility": (
@@ -240,7 +240,9 @@ WRONG = {
     "to": [3, ["peft"]],
     "prompts": [3, [{"prompt": "Hello"}]],
     "engine_python": [3, ["python"]],
+    "engine_url": [3, ["http://localhost:8000"]],
     "device": [3],
+    "console": [3, "x", True],
 }
 
 

@@ -48,7 +48,9 @@ CONFIGS: dict[str, Made] = {
     ),
     "gemma": lambda **t: tf.GemmaConfig(**HEADS, hidden_act="gelu_pytorch_tanh", **t),
     "gemma2": lambda **t: tf.Gemma2Config(**WINDOW, query_pre_attn_scalar=16, **t),
-    "gemma3": lambda **t: tf.Gemma3TextConfig(**WINDOW, query_pre_attn_scalar=16, **t),
+    "gemma3": lambda **t: tf.Gemma3TextConfig(
+        **WINDOW | {"num_hidden_layers": 7}, query_pre_attn_scalar=16, **t
+    ),
     "phi3": lambda **t: tf.Phi3Config(**COMMON, **t),
 }
 LEARNED = ("mistral", "gemma", "gemma2", "gemma3", "phi3")  # with SentencePiece

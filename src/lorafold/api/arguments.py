@@ -233,6 +233,16 @@ def as_path(path: str | PathLike[str], name: str = "out") -> Path:
     return Path(path).expanduser()
 
 
+def as_console(console: Console | None) -> Console | None:
+    """The console. Raises LorafoldError for what is none."""
+    from rich.console import Console
+
+    if console is not None and not isinstance(console, Console):
+        found = cut(repr(console), 80)
+        raise LorafoldError(f"console: found {found}, expected a rich Console or None")
+    return console
+
+
 def or_shown(console: Console | Literal[False] | None) -> Console:
     """The console, for None one that shows progress where somebody looks, on a terminal or in a
     notebook, and else nothing, as for False.
@@ -240,6 +250,7 @@ def or_shown(console: Console | Literal[False] | None) -> Console:
     from rich.console import Console
 
     if console is not None and console is not False:
+        as_console(console)
         return console
     found = Console(stderr=True)
     quiet = console is False or not (found.is_terminal or found.is_jupyter)
@@ -250,4 +261,4 @@ def or_quiet(console: Console | None) -> Console:
     """The console, or for None one that prints nothing."""
     from rich.console import Console
 
-    return console or Console(quiet=True)
+    return as_console(console) or Console(quiet=True)

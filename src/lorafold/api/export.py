@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafold.api.arguments import Paths, as_path, as_paths, missing
+from lorafold.api.arguments import Paths, as_console, as_path, as_paths, missing
+from lorafold.errors import LorafoldError
 from lorafold.exporting import run
 from lorafold.exporting.table import target_of
 from lorafold.opening import base_for
@@ -26,6 +27,7 @@ def export(
     prove: bool = True,
     prompts: str | Path | None = None,
     engine_python: str | Path | None = None,
+    engine_url: str | None = None,
     allow_other_base: bool = False,
     overwrite: bool = False,
     revision: str | None = None,
@@ -47,6 +49,7 @@ def export(
         prove: Ask the engine for its answers to the prompts, in fp32 from lorafold.
         prompts: A file of rows with prompts; None takes 32 built-in ones.
         engine_python: The Python of another environment, which has the engine.
+        engine_url: The URL of vLLM's server, which is asked instead and reads `out`'s disk.
         allow_other_base: Accept adapters whose fingerprint names another base.
         overwrite: Replace `out` if it exists.
         revision: The branch, tag or commit of a hub model.
@@ -60,8 +63,11 @@ def export(
     if out is None:
         raise missing("out")
     target_of(to)  # before anything is opened
+    as_console(console)
     place = as_path(out)
     python = None if engine_python is None else str(as_path(engine_python, "engine_python"))
+    if engine_url is not None and not isinstance(engine_url, str):
+        raise LorafoldError(f"engine_url: found {engine_url!r}, expected a URL")
     asked = None if prompts is None else as_path(prompts, "prompts")
     found = open_all(as_paths(adapters))
     base = base_for(
@@ -73,5 +79,5 @@ def export(
         trust_remote_code=trust_remote_code,
         allow_other_base=allow_other_base,
     )
-    wanted = run.Wanted(to, tensors, as_lora, prove, asked, python, overwrite)
+    wanted = run.Wanted(to, tensors, as_lora, prove, asked, python, engine_url, overwrite)
     return run.export(base, found, place, wanted, console)

@@ -62,6 +62,10 @@ def command(
         Path | None,
         typer.Option(help="The Python of another environment, which has the engine."),
     ] = None,
+    engine_url: Annotated[
+        str | None,
+        typer.Option(help="The URL of vLLM's server on this machine, which proves instead."),
+    ] = None,
     allow_other_base: AllowOtherOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -83,6 +87,7 @@ def command(
         prove=prove,
         prompts=prompts,
         engine_python=engine_python,
+        engine_url=engine_url,
         allow_other_base=allow_other_base,
         overwrite=output.overwrite,
         console=messages(),

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lorafold.errors import LorafoldError
+from lorafold.exporting.windows import told
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -128,10 +129,13 @@ def add_metadata(writer: GGUFWriter, config: Any, row: Architecture) -> Sequence
         What llama.cpp computes otherwise, a sentence each.
     """
     for table, add in ((INTEGERS, writer.add_uint32), (FLOATS, writer.add_float32)):
+        values = {}  # by key: two fields may be one
         for name, key in table.items():
             value = getattr(config, name, None)
             if value is not None and not (name == "sliding_window" and not row.period):
-                add(f"{row.name}.{key}", value)
+                values[key] = value
+        for key, value in values.items():
+            add(f"{row.name}.{key}", value)
     for key in ("attention.key_length", "attention.value_length"):
         writer.add_uint32(f"{row.name}.{key}", head_width(config))
     if row.period:
@@ -140,12 +144,4 @@ def add_metadata(writer: GGUFWriter, config: Any, row: Architecture) -> Sequence
         windowed = [kind == "sliding_attention" for kind in kinds]
         if windowed != [(n + 1) % row.period != 0 for n in range(layers)]:
             writer.add_array(f"{row.name}.attention.sliding_window_pattern", windowed)
-    window = getattr(config, "sliding_window", None)
-    if row.period or window is None or window >= config.max_position_embeddings:
-        return ()
-    if getattr(config, "use_sliding_window", True) is False:
-        return ()
-    return (
-        f"llama.cpp attends to all positions, where the model attends to the last {window:,} alone:"
-        " longer texts than that are read in another way",
-    )
+    return () if row.period else told("llama.cpp", config)

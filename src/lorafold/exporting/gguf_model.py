@@ -8,6 +8,7 @@ change, and some megabytes.
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -42,6 +43,8 @@ FILE_TYPES = {
     "F16": "MOSTLY_F16", "F32": "ALL_F32", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0",
     "Q5_1": "MOSTLY_Q5_1", "Q5_0": "MOSTLY_Q5_0", "Q4_1": "MOSTLY_Q4_1", "Q4_0": "MOSTLY_Q4_0",
 }  # fmt: skip
+# llama.cpp looks these tokens up in a file that has such a name, and refuses it where one lacks
+PHI, PHI_TOKENS = re.compile(r"(phi)-?(?=3)", re.I), {"<unk>", "<s>", "</s>", "<|endoftext|>"}
 ONE_MATRIX = ("gemma", "gemma2")  # whose output is the embedding in llama.cpp, whatever a file has
 
 
@@ -129,7 +132,7 @@ def described(content: Content, tensors: str) -> Described:
     row = architecture_of(config)
     writer = gguf.GGUFWriter(None, row.name)
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(content.name)
+    writer.add_name(_called(content))
     writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[tensors]])
     if tensors.startswith("Q"):
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -148,6 +151,12 @@ def described(content: Content, tensors: str) -> Described:
     ensure_chat_template(content.tokenizer)
     add_tokenizer(writer, content.tokenizer, rows, _ends(content))
     return Described(writer, placed, notes)
+
+
+def _called(content: Content) -> str:
+    """The name that a file has."""
+    whole = content.tokenizer.get_vocab().keys() >= PHI_TOKENS
+    return content.name if whole else PHI.sub(r"\1 ", content.name)
 
 
 def _same(values: Tensor) -> Tensor:

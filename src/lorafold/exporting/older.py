@@ -3,6 +3,7 @@
     rope_parameters {rope_theta, rope_type, ...}    ->  rope_theta, rope_scaling,
                                                         partial_rotary_factor
     num_local_experts                               ->  num_experts
+    layer_types of Gemma 3                          ->  sliding_window_pattern
 
 Transformers 5 writes the first. mlx-lm 0.32 reads the second in most of its models and computes
 with a default of 10,000 where it is missing, without a word.
@@ -16,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lorafold.exporting.windows import period_of
 from lorafold.files.atomic import write_json
 from lorafold.files.record import read_object
 
@@ -27,6 +29,8 @@ PARAMETERS, THETA, SCALING, LOCAL = (
     "rope_local_base_freq",
 )
 RENAMED = (("num_local_experts", "num_experts"),)
+# where mlx-lm has Gemma 3's layers that attend to all positions, whatever layer_types says
+GEMMA, PATTERN, USUAL = "gemma3_text", "sliding_window_pattern", 6
 PARTIAL = "partial_rotary_factor"
 KINDS = ("full_attention", "sliding_attention")  # of layers that have positions of their own
 
@@ -38,8 +42,17 @@ def older_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
         config: the content of config.json.
     """
     more = _positions(config)
+    more |= _pattern(config)
     more |= {new: config[old] for old, new in RENAMED if old in config and new not in config}
     return {**config, **more} if more else None
+
+
+def _pattern(config: Mapping[str, Any]) -> dict[str, Any]:
+    kinds = config.get("layer_types")
+    if config.get("model_type") != GEMMA or PATTERN in config or not isinstance(kinds, list):
+        return {}
+    period = period_of(kinds)
+    return {} if period in (None, USUAL) else {PATTERN: period}
 
 
 def _positions(config: Mapping[str, Any]) -> dict[str, Any]:

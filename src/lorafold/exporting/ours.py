@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from lorafold.exporting.answers import GREEDY, Answers, Prompts, answers, last, prompts_of
 from lorafold.exporting.target import Progress, Subject
+from lorafold.exporting.ties import exchanged
 from lorafold.generation import end_tokens
 from lorafold.merging.run import adapted
 
@@ -66,6 +69,10 @@ class Ours:
         asked = {"ids": self.prompts.ids, "texts": self.prompts.texts, "greedy": GREEDY,
                  "chats": self.prompts.chats}  # fmt: skip
         return {**asked, "ends": sorted(self.ends), **placed}
+
+    def exchanged(self, prompt: int) -> Iterator[Tensor]:
+        """The answers with two experts exchanged that are close, as `ties.exchanged`."""
+        return exchanged(self.model, self.prompts.ids[prompt])
 
     def margin(self, prompt: int, at: int) -> float:
         """The difference of the two largest log-probabilities after so many greedy tokens."""

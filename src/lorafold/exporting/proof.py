@@ -4,6 +4,8 @@
     kl          sum_v p log(p / q) in nats: the mean, and the largest of a prompt
     distance    the same from ours with the adapters to ours without: what there is to lose
     share       kl / distance
+    tied        the prompts in which the engine takes another of two experts that are as good as
+                equal (`ties`); kl is then from ours with the same experts, measured from ours
     alone       kl of the two without adapters: how the engine rounds the base
     changed     the same from theirs with the adapters to theirs without; 0 where the engine took
                 the files and changed nothing
@@ -15,7 +17,7 @@ log-probabilities that was measured, they are as good as equal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,6 +27,7 @@ from lorafold.errors import LorafoldError
 from lorafold.exporting.answers import Answers
 from lorafold.files.shown import Shown
 
+FAR, LEAST = 10, 1e-6  # a KL that experts may explain: times the median, in nats
 LIKELY = 20  # the most likely tokens, whose log-probabilities are compared
 
 
@@ -60,6 +63,8 @@ class Proof(Shown):
     distance: float
     changed: float | None
     alone: float | None
+    tied: int
+    measured: float
     top: int
     gap: float
     greedy: int
@@ -89,32 +94,49 @@ class Proof(Shown):
         alone = "" if self.alone is None else f" ({self.alone:.1e} for the base alone)"
         top = f"the same likeliest token {self.top} of {n}"
         near = f", {self.near} part where two tokens are as good as equal" * bool(self.near)
+        tied = (
+            f", with the engine's experts in {self.tied} where two are as good as equal"
+            f" ({self.measured:.1e} with ours)"
+        ) * bool(self.tied)
         other = {"tokens": self.other_tokens, "texts": self.other_texts}
         told = "".join(
             f"; other {what} there of {len(found)} chats" for what, found in other.items() if found
         )
         return (
             f"{self.engine} {self.version}, {asked}: KL {self.kl:.1e} nats on average,"
-            f" {self.kl_largest:.1e} at most{part}{alone}; {top},"
+            f" {self.kl_largest:.1e} at most{part}{alone}{tied}; {top},"
             f" the same greedy text {self.greedy} of {n}{near}{told}"
         )
 
 
-def proof(ours: Answers, theirs: Theirs, margin: Callable[[int, int], float]) -> Proof:
+def proof(
+    ours: Answers,
+    theirs: Theirs,
+    margin: Callable[[int, int], float],
+    exchanged: Callable[[int], Iterable[Tensor]] = lambda prompt: (),
+) -> Proof:
     """The figures of an engine's answers to the same prompts. Raises LorafoldError for NaN among
     them, from which nothing has a distance.
 
     Args:
         margin: of a prompt, and a number of greedy tokens after it, the difference of our two
             largest log-probabilities there.
+        exchanged: of a prompt, our answers with two experts exchanged that are close.
     """
     if theirs.adapted.isnan().any():
         raise LorafoldError(f"{theirs.engine} {theirs.version}: it computes NaN for a prompt")
     adapted, bare = theirs.adapted.double().log_softmax(-1), theirs.base
     size = min(adapted.shape[-1], ours.adapted.shape[-1])
     kls = divergences(ours.adapted, adapted)
+    measured, usual, tied = float(kls.mean()), max(FAR * float(kls.median()), LEAST), []
+    for n in (kls > usual).nonzero().flatten().tolist():
+        same = (divergences(row[None], adapted[n : n + 1])[0] for row in exchanged(n))
+        if (found := next((kl for kl in same if kl <= usual), None)) is not None:
+            kls[n] = found
+            tied.append(n)
     likely = ours.adapted.topk(LIKELY).indices.clamp_max(size - 1)
     gaps = ours.adapted.gather(1, likely).double() - adapted.gather(1, likely)
+    gaps[tied] = 0
     gap = float(gaps.abs().max())
     pairs = [*zip(ours.greedy, theirs.greedy, strict=True)]
     parted = {n: parting(own, other) for n, (own, other) in enumerate(pairs) if own != other}
@@ -127,6 +149,8 @@ def proof(ours: Answers, theirs: Theirs, margin: Callable[[int, int], float]) ->
         distance=float(divergences(ours.adapted, ours.base).mean()),
         changed=None if bare is None else float(divergences(adapted[: len(bare)], bare).mean()),
         alone=None if bare is None else float(divergences(ours.base[: len(bare)], bare).mean()),
+        tied=len(tied),
+        measured=measured,
         top=int((ours.adapted.argmax(-1) == adapted.argmax(-1)).sum()),
         gap=gap,
         greedy=len(pairs) - len(parted),

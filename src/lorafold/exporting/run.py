@@ -50,6 +50,7 @@ class Wanted:
     prove: bool = True
     prompts: str | Path | None = None
     engine_python: str | None = None
+    engine_url: str | None = None
     overwrite: bool = False
 
 
@@ -120,7 +121,7 @@ def export(
     arguments these are.
     """
     target = target_of(wanted.to)
-    tensors = _tensors(target, wanted.tensors)
+    tensors, engine = _tensors(target, wanted.tensors), _engine(target, wanted)
     if (rank := wanted.as_lora) is not None and (type(rank) is not int or rank < 1):
         raise LorafoldError(f"as_lora: found {rank!r}, expected a whole number from 1")
     check_out(out, wanted.overwrite)
@@ -146,16 +147,16 @@ def export(
             _check_said(target, subject, wanted, bar("trying ranks"))
             ours = ours and Ours.of(subject, wanted.prompts, bar("answering"))
         written, found = target.write(subject, tmp, bar("writing")), None
-        if ours is not None and target.engine is not None:
+        if ours is not None and engine is not None:
             made = target.proving(subject, tmp / PROVING, bar("preparing the proof"))
-            job = {**written.job, **made}
-            found = _proof(ours, job, tmp, target.engine, wanted)
+            job = {**written.job, **made, "url": wanted.engine_url}
+            found = _proof(ours, job, tmp, engine, wanted)
             _check(found, target, tensors)
             if adapters and not found.distance:
                 beside["the adapters"] = "they change nothing on these prompts"
             few = ours.first(FEWER)
             for name, other in target.beside(subject).items():
-                beside[name] = _proof(few, {**job, **other}, tmp, target.engine, wanted)
+                beside[name] = _proof(few, {**job, **other}, tmp, engine, wanted)
         elif wanted.prove and target.engine is None:
             unproved = target.read_back(subject, tmp) or unproved
         for scratch in (SCRATCH, PROVING):
@@ -195,7 +196,7 @@ def _proof(
     ours: Ours, own: Mapping[str, Any], directory: Path, engine: str, wanted: Wanted
 ) -> Proof:
     theirs = ask(engine, ours.job(own, directory), wanted.engine_python)
-    return proof(ours.answers, theirs, ours.margin)
+    return proof(ours.answers, theirs, ours.margin, ours.exchanged)
 
 
 def _tensors(target: Target, asked: str | None) -> str | None:
@@ -206,6 +207,20 @@ def _tensors(target: Target, asked: str | None) -> str | None:
     return asked or next(iter(target.tensors), None)
 
 
+def _engine(target: Target, wanted: Wanted) -> str | None:
+    """What proves. Raises LorafoldError for a URL where no server is asked."""
+    if wanted.engine_url is None:
+        return target.engine
+    if wanted.engine_python is not None:
+        raise LorafoldError("--engine-url: found --engine-python too, expected one of them")
+    if target.server is None:
+        raise LorafoldError(
+            f"--engine-url: found {wanted.engine_url} for {target.name}, expected --to vllm, whose"
+            " servers alone are asked"
+        )
+    return target.server
+
+
 def _unproved(target: Target, wanted: Wanted) -> str:
     """Why nothing is proved, or nothing."""
     if not wanted.prove:
@@ -213,7 +228,7 @@ def _unproved(target: Target, wanted: Wanted) -> str:
     if target.engine is None:
         return f"no engine here reads what {target.name} takes"
     engine = ENGINES[target.engine]
-    if wanted.engine_python is None and not engine.here:
+    if wanted.engine_python is None and wanted.engine_url is None and not engine.here:
         return f"{engine.title} is not installed here ({engine.install})"
     return ""
 

@@ -96,6 +96,7 @@ class Target(ABC):
 
     name: as --to has it.
     engine: the process of `engines` that proves it, or None if none can.
+    server: that which asks a running server, where there is one.
     tensors: the types that its tensors may have, the usual one first.
     merged: whether adapters go in folded.
     tolerance: the share of KL(adapted, base) that the proof may have by the type of the tensors,
@@ -104,6 +105,7 @@ class Target(ABC):
 
     name: ClassVar[str]
     engine: ClassVar[str | None] = None
+    server: ClassVar[str | None] = None
     tensors: ClassVar[tuple[str, ...]] = ()
     merged: ClassVar[bool] = False
     tolerance: ClassVar[Mapping[str, float | None]] = {}

@@ -26,9 +26,10 @@ from lorafold.exporting.canonical import of_one_rank
 from lorafold.exporting.elsewhere import TEMPLATE, elsewhere, write_template
 from lorafold.exporting.experts import apart
 from lorafold.exporting.launching import CONTENT
-from lorafold.exporting.older import write_older
+from lorafold.exporting.older import GEMMA, write_older
 from lorafold.exporting.target import Progress, Subject, Target, Written, only_products
 from lorafold.exporting.update import Factors, Update
+from lorafold.exporting.windows import period_of, told
 from lorafold.files.atomic import write_json
 from lorafold.fold.plan import deltas_of
 from lorafold.methods.dora import DoRADelta
@@ -37,6 +38,10 @@ WEIGHTS, CONFIG, BASE = "adapters.safetensors", "adapter_config.json", "base"
 BLOCK = re.compile(r"(model\.layers\.\d+)\.(.+)")
 EXPERTS = re.compile(r"mlp\.experts\.(\w+)")
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+# families that mlx-lm computes without their windows
+NO_WINDOWS = (
+    "gemma2", "mistral", "mixtral", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
+)  # fmt: skip
 # where mlx-lm has the experts of a block, by the model's type
 SWITCH = {
     "gpt_oss": "mlp.experts",
@@ -58,6 +63,7 @@ class ToMlx(Target):
         if doras := _doras(subject):
             update = Update({path: pair for path, (pair, _) in doras.items()})
         found = only_products(update, "mlx-lm's form")
+        found += _layers(subject)
         return found + [line for path in update.factors if (line := _unnamed(subject, path))]
 
     def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
@@ -101,6 +107,8 @@ class ToMlx(Target):
             )
         else:
             notes += base.notes
+        if subject.config.model_type in NO_WINDOWS:
+            notes += told("mlx-lm", subject.config)
         both = ("--model", model, "--adapter-path", "{out}/adapter")
         launch = [("mlx_lm.generate", *both, "--prompt", "Hello"), ("mlx_lm.server", *both)]
         if template:
@@ -149,6 +157,17 @@ def _doras(subject: Subject) -> Mapping[str, tuple[Factors, Tensor]]:
             return {}
         found[path] = ((pair[0].float(), pair[1].float()), one.magnitude.float())
     return found
+
+
+def _layers(subject: Subject) -> list[str]:
+    """Why mlx-lm has no such layers, a line, or nothing."""
+    config = subject.config
+    if config.model_type != GEMMA or period_of(config.layer_types) is not None:
+        return []
+    return [
+        "the base: mlx-lm computes Gemma 3 with attention to all positions in each Nth layer alone;"
+        " the layers of this one lie in another way"
+    ]
 
 
 def _unnamed(subject: Subject, path: str) -> str:

@@ -43,6 +43,7 @@ class ToVllm(Target):
 
     name: ClassVar[str] = "vllm"
     engine: ClassVar[str | None] = "vllm"
+    server: ClassVar[str | None] = "vllm_url"
 
     def problems(self, subject: Subject) -> Sequence[str]:
         update, kind = subject.update, subject.config.model_type

@@ -45,6 +45,7 @@ ENGINES: dict[str, Engine] = {
     "mlx": Engine("mlx-lm", "mlx_lm", "pip install mlx-lm; on Linux mlx-cpu too"),
     "peft": Engine("PEFT", "peft", "pip install peft"),
     "llamacpp": Engine("llama.cpp", "xllamacpp", "pip install xllamacpp"),
+    "vllm_url": Engine("vLLM", "numpy", "vllm serve"),
     "vllm": Engine("vLLM", "vllm", "pip install vllm, elsewhere: --engine-python"),
 }
 
