@@ -71,7 +71,7 @@ class Ours:
         return {**asked, "ends": sorted(self.ends), **placed}
 
     def exchanged(self, prompt: int) -> Iterator[Tensor]:
-        """The answers (vocabulary,) with two experts exchanged that are close (`ties.exchanged`)."""
+        """Yield answers (vocabulary,) with two close experts exchanged (`ties.exchanged`)."""
         return exchanged(self.model, self.prompts.ids[prompt])
 
     def margin(self, prompt: int, at: int) -> float:

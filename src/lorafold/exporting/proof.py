@@ -121,7 +121,7 @@ def proof(
     Args:
         margin: of a prompt, and a number of greedy tokens after it, the difference of our two
             largest log-probabilities there.
-        exchanged: of a prompt, our answers with two experts exchanged that are close.
+        exchanged: of a prompt, our answers (vocabulary,) with two close experts exchanged.
     """
     if theirs.adapted.isnan().any():
         raise LorafoldError(f"{theirs.engine} {theirs.version}: it computes NaN for a prompt")
