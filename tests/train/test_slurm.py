@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.skipif(bool(absent), reason=f"slurm-wlm is not installed: {', '.join(absent)}"),
     pytest.mark.skipif(os.geteuid() != 0, reason="slurmd starts as root alone"),
 ]
-WAIT = 60  # seconds after which a job counts as hung
+WAIT = 600  # seconds after which a job counts as hung
 
 
 @pytest.fixture(scope="module")

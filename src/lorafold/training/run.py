@@ -73,7 +73,7 @@ def _trained(setup: Setup, console: Console) -> Trained:
     tokenizer, packing = setup.tokenizer, request.recipe.packing
     with ExitStack() as until_written:
         stack = until_written.enter_context(ExitStack())
-        stack.enter_context(freed_blocks_kept())
+        until_written.enter_context(freed_blocks_kept())
         # what draws completions has modules of its own, which nothing is fused in yet
         loss = stack.enter_context(setup.objective.loss(model, tokenizer, packing, console))
         console.print(str(stack.enter_context(fused(model))), highlight=False)
