@@ -116,6 +116,8 @@ DIVIDED = {
     "prompt": ("--method", "prompt"),
     "dora": ("--method", "dora", "--eval-fraction", "0.2"),
     "dpo": ("--objective", "dpo"),
+    "reward": ("--objective", "reward"),
+    "pissa": ("--method", "pissa"),
     "full": ("--method", "full", "--set", "clip=0.5", "--eval-fraction", "0.2"),
     "full, some modules": ("--method", "full", "--set", "targets=[q_proj, down_proj]"),
     "full, bf16": ("--method", "full", "--set", "storage=bf16"),
@@ -140,7 +142,7 @@ def test_divided_weights_of_other_runs(
 
 
 def divided(what: str, command: tuple[str, ...], tmp_path: Path) -> None:
-    data = rows(tmp_path / "rows.jsonl", kind="dpo" if what == "dpo" else "sft")
+    data = rows(tmp_path / "rows.jsonl", kind="dpo" if what in ("dpo", "reward") else "sft")
     asked = (*command[:4], str(data), *command[5:], *DIVIDED[what])
     outs, needed = [tmp_path / strategy for strategy in ("ddp", "fsdp")], []
     for out in outs:

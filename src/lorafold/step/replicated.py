@@ -52,5 +52,5 @@ class Replicated:
             for name, t in (state.items() if self.processes.first else ())
         }
 
-    def bring_home(self) -> None:
+    def gather_to_first(self) -> None:
         """Have process 0 hold what it writes."""

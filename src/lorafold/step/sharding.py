@@ -93,7 +93,7 @@ class Sharded(Replicated):
     def _close(self) -> None:
         for shard in self._current:
             if self._backward:
-                shard.settle()
+                shard.reduce_gradient()
             shard.empty()
         self._current, self._backward = (), False
 
@@ -114,7 +114,7 @@ class Sharded(Replicated):
         self.processes.add([late, learned])
         for one, came, had in zip(owned, late.tolist(), learned.tolist(), strict=True):
             if came:
-                one.settle()
+                one.reduce_gradient()
             if not had:
                 one.p.grad = None
             one.learned = False
@@ -164,7 +164,7 @@ class Sharded(Replicated):
 
         return Piece(shape, dtype, get)
 
-    def bring_home(self) -> None:
+    def gather_to_first(self) -> None:
         self._close()
         for shard in self._all:
             shard.fill()
@@ -177,7 +177,7 @@ class Sharded(Replicated):
 @contextmanager
 def sharded(model: nn.Module, processes: Processes) -> Iterator[Sharded]:
     """Divide the model's large tensors among the processes until the `with` block ends. Then no
-    process has them all, unless they were brought home.
+    process has them all, unless they were gathered.
 
     Args:
         model: With its adapters, the same in every process.

@@ -40,7 +40,7 @@ class Parted:
         """Keep this process's part alone."""
         self.storage.resize_(0)
 
-    def settle(self) -> None:
+    def reduce_gradient(self) -> None:
         """Nothing: what is frozen has no gradient."""
 
 
@@ -65,7 +65,7 @@ class Owned:
         if not self.mine:
             self.storage.resize_(0)
 
-    def settle(self) -> None:
+    def reduce_gradient(self) -> None:
         """Add the gradients of all to the owner's."""
         self.learned |= self.p.grad is not None
         grad = torch.zeros_like(self.p) if self.p.grad is None else self.p.grad.contiguous()

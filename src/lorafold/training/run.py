@@ -117,5 +117,5 @@ def _trained(setup: Setup, console: Console) -> Trained:
             else:
                 weights = weights or request.base.in_files()
             if weights is None:
-                job.layout.bring_home()
+                job.layout.gather_to_first()
         return finish(setup.request, job, progress, saved, about, weights, setup.findings)
