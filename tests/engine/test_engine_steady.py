@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorafold.engine.steady import ROWS, plain_products, random_rows, steady
+from lorafold.engine.steady import ROWS, InBlocks, plain_products, random_rows, steady
 from lorafold.ops.arithmetic import FEW, multiplying
 
 
@@ -40,3 +40,29 @@ def test_products_of_this_processor_keep_their_bits_from_there_on(widened: bool)
             for start in (0, 1, len(x) - n):
                 own = F.linear(x[start : start + n], m)
                 assert torch.equal(own, whole[start : start + n]), (out, inn, n, start)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_blocks_no_product_depends_on_the_number_of_rows(
+    dtype: torch.dtype, inference: bool
+) -> None:
+    m = random_rows(1536, dtype)[:96]
+    many = random_rows(1536, dtype)
+    b, onto = many[0, :96], many[:, :96]
+
+    def products(x: Tensor, onto: Tensor) -> list[Tensor]:
+        inplace = onto.clone().addmm_(x, m.t())
+        batched = F.linear(x.view(1, len(x), -1), m)[0]
+        return [x @ m.t(), F.linear(x, m, b), torch.addmm(onto, x, m.t()), inplace, batched]
+
+    with torch.inference_mode(inference), InBlocks(FEW):
+        whole = products(many, onto)
+        for n in (1, 2, 7, 16, 17, 33, 128, 200):
+            for start in (0, len(many) - n):
+                rows = slice(start, start + n)
+                for own, of_all in zip(products(many[rows], onto[rows]), whole, strict=True):
+                    assert torch.equal(own, of_all[rows]), (n, start)
+    expected = products(many, onto)
+    for own, of_torch in zip(whole, expected, strict=True):
+        torch.testing.assert_close(own, of_torch, rtol=2e-2, atol=2e-2 * float(of_torch.std()))

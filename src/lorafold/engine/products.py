@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from itertools import count
 from typing import Any
 
@@ -26,7 +27,7 @@ from lorafold.core.delta import Delta, Opaque
 from lorafold.core.layer import Layer, add
 from lorafold.engine.adapters import Factors, LoadedAdapter
 from lorafold.engine.operations import Operations
-from lorafold.engine.steady import plain_products
+from lorafold.engine.steady import InBlocks, plain_products
 from lorafold.engine.structure import Shape, Structure
 from lorafold.ops.arithmetic import FEW, HALF
 from lorafold.ops.decoding import Part, Product
@@ -157,6 +158,7 @@ class Products:
         self.placed: dict[int, LoadedAdapter] = {}  # by slot
         self.places: dict[LoadedAdapter, int] = {}  # of those
         self._least: dict[torch.dtype, int] = {}
+        self._in_blocks = False  # products of adapters that are no low-rank products
 
     def place(self, slot: int, held: LoadedAdapter) -> None:
         """Give a slot an adapter."""
@@ -219,13 +221,15 @@ class Products:
             many = -(-self.least(x.dtype, x.device) * own.shape[-1] // own.numel())
             if many > 1:
                 own, its = (torch.cat([t] * many) for t in (own, its))
-            part = delta(Given(layer, its, own), own)[: len(rows)]
+            with InBlocks(FEW) if self._in_blocks else nullcontext():
+                part = delta(Given(layer, its, own), own)[: len(rows)]
             y = y.index_copy(0, rows, part.to(y.dtype))
         return y
 
     def least(self, dtype: torch.dtype, device: torch.device) -> int:
         """From how many tokens on torch's own products in 16 bits, with the model's matrices, are
-        the same bits whatever the number of tokens; 2 where that is not known.
+        the same bits whatever the number of tokens; 2 where that is not known, and where they are
+        computed in blocks, as no number is steady.
         """
         if dtype not in HALF or device.type != "cpu":
             return 2
@@ -234,10 +238,11 @@ class Products:
             found = max(2, plain_products(shapes, dtype))
             if found > FEW and self._slots > 1:
                 log.warning(
-                    "torch's products in %s depend on the number of rows here, so requests under"
-                    " adapters that are no low-rank products may round otherwise in company",
-                    dtype,
-                )
+                    "torch's products in %s depend on the number of rows here, so under adapters"
+                    " that are no low-rank products they are computed %d rows at a time", dtype,
+                    FEW,
+                )  # fmt: skip
+                self._in_blocks = True
             self._least[dtype] = found if found <= FEW else 2
         return self._least[dtype]
 

@@ -1,6 +1,8 @@
 """From how many rows on a product of this processor sums in one order, whatever their number.
 
     least = steady(kernel, x)       kernel(x[:n]) has the bits of kernel(x)[:n] for n >= least
+    with InBlocks(16): ...          every product of matrices takes 16 rows at a time, so that it
+                                    has the same bits where no number of rows is steady
 
 A kernel has its own order of summation for few rows, where the processor's vectors would be half
 empty, so that a request would compute other bits alone than in company. It is measured, since it
@@ -9,11 +11,13 @@ follows from the kernel, the shape and the processor together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorafold.ops.arithmetic import FEW, arithmetic
 
@@ -54,5 +58,52 @@ def plain_products(shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> int
         x = random_rows(inn, dtype)
         for each in {dtype, arithmetic(x)}:
             m = random_rows(inn, each).repeat(-(-out // ROWS[-1]), 1)[:out]
-            found = max(found, steady(lambda x, m=m: F.linear(x, m), x.to(each)))
+            wide = x.to(each)
+            # 16 bits hide most differences of a sum, but not those of what rounding takes away
+            left = -F.linear(wide, m)
+            kernels = (lambda x, _, m=m: F.linear(x, m)), (lambda x, y, m=m: y.addmm(x, m.t()))
+            found = max(found, *(steady(kernel, wide, left) for kernel in kernels))
     return found
+
+
+class InBlocks(TorchDispatchMode):
+    """Products of matrices (n, k) with (k, m) in the `with` block are computed so many rows at a
+    time, the last ones with their first row repeated.
+    """
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows = rows
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] = {}
+    ) -> Any:
+        aten, kwargs = torch.ops.aten, dict(kwargs or {})
+        if func in (aten.linear.default, aten.matmul.default):
+            with self:  # in inference mode they are seen before they are taken apart
+                return func.decompose(*args, **kwargs)
+        if func is aten.mm.default:
+            return self._blocks(torch.mm, args[:1], args[1:], kwargs)
+        if func is aten.addmm.default and args[0].dim() == 2 and len(args[0]) == len(args[1]):
+            return self._blocks(torch.addmm, args[:2], args[2:], kwargs)
+        if func is aten.addmm.default:
+
+            def added(x: Tensor, *rest: Any, **options: Any) -> Tensor:
+                return torch.addmm(args[0], x, *rest, **options)
+
+            return self._blocks(added, args[1:2], args[2:], kwargs)
+        if func is aten.addmm_.default:
+            return args[0].copy_(self._blocks(torch.addmm, args[:2], args[2:], kwargs))
+        return func(*args, **kwargs)
+
+    def _blocks(
+        self, product: Callable[..., Tensor], of_rows: Any, rest: Any, options: Any
+    ) -> Tensor:
+        n = len(of_rows[0])
+        more = -n % self.rows
+        blocks = [
+            torch.cat([t, t[:1].expand(more, -1)]).split(self.rows) if more else t.split(self.rows)
+            for t in of_rows
+        ]
+        parts = [product(*block, *rest, **options) for block in zip(*blocks, strict=True)]
+        return torch.cat(parts)[:n] if len(parts) > 1 or more else parts[0]
