@@ -6,9 +6,9 @@
 q (T, H, D), k (T, Hk, D), v (T, Hk, Dv) -> (T, H, Dv); query head h reads key head h // (H / Hk)
 (grouped-query attention, Ainslie et al. 2023, arXiv 2305.13245). Documents are computed in tiles of
 at most TILE queries; no tensor has size T x T, and the backward computes the probabilities again
-instead of keeping them. On CUDA in half precision, torch's flash attention (Dao 2023, arXiv
-2307.08691) is used instead. Use it where documents are packed without padding. The specification is
-`reference.document_attention`.
+instead of keeping them. On CUDA, torch's flash attention (Dao 2023, arXiv 2307.08691) is used
+instead where it takes the inputs (`ops.demands`). Use it where documents are packed without
+padding. The specification is `reference.document_attention`.
 
 At SmolLM2-135M's shape (9 heads over 3, D 64, bf16, T = 1024, one CPU thread), forward and
 backward: five documents of 140 to 260 tokens take 0.4 of the time of torch's causal kernel over all
@@ -31,6 +31,7 @@ from torch.autograd.function import once_differentiable
 
 from lorafold.ops.arithmetic import arithmetic, multiplying
 from lorafold.ops.autocast import Exact, lower
+from lorafold.ops.demands import FLASH, takes
 from lorafold.ops.documents import Documents
 from lorafold.ops.operators import Operation, operator
 from lorafold.ops.selective_checkpoint import kept
@@ -165,7 +166,6 @@ def document_attention(
         softcap: the cap of the scores, or None.
     """
     q, k, v = (lower(x) for x in (q, k, v))
-    half = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
-    if half and softcap is None and q.shape[-1] == v.shape[-1] <= 256:
+    if softcap is None and takes(FLASH, q, v):
         return docs.flash(q, docs.gathered(k), docs.gathered(v), scale)
     return _DocumentAttention.apply(q, k, v, docs, Scores(scale, softcap))

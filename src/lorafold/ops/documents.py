@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import groupby, repeat
+from itertools import accumulate, groupby, repeat
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorafold.errors import LorafoldError
+from lorafold.ops.host import sent
 from lorafold.ops.tile import Tile
 
 TILE = 128
@@ -44,6 +45,9 @@ class Documents:
     keys: Tensor | None = field(default=None, repr=False, compare=False)
     # the same documents without tokens in front, and how many keys these add in all
     behind: tuple[Documents, int] | None = field(default=None, repr=False, compare=False)
+    _ends: dict[torch.device, tuple[Tensor, Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
     _masks: dict[tuple[Any, ...], Tensor] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -73,7 +77,7 @@ class Documents:
                 )
             path = torch.cat([path[:start], torch.arange(at, at := at + length - start)])
             keys.append(path)
-        return cls(tuple(lens), None, tuple(starts), torch.cat(keys).to(device))
+        return cls(tuple(lens), None, tuple(starts), sent(torch.cat(keys), device))
 
     def positions(self) -> Tensor:
         """The position of each token in its document, (1, T), on the CPU."""
@@ -132,12 +136,7 @@ class Documents:
         # This takes over a second to import, and only GPUs need it.
         from torch.nn.attention.varlen import varlen_attn
 
-        def borders(lens: tuple[int, ...]) -> Tensor:
-            ends = torch.tensor([0, *lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-            return ends.to(q.device, non_blocking=True)
-
-        of_keys = borders(self.lens)
-        of_queries = of_keys if self.starts is None else borders(self.own)
+        of_keys, of_queries = self._borders(q.device)
         back = -1 if self.window is None else self.window - 1
         gqa = q.shape[1] != k.shape[1]
         found = varlen_attn(
@@ -153,6 +152,18 @@ class Documents:
             enable_gqa=gqa,
         )
         return found  # type: ignore[return-value]
+
+    def _borders(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Where each document's keys begin, and its queries, with the end: int32 (documents + 1,)
+        each. They are copied once for all layers.
+        """
+        if device not in self._ends:
+            found = {
+                lens: sent(torch.tensor([0, *accumulate(lens)], dtype=torch.int32), device)
+                for lens in {self.lens, self.own}
+            }
+            self._ends[device] = found[self.lens], found[self.own]
+        return self._ends[device]
 
     def tiles(self) -> Iterator[Tile]:
         """Yield tiles that contain every query once.

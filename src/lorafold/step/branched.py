@@ -21,6 +21,7 @@ from lorafold.data.batches import collate, micro_batches
 from lorafold.data.branches import Branched
 from lorafold.data.examples import NO_LOSS
 from lorafold.data.forest import WINDOW, Forest, alike, forest, leaders, pays
+from lorafold.ops.host import on_host, sent
 from lorafold.step.branches import Branching, over
 from lorafold.step.losses import Loss, row_at, within
 
@@ -132,20 +133,20 @@ class BranchedLoss(Loss):
     def names(
         self, examples: Sequence[Branched], rows: Sequence[Array], inputs: Mapping[str, Tensor]
     ) -> Tensor:
-        document = inputs["document"]
+        document, device = on_host(inputs["document"]), inputs["document"].device
         documents = [
             (number, len(e.shared), branch)
             for number, e in enumerate(examples)
             for branch, _ in enumerate(self.trained(e).branches)
         ]
-        example, shared, branch = torch.tensor(documents, device=document.device).t()[:, document]
-        positions = inputs.get("position_ids")
-        if positions is None:
-            positions = torch.arange(document.shape[1], device=document.device)
+        example, shared, branch = torch.tensor(documents).t()[:, document]
+        own = inputs.get("position_ids")
+        positions = torch.arange(document.shape[1]) if own is None else on_host(own)
         # a prompt that is computed with each completion has the names that it has if it is shared
-        return named(
+        found = named(
             row_at(rows, example, positions), positions, branch * (positions >= shared)
         )
+        return sent(found, device)
 
     def over(self, labels: Tensor, lens: Tensor | None) -> AbstractContextManager[None]:
         """Tell the model's attention the documents of a batch until the `with` block ends.

@@ -32,6 +32,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from lorafold.core.evaluating import evaluating
 from lorafold.errors import LorafoldError
 from lorafold.ops.documents import Documents
+from lorafold.ops.host import on_host
 from lorafold.step.documents import (
     NAME,
     attending,
@@ -155,7 +156,7 @@ def over(how: Branching | None, lens: Tensor | None, device: torch.device) -> It
     if lens is None or how is None:
         yield
         return
-    lengths, starts = lens.t().tolist()
+    lengths, starts = on_host(lens).t().tolist()
     with how.over(Documents.forest(lengths, starts, device)):
         yield
 

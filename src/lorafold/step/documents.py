@@ -39,6 +39,7 @@ from lorafold.errors import LorafoldError
 from lorafold.ops.attention import document_attention
 from lorafold.ops.documents import Documents
 from lorafold.step.head_scores import at_head
+from lorafold.step.host_masks import indices, masks_by_host
 
 NAME = "lorafold_documents"
 NO_LOSS = -100  # torch's ignore_index
@@ -141,7 +142,8 @@ def attending(
     before = _implementations(model.config)
     model.set_attn_implementation(_implementations(model.config, name))
     try:
-        yield
+        with masks_by_host():
+            yield
     finally:
         model.set_attn_implementation(before)
 
@@ -188,12 +190,7 @@ def document_mask(
     offsets = protocol.get("q_offset", 0), protocol.get("kv_offset", 0)
     whole = q_length == kv_length and all(isinstance(n, int) and n == 0 for n in offsets)
     if attention_mask is None and not protocol.get("use_vmap") and whole:
-        device = protocol.get("device", "cpu")
-        b = torch.arange(batch_size, device=device)[:, None]
-        earlier, later = (
-            torch.arange(q_length - 1, device=device)[None],
-            torch.arange(1, q_length, device=device)[None],
-        )
+        b, earlier, later = indices(mask_function, batch_size, q_length, protocol.get("device"))
         head = torch.zeros_like(b)
         if not mask_function(b, head, earlier, later).any():
             same = mask_function(b, head, later, earlier).expand(batch_size, q_length - 1)

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -42,8 +43,12 @@ from lorafold.ops.cross_entropy import (
     head_losses,
     linear_cross_entropy,
 )
+from lorafold.ops.host import on_host, rows_at, sent
 from lorafold.ops.logits import widened
 from lorafold.step.balancing import balancing_loss
+
+# of a head, whether its linear form agrees with the model, by what that follows from
+_agreed: WeakKeyDictionary[nn.Module, dict[Any, bool]] = WeakKeyDictionary()
 
 
 def labelled_loss(
@@ -68,8 +73,9 @@ def labelled_loss(
     """
     h, targets, linear, output = until_head(model, labels, inputs)
     if counts is not None:
-        losses, each = losses_of(model, h, targets, linear), counts[labels != NO_LOSS].to(h.device)
+        losses, each = losses_of(model, h, targets, linear), at_labels(counts, labels)
         n = int(each.sum())
+        each = sent(each, h.device)
         return losses @ each.to(losses.dtype) + n * balancing_loss(model, output, rows), n
     if linear is not None:
         loss = linear_cross_entropy(h, targets, linear).sum()
@@ -121,9 +127,12 @@ def document_losses(
         document: (B, T), the document from 0 to n - 1 that each position counts for, or -1 for
             none.
     """
-    labels = labels.masked_fill(document < 0, NO_LOSS)
-    losses = token_losses(model, labels, inputs)
-    of = (document.flatten() if is_fake(labels) else document[labels != NO_LOSS]).to(losses.device)
+    if is_fake(labels):
+        losses, of = token_losses(model, labels, inputs), document.flatten()
+    else:
+        own = on_host(labels).masked_fill(on_host(document) < 0, NO_LOSS)
+        losses = token_losses(model, sent(own, labels.device), inputs)
+        of = sent(at_labels(document, own), losses.device)
     return (
         losses.new_zeros(n).index_add(0, of, losses),
         of.new_zeros(n).index_add(0, of, torch.ones_like(of)),
@@ -155,12 +164,22 @@ def until_head(
     """
     with _caught(_decoder(model)) as caught:
         output = model(**inputs, use_cache=False)
-    labels = labels.to(caught[0].device)
-    h, targets = caught[0][:, -labels.shape[1] :].flatten(0, 1), labels.flatten()
-    if not is_fake(labels):  # fake labels have no values: all positions count as labelled
-        labelled = targets != NO_LOSS
-        h, targets = h[labelled], targets[labelled]
+    h = caught[0][:, -labels.shape[1] :].flatten(0, 1)
+    if is_fake(labels):  # they have no values: all positions count as labelled
+        targets = labels.flatten()
+    else:
+        places = (on_host(labels).flatten() != NO_LOSS).nonzero()[:, 0]
+        h, targets = rows_at(h, places), sent(at_labels(labels, labels), h.device)
     return h, targets, _linear_form(model, output.logits[0], _last(caught[0])[0]), output
+
+
+def at_labels(x: Tensor, labels: Tensor) -> Tensor:
+    """What x (B, T) has at the labelled positions (n,), on the host.
+
+    Args:
+        labels: (B, T).
+    """
+    return on_host(x)[on_host(labels) != NO_LOSS]
 
 
 def _runs(h: Tensor) -> list[slice]:
@@ -289,9 +308,21 @@ def _linear_form(model: Any, logits: Tensor, h: Tensor) -> LinearHead | None:
     scale = getattr(model, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
     linear = LinearHead(w, layer.bias, scale, getattr(config, "final_logit_softcapping", None))
     with torch.no_grad():
-        expected, found = (z.to(widened(h.dtype)) for z in (logits, linear.logits(h)))
+        if is_fake(h):
+            return linear if logits.shape == linear.logits(h).shape else None
+        # the answer of the device is waited for once
+        key = (id(model), id(w), w._version, linear.scale, linear.cap)
+        known = _agreed.setdefault(layer, {})
+        if key not in known:
+            known.clear()
+            known[key] = _agree(logits, linear.logits(h))
+    return linear if known[key] else None
+
+
+def _agree(expected: Tensor, found: Tensor) -> bool:
+    """Whether logits (1, V) are the same but for rounding."""
     if expected.shape != found.shape:
-        return None
-    off = 4 * torch.finfo(h.dtype).eps
-    alike = is_fake(h) or bool((found - expected).norm() <= off * expected.norm())
-    return linear if alike else None
+        return False
+    off, wide = 4 * torch.finfo(found.dtype).eps, widened(found.dtype)
+    expected, found = expected.to(wide), found.to(wide)
+    return bool((found - expected).norm() <= off * expected.norm())

@@ -21,6 +21,7 @@ from lorafold.data.batches import collate, ids_in, labelled, micro_batches, toke
 from lorafold.data.examples import NO_LOSS, Example
 from lorafold.data.forest import alike, forest, leaders, pays
 from lorafold.models.positions import sequence_of
+from lorafold.ops.host import all_sent, on_host, sent
 from lorafold.step.balancing import balances, weighs
 from lorafold.step.branches import Branching, over
 from lorafold.step.head import labelled_loss, row_losses, token_losses
@@ -129,14 +130,15 @@ class Loss(nn.Module, ABC):
             rows: Of each example, as `rows_of` gives them.
             inputs: As `collate` gives them.
         """
-        ids, positions = inputs["input_ids"], inputs.get("position_ids")
-        document = inputs.get("document")  # where tokens of several rows are computed once
-        if positions is None:
-            document = torch.arange(len(ids), device=ids.device)[:, None]
-            positions = torch.arange(ids.shape[1], device=ids.device)
-        elif document is None:
-            document = (positions == 0).cumsum(1) - 1
-        return named(row_at(rows, document, positions), positions)
+        ids, own = inputs["input_ids"], inputs.get("position_ids")
+        if own is None:
+            document = torch.arange(len(ids))[:, None]
+            positions = torch.arange(ids.shape[1])
+        else:
+            positions = on_host(own)
+            shared = inputs.get("document")  # where tokens of several rows are computed once
+            document = (positions == 0).cumsum(1) - 1 if shared is None else on_host(shared)
+        return sent(named(row_at(rows, document, positions), positions), ids.device)
 
     @abstractmethod
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
@@ -151,10 +153,10 @@ def row_at(rows: Sequence[Array], document: Tensor, positions: Tensor) -> Tensor
 
     Args:
         rows: Those of the tokens of each document, (t,); a last one counts for all after it.
-        document, positions: Of each token; they broadcast to (B, T).
+        document, positions: Of each token, on the host; they broadcast to (B, T).
     """
     table = np.stack([np.pad(of, (0, max(map(len, rows)) - len(of)), "edge") for of in rows])
-    of_tokens = torch.from_numpy(table).to(document.device)
+    of_tokens = torch.from_numpy(table)
     return of_tokens[document, positions.clamp(max=of_tokens.shape[1] - 1)]
 
 
@@ -216,7 +218,7 @@ class Completions(RowsAlike):
             found = made.tensors() | ({"rows": made.rows()} if self.balanced else {})
         else:
             found = collate(examples, self.packed, self.pad_id)
-        return {name: tensor.to(device) for name, tensor in found.items()}
+        return all_sent(found, device)
 
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
         inputs.pop("document", None)
@@ -235,7 +237,7 @@ class Completions(RowsAlike):
             inputs.pop(name, None)
         with over(self.how, lens, labels.device):
             losses = token_losses(self.model, labels, inputs)
-        place = (labels[0] != NO_LOSS).cumsum(0) - 1  # of a token among the labelled ones
+        place = (on_host(labels)[0] != NO_LOSS).cumsum(0) - 1  # of a token among the labelled ones
         trained = forest(examples).trained
         return torch.stack([losses[place[torch.from_numpy(of)]].sum() for of in trained])
 

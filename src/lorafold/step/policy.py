@@ -23,9 +23,10 @@ from lorafold.core.evaluating import evaluating
 from lorafold.data.branches import Branched
 from lorafold.data.examples import NO_LOSS, Example
 from lorafold.errors import LorafoldError
+from lorafold.ops.host import all_sent, sent
 from lorafold.step.branched import BranchedLoss
 from lorafold.step.branches import Branching
-from lorafold.step.head import token_losses
+from lorafold.step.head import at_labels, token_losses
 from lorafold.step.policy_laws import Drawn, PolicyLaw
 
 log = logging.getLogger(__name__)
@@ -144,7 +145,7 @@ class Policy(BranchedLoss):
         over = {"per-sequence": lengths, "longest": torch.full_like(lengths, self.longest)}
         counted = torch.tensor([counts for e in examples for counts in e.counted])
         found["weights"] = counted / over.get(self.law.average, torch.ones_like(lengths))
-        return {name: tensor.to(device) for name, tensor in found.items()}
+        return all_sent(found, device)
 
     def begin(self, update: int) -> None:
         self.at = 0
@@ -162,7 +163,7 @@ class Policy(BranchedLoss):
         drawn, advantages, weights = given
         logps = self._logps(labels, lens, inputs)
         below = partial(self._below, labels, lens, inputs)
-        of = document[labels != NO_LOSS]
+        of = sent(at_labels(document, labels), logps.device)
         if self.at == len(self.first):
             self._compare(logps.detach(), drawn, below)
             self.first.append(First(logps.detach(), below() if self.law.beta else None))

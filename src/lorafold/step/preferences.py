@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from lorafold.core.evaluating import evaluating
 from lorafold.data.branches import Branched
-from lorafold.data.examples import NO_LOSS
+from lorafold.ops.host import all_sent, on_host, sent
 from lorafold.step.branched import BranchedLoss
 from lorafold.step.branches import Branching
 from lorafold.step.divergence import beside
-from lorafold.step.head import document_losses
+from lorafold.step.head import at_labels, document_losses
 from lorafold.step.head_scores import document_scores
 from lorafold.step.losses import head_rules
 from lorafold.step.preference_laws import Law, Scored, moved
@@ -53,7 +53,7 @@ class Preferences(BranchedLoss):
         found["desirable"] = torch.tensor([e.desirable for e in examples])
         if self.law.has_reference and all(e.reference for e in examples):
             found["reference"] = torch.tensor([e.reference for e in examples])
-        return {name: tensor.to(device) for name, tensor in found.items()}
+        return all_sent(found, device)
 
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
         """Return the loss in nats, (), summed over the rows; arguments as `collate` gives them.
@@ -102,7 +102,7 @@ class Preferences(BranchedLoss):
             labels, document, lens, inputs: As `tensors` gives them.
         """
         with self.over(labels, lens):
-            k = int(document.max()) + 1
+            k = int(on_host(document).max()) + 1
             if self.law.reads_head:
                 scores, counts = document_scores(
                     self.model, labels, inputs, document, k, self.pad_id
@@ -136,7 +136,7 @@ class Preferences(BranchedLoss):
         inputs.pop("reference", None)
         with self.over(labels, lens):
             found = beside(self.model, labels, inputs, self.below)
-        of = document[labels != NO_LOSS]
+        of = sent(at_labels(document, labels), found.losses.device)
         sums = (-found.losses, -found.others, torch.ones_like(found.losses))
         documents = sum(len(e.branches) for e in examples)
         logps, reference, tokens = (

@@ -196,12 +196,6 @@ def train_step(job: Job, examples: Sequence[Any], step: int) -> float:
     trained = [*dict.fromkeys(job.adapter.parameters())]
     layout.add_gradients(trained)
     processes.add([seen])
-    mean = seen.item() / total
-    if not math.isfinite(mean):
-        raise LorafoldError(
-            f"step {step + 1}: the loss is {mean}; {kept(job.run)}. Try a lower learning rate"
-            " (lr, lr_b), clip or alpha"
-        )
     idle = check_gradients(job.adapter, layout.moves(trained)) if step == 0 else []
     if idle and processes.first:
         log.warning(
@@ -213,6 +207,12 @@ def train_step(job: Job, examples: Sequence[Any], step: int) -> float:
     job.optimizer.step()
     job.adapter.spec.after_step(job.adapter.own_deltas, step + 1, job.steps)
     job.optimizer.zero_grad()
+    mean = seen.item() / total  # read last: until then a GPU has work while this goes on
+    if not math.isfinite(mean):
+        raise LorafoldError(
+            f"step {step + 1}: the loss is {mean}; {kept(job.run)}. Try a lower learning rate"
+            " (lr, lr_b), clip or alpha"
+        )
     return mean
 
 

@@ -1,0 +1,65 @@
+"""Tensors that the host sent to a device, and what it still knows of them.
+
+    x = sent(ids, device)       on a GPU a copy that nothing waits for
+    on_host(x)                  the values on the CPU: at once, if x was sent and is unchanged
+
+A GPU computes what is queued for it while the host prepares what comes next, until the host asks
+for a value: then it waits, and the queue runs dry. Lengths, labels and positions are known on the
+host before they are sent, so nothing that follows from them alone has to ask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorafold.ops.autocast import Exact
+
+KEPT = "_lorafold_on_host"
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """x, of any shape, from the CPU to a device; x itself if it is there."""
+    if x.device.type != "cpu" or device.type == "cpu":
+        return x.to(device)
+    there = (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+    vars(there)[KEPT] = x, there._version
+    return there
+
+
+def all_sent(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Tensors of any shapes by name, each `sent`."""
+    return {name: sent(x, device) for name, x in tensors.items()}
+
+
+def on_host(x: Tensor) -> Tensor:
+    """x, of any shape, on the CPU. What was not sent, or has changed since, is waited for."""
+    if x.device.type == "cpu":
+        return x
+    known, version = vars(x).get(KEPT, (None, None))
+    return known if known is not None and version == x._version else x.cpu()
+
+
+class _Rows(Exact):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, at: Tensor) -> Tensor:
+        ctx.save_for_backward(at)
+        ctx.shape = x.shape
+        return x.index_select(0, at)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        (at,) = ctx.saved_tensors
+        return g.new_zeros(ctx.shape).index_copy_(0, at, g), None
+
+
+def rows_at(x: Tensor, at: Tensor) -> Tensor:
+    """The rows of x (n, ...) at places (m,), of which none comes twice: (m, ...).
+
+    Args:
+        at: on the host.
+    """
+    return _Rows.apply(x, sent(at, x.device))
