@@ -17,6 +17,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if os.environ.get("SHADOW_DEVICE"):  # the tests in devices, in processes of their own
+    import cuda_guard  # noqa: F401  (before torch)
 
 import gc
 import io

@@ -14,6 +14,7 @@ from itertools import repeat
 import torch
 
 from lorafold.ops.documents import Documents
+from lorafold.ops.host import on_host, sent
 
 
 def prefixed(docs: Documents, n: int, batch: int, device: torch.device) -> Documents:
@@ -23,16 +24,16 @@ def prefixed(docs: Documents, n: int, batch: int, device: torch.device) -> Docum
         docs: the documents, which have no window.
         device: where `keys` is made.
     """
-    length, lens = sum(docs.own) // batch, torch.tensor(docs.lens, device=device)
-    keys = torch.arange(sum(docs.lens), device=device) if docs.keys is None else docs.keys
+    length, lens = sum(docs.own) // batch, torch.tensor(docs.lens)
+    keys = torch.arange(sum(docs.lens)) if docs.keys is None else on_host(docs.keys)
     sequence = keys // length
     front = sequence[lens.cumsum(0) - lens, None] * (n + length)
-    front = front + torch.arange(n, device=device)  # (documents, n)
+    front = front + torch.arange(n)  # (documents, n)
     parts = zip(front, (keys + n * (sequence + 1)).split(docs.lens), strict=True)
     return Documents(
         tuple(n + each for each in docs.lens),
         None,
         tuple(n + start for start in docs.starts or repeat(0, len(docs.lens))),
-        torch.cat([part for pair in parts for part in pair]),
+        sent(torch.cat([part for pair in parts for part in pair]), device),
         (docs, n * batch),
     )

@@ -33,6 +33,7 @@ from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.methods.parts.options import one_of, refuse, whole
 from lorafold.ops.documents import Documents
+from lorafold.ops.host import plus, sent
 from lorafold.ops.prefixed_documents import prefixed
 
 # by layer_idx: K (1, Hk, n, D), V (1, Hk, n, Dv)
@@ -209,7 +210,7 @@ class Sender(Opaque):
         before = () if above is None else above.before
         seen = above.seen if seen is None and above is not None else seen
         own = Virtual((*before, virtual) if virtual is not None else before, seen)
-        output = run(**(inputs | {_KEYWORD: own, "position_ids": positions(inputs) + n}))
+        output = run(**(inputs | {_KEYWORD: own, "position_ids": plus(positions(inputs), n)}))
         if missed := [i for i in self.layers if i not in own.reached]:
             raise LorafoldError(
                 "the decoder does not pass keyword arguments on to the attention of layers"
@@ -229,7 +230,7 @@ def positions(inputs: dict[str, Any]) -> Tensor:
     x = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
     cache = inputs.get("cache", inputs.get("past_key_values"))
     past = 0 if cache is None else cache.get_seq_length()
-    return torch.arange(past, past + x.shape[1], device=x.device)[None]
+    return sent(torch.arange(past, past + x.shape[1])[None], x.device)
 
 
 class VirtualTokens(Spec):

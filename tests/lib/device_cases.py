@@ -1,0 +1,226 @@
+"""Models, rows and steps on shadows of a GPU, and the same on the CPU."""
+
+import contextlib
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import transformers as tf
+from rich.console import Console
+from torch import Tensor, nn
+
+import cuda_kernels
+import lorafold as lf
+import shadow
+from lorafold.bases.expert_matrices import quantized
+from lorafold.core.matrices import expert_parameters
+from lorafold.data.examples import Example
+from lorafold.machine.processes import ALONE
+from lorafold.methods import make_spec
+from lorafold.models.experts import route_quantized
+from lorafold.models.quantizing import packable
+from lorafold.models.storages import MADE, STORAGES
+from lorafold.step.activations import recompute
+from lorafold.step.adamw import make_optimizer
+from lorafold.step.fused import fused
+from lorafold.step.optim import param_groups
+from lorafold.step.replicated import Replicated
+from lorafold.training.loop import Job, train_step
+from shadow import CUDA, Count, Device, Shadow, host_of
+
+shadow.pretend()
+cuda_kernels.install()
+CPU = torch.device("cpu")
+SIZE: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 304, "max_position_embeddings": 512,
+    "tie_word_embeddings": False, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+LENGTHS = (24, 17, 31, 9)
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+STAND_IN = types.SimpleNamespace(pad_token_id=0)  # for a tokenizer
+
+
+def moved(model: nn.Module) -> nn.Module:
+    """The model with every parameter, buffer and packed constant on the device; what was tied stays
+    tied. `Module.to` can't put a tensor of another class in a parameter.
+    """
+    done: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+
+    def there(x: Any) -> Any:
+        ours = isinstance(x, Tensor) and not isinstance(x, Shadow)
+        return Shadow(x.detach().as_subclass(Tensor)) if ours else x
+
+    def parameter(p: nn.Parameter) -> nn.Parameter:
+        new = nn.Parameter(there(p.detach()), requires_grad=p.requires_grad)
+        for key, value in vars(p).items():  # bitsandbytes keeps constants beside the codes
+            owners = (value, getattr(value, "state2", None)) if key == "quant_state" else ()
+            for owner in filter(None, owners):
+                vars(owner).update({k: there(v) for k, v in vars(owner).items()})
+            if key not in vars(new):
+                setattr(new, key, there(value))
+        return new
+
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                if id(p) not in done:
+                    done[id(p)] = p, parameter(p)
+                module._parameters[name] = done[id(p)][1]
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = there(buffer)
+        for key, value in [*vars(module).items()]:  # such as the rotary embedding's own copy
+            if isinstance(value, Tensor):
+                setattr(module, key, there(value))
+    return model
+
+
+def llama(blocks: int = 2, **more: Any) -> Any:
+    return tf.LlamaConfig(**SIZE | {"num_hidden_layers": blocks} | more)
+
+
+def mixtral(blocks: int = 2, experts: int = 4) -> Any:
+    size = SIZE | {"num_hidden_layers": blocks}
+    return tf.MixtralConfig(**size, num_local_experts=experts, num_experts_per_tok=2)
+
+
+def gemma3(blocks: int = 2) -> Any:
+    kinds = ["sliding_attention", "full_attention"] * blocks
+    size = SIZE | {"num_hidden_layers": blocks, "layer_types": kinds[:blocks]}
+    return tf.Gemma3TextConfig(**size, sliding_window=8)
+
+
+def lfm2(blocks: int = 2) -> Any:
+    size = {k: v for k, v in SIZE.items() if k != "head_dim"} | {"num_hidden_layers": blocks}
+    return tf.Lfm2Config(
+        **size, conv_L_cache=3, layer_types=(["conv", "full_attention"] * blocks)[:blocks]
+    )
+
+
+def base(config: Any, storage: str, there: bool, cls: Any = tf.AutoModelForCausalLM) -> Any:
+    """A random model in a storage, on the device or on the CPU."""
+    torch.manual_seed(0)
+    model = cls.from_config(config, dtype=DTYPES.get(storage, torch.bfloat16))
+    model.requires_grad_(False)
+    for path in packable(model) if storage in MADE else ():
+        parent, _, name = path.rpartition(".")
+        owner = model.get_submodule(parent)
+        if name in expert_parameters(owner):
+            owner._parameters[name] = quantized(owner._parameters[name], STORAGES[storage].pack)
+        else:
+            setattr(owner, name, STORAGES[storage].pack(model.get_submodule(path).weight))
+    if storage in MADE:
+        route_quantized(model)
+    return moved(model) if there else model
+
+
+def away_from_start(adapter: Any, scale: float = 0.02) -> None:
+    """Nothing at zero, where gradients would hide; the same on both devices."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_((torch.randn(p.shape) * scale).to(p.device))
+
+
+def rows(lengths: Sequence[int] = LENGTHS, vocabulary: int = 304) -> list[Example]:
+    """Random rows of which the second half counts."""
+    g = torch.Generator().manual_seed(1)
+    drawn = [tuple(torch.randint(3, vocabulary, (n,), generator=g).tolist()) for n in lengths]
+    return [Example(r, (-100,) * (len(r) // 2) + r[len(r) // 2 :]) for r in drawn]
+
+
+class Stepped(NamedTuple):
+    """The losses of steps, the gradients of the first, and what the last one cost."""
+
+    losses: list[float]
+    gradients: dict[str, Tensor]
+    count: Count
+
+
+class Kept(Replicated):
+    """Keeps the gradients of the first step as they are before clipping."""
+
+    def __init__(self, adapter: Any) -> None:
+        super().__init__(ALONE)
+        self.adapter = adapter
+        self.found: dict[str, Tensor] = {}
+
+    def clip(self, parameters: Sequence[nn.Parameter], most: float) -> None:
+        if not self.found:
+            graded = [(n, p.grad) for n, p in self.adapter.named_parameters()]
+            self.found = {n: host_of(g).detach().clone() for n, g in graded if g is not None}
+        super().clip(parameters, most)
+
+
+def fitted(
+    adapter: Any, loss: Any, examples: Sequence[Any], device: Device | None, steps: int = 2
+) -> Stepped:
+    """Steps of the trainer, of which the last is counted, when states are there."""
+    recipe = lf.Recipe(accumulate=1, clip=1.0)
+    optimizer = make_optimizer("adamw", param_groups(adapter.parts(), 1e-3, 1e-3), recipe)
+    for group in optimizer.param_groups:
+        group.setdefault("peak", group["lr"])
+    layout = Kept(adapter)
+    where = CPU if device is None else CUDA
+    run: Any = types.SimpleNamespace(checkpoints=dict)
+    empty: Any = None
+    job = Job(adapter, loss, optimizer, where, ALONE, empty, None, recipe, run, 10, layout)
+    losses, count = [], Count()
+    for i in range(steps):
+        counting = device.counting() if device and i == steps - 1 else contextlib.nullcontext(count)
+        torch.manual_seed(3)
+        with counting as count:
+            losses.append(train_step(job, examples, i))
+    return Stepped(losses, layout.found, count)
+
+
+@dataclass
+class Case:
+    """One training step: what is trained, on what, how."""
+
+    method: str = "lora"
+    options: dict[str, Any] = field(default_factory=dict)
+    storage: str = "bf16"
+    config: Any = field(default_factory=llama)
+    packed: bool = True
+    checkpointing: bool = False
+    objective: Callable[..., Any] | None = None  # what yields a loss; None: the next token's
+    examples: Sequence[Any] = field(default_factory=rows)
+    cls: Any = tf.AutoModelForCausalLM
+    beside: dict[str, Any] = field(default_factory=dict)
+
+    def on(self, there: bool) -> Stepped:
+        """Its steps on the device, or on the CPU."""
+        with contextlib.ExitStack() as stack:
+            device = stack.enter_context(Device()) if there else None
+            model = base(self.config, self.storage, there, self.cls)
+            torch.manual_seed(0)
+            adapter = lf.attach(model, make_spec(self.method, **self.options), **self.beside)
+            if self.method != "full":
+                away_from_start(adapter)
+            if self.checkpointing:
+                recompute(model)
+            yielded = self.objective or completions
+            loss = stack.enter_context(yielded(model, self.packed))
+            stack.enter_context(fused(model))
+            return fitted(adapter, loss, self.examples, device)
+
+    def both(self) -> tuple[Stepped, Stepped]:
+        """On the device and on the CPU."""
+        return self.on(True), self.on(False)
+
+
+def completions(model: Any, packed: bool) -> Any:
+    from lorafold.objectives.sft import Sft
+
+    return Sft().loss(model, STAND_IN, packed, Console(quiet=True))  # type: ignore[arg-type]
+
+
+def apart(found: Stepped, expected: Stepped) -> float:
+    """The largest relative difference of a gradient, or of a loss."""
+    assert found.gradients.keys() == expected.gradients.keys()
+    pairs = [(g.float(), expected.gradients[n].float()) for n, g in found.gradients.items()]
+    pairs.append((torch.tensor(found.losses[:1]), torch.tensor(expected.losses[:1])))
+    return max(((x - y).norm() / y.norm().clamp_min(1e-12)).item() for x, y in pairs)
