@@ -391,5 +391,5 @@ def test_a_replaced_vocabulary_may_have_begun_with_other_new_rows(tiny_model, tm
         lf.load(tiny_model("llama"), tmp_path / "a")
     other = resized(tiny_model("llama"))
     other.model.embed_tokens.weight.data[3] += 1
-    with pytest.raises(LorafoldError, match="embed_tokens.*differs from this base's"):
+    with pytest.raises(LorafoldError, match=r"embed_tokens.*differs from this base's"):
         lf.load(other, tmp_path / "a")
