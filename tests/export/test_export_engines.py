@@ -243,6 +243,7 @@ REFUSED = {
     "mlx, tied": ("mlx", "gemma", {"targets": ["embed_tokens"]}, "embedding and head are tied"),
     "vllm, head": ("vllm", "gemma", {"targets": ["embed_tokens"]}, "adapts no embedding"),
     "vllm, norms": ("vllm", "llama", {"modules_to_save": ["norm"]}, "can't say"),
+    "vllm, none": ("vllm", "gpt2", {}, "vLLM has no LoRA for models of type gpt2"),
     "sglang, names": ("sglang", "gpt2", {}, "SGLang adapts no module of that name"),
     "sglang, tied": ("sglang", "gemma", {"targets": ["embed_tokens"]}, "are tied"),
 }

@@ -22,7 +22,7 @@ from lorafold.exporting.engines import ask
 from lorafold.exporting.gguf_metadata import architecture_of
 from lorafold.exporting.gguf_model import write_model
 from lorafold.exporting.gguf_names import tensors_of_update
-from lorafold.exporting.run import SHARE
+from lorafold.exporting.run import FEWER, SHARE
 from lorafold.exporting.update import update_of
 from lorafold.methods import METHODS
 from lorafold.models.sources import resolve_model
@@ -281,7 +281,7 @@ def test_over_a_gguf_file_of_few_bits_what_it_differs_by_is_told(tmp_path, base_
     assert done.proof.kl < 2e-5
     told = done.beside["over model.gguf"]
     assert not isinstance(told, str)
-    assert told.prompts == 8
+    assert told.prompts == FEWER
     assert told.kl > 10 * done.proof.kl
     kept = json.loads((tmp_path / "out" / "export.json").read_text())
     assert kept["beside"]["over model.gguf"]["kl"] == told.kl

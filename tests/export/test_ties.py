@@ -57,5 +57,15 @@ def test_what_is_far_for_another_reason_stays_far(model, prompts):
     assert found.kl == found.measured > 1e-4
 
 
+def test_the_model_is_as_it_was_when_the_first_is_enough(model, prompts):
+    """What asks next, texts of another length among it, finds no state moved."""
+    before = [last(model, ids) for ids in prompts]
+    kept = [exchanged(model, ids) for ids in prompts]
+    assert sum(next(one, None) is not None for one in kept) > 1
+    for ids, row in zip(prompts, before, strict=True):
+        torch.testing.assert_close(last(model, ids), row, rtol=0, atol=0)
+        last(model, ids[:2])
+
+
 def test_a_model_without_experts_has_none(tiny_model):
     assert list(exchanged(tiny_model("llama"), [1, 2, 3])) == []

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lorafold as lf
+from lorafold.errors import LorafoldError
 from lorafold.files.atomic import MANIFEST
 from lorafold.models.weights import FileWeights, model_files
 from peft_cases import CLOSE, gap, load_theirs, move, noise
@@ -368,3 +369,27 @@ def test_the_card_says_how_peft_loads_it(tiny_model, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "a" / "lorafold.json").read_text())["vocabulary"] == 302
     ours("gemma", tiny_model("gemma"), tokens=(5,)).save(tmp_path / "b")
     assert "resize_token_embeddings" not in (tmp_path / "b" / "README.md").read_text()
+
+
+def test_a_replaced_vocabulary_may_have_begun_with_other_new_rows(tiny_model, tmp_path):
+    """transformers fills the rows of new tokens at random, so that each resized base has its own;
+    PEFT writes the adapter's base rows beside those that replace them.
+    """
+    torch.manual_seed(1)
+    saved = ["embed_tokens", "lm_head"]
+    config = peft.LoraConfig(
+        r=4, target_modules=["q_proj"], modules_to_save=saved, task_type="CAUSAL_LM"
+    )
+    theirs = peft.get_peft_model(resized(tiny_model("llama")), config)
+    move(p for p in theirs.parameters() if p.requires_grad)
+    theirs.save_pretrained(tmp_path / "a")
+    torch.manual_seed(2)
+    model = resized(tiny_model("llama"))
+    lf.load(model, tmp_path / "a")
+    assert gap(logits(model), logits(theirs)) < CLOSE
+    with pytest.raises(LorafoldError, match=r"302 rows, where this base has 300: .*\(302\)"):
+        lf.load(tiny_model("llama"), tmp_path / "a")
+    other = resized(tiny_model("llama"))
+    other.model.embed_tokens.weight.data[3] += 1
+    with pytest.raises(LorafoldError, match=r"embed_tokens.*differs from this base's"):
+        lf.load(other, tmp_path / "a")

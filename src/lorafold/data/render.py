@@ -46,7 +46,8 @@ def ensure_chat_template(tokenizer: "PreTrainedTokenizerBase") -> str | None:
     if tokenizer.eos_token is None:
         raise LorafoldError(
             "tokenizer: found neither a chat template nor an end-of-sequence token, so completions"
-            " could not end; set a chat template with one (--chat-template)"
+            " could not end; expected eos_token in tokenizer_config.json, or a chat template"
+            " (chat_template.jinja beside it; lorafold train takes --chat-template)"
         )
     tokenizer.chat_template = opening(tokenizer) + PLAIN_TEMPLATE
     return (

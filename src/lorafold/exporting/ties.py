@@ -30,7 +30,8 @@ PAST = 1.5  # how far a state is moved, of what makes the two equal
 
 def exchanged(model: PreTrainedModel, ids: Sequence[int]) -> Iterator[Tensor]:
     """Yield the answers of a model with active adapters (vocabulary,) where one token has the next
-    expert in place of its last, that with the smallest difference of the two first.
+    expert in place of its last, that with the smallest difference of the two first. Between them
+    the model is as it was, however many are taken.
     """
     found: list[tuple[float, nn.Module, int, Tensor]] = []
     routers = [m for m in model.modules() if type(m).__name__.endswith(ROUTER)]
@@ -42,9 +43,10 @@ def exchanged(model: PreTrainedModel, ids: Sequence[int]) -> Iterator[Tensor]:
     for _, router, at, step in sorted(found, key=lambda one: one[0])[:TRIED]:
         handle = router.register_forward_pre_hook(partial(_moved, at, step))
         try:
-            yield last(model, ids)
+            moved = last(model, ids)
         finally:
             handle.remove()
+        yield moved
 
 
 def _note(

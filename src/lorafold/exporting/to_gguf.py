@@ -29,6 +29,7 @@ from lorafold.exporting.launching import Line
 from lorafold.exporting.target import Progress, Subject, Target, Written, only_products
 
 FILE = "adapter.gguf"
+BASE = "base-gguf"  # the directory that a launch line has the base written to
 LARGE = 1 << 30  # weights
 JOB = {"adapter": f"{{out}}/{FILE}"}
 
@@ -59,9 +60,9 @@ class GgufAdapter(Target):
         if gguf is not None:
             return Written(files, tuple(self.use(str(gguf), options)), tuple(notes), JOB)
         at = f" --revision {base.revision}" if base.revision else ""
-        made = f"lorafold export --model {quote(subject.base.name)}{at} --to gguf-model --out base"
-        use = self.use("base/model-F16.gguf", options)
-        lines = (f"{made}  # writes base/model-F16.gguf", *use)
+        model, file = quote(subject.base.name) + at, f"{BASE}/model-F16.gguf"
+        made = f"lorafold export --model {model} --to gguf-model --out {BASE}  # writes {file}"
+        lines = (made, *self.use(file, options))
         return Written(files, lines, tuple(notes), JOB)
 
     def proving(self, subject: Subject, scratch: Path, progress: Progress) -> Mapping[str, Any]:

@@ -31,6 +31,8 @@ EXPERTS = re.compile(rf"(.+\.mlp\.experts)\.({GATE_UP}|{DOWN})")
 STACKED = ("gpt_oss",)  # families whose layers of experts take stacked factors as they are
 SPLIT = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")  # and those that are told of them
 OWN = {"mixtral": (".mlp.experts.", ".block_sparse_moe.experts.")}  # names that differ
+# families whose models there have no LoRA at all (SupportsLoRA)
+WITHOUT = ("bloom", "falcon", "gpt2", "gptj", "stablelm")
 # families in which vLLM adapts embedding and head (embedding_modules of its models)
 WITH_HEADS = (
     "apertus", "cohere", "exaone", "exaone4", "granite", "granitemoe", "llama", "mistral",
@@ -48,6 +50,8 @@ class ToVllm(Target):
     def problems(self, subject: Subject) -> Sequence[str]:
         update, kind = subject.update, subject.config.model_type
         found = only_products(update, FORM)
+        if kind in WITHOUT:
+            found.append(f"vLLM has no LoRA for models of type {kind}; merge the adapter first")
         if update.rank > RANKS[-1]:
             found.append(
                 f"rank {update.rank}: vLLM takes at most {RANKS[-1]}; --as-lora {RANKS[-1]} cuts it"

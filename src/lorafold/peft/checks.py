@@ -47,7 +47,8 @@ def not_finite(key: str, tensor: Tensor) -> str | None:
 
 def stray(key: str, stored: Weights, base: Weights) -> str | None:
     """What is wrong with a tensor that belongs to no delta, or None if it is a copy of a base
-    weight or of another tensor of the file, as PEFT saves some.
+    weight or of another tensor of the file, as PEFT saves some. What the adapter replaces whole may
+    end with other rows than the base's: a vocabulary's new ones begin at random.
 
     Args:
         key: Its key in the file.
@@ -59,6 +60,15 @@ def stray(key: str, stored: Weights, base: Weights) -> str | None:
     own = base.find(plainly(key).removeprefix(f"{ROOT}."))
     if own is None or not tensor.is_floating_point():
         return f"unknown key {key}"
+    replaced = key.replace(".original_module.", ".modules_to_save.")
+    whole = replaced != key and replaced in stored.names
+    rows = base.shape(own)[0]
+    if whole and len(tensor) > rows and base.shape(own)[1:] == tuple(tensor.shape[1:]):
+        return (
+            f"{key}: {len(tensor):,} rows, where this base has {rows:,}: it was trained over a base"
+            f" with rows for new tokens, which transformers' resize_token_embeddings({len(tensor)})"
+            " and save_pretrained make of this one"
+        )
     if base.shape(own) != tuple(tensor.shape):
         return (
             f"{key}: a base weight of shape {list(tensor.shape)}, where this base has"
@@ -66,6 +76,12 @@ def stray(key: str, stored: Weights, base: Weights) -> str | None:
         )
     return (
         None
-        if fingerprint.same(tensor, base.get(own))
+        if fingerprint.same(tensor, base.get(own)) or (whole and _begins(tensor, base.get(own)))
         else f"{key}: a base weight that differs from this base's"
     )
+
+
+def _begins(tensor: Tensor, own: Tensor) -> bool:  # (rows, columns), both
+    """Whether most rows are the same, and those that differ are at the end."""
+    differs = (~fingerprint.equal(tensor, own).flatten(1).all(1)).nonzero().flatten().tolist()
+    return not differs or 2 * differs[0] > len(own)
