@@ -129,6 +129,7 @@ def install() -> None:
     F.rms_norm = rms_norm  # type: ignore[assignment]
     STANDINS[torch.ops.torch_attn._varlen_attn.default] = flash
     STANDINS[torch.ops.torch_attn._varlen_attn_backward.default] = flash_backward
+    STANDINS[aten.mm.dtype] = lambda a, b, dtype: a.to(dtype) @ b.to(dtype)
     # CUDA's takes integers
     STANDINS[aten.histc.default] = lambda x, *more, **options: torch.histc(
         x.float(), *more, **options

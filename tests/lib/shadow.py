@@ -9,8 +9,9 @@ them, where there is none.
 
 An operation whose inputs lie on two devices fails as on a GPU. While it counts, each operation that
 would wait for the device or launch a kernel is counted with the line of lorafold that asked for it.
-Operators of lorafold run by their plain forms there, as CUDA has no others. Not seen are: what
-kernels demand beyond `cuda_kernels`, timing, races, rounding of cuBLAS, several devices.
+Operators of lorafold run by their plain forms there; one that has a kernel for CUDA is one launch.
+Not seen are: what kernels demand beyond `cuda_kernels`, timing, races, rounding of cuBLAS, several
+devices.
 """
 
 import contextlib
@@ -228,13 +229,13 @@ def computed(func: Any, args: Any, kwargs: Any, found: Count | None) -> Any:
     return tree_map(shown, out)
 
 
-def plain_forms() -> dict[Any, Callable[..., Any]]:
-    """The plain forms of lorafold's operators, by what torch dispatches."""
+def operations() -> dict[Any, Any]:
+    """lorafold's operators, by what torch dispatches."""
     from lorafold.ops.operators import Operation
 
     modules = [m for name, m in sys.modules.items() if name.startswith("lorafold.")]
     own = [o for m in modules for o in vars(m).values() if isinstance(o, Operation)]
-    return {o._dispatched: o.plain for o in own if o._dispatched is not None}
+    return {o._dispatched: o for o in own if o._dispatched is not None}
 
 
 class Device(TorchDispatchMode):
@@ -243,7 +244,7 @@ class Device(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.count, self._counts = Count(), False
-        self._plain: dict[Any, Callable[..., Any]] = {}
+        self._operations: dict[Any, Any] = {}
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[Count]:
@@ -258,9 +259,15 @@ class Device(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "lorafold":
             if any(isinstance(t, Shadow) for t in tree_iter((args, kwargs))):
-                self._plain = self._plain if func in self._plain else plain_forms()
-                with self:  # launch by launch
-                    return self._plain[func](*args, **kwargs)
+                from lorafold.kernels.table import FORMS
+
+                known = self._operations
+                operation = (known if func in known else known | operations())[func]
+                self._operations[func] = operation
+                if "cuda" not in FORMS.get(operation, {}):
+                    with self:  # launch by launch
+                        return operation.plain(*args, **kwargs)
+                STANDINS[func] = operation.plain  # a kernel, so one launch
         elif torch.is_inference_mode_enabled() and func._can_decompose():
             with self:  # there modes see operations before they are taken apart
                 return func.decompose(*args, **kwargs)

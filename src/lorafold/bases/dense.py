@@ -153,12 +153,12 @@ class Matrix(Vectors):
         return self.weight(), self.bias
 
     def low_rank(
-        self, x: Tensor, down: Tensor, up: Tensor, p: float, onto: Tensor | None
+        self, x: Tensor, down: Tensor, up: Tensor, p: float, onto: Tensor | None, k: float = 1.0
     ) -> Tensor:
         if torch.compiler.is_compiling() or not self.frozen or onto is not None:
-            return super().low_rank(x, down, up, p, onto)
+            return super().low_rank(x, down, up, p, onto, k)
         drop = shared(x, p, id(self.module), self.site(x)) if p else None
-        return self.biased(low_rank_linear(x, self.read, down, up, drop))
+        return self.biased(low_rank_linear(x, self.read, down, up, drop, k))
 
     def sparse(self, x: Tensor, values: Tensor, at: Tensor, onto: Tensor | None = None) -> Tensor:
         if torch.compiler.is_compiling() or not self.frozen:

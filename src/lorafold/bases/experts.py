@@ -144,11 +144,12 @@ class Experts(Base):
         return torch.cat(parts) if parts else y
 
     def low_rank(
-        self, x: Tensor, down: Tensor, up: Tensor, p: float, onto: Tensor | None
+        self, x: Tensor, down: Tensor, up: Tensor, p: float, onto: Tensor | None, k: float = 1.0
     ) -> Tensor:
         if not self.frozen or onto is not None:
-            return super().low_rank(x, down, up, p, onto)
+            return super().low_rank(x, down, up, p, onto, k)
         drop = shared(x, p, id(self.module), self.site()) if p else None
+        up = up if k == 1.0 else k * up
         y = low_rank_product(x, self.frozen_matrices(), down, up, drop)
         return y if self.bias is None else y + self.each(self.bias).to(y.dtype)
 

@@ -154,6 +154,10 @@ class LowRank(Additive):
     def factors(self) -> tuple[Tensor, Tensor]:
         """up (out, r), with every scale in it, and down (r, in): dW = up @ down."""
 
+    def scaled(self) -> tuple[Tensor, Tensor, float]:
+        """up (out, r), down (r, in) and k, which a layer multiplies in: dW = k up @ down."""
+        return *self.factors(), 1.0
+
     def delta(self) -> Tensor:  # (out, in)
         up, down = self.factors()
         return up @ down
@@ -167,8 +171,8 @@ class LowRank(Additive):
         return (own + torch.linalg.vecdot(up, both)).clamp_min(0)
 
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
-        up, down = self.factors()
-        return layer.low_rank(x, down, up, self.dropout if self.training else 0.0, onto)
+        up, down, k = self.scaled()
+        return layer.low_rank(x, down, up, self.dropout if self.training else 0.0, onto, k)
 
 
 def alike(a: Delta, b: Delta) -> bool:

@@ -160,18 +160,19 @@ class Layer(ABC):
         """
 
     def low_rank(
-        self, x: Tensor, down: Tensor, up: Tensor, p: float, onto: Tensor | None
+        self, x: Tensor, down: Tensor, up: Tensor, p: float, onto: Tensor | None, k: float = 1.0
     ) -> Tensor:
-        """self(x) + up down drop(x), the small product first: (..., in) -> (..., out).
+        """self(x) + k up down drop(x), the small product first: (..., in) -> (..., out).
 
         Args:
             x: the input (..., in).
             down: the down factor (r, in).
-            up: the up factor (out, r), with every scale in it.
+            up: the up factor (out, r).
             p: the probability of dropout on the branch.
             onto: a tensor (..., out) that is added before the rounding, or None.
+            k: a factor, which up is multiplied with before any rounding.
         """
-        return self(x, onto=add(self.branch(x, down, up, p), onto))
+        return self(x, onto=add(self.branch(x, down, up if k == 1.0 else k * up, p), onto))
 
     def branch(self, x: Tensor, down: Tensor, up: Tensor, p: float) -> Tensor:
         """up down drop(x), the small product first: (..., in) -> (..., out).

@@ -3,8 +3,7 @@
     why = use(TRAINING)        from now on they compute so; or why they can't
 
 An operation without a row, or on another kind of device, is computed by its plain form. A new
-form, as in Triton for cuda, is a file whose `forms()` has it under the operation's name,
-and a word in a row.
+form is a file whose `forms()` has it under the operation's name, and a word in a row.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ FORMS: dict[Operation, dict[str, str]] = {
     attention.FORWARD: {"cpu": "attention"},
     attention.GRADIENTS: {"cpu": "attention"},
     dropout.PLACES: {"cpu": "training"},
+    dropout.MASK: {"cuda": "masks"},
     dropout.EMPTY: {"cpu": "training"},
     logits.LOSSES: {"cpu": "training"},
     scale.SCALE: {"cpu": "training"},

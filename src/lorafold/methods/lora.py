@@ -58,6 +58,9 @@ class LoRADelta(LowRank):
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.scale * self.B, self.A
 
+    def scaled(self) -> tuple[Tensor, Tensor, float]:
+        return self.B, self.A, self.scale
+
 
 @dataclass(frozen=True)
 class LoRA(Spec):

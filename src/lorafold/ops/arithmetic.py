@@ -126,6 +126,35 @@ class _Widened(Exact):
         return gx, gm, wide.sum(0).to(ctx.bias) if need_b else None
 
 
+def times(x: Tensor, k: float, dtype: torch.dtype) -> Tensor:
+    """k x, of any shape, multiplied in x's dtype and rounded once to another."""
+    return torch.mul(x, k, out=torch.empty_like(x, dtype=dtype, requires_grad=False))
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b (n, m), in a dtype. On CUDA the sums of 16-bit matrices are not rounded to 16 bits before
+    they are widened to fp32.
+
+    Args:
+        a, b: (n, k) and (k, m).
+    """
+    if a.is_cuda and a.dtype in HALF and dtype is torch.float32:
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)
+
+
+def transposed_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """(a b)^T (m, n), contiguous, in a dtype.
+
+    Args:
+        a, b: (n, k) with few rows, and (k, m).
+    """
+    if a.is_cuda:
+        return product(b.t(), a.t(), dtype)
+    # a CPU multiplies (r, T) with (T, out) faster than (out, T) with (T, r)
+    return a.new_empty((b.shape[1], len(a)), dtype=dtype).copy_((a @ b).t())
+
+
 def linear(x: Tensor, m: Tensor, b: Tensor | None = None) -> Tensor:
     """x m^T + b (..., k), in x's dtype.
 

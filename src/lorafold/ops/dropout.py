@@ -121,6 +121,8 @@ MASK = operator(
 
 def emptied(x: Tensor, where: Tensor) -> Tensor:
     """A copy of x, of any shape, with zeros at the elements that `dropped` drew."""
+    if where.dtype is torch.bool:
+        return x.masked_fill(where, 0)
     return empty_(x.clone(memory_format=torch.contiguous_format), where)
 
 

@@ -5,9 +5,9 @@
                                             accumulator and rounds once
     gx = addmm(drop((g k B) A), g, W)       the same in the backward, with the same elements dropped
 
-W (out, in) is frozen, A = down (r, in), B = up (out, r) with every scale in it, drop sets elements
-of (T, in) to 0, and k = 1 / (1 - p). Only drop(x), u, the indices of the dropped elements and the
-small factors are kept for the backward; W is read again (`frozen.Read`). The specification is
+W (out, in) is frozen, A = down (r, in), B = up (out, r), drop sets elements of (T, in) to 0, and k
+is the update's scale times 1 / (1 - p). Only drop(x), u, the indices of the dropped elements and
+the small factors are kept for the backward; W is read again (`frozen.Read`). The specification is
 `reference.low_rank_linear`; for any other layer `Layer.low_rank` does the same.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorafold.ops.arithmetic import arithmetic
+from lorafold.ops.arithmetic import arithmetic, product, times, transposed_product
 from lorafold.ops.autocast import Exact
 from lorafold.ops.dropout import Dropped, empty_
 from lorafold.ops.frozen import Read
@@ -27,11 +27,12 @@ from lorafold.ops.frozen import Read
 class _LowRankLinear(Exact):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, read: Read, down: Tensor, up: Tensor, drop: Dropped | None
+        ctx: Any, x: Tensor, read: Read, down: Tensor, up: Tensor, drop: Dropped | None, k: float
     ) -> Tensor:
         dtype = arithmetic(x)
         xd, where, scale = branched(x, drop)
-        a, b = down.to(dtype), (up * scale).to(dtype)
+        scale = scale * k
+        a, b = down.to(dtype), times(up, scale, dtype)
         wide = x.to(dtype)
         u = (wide if where is None else xd.to(dtype)) @ a.t()
         ctx.save_for_backward(xd, u, a, b, where)
@@ -42,7 +43,7 @@ class _LowRankLinear(Exact):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         xd, u, a, b, where = ctx.saved_tensors
-        need_x, _, need_down, need_up, _ = ctx.needs_input_grad
+        need_x, _, need_down, need_up, _, _ = ctx.needs_input_grad
         wide = g.to(u.dtype)
         v = wide @ b
         gx = gdown = gup = None
@@ -54,12 +55,10 @@ class _LowRankLinear(Exact):
                 .to(g.dtype)
             )
         if need_down:
-            gdown = (v.t() @ xd.to(v.dtype)).to(ctx.dtype)
+            gdown = product(v.t(), xd.to(v.dtype), ctx.dtype)
         if need_up:
-            # (r, T) x (T, out) runs faster than (out, T) x (T, r); contiguous, so that autograd
-            # keeps it instead of a copy
-            gup = ctx.up.new_empty(b.shape).copy_((u.t() @ wide).t()).mul_(ctx.scale)
-        return gx, None, gdown, gup, None
+            gup = transposed_product(u.t(), wide, ctx.up.dtype).mul_(ctx.scale)
+        return gx, None, gdown, gup, None, None
 
 
 def branched(x: Tensor, drop: Dropped | None) -> tuple[Tensor, Tensor | None, float]:
@@ -73,7 +72,7 @@ def branched(x: Tensor, drop: Dropped | None) -> tuple[Tensor, Tensor | None, fl
 
 
 def low_rank_linear(
-    x: Tensor, read: Read, down: Tensor, up: Tensor, drop: Dropped | None = None
+    x: Tensor, read: Read, down: Tensor, up: Tensor, drop: Dropped | None = None, k: float = 1.0
 ) -> Tensor:
     """x W^T + k drop(x) down^T up^T (..., out), in x's dtype. Differentiable once.
 
@@ -83,6 +82,7 @@ def low_rank_linear(
         down: the down factor (r, in).
         up: the up factor (out, r).
         drop: x with dropped elements, the input of the branch (None: x).
+        k: a factor of the branch, which up is multiplied with before any rounding.
     """
-    y: Tensor = _LowRankLinear.apply(x.reshape(-1, x.shape[-1]), read, down, up, drop)
+    y: Tensor = _LowRankLinear.apply(x.reshape(-1, x.shape[-1]), read, down, up, drop, k)
     return y.view(*x.shape[:-1], len(up))

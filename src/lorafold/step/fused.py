@@ -42,8 +42,8 @@ Forward = Callable[..., Any]
 @dataclass(frozen=True)
 class FastPath:
     """How many of the blocks run norms, MLP and rotary embedding fused, which of these parts run
-    the model's own code in the other blocks, and why operators run in torch and not in C++ (empty:
-    they don't, or the model is not on a CPU). The blocks of towers do not count.
+    the model's own code in the other blocks, and why operators run in torch and not in kernels of
+    lorafold (empty: they don't). The blocks of towers do not count.
     """
 
     fast: int
@@ -77,7 +77,8 @@ def fused(
         "norms": partial(_fused_norm, norm),
         "MLP": partial(_fused_mlp, gate),
     }
-    why = use(TRAINING) if any(p.is_cpu for p in model.parameters()) else ""
+    kinds = {p.device.type for p in model.parameters()}
+    why = "; ".join(filter(None, (use(TRAINING, kind) for kind in sorted(kinds))))
     paths, own = blocks(model), own_blocks(model)
     inside = [[module for _, module in bare_modules(model.get_submodule(path))] for path in paths]
     with ExitStack() as stack:

@@ -34,34 +34,53 @@ class _Both:
         return (self.here.to(self.device) if there else self.here)[at]
 
 
-@contextmanager
-def masks_by_host() -> Iterator[None]:
-    """Have transformers find documents on the host until the `with` block ends. A version that has
-    no functions of these names goes on as it does.
+class _Functions:
+    """transformers' functions that find documents, and how many `with` blocks have ours in their
+    place. The positions are those of the mask that is being made.
     """
-    names = "find_packed_sequence_indices", "remap_positions_for_packed_sequence"
-    theirs = [vars(masking_utils).get(name) for name in names]
-    if None in theirs:
-        yield
-        return
-    find, remap = theirs
-    positions: list[Tensor] = []  # of the mask that is being made
 
-    def found(position_ids: Tensor) -> Any:
-        positions[:] = [on_host(position_ids)]
-        numbers = find(*positions)
+    NAMES = "find_packed_sequence_indices", "remap_positions_for_packed_sequence"
+
+    def __init__(self) -> None:
+        self.users, self.known = 0, _Both(torch.empty(0), HOST)
+        self.theirs: list[Any] = []
+
+    def enter(self) -> None:
+        if not self.users:
+            self.theirs = [vars(masking_utils).get(name) for name in self.NAMES]
+            self._set([self._found, self._remapped])
+        self.users += 1
+
+    def leave(self) -> None:
+        self.users -= 1
+        if not self.users:
+            self._set(self.theirs)
+
+    def _set(self, functions: list[Any]) -> None:
+        if None not in self.theirs:  # a version that has others goes on as it does
+            for name, function in zip(self.NAMES, functions, strict=True):
+                setattr(masking_utils, name, function)
+
+    def _found(self, position_ids: Tensor) -> Any:
+        self.known = _Both(on_host(position_ids), position_ids.device)
+        numbers = self.theirs[0](self.known.here)
         return None if numbers is None else _Both(numbers, position_ids.device)
 
-    def remapped(mask: Callable[..., Any], position_ids: Tensor) -> Any:
-        return remap(mask, _Both(*positions, position_ids.device))
+    def _remapped(self, mask: Callable[..., Any], position_ids: Tensor) -> Any:
+        return self.theirs[1](mask, self.known)
 
+
+_functions = _Functions()
+
+
+@contextmanager
+def masks_by_host() -> Iterator[None]:
+    """Have transformers find documents on the host until the `with` block ends."""
+    _functions.enter()
     try:
-        for name, function in zip(names, (found, remapped), strict=True):
-            setattr(masking_utils, name, function)
         yield
     finally:
-        for name, function in zip(names, theirs, strict=True):
-            setattr(masking_utils, name, function)
+        _functions.leave()
 
 
 def indices(
