@@ -192,4 +192,4 @@ def test_a_new_form_is_a_file_and_a_row(monkeypatch: pytest.MonkeyPatch) -> None
 def test_each_row_names_a_file_that_has_the_form(native: Operations) -> None:
     for of, row in FORMS.items():
         for file in row.values():
-            assert callable(getattr(import_module(f"lorafold.kernels.{file}").forms(), of.name))
+            assert callable(getattr(import_module(f"lorafold.kernels.{file}")._Forms, of.name))

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import cuda_kernels
 import lorafold as lf
-import shadow
 from lorafold.bases.expert_matrices import quantized
 from lorafold.core.matrices import expert_parameters
 from lorafold.data.examples import Example
@@ -30,7 +29,6 @@ from lorafold.step.replicated import Replicated
 from lorafold.training.loop import Job, train_step
 from shadow import CUDA, Count, Device, Shadow, host_of
 
-shadow.pretend()
 cuda_kernels.install()
 CPU = torch.device("cpu")
 SIZE: dict[str, Any] = {

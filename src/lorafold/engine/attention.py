@@ -77,7 +77,9 @@ def slot_attention(operations: Operations) -> Callable[..., tuple[Tensor, None]]
             others = protocol | {"dropout": 0.0}
             return attend(module, query, key, value, attention_mask, scaling, **others)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        mask = attention_mask[..., : key.shape[2]]
+        mask = attention_mask
+        if mask.shape[-1] != key.shape[2]:  # else it is the one that all layers are given
+            mask = mask[..., : key.shape[2]]
         return operations.attend(query, key, value, mask, scale), None
 
     return attention

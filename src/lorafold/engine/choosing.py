@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lorafold.engine.request import Sampling
 from lorafold.engine.sampler import NOT_FINITE, Choice, NotFinite, Sampler
+from lorafold.ops.host import picked
 
 AT_ONCE = 4  # rows that are computed with together: 16 leave a processor's cache, at half the speed
 FEW = 1024  # top-p looks among so many first, since all take five times as long to sort
@@ -36,13 +37,13 @@ def chosen(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[Choice | Exce
     plain = [b for b, sampler in enumerate(samplers) if sampler.plain]
     others = [b for b, sampler in enumerate(samplers) if not sampler.plain]
     if plain:
-        logits_nV = logits_BV[plain].float()
-        best, finite = logits_nV.argmax(-1).tolist(), _finite(logits_nV)
-        for b, token, well in zip(plain, best, finite, strict=True):
+        logits_nV = picked(logits_BV, plain).float()
+        both = torch.stack([logits_nV.argmax(-1), torch.isfinite(logits_nV.sum(-1)).long()])
+        for b, token, well in zip(plain, *both.tolist(), strict=True):
             found[b] = Choice(token) if well else NotFinite(NOT_FINITE)
     for start in range(0, len(others), AT_ONCE):
         some = others[start : start + AT_ONCE]
-        logits_nV = logits_BV[some].to("cpu", torch.float32)
+        logits_nV = picked(logits_BV, some).to("cpu", torch.float32)
         found |= zip(some, _chosen([samplers[b] for b in some], logits_nV), strict=True)
     for b, choice in found.items():
         if isinstance(choice, Choice):

@@ -21,6 +21,7 @@ from lorafold.engine.runner import Runner
 from lorafold.engine.sampler import Choice, NotFinite, Unfit
 from lorafold.engine.scheduler import Batch, Scheduler
 from lorafold.errors import STOPS, LorafoldError, place
+from lorafold.ops.host import picked
 
 
 class Loop:
@@ -144,7 +145,7 @@ class Loop:
             if not row.request.max_new_tokens:
                 self.end(row, "length")
         rows = [(b, row) for b, row in rows if row.request.max_new_tokens]
-        choices = chosen([row.sampler for _, row in rows], logits_BV[[b for b, _ in rows]])
+        choices = chosen([row.sampler for _, row in rows], picked(logits_BV, [b for b, _ in rows]))
         for (_, row), choice in zip(rows, choices, strict=True):
 
             def take(row: Row = row, choice: Choice | Exception = choice) -> None:

@@ -31,6 +31,7 @@ from lorafold.engine.steady import InBlocks, plain_products
 from lorafold.engine.structure import Shape, Structure
 from lorafold.ops.arithmetic import FEW, HALF
 from lorafold.ops.decoding import Part, Product
+from lorafold.ops.host import sent
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +109,7 @@ class Plan:
         self.each = each
         self._with_others = [b for b in range(len(held)) if (h := held[b]) is not None and h.deltas]
         self._by_path: dict[str, list[tuple[Delta, Tensor]]] = {}
+        self._rows: dict[tuple[int, ...], Tensor] = {}
         self.places = torch.tensor([NOBODY if h is None else places.get(h, NOBODY) for h in held])
         self.one: dict[tuple[str, ...], Product] = {}  # by paths
 
@@ -116,16 +118,21 @@ class Plan:
         """Whether every row is the base's."""
         return not (self.products or self.others)
 
-    def deltas_at(self, path: str) -> list[tuple[Delta, Tensor]]:
-        """The deltas at a module that are no products, each with its rows (n,)."""
+    def deltas_at(self, path: str, device: torch.device) -> list[tuple[Delta, Tensor]]:
+        """The deltas at a module that are no products, each with its rows (n,), on the device."""
         if path not in self._by_path:
             rows: dict[Any, tuple[Delta, list[int]]] = {}
             for b in self._with_others:
                 delta = self.held[b].deltas.get(path)  # type: ignore[union-attr]
                 if delta is not None:
                     rows.setdefault(b if self.each else id(delta), (delta, []))[1].append(b)
-            self._by_path[path] = [(delta, torch.tensor(at)) for delta, at in rows.values()]
+            self._by_path[path] = [(d, self._sent(tuple(at), device)) for d, at in rows.values()]
         return self._by_path[path]
+
+    def _sent(self, rows: tuple[int, ...], device: torch.device) -> Tensor:
+        if rows not in self._rows:  # for all modules
+            self._rows[rows] = sent(torch.tensor(rows), device)
+        return self._rows[rows]
 
 
 class EngineDelta(Opaque):
@@ -214,8 +221,8 @@ class Products:
         Args:
             x: its input (B, T, in).
         """
-        for delta, rows in self.plan.deltas_at(path) if path in self.plan.others else ():
-            rows = rows.to(y.device)
+        deltas = self.plan.deltas_at(path, y.device) if path in self.plan.others else ()
+        for delta, rows in deltas:
             own, its = x[rows], y[rows]
             # kernels sum few tokens in an order of their own
             many = -(-self.least(x.dtype, x.device) * own.shape[-1] // own.numel())

@@ -28,6 +28,7 @@ from lorafold.engine.settings import EngineSettings
 from lorafold.engine.slots import SlotCache, SlotView
 from lorafold.engine.structure import Structure, run
 from lorafold.ops.arithmetic import FEW, multiplies_bf16, multiplying, widens
+from lorafold.ops.host import picked, sent
 
 
 class Runner(ABC):
@@ -224,7 +225,7 @@ class SlotRunner(Runner):
         with self._one_arithmetic():
             logits = self._pass(held, taken, ns, at, starts, width)
         index = {id(row): b for b, row in enumerate(taken) if row is not None}
-        return logits[[index[id(row)] for row in rows]]
+        return picked(logits, [index[id(row)] for row in rows])
 
     def _one_arithmetic(self) -> AbstractContextManager[None]:
         if self.as_trained:
@@ -255,15 +256,15 @@ class SlotRunner(Runner):
             [0] * width if row is None else _padded(row.tokens[row.filled : row.filled + n], width)
             for row, n in zip(taken, ns, strict=True)
         ]
-        rows = at if isinstance(at, slice) else torch.tensor(at, device=device)
-        view = self._views[held].aim(rows, torch.tensor(starts, device=device), width)
+        rows = at if isinstance(at, slice) else sent(torch.tensor(at), device)
+        view = self._views[held].aim(rows, sent(torch.tensor(starts), device), width)
         to_score = [0 if row is None else row.to_score(n) for row, n in zip(taken, ns, strict=True)]
         lasts = [*range(max(ns))] if any(to_score) else sorted({n - 1 for n in ns})
         if self.as_trained:  # the head is a product too
             lasts = sorted({*lasts, *range(-(-FEW // len(ns)))})
-        keep = torch.tensor(lasts, device=device)
+        keep = sent(torch.tensor(lasts), device)
         context = self.deltas.alone(held) if held else self.deltas.mixed(self._planned(taken))
-        ids_BT, counts_B = torch.tensor(ids, device=device), torch.tensor(ns, device=device)
+        ids_BT, counts_B = sent(torch.tensor(ids), device), sent(torch.tensor(ns), device)
         with context:
             logits = run(self.model, view, ids_BT, counts_B, keep)  # (B, len(lasts), V)
         for row, own, n in zip(taken, logits, to_score, strict=True):
@@ -271,7 +272,8 @@ class SlotRunner(Runner):
                 row.score(own[:n])
         if len(lasts) == 1:
             return logits[:, 0]
-        return logits[torch.arange(len(ns)), torch.tensor([lasts.index(n - 1) for n in ns])]
+        at = sent(torch.tensor([lasts.index(n - 1) for n in ns]), device)
+        return logits[torch.arange(len(ns), device=device), at]
 
     def _planned(self, taken: Sequence[Row | None]) -> Plan:
         helds = [None if row is None else row.held for row in taken]

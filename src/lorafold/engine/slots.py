@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from lorafold.engine.operations import Operations
+from lorafold.ops.host import on_host, sent
 
 STEP = 32  # reads are as wide as a multiple of this, so that few shapes occur
 
@@ -140,10 +141,10 @@ class SlotView(Cache):
             tokens: how many tokens T the pass writes to each row.
         """
         self.rows, self.start_B = rows, start_B
-        self.longest = int(start_B.max()) + tokens
+        self.longest = int(on_host(start_B).max()) + tokens
         self.width = self.of.width(self.longest)
         index = torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
-        self.row_B = index.to(start_B.device)
+        self.row_B = sent(index, start_B.device)
         self.position_BT = start_B[:, None] + torch.arange(tokens, device=start_B.device)
         return self
 

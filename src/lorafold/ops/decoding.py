@@ -91,18 +91,30 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tenso
         mask: what is added to the scores, (B, 1, T, K).
         scale: the factor of the scores.
     """
-    (b, heads, t, d), kv, width = q.shape, k.shape[1], k.shape[2]
+    (b, heads, t, d), kv = q.shape, k.shape[1]
     groups = heads // kv
-    m = mask[:, :, None].expand(b, kv, groups if t > 1 else 1, t, width)
-    m = m.reshape(b * kv, -1, width)
+    m = _of_heads(mask, kv, groups if t > 1 else 1, t)
     q, k, v = q.reshape(b * kv, groups * t, d), k.flatten(0, 1), v.flatten(0, 1)
     if t == 1:
-        wide = m.to(torch.promote_types(m.dtype, torch.float32))
-        scores = torch.add(wide, torch.bmm(k, q.mT).mT, alpha=scale)
+        scores = torch.add(m, torch.bmm(k, q.mT).mT, alpha=scale)
     else:
         scores = torch.baddbmm(m, q, k.mT, alpha=scale)
     o = torch.bmm(torch.softmax(scores, -1).to(v.dtype), v)
     return o.view(b, heads, t, -1).transpose(1, 2)
+
+
+def _of_heads(mask: Tensor, kv: int, groups: int, t: int) -> Tensor:
+    """A mask (B, 1, T, K) for each of B * kv heads, (B kv, groups T, K), for one query in fp32. It
+    is kept with the mask, which all layers are given.
+    """
+    known = vars(mask).setdefault("_lorafold_of_heads", {})
+    if (kv, groups) not in known:
+        m = mask[:, :, None].expand(len(mask), kv, groups, t, mask.shape[-1])
+        m = m.reshape(len(mask) * kv, -1, mask.shape[-1])
+        wide = torch.promote_types(m.dtype, torch.float32)
+        known[kv, groups] = m.to(wide) if t == 1 else m
+    found: Tensor = known[kv, groups]
+    return found
 
 
 def write(buffer: Tensor, x: Tensor, slots: Tensor, starts: Tensor) -> None:
@@ -114,8 +126,10 @@ def write(buffer: Tensor, x: Tensor, slots: Tensor, starts: Tensor) -> None:
         slots: the slot of each row, int64 (B,).
         starts: the position of its first token, int64 (B,).
     """
-    at = starts[:, None] + torch.arange(x.shape[2], device=starts.device)
-    buffer[slots[:, None], :, at] = x.transpose(1, 2)
+    known = vars(starts).setdefault("_lorafold_places", {})  # for the keys and values of all layers
+    if (tokens := x.shape[2]) not in known:
+        known[tokens] = starts[:, None] + torch.arange(tokens, device=starts.device)
+    buffer[slots[:, None], :, known[tokens]] = x.transpose(1, 2)
 
 
 STORED, LOW_RANK = Operation("stored", stored), Operation("low_rank", low_rank)

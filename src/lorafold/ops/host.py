@@ -10,7 +10,7 @@ host before they are sent, so nothing that follows from them alone has to ask.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +50,14 @@ def plus(x: Tensor, n: int) -> Tensor:
     if known is not None and version == x._version:
         vars(there)[KEPT] = known + n, there._version
     return there
+
+
+def picked(x: Tensor, rows: Sequence[int]) -> Tensor:
+    """The rows (m, ...) of x (n, ...) by their numbers; x itself, if these are all in their order.
+    """
+    if len(rows) == len(x) and all(i == b for i, b in enumerate(rows)):
+        return x
+    return x.index_select(0, sent(torch.tensor(rows, dtype=torch.long), x.device))
 
 
 class _Rows(Exact):
