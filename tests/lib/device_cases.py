@@ -41,15 +41,18 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 STAND_IN = types.SimpleNamespace(pad_token_id=0)  # for a tokenizer
 
 
-def moved(model: nn.Module) -> nn.Module:
+def shadow_of(x: Tensor) -> Tensor:
+    return Shadow(x.detach().as_subclass(Tensor))
+
+
+def moved(model: nn.Module, put: Callable[[Tensor], Tensor] = shadow_of) -> nn.Module:
     """The model with every parameter, buffer and packed constant on the device; what was tied stays
     tied. `Module.to` can't put a tensor of another class in a parameter.
     """
     done: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
 
     def there(x: Any) -> Any:
-        ours = isinstance(x, Tensor) and not isinstance(x, Shadow)
-        return Shadow(x.detach().as_subclass(Tensor)) if ours else x
+        return put(x) if isinstance(x, Tensor) and x.device.type == "cpu" else x
 
     def parameter(p: nn.Parameter) -> nn.Parameter:
         new = nn.Parameter(there(p.detach()), requires_grad=p.requires_grad)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -26,6 +27,7 @@ from lorafold.models.positions import positions_in
 from lorafold.models.sources import EMBEDDED
 from lorafold.opening import Base
 from lorafold.ops.arithmetic import widens
+from lorafold.ops.demands import AMPERE, Place, place_of
 from lorafold.recipe.fields import OF_MEMORY, OF_ROWS
 from lorafold.recipe.fitting import LENGTH, fitted_length
 from lorafold.recipe.recipe import Recipe
@@ -40,7 +42,7 @@ class Forecast(Shown):
 
     `advice` says whether it fits a device's memory and what would, if that was asked; `measured`
     has the bytes of a real step, if one was run. `of_this_cpu` is set if the estimate is for this
-    machine's CPU instead of accelerators in general. Of several processes the bytes are those of
+    machine's CPU instead of a GPU. Of several processes the bytes are those of
     each; `speed` is what a device computes, in operations a second.
     """
 
@@ -102,6 +104,7 @@ def estimate(
     device_memory: int | None = None,
     measure: bool = False,
     device: str | None = None,
+    compute_capability: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     console: Console | None = None,
@@ -129,8 +132,10 @@ def estimate(
             on what they send is hidden.
         device_memory: Bytes of the device, to say whether it fits and what would.
         measure: Also load the model and run two real steps.
-        device: cpu estimates for this machine's CPU; `measure` runs on it, or on cuda, cuda:N or
-            mps.
+        device: cpu estimates for this machine's CPU; without it for a GPU of CUDA. `measure` runs
+            on it: cpu, cuda, cuda:N or mps.
+        compute_capability: That of the GPU, such as 8.0, which is assumed; kernels that an older
+            one lacks are left out. With `measure` it is that of the device.
         revision: The branch, tag or commit of a hub model.
         trust_remote_code: Run Python code that comes with the model.
         console: A rich console for progress; None is quiet.
@@ -175,7 +180,7 @@ def estimate(
         setting = setting_on_rows(base, mode, of_run, data, rewards, columns, console)
         bare = {k: v for k, v in given.items() if k in OF_MEMORY}
         stored_as = setting_of(mode, Recipe(**bare), 1, LENGTH).base
-        # for accelerators in general, as without rows
+        # for a GPU, as without rows
         setting, config = replace(setting, base=stored_as, widened=False), base.config()
     setting = replace(setting, trust_remote_code=trust_remote_code)
     setting = replace(setting, processes=gpus, strategy=strategy)
@@ -185,6 +190,8 @@ def estimate(
     of_this_cpu = (device if on is None else on.type) == "cpu"
     if of_this_cpu:
         setting = replace(setting, widened=widens(setting.base.dtype))
+    asked_for = Place((device or "cuda").partition(":")[0], capability(compute_capability))
+    setting = replace(setting, place=asked_for if on is None else place_of(on))
     found, advice, measured = terms.estimate(config, setting), None, None
     if device_memory is not None:
         with console.status("searching for what fits, in about twenty settings"):
@@ -238,3 +245,18 @@ def check_rows_alone(mode: str, params: str | None, labelled: int | None, measur
             f"--data: found {', '.join(wrong)} too, expected none: rows need a tokenizer, have"
             " lengths and labels of their own, and are trained on"
         )
+
+
+def capability(given: str | None) -> tuple[int, int]:
+    """The compute capability of a GPU, major and minor, from text such as 8.0.
+
+    Raises LorafoldError for other text.
+    """
+    if given is None:
+        return AMPERE
+    if not re.fullmatch(r"\d{1,2}\.\d", given, re.ASCII):
+        raise LorafoldError(
+            f"--compute-capability: found {given!r}, expected two numbers such as 8.0 or 9.0"
+        )
+    major, _, minor = given.partition(".")
+    return int(major), int(minor)

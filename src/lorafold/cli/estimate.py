@@ -139,9 +139,18 @@ def command(
         str | None,
         typer.Option(
             help=(
-                "cpu estimates for this machine's CPU. --measure runs on this device: cpu, cuda,"
-                " cuda:N or mps; without it on the fastest that this machine has."
+                "cpu estimates for this machine's CPU; without it for a GPU of CUDA. --measure runs"
+                " on this device: cpu, cuda, cuda:N or mps; without it on the fastest that this"
+                " machine has."
             )
+        ),
+    ] = None,
+    compute_capability: Annotated[
+        str | None,
+        typer.Option(
+            metavar="X.Y",
+            help="Of the GPU, such as 7.5 of a T4; 8.0 or newer is assumed, which has flash"
+            " attention.",
         ),
     ] = None,
     json: JsonOption = False,
@@ -178,6 +187,7 @@ def command(
         device_memory=memory,
         measure=measure,
         device=device,
+        compute_capability=compute_capability,
         console=messages(),
         **source.how,
     )

@@ -34,6 +34,7 @@ from lorafold.memory.trace import Setting
 from lorafold.models.fake import fake_model, without_values
 from lorafold.objectives.objective import Objective
 from lorafold.ops.arithmetic import CPU, widens
+from lorafold.ops.demands import place_of
 from lorafold.recipe.recipe import Recipe
 from lorafold.step.adamw import in_words
 
@@ -100,6 +101,7 @@ def planned(
         accumulating=accumulating,
         draws=draws,
         widened=widens(asked.base.dtype, device),
+        place=place_of(device),
         processes=processes,
         strategy=recipe.strategy,
     )

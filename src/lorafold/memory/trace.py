@@ -30,6 +30,7 @@ from lorafold.models.load_errors import one_line
 from lorafold.models.storage import Storage
 from lorafold.objectives.classify import class_loss
 from lorafold.ops.arithmetic import multiplying
+from lorafold.ops.demands import Place, as_on
 from lorafold.ops.documents import Documents
 from lorafold.ops.tile import Tile
 from lorafold.step.activations import recompute
@@ -40,6 +41,8 @@ from lorafold.step.losses import next_token_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+ON_CPU = Place("cpu")
 
 
 def nothing(model: PreTrainedModel) -> dict[str, Any]:
@@ -69,6 +72,7 @@ class Setting:
     below: The frozen adapters that the new one lies over, lowest first: of each its method, and
         what gives the other arguments of `attach`, for a model.
     draws: The completions that are drawn before a step; None: there are none.
+    place: The kind of device that computes, whose ways with dropout and attention it follows.
     widened: 16-bit matrices are multiplied in fp32, as some CPUs do because it is faster there
         (`ops.arithmetic.widens`); this takes more memory.
     trust_remote_code: The model's own Python files run.
@@ -90,6 +94,7 @@ class Setting:
     accumulating: bool = False
     draws: RolloutSize | None = None
     widened: bool = False
+    place: Place = ON_CPU
     below: tuple[tuple[Spec, Callable[[PreTrainedModel], Mapping[str, Any]]], ...] = ()
     trust_remote_code: bool = False
     processes: int = 1
@@ -131,6 +136,7 @@ def trace(config: PreTrainedConfig, setting: Setting, blocks: int) -> Traced:
         existing_set_aside(),
         without_values(),
         multiplying(widened=setting.widened),
+        as_on(setting.place),
         Ledger() as ledger,
     ):
         step = inference if setting.spec is None else training

@@ -1,7 +1,7 @@
 """What kernels of other libraries demand of a GPU and of their inputs.
 
-    takes(FLASH, q, v)            whether the kernel takes these inputs on the card that they are on
-    with as_card((8, 0)): ...     as if each card had this compute capability
+    takes(FLASH, q, v)                      whether the kernel takes these inputs where they are
+    with as_on(Place("cuda")): ...          as if tensors were on such a card
 
 A path that uses a kernel asks here first, so that every card takes one that exists.
 """
@@ -30,37 +30,54 @@ class Demand(NamedTuple):
     capability: tuple[int, int]
 
 
+AMPERE = (8, 0)  # the first with bf16
 # Dao 2023, arXiv 2307.08691, as torch builds it
-FLASH = Demand(HALF, 256, 8, (8, 0))
+FLASH = Demand(HALF, 256, 8, AMPERE)
 
 
-_card: ContextVar[tuple[int, int] | None] = ContextVar("card", default=None)
+class Place(NamedTuple):
+    """A kind of device, and the compute capability of a GPU, major and minor."""
+
+    kind: str
+    capability: tuple[int, int] = AMPERE
+
+
+def place_of(device: torch.device) -> Place:
+    """The kind of a device of this machine, with its compute capability if it is a GPU of CUDA."""
+    if device.type != "cuda":
+        return Place(device.type)
+    return Place("cuda", torch.cuda.get_device_capability(device))
+
+
+_said: ContextVar[Place | None] = ContextVar("place", default=None)
 
 
 @contextmanager
-def as_card(capability: tuple[int, int]) -> Iterator[None]:
-    """Let each card have this compute capability, major and minor, until the `with` block ends, in
-    this thread. An estimate is of a card that may be elsewhere.
+def as_on(place: Place) -> Iterator[None]:
+    """Have tensors computed as if they were on another device, until the `with` block ends, in this
+    thread. An estimate is of a device that may be elsewhere.
     """
-    token = _card.set(capability)
+    token = _said.set(place)
     try:
         yield
     finally:
-        _card.reset(token)
+        _said.reset(token)
 
 
-def capability_of(device: torch.device) -> tuple[int, int]:
-    """The compute capability, major and minor, of a CUDA device."""
-    return _card.get() or torch.cuda.get_device_capability(device)
+def kind_of(x: Tensor) -> str:
+    """The kind of device, such as cpu or cuda, whose ways x, of any shape, is computed in."""
+    said = _said.get()
+    return x.device.type if said is None else said.kind
 
 
 def takes(demand: Demand, q: Tensor, v: Tensor) -> bool:
     """Whether a kernel takes queries (..., D) and values (..., Dv), of one dtype and device."""
-    size = q.shape[-1]
+    size, said = q.shape[-1], _said.get()
     return (
-        q.is_cuda
+        kind_of(q) == "cuda"
         and q.dtype in demand.dtypes
         and size == v.shape[-1] <= demand.largest_head
         and size % demand.head_unit == 0
-        and capability_of(q.device) >= demand.capability
+        and (said.capability if said else torch.cuda.get_device_capability(q.device))
+        >= demand.capability
     )

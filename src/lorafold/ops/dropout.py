@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from lorafold.core.draws import DrawSite
+from lorafold.ops.demands import kind_of
 from lorafold.ops.operators import operator
 from lorafold.ops.philox import WORD, halves, philox
 
@@ -71,7 +72,7 @@ def dropped(x: Tensor, p: float, site: DrawSite | None = None) -> Tensor:
     if not p or not x.numel():
         return torch.empty(0, dtype=torch.int32, device=x.device)
     key, names, number = (0, None, 0) if site is None else site
-    drawn: Tensor = (PLACES if x.device.type == "cpu" else MASK)(x, p, names, key, number)
+    drawn: Tensor = (PLACES if kind_of(x) == "cpu" else MASK)(x, p, names, key, number)
     return drawn
 
 

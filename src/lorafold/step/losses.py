@@ -255,6 +255,6 @@ def next_token_loss(model: Any, inputs: Mapping[str, Tensor], labelled: int) -> 
         inputs: input_ids with positions (1, T), or with a mask (B, T).
         labelled: The tokens that the loss counts, divided evenly among padded rows.
     """
-    rows = len(inputs["input_ids"])
-    labels = torch.zeros((rows, ceil(labelled / rows)), dtype=torch.long)
+    ids = inputs["input_ids"]
+    labels = ids.new_zeros((len(ids), ceil(labelled / len(ids))))
     return labelled_loss(model, labels, inputs)[0]

@@ -1,0 +1,81 @@
+"""An estimate for a GPU counts what a step on tensors that are there holds, of any machine.
+
+The oracle is a step on fake tensors that say cuda:0, whose ways are CUDA's because of their device
+and not because an estimate asked for them.
+"""
+
+import gc
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import lorafold as lf
+from device_cases import moved
+from lorafold.memory import trace as tracing
+from lorafold.memory.modes import llama
+from lorafold.memory.trace import Setting, trace
+from lorafold.models.storage import Storage
+from lorafold.ops.demands import Place
+
+BF16 = Storage(torch.bfloat16)
+LORA, DORA = lf.LoRA(rank=16), lf.DoRA(lf.LoRA(rank=16))
+ROWS = (256, 512, 1024)
+SETTINGS = {
+    "lora": Setting(BF16, LORA, rows=ROWS),
+    "lora-8k": Setting(BF16, LORA, rows=(8192,)),
+    "no-dropout": Setting(BF16, lf.LoRA(rank=16, dropout=0.0), rows=ROWS),
+    "rank-64": Setting(BF16, lf.LoRA(rank=64), rows=ROWS),
+    "dora": Setting(BF16, DORA, rows=ROWS),
+    "qlora": Setting(Storage(torch.bfloat16, "nf4"), LORA, rows=ROWS),
+    "int8": Setting(Storage(torch.bfloat16, "int8"), LORA, rows=ROWS),
+    "full": Setting(BF16, lf.Full(), rows=ROWS),
+    "checkpointing": Setting(BF16, LORA, rows=ROWS, checkpointing=True),
+    "qlora-checkpointing": Setting(
+        Storage(torch.bfloat16, "nf4"), LORA, rows=(8192,), checkpointing=True
+    ),
+    "padded": Setting(BF16, LORA, rows=(512, 512), packed=False),
+    "fp32": Setting(Storage(torch.float32), LORA, rows=ROWS),
+}
+MIB = 1 << 20
+
+
+def efficient(
+    q: Any, k: Any, v: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
+    scale: Any = None, enable_gqa: bool = False,
+) -> Any:  # fmt: skip
+    """The kernel that CUDA computes masked attention with, which a CPU build does not choose."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    if attn_mask is not None and attn_mask.dtype is torch.bool:
+        inf = float("-inf")
+        attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(~attn_mask, inf)
+    bias = None if attn_mask is None else attn_mask.expand(*q.shape[:2], *attn_mask.shape[-2:])
+    kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+    return kernel(q, k, v, bias, True, dropout_p, is_causal, scale=scale)[0]
+
+
+def there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have models and inputs of a trace made on the device."""
+    made, integers = tracing.fake_model, tracing.integers
+
+    def model(*given: Any) -> Any:
+        return moved(made(*given), lambda x: x.to("cuda:0"))
+
+    monkeypatch.setattr(tracing, "fake_model", model)
+    monkeypatch.setattr(tracing, "integers", lambda *shape: integers(*shape).to("cuda:0"))
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", efficient)
+    monkeypatch.setattr(tracing, "as_on", lambda place: nullcontext())
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_bytes_of_a_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, setting = llama("7b"), replace(SETTINGS[name], place=Place("cuda", (9, 0)))
+    expected = trace(config, setting, 2)
+    gc.collect()
+    there(monkeypatch)
+    found = trace(config, setting, 2)
+    for term in ("kept", "forward", "backward", "gradients", "optimizer", "adapter"):
+        ours, theirs = getattr(expected, term), getattr(found, term)
+        assert abs(ours - theirs) <= max(0.03 * theirs, 2 * MIB), (term, ours / MIB, theirs / MIB)
