@@ -19,11 +19,18 @@ help:
 demo: $(VENV)/installed
 	$(BIN)/lorafold quickstart --out demo --overwrite
 
+# those in devices run apart, where torch believes that there is a GPU
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+MAIN = $(if $(filter devices,$(ROOM)),,$(PYTEST) $(1) tests/$(ROOM))
+DEVICES = $(if $(filter-out devices,$(ROOM)),,SHADOW_DEVICE=1 $(PYTEST) $(1) tests/devices)
+
 test: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" tests/$(ROOM)
+	$(call MAIN,-m "not slow")
+	$(call DEVICES,-m "not slow")
 
 test-all: $(VENV)/installed-clients
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests/$(ROOM)
+	$(call MAIN)
+	$(call DEVICES)
 
 bench: $(VENV)/installed-bench
 	@set -e; for script in $(wildcard benchmarks/*.py); do echo "$$script"; $(BIN)/python $$script; done

@@ -26,6 +26,7 @@ def agrees(case: Case, off: float | None = None) -> Any:
     return found.count
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("storage", OFF)
 def test_every_method_on_every_storage(method: str, storage: str) -> None:
@@ -38,6 +39,7 @@ def test_every_method_on_every_storage(method: str, storage: str) -> None:
     assert count.synchronizations.total() <= 2, count.told()
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("method", ["lora", "dora", "ia3", "prefix", "prompt"])
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
@@ -48,12 +50,14 @@ def test_layouts(method: str, packed: bool, checkpointing: bool) -> None:
     assert count.synchronizations.total() <= (2 if packed else 4), count.told()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("storage", ["fp32", "bf16"])
 @pytest.mark.parametrize("method", ["lora", "dora", "vera"])
 def test_dropout_drops_the_same_elements(method: str, storage: str) -> None:
     agrees(Case(method, {"dropout": 0.1}, storage))
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("config", [mixtral, gemma3, lfm2], ids=lambda c: c.__name__)
 @pytest.mark.parametrize("storage", ["fp32", "nf4"])
 def test_other_architectures(config: Any, storage: str) -> None:
@@ -64,8 +68,8 @@ BUDGETS = {  # launches of a block in a step, forward and backward
     "lora": (Case("lora", {"dropout": 0.0}), 110),
     "lora-dropout": (Case("lora", {"dropout": 0.05}), 125),
     "nf4-dropout": (Case("lora", {"dropout": 0.05}, "nf4"), 167),
-    "dora-nf4": (Case("dora", {"dropout": 0.0}, "nf4"), 405),
-    "adalora": (Case("adalora", {"dropout": 0.0}), 629),
+    "dora-nf4": (Case("dora", {"dropout": 0.0}, "nf4"), 369),
+    "adalora": (Case("adalora", {"dropout": 0.0}), 607),
 }
 
 

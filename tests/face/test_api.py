@@ -35,7 +35,8 @@ SIGNATURES = {
     ),
     "estimate": (
         "model mode *params data rewards columns batch max_length labelled recipe gpus strategy"
-        " tflops device_memory measure device revision trust_remote_code console length"
+        " tflops device_memory measure device compute_capability revision trust_remote_code console"
+        " length"
     ),
     "evaluate": (
         "model data *columns adapters tokenizer max_length completions max_new_tokens rewards group"

@@ -39,7 +39,7 @@ NOT_RUN = "Not run by the tests: "
 # embedded GGUF file itself, which is none where the model is tiny: the fast tests only parse them
 LONG = {"quickstart", "compare", "intrinsic", "fragility"}
 LONG_PAGES = {
-    "compare.md", "compose.md", "export-llamacpp.md", "fragility.md", "from-unsloth.md",
+    "cli.md", "compare.md", "compose.md", "export-llamacpp.md", "fragility.md", "from-unsloth.md",
     "inspect.md", "memory.md", "qlora.md",
 }  # fmt: skip
 RUN = {"python", "sh"}  # languages; everything else is there to be read

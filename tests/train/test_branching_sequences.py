@@ -461,7 +461,7 @@ def test_the_general_head_equals_the_linear_one(monkeypatch: pytest.MonkeyPatch)
     found = []
     for linear in (True, False):
         if not linear:
-            monkeypatch.setattr("lorafold.step.head._linear_form", lambda *_: None)
+            monkeypatch.setattr("lorafold.step.head.linear_form", lambda *_: None)
         model.zero_grad()
         losses, _ = document_losses(model, labels, inputs, document, 5)
         losses.square().sum().backward()

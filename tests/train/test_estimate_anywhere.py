@@ -107,7 +107,11 @@ def test_the_command_asks_this_machine_only_where_it_is_told_to(tiny_model_dir: 
     assert device == said(False)
     assert "this machine" not in device
     here = "for this machine's CPU, which multiplies 16-bit matrices "
-    assert said(False, "--device", "cpu") == f"{device}{here}in 16 bits\n"
+    cpu = said(False, "--device", "cpu")
+    assert cpu.endswith(f"{here}in 16 bits\n")
+    assert cpu.partition(here)[0] != device  # a GPU keeps masks of dropout, a CPU their places
+    older = said(False, "--compute-capability", "7.5")
+    assert older != device == said(False, "--device", "cuda", "--compute-capability", "9.0")
     wider = said(True, "--device", "cpu").splitlines()
     assert wider[-1] == f"{here}in fp32"
     assert wider[-2].startswith("total")

@@ -24,6 +24,7 @@ from lorafold.ops.cross_entropy import (
 )
 from lorafold.step import head as head_of_step
 from lorafold.step.head import labelled_loss, row_losses
+from lorafold.step.head_form import linear_form
 
 VOCAB, B, T = 97, 2, 11
 pytestmark = pytest.mark.usefixtures("each_form")
@@ -155,11 +156,11 @@ def test_frozen_linear_heads_take_the_short_way(name: str) -> None:
     _, inputs = batch()
     h = model.get_decoder()(**inputs).last_hidden_state[0, -1:]
     logits = model(**inputs).logits[0, -1:]
-    assert head_of_step._linear_form(model, logits, h) is not None
+    assert linear_form(model, logits, h) is not None
     other = build(name).requires_grad_(False)  # what was found of a model is not asked again
-    assert head_of_step._linear_form(other, logits * 1.01, h) is None
+    assert linear_form(other, logits * 1.01, h) is None
     model.get_output_embeddings().__class__ = Adapted
-    assert head_of_step._linear_form(model, logits, h) is None
+    assert linear_form(model, logits, h) is None
 
 
 @pytest.mark.few(1)

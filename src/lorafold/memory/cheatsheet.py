@@ -7,12 +7,13 @@ Each rule is a function, which computes exactly what the rule says. The estimate
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lorafold.memory.modes import llama, setting_of
 from lorafold.memory.terms import estimate
 from lorafold.models.storages import STORAGES
+from lorafold.ops.demands import Place
 from lorafold.recipe.recipe import Recipe
 from lorafold.step.adamw import in_words
 
@@ -158,9 +159,8 @@ def table() -> Iterator[tuple[str, ...]]:
     """Yield the heading of the table, then a line for each case."""
     yield "model", "mode", "batch x tokens", "the rule", "estimate", "of the rule", "why"
     for case in CASES:
-        total = estimate(
-            llama(case.size), setting_of(case.mode, Recipe(**case.recipe), case.batch, case.length)
-        ).total
+        setting = setting_of(case.mode, Recipe(**case.recipe), case.batch, case.length)
+        total = estimate(llama(case.size), replace(setting, place=Place("cuda"))).total
         mode = case.mode + ", checkpointing" * bool(case.recipe)
         of_rule = f"{total / (case.rule * 1e9):.0%}"
         yield (

@@ -7,10 +7,9 @@ models give it for any n: a + (b - a) (n - n_a) / (n_b - n_a).
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +21,7 @@ from lorafold.errors import LorafoldError
 from lorafold.evaluation.rollouts import RolloutSize
 from lorafold.machine.collection import existing_set_aside
 from lorafold.memory.drawing import drawing
+from lorafold.memory.fake_documents import packed_as
 from lorafold.memory.ledger import Ledger, distinct_bytes
 from lorafold.memory.sharing import FSDP
 from lorafold.memory.traced import Traced
@@ -31,11 +31,9 @@ from lorafold.models.storage import Storage
 from lorafold.objectives.classify import class_loss
 from lorafold.ops.arithmetic import multiplying
 from lorafold.ops.demands import Place, as_on
-from lorafold.ops.documents import Documents
-from lorafold.ops.tile import Tile
 from lorafold.step.activations import recompute
 from lorafold.step.adamw import state_bytes
-from lorafold.step.documents import attending, has_sinks
+from lorafold.step.documents import has_sinks
 from lorafold.step.fused import fused
 from lorafold.step.losses import next_token_loss
 
@@ -278,28 +276,3 @@ def collected(ledger: Ledger) -> int:
     """Return the bytes that exist after a garbage collection."""
     gc.collect()
     return ledger.now
-
-
-class LastTiles(Documents):
-    """Documents of which only the last three tiles are computed. These are enough for the peak of
-    memory: tiles grow from first to last, except that the last may be cut short.
-    """
-
-    def tiles(self) -> Iterator[Tile]:
-        yield from [*super().tiles()][-3:]
-
-
-@contextmanager
-def packed_as(model: Any, lens: tuple[int, ...]) -> Iterator[None]:
-    """Compute attention over packed documents of these lengths until the block ends. (Fake
-    positions have no values that could tell where documents begin.) The longest is last.
-    """
-    with attending(model, partial(_mask, tuple(sorted(lens)))):
-        yield
-
-
-def _mask(
-    lens: tuple[int, ...], *, q_length: int, local_size: int | None = None, **_: Any
-) -> Documents:
-    """Return documents of these lengths, or one where a soft prompt makes the sequence longer."""
-    return LastTiles(lens if q_length == sum(lens) else (q_length,), local_size)

@@ -44,7 +44,7 @@ class Place(NamedTuple):
 
 def place_of(device: torch.device) -> Place:
     """The kind of a device of this machine, with its compute capability if it is a GPU of CUDA."""
-    if device.type != "cuda":
+    if device.type != "cuda" or not torch.cuda.is_available():
         return Place(device.type)
     return Place("cuda", torch.cuda.get_device_capability(device))
 

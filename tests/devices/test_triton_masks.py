@@ -1,0 +1,46 @@
+"""The kernel of dropout's masks, without a GPU: interpreted it draws the bits of the plain form,
+and it compiles for three generations of GPUs, in registers alone.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorafold.kernels.masks import CONSTANTS, forms, kernel
+from lorafold.ops.dropout import MASK
+
+triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+NAMES = [0, (1 << 40) + 7, (5 << 40) + (3 << 32) + 9, (1 << 62) + 3, 12345678901234]
+KEY, SITE = 0x723456789ABCDEF1, 0xFEDCBA98
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    return forms()
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 1e-4])
+@pytest.mark.parametrize("width", [7, 20, 576, 3000])
+def test_bits_are_those_of_the_plain_form(interpreted: Any, width: int, p: float) -> None:
+    x, names = torch.empty(len(NAMES), width), torch.tensor(NAMES)
+    found = interpreted.dropped_mask(x, p, names, KEY, SITE)
+    assert torch.equal(found, MASK.plain(x, p, names, KEY, SITE))
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_it_compiles_in_registers(
+    capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    numbers = dict.fromkeys(("low", "high", "site"), "i64") | {"width": "i32", "limit": "i32"}
+    types = {"names": "*i64", "found": "*u8", **numbers} | dict.fromkeys(CONSTANTS, "constexpr")
+    source = ASTSource(fn=kernel(), signature=types, constexprs=CONSTANTS)
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    assert ".local" not in made.asm["ptx"]  # nothing is spilled
+    assert "mul.hi.u32" in made.asm["ptx"]  # words of 32 bits, as on the CPU
