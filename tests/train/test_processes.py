@@ -50,6 +50,7 @@ def test_preferences_beside_their_reference(tiny_model_dir, tmp_path: Path) -> N
     assert apart(*outs) < CLOSE
 
 
+@pytest.mark.slow
 def test_experts_some_of_which_get_no_token(tiny_model_dir, tmp_path: Path) -> None:
     config = CONFIGS["mixtral"](num_local_experts=16, max_position_embeddings=512)
     model = shutil.copytree(tiny_model_dir("llama-wide"), tmp_path / "mixture")
@@ -123,7 +124,7 @@ DIVIDED = {
     "full, bf16": ("--method", "full", "--set", "storage=bf16"),
     "full, checkpointed": ("--method", "full", "--set", "gradient_checkpointing=true"),
 }
-FAST = ["dropout", "dpo", "full"]
+FAST = ["dropout", "full"]
 
 
 @pytest.mark.parametrize("what", FAST)

@@ -89,7 +89,10 @@ def signalled(number: int) -> object:
 
 @pytest.mark.parametrize(
     "asked",
-    [("--set", "dropout=0.1"), ("--method", "full", "--strategy", "fsdp")],
+    [
+        ("--set", "dropout=0.1"),
+        pytest.param(("--method", "full", "--strategy", "fsdp"), marks=pytest.mark.slow),
+    ],
     ids=["lora", "full, divided"],
 )
 @pytest.mark.parametrize(

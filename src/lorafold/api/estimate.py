@@ -164,6 +164,7 @@ def estimate(
         check_rows_given(asked, rewards, columns)
     else:
         check_rows_alone(mode, params, labelled, measure)
+    asked_for = Place((device or "cuda").partition(":")[0], capability(compute_capability))
     check_device(device)  # without `measure` it may be one that this machine lacks
     on_it = device if measure else None
     base = Base(model, device=on_it, revision=revision, trust_remote_code=trust_remote_code)
@@ -190,7 +191,6 @@ def estimate(
     of_this_cpu = (device if on is None else on.type) == "cpu"
     if of_this_cpu:
         setting = replace(setting, widened=widens(setting.base.dtype))
-    asked_for = Place((device or "cuda").partition(":")[0], capability(compute_capability))
     setting = replace(setting, place=asked_for if on is None else place_of(on))
     found, advice, measured = terms.estimate(config, setting), None, None
     if device_memory is not None:
