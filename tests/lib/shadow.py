@@ -281,9 +281,6 @@ def no_inference(mode: Any = True) -> Any:
     return torch.no_grad() if mode else contextlib.nullcontext()
 
 
-CAPABILITY = [(9, 0)]  # of the device that is pretended
-
-
 def pretend() -> None:
     """Have torch answer as a build for CUDA does, on a machine with one GPU of 80 GB. Call it
     before lorafold is imported, once in a process.
@@ -294,7 +291,7 @@ def pretend() -> None:
     cuda._lazy_init = lambda: None  # factories call it before they dispatch
     cuda.is_available, cuda.device_count = lambda: True, lambda: 1
     cuda.current_device, cuda.set_device = lambda: 0, lambda *_: None
-    cuda.get_device_capability = lambda *_: CAPABILITY[0]
+    cuda.get_device_capability = lambda *_: (9, 0)
     cuda.get_device_name = lambda *_: "a GPU that is pretended"
     cuda.synchronize = cuda.reset_peak_memory_stats = cuda.empty_cache = lambda *_: None
     cuda.mem_get_info = lambda *_: (79 << 30, 80 << 30)
