@@ -69,7 +69,7 @@ BUDGETS = {  # launches of a block in a step, forward and backward
     "lora-dropout": (Case("lora", {"dropout": 0.05}), 125),
     "nf4-dropout": (Case("lora", {"dropout": 0.05}, "nf4"), 167),
     "dora-nf4": (Case("dora", {"dropout": 0.0}, "nf4"), 369),
-    "adalora": (Case("adalora", {"dropout": 0.0}), 607),
+    "adalora": (Case("adalora", {"dropout": 0.0}), 481),
 }
 
 

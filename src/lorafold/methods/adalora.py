@@ -82,22 +82,6 @@ class AdaLoRADelta(LowRank):
         norms = sum(torch.linalg.matrix_norm(g - eye).sum() for g in grams)
         return self.orth_reg * self.share * norms
 
-    @torch.no_grad()
-    def observe(self, beta1: float, beta2: float) -> None:
-        """Update the averages (eq. 9 and 10) from the parameters and their gradients.
-
-        `beta1` and `beta2` are the smoothing of sensitivity and of uncertainty.
-        """
-        for part in PARTS:
-            p = getattr(self, part)
-            now = torch.zeros_like(p) if p.grad is None else (p * p.grad).abs()
-            sensitivity, uncertainty = (
-                getattr(self, f"sensitivity_{part}"),
-                getattr(self, f"uncertainty_{part}"),
-            )
-            sensitivity.lerp_(now, 1 - beta1)
-            uncertainty.lerp_((now - sensitivity).abs(), 1 - beta2)
-
     def scores(self) -> Tensor:  # (*matrices, r)
         """The score of each triplet (eq. 8)."""
         p, e, q = (
@@ -214,8 +198,7 @@ class AdaLoRA(Spec):
         ours: list[AdaLoRADelta] = list(deltas.values())  # type: ignore[arg-type]
         first, last = self.phases(total)
         if step < last:
-            for delta in ours:
-                delta.observe(self.beta1, self.beta2)
+            observe(ours, self.beta1, self.beta2)
         due = step == last or (first < step < last and step % self.delta_t == 0)
         if due:
             full = sum(delta.E.numel() for delta in ours)
@@ -237,6 +220,26 @@ class AdaLoRA(Spec):
         mean = sum(map(mul, left.values(), numbers)) / sum(numbers)
         head = f"ranks left, {mean:.2f} on average:"
         return "\n  ".join([head, *(f"{name}: {' '.join(found)}" for name, found in lines.items())])
+
+
+@torch.no_grad()
+def observe(deltas: list[AdaLoRADelta], beta1: float, beta2: float) -> None:
+    """Update the averages of all deltas (eq. 9 and 10) from parameters and their gradients, in few
+    operations.
+
+    `beta1` and `beta2` are the smoothing of sensitivity and of uncertainty.
+    """
+    of = [(delta, part) for delta in deltas for part in PARTS]
+    parameters = [getattr(delta, part) for delta, part in of]
+    sensitivity = [getattr(delta, f"sensitivity_{part}") for delta, part in of]
+    uncertainty = [getattr(delta, f"uncertainty_{part}") for delta, part in of]
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    now = torch._foreach_mul(parameters, grads)
+    torch._foreach_abs_(now)
+    torch._foreach_lerp_(sensitivity, now, 1 - beta1)
+    torch._foreach_sub_(now, sensitivity)
+    torch._foreach_abs_(now)
+    torch._foreach_lerp_(uncertainty, now, 1 - beta2)
 
 
 @torch.no_grad()
