@@ -17,8 +17,11 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-if os.environ.get("SHADOW_DEVICE"):  # the tests in devices, in processes of their own
+if SHADOW := bool(os.environ.get("SHADOW_DEVICE")):  # the tests in devices, apart from all others
     import cuda_guard  # noqa: F401  (before torch)
+    import shadow
+
+    shadow.pretend()  # before lorafold
 
 import gc
 import io
@@ -35,6 +38,7 @@ from unittest import mock
 import pytest
 
 pytest_plugins = ["budgets"]
+collect_ignore = [] if SHADOW else ["devices"]
 for helpers in (Path(__file__).parent / "lib").glob("*"):
     pytest.register_assert_rewrite(helpers.stem)  # their asserts say what they compared
 
