@@ -25,9 +25,9 @@ def sent(x: Tensor, device: torch.device) -> Tensor:
     """x, of any shape, from the CPU to a device; x itself if it is there."""
     if x.device.type != "cpu" or device.type == "cpu":
         return x.to(device)
-    there = (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
-    vars(there)[KEPT] = x, there._version
-    return there
+    if device.type != "cuda":
+        return _known(x.to(device), x)
+    return _known(x.pin_memory().to(device, non_blocking=True), x)
 
 
 def all_sent(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -39,17 +39,28 @@ def on_host(x: Tensor) -> Tensor:
     """x, of any shape, on the CPU. What was not sent, or has changed since, is waited for."""
     if x.device.type == "cpu":
         return x
+    known = _host_of(x)
+    return x.cpu() if known is None else known
+
+
+def _known(there: Tensor, here: Tensor) -> Tensor:
+    vars(there)[KEPT] = here, _version(there)
+    return there
+
+
+def _host_of(x: Tensor) -> Tensor | None:
     known, version = vars(x).get(KEPT, (None, None))
-    return known if known is not None and version == x._version else x.cpu()
+    return known if version == _version(x) else None
+
+
+def _version(x: Tensor) -> int | None:
+    return None if x.is_inference() else x._version  # inference tensors have none
 
 
 def plus(x: Tensor, n: int) -> Tensor:
     """x + n, of any shape, which the host knows if it knows x."""
-    there = x + n
-    known, version = vars(x).get(KEPT, (None, None))
-    if known is not None and version == x._version:
-        vars(there)[KEPT] = known + n, there._version
-    return there
+    known = _host_of(x)
+    return x + n if known is None else _known(x + n, known + n)
 
 
 def picked(x: Tensor, rows: Sequence[int]) -> Tensor:

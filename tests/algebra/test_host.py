@@ -1,0 +1,41 @@
+"""What the host knows of tensors that it sent, until they change; the device is torch's meta, from
+which nothing can be read.
+"""
+
+import pytest
+import torch
+
+from lorafold.ops.host import all_sent, on_host, picked, plus, rows_at, sent
+
+META = torch.device("meta")
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_what_was_sent_is_known_without_asking(inference: bool) -> None:
+    with torch.inference_mode(inference):
+        x = torch.arange(6).view(2, 3)
+        found = all_sent({"x": x}, META)["x"]
+        assert found.device == META
+        assert on_host(found) is x
+        assert torch.equal(on_host(plus(found, 5)), x + 5)
+    assert sent(x, torch.device("cpu")) is x
+    assert on_host(x) is x
+
+
+def test_what_has_changed_since_is_asked_for() -> None:
+    found = sent(torch.arange(4), META)
+    found.add_(1)
+    with pytest.raises(NotImplementedError, match="meta"):
+        on_host(found)
+    with pytest.raises(NotImplementedError, match="meta"):
+        on_host(torch.zeros(3, device=META))  # it was never sent
+
+
+def test_rows() -> None:
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    assert picked(x, range(5)) is x
+    assert torch.equal(picked(x, [3, 0]), x[[3, 0]])
+    assert torch.equal(picked(x, []), x[:0])
+    at = torch.tensor([0, 2, 4])
+    assert torch.equal(rows_at(x, at), x[at])
+    assert torch.autograd.gradcheck(lambda x: rows_at(x, at), (x,))
