@@ -95,7 +95,7 @@ def answers(
         return [list(r.tokens) for r in results], found
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.8, seed=1)],
                          ids=["greedy", "sampled"])  # fmt: skip
 @pytest.mark.parametrize("storage", ["fp32", "nf4"])

@@ -69,7 +69,7 @@ def there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracing, "as_on", lambda place: nullcontext())
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_bytes_of_a_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config, setting = llama("7b"), replace(SETTINGS[name], place=Place("cuda", (9, 0)))

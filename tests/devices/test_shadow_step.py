@@ -26,7 +26,7 @@ def agrees(case: Case, off: float | None = None) -> Any:
     return found.count
 
 
-@pytest.mark.few(12)
+@pytest.mark.few(8)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("storage", OFF)
 def test_every_method_on_every_storage(method: str, storage: str) -> None:
@@ -39,7 +39,7 @@ def test_every_method_on_every_storage(method: str, storage: str) -> None:
     assert count.synchronizations.total() <= 2, count.told()
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("method", ["lora", "dora", "ia3", "prefix", "prompt"])
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
