@@ -105,6 +105,7 @@ VALUES = {
     "estimate --params seven": "expected one of 7b",
     "estimate --model base --device-memory 24": "did you mean 24GB?",
     "estimate --model base --compute-capability ampere": "expected two numbers such as 8.0",
+    "estimate --model base --device cpu --compute-capability 8.0": "found --device cpu too",
     "export adapter --model base --to gguf --tensors Q9 --out out": "expected F32, F16, BF16, Q8_0",
     "cache --kind nope": "--kind nope: expected one of digests",
     "serve --adapters adapter --port 99999": "--port: found '99999', expected at most 65535",

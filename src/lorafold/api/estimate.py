@@ -135,7 +135,7 @@ def estimate(
         device: cpu estimates for this machine's CPU; without it for a GPU of CUDA. `measure` runs
             on it: cpu, cuda, cuda:N or mps.
         compute_capability: That of the GPU, such as 8.0, which is assumed; kernels that an older
-            one lacks are left out. With `measure` it is that of the device.
+            one lacks are left out.
         revision: The branch, tag or commit of a hub model.
         trust_remote_code: Run Python code that comes with the model.
         console: A rich console for progress; None is quiet.
@@ -164,7 +164,14 @@ def estimate(
         check_rows_given(asked, rewards, columns)
     else:
         check_rows_alone(mode, params, labelled, measure)
-    asked_for = Place((device or "cuda").partition(":")[0], capability(compute_capability))
+    kind = (device or "cuda").partition(":")[0]
+    if compute_capability is not None and (measure or kind != "cuda"):
+        found_too = "--measure" if measure else f"--device {device}"
+        raise LorafoldError(
+            f"--compute-capability: found {found_too} too, expected it alone: it is of a GPU of"
+            " CUDA that is not asked"
+        )
+    asked_for = Place(kind, capability(compute_capability))
     check_device(device)  # without `measure` it may be one that this machine lacks
     on_it = device if measure else None
     base = Base(model, device=on_it, revision=revision, trust_remote_code=trust_remote_code)
