@@ -240,6 +240,5 @@ def test_parts_up_factors_and_penalties() -> None:
     assert list(rows.parts()) == [rows]
     assert mix.up_names == rows.up_names == ("deltas.0.B", "deltas.2.deltas.0.B", "deltas.3.up")
     assert set(mix.up_names) < {name for name, _ in mix.named_parameters()}
-    assert mix.penalty() is None
     assert issubclass(PerExample, Opaque)
     assert issubclass(Bank, Opaque)

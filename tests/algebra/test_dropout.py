@@ -18,7 +18,7 @@ from lorafold.core.attach import selection_of
 from lorafold.core.draws import DrawSite, drawing, named, slots
 from lorafold.core.selection import Draws
 from lorafold.ops.dropout import (
-    MASK,
+    MASKED,
     Dropped,
     dropout,
     dropped,
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("each_form")
 
 def drawn(x: Tensor, p: float, seed: int) -> Tensor:
     torch.manual_seed(seed)
-    return dropped(x, p)
+    return dropped(x, p)[1]
 
 
 def mask(n: int, p: float, seed: int) -> Tensor:
@@ -124,7 +124,8 @@ def test_elements_of_a_call_are_independent() -> None:
 
 def test_nothing_is_drawn_where_nothing_can_be_dropped() -> None:
     before = torch.get_rng_state()
-    assert dropped(torch.empty(100), 0.0).numel() == dropped(torch.empty(3, 0), 0.5).numel() == 0
+    for x, p in ((torch.empty(100), 0.0), (torch.empty(3, 0), 0.5)):
+        assert dropped(x, p)[1].numel() == 0
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -133,7 +134,7 @@ def test_nothing_is_drawn_where_nothing_can_be_dropped() -> None:
 
 def of_site(x: Tensor, p: float, site: DrawSite) -> Tensor:
     """A boolean mask in x's shape, True where dropped."""
-    return emptied(torch.ones(x.shape), dropped(x, p, site)) == 0
+    return emptied(torch.ones(x.shape), dropped(x, p, site)[1]) == 0
 
 
 # Random123's known answers: counter, key, words
@@ -164,7 +165,7 @@ def test_each_half_of_the_words_decides_on_an_element() -> None:
     site = DrawSite(0, torch.zeros(1).long(), 0)
     for number, half in enumerate(halves):
         for limit in (half, half + 1):
-            found = dropped(torch.empty(1, 8), limit / 65536, site)
+            found = dropped(torch.empty(1, 8), limit / 65536, site)[1]
             assert (number in found.tolist()) is (half < limit)
 
 
@@ -175,11 +176,11 @@ def test_all_forms_draw_the_same(shape: tuple[int, ...], p: float, each_form: st
     generator = torch.Generator().manual_seed(11)
     names = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator)
     site = DrawSite(2**62 + 12345, names, 2**32 - 7)
-    found = dropped(x, p, site)
+    found = dropped(x, p, site)[1]
     with plainly():
-        assert torch.equal(found, dropped(x, p, site))
+        assert torch.equal(found, dropped(x, p, site)[1])
     assert found.dtype is torch.int32
-    mask: Tensor = MASK(x, p, names, site.key, site.number)  # as on an accelerator
+    mask: Tensor = MASKED(x, p, names, site.key, site.number)[1]  # as on an accelerator
     assert torch.equal(mask.flatten().nonzero()[:, 0], found)
 
 
@@ -250,9 +251,9 @@ def test_a_step_of_a_model_drops_what_its_names_say() -> None:
 def test_follows_the_default_generator() -> None:
     x = torch.empty(1000, dtype=torch.bfloat16)
     torch.manual_seed(3)
-    first, second = dropped(x, 0.5), dropped(x, 0.5)
+    first, second = dropped(x, 0.5)[1], dropped(x, 0.5)[1]
     torch.manual_seed(3)
-    assert torch.equal(dropped(x, 0.5), first)
+    assert torch.equal(dropped(x, 0.5)[1], first)
     assert not torch.equal(first, second)
 
 
@@ -284,7 +285,7 @@ def test_elements_are_zero_or_scaled(dtype: torch.dtype) -> None:
     torch.manual_seed(1)
     y = dropout(x, 0.25)
     torch.manual_seed(1)
-    kept = torch.ones(2000, dtype=dtype).index_fill_(0, dropped(x, 0.25).long(), 0).view(40, 50)
+    kept = torch.ones(2000, dtype=dtype).index_fill_(0, dropped(x, 0.25)[1].long(), 0).view(40, 50)
     assert y.dtype is dtype
     assert torch.equal(y, x * kept * (1 / 0.75))
 
@@ -331,15 +332,12 @@ def test_compiled_code_takes_a_mask() -> None:
     x = torch.ones(1 << 16, requires_grad=True)
 
     @torch.compile(backend="eager", fullgraph=True)
-    def step(x: Tensor) -> tuple[Tensor, Tensor]:
-        return dropped(x, 0.3), dropout(x, 0.3)
+    def step(x: Tensor) -> Tensor:
+        return dropout(x, 0.3)
 
     torch.manual_seed(9)
-    where, y = step(x)
-    assert where.dtype is torch.bool
-    assert where.shape == x.shape
-    for drop in (where, y == 0):
-        assert within(drop.sum().item(), 0.3 * len(x), 0.21 * len(x))
+    y = step(x)
+    assert within((y == 0).sum().item(), 0.3 * len(x), 0.21 * len(x))
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], y.detach())
 
 
@@ -347,7 +345,7 @@ def test_compiled_code_takes_a_mask() -> None:
 def test_refuses_what_is_no_probability(p: float) -> None:
     x = torch.empty(3)
     for call in (
-        lambda: dropped(x, p),
+        lambda: dropped(x, p)[1],
         lambda: dropout(x, p),
         lambda: shared(x, p, 0),
         lambda: keep_scale(p),
@@ -373,7 +371,7 @@ def test_readers_of_a_tensor_share_a_draw() -> None:
     assert not q.x.requires_grad
     after = torch.get_rng_state()
     torch.manual_seed(0)
-    assert torch.equal(dropped(x, 0.5), q.where)
+    assert torch.equal(dropped(x, 0.5)[1], q.where)
     assert torch.equal(torch.get_rng_state(), after)  # that was the one draw there was
 
 

@@ -244,7 +244,7 @@ def places(shape: Sequence[int], form: str) -> Tensor | None:
     if form == "none":
         return None
     torch.manual_seed(1)
-    where = dropped(torch.empty(*shape), P)
+    where = dropped(torch.empty(*shape), P)[1]
     return emptied(torch.ones(*shape), where) == 0 if form == "mask" else where
 
 

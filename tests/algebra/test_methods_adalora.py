@@ -31,8 +31,8 @@ def run(
     for step in steps:
         g = torch.Generator().manual_seed(step)
         x, target = size * torch.randn(64, 24, generator=g), torch.randn(64, 16, generator=g)
-        loss = (root(x) - target).square().mean() + sum(
-            d.penalty() for d in adapter.deltas.values()
+        loss = (root(x) - target).square().mean() + adapter.spec.penalty(
+            adapter.own_deltas
         )
         loss.backward()
         optimizer.step()

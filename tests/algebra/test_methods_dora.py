@@ -132,7 +132,7 @@ def test_the_base_runs_once_with_dropout() -> None:
     # drawn anew from the same seed, since the bare layer draws nothing
     branch = delta.inner(root[0].layer(), x) - bare
     with torch.no_grad():
-        g = delta.gain(delta.row_norms(root[0].layer()))
+        g = delta.magnitude / delta.row_norms(root[0].layer())
     assert torch.allclose(y, g * (bare - root[0].bias + branch) + root[0].bias, atol=1e-5)
 
 

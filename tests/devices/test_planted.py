@@ -33,14 +33,19 @@ def test_numbers_taken_by_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_mask_drawn_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dropout, "dropped", lambda x, p, site: torch.rand(x.shape) < p)
+    def dropped(x: Any, p: float, site: Any) -> Any:
+        where = torch.rand(x.shape) < p
+        return x.masked_fill(where, 0), where
+
+    monkeypatch.setattr(dropout, "dropped", dropped)
     with pytest.raises(RuntimeError, match="same device"):
         case(0.1).on(True)
 
 
 def test_a_generator_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     def dropped(x: Any, p: float, site: Any) -> Any:
-        return torch.rand(x.shape, device=x.device, generator=torch.Generator()) < p
+        where = torch.rand(x.shape, device=x.device, generator=torch.Generator()) < p
+        return x.masked_fill(where, 0), where
 
     monkeypatch.setattr(dropout, "dropped", dropped)
     with pytest.raises(RuntimeError, match="device type for generator"):

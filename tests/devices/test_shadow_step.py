@@ -65,11 +65,11 @@ def test_other_architectures(config: Any, storage: str) -> None:
 
 
 BUDGETS = {  # launches of a block in a step, forward and backward
-    "lora": (Case("lora", {"dropout": 0.0}), 110),
-    "lora-dropout": (Case("lora", {"dropout": 0.05}), 125),
-    "nf4-dropout": (Case("lora", {"dropout": 0.05}, "nf4"), 167),
-    "dora-nf4": (Case("dora", {"dropout": 0.0}, "nf4"), 369),
-    "adalora": (Case("adalora", {"dropout": 0.0}), 481),
+    "lora": (Case("lora", {"dropout": 0.0}), 89),
+    "lora-dropout": (Case("lora", {"dropout": 0.05}), 100),
+    "nf4-dropout": (Case("lora", {"dropout": 0.05}, "nf4"), 142),
+    "dora-nf4": (Case("dora", {"dropout": 0.0}, "nf4"), 208),
+    "adalora": (Case("adalora", {"dropout": 0.0}), 208),
 }
 
 

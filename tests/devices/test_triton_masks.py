@@ -1,4 +1,4 @@
-"""The kernel of dropout's masks, without a GPU: interpreted it draws the bits of the plain form,
+"""The kernel of dropout, without a GPU: interpreted it draws the bits of the plain form,
 and it compiles for three generations of GPUs, in registers alone.
 """
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lorafold.kernels.masks import CONSTANTS, forms, kernel
-from lorafold.ops.dropout import MASK
+from lorafold.ops.dropout import MASKED
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 NAMES = [0, (1 << 40) + 7, (5 << 40) + (3 << 32) + 9, (1 << 62) + 3, 12345678901234]
@@ -24,10 +24,13 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize("p", [0.05, 0.5, 1e-4])
 @pytest.mark.parametrize("width", [7, 20, 576, 3000])
-def test_bits_are_those_of_the_plain_form(interpreted: Any, width: int, p: float) -> None:
-    x, names = torch.empty(len(NAMES), width), torch.tensor(NAMES)
-    found = interpreted.dropped_mask(x, p, names, KEY, SITE)
-    assert torch.equal(found, MASK.plain(x, p, names, KEY, SITE))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bits_are_those_of_the_plain_form(
+    interpreted: Any, width: int, p: float, dtype: torch.dtype
+) -> None:
+    x, names = torch.randn(len(NAMES), width).to(dtype), torch.tensor(NAMES)
+    found = interpreted.masked(x, p, names, KEY, SITE)
+    assert all(map(torch.equal, found, MASKED.plain(x, p, names, KEY, SITE)))
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
@@ -39,7 +42,8 @@ def test_it_compiles_in_registers(
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     numbers = dict.fromkeys(("low", "high", "site"), "i64") | {"width": "i32", "limit": "i32"}
-    types = {"names": "*i64", "found": "*u8", **numbers} | dict.fromkeys(CONSTANTS, "constexpr")
+    tensors = {"names": "*i64", "x": "*bf16", "kept": "*bf16", "where": "*u8"}
+    types = {**tensors, **numbers} | dict.fromkeys(CONSTANTS, "constexpr")
     source = ASTSource(fn=kernel(), signature=types, constexprs=CONSTANTS)
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
     assert ".local" not in made.asm["ptx"]  # nothing is spilled

@@ -38,6 +38,7 @@ FREE = ("detach", "empty", "empty_like", "new_empty", "empty_strided", "new_empt
 # these take numbers of one element from the host
 SCALARS = ("index_copy", "index_copy_", "index_add", "index_add_", "index_select", "gather",
            "scatter")  # fmt: skip
+KERNELS = {"scale_backward": 2}  # launches of operations whose form for CUDA is not one
 STANDINS: dict[Any, Callable[..., Any]] = {}  # of kernels that only CUDA has
 
 
@@ -195,8 +196,9 @@ def count(found: Count, func: Any, args: Any, kwargs: Any, there: Any, here: Any
     if waits:
         found.synchronizations[f"{waits} at {asking()}"] += 1
     if (there or to == "cuda") and not func.is_view and name not in FREE:
-        found.launches[name] += 1
-        found.lines[asking().rpartition(" < ")[2]] += 1
+        launches = KERNELS.get(name, 1)
+        found.launches[name] += launches
+        found.lines[asking().rpartition(" < ")[2]] += launches
 
 
 def computed(func: Any, args: Any, kwargs: Any, found: Count | None) -> Any:
@@ -268,8 +270,9 @@ class Device(TorchDispatchMode):
                     with self:  # launch by launch
                         return operation.plain(*args, **kwargs)
                 STANDINS[func] = operation.plain  # a kernel, so one launch
-        elif torch.is_inference_mode_enabled() and func._can_decompose():
-            with self:  # there modes see operations before they are taken apart
+        elif (torch.is_inference_mode_enabled() or func.is_view) and func._can_decompose():
+            # below autograd modes see operations before they are taken apart: `contiguous` may copy
+            with self:
                 return func.decompose(*args, **kwargs)
         return computed(func, args, kwargs, self.count if self._counts else None)
 

@@ -33,7 +33,6 @@ from lorafold.ops import attention
 from lorafold.ops.selective_checkpoint import keeping, kept
 from lorafold.recipe.recipe import Recipe
 from lorafold.step.activations import recompute
-from lorafold.training.loop import penalty
 from lorafold.training.request import Request
 from lorafold.training.run import train
 from lorafold.training.start import sample_losses
@@ -94,7 +93,9 @@ class Step:
             self.runs = 0
             first_linear(model).register_forward_pre_hook(self.count)
             torch.manual_seed(seed)
-            total = loss(**loss.collate(data.examples, torch.device("cpu"))) / 10 + penalty(adapter)
+            total = loss(**loss.collate(data.examples, torch.device("cpu"))) / 10
+            added = adapter.spec.penalty(adapter.own_deltas)
+            total = total if added is None else total + added
             total.backward()
         self.loss, self.random = total.detach(), torch.get_rng_state()
         self.grads: dict[str, Tensor] = {

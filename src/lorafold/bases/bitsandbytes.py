@@ -18,7 +18,8 @@ import importlib
 import logging
 import sys
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial, wraps
 from math import prod
 from types import ModuleType
@@ -74,6 +75,15 @@ class Quantized(Matrix):
 
     frozen = True
     quantized = True
+    _read: list[Tensor] | None = None  # what was dequantized in a `with` block that reads once
+
+    @contextmanager
+    def reading_once(self) -> Iterator[None]:
+        self._read = []
+        try:
+            yield
+        finally:
+            self._read = None
 
     @property
     @abstractmethod
@@ -85,7 +95,11 @@ class Quantized(Matrix):
         """W (out, in) in `dtype`."""
 
     def read(self, dtype: torch.dtype) -> Tensor:
-        return self.dequantized().to(dtype)
+        known = self._read
+        w = known[0] if known else self.dequantized()
+        if known == []:
+            known.append(w)
+        return w.to(dtype)
 
     def weight(self) -> Tensor:
         compute: torch.dtype | None = getattr(self.module, "compute_dtype", None)

@@ -20,12 +20,13 @@ from lorafold.core.base import Base, bare
 from lorafold.core.draws import DrawSite, site_of
 from lorafold.core.layer import add
 from lorafold.errors import NotMergeable
-from lorafold.ops.arithmetic import arithmetic, linear
+from lorafold.ops.arithmetic import arithmetic, linear, product
 from lorafold.ops.autocast import autocasting, lowered
 from lorafold.ops.dropout import dropout, shared
 from lorafold.ops.frozen import frozen_linear
 from lorafold.ops.lora import low_rank_linear
 from lorafold.ops.memo import once
+from lorafold.ops.narrowed import narrowed
 from lorafold.ops.scale import scale
 from lorafold.ops.sparse import sparse_linear
 
@@ -151,6 +152,10 @@ class Matrix(Vectors):
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
         return self.weight(), self.bias
+
+    def weight_times(self, m: Tensor) -> Tensor:
+        w = self.weight()
+        return product(w, narrowed(m, 1.0, w.dtype).t(), m.dtype)
 
     def low_rank(
         self, x: Tensor, down: Tensor, up: Tensor, p: float, onto: Tensor | None, k: float = 1.0

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from lorafold.core.base import Base
 from lorafold.core.delta import Delta
-from lorafold.core.layer import Layer, Over
+from lorafold.core.layer import Layer
+from lorafold.core.over import Over
 from lorafold.core.reading import NAMES
 from lorafold.core.selection import Loading, OnlyBlock, Selection
 from lorafold.core.selection import Origin as Origin

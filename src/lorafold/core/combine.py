@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorafold.core.delta import Delta, LowRank, Opaque
-from lorafold.core.layer import Layer, Over, Upon, add
+from lorafold.core.layer import Layer, add
+from lorafold.core.over import Over, Upon
 
 
 class Stack(Delta):
@@ -73,14 +74,6 @@ def up_names_in(combinator: nn.Module) -> tuple[str, ...]:
     return tuple(f"{path}.{name}" for path, m in inside for name in type(m).up_names)
 
 
-def penalty_in(deltas: Iterable[Any]) -> Tensor | None:  # ()
-    """The sum of the deltas' penalties; None if no delta has one."""
-    terms = [
-        term for delta in deltas for part in delta.parts() if (term := part.penalty()) is not None
-    ]
-    return sum(terms[1:], start=terms[0]) if terms else None
-
-
 class Mix(Delta):
     """Several deltas, each weighted by a learned gate: gates (n,), fp32.
 
@@ -94,9 +87,6 @@ class Mix(Delta):
         self.deltas = nn.ModuleList(deltas)
         self.gates = gates if isinstance(gates, nn.Parameter) else nn.Parameter(gates.float())
         self.up_names = up_names_in(self)
-
-    def penalty(self) -> Tensor | None:
-        return penalty_in(self.deltas)
 
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
         deltas = list(self.deltas)
@@ -135,9 +125,6 @@ class PerExample(Opaque):
         super().__init__()
         self.deltas, self.slots = nn.ModuleList(deltas), slots
         self.up_names = up_names_in(self)
-
-    def penalty(self) -> Tensor | None:
-        return penalty_in(self.deltas)
 
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
         y = out = layer(x)

@@ -78,10 +78,6 @@ class Delta(nn.Module, ABC):
         """The deltas that a combinator is made of, lowest first; for any other delta, itself."""
         return (self,)
 
-    def penalty(self) -> Tensor | None:
-        """A scalar that is added to the training loss at each step, or None."""
-        return None
-
     def borrowed(self) -> Iterable[nn.Parameter]:
         """Parameters of other deltas that this one computes with."""
         return ()
@@ -120,11 +116,11 @@ class Additive(Delta):
     def change(self, w: Tensor) -> Tensor:
         return self.delta()
 
-    def row_squares(self, w: Tensor, own: Tensor) -> Tensor:  # (*matrices, out)
-        """The squared norm of each row of W + dW (*matrices, out, in); those of W are `own`
-        (*matrices, out).
+    def row_squares(self, layer: Layer, own: Tensor) -> Tensor:  # (*matrices, out)
+        """The squared norm of each row of W + dW (*matrices, out, in), below 0 at most by rounding;
+        those of W are `own` (*matrices, out).
         """
-        return torch.linalg.vector_norm(w + self.delta(), dim=-1).square()
+        return torch.linalg.vector_norm(layer.dense()[0] + self.delta(), dim=-1).square()
 
 
 class Dense(Additive):
@@ -163,12 +159,14 @@ class LowRank(Additive):
         return up @ down
 
     # |w|^2 + 2 b.(A w) + b (A A^T) b for each row, without W + dW
-    def row_squares(self, w: Tensor, own: Tensor) -> Tensor:
-        up, down = self.factors()
-        cross = (w @ down.to(w.dtype).mT).to(up.dtype)  # (*matrices, out, r)
-        gram = down @ down.mT
-        both = (up @ gram).add_(cross, alpha=2)
-        return (own + torch.linalg.vecdot(up, both)).clamp_min(0)
+    def row_squares(self, layer: Layer, own: Tensor) -> Tensor:
+        up, down, k = self.scaled()
+        cross = layer.weight_times(down)  # (*matrices, out, r)
+        add = torch.baddbmm if up.dim() == 3 else torch.addmm
+        both = add(cross, up, down @ down.mT, beta=2, alpha=k)
+        r = up.shape[-1]
+        rows, columns = up.reshape(-1, 1, r), both.view(-1, r, 1)
+        return torch.baddbmm(own.reshape(-1, 1, 1), rows, columns, alpha=k).view(own.shape)
 
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
         up, down, k = self.scaled()

@@ -9,7 +9,7 @@
 A layer may have several matrices of one shape, of which each row of its input meets one: those of
 experts. Then W is (E, out, in), and so is whatever a delta has for each matrix.
 
-A layer under a delta is a layer (`Over`), and so is a layer whose output is known
+A layer under a delta is a layer (`over.Over`), and so is a layer whose output is known
 (`combine.Given`). Therefore stacks and combinators need no special case. The layer at the bottom is
 the module itself (`core.base`).
 """
@@ -18,8 +18,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +30,6 @@ from lorafold.core.recomputing import recomputed
 from lorafold.core.rounding import rounded
 from lorafold.core.scatter_add import scatter_added
 from lorafold.errors import LorafoldError
-
-if TYPE_CHECKING:
-    from lorafold.core.delta import Delta
 
 
 def add(a: Tensor, b: Tensor | None) -> Tensor:
@@ -104,6 +102,15 @@ class Layer(ABC):
     def bias(self) -> Tensor | None:  # (*matrices, out)
         """The bias (*matrices, out) of `dense`, or None."""
         return self.dense()[1]
+
+    def reading_once(self) -> AbstractContextManager[object]:
+        """Until the `with` block ends, W is dequantized once, if it is quantized."""
+        return nullcontext()
+
+    def weight_times(self, m: Tensor) -> Tensor:  # (*matrices, out, k)
+        """W m^T (*matrices, out, k) of a factor m (*matrices, k, in), in m's dtype."""
+        w = self.dense()[0]
+        return (w @ m.to(w.dtype).mT).to(m.dtype)
 
     def original(self) -> Tensor:  # (out, in)
         """W (out, in) as it was before quantization, with the deltas below folded in; the W of
@@ -217,76 +224,3 @@ class Layer(ABC):
             onto: a tensor (..., out) that is added before a bias, or None.
         """
         return self.built(x, lambda w: scatter_added(w, values, at), onto)
-
-
-class Upon(Layer):
-    """Abstract: a layer over another one, with the same input, shape and module."""
-
-    under: Layer
-
-    def op(self, x: Tensor, m: Tensor) -> Tensor:
-        return self.under.op(x, m)
-
-    def op_once(self, x: Tensor, m: Tensor) -> Tensor:
-        return self.under.op_once(x, m)
-
-    def drop(self, x: Tensor, p: float) -> Tensor:
-        return self.under.drop(x, p)
-
-    def branch(self, x: Tensor, down: Tensor, up: Tensor, p: float) -> Tensor:
-        return self.under.branch(x, down, up, p)
-
-    def scale(
-        self, y: Tensor, g: Tensor, c: Tensor | None = None, onto: Tensor | None = None
-    ) -> Tensor:
-        return self.under.scale(y, g, c, onto)
-
-    def each(self, v: Tensor) -> Tensor:
-        return self.under.each(v)
-
-    @property
-    def matrices(self) -> tuple[int, ...]:
-        return self.under.matrices
-
-    @property
-    def window(self) -> int:
-        return self.under.window
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.under.shape
-
-    @property
-    def takes_ids(self) -> bool:
-        return self.under.takes_ids
-
-    @property
-    def takes_vectors(self) -> bool:
-        return self.under.takes_vectors
-
-    @property
-    def has_bias(self) -> bool:
-        return self.under.has_bias
-
-    @property
-    def module(self) -> nn.Module:
-        return self.under.module
-
-
-class Over(Upon):
-    """A layer with one delta attached."""
-
-    def __init__(self, delta: Delta, under: Layer) -> None:
-        self.delta, self.under = delta, under
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.delta(self.under, *args, **kwargs)
-
-    def dense(self) -> tuple[Tensor, Tensor | None]:
-        return self.delta.fold(*self.under.dense())
-
-    def original(self) -> Tensor:
-        return self.delta.fold(self.under.original(), None)[0]
-
-    def sources(self) -> list[Tensor] | None:
-        return None

@@ -21,8 +21,8 @@ class Spec(ABC):
     """Abstract: one method with its hyperparameters.
 
     What a method needs beyond a single layer it does in hooks, which attaching (`join`) and a run
-    (`prepare`, `after_step`, `report`) call on every spec. Its deltas may add a `penalty` to the
-    loss. A spec is frozen, so the hooks keep their state in the deltas.
+    (`prepare`, `penalty`, `after_step`, `report`) call on every spec. A spec is frozen, so the
+    hooks keep their state in the deltas.
 
     Attributes:
         targets: the modules that the method adapts by default.
@@ -81,6 +81,10 @@ class Spec(ABC):
 
         `losses` yields scalars to call `backward()` on; a spec that calls it `asks_losses`.
         """
+        return None
+
+    def penalty(self, deltas: Mapping[str, Delta]) -> Tensor | None:
+        """A scalar that is added to the training loss at each step, or None."""
         return None
 
     def after_step(self, deltas: Mapping[str, Delta], step: int, total: int) -> None:

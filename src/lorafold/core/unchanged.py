@@ -19,20 +19,29 @@ from contextvars import ContextVar
 
 import torch
 
-_scope: ContextVar[object | None] = ContextVar("unchanged", default=None)
+
+class Scope:
+    """One `with` block of `unchanged`, which is open until it ends."""
+
+    def __init__(self) -> None:
+        self.open = True
+
+
+_scope: ContextVar[Scope | None] = ContextVar("unchanged", default=None)
 
 
 @contextmanager
 def unchanged() -> Iterator[None]:
     """No parameter changes until the `with` block ends, in this thread or task."""
-    token = _scope.set(object())
+    token = _scope.set(made := Scope())
     try:
         yield
     finally:
+        made.open = False
         _scope.reset(token)
 
 
-def scope() -> object | None:
+def scope() -> Scope | None:
     """The innermost scope of `unchanged`, None outside of one."""
     return _scope.get()
 

@@ -1,4 +1,4 @@
-"""Masks of dropout on CUDA in Triton: one launch, where the plain form has more than a hundred."""
+"""Dropout on CUDA in Triton: one launch, where the plain form has more than a hundred."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ def kernel() -> Any:
     except ImportError:
         raise LorafoldError("Triton is not installed") from None
     numbers = ["width", "limit", "low", "high", "site"]
-    return triton.jit(do_not_specialize=numbers)(_dropped_mask)
+    return triton.jit(do_not_specialize=numbers)(_masked)
 
 
 class _Forms:
     def __init__(self) -> None:
         self._kernel = kernel()
 
-    def dropped_mask(self, x: Tensor, p: float, names: Tensor | None, key: int, site: int) -> Any:
+    def masked(self, x: Tensor, p: float, names: Tensor | None, key: int, site: int) -> Any:
         names, key = source(x, names, key)
-        width, limit = x.shape[-1], threshold(p)
-        found = torch.empty(x.shape, dtype=torch.bool, device=x.device)
+        width, x = x.shape[-1], x.contiguous()
+        kept, where = torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
         grid = len(names), -(-width // (8 * CALLS))
-        given = names.contiguous(), found.view(torch.uint8), width, limit, *halves(key), site
-        self._kernel[grid](*given, **CONSTANTS)
-        return found
+        tensors = names.contiguous(), x, kept, where.view(torch.uint8)
+        self._kernel[grid](*tensors, width, threshold(p), *halves(key), site, **CONSTANTS)
+        return kept, where
 
 
-def _dropped_mask(  # type: ignore[no-untyped-def]
-    names, found, width, limit, low, high, site, FIRST: tl.constexpr, SECOND: tl.constexpr,
+def _masked(  # type: ignore[no-untyped-def]
+    names, x, kept, where, width, limit, low, high, site, FIRST: tl.constexpr, SECOND: tl.constexpr,
     STEP: tl.constexpr, OTHER: tl.constexpr, ROUNDS: tl.constexpr, CALLS: tl.constexpr,
 ):  # fmt: skip
     """One row of elements and CALLS calls of Philox a program (`ops.philox`)."""
@@ -66,12 +66,14 @@ def _dropped_mask(  # type: ignore[no-untyped-def]
     d = zero + site.to(tl.uint32)
     k, m = zero + low.to(tl.uint32), zero + high.to(tl.uint32)
     for _ in tl.static_range(ROUNDS):
-        x, y = tl.umulhi(a, first), tl.umulhi(c, second)
-        a, b, c, d = y ^ b ^ k, c * second, x ^ d ^ m, a * first
+        v, w = tl.umulhi(a, first), tl.umulhi(c, second)
+        a, b, c, d = w ^ b ^ k, c * second, v ^ d ^ m, a * first
         k, m = k + STEP, m + OTHER
-    own = found + row * width
-    for i in tl.static_range(4):
-        word = a if i == 0 else b if i == 1 else c if i == 2 else d
-        at = calls * 8 + 2 * i
-        tl.store(own + at, ((word & 0xFFFF) < limit).to(tl.int8), mask=at < width)
-        tl.store(own + at + 1, ((word >> 16) < limit).to(tl.int8), mask=at + 1 < width)
+    start = row * width
+    for i in tl.static_range(8):
+        word = a if i // 2 == 0 else b if i // 2 == 1 else c if i // 2 == 2 else d
+        drop = (word >> 16 if i % 2 else word & 0xFFFF) < limit
+        at, inside = start + calls * 8 + i, calls * 8 + i < width
+        value = tl.load(x + at, mask=inside)
+        tl.store(kept + at, tl.where(drop, 0.0, value).to(value.dtype), mask=inside)
+        tl.store(where + at, drop.to(tl.int8), mask=inside)

@@ -124,7 +124,7 @@ class _Forms:
         self._call("scale", y.dtype, y, g, c, out, y.numel() // n, n, threads())
         return out
 
-    def scale_backward(self, z: Tensor, y: Tensor, g: Tensor) -> Any:
+    def scale_backward(self, z: Tensor, y: Tensor, g: Tensor, offset: bool) -> Any:
         z = z.contiguous()
         plain = g.dim() != 1 or not _taken(z, y)
         if plain or y.dtype is not torch.bfloat16 or g.dtype is not torch.float32:

@@ -20,6 +20,7 @@ squares.
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -58,10 +59,8 @@ class AdaLoRADelta(LowRank):
         alpha: Any = spec.alpha
         rank = next(iter(spec.rank_pattern.values()), first)
         (out, inn), matrices, device = layer.shape, layer.matrices, layer.device
-        self.init_rank, self.orth_reg = first, spec.orth_reg
+        self.init_rank = first
         self.scale = alpha / (first + 1e-5)  # it keeps the rank at start
-        # the mean over this delta's norms; `join` sets it for all norms of the adapter
-        self.share = 0.5 / prod(matrices)
         p, q = (*matrices, out, rank), (*matrices, rank, inn)
         self.P = nn.Parameter(torch.randn(p, device=device, dtype=torch.float32) * 0.02)
         self.E = zeros((*matrices, rank), device)
@@ -76,24 +75,8 @@ class AdaLoRADelta(LowRank):
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.P * (self.scale * self.E[..., None, :]), self.Q
 
-    def penalty(self) -> Tensor:
-        eye = torch.eye(self.E.shape[-1], device=self.E.device)
-        grams = self.P.mT @ self.P, self.Q @ self.Q.mT
-        norms = sum(torch.linalg.matrix_norm(g - eye).sum() for g in grams)
-        return self.orth_reg * self.share * norms
-
-    def scores(self) -> Tensor:  # (*matrices, r)
-        """The score of each triplet (eq. 8)."""
-        p, e, q = (
-            getattr(self, f"sensitivity_{part}") * getattr(self, f"uncertainty_{part}")
-            for part in PARTS
-        )
-        return e + p.mean(-2) + q.mean(-1)
-
-    @torch.no_grad()
-    def mask(self) -> None:
-        """Set E to zero at the triplets that the last allocation left out."""
-        self.E.mul_(self.kept)
+    def scaled(self) -> tuple[Tensor, Tensor, float]:
+        return self.P * self.E[..., None, :], self.Q, self.scale
 
 
 @dataclass(frozen=True)
@@ -164,11 +147,6 @@ class AdaLoRA(Spec):
     def build(self, layer: Layer) -> AdaLoRADelta:
         return AdaLoRADelta(layer, self)
 
-    def join(self, deltas: Mapping[str, Delta]) -> None:
-        share = 1 / (2 * sum(map(number_of_matrices, deltas.values())))
-        for delta in deltas.values():
-            delta.share = share  # type: ignore[assignment]
-
     def phases(self, total: int) -> tuple[int, int]:
         """The last step at full rank, and the step of the last allocation, of a run of `total`
         steps. Raises LorafoldError if tinit and tfinal leave no step between them.
@@ -194,6 +172,18 @@ class AdaLoRA(Spec):
         left = 1 - min(max((step - first) / (last - first), 0), 1)
         return int((full - target) * left**3 + target)
 
+    def penalty(self, deltas: Mapping[str, Delta]) -> Tensor:
+        ours: list[AdaLoRADelta] = list(deltas.values())  # type: ignore[arg-type]
+        grams = defaultdict[int, list[Tensor]](list)  # by rank, (n, r, r)
+        for p, q in ((delta.P, delta.Q) for delta in ours):
+            r = p.shape[-1]
+            grams[r] += (gram.reshape(-1, r, r) for gram in (p.mT @ p, q @ q.mT))
+        norms = [
+            torch.linalg.matrix_norm(torch.cat(found) - torch.eye(r, device=found[0].device))
+            for r, found in grams.items()
+        ]
+        return self.orth_reg * torch.cat(norms).mean()
+
     def after_step(self, deltas: Mapping[str, Delta], step: int, total: int) -> None:
         ours: list[AdaLoRADelta] = list(deltas.values())  # type: ignore[arg-type]
         first, last = self.phases(total)
@@ -205,8 +195,8 @@ class AdaLoRA(Spec):
             least = self.rank * sum(map(number_of_matrices, ours))
             allocate(ours, self.budget(step, total, full, min(full, least)))
         if due or step > last:
-            for delta in ours:
-                delta.mask()
+            with torch.no_grad():  # no E where the last allocation left the triplet out
+                torch._foreach_mul_([d.E for d in ours], [d.kept for d in ours])
 
     def report(self, deltas: Mapping[str, Delta]) -> str:
         """The ranks that are left: one line for the matrices whose paths differ in numbers only, in
@@ -242,14 +232,28 @@ def observe(deltas: list[AdaLoRADelta], beta1: float, beta2: float) -> None:
     torch._foreach_lerp_(uncertainty, now, 1 - beta2)
 
 
+def scores(deltas: list[AdaLoRADelta]) -> list[Tensor]:  # each (*matrices, r)
+    """The score of each triplet of each delta (eq. 8)."""
+    p, e, q = (
+        torch._foreach_mul(*([getattr(d, f"{name}_{part}") for d in deltas] for name in AVERAGES))
+        for part in PARTS
+    )
+    found = torch._foreach_add(e, [one.mean(-2) for one in p])
+    return list(torch._foreach_add(found, [one.mean(-1) for one in q]))
+
+
 @torch.no_grad()
 def allocate(deltas: list[AdaLoRADelta], budget: int) -> None:
     """Keep the `budget` triplets with the highest scores among those of all deltas."""
-    scores = torch.cat([delta.scores().flatten() for delta in deltas])
-    worst = len(scores) - budget
-    threshold = scores.kthvalue(worst).values if worst else scores.new_tensor(float("-inf"))
-    for delta in deltas:
-        delta.kept.copy_(delta.scores() > threshold)
+    found = scores(deltas)
+    each = torch.cat([one.flatten() for one in found])
+    worst = len(each) - budget
+    threshold = each.kthvalue(worst).values if worst else each.new_tensor(float("-inf"))
+    kept = (each > threshold).split([one.numel() for one in found])
+    pairs = zip(deltas, kept, strict=True)
+    torch._foreach_copy_(
+        [delta.kept for delta in deltas], [now.view(delta.kept.shape) for delta, now in pairs]
+    )
 
 
 def number_of_matrices(delta: Any) -> int:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorafold.core.combine import up_names_in
@@ -86,42 +87,41 @@ class DoRADelta(Delta):
         self.during: object | None = None
         self.magnitude = nn.Parameter(squares(layer.dense()[0].detach()).sqrt())
 
-    def penalty(self) -> Tensor | None:
-        return self.inner.penalty()
-
     @torch.no_grad()
     def row_norms(self, layer: Layer) -> Tensor:  # (*matrices, out), fp32 or wider
-        """The norm of each row of V.
+        """The norm of each row of V, 1 where that is 0.
 
         |w|^2 is kept as long as W does not change. So are the norms outside training; in training
         they are kept for one optimizer step, and for a checkpointed block that is replayed.
         """
         base = layer.sources()
-        if torch.compiler.is_compiling() or base is None:
-            return self.inner.row_squares(w := layer.dense()[0], squares(w)).sqrt()
 
-        def make() -> Tensor:
-            w = layer.dense()[0]
-            return self.inner.row_squares(w, self.own.get(base, lambda: squares(w))).sqrt()
+        def own() -> Tensor:
+            return squares(layer.dense()[0])
+
+        def norms(own: Tensor) -> Tensor:  # a norm of 0 counts as 1
+            return F.threshold(self.inner.row_squares(layer, own), 0, 1).sqrt_()
+
+        if torch.compiler.is_compiling() or base is None:
+            return norms(own())
 
         if not self.training:
             self.during = None
         elif not in_backward():  # an optimizer may change parameters without changing their version
             self.during = scope() or object()
         tensors = [*base, *self.inner.parameters(), *self.inner.buffers()]
-        return self.norms.get(tensors, make, self.during)
-
-    def gain(self, norms: Tensor) -> Tensor:  # (*matrices, out)
-        """g = m / norms, the gain of each output; a norm of 0 counts as 1."""
-        return self.magnitude / torch.where(norms > 0, norms, 1)
+        return self.norms.get(tensors, lambda: norms(self.own.get(base, own)), self.during)
 
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
-        b, g = layer.bias, self.gain(self.row_norms(layer))
-        return layer.scale(self.inner(layer, x), g, None if b is None else b * (1 - g), onto)
+        with layer.reading_once():
+            b, g = layer.bias, self.magnitude / self.row_norms(layer)
+            z = self.inner(layer, x)
+        return layer.scale(z, g, None if b is None else b * (1 - g), onto)
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         v, b = self.inner.fold(w, b)
-        return self.gain(torch.linalg.vector_norm(v.detach(), dim=-1))[..., None] * v, b
+        norms = torch.linalg.vector_norm(v.detach(), dim=-1)
+        return (self.magnitude / F.threshold(norms, 0, 1))[..., None] * v, b
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,9 @@ class DoRA(Spec):
 
     def prepare(self, deltas: Mapping[str, Delta], losses: Losses) -> None:
         self.over.prepare(inners(deltas), losses)
+
+    def penalty(self, deltas: Mapping[str, Delta]) -> Tensor | None:
+        return self.over.penalty(inners(deltas))
 
     def after_step(self, deltas: Mapping[str, Delta], step: int, total: int) -> None:
         self.over.after_step(inners(deltas), step, total)

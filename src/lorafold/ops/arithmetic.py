@@ -131,28 +131,36 @@ def times(x: Tensor, k: float, dtype: torch.dtype) -> Tensor:
     return torch.mul(x, k, out=torch.empty_like(x, dtype=dtype, requires_grad=False))
 
 
-def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a b (n, m), in a dtype. On CUDA the sums of 16-bit matrices are not rounded to 16 bits before
-    they are widened to fp32.
+def product(a: Tensor, b: Tensor, dtype: torch.dtype, k: float = 1.0) -> Tensor:
+    """k a b (n, m), in a dtype. On CUDA the sums of 16-bit matrices are not rounded to 16 bits
+    before they are widened to fp32, and k is multiplied in by the product.
 
     Args:
-        a, b: (n, k) and (k, m).
+        a, b: (n, l) and (l, m).
     """
-    if a.is_cuda and a.dtype in HALF and dtype is torch.float32:
-        return torch.mm(a, b, out_dtype=dtype)
-    return (a @ b).to(dtype)
+    if not a.is_cuda:
+        found = (a @ b).to(dtype)
+        return found if k == 1.0 else found.mul_(k)
+    wide: dict[str, Any] = (
+        {"out_dtype": dtype} if a.dtype in HALF and dtype is torch.float32 else {}
+    )
+    if k == 1.0:
+        return torch.mm(a, b, **wide).to(dtype)
+    unread = a.new_empty((1, 1), dtype=dtype if wide else a.dtype)  # beta is 0
+    return torch.addmm(unread, a, b, beta=0, alpha=k, **wide).to(dtype)
 
 
-def transposed_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """(a b)^T (m, n), contiguous, in a dtype.
+def transposed_product(a: Tensor, b: Tensor, dtype: torch.dtype, k: float = 1.0) -> Tensor:
+    """k (a b)^T (m, n), contiguous, in a dtype.
 
     Args:
-        a, b: (n, k) with few rows, and (k, m).
+        a, b: (n, l) with few rows, and (l, m).
     """
     if a.is_cuda:
-        return product(b.t(), a.t(), dtype)
+        return product(b.t(), a.t(), dtype, k)
     # a CPU multiplies (r, T) with (T, out) faster than (out, T) with (T, r)
-    return a.new_empty((b.shape[1], len(a)), dtype=dtype).copy_((a @ b).t())
+    found = a.new_empty((b.shape[1], len(a)), dtype=dtype).copy_((a @ b).t())
+    return found if k == 1.0 else found.mul_(k)
 
 
 def linear(x: Tensor, m: Tensor, b: Tensor | None = None) -> Tensor:

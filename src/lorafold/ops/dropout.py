@@ -55,25 +55,27 @@ def threshold(p: float) -> int:
     return min(round(p * (1 << 16)), (1 << 16) - 1)
 
 
-def dropped(x: Tensor, p: float, site: DrawSite | None = None) -> Tensor:
-    """Draw the elements to drop: their ascending indices (m,), int32, in the flattened x (..., in);
-    or a boolean mask in x's shape, True for them.
+def dropped(x: Tensor, p: float, site: DrawSite | None = None) -> tuple[Tensor, Tensor]:
+    """x (..., in) with zeros at the elements that are dropped, which are drawn; and which they are:
+    their ascending indices (m,), int32, in the flattened x, or a boolean mask in x's shape, True
+    for them. There is no gradient.
 
     Raises ValueError for p outside [0, 1).
 
     Args:
-        x: the input (..., in), of which only the shape and the device count.
         p: the probability that an element is dropped.
         site: what the draw follows from; None: torch's generator.
     """
     keep_scale(p)
-    if torch.compiler.is_compiling():
-        return torch.rand(x.shape, device=x.device) < p
+    x = x.detach()
     if not p or not x.numel():
-        return torch.empty(0, dtype=torch.int32, device=x.device)
+        return x, torch.empty(0, dtype=torch.int32, device=x.device)
     key, names, number = (0, None, 0) if site is None else site
-    drawn: Tensor = (PLACES if kind_of(x) == "cpu" else MASK)(x, p, names, key, number)
-    return drawn
+    if kind_of(x) == "cpu":
+        where = PLACES(x, p, names, key, number)
+        return emptied(x, where), where
+    found: tuple[Tensor, Tensor] = MASKED(x, p, names, key, number)
+    return found
 
 
 def source(x: Tensor, names: Tensor | None, key: int) -> tuple[Tensor, int]:
@@ -103,6 +105,13 @@ def _mask(x: Tensor, p: float, names: Tensor | None, key: int, site: int) -> Ten
     return torch.cat(parts).view(x.shape)
 
 
+def _masked(
+    x: Tensor, p: float, names: Tensor | None, key: int, site: int
+) -> tuple[Tensor, Tensor]:
+    where = _mask(x, p, names, key, site)
+    return x.masked_fill(where, 0), where
+
+
 def _places(x: Tensor, p: float, names: Tensor | None, key: int, site: int) -> Tensor:
     found = _mask(x, p, names, key, site).flatten().nonzero()[:, 0]
     return found.to(torch.int32) if x.numel() < 2**31 else found
@@ -115,8 +124,10 @@ PLACES = operator(
     _places,
     lambda x, p, *_: x.new_empty(round(x.numel() * p), dtype=torch.int32),
 )
-MASK = operator(
-    f"dropped_mask{DRAW}", _mask, lambda x, p, *_: x.new_empty(x.shape, dtype=torch.bool)
+MASKED = operator(
+    f"masked{DRAW.replace('-> Tensor', '-> (Tensor, Tensor)')}",
+    _masked,
+    lambda x, p, *_: (x.new_empty(x.shape), x.new_empty(x.shape, dtype=torch.bool)),
 )
 
 
@@ -144,15 +155,16 @@ def _empty(x: Tensor, where: Tensor) -> None:
 EMPTY = operator("empty_(Tensor(a!) x, Tensor where) -> ()", _empty, lambda x, where: None)
 
 
-class _Emptied(Function):
+class _Kept(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, where: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, kept: Tensor, where: Tensor) -> Tensor:
         ctx.save_for_backward(where)
-        return emptied(x, where)
+        return kept.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        return _Emptied.apply(g, *ctx.saved_tensors), None
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        (where,) = ctx.saved_tensors
+        return _Kept.apply(g, emptied(g.detach(), where), where), None, None
 
 
 class Dropped(NamedTuple):
@@ -202,9 +214,8 @@ def shared(x: Tensor, p: float, reader: int, site: DrawSite | None = None) -> Dr
         or (found.version, found.segment) != (version, segment)
         or reader in found.readers
     ):
-        where = dropped(x, p, site)
-        kept, k = emptied(x.detach(), where), keep_scale(p)
-        known[p] = found = Dropped(kept, where, k, version, segment, set())
+        drawn = dropped(x, p, site)
+        known[p] = found = Dropped(*drawn, keep_scale(p), version, segment, set())
     found.readers.add(reader)
     return found
 
@@ -219,8 +230,7 @@ def dropout(x: Tensor, p: float, site: DrawSite | None = None) -> Tensor:
         p: the probability that an element is dropped.
         site: what the draw follows from; None: torch's generator.
     """
-    where = dropped(x, p, site)
-    kept: Tensor = (
-        x.masked_fill(where, 0) if where.dtype is torch.bool else _Emptied.apply(x, where)
-    )
+    if torch.compiler.is_compiling():
+        return x.masked_fill(torch.rand(x.shape, device=x.device) < p, 0) * keep_scale(p)
+    kept: Tensor = _Kept.apply(x, *dropped(x, p, site))
     return kept * keep_scale(p)

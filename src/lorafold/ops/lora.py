@@ -18,10 +18,11 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorafold.ops.arithmetic import arithmetic, product, times, transposed_product
+from lorafold.ops.arithmetic import arithmetic, product, transposed_product
 from lorafold.ops.autocast import Exact
 from lorafold.ops.dropout import Dropped, empty_
 from lorafold.ops.frozen import Read
+from lorafold.ops.narrowed import narrowed
 
 
 class _LowRankLinear(Exact):
@@ -32,11 +33,11 @@ class _LowRankLinear(Exact):
         dtype = arithmetic(x)
         xd, where, scale = branched(x, drop)
         scale = scale * k
-        a, b = down.to(dtype), times(up, scale, dtype)
+        a, b = narrowed(down, 1.0, dtype), narrowed(up, scale, dtype)
         wide = x.to(dtype)
         u = (wide if where is None else xd.to(dtype)) @ a.t()
         ctx.save_for_backward(xd, u, a, b, where)
-        ctx.read, ctx.scale, ctx.dtype, ctx.up = read, scale, down.dtype, up.detach()
+        ctx.read, ctx.scale, ctx.down, ctx.up = read, scale, down.dtype, up.dtype
         return (u @ b.t()).addmm_(wide, read(dtype).t()).to(x.dtype)
 
     @staticmethod
@@ -55,9 +56,9 @@ class _LowRankLinear(Exact):
                 .to(g.dtype)
             )
         if need_down:
-            gdown = product(v.t(), xd.to(v.dtype), ctx.dtype)
+            gdown = product(v.t(), xd.to(v.dtype), ctx.down)
         if need_up:
-            gup = transposed_product(u.t(), wide, ctx.up.dtype).mul_(ctx.scale)
+            gup = transposed_product(u.t(), wide, ctx.up, ctx.scale)
         return gx, None, gdown, gup, None, None
 
 

@@ -44,17 +44,16 @@ def _dithered(y: Tensor, g: Tensor, c: Tensor | None, onto: Tensor | None) -> Te
     parts = []
     step = max(1, BLOCK // y.shape[-1])
     for i in range(0, max(len(rows), 1), step):
-        part = rows[i : i + step].float().mul_(g)
+        part = torch.mul(rows[i : i + step], g)  # in fp32, which g is
         part = part if c is None else part.add_(c)
         parts.append(dithered(part if tops is None else part.add_(tops[i : i + step])))
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(y.shape)
 
 
-def _gradients(z: Tensor, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    # addcmul computes in fp32, and only the small g - 1 is rounded
-    gy = torch.addcmul(z, z, (g - 1).to(z.dtype))
-    gg, gc = (t.flatten(0, -2).sum(0, dtype=g.dtype) for t in (z * y, z))
-    return gy, gg, gc
+def _gradients(z: Tensor, y: Tensor, g: Tensor, offset: bool) -> tuple[Tensor, Tensor, Tensor]:
+    gy = torch.mul(z, g, out=torch.empty_like(z))  # in fp32, which g is
+    gg = (z * y).flatten(0, -2).sum(0, dtype=g.dtype)
+    return gy, gg, z.flatten(0, -2).sum(0, dtype=g.dtype) if offset else g.new_empty(0)
 
 
 # in bf16, with g and c in fp32
@@ -64,9 +63,13 @@ SCALE = operator(
     lambda y, g, c, onto: y.new_empty(y.shape),
 )
 BACKWARD = operator(
-    "scale_backward(Tensor z, Tensor y, Tensor g) -> (Tensor, Tensor, Tensor)",
+    "scale_backward(Tensor z, Tensor y, Tensor g, bool offset) -> (Tensor, Tensor, Tensor)",
     _gradients,
-    lambda z, y, g: (z.new_empty(z.shape), torch.empty_like(g), torch.empty_like(g)),
+    lambda z, y, g, offset: (
+        z.new_empty(z.shape),
+        torch.empty_like(g),
+        torch.empty_like(g) if offset else g.new_empty(0),
+    ),
 )
 
 
@@ -85,7 +88,7 @@ class _Scale(Exact):
         ctx: Any, z: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         _, _, need_c, need_onto = ctx.needs_input_grad
-        gy, gg, gc = BACKWARD(z, *ctx.saved_tensors)
+        gy, gg, gc = BACKWARD(z, *ctx.saved_tensors, need_c)
         gonto = z.sum_to_size(ctx.onto.shape).to(ctx.onto.dtype) if need_onto else None
         return gy, gg, gc.to(ctx.c_dtype) if need_c else None, gonto
 

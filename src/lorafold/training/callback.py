@@ -266,10 +266,12 @@ def _check_method(adapter: Adapter) -> None:
     lowest: Any = spec
     while isinstance(over := getattr(lowest, "over", None), Spec):
         lowest = over
-    when = {"prepare": "acts before the first step", "after_step": "acts after each step"}
+    when = {
+        "prepare": "acts before the first step",
+        "after_step": "acts after each step",
+        "penalty": "adds a penalty to the loss",
+    }
     own = [when[h] for h in when if getattr(type(lowest), h) is not getattr(Spec, h)]
-    if any(delta.penalty() is not None for _, delta in adapter.parts()):
-        own.append("adds a penalty to the loss")
     if own:
         raise LorafoldError(
             f"AdapterCallback: {name} {' and '.join(own)}, which a trainer leaves out; train it"

@@ -1,7 +1,7 @@
 """The training loop: one adapter, one objective, one plan of batches.
 
-The loop names no method: a delta's `penalty` and a spec's `after_step` bring in what a method
-needs. The examples, learning rates and random numbers of step i follow from the recipe, i and the
+The loop names no method: a spec's `penalty` and `after_step` bring in what a method needs. The
+examples, learning rates and random numbers of step i follow from the recipe, i and the
 checkpoint, so a run that is killed and resumed writes the same bytes as one that is not.
 """
 
@@ -187,7 +187,8 @@ def train_step(job: Job, examples: Sequence[Any], step: int) -> float:
                 seen += loss.detach()
                 loss = loss * (1 / total)
                 if i == len(micro) - 1 and processes.first:  # of the sum over all
-                    loss = loss + penalty(job.adapter)
+                    added = job.adapter.spec.penalty(job.adapter.own_deltas)
+                    loss = loss if added is None else loss + added
                 loss.backward()
         for _ in range(more):  # passes of others, in which this process has nothing to learn
             inputs = job.loss.collate(examples[:1], job.device)
@@ -229,11 +230,6 @@ def places(examples: Sequence[Any], numbers: Sequence[int]) -> dict[int, list[in
     for example, number in zip(examples, numbers, strict=True):
         found.setdefault(id(example), []).append(number)
     return found
-
-
-def penalty(adapter: Adapter) -> Tensor | float:
-    """The sum of the penalties that the deltas add to the loss: a scalar, 0.0 without any."""
-    return sum((p for _, delta in adapter.parts() if (p := delta.penalty()) is not None), start=0.0)
 
 
 def check_gradients(adapter: Adapter, moves: Mapping[nn.Parameter, bool]) -> list[str]:
