@@ -161,6 +161,7 @@ class LowRank(Additive):
     # |w|^2 + 2 b.(A w) + b (A A^T) b for each row, without W + dW
     def row_squares(self, layer: Layer, own: Tensor) -> Tensor:
         up, down, k = self.scaled()
+        up, down = up.to(own.dtype), down.to(own.dtype)
         cross = layer.weight_times(down)  # (*matrices, out, r)
         add = torch.baddbmm if up.dim() == 3 else torch.addmm
         both = add(cross, up, down @ down.mT, beta=2, alpha=k)
