@@ -31,6 +31,10 @@ def test_bits_are_those_of_the_plain_form(
     g, c = 1 + 1e-3 * torch.randn(shape[-1]), torch.randn(shape[-1])
     given = y, g, c if "c" in more else None, onto if "onto" in more else None
     assert torch.equal(interpreted.scale(*given), SCALE.plain(*given))
+    if len(shape) == 3:  # gains of each row of the batch
+        each = (t if t is None or t.dim() > 1 else torch.stack([t, 2 * t])[:, None] for t in given)
+        given = tuple(each)
+        assert torch.equal(interpreted.scale(*given), SCALE.plain(*given))
     gy, gg, gc = interpreted.scale_backward(z, y, g, "c" in more)
     plain = BACKWARD.plain(z, y, g, "c" in more)
     unit = 2.0**-7  # the interpreter cuts bf16 off, where a GPU rounds to the nearest
@@ -56,7 +60,8 @@ def test_they_compile_in_registers(
     for kernel, tensors, constants in (
         (forward, inputs, of_forward), (backward, back, of_backward),
     ):  # fmt: skip
-        types = {**tensors, **numbers, **dict.fromkeys(constants, "constexpr")}
+        more = {"each": "i32"} if kernel is forward else {}
+        types = {**tensors, **numbers, **more, **dict.fromkeys(constants, "constexpr")}
         source = ASTSource(fn=kernel, signature=types, constexprs=constants)
         made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
         assert ".local" not in made.asm["ptx"]  # nothing is spilled

@@ -99,7 +99,17 @@ def gated(of: Operations, dtype: torch.dtype) -> Callable[[slice, slice], T]:
     return run
 
 
-CHECKS: dict[str, Any] = {f.__name__: f for f in (low_rank, attend, write, rms_norm, rotary, gated)}
+def scale(of: Operations, dtype: torch.dtype) -> Callable[[slice, slice], T]:
+    y = random_of(B, TOKENS, D, dtype=dtype)
+    g, c = (random_of(B, D, dtype=torch.float32, seed=s) for s in (1, 2))
+    return lambda rows, tokens: torch.cat(
+        [of.scale(y[rows, tokens], g[rows], c[rows]), of.scale(y[rows, tokens], g[0], None)], -1
+    )
+
+
+CHECKS: dict[str, Any] = {
+    f.__name__: f for f in (low_rank, attend, write, rms_norm, rotary, gated, scale)
+}
 
 
 def test_every_operation_says_whether_its_rows_are_independent() -> None:

@@ -16,7 +16,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,16 @@ from torch import Tensor, nn
 from lorafold.core.layer import Layer
 from lorafold.core.rounding import rounded
 from lorafold.errors import NotMergeable
+
+
+class Gained(NamedTuple):
+    """g z + c, where z is what a delta computes over the layer, or the layer's output (under None);
+    g (*matrices, out), c (*matrices, out) or None, fp32 or wider.
+    """
+
+    under: Delta | None
+    g: Tensor
+    c: Tensor | None
 
 
 class Delta(nn.Module, ABC):
@@ -68,6 +78,10 @@ class Delta(nn.Module, ABC):
         """up (out, r), with every scale in it, and down (r, in), if folding gives W + up @ down;
         None if the change has no such factors.
         """
+        return None
+
+    def gained(self, layer: Layer) -> Gained | None:
+        """What this computes over a layer, as gains; None if it is not of that form."""
         return None
 
     def change(self, w: Tensor) -> Tensor:  # (out, in)

@@ -22,11 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.adapter.building import read
+from lorafold.bases import layer_of
 from lorafold.core.attach import Origin, adapted_modules, deltas_on, selection_of
 from lorafold.core.combine import Stack
-from lorafold.core.delta import Delta
+from lorafold.core.delta import Delta, Gained
+from lorafold.core.matrices import module_at
 from lorafold.core.twin import twin
-from lorafold.engine.structure import Shape, Structure
+from lorafold.engine.factors import Factors, factors_of, low_rank
+from lorafold.engine.structure import Structure
 from lorafold.errors import LorafoldError
 from lorafold.files.contents import Contents
 from lorafold.files.header import check_numbers
@@ -39,8 +42,6 @@ from lorafold.peft.config import CONFIG, WEIGHTS
 from lorafold.peft.saved import FILES
 from lorafold.peft.stack import beside, digest_of, not_found, parse
 
-# Products of a larger rank take longer than the base's own, whose rows they would all have to pad
-RANK = 64
 BESIDE = 8 << 20  # bytes of a manifest, which an identity leaves out
 
 
@@ -75,29 +76,19 @@ class KnownAdapter:
         return f"{self.generation}-{self.digest[:12]}"
 
 
-@dataclass(frozen=True)
-class Factors:
-    """Low-rank updates of n matrices of one shape: their indices among the shape's paths (n,), down
-    (n, in, r) and up (n, r, out), which has every scale in it, zero beyond a matrix's own rank.
-    """
-
-    at: Tensor
-    down: Tensor
-    up: Tensor
-    index: Mapping[int, int]  # from an index among the shape's paths to that among the n
-
-
 @dataclass(frozen=True, eq=False)
 class LoadedAdapter:
     """An adapter in memory.
 
-    `factors` are by the index of the shape, and `products` are the paths that they change. `deltas`
+    `factors` are by the index of the shape, and `products` are the paths that they change. `gains`
+    are what outputs are multiplied with, and what is added then or None, by path (out,). `deltas`
     are all others, by path. If `apart` is set, rows of this adapter can't share a pass with others.
     """
 
     entry: KnownAdapter
     factors: Mapping[int, Factors]
     products: frozenset[str]
+    gains: Mapping[str, tuple[Tensor, Tensor | None]]
     deltas: Mapping[str, Delta]
     apart: bool
     vocabulary: int | None
@@ -107,7 +98,16 @@ class LoadedAdapter:
     @property
     def paths(self) -> frozenset[str]:
         """The paths of all modules that the adapter changes."""
-        return self.products | frozenset(self.deltas)
+        return self.products.union(self.gains, self.deltas)
+
+    @property
+    def tensors(self) -> Iterator[Tensor]:
+        """All its tensors, of any shapes."""
+        for factors in self.factors.values():
+            yield from (factors.down, factors.up)
+        yield from (t for gain in self.gains.values() for t in gain if t is not None)
+        for delta in self.deltas.values():
+            yield from (*delta.parameters(), *delta.buffers())
 
 
 def attached(model: nn.Module, names: Sequence[str]) -> dict[str, Delta]:
@@ -248,35 +248,36 @@ class Reader:
             apart: compute it by its deltas' own code, in passes of its own.
         """
         apart = apart or vocabulary is not None or not deltas.keys() <= self.structure.rowwise
-        pairs = {} if apart else {p: f for p, d in deltas.items() if (f := self._low_rank(p, d))}
+        gained = {} if apart else self._gained(deltas)
+        products = {p: gained[p].under if p in gained else d for p, d in deltas.items()}
+        matrices = {} if apart else {p: products[p] for p in self.structure.where if p in products}
+        pairs = {p: f for p, d in matrices.items() if d is not None and (f := low_rank(d))}
+        gains = {p: one[1:] for p, one in gained.items() if p in pairs or one.under is None}
         factors = {}
         for i, shape in enumerate(self.structure.shapes):
             ours = [path for path in shape.paths if path in pairs]
             if ours:
-                factors[i] = self._factors(shape, [(shape.paths.index(p), *pairs[p]) for p in ours])
+                found = [(shape.paths.index(p), *pairs[p]) for p in ours]
+                factors[i] = factors_of(shape, found, self.dtype)
         others = {
             path: delta.eval().requires_grad_(False)
             for path, delta in deltas.items()
-            if path not in pairs
+            if path not in pairs and path not in gains
         }
-        kept = {id(t): t.nbytes for d in others.values() for t in (*d.parameters(), *d.buffers())}
-        nbytes = sum(f.down.nbytes + f.up.nbytes for f in factors.values()) + sum(kept.values())
-        return LoadedAdapter(entry, factors, frozenset(pairs), others, apart, vocabulary, nbytes)
+        held = LoadedAdapter(
+            entry, factors, frozenset(pairs), gains, others, apart, vocabulary, nbytes=0
+        )
+        return replace(held, nbytes=sum({id(t): t.nbytes for t in held.tensors}.values()))
 
-    def _low_rank(self, path: str, delta: Delta) -> tuple[Tensor, Tensor] | None:
-        found = delta.factors() if path in self.structure.where else None
-        return None if found is None or len(found[1]) > RANK else found
-
-    def _factors(self, shape: Shape, found: list[tuple[int, Tensor, Tensor]]) -> Factors:
-        """Factors from the index, the up factor (out, r) and the down factor (r, in) of each."""
-        rank = max(len(down) for _, _, down in found)
-        like = found[0][1]
-        # as files have them, since transposing takes six times as long as this copy
-        down = like.new_zeros(len(found), rank, shape.inn, dtype=self.dtype)
-        up = like.new_zeros(len(found), shape.out, rank, dtype=self.dtype)
-        for k, (_, u, d) in enumerate(found):
-            down[k, : len(d)] = d
-            up[k, :, : len(d)] = u
-        at = [at for at, _, _ in found]
-        index = {at: k for k, at in enumerate(at)}
-        return Factors(torch.tensor(at, device=like.device), down.mT, up.mT, index)
+    def _gained(self, deltas: Mapping[str, Delta]) -> dict[str, Gained]:
+        """Those deltas that are gains over a matrix, by path. Over what is active on the model a
+        gain is another one, so there are none.
+        """
+        if selection_of(self.shadow).active:
+            return {}
+        found = {
+            path: delta.eval().gained(layer_of(module_at(self.shadow, path)))
+            for path, delta in deltas.items()
+            if path in self.structure.where
+        }
+        return {path: one for path, one in found.items() if one is not None}

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 
+import torch
 from torch import Tensor
 
 from lorafold.engine.as_trained import attend
@@ -14,13 +15,14 @@ from lorafold.ops.decoding import ATTEND, LOW_RANK, STORED, WRITE
 from lorafold.ops.gated import GATED
 from lorafold.ops.norm import NORM
 from lorafold.ops.rotary import ROTARY
+from lorafold.ops.scale import SCALE, scaled
 
 log = logging.getLogger(__name__)
 
 # by device, the operations whose numbers for a row are the same bits whatever rows and tokens are
 # beside it, which is what a request's answer rests on
 INDEPENDENT = {
-    "": frozenset({"write", "rotary"}),
+    "": frozenset({"write", "rotary", "scale"}),
     "cpu": frozenset(operation.name for operation in DECODING if operation is not STORED),
 }
 
@@ -41,6 +43,7 @@ class Operations:
         if as_trained:
             self.attend = attend
         self._norm, self._turned = NORM.on(device), ROTARY.on(device)
+        self._scale = SCALE.on(device)
 
     def rms_norm(self, x: Tensor, gain: Tensor, eps: float) -> Tensor:
         """`lorafold.ops.norm.rms_norm`: x (..., d) normalized, times the gain (d,).
@@ -52,6 +55,20 @@ class Operations:
         """
         y: Tensor = self._norm(x.contiguous(), gain, eps)
         return y
+
+    def scale(self, y: Tensor, g: Tensor, c: Tensor | None) -> Tensor:
+        """`lorafold.ops.scale.scale`: y times gains, plus offsets.
+
+        Args:
+            y: the output of a layer (B, T, k).
+            g, c: a gain and an offset, fp32, of all rows (k,) or of each (B, k).
+        """
+        if g.dim() > 1:
+            g, c = g[:, None], None if c is None else c[:, None]
+        # torch's dispatcher takes longer, which counts on a CPU alone
+        half = SCALE if y.is_cuda else self._scale
+        z: Tensor = (half if y.dtype is torch.bfloat16 else scaled)(y.contiguous(), g, c, None)
+        return z
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """`lorafold.ops.rotary.rotary`: x (..., D) rotated by halves.

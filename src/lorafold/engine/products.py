@@ -1,13 +1,12 @@
 """Any mixture of adapters in one pass: each row of a batch under its own.
 
-    y_b = W x_b + up_p(b) down_p(b) x_b         p(b) the place of row b's adapter
+    y_b = g (W x_b + up down x_b + bias) + c        of the place p(b) of row b's adapter
 
 What low-rank adapters add is accumulated by the base's own product before the one rounding. Their
-factors are copied to stacks, down (n, places, r, in) and up (n, places, r, out) for the n matrices
-of one shape, when an adapter's first request gets its slot, so that a step gathers nothing (Chen et
-al. 2023, Punica, arXiv 2310.18547; Sheng et al. 2023, S-LoRA, arXiv 2311.03285). Requests of one
-adapter share its place. Adapters of other kinds compute their rows over the same output. Rows of
-the base are computed by nothing.
+factors are in stacks (`engine.stacks`), and so are gains and offsets, if an adapter has any, so
+that a step gathers nothing (Chen et al. 2023, Punica, arXiv 2310.18547; Sheng et al. 2023, S-LoRA,
+arXiv 2311.03285). Requests of one adapter share its place. Adapters of other kinds compute their
+rows over the same output. Rows of the base are computed by nothing.
 """
 
 from __future__ import annotations
@@ -20,72 +19,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from lorafold.core.combine import Given
 from lorafold.core.delta import Delta, Opaque
 from lorafold.core.layer import Layer, add
-from lorafold.engine.adapters import Factors, LoadedAdapter
+from lorafold.engine.adapters import LoadedAdapter
 from lorafold.engine.operations import Operations
+from lorafold.engine.stacks import NOBODY, Stacks
 from lorafold.engine.steady import InBlocks, plain_products
-from lorafold.engine.structure import Shape, Structure
+from lorafold.engine.structure import Structure
 from lorafold.ops.arithmetic import FEW, HALF
 from lorafold.ops.decoding import Part, Product
 from lorafold.ops.host import sent
 
 log = logging.getLogger(__name__)
-
-NOBODY = 0  # the place of rows of the base, which stays zero
-
-
-class Stacks:
-    """The factors of the adapter in each place, for the matrices of one shape."""
-
-    def __init__(self, shape: Shape, operations: Operations) -> None:
-        self.shape, self.operations = shape, operations
-        self.ranks = torch.zeros(NOBODY + 1, dtype=torch.long)
-        self.down: Tensor | None = None  # (n, places, r, in)
-        self.up: Tensor | None = None  # (n, places, r, out)
-
-    def place(self, place: int, factors: Factors) -> None:
-        """Copy an adapter's factors to a place, which is zero."""
-        rank = factors.down.shape[2]
-        if self.down is None or self.down.shape[2] < rank:
-            self._grow(rank, factors.down)
-        assert self.down is not None
-        assert self.up is not None
-        self.down[factors.at, place, :rank] = factors.down.mT.to(self.down.dtype)
-        self.up[factors.at, place, :rank] = factors.up.to(self.up.dtype)
-        self.ranks[place] = rank
-
-    def clear(self, place: int) -> None:
-        """Set a place to zero."""
-        if self.down is not None and self.up is not None:
-            self.down[:, place].zero_()
-            self.up[:, place].zero_()
-            self.ranks[place] = 0
-
-    def widen(self, places: int) -> None:
-        """Have so many places, which are more than there are."""
-        self.ranks = pad(self.ranks, (0, places - len(self.ranks)))
-        if self.down is not None:
-            self._grow(self.down.shape[2], self.down)
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes of the factors."""
-        return sum(t.nbytes for t in (self.down, self.up) if t is not None)
-
-    def _grow(self, rank: int, like: Tensor) -> None:
-        n, places, old = len(self.shape.paths), len(self.ranks), (self.down, self.up)
-        with torch.inference_mode(False):
-            dtype = self.operations.stored(like)
-            self.down = like.new_zeros(n, places, rank, self.shape.inn, dtype=dtype)
-            self.up = like.new_zeros(n, places, rank, self.shape.out, dtype=dtype)
-        for new, t in zip((self.down, self.up), old, strict=True):
-            if t is not None:
-                new[:, : t.shape[1], : t.shape[2]] = t
-
 
 class Plan:
     """Which adapter each row of a pass has.
@@ -105,6 +52,7 @@ class Plan:
         self.held = tuple(held)
         found = [h for h in held if h is not None]
         self.products = frozenset().union(*(h.products for h in found))
+        self.gains = frozenset().union(*(h.gains.keys() for h in found))
         self.others = frozenset().union(*(h.deltas.keys() for h in found))
         self.each = each
         self._with_others = [b for b in range(len(held)) if (h := held[b]) is not None and h.deltas]
@@ -112,11 +60,17 @@ class Plan:
         self._rows: dict[tuple[int, ...], Tensor] = {}
         self.places = torch.tensor([NOBODY if h is None else places.get(h, NOBODY) for h in held])
         self.one: dict[tuple[str, ...], Product] = {}  # by paths
+        self._at: int | slice | Tensor | None = None
 
     @property
     def empty(self) -> bool:
         """Whether every row is the base's."""
-        return not (self.products or self.others)
+        return not self.paths
+
+    @property
+    def paths(self) -> frozenset[str]:
+        """The paths of all modules that an adapter changes."""
+        return self.products.union(self.gains, self.others)
 
     def deltas_at(self, path: str, device: torch.device) -> list[tuple[Delta, Tensor]]:
         """The deltas at a module that are no products, each with its rows (n,), on the device."""
@@ -128,6 +82,20 @@ class Plan:
                     rows.setdefault(b if self.each else id(delta), (delta, []))[1].append(b)
             self._by_path[path] = [(d, self._sent(tuple(at), device)) for d, at in rows.values()]
         return self._by_path[path]
+
+    def at(self, device: torch.device) -> int | slice | Tensor:
+        """What picks the places of the rows from a stack (places, ...): of one place one of them,
+        of neighbours a part without a copy.
+        """
+        if self._at is None:
+            first, n = int(self.places[0]), len(self.places)
+            if torch.equal(self.places, torch.full_like(self.places, first)):
+                self._at = first
+            elif torch.equal(self.places, torch.arange(first, first + n)):
+                self._at = slice(first, first + n)
+            else:
+                self._at = sent(self.places, device)
+        return self._at
 
     def _sent(self, rows: tuple[int, ...], device: torch.device) -> Tensor:
         if rows not in self._rows:  # for all modules
@@ -182,6 +150,9 @@ class Products:
         self.places[held] = place
         for i, factors in held.factors.items():
             self.stacks[i].place(place, factors)
+        for path, (g, c) in held.gains.items():
+            shape, index = self.where[path]
+            self.stacks[shape].gain(place, index, g, c)
 
     def clear(self, slot: int) -> None:
         """Take a slot's adapter away, if it has one."""
@@ -189,7 +160,7 @@ class Products:
         if held is None or held in self.placed.values():
             return
         place = self.places.pop(held)
-        for i in held.factors:
+        for i in {*held.factors, *(self.where[path][0] for path in held.gains)}:
             self.stacks[i].clear(place)
 
     @property
@@ -216,11 +187,14 @@ class Products:
         return plan.one[paths](flat).view(*x.shape[:-1], -1)
 
     def changed(self, path: str, layer: Layer, x: Tensor, y: Tensor) -> Tensor:
-        """The output (B, T, out) of a module after those of the plan's deltas that are no products.
+        """The output (B, T, out) of a module after the plan's gains, and after those of its deltas
+        that are of no form.
 
         Args:
             x: its input (B, T, in).
         """
+        if path in self.plan.gains:
+            y = self._gained(path, y)
         deltas = self.plan.deltas_at(path, y.device) if path in self.plan.others else ()
         for delta, rows in deltas:
             own, its = x[rows], y[rows]
@@ -252,6 +226,13 @@ class Products:
                 self._in_blocks = True
             self._least[dtype] = found if found <= FEW else 2
         return self._least[dtype]
+
+    def _gained(self, path: str, y: Tensor) -> Tensor:
+        shape, index = self.where[path]
+        stacks, at = self.stacks[shape], self.plan.at(y.device)
+        assert stacks.gains is not None
+        c = None if stacks.offsets is None else stacks.offsets[index][at]
+        return self.operations.scale(y, stacks.gains[index][at], c)
 
     def _part(self, path: str) -> Part:
         shape, index = self.where[path]

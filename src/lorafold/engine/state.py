@@ -119,10 +119,7 @@ def look(states: Iterable[State], now: int) -> bool:
 
 def checksum(held: LoadedAdapter) -> int:
     """A sum over the bytes of all tensors."""
-    tensors = [t for factors in held.factors.values() for t in (factors.down, factors.up)]
-    for delta in held.deltas.values():
-        tensors += [*delta.parameters(), *delta.buffers()]
-    storages = {t.untyped_storage().data_ptr(): t for t in tensors}
+    storages = {t.untyped_storage().data_ptr(): t for t in held.tensors}
     return sum(map(_sum, storages.values()))
 
 

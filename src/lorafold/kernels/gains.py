@@ -30,7 +30,7 @@ def kernels() -> Any:
         import triton.language as tl
     except ImportError:
         raise LorafoldError("Triton is not installed") from None
-    jit = triton.jit(do_not_specialize=["size", "width"])
+    jit = triton.jit(do_not_specialize=["size", "width", "each"])
     return jit(_scale), jit(_backward)
 
 
@@ -43,15 +43,17 @@ class _Forms:
         self._scale, self._backward = kernels()
 
     def scale(self, y: Tensor, g: Tensor, c: Tensor | None, onto: Tensor | None) -> Any:
-        if g.dim() != 1 or y.dtype is not torch.bfloat16 or g.dtype is not torch.float32:
+        if g.dim() not in (1, 3) or y.dtype is not torch.bfloat16 or g.dtype is not torch.float32:
             return NotImplemented
         y, out = y.contiguous(), torch.empty_like(y, memory_format=torch.contiguous_format)
-        rows, width = y.numel() // len(g), len(g)
-        c = g if c is None else c.float().contiguous()
+        width = g.shape[-1]
+        rows, gains = y.numel() // width, g.numel() // width
+        added = {"OFFSET": c is not None, "ONTO": onto is not None}
+        offsets = g if c is None else c.float()
         top = y if onto is None else onto.expand_as(y).contiguous()
-        added = {"OFFSET": c is not g, "ONTO": onto is not None}
-        tensors = y, g.contiguous(), c, top, out
-        self._scale[_grid(rows, width)](*tensors, y.numel(), width, ODD=ODD, **added, **CONSTANTS)
+        tensors = y, g.contiguous(), offsets.contiguous(), top, out
+        sizes = y.numel(), width, rows // gains
+        self._scale[_grid(rows, width)](*tensors, *sizes, ODD=ODD, **added, **CONSTANTS)
         return out
 
     def scale_backward(self, z: Tensor, y: Tensor, g: Tensor, offset: bool) -> Any:
@@ -68,19 +70,21 @@ class _Forms:
 
 
 def _scale(  # type: ignore[no-untyped-def]
-    y, g, c, onto, out, size, width, ODD: tl.constexpr, OFFSET: tl.constexpr,
+    y, g, c, onto, out, size, width, each, ODD: tl.constexpr, OFFSET: tl.constexpr,
     ONTO: tl.constexpr, FEATURES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """g y + c + onto of ROWS rows, rounded with its own bits (`core.rounding.dithered`)."""
+    """g y + c + onto of ROWS rows, rounded with its own bits (`core.rounding.dithered`); so many
+    rows in turn have `each` gain.
+    """
     feature = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
-    gain = tl.load(g + feature, mask=feature < width)
     for i in range(ROWS):
         row = tl.program_id(0).to(tl.int64) * ROWS + i
         at = row * width + feature
         inside = (feature < width) & (at < size)
-        value = tl.load(y + at, mask=inside).to(tl.float32) * gain
+        own = (row // each) * width + feature
+        value = tl.load(y + at, mask=inside).to(tl.float32) * tl.load(g + own, mask=inside)
         if OFFSET:
-            value += tl.load(c + feature, mask=inside)
+            value += tl.load(c + own, mask=inside)
         if ONTO:
             value += tl.load(onto + at, mask=inside).to(tl.float32)
         bits = value.to(tl.int32, bitcast=True)

@@ -39,7 +39,7 @@ FORMS: dict[Operation, dict[str, str]] = {
     decoding.WRITE: {"cpu": "decoding"},
 }
 OF_PASSES = (decoding.STORED, decoding.LOW_RANK, decoding.ATTEND, decoding.WRITE)
-DECODING = (*OF_PASSES, norm.NORM, rotary.ROTARY, gated.GATED)
+DECODING = (*OF_PASSES, norm.NORM, rotary.ROTARY, gated.GATED, scale.SCALE)
 TRAINING = tuple(operation for operation in FORMS if operation not in OF_PASSES)
 
 

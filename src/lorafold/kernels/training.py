@@ -116,12 +116,16 @@ class _Forms:
         return self._call("cross_entropy", z.dtype, *parts)
 
     def scale(self, y: Tensor, g: Tensor, c: Tensor | None, onto: Tensor | None) -> Any:
-        plain = onto is not None or g.dim() != 1 or not y.is_contiguous()
+        plain = onto is not None or g.dim() not in (1, 3) or not y.is_contiguous()
         if plain or y.dtype is not torch.bfloat16 or g.dtype is not torch.float32:
             return NotImplemented
-        out, n, g = torch.empty_like(y), len(g), g.contiguous()
-        c = torch.zeros_like(g) if c is None else c.float().contiguous()
-        self._call("scale", y.dtype, y, g, c, out, y.numel() // n, n, threads())
+        n, out = g.shape[-1], torch.empty_like(y)
+        c = torch.zeros_like(g) if c is None else c.float()
+        gains, offsets = (t.reshape(-1, n).contiguous() for t in (g, c))
+        each = zip(*(t.view(len(gains), -1) for t in (y, out)), gains, offsets, strict=True)
+        for rows, found, gain, offset in each:
+            sizes = rows.numel() // n, n, threads()
+            self._call("scale", y.dtype, rows, gain, offset, found, *sizes)
         return out
 
     def scale_backward(self, z: Tensor, y: Tensor, g: Tensor, offset: bool) -> Any:

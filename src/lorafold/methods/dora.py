@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorafold.core.combine import up_names_in
-from lorafold.core.delta import Additive, Delta
+from lorafold.core.delta import Additive, Delta, Gained
 from lorafold.core.layer import Layer
 from lorafold.core.spec import Losses, Spec
 from lorafold.core.unchanged import in_backward, scope
@@ -112,11 +112,15 @@ class DoRADelta(Delta):
         tensors = [*base, *self.inner.parameters(), *self.inner.buffers()]
         return self.norms.get(tensors, lambda: norms(self.own.get(base, own)), self.during)
 
+    def gained(self, layer: Layer) -> Gained:
+        b, g = layer.bias, self.magnitude / self.row_norms(layer)
+        return Gained(self.inner, g, None if b is None else b * (1 - g))
+
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
         with layer.reading_once():
-            b, g = layer.bias, self.magnitude / self.row_norms(layer)
+            _, g, c = self.gained(layer)
             z = self.inner(layer, x)
-        return layer.scale(z, g, None if b is None else b * (1 - g), onto)
+        return layer.scale(z, g, c, onto)
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         v, b = self.inner.fold(w, b)

@@ -23,7 +23,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from lorafold.core.delta import Delta
+from lorafold.core.delta import Delta, Gained
 from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
@@ -43,6 +43,9 @@ class IA3Delta(Delta):
         super().__init__()
         self.of_input = of_input
         self.l = nn.Parameter(torch.ones(shape, device=device, dtype=torch.float32))
+
+    def gained(self, layer: Layer) -> Gained | None:
+        return None if self.of_input else Gained(None, self.l, None)
 
     def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Tensor:
         return (

@@ -40,13 +40,18 @@ def scaled(y: Tensor, g: Tensor, c: Tensor | None, onto: Tensor | None) -> Tenso
 
 def _dithered(y: Tensor, g: Tensor, c: Tensor | None, onto: Tensor | None) -> Tensor:
     rows = y.flatten(0, -2)
-    tops = None if onto is None else onto.expand_as(y).flatten(0, -2)
+    # of each row, or of all
+    gains, *added = (
+        t if t.dim() == 1 else t.expand_as(y).flatten(0, -2) for t in (g, c, onto) if t is not None
+    )
     parts = []
     step = max(1, BLOCK // y.shape[-1])
     for i in range(0, max(len(rows), 1), step):
-        part = torch.mul(rows[i : i + step], g)  # in fp32, which g is
-        part = part if c is None else part.add_(c)
-        parts.append(dithered(part if tops is None else part.add_(tops[i : i + step])))
+        gain, *more = (t if t.dim() == 1 else t[i : i + step] for t in (gains, *added))
+        part = torch.mul(rows[i : i + step], gain)  # in fp32, which g is
+        for t in more:
+            part.add_(t)
+        parts.append(dithered(part))
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(y.shape)
 
 
