@@ -32,6 +32,7 @@ from lorafold.core.fake import is_fake
 from lorafold.ops.arithmetic import arithmetic
 from lorafold.ops.autocast import Exact
 from lorafold.ops.dropout import Dropped, empty_
+from lorafold.ops.host import sent
 from lorafold.ops.lora import branched
 
 
@@ -92,16 +93,17 @@ def grouped(of_row: Tensor, number: int) -> tuple[Groups, Tensor, Tensor]:
         rows = of_row.new_zeros(sum(full))
         return Groups(full, rows, step), rows, torch.zeros_like(of_row)
     order = of_row.sort(stable=True).indices
-    sizes = torch.bincount(of_row, minlength=number)
+    counted = torch.zeros(number, dtype=torch.long, device=of_row.device)
+    # the one value that is waited for: all else follows from it on the host
+    sizes = counted.index_add_(0, of_row, torch.ones_like(of_row, dtype=torch.long)).cpu()
     padded = (sizes + step - 1).div_(step, rounding_mode="floor").mul_(step)
     padded[-1] += -padded.sum() % whole
     shift = (padded - sizes).cumsum(0) - (padded - sizes)  # the places filled before each group
-    at = torch.arange(len(of_row), device=of_row.device).add_(shift[of_row[order]])
-    full = tuple(padded.tolist())
-    rows = of_row.new_zeros(sum(full)).index_copy_(0, at, order)
+    at = sent(torch.arange(len(of_row)).add_(shift.repeat_interleave(sizes)), of_row.device)
+    groups = sent(torch.arange(number).repeat_interleave(padded), of_row.device)
+    rows = torch.zeros_like(groups).index_copy_(0, at, order)
     places = torch.empty_like(order).index_copy_(0, order, at)
-    groups = torch.arange(number, device=of_row.device).repeat_interleave(padded)
-    return Groups(full, groups, step), rows, places
+    return Groups(tuple(padded.tolist()), groups, step), rows, places
 
 
 class _Product(Exact):
