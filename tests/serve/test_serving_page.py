@@ -112,6 +112,7 @@ def completion(site: Running, model: str, *messages: str, length: int = 24) -> s
     return site.ask("/v1/chat/completions", body).json["choices"][0]["message"]["content"]
 
 
+@pytest.mark.slow
 @pytest.mark.few(1)
 def test_both_answers_are_those_of_the_api_and_each_side_goes_on_from_its_own(
     visit: Any, site: Running
@@ -303,6 +304,7 @@ def test_the_keyboard_is_enough_and_everything_has_a_name(visit: Any) -> None:
     assert page.evaluate(unnamed) == []
 
 
+@pytest.mark.slow
 def test_a_key_is_asked_for_kept_in_the_tab_and_forgotten(
     visit: Any, tiny_model_dir: Any, adapters: Path
 ) -> None:

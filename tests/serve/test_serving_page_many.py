@@ -274,6 +274,7 @@ def test_ten_thousand_models_are_searched_filtered_and_sorted(page: Any) -> None
     sync.expect(page.locator("#trouble")).to_contain_text("The server ended its stream")
 
 
+@pytest.mark.slow
 @pytest.mark.few(1)
 def test_an_administrator_changes_adapters_and_aliases(page: Any, site: Running) -> None:
     registry, rows = site.parts.registry, page.locator("#rows tr")

@@ -59,6 +59,7 @@ def test_what_is_compared_is_what_an_evaluation_of_the_adapter_says(
     assert (found.loss, found.exact_match) == (evaluated.loss, evaluated.exact_match)
 
 
+@pytest.mark.slow
 def test_a_process_that_ends_before_it_is_done_is_told() -> None:
     class Ends(Task):
         def __reduce__(self) -> tuple[Any, ...]:

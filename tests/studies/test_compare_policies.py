@@ -55,6 +55,7 @@ def compared(out: Path, model: Path, **given: Any) -> Comparison:
     return lf.compare(out, model=model, **{**how, "methods": ["lora", "ia3"], **given})
 
 
+@pytest.mark.slow
 def test_rows_are_what_training_and_evaluating_alone_give(
     tiny_model_dir, rewards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -376,6 +376,7 @@ def test_the_command_says_weights_error_and_place(
     lf.load(fresh_model(llama), tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_interference_is_what_evaluation_finds(
     llama: Path, pair: list[Path], tasks: list[Path], tmp_path: Path
 ) -> None:

@@ -175,7 +175,7 @@ def of_each(*arguments: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("mode", ["full", "qlora"])
+@pytest.mark.parametrize("mode", ["full", pytest.param("qlora", marks=pytest.mark.slow)])
 def test_what_each_of_several_processes_holds_and_sends(mode: str) -> None:
     """By the page's formulas: a Llama of 7b has 32 blocks of 4 w^2 + 3 w m weights and 2 w norms,
     and outside of them two tables of 32,000 rows and a norm.

@@ -97,6 +97,7 @@ def test_a_run_is_planned_for_its_own_device(each_arithmetic: bool) -> None:
     assert ("16-bit products in fp32" in text) is each_arithmetic
 
 
+@pytest.mark.slow
 def test_the_command_asks_this_machine_only_where_it_is_told_to(tiny_model_dir: Any) -> None:
     def said(widened: bool, *arguments: str) -> str:
         given = ["estimate", "--model", str(tiny_model_dir("llama")), "--mode", "lora"]

@@ -171,6 +171,7 @@ def test_an_estimate_on_rows_is_what_a_run_on_them_says(
     assert [found.total] == said
 
 
+@pytest.mark.slow
 def test_what_an_estimate_on_rows_does_not_take(tiny_model_dir: Any) -> None:
     model = tiny_model_dir("llama")
     for given, message in (

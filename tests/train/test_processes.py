@@ -40,6 +40,7 @@ def test_two_processes_train_what_one_does(
     assert apart(tmp_path / "one", tmp_path / "two") < CLOSE
 
 
+@pytest.mark.slow
 def test_preferences_beside_their_reference(tiny_model_dir, tmp_path: Path) -> None:
     data, model = rows(tmp_path / "rows.jsonl", 24, "dpo"), str(tiny_model_dir("llama-wide"))
     command = ("train", "--model", model, "--data", str(data), *RUN, "--objective", "dpo")
@@ -124,7 +125,7 @@ DIVIDED = {
     "full, bf16": ("--method", "full", "--set", "storage=bf16"),
     "full, checkpointed": ("--method", "full", "--set", "gradient_checkpointing=true"),
 }
-FAST = ["dropout", "full"]
+FAST = ["dropout"]
 
 
 @pytest.mark.parametrize("what", FAST)

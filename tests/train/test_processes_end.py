@@ -146,6 +146,7 @@ def test_a_process_that_dies_ends_all(rank: int, command: tuple[str, ...], tmp_p
     assert "step-000003" in line
 
 
+@pytest.mark.slow
 def test_one_that_fails_says_why_through_the_first(
     command: tuple[str, ...], tmp_path: Path
 ) -> None:

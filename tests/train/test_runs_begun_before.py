@@ -94,6 +94,7 @@ FORGETFUL = (
 )
 
 
+@pytest.mark.slow
 def test_steps_of_examples_where_they_are_of_rows_now(tiny_model_dir, tmp_path: Path) -> None:
     """A conversation of three answers gives three examples: a batch of one row has all of them, one
     of an earlier version had one.
@@ -138,6 +139,7 @@ def test_targets_that_mean_other_modules_now(found: str, tiny_model_dir, tmp_pat
     assert re.search(rf"adapted other modules when it began: .* {said}", resumed(again))
 
 
+@pytest.mark.slow
 def test_files_that_are_streamed_are_known_by_their_content(tiny_model_dir, tmp_path: Path) -> None:
     file, out = tmp_path / "rows.jsonl", io.StringIO()
     row = {"prompt": "Book a table", "completion": "a"}
