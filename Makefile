@@ -9,13 +9,14 @@ PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-c
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all bench lint docs
+.PHONY: help demo test test-all bench gpu lint docs
 
 help:
 	@echo "make demo       train, merge, export on the embedded model: a few minutes, no network once installed"
 	@echo "make test       the fast tests; ROOM=engine: those of tests/engine"
 	@echo "make test-all   all tests"
 	@echo "make bench      the benchmarks"
+	@echo "make gpu        what waits for a GPU, into gpu-results.md; DRY=1: without one, tiny"
 	@echo "make lint       ruff and mypy"
 	@echo "make docs       the documentation, into site/"
 
@@ -36,7 +37,10 @@ test-all: $(VENV)/installed-clients
 	$(call DEVICES)
 
 bench: $(VENV)/installed-bench
-	@set -e; for script in $(wildcard benchmarks/*.py); do echo "$$script"; $(BIN)/python $$script; done
+	@set -e; for script in $(filter-out benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do echo "$$script"; $(BIN)/python $$script; done
+
+gpu: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/gpu.py $(if $(DRY),--dry-run)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

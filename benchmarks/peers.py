@@ -2,14 +2,15 @@
 the floor, peak memory.
 
     python benchmarks/peers.py [--rounds 9] [--settings lora-dropout,nf4] [--batch 4] [--length 256]
-    [--rank 16] [--shape qwen3]
+    [--rank 16] [--shape qwen3] [--device cuda]
 
 The embedded model, or one of lib/shapes.py, rank 16 on every linear of the blocks, AdamW, every
 token labelled. Each side is a process of its own and the two take their steps in turn; figures are
 medians, ratios those of each turn. The floor is two passes of the linears and two products of the
 head at the speed of a large product, in bf16 or fp32, whichever the machine is faster with,
-measured after each of lorafold's steps. Peak memory is all that the process is resident in. One
-JSON object a line, then the table, which is also written to results/peers.md. Linux only.
+measured after each of lorafold's steps. Peak memory is all that the process is resident in, on a
+GPU all that its tensors take there. One JSON object a line, then the table, which is also written
+to results/peers.md. Linux only.
 """
 
 import argparse
@@ -122,13 +123,15 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256, help="tokens of a row")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--shape", choices=SHAPES, help="of a random model, else the embedded one")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--no-keep", action="store_true", help="leave results/ as it is")
     asked = parser.parse_args()
     table = []
     with tempfile.TemporaryDirectory() as model:
         if asked.shape:
             SHAPES[asked.shape](Path(model))
         named = model if asked.shape else "smollm2"
-        shape = Case(asked.batch, asked.length, asked.rank, model=named)
+        shape = Case(asked.batch, asked.length, asked.rank, model=named, device=asked.device)
         flop = floor_flop(asked.batch * asked.length, shape.model)
         for name in asked.settings.split(","):
             row = compare(shape._replace(**SETTINGS[name]), asked.rounds, flop)
@@ -141,7 +144,8 @@ def main() -> None:
                     "PEFT's step": split(row["peft"]),
                 }
             )
-    keep(f"peers_{asked.shape}" if asked.shape else "peers", table)
+    if not asked.no_keep:
+        keep(f"peers_{asked.shape}" if asked.shape else "peers", table)
 
 
 if __name__ == "__main__":

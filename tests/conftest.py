@@ -21,7 +21,7 @@ if SHADOW := bool(os.environ.get("SHADOW_DEVICE")):  # the tests in devices, apa
     import cuda_guard  # noqa: F401  (before torch)
     import shadow
 
-    shadow.pretend()  # before lorafold
+    shadow.pretend()  # before lorafold, unless torch is a build for CUDA
 
 import gc
 import io

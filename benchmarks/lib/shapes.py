@@ -24,4 +24,27 @@ def qwen3(path: Path) -> None:
     tf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(path)
 
 
-SHAPES = {"qwen3": qwen3}
+def llama8(path: Path) -> None:
+    """Write eight blocks in the shape of Llama-3.1-8B under a small vocabulary, in bf16: 1.8B
+    parameters.
+    """
+    import torch
+    import transformers as tf
+
+    torch.manual_seed(0)
+    config = tf.LlamaConfig(
+        vocab_size=49_152,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_hidden_layers=8,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=131_072,
+        tie_word_embeddings=True,
+    )
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = tf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(path)
+
+
+SHAPES = {"qwen3": qwen3, "llama8": llama8}

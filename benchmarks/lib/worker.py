@@ -21,6 +21,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+# of the two operands of a large product and of the product, by the kind of device
+SHAPES = {
+    "cpu": ((1024, 1536), (1536, 1536), (1024, 1536)),
+    "cuda": ((8192, 8192), (8192, 8192), (8192, 8192)),
+}
+
 
 class Case(NamedTuple):
     """What both sides train: LoRA or DoRA on every linear of the blocks of a model in bf16, experts
@@ -40,11 +46,12 @@ class Case(NamedTuple):
     method: str | None = None
     objective: str = "sft"
     recompute: bool = False  # gradient checkpointing
+    device: str = "cpu"
 
 
 class Step(NamedTuple):
     """Seconds of a step's parts, the most bytes that the process has been resident in until its
-    end, and FLOP/s of a product after it.
+    end, on a GPU that tensors have taken there, and FLOP/s of a product after it.
     """
 
     forward: float
@@ -122,10 +129,9 @@ def lorafold(case: Case, stack: ExitStack) -> Training:
     from lorafold.step.adamw import make_optimizer
     from lorafold.step.fused import fused
     from lorafold.step.optim import param_groups
-    from lorafold.training.loop import penalty
 
-    cpu, rows, tokenizer = torch.device("cpu"), ids(case).tolist(), load_tokenizer("smollm2")
-    base = Base(case.model, case.quantization or "bf16", "cpu")
+    rows, tokenizer = ids(case).tolist(), load_tokenizer("smollm2")
+    base = Base(case.model, case.quantization or "bf16", case.device)
     objective: Objective = Sft() if case.objective == "sft" else Classify(("no", "yes"))
     model = objective.load(base, tokenizer)
     stack.enter_context(freed_blocks_kept())
@@ -141,13 +147,19 @@ def lorafold(case: Case, stack: ExitStack) -> Training:
         Example(tuple(row), tuple(row)) if case.objective == "sft" else LabelledExample(row, i % 2)
         for i, row in enumerate(rows)
     ]
-    inputs, count = loss.collate(examples, cpu), sum(map(loss.count, examples))
+    inputs = loss.collate(examples, torch.device(case.device))
+    count = sum(map(loss.count, examples))
     loss.train()
     groups = param_groups(adapter.parts(), spec.lr, spec.lr_b or spec.lr)
     # the 21st of 100 steps and those after it, at which a method may prune
     steps = itertools.count(21)
+
+    def total() -> Any:
+        found, added = loss(**inputs) / count, spec.penalty(adapter.own_deltas)
+        return found if added is None else found + added
+
     return Training(
-        lambda: loss(**inputs) / count + penalty(adapter),
+        total,
         make_optimizer("adamw", groups, Recipe()),
         lambda: spec.after_step(adapter.own_deltas, next(steps), 100),
     )
@@ -169,7 +181,7 @@ def peft(case: Case, stack: ExitStack) -> Training:
     }
     packing = {"quantization_config": BitsAndBytesConfig(**four)} if case.quantization else {}
     model = AutoModelForCausalLM.from_pretrained(
-        resolve_model(case.model).path, dtype=torch.bfloat16, **packing
+        resolve_model(case.model).path, dtype=torch.bfloat16, device_map=case.device, **packing
     )
     config = LoraConfig(
         r=case.rank,
@@ -179,7 +191,7 @@ def peft(case: Case, stack: ExitStack) -> Training:
         target_modules="all-linear",
         target_parameters=[n for n, p in model.named_parameters() if p.dim() == 3] or None,
     )
-    tuned, rows = get_peft_model(model, config).train(), ids(case)
+    tuned, rows = get_peft_model(model, config).train(), ids(case).to(case.device)
     if case.recompute:
         tuned.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=2e-4)
@@ -188,7 +200,11 @@ def peft(case: Case, stack: ExitStack) -> Training:
     )
 
 
-def peak() -> int:
+def peak(device: str) -> int:
+    if device != "cpu":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
     line = next(
         line
         for line in Path("/proc/self/status").read_text().splitlines()
@@ -197,56 +213,64 @@ def peak() -> int:
     return int(line.split()[1]) * 1024
 
 
+def now(device: str) -> float:
+    """The time at which all that was asked for is done."""
+    if device != "cpu":
+        import torch
+
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 @cache
-def operands() -> list[tuple[Any, ...]]:
+def operands(device: str) -> list[tuple[Any, ...]]:
     """Two matrices and room for their product, in bf16 and in fp32. They are kept, so that they
     leave no holes in the memory that is measured.
     """
     import torch
 
-    shapes = (1024, 1536), (1536, 1536), (1024, 1536)
+    shapes = SHAPES[device]
     return [
-        tuple(torch.randn(shape).to(dtype) for shape in shapes)
+        tuple(torch.randn(shape).to(device, dtype) for shape in shapes)
         for dtype in (torch.bfloat16, torch.float32)
     ]
 
 
-def gemm_rate() -> float:
+def gemm_rate(device: str) -> float:
     """FLOP/s of a large product, in bf16 or in fp32: whichever this machine is faster with."""
     import torch
 
     medians = []
-    for a, b, product in operands():
+    for a, b, product in operands(device):
         seconds = []
         for _ in range(15):
-            start = time.perf_counter()
+            start = now(device)
             torch.mm(a, b, out=product)
-            seconds.append(time.perf_counter() - start)
+            seconds.append(now(device) - start)
         medians.append(statistics.median(seconds))
-    return 2 * 1024 * 1536 * 1536 / min(medians)
+    (n, k), (_, m), _ = SHAPES[device]
+    return 2 * n * k * m / min(medians)
 
 
 def serve(peer: str, case: Case) -> None:
-    operands()
+    kind = case.device.partition(":")[0]
+    operands(kind)
     with ExitStack() as stack:
         training = {"lorafold": lorafold, "peft": peft}[peer](case, stack)
         for _ in sys.stdin:
-            at = [time.perf_counter()]
+            at = [now(kind)]
             loss = training.loss()
-            at.append(time.perf_counter())
+            at.append(now(kind))
             loss.backward()
-            at.append(time.perf_counter())
+            at.append(now(kind))
             del loss  # as the end of a trainer's step does
             training.optimizer.step()
             training.after()
             training.optimizer.zero_grad()
-            at.append(time.perf_counter())
-            print(
-                json.dumps(
-                    Step(at[1] - at[0], at[2] - at[1], at[3] - at[2], peak(), gemm_rate())._asdict()
-                ),
-                flush=True,
-            )
+            at.append(now(kind))
+            parts = at[1] - at[0], at[2] - at[1], at[3] - at[2]
+            step = Step(*parts, peak(kind), gemm_rate(kind))
+            print(json.dumps(step._asdict()), flush=True)
 
 
 if __name__ == "__main__":

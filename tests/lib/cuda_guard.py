@@ -51,9 +51,9 @@ def install() -> None:
     found, torch_version = find_spec("torch"), version("torch")
     assert found is not None
     assert found.origin is not None
-    if "+cpu" not in torch_version:
-        return
     root = Path(found.origin).parent
+    if "cuda: Optional[str] = None" not in (root / "version.py").read_text():
+        return
     library = Path(tempfile.gettempdir()) / f"lorafold-guard-{torch_version}.so"
     if not library.exists():
         own = Path(tempfile.mkdtemp()) / library.name

@@ -1,4 +1,6 @@
-"""Models, rows and steps on shadows of a GPU, and the same on the CPU."""
+"""Models, rows and steps on shadows of a GPU, and the same on the CPU. With a build of torch for
+CUDA they are on the GPU itself.
+"""
 
 import contextlib
 import types
@@ -12,6 +14,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import cuda_kernels
+from card import Card
 import lorafold as lf
 from lorafold.bases.expert_matrices import quantized
 from lorafold.core.matrices import expert_parameters
@@ -29,7 +32,9 @@ from lorafold.step.replicated import Replicated
 from lorafold.training.loop import Job, train_step
 from shadow import CUDA, Count, Device, Shadow, host_of
 
-cuda_kernels.install()
+REAL = torch.version.cuda is not None
+if not REAL:
+    cuda_kernels.install()
 CPU = torch.device("cpu")
 SIZE: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -42,6 +47,8 @@ STAND_IN = types.SimpleNamespace(pad_token_id=0)  # for a tokenizer
 
 
 def shadow_of(x: Tensor) -> Tensor:
+    if REAL:
+        return x.detach().to(CUDA)
     return Shadow(x.detach().as_subclass(Tensor))
 
 
@@ -76,6 +83,11 @@ def moved(model: nn.Module, put: Callable[[Tensor], Tensor] = shadow_of) -> nn.M
             if isinstance(value, Tensor):
                 setattr(module, key, there(value))
     return model
+
+
+def on_device() -> Any:
+    """What the code on the device runs within: shadows, or the card."""
+    return Card() if REAL else Device()
 
 
 def llama(blocks: int = 2, **more: Any) -> Any:
@@ -151,12 +163,12 @@ class Kept(Replicated):
     def clip(self, parameters: Sequence[nn.Parameter], most: float) -> None:
         if not self.found:
             graded = [(n, p.grad) for n, p in self.adapter.named_parameters()]
-            self.found = {n: host_of(g).detach().clone() for n, g in graded if g is not None}
+            self.found = {n: host_of(g).detach().cpu().clone() for n, g in graded if g is not None}
         super().clip(parameters, most)
 
 
 def fitted(
-    adapter: Any, loss: Any, examples: Sequence[Any], device: Device | None, steps: int = 2
+    adapter: Any, loss: Any, examples: Sequence[Any], device: Any, steps: int = 2
 ) -> Stepped:
     """Steps of the trainer, of which the last is counted, when states are there."""
     recipe = lf.Recipe(accumulate=1, clip=1.0)
@@ -195,7 +207,7 @@ class Case:
     def on(self, there: bool) -> Stepped:
         """Its steps on the device, or on the CPU."""
         with contextlib.ExitStack() as stack:
-            device = stack.enter_context(Device()) if there else None
+            device = stack.enter_context(on_device()) if there else None
             model = base(self.config, self.storage, there, self.cls)
             torch.manual_seed(0)
             adapter = lf.attach(model, make_spec(self.method, **self.options), **self.beside)

@@ -286,8 +286,10 @@ def no_inference(mode: Any = True) -> Any:
 
 def pretend() -> None:
     """Have torch answer as a build for CUDA does, on a machine with one GPU of 80 GB. Call it
-    before lorafold is imported, once in a process.
+    before lorafold is imported, once in a process. A build for CUDA is left as it is.
     """
+    if torch.version.cuda is not None:
+        return
     with contextlib.suppress(ImportError):
         import bitsandbytes  # noqa: F401  (which would look for CUDA's library)
     cuda: Any = torch.cuda
