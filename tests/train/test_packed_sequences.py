@@ -393,6 +393,18 @@ def test_a_position_counted_over_the_row_is_detected() -> None:
     assert not isolates(model)
 
 
+def test_an_error_of_the_model_on_packed_rows_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    model = build("llama")
+
+    def fail(module: torch.nn.Module, args: Any, output: Tensor) -> Tensor:
+        raise TypeError("attend() got an unexpected keyword argument 'enable_gqa'")
+
+    model.model.layers[1].self_attn.register_forward_hook(fail)
+    assert not isolates(model)
+    told = "packed rows fail in this model (TypeError: attend() got an unexpected keyword argument"
+    assert told in caplog.text
+
+
 def test_masks_that_are_no_causal_documents_stay_masks() -> None:
     def mask(function: Any) -> Any:
         return document_mask(batch_size=1, q_length=6, kv_length=6, mask_function=function)
