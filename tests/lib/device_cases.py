@@ -14,8 +14,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import cuda_kernels
-from card import Card
 import lorafold as lf
+from card import Card
 from lorafold.bases.expert_matrices import quantized
 from lorafold.core.matrices import expert_parameters
 from lorafold.data.examples import Example

@@ -76,7 +76,8 @@ def isolates(model: PreTrainedModel) -> bool:
                 together, changed = logits(first, second), logits(other, second)
     except (AttributeError, TypeError, LorafoldError) as error:
         # the decoder computes with its masks, or no head is over its positions
-        log.warning("packed rows fail in this model (%s: %s)", type(error).__name__, cut(str(error), 200))
+        why = f"{type(error).__name__}: {cut(str(error), 200)}"
+        log.warning("packed rows fail in this model (%s)", why)
         return False
     return near(model, changed[-m:], together[-m:], units=1) and near(
         model, together, alone, units=8
