@@ -6,8 +6,8 @@ for.
 
 from __future__ import annotations
 
-from typing import Any
-from weakref import WeakKeyDictionary
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,20 @@ from lorafold.core.fake import is_fake
 from lorafold.ops.cross_entropy import LinearHead
 from lorafold.ops.logits import widened
 
-# of a head, whether its linear form agrees with the model, by what that follows from
-_agreed: WeakKeyDictionary[nn.Module, dict[Any, bool]] = WeakKeyDictionary()
+
+class _Known(NamedTuple):
+    """Whether a head's linear form agrees with the model, and what that follows from."""
+
+    model: ref[Any]
+    weight: ref[Tensor]
+    key: tuple[Any, ...]
+    agree: bool
+
+    def is_of(self, model: Any, weight: Tensor, key: tuple[Any, ...]) -> bool:
+        return self.model() is model and self.weight() is weight and self.key == key
+
+
+_agreed: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
 
 
 def linear_form(model: Any, logits: Tensor, h: Tensor) -> LinearHead | None:
@@ -36,12 +48,11 @@ def linear_form(model: Any, logits: Tensor, h: Tensor) -> LinearHead | None:
         if is_fake(h):
             return linear if logits.shape == linear.logits(h).shape else None
         # the answer of the device is waited for once
-        key = (id(model), id(w), w._version, linear.scale, linear.cap)
-        known = _agreed.setdefault(layer, {})
-        if key not in known:
-            known.clear()
-            known[key] = _agree(logits, linear.logits(h))
-    return linear if known[key] else None
+        key, known = (w._version, linear.scale, linear.cap), _agreed.get(layer)
+        if known is None or not known.is_of(model, w, key):
+            agree = _agree(logits, linear.logits(h))
+            _agreed[layer] = known = _Known(ref(model), ref(w), key, agree)
+    return linear if known.agree else None
 
 
 def _agree(expected: Tensor, found: Tensor) -> bool:
