@@ -22,15 +22,9 @@ from lorafold.core.matrices import Matrices, module_at
 from lorafold.core.selection import Draws
 from lorafold.core.spec import Spec
 from lorafold.models.quantizing import compute_in
-from lorafold.ops.grouped import (
-    FrozenMatrices,
-    Groups,
-    frozen_product,
-    grouped,
-    low_rank_product,
-    product,
-    step_of,
-)
+from lorafold.ops.demands import Place, as_on
+from lorafold.ops.grouped import FrozenMatrices, frozen_product, low_rank_product, product
+from lorafold.ops.groups import Groups, grouped, step_of
 from lorafold.step.fused import fused
 from mixtures import CONFIGS, FORMS, mixture
 
@@ -223,7 +217,7 @@ def test_grouped_products_are_those_of_plain_torch(dtype: torch.dtype) -> None:
         for s in ((7, 6), (2, 6), (7, 2))
     )
     each = w.to(dtype)[groups.of_row]
-    frozen = FrozenMatrices(lambda e, d: w[e].to(d), groups)
+    frozen = FrozenMatrices(lambda e, d: w[e].to(d), w.to, groups)
     pairs = [
         (lambda x: product(x, w, groups), lambda x: torch.einsum("soi,si->so", each, x)),
         (
@@ -255,11 +249,60 @@ def test_gradients_of_grouped_products_are_right() -> None:
     up = torch.randn(4, 5, 2, dtype=torch.float64, requires_grad=True)
     onto = torch.randn(n, 5, dtype=torch.float64, requires_grad=True)
 
-    frozen = FrozenMatrices(lambda e, dtype: w[e].to(dtype), groups)
+    frozen = FrozenMatrices(lambda e, dtype: w[e].to(dtype), w.to, groups)
     check = torch.autograd.gradcheck
     assert check(lambda x, m: product(x, m, groups), (x, m))
     assert check(lambda x, o: frozen_product(x, o, frozen, 5), (x, onto))
     assert check(lambda x, a, b: low_rank_product(x, frozen, a, b), (x, down, up))
+
+
+H100, A100 = Place("cuda", (9, 0)), Place("cuda", (8, 0))
+
+
+@pytest.mark.parametrize(("rows", "number"), [(3, 8), (40, 5), (400, 4), (1000, 3)])
+def test_groups_whose_sizes_stay_on_the_device(rows: int, number: int) -> None:
+    of = torch.randint(0, number - 1, (rows,), generator=torch.Generator().manual_seed(4))
+    with as_on(H100):
+        groups, taken, places = grouped(of, number)
+    with as_on(A100):
+        assert grouped(of, number)[0].ends is None
+    step = step_of(rows, number)
+    assert groups.known is None
+    room = (-(-rows // step) + number) * step
+    assert len(taken) == len(groups.of_row) == sum(groups.sizes) == room
+    assert torch.equal(taken[places], torch.arange(rows))
+    assert torch.equal(groups.of_row[places], of)
+    assert torch.equal(groups.tiles.repeat_interleave(step), groups.of_row)
+    assert torch.equal(torch.bincount(groups.of_row, minlength=number), torch.tensor(groups.sizes))
+    filled = [-(-n // step) * step for n in torch.bincount(of, minlength=number).tolist()]
+    assert list(groups.sizes[:-1]) == filled[:-1]
+
+
+def test_products_of_all_groups_at_once_are_as_exact() -> None:
+    torch.manual_seed(0)
+    of, sides = torch.randint(0, 4, (60,)), ((16, 24), (8, 24), (16, 8))
+    w, down, up = (torch.randn(5, *s) * s[1] ** -0.5 for s in sides)
+    w = w.bfloat16()
+    with as_on(H100):
+        together = grouped(of, 5)
+    found = {}
+    for name, (groups, taken, places), dtype in (
+        ("exact", together, torch.float64), ("at once", together, torch.bfloat16),
+        ("one by one", grouped(of, 5), torch.bfloat16),
+    ):  # fmt: skip
+        frozen = FrozenMatrices(lambda e, d: w[e].to(d), w.to, groups)
+        rows = torch.randn(60, 24, generator=torch.Generator().manual_seed(1)).bfloat16()
+        x = rows.to(dtype).requires_grad_()
+        wide = torch.promote_types(dtype, torch.float32)
+        a, b = (t.to(wide).requires_grad_() for t in (down, up))
+        assert frozen.at_once(x, 16) == (name == "at once")
+        y = low_rank_product(x[taken], frozen, a, b, k=0.5)[places]
+        z = frozen_product(x[taken], y.new_ones(len(taken), 16), frozen, 16)[places]
+        (y.sin() + z.cos()).sum().backward()
+        found[name] = [t.double() for t in (y, z, x.grad, a.grad, b.grad)]  # type: ignore[union-attr]
+    for exact, at_once, one_by_one in zip(*found.values(), strict=True):
+        allowed = 2 * (one_by_one - exact).norm() + 1e-3 * exact.norm()
+        assert (at_once - exact).norm() <= allowed
 
 
 def as_stored(matrices: Matrices, w: Tensor) -> Tensor:

@@ -59,9 +59,17 @@ def test_dropout_drops_the_same_elements(method: str, storage: str) -> None:
 
 @pytest.mark.few(3)
 @pytest.mark.parametrize("config", [mixtral, gemma3, lfm2], ids=lambda c: c.__name__)
-@pytest.mark.parametrize("storage", ["fp32", "nf4"])
+@pytest.mark.parametrize("storage", ["fp32", "nf4", "bf16"])
 def test_other_architectures(config: Any, storage: str) -> None:
     agrees(Case("lora", {"dropout": 0.0}, storage, config(), packed=config is not lfm2))
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("storage", ["bf16", "nf4", "int8"])
+@pytest.mark.parametrize("method", ["lora", "dora", "loha", "ia3"])
+def test_experts(method: str, storage: str) -> None:
+    options = {"dropout": 0.1} if method == "lora" else METHODS[method]
+    agrees(Case(method, options, storage, mixtral()))
 
 
 BUDGETS = {  # launches of a block in a step, forward and backward
@@ -70,6 +78,8 @@ BUDGETS = {  # launches of a block in a step, forward and backward
     "nf4-dropout": (Case("lora", {"dropout": 0.05}, "nf4"), 142),
     "dora-nf4": (Case("dora", {"dropout": 0.0}, "nf4"), 208),
     "adalora": (Case("adalora", {"dropout": 0.0}), 208),
+    "experts": (Case("lora", {"dropout": 0.0}), 150),
+    "experts-nf4": (Case("lora", {"dropout": 0.0}, "nf4"), 174),
 }
 
 
@@ -78,7 +88,8 @@ def test_a_block_launches_no_more_than_its_budget(name: str) -> None:
     case, most = BUDGETS[name]
     counts = []
     for blocks in (1, 2):
-        case.config = llama(blocks)
+        case.config = mixtral(blocks, 32) if name.startswith("experts") else llama(blocks)
         counts.append(case.on(True).count)
     one, two = counts
+    assert two.synchronizations.total() <= 1, two.told()
     assert (two.launches - one.launches).total() <= most, (two.lines - one.lines).most_common(40)

@@ -131,6 +131,7 @@ def install() -> None:
     STANDINS[torch.ops.torch_attn._varlen_attn.default] = flash
     STANDINS[torch.ops.torch_attn._varlen_attn_backward.default] = flash_backward
     STANDINS[aten.mm.dtype] = lambda a, b, dtype: a.to(dtype) @ b.to(dtype)
+    STANDINS[aten.bmm.dtype] = lambda a, b, dtype: a.to(dtype) @ b.to(dtype)
     STANDINS[aten.addmm.dtype] = lambda c, a, b, dtype, beta=1, alpha=1: torch.addmm(
         c.to(dtype), a.to(dtype), b.to(dtype), beta=beta, alpha=alpha
     )

@@ -35,7 +35,7 @@ from lorafold.inspecting.run import inspect
 from lorafold.inspecting.updates import sites
 from lorafold.methods.parts.mixture import Mixture
 from lorafold.opening import Base
-from lorafold.ops.grouped import grouped
+from lorafold.ops.groups import grouped
 from lorafold.peft.saved import open_all
 from lorafold.undoing.defences import laid
 from lorafold.undoing.subspaces import factors_of, updates_of

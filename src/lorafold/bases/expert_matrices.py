@@ -136,6 +136,21 @@ class NF4(Codes):
         rows, b = self._state.shape
         return rows // self.number, b
 
+    def dense(self) -> Tensor:
+        state, ops = self._state, torch.ops.bitsandbytes
+        constants, rows = state.absmax, tuple(state.shape)
+        if state.nested:
+            of = state.state2
+            constants = ops.dequantize_blockwise.default(
+                constants, of.absmax, of.code, of.blocksize, of.dtype
+            ).add_(state.offset)
+        flat = rows if rows[1] % state.blocksize == 0 else (prod(rows),)
+        w: Tensor = ops.dequantize_4bit.default(
+            self.parameter.data.view(-1).view(torch.uint8)[:, None], constants, state.blocksize,
+            state.quant_type, flat, state.dtype,
+        )  # fmt: skip
+        return self.turned(w.view(self.number, *self.sides).to(self.dtype))
+
     def stored(self, e: int) -> Tensor:
         state, ops = self._state, torch.ops.bitsandbytes
         shape = self.sides

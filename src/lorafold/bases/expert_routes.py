@@ -19,7 +19,7 @@ from lorafold.core.expert_forms import CHOSEN, SORTED, WEIGHED, form_of
 from lorafold.core.fake import is_fake
 from lorafold.core.layer import Layer
 from lorafold.ops.autocast import lowered
-from lorafold.ops.grouped import Groups, grouped
+from lorafold.ops.groups import Groups, grouped
 
 # the layers over groups of rows; of each row its index (S,) in the tokens' experts (T, k), if that
 # is known; and T, k

@@ -28,7 +28,8 @@ from lorafold.core.layer import Layer, add
 from lorafold.core.matrices import STORED, Matrices, expert_parameters, matrices_of, parameter_path
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.ops.dropout import dropout, shared
-from lorafold.ops.grouped import FrozenMatrices, Groups, frozen_product, low_rank_product, product
+from lorafold.ops.grouped import FrozenMatrices, frozen_product, low_rank_product, product
+from lorafold.ops.groups import Groups
 from lorafold.ops.scale import scale
 
 
@@ -72,7 +73,10 @@ class Experts(Base):
 
     def frozen_matrices(self) -> FrozenMatrices:
         """The experts' matrices (out, in), for a product with this forward's rows."""
-        return FrozenMatrices(lambda e, dtype: self.held.matrix(e).to(dtype), self.rows)
+        one, every = self.held.matrix, self.held.dense
+        return FrozenMatrices(
+            lambda e, dtype: one(e).to(dtype), lambda dtype: every().to(dtype), self.rows
+        )
 
     @property
     def frozen(self) -> bool:
@@ -149,8 +153,7 @@ class Experts(Base):
         if not self.frozen or onto is not None:
             return super().low_rank(x, down, up, p, onto, k)
         drop = shared(x, p, id(self.module), self.site()) if p else None
-        up = up if k == 1.0 else k * up
-        y = low_rank_product(x, self.frozen_matrices(), down, up, drop)
+        y = low_rank_product(x, self.frozen_matrices(), down, up, drop, k)
         return y if self.bias is None else y + self.each(self.bias).to(y.dtype)
 
     def encode(self, w: Tensor, b: Tensor | None) -> dict[str, Tensor]:

@@ -70,6 +70,22 @@ def kind_of(x: Tensor) -> str:
     return x.device.type if said is None else said.kind
 
 
+GROUPED = (9, 0)  # for which torch has one kernel for products of groups, by sizes on the device
+GROUPED_UNIT = 8  # what divides the sides of its matrices, in 16 bits
+
+
+def groups_at_once(x: Tensor) -> bool:
+    """Whether products of groups of rows can be one there, and the host need not know their sizes.
+
+    Args:
+        x: a tensor of any shape, of which only the place counts.
+    """
+    said = _said.get()
+    return kind_of(x) == "cuda" and (
+        said.capability if said else torch.cuda.get_device_capability(x.device)
+    ) >= GROUPED
+
+
 def takes(demand: Demand, q: Tensor, v: Tensor) -> bool:
     """Whether a kernel takes queries (..., D) and values (..., Dv), of one dtype and device."""
     size, said = q.shape[-1], _said.get()

@@ -8,20 +8,17 @@ Rows of one group lie together. Only groups that have rows are computed, one pro
 quantized W is read for those experts alone, one at a time. Backward passes keep what those of
 `ops.lora` keep, and read W again.
 
-A product of a size that was not seen lately costs 0.6 ms before it begins, which is the time of
-256 x 512 by 512 x 1024 (oneDNN makes a kernel for every shape; AMD EPYC, Zen 5). The number of
-tokens that an expert gets is new at every step, so groups are filled up to a few sizes. These are
-multiples of a step, and the low-rank factors meet tiles of so many rows, all in one product.
-
-`torch._grouped_mm` computes all groups in one call, but not onto an accumulator, so that a small
-update would be lost to a second rounding, and not from codes. On a CPU it is such a loop as well:
-2048 rows in 8 groups, 512 x 2048 in bf16 on two cores, take 15.4 ms with it and 13.8 here.
+`torch._grouped_mm` computes all groups in one call, but not onto an accumulator, so that the sum is
+rounded a second time, and not from codes. GPUs of compute capability 9.0 and newer take it in bf16,
+since the sizes of the groups stay on the device then: nothing is waited for, and launches do not
+grow with the experts. On a CPU it is such a loop as well: 2048 rows in 8 groups, 512 x 2048 in bf16
+on two cores, take 15.4 ms with it and 13.8 here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -29,81 +26,62 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorafold.core.fake import is_fake
-from lorafold.ops.arithmetic import arithmetic
+from lorafold.ops.arithmetic import HALF, arithmetic
 from lorafold.ops.autocast import Exact
+from lorafold.ops.demands import GROUPED_UNIT
 from lorafold.ops.dropout import Dropped, empty_
-from lorafold.ops.host import sent
+from lorafold.ops.groups import Groups
 from lorafold.ops.lora import branched
-
-
-@dataclass(frozen=True)
-class Groups:
-    """The groups of S rows that lie sorted: `sizes`, the number of rows of each, multiples of
-    `step`, and `of_row` (S,), the group of each row.
-    """
-
-    sizes: tuple[int, ...]
-    of_row: Tensor
-    step: int = 1
-
-    @property
-    def tiles(self) -> Tensor:
-        """The group of each tile of `step` rows (n,); no tile has rows of two groups."""
-        return self.of_row[:: self.step]
-
-    def spans(self, times: int = 1) -> Iterator[tuple[int, slice]]:
-        """Yield the number of each group that has rows, and where its rows are, if each of the S
-        rows is `times` rows.
-        """
-        start = 0
-        for number, size in enumerate(self.sizes):
-            if size:
-                yield number, slice(start, start + size * times)
-                start += size * times
+from lorafold.ops.narrowed import narrowed
+from lorafold.ops.scale import SCALE
 
 
 class FrozenMatrices(NamedTuple):
-    """The frozen matrices of groups: read(e, dtype) is W_e (out, in) of group e."""
+    """The frozen matrices of groups: read(e, dtype) is W_e (out, in) of group e, read_all(dtype)
+    has all of them (E, out, in).
+    """
 
     read: Callable[[int, torch.dtype], Tensor]
+    read_all: Callable[[torch.dtype], Tensor]
     groups: Groups
 
+    def at_once(self, x: Tensor, out: int) -> bool:
+        """Whether the products of all rows x (S, in) are one, to or from `out` features."""
+        if self.groups.ends is None or x.dtype is not torch.bfloat16:
+            return False
+        return x.shape[1] % GROUPED_UNIT == 0 == out % GROUPED_UNIT
 
-def step_of(rows: int, number: int) -> int:
-    """What the sizes of groups are rounded up to: a quarter of their mean, as a power of two."""
-    return 1 << max(0, (rows // (4 * number)).bit_length() - 1)
 
+def _added(w: FrozenMatrices, x: Tensor, onto: Tensor, back: bool) -> Tensor:
+    """W_e x_s + onto_s of all rows x (S, in), rounded once, or with the transposed W_e; `onto`
+    (S, out) is overwritten.
 
-def grouped(of_row: Tensor, number: int) -> tuple[Groups, Tensor, Tensor]:
-    """The groups that S rows form once they are sorted, their sizes rounded up by copies of the
-    first row; the row that each of the P places in the groups gets (P,); and the place of each row
-    (S,).
-
-    Of rows without values (fake tensors) each group has an equal share.
-
-    Args:
-        of_row: the group of each row (S,).
+    Where the products are one, which has no accumulator to begin from, their sum with `onto` is
+    rounded with a dither, so that a small update is kept on average.
     """
-    step = step_of(len(of_row), number)
-    # so many tiles that their number is rarely another: half a tile a group, and a quarter of these
-    whole = step * max(1, number // 4)
-    if is_fake(of_row):
-        share = -(-len(of_row) // (number * step)) * step
-        full = (*(share,) * (number - 1), share + (step * number // 2 + whole - 1) // step * step)
-        rows = of_row.new_zeros(sum(full))
-        return Groups(full, rows, step), rows, torch.zeros_like(of_row)
-    order = of_row.sort(stable=True).indices
-    counted = torch.zeros(number, dtype=torch.long, device=of_row.device)
-    # the one value that is waited for: all else follows from it on the host
-    sizes = counted.index_add_(0, of_row, torch.ones_like(of_row, dtype=torch.long)).cpu()
-    padded = (sizes + step - 1).div_(step, rounding_mode="floor").mul_(step)
-    padded[-1] += -padded.sum() % whole
-    shift = (padded - sizes).cumsum(0) - (padded - sizes)  # the places filled before each group
-    at = sent(torch.arange(len(of_row)).add_(shift.repeat_interleave(sizes)), of_row.device)
-    groups = sent(torch.arange(number).repeat_interleave(padded), of_row.device)
-    rows = torch.zeros_like(groups).index_copy_(0, at, order)
-    places = torch.empty_like(order).index_copy_(0, order, at)
-    return Groups(tuple(padded.tolist()), groups, step), rows, places
+    if w.at_once(x, onto.shape[1]):
+        return _sum(_at_once(w, x, back), onto)
+    for e, at in w.groups.spans():
+        w_e = w.read(e, x.dtype)
+        onto[at].addmm_(x[at], w_e if back else w_e.t())
+    return onto
+
+
+def _sum(y: Tensor, onto: Tensor) -> Tensor:
+    """y + onto (S, out), rounded with a dither."""
+    ones = (torch.ones if is_fake(y) else _ones)(y.shape[1], device=y.device)
+    found: Tensor = SCALE(y, ones, None, onto)
+    return found
+
+
+@cache
+def _ones(n: int, device: torch.device) -> Tensor:
+    return torch.ones(n, device=device)
+
+
+def _at_once(w: FrozenMatrices, x: Tensor, back: bool) -> Tensor:
+    every = w.read_all(x.dtype)
+    return torch._grouped_mm(x, every if back else every.mT, w.groups.ends)
 
 
 class _Product(Exact):
@@ -161,7 +139,11 @@ class _Frozen(Exact):
         ctx.w, ctx.width = w, x.shape[1]
         ctx.onto = None if onto is None else onto.dtype
         ctx.dtype = dtype = arithmetic(x)
-        wide, y = x.to(dtype), x.new_empty(len(x), out, dtype=dtype)
+        wide = x.to(dtype)
+        if w.at_once(wide, out):
+            y = _at_once(w, wide, back=False)
+            return y if onto is None else _sum(y, onto)
+        y = wide.new_empty(len(x), out)
         for e, at in w.groups.spans():
             w_e = w.read(e, dtype).t()
             if onto is None:
@@ -176,9 +158,12 @@ class _Frozen(Exact):
         gx = None
         if ctx.needs_input_grad[0]:
             wide = g.to(ctx.dtype)
-            gx = wide.new_empty(len(g), ctx.width)
-            for e, at in ctx.w.groups.spans():
-                torch.mm(wide[at], ctx.w.read(e, ctx.dtype), out=gx[at])
+            if ctx.w.at_once(wide, ctx.width):
+                gx = _at_once(ctx.w, wide, back=True)
+            else:
+                gx = wide.new_empty(len(g), ctx.width)
+                for e, at in ctx.w.groups.spans():
+                    torch.mm(wide[at], ctx.w.read(e, ctx.dtype), out=gx[at])
             gx = gx.to(g.dtype)
         return gx, g.to(ctx.onto) if ctx.needs_input_grad[1] else None, None, None
 
@@ -200,18 +185,18 @@ def frozen_product(x: Tensor, onto: Tensor | None, w: FrozenMatrices, out: int) 
 class _LowRank(Exact):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w: FrozenMatrices, down: Tensor, up: Tensor, drop: Dropped | None
-    ) -> Tensor:
+        ctx: Any, x: Tensor, w: FrozenMatrices, down: Tensor, up: Tensor, drop: Dropped | None,
+        k: float,
+    ) -> Tensor:  # fmt: skip
         dtype = arithmetic(x)
         xd, where, scale = branched(x, drop)
-        a, b = down.to(dtype), (up * scale).to(dtype)
+        scale = scale * k
+        a, b = narrowed(down, 1.0, dtype), narrowed(up, scale, dtype)
         wide = x.to(dtype)
         branch = wide if where is None else xd.to(dtype)
         tiles = w.groups.tiles
         u = torch.bmm(branch.view(len(tiles), -1, branch.shape[1]), a[tiles].mT)
-        y = torch.bmm(u, b[tiles].mT).view(len(x), -1)
-        for e, at in w.groups.spans():
-            y[at].addmm_(wide[at], w.read(e, dtype).t())
+        y = _added(w, wide, torch.bmm(u, b[tiles].mT).view(len(x), -1), back=False)
         ctx.save_for_backward(xd, u, a, b, where)
         ctx.w, ctx.scale, ctx.dtype = w, scale, down.dtype
         return y.to(x.dtype)
@@ -220,7 +205,7 @@ class _LowRank(Exact):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         xd, u, a, b, where = ctx.saved_tensors
-        need_x, _, need_down, need_up, _ = ctx.needs_input_grad
+        need_x, _, need_down, need_up, *_ = ctx.needs_input_grad
         wide, tiles = g.to(u.dtype), ctx.w.groups.tiles
         gt, xt = (z.reshape(*u.shape[:2], -1) for z in (wide, xd.to(u.dtype)))
         v = torch.bmm(gt, b[tiles])
@@ -229,31 +214,36 @@ class _LowRank(Exact):
             gx = torch.bmm(v, a[tiles]).view(xd.shape)
             if where is not None:
                 empty_(gx, where)
-            for e, at in ctx.w.groups.spans():
-                gx[at].addmm_(wide[at], ctx.w.read(e, wide.dtype))
-            gx = gx.to(g.dtype)
+            gx = _added(ctx.w, wide, gx, back=True).to(g.dtype)
         if need_down:
-            gdown = _summed(torch.bmm(v.mT, xt), tiles, a.shape, ctx.dtype)
+            gdown = _summed(v.mT, xt, tiles, a.shape, ctx.dtype)
         if need_up:
-            gup = _summed(torch.bmm(u.mT, gt), tiles, b.mT.shape, ctx.dtype).mT.mul(ctx.scale)
-        return gx, None, gdown, gup, None
+            gup = _summed(u.mT, gt, tiles, b.mT.shape, ctx.dtype, ctx.scale).mT
+        return gx, None, gdown, gup, None, None
 
 
-def _summed(parts: Tensor, tiles: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """The sums over the tiles of each group, (E, r, k), in a dtype.
+def _summed(
+    a: Tensor, b: Tensor, tiles: Tensor, shape: torch.Size, dtype: torch.dtype, k: float = 1.0
+) -> Tensor:
+    """k times the sums of a b over the tiles of each group, (E, r, m), in a dtype.
 
     Args:
-        parts: what each tile contributes (n, r, k).
+        a, b: what each tile multiplies, (n, r, l) and (n, l, m).
         tiles: the group of each tile (n,).
     """
-    return parts.new_zeros(shape, dtype=dtype).index_add_(0, tiles, parts.to(dtype))
+    wide: dict[str, Any] = (
+        {"out_dtype": dtype} if a.is_cuda and a.dtype in HALF and dtype is torch.float32 else {}
+    )
+    parts = torch.bmm(a, b, **wide).to(dtype)
+    return parts.new_zeros(shape).index_add_(0, tiles, parts, alpha=k)
 
 
 def low_rank_product(
-    x: Tensor, w: FrozenMatrices, down: Tensor, up: Tensor, drop: Dropped | None = None
-) -> Tensor:
-    """W_e x + k up_e down_e drop(x), (S, out), in x's dtype, e the group of each row, k the factor
-    of `drop`. Differentiable once.
+    x: Tensor, w: FrozenMatrices, down: Tensor, up: Tensor, drop: Dropped | None = None,
+    k: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """W_e x + k up_e down_e drop(x), (S, out), in x's dtype, e the group of each row.
+    Differentiable once.
 
     Args:
         x: the input (S, in).
@@ -261,6 +251,7 @@ def low_rank_product(
         down: the down factors (E, r, in).
         up: the up factors (E, out, r).
         drop: x with dropped elements, the input of the branch (None: x).
+        k: a factor of the branch, which up is multiplied with before any rounding.
     """
-    y: Tensor = _LowRank.apply(x, w, down, up, drop)
+    y: Tensor = _LowRank.apply(x, w, down, up, drop, k)
     return y
