@@ -22,6 +22,7 @@ import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -270,7 +271,8 @@ def main() -> None:
         for row in PARTS[asked.part](asked.dry_run):
             print("row " + json.dumps(row), flush=True)
         return
-    if wrong := set(asked.only.split(",")) - PARTS.keys():
+    only = [*dict.fromkeys(name.strip() for name in asked.only.split(","))]
+    if wrong := set(only) - PARTS.keys():
         parser.error(f"--only: found {', '.join(sorted(wrong))}, expected of {', '.join(PARTS)}")
     if not asked.dry_run:
         import torch
@@ -278,11 +280,15 @@ def main() -> None:
         if not torch.cuda.is_available():
             parser.error("found no GPU that torch can use; --dry-run needs none")
     results: Row = {"about": about(asked.dry_run), "dry run": asked.dry_run, "parts": {}}
-    for name in asked.only.split(","):
+    try:
+        write(asked.out, results)
+    except OSError as error:
+        parser.error(f"--out {asked.out}: can't be written ({error.strerror})")
+    for name in only:
         results["parts"][name] = part = one_part(name, asked.dry_run)
         told = part["failed"] or f"{len(part['rows'])} rows"
         print(f"{name:<9} {part['seconds']:5.0f} s  {told}", flush=True)
-        write(Path(asked.out), results)
+        write(asked.out, results)
     if failed := [name for name, part in results["parts"].items() if part["failed"]]:
         sys.exit(f"failed: {', '.join(failed)}; {asked.out}.md has the rest")
 
@@ -291,22 +297,27 @@ def one_part(name: str, dry: bool) -> Row:
     """A part's rows, its seconds, and why it ended early, if it did."""
     command = [sys.executable, __file__, "--part", name, *["--dry-run"] * dry]
     start, failed = time.perf_counter(), ""
+    environment = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    child = subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | environment, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
     try:
-        done = subprocess.run(
-            command, cwd=ROOT, timeout=LIMIT, text=True, capture_output=True, check=False,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parent)},
-        )  # fmt: skip
-        printed = done.stdout
-        if done.returncode:
-            failed = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
-    except subprocess.TimeoutExpired as ended:
-        printed = (ended.stdout or b"").decode()  # type: ignore[union-attr]
+        printed, told = child.communicate(timeout=LIMIT)
+        if child.returncode:
+            failed = (told.strip().splitlines() or ["it ended without a word"])[-1]
+    except subprocess.TimeoutExpired:
         failed = f"it took more than {LIMIT} s"
+        os.killpg(child.pid, signal.SIGKILL)
+        printed, _ = child.communicate()
+    except BaseException:  # with all that it started
+        os.killpg(child.pid, signal.SIGKILL)
+        raise
     rows = [json.loads(line[4:]) for line in printed.splitlines() if line.startswith("row ")]
     return {"rows": rows, "seconds": time.perf_counter() - start, "failed": failed}
 
 
-def write(out: Path, results: Row) -> None:
+def write(out: str, results: Row) -> None:
     """Both files, each whole."""
     title = "A dry run without a GPU" if results["dry run"] else results["about"]["card"]
     lines = [f"# {title}", "", *(f"- {k}: {v}" for k, v in results["about"].items())]
@@ -319,10 +330,14 @@ def write(out: Path, results: Row) -> None:
         lines += [f"{markdown(rows)}\n" for rows in kinds.values()]
     texts = {".json": json.dumps(results, indent=1), ".md": "\n".join(lines) + "\n"}
     for ending, text in texts.items():
-        new = out.with_suffix(ending + ".new")
+        new = Path(f"{out}{ending}.new")
         new.write_text(text)
-        new.replace(out.with_suffix(ending))
+        new.replace(f"{out}{ending}")
 
 
 if __name__ == "__main__":
-    main()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped; what had ended is written")

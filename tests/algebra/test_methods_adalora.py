@@ -3,6 +3,7 @@ the run.
 """
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,3 +85,18 @@ def test_wrong_values_are_all_named() -> None:
         match=r"rank: found 0.*; dropout: found 1\.5.*; delta_t: found 0.*; beta1 .*: found 2 and ",
     ):
         lf.AdaLoRA(rank=0, init_rank=4, dropout=1.5, delta_t=0, beta1=2)
+
+
+def test_the_penalty_counts_matrices_that_lost_all_their_triplets(tmp_path: Path) -> None:
+    root, adapter, _ = setting(lf.AdaLoRA(rank=3, tinit=1, tfinal=1))
+    for i, delta in enumerate(adapter.own_deltas.values()):
+        delta.kept.fill_(i > 0)
+    path = adapter.save(tmp_path / "pruned")
+    adapter.detach()
+    loaded = lf.load(root, path)
+    first, second = loaded.own_deltas.values()
+    assert first.E.numel() == 0
+    eye = torch.eye(second.E.numel())
+    norms = [(second.P.T @ second.P - eye).norm(), (second.Q @ second.Q.T - eye).norm()]
+    found = loaded.spec.penalty(loaded.own_deltas)
+    assert torch.allclose(found, 0.5 * sum(norms) / 4)

@@ -1,13 +1,14 @@
 """Copies of factors in 16 bits are what the factors are now, and are made together."""
 
 import contextvars
+import weakref
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorafold.core.unchanged import unchanged
-from lorafold.ops.narrowed import narrowed
+from lorafold.ops.narrowed import _copies, narrowed
 from shadow import Device, Shadow
 
 FORM = 0.3, torch.bfloat16
@@ -19,7 +20,7 @@ def expected(x: Tensor) -> Tensor:
 
 def test_a_step_has_the_factors_of_that_step_and_makes_them_together() -> None:
     with Device() as device:
-        factors = [Shadow(torch.randn(3, n)) for n in range(1, 6)]
+        factors = [nn.Parameter(Shadow(torch.randn(3, n))) for n in range(1, 6)]
         for step in range(3):
             with unchanged(), device.counting() as found:
                 for x in factors:
@@ -27,7 +28,7 @@ def test_a_step_has_the_factors_of_that_step_and_makes_them_together() -> None:
                     assert narrowed(x, *FORM) is narrowed(x, *FORM)
             assert found.launches.total() == (len(factors) if step == 0 else 2)
             for x in factors:
-                x.mul_(1.5)
+                x.data.mul_(1.5)
                 assert torch.equal(narrowed(x, *FORM).host, expected(x))  # outside of a step
         with unchanged():  # what is asked for no longer is not made again
             narrowed(factors[0], *FORM)
@@ -53,13 +54,27 @@ class Replayed(torch.autograd.Function):
 
 def test_a_backward_reads_what_its_forward_made_and_nothing_older() -> None:
     with Device():
-        factor, seen = Shadow(torch.randn(4)), list[Tensor]()
+        factor, seen = nn.Parameter(Shadow(torch.randn(4))), list[Tensor]()
         x = Shadow(torch.ones(4)).requires_grad_()
         with unchanged():
             made = narrowed(factor, *FORM)
             losses = [Replayed.apply(x, factor, seen) for _ in range(2)]
             contextvars.Context().run(losses[0].backward)  # a thread of autograd has no scope
         assert seen[0] is made
-        factor.mul_(2)
+        factor.data.mul_(2)
         losses[1].backward()
         assert torch.equal(seen[1].host, expected(factor))  # type: ignore[attr-defined]
+
+
+def test_copies_end_with_their_factors() -> None:
+    with Device():
+        copies = list[weakref.ref[Tensor]]()
+        for _ in range(3):
+            factor = nn.Parameter(Shadow(torch.randn(4)))
+            for _ in range(2):
+                with unchanged():
+                    copies.append(weakref.ref(narrowed(factor, *FORM)))
+                    narrowed(factor * 2, *FORM)  # what a method computes from it is not kept
+            del factor
+        assert [ref() for ref in copies] == [None] * 6
+        assert not _copies

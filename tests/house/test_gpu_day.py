@@ -16,16 +16,16 @@ def day(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_part_runs_on_tensors_that_say_cuda(tmp_path: Path) -> None:
-    done = day(tmp_path / "found", "--dry-run", "--only", "launches")
+    done = day(tmp_path / "found.h100", "--dry-run", "--only", " launches,launches")
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "found.json").read_text())
+    found = json.loads((tmp_path / "found.h100.json").read_text())
     (row,) = found["parts"]["launches"]["rows"]
     assert row["launches a block"] == row["budget"]
     assert sum(row["waits"].values()) == 1
-    text = (tmp_path / "found.md").read_text()
+    text = (tmp_path / "found.h100.md").read_text()
     assert text.startswith("# A dry run without a GPU")
     assert f"| {row['run']} | {row['budget']} |" in text
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["found.json", "found.md"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["found.h100.json", "found.h100.md"]
 
 
 def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path: Path) -> None:
@@ -35,6 +35,9 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path: Path) -> None:
     done = day(tmp_path / "found", "--dry-run", "--only", "speeed")
     assert done.returncode == 2
     assert "found speeed, expected of values, launches" in done.stderr
+    done = day(tmp_path / "nowhere" / "found", "--dry-run")
+    assert done.returncode == 2
+    assert "can't be written (No such file or directory)" in done.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -16,15 +16,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 
 
 class Scope:
-    """One `with` block of `unchanged`, which is open until it ends."""
+    """One `with` block of `unchanged`, which is open until it ends, and what is kept for it."""
 
     def __init__(self) -> None:
         self.open = True
+        self.kept: dict[Any, Any] = {}
 
 
 _scope: ContextVar[Scope | None] = ContextVar("unchanged", default=None)

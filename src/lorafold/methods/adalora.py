@@ -175,9 +175,9 @@ class AdaLoRA(Spec):
     def penalty(self, deltas: Mapping[str, Delta]) -> Tensor:
         ours: list[AdaLoRADelta] = list(deltas.values())  # type: ignore[arg-type]
         grams = defaultdict[int, list[Tensor]](list)  # by rank, (n, r, r)
-        for p, q in ((delta.P, delta.Q) for delta in ours):
-            r = p.shape[-1]
-            grams[r] += (gram.reshape(-1, r, r) for gram in (p.mT @ p, q @ q.mT))
+        for delta in ours:
+            (p, q), shape = (delta.P, delta.Q), (number_of_matrices(delta), *2 * delta.E.shape[-1:])
+            grams[shape[-1]] += (gram.reshape(shape) for gram in (p.mT @ p, q @ q.mT))
         norms = [
             torch.linalg.matrix_norm(torch.cat(found) - torch.eye(r, device=found[0].device))
             for r, found in grams.items()

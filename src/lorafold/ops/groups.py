@@ -75,7 +75,7 @@ def grouped(of_row: Tensor, number: int) -> tuple[Groups, Tensor, Tensor]:
         of_row: the group of each row (S,).
     """
     step = step_of(len(of_row), number)
-    if groups_at_once(of_row):
+    if len(of_row) and groups_at_once(of_row):
         return _on_device(of_row, number, step)
     # so many tiles that their number is rarely another: half a tile a group, and a quarter of these
     whole = step * max(1, number // 4)

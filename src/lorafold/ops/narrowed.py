@@ -12,10 +12,9 @@ forward made. Outside of such a scope, and on a CPU, each is made where it is us
 from __future__ import annotations
 
 import weakref
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lorafold.core.unchanged import Scope, in_backward, scope
@@ -34,50 +33,53 @@ class _Copy:
 
 
 class _Family:
-    """The copies that are made together, which one step asked for."""
+    """The copies that are made together, which one step asked for; each lives with its factor."""
 
     def __init__(self, during: Scope) -> None:
         self.during = during
-        self.copies: list[_Copy] = []
+        self.copies: list[weakref.ref[_Copy]] = []
 
     def renew(self, during: Scope) -> None:
         """Make again, for another scope, what the last one asked for, and forget the rest."""
-        alive = {c: x for c in self.copies if (x := c.factor()) is not None}
-        self.copies = [c for c in alive if c.asked is self.during]
-        self.during = during
-        for form in dict.fromkeys(c.form for c in self.copies):
-            same = [c for c in self.copies if c.form == form]
-            sources = [alive[c].detach() for c in same]
+        found = [(c, x) for ref in self.copies if (c := ref()) and (x := c.factor()) is not None]
+        asked = [(c, x) for c, x in found if c.asked is self.during]
+        for copy, x in found:
+            if copy.asked is not self.during:
+                _copies[x].pop(copy.form)
+        self.during, self.copies = during, [weakref.ref(c) for c, _ in asked]
+        for form in dict.fromkeys(c.form for c, _ in asked):
+            values, sources = zip(
+                *((c.value, x.detach()) for c, x in asked if c.form == form), strict=True
+            )
             scaled = sources if form[0] == 1.0 else torch._foreach_mul(sources, form[0])
-            torch._foreach_copy_([c.value for c in same], scaled)
-        for copy in self.copies:
+            torch._foreach_copy_(values, scaled)
+        for copy, _ in asked:
             copy.made = during
 
 
 _copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # factor -> {form: its copy}
-_families: WeakKeyDictionary[Scope, _Family] = WeakKeyDictionary()
 
 
 def narrowed(x: Tensor, k: float, dtype: torch.dtype) -> Tensor:
     """k x, of any shape, in a dtype; x itself where that is the same. Not differentiable.
 
     Args:
-        x: a factor, of which the same tensor is asked for at every step.
+        x: a factor; a parameter is asked for at every step.
     """
     if k == 1.0 and x.dtype is dtype:
         return x
-    during = scope()
-    if not (x.is_cuda and x.is_leaf) or (during is None and not in_backward()):
-        return times(x, k, dtype)
+    during, kept = scope(), x.is_cuda and isinstance(x, nn.Parameter)
+    if not kept or (during is None and not in_backward()):
+        return times(x.detach(), k, dtype)
     forms: dict[Form, _Copy] = _copies.setdefault(x, {})
     copy = forms.get((k, dtype))
     if during is None:  # in a backward, which does not know of the scope
-        return copy.value if copy is not None and copy.made.open else times(x, k, dtype)
+        return copy.value if copy is not None and copy.made.open else times(x.detach(), k, dtype)
     if copy is not None and copy.family.during is not during:
         copy.family.renew(during)
     if copy is None or copy.made is not during:
-        family = _families.setdefault(during, _Family(during))
+        family: _Family = during.kept.setdefault(_Family, _Family(during))
         forms[k, dtype] = copy = _Copy(x, (k, dtype), family)
-        family.copies.append(copy)
+        family.copies.append(weakref.ref(copy))
     copy.asked = during
     return copy.value
