@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+import lorafold as lf
 from engine_cases import METHODS, prompt, sampling, save_adapters
 from lorafold.engine import Engine, Request
 from lorafold.engine.operations import Operations
+from lorafold.engine.steady import ROWS, InBlocks
 from lorafold.kernels.table import DECODING, use
 from lorafold.ops.decoding import STORED, Part
 from lorafold.ops.gated import ACTIVATIONS
@@ -228,6 +230,34 @@ def test_in_bf16_a_request_has_the_bits_that_it_has_alone(
         wrong, cached = differing(engine, requests)
         assert wrong == []
         assert bool(cached) == reuse
+
+
+class Entered(InBlocks):
+    """Counts the passes that it was in."""
+
+    passes = 0
+
+    def __enter__(self) -> Any:
+        type(self).passes += 1
+        return super().__enter__()
+
+
+def test_over_quantized_weights_too_where_no_number_of_rows_is_steady(
+    native: Operations, tiny_model_dir, tiny_model, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr("lorafold.engine.products.plain_products", lambda *_: ROWS[-1])
+    monkeypatch.setattr("lorafold.engine.runner.InBlocks", Entered)
+    methods = {name: METHODS[name] for name in ("lora", "dora")}
+    paths = save_adapters(tiny_model("llama"), tmp_path, methods)
+    model = lf.load_model(str(tiny_model_dir("llama")), storage="nf4")
+    with Watched(model, slots=6, length=128, chunk=24, budget=48) as engine:
+        for name, path in paths.items():
+            engine.load(name, path)
+        engine.watch()
+        requests = [r for r in asked(20) if r.adapter is None or r.adapter in paths]
+        wrong, _ = differing(engine, requests)
+    assert wrong == []
+    assert Entered.passes > 0
 
 
 @pytest.mark.few(1)

@@ -133,7 +133,7 @@ class Products:
         self.placed: dict[int, LoadedAdapter] = {}  # by slot
         self.places: dict[LoadedAdapter, int] = {}  # of those
         self._least: dict[torch.dtype, int] = {}
-        self._in_blocks = False  # products of adapters that are no low-rank products
+        self.in_blocks = False  # whether no number of rows is steady in torch's own products
 
     def place(self, slot: int, held: LoadedAdapter) -> None:
         """Give a slot an adapter."""
@@ -202,7 +202,7 @@ class Products:
             many = -(-self.least(x.dtype, x.device) * own.shape[-1] // own.numel())
             if many > 1:
                 own, its = (torch.cat([t] * many) for t in (own, its))
-            with InBlocks(FEW) if self._in_blocks else nullcontext():
+            with InBlocks(FEW) if self.in_blocks else nullcontext():
                 part = delta(Given(layer, its, own), own)[: len(rows)]
             y = y.index_copy(0, rows, part.to(y.dtype))
         return y
@@ -219,11 +219,11 @@ class Products:
             found = max(2, plain_products(shapes, dtype))
             if found > FEW and self._slots > 1:
                 log.warning(
-                    "torch's products in %s depend on the number of rows here, so under adapters"
-                    " that are no low-rank products they are computed %d rows at a time", dtype,
-                    FEW,
+                    "torch's products in %s depend on the number of rows here, so where the"
+                    " engine computes with them (quantized weights, adapters that are no low-rank"
+                    " products) they are computed %d rows at a time", dtype, FEW,
                 )  # fmt: skip
-                self._in_blocks = True
+                self.in_blocks = True
             self._least[dtype] = found if found <= FEW else 2
         return self._least[dtype]
 

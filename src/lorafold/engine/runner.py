@@ -12,8 +12,8 @@ rows of a model with some decode one at a time too.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from lorafold.engine.products import Plan, Products
 from lorafold.engine.row import Row
 from lorafold.engine.settings import EngineSettings
 from lorafold.engine.slots import SlotCache, SlotView
+from lorafold.engine.steady import InBlocks
 from lorafold.engine.structure import Structure, run
 from lorafold.ops.arithmetic import FEW, multiplies_bf16, multiplying, widens
 from lorafold.ops.host import picked, sent
@@ -227,12 +228,17 @@ class SlotRunner(Runner):
         index = {id(row): b for b, row in enumerate(taken) if row is not None}
         return picked(logits, [index[id(row)] for row in rows])
 
-    def _one_arithmetic(self) -> AbstractContextManager[None]:
-        if self.as_trained:
-            return multiplying(widened=widens(self.model.dtype), rows=1)
-        if self.steady:
-            return multiplying(widened=not multiplies_bf16(), rows=1)
-        return nullcontext()
+    @contextmanager
+    def _one_arithmetic(self) -> Iterator[None]:
+        if not (self.as_trained or self.steady):
+            yield
+            return
+        widened = widens(self.model.dtype) if self.as_trained else not multiplies_bf16()
+        # the engine's own products, of all matrices that it is aware of, have a form of their own
+        own = self.as_trained or self.structure.where.keys() <= self.deltas.aware
+        blocks = InBlocks(FEW) if self.products.in_blocks and not own else nullcontext()
+        with multiplying(widened=widened, rows=1), blocks:
+            yield
 
     def _least(self, held: LoadedAdapter | None) -> int:
         """The least number of tokens of a pass under an adapter that can't be mixed, or none."""
