@@ -16,9 +16,11 @@ import psutil
 import pytest
 
 import lorafold as lf
+from hostile_adapters import CASES
 from serving_cases import ADMIN, Running, running, saved, stream_of, until
 
-PROMPTS = ("The quick brown fox", "Book a table", "x" * 200)
+PROMPTS = ("The quick brown fox", "Book a table", "x" * 200, "The quick brown fox jumps. " * 12)
+HOSTILE = ("config-deep", "config-huge-rank", "weights-trailing", "manifest-deep")
 WRONG = (
     b"", b"[" * 5000, b'{"model": "nobody", "prompt": "x"}', b'{"model": "a", "prompt": [99999]}',
     b'{"model": "a", "prompt": "x", "n": 1000}', b'{"model": "a", "prompt": "x", "top_a": 1}',
@@ -40,7 +42,9 @@ class Load:
 
     def run(self) -> None:
         """Run them all; raises what one of them finds."""
-        kinds = (self.ask, self.ask, self.leave, self.mistake, self.swap, self.look)
+        kinds = (
+            self.ask, self.ask, self.leave, self.mistake, self.swap, self.look, self.harm,
+        )  # fmt: skip
         with ThreadPoolExecutor(len(kinds)) as pool:
             for one in [pool.submit(self.repeat, kind, i) for i, kind in enumerate(kinds)]:
                 one.result()
@@ -87,6 +91,13 @@ class Load:
         assert self.server.text("c", prompt) == self.texts[version, prompt]
         assert self.server.ask("/v1/unload_lora_adapter", {"lora_name": "c"}, ADMIN).status == 200
 
+    def harm(self, draw: random.Random) -> None:
+        name = draw.choice(HOSTILE)
+        loaded = self.server.ask("/v1/load_lora_adapter", {"lora_name": name}, ADMIN)
+        assert 400 <= loaded.status < 500, loaded.content
+        assert self.server.complete(name, "x").status == 404
+        time.sleep(draw.random())
+
     def look(self, draw: random.Random) -> None:
         for path in ("/v1/models", "/metrics", "/readyz", "/"):
             assert self.server.ask(path).status == 200
@@ -102,8 +113,10 @@ def held() -> tuple[int, int, int]:
 
 @pytest.mark.parametrize("seconds", [4, pytest.param(600, marks=pytest.mark.slow)])
 def test_what_it_holds_stays_what_it_held(tiny_model_dir, tmp_path, seconds):
-    specs = {"a": lf.LoRA(rank=2), "b": lf.DoRA()}
+    specs = {"a": lf.LoRA(rank=2), "b": lf.DoRA(), "good": lf.LoRA(rank=2)}
     folder = saved(tiny_model_dir("llama"), specs, tmp_path / "adapters")
+    for name in HOSTILE:
+        CASES[name].make(folder, tiny_model_dir("llama"))
     with running(tiny_model_dir("llama"), folder, processes=3) as server:
         Load(server, max(2, seconds / 10)).run()  # what is made once is made
         until(server.idle)
