@@ -68,7 +68,8 @@ def narrowed(x: Tensor, k: float, dtype: torch.dtype) -> Tensor:
     """
     if k == 1.0 and x.dtype is dtype:
         return x
-    during, kept = scope(), x.is_cuda and isinstance(x, nn.Parameter)
+    kept = x.is_cuda and isinstance(x, nn.Parameter) and not torch.compiler.is_compiling()
+    during = scope() if kept else None
     if not kept or (during is None and not in_backward()):
         return times(x.detach(), k, dtype)
     forms: dict[Form, _Copy] = _copies.setdefault(x, {})
