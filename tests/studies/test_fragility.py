@@ -507,6 +507,7 @@ def files(tmp_path: Path, model_dir, policy) -> list[str]:
     return [str(word) for pair in given.items() for word in pair]
 
 
+@pytest.mark.slow
 def test_the_command_and_its_gate(swept, files: list[str], tmp_path: Path, policy: Path) -> None:
     data = write(tmp_path / "benign.jsonl", BENIGN)
     shown = tmp_path / "page.html"

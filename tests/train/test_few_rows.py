@@ -89,6 +89,7 @@ def test_a_finished_run_is_kept_under_what_it_was_ended_by(ended: Path, tiny_mod
         lf.train(lf.Recipe(**AUTO, eval_every=7), out=ended, eval_data=OTHER, **given)
 
 
+@pytest.mark.slow
 def test_few_steps_are_told(tiny_model_dir, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     common = ("--data", str(tmp_path / "rows.jsonl"), "--max-length", "64")

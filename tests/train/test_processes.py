@@ -128,6 +128,7 @@ DIVIDED = {
 FAST = ["dropout"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", FAST)
 def test_divided_weights_train_the_bytes_of_whole_ones(
     what: str, command: tuple[str, ...], tmp_path: Path
