@@ -34,6 +34,7 @@ from lorafold.ops.host import sent
 
 log = logging.getLogger(__name__)
 
+
 class Plan:
     """Which adapter each row of a pass has.
 

@@ -73,8 +73,8 @@ def _scale(  # type: ignore[no-untyped-def]
     y, g, c, onto, out, size, width, each, ODD: tl.constexpr, OFFSET: tl.constexpr,
     ONTO: tl.constexpr, FEATURES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """g y + c + onto of ROWS rows, rounded with its own bits (`core.rounding.dithered`); so many
-    rows in turn have `each` gain.
+    """g y + c + onto of ROWS rows, rounded with its own bits (`core.rounding.dithered`); `each`
+    rows in turn share a gain.
     """
     feature = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
     for i in range(ROWS):

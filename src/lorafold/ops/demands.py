@@ -70,7 +70,9 @@ def kind_of(x: Tensor) -> str:
     return x.device.type if said is None else said.kind
 
 
-GROUPED = (9, 0)  # for which torch has one kernel for products of groups, by sizes on the device
+# major numbers for which torch has one kernel for products of groups, by sizes on the device; it
+# loops on others, and asks for the sizes
+GROUPED = (9, 10)
 GROUPED_UNIT = 8  # what divides the sides of its matrices, in 16 bits
 
 
@@ -80,10 +82,11 @@ def groups_at_once(x: Tensor) -> bool:
     Args:
         x: a tensor of any shape, of which only the place counts.
     """
+    if kind_of(x) != "cuda":
+        return False
     said = _said.get()
-    return kind_of(x) == "cuda" and (
-        said.capability if said else torch.cuda.get_device_capability(x.device)
-    ) >= GROUPED
+    major, _ = said.capability if said else torch.cuda.get_device_capability(x.device)
+    return major in GROUPED
 
 
 def takes(demand: Demand, q: Tensor, v: Tensor) -> bool:

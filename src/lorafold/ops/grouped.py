@@ -9,7 +9,7 @@ quantized W is read for those experts alone, one at a time. Backward passes keep
 `ops.lora` keep, and read W again.
 
 `torch._grouped_mm` computes all groups in one call, but not onto an accumulator, so that the sum is
-rounded a second time, and not from codes. GPUs of compute capability 9.0 and newer take it in bf16,
+rounded a second time, and not from codes. GPUs of compute capability 9 and 10 take it in bf16,
 since the sizes of the groups stay on the device then: nothing is waited for, and launches do not
 grow with the experts. On a CPU it is such a loop as well: 2048 rows in 8 groups, 512 x 2048 in bf16
 on two cores, take 15.4 ms with it and 13.8 here.
