@@ -26,7 +26,7 @@ demo: $(VENV)/installed
 # those in devices run apart, where torch believes that there is a GPU
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 MAIN = $(if $(filter devices,$(ROOM)),,$(PYTEST) $(1) tests/$(ROOM))
-DEVICES = $(if $(filter-out devices,$(ROOM)),,SHADOW_DEVICE=1 $(PYTEST) $(1) tests/devices)
+DEVICES = $(if $(filter-out devices,$(ROOM)),,$(foreach kind,cuda mps,SHADOW_DEVICE=$(kind) $(PYTEST) $(1) tests/devices &&) true)
 
 test: $(VENV)/installed-dev
 	$(call MAIN,-m "not slow")

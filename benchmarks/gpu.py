@@ -76,7 +76,7 @@ def values(dry: bool) -> Iterator[Row]:
 def on_shadows() -> None:
     """Let the tests' models be found, on a machine without a GPU as tensors that say cuda:0."""
     sys.path += [str(ROOT / "tests" / "lib"), str(ROOT / "tests" / "devices")]
-    import cuda_guard  # noqa: F401  (before torch)
+    import device_guard  # noqa: F401  (before torch)
     import shadow
 
     shadow.pretend()

@@ -17,8 +17,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-if SHADOW := bool(os.environ.get("SHADOW_DEVICE")):  # the tests in devices, apart from all others
-    import cuda_guard  # noqa: F401  (before torch)
+if SHADOW := os.environ.get("SHADOW_DEVICE", ""):  # the tests in devices, apart from all others
+    import device_guard  # noqa: F401  (before torch)
     import shadow
 
     shadow.pretend()  # before lorafold, unless torch is a build for CUDA
@@ -38,7 +38,11 @@ from unittest import mock
 import pytest
 
 pytest_plugins = ["budgets"]
-collect_ignore = [] if SHADOW else ["devices"]
+APPLE = {"test_shadow_apple.py", "test_shadow_verbs.py"}  # of those in devices, on Apple's
+collect_ignore = ["devices/test_shadow_apple.py"] if SHADOW else ["devices"]
+if SHADOW == "mps":
+    found = {path.name for path in (Path(__file__).parent / "devices").glob("test_*")}
+    collect_ignore = [f"devices/{name}" for name in found - APPLE]
 for helpers in (Path(__file__).parent / "lib").glob("*"):
     pytest.register_assert_rewrite(helpers.stem)  # their asserts say what they compared
 

@@ -186,7 +186,8 @@ def test_frozen_and_described():
 @pytest.mark.parametrize(
     ("recipe", "rows", "total", "interval"),
     [
-        (Recipe(), 100, 13, 2),
+        (Recipe(), 100, 100, 10),
+        (Recipe(epochs=1), 100, 13, 2),
         (Recipe(epochs=0.01), 100, 1, 1),
         (Recipe(steps=40), 3, 40, 4),
         (Recipe(steps=40, save_every=7), 3, 40, 7),

@@ -10,11 +10,11 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
 import lorafold as lf
-from conftest import lorafold, make_tokenizer
+from conftest import lorafold
 from lorafold.api.merge import merge
 from lorafold.bases import layer_of, parameter_count
 from lorafold.bases.expert_matrices import MXFP4
@@ -26,88 +26,32 @@ from lorafold.models.fingerprint import differences, of_model
 from lorafold.models.loading import load_model
 from lorafold.models.storage import Storage
 from lorafold.models.weights import ModelWeights
-from lorafold.ops.mxfp4 import MAGNITUDES
-from mixtures import CONFIGS
+from mxfp4_cases import SETTINGS, SITES, change_config, make_gpt_oss, make_mxfp4
 from quantized_cases import (
     IDS,
     METHODS,
     adapted_alike,
     commands,
-    edit,
     moved,
     refused_everywhere,
     relative,
 )
 
 OWNER = "model.layers.0.mlp.experts"
-SITES = [
-    f"model.layers.{i}.mlp.experts.{name}"
-    for i in range(2)
-    for name in ("gate_up_proj", "down_proj")
-]
-SETTINGS = {
-    "quant_method": "mxfp4",
-    "modules_to_not_convert": [
-        "model.layers.*.self_attn",
-        "model.layers.*.mlp.router",
-        "model.embed_tokens",
-        "lm_head",
-    ],
-}
 FP32 = Storage(torch.float32, "mxfp4")
 EPS = torch.finfo(torch.bfloat16).eps
-
-
-def to_mxfp4(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Blocks (..., G, 16) and scales (..., G) of w (..., 32 G): the smallest power of two by which
-    all of a group fit, and the nearest values.
-    """
-    groups = w.float().unflatten(-1, (-1, 32))
-    exponents = (groups.abs().amax(-1) / MAGNITUDES[-1]).log2().ceil().clamp(-127, 127)
-    scaled = groups / exponents.exp2()[..., None]
-    codes = (scaled.abs()[..., None] - torch.tensor(MAGNITUDES)).abs().argmin(-1)
-    codes = codes + 8 * scaled.signbit()
-    blocks = codes[..., ::2] + 16 * codes[..., 1::2]
-    return blocks.to(torch.uint8), (exponents + 127).to(torch.uint8)
-
-
-def change_config(path, change):
-    config = json.loads((path / "config.json").read_text())
-    change(config)
-    (path / "config.json").write_text(json.dumps(config))
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     """Directory of a tiny gpt-oss in bf16. Read only."""
-    tokenizer, path = make_tokenizer(), tmp_path_factory.mktemp("plain") / "gpt-oss"
-    config = CONFIGS["gpt-oss"]()
-    config.intermediate_size, config.vocab_size = 96, len(tokenizer)
-    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
-    for name, parameter in model.named_parameters():
-        if "norm" not in name:
-            nn.init.normal_(parameter, std=0.05)
-    model.to(torch.bfloat16).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+    return make_gpt_oss(tmp_path_factory.mktemp("plain") / "gpt-oss")
 
 
 @pytest.fixture(scope="module")
 def released(plain, tmp_path_factory):
     """Directory of the same with its experts in MXFP4, as gpt-oss is released. Read only."""
-    path = tmp_path_factory.mktemp("released") / "gpt-oss"
-    shutil.copytree(plain, path)
-
-    def quantized(tensors):
-        for name in SITES:
-            blocks, scales = to_mxfp4(tensors.pop(name).mT)
-            tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = blocks, scales
-
-    edit(path, quantized)
-    change_config(path, lambda config: config.update(quantization_config=SETTINGS))
-    return path
+    return make_mxfp4(plain, tmp_path_factory.mktemp("released") / "gpt-oss")
 
 
 def by_transformers(path, dtype=torch.float32):

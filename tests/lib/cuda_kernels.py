@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorafold.ops.demands import FLASH
-from shadow import STANDINS, Shadow
+from shadow import STANDINS, WHERE, Shadow
 
 aten = torch.ops.aten
 
@@ -52,7 +52,7 @@ torch_norm = F.rms_norm
 
 def rms_norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: Any = None) -> Tensor:
     """`F.rms_norm`, one kernel on CUDA in either direction."""
-    if not x.is_cuda or weight is None:
+    if x.device.type == "cpu" or weight is None:
         return torch_norm(x, shape, weight, eps)
     if torch.is_grad_enabled():
         return OneNorm.apply(x, weight, eps)
@@ -121,6 +121,24 @@ def flash_backward(
     return documents(q, k, v, cu_q.diff().tolist(), cu_k.diff().tolist(), window[0], scale, g)
 
 
+def in_full(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """`F.scaled_dot_product_attention`, of which a build without Apple's has no form for it."""
+    assert not dropout_p
+    if enable_gqa:
+        k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, float("-inf"))
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    return scores.softmax(-1) @ v
+
+
 def install() -> None:
     """Have shadows computed by these kernels from now on, and torch's helpers know shadows."""
     from torch.nn.attention import varlen  # noqa: F401  (its import defines the operators)
@@ -139,7 +157,9 @@ def install() -> None:
     STANDINS[aten.histc.default] = lambda x, *more, **options: torch.histc(
         x.float(), *more, **options
     ).to(x.dtype)
-    if not torch.backends.cuda.is_built():
+    if WHERE.type == "mps":
+        F.scaled_dot_product_attention = in_full
+    elif not torch.backends.cuda.is_built():
         # a CPU build knows no kernel for CUDA here and would take the operation apart
         library = torch.library.Library("aten", "IMPL")
         library.impl("silu_backward", lambda g, x: NotImplemented, "CUDA")

@@ -30,7 +30,7 @@ from lorafold.step.fused import fused
 from lorafold.step.optim import param_groups
 from lorafold.step.replicated import Replicated
 from lorafold.training.loop import Job, train_step
-from shadow import CUDA, Count, Device, Shadow, host_of
+from shadow import WHERE, Count, Device, Shadow, host_of
 
 REAL = torch.version.cuda is not None
 if not REAL:
@@ -48,7 +48,7 @@ STAND_IN = types.SimpleNamespace(pad_token_id=0)  # for a tokenizer
 
 def shadow_of(x: Tensor) -> Tensor:
     if REAL:
-        return x.detach().to(CUDA)
+        return x.detach().to(WHERE)
     return Shadow(x.detach().as_subclass(Tensor))
 
 
@@ -179,7 +179,7 @@ def fitted(
     for group in optimizer.param_groups:
         group.setdefault("peak", group["lr"])
     layout = Kept(adapter)
-    where = CPU if device is None else CUDA
+    where = CPU if device is None else WHERE
     run: Any = types.SimpleNamespace(checkpoints=dict)
     empty: Any = None
     job = Job(adapter, loss, optimizer, where, ALONE, empty, None, recipe, run, 10, layout)
@@ -206,12 +206,16 @@ class Case:
     examples: Sequence[Any] = field(default_factory=rows)
     cls: Any = tf.AutoModelForCausalLM
     beside: dict[str, Any] = field(default_factory=dict)
+    loaded: Callable[[], nn.Module] | None = None  # the base from files, in the place of `config`
 
     def on(self, there: bool) -> Stepped:
         """Its steps on the device, or on the CPU."""
         with contextlib.ExitStack() as stack:
             device = stack.enter_context(on_device()) if there else None
-            model = base(self.config, self.storage, there, self.cls)
+            if self.loaded is None:
+                model = base(self.config, self.storage, there, self.cls)
+            else:
+                model = moved(self.loaded()) if there else self.loaded()
             torch.manual_seed(0)
             adapter = lf.attach(model, make_spec(self.method, **self.options), **self.beside)
             if self.method != "full":

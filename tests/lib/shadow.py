@@ -1,5 +1,5 @@
-"""Tensors that say cuda:0 and compute on the CPU, with values: the code that runs on a GPU runs on
-them, where there is none.
+"""Tensors that say cuda:0, or mps:0, and compute on the CPU, with values: the code that runs on a
+GPU runs on them, where there is none.
 
     with Device() as device:
         x = Shadow(torch.ones(3))        x.device is cuda:0, x.host a CPU tensor
@@ -15,6 +15,7 @@ devices.
 """
 
 import contextlib
+import os
 import sys
 import types
 from collections import Counter
@@ -26,7 +27,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
-CUDA = torch.device("cuda:0")
+WHERE = torch.device("mps:0" if os.environ.get("SHADOW_DEVICE") == "mps" else "cuda:0")
 aten = torch.ops.aten
 INDEXED = ("index", "index_put", "index_put_", "_index_put_impl_")
 BY_VALUE = ("nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount",
@@ -39,6 +40,7 @@ FREE = ("detach", "empty", "empty_like", "new_empty", "empty_strided", "new_empt
 SCALARS = ("index_copy", "index_copy_", "index_add", "index_add_", "index_select", "gather",
            "scatter")  # fmt: skip
 KERNELS = {"scale_backward": 2}  # launches of operations whose form for CUDA is not one
+NOT_OF_MPS = (torch.float64, torch.complex128)
 STANDINS: dict[Any, Callable[..., Any]] = {}  # of kernels that only CUDA has
 
 
@@ -48,7 +50,7 @@ class Generator(torch.Generator):
     theirs: ClassVar[dict[int, Any]] = {}  # by address: operations get another wrapper of it
 
     def __new__(cls, device: Any = "cpu") -> Any:
-        there = torch.device(device).type == "cuda"
+        there = torch.device(device).type != "cpu"
         made = super().__new__(cls, device="cpu" if there else device)
         if there:
             cls.theirs[made._cdata] = made
@@ -58,7 +60,7 @@ class Generator(torch.Generator):
 
 
 class Shadow(torch.Tensor):
-    """A tensor on cuda:0 whose values are those of `host`, of the same shape on the CPU."""
+    """A tensor on the device whose values are those of `host`, of the same shape on the CPU."""
 
     host: Tensor
 
@@ -66,7 +68,7 @@ class Shadow(torch.Tensor):
     def __new__(cls, host: Tensor) -> "Shadow":
         made: Shadow = torch.Tensor._make_wrapper_subclass(
             cls, host.shape, strides=host.stride(), storage_offset=host.storage_offset(),
-            dtype=host.dtype, device=CUDA,
+            dtype=host.dtype, device=WHERE,
         )  # fmt: skip
         made.host = host
         return made
@@ -83,7 +85,7 @@ class Shadow(torch.Tensor):
         return self.cpu().tolist()
 
     def numpy(self, **_: Any) -> Any:
-        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+        raise TypeError(f"can't convert {WHERE} device type tensor to numpy")
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -167,16 +169,16 @@ def check_devices(func: Any, args: Any, kwargs: Any) -> tuple[list[Tensor], list
 
 def count(found: Count, func: Any, args: Any, kwargs: Any, there: Any, here: Any) -> None:
     """Add an operation to what was counted."""
-    name = func.overloadpacket.__name__
+    name, there_is = func.overloadpacket.__name__, WHERE.type
     to = None if kwargs.get("device") is None else torch.device(kwargs["device"]).type
     waits = ""
     if name == "_to_copy" and to is not None:
         source = isinstance(args[0], Shadow)
         if source and to == "cpu":
             waits = f"copy to the host {tuple(args[0].shape)}"
-        elif not source and to == "cuda" and kwargs.get("non_blocking") and is_pinned(args[0]):
+        elif not source and to == there_is and kwargs.get("non_blocking") and is_pinned(args[0]):
             found.copies[f"{tuple(args[0].shape)} at {asking()}"] += 1
-        elif not source and to == "cuda":
+        elif not source and to == there_is:
             waits = f"copy to the device {tuple(args[0].shape)}"
     elif name in ("copy_", "_foreach_copy_") and there and here:
         if len(args) > 2 and args[2] and is_pinned(args[1]):  # non_blocking
@@ -195,7 +197,7 @@ def count(found: Count, func: Any, args: Any, kwargs: Any, there: Any, here: Any
         waits = name
     if waits:
         found.synchronizations[f"{waits} at {asking()}"] += 1
-    if (there or to == "cuda") and not func.is_view and name not in FREE:
+    if (there or to == there_is) and not func.is_view and name not in FREE:
         launches = KERNELS.get(name, 1)
         found.launches[name] += launches
         found.lines[asking().rpartition(" < ")[2]] += launches
@@ -209,13 +211,13 @@ def computed(func: Any, args: Any, kwargs: Any, found: Count | None) -> Any:
     device = None if kwargs.get("device") is None else torch.device(kwargs["device"])
     shadows = {id(t.host): t for t in there if isinstance(t, Shadow)}
     own_args, own = tree_map(host_of, args), dict(tree_map(host_of, kwargs))
-    if device is not None and device.type == "cuda":
+    if device is not None and device.type == WHERE.type:
         own["device"] = torch.device("cpu")
     own.pop("pin_memory", None)
-    lies_there = bool(shadows) if device is None else device.type == "cuda"
+    lies_there = bool(shadows) if device is None else device.type == WHERE.type
     generator = own.get("generator")
     if generator is not None and (generator._cdata in Generator.theirs) != lies_there:
-        kind = "cuda" if lies_there else "cpu"
+        kind = WHERE.type if lies_there else "cpu"
         raise RuntimeError(f"Expected a {kind} device type for generator: {func}")
     with torch.no_grad():
         out = STANDINS.get(func, func)(*own_args, **own)
@@ -226,6 +228,8 @@ def computed(func: Any, args: Any, kwargs: Any, found: Count | None) -> Any:
     def shown(x: Any) -> Any:
         if not isinstance(x, Tensor) or isinstance(x, Shadow) or not lies_there:
             return x
+        if WHERE.type == "mps" and x.dtype in NOT_OF_MPS:
+            raise TypeError(f"the MPS framework doesn't support {x.dtype}: {func}")
         return shadows[id(x)] if id(x) in shadows else Shadow(x)  # in place: the same tensor
 
     return tree_map(shown, out)
@@ -241,7 +245,7 @@ def operations() -> dict[Any, Any]:
 
 
 class Device(TorchDispatchMode):
-    """Makes shadows of what is asked for on CUDA, in the `with` block."""
+    """Makes shadows of what is asked for on the device, in the `with` block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -266,7 +270,7 @@ class Device(TorchDispatchMode):
                 known = self._operations
                 operation = (known if func in known else known | operations())[func]
                 self._operations[func] = operation
-                if "cuda" not in FORMS.get(operation, {}):
+                if WHERE.type not in FORMS.get(operation, {}):
                     with self:  # launch by launch
                         return operation.plain(*args, **kwargs)
                 STANDINS[func] = operation.plain  # a kernel, so one launch
@@ -285,11 +289,23 @@ def no_inference(mode: Any = True) -> Any:
 
 
 def pretend() -> None:
-    """Have torch answer as a build for CUDA does, on a machine with one GPU of 80 GB. Call it
-    before lorafold is imported, once in a process. A build for CUDA is left as it is.
+    """Have torch answer as a build for the device does, for CUDA on a machine with one of 80 GB.
+    Call it before lorafold is imported, once in a process. A build for CUDA is left as it is.
     """
     if torch.version.cuda is not None:
         return
+    torch.Tensor.pin_memory = pinned  # type: ignore[assignment,method-assign]
+    torch.Generator = Generator  # type: ignore[misc]
+    torch.inference_mode = no_inference  # type: ignore[assignment,misc]
+    # torch.tensor(..., device="cuda") is made on the CPU and moved by an operation that is seen
+    torch._C._set_only_lift_cpu_tensors(True)
+    torch.autograd.set_multithreading_enabled(False)  # the engine's own threads know no modes
+    if WHERE.type == "cuda":
+        pretend_cuda()
+
+
+def pretend_cuda() -> None:
+    """Have `torch.cuda` answer so."""
     with contextlib.suppress(ImportError):
         import bitsandbytes  # noqa: F401  (which would look for CUDA's library)
     cuda: Any = torch.cuda
@@ -303,10 +319,4 @@ def pretend() -> None:
     cuda.memory_reserved = cuda.memory_allocated = cuda.max_memory_allocated = lambda *_: 0
     cuda.get_rng_state_all = lambda: []
     cuda.manual_seed_all = lambda _: None
-    torch.Tensor.pin_memory = pinned  # type: ignore[assignment,method-assign]
-    torch.Generator = Generator  # type: ignore[misc]
-    torch.inference_mode = no_inference  # type: ignore[assignment,misc]
     torch._C._ensureCUDADeviceGuardSet()  # the same for a CUDA build without a GPU
-    # torch.tensor(..., device="cuda") is made on the CPU and moved by an operation that is seen
-    torch._C._set_only_lift_cpu_tensors(True)
-    torch.autograd.set_multithreading_enabled(False)  # the engine's own threads know no modes

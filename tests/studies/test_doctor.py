@@ -22,6 +22,7 @@ from lorafold.diagnosis.slow import slow
 from lorafold.diagnosis.storage import size_of
 from lorafold.files.terminal import WIDTH
 from lorafold.machine.cores import busy_elsewhere, quota, usable_cores
+from lorafold.machine.devices import Gpu
 from lorafold.machine.speed import gflops
 
 FINE = Hardware(
@@ -277,3 +278,19 @@ def test_the_report_for_people_has_every_group_and_what_would_be_slow() -> None:
     for title in ("Packages", "Machine", "Models and caches", "What would be slow here, and why"):
         assert f"{title}\n" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= WIDTH
+
+
+@pytest.mark.parametrize(
+    ("capability", "found"),
+    [
+        ((7, 5), ("7.5: weights and products in fp32", "in tiles", "one after the other")),
+        ((8, 6), ("8.6: weights and products in bf16", "by flash attention", "one after the other")),
+        ((9, 0), ("9.0: weights and products in bf16", "by flash attention", "in one product")),
+        ((12, 0), ("12.0: weights and products in bf16", "by flash attention", "one after")),
+    ],
+)
+def test_the_paths_of_a_card_are_named(capability, found) -> None:
+    gpu = Gpu("cuda:0", "a card", int(9e9), int(16e9), capability)
+    [line] = [f.text for f in findings(replace(FINE, gpus=(gpu,))) if f.name == "path of cuda:0"]
+    assert line.startswith("compute capability ")
+    assert all(part in line for part in found)

@@ -1,8 +1,11 @@
 """epochs="auto": enough steps of few rows, ended by the held-out loss."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -23,6 +26,20 @@ AUTO = {"epochs": "auto", "batch": 2, "max_length": 64, "storage": "fp32", "lr":
 
 def record(out: Path) -> dict[str, Any]:
     return json.loads((out / "lorafold.json").read_text())
+
+
+@contextmanager
+def killed(after: int) -> Iterator[None]:
+    """Runs end by an error after this many steps."""
+    train = loop.train_step
+
+    def step_or_end(job: Any, examples: Any, step: int) -> float:
+        if step == after:
+            raise Interrupted("killed", 1)
+        return train(job, examples, step)
+
+    with mock.patch.object(loop, "train_step", step_or_end):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -56,21 +73,12 @@ def test_the_adapter_is_that_of_the_best_step(ended: Path, tiny_model_dir) -> No
 
 
 def test_a_run_that_is_killed_ends_at_the_same_step(
-    ended: Path, tiny_model_dir, tmp_path: Path, monkeypatch
+    ended: Path, tiny_model_dir, tmp_path: Path
 ) -> None:
-    train, calls = loop.train_step, len(record(ended)["losses"])
-
-    def killed(job: Any, examples: Any, step: int) -> float:
-        if step == calls - 5:
-            raise Interrupted("killed", 1)
-        return train(job, examples, step)
-
     given: dict[str, Any] = {"model": tiny_model_dir("llama"), "data": ROWS, "eval_data": OTHER}
     recipe, out = lf.Recipe(**AUTO), tmp_path / "out"
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", killed)
-        with pytest.raises(Interrupted):
-            lf.train(recipe, out=out, **given)
+    with killed(len(record(ended)["losses"]) - 5), pytest.raises(Interrupted):
+        lf.train(recipe, out=out, **given)
     lf.train(recipe, out=out, resume=True, **given)
     assert record(out)["losses"] == record(ended)["losses"]
     assert (out / "adapter_model.safetensors").read_bytes() == (
@@ -89,14 +97,28 @@ def test_a_finished_run_is_kept_under_what_it_was_ended_by(ended: Path, tiny_mod
         lf.train(lf.Recipe(**AUTO, eval_every=7), out=ended, eval_data=OTHER, **given)
 
 
+def test_a_run_that_began_when_one_epoch_was_the_default_ends_so(
+    tiny_model_dir, tmp_path: Path
+) -> None:
+    now = {name: value for name, value in AUTO.items() if name != "epochs"}
+    model = tiny_model_dir("llama")
+    given: dict[str, Any] = {"model": model, "data": ROWS, "out": tmp_path / "out"}
+    with killed(2), pytest.raises(Interrupted):
+        lf.train(lf.Recipe(**now, epochs=1.0), **given)
+    ended = [lf.train(lf.Recipe(**now), resume=True, **given).steps for _ in range(2)]
+    assert ended == [3, 3]
+    with pytest.raises(LorafoldError, match=r"another run: epochs was 1\.0, now 'auto'"):
+        lf.train(lf.Recipe(**AUTO), resume=True, **given)
+
+
 @pytest.mark.slow
 def test_few_steps_are_told(tiny_model_dir, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     common = ("--data", str(tmp_path / "rows.jsonl"), "--max-length", "64")
     model = ("--model", str(tiny_model_dir("llama")))
-    said = lorafold("train", *model, *common, "--out", str(tmp_path / "few"))
+    said = lorafold("train", *model, *common, "--out", str(tmp_path / "few"), "--epochs", "1")
     assert "steps: 1, few to learn by: --epochs auto takes 100, and --eval-fr" in said.stderr
     said = lorafold("train", *model, *common, "--out", str(tmp_path / "asked"), "--steps", "1")
     assert "few to learn by" not in said.stderr
-    said = lorafold("train", *model, *common, "--out", str(tmp_path / "all"), "--epochs", "auto")
+    said = lorafold("train", *model, *common, "--out", str(tmp_path / "all"))
     assert "epochs auto: 100 steps, found no held-out rows to end by" in said.stderr

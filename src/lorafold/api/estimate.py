@@ -14,7 +14,7 @@ from lorafold.api.arguments import Columns, Data, Rewarding, as_recipe, or_quiet
 from lorafold.api.rows_estimated import setting_on_rows
 from lorafold.errors import LorafoldError, both_names, called_now
 from lorafold.files.shown import Shown
-from lorafold.machine.devices import check_device
+from lorafold.machine.devices import AMPERE, check_device
 from lorafold.memory import report, terms
 from lorafold.memory.advice import Advice, advise, advise_on_rows
 from lorafold.memory.measure import measure as measured_bytes
@@ -27,7 +27,7 @@ from lorafold.models.positions import positions_in
 from lorafold.models.sources import EMBEDDED
 from lorafold.opening import Base
 from lorafold.ops.arithmetic import widens
-from lorafold.ops.demands import AMPERE, Place, place_of
+from lorafold.ops.demands import Place, place_of
 from lorafold.recipe.fields import OF_MEMORY, OF_ROWS
 from lorafold.recipe.fitting import LENGTH, fitted_length
 from lorafold.recipe.recipe import Recipe

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from lorafold.api.arguments import Columns, Data, as_path, or_quiet, recipe_to_train
 from lorafold.api.task import train_and_test
+from lorafold.data.batches import epoch_size
+from lorafold.data.stored import Rows
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import check_folder
 from lorafold.files.claims import check_token
@@ -67,6 +69,9 @@ def intrinsic(
     rows, held_out, source = train_and_test(data, eval_data, recipe, columns, console)
     base = Base(model, device=device, revision=revision, trust_remote_code=trust_remote_code)
     recipe = settled_length(recipe, base, 0, console)
+    # what is held out measures here, and so chooses no step
+    steps = recipe.total_steps(epoch_size(Rows.of(rows).parts))
+    recipe = recipe.model_copy(update={"steps": steps})
 
     def tell(point: Point) -> None:
         console.print(

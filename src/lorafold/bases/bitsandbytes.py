@@ -200,6 +200,7 @@ class Linear4bit(Quantized):
 class Linear8bit(Quantized):
     """A linear of bitsandbytes in int8."""
 
+    mixes_rows = True
     dtype = torch.bfloat16  # bitsandbytes does not record it
 
     def dequantized(self) -> Tensor:

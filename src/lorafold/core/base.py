@@ -38,6 +38,7 @@ class Base(Layer):
     quantized = False  # whether it stores codes, which are dequantized for each use
     linear = False  # whether it is a matrix applied to activations, as "all-linear" means it
     takes_ids = False
+    mixes_rows = False  # whether rows of its input decide how the module itself computes others
 
     def __init__(self, module: nn.Module, stored: Callable[[], Tensor] | None = None) -> None:
         self._module, self.stored = module, stored  # `stored`: reads the weight from plain files

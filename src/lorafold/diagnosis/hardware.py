@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorafold.diagnosis.finding import Finding, gigabytes
+from lorafold.diagnosis.paths import paths
 from lorafold.machine.devices import Gpu
 
 
@@ -93,6 +94,9 @@ def findings(h: Hardware) -> Iterator[Finding]:
         for gpu in h.gpus
     )
     yield Finding("GPUs", shown or "none that torch can use", [gpu._asdict() for gpu in h.gpus])
+    for gpu in h.gpus:
+        if gpu.capability:
+            yield Finding(f"path of {gpu.device}", paths(gpu.capability))
     rates = f"fp32 {h.fp32:.0f} GFLOP/s, bf16 {h.bf16:.0f} GFLOP/s on {h.device}"
     yield Finding("products", rates, {"device": h.device, "fp32": h.fp32, "bf16": h.bf16})
     storage = "bf16" if h.native_bf16 else "fp32"

@@ -27,6 +27,7 @@ from lorafold.core.attach import only
 from lorafold.core.evaluating import evaluation_mode
 from lorafold.engine.adapters import KnownAdapter, Reader, Verified, attached, parts_of
 from lorafold.engine.admission import check
+from lorafold.engine.apart import rows_apart
 from lorafold.engine.fast_path import fast_path
 from lorafold.engine.grammar import Grammars
 from lorafold.engine.loop import Loop
@@ -89,6 +90,7 @@ class Engine:
                 device, alike = model.device.type, settings.as_trained
                 operations = available(device, alike) if settings.fast else Operations()
                 stack.enter_context(slotted(model, operations))
+                stack.enter_context(rows_apart(model))
                 cache = SlotCache(slots, self.length, chunk, operations, whole)
                 self._runner: Runner = SlotRunner(model, self.structure, cache, settings)
                 if alike:

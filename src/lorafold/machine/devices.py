@@ -10,13 +10,19 @@ if TYPE_CHECKING:
     import torch
 
 
+AMPERE = (8, 0)  # the first compute capability with instructions for bf16
+
+
 class Gpu(NamedTuple):
-    """A device beside the processor, its memory in bytes; None where it shares the host's."""
+    """A device beside the processor, its memory in bytes; None where it shares the host's. Of
+    CUDA's there is a compute capability, major and minor.
+    """
 
     device: str
     name: str
     free: int | None
     total: int | None
+    capability: tuple[int, int] | None = None
 
 
 def gpus() -> list[Gpu]:
@@ -24,7 +30,12 @@ def gpus() -> list[Gpu]:
     import torch
 
     there = [
-        Gpu(f"cuda:{i}", torch.cuda.get_device_name(i), *torch.cuda.mem_get_info(i))
+        Gpu(
+            f"cuda:{i}",
+            torch.cuda.get_device_name(i),
+            *torch.cuda.mem_get_info(i),
+            torch.cuda.get_device_capability(i),
+        )
         for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     ]
     return there + [Gpu("mps", "Apple GPU", None, None)] * torch.backends.mps.is_available()
@@ -100,13 +111,11 @@ def native_bf16(device: "torch.device") -> tuple[bool, str]:
     import torch
 
     if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        return (
-            major >= 8,
-            (
-                f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}; bf16"
-                " is native from 8.0"
-            ),
+        capability = torch.cuda.get_device_capability(device)
+        first, its = ("{}.{}".format(*one) for one in (AMPERE, capability))
+        return capability >= AMPERE, (
+            f"{torch.cuda.get_device_name(device)} has compute capability {its}; bf16 is native"
+            f" from {first}"
         )
     if device.type == "cpu":
         # torch.cpu.get_capabilities covers ARM too, but exists only from torch 2.13 on

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lorafold.machine.devices import AMPERE
+
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -30,7 +32,6 @@ class Demand(NamedTuple):
     capability: tuple[int, int]
 
 
-AMPERE = (8, 0)  # the first with bf16
 # Dao 2023, arXiv 2307.08691, as torch builds it
 FLASH = Demand(HALF, 256, 8, AMPERE)
 

@@ -36,8 +36,10 @@ def best_of_rank(
 
 def svd_of_product(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The SVD of up (..., out, r) @ down (..., r, in), in fp64: U (..., out, k), S (..., k)
-    descending, V^T (..., k, in), where k = min(out, r, in).
+    descending, V^T (..., k, in), where k = min(out, r, in); on the CPU for factors on Apple's GPU,
+    which has no fp64.
     """
+    up, down = (x.cpu() if x.device.type == "mps" else x for x in (up, down))
     left, r_up = torch.linalg.qr(up.double())
     right, r_down = torch.linalg.qr(down.double().mT)
     u, s, vt = torch.linalg.svd(r_up @ r_down.mT, full_matrices=False)

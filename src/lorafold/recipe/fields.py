@@ -191,10 +191,10 @@ class Fields(BaseModel):
     )
 
     epochs: Positive | Literal["auto"] = Field(
-        default=1.0,
+        default="auto",
         description=(
-            "Passes over the training rows. auto makes at least 100 steps of few rows, ends where"
-            " the held-out loss no longer falls, and keeps the adapter of the best step."
+            "Passes over the training rows. auto is one, of few rows as many as 100 steps take; it"
+            " ends where the held-out loss no longer falls, and keeps the adapter of the best step."
         ),
     )
     steps: Count | None = Field(

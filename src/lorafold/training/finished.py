@@ -25,7 +25,7 @@ from lorafold.recipe.recipe import Recipe
 from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.finish import INIT_ADAPTER, Trained, mean_of_last
 from lorafold.training.request import Request, objective_of
-from lorafold.training.start import depends_on, free_on_resume
+from lorafold.training.start import depends_on, free_on_resume, with_defaults_of
 
 DEPENDS_ON = "depends_on"  # in a record
 MADE = {"resized", "composed", "extracted"}  # in records of adapters that no run wrote
@@ -64,9 +64,9 @@ def finished(request: Request, console: Console) -> Trained | None:
 
 def _differing(request: Request, record: Mapping[str, Any]) -> Iterator[str]:
     """What the finished run had in another way."""
-    asked = request.recipe
-    now = asked.model_dump(mode="json")
     then = Recipe().model_dump(mode="json") | named_as_now(record["recipe"])
+    asked = request.recipe
+    now = with_defaults_of(then, request).recipe.model_dump(mode="json")
     # a run settles these where they are left to it
     left = {"storage", "max_length", "packing"} - asked.model_fields_set
     left |= {"storage"} if asked.storage == "auto" else set()

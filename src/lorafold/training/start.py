@@ -45,6 +45,8 @@ WHEN_MEASURED = {"save_every", "eval_every"}  # what is learned where a run ends
 RULE, DROPOUT = "dropout_rule", "Philox of seed, step, row and site"
 _RULE_BEFORE = "random state of torch"
 MARKED = "control_tokens"  # how those in contents are read, in the identity of runs with such rows
+# Fields whose default was another in earlier versions, with what those wrote.
+DEFAULTS_BEFORE: dict[str, tuple[Any, ...]] = {"epochs": (1.0,), "packing": (True, False)}
 LOOKED_AT = 8  # steps, for what their rows have in common
 HELD_OUT = "eval_data"  # whose losses choose the best step; runs that do not name it may have any
 
@@ -116,7 +118,7 @@ def prepare(
         restore_rng(state)
     if resume:
         console.print(f"resuming after step {progress.step} of {feed.steps}", highlight=False)
-    elif recipe.stops and held_out is None:
+    elif recipe.stops and held_out is None and feed.steps == STEPS:
         told = "found no held-out rows to end by; --eval-fraction 0.1 holds some out"
         console.print(f"epochs auto: {feed.steps} steps, {told}", highlight=False, soft_wrap=True)
     elif recipe.steps is None and feed.steps < FEW:
@@ -132,15 +134,22 @@ def prepare(
 
 
 def as_begun(request: Request) -> Request:
-    """The request, with rows packed as a run that is resumed packed them from its first step: one
-    of an earlier version computed each apart.
+    """The request, with what it leaves to the defaults as in the run that is resumed: earlier
+    versions had others.
     """
-    recipe = request.recipe
-    if not request.resume or "packing" in recipe.model_fields_set:
+    if not request.resume:
         return request
-    if isinstance(found := RunDirectory(request.out).written("packing"), bool):
-        return replace(request, recipe=recipe.model_copy(update={"packing": found}))
-    return request
+    run = RunDirectory(request.out)
+    return with_defaults_of({name: run.written(name) for name in DEFAULTS_BEFORE}, request)
+
+
+def with_defaults_of(found: Mapping[str, Any], request: Request) -> Request:
+    """The request with fields that it leaves to the defaults as `found` has them, where that is a
+    default of an earlier version.
+    """
+    left = DEFAULTS_BEFORE.keys() - request.recipe.model_fields_set
+    update = {name: found[name] for name in left if found.get(name) in DEFAULTS_BEFORE[name]}
+    return replace(request, recipe=request.recipe.model_copy(update=update))
 
 
 def in_common(loss: Loss, feed: Feed, recipe: Recipe) -> str | None:

@@ -182,7 +182,7 @@ def log_probabilities(loss: Completions, examples: Sequence[Example]) -> Tensor:
     found = torch.zeros(len(examples), dtype=torch.float64)
     with evaluating(loss):
         for group in batches(examples):
-            found[group] = -loss.by_row([examples[i] for i in group]).double().cpu()
+            found[group] = -loss.by_row([examples[i] for i in group]).cpu().double()
     return found
 
 

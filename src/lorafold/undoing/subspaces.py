@@ -54,12 +54,13 @@ def overlap(update: Updates, alignment: Updates) -> Overlap | None:
     found = torch.zeros(4, dtype=torch.float64)
     energy = 0.0
     for path, own in update.items():
-        size = own.s.double().square().sum()
+        strengths = own.s.cpu().double()  # Apple's GPUs have no doubles
+        size = strengths.square().sum()
         energy += size.item()
         if (aligned := alignment.get(path)) is None:
             continue
         shares = [
-            ((theirs.t() @ mine).double() * own.s.double()).square().sum()
+            ((theirs.t() @ mine).cpu().double() * strengths).square().sum()
             for theirs, mine in ((aligned.u, own.u), (aligned.v, own.v))
         ]
         chance = [size * len(aligned.s) / len(side) for side in (own.u, own.v)]
