@@ -20,6 +20,7 @@ from lorafold.cli.pages import page_option
 from lorafold.cli.recipe_options import RecipeFlags, of_recipe
 from lorafold.cli.rewards import RewardAdapterOption, RewardOption, rewards_of
 from lorafold.errors import LorafoldError
+from lorafold.machine.launched import launched
 from lorafold.recipe.recipe import Recipe
 
 EXAMPLES = (
@@ -76,6 +77,14 @@ def command(
             "With --preview: write the rows as a page that needs no other file.", rare=True
         ),
     ] = None,
+    plot: Annotated[
+        Path | None,
+        page_option(
+            "Also draw the curves of the run, as one HTML file; `lorafold history` draws them later"
+            " too.",
+            name="--plot",
+        ),
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option(
@@ -98,6 +107,8 @@ def command(
 
     console = messages()
     rewards = rewards_of(reward, reward_adapter)
+    if preview and plot is not None:
+        raise LorafoldError("--plot draws a run, and --preview starts none; expected one of them")
     if preview:
         from lorafold.api.arguments import as_rows, rows_to_train, source_of, with_rewards
 
@@ -147,6 +158,11 @@ def command(
         console=console,
         **computing.how,
     )
+    if plot is not None and launched().speaks:
+        from lorafold.inspecting.history import read_history
+        from lorafold.inspecting.history_page import page
+
+        page(read_history(output.out), plot)
     from lorafold.cli.pasted import after_training
 
     told = [str(result), *after_training(result, recipe, over or ())]
