@@ -45,7 +45,7 @@ CONTRASTS = """() => {
 # what is wider than the box that it stands in, unless that box scrolls
 CUT = """() => {
   const found = [], inside = (a, b) =>
-    a.left >= b.left - 1 && a.right <= b.right + 1 && a.top >= b.top - 1 && a.bottom <= b.bottom + 1;
+    Math.min(a.left - b.left, b.right - a.right, a.top - b.top, b.bottom - a.bottom) >= -1;
   for (const svg of document.querySelectorAll("svg")) {
     const whole = svg.getBoundingClientRect(), seen = [];
     for (const text of svg.querySelectorAll("text")) {

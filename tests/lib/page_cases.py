@@ -31,7 +31,7 @@ def compared(path: Path, names: tuple[str, ...] = tuple(METHODS), rewards: bool 
         losses = tuple((chance.gauss(3 if name == BASE else 0.4 + 0.02 * n, 0.3) * 5, 5)
                        for _ in range(40))  # fmt: skip
         mean = sum(s for s, _ in losses) / 200
-        quality = {"reward": mean, "prompt_rewards": tuple(s for s, _ in losses)}
+        quality = {"reward": mean, "prompt_rewards": tuple(s / 5 for s, _ in losses)}
         of = Measurement(name, 0, **quality if rewards else {"loss": mean, "row_losses": losses})
         merges = n % 3 > 0
         cost = {} if name == BASE else {

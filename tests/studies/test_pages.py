@@ -4,6 +4,8 @@ screen, and all of it can be read, on a desktop and a phone, in light and in dar
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,12 @@ from typing import Any
 import pytest
 from playwright.sync_api import sync_playwright
 
+import lorafold as lf
+from adapter_cases import make_adapter
 from browser_cases import CONTRASTS, CUT, open_browser
+from conftest import lorafold, refused
+from conversation_cases import ROWS
+from lorafold.files.plots import drawing, number, scaled
 from page_cases import PAGES
 
 WIDTHS, SCHEMES = (1280, 390), ("light", "dark")
@@ -31,8 +38,7 @@ def see(browser: Any, file: Path) -> None:
     asked: list[str] = []
     page.on("request", lambda one: asked.append(one.url))
     page.goto(file.as_uri())
-    for details in page.locator("details").all():
-        details.evaluate("one => { one.open = true }")
+    page.locator("details").evaluate_all("all => all.forEach((one) => { one.open = true })")
     for width in WIDTHS:
         page.set_viewport_size({"width": width, "height": 900})
         assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -43,12 +49,61 @@ def see(browser: Any, file: Path) -> None:
         assert len(contrasts) > 3
         assert {text: ratio for text, ratio in contrasts.items() if ratio < 4.5} == {}
     assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
-    assert page.locator("figure").count() == page.locator("figure figcaption b + svg").count()
+    assert page.locator("figure").count() == page.locator("figure > figcaption + svg").count()
     page.close()
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_a_page_can_be_read_everywhere(name: str, browser: Any, tmp_path: Path) -> None:
+def test_a_report_can_be_read_everywhere(name: str, browser: Any, tmp_path: Path) -> None:
     file = tmp_path / "page.html"
     PAGES[name](file)
     see(browser, file)
+
+
+def test_an_update_and_rows_can_be_read_everywhere(
+    tiny_model_dir: Any, browser: Any, tmp_path: Path
+) -> None:
+    base, file = tiny_model_dir("llama"), tmp_path / "page.html"
+    make_adapter(base, tmp_path / "a", spec=lf.LoRA(rank=4), targets=["q_proj", "down_proj"])
+    done = lorafold("inspect", str(tmp_path / "a"), "--model", str(base), "--html", str(file))
+    assert done.returncode == 0, done.stderr
+    see(browser, file)
+
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS["both"]))
+    run = ["train", "--model", str(base), "--data", str(tmp_path / "rows.jsonl"), "--out",
+           str(tmp_path / "b"), "--chat-template", "tools"]  # fmt: skip
+    assert lorafold(*run, "--preview", "--html", str(file)).returncode == 0
+    see(browser, file)
+    line = refused(*run, "--preview", "--plot", str(file))
+    assert "--plot draws a run, and --preview starts none" in line
+    assert not (tmp_path / "b").exists()
+
+    file.unlink()
+    run += ["--steps", "2", "--storage", "fp32", "--json"]
+    done = lorafold(*run, "--plot", str(file))
+    assert done.returncode == 0, done.stderr
+    first, last = json.loads(done.stdout)["losses"]
+    assert f"loss from {first:.4g} to {last:.4g}" in file.read_text()
+    see(browser, file)
+
+
+@pytest.mark.parametrize(("value", "text"), [
+    (2.7, "2.7"), (0.05, "0.05"), (1e-6, "0.000001"), (0.1 + 0.2, "0.3"), (-0.5, "−0.5"), (0, "0"),
+    (40_000, "40k"), (1_500_000, "1.5M"), (2e9, "2B"), (999, "999"),
+])  # fmt: skip
+def test_a_number_is_plain(value: float, text: str) -> None:
+    assert number(value) == text
+
+
+@pytest.mark.parametrize("low", [1e-6, 0.003, 2.7, 4e4])
+@pytest.mark.parametrize("times", [1.02, 1.6, 9.0, 70.0, 1e4])
+def test_a_logarithmic_axis_has_plain_numbers(low: float, times: float) -> None:
+    def draw(axes: Any) -> None:
+        axes.plot([1, 2], [low, low * times])
+        scaled(axes, x="linear", y="log")
+
+    texts = re.findall(r"<text [^>]*>([^<]+)</text>", drawing(draw, "title", "said"))
+    across = {number(1 + n / 5) for n in range(6)}
+    shown = [text for text in texts if text not in across]
+    assert len(shown) >= 2
+    assert all(re.fullmatch(r"[0-9.]+[kM]?", text) for text in shown), shown

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from lorafold.comparing.measure import BASE, Measurement
 from lorafold.comparing.paired import by_method, held_out, lower_is_better
@@ -30,7 +30,7 @@ INTERVALS = "Lines are 95% intervals."
 
 @dataclass(frozen=True)
 class Quality:
-    """What methods are compared by: the value of each method with its interval, and the base's."""
+    """What methods are compared by: the value of each with its interval, and the base's."""
 
     label: str
     values: list[float | None]
@@ -57,13 +57,36 @@ class Quality:
         """That of its axis: logarithmic for losses far apart, whose intervals are above 0."""
         known = [v for v in (*self.values, self.base) if v is not None]
         lows = [interval[0] for interval in self.intervals if interval]
-        return "log" if self.lower and min([*known, *lows]) * 5 > max(known) > 0 else "linear"
+        apart = 0 < 5 * min([*known, *lows]) < max(known)
+        return "log" if self.lower and apart else "linear"
 
     @property
     def order(self) -> list[int]:
         """The numbers of the methods, the best first."""
         known = [n for n, value in enumerate(self.values) if value is not None]
         return sorted(known, key=lambda n: self.values[n] or 0, reverse=not self.lower)
+
+
+class Cost(NamedTuple):
+    """What quality is shown against: its name, its axis, and how it and its least are told."""
+
+    name: str
+    axis: str
+    told: str
+    least: str
+
+
+COSTS: dict[Cost, Callable[[Measurement], float | None]] = {
+    Cost(
+        "parameters", "trained parameters", "trains {} parameters", "trains the fewest"
+    ): lambda r: r.trainable_parameters,
+    Cost(
+        "forgetting",
+        "KL from the base on other text, nats a token",
+        "forgets {} nats a token",
+        "forgets the least",
+    ): lambda r: None if r.forgetting_kl is None else max(r.forgetting_kl, SMALLEST),
+}
 
 
 def tuned(measurements: Sequence[Measurement]) -> list[list[Measurement]]:
@@ -92,17 +115,10 @@ def plots_of(measurements: Sequence[Measurement]) -> Iterator[str]:
     names = [seeds[0].method for seeds in methods]
     mergeable = [all(r.mergeable for r in seeds) for seeds in methods]
     yield ranking(quality, names)
-    for title, across, value in (
-        ("Quality against parameters", "trained parameters", lambda r: r.trainable_parameters),
-        (
-            "Quality against forgetting",
-            "KL from the base on text outside the task, nats a token",
-            lambda r: None if r.forgetting_kl is None else max(r.forgetting_kl, SMALLEST),
-        ),
-    ):
+    for cost, value in COSTS.items():
         x = means(methods, value)
         if None not in x:
-            yield scatter(title, across, x, quality, names, mergeable)
+            yield scatter(cost, x, quality, names, mergeable)
     for what, attached, merged in (
         ("Decode", lambda r: r.latency_attached, lambda r: r.latency_merged),
         ("Prefill", lambda r: r.prefill_attached, lambda r: r.prefill_merged),
@@ -141,8 +157,7 @@ def over(axes: Any, height: float | None, way: str) -> None:
 
 
 def scatter(
-    title: str,
-    across: str,
+    cost: Cost,
     x: Sequence[float | None],
     quality: Quality,
     names: Sequence[str],
@@ -151,8 +166,8 @@ def scatter(
     """A plot of the quality over another figure, with the methods' names.
 
     Args:
-        across: The label of the other figure.
-        x: The other figure of each method.
+        cost: The other figure.
+        x: It, of each method.
         quality: What methods are compared by.
         names: The names of the methods.
         mergeable: Whether each method is mergeable, which chooses its marker.
@@ -166,16 +181,18 @@ def scatter(
             reach = spread([y or 0], [quality.intervals[n]])
             axes.errorbar(x[n], y, yerr=reach, elinewidth=0.8, **style | {"linestyle": "none"})
         over(axes, quality.base, "h")
-        axes.set(xlabel=across, ylabel=quality.label)
+        axes.set(xlabel=cost.axis, ylabel=quality.label)
         scaled(axes, x="log", y=quality.scale)
         at_points(axes, [(x[n], quality.values[n]) for n in known], [names[n] for n in known])
 
-    def at(n: int) -> str:
-        return f"{names[n]} is at {number(x[n] or 0, digits=3)} and {quality.values[n]:.4g}"
+    def of(n: int) -> str:
+        return number(x[n] or 0, digits=3)
 
-    said = f"{at(best)}, the best"
-    said += "" if best == least else f"; {at(least)}, the least to the left"
+    said = f"{names[best]}, the best, {cost.told.format(of(best))}"
+    if best != least:
+        said += f"; {names[least]} {cost.least}, {of(least)}, and has {quality.values[least]:.4g}"
     merged = "Triangles can't be merged. " if not all(mergeable) else ""
+    title = f"Quality against {cost.name}"
     return drawing(draw, title, f"{said}. {merged}{INTERVALS}", (SIZE[0], 3.4))
 
 

@@ -188,9 +188,9 @@ def markdown(measurements: Sequence[Measurement]) -> str:
 
 ABOUT = """Every method was trained on the same rows, with the same model and number of steps, and
 with its own learning rates. The first line is the base, before anything is trained."""
-LOSSES = """Loss and exact match are measured on held-out rows. Intervals are over rows, and those of
-what is over the base are of rows in pairs: they say how far the result would differ on other rows,
-not with other seeds."""
+LOSSES = """Loss and exact match are measured on held-out rows. Intervals are over rows, and those
+of what is over the base are of rows in pairs: they say how far the result would differ on other
+rows, not with other seeds."""
 REWARDS = """Each step drew as many completions. The reward is what completions of held-out prompts
 are worth, as many of each prompt as a step draws. Intervals are over prompts, and those of what is
 over the base are of prompts in pairs: they say how far the result would differ on other prompts,
@@ -213,7 +213,7 @@ def page(measurements: Sequence[Measurement], title: str, path: Path) -> None:
     about = (ABOUT, LOSSES if measurements[0].reward is None else REWARDS, BESIDES)
     parts = (
         notes([f"{told}."] if told else []),
-        grid(plots_of(measurements)),
+        grid(plots_of(measurements), "flow"),
         section("All figures"),
         html_table([*found], lines(found)),
         section("How it was measured", " ".join(about)),

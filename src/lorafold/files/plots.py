@@ -19,13 +19,14 @@ from typing import Any, NamedTuple
 
 Interval = tuple[float, float]
 
-SIZE = (4.8, 3.2)  # inches; on a phone a plot has three quarters of its size
-SMALL = (3.5, 2.7)  # of several side by side
-COLOURS = ("ink", "faint", "line", "raised", *(f"series-{n}" for n in range(6)))
-INK, FAINT, LINE, GROUND, *SERIES = (f"#0000{n:02x}" for n in range(len(COLOURS)))
+SIZE = (4.5, 3.2)  # inches; on a phone a plot has four fifths of its size
+SMALL = (3.4, 2.7)  # of several side by side
+COLOURS = ("", "ink", "faint", "line", *(f"series-{n}" for n in range(6)))
+_, INK, FAINT, LINE, *SERIES = (f"#0000{n:02x}" for n in range(len(COLOURS)))
 DASHES = ("-", "--", "-.", ":", (0, (7, 2, 1, 2, 1, 2)), (0, (1, 3)))
 MARKERS = ("o", "^", "s", "D", "v", "P")
-TEXT, ROOM = 9, 18  # points of a name's height, and characters of a line of it
+TEXT, ROOM = 10, 16  # points of a name's height, and characters of a line of it
+LEADER = {"arrowstyle": "-", "color": FAINT, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 3}
 STYLE = {
     "svg.fonttype": "none",  # texts stay texts, in the page's font, which is no wider
     "svg.hashsalt": "lorafold",
@@ -127,7 +128,7 @@ def scaled(axes: Any, **scales: str) -> None:
         getattr(axes, f"set_{name}scale")(scale)
         axis = getattr(axes, f"{name}axis")
         low, high = sorted(axis.get_view_interval())
-        many = scale == "log" and high > 20 * low
+        many = scale == "log" and high > 6 * low
         steps = (1.0, 2.0, 5.0) if high < 500 * low else (1.0,)
         near = MaxNLocator(5, steps=[1, 2, 5, 10])
         axis.set_major_locator(LogLocator(subs=steps, numticks=8) if many else near)
@@ -186,6 +187,7 @@ class End(NamedTuple):
 
 def at_ends(axes: Any, ends: Sequence[End]) -> None:
     """Write names to the right of the axes, none over another. To be called once all is drawn."""
+    axes.figure.draw_without_rendering()  # the layout, which has the heights
     frame = axes.get_window_extent()
     x = axes.get_xlim()[1]
     wanted = sorted((axes.transData.transform((x, end.height))[1], end) for end in ends)
@@ -203,7 +205,7 @@ def at_ends(axes: Any, ends: Sequence[End]) -> None:
         axes.annotate(
             name, (1, end.height), (14, at - height), axes.get_yaxis_transform(), "offset points",
             color=end.colour, va="center", annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": end.colour, "linewidth": 0.6, "shrinkB": 2},
+            arrowprops=LEADER | {"color": end.colour, "relpos": (0, 0.5)},
         )  # fmt: skip
 
 
@@ -236,8 +238,7 @@ def at_points(axes: Any, points: Sequence[tuple[float, float]], names: Sequence[
         inside = [b for b in inside if frame.y0 <= b.y0 and b.y1 <= frame.y1] or boxes
         found = min(inside, key=lambda b: sum(b.overlaps(other) for other in taken))
         taken.append(found)
-        line = {"arrowstyle": "-", "color": FAINT, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 3}
         axes.annotate(
             name, point, (found.x0 - x, found.y0 - y), textcoords="offset points",
-            arrowprops=line, va="bottom",
-        )  # fmt: skip
+            arrowprops=LEADER, va="bottom",
+        ).set_in_layout(False)  # fmt: skip

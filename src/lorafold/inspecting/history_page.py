@@ -5,7 +5,7 @@ and its last measure side by side. Completions are anybody's text, and only ever
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean
@@ -107,20 +107,27 @@ def plotted(found: History) -> Iterator[str]:
     for title, names in plots.items():
         # minus the reward is no figure of its own
         held_out = [name for name in names if not (name == "loss" and found.judged_by)]
+        told = {brief(n): went(found.by_step.get(n, ()), found.told(n) * (n in held_out))
+                for n in names}  # fmt: skip
+        said = "; ".join(f"{name} {how}" * (len(told) > 1) or how for name, how in told.items())
         yield curves(
             SCALES.get(title, title),
-            "; ".join(went(found, name) for name in names) + ".",
-            {clean(n): found.by_step[n] for n in names if n in found.by_step},
-            {clean(n): points for n in held_out if (points := found.measured(n))},
+            f"{said[:1].upper()}{said[1:]}.",
+            {brief(n): found.by_step[n] for n in names if n in found.by_step},
+            {brief(n): points for n in held_out if (points := found.measured(n))},
         )
 
 
-def went(found: History, name: str) -> str:
+def brief(name: str) -> str:
+    """The name of a figure in its plot, where all rewards are together."""
+    return clean(name.removeprefix(SHARED))
+
+
+def went(values: Sequence[float | None], held_out: str) -> str:
     """A figure at first and at last, and on held-out rows, in words."""
-    values = [v for v in found.by_step.get(name, ()) if v is not None]
-    own = f"{clean(name)} from {values[0]:.4g} to {values[-1]:.4g}" if values else clean(name)
-    held_out = "" if name == "loss" and found.judged_by else found.told(name)
-    return f"{own}, held out {held_out}" if held_out else own
+    known = [f"{v:.4g}" for v in values if v is not None]
+    parts = [f"from {known[0]} to {known[-1]}"] * bool(known) + [f"held out {held_out}"]
+    return ", ".join(parts if held_out else parts[:-1])
 
 
 def side_by_side(samples: Mapping[str, Mapping[str, Any]], held_out: bool) -> Iterator[str]:

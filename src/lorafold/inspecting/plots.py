@@ -137,7 +137,7 @@ def curves(
         axes.set(xlabel="step")
         axes.margins(x=0.03)
         scaled(axes, x="linear", y="linear")
-        at_ends(axes, ends)
+        at_ends(axes, ends if len(ends) > 1 else [])
 
     return drawing(draw, title, said)
 

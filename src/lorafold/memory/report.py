@@ -96,23 +96,22 @@ def page(
         memory: The device's bytes, at which a line is drawn; None if not known.
     """
     cells = [
-        [words(name), in_words(n), f"{n / found.total:.1%}", explained(name)]
+        [
+            words(name),
+            in_words(n),
+            f"{n / found.total:.1%}",
+            html.escape(" ".join((TERMS[name].__doc__ or "").split())),
+        ]
         for name, n in shown(found).items()
     ]
     parts = (
         notes(said),
         picture(found, memory),
         section("What each term is"),
-        table(("term", "bytes", "share", "what it is"), cells),
+        table(("term", "bytes", "share", "what it is"), cells, "texts"),
         "<p>The process itself, kernels' scratch memory and the allocator's gaps come on top.</p>",
     )
     document(title, "\n".join(parts), path)
-
-
-def explained(name: str) -> str:
-    """What a term is, as HTML."""
-    about = " ".join((TERMS[name].__doc__ or "").split())
-    return f'<div class="words">{html.escape(about)}</div>'
 
 
 def picture(found: Estimate, memory: int | None) -> str:
@@ -135,11 +134,12 @@ def picture(found: Estimate, memory: int | None) -> str:
             axes.axvline(memory, color=INK, linestyle="--")
             above = axes.get_xaxis_transform()
             axes.text(memory, 1, "the device", transform=above, ha="center", va="bottom")
+        axes.grid(visible=False, axis="y")
         axes.set_xlim(0, 1.25 * max(found.total, memory or 0))
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.tick_params("y", labelcolor=INK, length=0)
         scaled(axes, x="linear")
-        axes.xaxis.set_major_formatter(lambda n, _: in_words(int(n)))
+        axes.xaxis.set_major_formatter(lambda n, _: in_words(int(n)) if n else "0")
 
     most = max(terms, key=lambda name: terms[name])
     of = "" if memory is None else f" of the device's {in_words(memory)}"
@@ -147,5 +147,4 @@ def picture(found: Estimate, memory: int | None) -> str:
         f"{in_words(found.total)}{of} at the peak, as torch's allocator counts; the most is"
         f" {words(most)}, {terms[most] / found.total:.0%}."
     )
-    size = (1.4 * SIZE[0], 0.7 + 0.22 * len(names))
-    return drawing(draw, "Memory by term", said, size)
+    return drawing(draw, "Memory by term", said, (SIZE[0], 0.7 + 0.22 * len(names)))

@@ -244,7 +244,7 @@ def plot(
     most = max(max(curve.by_examples) for curve in curves)
     after = ", ".join(f"{name} {heights[-1]:{form}}" for name, heights in means.items())
     said = f"After {most} benign examples: {after}; {levels['before']:{form}} before."
-    return drawing(draw, f"{label}, {title}", said)
+    return drawing(draw, f"{label[0].upper()}{label[1:]}, {title}", said)
 
 
 def band(seeds: Sequence[tuple[float, Interval | None]]) -> Interval:
