@@ -60,7 +60,7 @@ def test_a_report_can_be_read_everywhere(name: str, browser: Any, tmp_path: Path
     see(browser, file)
 
 
-def test_an_update_and_rows_can_be_read_everywhere(
+def test_an_update_can_be_read_everywhere(
     tiny_model_dir: Any, browser: Any, tmp_path: Path
 ) -> None:
     base, file = tiny_model_dir("llama"), tmp_path / "page.html"
@@ -69,21 +69,24 @@ def test_an_update_and_rows_can_be_read_everywhere(
     assert done.returncode == 0, done.stderr
     see(browser, file)
 
-    (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS["both"]))
-    run = ["train", "--model", str(base), "--data", str(tmp_path / "rows.jsonl"), "--out",
-           str(tmp_path / "b"), "--chat-template", "tools"]  # fmt: skip
+
+def test_rows_and_a_run_on_them_can_be_read_everywhere(
+    tiny_model_dir: Any, browser: Any, tmp_path: Path
+) -> None:
+    file, data = tmp_path / "page.html", tmp_path / "rows.jsonl"
+    data.write_text(json.dumps(ROWS["both"]))
+    run = ["train", "--model", str(tiny_model_dir("llama")), "--data", str(data), "--out",
+           str(tmp_path / "a"), "--chat-template", "tools"]  # fmt: skip
     assert lorafold(*run, "--preview", "--html", str(file)).returncode == 0
     see(browser, file)
     line = refused(*run, "--preview", "--plot", str(file))
     assert "--plot draws a run, and --preview starts none" in line
-    assert not (tmp_path / "b").exists()
+    assert not (tmp_path / "a").exists()
 
-    file.unlink()
-    run += ["--steps", "2", "--storage", "fp32", "--json"]
-    done = lorafold(*run, "--plot", str(file))
+    done = lorafold(*run, "--steps", "2", "--storage", "fp32", "--json", "--plot", str(file))
     assert done.returncode == 0, done.stderr
     first, last = json.loads(done.stdout)["losses"]
-    assert f"loss from {first:.4g} to {last:.4g}" in file.read_text()
+    assert f"From {first:.4g} to {last:.4g}." in file.read_text()
     see(browser, file)
 
 

@@ -40,10 +40,9 @@ def spectra(kind: str, spectra_by_path: dict[str, Sequence[float]], depth: int) 
     """
     relative = {kind_of(path)[1] or 0: [x / s[0] for x in s] for path, s in spectra_by_path.items()}
     colours = {block: between(block / max(depth, 1)) for block in relative}
-    steepest = min(relative, key=lambda block: sum(relative[block]))
-    half = sum(x > 0.5 for x in relative[steepest])
-    few = f"{half} direction is" if half == 1 else f"{half} directions are"
-    where = f"in block {steepest}, where the line falls most, " if len(relative) > 1 else ""
+    lowest = min(relative, key=lambda block: relative[block][-1])
+    least = f"{relative[lowest][-1]:.2g} of the strongest"
+    said = f"Block {lowest} falls most: the last of its {len(relative[lowest])} has {least}."
 
     def draw(axes: Any) -> None:
         for block, s in relative.items():
@@ -53,8 +52,7 @@ def spectra(kind: str, spectra_by_path: dict[str, Sequence[float]], depth: int) 
         ends = dict.fromkeys((min(relative), max(relative)))
         at_ends(axes, [End(relative[n][-1], f"block {n}", colours[n]) for n in ends])
 
-    said = f"{where}{few} above half of the strongest."
-    return drawing(draw, kind, said[:1].upper() + said[1:], SMALL)
+    return drawing(draw, kind, said, SMALL)
 
 
 def heat(title: str, said: str, grid: Grid, down: str, across: str, first: int = 1) -> str:
@@ -171,7 +169,8 @@ def position(
         bins, ends = range(len(read)), []
         for n, (name, (heights, _)) in enumerate(sides.items()):
             style = series(n)
-            axes.plot(bins, heights, **style)
+            for tenths, share in ((bins[:-1], heights[:-1]), (bins[-1:], heights[-1:])):
+                axes.plot(tenths, share, **style)
             axes.axhline(evenly[name], **style | {"marker": "", "linewidth": 0.6})
             ends.append(End(heights[-1], name, style["color"]))
         axes.set_xticks(list(bins), [*(str(i + 1) for i in bins[:-1]), "out"])

@@ -94,7 +94,8 @@ def sections(found: Figures) -> Iterator[str]:
         [
             f"<details open><summary>{heading}</summary>{layer_map(sites, name, form)}</details>"
             for name, (heading, form) in measured.items()
-        ]
+        ],
+        "maps",
     )
     yield section(
         "Spectra",
