@@ -26,7 +26,7 @@ from lorafold.recipe.recipe import Recipe
 EXAMPLES = (
     "lorafold train --data demo/train.jsonl --out adapter --preview",
     "lorafold train --data demo/train.jsonl --out adapter",
-    "lorafold train --data demo/train.jsonl --out small --rank 8 --epochs 2",
+    "lorafold train --data demo/train.jsonl --out small --rank 8 --plot small.html",
 )
 
 
@@ -82,6 +82,7 @@ def command(
         page_option(
             "Also draw the curves of the run, as one HTML file; `lorafold history` draws them later"
             " too.",
+            rare=True,
             name="--plot",
         ),
     ] = None,
@@ -163,6 +164,7 @@ def command(
         from lorafold.inspecting.history_page import page
 
         page(read_history(output.out), plot)
+        console.print(f"page: {plot}", highlight=False, markup=False, soft_wrap=True)
     from lorafold.cli.pasted import after_training
 
     told = [str(result), *after_training(result, recipe, over or ())]
