@@ -10,19 +10,7 @@ from typing import Any, NamedTuple
 from lorafold.comparing.measure import BASE, Measurement
 from lorafold.comparing.paired import by_method, held_out, lower_is_better
 from lorafold.evaluation.intervals import Interval, ratio_interval
-from lorafold.files.plots import (
-    FAINT,
-    SIZE,
-    Marks,
-    at_points,
-    drawing,
-    height_of,
-    number,
-    rows,
-    scaled,
-    series,
-    spread,
-)
+from lorafold.files import plots
 
 SMALLEST = 1e-6  # of what a logarithmic axis shows
 INTERVALS = "Lines are 95% intervals."
@@ -130,30 +118,20 @@ def plots_of(measurements: Sequence[Measurement]) -> Iterator[str]:
 
 def ranking(quality: Quality, names: Sequence[str]) -> str:
     """The quality of each method with its interval, the best above."""
-    order = quality.order
+    order, reach = quality.order, quality.intervals
     shown = [f"{names[n]}  {quality.values[n]:.4g}" for n in order]
 
     def draw(axes: Any) -> None:
-        of = [[own[n] for n in order] for own in (quality.values, quality.intervals)]
-        rows(axes, shown, [Marks("", *of)])
-        over(axes, quality.base, "v")
+        values, intervals = [quality.values[n] for n in order], [reach[n] for n in order]
+        plots.rows(axes, shown, [plots.Marks("", values, intervals)])
+        if quality.base is not None:
+            plots.level(axes, "base", x=quality.base)
         axes.set(xlabel=quality.label)
-        scaled(axes, x=quality.scale)
+        plots.scaled(axes, x=quality.scale)
 
     ends = dict.fromkeys(f"{names[n]} at {quality.values[n]:.4g}" for n in (order[0], order[-1]))
     said = " to ".join(ends) + ("" if quality.base is None else f", the base at {quality.base:.4g}")
-    return drawing(draw, "Quality", f"{said}. {INTERVALS}", height_of(shown))
-
-
-def over(axes: Any, height: float | None, way: str) -> None:
-    """A line at the base's value, with its name, across (`h`) or down (`v`) the axes."""
-    if height is None:
-        return
-    line, at = (axes.axvline, (height, 1)) if way == "v" else (axes.axhline, (1, height))
-    line(height, color=FAINT, linewidth=1, linestyle="--")
-    where = axes.get_xaxis_transform() if way == "v" else axes.get_yaxis_transform()
-    side = {"ha": "center", "va": "bottom"} if way == "v" else {"ha": "left", "va": "center"}
-    axes.text(*at, "base", transform=where, color=FAINT, **side)
+    return plots.drawing(draw, "Quality", f"{said}. {INTERVALS}", plots.height_of(shown))
 
 
 def scatter(
@@ -177,23 +155,24 @@ def scatter(
 
     def draw(axes: Any) -> None:
         for n in known:
-            y, style = quality.values[n], series(0 if mergeable[n] else 1)
-            reach = spread([y or 0], [quality.intervals[n]])
+            y, style = quality.values[n], plots.series(0 if mergeable[n] else 1)
+            reach = plots.spread([y or 0], [quality.intervals[n]])
             axes.errorbar(x[n], y, yerr=reach, elinewidth=0.8, **style | {"linestyle": "none"})
-        over(axes, quality.base, "h")
+        if quality.base is not None:
+            plots.level(axes, "base", y=quality.base)
         axes.set(xlabel=cost.axis, ylabel=quality.label)
-        scaled(axes, x="log", y=quality.scale)
-        at_points(axes, [(x[n], quality.values[n]) for n in known], [names[n] for n in known])
+        plots.scaled(axes, x="log", y=quality.scale)
+        plots.at_points(axes, [(x[n], quality.values[n]) for n in known], [names[n] for n in known])
 
     def of(n: int) -> str:
-        return number(x[n] or 0, digits=3)
+        return plots.number(x[n] or 0, digits=3)
 
     said = f"{names[best]}, the best, {cost.told.format(of(best))}"
     if best != least:
         said += f"; {names[least]} {cost.least}, {of(least)}, and has {quality.values[least]:.4g}"
     merged = "Triangles can't be merged. " if not all(mergeable) else ""
     title = f"Quality against {cost.name}"
-    return drawing(draw, title, f"{said}. {merged}{INTERVALS}", (SIZE[0], 3.4))
+    return plots.drawing(draw, title, f"{said}. {merged}{INTERVALS}", (plots.SIZE[0], 3.4))
 
 
 def latencies(title: str, names: Sequence[str], both: dict[str, list[float | None]]) -> str:
@@ -204,22 +183,22 @@ def latencies(title: str, names: Sequence[str], both: dict[str, list[float | Non
         both: The ratios of each method by their name; None has no point.
     """
     marks = [
-        Marks(name, values, [None] * len(values))
+        plots.Marks(name, values, [None] * len(values))
         for name, values in both.items()
         if any(value is not None for value in values)
     ]
 
     def draw(axes: Any) -> None:
-        over(axes, 1, "v")
+        plots.level(axes, "base", x=1)
         axes.set(xlabel="times the base's")
-        rows(axes, names, marks)
-        scaled(axes, x="linear")
+        plots.rows(axes, names, marks)
+        plots.scaled(axes, x="linear")
 
-    def told(one: Marks) -> str:
+    def told(one: plots.Marks) -> str:
         known = sorted((v, n) for v, n in zip(one.values, names, strict=True) if v is not None)
         (low, fast), (high, slow) = known[0], known[-1]
         between = f"{low:.2f} ({fast}) to {high:.2f} ({slow})" if len(known) > 1 else f"{low:.2f}"
         return f"{one.name} {between}"
 
     said = f"Here it is {'; '.join(map(told, marks))}. Less is faster."
-    return drawing(draw, title, said, height_of(names, len(marks)))
+    return plots.drawing(draw, title, said, plots.height_of(names, len(marks)))

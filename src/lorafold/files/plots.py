@@ -21,13 +21,13 @@ Interval = tuple[float, float]
 
 SIZE = (4.5, 3.2)  # inches; on a phone a plot has four fifths of its size
 SMALL = (3.4, 2.7)  # of several side by side
-COLOURS = ("", "ink", "faint", "line", *(f"series-{n}" for n in range(6)))
+COLOURS = ("", "ink", "faint", "line", *(f"series-{n}" for n in range(5)))
 _, INK, FAINT, LINE, *SERIES = (f"#0000{n:02x}" for n in range(len(COLOURS)))
 DASHES = ("-", "--", "-.", ":", (0, (7, 2, 1, 2, 1, 2)), (0, (1, 3)))
 MARKERS = ("o", "^", "s", "D", "v", "P")
 TEXT, ROOM = 10, 16  # points of a name's height, and characters of a line of it
 LEADER = {"arrowstyle": "-", "color": FAINT, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 3}
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # texts stay texts, in the page's font, which is no wider
     "svg.hashsalt": "lorafold",
     "text.parse_math": False,  # a name may have dollar signs
@@ -129,7 +129,7 @@ def scaled(axes: Any, **scales: str) -> None:
         axis = getattr(axes, f"{name}axis")
         low, high = sorted(axis.get_view_interval())
         many = scale == "log" and high > 6 * low
-        steps = (1.0, 2.0, 5.0) if high < 500 * low else (1.0,)
+        steps = (1.0, 2.0, 5.0) if high < 100 * low else (1.0,)
         near = MaxNLocator(5, steps=[1, 2, 5, 10])
         axis.set_major_locator(LogLocator(subs=steps, numticks=8) if many else near)
         axis.set_minor_locator(NullLocator())
@@ -143,6 +143,17 @@ def spread(values: Sequence[float], intervals: Sequence[Interval | None]) -> lis
         [abs(value - interval[side]) for value, interval in zip(values, known, strict=True)]
         for side in (0, 1)
     ]
+
+
+def level(axes: Any, name: str, **at: float) -> None:
+    """A line across the axes at a value of `y`, or down the axes at one of `x`, with its name."""
+    [(way, value)] = at.items()
+    (axes.axvline if way == "x" else axes.axhline)(value, color=FAINT, linewidth=1, linestyle="--")
+    text: dict[str, Any] = {"color": FAINT, "annotation_clip": False}
+    if way == "x":
+        axes.annotate(name, (value, 1), xycoords=axes.get_xaxis_transform(), ha="center", **text)
+    else:
+        axes.annotate(name, (1, value), xycoords=axes.get_yaxis_transform(), va="center", **text)
 
 
 class Marks(NamedTuple):
@@ -209,7 +220,7 @@ def at_ends(axes: Any, ends: Sequence[End]) -> None:
         )  # fmt: skip
 
 
-def at_points(axes: Any, points: Sequence[tuple[float, float]], names: Sequence[str]) -> None:
+def at_points(axes: Any, points: Sequence[tuple[Any, Any]], names: Sequence[str]) -> None:
     """Write names beside points: as near as there is room inside of the frame, over no other name
     and no point. To be called once all is drawn.
     """

@@ -7,20 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lorafold.files.plots import (
-    FAINT,
-    SMALL,
-    End,
-    at_ends,
-    at_points,
-    between,
-    drawing,
-    mixed,
-    number,
-    scaled,
-    series,
-    spread,
-)
+from lorafold.files import plots
 from lorafold.inspecting.against import kind_of
 
 POINTS = 300  # of a curve
@@ -39,7 +26,7 @@ def spectra(kind: str, spectra_by_path: dict[str, Sequence[float]], depth: int) 
         depth: The number of the last block.
     """
     relative = {kind_of(path)[1] or 0: [x / s[0] for x in s] for path, s in spectra_by_path.items()}
-    colours = {block: between(block / max(depth, 1)) for block in relative}
+    colours = {block: plots.between(block / max(depth, 1)) for block in relative}
     lowest = min(relative, key=lambda block: relative[block][-1])
     least = f"{relative[lowest][-1]:.2g} of the strongest"
     said = f"Block {lowest} falls most: the last of its {len(relative[lowest])} has {least}."
@@ -48,11 +35,11 @@ def spectra(kind: str, spectra_by_path: dict[str, Sequence[float]], depth: int) 
         for block, s in relative.items():
             axes.plot(range(1, len(s) + 1), s, color=colours[block], linewidth=0.9)
         axes.set(xlabel="direction", ylabel="s / s₁")
-        scaled(axes, x="linear", y="log")
+        plots.scaled(axes, x="linear", y="log")
         ends = dict.fromkeys((min(relative), max(relative)))
-        at_ends(axes, [End(relative[n][-1], f"block {n}", colours[n]) for n in ends])
+        plots.at_ends(axes, [plots.End(relative[n][-1], f"block {n}", colours[n]) for n in ends])
 
-    return drawing(draw, kind, said, SMALL)
+    return plots.drawing(draw, kind, said, plots.SMALL)
 
 
 def heat(title: str, said: str, grid: Grid, down: str, across: str, first: int = 1) -> str:
@@ -75,9 +62,11 @@ def heat(title: str, said: str, grid: Grid, down: str, across: str, first: int =
         axes.set(xlabel=across, ylabel=down)
         for axis, n in ((axes.xaxis, columns), (axes.yaxis, lines)):
             axis.set_ticks(range(first, first + n, max(1, -(-n // 6))))
-        axes.figure.colorbar(shown, ax=axes, ticks=(0, 0.5, 1), format=number).outline.set_lw(0)
+        axes.figure.colorbar(shown, ax=axes, ticks=(0, 0.5, 1), format=plots.number).outline.set_lw(
+            0
+        )
 
-    return drawing(draw, title, said, SMALL)
+    return plots.drawing(draw, title, said, plots.SMALL)
 
 
 def line(
@@ -97,13 +86,13 @@ def line(
     """
 
     def draw(axes: Any) -> None:
-        axes.plot(*zip(*points, strict=True), **series(0))
+        axes.plot(*zip(*points, strict=True), **plots.series(0))
         axes.set(xlabel=across, ylabel="loss, nats a token")
-        scaled(axes, x="linear", y="linear")
+        plots.scaled(axes, x="linear", y="linear")
         losses = dict(points)
-        at_points(axes, [(t, losses[t]) for t in marked], list(marked.values()))
+        plots.at_points(axes, [(t, losses[t]) for t in marked], list(marked.values()))
 
-    return drawing(draw, title, said)
+    return plots.drawing(draw, title, said)
 
 
 def curves(
@@ -124,20 +113,22 @@ def curves(
     def draw(axes: Any) -> None:
         ends = []
         for n, name in enumerate(dict.fromkeys([*steps, *measured])):
-            style = series(n)
+            style = plots.series(n)
             if found := means(steps.get(name, ())):
                 axes.plot(*zip(*found, strict=True), **style | {"marker": "", "linewidth": 1})
-                ends.append(End(found[-1][1], name, style["color"]))
+                ends.append(plots.End(found[-1][1], name, style["color"]))
             if points := measured.get(name):
                 at, values, intervals = zip(*points, strict=True)
-                axes.errorbar(at, values, spread(values, intervals), **style | {"linestyle": ":"})
-                ends.append(End(values[-1], f"{name}, held out", style["color"]))
+                axes.errorbar(
+                    at, values, plots.spread(values, intervals), **style | {"linestyle": ":"}
+                )
+                ends.append(plots.End(values[-1], f"{name}, held out", style["color"]))
         axes.set(xlabel="step")
         axes.margins(x=0.03)
-        scaled(axes, x="linear", y="linear")
-        at_ends(axes, ends if len(ends) > 1 else [])
+        plots.scaled(axes, x="linear", y="linear")
+        plots.at_ends(axes, ends if len(ends) > 1 else [])
 
-    return drawing(draw, title, said)
+    return plots.drawing(draw, title, said)
 
 
 def means(values: Sequence[float | None]) -> list[tuple[float, float]]:
@@ -168,23 +159,23 @@ def position(
     def draw(axes: Any) -> None:
         bins, ends = range(len(read)), []
         for n, (name, (heights, _)) in enumerate(sides.items()):
-            style = series(n)
+            style = plots.series(n)
             for tenths, share in ((bins[:-1], heights[:-1]), (bins[-1:], heights[-1:])):
                 axes.plot(tenths, share, **style)
             axes.axhline(evenly[name], **style | {"marker": "", "linewidth": 0.6})
-            ends.append(End(heights[-1], name, style["color"]))
+            ends.append(plots.End(heights[-1], name, style["color"]))
         axes.set_xticks(list(bins), [*(str(i + 1) for i in bins[:-1]), "out"])
         axes.set(xlabel="tenth of W0's directions, strongest first", ylabel="share of the energy")
-        scaled(axes, y="linear")
-        at_ends(axes, [*ends, End(evenly["read"], "even", FAINT)])
+        plots.scaled(axes, y="linear")
+        plots.at_ends(axes, [*ends, plots.End(evenly["read"], "even", plots.FAINT)])
 
     of = " and ".join(
         f"{heights[0]:.0%} of what is {name} ({evenly[name]:.0%} if even)"
         for name, (heights, _) in sides.items()
     )
-    return drawing(draw, title, f"The strongest tenth has {of}.")
+    return plots.drawing(draw, title, f"The strongest tenth has {of}.")
 
 
 def shade(share: float) -> str:
     """The background for a share from 0 to 1, as CSS, on which the page's ink is read."""
-    return mixed("raised", "heat", 100 * min(max(share, 0.0), 1.0))
+    return plots.mixed("raised", "heat", 100 * min(max(share, 0.0), 1.0))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafold.files.page import document, notes, section, table
-from lorafold.files.plots import FAINT, INK, SERIES, SIZE, drawing, scaled
+from lorafold.files.plots import FAINT, INK, SERIES, SIZE, drawing, level, scaled
 from lorafold.memory.advice import Advice
 from lorafold.memory.terms import TERMS, Estimate
 from lorafold.memory.trace import Setting
@@ -131,9 +131,7 @@ def picture(found: Estimate, memory: int | None) -> str:
                 in_words(size), (start + size, y), (4, 0), textcoords="offset points", va="center"
             )
         if memory is not None:
-            axes.axvline(memory, color=INK, linestyle="--")
-            above = axes.get_xaxis_transform()
-            axes.text(memory, 1, "the device", transform=above, ha="center", va="bottom")
+            level(axes, "the device", x=memory)
         axes.grid(visible=False, axis="y")
         axes.set_xlim(0, 1.25 * max(found.total, memory or 0))
         axes.set_ylim(len(names) - 0.4, -0.6)

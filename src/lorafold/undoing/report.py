@@ -242,8 +242,8 @@ def plot(
         at_ends(axes, ends)
 
     most = max(max(curve.by_examples) for curve in curves)
-    after = ", ".join(f"{name} {heights[-1]:{form}}" for name, heights in means.items())
-    said = f"After {most} benign examples: {after}; {levels['before']:{form}} before."
+    ended = ", ".join(f"{name} {heights[-1]:{form}}" for name, heights in means.items())
+    said = f"After {most} benign examples: {ended}; {levels['before']:{form}} before."
     return drawing(draw, f"{label[0].upper()}{label[1:]}, {title}", said)
 
 
