@@ -7,9 +7,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from importlib.resources import files
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from playwright.sync_api import sync_playwright
 
@@ -18,7 +21,7 @@ from adapter_cases import make_adapter
 from browser_cases import CONTRASTS, CUT, open_browser
 from conftest import lorafold, refused
 from conversation_cases import ROWS
-from lorafold.files.plots import drawing, number, scaled
+from lorafold.files.plots import SERIES, drawing, number, scaled
 from page_cases import PAGES
 
 WIDTHS, SCHEMES = (1280, 390), ("light", "dark")
@@ -88,6 +91,33 @@ def test_rows_and_a_run_on_them_can_be_read_everywhere(
     first, last = json.loads(done.stdout)["losses"]
     assert f"From {first:.4g} to {last:.4g}." in file.read_text()
     see(browser, file)
+
+
+# what is seen without red, green or blue cones: Machado, Oliveira and Fernandes 2009, table 1
+SEEN = {
+    "all": np.eye(3),
+    "no red": [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
+    "no green": [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]],
+    "no blue": [[1.256, -0.077, -0.179], [-0.078, 0.931, 0.148], [0.005, 0.691, 0.304]],
+}
+# of linear red, green and blue to those of cones, and of their cube roots to Oklab's axes
+CONES = [[0.412, 0.536, 0.051], [0.212, 0.681, 0.107], [0.088, 0.282, 0.630]]
+OKLAB = [[0.210, 0.794, -0.004], [1.978, -2.429, 0.451], [0.026, 0.783, -0.809]]
+
+
+@pytest.mark.parametrize("seen", SEEN)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_series_are_told_apart_by_who_sees_fewer_colours(scheme: str, seen: str) -> None:
+    style = (files("lorafold.files") / "page.css").read_text(encoding="utf-8")
+    pairs = re.findall(r"--series-.: light-dark\(#(.{6}), #(.{6})\);", style)
+    of = [bytes.fromhex(pair[SCHEMES.index(scheme)]) for pair in pairs]
+    share = np.array([[*one] for one in of]) / 255
+    linear = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
+    shown = np.clip(linear @ np.transpose(SEEN[seen]), 0, 1)
+    at = np.cbrt(shown @ np.transpose(CONES)) @ np.transpose(OKLAB)
+    apart = [float(np.linalg.norm(a - b)) for a, b in combinations(at, 2)]
+    assert len(at) == len(SERIES) == 5
+    assert min(apart) > 0.1  # those of two colours that are just told apart are at 0.02
 
 
 @pytest.mark.parametrize(("value", "text"), [

@@ -91,11 +91,7 @@ def means(
 
 
 def plots_of(measurements: Sequence[Measurement]) -> Iterator[str]:
-    """The plots, as HTML figures.
-
-    Args:
-        measurements: In the order of the methods.
-    """
+    """The plots, as HTML figures."""
     methods = tuned(measurements)
     if not methods:
         return
@@ -141,14 +137,8 @@ def scatter(
     names: Sequence[str],
     mergeable: Sequence[bool],
 ) -> str:
-    """A plot of the quality over another figure, with the methods' names.
-
-    Args:
-        cost: The other figure.
-        x: It, of each method.
-        quality: What methods are compared by.
-        names: The names of the methods.
-        mergeable: Whether each method is mergeable, which chooses its marker.
+    """A plot of the quality over a cost, `x` of each method, whose marker says whether it is
+    mergeable.
     """
     known = quality.order
     best, least = known[0], min(known, key=lambda n: x[n] or 0)
@@ -176,11 +166,8 @@ def scatter(
 
 
 def latencies(title: str, names: Sequence[str], both: dict[str, list[float | None]]) -> str:
-    """A plot of the attached and the merged model.
-
-    Args:
-        names: The names of the methods.
-        both: The ratios of each method by their name; None has no point.
+    """A plot of the attached and the merged model: `both` has the ratios of each method by these
+    names.
     """
     marks = [
         plots.Marks(name, values, [None] * len(values))

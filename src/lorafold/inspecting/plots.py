@@ -46,7 +46,6 @@ def heat(title: str, said: str, grid: Grid, down: str, across: str, first: int =
     """A heat map of values from 0 to 1.
 
     Args:
-        said: What it shows, in a sentence.
         grid: The values, line by line.
         down, across: The labels of the axes.
         first: The number of the first line and of the first column.
@@ -79,7 +78,6 @@ def line(
     """The loss along a line in weight space.
 
     Args:
-        said: What it shows, in a sentence.
         points: Pairs of t and the loss in nats a token.
         across: The label of the axis of t.
         marked: Names to write at some values of t.
@@ -105,7 +103,6 @@ def curves(
     a long run the mean of neighbouring steps is shown.
 
     Args:
-        said: What it shows, in a sentence.
         steps: For each name a value for each step, None where there is none.
         measured: For each name (step, value, interval or None) on held-out rows.
     """

@@ -95,13 +95,9 @@ def page(
         said: Lines to show above the bars.
         memory: The device's bytes, at which a line is drawn; None if not known.
     """
+    told = {name: " ".join((TERMS[name].__doc__ or "").split()) for name in shown(found)}
     cells = [
-        [
-            words(name),
-            in_words(n),
-            f"{n / found.total:.1%}",
-            html.escape(" ".join((TERMS[name].__doc__ or "").split())),
-        ]
+        [words(name), in_words(n), f"{n / found.total:.1%}", html.escape(told[name])]
         for name, n in shown(found).items()
     ]
     parts = (
@@ -115,11 +111,7 @@ def page(
 
 
 def picture(found: Estimate, memory: int | None) -> str:
-    """The terms as bars, each of which begins where the one above it ends, and their sum.
-
-    Args:
-        memory: The device's bytes, or None if not known.
-    """
+    """The terms as bars, each of which begins where the one above it ends, and their sum."""
     terms = shown(found)
     names, sizes = [*map(words, terms), "total"], [*terms.values(), found.total]
     starts = [*accumulate([*terms.values()][:-1], initial=0), 0]
