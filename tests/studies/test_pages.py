@@ -56,7 +56,10 @@ def see(browser: Any, file: Path) -> None:
     page.close()
 
 
-@pytest.mark.parametrize("name", PAGES)
+SLOW = {"all methods": pytest.mark.slow}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=SLOW.get(n, ())) for n in PAGES])
 def test_a_report_can_be_read_everywhere(name: str, browser: Any, tmp_path: Path) -> None:
     file = tmp_path / "page.html"
     PAGES[name](file)
