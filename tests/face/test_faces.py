@@ -43,7 +43,7 @@ VERBS = {
 }
 # what the command alone has: how it prints, and what a call in Python does by other means
 OF_COMMANDS = {
-    "json", "html", "wide", "config", "sets", "help", "help_all", "preview", "cheatsheet",
+    "json", "html", "plot", "wide", "config", "sets", "help", "help_all", "preview", "cheatsheet",
     "fail_under",
 }  # fmt: skip
 WORKERS = {"on", "workers"}  # a script is started several times

@@ -64,7 +64,7 @@ def test_the_wheel_holds_the_package_its_license_and_types_and_nothing_else(whee
     assert {"lorafold/py.typed", f"{about}/licenses/LICENSE"} <= set(files)
     sources = {p.relative_to(ROOT / "src").as_posix() for p in (ROOT / "src").rglob("*.py")}
     assert {name for name in files if name.endswith(".py")} == sources
-    assert {f"lorafold/serving/page/{name}" for name in page.FILES.values()} <= set(files)
+    assert {f"lorafold/{name}" for name in page.FILES.values()} <= set(files)
     text = ZipFile(wheel).read(f"{about}/licenses/LICENSE")
     assert text == (ROOT / "LICENSE").read_bytes()
     assert text.lstrip().startswith(b"Apache License")

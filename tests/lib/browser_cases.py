@@ -33,8 +33,37 @@ CONTRASTS = """() => {
   for (const e of document.body.querySelectorAll("*")) {
     const written = [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
     if (!written || !e.checkVisibility() || e.disabled || e.closest("noscript")) continue;
-    const [a, b] = [light(getComputedStyle(e).color), light(ground(e))].sort((x, y) => y - x);
+    const style = getComputedStyle(e);
+    const ink = e.namespaceURI.endsWith("svg") ? style.fill : style.color;
+    const [a, b] = [light(ink), light(ground(e))].sort((x, y) => y - x);
     found[`${e.tagName} ${e.className} ${e.textContent.trim()}`] = (a + 0.05) / (b + 0.05);
+  }
+  return found;
+}"""
+
+# what of a page can't be seen whole: texts of pictures that leave them or cover one another, and
+# what is wider than the box that it stands in, unless that box scrolls
+CUT = """() => {
+  const found = [], inside = (a, b) =>
+    Math.min(a.left - b.left, b.right - a.right, a.top - b.top, b.bottom - a.bottom) >= -1;
+  for (const svg of document.querySelectorAll("svg")) {
+    const whole = svg.getBoundingClientRect(), seen = [];
+    for (const text of svg.querySelectorAll("text")) {
+      const box = text.getBoundingClientRect();
+      if (!inside(box, whole)) found.push(`${text.textContent} leaves its picture`);
+      const by = Math.min(2, box.height / 4);
+      for (const [other, at] of seen)
+        if (box.left + by < at.right && at.left + by < box.right &&
+            box.top + by < at.bottom && at.top + by < box.bottom)
+          found.push(`${text.textContent} covers ${other}`);
+      seen.push([text.textContent, box]);
+    }
+  }
+  for (const e of document.body.querySelectorAll(":not(svg *)")) {
+    const scrolls = getComputedStyle(e).overflowX !== "visible";
+    const inline = getComputedStyle(e).display === "inline";
+    if (!scrolls && !inline && e.checkVisibility() && e.scrollWidth > e.clientWidth + 1)
+      found.push(`${e.tagName} ${e.className} ${e.textContent.slice(0, 40)} is wider than its box`);
   }
   return found;
 }"""

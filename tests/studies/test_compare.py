@@ -108,7 +108,7 @@ def test_classifiers_are_compared_too(tiny_model_dir, tmp_path: Path) -> None:
         assert row.forgetting_kl is row.latency_attached is row.latency_merged is None
         assert row.prefill_merged is not None
     page([base, probe, lora], "Methods", tmp_path / "page.html")
-    assert (tmp_path / "page.html").read_text().count("<svg") == 2
+    assert (tmp_path / "page.html").read_text().count("<svg") == 3
 
 
 def test_the_option_for_methods_is_a_list() -> None:
@@ -182,7 +182,7 @@ def test_rows_are_measured_kept_and_shown(tiny_model_dir, tmp_path: Path, monkey
     assert markdown(rows).count("\n") == 8
     page(rows, "Methods <on> rows", tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
-    assert text.count("<svg") == 4
+    assert text.count("<svg") == 5
     assert "Methods &lt;on&gt; rows" in text
     assert "| 3.5000 (3.0000 to 4.0000) |" in markdown(
         [replace(lora, loss=3.0), replace(lora, seed=1, loss=4.0)]

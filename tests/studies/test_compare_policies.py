@@ -119,8 +119,8 @@ def test_the_command_has_the_same(tiny_model_dir, rewards: Path, tmp_path: Path)
     assert "highest held-out reward" in found["verdict"]
     assert "1/6 base: reward" in done.stderr
     shown = " ".join((tmp_path / "page.html").read_text().split())
-    assert shown.count("<svg") == 4
-    assert f"<p>{html.escape(found['verdict'])}.</p>" in shown
+    assert shown.count("<svg") == 5
+    assert f"<li>{html.escape(found['verdict'])}.</li>" in shown
     assert "held-out reward (higher is better)" in shown
     assert "oss and exact match" not in shown
     assert "held-out loss" not in shown

@@ -15,14 +15,15 @@ WideOption = Annotated[
 ]
 
 
-def page_option(text: str, rare: bool = False) -> Any:
-    """The option `--html`, which refuses a file that can't be written.
+def page_option(text: str, rare: bool = False, name: str = "--html") -> Any:
+    """The option for a page, which refuses a file that can't be written.
 
     Args:
         text: What is written, for `--help`.
         rare: Leave it to `--help-all` where a command has many options.
+        name: The option's own.
     """
-    return typer.Option("--html", callback=_checked, hidden=rare, help=text)
+    return typer.Option(name, callback=_checked, hidden=rare, help=text)
 
 
 def _checked(path: Path | None) -> Path | None:

@@ -20,12 +20,13 @@ from lorafold.cli.pages import page_option
 from lorafold.cli.recipe_options import RecipeFlags, of_recipe
 from lorafold.cli.rewards import RewardAdapterOption, RewardOption, rewards_of
 from lorafold.errors import LorafoldError
+from lorafold.machine.launched import launched
 from lorafold.recipe.recipe import Recipe
 
 EXAMPLES = (
     "lorafold train --data demo/train.jsonl --out adapter --preview",
     "lorafold train --data demo/train.jsonl --out adapter",
-    "lorafold train --data demo/train.jsonl --out small --rank 8 --epochs 2",
+    "lorafold train --data demo/train.jsonl --out small --rank 8 --plot small.html",
 )
 
 
@@ -76,6 +77,15 @@ def command(
             "With --preview: write the rows as a page that needs no other file.", rare=True
         ),
     ] = None,
+    plot: Annotated[
+        Path | None,
+        page_option(
+            "Also draw the curves of the run, as one HTML file; `lorafold history` draws them later"
+            " too.",
+            rare=True,
+            name="--plot",
+        ),
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option(
@@ -98,6 +108,8 @@ def command(
 
     console = messages()
     rewards = rewards_of(reward, reward_adapter)
+    if preview and plot is not None:
+        raise LorafoldError("--plot draws a run, and --preview starts none; expected one of them")
     if preview:
         from lorafold.api.arguments import as_rows, rows_to_train, source_of, with_rewards
 
@@ -147,6 +159,12 @@ def command(
         console=console,
         **computing.how,
     )
+    if plot is not None and launched().speaks:
+        from lorafold.inspecting.history import read_history
+        from lorafold.inspecting.history_page import page
+
+        page(read_history(output.out), plot)
+        console.print(f"page: {plot}", highlight=False, markup=False, soft_wrap=True)
     from lorafold.cli.pasted import after_training
 
     told = [str(result), *after_training(result, recipe, over or ())]

@@ -1,40 +1,85 @@
-"""The plots of a comparison: quality against what it costs, and latencies."""
+"""The plots of a comparison: the quality of each method, against what it costs, and latencies."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from lorafold.comparing.measure import BASE, Measurement
-from lorafold.comparing.paired import by_method, lower_is_better
-from lorafold.files.page import drawing
+from lorafold.comparing.paired import by_method, held_out, lower_is_better
+from lorafold.evaluation.intervals import Interval, ratio_interval
+from lorafold.files import plots
 
 SMALLEST = 1e-6  # of what a logarithmic axis shows
+INTERVALS = "Lines are 95% intervals."
 
 
 @dataclass(frozen=True)
 class Quality:
-    """What methods are compared by, upwards in a plot: the value of each method, and the base's."""
+    """What methods are compared by: the value of each with its interval, and the base's."""
 
     label: str
-    scale: str
     values: list[float | None]
+    intervals: list[Interval | None]
     base: float | None = None
+    lower: bool = True
 
     @classmethod
     def of(cls, measurements: Sequence[Measurement]) -> Quality:
         """The held-out loss or reward."""
-        methods = [seeds for seeds in by_method(measurements) if seeds[0].method != BASE]
+        methods = tuned(measurements)
+        units = held_out(measurements)
+        intervals = [ratio_interval(units[seeds[0].method]) for seeds in methods]
         bare = [[r for r in measurements if r.method == BASE]]
         if lower_is_better(measurements):
             label, [before] = "held-out loss (lower is better)", means(bare, lambda r: r.loss)
-            return cls(label, "log", means(methods, lambda r: r.loss), before)
+            return cls(label, means(methods, lambda r: r.loss), intervals, before)
         [before] = means(bare, lambda r: r.reward)
         label = "held-out reward (higher is better)"
-        return cls(label, "linear", means(methods, lambda r: r.reward), before)
+        return cls(label, means(methods, lambda r: r.reward), intervals, before, False)
+
+    @property
+    def scale(self) -> str:
+        """That of its axis: logarithmic for losses far apart, whose intervals are above 0."""
+        known = [v for v in (*self.values, self.base) if v is not None]
+        lows = [interval[0] for interval in self.intervals if interval]
+        apart = 0 < 5 * min([*known, *lows]) < max(known)
+        return "log" if self.lower and apart else "linear"
+
+    @property
+    def order(self) -> list[int]:
+        """The numbers of the methods, the best first."""
+        known = [n for n, value in enumerate(self.values) if value is not None]
+        return sorted(known, key=lambda n: self.values[n] or 0, reverse=not self.lower)
+
+
+class Cost(NamedTuple):
+    """What quality is shown against: its name, its axis, and how it and its least are told."""
+
+    name: str
+    axis: str
+    told: str
+    least: str
+
+
+COSTS: dict[Cost, Callable[[Measurement], float | None]] = {
+    Cost(
+        "parameters", "trained parameters", "trains {} parameters", "trains the fewest"
+    ): lambda r: r.trainable_parameters,
+    Cost(
+        "forgetting",
+        "KL from the base on other text, nats a token",
+        "forgets {} nats a token",
+        "forgets the least",
+    ): lambda r: None if r.forgetting_kl is None else max(r.forgetting_kl, SMALLEST),
+}
+
+
+def tuned(measurements: Sequence[Measurement]) -> list[list[Measurement]]:
+    """The figures of each method but the base."""
+    return [seeds for seeds in by_method(measurements) if seeds[0].method != BASE]
 
 
 def means(
@@ -45,128 +90,102 @@ def means(
     return [fmean(values) if values else None for values in known]
 
 
-def plots_of(measurements: Sequence[Measurement]) -> list[str]:
-    """The plots, as HTML figures.
-
-    Args:
-        measurements: In the order of the methods.
-    """
-    methods = [seeds for seeds in by_method(measurements) if seeds[0].method != BASE]
+def plots_of(measurements: Sequence[Measurement]) -> Iterator[str]:
+    """The plots, as HTML figures."""
+    methods = tuned(measurements)
     if not methods:
-        return []
+        return
     quality = Quality.of(measurements)
     names = [seeds[0].method for seeds in methods]
     mergeable = [all(r.mergeable for r in seeds) for seeds in methods]
-    size = means(methods, lambda r: r.trainable_parameters)
-    forgotten = means(
-        methods, lambda r: None if r.forgetting_kl is None else max(r.forgetting_kl, SMALLEST)
-    )
-    across = "trainable parameters"
-    plots = [scatter("Quality against parameters", across, size, quality, names, mergeable)]
-    if None not in forgotten:
-        across = "forgetting: KL from the base on text outside the task, nats a token"
-        plots.append(
-            scatter("Quality against forgetting", across, forgotten, quality, names, mergeable)
-        )
+    yield ranking(quality, names)
+    for cost, value in COSTS.items():
+        x = means(methods, value)
+        if None not in x:
+            yield scatter(cost, x, quality, names, mergeable)
     for what, attached, merged in (
         ("Decode", lambda r: r.latency_attached, lambda r: r.latency_merged),
         ("Prefill", lambda r: r.prefill_attached, lambda r: r.prefill_merged),
     ):
-        both = means(methods, attached), means(methods, merged)
-        if any(both[0]):
-            plots.append(bars(f"{what} latency, relative to the base", names, *both))
-    return plots
+        both = {"attached": means(methods, attached), "merged": means(methods, merged)}
+        if any(both["attached"]):
+            yield latencies(f"{what} latency, as a ratio to the base's", names, both)
+
+
+def ranking(quality: Quality, names: Sequence[str]) -> str:
+    """The quality of each method with its interval, the best above."""
+    order, reach = quality.order, quality.intervals
+    shown = [f"{names[n]}  {quality.values[n]:.4g}" for n in order]
+
+    def draw(axes: Any) -> None:
+        values, intervals = [quality.values[n] for n in order], [reach[n] for n in order]
+        plots.rows(axes, shown, [plots.Marks("", values, intervals)])
+        if quality.base is not None:
+            plots.level(axes, "base", x=quality.base)
+        axes.set(xlabel=quality.label)
+        plots.scaled(axes, x=quality.scale)
+
+    ends = dict.fromkeys(f"{names[n]} at {quality.values[n]:.4g}" for n in (order[0], order[-1]))
+    said = " to ".join(ends) + ("" if quality.base is None else f", the base at {quality.base:.4g}")
+    return plots.drawing(draw, "Quality", f"{said}. {INTERVALS}", plots.height_of(shown))
 
 
 def scatter(
-    title: str,
-    across: str,
+    cost: Cost,
     x: Sequence[float | None],
     quality: Quality,
     names: Sequence[str],
     mergeable: Sequence[bool],
 ) -> str:
-    """A plot of the quality over another figure, with the methods' names.
-
-    Args:
-        across: The label of the other figure.
-        x: The other figure of each method.
-        quality: What methods are compared by.
-        names: The names of the methods.
-        mergeable: Whether each method is mergeable, which chooses its marker.
+    """A plot of the quality over a cost, `x` of each method, whose marker says whether it is
+    mergeable.
     """
-    y = quality.values
+    known = quality.order
+    best, least = known[0], min(known, key=lambda n: x[n] or 0)
 
     def draw(axes: Any) -> None:
+        for n in known:
+            y, style = quality.values[n], plots.series(0 if mergeable[n] else 1)
+            reach = plots.spread([y or 0], [quality.intervals[n]])
+            axes.errorbar(x[n], y, yerr=reach, elinewidth=0.8, **style | {"linestyle": "none"})
         if quality.base is not None:
-            axes.axhline(quality.base, color="black", linewidth=0.8, label="the base")
-        for wanted, marker, label in ((True, "o", "mergeable"), (False, "^", "not mergeable")):
-            if chosen := [i for i, merges in enumerate(mergeable) if merges is wanted]:
-                axes.scatter(
-                    [x[i] for i in chosen], [y[i] for i in chosen], marker=marker, label=label
-                )
-        axes.set(xlabel=across, ylabel=quality.label, xscale="log", yscale=quality.scale)
-        axes.legend()
-        for name, x_at, y_at, shift in zip(names, x, y, shifts(x, quality), strict=True):
-            line = {"arrowstyle": "-", "linewidth": 0.4}
-            axes.annotate(
-                name,
-                (x_at, y_at),
-                xytext=(6, 3 + shift),
-                textcoords="offset points",
-                fontsize=8,
-                arrowprops=line,
-            )
+            plots.level(axes, "base", y=quality.base)
+        axes.set(xlabel=cost.axis, ylabel=quality.label)
+        plots.scaled(axes, x="log", y=quality.scale)
+        plots.at_points(axes, [(x[n], quality.values[n]) for n in known], [names[n] for n in known])
 
-    return drawing(draw, title)
+    def of(n: int) -> str:
+        return plots.number(x[n] or 0, digits=3)
+
+    said = f"{names[best]}, the best, {cost.told.format(of(best))}"
+    if best != least:
+        said += f"; {names[least]} {cost.least}, {of(least)}, and has {quality.values[least]:.4g}"
+    merged = "Triangles can't be merged. " if not all(mergeable) else ""
+    title = f"Quality against {cost.name}"
+    return plots.drawing(draw, title, f"{said}. {merged}{INTERVALS}", (plots.SIZE[0], 3.4))
 
 
-def shifts(x: Sequence[float | None], quality: Quality) -> list[float]:
-    """How many points each label must move up so that none covers another, on axes of about 550 by
-    250 points, the lower one logarithmic.
+def latencies(title: str, names: Sequence[str], both: dict[str, list[float | None]]) -> str:
+    """A plot of the attached and the merged model: `both` has the ratios of each method by these
+    names.
     """
-
-    def spread(values: Sequence[float | None], length: float) -> list[float]:
-        at = [value or 0 for value in values]
-        return [length * (v - min(at)) / ((max(at) - min(at)) or 1) for v in at]
-
-    def logs(values: Sequence[float | None]) -> list[float]:
-        return [math.log(value or 1) for value in values]
-
-    y = quality.values
-    across, up = spread(logs(x), 550), spread(logs(y) if quality.scale == "log" else y, 250)
-    taken: list[tuple[float, float]] = []
-    found = dict.fromkeys(range(len(up)), 0.0)
-    for i in sorted(found, key=lambda i: up[i]):
-        while any(abs(across[i] - a) < 50 and abs(up[i] + found[i] - b) < 9 for a, b in taken):
-            found[i] += 3
-        taken.append((across[i], up[i] + found[i]))
-    return list(found.values())
-
-
-def bars(
-    title: str,
-    names: Sequence[str],
-    attached: Sequence[float | None],
-    merged: Sequence[float | None],
-) -> str:
-    """A bar chart of the attached and the merged model, relative to the base.
-
-    Args:
-        names: The names of the methods.
-        attached, merged: The ratios of each method; None has no bar.
-    """
+    marks = [
+        plots.Marks(name, values, [None] * len(values))
+        for name, values in both.items()
+        if any(value is not None for value in values)
+    ]
 
     def draw(axes: Any) -> None:
-        for shift, label, values in ((-0.2, "attached", attached), (0.2, "merged", merged)):
-            axes.bar(
-                [i + shift for i in range(len(names))],
-                [value or 0 for value in values],
-                0.4,
-                label=label,
-            )
-        axes.axhline(1, color="black", linewidth=0.8)
-        axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
-        axes.legend()
+        plots.level(axes, "base", x=1)
+        axes.set(xlabel="times the base's")
+        plots.rows(axes, names, marks)
+        plots.scaled(axes, x="linear")
 
-    return drawing(draw, title)
+    def told(one: plots.Marks) -> str:
+        known = sorted((v, n) for v, n in zip(one.values, names, strict=True) if v is not None)
+        (low, fast), (high, slow) = known[0], known[-1]
+        between = f"{low:.2f} ({fast}) to {high:.2f} ({slow})" if len(known) > 1 else f"{low:.2f}"
+        return f"{one.name} {between}"
+
+    said = f"Here it is {'; '.join(map(told, marks))}. Less is faster."
+    return plots.drawing(draw, title, said, plots.height_of(names, len(marks)))

@@ -7,7 +7,6 @@ terminal as the mean, and what no line has a figure for has no column.
 
 from __future__ import annotations
 
-import html
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -25,7 +24,8 @@ from lorafold.comparing.paired import (
 )
 from lorafold.comparing.plots import plots_of
 from lorafold.evaluation.intervals import ratio_interval
-from lorafold.files.page import document, html_table, markdown_table
+from lorafold.files.page import document, grid, html_table, markdown_table, notes, section
+from lorafold.files.plots import number
 from lorafold.files.terminal import paragraph, text_table
 
 Value = Callable[[Measurement], float | None]
@@ -141,7 +141,10 @@ def deciding(measurements: Sequence[Measurement]) -> str:
             heading: [average([value(r) for r in seeds], form) for seeds in methods]
             for heading, (value, form) in SHORT.items()
         },
-        "trained": [_count(seeds[0].trainable_parameters) for seeds in methods],
+        "trained": [
+            NOTHING if (n := seeds[0].trainable_parameters) is None else number(n, digits=3)
+            for seeds in methods
+        ],
     }
     shown = {heading: cells for heading, cells in found.items() if {*cells} != {NOTHING}}
     several = max(map(len, methods))
@@ -176,15 +179,6 @@ def average(values: Sequence[float | None], form: str) -> str:
     return f"{fmean(known):{form}}" if known else NOTHING
 
 
-def _count(parameters: int | None) -> str:
-    if parameters is None:
-        return NOTHING
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if parameters >= size:
-            return f"{parameters / size:.3g}{unit}"
-    return str(parameters)
-
-
 def markdown(measurements: Sequence[Measurement]) -> str:
     """The whole table in Markdown, with the verdict below it."""
     found, told = columns(measurements), verdict(measurements)
@@ -193,16 +187,14 @@ def markdown(measurements: Sequence[Measurement]) -> str:
 
 
 ABOUT = """Every method was trained on the same rows, with the same model and number of steps, and
-with its own learning rates."""
-LOSSES = """Loss and exact match are measured on held-out rows, where a lower loss is better. The
-first line is the base, before anything is trained. Intervals are over rows, and those of what is
-over the base are of rows in pairs: they say how far the result would differ on other rows, not with
-other seeds."""
+with its own learning rates. The first line is the base, before anything is trained."""
+LOSSES = """Loss and exact match are measured on held-out rows. Intervals are over rows, and those
+of what is over the base are of rows in pairs: they say how far the result would differ on other
+rows, not with other seeds."""
 REWARDS = """Each step drew as many completions. The reward is what completions of held-out prompts
-are worth, as many of each prompt as a step draws: higher is better. The first line is the base,
-before anything is trained. Intervals are over prompts, and those of what is over the base are of
-prompts in pairs: they say how far the result would differ on other prompts, not with other
-seeds."""
+are worth, as many of each prompt as a step draws. Intervals are over prompts, and those of what is
+over the base are of prompts in pairs: they say how far the result would differ on other prompts,
+not with other seeds."""
 BESIDES = """Forgetting is measured on text outside the task, in nats a token: the KL divergence
 from the base, and the increase of the loss. Latencies at batch 1 are ratios to those of the base,
 with all models timed in turn. A method is mergeable if the folded model had the same logits. New
@@ -210,7 +202,7 @@ modules remain in the forward pass."""
 
 
 def page(measurements: Sequence[Measurement], title: str, path: Path) -> None:
-    """Write the table and its plots as one HTML file.
+    """Write the plots and the table as one HTML file.
 
     Args:
         measurements: In the order of the methods.
@@ -218,7 +210,12 @@ def page(measurements: Sequence[Measurement], title: str, path: Path) -> None:
         path: The file to write.
     """
     found, told = columns(measurements), verdict(measurements)
-    about = f"<p>{ABOUT} {LOSSES if measurements[0].reward is None else REWARDS} {BESIDES}</p>\n"
-    shown = html_table([*found], lines(found))
-    below = f"<p>{html.escape(told)}.</p>\n" if told else ""
-    document(title, f"{about}{shown}\n{below}{''.join(plots_of(measurements))}", path)
+    about = (ABOUT, LOSSES if measurements[0].reward is None else REWARDS, BESIDES)
+    parts = (
+        notes([f"{told}."] if told else []),
+        grid(plots_of(measurements), "flow"),
+        section("All figures"),
+        html_table([*found], lines(found)),
+        section("How it was measured", " ".join(about)),
+    )
+    document(title, "\n".join(parts), path)

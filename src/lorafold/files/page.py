@@ -1,25 +1,20 @@
-"""Reports as one self-contained HTML file, with plots inline as SVG, readable on a phone."""
+"""Pages: what each report writes as one HTML file that needs no other, in one frame and one look.
+
+A page follows the light or dark of its reader, fits a phone, and needs no colour to be understood:
+sentences, figures in cards, tables that scroll in a box of their own, and the pictures of
+`files.plots`.
+"""
 
 from __future__ import annotations
 
 import html
-import io
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from lorafold.files.atomic import write_text
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; }
-body { margin: 2rem auto; max-width: 1200px; padding: 0 1rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-td, th { padding: .3rem .6rem; text-align: right; white-space: nowrap; }
-td, th { border-bottom: 1px solid #ddd; }
-td:first-child, th:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
-p { max-width: 70ch; } figure { margin: 2rem 0; } svg { max-width: 100%; height: auto; }
-"""
+STYLES = ("look.css", "page.css")
 
 
 def markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -30,54 +25,69 @@ def markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 def html_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A table in HTML, of texts, which scrolls where it is wider than the page."""
+    return table(head, ([html.escape(text) for text in line] for line in lines))
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[str]], kind: str = "") -> str:
+    """A table whose cells are HTML.
+
+    Args:
+        head: The headings, as text.
+        lines: The cells of each line.
+        kind: A class of the style, such as `texts` for cells that are read and not compared.
+    """
     top = "".join(f"<th>{html.escape(name)}</th>" for name in head)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in line) + "</tr>"
-        for line in lines
-    )
-    table = f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<div class="wide">{table}</div>'
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for line in lines)
+    of = f' class="{kind}"' if kind else ""
+    whole = f"<table{of}><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="wide">{whole}</div>'
 
 
-def document(title: str, body: str, path: str | Path, style: str = "") -> None:
+def section(title: str, about: str = "") -> str:
+    """The heading of a section, and what there is to know of it, both as text."""
+    told = f"<p>{html.escape(about, quote=False)}</p>" if about else ""
+    return f"<h2>{html.escape(title)}</h2>{told}"
+
+
+def notes(texts: Iterable[str]) -> str:
+    """Sentences that say what follows, as a list; nothing without any."""
+    listed = "".join(f"<li>{html.escape(text)}</li>" for text in texts)
+    return f'<ul class="notes">{listed}</ul>' if listed else ""
+
+
+def cards(figures: Mapping[str, str]) -> str:
+    """Figures by their names, in boxes."""
+    boxes = (f"<div><b>{html.escape(v)}</b>{html.escape(k)}</div>" for k, v in figures.items())
+    return f'<div class="cards">{"".join(boxes)}</div>'
+
+
+def grid(parts: Iterable[str], kind: str = "grid") -> str:
+    """Parts side by side, as many as fit; those of `grid small` may be narrower."""
+    return f'<div class="{kind}">{"".join(parts)}</div>'
+
+
+def document(title: str, body: str, path: str | Path) -> None:
     """Write a page.
 
     Args:
-        title: its title and heading, as text.
-        body: its content, as HTML.
-        path: the file to write.
-        style: CSS in addition to STYLE.
+        title: Its title and heading, as text.
+        body: Its content, as HTML.
+        path: The file to write.
     """
+    place = files("lorafold.files")
+    style = "".join((place / name).read_text(encoding="utf-8") for name in STYLES)
     write_text(
         path,
         f"""<!doctype html>
 <html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
 <title>{html.escape(title)}</title>
-<style>{STYLE}{style}</style>
+<style>{style}</style>
+<main>
 <h1>{html.escape(title)}</h1>
 {body}
+</main>
 </html>
 """,
     )
-
-
-def drawing(draw: Callable[[Any], None], title: str, size: tuple[float, float] = (9, 4.5)) -> str:
-    """A plot as an HTML figure with inline SVG.
-
-    Args:
-        draw: the function that draws on matplotlib's axes.
-        title: the title of the plot.
-        size: its width and height in inches.
-    """
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    plot = Figure(figsize=size, layout="constrained")
-    axes = plot.add_subplot()
-    axes.set_title(title, parse_math=False)  # a name may have dollar signs
-    draw(axes)
-    text = io.StringIO()
-    FigureCanvasSVG(plot).print_svg(text)
-    _, tag, rest = text.getvalue().partition("<svg")
-    return f"<figure>{tag}{rest}</figure>"

@@ -5,29 +5,18 @@ and its last measure side by side. Completions are anybody's text, and only ever
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from lorafold.files.card import within
-from lorafold.files.page import document, html_table
+from lorafold.files.page import cards, document, grid, html_table, notes, section
 from lorafold.inspecting.history import History
 from lorafold.inspecting.observed import SHARED, ends
 from lorafold.inspecting.plots import curves
-from lorafold.inspecting.report import STYLE, cards, grid
 
-SAMPLES = """
-.sides { display: grid; grid-template-columns: 1fr 1fr; gap: .8rem; }
-.sides > * { border: 1px solid #ddd; border-radius: 6px; padding: .5rem .9rem; min-width: 0; }
-.sides h3 { border: 0; margin: .5rem 0 0; padding: 0; } .sides b { font-size: 1.1rem; }
-.sides p { margin: .2rem 0; color: #555; font-size: 13px; }
-.sides bdi { display: block; white-space: pre-wrap; }
-.sides .said { background: #f4f8f9; padding: .4rem .6rem; border-radius: 3px; max-height: 16rem; }
-.sides .said { overflow-y: auto; } .sides .asked { max-height: 6rem; overflow-y: auto; }
-@media (max-width: 700px) { .sides { gap: .3rem; } .sides > * { padding: .3rem .4rem; } }
-"""
 TOGETHER = {"largest mismatch": "mismatch"}  # figures that share a plot with another one
 SCALES = {  # what a figure is, under its name
     "tokens a completion": "tokens a completion",
@@ -48,25 +37,23 @@ SOUGHT = (
 def page(found: History, path: str | Path) -> None:
     """Write it all as one HTML file that needs no other."""
     title = f"How {Path(found.adapter).resolve().name} was trained"
-    document(title, "".join(sections(found)), path, STYLE + SAMPLES)
+    document(title, "".join(sections(found)), path)
 
 
 def sections(found: History) -> Iterator[str]:
     """The HTML of the page, in parts."""
     method = found.recipe.get("method", "")
     yield f"<p>{seen(found.objective)}, {seen(method)}, {len(found.losses)} steps.</p>"
-    notes = [*found.observations] or [SOUGHT] * bool(found.judged_by)
-    if notes:
-        listed = "".join(f"<li>{seen(text)}</li>" for text in notes)
-        yield f'<ul class="advice">{listed}</ul>'
+    yield notes(map(clean, [*found.observations] or [SOUGHT] * bool(found.judged_by)))
     yield cards(dict(figures(found)))
     if found.judged_by:
-        yield "<h2>What judged</h2>" + html_table(*judges(found))
-    yield (
-        "<h2>Step by step</h2><p>Lines are the steps; points are held-out rows, with their 95%"
-        " intervals where these are known. Step 0 is before the first one.</p>"
+        yield section("What judged") + html_table(*judges(found))
+    yield section(
+        "Step by step",
+        "Lines are the steps; points are held-out rows, with their 95% intervals where these are"
+        " known. Step 0 is before the first one.",
     )
-    yield grid([*plotted(found)], "grid two")
+    yield grid(plotted(found))
     if still := constant(found):
         same = "; ".join(f"{clean(name)} {value:.4g}" for name, value in still.items())
         yield f"<p>The same in every step: {seen(same)}.</p>"
@@ -120,19 +107,36 @@ def plotted(found: History) -> Iterator[str]:
     for title, names in plots.items():
         # minus the reward is no figure of its own
         held_out = [name for name in names if not (name == "loss" and found.judged_by)]
+        told = {brief(n): went(found.by_step.get(n, ()), found.told(n) * (n in held_out))
+                for n in names}  # fmt: skip
+        said = "; ".join(f"{name} {how}" * (len(told) > 1) or how for name, how in told.items())
         yield curves(
             SCALES.get(title, title),
-            {clean(n): found.by_step[n] for n in names if n in found.by_step},
-            {clean(n): points for n in held_out if (points := found.measured(n))},
+            f"{said[:1].upper()}{said[1:]}.",
+            {brief(n): found.by_step[n] for n in names if n in found.by_step},
+            {brief(n): points for n in held_out if (points := found.measured(n))},
         )
+
+
+def brief(name: str) -> str:
+    """The name of a figure in its plot, where all rewards are together."""
+    return clean(name.removeprefix(SHARED))
+
+
+def went(values: Sequence[float | None], held_out: str) -> str:
+    """A figure at first and at last, and on held-out rows, in words."""
+    known = [f"{v:.4g}" for v in values if v is not None]
+    parts = [f"from {known[0]} to {known[-1]}"] * bool(known) + [f"held out {held_out}"]
+    return ", ".join(parts if held_out else parts[:-1])
 
 
 def side_by_side(samples: Mapping[str, Mapping[str, Any]], held_out: bool) -> Iterator[str]:
     """The completions of the first and the last measure, from the best to the worst."""
     of = "held-out prompts" if held_out else "the step's prompts"
-    yield (
-        f"<h2>Completions</h2><p>The best and the worst ones of {of}, from the highest reward to"
-        " the lowest. Do those on the right deserve what they were given?</p>"
+    yield section(
+        "Completions",
+        f"The best and the worst ones of {of}, from the highest reward to the lowest. Do those on"
+        " the right deserve what they were given?",
     )
     sides = [samples["first"], samples["last"]]
     steps = [int(side["step"]) for side in sides]

@@ -1,47 +1,48 @@
-"""The plots of the page, as small SVG drawings of which several fit side by side on a screen."""
+"""The plots of the pages on an update and on a run, each with the sentence that says what it shows,
+small enough for several side by side.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lorafold.files.page import drawing
+from lorafold.files import plots
 from lorafold.inspecting.against import kind_of
 
-SMALL, CURVE = (3.6, 2.9), (5.4, 3.2)
 POINTS = 300  # of a curve
-SCALE = "viridis"
+SCALE = "viridis"  # its lightness rises with the value
 
 Grid = Sequence[Sequence[float]]
 
 
 def spectra(kind: str, spectra_by_path: dict[str, Sequence[float]], depth: int) -> str:
     """The singular values of one kind of module, divided by the largest: one line for each block,
-    dark for the first blocks.
+    from one colour for the first block to another one for the last.
 
     Args:
         kind: The title.
         spectra_by_path: Singular values in descending order, by module path.
         depth: The number of the last block.
     """
-    from matplotlib import colormaps
+    relative = {kind_of(path)[1] or 0: [x / s[0] for x in s] for path, s in spectra_by_path.items()}
+    colours = {block: plots.between(block / max(depth, 1)) for block in relative}
+    lowest = min(relative, key=lambda block: relative[block][-1])
+    least = f"{relative[lowest][-1]:.2g} of the strongest"
+    said = f"Block {lowest} falls most: the last of its {len(relative[lowest])} has {least}."
 
     def draw(axes: Any) -> None:
-        for path, s in spectra_by_path.items():
-            layer = kind_of(path)[1] or 0
-            axes.plot(
-                range(1, len(s) + 1),
-                [x / s[0] for x in s],
-                color=colormaps[SCALE](layer / max(depth, 1)),
-                linewidth=0.9,
-            )
-        axes.set(xlabel="direction", ylabel="s / s₁", yscale="log")
-        axes.minorticks_off()  # they take a third of the time of the plot
+        for block, s in relative.items():
+            axes.plot(range(1, len(s) + 1), s, color=colours[block], linewidth=0.9)
+        axes.set(xlabel="direction", ylabel="s / s₁")
+        plots.scaled(axes, x="linear", y="log")
+        ends = dict.fromkeys((min(relative), max(relative)))
+        plots.at_ends(axes, [plots.End(relative[n][-1], f"block {n}", colours[n]) for n in ends])
 
-    return drawing(draw, kind, SMALL)
+    return plots.drawing(draw, kind, said, plots.SMALL)
 
 
-def heat(title: str, grid: Grid, down: str, across: str, first: int = 1) -> str:
+def heat(title: str, said: str, grid: Grid, down: str, across: str, first: int = 1) -> str:
     """A heat map of values from 0 to 1.
 
     Args:
@@ -56,14 +57,23 @@ def heat(title: str, grid: Grid, down: str, across: str, first: int = 1) -> str:
         shown = axes.imshow(
             grid, vmin=0, vmax=1, cmap=SCALE, extent=extent, aspect="auto", interpolation="nearest"
         )
+        axes.grid(False)
         axes.set(xlabel=across, ylabel=down)
-        axes.figure.colorbar(shown, ax=axes)
+        for axis, n in ((axes.xaxis, columns), (axes.yaxis, lines)):
+            axis.set_ticks(range(first, first + n, max(1, -(-n // 6))))
+        axes.figure.colorbar(shown, ax=axes, ticks=(0, 0.5, 1), format=plots.number).outline.set_lw(
+            0
+        )
 
-    return drawing(draw, title, SMALL)
+    return plots.drawing(draw, title, said, plots.SMALL)
 
 
 def line(
-    title: str, points: Sequence[tuple[float, float]], across: str, marked: dict[float, str]
+    title: str,
+    said: str,
+    points: Sequence[tuple[float, float]],
+    across: str,
+    marked: dict[float, str],
 ) -> str:
     """The loss along a line in weight space.
 
@@ -74,24 +84,18 @@ def line(
     """
 
     def draw(axes: Any) -> None:
-        axes.plot(*zip(*points, strict=True), marker=".")
-        losses = dict(points)
-        for t, name in marked.items():
-            axes.annotate(
-                name,
-                (t, losses[t]),
-                xytext=(0, 8),
-                textcoords="offset points",
-                ha="center",
-                fontsize=8,
-            )
+        axes.plot(*zip(*points, strict=True), **plots.series(0))
         axes.set(xlabel=across, ylabel="loss, nats a token")
+        plots.scaled(axes, x="linear", y="linear")
+        losses = dict(points)
+        plots.at_points(axes, [(t, losses[t]) for t in marked], list(marked.values()))
 
-    return drawing(draw, title, (5.4, 3.4))
+    return plots.drawing(draw, title, said)
 
 
 def curves(
     title: str,
+    said: str,
     steps: Mapping[str, Sequence[float | None]],
     measured: Mapping[str, Sequence[tuple[int, float, Any]]],
 ) -> str:
@@ -104,32 +108,24 @@ def curves(
     """
 
     def draw(axes: Any) -> None:
-        shown = []
+        ends = []
         for n, name in enumerate(dict.fromkeys([*steps, *measured])):
-            colour = f"C{n}"
+            style = plots.series(n)
             if found := means(steps.get(name, ())):
-                shown += axes.plot(*zip(*found, strict=True), color=colour, linewidth=1, alpha=0.75)
-                shown[-1].set_label(name)
+                axes.plot(*zip(*found, strict=True), **style | {"marker": "", "linewidth": 1})
+                ends.append(plots.End(found[-1][1], name, style["color"]))
             if points := measured.get(name):
                 at, values, intervals = zip(*points, strict=True)
-                spread = [
-                    [abs(v - (i or (v, v))[side]) for v, i in zip(values, intervals, strict=True)]
-                    for side in (0, 1)
-                ]
-                bars = axes.errorbar(
-                    at, values, spread, color=colour, marker="o", markersize=4, capsize=3,
-                    markeredgecolor="#222", linewidth=1.4, linestyle="--",
-                )  # fmt: skip
-                bars.set_label(f"{name}, held out")
-                shown.append(bars)
+                axes.errorbar(
+                    at, values, plots.spread(values, intervals), **style | {"linestyle": ":"}
+                )
+                ends.append(plots.End(values[-1], f"{name}, held out", style["color"]))
         axes.set(xlabel="step")
         axes.margins(x=0.03)
-        if len(shown) > 1:
-            legend = axes.legend(shown, [one.get_label() for one in shown], fontsize=7)
-            for text in legend.get_texts():
-                text.set_parse_math(False)  # a name may have dollar signs
+        plots.scaled(axes, x="linear", y="linear")
+        plots.at_ends(axes, ends if len(ends) > 1 else [])
 
-    return drawing(draw, title, CURVE)
+    return plots.drawing(draw, title, said)
 
 
 def means(values: Sequence[float | None]) -> list[tuple[float, float]]:
@@ -147,38 +143,36 @@ def means(values: Sequence[float | None]) -> list[tuple[float, float]]:
 def position(
     title: str, read: Sequence[float], written: Sequence[float], shape: tuple[int, int]
 ) -> str:
-    """The energy of an update on each tenth of the base's singular directions. Dashed lines show
-    an even distribution.
+    """The energy of an update on each tenth of the base's singular directions. Thin lines show an
+    even distribution.
 
     Args:
         read, written: Shares as `base_svd.binned` gives them.
         shape: (out, in) of the weight.
     """
+    sides = {"read": (read, shape[1]), "written": (written, shape[0])}
+    evenly = {name: min(shape) / size / (len(read) - 1) for name, (_, size) in sides.items()}
 
     def draw(axes: Any) -> None:
-        bins = range(len(read))
-        for label, heights, shift, n in (
-            ("read", read, -0.2, shape[1]),
-            ("written", written, 0.2, shape[0]),
-        ):
-            bars = axes.bar([i + shift for i in bins], heights, 0.4, label=label)
-            axes.axhline(
-                min(shape) / n / (len(read) - 1),
-                color=bars[0].get_facecolor(),
-                linewidth=0.8,
-                linestyle="--",
-            )
+        bins, ends = range(len(read)), []
+        for n, (name, (heights, _)) in enumerate(sides.items()):
+            style = plots.series(n)
+            for tenths, share in ((bins[:-1], heights[:-1]), (bins[-1:], heights[-1:])):
+                axes.plot(tenths, share, **style)
+            axes.axhline(evenly[name], **style | {"marker": "", "linewidth": 0.6})
+            ends.append(plots.End(heights[-1], name, style["color"]))
         axes.set_xticks(list(bins), [*(str(i + 1) for i in bins[:-1]), "out"])
         axes.set(xlabel="tenth of W0's directions, strongest first", ylabel="share of the energy")
-        axes.legend(fontsize=8)
+        plots.scaled(axes, y="linear")
+        plots.at_ends(axes, [*ends, plots.End(evenly["read"], "even", plots.FAINT)])
 
-    return drawing(draw, title, (5.4, 3.4))
+    of = " and ".join(
+        f"{heights[0]:.0%} of what is {name} ({evenly[name]:.0%} if even)"
+        for name, (heights, _) in sides.items()
+    )
+    return plots.drawing(draw, title, f"The strongest tenth has {of}.")
 
 
-def shade(share: float) -> tuple[str, str]:
-    """The background colour for a share from 0 to 1, and a legible text colour on it."""
-    from matplotlib import colormaps
-    from matplotlib.colors import to_hex
-
-    r, g, b, _ = colour = colormaps[SCALE](min(max(share, 0.0), 1.0))
-    return to_hex(colour), "#000" if 0.299 * r + 0.587 * g + 0.114 * b > 0.5 else "#fff"
+def shade(share: float) -> str:
+    """The background for a share from 0 to 1, as CSS, on which the page's ink is read."""
+    return plots.mixed("raised", "heat", 100 * min(max(share, 0.0), 1.0))

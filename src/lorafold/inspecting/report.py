@@ -10,33 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from lorafold.files.page import document
+from lorafold.files.page import cards, document, grid, notes, section
 from lorafold.files.terminal import text_table
 from lorafold.inspecting import plots
 from lorafold.inspecting.against import by_kind, kind_of
 from lorafold.inspecting.tables import Figures, average, experts, heads, shares, spread, tokens
 from lorafold.inspecting.updates import largest, site_of
 
-STYLE = """
-.advice { border-left: 4px solid #2a788e; padding: .1rem 1rem .1rem 2rem; background: #f4f8f9; }
-.advice li { margin: .5rem 0; max-width: 75ch; }
-.cards { display: flex; flex-wrap: wrap; gap: .8rem; }
-.cards div { border: 1px solid #ddd; border-radius: 6px; padding: .5rem .9rem; }
-.cards b { display: block; font-size: 1.4rem; } h2 { margin-top: 2.5rem; }
-.grid { display: grid; gap: .6rem; }
-.grid { grid-template-columns: repeat(auto-fill, minmax(min(270px, 100%), 1fr)); }
-.maps { grid-template-columns: repeat(auto-fill, minmax(min(380px, 100%), 1fr)); }
-.grid figure { margin: 0; }
-.two { grid-template-columns: repeat(auto-fill, minmax(min(420px, 100%), 1fr)); }
-table.map { font-size: 13px; } .map td, .map th { padding: .15rem .45rem; text-align: center; }
-.map th { writing-mode: vertical-rl; transform: rotate(180deg); }
-.map th { text-align: left; position: static; }
-.tokens td { white-space: normal; text-align: left; vertical-align: top; min-width: 8rem; }
-.tokens td:first-child { min-width: 3rem; }
-.tokens { font-size: 13px; }
-code { background: #eef2f4; border-radius: 3px; padding: 0 .25rem; white-space: pre-wrap; }
-summary { cursor: pointer; padding: .3rem 0; font-weight: 600; } body { overflow-wrap: anywhere; }
-"""
 MAPS = {  # figure: heading, format
     "effective_rank_95": ("Effective rank: directions for 95%", ".0f"),
     "relative_norm": ("Size: |dW| over |W0|", ".1%"),
@@ -78,7 +58,7 @@ def table(found: Figures) -> str:
 
 def page(found: Figures, path: str | Path) -> None:
     """Write all figures as one HTML file that needs no other."""
-    document(f"Inside {Path(found['adapter']).name}", "".join(sections(found)), path, STYLE)
+    document(f"Inside {Path(found['adapter']).name}", "".join(sections(found)), path)
 
 
 def sections(found: Figures) -> Iterator[str]:
@@ -88,11 +68,7 @@ def sections(found: Figures) -> Iterator[str]:
         f"; it also has {count} × {kind}, not measured" for kind, count in found["beside"].items()
     )
     yield f"<p>{html.escape(found['method'])} on {html.escape(found['model'])}{beside}.</p>"
-    yield (
-        '<ul class="advice">'
-        + "".join(f"<li>{html.escape(text)}</li>" for text in found["advice"])
-        + "</ul>"
-    )
+    yield notes(found["advice"])
     yield cards(
         {
             "sites": f"{whole['sites']}",
@@ -106,9 +82,10 @@ def sections(found: Figures) -> Iterator[str]:
             "median amplification": shown(whole["amplification"], ".2f"),
         }
     )
-    yield (
-        "<h2>Where it changed the model</h2><p>Each line is a block, each column a kind of"
-        " module.</p>"
+    yield section(
+        "Where it changed the model",
+        "Each line is a block, each column a kind of module. The darker a box in light, or the"
+        " brighter in dark, the larger is its figure.",
     )
     measured = {
         name: how for name, how in MAPS.items() if any(name in site for site in sites.values())
@@ -118,13 +95,14 @@ def sections(found: Figures) -> Iterator[str]:
             f"<details open><summary>{heading}</summary>{layer_map(sites, name, form)}</details>"
             for name, (heading, form) in measured.items()
         ],
-        "grid maps",
+        "maps",
     )
-    yield (
-        "<h2>Spectra</h2><p>Singular values divided by the largest; dark lines are early blocks,"
-        " bright lines late ones. Where a line falls steeply, few directions carry the update.</p>"
+    yield section(
+        "Spectra",
+        "Singular values divided by the largest, a line for each block. Where a line falls"
+        " steeply, few directions carry the update.",
     )
-    yield grid(spectra(sites))
+    yield grid(spectra(sites), "grid small")
     if "paths" in found:
         yield from paths(found["paths"])
     if "against" in found:
@@ -132,17 +110,20 @@ def sections(found: Figures) -> Iterator[str]:
     if any("position_read" in site for site in sites.values()):
         yield from positions(sites)
     if found["layers"]:
-        yield (
-            "<h2>Blocks compared</h2><p>phi of the four strongest directions that every two blocks"
-            " read from the residual stream, or write to it: 1 for the same subspace, 0 for"
-            " orthogonal ones. Experts are left out, since those of one number in two blocks have"
-            " nothing in common.</p>"
+        yield section(
+            "Blocks compared",
+            "phi of the four strongest directions that every two blocks read from the residual"
+            " stream, or write to it: 1 for the same subspace, 0 for orthogonal ones. Experts are"
+            " left out, since those of one number in two blocks have nothing in common.",
         )
         yield grid(
             [
-                plots.heat(f"{kind}, {of['side']}", of["phi"], "block", "block", 0)
+                plots.heat(
+                    f"{kind}, {of['side']}", alike(of["phi"]), of["phi"], "block", "block", 0
+                )
                 for kind, of in found["layers"].items()
-            ]
+            ],
+            "grid small",
         )
     if any("heads" in site for site in sites.values()):
         yield from heads(sites, found.get("heads_left_out"))
@@ -153,18 +134,14 @@ def sections(found: Figures) -> Iterator[str]:
     yield from shares(sites)
 
 
-def cards(figures: Mapping[str, str]) -> str:
-    """Figures with their names, in boxes."""
-    return (
-        '<div class="cards">'
-        + "".join(f"<div><b>{value}</b>{name}</div>" for name, value in figures.items())
-        + "</div>"
-    )
-
-
-def grid(drawings: Sequence[str], style: str = "grid") -> str:
-    """Drawings side by side, as many as fit."""
-    return f'<div class="{style}">{"".join(drawings)}</div>'
+def alike(phi: Sequence[Sequence[float]]) -> str:
+    """Which two blocks have the most in common, in a sentence."""
+    pairs = {(i, j): phi[i][j] for i in range(len(phi)) for j in range(i)}
+    if not pairs:
+        return "There is one block."
+    i, j = max(pairs, key=lambda pair: pairs[pair])
+    mean = fmean(pairs.values())
+    return f"Blocks {j} and {i} have the most in common, {phi[i][j]:.2f}; the mean is {mean:.2f}."
 
 
 def shown(value: float | None, form: str) -> str:
@@ -191,8 +168,7 @@ def layer_map(sites: Mapping[str, Figures], name: str, form: str) -> str:
     def cell(value: float | None) -> str:
         if value is None:
             return "<td></td>"
-        background, ink = plots.shade(value / most)
-        return f'<td style="background:{background};color:{ink}">{value:{form}}</td>'
+        return f'<td style="background:{plots.shade(value / most)}">{value:{form}}</td>'
 
     head = "".join(f"<th>{html.escape(kind)}</th>" for kind in kinds)
     rows = "".join(
@@ -215,45 +191,58 @@ def spectra(sites: Mapping[str, Figures]) -> list[str]:
 
 def paths(found: Figures) -> Iterator[str]:
     """The section on the loss along lines in weight space."""
-    yield (
-        f"<h2>The loss along lines in weight space</h2><p>On {found['rows']} rows. t scales the"
-        " whole update: 0 is the base, 1 the adapter.</p>"
+    yield section(
+        "The loss along lines in weight space",
+        f"On {found['rows']} rows. t scales the whole update: 0 is the base, 1 the adapter.",
     )
-    drawn = [plots.line("base + t dW", found["scaling"], "t", {0.0: "base", 1.0: "adapter"})]
+    losses = dict(found["scaling"])
+    best = min(losses, key=lambda t: losses[t])
+    said = (
+        f"{losses[0.0]:.4g} for the base, {losses[1.0]:.4g} for the adapter; lowest at t ="
+        f" {best:g}, {losses[best]:.4g}."
+    )
+    ends = {0.0: "base", 1.0: "adapter"}
+    drawn = [plots.line("base + t dW", said, found["scaling"], "t", ends)]
     if "between" in found:
+        said = f"The barrier between them is {found['barrier']:.4f} nats a token."
+        ends = {0.0: "this", 1.0: "the other"}
         drawn.append(
-            plots.line(
-                f"from this adapter to the other: barrier {found['barrier']:.4f}",
-                found["between"],
-                "t",
-                {},
-            )
+            plots.line("from this adapter to the other", said, found["between"], "t", ends)
         )
-    yield grid(drawn, "grid two")
+    yield grid(drawn)
 
 
 def against(found: Figures) -> Iterator[str]:
     """The section on a second adapter."""
-    yield (
-        f"<h2>Compared with {html.escape(found['adapter'])}</h2><p>phi(i, j) compares this"
-        " adapter's top i directions with the other's top j: it is the share of the smaller"
-        " subspace that lies in the larger one, as a mean over blocks.</p>"
+    yield section(
+        f"Compared with {found['adapter']}",
+        "phi(i, j) compares this adapter's top i directions with the other's top j: it is the share"
+        " of the smaller subspace that lies in the larger one, as a mean over blocks.",
     )
     for side, name in (("read", "phi_read"), ("written", "phi_written")):
         yield f"<h3>Directions {side}</h3>"
         yield grid(
             [
-                plots.heat(kind, grids[name], "i, this adapter", "j, the other")
+                plots.heat(
+                    kind,
+                    f"{grids[name][0][0]:.2f} for the strongest of both, {grids[name][-1][-1]:.2f}"
+                    " for all.",
+                    grids[name],
+                    "i, this adapter",
+                    "j, the other",
+                )
                 for kind, grids in found["kinds"].items()
-            ]
+            ],
+            "grid small",
         )
 
 
 def positions(sites: Mapping[str, Figures]) -> Iterator[str]:
     """The section on the update in the spectrum of the base."""
-    yield (
-        "<h2>The update in the base's spectrum</h2><p>The share of the update's energy on each"
-        " tenth of the base's singular directions; dashed lines show an even distribution.</p>"
+    yield section(
+        "The update in the base's spectrum",
+        "The share of the update's energy on each tenth of the base's singular directions; thin"
+        " lines show an even distribution.",
     )
     drawn = []
     for kind, of_kind in by_kind(
@@ -267,6 +256,4 @@ def positions(sites: Mapping[str, Figures]) -> Iterator[str]:
             for side in ("read", "written")
         )
         drawn.append(plots.position(kind, read, written, sites[of_kind[0]]["shape"]))
-    yield grid(drawn, "grid two")
-
-
+    yield grid(drawn)

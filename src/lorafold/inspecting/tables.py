@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from lorafold.files.page import html_table
+from lorafold.files.page import grid, html_table, section, table
 from lorafold.inspecting import plots
 from lorafold.inspecting.against import by_kind, kind_of
 from lorafold.inspecting.updates import site_of
@@ -50,10 +50,11 @@ def experts(sites: Mapping[str, Figures], overlaps: Figures) -> Iterator[str]:
     for name, site in sites.items():
         if site_of(name) != name:
             own[site_of(name)].append(site)
-    yield (
-        "<h2>Experts</h2><p>Means over the experts of a module, with the lowest and the highest"
-        " value. An expert is changed if a token of the data came to it. phi compares the four"
-        " strongest directions of every two experts, on the side in the residual stream.</p>"
+    yield section(
+        "Experts",
+        "Means over the experts of a module, with the lowest and the highest value. An expert is"
+        " changed if a token of the data came to it. phi compares the four strongest directions of"
+        " every two experts, on the side in the residual stream.",
     )
     lines = []
     for path, of in own.items():
@@ -71,7 +72,7 @@ def experts(sites: Mapping[str, Figures], overlaps: Figures) -> Iterator[str]:
             ]
         )
     heads = ("site", "changed", "|dW|/|W0|", "directions for 95%", "stable rank", "phi")
-    yield f'<div class="wide">{html_table(heads, lines)}</div>'
+    yield html_table(heads, lines)
 
 
 def heads(sites: Mapping[str, Figures], left_out: str | None) -> Iterator[str]:
@@ -82,20 +83,27 @@ def heads(sites: Mapping[str, Figures], left_out: str | None) -> Iterator[str]:
         left_out: Which projections have none, or None.
     """
     known = {path: site["heads"] for path, site in sites.items() if "heads" in site}
-    yield (
-        "<h2>Attention heads</h2><p>Each line is a block, each column a head: how much of a"
-        " module's update is at the rows that make the head, or, for the output projection, at the"
-        " columns that read it. The title has the largest share, which is 1 here, and an even one."
-        f" {html.escape(left_out or '')}</p>"
+    yield section(
+        "Attention heads",
+        "Each line is a block, each column a head: how much of a module's update is at the rows"
+        " that make the head, or, for the output projection, at the columns that read it, as a part"
+        f" of the largest share. {left_out or ''}",
     )
     drawn = []
     for kind, paths in by_kind(list(known)).items():
         most = max(max(known[path]) for path in paths) or 1
         shares = [[share / most for share in known[path]] for path in paths]
+        block, head = max(
+            ((p, h) for p in range(len(paths)) for h in range(len(shares[p]))),
+            key=lambda at: shares[at[0]][at[1]],
+        )
         even = 1 / len(known[paths[0]])
-        title = f"{kind}: {most:.0%}, {even:.0%}"
-        drawn.append(plots.heat(title, shares, "block", "head", 0))
-    yield f'<div class="grid">{"".join(drawn)}</div>'
+        said = (
+            f"Head {head} of block {kind_of(paths[block])[1] or 0} has the largest share,"
+            f" {most:.0%}; evenly it would be {even:.0%}."
+        )
+        drawn.append(plots.heat(kind, said, shares, "block", "head", 0))
+    yield grid(drawn, "grid small")
 
 
 def tokens(
@@ -116,7 +124,7 @@ def tokens(
         f" {chance['writes']:.2f} when writing; a cosine that is not larger means little."
         + (f" {experts}" if experts else "")
     )
-    yield f"<h2>What it reads and writes</h2><p>{html.escape(left_out or explained, False)}</p>"
+    yield section("What it reads and writes", left_out or explained)
     for verb, names in (
         ("reads", "tokens"),
         ("reads_vectors", "your vectors"),
@@ -125,17 +133,15 @@ def tokens(
     ):
         kinds = by_kind([path for path, site in sites.items() if site.get(verb)])
         for kind, of_kind in kinds.items():
-            head = (
-                f"<tr><th>block</th><th>direction</th><th>{verb.split('_')[0]}"
-                f" +</th><th>{verb.split('_')[0]} −</th></tr>"
-            )
-            lines = "".join(
+            sign = verb.split("_")[0]
+            head = ("block", "direction", f"{sign} +", f"{sign} −")
+            lines = (
                 line(place(path), i, sites[path], ends)
                 for path in of_kind
                 for i, ends in enumerate(sites[path][verb])
             )
-            yield f"<details><summary>{html.escape(kind)} {verb.split('_')[0]}: {names}</summary>"
-            yield f'<div class="wide"><table class="tokens">{head}{lines}</table></div></details>'
+            yield f"<details><summary>{html.escape(kind)} {sign}: {names}</summary>"
+            yield f"{table(head, lines, 'texts')}</details>"
 
 
 def place(name: str) -> str:
@@ -144,8 +150,8 @@ def place(name: str) -> str:
     return ("" if block is None else str(block)) + (f", expert {expert}" if expert else "")
 
 
-def line(block: str, i: int, site: Figures, ends: Figures) -> str:
-    """One direction as a line of the table.
+def line(block: str, i: int, site: Figures, ends: Figures) -> tuple[str, ...]:
+    """One direction as the cells of a line of the table.
 
     Args:
         block: The block, as `place` names it.
@@ -160,13 +166,7 @@ def line(block: str, i: int, site: Figures, ends: Figures) -> str:
 
     share = site["singular_values"][i] ** 2 / sum(s**2 for s in site["singular_values"])
     name = f"{i + 1}: {share:.0%} of the energy"
-    cells = (
-        block,
-        name,
-        end(ends["positive"]),
-        end(ends["negative"]),
-    )
-    return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+    return block, name, end(ends["positive"]), end(ends["negative"])
 
 
 def shares(sites: Mapping[str, Figures]) -> Iterator[str]:
@@ -177,12 +177,12 @@ def shares(sites: Mapping[str, Figures]) -> Iterator[str]:
     }
     if not found:
         return
-    yield (
-        "<h2>Your vectors</h2><p>The share of each update's energy on a vector, in descending"
-        " order.</p><div class='wide'>"
+    yield section(
+        "Your vectors", "The share of each update's energy on a vector, in descending order."
     )
-    yield "<table class='tokens'><tr><th>module</th><th></th><th>vectors</th></tr>"
-    for (path, verb), vectors in found.items():
-        text = ", ".join(f"{html.escape(name)} {share:.1%}" for name, share in vectors.items())
-        yield f"<tr><td>{html.escape(path)}</td><td>{verb}</td><td>{text}</td></tr>"
-    yield "</table></div>"
+    lines = [
+        [path, verb, ", ".join(f"{name} {share:.1%}" for name, share in vectors.items())]
+        for (path, verb), vectors in found.items()
+    ]
+    escaped = ([html.escape(cell) for cell in one] for one in lines)
+    yield table(("module", "side", "vectors"), escaped, "texts")

@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 import html
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
-from lorafold.files.page import document
+from lorafold.files.page import document, notes, section, table
+from lorafold.files.plots import FAINT, INK, SERIES, SIZE, drawing, level, scaled
 from lorafold.memory.advice import Advice
 from lorafold.memory.terms import TERMS, Estimate
 from lorafold.memory.trace import Setting
 from lorafold.step.adamw import in_words
 
 WIDTH = 40  # characters of the longest bar
-COLOURS = dict(
-    zip(
-        TERMS,
-        (
-            "#4c78a8", "#f58518", "#e45756", "#72b7b2", "#54a24b", "#eeca3b", "#b279a2", "#9d755d",
-            "#bab0ac", "#ff9da6",
-        ),
-        strict=True,
-    )
-)  # fmt: skip
-HEAD = '<tr><th>term</th><th>bytes</th><th>share</th><th class="words">what it is</th></tr>'
-STYLE = """
-.stack { display: flex; height: 3.5rem; position: relative; }
-.stack { border: 1px solid #222; background: #f2f2f2; }
-.stack .limit { position: absolute; top: -.5rem; bottom: -.5rem; border-left: 3px solid #222; }
-.swatch { display: inline-block; width: .8rem; height: .8rem; margin-right: .5rem; }
-.words { text-align: left; white-space: normal; min-width: 11rem; }
-"""
 
 
 def shown(found: Estimate) -> dict[str, int]:
@@ -102,43 +87,54 @@ def beside(found: Estimate, measured: int) -> str:
 def page(
     found: Estimate, title: str, path: Path, said: list[str], memory: int | None = None
 ) -> None:
-    """Write an HTML page with the terms as a stacked bar and as a table that explains them.
+    """Write an HTML page with the terms as bars and as a table that explains them.
 
     Args:
         title: The title of the page.
         path: The file to write.
-        said: Lines to show below the bar.
-        memory: The device's bytes, to which the bar is drawn to scale; None if not known.
+        said: Lines to show above the bars.
+        memory: The device's bytes, at which a line is drawn; None if not known.
     """
-    whole = max(found.total, memory or 0)
-    stack = "".join(
-        f'<div style="background:{COLOURS[name]};width:{100 * n / whole:.3f}%" title="{words(name)}'
-        f' {in_words(n)}"></div>'
+    told = {name: " ".join((TERMS[name].__doc__ or "").split()) for name in shown(found)}
+    cells = [
+        [words(name), in_words(n), f"{n / found.total:.1%}", html.escape(told[name])]
         for name, n in shown(found).items()
+    ]
+    parts = (
+        notes(said),
+        picture(found, memory),
+        section("What each term is"),
+        table(("term", "bytes", "share", "what it is"), cells, "texts"),
+        "<p>The process itself, kernels' scratch memory and the allocator's gaps come on top.</p>",
     )
-    rows = "".join(
-        f'<tr><td><span class="swatch" style="background:{COLOURS[name]}"></span>{words(name)}</td>'
-        f"<td>{in_words(n)}</td><td>{n / found.total:.1%}</td>"
-        f'<td class="words">{html.escape(" ".join((TERMS[name].__doc__ or "").split()))}</td></tr>'
-        for name, n in shown(found).items()
+    document(title, "\n".join(parts), path)
+
+
+def picture(found: Estimate, memory: int | None) -> str:
+    """The terms as bars, each of which begins where the one above it ends, and their sum."""
+    terms = shown(found)
+    names, sizes = [*map(words, terms), "total"], [*terms.values(), found.total]
+    starts = [*accumulate([*terms.values()][:-1], initial=0), 0]
+
+    def draw(axes: Any) -> None:
+        axes.barh(names, sizes, 0.6, starts, color=[*[SERIES[0]] * len(terms), FAINT])
+        for y, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+            axes.annotate(
+                in_words(size), (start + size, y), (4, 0), textcoords="offset points", va="center"
+            )
+        if memory is not None:
+            level(axes, "the device", x=memory)
+        axes.grid(visible=False, axis="y")
+        axes.set_xlim(0, 1.25 * max(found.total, memory or 0))
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.tick_params("y", labelcolor=INK, length=0)
+        scaled(axes, x="linear")
+        axes.xaxis.set_major_formatter(lambda n, _: in_words(int(n)) if n else "0")
+
+    most = max(terms, key=lambda name: terms[name])
+    of = "" if memory is None else f" of the device's {in_words(memory)}"
+    said = (
+        f"{in_words(found.total)}{of} at the peak, as torch's allocator counts; the most is"
+        f" {words(most)}, {terms[most] / found.total:.0%}."
     )
-    lines = "".join(f"<li>{html.escape(line)}</li>" for line in said)
-    limit = (
-        ""
-        if memory is None
-        else (
-            f'<div class="limit" style="left:{100 * memory / whole:.3f}%" title="the device"></div>'
-        )
-    )
-    of = "" if memory is None else f" of {in_words(memory)}"
-    document(
-        title,
-        f"""<p><strong>{in_words(found.total)}</strong>{of} at the peak,
-as torch's allocator counts.</p>
-<div class="stack" role="img" aria-label="memory by term">{stack}{limit}</div>
-<ul>{lines}</ul>
-<div class="wide"><table><thead>{HEAD}</thead><tbody>{rows}</tbody></table></div>
-<p>The process itself, kernels' scratch memory and the allocator's gaps come on top.</p>""",
-        path,
-        STYLE,
-    )
+    return drawing(draw, "Memory by term", said, (SIZE[0], 0.7 + 0.22 * len(names)))

@@ -26,7 +26,7 @@ from lorafold.data.shapes import CONVERSATIONS
 from lorafold.data.sources import Row
 from lorafold.data.stored import Rows
 from lorafold.data.stream import RowStream
-from lorafold.files.page import document, html_table
+from lorafold.files.page import document, html_table, notes, section, table
 from lorafold.peft.saved import open_all
 from lorafold.training.request import (
     Request,
@@ -45,16 +45,9 @@ if TYPE_CHECKING:
     from lorafold.objectives.objective import Data, Objective
 
 SOME = 4_000_000  # bytes of rows of which a preview makes all tokens
-STYLE = """
-pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f8f9; color: #667; }
-pre { padding: .8rem; border-radius: 6px; font-size: 13px; }
-mark { background: #cdeac0; color: #143601; border-radius: 2px; }
-h2 { font-size: 1.1rem; margin-top: 2rem; } summary { cursor: pointer; }
-td { white-space: pre-wrap; text-align: left; vertical-align: top; overflow-wrap: anywhere; }
-"""
 LEGEND = (
-    "<p>What is <mark>marked</mark> counts in the loss; the rest is what the model reads before it."
-    "</p>"
+    "<h2>The first rows</h2><p>What is <mark>marked</mark> counts in the loss; the rest is what the"
+    " model reads before it.</p>"
 )
 
 
@@ -102,10 +95,9 @@ def show(request: Request, console: Console, rows: int = 3, html: Path | None = 
             console.print(f"  {_said(turn)}", highlight=False, markup=False, soft_wrap=True)
         console.print(one.text)
     if html is not None:
-        of_template = "".join(f"<li>{markup.escape(line)}</li>" for line in told)
-        body = f"<p>The chat template:</p><ul>{of_template}</ul>" * bool(told)
-        body += _of_data(findings) + LEGEND + "".join(map(_section, found))
-        document(f"Preview of {request.source}", body, html, STYLE)
+        of_template = (section("The chat template") + notes(told)) * bool(told)
+        body = _of_data(findings) + of_template + LEGEND + "".join(map(_section, found))
+        document(f"Preview of {request.source}", body, html)
         console.print(f"page: {html}", highlight=False, markup=False, soft_wrap=True)
     return findings
 
@@ -140,11 +132,9 @@ def _few(rows: Sequence[Row]) -> Sequence[Row]:
 
 def _of_data(findings: Findings) -> str:
     """What was found in the rows, for the page."""
-    lines = findings.lines or [findings.nothing]
-    told = "".join(f"<li>{markup.escape(line)}</li>" for line in lines)
     roles = [(role, f"{n:,}", f"{t:,}") for role, (n, t) in findings.roles.items()]
-    table = html_table(("role", "turns", "trained on"), roles) if roles else ""
-    return f"<p>The rows:</p><ul>{told}</ul>{table}"
+    counted = html_table(("role", "turns", "trained on"), roles) if roles else ""
+    return notes(findings.lines or [findings.nothing]) + counted
 
 
 def _shown(
@@ -206,22 +196,18 @@ def _short(text: str, length: int = 72) -> str:
 
 def _section(one: Shown) -> str:
     """One example of the page."""
-    tools = "".join(
-        f"<li>{markup.escape(_line(tool))}</li>" for tool in one.conversation.tools
-    )
-    schemas = markup.escape(json.dumps(one.conversation.tools, indent=1, ensure_ascii=False))
-    turns = "".join(
-        f"<tr><td>{markup.escape(role)}<td>{markup.escape(said)}"
-        for role, _, said in (_said(m).partition(": ") for m in one.conversation.messages)
-    )
+    tools = one.conversation.tools
+    schemas = markup.escape(json.dumps(tools, indent=1, ensure_ascii=False))
+    said = (_said(message).partition(": ")[::2] for message in one.conversation.messages)
+    turns = [[markup.escape(part) for part in parts] for parts in said]
+    folded = [("The tools' schemas", f"<pre>{schemas}</pre>")] * bool(tools)
+    folded += [("The turns of the row", table(("role", "turn"), turns, "texts"))] * bool(turns)
     return (
-        f"<h2>{markup.escape(one.heading)}</h2>"
-        + (f"<p>Tools</p><ul>{tools}</ul><details><summary>Their schemas</summary><pre>{schemas}"
-           "</pre></details>" if tools else "")
-        + (f"<details><summary>The turns of the row</summary><div class=wide><table>{turns}"
-           "</table></div></details>" if turns else "")
+        f"<h3>{markup.escape(one.heading)}</h3>"
+        + notes(map(_line, tools))
+        + "".join(f"<details><summary>{n}</summary>{part}</details>" for n, part in folded)
         + f"<pre>{_marked(one.text)}</pre>"
-    )  # fmt: skip
+    )
 
 
 def _marked(text: Text) -> str:

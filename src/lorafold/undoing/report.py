@@ -18,9 +18,9 @@ from typing import Any
 from lorafold.comparing.paired import Difference
 from lorafold.comparing.report import NOTHING, average, cell, plus_minus
 from lorafold.evaluation.intervals import Interval
-from lorafold.files.page import document, drawing, html_table, markdown_table
+from lorafold.files.page import document, grid, html_table, markdown_table, notes, section
+from lorafold.files.plots import FAINT, End, at_ends, drawing, scaled, series
 from lorafold.files.terminal import paragraph, text_table
-from lorafold.inspecting.report import STYLE, grid
 from lorafold.undoing.defences import DEFENCES
 from lorafold.undoing.measure import State
 from lorafold.undoing.result import Before, Curve, Fragility, Point, Way
@@ -38,7 +38,6 @@ FIGURES: dict[str, tuple[Callable[[Point], float | None], str]] = {  # heading: 
     "by chance ": (lambda p: getattr(p.overlap, "read_by_chance", None), ".1%"),
 }
 WAY = ("stack", "defence", "rank", "rate")
-PLOT = (5.4, 3.6)
 ABOUT = """A stack of adapters makes the model refuse some prompts; the update of its last adapter
 is called the alignment. LoRA adapters were trained over the stack on k benign examples, which have
 nothing to do with these prompts, and the model was asked again.
@@ -155,30 +154,29 @@ def markdown(found: Fragility) -> str:
 def page(found: Fragility, path: str | Path) -> None:
     """Write the curves and the tables as one HTML file that needs no other."""
     title = f"Fragility of {', '.join(found.stacks)}"
-    document(title, "".join(sections(found)), path, STYLE)
+    document(title, "".join(sections(found)), path)
 
 
 def sections(found: Fragility) -> Iterator[str]:
     """The HTML of the page, in parts."""
     yield f"<p>On {html.escape(found.model)}, tuned on {html.escape(found.source)}.</p>"
-    yield f"<p>{ABOUT}</p>"
     if found.curves:
-        yield (
-            '<ul class="advice">'
-            + "".join(f"<li>{html.escape(str(curve))}</li>" for curve in found.curves)
-            + "</ul>"
+        yield notes(map(str, found.curves))
+        yield section(
+            "Curves",
+            "Bands are the 95% interval over the prompts or, where there are several seeds, the"
+            " range over them. Before is the stack before any tuning, without is the model without"
+            " the alignment, and halfway is between them.",
         )
-        yield "<h2>Curves</h2><p>Bands are the 95% interval over the prompts or, where there are"
-        yield " several seeds, the range over them. Dotted lines are the stack before and, below,"
-        yield " the model without the alignment; the dashed line is halfway between them.</p>"
-        yield grid(list(drawings(found.curves)), "grid two")
+        yield grid(drawings(found.curves))
         used = dict.fromkeys(curve.way.defence for curve in found.curves)
         about = (f"<li><b>{name}</b>: {html.escape(DEFENCES[name].about)}</li>" for name in used)
-        yield f"<h2>Defences</h2><ul>{''.join(about)}</ul>"
-    yield f"<h2>At the most examples</h2>{html_table(HEAD, lines(found))}"
+        yield f"{section('Defences')}<ul>{''.join(about)}</ul>"
+    yield section("At the most examples") + html_table(HEAD, lines(found))
     every = [line(ps) for curve in found.curves for ps in curve.by_examples.values()]
     if every:
-        yield f"<h2>All points</h2>{html_table(HEAD, every)}"
+        yield section("All points") + html_table(HEAD, every)
+    yield f"{section('What the figures are')}<p>{ABOUT}</p>"
 
 
 def drawings(curves: Sequence[Curve]) -> Iterator[str]:
@@ -191,13 +189,15 @@ def drawings(curves: Sequence[Curve]) -> Iterator[str]:
         chosen = sorted(of, key=lambda curve: list(DEFENCES).index(curve.way.defence))
         title = f"{stack}: rank {rank}, rate {lr:g}"
         before, reference = chosen[0].stack.before, chosen[0].stack.reference
+        halfway = (before.log_odds + reference) / 2
         yield plot(
-            title, "log-odds of refusal", chosen, lambda m: (m.log_odds, m.log_odds_interval),
-            {before.log_odds: ":", (before.log_odds + reference) / 2: "--", reference: ":"},
+            title, "log-odds of refusal", chosen, "+.2f",
+            lambda m: (m.log_odds, m.log_odds_interval),
+            {"before": before.log_odds, "halfway": halfway, "without": reference},
         )  # fmt: skip
         yield plot(
-            title, "refusals", chosen, lambda m: (m.refusals, m.refusals_interval),
-            {before.refusals: ":"},
+            title, "refusals", chosen, ".0%", lambda m: (m.refusals, m.refusals_interval),
+            {"before": before.refusals},
         )  # fmt: skip
 
 
@@ -205,36 +205,46 @@ def plot(
     title: str,
     label: str,
     curves: Sequence[Curve],
+    form: str,
     value: Callable[[State], tuple[float, Interval | None]],
-    levels: dict[float, str],
+    levels: dict[str, float],
 ) -> str:
     """One figure over the number of examples.
 
     Args:
         label: The label of the figure's axis.
         curves: One for each defence.
+        form: The format of the figure.
         value: The figure, and its interval.
-        levels: Heights at which a line is drawn, with its style.
+        levels: Heights at which a line is drawn, by what they are.
     """
+    means, bands = dict[str, list[float]](), dict[str, list[Interval]]()
+    for curve in curves:
+        after = [[p.measured for p in points] for points in curve.by_examples.values()]
+        states = [[curve.stack.before], *after]
+        means[curve.way.defence] = [fmean(value(m)[0] for m in seeds) for seeds in states]
+        bands[curve.way.defence] = [band([value(m) for m in seeds]) for seeds in states]
 
     def draw(axes: Any) -> None:
+        ends = [End(height, name, FAINT) for name, height in levels.items()]
+        for height in levels.values():
+            axes.axhline(height, color=FAINT, linewidth=0.8, linestyle=":")
         for curve in curves:
-            counts = [0, *curve.by_examples]
-            after = [[p.measured for p in points] for points in curve.by_examples.values()]
-            states = [[curve.stack.before], *after]
-            x = [math.log1p(k) for k in counts]
-            colour = f"C{list(DEFENCES).index(curve.way.defence)}"
-            means = [fmean(value(m)[0] for m in seeds) for seeds in states]
-            axes.plot(x, means, marker=".", color=colour, label=curve.way.defence)
-            bands = [band([value(m) for m in seeds]) for seeds in states]
-            axes.fill_between(x, *zip(*bands, strict=True), color=colour, alpha=0.12, linewidth=0)
+            name, counts = curve.way.defence, [0, *curve.by_examples]
+            x, style = [math.log1p(k) for k in counts], series(list(DEFENCES).index(name))
+            axes.plot(x, means[name], **style)
+            low_high = zip(*bands[name], strict=True)
+            axes.fill_between(x, *low_high, color=style["color"], alpha=0.12, linewidth=0)
             axes.set_xticks(x, list(map(str, counts)))
-        for height, style in levels.items():
-            axes.axhline(height, color="black", linewidth=0.8, linestyle=style)
+            ends.append(End(means[name][-1], name, style["color"]))
         axes.set(xlabel="benign examples", ylabel=label)
-        axes.legend(fontsize=8)
+        scaled(axes, y="linear")
+        at_ends(axes, ends)
 
-    return drawing(draw, title, PLOT)
+    most = max(max(curve.by_examples) for curve in curves)
+    ended = ", ".join(f"{name} {heights[-1]:{form}}" for name, heights in means.items())
+    said = f"After {most} benign examples: {ended}; {levels['before']:{form}} before."
+    return drawing(draw, f"{label[0].upper()}{label[1:]}, {title}", said)
 
 
 def band(seeds: Sequence[tuple[float, Interval | None]]) -> Interval:

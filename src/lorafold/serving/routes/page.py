@@ -14,9 +14,11 @@ from lorafold.serving.server import Server
 
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 SCRIPTS = ("page", "api", "chat", "answer", "markdown", "difference", "table", "manage")
-FILES = {  # by path
-    "/": "index.html",
-    **{f"/{name}": name for name in ("page.css", *(f"{one}.js" for one in SCRIPTS))},
+OWN = ("page.css", *(f"{name}.js" for name in SCRIPTS))
+FILES = {  # by path; the look is that of all pages
+    "/": "serving/page/index.html",
+    "/look.css": "files/look.css",
+    **{f"/{name}": f"serving/page/{name}" for name in OWN},
 }
 # nothing from elsewhere, and nothing of ours in another's frame
 POLICY = (
@@ -30,7 +32,7 @@ SHUT = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 def routes(server: Server) -> APIRouter:
     """The router."""
     router, registry = APIRouter(), server.registry
-    place = files("lorafold.serving") / "page"
+    place = files("lorafold")
     content = {path: (place / file).read_bytes() for path, file in FILES.items()}
 
     async def page(request: Request) -> Response:

@@ -1,0 +1,255 @@
+"""Plots in one style, as SVG inside of a page: names stand beside what they name, intervals are
+drawn, and numbers are plain.
+
+    drawing(draw, "Loss", "It fell from 3.1 to 0.4.")     draw(axes) draws, on matplotlib's axes
+
+Colours are those of the page (`page.css`), so that a plot follows the page's light and dark: while
+matplotlib draws, a stand-in is in place of each. Series differ by dash and marker too.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from collections.abc import Callable, Sequence
+from itertools import product
+from textwrap import fill
+from typing import Any, NamedTuple
+
+Interval = tuple[float, float]
+
+SIZE = (4.5, 3.2)  # inches; on a phone a plot has four fifths of its size
+SMALL = (3.4, 2.7)  # of several side by side
+COLOURS = ("", "ink", "faint", "line", *(f"series-{n}" for n in range(5)))
+_, INK, FAINT, LINE, *SERIES = (f"#0000{n:02x}" for n in range(len(COLOURS)))
+DASHES = ("-", "--", "-.", ":", (0, (7, 2, 1, 2, 1, 2)), (0, (1, 3)))
+MARKERS = ("o", "^", "s", "D", "v", "P")
+TEXT, ROOM = 10, 16  # points of a name's height, and characters of a line of it
+LEADER = {"arrowstyle": "-", "color": FAINT, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 3}
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # texts stay texts, in the page's font, which is no wider
+    "svg.hashsalt": "lorafold",
+    "text.parse_math": False,  # a name may have dollar signs
+    "font.size": TEXT,
+    "axes.titlesize": TEXT,
+    "axes.labelsize": TEXT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": LINE,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "text.color": INK,
+    "axes.labelcolor": FAINT,
+    "xtick.color": LINE,
+    "ytick.color": LINE,
+    "xtick.labelcolor": FAINT,
+    "ytick.labelcolor": FAINT,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": LINE,
+    "grid.linewidth": 0.5,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 5,
+    "errorbar.capsize": 2.5,
+}
+
+
+def drawing(
+    draw: Callable[[Any], None], title: str, said: str, size: tuple[float, float] = SIZE
+) -> str:
+    """A plot as an HTML figure with inline SVG.
+
+    Args:
+        draw: The function that draws on matplotlib's axes.
+        title: What is drawn, as text.
+        said: What the plot shows here, in sentences with its figures.
+        size: Its width and height in inches.
+    """
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    text = io.StringIO()
+    with rc_context(STYLE):
+        plot = Figure(figsize=size, layout="constrained", dpi=72)
+        draw(plot.add_subplot())
+        FigureCanvasSVG(plot).print_svg(text, metadata={"Date": None})
+    _, tag, rest = text.getvalue().partition("<svg")
+    drawn = re.sub(r"#000([01])([0-9a-f]{2})\b", _of_page, tag + rest)
+    return (
+        f"<figure><figcaption><b>{html.escape(title)}</b> {html.escape(said)}</figcaption>"
+        f'{drawn.replace("<svg", f"""<svg role="img" aria-label="{html.escape(title)}" """, 1)}'
+        "</figure>"
+    )
+
+
+def _of_page(found: re.Match[str]) -> str:
+    """The page's colour in place of its stand-in."""
+    n = int(found[2], 16)
+    return f"var(--{COLOURS[n]})" if found[1] == "0" else mixed("series-0", "series-1", n)
+
+
+def mixed(one: str, other: str, percent: float) -> str:
+    """A colour between two of the page, as CSS."""
+    return f"color-mix(in oklab, var(--{one}), var(--{other}) {percent:.0f}%)"
+
+
+def between(share: float) -> str:
+    """The colour of a line that is one of an order: of the first one at 0, of the last one at 1."""
+    return f"#0001{round(100 * share):02x}"
+
+
+def series(n: int) -> dict[str, Any]:
+    """The colour, dash and marker of a series by its number."""
+    return {
+        "color": SERIES[n % len(SERIES)],
+        "linestyle": DASHES[n % len(DASHES)],
+        "marker": MARKERS[n % len(MARKERS)],
+    }
+
+
+def number(value: float, position: Any = None, digits: int = 6) -> str:
+    """A plain number, as at a tick: 2.7, 0.05, 40k, 1.5M."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.{digits}g}{unit}"
+    plain = f"{float(f'{value:.{digits}g}'):.12f}".rstrip("0").rstrip(".")
+    return plain.replace("-", "\N{MINUS SIGN}")
+
+
+def scaled(axes: Any, **scales: str) -> None:
+    """Set the scales of the axes `x` and `y`, log or linear, with a few plain numbers at each. To
+    be called once everything is drawn.
+    """
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+    for name, scale in scales.items():
+        getattr(axes, f"set_{name}scale")(scale)
+        axis = getattr(axes, f"{name}axis")
+        low, high = sorted(axis.get_view_interval())
+        many = scale == "log" and high > 6 * low
+        steps = (1.0, 2.0, 5.0) if high < 100 * low else (1.0,)
+        near = MaxNLocator(5, steps=[1, 2, 5, 10])
+        axis.set_major_locator(LogLocator(subs=steps, numticks=8) if many else near)
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(number)
+
+
+def spread(values: Sequence[float], intervals: Sequence[Interval | None]) -> list[list[float]]:
+    """How far intervals reach below and above their values, as matplotlib's error bars want it."""
+    known = [interval or (value, value) for value, interval in zip(values, intervals, strict=True)]
+    return [
+        [abs(value - interval[side]) for value, interval in zip(values, known, strict=True)]
+        for side in (0, 1)
+    ]
+
+
+def level(axes: Any, name: str, **at: float) -> None:
+    """A line across the axes at a value of `y`, or down the axes at one of `x`, with its name."""
+    [(way, value)] = at.items()
+    (axes.axvline if way == "x" else axes.axhline)(value, color=FAINT, linewidth=1, linestyle="--")
+    text: dict[str, Any] = {"color": FAINT, "annotation_clip": False}
+    if way == "x":
+        axes.annotate(name, (value, 1), xycoords=axes.get_xaxis_transform(), ha="center", **text)
+    else:
+        axes.annotate(name, (1, value), xycoords=axes.get_yaxis_transform(), va="center", **text)
+
+
+class Marks(NamedTuple):
+    """One figure of each row, and its interval."""
+
+    name: str
+    values: Sequence[float | None]
+    intervals: Sequence[Interval | None]
+
+
+def rows(axes: Any, names: Sequence[str], marks: Sequence[Marks]) -> None:
+    """Figures of named rows as points with their intervals, from left to right. Where there are
+    several figures, their names stand beside the points of the first row that has them.
+    """
+    first = list[tuple[float, float]]()
+    for n, one in enumerate(marks):
+        known = [(y, v, i) for y, (v, i) in enumerate(zip(*one[1:], strict=True)) if v is not None]
+        at, values, intervals = zip(*known, strict=True)
+        heights = [y + 0.3 * (n - (len(marks) - 1) / 2) for y in at]
+        style = series(n) | {"linestyle": "none"}
+        axes.errorbar(values, heights, xerr=spread(values, intervals), **style)
+        first.append((values[0], heights[0]))
+    axes.set_yticks(range(len(names)), names)
+    axes.tick_params("y", labelcolor=INK, length=0)
+    axes.set_ylim(len(names) - 0.4, -0.6 - 0.6 * (len(marks) > 1))
+    if len(marks) > 1:
+        at_points(axes, first, [one.name for one in marks])
+
+
+def height_of(names: Sequence[str], marks: int = 1) -> tuple[float, float]:
+    """The size of a plot of rows, in inches."""
+    return SIZE[0], 0.75 + (0.2 + 0.06 * (marks - 1)) * len(names) + 0.15 * (marks > 1)
+
+
+class End(NamedTuple):
+    """A name at the right end of a line, at its last value."""
+
+    height: float
+    name: str
+    colour: str
+
+
+def at_ends(axes: Any, ends: Sequence[End]) -> None:
+    """Write names to the right of the axes, none over another. To be called once all is drawn."""
+    axes.figure.draw_without_rendering()  # the layout, which has the heights
+    frame = axes.get_window_extent()
+    x = axes.get_xlim()[1]
+    wanted = sorted((axes.transData.transform((x, end.height))[1], end) for end in ends)
+    names = [fill(end.name, ROOM) for _, end in wanted]
+    tall = [TEXT * 1.25 * (1 + name.count("\n")) for name in names]
+    placed, floor = list[float](), frame.y0 - TEXT
+    for (height, _), size in zip(wanted, tall, strict=True):
+        placed.append(max(height, floor + size / 2))
+        floor = placed[-1] + size / 2
+    ceiling = frame.y1 + TEXT
+    for n in reversed(range(len(placed))):
+        placed[n] = min(placed[n], ceiling - tall[n] / 2)
+        ceiling = placed[n] - tall[n] / 2
+    for (height, end), name, at in zip(wanted, names, placed, strict=True):
+        axes.annotate(
+            name, (1, end.height), (14, at - height), axes.get_yaxis_transform(), "offset points",
+            color=end.colour, va="center", annotation_clip=False,
+            arrowprops=LEADER | {"color": end.colour, "relpos": (0, 0.5)},
+        )  # fmt: skip
+
+
+def at_points(axes: Any, points: Sequence[tuple[Any, Any]], names: Sequence[str]) -> None:
+    """Write names beside points: as near as there is room inside of the frame, over no other name
+    and no point. To be called once all is drawn.
+    """
+    from matplotlib.transforms import Bbox
+
+    axes.figure.draw_without_rendering()  # the layout, which names inside of the frame don't change
+    frame, at = axes.get_window_extent(), axes.transData.transform(points)
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in at]
+
+    def box(x: float, y: float, size: tuple[float, float], how: tuple[float, ...]) -> Any:
+        far, right, up = how
+        left, low = (
+            start + side * far + (side - 1) / 2 * length
+            for start, side, length in ((x, right, size[0]), (y, up, size[1]))
+        )
+        return Bbox.from_bounds(left, low, *size)
+
+    sides = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1)]
+    around = [(far, *side) for far, side in product((6, 12, 20, 30, 42, 56), sides)]
+    for point, (x, y), name in zip(points, at, names, strict=True):
+        measured = axes.text(*point, name)
+        size = measured.get_window_extent().size
+        measured.remove()
+        boxes = [box(x, y, size, how) for how in around]
+        inside = [b for b in boxes if frame.x0 <= b.x0 and b.x1 <= frame.x1]
+        inside = [b for b in inside if frame.y0 <= b.y0 and b.y1 <= frame.y1] or boxes
+        found = min(inside, key=lambda b: sum(b.overlaps(other) for other in taken))
+        taken.append(found)
+        axes.annotate(
+            name, point, (found.x0 - x, found.y0 - y), textcoords="offset points",
+            arrowprops=LEADER, va="bottom",
+        ).set_in_layout(False)  # fmt: skip

@@ -1,0 +1,123 @@
+"""Reports of many methods, defences and rewards, whose figures are drawn at random, for what tests
+see of pages: names that are long, figures that lie close, and some that are missing.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+from lorafold.comparing import report as comparing
+from lorafold.comparing.measure import BASE, Measurement
+from lorafold.inspecting import history_page
+from lorafold.inspecting.history import History
+from lorafold.memory import report as memory
+from lorafold.memory.terms import TERMS, Estimate
+from lorafold.methods import METHODS
+from lorafold.undoing import report as undoing
+from lorafold.undoing.defences import DEFENCES
+from lorafold.undoing.measure import State
+from lorafold.undoing.result import Before, Fragility, Point, Way
+
+LONG = r"a reward with a long $name$ & <more>"
+
+
+def compared(path: Path, names: tuple[str, ...], rewards: bool = False) -> None:
+    """Methods of which every third one can't be merged."""
+    chance = random.Random(1)
+    found = []
+    for n, name in enumerate((BASE, *names)):
+        losses = tuple((chance.gauss(3 if name == BASE else 0.4 + 0.02 * n, 0.3) * 5, 5)
+                       for _ in range(40))  # fmt: skip
+        mean = sum(s for s, _ in losses) / 200
+        quality = {"reward": mean, "prompt_rewards": tuple(s / 5 for s, _ in losses)}
+        of = Measurement(name, 0, **quality if rewards else {"loss": mean, "row_losses": losses})
+        merges = n % 3 > 0
+        cost = {} if name == BASE else {
+            "trainable_parameters": int(10 ** chance.uniform(4, 8)),
+            "trainable_share": 0.01, "adapter_bytes": 10**6, "tokens_per_second": 1000.0,
+            "peak_bytes": 10**9, "train_seconds": 100.0, "forgetting_loss": 0.01,
+            "forgetting_kl": 10 ** chance.uniform(-4, 0), "mergeable": merges,
+            "latency_attached": chance.uniform(1, 2.5), "prefill_attached": chance.uniform(1, 2),
+            "latency_merged": chance.uniform(1, 1.1) if merges else None,
+            "prefill_merged": chance.uniform(1, 1.1) if merges else None,
+            "modifies_architecture": not merges,
+        }  # fmt: skip
+        found.append(Measurement(**vars(of) | cost))
+    comparing.page(found, "Methods on smollm2, rows.jsonl", path)
+
+
+def undone(path: Path) -> None:
+    """A curve for every defence."""
+
+    def state(odds: float) -> State:
+        share = max(0.0, min(1.0, odds / 3))
+        reach = (max(0.0, share - 0.2), min(1.0, share + 0.2))
+        return State(odds, (odds - 0.4, odds + 0.4), share, reach, 0.02, (0.0, 0.1), 0.03, 1.234)
+
+    before = Before(state(2.9), state(-1.0))
+    points = tuple(
+        Point(Way("policy", defence, 8, 2e-4), 0, k, before.kept(odds), state(odds), None)
+        for n, defence in enumerate(DEFENCES)
+        for k in (2, 4, 8, 16, 32, 64)
+        for odds in [2.9 - (0.4 + 0.1 * n) * k**0.5]
+    )
+    found = Fragility("smollm2", "benign.jsonl", {"policy": before}, points)
+    undoing.page(found, path)
+
+
+def drawn(path: Path) -> None:
+    """A policy of three rewards over 200 steps."""
+    chance = random.Random(2)
+
+    def walk(start: float, step: float) -> list[float]:
+        return [start + step * n + chance.gauss(0, abs(start) / 5 + 0.02) for n in range(200)]
+
+    steps = {
+        "reward": walk(0.2, 0.003), f"reward {LONG}": walk(0.1, 0.001),
+        "reward short": walk(0.1, 0.002), "reward letters": walk(0.12, 0.001),
+        "tokens a completion": walk(80, -0.2), "cut off": [0.0] * 200,
+        "entropy": walk(1.2, -0.004), "mismatch": walk(0.001, 0), "largest mismatch": walk(0.01, 0),
+    }  # fmt: skip
+    measured = [0.2, 0.45, 0.6, 0.7]
+    held_out = {
+        "step": [0, 50, 100, 200], "reward": measured,
+        "reward_interval": [(v - 0.1, v + 0.1) for v in measured],
+    }  # fmt: skip
+    said = {"where": "row 3", "prompt": "Say red", "completion": "red " * 60, "reward": 0.7,
+            "ended": False, "each": {"short": 0.2}}  # fmt: skip
+    sides = {"first": {"step": 0, "samples": [said]}, "last": {"step": 200, "samples": [said] * 2}}
+    found = History(
+        "policy", {"objective": "grpo", "method": "lora"}, walk(0.01, 0), steps,
+        {step: -reward for step, reward in zip(held_out["step"], measured, strict=True)}, held_out,
+        {LONG: 1.0, "short": 0.5, "letters": 1.0}, sides, ["The entropy fell by 60%."],
+    )  # fmt: skip
+    history_page.page(found, path)
+
+
+def learned(path: Path) -> None:
+    """A run with losses alone."""
+    losses = [3 * 0.97**n + 0.3 for n in range(120)]
+    recipe = {"objective": "sft", "method": "lora"}
+    evals = {n: losses[n - 1] + 0.05 for n in (40, 80, 120)}
+    found = History("adapter", recipe, losses, {}, evals, {}, {}, {}, [])
+    history_page.page(found, path)
+
+
+def estimated(path: Path) -> None:
+    """All terms, on a device that is too small."""
+    found = Estimate({name: 3**n * 10**6 for n, name in enumerate(TERMS)})
+    said = ["does not fit: 8.0 GB short", "no single change would make it fit"]
+    memory.page(found, "lora of smollm2, 4 x 512 tokens", path, said, 24 * 10**9)
+
+
+PAGES: dict[str, Callable[[Path], None]] = {
+    "all methods": lambda path: compared(path, tuple(METHODS)),
+    "compare": lambda path: compared(path, tuple(METHODS)[:8]),
+    "rewards": lambda path: compared(path, ("lora", "dora", "ia3"), rewards=True),
+    "fragility": undone,
+    "policy": drawn,
+    "train": learned,
+    "estimate": estimated,
+}
