@@ -126,7 +126,7 @@ def test_a_file_of_sft_field_by_field(tmp_path):
         lr=2e-4, lr_b=2e-4, schedule="linear", warmup=0.0, optimizer="adamw", epochs=1, batch=16,
         accumulate=8, max_length=2048, packing=True, gradient_checkpointing=True, eval_every=100,
     )  # fmt: skip
-    assert keys(found, "changed") == {"per_device_train_batch_size"}
+    assert keys(found, "changed") == {"packing", "per_device_train_batch_size"}
     assert keys(found, "left") == {"model_name_or_path", "dataset_name", "eos_token", "output_dir"}
     assert "every token of {messages}" in remark(found, "assistant_only_loss")
     assert "--data acme/chats --out out" in found.command()

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from device_cases import Case, apart, gemma3, mixtral, rows
+from device_cases import HERE, Case, apart, gemma3, mixtral, rows
 
+pytestmark = HERE
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"dropout": 0.1}, "dora": {"dropout": 0.0}, "adalora": {"dropout": 0.0},
     "vera": {"dropout": 0.0}, "lokr": {}, "ia3": {}, "houlsby": {}, "prefix": {}, "full": {},

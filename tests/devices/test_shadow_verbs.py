@@ -16,12 +16,13 @@ from torch import nn
 
 import lorafold as lf
 from conftest import make_tokenizer, unestimating
-from device_cases import REAL, SIZE, moved, on_device
+from device_cases import HERE, REAL, SIZE, moved, on_device
 from lorafold.engine import residency, state
 from lorafold.errors import Interrupted
 from lorafold.training import loop
 from shadow import WHERE
 
+pytestmark = HERE
 ROWS = [{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(8)]
 PAIRS = [{"prompt": f"What is {i}?", "chosen": "It is.", "rejected": "No."} for i in range(4)]
 RECIPE: dict[str, Any] = {"steps": 3, "batch": 4, "max_length": 64}

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import transformers as tf
 from rich.console import Console
@@ -33,6 +34,8 @@ from lorafold.training.loop import Job, train_step
 from shadow import WHERE, Count, Device, Shadow, host_of
 
 REAL = torch.version.cuda is not None
+# a build for CUDA can't pretend another device
+HERE = pytest.mark.skipif(REAL and WHERE.type != "cuda", reason="a build of torch for CUDA")
 if not REAL:
     cuda_kernels.install()
 CPU = torch.device("cpu")

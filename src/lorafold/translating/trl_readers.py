@@ -53,6 +53,11 @@ def sft_loss(value: Any, settings: Settings) -> Outcome:
 
 def packing(value: Any, settings: Settings) -> Outcome:
     """`packing` becomes packing, in which rows are always kept apart."""
+    if boolean(value) and "flash" not in str(settings["attn_implementation"]):
+        return changed(
+            "without FlashAttention rows see each other there, and are kept apart here",
+            packing=True,
+        )
     return taken(packing=boolean(value))
 
 
