@@ -118,6 +118,7 @@ DIVIDED = {
     "prompt": ("--method", "prompt"),
     "dora": ("--method", "dora", "--eval-fraction", "0.2"),
     "dpo": ("--objective", "dpo"),
+    "kto": ("--objective", "kto", "--set", "accumulate=3", "--eval-fraction", "0.2"),
     "reward": ("--objective", "reward"),
     "pissa": ("--method", "pissa"),
     "full": ("--method", "full", "--set", "clip=0.5", "--eval-fraction", "0.2"),
@@ -145,7 +146,8 @@ def test_divided_weights_of_other_runs(
 
 
 def divided(what: str, command: tuple[str, ...], tmp_path: Path) -> None:
-    data = rows(tmp_path / "rows.jsonl", kind="dpo" if what in ("dpo", "reward") else "sft")
+    kinds = {"dpo": "dpo", "reward": "dpo", "kto": "kto"}
+    data = rows(tmp_path / "rows.jsonl", kind=kinds.get(what, "sft"))
     asked = (*command[:4], str(data), *command[5:], *DIVIDED[what])
     outs, needed = [tmp_path / strategy for strategy in ("ddp", "fsdp")], []
     for out in outs:
@@ -166,11 +168,11 @@ def test_what_can_not_be_divided_is_refused(
     processes: int, command: tuple[str, ...], tmp_path: Path
 ) -> None:
     out, data = tmp_path / "out", tmp_path / "rows.jsonl"
-    data.write_text('{"prompt": "a", "completion": "b", "label": true}\n' * 16)
-    asked = (*command[:4], str(data), *command[5:], "--strategy", "fsdp", "--objective", "kto")
+    data.write_text('{"prompt": "a"}\n' * 16)
+    asked = (*command[:4], str(data), *command[5:], "--strategy", "fsdp", *SHARED["grpo"][1:])
     done = together(processes, tmp_path, *asked, "--out", str(out))
     assert [p.code for p in done] == [2] * processes
-    assert "strategy fsdp: found objective kto, expected one that draws no" in done[0].stderr
+    assert "strategy fsdp: found objective grpo, expected one that draws no" in done[0].stderr
     assert not out.exists()
 
 
