@@ -2,6 +2,8 @@
 
     with loaded_in_turn(), each_kept(keep):
         model = auto.from_pretrained(...)       keep(t) for each tensor that a module has got
+
+So what is kept of a tensor can be little, and the model is never whole.
 """
 
 from __future__ import annotations

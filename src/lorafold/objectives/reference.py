@@ -91,7 +91,7 @@ def referenced(
     code = of_code(*TRAINING, packages=COMPUTED_WITH)
     made = [*below, digest(loss.model), examples.digest]
     key = json.dumps([code, made, loss.shares, loss.how is not None and loss.how.across])
-    path = layout.kept("reference", key, write, notice) / FILE
+    path = layout.cached("reference", key, write, notice) / FILE
     notice(f"reference: log-probabilities of {len(examples)} examples, {source}")
     return Referenced(examples, np.load(path))
 

@@ -34,9 +34,7 @@ class Reading(TorchDispatchMode):
         self.shards = shards
         self.filled: list[Shard] = []
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.shards and not getattr(func, "is_view", False):
             self._fill([shard for t in tree_leaves((args, kwargs)) if (shard := self._of(t))])

@@ -70,7 +70,7 @@ class Replicated:
         """Let operations find tensors whole in the `with` block, in all processes at once."""
         yield
 
-    def kept(
+    def cached(
         self, kind: str, key: str, write: Callable[[Path], None], notice: Callable[[str], None]
     ) -> Path:
         """`files.cache.cached` of what passes through the model, which all compute together."""

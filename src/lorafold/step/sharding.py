@@ -121,7 +121,8 @@ class Sharded(Replicated):
         with ExitStack() as stack:
             for path, part in of.items():
                 _open_for(stack, model.get_submodule(path), self, part)
-            if len(ends := vocabulary_ends(model)) > 1:  # the loss reads the head itself, once the decoder has run
+            # the loss reads the head itself, once the decoder has run
+            if len(ends := vocabulary_ends(model)) > 1:
                 _, decoder = decoder_of(model)
                 opens = decoder.register_forward_hook(lambda *_: self.open(of[ends[-1]]))
                 stack.callback(opens.remove)
@@ -246,7 +247,7 @@ class Sharded(Replicated):
 
         return Piece(shape, dtype, get)
 
-    def kept(
+    def cached(
         self, kind: str, key: str, write: Callable[[Path], None], notice: Callable[[str], None]
     ) -> Path:
         there = found_in_cache(kind, key)
@@ -268,9 +269,7 @@ class Sharded(Replicated):
                 shard.empty()
 
 
-def _open_for(
-    stack: ExitStack, part: nn.Module, shards: Sharded, held: Sequence[Shard]
-) -> None:
+def _open_for(stack: ExitStack, part: nn.Module, shards: Sharded, held: Sequence[Shard]) -> None:
     """Have a part of the model whole while a module of it runs, and when its backward begins. It
     may begin inside the part, where another pass read what a block kept, as keys of virtual tokens.
     """
