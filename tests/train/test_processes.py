@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
+from torch import nn
 
 from lorafold.methods import METHODS
+from lorafold.training import setup
 from mixtures import CONFIGS
 from process_cases import apart, rows, same_bytes, together
 
@@ -145,17 +149,39 @@ def test_divided_weights_of_other_runs(
     divided(what, command, tmp_path)
 
 
+def noting(folder: Path) -> Callable[[int], dict]:
+    """What a run calls before it begins, so that it notes the bytes that a model has of its weights
+    when a method is to be attached to it.
+    """
+
+    def before() -> None:
+        attach = setup.attach
+
+        def noted(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            storages = {p.untyped_storage()._cdata: p for p in model.parameters()}.values()
+            held = sum(p.untyped_storage().nbytes() for p in storages)
+            (folder / "held").write_text(f"{held} {sum(p.nbytes for p in storages)}")
+            return attach(model, *args, **kwargs)
+
+        setup.attach = noted  # type: ignore[assignment]
+
+    return lambda rank: {"before": before}
+
+
 def divided(what: str, command: tuple[str, ...], tmp_path: Path) -> None:
     kinds = {"dpo": "dpo", "reward": "dpo", "kto": "kto"}
     data = rows(tmp_path / "rows.jsonl", kind=kinds.get(what, "sft"))
     asked = (*command[:4], str(data), *command[5:], *DIVIDED[what])
     outs, needed = [tmp_path / strategy for strategy in ("ddp", "fsdp")], []
     for out in outs:
-        found = together(2, tmp_path, *asked, "--strategy", out.name, "--out", str(out))
+        there = (*asked, "--strategy", out.name, "--out", str(out))
+        found = together(2, tmp_path, *there, own=noting(tmp_path))
         assert [p.code for p in found] == [0, 0], found[0].stderr
         said = found[0].stderr + found[0].stdout
         needed += re.findall(r"memory: ([\d.]+) MB at the peak", said)
     assert same_bytes(*outs)
+    held, whole = map(int, (tmp_path / "held").read_text().split())
+    assert held < 0.1 * whole  # norms, since parts are beside the model
     whole_need, divided_need = map(float, needed)
     assert divided_need < whole_need
     whole, kept = re.findall(r"of ([\d.]+) kB of weights .* keeps ([\d.]+) kB", said)[0]

@@ -5,8 +5,8 @@ writes it, and is let go when another one is needed.
         module.weight.float()               gathered, in all processes at once
 
 So whatever prepares a run, a method, a check or a fingerprint, uses weights as if they were whole.
-All processes must do the same operations on them in the same order. A view reads nothing, so it
-leaves them as they are: what is handed to other code as an address must be copied first.
+All processes must do the same operations on them in the same order. What state dicts are made of
+(`ALIASES`) leaves them as they are, so what other code takes by its address must be copied first.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lorafold.step.shards import Shard
+
+ALIASES = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
 
 
 class Reading(TorchDispatchMode):
@@ -36,7 +38,7 @@ class Reading(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.shards and not getattr(func, "is_view", False):
+        if self.shards and func not in ALIASES:
             self._fill([shard for t in tree_leaves((args, kwargs)) if (shard := self._of(t))])
             if func._schema.is_mutable:
                 for declared, t in zip(func._schema.arguments, args, strict=False):
