@@ -48,6 +48,7 @@ from lorafold.step.reading import Reading
 from lorafold.step.replicated import Replicated
 from lorafold.step.shards import (
     Owned,
+    Parted,
     Shard,
     divide,
     owners,
@@ -147,7 +148,7 @@ class Sharded(Replicated):
                 self._parts.append(found)
         parts = {shard.storage._cdata: shard for shard in self._all}
         for place, shard in self._known.items():
-            if place not in parts:  # what is in no part stays whole
+            if place not in parts and isinstance(shard, Parted):  # what is in no part stays whole
                 shard.restore()
         self._known.clear()
         self._known.update(parts)
@@ -156,9 +157,8 @@ class Sharded(Replicated):
 
     def _own(self, p: nn.Parameter, owner: int) -> Owned:
         before = self._known.pop(p.untyped_storage()._cdata, None)
-        if before is not None:
-            before.restore()
-        self._owned[p] = shard = Owned(p, owner, self.processes)
+        parted = before if isinstance(before, Parted) else None
+        self._owned[p] = shard = Owned(p, owner, self.processes, parted)
         return shard
 
     def open(self, part: Sequence[Shard]) -> None:
@@ -255,9 +255,11 @@ class Sharded(Replicated):
             return there
         with TemporaryDirectory() as made:
             write(Path(made))  # in all, since it passes through the model
-            return cached(
-                kind, key, lambda to: copytree(made, to, dirs_exist_ok=True) and None, notice
-            )
+
+            def copy(to: Path) -> None:
+                copytree(made, to, dirs_exist_ok=True)
+
+            return cached(kind, key, copy, notice)
 
     def gather_to_first(self) -> None:
         self._close()

@@ -60,15 +60,36 @@ class Parted:
             self.fill()
         self.storage.resize_(self.size)
 
+    def give(self, owner: int, processes: Processes) -> None:
+        """Make the storage what it was in its owner alone; the others have none of it."""
+        if self.whole:
+            self.empty()
+        mine = owner == processes.index
+        self.storage.resize_(self.padded if mine else 0)
+        parts = [*_bytes(self.storage).split(self.kept)] if mine else None
+        dist.gather(self.own, parts, owner)
+        self.storage.resize_(self.size if mine else 0)
+
     def reduce_gradient(self) -> None:
         """Nothing: what is frozen has no gradient."""
 
 
 class Owned:
-    """A trained parameter, and the process that keeps it."""
+    """A trained parameter, and the process that keeps it.
 
-    def __init__(self, p: nn.Parameter, owner: int, processes: Processes) -> None:
-        if p.untyped_storage().nbytes() != p.nbytes or not p.untyped_storage().resizable():
+    Args:
+        before: Its shard, where it is divided already.
+    """
+
+    def __init__(
+        self, p: nn.Parameter, owner: int, processes: Processes, before: Parted | None = None
+    ) -> None:
+        if before is not None and before.size == p.nbytes:
+            before.give(owner, processes)
+        elif before is not None:
+            before.restore()
+        storage = p.untyped_storage()
+        if storage.nbytes() not in (0, p.nbytes) or not storage.resizable():
             p.data = p.detach().clone()  # a part of a larger one, or of a file
         self.p, self.owner, self.mine = p, owner, owner == processes.index
         self.storage, self.size = p.untyped_storage(), p.nbytes

@@ -77,8 +77,8 @@ def _trained(setup: Setup, console: Console) -> Trained:
         tokenizer, packing = setup.tokenizer, request.recipe.packing
         stack = until_written.enter_context(ExitStack())
         until_written.enter_context(freed_blocks_kept())
-        if told := until_written.enter_context(divided(layout, model, request.recipe)):
-            console.print(told, highlight=False, soft_wrap=True)
+        if parted := until_written.enter_context(divided(layout, model, request.recipe)):
+            console.print(parted, highlight=False, soft_wrap=True)
         # what draws completions has modules of its own, which nothing is fused in yet
         loss = stack.enter_context(setup.objective.loss(model, tokenizer, packing, console))
         console.print(str(stack.enter_context(fused(model))), highlight=False)
