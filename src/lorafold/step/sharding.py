@@ -66,8 +66,8 @@ class Sharded(Replicated):
 
     def __init__(self, processes: Processes) -> None:
         super().__init__(processes)
-        self._known: dict[int, Shard] = {}  # by the identity of the storage
-        self._mode = Reading(self._known)
+        self.known: dict[int, Shard] = {}  # by the identity of the storage
+        self._mode = Reading(self.known)
         self._parts: list[Sequence[Shard]] = []
         self._current: Sequence[Shard] = ()
         self._backward = False  # whether what is whole was made so by a backward pass
@@ -100,7 +100,7 @@ class Sharded(Replicated):
     def _keep_part(self, device: torch.device) -> Callable[[Tensor], None]:
         def keep(t: Tensor) -> None:
             if not t.is_meta and getattr(t, "_is_hf_initialized", False):  # its values are there
-                divide(t, self._known, self.processes, device)
+                divide(t, self.known, self.processes, device)
 
         return keep
 
@@ -139,7 +139,7 @@ class Sharded(Replicated):
         for path in parts_of(model):
             part = model.get_submodule(path)
             held = [self._own(p, owner_of[p]) for p in trained_in(part, params)]
-            found = [*held, *parted_in(part, self._known, taken, self.processes)]
+            found = [*held, *parted_in(part, self.known, taken, self.processes)]
             same = next((of[e] for e in ends if e in of and not found), None)  # tied ends
             of[path] = found if same is None else same
             if same is None:
@@ -147,16 +147,16 @@ class Sharded(Replicated):
                     shard.empty()
                 self._parts.append(found)
         parts = {shard.storage._cdata: shard for shard in self._all}
-        for place, shard in self._known.items():
+        for place, shard in self.known.items():
             if place not in parts and isinstance(shard, Parted):  # what is in no part stays whole
                 shard.restore()
-        self._known.clear()
-        self._known.update(parts)
+        self.known.clear()
+        self.known.update(parts)
         unmap(model)
         return of
 
     def _own(self, p: nn.Parameter, owner: int) -> Owned:
-        before = self._known.pop(p.untyped_storage()._cdata, None)
+        before = self.known.pop(p.untyped_storage()._cdata, None)
         parted = before if isinstance(before, Parted) else None
         self._owned[p] = shard = Owned(p, owner, self.processes, parted)
         return shard
