@@ -257,14 +257,12 @@ class Objective(ABC):
         self, loss: Any, feed: Feed, held_out: Any, below: Sequence[str], console: Console,
         layout: Replicated,
     ) -> tuple[Feed, Any]:
-        """The same examples with what the objective has to know of them under the model before
-        anything is trained.
+        """The same examples with what the objective has to know of them under the untrained model.
 
         Args:
             loss: As `loss` yields it.
             held_out: The `Data` to measure on, or None.
-            below: What the model before anything is trained depends on besides its tensors, as
-                identities.
+            below: The identities of what that model depends on besides its tensors.
             layout: Of the model.
         """
         return feed, held_out
