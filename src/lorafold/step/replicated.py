@@ -70,6 +70,11 @@ class Replicated:
         """Let operations find tensors whole in the `with` block, in all processes at once."""
         yield
 
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Let each process do with what it owns, in the `with` block, what the others do not do."""
+        yield
+
     def cached(
         self, kind: str, key: str, write: Callable[[Path], None], notice: Callable[[str], None]
     ) -> Path:

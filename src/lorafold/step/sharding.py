@@ -111,6 +111,12 @@ class Sharded(Replicated):
         self._mode.let_go()
 
     @contextmanager
+    def apart(self) -> Iterator[None]:
+        self._mode.shards = {}
+        yield
+        self._mode.shards = self.known
+
+    @contextmanager
     def dividing(self, model: nn.Module) -> Iterator[None]:
         """Divide what is not divided yet, and have each part whole while it computes, until the
         `with` block ends. Then no process has them all, unless they were gathered.

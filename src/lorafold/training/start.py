@@ -113,7 +113,8 @@ def prepare(
     optimizer = make_optimizer(chosen.name, groups, recipe)
     if state is not None:
         own = {k: v for k, v in state.items() if not k.startswith("rng.")}
-        restore_optimizer(optimizer, own, layout.owns)
+        with layout.apart():
+            restore_optimizer(optimizer, own, layout.owns)
         restore_rng(state)
     if resume:
         console.print(f"resuming after step {progress.step} of {feed.steps}", highlight=False)
