@@ -1,14 +1,18 @@
 """Several processes of one run beside one: memory of each, and tokens a second.
 
     python benchmarks/processes.py [--sides memory,speed] [--counts 1,2,4] [--layers 24]
+    python benchmarks/processes.py --sides loading --counts 4
 
 memory: a random Llama of --layers blocks in the proportions of one of 8 billion parameters (width
 1,024, two tables of 16,384 tokens; 24 blocks: 342 million, in bf16 files) is trained with
 `--strategy fsdp`, three steps of 4 rows of 32 tokens: all weights in fp32, and a LoRA of rank 16
 over NF4. Peaks are of the memory that a process has of its own (RssAnon, sampled every 50 ms), less
-that of a process which trains a model of one small block, which is what the libraries take. While
-the model is loaded, the memory of all processes together, shared pages counted once and libraries
-left out, is set beside the bytes of its files.
+that of a process which trains a model of one small block, which is what the libraries take.
+
+loading: until that model is divided, the memory of all processes together, less that of loading the
+small model: what is in no file (anonymous and shared, of smaps_rollup's Pss), over the bytes of the
+files and over those of the weights as they are stored; and with the mapped pages of files, each
+counted once.
 
 speed: `--strategy ddp`, LoRA of rank 16 on the embedded model in bf16, two processes of one thread
 beside one process of two, in turn; medians.
@@ -20,6 +24,7 @@ import argparse
 import json
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -76,7 +81,8 @@ class Watched:
     def __init__(self, mark: str) -> None:
         self.mark, self.own = mark, dict[int, int]()
         self._until, self._pids = 0.0, list[Path]()
-        self.together = 0  # bytes, shared pages counted once, until the model is divided
+        self.stored = float("nan")  # bytes of the weights, as a run that divides them says
+        self.together = self.mapped = 0  # bytes until the model is divided, and with those of files
 
     def _found(self) -> list[Path]:
         """The processes that compute, looked for once a second."""
@@ -90,7 +96,7 @@ class Watched:
         return self._pids
 
     def look(self, loading: bool) -> None:
-        together = 0
+        together = mapped = 0
         for at in self._found():
             try:
                 status = dict(
@@ -98,14 +104,18 @@ class Watched:
                 )
                 if loading:
                     text = (at / "smaps_rollup").read_text()
-                    found = next(line for line in text.splitlines() if line.startswith("Pss:"))
-                    together += int(found.split()[1]) * 1024
-            except (OSError, ValueError, StopIteration):
+                    pss = dict(line.split(":", 1) for line in text.splitlines()[1:])
+                    own, file = (
+                        sum(int(pss[f"Pss_{kind}"].split()[0]) * 1024 for kind in kinds)
+                        for kinds in (("Anon", "Shmem"), ("File",))
+                    )
+                    together, mapped = together + own, mapped + own + file
+            except (OSError, ValueError, KeyError):
                 continue
             bytes_own = int(status.get("RssAnon", "0 kB").split()[0]) * 1024
             pid = int(at.name)
             self.own[pid] = max(self.own.get(pid, 0), bytes_own)
-        self.together = max(self.together, together)
+        self.together, self.mapped = max(self.together, together), max(self.mapped, mapped)
 
 
 def run(count: int, threads: int, *command: str) -> tuple[dict[str, Any], Watched]:
@@ -118,16 +128,20 @@ def run(count: int, threads: int, *command: str) -> tuple[dict[str, Any], Watche
         asked = [*launch, "lorafold", "train", *command, "--out", str(out), "--json"]
         watched = Watched(str(out))
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-        with (Path(where) / "said").open("w+") as said, (Path(where) / "json").open("w+") as told:
-            child = subprocess.Popen(asked, stdout=told, stderr=said, env=environment)
+        with (Path(where) / "said").open("w+") as said, (Path(where) / "json").open("w+") as out_of:
+            child = subprocess.Popen(asked, stdout=out_of, stderr=said, env=environment)
             loading = True
             while child.poll() is None:
                 if loading:
                     loading = LOADED not in (Path(where) / "said").read_text()
                 watched.look(loading)
                 time.sleep(0.05)
+            text = (Path(where) / "said").read_text()
             if child.returncode:
-                raise SystemExit((Path(where) / "said").read_text())
+                raise SystemExit(text)
+            told = re.search(LOADED + r": of ([\d.]+) (\w)B of weights", " ".join(text.split()))
+            if told is not None:
+                watched.stored = float(told[1]) * {"k": 1e3, "M": 1e6, "G": 1e9}[told[2]]
             return json.loads((Path(where) / "json").read_text()), watched
 
 
@@ -151,7 +165,8 @@ def memory(counts: list[int], layers: int, width: int, where: Path) -> list[dict
                 {
                     "run": name, "processes": count, "libraries": libraries,
                     "peak": max(watched.own.values()) - libraries,
-                    "loading": (watched.together - count * libraries) / size,
+                    "loading": watched.together - bare.together, "files": size,
+                    "with mapped pages": watched.mapped - bare.mapped, "stored": watched.stored,
                     "loss": result["train_loss"], "tokens_per_second": result["tokens_per_second"],
                 }
             )  # fmt: skip
@@ -185,7 +200,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as where:
-        if "memory" in asked.sides:
+        if {"memory", "loading"} & set(asked.sides.split(",")):
             counts = [int(n) for n in asked.counts.split(",")]
             found = memory(counts, asked.layers, asked.width, Path(where))
             alone = {one["run"]: one["peak"] for one in found if one["processes"] == 1}
@@ -194,12 +209,23 @@ def main() -> None:
                     "run": one["run"], "processes": one["processes"],
                     "peak of each, MB": f"{one['peak'] / 1e6:,.0f}",
                     "over one process": one["peak"] / alone.get(one["run"], float("nan")),
-                    "while loading, over the files": one["loading"],
                     "libraries, MB": f"{one['libraries'] / 1e6:,.0f}",
                 }
                 for one in found
             ]  # fmt: skip
-            keep("processes_memory", table)
+            if "memory" in asked.sides:
+                keep("processes_memory", table)
+            shown = [
+                {
+                    "run": one["run"], "processes": one["processes"],
+                    "while loading, MB": f"{one['loading'] / 1e6:,.0f}",
+                    "over the files": one["loading"] / one["files"],
+                    "over the weights as stored": one["loading"] / one["stored"],
+                    "with mapped pages, over the files": one["with mapped pages"] / one["files"],
+                }
+                for one in found
+            ]  # fmt: skip
+            keep("processes_loading", shown)
         if "speed" in asked.sides:
             rates = speed(asked.rounds, Path(where))
             ratios = [b / a for a, b in zip(rates["1"], rates["2"], strict=True)]

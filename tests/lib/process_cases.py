@@ -140,7 +140,11 @@ def apart(one: Path, other: Path, but: str = "nothing") -> float:
     whose names have `but` in them.
     """
     a, b = (
-        {k: t for path in sorted(of.glob("*.safetensors")) for k, t in load_file(path).items()}
+        {
+            k: t.double()  # positions of sparse updates are integers
+            for path in sorted(of.glob("*.safetensors"))
+            for k, t in load_file(path).items()
+        }
         for of in (one, other)
     )
     assert a.keys() == b.keys()

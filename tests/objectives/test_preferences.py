@@ -31,6 +31,7 @@ from lorafold.data.examples import encode
 from lorafold.data.preferred import encode_preferred
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.preferences import preference_figures
+from lorafold.machine.processes import ALONE
 from lorafold.objectives import OBJECTIVES
 from lorafold.objectives.comparing import law_of
 from lorafold.objectives.reference import Referenced, digest, referenced
@@ -38,6 +39,7 @@ from lorafold.step import preference_laws
 from lorafold.step.branches import branching
 from lorafold.step.preference_laws import Dpo, Ipo, Kto, Law, Orpo, Scored, Simpo
 from lorafold.step.preferences import Preferences
+from lorafold.step.replicated import Replicated
 from lorafold.training import loop
 from own_caches import shared
 from preference_cases import JUDGED, PAIRS, adapted, asked, check_gradients, examples_of, trainer_of
@@ -265,10 +267,10 @@ def test_references_are_the_stack_below_and_are_kept(
 
     with branching(model) as how:
         loss = Preferences(model, Dpo(), how, 0)
-        found = referenced(loss, examples, [], or_quiet(None))
+        found = referenced(loss, examples, [], or_quiet(None), Replicated(ALONE))
         assert torch.allclose(torch.tensor(found.logps), sft, rtol=1e-5)
         monkeypatch.setattr(Preferences, "references", None)
-        again = referenced(loss, examples, [], or_quiet(None))
+        again = referenced(loss, examples, [], or_quiet(None), Replicated(ALONE))
         assert (again.logps == found.logps).all()
         # the adapter that trains is no part of the key, what is below it is
         before = digest(model)

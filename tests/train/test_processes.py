@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
+from torch import nn
 
 from lorafold.methods import METHODS
+from lorafold.training import setup
 from mixtures import CONFIGS
 from process_cases import apart, rows, same_bytes, together
 
@@ -68,20 +72,25 @@ def test_experts_some_of_which_get_no_token(tiny_model_dir, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", sorted(METHODS.keys() - {*FEW, "linear-probe"}))
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"linear-probe"}))
 def test_every_method_in_two_processes_and_four(
     method: str, command: tuple[str, ...], tmp_path: Path
 ) -> None:
+    """With whole weights and with divided ones, the largest difference of which is printed."""
     for dropout in ("0", "0.1") if method in DROPS else (None,):
         dropped = () if dropout is None else ("--set", f"dropout={dropout}")
-        asked, outs = (*command, "--method", method, *dropped, "--overwrite"), []
-        for n in (1, 2, 4):
-            outs.append(out := tmp_path / str(n))
-            done = together(n, tmp_path, *asked, "--out", str(out))
+        asked, outs = (*command, "--method", method, *dropped, "--overwrite"), {}
+        for n, strategy in ((1, "ddp"), (2, "ddp"), (4, "ddp"), (2, "fsdp"), (4, "fsdp")):
+            outs[n, strategy] = out = tmp_path / f"{n} {strategy}"
+            done = together(n, tmp_path, *asked, "--strategy", strategy, "--out", str(out))
             assert [p.code for p in done] == [0] * n, done[0].stderr
+        one = outs.pop((1, "ddp"))
         # gradients of key biases are zero but for rounding, which AdamW makes steps of
-        worst = max(apart(outs[0], out, but="k_proj.base_layer.bias") for out in outs[1:])
-        assert worst < (3 * CLOSE if method == "fastfood" else CLOSE)
+        found = {how: apart(one, out, but="k_proj.base_layer.bias") for how, out in outs.items()}
+        print(method, dropout, {f"{n} {how}": f"{d:.1e}" for (n, how), d in found.items()})
+        assert max(found.values()) < (3 * CLOSE if method == "fastfood" else CLOSE)
+        for n in (2, 4) if method != "full" else ():
+            assert same_bytes(outs[n, "ddp"], outs[n, "fsdp"])
 
 
 DRAWN = ("--set", "objective_options={group: 4, max_new_tokens: 8}")
@@ -118,6 +127,7 @@ DIVIDED = {
     "prompt": ("--method", "prompt"),
     "dora": ("--method", "dora", "--eval-fraction", "0.2"),
     "dpo": ("--objective", "dpo"),
+    "kto": ("--objective", "kto", "--set", "batch=6", "--set", "accumulate=3"),
     "reward": ("--objective", "reward"),
     "pissa": ("--method", "pissa"),
     "full": ("--method", "full", "--set", "clip=0.5", "--eval-fraction", "0.2"),
@@ -144,18 +154,41 @@ def test_divided_weights_of_other_runs(
     divided(what, command, tmp_path)
 
 
+def noting(folder: Path) -> Callable[[int], dict]:
+    """What a run calls before it begins, so that it notes the bytes that a model has of its weights
+    when a method is to be attached to it.
+    """
+
+    def before() -> None:
+        attach = setup.attach
+
+        def noted(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            storages = {p.untyped_storage()._cdata: p for p in model.parameters()}.values()
+            held = sum(p.untyped_storage().nbytes() for p in storages)
+            (folder / "held").write_text(f"{held} {sum(p.nbytes for p in storages)}")
+            return attach(model, *args, **kwargs)
+
+        setup.attach = noted  # type: ignore[assignment]
+
+    return lambda rank: {"before": before}
+
+
 def divided(what: str, command: tuple[str, ...], tmp_path: Path) -> None:
-    data = rows(tmp_path / "rows.jsonl", kind="dpo" if what in ("dpo", "reward") else "sft")
+    kinds = {"dpo": "dpo", "reward": "dpo", "kto": "kto"}
+    data = rows(tmp_path / "rows.jsonl", kind=kinds.get(what, "sft"))
     asked = (*command[:4], str(data), *command[5:], *DIVIDED[what])
     outs, needed = [tmp_path / strategy for strategy in ("ddp", "fsdp")], []
     for out in outs:
-        found = together(2, tmp_path, *asked, "--strategy", out.name, "--out", str(out))
+        there = (*asked, "--strategy", out.name, "--out", str(out))
+        found = together(2, tmp_path, *there, own=noting(tmp_path))
         assert [p.code for p in found] == [0, 0], found[0].stderr
         said = found[0].stderr + found[0].stdout
         needed += re.findall(r"memory: ([\d.]+) MB at the peak", said)
     assert same_bytes(*outs)
+    held, whole = map(int, (tmp_path / "held").read_text().split())
+    assert held < 0.4 * whole  # what is small, since parts are beside the model
     whole_need, divided_need = map(float, needed)
-    assert divided_need < whole_need
+    assert divided_need <= whole_need
     whole, kept = re.findall(r"of ([\d.]+) kB of weights .* keeps ([\d.]+) kB", said)[0]
     assert float(kept) == pytest.approx(float(whole) / 2, rel=0.01)
 
@@ -166,11 +199,11 @@ def test_what_can_not_be_divided_is_refused(
     processes: int, command: tuple[str, ...], tmp_path: Path
 ) -> None:
     out, data = tmp_path / "out", tmp_path / "rows.jsonl"
-    data.write_text('{"prompt": "a", "completion": "b", "label": true}\n' * 16)
-    asked = (*command[:4], str(data), *command[5:], "--strategy", "fsdp", "--objective", "kto")
+    data.write_text('{"prompt": "a"}\n' * 16)
+    asked = (*command[:4], str(data), *command[5:], "--strategy", "fsdp", *SHARED["grpo"][1:])
     done = together(processes, tmp_path, *asked, "--out", str(out))
     assert [p.code for p in done] == [2] * processes
-    assert "strategy fsdp: found objective kto, expected one that draws no" in done[0].stderr
+    assert "strategy fsdp: found objective grpo, expected one that draws no" in done[0].stderr
     assert not out.exists()
 
 

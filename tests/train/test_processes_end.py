@@ -131,6 +131,29 @@ def test_a_signal_to_one_stops_all_and_they_resume(
     assert same_bytes(whole, stopped)
 
 
+@pytest.mark.slow
+def test_a_file_system_that_is_not_shared(command: tuple[str, ...], tmp_path: Path) -> None:
+    """On two machines the directory of the run to resume may be two of one name."""
+
+    def stopping(rank: int) -> dict:
+        return {"before": in_step(2, signalled(signal.SIGTERM))}
+
+    run, (here, there, empty) = (*command, "--set", "steps=4"), map(tmp_path.joinpath, "abc")
+    together(1, tmp_path, *run, "--set", "save_every=1", "--out", str(here), own=stopping)
+    shutil.copytree(RunDirectory(here).path, RunDirectory(there).path)
+    shutil.rmtree(RunDirectory(there).at(3))
+    for other, seen in ((there, "step 2 ("), (empty, "none")):
+
+        def own(rank: int, other: Path = other) -> dict:
+            return {"arguments": ("--out", str((here, other)[rank]))}
+
+        line = the_line(together(2, tmp_path, *run, "--resume", own=own), 2)
+        assert f"the run to resume: {seen}" in line
+        assert "step 3 (" in line
+    done = together(2, tmp_path, *run, "--resume", "--out", str(here))
+    assert [one.code for one in done] == [0, 0], done[0].stderr
+
+
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_process_that_dies_ends_all(rank: int, command: tuple[str, ...], tmp_path: Path) -> None:
     def dying(number: int) -> dict:

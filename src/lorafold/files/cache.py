@@ -61,8 +61,7 @@ def cached(
 
     Raises LorafoldError where the cache can't be written, and what `write` raises.
     """
-    name = sha256(f"{version('lorafold')}\n{key}".encode()).hexdigest()[:32]
-    path = cache_directory() / kind / name
+    path = _place(kind, key)
     with _locked(path, notice):
         if path.is_dir():
             if not (problems := verify(path)):
@@ -73,6 +72,17 @@ def cached(
         with atomic_directory(path, durable=False) as tmp:
             write(tmp)
     return path
+
+
+def found_in_cache(kind: str, key: str) -> Path | None:
+    """The directory of an entry as `cached` names it, if it is there, complete and undamaged."""
+    path = _place(kind, key)
+    return path if path.is_dir() and not verify(path) else None
+
+
+def _place(kind: str, key: str) -> Path:
+    name = sha256(f"{version('lorafold')}\n{key}".encode()).hexdigest()[:32]
+    return cache_directory() / kind / name
 
 
 def entries() -> list[Entry]:

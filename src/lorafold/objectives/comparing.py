@@ -57,10 +57,6 @@ class Comparing(Objective):
     def data(self, table: pa.Table, rows: Rows, max_length: int) -> PreferredData:
         return preferred(table, rows, max_length, self.law.kind)
 
-    @property
-    def passes_alike(self) -> bool:
-        return self.law.kind == PAIRS  # of judged rows, completions without gradients are measured
-
     def trained(self, example: Branched) -> Branched:
         return example.some(slice(self.law.trained))
 

@@ -23,6 +23,7 @@ from lorafold.objectives import Declared
 from lorafold.opening import Base
 from lorafold.peft.saved import Saved
 from lorafold.step.losses import next_token_loss
+from lorafold.step.replicated import Replicated
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -253,16 +254,16 @@ class Objective(ABC):
         return {}
 
     def refer(
-        self, loss: Any, feed: Feed, held_out: Any, below: Sequence[str], console: Console
+        self, loss: Any, feed: Feed, held_out: Any, below: Sequence[str], console: Console,
+        layout: Replicated,
     ) -> tuple[Feed, Any]:
-        """The same examples with what the objective has to know of them under the model before
-        anything is trained.
+        """The same examples with what the objective has to know of them under the untrained model.
 
         Args:
             loss: As `loss` yields it.
             held_out: The `Data` to measure on, or None.
-            below: What the model before anything is trained depends on besides its tensors, as
-                identities.
+            below: The identities of what that model depends on besides its tensors.
+            layout: Of the model.
         """
         return feed, held_out
 

@@ -48,6 +48,7 @@ from lorafold.step import policy_laws
 from lorafold.step.branches import branching
 from lorafold.step.policy import Rollout
 from lorafold.step.policy_laws import PolicyLaw
+from lorafold.step.replicated import Replicated
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -170,7 +171,8 @@ class PolicyObjective(Objective):
             yield Playing(model, self.law, how, tokenizer.pad_token_id or 0, rollouts, rewards)
 
     def refer(
-        self, loss: Playing, feed: Feed, held_out: Any, below: Sequence[str], console: Console
+        self, loss: Playing, feed: Feed, held_out: Any, below: Sequence[str], console: Console,
+        layout: Replicated,
     ) -> tuple[Feed, Any]:
         """Open what draws, for the longest prompt of both."""
         drawn = self.draws(feed, held_out)

@@ -15,6 +15,7 @@ from lorafold.evaluation.preferences import preference_figures
 from lorafold.objectives.comparing import Comparing
 from lorafold.objectives.reference import moves, referenced
 from lorafold.step.preferences import Preferences
+from lorafold.step.replicated import Replicated
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,17 +28,19 @@ class Preference(Comparing):
     """
 
     def refer(
-        self, loss: Preferences, feed: Feed, held_out: Any, below: Sequence[str], console: Console
+        self, loss: Preferences, feed: Feed, held_out: Any, below: Sequence[str], console: Console,
+        layout: Replicated,
     ) -> tuple[Feed, Any]:
         if not self.law.has_reference:
             return feed, held_out
         if isinstance(feed, StoredFeed) and (moves(loss.model) or feed.passes >= 1):
-            refer = partial(referenced, loss, below=below, console=console)
+            refer = partial(referenced, loss, below=below, console=console, layout=layout)
             feed = feed.with_examples(refer)
         else:
             console.print("reference: log-probabilities are computed in each step", highlight=False)
         if moves(loss.model) and isinstance(held_out, PreferredData):
-            known = referenced(loss, cast(BranchedExamples, held_out.examples), below, console)
+            own = cast(BranchedExamples, held_out.examples)
+            known = referenced(loss, own, below, console, layout)
             held_out = replace(held_out, examples=known)
         return feed, held_out
 

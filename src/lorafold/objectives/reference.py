@@ -26,9 +26,9 @@ from torch import nn
 from lorafold.core.attach import adapted_modules, selection_of
 from lorafold.data.arrow import Array
 from lorafold.data.branches import Branched, BranchedExamples
-from lorafold.files.cache import cached
 from lorafold.identity import COMPUTED_WITH, TRAINING, of_code
 from lorafold.step.preferences import Preferences
+from lorafold.step.replicated import Replicated
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,7 +56,11 @@ class Referenced(Sequence[Branched]):
 
 
 def referenced(
-    loss: Preferences, examples: BranchedExamples, below: Sequence[str], console: Console
+    loss: Preferences,
+    examples: BranchedExamples,
+    below: Sequence[str],
+    console: Console,
+    layout: Replicated,
 ) -> Referenced:
     """The examples with their references, from the cache, or computed and added to it.
 
@@ -64,6 +68,7 @@ def referenced(
         loss: Has the model, whose highest adapter is as it was before training.
         below: What else the model without its highest adapter depends on: files and storage.
         console: For progress, and for where they are from.
+        layout: Of the model.
     """
     from rich.progress import Progress
 
@@ -86,7 +91,7 @@ def referenced(
     code = of_code(*TRAINING, packages=COMPUTED_WITH)
     made = [*below, digest(loss.model), examples.digest]
     key = json.dumps([code, made, loss.shares, loss.how is not None and loss.how.across])
-    path = cached("reference", key, write, notice) / FILE
+    path = layout.cached("reference", key, write, notice) / FILE
     notice(f"reference: log-probabilities of {len(examples)} examples, {source}")
     return Referenced(examples, np.load(path))
 
@@ -107,8 +112,9 @@ def digest(model: nn.Module) -> str:
     for path, tensor in chain(model.named_parameters(), model.named_buffers()):
         if id(tensor) not in own:
             found.update(f"{path} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-            content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-            found.update(content.numpy().data)
+            # a copy, since one that is divided is whole for operations and not for numpy
+            content = tensor.detach().to("cpu", copy=True).contiguous().flatten()
+            found.update(content.view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

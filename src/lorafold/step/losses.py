@@ -87,10 +87,17 @@ class Loss(nn.Module, ABC):
         """Be told that the examples of a step come, for the first time (0) or again."""
         return None
 
-    def of_step(self, examples: Sequence[Any]) -> dict[str, Tensor]:
+    def of_step(
+        self, examples: Sequence[Any], idle: Sequence[Any] = (), passes: Callable[[int], int] = int
+    ) -> dict[str, Tensor]:
         """Return the arguments of `forward` that all micro-batches of an optimizer step share: sums
         over its examples, (k,), without gradients, which add up over processes. There are none
         unless the loss of an example depends on the others.
+
+        Args:
+            examples: Those of this process, which may have none.
+            idle: One that passes through the model, and counts nothing, where others pass more.
+            passes: Makes of the number of passes here the one that all processes make.
         """
         return {}
 

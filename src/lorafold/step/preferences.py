@@ -9,7 +9,7 @@ The reference is the model without its highest adapter, the one that trains.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -64,18 +64,26 @@ class Preferences(BranchedLoss):
         scored = self.beside_reference(labels, **inputs)
         return self.law.loss(scored._replace(mismatched=mismatched)).sum()
 
-    def of_step(self, examples: Sequence[Branched]) -> dict[str, Tensor]:
+    def of_step(
+        self,
+        examples: Sequence[Branched],
+        idle: Sequence[Branched] = (),
+        passes: Callable[[int], int] = int,
+    ) -> dict[str, Tensor]:
         """`mismatched` (2,) as `Scored` has it, where rows have completions without gradients; like
         the reference they are computed without dropout.
         """
-        others = [example.some(slice(self.law.trained, None)) for example in examples]
-        if not all(example.branches for example in others):
+        others = [one.some(slice(self.law.trained, None)) for one in (*examples, *idle)]
+        if not all(one.branches for one in others):
             return {}
         found = torch.zeros(2, device=self.device)
+        groups = [*self.groups(others[: len(examples)])]
+        more = passes(len(groups)) - len(groups)
         with evaluating(self):
-            for group in self.groups(others):
+            for group in groups + [[len(examples)]] * more:
                 tensors = self.tensors([others[i] for i in group], self.device)
-                found += moved(self.beside_reference(**tensors).ratios)
+                ratios = self.beside_reference(**tensors).ratios
+                found += moved(ratios) if group[0] < len(examples) else 0
         return {"mismatched": found}
 
     def beside_reference(

@@ -9,10 +9,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
+from lorafold.files.cache import cached
 from lorafold.machine.processes import Processes
 from lorafold.models.container import Piece
 
@@ -51,6 +55,31 @@ class Replicated:
             name: Piece(tuple(t.shape), t.dtype, t.detach)
             for name, t in (state.items() if self.processes.first else ())
         }
+
+    @contextmanager
+    def loading(self, device: torch.device) -> Iterator[None]:
+        """Keep of a model that is loaded in the `with` block what this process keeps of it.
+
+        Args:
+            device: Where the model will be.
+        """
+        yield
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Let operations find tensors whole in the `with` block, in all processes at once."""
+        yield
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Let each process do with what it owns, in the `with` block, what the others do not do."""
+        yield
+
+    def cached(
+        self, kind: str, key: str, write: Callable[[Path], None], notice: Callable[[str], None]
+    ) -> Path:
+        """`files.cache.cached` of what passes through the model, which all compute together."""
+        return cached(kind, key, write, notice)
 
     def gather_to_first(self) -> None:
         """Have process 0 hold what it writes."""

@@ -1,8 +1,12 @@
 """A model whose large tensors are divided among the processes of a run.
 
-    with sharded(model, processes) as shards:
-        loss(**inputs).backward()          in every process, as often as in the others
-        shards.add_gradients(parameters)
+    with shards.reading():
+        with shards.loading(device):
+            model = load()                 each weight is divided as soon as the model gets it
+        ...                                operations find weights whole (`step.reading`)
+        with shards.dividing(model):
+            loss(**inputs).backward()      in every process, as often as in the others
+            shards.add_gradients(parameters)
 
 Before a block runs, in the forward and in the backward, it is made whole, and the block before is
 let go: one block is whole at a time, or the embedding or the head (the scheme of ZeRO, stage 3:
@@ -22,8 +26,11 @@ in the same order. The tensors of adapters stay whole in each.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from shutil import copytree
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -32,12 +39,24 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
 from lorafold.core.anatomy import bare_modules, decoder_of, vocabulary_ends
+from lorafold.files.cache import cached, found_in_cache
+from lorafold.machine.allocator import freed_blocks_returned
 from lorafold.machine.processes import Processes
 from lorafold.models.container import Piece
+from lorafold.models.in_turn import each_kept, loaded_in_turn
+from lorafold.step.reading import Reading
 from lorafold.step.replicated import Replicated
-from lorafold.step.shards import Owned, Parted, owners, parts_of, storages_of, trained_in, unmap
-
-Shard = Parted | Owned
+from lorafold.step.shards import (
+    Owned,
+    Parted,
+    Shard,
+    divide,
+    owners,
+    parted_in,
+    parts_of,
+    trained_in,
+    unmap,
+)
 
 
 class Sharded(Replicated):
@@ -47,6 +66,8 @@ class Sharded(Replicated):
 
     def __init__(self, processes: Processes) -> None:
         super().__init__(processes)
+        self.known: dict[int, Shard] = {}  # by the identity of the storage
+        self._mode = Reading(self.known)
         self._parts: list[Sequence[Shard]] = []
         self._current: Sequence[Shard] = ()
         self._backward = False  # whether what is whole was made so by a backward pass
@@ -71,13 +92,80 @@ class Sharded(Replicated):
         """The bytes of the largest part that is whole at a time."""
         return max((sum(shard.size for shard in part) for part in self._parts), default=0)
 
-    def add(self, part: Sequence[Shard]) -> None:
-        """Divide a part of the model."""
-        for shard in part:
-            shard.empty()
-            if isinstance(shard, Owned):
-                self._owned[shard.p] = shard
-        self._parts.append(part)
+    @contextmanager
+    def loading(self, device: torch.device) -> Iterator[None]:
+        with freed_blocks_returned(), loaded_in_turn(), each_kept(self._keep_part(device)):
+            yield
+
+    def _keep_part(self, device: torch.device) -> Callable[[Tensor], None]:
+        def keep(t: Tensor) -> None:
+            if not t.is_meta and getattr(t, "_is_hf_initialized", False):  # its values are there
+                divide(t, self.known, self.processes, device)
+
+        return keep
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        with self._mode:
+            yield
+        self._mode.let_go()
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        self._mode.shards = {}
+        yield
+        self._mode.shards = self.known
+
+    @contextmanager
+    def dividing(self, model: nn.Module) -> Iterator[None]:
+        """Divide what is not divided yet, and have each part whole while it computes, until the
+        `with` block ends. Then no process has them all, unless they were gathered.
+
+        Args:
+            model: With its adapters, the same in every process.
+        """
+        of = self._divided(model)
+        with ExitStack() as stack:
+            for path, part in of.items():
+                _open_for(stack, model.get_submodule(path), self, part)
+            # the loss reads the head itself, once the decoder has run
+            if len(ends := vocabulary_ends(model)) > 1:
+                _, decoder = decoder_of(model)
+                opens = decoder.register_forward_hook(lambda *_: self.open(of[ends[-1]]))
+                stack.callback(opens.remove)
+            yield
+
+    @torch.no_grad()
+    def _divided(self, model: nn.Module) -> dict[str, Sequence[Shard]]:
+        """The shards of each part of the model, by its path."""
+        params, taken = set[nn.Parameter](), set[int]()
+        owner_of, ends = owners(model, self.processes.count), vocabulary_ends(model)
+        of: dict[str, Sequence[Shard]] = {}
+        self._mode.let_go()
+        for path in parts_of(model):
+            part = model.get_submodule(path)
+            held = [self._own(p, owner_of[p]) for p in trained_in(part, params)]
+            found = [*held, *parted_in(part, self.known, taken, self.processes)]
+            same = next((of[e] for e in ends if e in of and not found), None)  # tied ends
+            of[path] = found if same is None else same
+            if same is None:
+                for shard in found:
+                    shard.empty()
+                self._parts.append(found)
+        parts = {shard.storage._cdata: shard for shard in self._all}
+        for place, shard in self.known.items():
+            if place not in parts and isinstance(shard, Parted):  # what is in no part stays whole
+                shard.restore()
+        self.known.clear()
+        self.known.update(parts)
+        unmap(model)
+        return of
+
+    def _own(self, p: nn.Parameter, owner: int) -> Owned:
+        before = self.known.pop(p.untyped_storage()._cdata, None)
+        parted = before if isinstance(before, Parted) else None
+        self._owned[p] = shard = Owned(p, owner, self.processes, parted)
+        return shard
 
     def open(self, part: Sequence[Shard]) -> None:
         """Make a part whole, and let the one before go."""
@@ -85,6 +173,7 @@ class Sharded(Replicated):
         # a forward pass that follows a backward one of the same part must not take its gradients
         if part is not self._current or (self._backward and not backward):
             self._close()
+            self._mode.let_go()
             for shard in part:
                 shard.fill()
             self._current = part
@@ -164,6 +253,20 @@ class Sharded(Replicated):
 
         return Piece(shape, dtype, get)
 
+    def cached(
+        self, kind: str, key: str, write: Callable[[Path], None], notice: Callable[[str], None]
+    ) -> Path:
+        there = found_in_cache(kind, key)
+        if all(self.processes.gather(there is not None)) and there is not None:
+            return there
+        with TemporaryDirectory() as made:
+            write(Path(made))  # in all, since it passes through the model
+
+            def copy(to: Path) -> None:
+                copytree(made, to, dirs_exist_ok=True)
+
+            return cached(kind, key, copy, notice)
+
     def gather_to_first(self) -> None:
         self._close()
         for shard in self._all:
@@ -174,45 +277,7 @@ class Sharded(Replicated):
                 shard.empty()
 
 
-@contextmanager
-def sharded(model: nn.Module, processes: Processes) -> Iterator[Sharded]:
-    """Divide the model's large tensors among the processes until the `with` block ends. Then no
-    process has them all, unless they were gathered.
-
-    Args:
-        model: With its adapters, the same in every process.
-        processes: More than one.
-    """
-    shards, params, taken = Sharded(processes), set[nn.Parameter](), set[int]()
-    ends = vocabulary_ends(model)
-    of: dict[str, Sequence[Shard]] = {}
-    with ExitStack() as stack:
-        with torch.no_grad():
-            owner_of = owners(model, processes.count)
-            for path in parts_of(model):
-                part = model.get_submodule(path)
-                held = [Owned(p, owner_of[p], processes) for p in trained_in(part, params)]
-                parted = [Parted(s, processes) for s in storages_of(part, taken)]
-                found: Sequence[Shard] = [*held, *parted]
-                # tied ends are one storage
-                same = next((of[e] for e in ends if e in of and not found), None)
-                of[path] = found if same is None else same
-                if same is None:
-                    shards.add(found)
-            unmap(model)
-        for path, part_of in of.items():
-            _open_for(stack, model.get_submodule(path), shards, part_of)
-        if len(ends) > 1:  # the loss reads the head itself, once the decoder has run
-            _, decoder = decoder_of(model)
-            head = of[ends[-1]]
-            opens = decoder.register_forward_hook(lambda *_: shards.open(head))
-            stack.callback(opens.remove)
-        yield shards
-
-
-def _open_for(
-    stack: ExitStack, part: nn.Module, shards: Sharded, held: Sequence[Shard]
-) -> None:
+def _open_for(stack: ExitStack, part: nn.Module, shards: Sharded, held: Sequence[Shard]) -> None:
     """Have a part of the model whole while a module of it runs, and when its backward begins. It
     may begin inside the part, where another pass read what a block kept, as keys of virtual tokens.
     """

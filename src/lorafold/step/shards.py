@@ -4,7 +4,7 @@ by their bytes, trained ones by who owns them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -19,51 +19,95 @@ UNIT = 64  # bytes that are not parted
 
 
 class Parted:
-    """A storage, and this process's part of its bytes."""
+    """A storage, and this process's part of its bytes.
 
-    def __init__(self, storage: torch.UntypedStorage, processes: Processes) -> None:
+    Args:
+        content: The bytes (n,) of the storage, where it does not have them yet.
+    """
+
+    def __init__(
+        self, storage: torch.UntypedStorage, processes: Processes, content: Tensor | None = None
+    ) -> None:
         self.storage, self.size = storage, storage.nbytes()
         each = -(-self.size // (processes.count * UNIT)) * UNIT
-        first = processes.index * each
-        mine = _bytes(storage)[first : first + each]
-        self.own = torch.zeros(each, dtype=torch.uint8, device=mine.device)
+        self._first, self.padded, self.kept = processes.index * each, each * processes.count, each
+        self.own = torch.zeros(each, dtype=torch.uint8, device=storage.device)
+        self._keep(_bytes(storage) if content is None else content)
+        self.whole = True
+        self.written = False  # whether an operation wrote to it since it is whole
+
+    def _keep(self, content: Tensor) -> None:
+        mine = content[self._first : min(self._first + self.kept, self.size)]
         self.own[: len(mine)] = mine
-        self.padded, self.kept = each * processes.count, each
 
     def fill(self) -> None:
         """Gather all bytes, in all processes at once."""
         self.storage.resize_(self.padded)
+        self.whole = True
         gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
         gather(_bytes(self.storage), self.own)
 
     def empty(self) -> None:
         """Keep this process's part alone."""
+        if self.written:
+            self._keep(_bytes(self.storage))
         self.storage.resize_(0)
+        self.whole = self.written = False
+
+    def restore(self) -> None:
+        """Make the storage what it was before it was divided."""
+        if not self.whole:
+            self.fill()
+        self.storage.resize_(self.size)
+
+    def give(self, owner: int, processes: Processes) -> None:
+        """Make the storage what it was in its owner alone; the others have none of it."""
+        if self.whole:
+            self.empty()
+        mine = owner == processes.index
+        self.storage.resize_(self.padded if mine else 0)
+        parts = [*_bytes(self.storage).split(self.kept)] if mine else None
+        dist.gather(self.own, parts, owner)
+        self.storage.resize_(self.size if mine else 0)
 
     def reduce_gradient(self) -> None:
         """Nothing: what is frozen has no gradient."""
 
 
 class Owned:
-    """A trained parameter, and the process that keeps it."""
+    """A trained parameter, and the process that keeps it.
 
-    def __init__(self, p: nn.Parameter, owner: int, processes: Processes) -> None:
-        if p.untyped_storage().nbytes() != p.nbytes or not p.untyped_storage().resizable():
+    Args:
+        before: Its shard, where it is divided already.
+    """
+
+    def __init__(
+        self, p: nn.Parameter, owner: int, processes: Processes, before: Parted | None = None
+    ) -> None:
+        if before is not None and before.size == p.nbytes:
+            before.give(owner, processes)
+        elif before is not None:
+            before.restore()
+        storage = p.untyped_storage()
+        if storage.nbytes() not in (0, p.nbytes) or not storage.resizable():
             p.data = p.detach().clone()  # a part of a larger one, or of a file
         self.p, self.owner, self.mine = p, owner, owner == processes.index
         self.storage, self.size = p.untyped_storage(), p.nbytes
         self.kept = self.size if self.mine else 0
         self.learned = False  # whether it had a gradient here in this step
+        self.whole, self.written = True, False
 
     def fill(self) -> None:
         """Get it from its owner, in all processes at once."""
         self.storage.resize_(self.size)
+        self.whole = True
         dist.broadcast(_bytes(self.storage), self.owner)
 
     def empty(self) -> None:
-        """Let it go where it is another's."""
+        """Let it go where it is another's. What all wrote to it, its owner has."""
         if not self.mine:
             self.storage.resize_(0)
+        self.whole = self.written = False
 
     def reduce_gradient(self) -> None:
         """Add the gradients of all to the owner's."""
@@ -71,6 +115,35 @@ class Owned:
         grad = torch.zeros_like(self.p) if self.p.grad is None else self.p.grad.contiguous()
         dist.reduce(grad, self.owner)
         self.p.grad = grad if self.mine else None
+
+
+Shard = Parted | Owned
+
+
+def divide(
+    t: Tensor, known: MutableMapping[int, Shard], processes: Processes, device: torch.device
+) -> None:
+    """Divide a frozen tensor of any shape, and those that are its state if it is quantized, where
+    they are large. One that lies in a file, or on another device, gets a storage of its own on this
+    device, of which only this process's part is ever written.
+
+    Args:
+        known: What is divided, by the identity of the storage.
+    """
+    for one in _inside(t):
+        storage, content = one.untyped_storage(), None
+        own = storage.resizable()
+        if storage._cdata in known or (storage.nbytes() if own else one.nbytes) < LEAST:
+            continue
+        if not own or one.device != device:
+            if not one.is_contiguous():
+                continue
+            content = one.detach().view(-1).view(torch.uint8)
+            storage = torch.UntypedStorage(one.nbytes, device=device)
+            place = 0, one.size(), one.stride()
+            one.data = torch.empty(0, dtype=one.dtype, device=device).set_(storage, *place)
+        shard = known[storage._cdata] = Parted(storage, processes, content)
+        shard.empty()
 
 
 def parts_of(model: nn.Module) -> list[str]:
@@ -102,15 +175,23 @@ def trained_in(module: nn.Module, taken: set[nn.Parameter]) -> list[nn.Parameter
     return found
 
 
-def storages_of(module: nn.Module, taken: set[int]) -> list[torch.UntypedStorage]:
-    """The storages of the module's large frozen tensors that are not taken, which then are."""
-    found = list[torch.UntypedStorage]()
+def parted_in(
+    module: nn.Module, known: Mapping[int, Shard], taken: set[int], processes: Processes
+) -> list[Shard]:
+    """The shards of the module's large frozen tensors that are not taken, which then are.
+
+    Args:
+        known: Those of what is divided already, by the identity of the storage.
+    """
+    found = list[Shard]()
     unmap(module)
     for t in _frozen(module):
         storage = t.untyped_storage()
-        if storage.nbytes() >= LEAST and storage._cdata not in taken:
-            taken.add(storage._cdata)
-            found.append(storage)
+        shard = known.get(storage._cdata)
+        if storage._cdata in taken or (shard is None and storage.nbytes() < LEAST):
+            continue
+        taken.add(storage._cdata)
+        found.append(Parted(storage, processes) if shard is None else shard)
     return found
 
 

@@ -5,10 +5,12 @@ machine there may be another lorafold, other files under the same names, other r
 from __future__ import annotations
 
 import socket
+from hashlib import sha256
 from importlib.metadata import version
 from typing import Any
 
 from lorafold.errors import LorafoldError, listed, shortened
+from lorafold.files.atomic import MANIFEST
 from lorafold.identity import COMPUTED_WITH, TRAINING, of_code
 from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.setup import Setup
@@ -35,8 +37,7 @@ def check_alike(setup: Setup) -> None:
         "the device": request.base.where.type,
     }
     if request.resume:
-        seen = RunDirectory(request.out).path.exists()
-        own["the run to resume"] = "is there" if seen else "is not there"
+        own["the run to resume"] = seen(RunDirectory(request.out))
     (host, first), *others = processes.gather((socket.gethostname(), own))
     for number, (there, theirs) in enumerate(others, 1):
         if differing := [
@@ -50,3 +51,16 @@ def check_alike(setup: Setup) -> None:
                 f"process {number} on {where}: found {listed(differing, '; ', room=140)}; expected"
                 " the same in all processes"
             )
+
+
+def seen(run: RunDirectory) -> str:
+    """What this process sees of a run to resume, as a text: where the file system is not the same
+    for all, its directory may be another one.
+    """
+    if not run.path.exists():
+        return "none"
+    if not (checkpoints := run.checkpoints()):
+        return "one without checkpoints"
+    last = max(checkpoints)
+    content = (checkpoints[last] / MANIFEST).read_bytes()
+    return f"step {last} ({sha256(content).hexdigest()[:8]})"

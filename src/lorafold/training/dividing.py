@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
@@ -13,9 +13,8 @@ from lorafold.machine.processes import Processes
 from lorafold.objectives.objective import Objective
 from lorafold.recipe.recipe import Recipe
 from lorafold.step.adamw import in_words
-from lorafold.step.sharding import sharded
-from lorafold.step.shards import owners
-from lorafold.training.loop import Job
+from lorafold.step.replicated import Replicated
+from lorafold.step.sharding import Sharded
 
 
 def check_dividable(recipe: Recipe, objective: Objective) -> None:
@@ -23,32 +22,27 @@ def check_dividable(recipe: Recipe, objective: Objective) -> None:
     if recipe.strategy != "ddp" and not objective.passes_alike:
         raise LorafoldError(
             f"strategy fsdp: found objective {recipe.objective}, expected one that draws no"
-            " completions and has gradients of all; or strategy ddp"
+            " completions; or strategy ddp"
         )
 
 
-def owned_here(
-    model: nn.Module, recipe: Recipe, processes: Processes
-) -> Callable[[nn.Parameter], bool]:
-    """Whether this process will own a parameter, of any shape, once the model is divided."""
-    if recipe.strategy == "ddp":
-        return lambda p: True
-    owner_of = owners(model, processes.count)
-    return lambda p: owner_of.get(p, processes.index) == processes.index
+def layout_of(recipe: Recipe, processes: Processes) -> Replicated:
+    """How the tensors of a run lie among its processes."""
+    divides = recipe.strategy == "fsdp" and processes.count > 1
+    return Sharded(processes) if divides else Replicated(processes)
 
 
 @contextmanager
-def divided(job: Job) -> Iterator[str]:
+def divided(layout: Replicated, model: nn.Module, recipe: Recipe) -> Iterator[str]:
     """Divide the model until the `with` block ends; yield what there is to say of it."""
-    if job.recipe.strategy == "ddp":
-        yield ""
-    elif job.processes.count == 1:
-        yield "strategy fsdp: one process has all weights; several would divide them"
-    else:
-        # what is whole for a moment must not stay in the process
-        with freed_blocks_returned(), sharded(job.adapter.model, job.processes) as job.layout:
-            yield (
-                f"strategy fsdp: of {in_words(job.layout.whole)} of weights process 0 of"
-                f" {job.processes.count} keeps {in_words(job.layout.kept)}, and at most"
-                f" {in_words(job.layout.largest)} are whole at a time"
-            )
+    if not isinstance(layout, Sharded):
+        alone = "strategy fsdp: one process has all weights; several would divide them"
+        yield alone if recipe.strategy == "fsdp" else ""
+        return
+    # what is whole for a moment must not stay in the process
+    with freed_blocks_returned(), layout.dividing(model):
+        yield (
+            f"strategy fsdp: of {in_words(layout.whole)} of weights process 0 of"
+            f" {layout.processes.count} keeps {in_words(layout.kept)}, and at most"
+            f" {in_words(layout.largest)} are whole at a time"
+        )

@@ -167,7 +167,8 @@ def train_step(job: Job, examples: Sequence[Any], step: int) -> float:
     share = slice(processes.index, None, processes.count)
     own, numbers = examples[share], range(len(examples))[share]
     micro = job.loss.micro_batches(own, job.recipe.accumulate, job.recipe.max_length) if own else []
-    more = processes.largest(len(micro)) - len(micro) if layout.divides else 0
+    passes = processes.largest if layout.divides else int
+    more = passes(len(micro)) - len(micro)
     total = max(1, sum(map(job.loss.count, examples)))
     place_of = places(own, numbers)
     selection, key = selection_of(job.adapter.model), key_of(job.recipe.seed, step)
@@ -176,7 +177,7 @@ def train_step(job: Job, examples: Sequence[Any], step: int) -> float:
     job.loss.train()
     seen = torch.zeros((), device=job.device)
     with unchanged():
-        of_step = job.loss.of_step(own) if own else {}
+        of_step = job.loss.of_step(own, examples[:1], passes)
         processes.add([*of_step.values()])
         rows = job.loss.rows_of(examples)
         for i, part in enumerate(micro):

@@ -24,7 +24,7 @@ from lorafold.step.fused import fused
 from lorafold.training.agreement import check_alike
 from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.display import Display
-from lorafold.training.dividing import check_dividable, divided
+from lorafold.training.dividing import check_dividable, divided, layout_of
 from lorafold.training.finish import INIT_ADAPTER, Trained, finish
 from lorafold.training.finished import DEPENDS_ON, finished
 from lorafold.training.loop import fit
@@ -59,32 +59,37 @@ def train(request: Request, console: Console, processes: Processes = ALONE) -> T
 
 def _trained(setup: Setup, console: Console) -> Trained:
     request, processes = setup.request, setup.processes
-    model, adapter, weights, checkpointing = adapted_model(setup, console)
-    for line in (
-        text_alone(model, adapter.sites),
-        repr(adapter),
-        f"  {adapter.unreached}",
-        strays(model, adapter.matches),
-    ):
-        if line is not None:
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
-    if checkpointing:
-        recompute(model)
-    tokenizer, packing = setup.tokenizer, request.recipe.packing
+    layout = layout_of(request.recipe, processes)
     with ExitStack() as until_written:
+        reading = until_written.enter_context(ExitStack())
+        reading.enter_context(layout.reading())
+        model, adapter, weights, checkpointing = adapted_model(setup, console, layout)
+        for line in (
+            text_alone(model, adapter.sites),
+            repr(adapter),
+            f"  {adapter.unreached}",
+            strays(model, adapter.matches),
+        ):
+            if line is not None:
+                console.print(line, highlight=False, markup=False, soft_wrap=True)
+        if checkpointing:
+            recompute(model)
+        tokenizer, packing = setup.tokenizer, request.recipe.packing
         stack = until_written.enter_context(ExitStack())
         until_written.enter_context(freed_blocks_kept())
+        if parted := until_written.enter_context(divided(layout, model, request.recipe)):
+            console.print(parted, highlight=False, soft_wrap=True)
         # what draws completions has modules of its own, which nothing is fused in yet
         loss = stack.enter_context(setup.objective.loss(model, tokenizer, packing, console))
         console.print(str(stack.enter_context(fused(model))), highlight=False)
         loss.to(request.base.where)
         feed, held_out = setup.objective.refer(
-            loss, setup.feed, setup.held_out, setup.below, console
+            loss, setup.feed, setup.held_out, setup.below, console, layout
         )
         if told := in_common(loss, feed, request.recipe):
             console.print(told, highlight=False)
         measure = partial(setup.objective.measure, loss, held_out) if held_out else None
-        job, progress = prepare(setup, adapter, loss, feed, measure, console)
+        job, progress = prepare(setup, adapter, loss, feed, measure, console, layout)
         job.examples = partial(setup.objective.examples, loss=loss)
         job.updates = setup.objective.updates
         if OBJECTIVES[request.recipe.objective].draws:
@@ -95,8 +100,7 @@ def _trained(setup: Setup, console: Console) -> Trained:
         # the logs of trackers stay when the checkpoints are removed
         logs = request.out.with_name(request.out.name + ".logs")
         job.tracking = stack.enter_context(tracking(names, logs, request.recipe.model_dump()))
-        if told := until_written.enter_context(divided(job)):
-            console.print(told, highlight=False, soft_wrap=True)
+        reading.close()
         with Display(console, job.steps, progress.step) as display:
             fit(job, progress, display)
         stack.close()

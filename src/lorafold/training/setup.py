@@ -42,6 +42,7 @@ from lorafold.recipe.fields import OF_ADAPTER
 from lorafold.recipe.fitting import settled_base, spec_of, without
 from lorafold.step.adamw import check_available, check_rounding, free_everywhere
 from lorafold.step.branches import may_share
+from lorafold.step.replicated import Replicated
 from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.finish import best_path
 from lorafold.training.request import (
@@ -195,12 +196,13 @@ def set_up(request: Request, console: Console, processes: Processes = ALONE) -> 
 
 
 def adapted_model(
-    setup: Setup, console: Console
+    setup: Setup, console: Console, layout: Replicated
 ) -> tuple[PreTrainedModel, Adapter, Weights | None, bool]:
     """(model, adapter, the base's own weights, whether to recompute activations).
 
     The memory of a step is estimated and printed before the model is loaded. The adapter is new, or
-    the one that `init_adapter` names; those of `over` are below it.
+    the one that `init_adapter` names; those of `over` are below it. Of the model each process keeps
+    what the layout has it keep.
     """
     request, recipe, base = setup.request, setup.request.recipe, setup.request.base
     over = setup.saved[: len(request.over)]
@@ -209,7 +211,8 @@ def adapted_model(
     free = free_everywhere(base.where, setup.processes)
     asked = recipe.gradient_checkpointing
     checkpointing, unknown = settle(base.config(), heaviest, asked, free, console)
-    model = setup.objective.load(base, setup.tokenizer, recipe.seed)
+    with layout.loading(base.where):
+        model = setup.objective.load(base, setup.tokenizer, recipe.seed)
     check_positions(setup, model)
     torch.manual_seed(recipe.seed)
     weights, other = base.weights(), base.allow_other_base

@@ -32,7 +32,6 @@ from lorafold.step.losses import Loss
 from lorafold.step.optim import param_groups, rates, restore_optimizer, restore_rng
 from lorafold.step.replicated import Replicated
 from lorafold.training.checkpoint import FILES, Progress, RunDirectory
-from lorafold.training.dividing import owned_here
 from lorafold.training.loop import Job
 from lorafold.training.request import BATCH_COUNTS, Request
 from lorafold.training.setup import Setup
@@ -58,6 +57,7 @@ def prepare(
     feed: Feed,
     held_out: Callable[[], Measured] | None,
     console: Console,
+    layout: Replicated,
 ) -> tuple[Job, Progress]:
     """The job of the training loop, and how far it has come: a fresh run or a resumed one.
 
@@ -69,6 +69,7 @@ def prepare(
         feed: The examples to train on.
         held_out: Measures on held-out examples.
         console: For the optimizer, the learning rates and the step from which a run is resumed.
+        layout: Of the model, which is divided already if it is to be.
 
     Raises LorafoldError where the run to resume had another recipe, model or data, other files, or
     other modules to adapt.
@@ -114,7 +115,8 @@ def prepare(
     optimizer = make_optimizer(chosen.name, groups, recipe)
     if state is not None:
         own = {k: v for k, v in state.items() if not k.startswith("rng.")}
-        restore_optimizer(optimizer, own, owned_here(adapter.model, recipe, processes))
+        with layout.apart():
+            restore_optimizer(optimizer, own, layout.owns)
         restore_rng(state)
     if resume:
         console.print(f"resuming after step {progress.step} of {feed.steps}", highlight=False)
@@ -128,8 +130,7 @@ def prepare(
             highlight=False, soft_wrap=True,
         )  # fmt: skip
     return Job(
-        adapter, loss, optimizer, where, processes, feed, held_out, recipe, run, feed.steps,
-        Replicated(processes),
+        adapter, loss, optimizer, where, processes, feed, held_out, recipe, run, feed.steps, layout,
     ), progress  # fmt: skip
 
 
