@@ -137,7 +137,7 @@ def commands() -> str:
 def objects() -> str:
     """The public names in the order of their pages, each with the first sentence of its docs."""
     rows: list[list[str]] = []
-    for page in ("train", "use", "adapters", "methods"):
+    for page in ("train", "use", "shape", "studies", "adapters", "methods"):
         text = (ROOT / "docs" / "api" / f"{page}.md").read_text(encoding="utf-8")
         for place in re.findall(r"^::: (\S+)$", text, re.MULTILINE):
             name = place.rpartition(".")[2]
