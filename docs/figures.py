@@ -128,10 +128,10 @@ FIGURES: dict[str, tuple[tuple[Box | str, ...], str]] = {
     "row": (
         (step("row"), "→", step("conversation"), "→", step("template"), "→", step("tokens"), "→",
          step("loss of the answer", True)),
-        "The life of a row: what the last box counts stands in ⟦ ⟧ in a preview.",
+        "The life of a row. A preview shows what the last box counts between ⟦ and ⟧.",
     ),
     "law": (
-        (step("adapter called: Wx + BAx"), "=", step("folded: (W + BA)x", True)),
+        (step("adapter called: Wx + BAx"), "=", step("folded: (W + BA)x")),
         "The law: folding, then calling, gives what calling gives.",
     ),
     "serving": (
