@@ -20,13 +20,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import figures
+import sitelinks
 import typer
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
-import figures
 import lorafold
-import sitelinks
 from lorafold.cli import GROUPS as COMMANDS
 from lorafold.cli import _load
 from lorafold.cli.help import OTHERS, entry, panel

@@ -26,7 +26,6 @@ from types import ModuleType
 
 import pytest
 
-import lorafold
 from embedded_cases import embed_a_tiny_model
 from lorafold.bases import LAYERS
 from lorafold.cli import COMMANDS, _load, app

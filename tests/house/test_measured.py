@@ -49,12 +49,12 @@ def beyond_the_first_column(table: str) -> str:
 
 def foreign(table: str, results: str) -> list[float]:
     """The figures of a page's table that are none of the results, rounded."""
-    known = [(value * scale, half * scale) for value, half in figures(results) for scale in (1, 100)]
+    known = [value for value, _ in figures(results)]
+    known += [100 * value for value in known if abs(value) < 2]  # shares as percent
     return [
         value
         for value, half in figures(beyond_the_first_column(table))
-        # the page's may be rounded from what the results have rounded themselves
-        if not any(abs(value - other) <= 1.001 * max(half, least) for other, least in known)
+        if not any(abs(value - other) <= 1.001 * half for other in known)
     ]
 
 

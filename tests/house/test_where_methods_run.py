@@ -23,8 +23,9 @@ from lorafold.methods import METHODS
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
 COLUMNS = {
-    "linear": "linear", "GPT-2's": "conv1d", "embedding": "embedding", "convolution": "convolution-2d",
-    "grouped": "grouped", "NF4": "nf4", "int8": "int8", "FP8": "fp8", "int4": "int4",
+    "linear": "linear", "GPT-2's": "conv1d", "embedding": "embedding",
+    "convolution": "convolution-2d", "grouped": "grouped", "NF4": "nf4", "int8": "int8",
+    "FP8": "fp8", "int4": "int4",
 }  # fmt: skip
 OF_MODELS = {"houlsby", "pfeiffer", "prompt", "prefix", "linear-probe"}
 
@@ -51,8 +52,8 @@ def cell(method: str, base: str) -> str:
 
 def shown() -> list[list[str]]:
     """The rows of the page's table, without marks of Markdown."""
-    section = PAGE.read_text(encoding="utf-8").partition("## Where each runs")[2]
-    table = re.search(r"(?:^\|.*\n)+", section, re.MULTILINE)
+    text = PAGE.read_text(encoding="utf-8")
+    table = re.search(r"^\| method (?:\|.*\n)+", text, re.MULTILINE)
     assert table is not None
     lines = [line.strip("|").split("|") for line in table[0].splitlines()]
     return [[one.strip().strip("`") for one in line] for line in lines]
