@@ -46,7 +46,6 @@ LONG_PAGES = {
 COOKBOOK = {
     "cookbook-classify.md": 0.9,
     "cookbook-extract.md": 0.8,
-    "cookbook-tools.md": 0.8,
     "cookbook-style.md": 0.8,
     "cookbook-distil.md": 0.8,
 }
