@@ -47,7 +47,6 @@ COOKBOOK = {
     "cookbook-classify.md": 0.9,
     "cookbook-extract.md": 0.8,
     "cookbook-style.md": 0.8,
-    "cookbook-distil.md": 0.8,
 }
 RUN = {"python", "sh"}  # languages; everything else is there to be read
 FENCE = re.compile(r"^( *)```(\w+)([^\n]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
