@@ -2,10 +2,13 @@
 
     <!-- generated: about train -->      what a command does, and
     <!-- generated: options train -->    its options, from the command itself
+    <!-- generated: commands -->         the commands with a line and a page each
+    <!-- generated: objects -->          the public names with a line and a place each
     <!-- generated: recipe -->           the fields of the recipe, from `Recipe.model_fields`
     <!-- generated: methods -->          the methods, from the table of methods
+    <!-- generated: figure NAME -->      a drawing of `figures.py`
 
-The pages that are built are refused if they would load anything from another host.
+A build fails where a page would load anything from another host or has a link that leads nowhere.
 """
 
 from __future__ import annotations
@@ -17,10 +20,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import figures
+import sitelinks
 import typer
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
+import lorafold
+from lorafold.cli import GROUPS as COMMANDS
 from lorafold.cli import _load
 from lorafold.cli.help import OTHERS, entry, panel
 from lorafold.recipe.fields import GROUPS
@@ -55,6 +62,12 @@ def on_post_page(output: str, page: Any, **_: Any) -> None:
         raise PluginError(f"{page.file.src_uri}: loads from another host: {found[0]}")
 
 
+def on_post_build(config: Any) -> None:
+    """PluginError for links that lead nowhere, each with its page."""
+    if dead := sitelinks.dead(Path(config.site_dir)):
+        raise PluginError("links that lead nowhere:\n" + "\n".join(dead))
+
+
 def cell(text: str) -> str:
     """Text as a cell of a table."""
     plain = html.escape(" ".join(text.split()), quote=False).replace("|", "&#124;")
@@ -87,19 +100,50 @@ def about(name: str) -> str:
 
 
 def options(name: str) -> str:
-    """The usage of a command and its options, panel by panel, as its --help has them."""
+    """The usage of a command and its options, panel by panel, as its --help has them. Those that
+    the recipe's page has word for word are names that lead there.
+    """
     command = command_of(name)
     context = typer.Context(command, info_name=f"lorafold {name}")
     panels: dict[str, list[list[str]]] = {"Arguments": [], OTHERS: []}
+    fields: list[str] = []
     for parameter in command.get_params(context):
-        if record := entry(parameter, context):
+        if (record := entry(parameter, context)) is None:
+            continue
+        field = Recipe.model_fields.get(parameter.name)
+        if field is not None and str(field.description) in record[1]:
+            fields.append(f"[`{parameter.opts[0]}`](../recipe.md#{parameter.name})")
+        else:
             rows = panels.setdefault(panel(parameter), [])
             rows.append([code(record[0]), cell(record[1])])
     parts = [f"    {command.get_usage(context)}"]
     head = ["option", "meaning"]
     parts += [f"**{name}**\n\n{table(head, rows)}" for name, rows in panels.items() if rows]
+    parts += ["**Fields of the recipe**\n\n" + " ".join(fields)] if fields else []
     parts += [*(command.epilog or "").split("\n\n")]
     return "\n\n".join(part for part in parts if part)
+
+
+def commands() -> str:
+    """The commands by what they are for."""
+    rows = [
+        [f"[`lorafold {name}`](cli/{name}.md)", cell(line), group.lower()]
+        for group, lines in COMMANDS.items()
+        for name, line in lines.items()
+    ]
+    return table(["command", "what it does", "group"], rows)
+
+
+def objects() -> str:
+    """The public names in the order of their pages, each with the first sentence of its docs."""
+    rows: list[list[str]] = []
+    for page in ("train", "use", "shape", "studies", "adapters", "methods"):
+        text = (ROOT / "docs" / "api" / f"{page}.md").read_text(encoding="utf-8")
+        for place in re.findall(r"^::: (\S+)$", text, re.MULTILINE):
+            name = place.rpartition(".")[2]
+            first = re.split(r"(?<=\.)\s", inspect.getdoc(getattr(lorafold, name)) or "")[0]
+            rows.append([f"[`lf.{name}`](api/{page}.md#{place})", cell(first)])
+    return table(["name", "what it is"], rows)
 
 
 def recipe() -> str:
@@ -130,6 +174,7 @@ def methods() -> str:
 
     rows: list[list[str]] = []
     sections: dict[str, list[str]] = {}
+    drawn: dict[str, str] = {}
     for name, maker in METHODS.items():
         made = maker.func if isinstance(maker, partial) else maker
         more = maker.keywords if isinstance(maker, partial) else {}
@@ -140,10 +185,14 @@ def methods() -> str:
         rates = {"": spec.lr, "B ": spec.lr_b}
         rate = ", ".join(word + power(lr) for word, lr in rates.items() if lr)
         rows.append([f"[{name}](#{name})", code(call), cell(targets), rate])
-        link = f"[`{call}`](api.md#{made.__module__}.{made.__name__})"
+        link = f"[`{call}`](api/methods.md#{made.__module__}.{made.__name__})"
         sections.setdefault(file, []).append(f'<span id="{name}"></span>`{name}`: {link}')
+        drawn[file] = made.__module__.rpartition(".")[2]
     head = ["name", "in Python", "targets", "learning rate"]
-    texts = [f"{heading(file)}\n\n{'; '.join(names)}" for file, names in sections.items()]
+    texts = [
+        f"{heading(file)}\n\n{figures.figure(drawn[file])}\n\n{'; '.join(names)}"
+        for file, names in sections.items()
+    ]
     return "\n\n".join([table(head, rows), *texts])
 
 
@@ -158,4 +207,12 @@ def power(rate: float) -> str:
     return f"{rate:.0e}".replace("e-0", "e-")
 
 
-GENERATED = {"about": about, "options": options, "recipe": recipe, "methods": methods}
+GENERATED = {
+    "about": about,
+    "options": options,
+    "commands": commands,
+    "objects": objects,
+    "recipe": recipe,
+    "methods": methods,
+    "figure": figures.figure,
+}

@@ -177,7 +177,7 @@ def test_what_a_file_leaves_out_has_the_other_tools_default(tmp_path):
     theirs = axolotl_of(tmp_path)
     assert theirs.recipe == Recipe(
         rank=8, alpha=16, dropout=0.0, targets="all-linear", storage="auto", lr=1e-4, lr_b=1e-4,
-        optimizer="adamw", batch=1, max_length=512, packing=False,
+        optimizer="adamw", epochs=1, batch=1, max_length=512, packing=False,
     )  # fmt: skip
     assert llamafactory_of(tmp_path).recipe == Recipe(
         rank=8, alpha=16, dropout=0.0, targets="all-linear", storage="auto", lr=5e-5, lr_b=5e-5,

@@ -85,7 +85,7 @@ def test_an_axolotl_file_field_by_field(tmp_path):
             "max_new_tokens": 256, "truncated": "masked",
             "rewards": ["rewards.py:accuracy", "0.5*lib/more.py:form"],
         },
-        storage="bf16", lr=5e-6, lr_b=5e-6, optimizer="adamw", batch=4, accumulate=4,
+        storage="bf16", lr=5e-6, lr_b=5e-6, optimizer="adamw", epochs=1, batch=4, accumulate=4,
         max_length=768 + 256,
     )  # fmt: skip
     assert found.recipe.packing

@@ -111,7 +111,7 @@ def test_an_axolotl_file_of_preferences_field_by_field(tmp_path):
     assert found.recipe == Recipe(
         rank=32, alpha=64, dropout=0.0, targets="all-linear", objective="kto", beta=0.2,
         objective_options={"desirable_weight": 0.2}, storage="nf4", lr=1e-5, lr_b=1e-5,
-        schedule="linear", optimizer="adamw", batch=4, max_length=2048, packing=False,
+        schedule="linear", optimizer="adamw", epochs=1, batch=4, max_length=2048, packing=False,
     )  # fmt: skip
     assert keys(found, "left") == {
         "base_model", "datasets", "output_dir", "precompute_ref_log_probs",

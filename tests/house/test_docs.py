@@ -7,7 +7,8 @@
                                         `lorafold` commands in it are parsed all the same
 
 A page runs twice: on a tiny random model that has the place of the embedded one, without the
-commands of LONG, and, among the slow tests, on the embedded model itself and with them.
+commands of LONG, and, among the slow tests, on the embedded model itself and with them. The pages
+of the commands run as one, behind the page that has their rows.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from types import ModuleType
 
 import pytest
 
-import lorafold
 from embedded_cases import embed_a_tiny_model
 from lorafold.bases import LAYERS
 from lorafold.cli import COMMANDS, _load, app
@@ -33,15 +33,21 @@ from lorafold.methods import METHODS
 from lorafold.recipe.recipe import Recipe
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = sorted(path.name for path in DOCS.glob("*.md"))
+PAGES = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
 NOT_RUN = "Not run by the tests: "
 # commands that train many times, and pages with many commands, or with an engine that reads the
 # embedded GGUF file itself, which is none where the model is tiny: the fast tests only parse them
 LONG = {"quickstart", "compare", "intrinsic", "fragility"}
 LONG_PAGES = {
-    "cli.md", "compare.md", "compose.md", "export-llamacpp.md", "fragility.md", "from-unsloth.md",
-    "inspect.md", "memory.md", "qlora.md",
+    "cli.md", "compare.md", "compose.md", "concepts.md", "export-llamacpp.md", "fragility.md",
+    "from-unsloth.md", "inspect.md", "memory.md", "qlora.md",
 }  # fmt: skip
+# what a page of the cookbook must reach on the embedded model: the share of right completions
+COOKBOOK = {
+    "cookbook-classify.md": 0.9,
+    "cookbook-extract.md": 0.8,
+    "cookbook-style.md": 0.8,
+}
 RUN = {"python", "sh"}  # languages; everything else is there to be read
 FENCE = re.compile(r"^( *)```(\w+)([^\n]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 FILE = re.compile(r"[\w/.-]+\.\w+")
@@ -98,7 +104,23 @@ def fences(page: str) -> Iterator[Fence]:
 
 
 FENCES = [fence for page in PAGES for fence in fences(page)]
-RUNNING = [page for page in PAGES if any(f.language in RUN and not f.reason for f in fences(page))]
+
+
+def fences_of(page: str) -> list[Fence]:
+    """Those of a page; behind the command line's page stand those of the commands, in the order of
+    the navigation.
+    """
+    nav = (DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8")
+    below = re.findall(r"cli/\w+\.md", nav) if page == "cli.md" else []
+    return [fence for one in (page, *below) for fence in fences(one)]
+
+
+RUNNING = [
+    page
+    for page in PAGES
+    if not page.startswith("cli/")
+    and any(f.language in RUN and not f.reason for f in fences_of(page))
+]
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +146,7 @@ def tables() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("model", "page"),
     [
-        *(("tiny", page) for page in RUNNING if page not in LONG_PAGES),
+        *(("tiny", page) for page in RUNNING if page not in LONG_PAGES | COOKBOOK.keys()),
         *(pytest.param("smollm2", page, marks=pytest.mark.slow) for page in RUNNING),
     ],
 )
@@ -144,8 +166,10 @@ def test_a_page_runs(
     monkeypatch.chdir(tmp_path)
     module = ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", module)
-    for fence in fences(page):
+    for fence in fences_of(page):
         run(fence, module, LONG if model == "tiny" else set())
+    if page in COOKBOOK:
+        assert module.after.exact_match >= COOKBOOK[page]
 
 
 def run(fence: Fence, module: ModuleType, without: set[str]) -> None:
@@ -185,18 +209,11 @@ def test_the_reader_is_told_what_is_not_run() -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_has_a_section_an_example_and_its_options(name: str) -> None:
-    text = (DOCS / "cli.md").read_text(encoding="utf-8")
-    sections = dict(re.findall(r"^## lorafold (\w+)\n(.*?)(?=^## |\Z)", text, re.M | re.S))
-    assert name in sections
-    assert f"<!-- generated: options {name} -->" in sections[name]
-    assert re.search(rf"^lorafold {name}\b", sections[name], re.M)
-
-
-def test_every_public_name_is_in_the_api_reference() -> None:
-    text = (DOCS / "api.md").read_text(encoding="utf-8")
-    found = re.findall(r"^::: lorafold(?:\.methods\.\w+)?\.(\w+)$", text, re.M)
-    assert sorted(found) == sorted(lorafold.__all__)
+def test_every_command_has_a_page_an_example_and_its_options(name: str) -> None:
+    text = (DOCS / "cli" / f"{name}.md").read_text(encoding="utf-8")
+    assert text.startswith(f"# lorafold {name}\n")
+    assert f"<!-- generated: options {name} -->" in text
+    assert re.search(rf"^lorafold {name}\b", text, re.M)
 
 
 def test_the_recipe_s_page_is_generated_from_the_recipe() -> None:
@@ -222,8 +239,9 @@ def test_a_page_that_loads_from_another_host_is_refused(html: str, remote: bool)
 
 def test_the_table_of_methods_links_to_what_the_api_reference_has() -> None:
     pytest.importorskip("mkdocs")
-    there = set(re.findall(r"^::: (\S+)$", (DOCS / "api.md").read_text(encoding="utf-8"), re.M))
-    linked = set(re.findall(r"\(api\.md#([^)]+)\)", load_hooks().methods()))
+    text = (DOCS / "api" / "methods.md").read_text(encoding="utf-8")
+    there = set(re.findall(r"^::: (\S+)$", text, re.M))
+    linked = set(re.findall(r"\(api/methods\.md#([^)]+)\)", load_hooks().methods()))
     assert len(linked) > 10
     assert linked - there == set()
 
@@ -253,9 +271,36 @@ def test_make_docs_fails_for_a_dead_link(text: str, wrong: str, tmp_path: Path) 
     assert (done.returncode, wrong in done.stderr) == (int(bool(wrong)), True), done.stderr
 
 
+@pytest.mark.parametrize(
+    ("body", "dead"),
+    [
+        ('<a href="other.html#there">x</a><a href="https://example.org/none">y</a>', []),
+        ('<h2 id="here"></h2><a href="#here">x</a>', []),
+        ('<a href="#gone">x</a>', ["page.html: #gone"]),
+        ('<a href="other.html#gone">x</a>', ["page.html: other.html#gone"]),
+        ('<img src="none.png">', ["page.html: none.png"]),
+    ],
+)
+def test_no_dead_link_of_a_built_page_is_overlooked(
+    body: str, dead: list[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("mkdocs")
+    (tmp_path / "page.html").write_text(body)
+    (tmp_path / "other.html").write_text('<p id="there">')
+    assert load_hooks().sitelinks.dead(tmp_path) == dead
+
+
+def test_every_method_has_a_drawing() -> None:
+    pytest.importorskip("mkdocs")
+    assert load_hooks().methods().count('<figure class="drawing">') == 16
+
+
 def load_hooks() -> ModuleType:
+    """The hooks of the documentation, with the modules beside them, as mkdocs loads them."""
     import importlib.util
 
+    if str(DOCS) not in sys.path:
+        sys.path.append(str(DOCS))
     spec = importlib.util.spec_from_file_location("docs_hooks", DOCS / "hooks.py")
     assert spec is not None
     assert spec.loader is not None

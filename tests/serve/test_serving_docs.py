@@ -115,12 +115,12 @@ def test_the_dashboard_can_be_imported() -> None:
 def test_the_settings_table_has_every_setting_with_its_default() -> None:
     told = {
         row[0].strip("`"): yaml.safe_load(row[1].strip("`"))
-        for row in rows("serve.md", "| setting | default | meaning |")
+        for row in rows("serve-api.md", "| setting | default | meaning |")
     }
     own = {n: f.default for n, f in Settings.model_fields.items() if n != "limits"}
     limits = {f"limits.{name}": field.default for name, field in Limits.model_fields.items()}
     assert told == own | limits
-    example = page("serve.md").partition('```yaml title="serve.yaml"\n')[2].partition("```")[0]
+    example = page("serve-api.md").partition('```yaml title="serve.yaml"\n')[2].partition("```")[0]
     Settings(**yaml.safe_load(example))
 
 
@@ -146,7 +146,7 @@ def _codes(call: ast.Call, outer: ast.AST) -> Iterator[tuple[str, int | None]]:
 
 
 def test_the_table_of_errors_has_every_code_with_its_status() -> None:
-    table = rows("serve.md", "| status | code | what to do |")
+    table = rows("serve-api.md", "| status | code | what to do |")
     told = {row[1].strip("`"): {int(n) for n in row[0].split(", ")} for row in table}
     assert len(told) == len(table)
     source = list(raised())
@@ -169,7 +169,7 @@ def served(server: Running) -> Iterator[str]:
 
 
 def test_the_audit_has_every_route(server: Running) -> None:
-    table = rows("serve-audit.md", "| route | who | reads | costs at most | tells |")
+    table = rows("serve-audit.md", "| route | who | reads | costs at most | shows |")
     told = [route for row in table for route in re.findall(r"`([A-Z]+ [^`]+)`", row[0])]
     assert sorted(told) == sorted(served(server))
     anyone = [r for row in table if row[1] == "anyone" for r in re.findall(r"`GET (.*?)`", row[0])]
@@ -178,7 +178,7 @@ def test_the_audit_has_every_route(server: Running) -> None:
 
 
 def test_the_routes_of_administration_are_those_of_the_audit(server: Running) -> None:
-    table = rows("serve-audit.md", "| route | who | reads | costs at most | tells |")
+    table = rows("serve-audit.md", "| route | who | reads | costs at most | shows |")
     for row in (row for row in table if row[1] == "admin"):
         for method, path in re.findall(r"`([A-Z]+) ([^`]+)`", row[0]):
             asked = path.format(name="a", act="pin")

@@ -114,6 +114,14 @@ def test_gradients_that_are_there_already(method: str) -> None:
     )
 
 
+def test_a_peak_that_moves_with_the_number_of_blocks() -> None:
+    """By the head, which is large, where there are few of them, and by the gradients of many."""
+    config = tf.LlamaConfig(**COMMON | {"num_hidden_layers": 20, "vocab_size": 6000})
+    setting = Setting(BF16, make_spec("full"), rows=(32,), checkpointing=True)
+    terms = close(config, setting)
+    assert terms["gradients"] > terms["workspace"] + terms["activations"]
+
+
 @pytest.mark.slow
 def test_rows_of_many_lengths_few_of_whose_tokens_count() -> None:
     close(CONFIGS["llama"], replace(LORA, rows=(30, 200, 90, 55), labelled=60))

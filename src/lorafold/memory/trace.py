@@ -181,8 +181,10 @@ def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced
         loss = loss_of(model, setting)
         kept, forward = ledger.now - start - ahead, ledger.peak - start
         ledger.peak, operations = ledger.now, ledger.operations
+        early = counted_anew_halfway(trained, ledger)
         loss.backward()
-        backward = ledger.peak - start
+        late = ledger.peak - start
+        backward = max([late, *(peak - start for peak in early)])
     whole = (p.grad for p in trained if p.grad is not None)
     found = Traced(
         weights=weights,
@@ -193,6 +195,7 @@ def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced
         kept=kept,
         forward=forward,
         backward=backward,
+        late=late,
         forward_operations=operations,
         backward_operations=ledger.operations - operations,
     )
@@ -223,6 +226,25 @@ def divided(trained: Sequence[nn.Parameter], setting: Setting) -> dict[nn.Parame
         if setting.accumulating:
             keep(p)
     return found
+
+
+def counted_anew_halfway(trained: Sequence[nn.Parameter], ledger: Ledger) -> list[int]:
+    """Have a ledger count its peak anew once half of these have gradients; a list with that before.
+    Few blocks may have theirs by the head, many by the gradients, which grow otherwise.
+    """
+    before: list[int] = []
+    left = (len(trained) + 1) // 2
+
+    def count(p: nn.Parameter) -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            before.append(ledger.peak)
+            ledger.peak = ledger.now
+
+    for p in trained:
+        p.register_post_accumulate_grad_hook(count)
+    return before
 
 
 def attach_below(model: PreTrainedModel, setting: Setting) -> None:

@@ -18,6 +18,7 @@ class Traced:
     drawing: The peak meanwhile beyond weights, adapter, optimizer and engine.
     forward, backward: The peak in either pass beyond weights, adapter and optimizer. For inference
         these are the forward passes of the prompt and of the token after it.
+    late: The same in the second half of the backward pass.
     exchanged: What is gathered from other processes and on its way to them.
 
     forward_operations, backward_operations are no bytes, but the multiplications and additions of
@@ -33,6 +34,7 @@ class Traced:
     kv_cache: int = 0
     forward: int = 0
     backward: int = 0
+    late: int = 0
     engine: int = 0
     slots: int = 0
     drawing: int = 0
@@ -43,17 +45,17 @@ class Traced:
     @property
     def in_backward(self) -> bool:
         """Whether the peak is in the backward pass."""
-        return self.backward > self.forward and not self.in_drawing
+        return max(self.backward, self.late) > self.forward and not self.in_drawing
 
     @property
     def in_drawing(self) -> bool:
         """Whether the peak is while completions are drawn."""
-        return self.drawing > max(self.forward, self.backward)
+        return self.drawing > max(self.forward, self.backward, self.late)
 
     @property
     def peak(self) -> int:
         """The largest of the peaks."""
-        return max(self.forward, self.backward, self.drawing)
+        return max(self.forward, self.backward, self.late, self.drawing)
 
     def at(self, other: Traced, blocks: tuple[int, int, int]) -> Traced:
         """Extrapolate to blocks[2] blocks, given that this is for blocks[0] blocks and the other

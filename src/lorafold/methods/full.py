@@ -61,7 +61,7 @@ class Full(Spec):
         fixed = [
             name
             for name, p in module._parameters.items()
-            if p is not None and not p.is_floating_point()
+            if p is not None and not (p.is_floating_point() and p.dtype.itemsize > 1)  # FP8
         ]
         if fixed or not any(p is not None for p in module._parameters.values()):
             found = f"quantized parameters: {', '.join(fixed)}" if fixed else "no parameters"

@@ -253,7 +253,7 @@ def _configuration(settings: Mapping[str, Any], what: str) -> Any:
     except ImportError:
         raise LorafoldError(
             f"{what}: its weights are stored by compressed-tensors, and that package is not"
-            " installed; pip install 'lorafold[quantized]'"
+            " installed; install lorafold[quantized]"
         ) from None
     try:
         return QuantizationConfig.model_validate(dict(settings))
