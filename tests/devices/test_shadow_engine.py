@@ -3,7 +3,6 @@ decodes asks the device for its tokens alone.
 """
 
 from collections.abc import Sequence
-from concurrent.futures import Executor, Future
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,39 +10,17 @@ from typing import Any
 import pytest
 
 import lorafold as lf
-from device_cases import away_from_start, base, llama, mixtral, on_device
+from device_cases import away_from_start, base, engines_know_shadows, llama, mixtral, on_device
 from lorafold.engine import Engine, Request, Sampling
-from lorafold.engine import residency as engine_residency
-from lorafold.engine import state as engine_state
 from lorafold.methods import make_spec
-from shadow import Count, host_of
+from shadow import Count
 
 MIXED = ("lora", "dora", "ia3", "loha", "houlsby", "vera", "prompt", None)
 
 
-class Here(Executor):
-    """Runs what is submitted at once, since another thread has no shadows."""
-
-    def __init__(self, *_: Any, **__: Any) -> None: ...
-
-    def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        try:
-            future.set_result(function(*args, **kwargs))
-        except BaseException as error:
-            future.set_exception(error)
-        return future
-
-
-def checksum(held: Any) -> int:
-    """The engine's own reads memory, which a shadow has none of."""
-    return sum(int(host_of(t).detach().float().abs().sum() * 1e3) for t in held.tensors)
-
-
 @pytest.fixture(autouse=True)
 def in_this_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_residency, "ThreadPoolExecutor", Here)
-    monkeypatch.setattr(engine_state, "checksum", checksum)
+    engines_know_shadows(monkeypatch)
 
 
 def saved(config: Any, storage: str, methods: Sequence[str | None], out: Path) -> dict[str, Path]:

@@ -11,13 +11,11 @@ import pytest
 import torch
 import transformers as tf
 from safetensors.torch import load_file
-from test_shadow_engine import Here, checksum
 from torch import nn
 
 import lorafold as lf
 from conftest import make_tokenizer, unestimating
-from device_cases import HERE, REAL, SIZE, moved, on_device
-from lorafold.engine import residency, state
+from device_cases import HERE, REAL, SIZE, engines_know_shadows, moved, on_device
 from lorafold.errors import Interrupted
 from lorafold.training import loop
 from shadow import WHERE
@@ -44,8 +42,7 @@ def moving(monkeypatch: pytest.MonkeyPatch) -> None:
         return plain(module, *dtypes) if dtypes else module
 
     monkeypatch.setattr(nn.Module, "to", to)
-    monkeypatch.setattr(residency, "ThreadPoolExecutor", Here)
-    monkeypatch.setattr(state, "checksum", checksum)
+    engines_know_shadows(monkeypatch)
 
 
 def is_dtype(x: Any) -> bool:

@@ -5,6 +5,7 @@ CUDA they are on the GPU itself.
 import contextlib
 import types
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -20,6 +21,8 @@ from card import Card
 from lorafold.bases.expert_matrices import quantized
 from lorafold.core.matrices import expert_parameters
 from lorafold.data.examples import Example
+from lorafold.engine import residency as engine_residency
+from lorafold.engine import state as engine_state
 from lorafold.machine.processes import ALONE
 from lorafold.methods import make_spec
 from lorafold.models.experts import route_quantized
@@ -133,6 +136,31 @@ def base(config: Any, storage: str, there: bool, cls: Any = tf.AutoModelForCausa
     if storage in MADE:
         route_quantized(model)
     return moved(model) if there else model
+
+
+class Here(Executor):
+    """Runs what is submitted at once, since another thread has no shadows."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(function(*args, **kwargs))
+        except BaseException as error:
+            future.set_exception(error)
+        return future
+
+
+def checksum(held: Any) -> int:
+    """The engine's own reads memory, which a shadow has none of."""
+    return sum(int(host_of(t).detach().float().abs().sum() * 1e3) for t in held.tensors)
+
+
+def engines_know_shadows(patch: pytest.MonkeyPatch) -> None:
+    """Have engines work in their caller's thread, and sum shadows by their values."""
+    patch.setattr(engine_residency, "ThreadPoolExecutor", Here)
+    patch.setattr(engine_state, "checksum", checksum)
 
 
 def away_from_start(adapter: Any, scale: float = 0.02) -> None:

@@ -284,7 +284,7 @@ def test_the_report_for_people_has_every_group_and_what_would_be_slow() -> None:
     ("capability", "found"),
     [
         ((7, 5), ("7.5: weights and products in fp32", "in tiles", "one after the other")),
-        ((8, 6), ("8.6: weights and products in bf16", "by flash attention", "one after the other")),
+        ((8, 6), ("8.6: weights and products in bf16", "flash attention", "one after the other")),
         ((9, 0), ("9.0: weights and products in bf16", "by flash attention", "in one product")),
         ((12, 0), ("12.0: weights and products in bf16", "by flash attention", "one after")),
     ],

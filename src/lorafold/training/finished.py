@@ -23,9 +23,10 @@ from lorafold.peft.saved import Saved, open_all
 from lorafold.peft.stack import parse
 from lorafold.recipe.recipe import Recipe
 from lorafold.training.checkpoint import RunDirectory
+from lorafold.training.earlier import with_defaults_of
 from lorafold.training.finish import INIT_ADAPTER, Trained, mean_of_last
 from lorafold.training.request import Request, objective_of
-from lorafold.training.start import depends_on, free_on_resume, with_defaults_of
+from lorafold.training.start import depends_on, free_on_resume
 
 DEPENDS_ON = "depends_on"  # in a record
 MADE = {"resized", "composed", "extracted"}  # in records of adapters that no run wrote

@@ -25,12 +25,13 @@ from lorafold.training.agreement import check_alike
 from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.display import Display
 from lorafold.training.dividing import check_dividable, divided, layout_of
+from lorafold.training.earlier import as_begun
 from lorafold.training.finish import INIT_ADAPTER, Trained, finish
 from lorafold.training.finished import DEPENDS_ON, finished
 from lorafold.training.loop import fit
 from lorafold.training.request import Request
 from lorafold.training.setup import Setup, adapted_model, set_up
-from lorafold.training.start import as_begun, depends_on, in_common, prepare
+from lorafold.training.start import depends_on, in_common, prepare
 from lorafold.training.tracking import tracking
 
 

@@ -5,7 +5,6 @@ optimizer and the random state of a run that was stopped.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from itertools import islice
@@ -18,11 +17,9 @@ from torch import Tensor
 from lorafold.adapter import Adapter
 from lorafold.core.settings import SETTINGS
 from lorafold.data.allowed_tokens import without_note
-from lorafold.data.endings import WITH_TURN, ending_of
 from lorafold.data.feed import Feed
 from lorafold.data.stored import Rows
-from lorafold.data.stream import RowStream
-from lorafold.errors import LorafoldError, listed
+from lorafold.errors import LorafoldError
 from lorafold.evaluation import Measured
 from lorafold.objectives import OBJECTIVES
 from lorafold.objectives.objective import Objective
@@ -32,6 +29,7 @@ from lorafold.step.losses import Loss
 from lorafold.step.optim import param_groups, rates, restore_optimizer, restore_rng
 from lorafold.step.replicated import Replicated
 from lorafold.training.checkpoint import FILES, Progress, RunDirectory
+from lorafold.training.earlier import ends_before, streamed_before
 from lorafold.training.loop import Job
 from lorafold.training.request import BATCH_COUNTS, Request
 from lorafold.training.setup import Setup
@@ -44,8 +42,6 @@ WHEN_MEASURED = {"save_every", "eval_every"}  # what is learned where a run ends
 RULE, DROPOUT = "dropout_rule", "Philox of seed, step, row and site"
 _RULE_BEFORE = "random state of torch"
 MARKED = "control_tokens"  # how those in contents are read, in the identity of runs with such rows
-# Fields whose default was another in earlier versions, with what those wrote.
-DEFAULTS_BEFORE: dict[str, tuple[Any, ...]] = {"epochs": (1.0,), "packing": (True, False)}
 LOOKED_AT = 8  # steps, for what their rows have in common
 HELD_OUT = "eval_data"  # whose losses choose the best step; runs that do not name it may have any
 
@@ -83,9 +79,9 @@ def prepare(
         told = f"{run.path}: no run to resume, this one starts from the beginning"
         console.print(told, soft_wrap=True)
     if resume:
-        identity |= _streamed_before(request.data, run, console)
+        identity |= streamed_before(request.data, run, console)
         unnamed = {RULE: _RULE_BEFORE, HELD_OUT: identity[HELD_OUT], "day": setup.day}
-        unnamed |= _ends_before(setup)
+        unnamed |= ends_before(setup)
         # control tokens in contents were tokens
         unnamed |= {MARKED: "tokens", "allow_control_tokens": request.recipe.allow_control_tokens}
         before = Recipe().model_dump(mode="json") | unnamed
@@ -132,25 +128,6 @@ def prepare(
     return Job(
         adapter, loss, optimizer, where, processes, feed, held_out, recipe, run, feed.steps, layout,
     ), progress  # fmt: skip
-
-
-def as_begun(request: Request) -> Request:
-    """The request, with what it leaves to the defaults as in the run that is resumed: earlier
-    versions had others.
-    """
-    if not request.resume:
-        return request
-    run = RunDirectory(request.out)
-    return with_defaults_of({name: run.written(name) for name in DEFAULTS_BEFORE}, request)
-
-
-def with_defaults_of(found: Mapping[str, Any], request: Request) -> Request:
-    """The request with fields that it leaves to the defaults as `found` has them, where that is a
-    default of an earlier version.
-    """
-    left = DEFAULTS_BEFORE.keys() - request.recipe.model_fields_set
-    update = {name: found[name] for name in left if found.get(name) in DEFAULTS_BEFORE[name]}
-    return replace(request, recipe=request.recipe.model_copy(update=update))
 
 
 def in_common(loss: Loss, feed: Feed, recipe: Recipe) -> str | None:
@@ -253,26 +230,6 @@ def identity_of(setup: Setup, adapter: Adapter) -> dict[str, Any]:
     if any(getattr(m, "dropout", 0.0) for d in adapter.deltas.values() for m in d.modules()):
         identity[RULE] = DROPOUT
     return identity
-
-
-def _streamed_before(data: Rows | RowStream, run: RunDirectory, console: Console) -> dict[str, str]:
-    """How a run of an earlier version knew files that it streams: by their sizes, which is said."""
-    written = run.written("data")
-    if not isinstance(data, RowStream) or written not in {data.identity_before} - {data.identity}:
-        return {}
-    told = (
-        f"{run.path}: an earlier lorafold began this run and did not say what was in"
-        f" {listed(data.sources)}: whether the rows are the same can't be checked"
-    )
-    console.print(told, highlight=False, markup=False, soft_wrap=True)
-    return {"data": written}
-
-
-def _ends_before(setup: Setup) -> dict[str, str]:
-    """How turns ended in runs of earlier versions: as the template writes it, or not at all."""
-    tokenizer, recipe = setup.tokenizer, setup.request.recipe
-    written = tokenizer.chat_template is None or ending_of(tokenizer).written == WITH_TURN
-    return {"end_of_turn": recipe.end_of_turn if written else "none"}
 
 
 def sample_losses(
