@@ -267,6 +267,19 @@ def test_over_quantized_weights_too_where_no_number_of_rows_is_steady(
     assert Entered.passes > 0
 
 
+def test_adapters_that_are_active_on_a_model_in_int8_belong_to_the_base(tiny_model_dir) -> None:
+    model = lf.load_model(str(tiny_model_dir("llama")), storage="int8")
+    torch.manual_seed(0)
+    for p in lf.attach(model, lf.LoRA(rank=4), targets=["q_proj", "down_proj"]).parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+        with Engine(model, slots=2, length=64):
+            found = model(ids).logits
+    assert ((found - expected).norm() / expected.norm()).item() < 0.1
+
+
 @pytest.mark.few(1)
 @pytest.mark.parametrize("invariant", [False, True])
 def test_completions_of_one_prompt_have_the_bits_of_each_alone(

@@ -407,7 +407,7 @@ def test_without_the_package_one_line_names_it(quantized, monkeypatch):
     path = quantized("int4")
     for name in [n for n in sys.modules if n.startswith("compressed_tensors")]:
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(LorafoldError, match=r"not installed; pip install 'lorafold\[quantized\]'"):
+    with pytest.raises(LorafoldError, match=r"not installed; install lorafold\[quantized\]"):
         lf.load_model(path)
 
 

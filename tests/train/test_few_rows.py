@@ -86,6 +86,29 @@ def test_a_run_that_is_killed_ends_at_the_same_step(
     ).read_bytes()
 
 
+def test_figures_are_those_of_the_adapter_and_no_older_best_one_stays(
+    tiny_model_dir, tmp_path: Path
+) -> None:
+    def pairs(rows: list[dict[str, str]], swap: bool) -> list[dict[str, str]]:
+        sides = ("rejected", "chosen") if swap else ("chosen", "rejected")
+        return [
+            {"prompt": r["prompt"], sides[0]: r["completion"], sides[1]: "no"} for r in rows
+        ]
+
+    given: dict[str, Any] = {"model": tiny_model_dir("llama"), "out": tmp_path / "out"}
+    given |= {"data": pairs(ROWS, False), "eval_data": pairs(ROWS, True)}  # which contradict
+    asked = {k: v for k, v in AUTO.items() if k != "epochs"} | {"objective": "dpo"}
+    lf.train(lf.Recipe(**asked, steps=20, save_every=5), **given)
+    best = tmp_path / "out.best"
+    assert record(best)["figures"] != record(tmp_path / "out")["figures"]
+    found = lf.train(lf.Recipe(**asked), overwrite=True, **given)
+    assert not best.exists()
+    held_out = record(tmp_path / "out")["held_out"]
+    at = held_out["step"].index(record(tmp_path / "out")["step"])
+    assert at < len(held_out["step"]) - 1
+    assert found.figures["preference_loss"] == pytest.approx(held_out["preference_loss"][at])
+
+
 def test_a_finished_run_is_kept_under_what_it_was_ended_by(ended: Path, tiny_model_dir) -> None:
     given: dict[str, Any] = {"model": tiny_model_dir("llama"), "data": ROWS, "resume": True}
     again = lf.train(lf.Recipe(**AUTO), out=ended, eval_data=OTHER, **given)
@@ -107,6 +130,8 @@ def test_a_run_that_began_when_one_epoch_was_the_default_ends_so(
         lf.train(lf.Recipe(**now, epochs=1.0), **given)
     ended = [lf.train(lf.Recipe(**now), resume=True, **given).steps for _ in range(2)]
     assert ended == [3, 3]
+    again = lf.Recipe(**now, eval_every=2)  # as it was free to change then
+    assert lf.train(again, resume=True, **given).steps == 3
     with pytest.raises(LorafoldError, match=r"another run: epochs was 1\.0, now 'auto'"):
         lf.train(lf.Recipe(**AUTO), resume=True, **given)
 

@@ -106,7 +106,7 @@ def fragility(
         refusal: Beginnings of a refusal.
         compliance: Beginnings of compliance.
         max_new_tokens: The most tokens of a control's completion.
-        recipe: The recipe of all runs; None takes 5 epochs in batches of 4.
+        recipe: The recipe of all runs; None takes batches of 4. Without `epochs` it makes 5.
         columns: The keys of all rows under other names, as in {"prompt": "question"}.
         storage: How the base stores its weights: auto, fp32, bf16, nf4 or int8.
         device: cpu, cuda, cuda:N or mps; None takes the fastest that is available.
@@ -139,7 +139,10 @@ def fragility(
         trust_remote_code=trust_remote_code,
         allow_other_base=allow_other_base,
     )
-    base, recipe = settled(base, recipe_to_train(recipe, RECIPE), used)
+    asked = recipe_to_train(recipe, RECIPE)
+    if "epochs" not in asked.model_fields_set:
+        asked = asked.model_copy(update={"epochs": RECIPE.epochs})
+    base, recipe = settled(base, asked, used)
     before = max((sum(s.spec.positions for s in stack.adapters) for stack in stacks), default=0)
     recipe = settled_length(recipe, base, before, console)
     task = Task(

@@ -16,6 +16,7 @@ from torch import nn
 
 from lorafold.bases import layer_of
 from lorafold.core.anatomy import bare_modules
+from lorafold.core.attach import Adapted
 
 
 @contextmanager
@@ -26,7 +27,8 @@ def rows_apart(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for _, module in bare_modules(model):
             layer: Any = layer_of(module)
-            if layer.mixes_rows and "forward" not in vars(module):
+            apart = isinstance(module, Adapted)  # its own forward is that of the layer
+            if layer.mixes_rows and not apart and "forward" not in vars(module):
                 module.forward = layer
                 stack.callback(vars(module).pop, "forward", None)
         yield

@@ -77,7 +77,10 @@ def cached(
 def found_in_cache(kind: str, key: str) -> Path | None:
     """The directory of an entry as `cached` names it, if it is there, complete and undamaged."""
     path = _place(kind, key)
-    return path if path.is_dir() and not verify(path) else None
+    if not path.is_dir() or verify(path):
+        return None
+    os.utime(path)
+    return path
 
 
 def _place(kind: str, key: str) -> Path:

@@ -76,7 +76,7 @@ def drawing(
         draw(plot.add_subplot())
         FigureCanvasSVG(plot).print_svg(text, metadata={"Date": None})
     _, tag, rest = text.getvalue().partition("<svg")
-    drawn = re.sub(r"#000([01])([0-9a-f]{2})\b", _of_page, tag + rest)
+    drawn = re.sub(r'(?<=[:\s"])#000([01])([0-9a-f]{2})(?=[;"])', _of_page, tag + rest)
     return (
         f"<figure><figcaption><b>{html.escape(title)}</b> {html.escape(said)}</figcaption>"
         f'{drawn.replace("<svg", f"""<svg role="img" aria-label="{html.escape(title)}" """, 1)}'
@@ -87,6 +87,8 @@ def drawing(
 def _of_page(found: re.Match[str]) -> str:
     """The page's colour in place of its stand-in."""
     n = int(found[2], 16)
+    if found[1] == "0" and n >= len(COLOURS):
+        return found[0]
     return f"var(--{COLOURS[n]})" if found[1] == "0" else mixed("series-0", "series-1", n)
 
 

@@ -25,19 +25,22 @@ def spectra(kind: str, spectra_by_path: dict[str, Sequence[float]], depth: int) 
         spectra_by_path: Singular values in descending order, by module path.
         depth: The number of the last block.
     """
-    relative = {kind_of(path)[1] or 0: [x / s[0] for x in s] for path, s in spectra_by_path.items()}
-    colours = {block: plots.between(block / max(depth, 1)) for block in relative}
-    lowest = min(relative, key=lambda block: relative[block][-1])
-    least = f"{relative[lowest][-1]:.2g} of the strongest"
-    said = f"Block {lowest} falls most: the last of its {len(relative[lowest])} has {least}."
+    spectra = spectra_by_path.items()
+    found = sorted((kind_of(path)[1] or 0, [x / s[0] for x in s]) for path, s in spectra)
+    lowest, falling = min(found, key=lambda line: line[1][-1])
+    least = f"{falling[-1]:.2g} of the strongest"
+    said = f"Block {lowest} falls most: the last of its {len(falling)} has {least}."
+
+    def colour(block: int) -> str:
+        return plots.between(block / max(depth, 1))
 
     def draw(axes: Any) -> None:
-        for block, s in relative.items():
-            axes.plot(range(1, len(s) + 1), s, color=colours[block], linewidth=0.9)
+        for block, s in found:
+            axes.plot(range(1, len(s) + 1), s, color=colour(block), linewidth=0.9)
         axes.set(xlabel="direction", ylabel="s / s₁")
         plots.scaled(axes, x="linear", y="log")
-        ends = dict.fromkeys((min(relative), max(relative)))
-        plots.at_ends(axes, [plots.End(relative[n][-1], f"block {n}", colours[n]) for n in ends])
+        ends = found[:1] + found[-1:] * (len(found) > 1)
+        plots.at_ends(axes, [plots.End(s[-1], f"block {n}", colour(n)) for n, s in ends])
 
     return plots.drawing(draw, kind, said, plots.SMALL)
 

@@ -214,7 +214,8 @@ def one_thread() -> Iterator[None]:
 
 
 def of_dense(dw: Tensor) -> Svd:  # (out, in)
-    """The SVD of a matrix."""
+    """The SVD of a matrix, where that of a product is (`ops.svd`)."""
+    dw = dw.cpu() if dw.device.type == "mps" else dw
     u, s, vt = torch.linalg.svd(dw, full_matrices=False)
     return kept(u, s, vt.t(), max(dw.shape) * torch.finfo(dw.dtype).eps)
 

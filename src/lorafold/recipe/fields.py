@@ -194,7 +194,8 @@ class Fields(BaseModel):
         default="auto",
         description=(
             "Passes over the training rows. auto is one, of few rows as many as 100 steps take; it"
-            " ends where the held-out loss no longer falls, and keeps the adapter of the best step."
+            " ends where the held-out loss no longer falls, and keeps the adapter of the best step"
+            " (a policy makes all steps)."
         ),
     )
     steps: Count | None = Field(

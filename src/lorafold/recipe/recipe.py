@@ -122,9 +122,10 @@ class Recipe(Fields):
     @property
     def stops(self) -> bool:
         """Whether training ends where the held-out loss no longer falls, and keeps the best step's
-        adapter.
+        adapter. A reward may stay where it is for long, so a policy makes all its steps.
         """
-        return self.steps is None and self.epochs == "auto"
+        ends = self.steps is None and self.epochs == "auto"
+        return ends and not OBJECTIVES[self.objective].draws
 
     def checkpoint_interval(self, total_steps: int) -> int:
         """Optimizer steps between checkpoints."""

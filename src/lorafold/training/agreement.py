@@ -62,5 +62,8 @@ def seen(run: RunDirectory) -> str:
     if not (checkpoints := run.checkpoints()):
         return "one without checkpoints"
     last = max(checkpoints)
-    content = (checkpoints[last] / MANIFEST).read_bytes()
+    try:
+        content = (checkpoints[last] / MANIFEST).read_bytes()
+    except OSError:
+        return f"step {last} (damaged)"
     return f"step {last} ({sha256(content).hexdigest()[:8]})"

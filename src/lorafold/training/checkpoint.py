@@ -67,11 +67,6 @@ class Progress:
         """Whether the last PATIENCE measures were no better than one before."""
         return sum(step > (self.best or 0) for step in self.evals) >= PATIENCE
 
-    @property
-    def figures(self) -> dict[str, Any]:
-        """Held-out figures besides the loss, of the last evaluation."""
-        return self.measured[max(self.measured)] if self.measured else {}
-
     def stepped(
         self, figures: Mapping[str, float], generated: Generated, tokens: int, seconds: float
     ) -> None:

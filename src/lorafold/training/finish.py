@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from shutil import rmtree
 from typing import TYPE_CHECKING, Any
 
 from lorafold.data.findings import Findings
@@ -110,7 +111,7 @@ def finish(
         seconds=progress.seconds,
         adapter=str(request.out),
         losses=progress.losses,
-        figures=progress.figures,
+        figures=progress.measured.get(kept, {}),
         frozen=job.adapter.unreached.as_json(),
         files=request.data.record.get("files", {}),
         data=findings.as_json(),
@@ -136,7 +137,10 @@ def finish(
 
     def write(path: Path, record: dict[str, Any]) -> None:
         overwrite = request.overwrite or request.resume
-        own = {"eval_loss": progress.evals.get(record.get("step", progress.step))}
+        step = record.get("step", progress.step)
+        own = {"eval_loss": progress.evals.get(step)}
+        if figures := progress.measured.get(step):
+            record = record | {"figures": figures}
         card = training_card(
             request.base.name,
             record | {"recipe": settled(record["recipe"], job)},
@@ -157,6 +161,8 @@ def finish(
         job.adapter.load_state_dict(tensors)
         own = request.out if kept == better else best_path(request.out)
         write(own, record | {"step": better})
+    if better is None or kept == better:
+        rmtree(best_path(request.out), ignore_errors=True)  # of the run that this one replaces
     job.run.remove()
     job.processes.wait()
     return result
@@ -199,7 +205,6 @@ def kept_figures(progress: Progress) -> dict[str, Any]:
         for name in names
     }
     found = {
-        "figures": progress.figures,
         STEPS: {name: [*map(_rounded, values)] for name, values in progress.shown.items()},
         HELD_OUT: {"step": steps, **held_out} if held_out else {},
         SAMPLES: progress.samples,

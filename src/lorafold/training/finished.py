@@ -67,11 +67,12 @@ def _differing(request: Request, record: Mapping[str, Any]) -> Iterator[str]:
     """What the finished run had in another way."""
     then = Recipe().model_dump(mode="json") | named_as_now(record["recipe"])
     asked = request.recipe
-    now = with_defaults_of(then, request).recipe.model_dump(mode="json")
+    recipe = with_defaults_of(then, request).recipe
+    now = recipe.model_dump(mode="json")
     # a run settles these where they are left to it
     left = {"storage", "max_length", "packing"} - asked.model_fields_set
     left |= {"storage"} if asked.storage == "auto" else set()
-    for name in sorted(now.keys() - free_on_resume(asked) - left):
+    for name in sorted(now.keys() - free_on_resume(recipe) - left):
         if now[name] != then[name]:
             yield f"{name} was {_short(then[name])}, now {_short(now[name])}"
     base = record.get(BASE_IDENTITY)  # which earlier versions did not write
