@@ -39,14 +39,16 @@ NOT_RUN = "Not run by the tests: "
 # embedded GGUF file itself, which is none where the model is tiny: the fast tests only parse them
 LONG = {"quickstart", "compare", "intrinsic", "fragility"}
 LONG_PAGES = {
-    "cli.md", "compare.md", "compose.md", "concepts.md", "export-llamacpp.md", "fragility.md",
-    "from-unsloth.md", "inspect.md", "memory.md", "qlora.md",
+    "cli.md", "compare.md", "compose.md", "concepts.md", "conversations.md", "export-llamacpp.md",
+    "export.md", "fragility.md", "from-unsloth.md", "inspect.md", "memory.md", "qlora.md",
 }  # fmt: skip
 # what a page of the cookbook must reach on the embedded model: the share of right completions
 COOKBOOK = {
     "cookbook-classify.md": 0.9,
     "cookbook-extract.md": 0.8,
     "cookbook-style.md": 0.8,
+    "cookbook-tools.md": 0.9,
+    "cookbook-distil.md": 0.9,
 }
 RUN = {"python", "sh"}  # languages; everything else is there to be read
 FENCE = re.compile(r"^( *)```(\w+)([^\n]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)

@@ -28,6 +28,7 @@ def test_a_part_runs_on_tensors_that_say_cuda(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["found.h100.json", "found.h100.md"]
 
 
+@pytest.mark.slow
 def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path: Path) -> None:
     done = day(tmp_path / "found")
     assert done.returncode == 2

@@ -373,6 +373,7 @@ def test_an_adapter_merged_in_memory_is_a_plain_classifier(tiny_model_dir, tmp_p
     assert not (tmp_path / "m").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.estimated
 def test_commands_from_training_to_evaluation(tiny_model_dir, tmp_path: Path) -> None:
     directory, data = str(tiny_model_dir("llama")), tmp_path / "rows.jsonl"

@@ -548,6 +548,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 @pytest.mark.estimated
 def test_commands_from_training_to_scores(tiny_model_dir, tmp_path: Path) -> None:
     directory, data = str(tiny_model_dir("llama")), write(tmp_path / "rows.jsonl", ROWS)

@@ -132,6 +132,7 @@ def test_the_process_has_no_torch_and_prints_to_standard_error(
     assert printed.err == "a line on standard output\n"
 
 
+@pytest.mark.slow
 def test_a_process_lives_over_calls_and_is_started_again_after_its_end(one: Rewards) -> None:
     first = one(judged("id", "id"))[0]
     assert first == one(judged("id", "id"))[0]

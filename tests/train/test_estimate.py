@@ -206,6 +206,7 @@ def test_what_each_of_several_processes_holds_and_sends(mode: str) -> None:
     assert slow["bandwidth"] == pytest.approx(eight["bandwidth"] / 10)
 
 
+@pytest.mark.slow
 def test_ddp_holds_all_and_sends_gradients_alone() -> None:
     one, four = of_each("--mode", "lora"), of_each(
         "--mode", "lora", "--gpus", "4", "--strategy", "ddp"

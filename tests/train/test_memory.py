@@ -114,6 +114,7 @@ def test_gradients_that_are_there_already(method: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_peak_that_moves_with_the_number_of_blocks() -> None:
     """By the head, which is large, where there are few of them, and by the gradients of many."""
     config = tf.LlamaConfig(**COMMON | {"num_hidden_layers": 20, "vocab_size": 6000})

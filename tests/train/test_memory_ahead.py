@@ -44,6 +44,7 @@ def said(free: int, asked: Any) -> tuple[bool, str]:
     return settle(CONFIG, SETTING, asked, free, console)[0], console.file.getvalue()  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_checkpointing_is_left_off_where_a_step_fits_and_on_where_it_would_not() -> None:
     held = estimate(CONFIG, SETTING).total
     on, text = said(2 * held, "auto")

@@ -20,7 +20,7 @@ from mixtures import CONFIGS
 from process_cases import apart, rows, same_bytes, together
 
 RUN = ("--device", "cpu", "--set", "storage=fp32", "--set", "steps=8", "--set", "batch=8")
-FEW = ("lora", "full")
+FEW = ("lora", pytest.param("full", marks=pytest.mark.slow))
 CLOSE = 1e-5
 DROPS = {"lora", "rslora", "pissa", "olora", "dora", "adalora", "lokr", "vera"}
 

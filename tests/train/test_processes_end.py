@@ -87,17 +87,16 @@ def signalled(number: int) -> object:
     return lambda: os.kill(os.getpid(), number)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "asked",
     [
         ("--set", "dropout=0.1"),
-        pytest.param(("--method", "full", "--strategy", "fsdp"), marks=pytest.mark.slow),
+        ("--method", "full", "--strategy", "fsdp"),
     ],
     ids=["lora", "full, divided"],
 )
-@pytest.mark.parametrize(
-    ("count", "others"), [(2, (1,)), pytest.param(4, (2, 1), marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("count", "others"), [(2, (1,)), (4, (2, 1))])
 def test_a_signal_to_one_stops_all_and_they_resume(
     count: int,
     others: tuple[int, ...],
@@ -211,6 +210,7 @@ def srun(rank: int, count: int, job: int) -> dict[str, str]:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_tasks_of_srun_are_one_run(command: tuple[str, ...], tmp_path: Path) -> None:
     tasks = [srun(n, 2, free_port()) for n in range(2)]
     tasks[1]["SLURM_JOB_ID"] = tasks[0]["SLURM_JOB_ID"]

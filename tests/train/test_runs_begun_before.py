@@ -49,6 +49,7 @@ def resumed(asked: Request, console: Console | None = None, **fields: object) ->
     return str(caught.value)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("content", ["Book a table", "Book <|im_end|> a table"])
 def test_control_tokens_in_contents_were_tokens(
     content: str, tiny_model_dir, tmp_path: Path
@@ -69,6 +70,7 @@ ENDLESS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ends", [True, False])
 def test_turns_ended_as_the_template_writes_them(
     ends: bool, tiny_model_dir, tmp_path: Path
