@@ -88,7 +88,7 @@ def adapters(model: Path, tmp_path: Path) -> list[Path]:
     return [tmp_path / "a1", tmp_path / "a2"]
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("storage", ["fp32", "nf4"] if REAL else ["fp32"])
 @pytest.mark.parametrize("method", ["lora", "dora", "adalora", "vera"])
 def test_a_run_from_rows_to_files(model: Path, tmp_path: Path, method: str, storage: str) -> None:
@@ -105,7 +105,7 @@ def test_a_run_from_rows_to_files(model: Path, tmp_path: Path, method: str, stor
             torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 def test_a_stopped_run_goes_on(model: Path, tmp_path: Path) -> None:
     step, given = loop.train_step, {"steps": 4, "save_every": 1, "dropout": 0.1}
 
