@@ -1,5 +1,5 @@
 """What loading a model as NF4 needs: peak memory over an interpreter with everything imported, and
-seconds. One JSON object a line.
+seconds. One JSON object a line, and a table in results/load_memory.md.
 
     python benchmarks/load_memory.py [--gigabytes 2.2]
 
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from lib.child import watch
+from lib.results import keep
 from merge_memory import synthetic
 
 from lorafold.models.checkpoint import open_checkpoint
@@ -33,7 +34,7 @@ bitsandbytes()
 """
 
 
-def measure(label: str, model: Path, base: str) -> None:
+def measure(label: str, model: Path, base: str) -> dict:
     sizes: dict[str, int] = {}
     entries = open_checkpoint(model).entries
     for name, entry in entries.items():
@@ -55,6 +56,7 @@ def measure(label: str, model: Path, base: str) -> None:
         "seconds": round(done.seconds, 1),
     }
     print(json.dumps(row), flush=True)
+    return row
 
 
 def main() -> None:
@@ -63,10 +65,11 @@ def main() -> None:
         "--gigabytes", type=float, default=2.2, help="size of the synthetic model's weights"
     )
     gigabytes = parser.parse_args().gigabytes
-    for base in ("bf16", "nf4"):
-        measure("smollm2", resolve_model("smollm2").path, base)
+    smollm2 = resolve_model("smollm2").path
+    rows = [measure("smollm2", smollm2, base) for base in ("bf16", "nf4")]
     with tempfile.TemporaryDirectory() as scratch:
-        measure("synthetic-llama", synthetic(Path(scratch), gigabytes), "nf4")
+        rows.append(measure("synthetic-llama", synthetic(Path(scratch), gigabytes), "nf4"))
+    keep("load_memory", rows)
 
 
 if __name__ == "__main__":

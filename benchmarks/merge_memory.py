@@ -1,5 +1,5 @@
 """What a fold needs: peak anonymous memory over an interpreter with everything imported, and
-seconds. One JSON object a line. Linux only.
+seconds. One JSON object a line, and a table in results/merge_memory.md. Linux only.
 
     python benchmarks/merge_memory.py [--gigabytes 2.2]
 
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from lib.child import watch
+from lib.results import keep
 from safetensors.torch import save_file
 from transformers import AutoConfig, LlamaConfig
 
@@ -96,7 +97,7 @@ def random_adapter(model: Path, path: Path, rank: int = 16) -> Path:
     return path
 
 
-def measure(label: str, model: Path, work: Path) -> None:
+def measure(label: str, model: Path, work: Path) -> dict:
     entries = open_checkpoint(model).entries.values()
     largest = 4 * max(torch.Size(e.shape).numel() for e in entries)
     adapter = random_adapter(model, work / f"{label}-adapter")
@@ -114,6 +115,7 @@ def measure(label: str, model: Path, work: Path) -> None:
         "update_survival": round(float(done.output), 4),
     }
     print(json.dumps(row), flush=True)
+    return row
 
 
 def main() -> None:
@@ -124,9 +126,12 @@ def main() -> None:
     gigabytes = parser.parse_args().gigabytes
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
-        measure("smollm2", resolve_model("smollm2").path, work)
         (work / "llama").mkdir()
-        measure("synthetic-llama", synthetic(work / "llama", gigabytes), work)
+        models = {
+            "smollm2": resolve_model("smollm2").path,
+            "synthetic-llama": synthetic(work / "llama", gigabytes),
+        }
+        keep("merge_memory", [measure(label, path, work) for label, path in models.items()])
 
 
 if __name__ == "__main__":

@@ -13,13 +13,12 @@ levels:
                         have less
     lloyd-max-exact     the least squared error with -1, 0 and 1 among the levels, as NF4 has them
     lloyd-max-normal    those for N(0, 1), on the weights
-One JSON object a line: relative_error |W - Q(W)| / |W| over all matrices together, worst_matrix the
-largest of a single one, max_error in
-units of the block's largest weight, entropy of the codes' use in bits, above_bound the error
-against lloyd-max's, kl of the model's
-answers on the probe texts against the original's (nats a token; both computed in fp32 from bf16
-weights). Shifting a code's blocks by
-half a block or mirroring its levels leaves its error as it is and moves kl by 0.01 to 0.04: smaller
+One JSON object a line, and a table of smollm2's, also written to results/quantization_error.md:
+relative_error |W - Q(W)| / |W| over all matrices together, worst_matrix the largest of a single
+one, max_error in units of the block's largest weight, entropy of the codes' use in bits,
+above_bound the error against lloyd-max's, kl of the model's answers on the probe texts against the
+original's (nats a token; both computed in fp32 from bf16 weights). Shifting a code's blocks by half
+a block or mirroring its levels leaves its error as it is and moves kl by 0.01 to 0.04: smaller
 differences say little.
 
 --loftq: LoftQ (Li et al. 2023, arXiv 2310.08659) at rank 16 on NF4 with double quantization. T
@@ -37,6 +36,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 from bitsandbytes.functional import get_4bit_type
+from lib.results import keep
 from torch import Tensor, nn
 
 from lorafold.core.presets import all_linear
@@ -234,6 +234,7 @@ def main() -> None:
     ]
     weights = [linear.weight.detach() for linear in linears]  # bf16, kept
     answers = None if asked.no_kl else Answers(model.float())
+    table: list[dict] = []
     normal = list(torch.randn(16, 1024, 1024, generator=torch.Generator().manual_seed(0)))
 
     def report(
@@ -249,6 +250,7 @@ def main() -> None:
             row["above_bound"] = row["relative_error"] / bound - 1
         if real and answers:
             row["kl"] = answers.kl()
+        table.append(row)
         print(json.dumps(row), flush=True)
         return row["relative_error"]
 
@@ -269,6 +271,7 @@ def main() -> None:
         codes["lloyd-max-normal"] = best
     for steps in (1, 5) if asked.loftq else ():
         report("smollm2", f"loftq T={steps}", lambda w, steps=steps: (loftq(w, steps), None))
+    keep("quantization_error", [row for row in table if row["data"] == "smollm2"])
 
 
 if __name__ == "__main__":

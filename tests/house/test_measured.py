@@ -3,7 +3,8 @@
     <!-- results: ranks -->     the table that follows is from benchmarks/results/ranks.md
 
 Each figure beyond the first column is one of the file's, rounded as the page has it; shares may be
-written as percent in one of both. So a result that is measured again makes the page's test fail.
+written as percent in one of both. So does each row of another table that names `benchmarks/ranks.py`
+as where its figures are from. A result that is measured again makes the page's test fail.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 MARKED = re.compile(r"^<!-- results: (\w+) -->\n+((?:\|.*\n?)+)", re.MULTILINE)
+FROM = re.compile(r"^\|.*`benchmarks/(\w+)\.py.*$", re.MULTILINE)
+ASIDE = re.compile(r"`[^`]*`|\]\([^)]*\)|95%:")  # commands, links, what all intervals are of
 NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
 
 
@@ -27,7 +30,15 @@ def marked() -> Iterator[tuple[str, str, str]]:
             yield str(page.relative_to(ROOT / "docs")), found[1], found[2]
 
 
-TABLES = list(marked())
+def named() -> Iterator[tuple[str, str, str]]:
+    """Page, name of the results, row that names the benchmark they are from."""
+    for page in sorted((ROOT / "docs").rglob("*.md")):
+        for found in FROM.finditer(MARKED.sub("", page.read_text(encoding="utf-8"))):
+            if (RESULTS / f"{found[1]}.md").exists():
+                yield str(page.relative_to(ROOT / "docs")), found[1], found[0]
+
+
+TABLES, ROWS = list(marked()), list(named())
 
 
 def figures(text: str) -> list[tuple[float, float]]:
@@ -41,19 +52,14 @@ def figures(text: str) -> list[tuple[float, float]]:
     return found
 
 
-def beyond_the_first_column(table: str) -> str:
-    """The cells of the body without those that name the rows."""
-    rows = [line.strip("|").split("|") for line in table.splitlines()[2:]]
-    return " | ".join(cell for row in rows for cell in row[1:])
-
-
-def foreign(table: str, results: str) -> list[float]:
-    """The figures of a page's table that are none of the results, rounded."""
+def foreign(rows: str, results: str) -> list[float]:
+    """The figures of a page's rows, beyond their first column, that are none of the results."""
+    cells = " | ".join(row.strip("|").partition("|")[2] for row in rows.splitlines())
     known = [value for value, _ in figures(results)]
     known += [100 * value for value in known if abs(value) < 2]  # shares as percent
     return [
         value
-        for value, half in figures(beyond_the_first_column(table))
+        for value, half in figures(cells)
         if not any(abs(value - other) <= 1.001 * half for other in known)
     ]
 
@@ -62,11 +68,20 @@ def foreign(table: str, results: str) -> list[float]:
     ("page", "name", "table"), TABLES, ids=[f"{p}-{n}-{i}" for i, (p, n, _) in enumerate(TABLES)]
 )
 def test_a_page_has_the_figures_that_were_measured(page: str, name: str, table: str) -> None:
-    assert foreign(table, (RESULTS / f"{name}.md").read_text(encoding="utf-8")) == []
+    body = table.split("\n", 2)[2]
+    assert foreign(body, (RESULTS / f"{name}.md").read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("page", "name", "row"), ROWS, ids=[f"{p}-{n}-{i}" for i, (p, n, _) in enumerate(ROWS)]
+)
+def test_a_row_has_the_figures_of_the_benchmark_it_names(page: str, name: str, row: str) -> None:
+    results = (RESULTS / f"{name}.md").read_text(encoding="utf-8")
+    assert foreign(ASIDE.sub("", row), results) == []
 
 
 def test_a_figure_that_differs_is_found() -> None:
-    table = "| rank | loss | exact |\n|---|---|---|\n| 4 | 0.0059, 0.0076 | 97% |\n"
+    table = "| 4 | 0.0059, 0.0076 | 97% |\n"
     assert foreign(table, "| 4 | 0.0059 | 0.97 |\n| 4 | 0.00764 | |\n") == []
     assert foreign(table, "| 4 | 0.0059 | 0.96 |\n| 4 | 0.0081 | |\n") == [0.0076, 97.0]
 
