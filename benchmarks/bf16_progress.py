@@ -35,7 +35,7 @@ from torch import nn
 
 import lorafold as lf
 from lorafold.core.spec import Spec
-from lorafold.data.batches import batches, labelled
+from lorafold.data.batches import Batches, labelled
 from lorafold.data.examples import Example, encode
 from lorafold.evaluation import held_out_loss
 from lorafold.models.loading import load_model, load_tokenizer
@@ -134,7 +134,7 @@ def train(
         objective = stack.enter_context(Sft().loss(model, tokenizer, fast, Console(quiet=True)))
         assert objective.packed == fast
         model.train()
-        for step in batches(len(rows), ROWS, steps, order):
+        for step in Batches(len(rows), ROWS, steps, order):
             chosen = [rows[i] for i in step]
             (
                 objective(**objective.collate(chosen, torch.device("cpu")))

@@ -36,7 +36,7 @@ bitsandbytes()
 
 def measure(label: str, model: Path, base: str) -> dict:
     sizes: dict[str, int] = {}
-    entries = open_checkpoint(model).entries
+    entries = open_checkpoint(resolve_model(str(model))).entries
     for name, entry in entries.items():
         if ".layers." in name:
             block = name.split(".layers.")[1].split(".")[0]

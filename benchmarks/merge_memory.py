@@ -98,7 +98,7 @@ def random_adapter(model: Path, path: Path, rank: int = 16) -> Path:
 
 
 def measure(label: str, model: Path, work: Path) -> dict:
-    entries = open_checkpoint(model).entries.values()
+    entries = open_checkpoint(resolve_model(str(model))).entries.values()
     largest = 4 * max(torch.Size(e.shape).numel() for e in entries)
     adapter = random_adapter(model, work / f"{label}-adapter")
     work_of = (str(model), str(adapter), str(work / f"{label}-merged"))
