@@ -23,6 +23,7 @@ from pathlib import Path
 import psutil
 import torch
 from lib.results import keep
+from transformers import PreTrainedModel
 
 import lorafold as lf
 from lorafold.core.evaluating import evaluating
@@ -96,7 +97,9 @@ QUESTIONS = 32
 CHOICE = f"multiple choice: 4 answers of 20 to {QUESTIONS} questions of 300"
 
 
-def ways(what: str, model: object, stack: ExitStack) -> tuple[int, int, list[Callable[[], None]]]:
+def ways(
+    what: str, model: PreTrainedModel, stack: ExitStack
+) -> tuple[int, int, list[Callable[[], None]]]:
     """The tokens that are computed apart and once, and a step either way."""
     torch.manual_seed(0)
     if what == CHOICE:

@@ -40,6 +40,7 @@ from lorafold.quickstart.task import rows
 from lorafold.recipe.fitting import fitting, spec_of
 from lorafold.step.fused import fused
 from lorafold.training.display import Display
+from lorafold.training.dividing import layout_of
 from lorafold.training.loop import fit
 from lorafold.training.request import Request
 from lorafold.training.setup import set_up
@@ -99,7 +100,9 @@ def trained(method: str, rate: float | None, steps: int, points: Sequence[int], 
         stack.enter_context(freed_blocks_kept())
         stack.enter_context(fused(model))
         loss = stack.enter_context(objective.loss(model, tokenizer, recipe.packing, QUIET))
-        fit(*prepare(setup, adapter, loss, setup.feed, None, QUIET), Watch(steps, look))
+        layout = layout_of(recipe, setup.processes)
+        run = prepare(setup, adapter, loss, setup.feed, None, QUIET, layout)
+        fit(*run, Watch(steps, look))
     found = evaluate(model, tokenizer, unseen, recipe.max_length)
     return {"path": path, "loss": found.loss, "exact": found.exact_match}
 

@@ -51,7 +51,7 @@ CONFIGS: dict[str, Any] = {
         num_hidden_layers=6, num_local_experts=8, vocab_size=32000,
     ),
     "qwen3-moe": tf.Qwen3MoeConfig(
-        **SHAPE, head_dim=64, num_hidden_layers=6, vocab_size=32000,
+        **SHAPE | {"head_dim": 64}, num_hidden_layers=6, vocab_size=32000,
         num_experts=32, num_experts_per_tok=4, moe_intermediate_size=256,
     ),
     "qwen2-moe": tf.Qwen2MoeConfig(

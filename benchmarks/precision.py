@@ -219,9 +219,8 @@ def caught(model: nn.Module) -> Iterator[list[Layer]]:
         scaling: float,
         **protocol: Any,
     ) -> Any:
-        layers.append(
-            Layer(*(x.transpose(1, 2).flatten(0, 1).contiguous() for x in (q, k, v)), mask, scaling)
-        )
+        rows = [x.transpose(1, 2).flatten(0, 1).contiguous() for x in (q, k, v)]
+        layers.append(Layer(rows[0], rows[1], rows[2], mask, scaling))
         return attend(module, q, k, v, mask, scaling=scaling, **protocol)
 
     AttentionInterface.register("caught", catch)

@@ -188,8 +188,8 @@ def main() -> None:
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         if asked.fidelity:
-            of = [alignment.pairs(task(*of, 0)) for of in (("train", asked.rows), ("test", 64))]
-            fidelity(Bench(*of, scratch))
+            rows, test = task("train", asked.rows, 0), task("test", 64, 0)
+            fidelity(Bench(alignment.pairs(rows), alignment.pairs(test), scratch))
         else:
             speed(Bench(pairs(asked.rows, 0), pairs(32, 1), scratch), asked.rounds)
 

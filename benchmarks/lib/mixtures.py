@@ -24,7 +24,8 @@ def random(name: str, path: Path) -> None:
     config = {
         "mixtral": lambda: tf.MixtralConfig(**SHAPE, intermediate_size=1024, num_local_experts=8),
         "qwen3-moe": lambda: tf.Qwen3MoeConfig(
-            **SHAPE, head_dim=64, num_experts=32, num_experts_per_tok=4, moe_intermediate_size=256
+            **SHAPE | {"head_dim": 64},
+            num_experts=32, num_experts_per_tok=4, moe_intermediate_size=256,
         ),
     }[name]()
     tf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(path)
