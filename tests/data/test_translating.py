@@ -327,7 +327,7 @@ def test_an_adapter_to_start_from_brings_its_own(tmp_path):
         ("base_model: m\nadapter: ia4", "adapter: found 'ia4', expected lora or qlora"),
         ("base_model: m\nlearning_rate: 1\nload_in_4bit: true", "trains the base's own weights"),
         ("a: 1\nb: 2", "can't tell which tool's it is by its keys (a, b)"),
-        ("base_model: m\nstage: sft", "expected --kind axolotl, llamafactory, trl-sft"),
+        ("base_model: m\nstage: sft", "expected --kind axolotl, llamafactory"),
         ("- a", "found a list, expected `name: value` lines"),
         ("a: [1", "not YAML at line 1"),
         ("", "found an empty file"),
@@ -417,6 +417,8 @@ def test_parameters_of_experts_are_targets(tmp_path):
     theirs = axolotl_of(tmp_path, **settings, lora_target_parameters=names)
     assert theirs.recipe.targets == ("q_proj", *own)
     assert "lora_target_parameters" not in keys(theirs, "changed") | keys(theirs, "left")
+    alone = axolotl_of(tmp_path, lora_target_linear=False, lora_target_parameters=names)
+    assert alone.recipe.targets == own
 
 
 def test_pefts_initializations_that_change_the_base_are_methods_of_their_own(tmp_path):

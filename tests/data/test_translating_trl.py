@@ -217,10 +217,14 @@ def test_a_file_is_known_by_what_is_in_it(tmp_path, extra, tool):
 @pytest.mark.parametrize(
     ("config", "parts"),
     [
-        (LEAST | {"beta": 0.1}, ["TRL's DPO knows all", "TRL's KTO knows all", "--kind"]),
-        (LEAST | {"learning_rate": 1e-5}, ["TRL's SFT knows all", "trl-reward"]),
+        (LEAST | {"beta": 0.1}, ["TRL's DPO, TRL's KTO", "--kind trl-dpo, trl-kto"]),
+        (LEAST | {"learning_rate": 1e-5}, ["TRL's SFT, TRL's DPO", "trl-reward"]),
         (LEAST | {"packing": True, "a": 1, "b": 2, "c": 3}, ["TRL's SFT does not know a, b, c"]),
-        ({"reward_funcs": ["a.b"]}, ["TRL's GRPO knows all", "TRL's RLOO knows all"]),
+        ({"reward_funcs": ["a.b"]}, ["TRL's GRPO, TRL's RLOO know as many", "trl-grpo, trl-rloo"]),
+        ({"compute_environment": "LOCAL_MACHINE", "fsdp_config": {}}, ["accelerate's", "torchrun"]),
+        ({"zero_optimization": {}, "train_batch_size": 8}, ["DeepSpeed's", "--strategy fsdp"]),
+        ({"model": "m", "model_class": "llm", "peft_config": {}}, ["LLaMA-Factory's v1", "stage"]),
+        ({"model_type": "llama", "architectures": []}, ["a model's configuration"]),
     ],
 )
 def test_a_file_that_fits_no_tool_well_is_refused_with_what_is_unknown(tmp_path, config, parts):
@@ -229,6 +233,7 @@ def test_a_file_that_fits_no_tool_well_is_refused_with_what_is_unknown(tmp_path,
     for part in parts:
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value).removeprefix(str(tmp_path))) < 300
 
 
 def test_where_rows_lie(tmp_path):

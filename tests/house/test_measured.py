@@ -3,8 +3,8 @@
     <!-- results: ranks -->     the table that follows is from benchmarks/results/ranks.md
 
 Each figure beyond the first column is one of the file's, rounded as the page has it; shares may be
-written as percent in one of both. So does each row of another table that names `benchmarks/ranks.py`
-as where its figures are from. A result that is measured again makes the page's test fail.
+written as percent in one of both. So is each of a row that names `benchmarks/ranks.py` as where its
+figures are from. A result that is measured again makes the page's test fail.
 """
 
 from __future__ import annotations

@@ -57,11 +57,9 @@ def adapter(value: Any, settings: Settings) -> Outcome:
         require("learning_rate", settings)
     else:
         require("learning_rate lora_r lora_alpha", settings)
-        if not (settings["lora_target_modules"] or settings["lora_target_linear"]):
-            raise LorafoldError(
-                f"found {value}, and neither lora_target_modules nor lora_target_linear, expected"
-                " one of them, as axolotl does"
-            )
+        where = [f"lora_target_{name}" for name in ("modules", "linear", "parameters")]
+        if not any(settings[key] for key in where):
+            raise LorafoldError(f"found {value}, expected one of {', '.join(where)} beside it")
     peft = settings["peft"]
     loftq = isinstance(peft, dict) and peft.get("loftq_config")
     return trainer.kind_of_lora(

@@ -35,7 +35,16 @@ NOTES = {
     " stand: for such rows --chat-template none",
     "mlx-lm": f"{AFTER_TURNS}, and so does one token of padding after each row",
 }
-SHOWN = 4  # the most fields that a line names
+STRANGERS = {  # keys of files that stand beside configurations, and what such a file is
+    "compute_environment": "accelerate's, which says how processes start and not what they train:"
+    " torchrun -m lorafold train starts several",
+    "zero_optimization": "DeepSpeed's, which says how weights are divided:"
+    " lorafold train --strategy fsdp divides them",
+    "model_class": "LLaMA-Factory's v1, of which nothing is read: expected the form that has stage"
+    " and finetuning_type",
+    "model_type": "a model's configuration, expected that of a training run",
+}
+SHOWN = 3  # the most fields that a line names
 
 
 @dataclass(frozen=True)
@@ -117,11 +126,18 @@ def kind_of(path: Path, config: Mapping[str, Any]) -> str:
             f"{path}: found a recipe of lorafold's own ({_some(own)}), expected another tool's"
             f" file; train with: lorafold train --config {path}"
         )
-    near = [kind for kind in order if kind != "peft"]
-    told = [f"{TOOLS[kind].name} {_unknown(unknown[kind])}" for kind in near[: max(3, len(others))]]
+    if stranger := next((told for key, told in STRANGERS.items() if key in config), None):
+        raise LorafoldError(f"{path}: found a file of {stranger}")
+    names = _some([TOOLS[kind].name for kind in (best, *others)])
+    if others:
+        told = f"{names} know as many of them"
+    elif signs[best]:
+        told = f"{names} does not know {_some(unknown[best])}"
+    else:
+        told = "no tool has them"
     raise LorafoldError(
         f"{path}: can't tell which tool's it is by its keys ({_some(list(config)) or 'none'}):"
-        f" {', '.join(told)}; expected --kind {', '.join(TOOLS)}"
+        f" {told}; expected --kind {', '.join((best, *others) if others else TOOLS)}"
     )
 
 
@@ -129,10 +145,6 @@ def _has(config: Mapping[str, Any], key: str, equals: str, value: str) -> bool:
     found = config.get(key)
     values = found if isinstance(found, list) else [found]
     return key in config and (not equals or value in values)
-
-
-def _unknown(keys: Sequence[str]) -> str:
-    return f"does not know {_some(keys)}" if keys else "knows all"
 
 
 def _some(keys: Sequence[str]) -> str:
