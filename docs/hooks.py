@@ -92,9 +92,9 @@ def escaped(text: str) -> str:
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    """A table in Markdown, whose cells stand one below the other on a phone."""
+    lines = "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])
+    return f'<div class="stacked" markdown>\n\n{lines}\n\n</div>'
 
 
 def command_of(name: str) -> Any:
