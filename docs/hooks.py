@@ -147,13 +147,19 @@ def commands() -> str:
 
 
 def objects() -> str:
-    """The public names in the order of their pages, each with the first sentence of its docs."""
+    """The public names in the order of their pages, each with the first sentence of its docs, and
+    methods with that of their files.
+    """
+    from lorafold.methods import METHODS  # needs torch
+
     rows: list[list[str]] = []
     for page in ("train", "use", "shape", "studies", "adapters", "methods"):
         text = (ROOT / "docs" / "api" / f"{page}.md").read_text(encoding="utf-8")
         for place in re.findall(r"^::: (\S+)$", text, re.MULTILINE):
             name = place.rpartition(".")[2]
-            first = re.split(r"(?<=\.)\s", inspect.getdoc(getattr(lorafold, name)) or "")[0]
+            of = getattr(lorafold, name)
+            of = inspect.getmodule(of) if name in METHODS.classes else of
+            first = re.split(r"(?<=\.)\s", inspect.getdoc(of) or "")[0]
             rows.append([f"[`lf.{name}`](api/{page}.md#{place})", cell(first)])
     return table(["name", "what it is"], rows)
 
