@@ -37,6 +37,8 @@ ROOT = Path(__file__).parent.parent
 PICTURES = ["benchmarks/results/scaling.svg"]  # shown on pages, and kept where they are made
 MARK = re.compile(r"^<!-- generated: (\w+)(?: ([\w -]+))? -->$", re.MULTILINE)
 OPTION = re.compile(r"<code>(?=--?[a-z][^<]{,40}</code>)")
+CELL = re.compile(r"<td[^>]*>.*?</td>", re.DOTALL)
+SMALL = re.compile(r"(?<![\w.])[\d.]+e-\d+(?![^<]*>)")
 WORD = re.compile(r"(?<![\w`./-])--[a-z][\w-]*")  # an option among words that are no code
 # tags that load something; links to other pages of the web (a) load nothing
 REMOTE = re.compile(
@@ -59,8 +61,9 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """The page with its options marked, which no line may break at their hyphens."""
-    return OPTION.sub(r'<code class="option">', html)
+    """The page with its options and numbers marked, which no line may break at their hyphens."""
+    marked = OPTION.sub(r'<code class="whole">', html)
+    return CELL.sub(lambda td: SMALL.sub(r'<span class="whole">\g<0></span>', td[0]), marked)
 
 
 def on_post_page(output: str, page: Any, **_: Any) -> None:
