@@ -36,6 +36,10 @@ from lorafold.recipe.recipe import Recipe
 ROOT = Path(__file__).parent.parent
 PICTURES = ["benchmarks/results/scaling.svg"]  # shown on pages, and kept where they are made
 MARK = re.compile(r"^<!-- generated: (\w+)(?: ([\w -]+))? -->$", re.MULTILINE)
+OPTION = re.compile(r"<code>(?=--?[a-z][^<]{,40}</code>)")
+CELL = re.compile(r"<td[^>]*>.*?</td>", re.DOTALL)
+SMALL = re.compile(r"(?<![\w.])[\d.]+e-\d+(?![^<]*>)")
+WORD = re.compile(r"(?<![\w`./-])--[a-z][\w-]*")  # an option among words that are no code
 # tags that load something; links to other pages of the web (a) load nothing
 REMOTE = re.compile(
     r"<(?:script|img|iframe|source|link(?![^>]*rel=\"canonical\"))\b[^>]*"
@@ -56,6 +60,12 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     return MARK.sub(lambda found: GENERATED[found[1]](*filter(None, [found[2]])), markdown)
 
 
+def on_page_content(html: str, **_: Any) -> str:
+    """The page with its options and numbers marked, which no line may break at their hyphens."""
+    marked = OPTION.sub(r'<code class="whole">', html)
+    return CELL.sub(lambda td: SMALL.sub(r'<span class="whole">\g<0></span>', td[0]), marked)
+
+
 def on_post_page(output: str, page: Any, **_: Any) -> None:
     """PluginError for a page that would load something from another host."""
     if found := REMOTE.search(output):
@@ -70,19 +80,24 @@ def on_post_build(config: Any) -> None:
 
 def cell(text: str) -> str:
     """Text as a cell of a table."""
-    plain = html.escape(" ".join(text.split()), quote=False).replace("|", "&#124;")
-    return plain.replace("[", "&#91;")  # no link
+    return WORD.sub(r"<code>\g<0></code>", escaped(text))
 
 
 def code(text: str) -> str:
     """Text as code in a cell."""
-    return f"<code>{cell(text)}</code>"
+    return f"<code>{escaped(text)}</code>"
+
+
+def escaped(text: str) -> str:
+    """Text as it stands, in a cell."""
+    plain = html.escape(" ".join(text.split()), quote=False).replace("|", "&#124;")
+    return plain.replace("[", "&#91;")  # no link
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    """A table in Markdown, whose cells stand one below the other on a phone."""
+    lines = "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])
+    return f'<div class="stacked" markdown>\n\n{lines}\n\n</div>'
 
 
 def command_of(name: str) -> Any:
@@ -96,7 +111,7 @@ def command_of(name: str) -> Any:
 
 def about(name: str) -> str:
     """What a command does, as its --help has it."""
-    return inspect.cleandoc(command_of(name).help)
+    return WORD.sub(r"`\g<0>`", inspect.cleandoc(command_of(name).help))
 
 
 def options(name: str) -> str:
@@ -120,7 +135,7 @@ def options(name: str) -> str:
     head = ["option", "meaning"]
     parts += [f"**{name}**\n\n{table(head, rows)}" for name, rows in panels.items() if rows]
     parts += ["**Fields of the recipe**\n\n" + " ".join(fields)] if fields else []
-    parts += [*(command.epilog or "").split("\n\n")]
+    parts += [*WORD.sub(r"`\g<0>`", command.epilog or "").split("\n\n")]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -135,13 +150,19 @@ def commands() -> str:
 
 
 def objects() -> str:
-    """The public names in the order of their pages, each with the first sentence of its docs."""
+    """The public names in the order of their pages, each with the first sentence of its docs, and
+    methods with that of their files.
+    """
+    from lorafold.methods import METHODS  # needs torch
+
     rows: list[list[str]] = []
     for page in ("train", "use", "shape", "studies", "adapters", "methods"):
         text = (ROOT / "docs" / "api" / f"{page}.md").read_text(encoding="utf-8")
         for place in re.findall(r"^::: (\S+)$", text, re.MULTILINE):
             name = place.rpartition(".")[2]
-            first = re.split(r"(?<=\.)\s", inspect.getdoc(getattr(lorafold, name)) or "")[0]
+            of = getattr(lorafold, name)
+            of = inspect.getmodule(of) if name in METHODS.classes else of
+            first = re.split(r"(?<=\.)\s", inspect.getdoc(of) or "")[0]
             rows.append([f"[`lf.{name}`](api/{page}.md#{place})", cell(first)])
     return table(["name", "what it is"], rows)
 

@@ -42,6 +42,14 @@ print("torch._inductor.compile_fx" in sys.modules, torch.compile is before)
 
 
 @pytest.mark.slow
+def test_what_other_libraries_import_on_the_way_says_nothing():
+    pytest.importorskip("peft")  # imports bitsandbytes, for transformers' Trainer
+    script = "import lorafold, sys; lorafold.AdapterCallback; print('bitsandbytes' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.stdout.strip(), done.stderr) == ("True", "")
+
+
+@pytest.mark.slow
 def test_what_bitsandbytes_would_compile_is_compiled_by_its_first_call():
     assert said("""
 import torch

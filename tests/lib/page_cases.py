@@ -5,7 +5,7 @@ see of pages: names that are long, figures that lie close, and some that are mis
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lorafold.comparing import report as comparing
@@ -67,16 +67,15 @@ def undone(path: Path) -> None:
     undoing.page(found, path)
 
 
-def drawn(path: Path) -> None:
-    """A policy of three rewards over 200 steps."""
+def drawn(path: Path, names: Sequence[str] = (LONG, "short", "letters")) -> None:
+    """A policy of several rewards over 200 steps."""
     chance = random.Random(2)
 
     def walk(start: float, step: float) -> list[float]:
         return [start + step * n + chance.gauss(0, abs(start) / 5 + 0.02) for n in range(200)]
 
     steps = {
-        "reward": walk(0.2, 0.003), f"reward {LONG}": walk(0.1, 0.001),
-        "reward short": walk(0.1, 0.002), "reward letters": walk(0.12, 0.001),
+        "reward": walk(0.2, 0.003), **{f"reward {name}": walk(0.1, 0.001) for name in names},
         "tokens a completion": walk(80, -0.2), "cut off": [0.0] * 200,
         "entropy": walk(1.2, -0.004), "mismatch": walk(0.001, 0), "largest mismatch": walk(0.01, 0),
     }  # fmt: skip
@@ -86,21 +85,21 @@ def drawn(path: Path) -> None:
         "reward_interval": [(v - 0.1, v + 0.1) for v in measured],
     }  # fmt: skip
     said = {"where": "row 3", "prompt": "Say red", "completion": "red " * 60, "reward": 0.7,
-            "ended": False, "each": {"short": 0.2}}  # fmt: skip
+            "ended": False, "each": {names[0]: 0.2}}  # fmt: skip
     sides = {"first": {"step": 0, "samples": [said]}, "last": {"step": 200, "samples": [said] * 2}}
     found = History(
         "policy", {"objective": "grpo", "method": "lora"}, walk(0.01, 0), steps,
         {step: -reward for step, reward in zip(held_out["step"], measured, strict=True)}, held_out,
-        {LONG: 1.0, "short": 0.5, "letters": 1.0}, sides, ["The entropy fell by 60%."],
+        dict.fromkeys(names, 0.5), sides, ["The entropy fell by 60%."],
     )  # fmt: skip
     history_page.page(found, path)
 
 
-def learned(path: Path) -> None:
+def learned(path: Path, steps: int = 120) -> None:
     """A run with losses alone."""
-    losses = [3 * 0.97**n + 0.3 for n in range(120)]
+    losses = [3 * 0.97**n + 0.3 for n in range(steps)]
     recipe = {"objective": "sft", "method": "lora"}
-    evals = {n: losses[n - 1] + 0.05 for n in (40, 80, 120)}
+    evals = {n: losses[n - 1] + 0.05 for n in range(40, steps + 1, 40)}
     found = History("adapter", recipe, losses, {}, evals, {}, {}, {}, [])
     history_page.page(found, path)
 
@@ -115,9 +114,12 @@ def estimated(path: Path) -> None:
 PAGES: dict[str, Callable[[Path], None]] = {
     "all methods": lambda path: compared(path, tuple(METHODS)),
     "compare": lambda path: compared(path, tuple(METHODS)[:8]),
+    "long names": lambda path: compared(path, tuple(f"{LONG} {n}" for n in range(12))),
     "rewards": lambda path: compared(path, ("lora", "dora", "ia3"), rewards=True),
     "fragility": undone,
     "policy": drawn,
+    "many rewards": lambda path: drawn(path, tuple(f"{LONG} {n}" for n in range(12))),
     "train": learned,
+    "one step": lambda path: learned(path, 1),
     "estimate": estimated,
 }

@@ -38,23 +38,26 @@ from lorafold.errors import LorafoldError, NotMergeable
 
 
 def bitsandbytes() -> ModuleType:
-    """Import bitsandbytes without its log messages below errors, which recommend kernels to
-    download, and without torch's compiler: it takes 1.5 s to import, and is for kernels that run
-    where bitsandbytes has none of its own. Raises ImportError if it is not installed.
-    """
+    """Import bitsandbytes, quietly. Raises ImportError if it is not installed."""
     if (found := sys.modules.get("bitsandbytes")) is None:
-        found = _imported()
+        with quietly():
+            found = importlib.import_module("bitsandbytes")
     use_faster_codes()
     return found
 
 
-def _imported() -> ModuleType:
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Where bitsandbytes may be imported, by other libraries too: without its log messages below
+    errors, which recommend kernels to download, and without torch's compiler: it takes 1.5 s to
+    import, and is for kernels that run where bitsandbytes has none of its own.
+    """
     logger = logging.getLogger("bitsandbytes")
     level, compiler = logger.level, torch.compile
     logger.setLevel(logging.ERROR)
     torch.compile = partial(_when_called, compiler)
     try:
-        return importlib.import_module("bitsandbytes")
+        yield
     finally:
         logger.setLevel(level)
         torch.compile = compiler

@@ -27,10 +27,10 @@ def command(
 ) -> None:
     """List what lorafold keeps in its cache, or clear it.
 
-    models are embedded models after they are unpacked, rows and tokens large training data after it
-    was checked and tokenized, svd decompositions of base weights. All of it is made again when it
-    is needed; a run that is using an entry keeps it until it ends. The environment variable
-    LORAFOLD_CACHE names the directory.
+    It keeps embedded models that were unpacked (models), large training data that was checked and
+    tokenized (rows, tokens), and decompositions of base weights (svd). All of it is made again
+    when it is needed; a run that is using an entry keeps it until it ends. The environment
+    variable LORAFOLD_CACHE names the directory.
     """
     from datetime import datetime
 

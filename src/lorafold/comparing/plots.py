@@ -115,7 +115,7 @@ def plots_of(measurements: Sequence[Measurement]) -> Iterator[str]:
 def ranking(quality: Quality, names: Sequence[str]) -> str:
     """The quality of each method with its interval, the best above."""
     order, reach = quality.order, quality.intervals
-    shown = [f"{names[n]}  {quality.values[n]:.4g}" for n in order]
+    shown = [f"{plots.short(names[n], 16)}  {quality.values[n]:.4g}" for n in order]
 
     def draw(axes: Any) -> None:
         values, intervals = [quality.values[n] for n in order], [reach[n] for n in order]
@@ -143,7 +143,7 @@ def scatter(
     known = quality.order
     best, least = known[0], min(known, key=lambda n: x[n] or 0)
 
-    def draw(axes: Any) -> None:
+    def draw(axes: Any) -> str:
         for n in known:
             y, style = quality.values[n], plots.series(0 if mergeable[n] else 1)
             reach = plots.spread([y or 0], [quality.intervals[n]])
@@ -152,7 +152,8 @@ def scatter(
             plots.level(axes, "base", y=quality.base)
         axes.set(xlabel=cost.axis, ylabel=quality.label)
         plots.scaled(axes, x="log", y=quality.scale)
-        plots.at_points(axes, [(x[n], quality.values[n]) for n in known], [names[n] for n in known])
+        points = [(x[n], quality.values[n]) for n in known]
+        return plots.at_points(axes, points, [names[n] for n in known])
 
     def of(n: int) -> str:
         return plots.number(x[n] or 0, digits=3)
@@ -175,11 +176,12 @@ def latencies(title: str, names: Sequence[str], both: dict[str, list[float | Non
         if any(value is not None for value in values)
     ]
 
-    def draw(axes: Any) -> None:
+    def draw(axes: Any) -> str:
         plots.level(axes, "base", x=1)
         axes.set(xlabel="times the base's")
-        plots.rows(axes, names, marks)
+        left_out = plots.rows(axes, names, marks)
         plots.scaled(axes, x="linear")
+        return left_out
 
     def told(one: plots.Marks) -> str:
         known = sorted((v, n) for v, n in zip(one.values, names, strict=True) if v is not None)

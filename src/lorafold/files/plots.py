@@ -26,6 +26,7 @@ _, INK, FAINT, LINE, *SERIES = (f"#0000{n:02x}" for n in range(len(COLOURS)))
 DASHES = ("-", "--", "-.", ":", (0, (7, 2, 1, 2, 1, 2)), (0, (1, 3)))
 MARKERS = ("o", "^", "s", "D", "v", "P")
 TEXT, ROOM = 10, 16  # points of a name's height, and characters of a line of it
+WIDE = 24  # characters of a name in one line
 LEADER = {"arrowstyle": "-", "color": FAINT, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 3}
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # texts stay texts, in the page's font, which is no wider
@@ -56,12 +57,12 @@ STYLE: dict[Any, Any] = {
 
 
 def drawing(
-    draw: Callable[[Any], None], title: str, said: str, size: tuple[float, float] = SIZE
+    draw: Callable[[Any], str | None], title: str, said: str, size: tuple[float, float] = SIZE
 ) -> str:
     """A plot as an HTML figure with inline SVG.
 
     Args:
-        draw: The function that draws on matplotlib's axes.
+        draw: The function that draws on matplotlib's axes, and may say what it had to leave out.
         title: What is drawn, as text.
         said: What the plot shows here, in sentences with its figures.
         size: Its width and height in inches.
@@ -73,7 +74,7 @@ def drawing(
     text = io.StringIO()
     with rc_context(STYLE):
         plot = Figure(figsize=size, layout="constrained", dpi=72)
-        draw(plot.add_subplot())
+        said += draw(plot.add_subplot()) or ""
         FigureCanvasSVG(plot).print_svg(text, metadata={"Date": None})
     _, tag, rest = text.getvalue().partition("<svg")
     drawn = re.sub(r'(?<=[:\s"])#000([01])([0-9a-f]{2})(?=[;"])', _of_page, tag + rest)
@@ -147,6 +148,19 @@ def spread(values: Sequence[float], intervals: Sequence[Interval | None]) -> lis
     ]
 
 
+def short(name: str, most: int) -> str:
+    """A name of at most this many characters: of a longer one its beginning and its end."""
+    half = (most - 1) // 2
+    return name if len(name) <= most else f"{name[: most - 1 - half]}…{name[len(name) - half :]}"
+
+
+def folded(name: str, most: int) -> str:
+    """A name on at most this many lines, shortened where it takes more."""
+    sizes = range(len(name), 0, -1)
+    lines = (fill(short(name, size), ROOM) for size in sizes)
+    return next((text for text in lines if text.count("\n") < most), name)
+
+
 def level(axes: Any, name: str, **at: float) -> None:
     """A line across the axes at a value of `y`, or down the axes at one of `x`, with its name."""
     [(way, value)] = at.items()
@@ -166,9 +180,10 @@ class Marks(NamedTuple):
     intervals: Sequence[Interval | None]
 
 
-def rows(axes: Any, names: Sequence[str], marks: Sequence[Marks]) -> None:
+def rows(axes: Any, names: Sequence[str], marks: Sequence[Marks]) -> str:
     """Figures of named rows as points with their intervals, from left to right. Where there are
-    several figures, their names stand beside the points of the first row that has them.
+    several figures, their names stand beside the points of the first row that has them; a sentence
+    says for how many there is no room.
     """
     first = list[tuple[float, float]]()
     for n, one in enumerate(marks):
@@ -178,11 +193,10 @@ def rows(axes: Any, names: Sequence[str], marks: Sequence[Marks]) -> None:
         style = series(n) | {"linestyle": "none"}
         axes.errorbar(values, heights, xerr=spread(values, intervals), **style)
         first.append((values[0], heights[0]))
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), [short(name, WIDE) for name in names])
     axes.tick_params("y", labelcolor=INK, length=0)
     axes.set_ylim(len(names) - 0.4, -0.6 - 0.6 * (len(marks) > 1))
-    if len(marks) > 1:
-        at_points(axes, first, [one.name for one in marks])
+    return at_points(axes, first, [one.name for one in marks]) if len(marks) > 1 else ""
 
 
 def height_of(names: Sequence[str], marks: int = 1) -> tuple[float, float]:
@@ -204,8 +218,10 @@ def at_ends(axes: Any, ends: Sequence[End]) -> None:
     frame = axes.get_window_extent()
     x = axes.get_xlim()[1]
     wanted = sorted((axes.transData.transform((x, end.height))[1], end) for end in ends)
-    names = [fill(end.name, ROOM) for _, end in wanted]
-    tall = [TEXT * 1.25 * (1 + name.count("\n")) for name in names]
+    line = TEXT * 1.25
+    lines = max(1, int((frame.height + 2 * TEXT) / line / max(1, len(ends))))  # of each
+    names = [folded(end.name, lines) for _, end in wanted]
+    tall = [line * (1 + name.count("\n")) for name in names]
     placed, floor = list[float](), frame.y0 - TEXT
     for (height, _), size in zip(wanted, tall, strict=True):
         placed.append(max(height, floor + size / 2))
@@ -222,9 +238,9 @@ def at_ends(axes: Any, ends: Sequence[End]) -> None:
         )  # fmt: skip
 
 
-def at_points(axes: Any, points: Sequence[tuple[Any, Any]], names: Sequence[str]) -> None:
+def at_points(axes: Any, points: Sequence[tuple[Any, Any]], names: Sequence[str]) -> str:
     """Write names beside points: as near as there is room inside of the frame, over no other name
-    and no point. To be called once all is drawn.
+    and no point. A sentence says for how many there is none. To be called once all is drawn.
     """
     from matplotlib.transforms import Bbox
 
@@ -242,16 +258,22 @@ def at_points(axes: Any, points: Sequence[tuple[Any, Any]], names: Sequence[str]
 
     sides = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1)]
     around = [(far, *side) for far, side in product((6, 12, 20, 30, 42, 56), sides)]
-    for point, (x, y), name in zip(points, at, names, strict=True):
+    left_out = 0
+    for point, (x, y), name in zip(points, at, (short(n, WIDE) for n in names), strict=True):
         measured = axes.text(*point, name)
         size = measured.get_window_extent().size
         measured.remove()
         boxes = [box(x, y, size, how) for how in around]
         inside = [b for b in boxes if frame.x0 <= b.x0 and b.x1 <= frame.x1]
-        inside = [b for b in inside if frame.y0 <= b.y0 and b.y1 <= frame.y1] or boxes
-        found = min(inside, key=lambda b: sum(b.overlaps(other) for other in taken))
+        inside = [b for b in inside if frame.y0 <= b.y0 and b.y1 <= frame.y1]
+        free = [b for b in inside if not any(b.overlaps(other) for other in taken)]
+        if not free:
+            left_out += 1
+            continue
+        found = free[0]
         taken.append(found)
         axes.annotate(
             name, point, (found.x0 - x, found.y0 - y), textcoords="offset points",
             arrowprops=LEADER, va="bottom",
         ).set_in_layout(False)  # fmt: skip
+    return f" For the names of {left_out} points there is no room." if left_out else ""

@@ -13,11 +13,13 @@ from typing import Any
 
 from lorafold.files.card import within
 from lorafold.files.page import cards, document, grid, html_table, notes, section
+from lorafold.files.plots import number
 from lorafold.inspecting.history import History
 from lorafold.inspecting.observed import SHARED, ends
 from lorafold.inspecting.plots import curves
 
 TOGETHER = {"largest mismatch": "mismatch"}  # figures that share a plot with another one
+TOLD = 4  # figures of one plot that its sentence can have
 SCALES = {  # what a figure is, under its name
     "tokens a completion": "tokens a completion",
     "cut off": "cut off, share of completions",
@@ -43,7 +45,8 @@ def page(found: History, path: str | Path) -> None:
 def sections(found: History) -> Iterator[str]:
     """The HTML of the page, in parts."""
     method = found.recipe.get("method", "")
-    yield f"<p>{seen(found.objective)}, {seen(method)}, {len(found.losses)} steps.</p>"
+    steps = "1 step" if len(found.losses) == 1 else f"{len(found.losses)} steps"
+    yield f"<p>{seen(found.objective)}, {seen(method)}, {steps}.</p>"
     yield notes(map(clean, [*found.observations] or [SOUGHT] * bool(found.judged_by)))
     yield cards(dict(figures(found)))
     if found.judged_by:
@@ -55,7 +58,7 @@ def sections(found: History) -> Iterator[str]:
     )
     yield grid(plotted(found))
     if still := constant(found):
-        same = "; ".join(f"{clean(name)} {value:.4g}" for name, value in still.items())
+        same = "; ".join(f"{clean(name)} {plain(value)}" for name, value in still.items())
         yield f"<p>The same in every step: {seen(same)}.</p>"
     if {"first", "last"} <= found.samples.keys():
         yield from side_by_side(found.samples, bool(found.evals))
@@ -68,11 +71,14 @@ def figures(found: History) -> Iterator[tuple[str, str]]:
     for step in dict.fromkeys((min(measured), max(measured)) if measured else ()):
         value, interval = measured[step]
         when = "before the first step" if step == 0 else f"after step {step}"
-        yield f"held-out {key} {when}{within(interval)}", f"{value:.3g}"
+        yield f"held-out {key} {when}{within(interval)}", number(value, digits=3)
     for name, values in found.by_step.items():
         if name in ("reward", "entropy", "tokens a completion", "loss") and (both := ends(values)):
             first, last = map(fmean, both)
-            yield f"{name}, first and last {len(both[0])} steps", f"{first:.3g} → {last:.3g}"
+            yield (
+                f"{name}, first and last {len(both[0])} steps",
+                f"{number(first, digits=3)} → {number(last, digits=3)}",
+            )
 
 
 def judges(found: History) -> tuple[list[str], list[list[str]]]:
@@ -83,7 +89,7 @@ def judges(found: History) -> tuple[list[str], list[list[str]]]:
         # of a single reward there is only the sum, which has its weight in it
         both = ends(found.by_step.get("reward", ()) if own is None else own)
         weighs = weight if own is None else 1
-        means = [f"{fmean(part) / weighs:.4g}" for part in both] if both and weighs else ["–", "–"]
+        means = [plain(fmean(part) / weighs) for part in both] if both and weighs else ["–", "–"]
         lines.append([clean(name), f"{weight:g}", *means])
     return ["reward", "weight", "first steps", "last steps"], lines
 
@@ -110,6 +116,8 @@ def plotted(found: History) -> Iterator[str]:
         told = {brief(n): went(found.by_step.get(n, ()), found.told(n) * (n in held_out))
                 for n in names}  # fmt: skip
         said = "; ".join(f"{name} {how}" * (len(told) > 1) or how for name, how in told.items())
+        if len(told) > TOLD:
+            said = f"{len(told)} rewards; what each gave first and last is in the table above"
         yield curves(
             SCALES.get(title, title),
             f"{said[:1].upper()}{said[1:]}.",
@@ -125,9 +133,15 @@ def brief(name: str) -> str:
 
 def went(values: Sequence[float | None], held_out: str) -> str:
     """A figure at first and at last, and on held-out rows, in words."""
-    known = [f"{v:.4g}" for v in values if v is not None]
-    parts = [f"from {known[0]} to {known[-1]}"] * bool(known) + [f"held out {held_out}"]
+    known = [plain(v) for v in values if v is not None]
+    went = f"from {known[0]} to {known[-1]}" if len(known) > 1 else "".join(known)
+    parts = [went] * bool(known) + [f"held out {held_out}"]
     return ", ".join(parts if held_out else parts[:-1])
+
+
+def plain(value: float) -> str:
+    """A number in four digits, without powers of ten."""
+    return number(value, digits=4)
 
 
 def side_by_side(samples: Mapping[str, Mapping[str, Any]], held_out: bool) -> Iterator[str]:
@@ -150,10 +164,10 @@ def cell(one: Mapping[str, Any] | None) -> str:
     """One completion with what it was worth; empty where there is none."""
     if one is None:
         return "<div></div>"
-    each = "".join(f"; {name} {value:.4g}" for name, value in one.get("each", {}).items())
+    each = "".join(f"; {name} {plain(value)}" for name, value in one.get("each", {}).items())
     about = f"{one['where']}{each}{'' if one['ended'] else '; cut off'}"
     return (
-        f"<div><b>{one['reward']:.4g}</b><p>{seen(about)}</p>"
+        f"<div><b>{plain(one['reward'])}</b><p>{seen(about)}</p>"
         f'<p><bdi class="asked">{seen(one["prompt"])}</bdi></p>'
         f'<bdi class="said">{seen(one["completion"])}</bdi></div>'
     )

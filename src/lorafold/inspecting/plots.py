@@ -86,12 +86,12 @@ def line(
         marked: Names to write at some values of t.
     """
 
-    def draw(axes: Any) -> None:
+    def draw(axes: Any) -> str:
         axes.plot(*zip(*points, strict=True), **plots.series(0))
         axes.set(xlabel=across, ylabel="loss, nats a token")
         plots.scaled(axes, x="linear", y="linear")
         losses = dict(points)
-        plots.at_points(axes, [(t, losses[t]) for t in marked], list(marked.values()))
+        return plots.at_points(axes, [(t, losses[t]) for t in marked], list(marked.values()))
 
     return plots.drawing(draw, title, said)
 
@@ -115,7 +115,8 @@ def curves(
         for n, name in enumerate(dict.fromkeys([*steps, *measured])):
             style = plots.series(n)
             if found := means(steps.get(name, ())):
-                axes.plot(*zip(*found, strict=True), **style | {"marker": "", "linewidth": 1})
+                mark = style["marker"] if len(found) == 1 else ""
+                axes.plot(*zip(*found, strict=True), **style | {"marker": mark, "linewidth": 1})
                 ends.append(plots.End(found[-1][1], name, style["color"]))
             if points := measured.get(name):
                 at, values, intervals = zip(*points, strict=True)
@@ -126,9 +127,12 @@ def curves(
         axes.set(xlabel="step")
         axes.margins(x=0.03)
         plots.scaled(axes, x="linear", y="linear")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         plots.at_ends(axes, ends if len(ends) > 1 else [])
 
-    return plots.drawing(draw, title, said)
+    lines = len(steps) + len(measured)
+    size = (plots.SIZE[0], max(plots.SIZE[1], 0.6 + 0.18 * lines))
+    return plots.drawing(draw, title, said, size)
 
 
 def means(values: Sequence[float | None]) -> list[tuple[float, float]]:

@@ -23,9 +23,9 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lorafold.adapter import Adapter
+from lorafold.bases.bitsandbytes import quietly
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError, as_one, listed
 from lorafold.files.atomic import atomic_directory, check_out, verify, write_json
@@ -36,6 +36,9 @@ from lorafold.peft.saved import Saved
 from lorafold.peft.stack import mismatch, same
 from lorafold.training.base_kept_out import BaseKeptOut, write_empty_weights
 from lorafold.training.compared import check_reference
+
+with quietly():  # transformers imports PEFT here, and that bitsandbytes
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 ADAPTER, STATE = "adapter", "adapter-state"
 TENSORS, ABOUT = "adapter.safetensors", "about.json"
