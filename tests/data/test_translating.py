@@ -241,6 +241,13 @@ def test_every_key_is_told_exactly_once_or_the_file_is_refused_by_name(tmp_path,
         assert any(f"{key}: " in message or f"{key}, " in message for key in config), message
 
 
+def test_plugins_that_learn_the_same_are_passed_over_and_unknown_ones_named(tmp_path):
+    fast = "axolotl.integrations.liger.LigerPlugin"
+    assert "how fast" in remark(axolotl_of(tmp_path, plugins=[fast]), "plugins")
+    found = axolotl_of(tmp_path, plugins=[fast, "my.Plugin"])
+    assert "what my.Plugin does" in remark(found, "plugins")
+
+
 def test_an_unknown_key_is_listed_with_a_near_name(tmp_path):
     found = axolotl_of(tmp_path, lora_dropuot=0.3)
     assert keys(found, "left") == {"base_model", "lora_dropuot"}
@@ -325,6 +332,7 @@ def test_an_adapter_to_start_from_brings_its_own(tmp_path):
         ("base_model: m\nadapter: lora\nrl: gdpo", "rl: found 'gdpo'"),
         ("base_model: m\nadapter: lora\nlora_r: 8", "learning_rate, lora_alpha missing"),
         ("base_model: m\nadapter: ia4", "adapter: found 'ia4', expected lora or qlora"),
+        (f"{AXOLOTL}plugins: [axolotl.integrations.kd.KDPlugin]", "learns a teacher's"),
         ("base_model: m\nlearning_rate: 1\nload_in_4bit: true", "trains the base's own weights"),
         ("a: 1\nb: 2", "can't tell which tool's it is by its keys (a, b)"),
         ("base_model: m\nstage: sft", "expected --kind axolotl, llamafactory"),

@@ -11,6 +11,7 @@ from lorafold.translating import axolotl_policies as policies
 from lorafold.translating import axolotl_preferences as preferences
 from lorafold.translating import axolotl_readers as readers
 from lorafold.translating import trainer
+from lorafold.translating.axolotl_plugins import plugins
 from lorafold.translating.axolotl_preferences import objective_of
 from lorafold.translating.axolotl_rows import datasets
 from lorafold.translating.convert import boolean, integer, names, number
@@ -141,6 +142,8 @@ RULES: tuple[Rule, ...] = (
     Rule("relora", refusing("lorafold does not restart LoRA")),
     Rule("unfrozen_parameters", readers.unfrozen_parameters),
     Rule("qat", refusing("lorafold does not train for later quantization")),
+    Rule("plugins", plugins),
+    Rule("diffusion", refusing("lorafold does not train a model that fills in masks")),
     Rule("special_tokens",
         without("the tokenizer's own are used; words that are to be tokens: --new-tokens")),
     Rule("lora_fan_in_fan_out",

@@ -125,7 +125,7 @@ AXOLOTL = (
         ABSENT,
         "neftune_noise_alpha noisy_embedding_alpha peft_layers_to_transform peft_layers_pattern"
         " peft_layer_replication peft_trainable_token_indices use_eaft eaft_alpha eaft_k"
-        " lisa_layers_attribute lisa_n_layers lisa_step_interval lora_exclude_modules plugins"
+        " lisa_layers_attribute lisa_n_layers lisa_step_interval lora_exclude_modules"
         " trainer_cls label_smoothing_factor",
     ),
     (
