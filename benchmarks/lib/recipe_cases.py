@@ -178,6 +178,7 @@ def _unsloth(rows: str, prepare: str, trainer: str, **given: object) -> str:
 
 
 FP32 = ("--set", "storage=fp32")  # of what a tool stores as its files are
+AS_LARGE = ("--lr", "5.5e-4", "--lr-b", "5.5e-4")  # what the report of mlx-lm names for 10 steps
 LAST_16 = r"model\.layers\.(1[4-9]|2\d)\.self_attn\.[qv]_proj"
 
 CASES = {
@@ -314,7 +315,7 @@ steps_per_report: 1
 mask_prompt: true
 lr_schedule: {name: cosine_decay, warmup: 2, arguments: [1e-4, STEPS]}
 lora_parameters: {rank: 8, scale: 2.0, dropout: 0.0}
-""", "strings", FP32, 2),
+""", "strings", (*FP32, *AS_LARGE), 2),
     "chat, DoRA, 16 layers, accumulation": Case("mlx-lm", MLX + """data: messages
 fine_tune_type: dora
 num_layers: 16
@@ -330,5 +331,5 @@ lora_parameters:
   scale: 10.0
   dropout: 0.0
   keys: [self_attn.q_proj, self_attn.v_proj]
-""", "messages", (*FP32, "--set", f"targets={LAST_16}"), 2, 2),
+""", "messages", (*FP32, *AS_LARGE, "--set", f"targets={LAST_16}"), 2, 2),
 }  # fmt: skip

@@ -137,6 +137,19 @@ def test_what_mlx_weighs_in_another_way_is_told(tmp_path):
     assert "micro-batches weigh alike there" in remark(several, "batch_size")
 
 
+def test_the_larger_steps_of_mlx_are_told_with_the_rate_that_comes_near(tmp_path):
+    m = v = larger = 0.0
+    for step in range(1, 9):  # of a gradient of 1, Adam's corrected step is the rate
+        m, v = 0.9 * m + 0.1, 0.999 * v + 0.001
+        larger += m / v**0.5 / 8
+    text = "model: m\ntrain: true\niters: 8\nlearning_rate: 1e-4\n"
+    told = remark(translated(tmp_path, text), "optimizer")
+    assert f"{larger:.1f} times as large" in told
+    assert f"--lr {larger * 1e-4:.2g} --lr-b" in told
+    corrected = f"{text}optimizer_config: {{adam: {{bias_correction: true}}}}\n"
+    assert not remark(translated(tmp_path, corrected), "optimizer")
+
+
 def test_axolotl_packs_without_a_named_attention_as_one_text(tmp_path):
     open_rows = axolotl_of(tmp_path, sample_packing=True, flash_attention=False)
     assert open_rows.recipe.packing

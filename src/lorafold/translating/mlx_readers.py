@@ -10,7 +10,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from dataclasses import replace
-from math import ceil
+from math import ceil, sqrt
 from pathlib import PurePath
 from typing import Any
 
@@ -25,6 +25,7 @@ from lorafold.translating.trainer import AUTO
 BLOCK = "lora_parameters"
 OF_BLOCK = ("rank", "scale", "dropout")
 ALL = "every linear layer"  # what stands for a file without keys
+BETAS = 0.9, 0.999
 CONSTANT = "constant"  # what stands for a file without a schedule
 SCHEDULES = {"cosine_decay": "cosine", "linear_schedule": "linear"}
 
@@ -113,12 +114,32 @@ def optimizer(value: Any, settings: Settings) -> Outcome:
             fields["eps"] = number(given["eps"])
         if given.get("bias_correction"):
             return taken(**fields)
-        return changed(
-            "its moments are not corrected for their start there, and are here", **fields
-        )
+        betas = fields.get("betas", BETAS)
+        return changed(_uncorrected(betas, settings), **fields)
     return changed(
         "lorafold trains with AdamW only, which may need another learning rate", **fields
     )
+
+
+def _uncorrected(betas: tuple[float, float], settings: Settings) -> str:
+    """What Adam without bias correction does: step k is (1 - beta1^k) / sqrt(1 - beta2^k) times as
+    large as with it.
+    """
+    steps = _steps(settings)
+    times = sum((1 - betas[0] ** k) / sqrt(1 - betas[1] ** k) for k in range(1, steps + 1)) / steps
+    schedule = settings["lr_schedule"]
+    scheduled = isinstance(schedule, dict) and schedule.get("arguments")
+    rate = times * number(scheduled[0] if scheduled else settings["learning_rate"])
+    near = f"--lr {rate:.2g}" + ("" if is_full(settings) else f" --lr-b {rate:.2g}")
+    return (
+        f"its moments are not corrected for their start there, which makes the {steps} steps"
+        f" {times:.1f} times as large in the mean: {near} comes near"
+    )
+
+
+def _steps(settings: Settings) -> int:
+    """The optimizer steps of the run."""
+    return max(1, ceil(settings.read("iters", integer) / micro(settings)))
 
 
 def learning_rate(value: Any, settings: Settings) -> Outcome | None:
@@ -148,7 +169,7 @@ def lr_schedule(value: Any, settings: Settings) -> Outcome:
     if name in SCHEDULES:
         rest = [*arguments[1:], 0, 0][:2]
         length, end = rest if name == "cosine_decay" else reversed(rest)
-        steps = ceil(settings.read("iters", integer) / micro(settings)) - warm
+        steps = _steps(settings) - warm
         if number(end):
             said.append(f"it ends at {end} there, and at 0 here")
         if integer(length) != steps:
