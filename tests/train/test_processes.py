@@ -71,6 +71,40 @@ def test_experts_some_of_which_get_no_token(tiny_model_dir, tmp_path: Path) -> N
     assert apart(*outs) < CLOSE
 
 
+def by_row(one: Path, folder: Path, *asked: str) -> float:
+    """How far a run of one process is from `one`, where each row of a batch is a micro-batch.
+
+    So far rounding alone may lead: AdamW's first step multiplies what a sum in another order makes
+    of a gradient that is nearly zero by up to lr / 1e-8, and a number may come close to zero.
+    """
+    batch = next(text for text in asked if text.startswith("batch=")).removeprefix("batch=")
+    out = folder / "by row"
+    asked = (*asked, "--set", f"accumulate={batch}", "--overwrite", "--out", str(out))
+    [done] = together(1, folder, *asked)
+    assert done.code == 0, done.stderr
+    return apart(one, out)
+
+
+@pytest.mark.slow
+def test_three_processes_and_one_head_of_keys(tiny_model_dir, tmp_path: Path) -> None:
+    config = transformers.AutoConfig.from_pretrained(tiny_model_dir("llama-wide"))
+    config.num_key_value_heads = 1
+    model = shutil.copytree(tiny_model_dir("llama-wide"), tmp_path / "model")
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(model)
+    data = rows(tmp_path / "rows.jsonl")
+    asked = ("train", "--model", str(model), "--data", str(data), *RUN[:-1], "batch=9")
+    for method in ("lora", "dora"):
+        command, outs = (*asked, "--method", method, "--set", "dropout=0.1", "--overwrite"), []
+        for n in (1, 3):
+            outs.append(tmp_path / f"{method} {n}")
+            done = together(n, tmp_path, *command, "--out", str(outs[-1]))
+            assert [p.code for p in done] == [0] * n, done[0].stderr
+        rounded = by_row(outs[0], tmp_path, *command)
+        print(method, f"{apart(*outs):.1e}, by row {rounded:.1e}")
+        assert apart(*outs) < max(CLOSE, 2 * rounded)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", sorted(METHODS.keys() - {"linear-probe"}))
 def test_every_method_in_two_processes_and_four(
@@ -88,7 +122,8 @@ def test_every_method_in_two_processes_and_four(
         # gradients of key biases are zero but for rounding, which AdamW makes steps of
         found = {how: apart(one, out, but="k_proj.base_layer.bias") for how, out in outs.items()}
         print(method, dropout, {f"{n} {how}": f"{d:.1e}" for (n, how), d in found.items()})
-        assert max(found.values()) < (3 * CLOSE if method == "fastfood" else CLOSE)
+        if (most := max(found.values())) > CLOSE:
+            assert most < 2 * by_row(one, tmp_path, *asked)
         for n in (2, 4) if method != "full" else ():
             assert same_bytes(outs[n, "ddp"], outs[n, "fsdp"])
 
@@ -148,9 +183,7 @@ def test_divided_weights_train_the_bytes_of_whole_ones(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", sorted(DIVIDED.keys() - {*FAST}))
-def test_divided_weights_of_other_runs(
-    what: str, command: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_divided_weights_of_other_runs(what: str, command: tuple[str, ...], tmp_path: Path) -> None:
     divided(what, command, tmp_path)
 
 

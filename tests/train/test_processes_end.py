@@ -7,10 +7,14 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
+from lorafold.adapter import handle
+from lorafold.core.delta import Delta
 from lorafold.files.atomic import verify
 from lorafold.training import loop
 from lorafold.training.checkpoint import RunDirectory
@@ -87,13 +91,32 @@ def signalled(number: int) -> object:
     return lambda: os.kill(os.getpid(), number)
 
 
+def reading(folder: Path) -> Callable[[int], dict]:
+    """What the processes of a run call before it begins, so that each notes the bytes that it takes
+    from a checkpoint's adapter.
+    """
+
+    def own(rank: int) -> dict:
+        def before() -> None:
+            put, file, read = handle.put, folder / f"read {rank}", 0
+
+            def noted(delta: Delta, name: str, value: Tensor) -> None:
+                nonlocal read
+                read += value.nbytes
+                file.write_text(str(read))
+                put(delta, name, value)
+
+            handle.put = noted
+
+        return {"before": before}
+
+    return own
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "asked",
-    [
-        ("--set", "dropout=0.1"),
-        ("--method", "full", "--strategy", "fsdp"),
-    ],
+    [("--set", "dropout=0.1"), ("--method", "full", "--strategy", "fsdp")],
     ids=["lora", "full, divided"],
 )
 @pytest.mark.parametrize(("count", "others"), [(2, (1,)), (4, (2, 1))])
@@ -120,13 +143,19 @@ def test_a_signal_to_one_stops_all_and_they_resume(
     assert not done[-1].stderr
     last = max(run.checkpoints())
     assert (last, verify(run.at(last))) == (4, [])
+    size = (run.at(last) / "adapter.safetensors").stat().st_size
     for n in others:
         shutil.copytree(run.path, RunDirectory(tmp_path / str(n)).path)
     for n in (count, *others):
         out = tmp_path / str(n)
-        done = together(n, tmp_path, *command, "--out", str(out), "--resume")
+        asked = (*command, "--out", str(out), "--resume")
+        done = together(n, tmp_path, *asked, own=reading(tmp_path))
         assert [one.code for one in done] == [0] * n, done[0].stderr
         assert apart(whole, out) < 1e-5
+        read = [int((tmp_path / f"read {rank}").read_text()) for rank in range(n)]
+        if n > 1 and "fsdp" in asked:  # each reads what it owns, and what is small
+            assert max(read) < 1.2 * sum(read) / n
+            assert sum(read) < 1.1 * size
     assert same_bytes(whole, stopped)
 
 

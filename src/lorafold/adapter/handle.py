@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -112,8 +112,10 @@ class Adapter:
         settings = {joined(path, SETTINGS): written(delta) for path, delta in deltas.items()}
         return state | {name: t for name, t in settings.items() if t is not None}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Load what `state_dict` returned.
+    def load_state_dict(
+        self, state: dict[str, Tensor], owns: Callable[[Tensor], bool] = lambda t: True
+    ) -> None:
+        """Load what `state_dict` returned, into the adapter's tensors of which `owns` is true.
 
         A tensor may be of any shape, also another one than the adapter's own (a pruned rank), which
         makes it a new parameter; so make optimizers afterwards. Raises LorafoldError with the
@@ -131,7 +133,8 @@ class Adapter:
                 check_settings(deltas[path], state[name], f"{path}: adapter {self.name!r}")
         for path, delta in deltas.items():
             for name, old in delta.state_dict(keep_vars=True).items():
-                put(delta, name, state[joined(path, name)].to(old.device))
+                if owns(old):
+                    put(delta, name, state[joined(path, name)].to(old.device))
 
     def requires_grad_(self, trainable: bool = True) -> Adapter:
         """Make the adapter's parameters trainable, or freeze them; return the adapter.

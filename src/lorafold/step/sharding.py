@@ -112,6 +112,8 @@ class Sharded(Replicated):
 
     @contextmanager
     def apart(self) -> Iterator[None]:
+        self._close()  # others would keep what they have whole while its owner writes to it
+        self._mode.let_go()
         self._mode.shards = {}
         yield
         self._mode.shards = self.known

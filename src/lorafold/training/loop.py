@@ -244,8 +244,12 @@ def check_gradients(adapter: Adapter, moves: Mapping[nn.Parameter, bool]) -> lis
     Raises LorafoldError if it depends on none, or all gradients are zero. Without this check, such
     a run would only look like one that does not learn.
     """
-    held = {path: dict(delta.named_parameters()) for path, delta in adapter.deltas.items()}
-    own = {path: found for path, found in held.items() if found}  # a twin's are another's
+    held = {
+        path: {name: p for name, p in delta.named_parameters() if p.numel()}
+        for path, delta in adapter.deltas.items()
+    }
+    # a twin's are another's, and a mask may have no entry in a weight
+    own = {path: found for path, found in held.items() if found}
     grads = {
         path: {name: moves[p] for name, p in found.items() if p in moves}
         for path, found in own.items()

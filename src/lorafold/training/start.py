@@ -15,12 +15,14 @@ from rich.console import Console
 from torch import Tensor
 
 from lorafold.adapter import Adapter
+from lorafold.core.delta import put
 from lorafold.core.settings import SETTINGS
 from lorafold.data.allowed_tokens import without_note
 from lorafold.data.feed import Feed
 from lorafold.data.stored import Rows
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import Measured
+from lorafold.machine.processes import Processes
 from lorafold.objectives import OBJECTIVES
 from lorafold.objectives.objective import Objective
 from lorafold.recipe.recipe import FEW, STEPS, Recipe
@@ -91,12 +93,13 @@ def prepare(
             progress, tensors, state = run.load(checkpoints[max(checkpoints)])
             loss.counts |= progress.counts
             check_sites(run, adapter, tensors)
-            adapter.load_state_dict(tensors)
+            with layout.apart():
+                adapter.load_state_dict(tensors, layout.owns)
     else:
         if processes.first:
             run.start(identity)
         spec.prepare(adapter.own_deltas, partial(sample_losses, loss, feed, recipe))
-        processes.same([p.detach() for p in adapter.tensors()])
+        take_first(adapter, processes)
     lr_b = spec.lr_b and spec.lr_b * loss.pace
     lr = recipe.lr or spec.lr * loss.pace
     # runs without decay have the groups that those of earlier versions have
@@ -128,6 +131,20 @@ def prepare(
     return Job(
         adapter, loss, optimizer, where, processes, feed, held_out, recipe, run, feed.steps, layout,
     ), progress  # fmt: skip
+
+
+def take_first(adapter: Adapter, processes: Processes) -> None:
+    """Have all processes begin with what process 0 prepared: where another one rounds otherwise,
+    its method may choose other entries, and of each weight another number.
+    """
+    deltas = adapter.deltas
+    own = {path: delta.state_dict() for path, delta in deltas.items()}
+    sizes = {path: {name: t.shape for name, t in state.items()} for path, state in own.items()}
+    for path, found in processes.once(lambda: sizes).items():
+        for name, shape in found.items():
+            if shape != sizes[path][name]:
+                put(deltas[path], name, own[path][name].new_empty(shape))
+    processes.same([p.detach() for p in adapter.tensors()])
 
 
 def in_common(loss: Loss, feed: Feed, recipe: Recipe) -> str | None:
