@@ -113,7 +113,7 @@ class Adapter:
         return state | {name: t for name, t in settings.items() if t is not None}
 
     def load_state_dict(
-        self, state: dict[str, Tensor], owns: Callable[[Tensor], bool] = lambda t: True
+        self, state: dict[str, Tensor], owns: Callable[[nn.Parameter], bool] = lambda p: True
     ) -> None:
         """Load what `state_dict` returned, into the adapter's tensors of which `owns` is true.
 
@@ -133,7 +133,7 @@ class Adapter:
                 check_settings(deltas[path], state[name], f"{path}: adapter {self.name!r}")
         for path, delta in deltas.items():
             for name, old in delta.state_dict(keep_vars=True).items():
-                if owns(old):
+                if not isinstance(old, nn.Parameter) or owns(old):
                     put(delta, name, state[joined(path, name)].to(old.device))
 
     def requires_grad_(self, trainable: bool = True) -> Adapter:
