@@ -154,8 +154,8 @@ def test_a_signal_to_one_stops_all_and_they_resume(
         assert apart(whole, out) < 1e-5
         read = [int((tmp_path / f"read {rank}").read_text()) for rank in range(n)]
         if n > 1 and "fsdp" in asked:  # each reads what it owns, and what is small
-            assert max(read) < 1.2 * sum(read) / n
-            assert sum(read) < 1.1 * size
+            assert max(read) < 0.7 * size
+            assert sum(read) < 1.3 * size
     assert same_bytes(whole, stopped)
 
 
