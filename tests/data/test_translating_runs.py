@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 from trl import SFTConfig, SFTTrainer
 
 from lorafold.data.examples import encode
+from lorafold.errors import LorafoldError
 from lorafold.models.tokenizer import set_template
 from lorafold.step.optim import set_learning_rates
 from translation_cases import axolotl_of, llamafactory_of, remark, translated, trl_of
@@ -139,7 +140,7 @@ def test_what_mlx_weighs_in_another_way_is_told(tmp_path):
 
 def test_the_larger_steps_of_mlx_are_told_with_the_rate_that_comes_near(tmp_path):
     m = v = larger = 0.0
-    for step in range(1, 9):  # of a gradient of 1, Adam's corrected step is the rate
+    for _ in range(8):  # of a gradient of 1, Adam's corrected step is the rate
         m, v = 0.9 * m + 0.1, 0.999 * v + 0.001
         larger += m / v**0.5 / 8
     text = "model: m\ntrain: true\niters: 8\nlearning_rate: 1e-4\n"
@@ -148,6 +149,13 @@ def test_the_larger_steps_of_mlx_are_told_with_the_rate_that_comes_near(tmp_path
     assert f"--lr {larger * 1e-4:.2g} --lr-b" in told
     corrected = f"{text}optimizer_config: {{adam: {{bias_correction: true}}}}\n"
     assert not remark(translated(tmp_path, corrected), "optimizer")
+
+
+@pytest.mark.parametrize("betas", [[0.9, 1.0], [0.9], 0.9])
+def test_betas_of_mlx_that_are_none_are_refused(tmp_path, betas):
+    text = f"model: m\niters: 8\noptimizer_config: {{adam: {{betas: {betas}}}}}\n"
+    with pytest.raises(LorafoldError, match="expected two numbers from 0 to below 1"):
+        translated(tmp_path, text)
 
 
 def test_axolotl_packs_without_a_named_attention_as_one_text(tmp_path):

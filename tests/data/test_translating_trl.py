@@ -225,6 +225,7 @@ def test_a_file_is_known_by_what_is_in_it(tmp_path, extra, tool):
         ({"zero_optimization": {}, "train_batch_size": 8}, ["DeepSpeed's", "--strategy fsdp"]),
         ({"model": "m", "model_class": "llm", "peft_config": {}}, ["LLaMA-Factory's v1", "stage"]),
         ({"model_type": "llama", "architectures": []}, ["a model's configuration"]),
+        ({"base_model": "m", "model_type": "x", "a": 1, "b": 2}, ["axolotl does not know a, b"]),
     ],
 )
 def test_a_file_that_fits_no_tool_well_is_refused_with_what_is_unknown(tmp_path, config, parts):

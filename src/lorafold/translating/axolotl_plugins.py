@@ -1,5 +1,5 @@
-"""axolotl's plugins: those that change what is learned are refused, those that change how fast a
-step is are passed over, and of others nothing is known.
+"""axolotl's plugins: those that change what is learned are refused, those that only make a step
+faster or measure and log the run are passed over, and of others nothing is known.
 """
 
 from __future__ import annotations
@@ -37,4 +37,4 @@ def plugins(value: Any, settings: Settings) -> Outcome:
             others.append(name)
     if others:
         return left(f"what {', '.join(others)} does there is not known and not done")
-    return left("they change how fast a step is there, and not what is learned")
+    return left("they make steps faster there, measure or log, and do not change what is learned")

@@ -109,7 +109,7 @@ def optimizer(value: Any, settings: Settings) -> Outcome:
         fields["weight_decay"] = number(given.get("weight_decay", 0.01))
     if name in ("adam", "adamw"):
         if "betas" in given:
-            fields["betas"] = tuple(number(one) for one in given["betas"])
+            fields["betas"] = _betas(given["betas"])
         if "eps" in given:
             fields["eps"] = number(given["eps"])
         if given.get("bias_correction"):
@@ -121,6 +121,13 @@ def optimizer(value: Any, settings: Settings) -> Outcome:
     )
 
 
+def _betas(value: Any) -> tuple[float, float]:
+    found = [number(one) for one in value] if isinstance(value, list) else []
+    if len(found) != 2 or not all(0 <= one < 1 for one in found):
+        raise LorafoldError(f"found betas {value!r}, expected two numbers from 0 to below 1")
+    return found[0], found[1]
+
+
 def _uncorrected(betas: tuple[float, float], settings: Settings) -> str:
     """What Adam without bias correction does: step k is (1 - beta1^k) / sqrt(1 - beta2^k) times as
     large as with it.
@@ -128,12 +135,13 @@ def _uncorrected(betas: tuple[float, float], settings: Settings) -> str:
     steps = _steps(settings)
     times = sum((1 - betas[0] ** k) / sqrt(1 - betas[1] ** k) for k in range(1, steps + 1)) / steps
     schedule = settings["lr_schedule"]
-    scheduled = isinstance(schedule, dict) and schedule.get("arguments")
+    arguments = schedule.get("arguments") if isinstance(schedule, dict) else None
+    scheduled = isinstance(arguments, list) and arguments
     rate = times * number(scheduled[0] if scheduled else settings["learning_rate"])
     near = f"--lr {rate:.2g}" + ("" if is_full(settings) else f" --lr-b {rate:.2g}")
     return (
-        f"its moments are not corrected for their start there, which makes the {steps} steps"
-        f" {times:.1f} times as large in the mean: {near} comes near"
+        f"its moments are not corrected for their start there, which makes steps {times:.1f}"
+        f" times as large in the mean of {steps}: {near} comes near"
     )
 
 
@@ -159,9 +167,10 @@ def lr_schedule(value: Any, settings: Settings) -> Outcome:
     """`lr_schedule` becomes the rate, the schedule and the warm-up, in optimizer steps."""
     if value == CONSTANT:
         return taken("there is no warm-up", schedule="constant", warmup=0.0)
-    if not isinstance(value, dict) or "name" not in value or not value.get("arguments"):
-        raise LorafoldError(f"found {value!r}, expected an object with name and arguments")
-    name, arguments = value["name"], value["arguments"]
+    arguments = value.get("arguments") if isinstance(value, dict) else None
+    if not isinstance(arguments, list) or not arguments or "name" not in value:
+        raise LorafoldError(f"found {value!r}, expected an object with name and arguments, a list")
+    name = value["name"]
     fields = {**_rate(arguments[0], settings).fields, "schedule": SCHEDULES.get(name, "cosine")}
     warm = integer(value.get("warmup") or 0)
     fields |= {"warmup_steps": warm} if warm else {"warmup": 0.0}

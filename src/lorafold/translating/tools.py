@@ -36,13 +36,13 @@ NOTES = {
     "mlx-lm": f"{AFTER_TURNS}, and so does one token of padding after each row",
 }
 STRANGERS = {  # keys of files that stand beside configurations, and what such a file is
-    "compute_environment": "accelerate's, which says how processes start and not what they train:"
-    " torchrun -m lorafold train starts several",
-    "zero_optimization": "DeepSpeed's, which says how weights are divided:"
+    "compute_environment": "a file of accelerate's, which says how processes start and not what"
+    " they train: torchrun -m lorafold train starts several",
+    "zero_optimization": "a file of DeepSpeed's, which says how weights are divided:"
     " lorafold train --strategy fsdp divides them",
-    "model_class": "LLaMA-Factory's v1, of which nothing is read: expected the form that has stage"
-    " and finetuning_type",
-    "model_type": "a model's configuration, expected that of a training run",
+    "model_class": "a file of LLaMA-Factory's v1, of which nothing is read: expected the form that"
+    " has stage and finetuning_type",
+    "architectures": "a model's configuration, expected that of a training run",
 }
 SHOWN = 3  # the most fields that a line names
 
@@ -127,7 +127,7 @@ def kind_of(path: Path, config: Mapping[str, Any]) -> str:
             f" file; train with: lorafold train --config {path}"
         )
     if stranger := next((told for key, told in STRANGERS.items() if key in config), None):
-        raise LorafoldError(f"{path}: found a file of {stranger}")
+        raise LorafoldError(f"{path}: found {stranger}")
     names = _some([TOOLS[kind].name for kind in (best, *others)])
     if others:
         told = f"{names} know as many of them"
