@@ -276,4 +276,5 @@ def at_points(axes: Any, points: Sequence[tuple[Any, Any]], names: Sequence[str]
             name, point, (found.x0 - x, found.y0 - y), textcoords="offset points",
             arrowprops=LEADER, va="bottom",
         ).set_in_layout(False)  # fmt: skip
-    return f" For the names of {left_out} points there is no room." if left_out else ""
+    what = "name of one point" if left_out == 1 else f"names of {left_out} points"
+    return f" For the {what} there is no room." if left_out else ""

@@ -140,7 +140,11 @@ class History(Shown):
         """All figures that are shown by step, of steps or held-out rows."""
         own = [n for n in self.held_out if n != "step" and not n.endswith(INTERVAL)]
         names = dict.fromkeys([*self.steps, *own, "loss"])
-        return [name for name in names if self.measured(name) or name in self.by_step]
+        return [
+            name
+            for name in names
+            if self.measured(name) or any(v is not None for v in self.by_step.get(name, ()))
+        ]
 
     def told(self, name: str) -> str:
         """A held-out figure at first and at last, with intervals; empty where it is not known."""

@@ -127,7 +127,7 @@ def curves(
         axes.set(xlabel="step")
         axes.margins(x=0.03)
         plots.scaled(axes, x="linear", y="linear")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         plots.at_ends(axes, ends if len(ends) > 1 else [])
 
     lines = len(steps) + len(measured)
