@@ -117,7 +117,7 @@ def number(value: float, position: Any = None, digits: int = 6) -> str:
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.{digits}g}{unit}"
-    plain = f"{float(f'{value:.{digits}g}'):.12f}".rstrip("0").rstrip(".")
+    plain = f"{float(f'{value:.{digits}g}'):z.12f}".rstrip("0").rstrip(".")
     return plain.replace("-", "\N{MINUS SIGN}")
 
 

@@ -19,6 +19,10 @@ from lorafold.inspecting.observed import SHARED, ends
 from lorafold.inspecting.plots import curves
 
 TOGETHER = {"largest mismatch": "mismatch"}  # figures that share a plot with another one
+READ = (  # how curves with held-out figures are read
+    "Lines are the steps; points are held-out rows, with their 95% intervals where these are"
+    " known. Step 0 is before the first one."
+)
 TOLD = 4  # figures of one plot that its sentence can have
 SCALES = {  # what a figure is, under its name
     "tokens a completion": "tokens a completion",
@@ -51,11 +55,7 @@ def sections(found: History) -> Iterator[str]:
     yield cards(dict(figures(found)))
     if found.judged_by:
         yield section("What judged") + html_table(*judges(found))
-    yield section(
-        "Step by step",
-        "Lines are the steps; points are held-out rows, with their 95% intervals where these are"
-        " known. Step 0 is before the first one.",
-    )
+    yield section("Step by step", READ if any(map(found.measured, found.names)) else "")
     yield grid(plotted(found))
     if still := constant(found):
         same = "; ".join(f"{clean(name)} {plain(value)}" for name, value in still.items())
