@@ -37,9 +37,9 @@ NOTES = {
 }
 STRANGERS = {  # keys of files that stand beside configurations, and what such a file is
     "compute_environment": "a file of accelerate's, which says how processes start and not what"
-    " they train: torchrun -m lorafold train starts several",
+    " they train: torchrun --nproc_per_node 2 -m lorafold train starts two",
     "zero_optimization": "a file of DeepSpeed's, which says how weights are divided:"
-    " lorafold train --strategy fsdp divides them",
+    " lorafold train --strategy fsdp divides them among processes",
     "model_class": "a file of LLaMA-Factory's v1, of which nothing is read: expected the form that"
     " has stage and finetuning_type",
     "architectures": "a model's configuration, expected that of a training run",
