@@ -39,8 +39,7 @@ MARK = re.compile(r"^<!-- generated: (\w+)(?: ([\w -]+))? -->$", re.MULTILINE)
 OPTION = re.compile(r"<code>(?=--?[a-z][^<]{,40}</code>)")
 CELL = re.compile(r"<td[^>]*>.*?</td>", re.DOTALL)
 SMALL = re.compile(r"(?<![\w.])[\d.]+e-\d+(?![^<]*>)")
-WORD = re.compile(r"(?<![\w`./-])--[a-z][\w-]*")  # an option among words
-CODE = re.compile(f"(`[^`]*`)|{WORD.pattern}")  # code as it is, or such an option
+WORD = re.compile(r"(?<![\w`./-])--[a-z][\w-]*")  # an option among words that are no code
 # tags that load something; links to other pages of the web (a) load nothing
 REMOTE = re.compile(
     r"<(?:script|img|iframe|source|link(?![^>]*rel=\"canonical\"))\b[^>]*"
@@ -112,12 +111,7 @@ def command_of(name: str) -> Any:
 
 def about(name: str) -> str:
     """What a command does, as its --help has it."""
-    return with_code(inspect.cleandoc(command_of(name).help))
-
-
-def with_code(text: str) -> str:
-    """Markdown whose options are code, those too that are written as words."""
-    return CODE.sub(lambda found: found[1] or f"`{found[0]}`", text)
+    return WORD.sub(r"`\g<0>`", inspect.cleandoc(command_of(name).help))
 
 
 def options(name: str) -> str:
@@ -141,7 +135,7 @@ def options(name: str) -> str:
     head = ["option", "meaning"]
     parts += [f"**{name}**\n\n{table(head, rows)}" for name, rows in panels.items() if rows]
     parts += ["**Fields of the recipe**\n\n" + " ".join(fields)] if fields else []
-    parts += [*with_code(command.epilog or "").split("\n\n")]
+    parts += [*WORD.sub(r"`\g<0>`", command.epilog or "").split("\n\n")]
     return "\n\n".join(part for part in parts if part)
 
 

@@ -329,7 +329,7 @@ def test_an_adapter_to_start_from_brings_its_own(tmp_path):
         ("stage: sft\nlora_rank: many", "lora_rank: found 'many', expected a number"),
         ("stage: sft\nlora_rank: 0", "lora_rank: found 0 as recipe field rank"),
         ("stage: sft\nlora_dropout: 1.5", "lora_dropout: found 1.5 as recipe field dropout"),
-        ("base_model: m\nadapter: lora\nrl: gdpo", "rl: found 'gdpo'"),
+        (f"{AXOLOTL}rl: gdpo", "rl: found 'gdpo'"),
         ("base_model: m\nadapter: lora\nlora_r: 8", "learning_rate, lora_alpha missing"),
         ("base_model: m\nadapter: ia4", "adapter: found 'ia4', expected lora or qlora"),
         (f"{AXOLOTL}plugins: [axolotl.integrations.kd.KDPlugin]", "learns a teacher's"),

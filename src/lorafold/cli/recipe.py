@@ -41,10 +41,10 @@ def command(
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Translate another tool's training configuration into a recipe for `lorafold train --config`.
+    """Translate another tool's training configuration into a recipe for lorafold train --config.
 
     A report says of every field what was taken, what was taken differently and why, and what a
-    recipe can't say, with the option of `lorafold train` that does it. What the file leaves out has
+    recipe can't say, with the option of lorafold train that does it. What the file leaves out has
     that tool's default, which is written where it differs from lorafold's. The report goes to
     stderr, or with --json to stdout as an object.
     """

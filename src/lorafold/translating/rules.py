@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any, Literal, TypeVar
 
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, as_one, shortened
 from lorafold.recipe.fields import OF_ADAPTER
 from lorafold.translating.convert import number
 
@@ -155,7 +155,7 @@ def by_rules(rules: Sequence[Rule], config: Mapping[str, Any]) -> tuple[Translat
     """Every key of `config` as an entry, and the tool's defaults that matter where it is silent.
 
     Where a rule passes `--init-adapter`, that adapter brings its own method, rank and targets, and
-    the file's are left. LorafoldError lists every value that can't be read, or that lorafold can't
+    the file's are left. LorafoldError lists the values that can't be read, or that lorafold can't
     train.
     """
     settings = Settings(config, {rule.key: rule.default for rule in rules})
@@ -171,14 +171,14 @@ def by_rules(rules: Sequence[Rule], config: Mapping[str, Any]) -> tuple[Translat
         try:
             outcome = rule.reader(value, settings)
         except LorafoldError as error:
-            problems.append(f"{rule.key}: {error}")
+            problems.append(shortened(f"{rule.key}: {error}", 250))
             continue
         if outcome is None:
             outcome = taken("it is off" if is_off(value) else "it has no effect here")
         if given or rule.key in config or outcome.fields or outcome.how != "taken":
             entries.append(TranslatedKey(rule.key, value, given, outcome))
     if problems:
-        raise LorafoldError("; ".join(problems))
+        raise LorafoldError(as_one(problems))
     if any("--init-adapter" in entry.outcome.flag.split() for entry in entries):
         entries = list(_brought_by_adapter(entries))
     return (*entries, *unknown(config, [rule.key for rule in rules]))

@@ -7,7 +7,7 @@ third, the file is refused, and the user names the tool.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,16 +128,17 @@ def kind_of(path: Path, config: Mapping[str, Any]) -> str:
         )
     if stranger := next((told for key, told in STRANGERS.items() if key in config), None):
         raise LorafoldError(f"{path}: found {stranger}")
-    names = _some([TOOLS[kind].name for kind in (best, *others)])
+    kinds: Collection[str] = (best, *others)
+    names = _some([TOOLS[kind].name for kind in kinds])
     if others:
         told = f"{names} know as many of them"
     elif signs[best]:
         told = f"{names} does not know {_some(unknown[best])}"
     else:
-        told = "no tool has them"
+        told, kinds = "no tool has them", TOOLS
     raise LorafoldError(
         f"{path}: can't tell which tool's it is by its keys ({_some(list(config)) or 'none'}):"
-        f" {told}; expected --kind {', '.join((best, *others) if others else TOOLS)}"
+        f" {told}; expected --kind {', '.join(kinds)}"
     )
 
 
