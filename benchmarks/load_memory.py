@@ -47,12 +47,12 @@ def measure(label: str, model: Path, base: str) -> dict:
     row = {
         "model": label,
         "base": base,
-        "file_bytes": sum(e.size for e in entries.values()),
-        "held_bytes": held,
-        "peak_resident_bytes": done.resident,
-        "peak_anonymous_bytes": done.anonymous,
-        "bound_bytes": bound,
-        "within_bound": done.resident <= bound,
+        "files, MB": round(sum(e.size for e in entries.values()) / 1e6),
+        "held": round(held / 1e6),
+        "peak with mapped files": round(done.resident / 1e6),
+        "peak": round(done.anonymous / 1e6),
+        "bound": round(bound / 1e6),
+        "within": done.resident <= bound,
         "seconds": round(done.seconds, 1),
     }
     print(json.dumps(row), flush=True)

@@ -31,8 +31,13 @@ SHAPE = {
     "num_key_value_heads": 8,
     "vocab_size": 32000,
 }
+IMPORTS = """
+import lorafold as lf
+import lorafold.merging.run
+from transformers.models.llama import modeling_llama
+"""
 WORK = """
-result = merge(sys.argv[1], [sys.argv[2]], sys.argv[3], certificate=False)
+result = lf.merge(sys.argv[1], [sys.argv[2]], sys.argv[3], certificate=False)
 print(result.folded.sums.survival)
 """
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
@@ -102,17 +107,17 @@ def measure(label: str, model: Path, work: Path) -> dict:
     largest = 4 * max(torch.Size(e.shape).numel() for e in entries)
     adapter = random_adapter(model, work / f"{label}-adapter")
     work_of = (str(model), str(adapter), str(work / f"{label}-merged"))
-    done = watch("from lorafold.merging.run import merge", WORK, *work_of)
+    done = watch(IMPORTS, WORK, *work_of)
     bound = 3 * largest + 300 * 10**6
     row = {
         "model": label,
-        "weight_bytes": sum(e.size for e in entries),
-        "largest_tensor_fp32_bytes": largest,
-        "peak_anonymous_bytes": done.anonymous,
-        "bound_bytes": bound,
-        "within_bound": done.anonymous <= bound,
+        "weights, MB": round(sum(e.size for e in entries) / 1e6),
+        "largest tensor in fp32": round(largest / 1e6),
+        "peak": round(done.anonymous / 1e6),
+        "bound": round(bound / 1e6),
+        "within": done.anonymous <= bound,
         "seconds": round(done.seconds, 1),
-        "update_survival": round(float(done.output), 4),
+        "update survives": round(float(done.output), 4),
     }
     print(json.dumps(row), flush=True)
     return row

@@ -114,8 +114,8 @@ def optimizer(value: Any, settings: Settings) -> Outcome:
             fields["eps"] = number(given["eps"])
         if given.get("bias_correction"):
             return taken(**fields)
-        betas = fields.get("betas", BETAS)
-        return changed(_uncorrected(betas, settings), **fields)
+        said = _uncorrected(fields.get("betas", BETAS), settings)
+        return changed(said, **fields) if said else taken(**fields)
     return changed(
         "lorafold trains with AdamW only, which may need another learning rate", **fields
     )
@@ -128,12 +128,16 @@ def _betas(value: Any) -> tuple[float, float]:
     return found[0], found[1]
 
 
-def _uncorrected(betas: tuple[float, float], settings: Settings) -> str:
+def _uncorrected(betas: tuple[float, float], settings: Settings) -> str | None:
     """What Adam without bias correction does: step k is (1 - beta1^k) / sqrt(1 - beta2^k) times as
-    large as with it.
+    large as with it. None where in the mean of the run that is nothing.
     """
     steps = _steps(settings)
-    times = sum((1 - betas[0] ** k) / sqrt(1 - betas[1] ** k) for k in range(1, steps + 1)) / steps
+    first = range(1, min(steps, 20_000) + 1)  # later ones are as large as with it
+    more = sum((1 - betas[0] ** k) / sqrt(1 - betas[1] ** k) - 1 for k in first)
+    times = 1 + more / steps
+    if round(times, 1) == 1:
+        return None
     schedule = settings["lr_schedule"]
     arguments = schedule.get("arguments") if isinstance(schedule, dict) else None
     scheduled = isinstance(arguments, list) and arguments
@@ -141,7 +145,7 @@ def _uncorrected(betas: tuple[float, float], settings: Settings) -> str:
     near = f"--lr {rate:.2g}" + ("" if is_full(settings) else f" --lr-b {rate:.2g}")
     return (
         f"its moments are not corrected for their start there, which makes steps {times:.1f}"
-        f" times as large in the mean of {steps}: {near} comes near"
+        f" times as large in the mean of {steps}: {near} comes nearer"
     )
 
 
