@@ -124,8 +124,9 @@ def test_series_are_told_apart_by_who_sees_fewer_colours(scheme: str, seen: str)
 
 
 @pytest.mark.parametrize(("value", "text"), [
-    (2.7, "2.7"), (0.05, "0.05"), (1e-6, "0.000001"), (0.1 + 0.2, "0.3"), (-0.5, "−0.5"), (0, "0"),
-    (-1e-15, "0"), (40_000, "40k"), (1_500_000, "1.5M"), (2e9, "2B"), (999, "999"),
+    (2.7, "2.7"), (0.05, "0.05"), (1e-6, "0.000001"), (1.94e-7, "1.94e−7"), (0.1 + 0.2, "0.3"),
+    (-0.5, "−0.5"), (0, "0"), (-1e-15, "0"), (40_000, "40k"), (1_500_000, "1.5M"), (2e9, "2B"),
+    (999, "999"),
 ])  # fmt: skip
 def test_a_number_is_plain(value: float, text: str) -> None:
     assert number(value) == text

@@ -113,11 +113,15 @@ def series(n: int) -> dict[str, Any]:
 
 
 def number(value: float, position: Any = None, digits: int = 6) -> str:
-    """A plain number, as at a tick: 2.7, 0.05, 40k, 1.5M."""
+    """A plain number, as at a tick: 2.7, 0.05, 40k, 1.5M, 2e-7."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.{digits}g}{unit}"
-    plain = f"{float(f'{value:.{digits}g}'):z.12f}".rstrip("0").rstrip(".")
+    if 1e-12 < abs(value) < 1e-6:
+        digit, power = f"{value:.{digits - 1}e}".split("e")
+        plain = f"{float(digit):g}e{int(power)}"
+    else:
+        plain = f"{float(f'{value:.{digits}g}'):z.12f}".rstrip("0").rstrip(".")
     return plain.replace("-", "\N{MINUS SIGN}")
 
 

@@ -69,9 +69,10 @@ class Trained(Shown):
         parameters = "" if count is None else f"{count:,} parameters, "
         pace = "" if math.isnan(rate) else f", {rate:,.0f} tokens/s"
         over = f" of the last {LAST}" if len(self.losses) > LAST else ""
+        steps = f"{self.steps} step{'s' * (self.steps != 1)}"
         return (
-            f"adapter: {self.adapter} ({parameters}{self.steps} steps, mean loss{over}"
-            f" {self.train_loss:.4f}{held_out}{pace})"
+            f"adapter: {self.adapter} ({parameters}{steps}, mean loss{over}"
+            f" {self.train_loss:z.4f}{held_out}{pace})"
         )
 
 

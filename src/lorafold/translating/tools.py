@@ -128,14 +128,15 @@ def kind_of(path: Path, config: Mapping[str, Any]) -> str:
         )
     if stranger := next((told for key, told in STRANGERS.items() if key in config), None):
         raise LorafoldError(f"{path}: found {stranger}")
-    kinds: Collection[str] = (best, *others)
+    # any key may stand in PEFT's, so it is near where its own do
+    kinds: Collection[str] = [best, *(kind for kind in others if TOOLS[kind].known is not None)]
     names = _some([TOOLS[kind].name for kind in kinds])
-    if others:
+    if len(kinds) > 1:
         told = f"{names} know as many of them"
     elif signs[best]:
         told = f"{names} does not know {_some(unknown[best])}"
     else:
-        told, kinds = "no tool has them", TOOLS
+        told, kinds = "they are no tool's own", TOOLS
     raise LorafoldError(
         f"{path}: can't tell which tool's it is by its keys ({_some(list(config)) or 'none'}):"
         f" {told}; expected --kind {', '.join(kinds)}"
