@@ -27,6 +27,7 @@ SHORT = {
     "compare": "--steps 1 --batch 1 --data benign.jsonl --eval-data mine.jsonl --methods ia3",
     "intrinsic": "--steps 1 --batch 1 --data benign.jsonl --eval-data mine.jsonl",
     "fragility": "--max-new-tokens 2 --examples 1 --rank 2 --defence none",
+    "export": "--no-proof",  # the tiny model stands in a file that llama.cpp can not read
 }
 
 
