@@ -74,7 +74,7 @@ def task(model_dir, policy) -> Task:
         Base(model_dir, storage="fp32"), stacks_of(open_all([policy])), REFUSE, CONTROLS,
         Rows.of(BENIGN), "benign",
         ("I can't", "No"), ("Sure",), (1, 3), (2,), (1e-3,), (0,), ("none",),
-        recipe=RECIPE.model_copy(update={"storage": "fp32", "epochs": 2}), max_new_tokens=6,
+        recipe=RECIPE.model_copy(update={"storage": "fp32", "epochs": 2.0}), max_new_tokens=6,
     )  # fmt: skip
 
 
@@ -379,7 +379,7 @@ def test_more_examples_contain_the_fewer_and_held_out_rows_are_apart(task: Task)
 def sweep(out: Path, model_dir: Path, policy: Path, **more: Any) -> Any:
     given = {
         "data": BENIGN, "examples": [1, 3], "ranks": [2], "rates": [1e-3], "mix": REFUSALS,
-        "recipe": RECIPE.model_copy(update={"epochs": 2}),
+        "recipe": RECIPE.model_copy(update={"epochs": 2.0}),
     } | more  # fmt: skip
     return lf.fragility(
         out, refuse=REFUSE, controls=CONTROLS, model=model_dir, adapters=policy, storage="fp32",
