@@ -337,7 +337,8 @@ def test_training_takes_nf4_unless_it_is_told_otherwise(tiny_model_dir, tmp_path
         ),
         lines,
     )
-    assert Saved.open(tmp_path / "d").record["recipe"]["storage"] == "fp32"
+    record = json.loads((tmp_path / "d" / "lorafold.json").read_text())
+    assert record["recipe"]["storage"] == "fp32"
 
 
 def test_loftq_starts_nearer_to_the_weights_that_were_packed(tiny_model_dir):

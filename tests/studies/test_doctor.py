@@ -257,8 +257,8 @@ def test_the_command_reports_this_installation_and_exits_with_1_where_it_is_brok
     assert "Traceback" not in done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     assert list(told) == [
-        "packages", "optional", "machine", "models", "training", "generating", "slow", "problems",
-        "broken",
+        "packages", "optional", "machine", "models", "training", "processes", "generating",
+        "template", "slow", "problems", "broken",
     ]  # fmt: skip
     assert told["broken"] is True
     assert any(
