@@ -25,7 +25,7 @@ SIGNATURES = {
         " device revision trust_remote_code allow_other_base console"
     ),
     "compare": (
-        "out *model data eval_data rewards columns methods seeds recipe device revision"
+        "out *model data eval_data rewards columns methods vary seeds recipe device revision"
         " trust_remote_code console"
     ),
     "compose": (

@@ -15,6 +15,7 @@ from lorafold.api.arguments import as_rows
 from lorafold.comparing.measure import Task, measure
 from lorafold.comparing.report import markdown, page
 from lorafold.comparing.run import compare, in_own_process, key
+from lorafold.comparing.variants import Variant
 from lorafold.data.stored import Part, Rows
 from lorafold.errors import LorafoldError
 from lorafold.methods.lora import LoRA
@@ -97,7 +98,7 @@ def test_classifiers_are_compared_too(tiny_model_dir, tmp_path: Path) -> None:
     ]
     recipe = RECIPE.model_copy(update={"objective": "classify"})
     task = Task(Base(tiny_model_dir("llama"), device="cpu"), texts, texts[:4], "texts", recipe)
-    both = ["linear-probe", "lora"]
+    both = [Variant("linear-probe"), Variant("lora")]
     base, probe, lora = compare(task, both, [0], tmp_path, lambda *_: None)
     assert (base.method, base.trainable_parameters) == ("base", None)
     assert base.loss_interval is not None
@@ -143,9 +144,10 @@ def test_dora_takes_a_recipes_dropout_over_any_method(over: str | None, dropout:
 def test_rows_are_measured_kept_and_shown(tiny_model_dir, tmp_path: Path, monkeypatch) -> None:
     task = Task(Base(tiny_model_dir("llama"), device="cpu"), ROWS, ROWS[:4], "rows", RECIPE)
     told: list[str] = []
+    three = [Variant("lora"), Variant("houlsby"), Variant("full")]
     rows = compare(
         task,
-        ["lora", "houlsby", "full"],
+        three,
         [0],
         tmp_path,
         lambda row, done, total: told.append(f"{row.method} {done}/{total}"),
@@ -171,7 +173,7 @@ def test_rows_are_measured_kept_and_shown(tiny_model_dir, tmp_path: Path, monkey
 
     measured, run.in_own_process = run.in_own_process, never
     try:
-        assert compare(task, ["lora", "houlsby", "full"], [0], tmp_path, lambda *_: None) == rows
+        assert compare(task, three, [0], tmp_path, lambda *_: None) == rows
     finally:
         run.in_own_process = measured
     with monkeypatch.context() as patch:

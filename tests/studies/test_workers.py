@@ -11,7 +11,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +98,8 @@ def test_two_workers_compare_six_cells(tiny_model_dir: Callable[..., Path], tmp_
     recipe = Recipe(steps=2, batch=4, max_length=64, storage="fp32")
     arguments = [
         "compare", "--model", str(model), "--data", data, "--device", "cpu",
-        "--methods", "lora,ia3,bitfit,vera,full", "--steps", "2", "--batch", "4",
-        "--max-length", "64", "--storage", "fp32",
+        "--methods", "lora,ia3,bitfit,full", "--vary", "rank=4,8", "--steps", "2",
+        "--batch", "4", "--max-length", "64", "--storage", "fp32",
     ]  # fmt: skip
     found, written = shared(tmp_path / "out", arguments, "rows/*.json")
     assert found[0] == found[1]
@@ -107,9 +107,15 @@ def test_two_workers_compare_six_cells(tiny_model_dir: Callable[..., Path], tmp_
     rows, held_out, source = train_and_test(data, None, recipe, None, Console(quiet=True))
     task = Task(Base(model, device="cpu"), rows, held_out, source, recipe)
     kept = json.loads((tmp_path / "out" / "rows.json").read_text())["rows"]
-    assert [one["method"] for one in kept] == [BASE, "lora", "ia3", "bitfit", "vera", "full"]
+    methods = [BASE, "lora", "lora", "ia3", "bitfit", "full"]
+    ranks = [{}, {"rank": 4}, {"rank": 8}, {}, {}, {}]
+    assert [(one["method"], one["settings"]) for one in kept] == list(
+        zip(methods, ranks, strict=True)
+    )
     for one in kept:
-        alone = json.loads(json.dumps(asdict(measure(task, one["method"], 0))))
+        own = replace(task, recipe=recipe.model_copy(update=one["settings"]))
+        measured = replace(measure(own, one["method"], 0), settings=one["settings"])
+        alone = json.loads(json.dumps(asdict(measured)))
         assert {k: v for k, v in one.items() if k not in MEASURED} == {
             k: v for k, v in alone.items() if k not in MEASURED
         }

@@ -19,6 +19,7 @@ from fresh_models import fresh_model
 from lorafold.api.merge import merge
 from lorafold.comparing.measure import Task
 from lorafold.comparing.run import compare
+from lorafold.comparing.variants import Variant
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import EvaluationSettings, evaluate
 from lorafold.files.atomic import MANIFEST
@@ -505,7 +506,7 @@ def test_methods_that_train_the_base_and_comparisons_refuse_new_tokens(
         LorafoldError,
         match=r"new_tokens: found <\|user\|>, expected none",
     ):
-        compare(task, ["lora"], [0], tmp_path / "c", lambda *_: None)
+        compare(task, [Variant("lora")], [0], tmp_path / "c", lambda *_: None)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -23,6 +23,7 @@ from lorafold.comparing.measure import Measurement, Task
 from lorafold.comparing.paired import Difference, over_base, verdict
 from lorafold.comparing.report import markdown
 from lorafold.comparing.run import known_methods, methods_for, unfit
+from lorafold.comparing.variants import Vary, variants
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import check_folder, write_text
 from lorafold.files.claims import check_token
@@ -39,8 +40,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Comparison(Shown):
-    """The figures of every method and seed, in the order asked for, and what they were measured on.
-    Those of the base come first.
+    """The figures of every method, setting and seed, in the order asked for, and what they were
+    measured on. Those of the base come first.
     """
 
     rows: tuple[Measurement, ...]
@@ -49,8 +50,8 @@ class Comparison(Shown):
 
     @property
     def over_base(self) -> dict[str, Difference]:
-        """By how much each method's reward is above the base's, paired by prompts; or its loss,
-        paired by rows, where below 0 is better.
+        """By how much each line's reward is above the base's, paired by prompts; or its loss,
+        paired by rows, where below 0 is better. A line is named as in "lora" or "lora rank=8".
         """
         return over_base(self.rows)
 
@@ -82,6 +83,7 @@ def compare(
     rewards: Rewarding = (),
     columns: Columns | None = None,
     methods: Sequence[str] = (),
+    vary: Vary | None = None,
     seeds: int = 1,
     recipe: Recipe | None = None,
     device: str | None = None,
@@ -89,9 +91,9 @@ def compare(
     trust_remote_code: bool = False,
     console: Console | None = None,
 ) -> Comparison:
-    """Train every method on the same rows with the same budget and measure quality, forgetting,
-    size, speed and latency, each in a process of its own. The base is measured too. Policies are
-    compared by the reward of held-out prompts.
+    """Train every method on the same rows with the same budget, or with several values of settings,
+    and measure quality, forgetting, size, speed and latency, each in a process of its own. The base
+    is measured too. Policies are compared by the reward of held-out prompts.
 
     Args:
         out: The directory of the figures, and of the table as `table.md`. Figures are written as
@@ -104,7 +106,10 @@ def compare(
             of.
         columns: The keys of the rows under other names, as in {"prompt": "question"}.
         methods: Names of methods; empty for all that can learn the recipe's objective.
-        seeds: How many seeds of each method.
+        vary: The values of fields of the recipe, as in {"rank": [8, 16], "lr": [1e-4, 2e-4]}, or
+            of entries of a field, as in {"options.init": ["gaussian", "pissa"]}. Each method is
+            trained with every combination of those that it has.
+        seeds: How many seeds of each method and setting.
         recipe: The recipe of all runs; without a learning rate each method has its own.
         device: cpu, cuda, cuda:N or mps; None takes the fastest that is available.
         revision: The branch, tag or commit of a hub model.
@@ -112,8 +117,9 @@ def compare(
         console: A rich console for one line a measurement; None is quiet.
 
     Raises LorafoldError, before anything is trained, for an unknown method, for one that can't
-    learn the objective, for recipe options that none of the methods has, and for rewards that are
-    missing or that the objective does not take.
+    learn the objective, for recipe options and varied settings that none of the methods has, for
+    fields that change what is measured, and for rewards that are missing or that the objective does
+    not take.
     """
     check_folder(as_path(out))
     check_token(as_path(out))
@@ -127,15 +133,15 @@ def compare(
         )
     rows, held_out, source = train_and_test(data, eval_data, recipe, columns, console, True)
     recipe = recipe.model_copy(update={"eval_fraction": 0.0})  # the runs hold out no more
-    base = Base(
-        model, device=device, revision=revision, trust_remote_code=trust_remote_code
-    )
+    base = Base(model, device=device, revision=revision, trust_remote_code=trust_remote_code)
     names = known_methods(methods) or methods_for(recipe.objective)
     left_out: dict[str, str] = {}
     if not methods:
         left_out = {name: why for name in names if (why := unfit(recipe, name))}
         names = [name for name in names if name not in left_out]
-    before = max(spec_of(fitting(recipe, name)).positions for name in names)
+    asked = variants(recipe, names, vary or {})
+    fitted = [fitting(one.of(recipe), one.method) for one in asked]
+    before = max(spec_of(one).positions for one in fitted)
     recipe = settled_length(recipe, base, before, console)
     task = Task(base, rows, held_out, source, recipe)
     _ = task.identity  # what is wrong with rewards is told first
@@ -145,13 +151,15 @@ def compare(
     for name in names:
         if notice := without(recipe.model_copy(update={"method": name})):
             console.print(notice, highlight=False)
+        varied = {setting for one in asked if one.method == name for setting in one.settings}
+        if same := [setting for setting in vary or {} if setting not in varied]:
+            console.print(f"{', '.join(same)} not varied: {name} has no such choice")
 
     def tell(one: Measurement, done: int, total: int) -> None:
         console.print(f"{done}/{total} {one}", highlight=False)
 
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
-    rows_found = run.compare(task, list(names), range(seeds), as_path(out), tell, say)
+    rows_found = run.compare(task, asked, range(seeds), as_path(out), tell, say)
     found = Comparison(tuple(rows_found), str(model), source)
     write_text(as_path(out) / "table.md", str(found))
     return found
-

@@ -13,12 +13,13 @@ from lorafold.cli.groups import grouped
 from lorafold.cli.pages import WideOption, page_option
 from lorafold.cli.recipe_options import RecipeFlags, of_recipe
 from lorafold.cli.rewards import RewardAdapterOption, RewardOption, rewards_of
+from lorafold.cli.vary import VaryOption, varied
 from lorafold.recipe.recipe import Recipe
 
 EXAMPLES = (
     "lorafold compare --out compared",
     "lorafold compare --out two --methods lora,dora --data demo/train.jsonl",
-    "lorafold compare --out seeds --methods lora --seeds 3 --html compared.html",
+    "lorafold compare --out rates --methods lora --vary lr=1e-4,4e-4 --seeds 2",
 )
 
 
@@ -31,9 +32,7 @@ class Flags(RecipeFlags):
 def command(
     out: Annotated[
         Path,
-        typer.Option(
-            help="The directory of the figures. The same command continues after a stop."
-        ),
+        typer.Option(help="The directory of the figures. The same command continues after a stop."),
     ],
     flags: Flags,
     cluster: Cluster,
@@ -50,7 +49,8 @@ def command(
             help="The methods, as in lora,dora. Without it all that can learn the objective.",
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="The number of seeds of each method.")] = 1,
+    vary: VaryOption = None,
+    seeds: Annotated[int, typer.Option(min=1, help="The number of seeds of each line.")] = 1,
     html: Annotated[
         Path | None, page_option("Also write the table with plots as one HTML file.")
     ] = None,
@@ -67,6 +67,9 @@ def command(
     and whether it adds modules. A best method is named only where the rows, in pairs, tell it from
     all others. Texts with labels need --objective classify. Unless the recipe sets a learning rate,
     each method has its own.
+
+    --vary tries several values of a setting, as in --vary rank=8,32 --vary lr=1e-4,4e-4: each
+    method is trained with every combination of those that it has.
 
     Policies (--objective grpo, with --reward) draw as many completions each, and are compared by
     the reward of held-out prompts.
@@ -86,6 +89,7 @@ def command(
         rewards=rewards_of(reward, reward_adapter),
         columns=columns_of(columns),
         methods=[name.strip() for names in methods or () for name in names.split(",")],
+        vary=varied(vary),
         seeds=seeds,
         recipe=flags.recipe(None if data else RECIPE),
         console=console,

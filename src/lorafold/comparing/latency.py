@@ -56,7 +56,7 @@ def timed(model: PreTrainedModel, new: int) -> Latency:
 
     def decode() -> None:
         for _ in range(new):
-            model(ids[:, -1:], cache=output.past_key_values, use_cache=True)
+            model(ids[:, -1:], cache=output.cache, use_cache=True)
 
     return Latency(prefill, clock(decode, model.device)[1] if new else None)
 

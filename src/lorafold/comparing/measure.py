@@ -27,6 +27,7 @@ from torch import nn
 from lorafold.adapter import Adapter, load
 from lorafold.bases import parameter_count
 from lorafold.comparing.latency import NEW, latencies
+from lorafold.comparing.variants import Variant
 from lorafold.data.probes import probe_ids
 from lorafold.data.sources import Row
 from lorafold.data.template_forms import on_day
@@ -52,10 +53,10 @@ BASE = "base"  # the row of the model before anything is trained
 
 @dataclass(frozen=True)
 class Measurement:
-    """The figures of one method and seed. `trainable_share` is relative to the base's parameters,
-    latencies are ratios to the base's, losses are in nats; None where there is nothing to measure.
-    That of the base, before anything is trained, has the method BASE. `row_losses` has the summed
-    loss of each held-out row and its tokens.
+    """The figures of one method and seed, with the settings that vary. `trainable_share` is
+    relative to the base's parameters, latencies are ratios to the base's, losses are in nats; None
+    where there is nothing to measure. That of the base, before anything is trained, has the method
+    BASE. `row_losses` has the summed loss of each held-out row and its tokens.
 
     Of a policy there is no loss, but what the completions are worth that it draws of held-out
     prompts: `reward` is the mean, `rewards` are those of each reward by its name, and
@@ -64,6 +65,7 @@ class Measurement:
 
     method: str
     seed: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
     trainable_parameters: int | None = None
     trainable_share: float | None = None
     adapter_bytes: int | None = None
@@ -91,11 +93,16 @@ class Measurement:
     mergeable: bool | None = None
     modifies_architecture: bool | None = None
 
+    @property
+    def name(self) -> str:
+        """What it is told by: the method with its settings, as in `lora rank=8 lr=0.0001`."""
+        return str(Variant(self.method, self.settings))
+
     def __str__(self) -> str:
         what, value = ("reward", self.reward) if self.loss is None else ("loss", self.loss)
         trained = self.train_seconds
         seconds = "" if trained is None else f", {trained:.0f} s of training"
-        return f"{self.method}: {what} {value:.4f}{seconds}"
+        return f"{self.name}: {what} {value:.4f}{seconds}"
 
 
 def quality(found: Evaluation | RewardEvaluation) -> dict[str, Any]:

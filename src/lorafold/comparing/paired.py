@@ -65,7 +65,7 @@ def within(interval: Interval, form: str) -> str:
 
 def by_method(measurements: Sequence[Measurement]) -> list[list[Measurement]]:
     """The figures of each method, over its seeds."""
-    return [list(seeds) for _, seeds in groupby(measurements, lambda one: one.method)]
+    return [list(seeds) for _, seeds in groupby(measurements, lambda one: one.name)]
 
 
 def units_of(seeds: Sequence[Measurement]) -> Units:
@@ -76,7 +76,7 @@ def units_of(seeds: Sequence[Measurement]) -> Units:
 
 def held_out(measurements: Sequence[Measurement]) -> dict[str, Units]:
     """The units of each method, the base's among them."""
-    return {seeds[0].method: units_of(seeds) for seeds in by_method(measurements)}
+    return {seeds[0].name: units_of(seeds) for seeds in by_method(measurements)}
 
 
 def lower_is_better(measurements: Sequence[Measurement]) -> bool:

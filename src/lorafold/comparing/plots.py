@@ -31,7 +31,7 @@ class Quality:
         """The held-out loss or reward."""
         methods = tuned(measurements)
         units = held_out(measurements)
-        intervals = [ratio_interval(units[seeds[0].method]) for seeds in methods]
+        intervals = [ratio_interval(units[seeds[0].name]) for seeds in methods]
         bare = [[r for r in measurements if r.method == BASE]]
         if lower_is_better(measurements):
             label, [before] = "held-out loss (lower is better)", means(bare, lambda r: r.loss)
@@ -96,7 +96,7 @@ def plots_of(measurements: Sequence[Measurement]) -> Iterator[str]:
     if not methods:
         return
     quality = Quality.of(measurements)
-    names = [seeds[0].method for seeds in methods]
+    names = [seeds[0].name for seeds in methods]
     mergeable = [all(r.mergeable for r in seeds) for seeds in methods]
     yield ranking(quality, names)
     for cost, value in COSTS.items():
@@ -115,7 +115,7 @@ def plots_of(measurements: Sequence[Measurement]) -> Iterator[str]:
 def ranking(quality: Quality, names: Sequence[str]) -> str:
     """The quality of each method with its interval, the best above."""
     order, reach = quality.order, quality.intervals
-    shown = [f"{plots.short(names[n], 16)}  {quality.values[n]:.4g}" for n in order]
+    shown = [f"{plots.short(names[n], 26)}  {quality.values[n]:.4g}" for n in order]
 
     def draw(axes: Any) -> None:
         values, intervals = [quality.values[n] for n in order], [reach[n] for n in order]

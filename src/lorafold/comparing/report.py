@@ -59,7 +59,7 @@ FLAGS: dict[str, Callable[[Measurement], bool | None]] = {
 def columns(measurements: Sequence[Measurement]) -> dict[str, list[str]]:
     """The cells of all methods by the heading of their column."""
     methods, found = by_method(measurements), dict[str, list[str]]()
-    found["method"] = [seeds[0].method for seeds in methods]
+    found["method"] = [seeds[0].name for seeds in methods]
     for heading, (value, form) in COLUMNS.items():
         found[heading] = [cell([value(r) for r in seeds], form) for seeds in methods]
         if heading in (LOSS, REWARD) and any(value(r) is not None for r in measurements):
@@ -80,7 +80,7 @@ def _beside(heading: str, form: str, measurements: Sequence[Measurement]) -> dic
     names = list(measurements[0].rewards)
     return {
         heading + WITHIN: [within(one, form) if one else NOTHING for one in intervals],
-        OVER_BASE: [str(gains.get(seeds[0].method, NOTHING)) for seeds in methods],
+        OVER_BASE: [str(gains.get(seeds[0].name, NOTHING)) for seeds in methods],
         **{
             f"reward {name}": [cell([r.rewards[name] for r in seeds], ".4g") for seeds in methods]
             for name in names
@@ -131,10 +131,10 @@ def deciding(measurements: Sequence[Measurement]) -> str:
     form = ".4f" if lower else ".4g"
     figures = [Difference(mean(units), ratio_interval(units)) for units in shared]
     found = {
-        "method": [seeds[0].method for seeds in methods],
+        "method": [seeds[0].name for seeds in methods],
         LOSS if lower else REWARD: [plus_minus(one, form) for one in figures],
         OVER_BASE: [
-            plus_minus(gains[name], f"+{form}") if (name := seeds[0].method) in gains else NOTHING
+            plus_minus(gains[name], f"+{form}") if (name := seeds[0].name) in gains else NOTHING
             for seeds in methods
         ],
         **{
@@ -186,8 +186,9 @@ def markdown(measurements: Sequence[Measurement]) -> str:
     return markdown_table([*found], lines(found)) + below
 
 
-ABOUT = """Every method was trained on the same rows, with the same model and number of steps, and
-with its own learning rates. The first line is the base, before anything is trained."""
+ABOUT = """Every method was trained on the same rows, with the same model and recipe but for the
+settings beside its name, and where the recipe sets no learning rate with its own. The first line is
+the base, before anything is trained."""
 LOSSES = """Loss and exact match are measured on held-out rows. Intervals are over rows, and those
 of what is over the base are of rows in pairs: they say how far the result would differ on other
 rows, not with other seeds."""

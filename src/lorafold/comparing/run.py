@@ -1,4 +1,4 @@
-"""The comparison: every method and seed is measured, one after the other.
+"""The comparison: every variant and seed is measured, one after the other.
 
 The figures of each are written to `<out>/rows/` as soon as they are measured, under the method, the
 seed and a digest of everything that they depend on. A file that is there is not measured again, so
@@ -7,10 +7,10 @@ the same call continues a comparison that was stopped, and several calls share t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import partial
 from itertools import count
 from multiprocessing import get_context
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafold.comparing.measure import BASE, Measurement, Task, measure, recipe_of
+from lorafold.comparing.variants import Variant
 from lorafold.data.stored import Rows
 from lorafold.errors import LorafoldError, listed
 from lorafold.files.atomic import write_json
@@ -67,17 +68,17 @@ def unfit(recipe: Recipe, method: str) -> str | None:
 
 def compare(
     task: Task,
-    methods: Sequence[str],
+    asked: Sequence[Variant],
     seeds: Sequence[int],
     out: Path,
     tell: Callable[[Measurement, int, int], None],
     say: Callable[[str], object] = silent,
 ) -> list[Measurement]:
-    """Measure every method with every seed, in this order.
+    """Measure every variant with every seed, in this order.
 
     Args:
         task: Model, data and recipe.
-        methods: The names of the methods.
+        asked: The methods, and the settings in which they vary.
         out: The directory of the figures.
         tell: Called as tell(measurement, done, total) after each.
         say: Is told for which other workers this one waits.
@@ -95,7 +96,7 @@ def compare(
             " base, to which methods are compared, does not have these tokens; use lorafold train"
             " for each method"
         )
-    known_methods(methods)
+    methods = known_methods([*dict.fromkeys(one.method for one in asked)])
     for method in methods:
         if why := unfit(task.recipe, method):
             raise LorafoldError(f"method: found {method}, which {why}")
@@ -110,22 +111,28 @@ def compare(
         )
     declared = OBJECTIVES[task.recipe.objective]
     before = seeds if declared.draws or declared.head else seeds[:1]
-    plan = [(BASE, seed) for seed in before]
-    plan += [(method, seed) for method in methods for seed in seeds]
+    plan = [(Variant(BASE), seed) for seed in before]
+    plan += [(one, seed) for one in asked for seed in seeds]
     (out / "rows").mkdir(parents=True, exist_ok=True)
-    measures = {
-        out / "rows" / f"{method}-{seed}-{key(task, method)}.json": partial(
-            measured_anew, task, method, seed
-        )
-        for method, seed in plan
-    }
+    measures: dict[Path, Callable[[], dict[str, Any]]] = {}
+    settings: dict[Path, Mapping[str, Any]] = {}
+    for one, seed in plan:
+        own = replace(task, recipe=one.of(task.recipe))
+        file = out / "rows" / f"{one.method}-{seed}-{key(own, one.method)}.json"
+        measures[file] = partial(measured_anew, own, one.method, seed)
+        settings[file] = one.settings
     tell_strangers(measures, say)
     done = count(1)
 
-    def there(_: Path, found: dict[str, Any]) -> None:
-        tell(of_stored(found), next(done), len(measures))
+    def named(file: Path, found: dict[str, Any]) -> Measurement:
+        """With its settings, which the file has not: they may be the recipe's of another call."""
+        return replace(of_stored(found), settings=settings[file])
 
-    measurements = [of_stored(found) for found in kept(measures, there, say)]
+    def there(file: Path, found: dict[str, Any]) -> None:
+        tell(named(file, found), next(done), len(measures))
+
+    figures = kept(measures, there, say)
+    measurements = [named(file, one) for file, one in zip(measures, figures, strict=True)]
     write_json(out / "rows.json", {"rows": [asdict(one) for one in measurements]})
     return measurements
 

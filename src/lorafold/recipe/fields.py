@@ -31,6 +31,12 @@ OF_ROWS = {
     *("objective", "beta", "objective_options", "accumulate", "packing", "chat_template"),
     *("template_kwargs", "train_on", "mask_reasoning"),
 }
+# The fields that change what is trained and not what it is measured by.
+OF_TRAINING = {
+    *(*OF_MEMORY - {"method"}, "bias", "modules_to_save", "beta", "lr", "lr_b", "schedule"),
+    *("warmup", "warmup_steps", "weight_decay", "clip", "betas", "eps", "epochs", "steps", "batch"),
+    *("accumulate", "packing"),
+}
 # The subject of the fields from this one on, for help and docs.
 GROUPS = {
     "method": "the update",

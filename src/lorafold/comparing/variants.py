@@ -1,0 +1,105 @@
+"""What is compared: each method, with every combination of the settings that vary.
+
+    variants(recipe, ["lora", "ia3"], {"rank": [8, 16], "lr": [1e-4, 2e-4]})
+
+has four of lora and two of ia3, which has no rank.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+from lorafold.errors import LorafoldError, listed
+from lorafold.recipe.fields import OF_TRAINING
+from lorafold.recipe.fitting import fitting
+from lorafold.recipe.reading import load_recipe
+from lorafold.recipe.recipe import Recipe
+
+Vary = Mapping[str, Sequence[Any]]  # the values of each field, or of an entry of one: options.init
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method, and the settings that it has beside those of the common recipe."""
+
+    method: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        named = (f"{k.partition('.')[2] or k}={in_short(v)}" for k, v in self.settings.items())
+        return " ".join((self.method, *named))
+
+    def of(self, recipe: Recipe) -> Recipe:
+        """The recipe with these settings.
+
+        Raises LorafoldError for values that a recipe can't have.
+        """
+        try:
+            pairs = [f"{name}={json.dumps(value)}" for name, value in self.settings.items()]
+            return load_recipe(None, pairs, recipe)
+        except TypeError as error:
+            raise LorafoldError(f"vary: {error}, expected numbers, texts or lists") from None
+        except LorafoldError as error:
+            said = str(error).removeprefix("recipe: ").replace(" (from --set)", "")
+            raise LorafoldError(f"vary: {said.removeprefix('--set ')}") from None
+
+
+def variants(recipe: Recipe, methods: Sequence[str], vary: Vary) -> list[Variant]:
+    """The methods in their order, each with every combination of the settings that it has.
+
+    Args:
+        recipe: The common recipe.
+        methods: The names of the methods.
+        vary: The values of each setting.
+
+    Raises LorafoldError for a field that changes what is measured, for one without values, for
+    values that a recipe can't have, and for a setting that no method has.
+    """
+    check(vary)
+    found: list[Variant] = []
+    for method in methods:
+        fitted: list[dict[str, Any]] = []
+        for values in product(*vary.values()):
+            settings = dict(zip(vary, values, strict=True))
+            asked = Variant(method, settings).of(recipe)
+            one = fitting(asked, method)
+            if (dumped := one.model_dump()) not in fitted:
+                fitted.append(dumped)
+                has = {k: v for k, v in settings.items() if entry(one, k) == entry(asked, k)}
+                found.append(Variant(method, has))
+    if unknown := [name for name in vary if not any(name in one.settings for one in found)]:
+        raise LorafoldError(
+            f"vary: found {listed(unknown)}, expected settings that one of {', '.join(methods)} has"
+        )
+    return found
+
+
+def check(vary: Vary) -> None:
+    """Raise LorafoldError unless these fields can vary, and each has values."""
+    for name, values in vary.items():
+        if (whole := name.partition(".")[0]) not in OF_TRAINING:
+            instead = {"method": "; name methods", "seed": "; give a number of seeds"}.get(whole)
+            raise LorafoldError(
+                f"vary: found {name}, expected a field that changes what is trained and not what it"
+                f" is measured by: {', '.join(sorted(OF_TRAINING))}{instead or ''}"
+            )
+        if isinstance(values, str) or not values:
+            raise LorafoldError(f"vary: {name}: found {values!r:.80}, expected a list of values")
+
+
+def entry(recipe: Recipe, name: str) -> Any:
+    """What a recipe has under the name of a field, or of an entry of one."""
+    whole, _, inner = name.partition(".")
+    value = getattr(recipe, whole)
+    return value.get(inner) if inner else value
+
+
+def in_short(value: Any) -> str:
+    """A value of a recipe as it stands in a name."""
+    if isinstance(value, list | tuple):
+        return ",".join(map(in_short, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)

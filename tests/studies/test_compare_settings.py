@@ -1,0 +1,148 @@
+"""A comparison of settings: which ones there are of each method, and that each is what the recipe
+with these settings gives alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lorafold as lf
+from conftest import lorafold
+from lorafold.cli.vary import varied
+from lorafold.comparing.run import key
+from lorafold.comparing.variants import Variant, variants
+from lorafold.errors import LorafoldError
+from lorafold.recipe.recipe import Recipe
+
+ROWS = [{"prompt": f"Book a table for {n}", "completion": f'{{"people": {n}}}'} for n in range(12)]
+RECIPE = Recipe(steps=2, batch=4, storage="fp32", max_length=64)
+
+
+def named(methods: list[str], vary: dict[str, Any], recipe: Recipe = RECIPE) -> list[str]:
+    return [str(one) for one in variants(recipe, methods, vary)]
+
+
+def test_each_method_has_every_combination_of_the_settings_that_it_has() -> None:
+    vary = {"rank": [8, 16], "lr": [1e-4, 2e-4]}
+    assert named(["ia3", "lora"], vary) == [
+        "ia3 lr=0.0001", "ia3 lr=0.0002", "lora rank=8 lr=0.0001", "lora rank=8 lr=0.0002",
+        "lora rank=16 lr=0.0001", "lora rank=16 lr=0.0002",
+    ]  # fmt: skip
+    assert named(["lora", "dora"], {}) == ["lora", "dora"]
+
+
+@pytest.mark.parametrize(
+    ("method", "vary", "names"),
+    [
+        ("lora", {"options.init": ["pissa", "lora"]}, ["lora init=pissa", "lora init=lora"]),
+        ("lora", {"targets": ["all-linear", ["q_proj", "v_proj"]]},
+         ["lora targets=all-linear", "lora targets=q_proj,v_proj"]),
+        ("lora", {"rank_pattern.0.q_proj": [2, 4]}, ["lora 0.q_proj=2", "lora 0.q_proj=4"]),
+        ("lora", {"lr": [None, 1e-3]}, ["lora lr=None", "lora lr=0.001"]),
+        ("lora", {"epochs": ["auto", 2]}, ["lora epochs=auto", "lora epochs=2"]),
+        ("lora", {"rank": [8, 8]}, ["lora rank=8"]),
+    ],
+)  # fmt: skip
+def test_names_say_what_varies(method: str, vary: dict[str, Any], names: list[str]) -> None:
+    assert named([method], vary) == names
+
+
+def test_what_a_method_has_one_choice_of_does_not_vary() -> None:
+    """Full training has no quantized base."""
+    assert named(["full", "lora"], {"storage": ["nf4", "fp32"]}) == [
+        "full", "lora storage=nf4", "lora storage=fp32"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("vary", "said"),
+    [
+        ({"seed": [1, 2]}, "vary: found seed, expected a field that changes what is trained and not"
+         " what it is measured by: .*; give a number of seeds"),
+        ({"method": ["lora"]}, "; name methods"),
+        ({"max_length": [64, 128]}, "vary: found max_length, expected a field that changes what"),
+        ({"objective_options.group": [2]}, "vary: found objective_options.group, expected"),
+        ({"ranks": [2]}, "vary: found ranks, expected a field"),
+        ({"rank": []}, r"vary: rank: found \[\], expected a list of values"),
+        ({"targets": "q_proj"}, "vary: targets: found 'q_proj', expected a list of values"),
+        ({"rank": [4, 0]}, "vary: rank: found 0, expected greater"),
+        ({"batch.size": [4]}, "vary: batch.size=4: found a dotted key"),
+        ({"rank": [{1}]}, "vary: Object of type set .*, expected numbers, texts or lists"),
+        ({"options.nosuch": [1]}, "vary: found options.nosuch, expected settings that one of ia3"),
+        ({"rank": [4, 8]}, "vary: found rank, expected settings that one of ia3 has"),
+    ],
+)  # fmt: skip
+def test_what_can_not_vary_is_refused(vary: dict[str, Any], said: str) -> None:
+    with pytest.raises(LorafoldError, match=said):
+        variants(RECIPE, ["ia3"], vary)
+
+
+def test_a_variant_is_the_recipe_with_its_settings() -> None:
+    recipe = Recipe(options={"init": "pissa"}, steps=7)
+    one = Variant("lora", {"options.use_rslora": True, "targets": ("q_proj",)})
+    assert one.of(recipe) == Recipe(
+        options={"init": "pissa", "use_rslora": True}, targets=("q_proj",), steps=7
+    )
+    assert Variant("lora").of(recipe) == recipe
+    assert Variant("lora").of(recipe).model_fields_set == recipe.model_fields_set
+
+
+def test_the_option_has_values_in_yaml() -> None:
+    assert varied(["rank=8,32", "lr=1e-4", "targets=all-linear,[q_proj, v_proj]"]) == {
+        "rank": [8, 32], "lr": [1e-4], "targets": ["all-linear", ["q_proj", "v_proj"]]
+    }  # fmt: skip
+    for wrong in (["rank"], ["=3"], ["rank=4", "rank=8"]):
+        with pytest.raises(LorafoldError, match="expected FIELD=VALUE,VALUE, each field once"):
+            varied(wrong)
+    with pytest.raises(LorafoldError, match=r"--vary targets=\[q_proj: not YAML"):
+        varied(["targets=[q_proj"])
+
+
+def test_a_bad_value_is_one_line_and_leaves_nothing(
+    tiny_model_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    asked = ("--model", str(tiny_model_dir("llama")), "--data", str(data), "--methods", "lora")
+    done = lorafold("compare", *asked, "--vary", "rank=4,0", "--out", str(tmp_path / "out"))
+    assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 1)
+    assert "vary: rank: found 0" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_settings_are_measured_as_their_recipes_are_alone(
+    tiny_model_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Figures are kept by what they depend on, so one is found again whichever way it is asked."""
+    how: dict[str, Any] = {"model": tiny_model_dir("llama"), "data": ROWS, "device": "cpu"}
+    rates = RECIPE.model_copy(update={"lr": 1e-2})
+    alone = lf.compare(tmp_path, methods=["lora"], recipe=rates, **how)
+    stamps = {file: file.stat().st_mtime_ns for file in (tmp_path / "rows").iterdir()}
+    grid = lf.compare(tmp_path, methods=["lora"], vary={"lr": [1e-3, 1e-2]}, recipe=RECIPE, **how)
+    assert [row.name for row in grid.rows] == ["base", "lora lr=0.001", "lora lr=0.01"]
+    assert replace(grid.rows[2], settings={}) == alone.rows[1]
+    assert all(file.stat().st_mtime_ns == stamp for file, stamp in stamps.items())
+    assert grid.over_base["lora lr=0.01"] == alone.over_base["lora"]
+    assert grid.rows[1].loss != grid.rows[2].loss
+    assert "lora lr=0.001" in str(grid)
+
+
+def test_the_settings_are_in_what_figures_are_kept_by(
+    tiny_model_dir: Callable[[str], Path],
+) -> None:
+    from lorafold.comparing.measure import Task
+    from lorafold.opening import Base
+
+    base = Base(tiny_model_dir("llama"), device="cpu")
+    keys = {
+        key(Task(base, ROWS, ROWS[:4], "rows", one.of(RECIPE)), "lora")
+        for one in variants(RECIPE, ["lora"], {"rank": [4, 8], "lr": [1e-3, 1e-2]})
+    }
+    assert len(keys) == 4
