@@ -40,7 +40,8 @@ def test_each_method_has_every_combination_of_the_settings_that_it_has() -> None
 @pytest.mark.parametrize(
     ("method", "vary", "names"),
     [
-        ("lora", {"options.init": ["pissa", "lora"]}, ["lora init=pissa", "lora init=lora"]),
+        ("lora", {"options.init": ["kaiming", "gaussian"]},
+         ["lora init=kaiming", "lora init=gaussian"]),
         ("lora", {"targets": ["all-linear", ["q_proj", "v_proj"]]},
          ["lora targets=all-linear", "lora targets=q_proj,v_proj"]),
         ("lora", {"rank_pattern.0.q_proj": [2, 4]}, ["lora 0.q_proj=2", "lora 0.q_proj=4"]),
@@ -84,10 +85,10 @@ def test_what_can_not_vary_is_refused(vary: dict[str, Any], said: str) -> None:
 
 
 def test_a_variant_is_the_recipe_with_its_settings() -> None:
-    recipe = Recipe(options={"init": "pissa"}, steps=7)
+    recipe = Recipe(options={"init": "gaussian"}, steps=7)
     one = Variant("lora", {"options.use_rslora": True, "targets": ("q_proj",)})
     assert one.of(recipe) == Recipe(
-        options={"init": "pissa", "use_rslora": True}, targets=("q_proj",), steps=7
+        options={"init": "gaussian", "use_rslora": True}, targets=("q_proj",), steps=7
     )
     assert Variant("lora").of(recipe) == recipe
     assert Variant("lora").of(recipe).model_fields_set == recipe.model_fields_set

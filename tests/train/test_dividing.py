@@ -13,15 +13,15 @@ from torch import nn
 
 from lorafold.machine.processes import Processes
 from lorafold.models.loading import load_model
-from lorafold.models.storage import choose_storage
+from lorafold.models.storage import Storage
 from lorafold.step.sharding import Sharded
 
 CPU = torch.device("cpu")
 
 
-def loaded(shards: Sharded, path: Path, storage: str) -> Any:
+def loaded(shards: Sharded, path: Path, storage: Storage) -> Any:
     with shards.loading(CPU):
-        return load_model(path, choose_storage(storage, CPU))
+        return load_model(path, storage)
 
 
 def held(model: nn.Module) -> int:
@@ -38,10 +38,12 @@ def alone(tmp_path: Path) -> Iterator[Processes]:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("storage", ["fp32", "bf16", "nf4"])
-def test_a_process_keeps_its_part_of_what_is_loaded(storage: str, tiny_model_dir) -> None:
+@pytest.mark.parametrize(
+    "storage", [Storage(torch.float32), Storage(torch.bfloat16), Storage(torch.bfloat16, "nf4")]
+)
+def test_a_process_keeps_its_part_of_what_is_loaded(storage: Storage, tiny_model_dir) -> None:
     path = tiny_model_dir("llama-wide")
-    whole = sum(p.nbytes for p in load_model(path, choose_storage(storage, CPU)).parameters())
+    whole = sum(p.nbytes for p in load_model(path, storage).parameters())
     kept = 0
     for index in range(2):
         shards = Sharded(Processes(index, 2))
@@ -56,7 +58,7 @@ def test_operations_find_weights_whole_one_at_a_time(alone: Processes, tiny_mode
     path = tiny_model_dir("llama-wide")
     plain, shards = load_model(path, torch.float32), Sharded(alone)
     with shards.reading():
-        model = loaded(shards, path, "fp32")
+        model = loaded(shards, path, Storage(torch.float32))
         least, largest = held(model), max(p.nbytes for p in model.parameters())
         for added in (0.0, 1.0):
             for p, expected in zip(model.parameters(), plain.parameters(), strict=True):

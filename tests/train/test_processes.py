@@ -15,7 +15,8 @@ import transformers
 from torch import nn
 
 from lorafold.methods import METHODS, sparse
-from lorafold.training import setup
+from lorafold.models import storage
+from lorafold.training import loop, setup
 from mixtures import CONFIGS
 from process_cases import apart, rows, same_bytes, together
 
@@ -186,6 +187,7 @@ DIVIDED = {
     "uneven batches": ("--set", "batch=6", "--set", "accumulate=3"),
     "checkpointed": ("--set", "gradient_checkpointing=true"),
     "nf4": ("--set", "storage=nf4"),
+    "nf4 in fp32": ("--set", "storage=nf4"),
     "dropout": ("--set", "dropout=0.1"),
     "prompt": ("--method", "prompt"),
     "dora": ("--method", "dora", "--eval-fraction", "0.2"),
@@ -193,6 +195,8 @@ DIVIDED = {
     "kto": ("--objective", "kto", "--set", "batch=6", "--set", "accumulate=3"),
     "reward": ("--objective", "reward"),
     "pissa": ("--method", "pissa"),
+    "adalora": ("--method", "adalora"),
+    "8 bits": ("--set", "optimizer=adamw8bit", "--rank", "64"),
     "full": ("--method", "full", "--set", "clip=0.5", "--eval-fraction", "0.2"),
     "full, some modules": ("--method", "full", "--set", "targets=[q_proj, down_proj]"),
     "full, bf16": ("--method", "full", "--set", "storage=bf16"),
@@ -215,13 +219,18 @@ def test_divided_weights_of_other_runs(what: str, command: tuple[str, ...], tmp_
     divided(what, command, tmp_path)
 
 
-def noting(folder: Path) -> Callable[[int], dict]:
+def noting(folder: Path, fp32: bool) -> Callable[[int], dict]:
     """What a run calls before it begins, so that it notes the bytes that a model has of its weights
     when a method is to be attached to it.
+
+    Args:
+        fp32: A machine that does not multiply bf16 natively.
     """
 
     def before() -> None:
         attach = setup.attach
+        if fp32:
+            storage.native_bf16 = lambda device: (False, "as asked")
 
         def noted(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
             storages = {p.untyped_storage()._cdata: p for p in model.parameters()}.values()
@@ -234,6 +243,37 @@ def noting(folder: Path) -> Callable[[int], dict]:
     return lambda rank: {"before": before}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_moments_are_divided(method: str, command: tuple[str, ...], tmp_path: Path) -> None:
+    """Each process has those of what it updates, and together they have those of one process."""
+
+    def own(rank: int) -> dict:
+        def before() -> None:
+            tensors_of = loop.optimizer_tensors
+
+            def noted(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+                found = tensors_of(optimizer)
+                sizes = {name: t.nbytes for name, t in found.items()}
+                (tmp_path / f"{rank}.json").write_text(json.dumps(sizes))
+                return found
+
+            loop.optimizer_tensors = noted
+
+        return {"before": before}
+
+    found = []
+    for n in (1, 2):
+        out = ("--method", method, "--strategy", "fsdp", "--out", str(tmp_path / str(n)))
+        done = together(n, tmp_path, *command, *out, own=own)
+        assert [p.code for p in done] == [0] * n, done[0].stderr
+        found += [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(n)]
+    whole, one, other = found
+    assert not one.keys() & other.keys()
+    assert one | other == whole
+    assert sum(one.values()) == pytest.approx(sum(other.values()), rel=0.1)
+
+
 def divided(what: str, command: tuple[str, ...], tmp_path: Path) -> None:
     kinds = {"dpo": "dpo", "reward": "dpo", "kto": "kto"}
     data = rows(tmp_path / "rows.jsonl", kind=kinds.get(what, "sft"))
@@ -241,7 +281,7 @@ def divided(what: str, command: tuple[str, ...], tmp_path: Path) -> None:
     outs, needed = [tmp_path / strategy for strategy in ("ddp", "fsdp")], []
     for out in outs:
         there = (*asked, "--strategy", out.name, "--out", str(out))
-        found = together(2, tmp_path, *there, own=noting(tmp_path))
+        found = together(2, tmp_path, *there, own=noting(tmp_path, "fp32" in what))
         assert [p.code for p in found] == [0, 0], found[0].stderr
         said = found[0].stderr + found[0].stdout
         needed += re.findall(r"memory: ([\d.]+) MB at the peak", said)

@@ -107,7 +107,7 @@ def compare(
         columns: The keys of the rows under other names, as in {"prompt": "question"}.
         methods: Names of methods; empty for all that can learn the recipe's objective.
         vary: The values of fields of the recipe, as in {"rank": [8, 16], "lr": [1e-4, 2e-4]}, or
-            of entries of a field, as in {"options.init": ["gaussian", "pissa"]}. Each method is
+            of entries of a field, as in {"options.init": ["kaiming", "gaussian"]}. Each method is
             trained with every combination of those that it has.
         seeds: How many seeds of each method and setting.
         recipe: The recipe of all runs; without a learning rate each method has its own.

@@ -13,7 +13,7 @@ VaryOption = Annotated[
         "--vary",
         metavar="FIELD=VALUE,VALUE",
         help="A field of the recipe and the values to try, as in rank=8,32 or"
-        " options.init=gaussian,pissa; values are YAML, as in"
+        " options.init=kaiming,gaussian; values are YAML, as in"
         " targets=all-linear,[q_proj,v_proj].",
     ),
 ]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 TOGETHER = timedelta(minutes=5)  # in which all have to come
 PATIENT = timedelta(days=7)  # one may compute alone for long; the lifeline tells if it died
-BUCKET = 1 << 26  # bytes that are summed at a time
+BUCKET = 1 << 26  # bytes that are sent at a time
 CAUSE = 3.0  # seconds in which a connection that broke turns out to be a death
 
 
@@ -54,16 +54,10 @@ class Processes:
 
     def add(self, tensors: Sequence[torch.Tensor]) -> None:
         """Replace tensors, of any shapes and on one device, by their sums over all processes."""
-        import torch
         import torch.distributed as dist
 
-        if self.count == 1:
-            return
-        for bucket in _buckets(tensors):
-            flat = torch.cat([t.reshape(-1) for t in bucket])
-            dist.all_reduce(flat)
-            for t, summed in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
-                t.copy_(summed.view_as(t))
+        if self.count > 1:
+            _at_once(tensors, dist.all_reduce)
 
     def add_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Sum gradients over all processes. A parameter on which no process's loss depends has none
@@ -106,14 +100,12 @@ class Processes:
         if self.lifeline is not None:
             self.lifeline.place = place
 
-    def same(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Replace tensors, of any shapes, by those of process 0."""
+    def same(self, tensors: Sequence[torch.Tensor], source: int = 0) -> None:
+        """Replace tensors, of any shapes and on one device, by those of one process."""
         import torch.distributed as dist
 
-        for t in tensors if self.count > 1 else ():
-            whole = t.contiguous()
-            dist.broadcast(whole, 0)
-            t.copy_(whole)
+        if self.count > 1:
+            _at_once(tensors, lambda flat: dist.broadcast(flat, source))
 
     def gather(self, value: T) -> list[T]:
         """The values of all processes in their order."""
@@ -214,6 +206,17 @@ def _code_of(error: BaseException) -> tuple[int, bool]:
     if isinstance(error, KeyboardInterrupt):
         return 130, True
     return 1, False
+
+
+def _at_once(tensors: Sequence[torch.Tensor], do: Callable[[torch.Tensor], Any]) -> None:
+    """Replace tensors by what an operation makes of them, many in one call."""
+    import torch
+
+    for bucket in _buckets(tensors):
+        flat = torch.cat([t.reshape(-1) for t in bucket])
+        do(flat)
+        for t, found in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+            t.copy_(found.view_as(t))
 
 
 def _buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:

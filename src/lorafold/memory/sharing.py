@@ -5,15 +5,16 @@
 
     ddp          holds  w + a + g + s, and a bucket in which gradients are summed
                  sends  2 (n - 1) / n g                               a ring's all-reduce
-    fsdp         holds  w / n + a + g + s + max(w_b, r)
-                 sends  (n - 1) / n (2 sum_b w_b + w_e + 2 g)         gather twice, and ddp's sum
+    fsdp         holds  w / n + a + g + s / n + max(w_b, r)
+                 sends  (n - 1) / n (2 sum_b w_b + w_e + 2 g + a)     gather twice, sum, updates
     fsdp, full   holds  (w + g + s) / n + max(w_b + g_b, r + g_r)
                  sends  (n - 1) / n (2 sum_b w_b + 3/2 w_e + g)       gather twice, reduce
 
 w_e is what a forward pass gathers for embedding and head, tied ones for each of the two; where they
 train, the embedding is gathered once more in the backward pass. This is what `step.sharding` does:
 one part of the model is whole at a time, quantized weights are gathered as they are stored, and
-what is trained beside the base is whole in each. Nothing is sent while it computes.
+what is trained beside the base is whole in each, and its state in one, which sends what it updates.
+Nothing is sent while it computes.
 """
 
 from __future__ import annotations
@@ -77,9 +78,9 @@ def shared(
     held = replace(
         whole,
         weights=-(-whole.weights // n),
-        optimizer=-(-whole.optimizer // n) if owned else whole.optimizer,
+        optimizer=-(-whole.optimizer // n),
         exchanged=max(block.weights, largest, beside),
     )
     ends = outside * (2 if tied else 1) * (1.5 if owned else 1)
-    learned = gradients if owned else 2 * whole.gradients
+    learned = gradients if owned else 2 * whole.gradients + whole.adapter
     return held, Sent(int(part * (2 * blocks * block.weights + ends + learned)), operations)

@@ -215,10 +215,15 @@ def compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
         if isinstance(module, CompressedLinear):  # it was loaded in this dtype, but for its scales
             module.freeze()
             continue
-        for tensors in (module._parameters, module._buffers):
-            for tensor in tensors.values():
-                if tensor is None or hasattr(tensor, "quant_state"):
-                    continue  # codes, which may be stored under any dtype
-                if tensor.dtype == torch.bfloat16:
-                    tensor.data = tensor.data.to(dtype)
+        for name, tensor in {**module._parameters, **module._buffers}.items():
+            if tensor is None or hasattr(tensor, "quant_state"):
+                continue  # codes, which may be stored under any dtype
+            if tensor.dtype == torch.bfloat16 != dtype:
+                tensor.data = tensor.data.to(dtype)
+                # once more, for whoever keeps only a part of what modules get
+                if isinstance(tensor, torch.nn.Parameter):
+                    module.register_parameter(name, tensor)
+                else:
+                    lasts = name not in module._non_persistent_buffers_set
+                    module.register_buffer(name, tensor, lasts)
     model.config.dtype = dtype

@@ -177,12 +177,13 @@ def bitsandbytes_optimizers(name: str) -> Any:
         ) from None
 
 
-def described(choice: Choice, groups: list[dict], seed: int) -> str:
+def described(choice: Choice, groups: list[dict], seed: int, parts: int = 1) -> str:
     """Return a line that names the optimizer, the storage and size of its state, the reason for the
     choice, and stochastic rounding if there is any.
 
     Args:
         seed: The seed of stochastic rounding.
+        parts: Among how many processes the state is divided.
     """
     parameters = trained(groups)
     eight, small = choice.name != "adamw", all(p.numel() < SMALL for p in parameters)
@@ -192,6 +193,7 @@ def described(choice: Choice, groups: list[dict], seed: int) -> str:
         eight and small
     )
     size = in_words(state_bytes(choice.name, parameters))
+    size += f" among {parts} processes" * (parts > 1)
     return (
         f"optimizer: {choice.name} with {kind} state, {size}"
         + (f" ({'; '.join(why)})" if why else "")

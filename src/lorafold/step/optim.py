@@ -156,10 +156,10 @@ def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
 def restore_optimizer(
     optimizer: Optimizer,
     tensors: dict[str, Tensor],
-    owns: Callable[[nn.Parameter], bool] = lambda p: True,
+    updates: Callable[[nn.Parameter], bool] = lambda p: True,
 ) -> None:
     """Restore the state of `optimizer_tensors`, of any shapes, to an optimizer over the same
-    parameters that has made no step: that of the parameters that this process owns.
+    parameters that has made no step: that of the parameters that this process updates.
 
     The optimizer first makes a state of its own, with a step whose learning rates and gradients are
     zero and which changes nothing. The tensors are then copied into that state, which keeps its
@@ -167,7 +167,7 @@ def restore_optimizer(
 
     Raises LorafoldError if the tensors are not those of such an optimizer.
     """
-    others = {str(i) for i, p in enumerate(parameters(optimizer)) if not owns(p)}
+    others = {str(i) for i, p in enumerate(parameters(optimizer)) if not updates(p)}
     tensors = {key: t for key, t in tensors.items() if key.split(".")[0] not in others}
     owners = {int(key.split(".")[0]) for key in tensors}
     for group in optimizer.param_groups:

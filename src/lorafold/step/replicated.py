@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,8 +32,20 @@ class Replicated:
         self.processes = processes
 
     def owns(self, p: nn.Parameter) -> bool:
+        """Whether this process has a parameter of any shape."""
+        return True
+
+    def updates(self, p: nn.Parameter) -> bool:
         """Whether this process updates a parameter of any shape, and has its optimizer's state."""
         return True
+
+    def share_out(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Say who updates which of the parameters, of any shapes, that are whole in all."""
+
+    @contextmanager
+    def updating(self) -> Iterator[None]:
+        """Let an optimizer update the parameters in the `with` block; then all have them."""
+        yield
 
     def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Sum the gradients of all processes; afterwards only who owns a parameter has its one."""

@@ -20,14 +20,15 @@ Rajbhandari et al. 2020, arXiv 1910.02054).
 
 A tensor stays the object that it was and only its storage is emptied and filled: whatever holds it,
 a delta, a fused operation or a graph, knows nothing of this. All processes must run the same blocks
-in the same order. The tensors of adapters stay whole in each.
+in the same order. The tensors of adapters stay whole in each; their moments have owners
+(`step.moments`).
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial, reduce
 from pathlib import Path
 from shutil import copytree
 from tempfile import TemporaryDirectory
@@ -36,14 +37,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import tree_iter
 
-from lorafold.core.anatomy import bare_modules, decoder_of, vocabulary_ends
+from lorafold.core.anatomy import decoder_of, vocabulary_ends
 from lorafold.files.cache import cached, found_in_cache
 from lorafold.machine.allocator import freed_blocks_returned
 from lorafold.machine.processes import Processes
 from lorafold.models.container import Piece
 from lorafold.models.in_turn import each_kept, loaded_in_turn
+from lorafold.step.moments import Moments
 from lorafold.step.reading import Reading
 from lorafold.step.replicated import Replicated
 from lorafold.step.shards import (
@@ -51,6 +52,8 @@ from lorafold.step.shards import (
     Parted,
     Shard,
     divide,
+    held_by,
+    open_for,
     owners,
     parted_in,
     parts_of,
@@ -72,6 +75,7 @@ class Sharded(Replicated):
         self._current: Sequence[Shard] = ()
         self._backward = False  # whether what is whole was made so by a backward pass
         self._owned: dict[nn.Parameter, Owned] = {}
+        self._moments = Moments(processes)
 
     @property
     def _all(self) -> Iterator[Shard]:
@@ -129,7 +133,7 @@ class Sharded(Replicated):
         of = self._divided(model)
         with ExitStack() as stack:
             for path, part in of.items():
-                _open_for(stack, model.get_submodule(path), self, part)
+                open_for(stack, model.get_submodule(path), partial(self.open, part))
             # the loss reads the head itself, once the decoder has run
             if len(ends := vocabulary_ends(model)) > 1:
                 _, decoder = decoder_of(model)
@@ -155,8 +159,10 @@ class Sharded(Replicated):
                     shard.empty()
                 self._parts.append(found)
         parts = {shard.storage._cdata: shard for shard in self._all}
+        there = held_by(model)
         for place, shard in self.known.items():
-            if place not in parts and isinstance(shard, Parted):  # what is in no part stays whole
+            # what is in no part stays whole, and what was converted since is nobody's
+            if place not in parts and place in there and isinstance(shard, Parted):
                 shard.restore()
         self.known.clear()
         self.known.update(parts)
@@ -190,6 +196,17 @@ class Sharded(Replicated):
 
     def owns(self, p: nn.Parameter) -> bool:
         return p not in self._owned or self._owned[p].mine
+
+    def updates(self, p: nn.Parameter) -> bool:
+        return self.owns(p) and self._moments.mine(p)
+
+    def share_out(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._moments.share_out(p for p in parameters if p not in self._owned)
+
+    @contextmanager
+    def updating(self) -> Iterator[None]:
+        with self._moments.updating():
+            yield
 
     def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         self._close()
@@ -225,7 +242,7 @@ class Sharded(Replicated):
                 norms[i] = torch.linalg.vector_norm(p.grad)
         self.processes.add([norms])
         kinds = {p.dtype for p in parameters}  # in which torch takes the norm of norms
-        norms = norms.to(functools.reduce(torch.promote_types, kinds))
+        norms = norms.to(reduce(torch.promote_types, kinds))
         nn.utils.clip_grads_with_norm_(parameters, most, torch.linalg.vector_norm(norms))
 
     def pieces(self, state: Mapping[str, Tensor]) -> dict[str, Piece]:
@@ -277,23 +294,3 @@ class Sharded(Replicated):
                 shard.storage.resize_(shard.size)
             else:
                 shard.empty()
-
-
-def _open_for(stack: ExitStack, part: nn.Module, shards: Sharded, held: Sequence[Shard]) -> None:
-    """Have a part of the model whole while a module of it runs, and when its backward begins. It
-    may begin inside the part, where another pass read what a block kept, as keys of virtual tokens.
-    """
-
-    def before(*_: Any) -> None:
-        shards.open(held)
-
-    def after(module: nn.Module, inputs: Any, output: Any) -> None:
-        for t in tree_iter(output):
-            if isinstance(t, Tensor) and t.requires_grad:
-                t.register_hook(before)
-
-    for _, module in bare_modules(part):
-        for handle in (
-            module.register_forward_pre_hook(before), module.register_forward_hook(after)
-        ):  # fmt: skip
-            stack.callback(handle.remove)

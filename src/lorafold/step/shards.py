@@ -4,15 +4,18 @@ by their bytes, trained ones by who owns them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_iter
 
 from lorafold.core.anatomy import bare_modules, blocks, vocabulary_ends
 from lorafold.machine.processes import Processes
+from lorafold.step.moments import balanced
 
 LEAST = 1 << 14  # bytes of a tensor; what is smaller stays whole
 UNIT = 64  # bytes that are not parted
@@ -152,16 +155,9 @@ def parts_of(model: nn.Module) -> list[str]:
 
 
 def owners(model: nn.Module, count: int) -> dict[nn.Parameter, int]:
-    """The process, of so many, that owns each large trained weight of the base: the largest first,
-    each goes to the one that has least.
-    """
-    taken, loads = set[nn.Parameter](), [0] * count
-    found = [p for path in parts_of(model) for p in trained_in(model.get_submodule(path), taken)]
-    chosen: dict[nn.Parameter, int] = {}
-    for p in sorted(found, key=lambda p: -p.nbytes):
-        chosen[p] = loads.index(min(loads))
-        loads[chosen[p]] += p.nbytes
-    return chosen
+    """The process, of so many, that owns each large trained weight of the base."""
+    taken, parts = set[nn.Parameter](), map(model.get_submodule, parts_of(model))
+    return balanced([p for part in parts for p in trained_in(part, taken)], count)
 
 
 def trained_in(module: nn.Module, taken: set[nn.Parameter]) -> list[nn.Parameter]:
@@ -208,13 +204,48 @@ def unmap(module: nn.Module) -> None:
             t.data = torch.empty(0, dtype=t.dtype).set_(copies[storage.data_ptr()], *place)
 
 
+def open_for(stack: ExitStack, part: nn.Module, opens: Callable[[], None]) -> None:
+    """Have a part of the model made whole while a module of it runs, and when its backward begins.
+    It may begin inside the part, where another pass read what a block kept, as keys of virtual
+    tokens.
+
+    Args:
+        stack: Takes the hooks away again.
+        opens: Makes the part whole.
+    """
+
+    def before(*_: Any) -> None:
+        opens()
+
+    def after(module: nn.Module, inputs: Any, output: Any) -> None:
+        for t in tree_iter(output):
+            if isinstance(t, Tensor) and t.requires_grad:
+                t.register_hook(before)
+
+    for _, module in bare_modules(part):
+        for handle in (
+            module.register_forward_pre_hook(before), module.register_forward_hook(after)
+        ):  # fmt: skip
+            stack.callback(handle.remove)
+
+
 def _frozen(part: nn.Module) -> Iterator[Tensor]:
     """The frozen tensors of a part of a model, those of the state of quantized ones among them."""
     for _, module in bare_modules(part):
-        held = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
-        for t in held:
-            if isinstance(t, Tensor) and not t.requires_grad:
+        for t in _of(module):
+            if not t.requires_grad:
                 yield from _inside(t)
+
+
+def held_by(model: nn.Module) -> set[int]:
+    """The identities of the storages that a model has, those of its adapters among them."""
+    tensors = (t for module in model.modules() for t in _of(module))
+    return {one.untyped_storage()._cdata for t in tensors for one in _inside(t)}
+
+
+def _of(module: nn.Module) -> Iterator[Tensor]:
+    held = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
+    return (t for t in held if isinstance(t, Tensor))
 
 
 def _inside(t: Tensor) -> Iterator[Tensor]:

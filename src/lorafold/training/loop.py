@@ -206,7 +206,8 @@ def train_step(job: Job, examples: Sequence[Any], step: int) -> float:
         )  # fmt: skip
     if job.recipe.clip:
         layout.clip(trained, job.recipe.clip)
-    job.optimizer.step()
+    with layout.updating():
+        job.optimizer.step()
     job.adapter.spec.after_step(job.adapter.own_deltas, step + 1, job.steps)
     job.optimizer.zero_grad()
     mean = seen.item() / total  # read last: until then a GPU has work while this goes on

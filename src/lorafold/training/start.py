@@ -106,16 +106,17 @@ def prepare(
     vectors = progress.decays_vectors or not recipe.weight_decay
     whole = None if recipe.lr or spec.lr_whole is None else spec.lr_whole * loss.pace
     groups = param_groups(adapter.parts(), lr, recipe.lr_b or lr_b or lr, vectors, whole)
-    parts = processes.count if recipe.strategy == "fsdp" and spec.trains_base else 1
+    layout.share_out(p for group in groups for p in group["params"])
+    parts = processes.count if layout.divides else 1
     chosen = pick(recipe.optimizer, progress.optimizer, groups, where, processes, parts)
     progress.optimizer = chosen.name
-    for line in (described(chosen, groups, recipe.seed), rates(groups, lr)):
+    for line in (described(chosen, groups, recipe.seed, parts), rates(groups, lr)):
         console.print(line, highlight=False, soft_wrap=True)
     optimizer = make_optimizer(chosen.name, groups, recipe)
     if state is not None:
         own = {k: v for k, v in state.items() if not k.startswith("rng.")}
         with layout.apart():
-            restore_optimizer(optimizer, own, layout.owns)
+            restore_optimizer(optimizer, own, layout.updates)
         restore_rng(state)
     if resume:
         console.print(f"resuming after step {progress.step} of {feed.steps}", highlight=False)
