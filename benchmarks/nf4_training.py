@@ -5,7 +5,8 @@ backward. One JSON object a line.
 
 The embedded model, LoRA of rank 16 on every linear of the blocks. Both models are in one process
 and take their steps in turn; speeds are medians of what is measured in each turn, and of their
-ratios. Shapes: the quickstart's batch, and rows packed to 1024 tokens.
+ratios. Shapes: the quickstart's batch, and rows packed to 1024 tokens. With `--rounds 0` bytes
+alone. Both are also written to results/.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 import torch
+from lib.results import keep
 from rich.console import Console
 
 import lorafold as lf
@@ -77,17 +79,15 @@ def main() -> None:
     models = {base: load_model("smollm2", storage).train() for base, storage in BASES.items()}
     inside = match(models["bf16"], "all-linear", is_linear).paths
     (matrices, everything), (packed, whole) = (held(model, inside) for model in models.values())
-    print(
-        json.dumps(
-            {
-                "linears_bytes": packed,
-                "of_bf16": packed / matrices,
-                "model_bytes": whole,
-                "model_of_bf16": whole / everything,
-            }
-        )
-    )
-    for dropout in (0.05, 0.0):
+    sizes = {
+        "linears_bytes": packed,
+        "of_bf16": packed / matrices,
+        "model_bytes": whole,
+        "model_of_bf16": whole / everything,
+    }
+    print(json.dumps(sizes))
+    table = []
+    for dropout in (0.05, 0.0) if rounds else ():
         adapters = [lf.attach(model, lf.LoRA(dropout=dropout)) for model in models.values()]
         with ExitStack() as stack:
             stack.enter_context(freed_blocks_kept())
@@ -113,8 +113,13 @@ def main() -> None:
                     "nf4_over_bf16": round(ratio, 3),
                 }
                 print(json.dumps(row), flush=True)
+                table.append(row)
         for adapter in adapters:
             adapter.detach()
+    megabytes = {
+        name: f"{n / 1e6:.0f} MB" if name.endswith("bytes") else n for name, n in sizes.items()
+    }
+    keep("nf4_training", *filter(None, [[megabytes], table]))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import html
 import inspect
 import re
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,17 @@ PICTURES = ["benchmarks/results/scaling.svg"]  # shown on pages, and kept where 
 MARK = re.compile(r"^<!-- generated: (\w+)(?: ([\w -]+))? -->$", re.MULTILINE)
 OPTION = re.compile(r"<code>(?=--?[a-z][^<]{,40}</code>)")
 CELL = re.compile(r"<td[^>]*>.*?</td>", re.DOTALL)
+TABLE = re.compile(r"<table>.*?</table>", re.DOTALL)
+PHONE, LETTER, PADDING = 355, 5.8, 13  # pixels of a phone, of a letter and beside a cell
+PROSE = 45  # letters of a cell that is read, and not compared with those below it
+COLUMNS = re.compile(  # a block of text that has columns
+    r'<div class="language-text highlight">(?=<pre><span></span><code>[^<]*?\S {3,}\S)'
+)
+LONG = re.compile(r"<code>(?=[^<\s]{28})")  # may break where it has to
 SMALL = re.compile(r"(?<![\w.])[\d.]+e-\d+(?![^<]*>)")
 WORD = re.compile(r"(?<![\w`./-])--[a-z][\w-]*")  # an option among words that are no code
+NAMED = re.compile(r"(?:^|(?<=\. ))([^.:;]{2,40}): ")
+FEW = 4  # names that make a list
 # tags that load something; links to other pages of the web (a) load nothing
 REMOTE = re.compile(
     r"<(?:script|img|iframe|source|link(?![^>]*rel=\"canonical\"))\b[^>]*"
@@ -62,8 +72,40 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 def on_page_content(html: str, **_: Any) -> str:
     """The page with its options and numbers marked, which no line may break at their hyphens."""
-    marked = OPTION.sub(r'<code class="whole">', html)
-    return CELL.sub(lambda td: SMALL.sub(r'<span class="whole">\g<0></span>', td[0]), marked)
+    marked = OPTION.sub(r'<code class="whole">', TABLE.sub(for_phones, html))
+    marked = COLUMNS.sub('<div class="language-text highlight columns">', marked)
+    return CELL.sub(in_cell, marked)
+
+
+def in_cell(found: re.Match[str]) -> str:
+    """A cell with its small numbers, which no line breaks, and its long names, which one may."""
+    return LONG.sub('<code class="long">', SMALL.sub(r'<span class="whole">\g<0></span>', found[0]))
+
+
+def for_phones(found: re.Match[str]) -> str:
+    """A table of texts that has no room on a phone, with its cells one below the other there, each
+    below the name of its column. Figures stay beside each other, and scroll.
+    """
+    head, *rows = (
+        re.findall(r"<t[hd].*?>(.*?)</t[hd]>", row, re.DOTALL)
+        for row in re.findall(r"<tr>.*?</tr>", found[0], re.DOTALL)
+    )
+    texts = [[html.unescape(re.sub(r"<.*?>", "", part)) for part in row] for row in [head, *rows]]
+    columns = list(zip(*texts, strict=True))
+    longest = max((len(text) for row in texts[1:] for text in row[1:]), default=0)
+    words = [
+        max(len(word) for text in column for word in [*text.split(), ""]) for column in columns
+    ]
+    wide = sum(LETTER * letters + PADDING for letters in words) > PHONE
+    if longest < PROSE or not (wide or len(head) > 2):
+        return found[0]
+    if len(head) == 2:
+        return f'<div class="stacked texts">{found[0]}</div>'
+    names = cycle(html.escape(name) for name in texts[0][1:])
+    named = re.sub(
+        r"(?<=</td>)(\s*)<td", lambda td: f'{td[1]}<td data-head="{next(names)}"', found[0]
+    )
+    return f'<div class="stacked texts">{named}</div>'
 
 
 def on_post_page(output: str, page: Any, **_: Any) -> None:
@@ -135,8 +177,18 @@ def options(name: str) -> str:
     head = ["option", "meaning"]
     parts += [f"**{name}**\n\n{table(head, rows)}" for name, rows in panels.items() if rows]
     parts += ["**Fields of the recipe**\n\n" + " ".join(fields)] if fields else []
-    parts += [*WORD.sub(r"`\g<0>`", command.epilog or "").split("\n\n")]
+    parts += map(listed, WORD.sub(r"`\g<0>`", command.epilog or "").split("\n\n"))
     return "\n\n".join(part for part in parts if part)
+
+
+def listed(text: str) -> str:
+    """A paragraph, as a list where it explains several names, each in a sentence after a colon."""
+    before, *named = NAMED.split(" ".join(text.split()))
+    if len(named) < 2 * FEW:
+        return text
+    items = zip(named[::2], named[1::2], strict=True)
+    before = before.strip(" .") + ":\n\n" if before else ""
+    return before + "\n".join(f"- **{name}**: {what.strip()}" for name, what in items)
 
 
 def commands() -> str:

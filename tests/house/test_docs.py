@@ -297,6 +297,40 @@ def test_every_method_has_a_drawing() -> None:
     assert load_hooks().methods().count('<figure class="drawing">') == 16
 
 
+def test_tables_of_texts_are_stacked_on_phones_and_those_of_figures_scroll() -> None:
+    pytest.importorskip("mkdocs")
+
+    def built(*rows: tuple[str, ...]) -> str:
+        head, *body = ("".join(f"<td>{cell}</td>\n" for cell in row) for row in rows)
+        lines = "".join(f"<tr>\n{row}</tr>\n" for row in body)
+        head = head.replace("td>", "th>")
+        table = f"<table>\n<thead>\n<tr>\n{head}</tr>\n</thead>\n<tbody>\n{lines}</tbody></table>"
+        return str(load_hooks().on_page_content(table))
+
+    words = "a text of many words, which a reader reads"
+    texts = built(("what", "figure", "how & why"), ("a", f"{words}, {words}", "b"), ("c", "d", ""))
+    assert texts.startswith('<div class="stacked texts"><table>')
+    assert re.findall('data-head="(.*?)"', texts) == ["figure", "how &amp; why"] * 2
+    figures = built(("model", "speed", "memory"), (f"{words}, {words}", "1.5", "2e-4"))
+    assert "stacked" not in figures
+    assert '<span class="whole">2e-4</span>' in figures
+    narrow, wide = (
+        built(("name", "meaning"), (f"<code>{name}</code>", words + words))
+        for name in ("rank", "a_name_of_a_function.that_has_no_room(beside_its_meaning)")
+    )
+    assert "stacked" not in narrow
+    assert "stacked" in wide
+    assert '<code class="long">a_name' in wide
+
+
+def test_blocks_of_text_with_columns_are_not_folded() -> None:
+    pytest.importorskip("mkdocs")
+    block = '<div class="language-text highlight"><pre><span></span><code>{}</code></pre></div>'
+    marked = load_hooks().on_page_content(block.format("y = W x      (out, in)"))
+    assert "language-text highlight columns" in marked
+    assert "columns" not in load_hooks().on_page_content(block.format("error: a long message"))
+
+
 def load_hooks() -> ModuleType:
     """The hooks of the documentation, with the modules beside them, as mkdocs loads them."""
     import importlib.util

@@ -86,8 +86,8 @@ def test_every_room_has_a_floor_and_says_what_it_is() -> None:
 
 def test_the_architecture_s_page_has_these_floors() -> None:
     page = (SRC.parent.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
-    tree = page.partition("```text\n")[2].partition("```")[0]
-    shown = [line.partition(" ")[0].removesuffix(",") for line in tree.splitlines()]
+    tree = page.partition("| floor | what it has |\n|---|---|\n")[2].partition("\n\n")[0]
+    shown = [line.split("`")[1] for line in tree.splitlines()]
     ours = [f for f in FLOORS if f not in ("__main__", "methods.parts")]
     assert [name.removesuffix("/").removesuffix(".py") for name in shown] == ours
 

@@ -21,6 +21,7 @@ from lorafold.undoing.measure import State
 from lorafold.undoing.result import Before, Fragility, Point, Way
 
 LONG = r"a reward with a long $name$ & <more>"
+CHINESE = "检查回答是否使用中文并且没有任何语法错误的奖励函数"
 
 
 def compared(path: Path, names: tuple[str, ...], rewards: bool = False) -> None:
@@ -115,10 +116,12 @@ PAGES: dict[str, Callable[[Path], None]] = {
     "all methods": lambda path: compared(path, tuple(METHODS)),
     "compare": lambda path: compared(path, tuple(METHODS)[:8]),
     "long names": lambda path: compared(path, tuple(f"{LONG} {n}" for n in range(12))),
+    "Chinese names": lambda path: compared(path, tuple(f"{CHINESE}{n}" for n in range(8))),
     "rewards": lambda path: compared(path, ("lora", "dora", "ia3"), rewards=True),
     "fragility": undone,
     "policy": drawn,
     "many rewards": lambda path: drawn(path, tuple(f"{LONG} {n}" for n in range(12))),
+    "Chinese rewards": lambda path: drawn(path, (f"{CHINESE}一", "short", f"{CHINESE}二")),
     "train": learned,
     "one step": lambda path: learned(path, 1),
     "estimate": estimated,

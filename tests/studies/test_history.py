@@ -176,6 +176,40 @@ def plots(found: dict[str, Any]) -> set[str]:
     return {"each reward" if name.startswith("reward ") else name for name in names}
 
 
+def shown(tmp_path: Path, each: dict[str, list[float]]) -> str:
+    """The page of a run with these rewards, each with weight 1."""
+    steps = {f"reward {name}": values for name, values in each.items()}
+    total = [sum(values) for values in zip(*each.values(), strict=True)]
+    found = History(
+        "a", {"objective": "grpo"}, [1.0] * len(total), {"reward": total} | steps, {}, {},
+        dict.fromkeys(each, 1.0), {}, [],
+    )  # fmt: skip
+    page(found, tmp_path / "page.html")
+    return (tmp_path / "page.html").read_text()
+
+
+def test_a_reward_that_alone_changes_has_the_curve_of_the_sum(tmp_path: Path) -> None:
+    rises = [n / 8 for n in range(6)]
+    text = shown(tmp_path, {"up": rises, "flat": [0.5] * 6})
+    assert "each reward" not in text
+    assert text.count("<svg") == 2  # the sum and the loss
+    assert "From 0.5 to 1.125. Of the rewards up alone changes, from 0 to 0.625." in text
+    assert "The same in every step: reward flat 0.5." in text
+    assert shown(tmp_path, {"up": rises, "down": UP[:6]}).count("<svg") == 3
+
+
+def test_many_rewards_are_in_plots_of_a_few_and_told_apart(tmp_path: Path) -> None:
+    parts = ("length", "words", "form", "order", "style", "tone")
+    long = "/home/me/rewards/of_answers.py:{}_of_the_answer"
+    each = {long.format(part): [n * k / 8 for n in range(6)] for k, part in enumerate(parts, 1)}
+    text = shown(tmp_path, each)
+    assert "each reward: 1 to 3 of 6" in text
+    assert "each reward: 4 to 6 of 6" in text
+    for part in parts:
+        assert f">…{part}…</text>" in text
+        assert f"…{part}… from 0 to" in text
+
+
 def test_names_and_completions_run_nothing(tmp_path: Path) -> None:
     one = {"where": HOSTILE, "prompt": HOSTILE, "completion": f"\ud800\0{HOSTILE}", "reward": 1.0}
     side = {"step": 1, "samples": [one | {"ended": False, "each": {HOSTILE: 1.0}}]}

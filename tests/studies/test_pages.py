@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from importlib.resources import files
 from itertools import combinations
@@ -15,14 +16,16 @@ from typing import Any
 import numpy as np
 import pytest
 from playwright.sync_api import sync_playwright
+from rich.cells import cell_len
 
 import lorafold as lf
 from adapter_cases import make_adapter
 from browser_cases import CONTRASTS, CUT, open_browser
 from conftest import lorafold, refused
 from conversation_cases import ROWS
+from lorafold.files.plot_names import brief, folded, short
 from lorafold.files.plots import SERIES, drawing, number, scaled
-from page_cases import PAGES
+from page_cases import CHINESE, LONG, PAGES
 
 WIDTHS, SCHEMES = (1280, 390), ("light", "dark")
 
@@ -130,6 +133,38 @@ def test_series_are_told_apart_by_who_sees_fewer_colours(scheme: str, seen: str)
 ])  # fmt: skip
 def test_a_number_is_plain(value: float, text: str) -> None:
     assert number(value) == text
+
+
+def width(name: str) -> int:
+    """In halves of a Chinese character, as a terminal has it."""
+    return cell_len(name.replace("\u200b", ""))
+
+
+@pytest.mark.parametrize("name", [CHINESE, LONG, f"{CHINESE[:8]} {LONG}", "보상 함수 " * 4, "a"])
+@pytest.mark.parametrize("most", [5, 11, 24])
+def test_a_name_has_the_room_that_it_takes(name: str, most: int) -> None:
+    cut = short(name, most)
+    assert min(width(name), most) - 2 <= width(cut) <= most
+    assert short(cut, most) == cut
+    lines = folded(name, 2).split("\n")
+    assert len(lines) <= 2
+    assert max(map(width, lines)) <= 16 + 1  # where a line ends with half of a character
+
+
+def test_a_plot_has_its_names_as_they_are_and_warns_of_no_font() -> None:
+    def draw(axes: Any) -> None:
+        axes.set_xticks([0], [short(CHINESE[:6], 24)])
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert f">{CHINESE[:6]}</text>" in drawing(draw, "title", "said")
+
+
+def test_names_lose_what_all_of_them_have() -> None:
+    assert brief([f"file_of_rewards.py:a{n}_of_answers" for n in (1, 10)]) == ["…a1…", "…a10…"]
+    assert brief(["a word", "a verb"]) == ["a word", "a verb"]
+    assert brief([LONG, f"{LONG} {LONG}"]) == [LONG, f"{LONG} {LONG}"]
+    assert brief([f"{CHINESE}, 1", f"{CHINESE}, 2"]) == ["…1", "…2"]
 
 
 @pytest.mark.parametrize("low", [1e-6, 0.003, 2.7, 4e4])

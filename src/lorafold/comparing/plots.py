@@ -11,6 +11,7 @@ from lorafold.comparing.measure import BASE, Measurement
 from lorafold.comparing.paired import by_method, held_out, lower_is_better
 from lorafold.evaluation.intervals import Interval, ratio_interval
 from lorafold.files import plots
+from lorafold.files.plot_names import short
 
 SMALLEST = 1e-6  # of what a logarithmic axis shows
 INTERVALS = "Lines are 95% intervals."
@@ -115,7 +116,7 @@ def plots_of(measurements: Sequence[Measurement]) -> Iterator[str]:
 def ranking(quality: Quality, names: Sequence[str]) -> str:
     """The quality of each method with its interval, the best above."""
     order, reach = quality.order, quality.intervals
-    shown = [f"{plots.short(names[n], 26)}  {quality.values[n]:.4g}" for n in order]
+    shown = [f"{short(names[n], 26)}  {quality.values[n]:.4g}" for n in order]
 
     def draw(axes: Any) -> None:
         values, intervals = [quality.values[n] for n in order], [reach[n] for n in order]

@@ -131,8 +131,8 @@ class Additive(Delta):
         return self.delta()
 
     def row_squares(self, layer: Layer, own: Tensor) -> Tensor:  # (*matrices, out)
-        """The squared norm of each row of W + dW (*matrices, out, in), below 0 at most by rounding;
-        those of W are `own` (*matrices, out).
+        """The squared norm of each row of W + dW `(*matrices, out, in)`, below 0 at most by
+        rounding; those of W are `own` `(*matrices, out)`.
         """
         return torch.linalg.vector_norm(layer.dense()[0] + self.delta(), dim=-1).square()
 

@@ -108,7 +108,7 @@ class Layer(ABC):
         return nullcontext()
 
     def weight_times(self, m: Tensor) -> Tensor:  # (*matrices, out, k)
-        """W m^T (*matrices, out, k) of a factor m (*matrices, k, in), in m's dtype."""
+        """W m^T `(*matrices, out, k)` of a factor m `(*matrices, k, in)`, in m's dtype."""
         w = self.dense()[0]
         return (w @ m.to(w.dtype).mT).to(m.dtype)
 

@@ -26,7 +26,8 @@ class Spec(ABC):
 
     Attributes:
         targets: the modules that the method adapts by default.
-        lr, lr_b: the default learning rate of its parameters, and of its up factors (None: lr).
+        lr: the default learning rate of its parameters.
+        lr_b: that of its up factors; None is lr.
         head_alone: it adapts the head over a text and nothing else.
         diagnostic: it measures a task, and is not meant for learning it.
         trains_base: it trains the base's own weights, which therefore can't be quantized.

@@ -12,10 +12,12 @@ from __future__ import annotations
 import html
 import io
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from itertools import product
-from textwrap import fill
 from typing import Any, NamedTuple
+
+from lorafold.files.plot_names import SECOND, WIDE, folded, short
 
 Interval = tuple[float, float]
 
@@ -25,8 +27,8 @@ COLOURS = ("", "ink", "faint", "line", *(f"series-{n}" for n in range(5)))
 _, INK, FAINT, LINE, *SERIES = (f"#0000{n:02x}" for n in range(len(COLOURS)))
 DASHES = ("-", "--", "-.", ":", (0, (7, 2, 1, 2, 1, 2)), (0, (1, 3)))
 MARKERS = ("o", "^", "s", "D", "v", "P")
-TEXT, ROOM = 10, 16  # points of a name's height, and characters of a line of it
-WIDE = 24  # characters of a name in one line
+TEXT = 10  # points of a name's height
+TALL = 1.4 * TEXT  # of a line of names, in the fonts of pages
 LEADER = {"arrowstyle": "-", "color": FAINT, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 3}
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # texts stay texts, in the page's font, which is no wider
@@ -72,11 +74,14 @@ def drawing(
     from matplotlib.figure import Figure
 
     text = io.StringIO()
-    with rc_context(STYLE):
+    with rc_context(STYLE), warnings.catch_warnings():
+        # the page's font has what matplotlib's, which measures, has not
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
         plot = Figure(figsize=size, layout="constrained", dpi=72)
         said += draw(plot.add_subplot()) or ""
         FigureCanvasSVG(plot).print_svg(text, metadata={"Date": None})
     _, tag, rest = text.getvalue().partition("<svg")
+    rest = rest.replace(SECOND, "")
     drawn = re.sub(r'(?<=[:\s"])#000([01])([0-9a-f]{2})(?=[;"])', _of_page, tag + rest)
     return (
         f"<figure><figcaption><b>{html.escape(title)}</b> {html.escape(said)}</figcaption>"
@@ -152,19 +157,6 @@ def spread(values: Sequence[float], intervals: Sequence[Interval | None]) -> lis
     ]
 
 
-def short(name: str, most: int) -> str:
-    """A name of at most this many characters: of a longer one its beginning and its end."""
-    half = (most - 1) // 2
-    return name if len(name) <= most else f"{name[: most - 1 - half]}…{name[len(name) - half :]}"
-
-
-def folded(name: str, most: int) -> str:
-    """A name on at most this many lines, shortened where it takes more."""
-    sizes = range(len(name), 0, -1)
-    lines = (fill(short(name, size), ROOM) for size in sizes)
-    return next((text for text in lines if text.count("\n") < most), name)
-
-
 def level(axes: Any, name: str, **at: float) -> None:
     """A line across the axes at a value of `y`, or down the axes at one of `x`, with its name."""
     [(way, value)] = at.items()
@@ -222,10 +214,9 @@ def at_ends(axes: Any, ends: Sequence[End]) -> None:
     frame = axes.get_window_extent()
     x = axes.get_xlim()[1]
     wanted = sorted((axes.transData.transform((x, end.height))[1], end) for end in ends)
-    line = TEXT * 1.25
-    lines = max(1, int((frame.height + 2 * TEXT) / line / max(1, len(ends))))  # of each
+    lines = max(1, int((frame.height + 2 * TEXT) / TALL / max(1, len(ends))))  # of each
     names = [folded(end.name, lines) for _, end in wanted]
-    tall = [line * (1 + name.count("\n")) for name in names]
+    tall = [TALL * (1 + name.count("\n")) for name in names]
     placed, floor = list[float](), frame.y0 - TEXT
     for (height, _), size in zip(wanted, tall, strict=True):
         placed.append(max(height, floor + size / 2))
@@ -265,7 +256,7 @@ def at_points(axes: Any, points: Sequence[tuple[Any, Any]], names: Sequence[str]
     left_out = 0
     for point, (x, y), name in zip(points, at, (short(n, WIDE) for n in names), strict=True):
         measured = axes.text(*point, name)
-        size = measured.get_window_extent().size
+        size = (measured.get_window_extent().width, TALL)
         measured.remove()
         boxes = [box(x, y, size, how) for how in around]
         inside = [b for b in boxes if frame.x0 <= b.x0 and b.x1 <= frame.x1]

@@ -13,6 +13,7 @@ from typing import Any
 
 from lorafold.files.card import within
 from lorafold.files.page import cards, document, grid, html_table, notes, section
+from lorafold.files.plot_names import brief
 from lorafold.files.plots import number
 from lorafold.inspecting.history import History
 from lorafold.inspecting.observed import SHARED, ends
@@ -23,7 +24,7 @@ READ = (  # how curves with held-out figures are read
     "Lines are the steps; points are held-out rows, with their 95% intervals where these are"
     " known. Step 0 is before the first one."
 )
-TOLD = 4  # figures of one plot that its sentence can have
+TOLD = 4  # rewards in one plot, which its sentence has as well
 SCALES = {  # what a figure is, under its name
     "tokens a completion": "tokens a completion",
     "cut off": "cut off, share of completions",
@@ -104,31 +105,53 @@ def constant(found: History) -> dict[str, float]:
     return {name: own.pop() for name, own in values.items() if len(own) == 1 and name != "loss"}
 
 
-def plotted(found: History) -> Iterator[str]:
-    """The curves: one plot a figure, all rewards of a sum in one."""
+def together(found: History) -> dict[str, list[str]]:
+    """The figures of each plot by its title: a few rewards of a sum, and each other figure that
+    changes.
+    """
+    names = [name for name in found.names if name not in constant(found)]
+    each = [name for name in names if name.startswith(SHARED)]
+    size = -(-len(each) // -(-len(each) // TOLD)) if each else 1
     plots: dict[str, list[str]] = {}
-    for name in [name for name in found.names if name not in constant(found)]:
-        apart = "each reward" if name.startswith(SHARED) else TOGETHER.get(name, name)
-        plots.setdefault(apart, []).append(name)
+    for name in names:
+        title = TOGETHER.get(name, name)
+        if name in each:
+            first = each.index(name) // size * size
+            last = min(first + size, len(each))
+            title = "each reward" + f": {first + 1} to {last} of {len(each)}" * (size < len(each))
+        plots.setdefault(title, []).append(name)
+    return plots
+
+
+def plotted(found: History) -> Iterator[str]:
+    """The curves. Of a single reward that changes there is that of the sum, which is the same."""
+    plots = together(found)
+    own = [name for name in found.names if name.startswith(SHARED)]
+    known = dict(zip(own, brief([clean(n.removeprefix(SHARED)) for n in own]), strict=True))
+    [alone, *more] = plots.get("each reward", ()) or ("",)
+    alone = alone if not more and "reward" in plots else ""
     for title, names in plots.items():
+        if names == [alone]:
+            continue
         # minus the reward is no figure of its own
         held_out = [name for name in names if not (name == "loss" and found.judged_by)]
-        told = {brief(n): went(found.by_step.get(n, ()), found.told(n) * (n in held_out))
-                for n in names}  # fmt: skip
-        said = "; ".join(f"{name} {how}" * (len(told) > 1) or how for name, how in told.items())
-        if len(told) > TOLD:
-            said = f"{len(told)} rewards; what each gave first and last is in the table above"
+        told = {n: changed(found, n, n in held_out) for n in names}
+        said = "; ".join(
+            f"{known.get(n, clean(n))} {how}" * (len(told) > 1) or how for n, how in told.items()
+        )
+        if alone and title == "reward":
+            said += f". Of the rewards {known[alone]} alone changes, {changed(found, alone)}"
         yield curves(
             SCALES.get(title, title),
             f"{said[:1].upper()}{said[1:]}.",
-            {brief(n): found.by_step[n] for n in names if n in found.by_step},
-            {brief(n): points for n in held_out if (points := found.measured(n))},
+            {known.get(n, clean(n)): found.by_step[n] for n in names if n in found.by_step},
+            {known.get(n, clean(n)): points for n in held_out if (points := found.measured(n))},
         )
 
 
-def brief(name: str) -> str:
-    """The name of a figure in its plot, where all rewards are together."""
-    return clean(name.removeprefix(SHARED))
+def changed(found: History, name: str, held_out: bool = True) -> str:
+    """A figure at first and at last, and on held-out rows, in words."""
+    return went(found.by_step.get(name, ()), found.told(name) * held_out)
 
 
 def went(values: Sequence[float | None], held_out: str) -> str:

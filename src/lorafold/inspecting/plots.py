@@ -131,7 +131,7 @@ def curves(
         plots.at_ends(axes, ends if len(ends) > 1 else [])
 
     lines = len(steps) + len(measured)
-    size = (plots.SIZE[0], max(plots.SIZE[1], 0.6 + 0.18 * lines))
+    size = (plots.SIZE[0], max(plots.SIZE[1], 0.6 + 0.2 * lines))
     return plots.drawing(draw, title, said, size)
 
 
