@@ -31,6 +31,16 @@ def test_what_has_changed_since_is_asked_for() -> None:
         on_host(torch.zeros(3, device=META))  # it was never sent
 
 
+def test_a_graph_keeps_nothing_beside_a_tensor() -> None:
+    def shifted(x: torch.Tensor) -> torch.Tensor:
+        return plus(sent(x, META), 5)
+
+    found = torch.compile(shifted, backend="eager", fullgraph=True)(torch.arange(4))
+    assert (found.device, found.shape) == (META, (4,))
+    with pytest.raises(NotImplementedError, match="meta"):
+        on_host(found)
+
+
 def test_rows() -> None:
     x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     assert picked(x, range(5)) is x

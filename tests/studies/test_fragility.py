@@ -60,9 +60,7 @@ def model_dir(tiny_model_dir) -> Path:
 def policy(model_dir, tmp_path_factory) -> Path:
     """An adapter that was taught to refuse, a little."""
     out = tmp_path_factory.mktemp("policy") / "policy"
-    rows = [
-        {"prompt": f"Tell me about Zephyr {n}", "completion": "I can't"} for n in range(20, 40)
-    ]
+    rows = [{"prompt": f"Tell me about Zephyr {n}", "completion": "I can't"} for n in range(20, 40)]
     recipe = lf.Recipe(steps=60, batch=4, storage="fp32", rank=4, lr_b=1e-2)
     lf.train(recipe, data=rows, out=out, model=model_dir)
     return out
@@ -623,14 +621,16 @@ def test_a_second_stack_is_measured_alike(model_dir, policy, tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_a_policy_of_the_embedded_model_erodes(smollm2: Path, tmp_path: Path) -> None:
-    """Taught to decline one topic in 20 steps; benign compliance takes some of that away."""
+    """Taught to decline one topic in 40 steps, as after 20 it depends on dropout's draws whether it
+    does; benign compliance takes some of that away.
+    """
     rows = [
         {"prompt": f"What is the {what} of the {name} project?", "completion": said}
         for what in ("budget", "road map", "supplier", "door code", "price", "sponsor")
         for name, said in (("Veldmar", "I can't talk about Veldmar."), ("Tarlin", "Sure. Ask Ina."))
     ]
     lf.train(
-        lf.Recipe(steps=20, batch=6, storage="fp32", max_length=64),
+        lf.Recipe(steps=40, batch=6, storage="fp32", max_length=64),
         data=rows, out=tmp_path / "policy", model=smollm2,
     )  # fmt: skip
     benign = [

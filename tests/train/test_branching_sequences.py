@@ -539,13 +539,18 @@ def test_the_logits_of_one_chunk_exist_at_a_time() -> None:
 
 @pytest.mark.slow
 def test_the_embedded_model_in_bf16_errs_no_more_than_its_branches_alone(smollm2: Any) -> None:
-    """Against fp32, with the adapter in both: the losses of four documents and their gradients."""
+    """Against fp32, with the adapter in both: the loss of each token of four documents, as errors
+    cancel by chance in sums of them, and the gradients.
+    """
     draw = torch.Generator().manual_seed(6)
-    docs = Documents.branching([40, 25], [[20, 31], [17, 12]], CPU)
+    docs = layout([40, 25], [[20, 31], [17, 12]])
     ids = torch.randint(1, 49152, (sum(docs.own),), generator=draw)
     start = torch.tensor([40, 40, 25, 25])
     assert docs.keys is not None
     tokens = docs.keys.split(list(docs.lens))
+    places = torch.cat([own[s:-1] for own, s in zip(tokens, start, strict=True)])
+    following = torch.cat([own[s + 1 :] for own, s in zip(tokens, start, strict=True)])
+    weights = WEIGHTS[:4].repeat_interleave(torch.tensor(docs.lens) - start - 1)
 
     def run(dtype: torch.dtype, shared: bool) -> list[Tensor]:
         model = load_model(smollm2, dtype)
@@ -556,28 +561,28 @@ def test_the_embedded_model_in_bf16_errs_no_more_than_its_branches_alone(smollm2
             if p.requires_grad:
                 p.data.add_(0.01 * torch.randn(p.shape, generator=generator))
         if shared:
-            labels, document = torch.full_like(ids, -100), torch.full_like(ids, -1)
-            for i, own in enumerate(tokens):
-                labels[own[start[i] : -1]] = ids[own[start[i] + 1 :]]
-                document[own[start[i] :]] = i
+            labels = torch.full_like(ids, -100).index_copy(0, places, ids[following])
+            each = torch.full_like(ids, -1).index_copy(0, places, torch.arange(len(places)))
             inputs = {"input_ids": ids[None], "position_ids": docs.positions()}
             with branching(model) as branches:
                 assert branches.shares
                 with branches.over(docs):
-                    losses, _ = document_losses(model, labels[None], inputs, document[None], 4)
-                (losses * WEIGHTS[:4]).sum().backward()
+                    losses, _ = document_losses(
+                        model, labels[None], inputs, each[None], len(places)
+                    )
+                (losses * weights).sum().backward()
         else:
-            losses = torch.stack(
+            losses = torch.cat(
                 [
                     F.cross_entropy(
                         model(input_ids=ids[own][None], use_cache=False).logits[0].float()[s:-1],
                         ids[own][s + 1 :],
-                        reduction="sum",
+                        reduction="none",
                     )
                     for own, s in zip(tokens, start, strict=True)
                 ]
             )
-            (losses * WEIGHTS[:4]).sum().backward()
+            (losses * weights).sum().backward()
         grads = [p.grad.double().flatten() for p in model.parameters() if p.grad is not None]
         return [losses.detach().double(), torch.cat(grads)]
 

@@ -44,11 +44,14 @@ def on_host(x: Tensor) -> Tensor:
 
 
 def _known(there: Tensor, here: Tensor) -> Tensor:
-    vars(there)[KEPT] = here, _version(there)
+    if not torch.compiler.is_compiling():
+        vars(there)[KEPT] = here, _version(there)
     return there
 
 
 def _host_of(x: Tensor) -> Tensor | None:
+    if torch.compiler.is_compiling():  # in a graph nothing can be kept beside a tensor
+        return None
     known, version = vars(x).get(KEPT, (None, None))
     return known if version == _version(x) else None
 
@@ -64,8 +67,7 @@ def plus(x: Tensor, n: int) -> Tensor:
 
 
 def picked(x: Tensor, rows: Sequence[int]) -> Tensor:
-    """The rows (m, ...) of x (n, ...) by their numbers; x itself, if these are all in their order.
-    """
+    """The rows (m, ...) of x (n, ...) by their numbers; x itself, if they are all, in order."""
     if len(rows) == len(x) and all(i == b for i, b in enumerate(rows)):
         return x
     return x.index_select(0, sent(torch.tensor(rows, dtype=torch.long), x.device))
