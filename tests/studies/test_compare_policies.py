@@ -21,6 +21,7 @@ from lorafold.comparing.measure import BASE, Measurement, measure
 from lorafold.comparing.paired import Difference, over_base, verdict
 from lorafold.comparing.plots import Quality
 from lorafold.comparing.report import columns, deciding, markdown
+from lorafold.comparing.variants import Variant
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.intervals import student
 from lorafold.methods import METHODS, make_spec
@@ -312,8 +313,8 @@ def test_methods_that_can_not_are_left_out_and_named(
 ) -> None:
     told, planned = io.StringIO(), list[str]()
 
-    def plan(task: Any, methods: list[str], *_: object) -> list[Measurement]:
-        planned.extend(methods)
+    def plan(task: Any, asked: list[Variant], *_: object) -> list[Measurement]:
+        planned.extend(one.method for one in asked)
         return [BEFORE, BETTER]
 
     monkeypatch.setattr(run, "compare", plan)

@@ -62,14 +62,14 @@ def command(
 
     The table has the figures that decide: the held-out loss, how far it is from that of the base
     (which is the first line), forgetting on text outside the task, peak memory, seconds and trained
-    parameters. --wide, the page and --json also have adapter size, tokens/s, exact match, latency
+    parameters. Only --wide, --json and the page have adapter size, tokens/s, exact match, latency
     attached and merged relative to the base, whether the method can be merged (proved by folding),
     and whether it adds modules. A best method is named only where the rows, in pairs, tell it from
     all others. Texts with labels need --objective classify. Unless the recipe sets a learning rate,
     each method has its own.
 
-    --vary tries several values of a setting, as in --vary rank=8,32 --vary lr=1e-4,4e-4: each
-    method is trained with every combination of those that it has.
+    --vary tries several values of a setting, as in --vary rank=8,32, and of several settings every
+    combination.
 
     Policies (--objective grpo, with --reward) draw as many completions each, and are compared by
     the reward of held-out prompts.

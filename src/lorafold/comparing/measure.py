@@ -65,7 +65,6 @@ class Measurement:
 
     method: str
     seed: int
-    settings: Mapping[str, Any] = field(default_factory=dict)
     trainable_parameters: int | None = None
     trainable_share: float | None = None
     adapter_bytes: int | None = None
@@ -92,6 +91,7 @@ class Measurement:
     prefill_merged: float | None = None
     mergeable: bool | None = None
     modifies_architecture: bool | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
