@@ -33,22 +33,30 @@ class Parted:
     ) -> None:
         self.storage, self.size = storage, storage.nbytes()
         each = -(-self.size // (processes.count * UNIT)) * UNIT
-        self._first, self.padded, self.kept = processes.index * each, each * processes.count, each
+        self._index, self.padded, self.kept = processes.index, each * processes.count, each
         self.own = torch.zeros(each, dtype=torch.uint8, device=storage.device)
         self._keep(_bytes(storage) if content is None else content)
         self.whole = True
         self.written = False  # whether an operation wrote to it since it is whole
 
     def _keep(self, content: Tensor) -> None:
-        mine = content[self._first : min(self._first + self.kept, self.size)]
+        first = self._index * self.kept
+        mine = content[first : min(first + self.kept, self.size)]
         self.own[: len(mine)] = mine
 
     def fill(self) -> None:
         """Gather all bytes, in all processes at once."""
         self.storage.resize_(self.padded)
         self.whole = True
-        gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-        gather(_bytes(self.storage), self.own)
+        whole = _bytes(self.storage)
+        if whole.is_cuda:
+            gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+            gather(whole, self.own)
+            return
+        for index, part in enumerate(whole.split(self.kept)):  # gloo would gather into a copy
+            if index == self._index:
+                part.copy_(self.own)
+            dist.broadcast(part, index)
 
     def empty(self) -> None:
         """Keep this process's part alone."""
