@@ -4,13 +4,16 @@ with these settings gives alone.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from rich.console import Console
 
 import lorafold as lf
 from conftest import lorafold
@@ -18,6 +21,7 @@ from lorafold.cli.vary import varied
 from lorafold.comparing.run import key
 from lorafold.comparing.variants import Variant, variants
 from lorafold.errors import LorafoldError
+from lorafold.files.page import markdown_table
 from lorafold.recipe.recipe import Recipe
 
 ROWS = [{"prompt": f"Book a table for {n}", "completion": f'{{"people": {n}}}'} for n in range(12)]
@@ -44,20 +48,38 @@ def test_each_method_has_every_combination_of_the_settings_that_it_has() -> None
          ["lora init=kaiming", "lora init=gaussian"]),
         ("lora", {"targets": ["all-linear", ["q_proj", "v_proj"]]},
          ["lora targets=all-linear", "lora targets=q_proj,v_proj"]),
-        ("lora", {"rank_pattern.0.q_proj": [2, 4]}, ["lora 0.q_proj=2", "lora 0.q_proj=4"]),
+        ("lora", {"rank_pattern.0.q_proj": [2], "alpha_pattern.0.q_proj": [4]},
+         ["lora rank_pattern.0.q_proj=2 alpha_pattern.0.q_proj=4"]),
         ("lora", {"lr": [None, 1e-3]}, ["lora lr=None", "lora lr=0.001"]),
-        ("lora", {"epochs": ["auto", 2]}, ["lora epochs=auto", "lora epochs=2"]),
         ("lora", {"rank": [8, 8]}, ["lora rank=8"]),
+        ("lora", {"lr": [0.0010000001, 0.0010000002]},
+         ["lora lr=0.0010000001", "lora lr=0.0010000002"]),
+        ("lora", {"lr": np.logspace(-4, -3, 2)}, ["lora lr=0.0001", "lora lr=0.001"]),
+        ("lora", {"targets": ["😀"]}, ["lora targets=😀"]),
     ],
 )  # fmt: skip
 def test_names_say_what_varies(method: str, vary: dict[str, Any], names: list[str]) -> None:
     assert named([method], vary) == names
 
 
+def test_epochs_vary_where_no_steps_are_set() -> None:
+    recipe = RECIPE.model_copy(update={"steps": None})
+    assert named(["lora"], {"epochs": ["auto", 2]}, recipe) == ["lora epochs=auto", "lora epochs=2"]
+    with pytest.raises(LorafoldError, match="found epochs beside steps"):
+        variants(recipe, ["lora"], {"epochs": [1, 2], "steps": [3, 4]})
+
+
 def test_what_a_method_has_one_choice_of_does_not_vary() -> None:
     """Full training has no quantized base."""
     assert named(["full", "lora"], {"storage": ["nf4", "fp32"]}) == [
         "full", "lora storage=nf4", "lora storage=fp32"
+    ]  # fmt: skip
+    bf16 = RECIPE.model_copy(update={"storage": "bf16"})
+    assert named(["full"], {"storage": ["nf4", "fp32"]}, bf16) == ["full", "full storage=fp32"]
+    assert named(["ia3", "lora"], {"rank": [None, 8]}) == ["ia3", "lora rank=None", "lora rank=8"]
+    values = iter([4, 8])
+    assert named(["lora", "dora"], {"rank": values}) == [
+        "lora rank=4", "lora rank=8", "dora rank=4", "dora rank=8"
     ]  # fmt: skip
 
 
@@ -72,6 +94,8 @@ def test_what_a_method_has_one_choice_of_does_not_vary() -> None:
         ({"ranks": [2]}, "vary: found ranks, expected a field"),
         ({"rank": []}, r"vary: rank: found \[\], expected a list of values"),
         ({"targets": "q_proj"}, "vary: targets: found 'q_proj', expected a list of values"),
+        ({"rank": 8}, "vary: rank: found 8, expected a list of values"),
+        ({"epochs": [1, 2]}, "vary: found epochs beside steps, .*expected one of the two"),
         ({"rank": [4, 0]}, "vary: rank: found 0, expected greater"),
         ({"batch.size": [4]}, "vary: batch.size=4: found a dotted key"),
         ({"rank": [{1}]}, "vary: Object of type set .*, expected numbers, texts or lists"),
@@ -147,3 +171,23 @@ def test_the_settings_are_in_what_figures_are_kept_by(
         for one in variants(RECIPE, ["lora"], {"rank": [4, 8], "lr": [1e-3, 1e-2]})
     }
     assert len(keys) == 4
+
+
+@pytest.mark.slow
+def test_a_regular_expression_stands_in_names_as_it_is(
+    tiny_model_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    said = io.StringIO()
+    found = lf.compare(
+        tmp_path, model=tiny_model_dir("llama"), data=ROWS, device="cpu", methods=["lora", "ia3"],
+        vary={"targets": [".*([qv]_proj|o_proj)"], "rank_pattern.[qv]_proj": [2]}, recipe=RECIPE,
+        console=Console(file=said, width=200),
+    )  # fmt: skip
+    name = "lora targets=.*([qv]_proj|o_proj) rank_pattern.[qv]_proj=2"
+    assert found.rows[1].name == name
+    assert f"2/3 {name}: loss" in said.getvalue()
+    assert "rank_pattern.[qv]_proj not varied: ia3 has no such choice" in said.getvalue()
+
+
+def test_a_bar_ends_no_cell_of_a_table() -> None:
+    assert markdown_table(["a"], [["q|v"]]).splitlines()[-1] == r"| q\|v |"

@@ -153,10 +153,10 @@ def compare(
             console.print(notice, highlight=False)
         varied = {setting for one in asked if one.method == name for setting in one.settings}
         if same := [setting for setting in vary or {} if setting not in varied]:
-            console.print(f"{', '.join(same)} not varied: {name} has no such choice")
+            console.print(f"{', '.join(same)} not varied: {name} has no such choice", markup=False)
 
     def tell(one: Measurement, done: int, total: int) -> None:
-        console.print(f"{done}/{total} {one}", highlight=False)
+        console.print(f"{done}/{total} {one}", highlight=False, markup=False)
 
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     rows_found = run.compare(task, asked, range(seeds), as_path(out), tell, say)

@@ -8,13 +8,14 @@ has four of lora and two of ia3, which has no rank.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
 from lorafold.errors import LorafoldError, listed
-from lorafold.recipe.fields import OF_TRAINING
+from lorafold.methods import known_options
+from lorafold.recipe.fields import OF_METHOD, OF_TRAINING
 from lorafold.recipe.fitting import fitting
 from lorafold.recipe.reading import load_recipe
 from lorafold.recipe.recipe import Recipe
@@ -30,7 +31,8 @@ class Variant:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        named = (f"{k.partition('.')[2] or k}={in_short(v)}" for k, v in self.settings.items())
+        settings = self.settings.items()
+        named = (f"{name.removeprefix('options.')}={in_short(v)}" for name, v in settings)
         return " ".join((self.method, *named))
 
     def of(self, recipe: Recipe) -> Recipe:
@@ -39,7 +41,7 @@ class Variant:
         Raises LorafoldError for values that a recipe can't have.
         """
         try:
-            pairs = [f"{name}={json.dumps(value)}" for name, value in self.settings.items()]
+            pairs = [f"{k}={json.dumps(v, ensure_ascii=False)}" for k, v in self.settings.items()]
             return load_recipe(None, pairs, recipe)
         except TypeError as error:
             raise LorafoldError(f"vary: {error}, expected numbers, texts or lists") from None
@@ -57,9 +59,13 @@ def variants(recipe: Recipe, methods: Sequence[str], vary: Vary) -> list[Variant
         vary: The values of each setting.
 
     Raises LorafoldError for a field that changes what is measured, for one without values, for
-    values that a recipe can't have, and for a setting that no method has.
+    values that a recipe can't have, for epochs beside steps, and for a setting that no method has.
     """
-    check(vary)
+    vary = checked(vary)
+    if "epochs" in vary and ("steps" in vary or recipe.steps is not None):
+        raise LorafoldError(
+            "vary: found epochs beside steps, which are how long a run is; expected one of the two"
+        )
     found: list[Variant] = []
     for method in methods:
         fitted: list[dict[str, Any]] = []
@@ -67,10 +73,16 @@ def variants(recipe: Recipe, methods: Sequence[str], vary: Vary) -> list[Variant
             settings = dict(zip(vary, values, strict=True))
             asked = Variant(method, settings).of(recipe)
             one = fitting(asked, method)
-            if (dumped := one.model_dump()) not in fitted:
+            absent = {*OF_METHOD}.difference(known_options(method, asked.options.get("over")))
+            has = {
+                name: value
+                for name, value in settings.items()
+                if name.partition(".")[0] not in absent and entry(one, name) == entry(asked, name)
+            }
+            variant = Variant(method, has)
+            if (dumped := fitting(variant.of(recipe), method).model_dump()) not in fitted:
                 fitted.append(dumped)
-                has = {k: v for k, v in settings.items() if entry(one, k) == entry(asked, k)}
-                found.append(Variant(method, has))
+                found.append(variant)
     if unknown := [name for name in vary if not any(name in one.settings for one in found)]:
         raise LorafoldError(
             f"vary: found {listed(unknown)}, expected settings that one of {', '.join(methods)} has"
@@ -78,8 +90,9 @@ def variants(recipe: Recipe, methods: Sequence[str], vary: Vary) -> list[Variant
     return found
 
 
-def check(vary: Vary) -> None:
-    """Raise LorafoldError unless these fields can vary, and each has values."""
+def checked(vary: Vary) -> dict[str, list[Any]]:
+    """The values by their field. LorafoldError unless these can vary, and each has values."""
+    found: dict[str, list[Any]] = {}
     for name, values in vary.items():
         if (whole := name.partition(".")[0]) not in OF_TRAINING:
             instead = {"method": "; name methods", "seed": "; give a number of seeds"}.get(whole)
@@ -87,8 +100,11 @@ def check(vary: Vary) -> None:
                 f"vary: found {name}, expected a field that changes what is trained and not what it"
                 f" is measured by: {', '.join(sorted(OF_TRAINING))}{instead or ''}"
             )
-        if isinstance(values, str) or not values:
+        several = isinstance(values, Iterable) and not isinstance(values, str | Mapping)
+        found[name] = [*values] if several else []
+        if not found[name]:
             raise LorafoldError(f"vary: {name}: found {values!r:.80}, expected a list of values")
+    return found
 
 
 def entry(recipe: Recipe, name: str) -> Any:
@@ -102,4 +118,7 @@ def in_short(value: Any) -> str:
     """A value of a recipe as it stands in a name."""
     if isinstance(value, list | tuple):
         return ",".join(map(in_short, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        short = f"{value:g}"
+        return short if float(short) == value else repr(float(value))
+    return str(value)

@@ -18,9 +18,10 @@ STYLES = ("look.css", "page.css")
 
 
 def markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
+    """A table in Markdown, of texts."""
     rule = ["---"] * len(head)
-    return "".join("| " + " | ".join(line) + " |\n" for line in (head, rule, *lines))
+    cells = ([text.replace("|", r"\|") for text in line] for line in (head, rule, *lines))
+    return "".join("| " + " | ".join(line) + " |\n" for line in cells)
 
 
 def html_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
