@@ -23,7 +23,7 @@ from adapter_cases import make_adapter
 from browser_cases import CONTRASTS, CUT, open_browser
 from conftest import lorafold, refused
 from conversation_cases import ROWS
-from lorafold.files.plot_names import brief, folded, short
+from lorafold.files.plot_names import brief, distinct, folded, short
 from lorafold.files.plots import SERIES, drawing, number, scaled
 from page_cases import CHINESE, LONG, PAGES
 
@@ -158,6 +158,14 @@ def test_a_plot_has_its_names_as_they_are_and_warns_of_no_font() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert f">{CHINESE[:6]}</text>" in drawing(draw, "title", "said")
+
+
+def test_names_are_as_long_as_tells_them_apart() -> None:
+    names = [f"lora rank=4 lr={rate} dropout=0.05" for rate in ("0.001", "0.0001", "0.002")]
+    shown = distinct(names, 16)
+    assert len({*shown}) == 3
+    assert max(map(len, shown)) <= len(names[1])
+    assert distinct(["lora", "lora", "dora"], 4) == ["lora", "lora", "dora"]
 
 
 def test_names_lose_what_all_of_them_have() -> None:

@@ -11,7 +11,7 @@ from lorafold.comparing.measure import BASE, Measurement
 from lorafold.comparing.paired import by_method, held_out, lower_is_better
 from lorafold.evaluation.intervals import Interval, ratio_interval
 from lorafold.files import plots
-from lorafold.files.plot_names import short
+from lorafold.files.plot_names import distinct
 
 SMALLEST = 1e-6  # of what a logarithmic axis shows
 INTERVALS = "Lines are 95% intervals."
@@ -116,14 +116,15 @@ def plots_of(measurements: Sequence[Measurement]) -> Iterator[str]:
 def ranking(quality: Quality, names: Sequence[str]) -> str:
     """The quality of each method with its interval, the best above."""
     order, reach = quality.order, quality.intervals
-    shown = [f"{short(names[n], 26)}  {quality.values[n]:.4g}" for n in order]
+    told = distinct([names[n] for n in order], 16)
+    shown = [f"{name}  {quality.values[n]:.4g}" for name, n in zip(told, order, strict=True)]
 
     def draw(axes: Any) -> None:
         values, intervals = [quality.values[n] for n in order], [reach[n] for n in order]
-        plots.rows(axes, shown, [plots.Marks("", values, intervals)])
+        plots.rows(axes, shown, [plots.Marks("", values, intervals)], max(map(len, shown)))
         if quality.base is not None:
             plots.level(axes, "base", x=quality.base)
-        axes.set(xlabel=quality.label)
+        axes.set_xlabel(quality.label, loc="right")  # beside long names there is little room
         plots.scaled(axes, x=quality.scale)
 
     ends = dict.fromkeys(f"{names[n]} at {quality.values[n]:.4g}" for n in (order[0], order[-1]))

@@ -28,6 +28,12 @@ def short(name: str, most: int) -> str:
     return f"{whole}…{end.removeprefix(SECOND)}"
 
 
+def distinct(names: Sequence[str], most: int) -> list[str]:
+    """Names of at most this width in characters, or of the width that tells them apart."""
+    shown = [short(name, most) for name in names]
+    return shown if len({*shown}) == len({*names}) else distinct(names, most + 2)
+
+
 def folded(name: str, most: int) -> str:
     """A name on at most this many lines, shortened where it takes more."""
     name = spaced(name)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
-from lorafold.files.plot_names import SECOND, WIDE, folded, short
+from lorafold.files.plot_names import SECOND, WIDE, distinct, folded
 
 Interval = tuple[float, float]
 
@@ -176,10 +176,11 @@ class Marks(NamedTuple):
     intervals: Sequence[Interval | None]
 
 
-def rows(axes: Any, names: Sequence[str], marks: Sequence[Marks]) -> str:
+def rows(axes: Any, names: Sequence[str], marks: Sequence[Marks], most: int = WIDE) -> str:
     """Figures of named rows as points with their intervals, from left to right. Where there are
     several figures, their names stand beside the points of the first row that has them; a sentence
-    says for how many there is no room.
+    says for how many there is no room. Names have at most the width `most`, or what tells them
+    apart.
     """
     first = list[tuple[float, float]]()
     for n, one in enumerate(marks):
@@ -189,7 +190,7 @@ def rows(axes: Any, names: Sequence[str], marks: Sequence[Marks]) -> str:
         style = series(n) | {"linestyle": "none"}
         axes.errorbar(values, heights, xerr=spread(values, intervals), **style)
         first.append((values[0], heights[0]))
-    axes.set_yticks(range(len(names)), [short(name, WIDE) for name in names])
+    axes.set_yticks(range(len(names)), distinct(names, most))
     axes.tick_params("y", labelcolor=INK, length=0)
     axes.set_ylim(len(names) - 0.4, -0.6 - 0.6 * (len(marks) > 1))
     return at_points(axes, first, [one.name for one in marks]) if len(marks) > 1 else ""
@@ -254,7 +255,7 @@ def at_points(axes: Any, points: Sequence[tuple[Any, Any]], names: Sequence[str]
     sides = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1)]
     around = [(far, *side) for far, side in product((6, 12, 20, 30, 42, 56), sides)]
     left_out = 0
-    for point, (x, y), name in zip(points, at, (short(n, WIDE) for n in names), strict=True):
+    for point, (x, y), name in zip(points, at, distinct(names, WIDE), strict=True):
         measured = axes.text(*point, name)
         size = (measured.get_window_extent().width, TALL)
         measured.remove()

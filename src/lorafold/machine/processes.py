@@ -213,6 +213,9 @@ def _at_once(tensors: Sequence[torch.Tensor], do: Callable[[torch.Tensor], Any])
     import torch
 
     for bucket in _buckets(tensors):
+        if len(bucket) == 1 and bucket[0].is_contiguous():  # a large one, which needs no copy
+            do(bucket[0].view(-1))
+            continue
         flat = torch.cat([t.reshape(-1) for t in bucket])
         do(flat)
         for t, found in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
