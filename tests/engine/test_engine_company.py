@@ -251,6 +251,7 @@ def test_over_quantized_weights_too_where_no_number_of_rows_is_steady(
 ) -> None:  # fmt: skip
     monkeypatch.setattr("lorafold.engine.products.plain_products", lambda *_: ROWS[-1])
     monkeypatch.setattr("lorafold.engine.runner.InBlocks", Entered)
+    monkeypatch.setattr("lorafold.models.storage.native_bf16", lambda _: (True, "on any machine"))
     methods = {name: METHODS[name] for name in names}
     paths = save_adapters(tiny_model("llama"), tmp_path, methods)
     model = lf.load_model(str(tiny_model_dir("llama")), storage=storage)
