@@ -28,7 +28,7 @@ from lorafold.engine.operations import Operations
 from lorafold.engine.stacks import NOBODY, Stacks
 from lorafold.engine.steady import InBlocks, plain_products
 from lorafold.engine.structure import Structure
-from lorafold.ops.arithmetic import FEW, HALF
+from lorafold.ops.arithmetic import FEW
 from lorafold.ops.decoding import Part, Product
 from lorafold.ops.host import sent
 
@@ -209,11 +209,11 @@ class Products:
         return y
 
     def least(self, dtype: torch.dtype, device: torch.device) -> int:
-        """From how many tokens on torch's own products in 16 bits, with the model's matrices, are
-        the same bits whatever the number of tokens; 2 where that is not known, and where they are
-        computed in blocks, as no number is steady.
+        """From how many tokens on torch's own products with the model's matrices have the same bits
+        whatever the number of tokens; 2 where that is not known, and where they are computed in
+        blocks, as no number is steady.
         """
-        if dtype not in HALF or device.type != "cpu":
+        if device.type != "cpu":
             return 2
         if dtype not in self._least:
             shapes = {(shape.out, shape.inn) for shape in self.structure.shapes}
