@@ -18,6 +18,8 @@ from rich.console import Console
 import lorafold as lf
 from conftest import lorafold
 from lorafold.cli.vary import varied
+from lorafold.comparing.measure import Measurement
+from lorafold.comparing.paired import alike
 from lorafold.comparing.run import key
 from lorafold.comparing.variants import Variant, variants
 from lorafold.errors import LorafoldError
@@ -139,6 +141,26 @@ def test_a_bad_value_is_one_line_and_leaves_nothing(
     assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 1)
     assert "vary: rank: found 0" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_two_settings_of_one_name_are_refused() -> None:
+    both = {"targets": ["q_proj,v_proj", ["q_proj", "v_proj"]]}
+    with pytest.raises(LorafoldError, match="both called lora targets=q_proj,v_proj"):
+        variants(RECIPE, ["lora"], both)
+
+
+def test_lines_that_differ_in_what_does_nothing_are_named() -> None:
+    def line(method: str, loss: float, **settings: Any) -> Measurement:
+        return Measurement(
+            method, 0, loss=loss, row_losses=((loss, 2), (1.0, 3)), settings=settings
+        )
+
+    idle = [line("ia3", 2.0, lr_b=1e-3), line("ia3", 2.0, lr_b=1e-1)]
+    found = [line("base", 3.0), *idle, line("lora", 1.0)]
+    assert alike(found) == [["ia3 lr_b=0.001", "ia3 lr_b=0.1"]]
+    assert alike([line("base", 3.0), line("lora", 1.0)]) == []
+    rewarded = [Measurement(n, 0, reward=1.0, prompt_rewards=(1.0,)) for n in ("base", "lora")]
+    assert alike(rewarded) == []
 
 
 @pytest.mark.slow

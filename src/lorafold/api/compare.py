@@ -20,7 +20,7 @@ from lorafold.api.arguments import (
 from lorafold.api.task import train_and_test
 from lorafold.comparing import run
 from lorafold.comparing.measure import Measurement, Task
-from lorafold.comparing.paired import Difference, over_base, verdict
+from lorafold.comparing.paired import Difference, alike, over_base, verdict
 from lorafold.comparing.report import markdown
 from lorafold.comparing.run import known_methods, methods_for, unfit
 from lorafold.comparing.variants import Vary, variants
@@ -160,6 +160,8 @@ def compare(
 
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     rows_found = run.compare(task, asked, range(seeds), as_path(out), tell, say)
+    for same in alike(rows_found):
+        say(f"the same loss on every row: {', '.join(same)}; what they differ in did nothing")
     found = Comparison(tuple(rows_found), str(model), source)
     write_text(as_path(out) / "table.md", str(found))
     return found

@@ -79,6 +79,17 @@ def held_out(measurements: Sequence[Measurement]) -> dict[str, Units]:
     return {seeds[0].name: units_of(seeds) for seeds in by_method(measurements)}
 
 
+def alike(measurements: Sequence[Measurement]) -> list[list[str]]:
+    """The names of lines whose losses are the same number on every row: what they differ in did
+    nothing.
+    """
+    found: dict[tuple[tuple[float, int], ...], list[str]] = {}
+    for name, units in held_out(measurements).items():
+        found.setdefault(tuple(units), []).append(name)
+    lower = lower_is_better(measurements)  # rewards are few numbers, and the same by chance
+    return [names for names in found.values() if lower and len(names) > 1]
+
+
 def lower_is_better(measurements: Sequence[Measurement]) -> bool:
     """Whether losses are compared, and not rewards."""
     return measurements[0].loss is not None

@@ -87,6 +87,12 @@ def variants(recipe: Recipe, methods: Sequence[str], vary: Vary) -> list[Variant
         raise LorafoldError(
             f"vary: found {listed(unknown)}, expected settings that one of {', '.join(methods)} has"
         )
+    names = [str(one) for one in found]
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise LorafoldError(
+            f"vary: found different settings that are both called {listed(twice)}; expected one of"
+            " them at a time"
+        )
     return found
 
 

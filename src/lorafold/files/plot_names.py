@@ -31,7 +31,8 @@ def short(name: str, most: int) -> str:
 def distinct(names: Sequence[str], most: int) -> list[str]:
     """Names of at most this width in characters, or of the width that tells them apart."""
     shown = [short(name, most) for name in names]
-    return shown if len({*shown}) == len({*names}) else distinct(names, most + 2)
+    told_apart = len({*shown}) == len({*map(spaced, names)})
+    return shown if told_apart else distinct(names, most + 2)
 
 
 def folded(name: str, most: int) -> str:
