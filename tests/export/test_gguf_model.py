@@ -74,6 +74,38 @@ def test_llama_cpp_computes_what_the_model_does(kind, tmp_path, noisy):
     assert not done.proof.other_texts
 
 
+@pytest.mark.few(2)
+@pytest.mark.parametrize("method", [lf.LoRA(rank=4, dropout=0.0), lf.DoRA(lf.LoRA(rank=4))])
+@pytest.mark.parametrize("storage", ["nf4", "int8"])
+def test_the_model_that_was_trained_is_exported(method, storage, tmp_path):
+    """Adapters are merged into the quantized weights that they were trained on; the weights before
+    quantization are another model.
+    """
+    pytest.importorskip("xllamacpp")
+    base = saved("llama", tmp_path / "base", intermediate_size=128)
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
+    model = lf.load_model(base, storage=storage, device="cpu")
+    adapter = lf.attach(model, method)
+    torch.manual_seed(0)
+    for p in adapter.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    adapter.save(tmp_path / "adapter")
+    done = {
+        into: lf.export(
+            base, tmp_path / "adapter", tmp_path / str(into), to="gguf-model", tensors="F32",
+            device="cpu", into=into,
+        )
+        for into in (None, "original")
+    }  # fmt: skip
+    kl = {into: one.away.kl for into, one in done.items()}
+    assert kl[None] < 1e-5 < 1e-4 < kl["original"]
+    assert done[None].proof.kl == pytest.approx(kl[None], abs=1e-12)
+    assert done["original"].proof.share < 1e-4  # what was asked for, proved as such
+    assert done[None].from_original.kl == pytest.approx(kl["original"], rel=1e-2)
+    assert done[None].as_json()["trained_on"]["storage"] == storage
+    assert f"trained on {base} in {storage}" in done[None].summary()
+
+
 @pytest.mark.slow
 def test_the_embedded_model_says_the_same_in_llama_cpp(smollm2, tmp_path, noisy):
     """Greedy texts too, but where two tokens are nearer than what was measured."""

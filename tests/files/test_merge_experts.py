@@ -225,7 +225,7 @@ def test_into_the_dequantized_experts_that_were_trained_on(
     base = moe(kind)
     model, adapter = adapted(base, tmp_path / "a", Storage(torch.float32, quantization))
     result = merge(base, [tmp_path / "a"], tmp_path / "merged", certificate=False)
-    assert (result.into.target, result.into.trained_on) == ("dequantized", quantization)
+    assert (result.into.target, result.into.trained_on) == ("trained", quantization)
     adapter.merge()  # the loaded model's own codes, dequantized
     merged = load_model(tmp_path / "merged", torch.float32).state_dict()
     plain = fresh_model(base).state_dict()

@@ -20,6 +20,7 @@ from lorafold.api.merge import merge
 from lorafold.bases import layer_of
 from lorafold.bases.bitsandbytes import Quantized
 from lorafold.errors import LorafoldError
+from lorafold.identity import of_model
 from lorafold.models.loading import load_model
 from lorafold.models.sources import resolve_model
 from lorafold.models.storage import Storage, weights_of
@@ -72,7 +73,7 @@ def test_the_dequantized_base_is_the_default_and_gives_what_was_trained(
     base = tiny_model_dir("llama-wide")
     expected = trained(base, tmp_path / "a", kind, method)
     merged = merge(base, [tmp_path / "a"], tmp_path / "out")
-    assert (merged.into.target, merged.into.trained_on) == ("dequantized", kind)
+    assert (merged.into.target, merged.into.trained_on) == ("trained", kind)
     plain = load_model(tmp_path / "out", torch.float32)
     assert not any(isinstance(layer_of(m), Quantized) for m in plain.modules())
     # the unpacked numbers, embeddings and norms are of 16 bits in training
@@ -154,26 +155,62 @@ def test_targets_that_make_no_sense_are_refused_before_anything_is_written(
     trained(base, tmp_path / "a")
     trained(base, tmp_path / "b", "int8")
     plain = fresh_model(base)
-    lf.attach(plain, METHODS["lora"]).save(tmp_path / "plain")
+    adapter = lf.attach(plain, METHODS["lora"])
+    for name, recorded in (("unrecorded", None), ("fp4", {"storage": "fp4", "dtype": "bf16"})):
+        adapter.save(tmp_path / name, record={"trained_on": recorded})
     for adapters, asked, message in [
         (
             ["a"],
             {"into": "fp8"},
-            "into: found fp8, expected one of original, dequantized, nf4, int8",
+            "into: found fp8, expected one of trained, original, nf4, int8",
         ),
         (
-            ["plain"],
-            {"into": "dequantized"},
-            "no adapter has a record of the storage of its base, expected a quantized base",
+            ["unrecorded"],
+            {"into": "trained"},
+            "into trained: no adapter has a record of the storage of its base",
         ),
+        (["fp4"], {}, "into trained: the adapter was trained on fp4 weights, which these files"),
         (["a", "b"], {}, "trained on bases in different storage"),
-        (["a"], {"into": "dequantized", "storage": "fp32"}, "base was stored as fp32 in training"),
     ]:
         with pytest.raises(LorafoldError, match=message):
             merge(base, [tmp_path / name for name in adapters], tmp_path / "out", **asked)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "plain"]
-    said = merge(base, [tmp_path / "plain"], tmp_path / "out", storage="nf4", certificate=False)
-    assert said.into.target == "dequantized"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "fp4", "unrecorded"]
+    said = merge(
+        base, [tmp_path / "unrecorded"], tmp_path / "out", storage="nf4", certificate=False
+    )
+    assert said.into.target == "trained"
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "bf16", "fp32"])
+def test_an_adapter_that_was_attached_by_hand_is_merged_into_what_it_was_trained_on(
+    tiny_model_dir, tmp_path, kind
+):
+    """Without a run there is no recipe; the adapter is saved on the model that it was trained on,
+    and the record says how that one stored its weights.
+    """
+    base = tiny_model_dir("llama-wide")
+    model = lf.load_model(base, storage=kind)
+    adapter = lf.attach(model, METHODS["dora"])
+    torch.manual_seed(1)
+    for p in adapter.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    quantization = kind if kind in ("nf4", "int8") else None
+    stored = Storage(torch.float32, quantization)
+    adapter.save(tmp_path / "a", base=weights_of(resolve_model(base), stored))
+    dtype = {torch.bfloat16: "bf16", torch.float32: "fp32"}[model.dtype]
+    record = json.loads((tmp_path / "a" / "lorafold.json").read_text())
+    assert record["trained_on"] == {"storage": kind, "dtype": dtype}
+    assert record["base_identity"] == of_model(resolve_model(base))
+    merged = merge(base, [tmp_path / "a"], tmp_path / "out")
+    assert merged.gap.kl < 1e-4
+    if quantization:
+        into = merge(base, [tmp_path / "a"], tmp_path / "original", into="original")
+        assert into.gap.kl == pytest.approx(merged.from_original.kl, rel=1e-3)
+        assert into.gap.kl > 3 * merged.gap.kl
+    else:
+        assert merged.from_original is None
+    assert f"trained on {base} in {kind}" in merged.summary()
+    assert "the model you trained -> this file: KL" in merged.summary()
 
 
 def test_what_it_is_merged_into_is_said_before_it_is_done(tiny_model_dir, tmp_path, capsys):

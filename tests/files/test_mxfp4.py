@@ -228,7 +228,7 @@ def test_merging_gives_a_plain_model_and_says_how_near(released, plain, tmp_path
         tmp_path / "a", record={"recipe": {"storage": "mxfp4"}}
     )
     done = merge(path, [tmp_path / "a"], tmp_path / "out")
-    assert (done.into.target, done.into.trained_on) == ("dequantized", "mxfp4")
+    assert (done.into.target, done.into.trained_on) == ("trained", "mxfp4")
     assert done.gap.kl < 1e-4
     assert done.folded.sums.survival == pytest.approx(1, abs=0.01)
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
@@ -253,7 +253,7 @@ def test_targets_that_the_files_do_not_have_are_refused(released, tmp_path):
     for asked, said in [
         ({"into": "original"}, "into original: the model's files have mxfp4 weights, and no orig"),
         ({"into": "nf4"}, "into nf4: the model's files have mxfp4 weights, and no original"),
-        ({"into": "int8"}, "into int8: .* expected dequantized, or as --model the model"),
+        ({"into": "int8"}, "into int8: .* expected trained, or as --model the model"),
         ({"storage": "nf4"}, "storage nf4: the model's files are stored as mxfp4; expected mxfp4"),
     ]:
         with pytest.raises(LorafoldError, match=said):

@@ -160,7 +160,7 @@ def test_merging_gives_a_plain_model_and_says_how_near(base, quantized, tmp_path
         nn.init.normal_(p, std=0.05)
     adapter.save(tmp_path / "a", record={"recipe": {"base": storage}})
     done = merge(quantized(kind), [tmp_path / "a"], tmp_path / "out")
-    assert (done.into.target, done.into.trained_on) == ("dequantized", storage)
+    assert (done.into.target, done.into.trained_on) == ("trained", storage)
     assert done.gap.kl < 1e-4
     assert done.folded.sums.survival == pytest.approx(1, abs=0.01)
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
@@ -181,7 +181,7 @@ def test_targets_in_which_the_update_would_be_lost_are_refused(base, quantized, 
     for asked, said in [
         ({"into": "fp8"}, "into fp8: the model's files have fp8 weights, in which the update"),
         ({"into": "original"}, "into original: the model's files have fp8 weights, and no orig"),
-        ({"into": "nf4"}, "into nf4: .* expected dequantized, or as --model the model that it was"),
+        ({"into": "nf4"}, "into nf4: .* expected trained, or as --model the model that it was"),
         ({"storage": "nf4"}, "storage nf4: the model's files are stored as fp8; expected fp8"),
     ]:
         with pytest.raises(LorafoldError, match=said):

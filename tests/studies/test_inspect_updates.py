@@ -9,6 +9,7 @@ import lorafold as lf
 from laws import move
 from lorafold.bases import layer_of
 from lorafold.inspecting.against import compared
+from lorafold.inspecting.run import inspect
 from lorafold.inspecting.spectra import (
     advice,
     effective_rank,
@@ -20,6 +21,8 @@ from lorafold.inspecting.spectra import (
 from lorafold.inspecting.subspaces import against_base, phi
 from lorafold.inspecting.updates import Svd, of_dense, of_factors, sites
 from lorafold.methods import make_spec
+from lorafold.opening import Base
+from lorafold.peft.saved import open_all
 from update_cases import orthonormal, planted
 
 RANKED = ["lora", "rslora", "pissa", "olora", "vera", "adalora"]
@@ -208,3 +211,20 @@ def test_random_directions_have_the_projection_and_the_strength_of_chance():
     assert mean["projection"] == pytest.approx(mean["random_projection"], rel=0.1)
     assert mean["strength_read"] == pytest.approx(1, rel=0.1)
     assert mean["strength_written"] == pytest.approx(1, rel=0.1)
+
+
+@pytest.mark.parametrize("storage", ["nf4", "bf16"])
+def test_the_base_of_an_update_is_the_one_that_was_trained_on(storage, tiny_model_dir, tmp_path):
+    """What DoRA adds to a weight depends on the weight: on the dequantized one in QLoRA."""
+    base = tiny_model_dir("llama-wide")
+    model = lf.load_model(base, storage=storage)
+    adapter = lf.attach(model, lf.DoRA(lf.LoRA(rank=2, dropout=0.0)), "q_proj")
+    move(adapter)
+    own = {site.path: site for site in sites(adapter)}
+    adapter.save(tmp_path / "a")
+    found = inspect(Base(base), open_all([tmp_path / "a"]))["sites"]
+    for path, site in own.items():
+        w = site.layer.dense()[0].float()
+        norm = float((site.delta.fold(w, None)[0] - w).norm())
+        assert found[path]["norm"] == pytest.approx(norm, rel=2e-3)
+        assert found[path]["base_norm"] == pytest.approx(float(w.norm()), rel=2e-3)

@@ -17,15 +17,18 @@ from lorafold.core.delta import Delta, put
 from lorafold.core.settings import SETTINGS, check_settings, written
 from lorafold.errors import LorafoldError
 from lorafold.files.card import VOCABULARY, Beside
-from lorafold.files.record import OTHER_BASE
+from lorafold.files.record import OTHER_BASE, TRAINED_ON
 from lorafold.fold.in_memory import carry_out
 from lorafold.fold.plan import plan_fold
+from lorafold.identity import of_model
 from lorafold.methods.parts.extras import vocabulary
 from lorafold.methods.parts.token_rows import TokenRows
 from lorafold.models import whole
-from lorafold.models.sources import forget
+from lorafold.models.sources import forget, known
+from lorafold.models.storage import recorded_storage
 from lorafold.models.weights import ModelWeights, Weights
 from lorafold.peft.directory import Chosen, write
+from lorafold.peft.own_base import BASE_IDENTITY
 from lorafold.peft.stack import digest_written, listed, recorded
 
 
@@ -162,7 +165,8 @@ class Adapter:
 
         Its record names the adapters that it lies over by the files that each was last loaded from
         or saved to; an adapter below that was neither loaded nor saved can't be named, so save that
-        one first. Raises LorafoldError if `path` exists and `overwrite` is off.
+        one first; and how the base stores its weights. Raises LorafoldError if `path` exists and
+        `overwrite` is off.
 
         Args:
             path: the directory.
@@ -176,7 +180,10 @@ class Adapter:
         path = Path(path).expanduser()
         grown = {VOCABULARY: size} if (size := self.vocabulary) else {}
         other = {OTHER_BASE: self.other_base} if self.other_base else {}
-        about = {**other, **(record or {}), **grown, **recorded(self.over)}
+        source, stored = known(self.model), recorded_storage(self.model)
+        own = {TRAINED_ON: stored, BASE_IDENTITY: of_model(source) if source else None}
+        about = {**own, **other, **(record or {}), **grown, **recorded(self.over)}
+        about = {name: value for name, value in about.items() if value is not None}
         beside = Beside(about, card, tokenizer, overwrite)
         if self.spec.trains_base:
             return whole.write(path, self.model, self.spec, beside)

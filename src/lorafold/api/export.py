@@ -28,6 +28,8 @@ def export(
     prompts: str | Path | None = None,
     engine_python: str | Path | None = None,
     engine_url: str | None = None,
+    into: str | None = None,
+    storage: str = "auto",
     allow_other_base: bool = False,
     overwrite: bool = False,
     revision: str | None = None,
@@ -50,6 +52,9 @@ def export(
         prompts: A file of rows with prompts; None takes 32 built-in ones.
         engine_python: The Python of another environment, which has the engine.
         engine_url: The URL of vLLM's server, which is asked instead and reads `out`'s disk.
+        into: The weights that a whole model has: trained (those that the adapters were trained on,
+            dequantized) or original (the base's before quantization). None is trained.
+        storage: How the base stored its weights in training; auto takes it from the records.
         allow_other_base: Accept adapters whose fingerprint names another base.
         overwrite: Replace `out` if it exists.
         revision: The branch, tag or commit of a hub model.
@@ -74,10 +79,11 @@ def export(
         model,
         found,
         console,
+        storage=storage,
         device=device,
         revision=revision,
         trust_remote_code=trust_remote_code,
         allow_other_base=allow_other_base,
     )
-    wanted = run.Wanted(to, tensors, as_lora, prove, asked, python, engine_url, overwrite)
+    wanted = run.Wanted(to, tensors, as_lora, prove, asked, python, engine_url, overwrite, into)
     return run.export(base, found, place, wanted, console)

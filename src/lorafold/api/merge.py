@@ -42,9 +42,9 @@ def merge(
             were trained on.
         adapters: One saved adapter or several, folded in this order.
         out: The directory of the merged model.
-        into: original (the base's weights before quantization), dequantized (the weights that the
-            adapter was trained on), nf4 or int8 (quantized again). None is dequantized if the
-            adapter was trained on a quantized base, else original.
+        into: trained (the weights that the adapter was trained on, dequantized if they were
+            quantized), original (the base's weights before quantization), nf4 or int8 (quantized
+            again). None is trained.
         storage: How the base stored its weights in training; auto takes it from the records.
         rounding: nearest, stochastic, or auto: stochastic for the tensors whose update rounding to
             nearest would lose.

@@ -19,7 +19,7 @@ from lorafold.objectives.reward import RewardModel
 from lorafold.objectives.sft import Sft
 from lorafold.opening import Base, base_for
 from lorafold.opening.kinds import LANGUAGE_MODEL, REWARD_MODEL, kind_of, known_classes
-from lorafold.peft.saved import Saved, trained_on
+from lorafold.peft.saved import Saved
 from lorafold.recipe.fitting import fitted_length
 from lorafold.step.preference_laws import Reward
 
@@ -80,8 +80,7 @@ def opened(
 
     Args:
         model: As `at_hand` gives it. If the storage of a base is auto, it is the one that the
-            adapters were trained on if that was quantized or they are a reward model's, else bf16
-            or fp32, whichever the device is faster with.
+            adapters were trained on, else bf16 or fp32, whichever the device is faster with.
         adapters: Attached in this order as adapter1, adapter2 ...
         tokenizer: None takes that of the last adapter that has one, else the model's.
         classify: Expect a sequence classifier instead of a language model.
@@ -113,9 +112,6 @@ def opened(
     )
     tokenizer = prepared(tokenizer, objective, console)
     base = model.stored_as_trained(adapters)
-    made_on = trained_on(adapters) if reward and base.storage == "auto" else None
-    if made_on in ("fp32", "bf16"):
-        base = base.stored(made_on)  # scores are compared, those of different devices too
     console.print(f"{base.name} on {base.where}, {base.held.why}", highlight=False, markup=False)
     loaded, weights = objective.load(base, tokenizer), base.weights()
     for number, one in enumerate(adapters, 1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
@@ -11,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from lorafold.api.arguments import as_path, or_quiet
 from lorafold.api.opened import opened
-from lorafold.errors import LorafoldError
-from lorafold.opening import base_for
+from lorafold.errors import LorafoldError, listed
+from lorafold.opening import Base, base_for
 from lorafold.peft.own_base import OwnBase
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ def serve(
         config: A YAML file with settings and limits.
         settings: Settings by name, such as {"port": 8000, "keys": "keys.json"}; those that are not
             None win over the file.
-        storage: How the base stores its weights: auto, fp32, bf16, nf4 or int8.
+        storage: How the base stores its weights: auto, fp32, bf16, nf4 or int8. auto is what the
+            adapters in the directory were trained on.
         device: cpu, cuda, cuda:N or mps; None takes the fastest that is available.
         revision: The branch, tag or commit of a hub model.
         trust_remote_code: Run Python code that comes with the model.
@@ -73,7 +75,25 @@ def serve(
         trust_remote_code=trust_remote_code,
         allow_other_base=allow_other_base,
     )
+    if base.storage == "auto":
+        base = _as_trained(base, folder, console)
     run.serve(base, partial(opened, console=console), folder, found, console, open_page)
+
+
+def _as_trained(base: Base, folder: Path, console: Console) -> Base:
+    """The base in the storage that most of its adapters were trained on; a line names the others."""
+    own = list[OwnBase]()
+    with suppress(LorafoldError):
+        own = own_bases(folder)
+    storages = {one.adapter.name: one.trained_on.storage for one in own if one.trained_on}
+    if not storages:
+        return base.stored_as_trained()
+    most = Counter(storages.values()).most_common(1)[0][0]
+    if others := [f"{name} on {held}" for name, held in storages.items() if held != most]:
+        told = f"served over {most}, as most adapters were trained; others were not: "
+        told += f"{listed(others)} (--storage chooses)"
+        console.print(told, highlight=False, markup=False, soft_wrap=True)
+    return base.stored_as_trained([o for o in own if o.trained_on and o.trained_on.storage == most])
 
 
 def own_bases(adapters: Path) -> list[OwnBase]:

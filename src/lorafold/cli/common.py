@@ -39,6 +39,14 @@ DeviceOption = Annotated[
 ControlTokensOption = Annotated[
     bool, typer.Option("--allow-control-tokens", help="Those in messages are tokens, not text.")
 ]
+TrainedStorageOption = Annotated[
+    str,
+    typer.Option(
+        rich_help_panel=BASE,
+        help=f"How the base stored its weights in training: {LISTED} or auto, which takes it from"
+        " the adapters' records.",
+    ),
+]
 AllowOtherOption = Annotated[
     bool,
     typer.Option(
@@ -155,8 +163,8 @@ class Opening(Computing):
             rich_help_panel=BASE,
             help=(
                 f"How the base stores its weights: {LISTED} or auto. auto takes the storage that"
-                " the adapter was trained on if that was quantized, else bf16 or fp32, whichever"
-                " the device is faster with."
+                " the adapter was trained on, else bf16 or fp32, whichever the device is faster"
+                " with."
             ),
         ),
     ] = "auto"

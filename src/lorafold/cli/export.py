@@ -11,6 +11,7 @@ from lorafold.cli.common import (
     Computing,
     JsonOption,
     Output,
+    TrainedStorageOption,
     emit,
     messages,
 )
@@ -66,6 +67,14 @@ def command(
         str | None,
         typer.Option(help="The URL of vLLM's server on this machine, which proves instead."),
     ] = None,
+    into: Annotated[
+        str | None,
+        typer.Option(
+            help="The weights that a whole model has: trained (those that the adapters were trained"
+            " on, dequantized) or original (the base's before quantization). Without it trained."
+        ),
+    ] = None,
+    storage: TrainedStorageOption = "auto",
     allow_other_base: AllowOtherOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -88,6 +97,8 @@ def command(
         prompts=prompts,
         engine_python=engine_python,
         engine_url=engine_url,
+        into=into,
+        storage=storage,
         allow_other_base=allow_other_base,
         overwrite=output.overwrite,
         console=messages(),

@@ -6,18 +6,18 @@ from typing import Annotated
 import typer
 
 from lorafold.cli.common import (
-    BASE,
     Adapters,
     AllowOtherOption,
     Computing,
     JsonOption,
     Output,
     SeedOption,
+    TrainedStorageOption,
     emit,
     messages,
 )
 from lorafold.cli.groups import grouped
-from lorafold.models.storages import LISTED, MADE
+from lorafold.models.storages import MADE
 
 EXAMPLES = (
     "lorafold merge demo/adapter --out merged",
@@ -43,23 +43,14 @@ def command(
         str | None,
         typer.Option(
             help=(
-                "The weights to fold into: original (the base's own, before quantization),"
-                f" dequantized (those that the adapter was trained on), or {' or '.join(MADE)}"
-                " (original, and the result is quantized). Without it dequantized if the adapter"
-                " was trained on a quantized base, else original."
+                "The weights to merge into: trained (those that the adapter was trained on,"
+                " dequantized if they were quantized), original (the base's own, before"
+                f" quantization), or {' or '.join(MADE)} (original, and the result is quantized)."
+                " Without it trained."
             )
         ),
     ] = None,
-    storage: Annotated[
-        str,
-        typer.Option(
-            rich_help_panel=BASE,
-            help=(
-                f"How the base stored its weights in training: {LISTED} or auto, which takes it"
-                " from the adapters' records."
-            ),
-        ),
-    ] = "auto",
+    storage: TrainedStorageOption = "auto",
     rounding: Annotated[
         Rounding,
         typer.Option(

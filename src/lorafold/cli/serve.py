@@ -51,7 +51,9 @@ def command(
     storage: Annotated[
         str,
         typer.Option(
-            rich_help_panel=BASE, help=f"How the base stores its weights: {LISTED} or auto."
+            rich_help_panel=BASE,
+            help=f"How the base stores its weights: {LISTED} or auto, as most of the adapters in the"
+            " directory were trained.",
         ),
     ] = "auto",
     allow_other_base: AllowOtherOption = False,

@@ -226,13 +226,13 @@ class Models:
 
     def base(self, in_fp32: bool = False) -> PreTrainedModel:
         """The base."""
-        base = replace(self.bare, in_fp32=in_fp32)
+        base = replace(self.bare, dtype="fp32" if in_fp32 else None)
         return self.objective.load(base, self.tokenizer, self.seed)
 
     def tuned(self, in_fp32: bool = False) -> tuple[PreTrainedModel, Adapter | None]:
         """The base with its adapter, or the whole model and None where the run trained that."""
         if self.saved is None:
-            whole = replace(self.whole, in_fp32=in_fp32)
+            whole = replace(self.whole, dtype="fp32" if in_fp32 else None)
             return self.objective.load(whole, self.tokenizer), None
         tuned = self.base(in_fp32)
         return tuned, load(tuned, self.saved, base=self.bare.weights())

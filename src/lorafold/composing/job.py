@@ -13,11 +13,12 @@ from lorafold.core.targets import Matches
 from lorafold.data.sources import Row
 from lorafold.errors import LorafoldError
 from lorafold.files.card import training_card
-from lorafold.files.record import BASE, OTHER_BASE
+from lorafold.files.record import BASE, OTHER_BASE, TRAINED_ON
 from lorafold.methods.parts.mixture import Gating
 from lorafold.models.architecture import opened_by_name
 from lorafold.opening import Base
 from lorafold.peft.form import peft_reads
+from lorafold.peft.own_base import BASE_IDENTITY, TrainedOn
 from lorafold.peft.saved import Saved, trained_on
 from lorafold.recipe.recipe import Recipe
 
@@ -106,7 +107,7 @@ class Job:
         prints = [one.fingerprint for one in self.request.adapters]
         alike = bool(told) and all(one == prints[0] for one in prints)
         own = {BASE: prints[0]} if alike and how in RULES else {}
-        return {OTHER_BASE: "; ".join(told), **own} if told else {}
+        return {OTHER_BASE: "; ".join(told), BASE_IDENTITY: "", **own} if told else {}
 
     def save(
         self,
@@ -130,10 +131,10 @@ class Job:
         """
         request, asked = self.request, self.request.base.storage
         adapters = request.adapters
-        storage = trained_on(adapters) if asked == "auto" else asked
+        made_on = trained_on(adapters) if asked == "auto" else TrainedOn(asked)
         own = any(one.own_tokenizer for one in adapters)
         tokenizer = request.base.tokenizer(adapters) if own else None
-        trained = {"recipe": {"storage": storage}} if storage else {}
+        trained: dict[str, Any] = {TRAINED_ON: made_on and made_on.as_json()}
         trained |= self._origin(about["how"])
         adapter.over = ()
         adapter.save(

@@ -114,11 +114,11 @@ class RewardAdapter:
 
     def _stored(self, model: PreTrainedModel) -> str:
         """What there is to say where the base is stored otherwise than when the reward trained."""
-        before = self.stack[-1].trained_on
+        before = self.stack[-1].own_base.trained_on
         now = {"float32": "fp32", "bfloat16": "bf16"}.get(str(model.dtype).split(".")[-1])
-        if _quantized(model) or before is None or before == now:
+        if _quantized(model) or before is None or before.storage == now:
             return ""
-        return f"it was trained over a base in {before}, and scores over this one, in {now}"
+        return f"it was trained over a base in {before.storage}, and scores over this one, in {now}"
 
 
 @contextmanager

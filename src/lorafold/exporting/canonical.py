@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from lorafold.adapter import attach
 from lorafold.core.targets import Matches
 from lorafold.exporting.update import Factors
+from lorafold.files.record import TRAINED_ON
 from lorafold.inspecting.resize import as_lora
 from lorafold.methods.lora import LoRA
 from lorafold.opening import Base
@@ -48,7 +49,7 @@ def write_canonical(
     matches = Matches({path: (path,) for path in factors})
     adapter = attach(model, LoRA(rank=rank, alpha=rank, dropout=0.0), matches, NAME)
     adapter = as_lora(adapter, of_one_rank(factors, rank))
-    adapter.save(out, overwrite=overwrite, record={"exported": {"rank": rank}})
+    adapter.save(out, overwrite=overwrite, record={"exported": {"rank": rank}, TRAINED_ON: None})
     return Saved.open(out)
 
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ def cut_to(subject: Subject, rank: int, scratch: Path, ours: Ours | None) -> tup
         kl, enough = kls[rank], _enough(kls, distance)
         share = kl / distance if distance else None
     cut = Cut(rank, update.error, sites, kl, share, enough)
-    return Subject(subject.base, (saved,), subject.tensors, subject.adapters), cut
+    return replace(subject, adapters=(saved,), given=subject.adapters), cut
 
 
 def rank_enough(subject: Subject, source: str | Path | None, progress: Progress) -> str:

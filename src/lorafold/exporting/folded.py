@@ -2,6 +2,8 @@
 
     W' = fold_n(... fold_1(W)) in fp32, rounded by whoever writes it, once
 
+W is what the adapters were trained on, where the round trip (`merging.into`) is attached.
+
 Tied parameters are one, under the first of their names, unless adapters change them in different
 ways: then there are both.
 """
@@ -19,6 +21,7 @@ from lorafold.core.matrices import module_at
 from lorafold.errors import NotMergeable, listed
 from lorafold.fold.plan import FoldPlan, plan_fold
 from lorafold.merging.folding import before_and_after
+from lorafold.merging.into import ROUND_TRIP
 from lorafold.models.converted import OnDemand
 
 DELTAS = ".deltas."
@@ -49,7 +52,7 @@ def folded(model: nn.Module, names: Sequence[str]) -> Iterator[Folded]:
     Args:
         names: of the adapters, lowest first.
     """
-    plan = plan_fold(model, names)
+    plan = plan_fold(model, (ROUND_TRIP, *names))
     if plan.problems:
         raise NotMergeable(listed((f"{path}: {why}" for path, why in plan.problems), "; "))
     apart = {name for first, others in plan.apart.items() for name in (first, *others)}

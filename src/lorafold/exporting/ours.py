@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from lorafold.exporting.answers import GREEDY, Answers, Prompts, answers, last, prompts_of
@@ -18,6 +19,14 @@ from lorafold.merging.run import adapted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def answered(subject: Subject, storage: str, source: str | Path | None) -> Tensor:
+    """The log-probabilities (prompts, vocabulary) after each prompt of what is exported, over
+    another storage of its base, computed in fp32.
+    """
+    model = adapted(subject.base, subject.adapters, storage)
+    return torch.stack([last(model, ids) for ids in prompts_of(subject.tokenizer, source).ids])
 
 
 @dataclass(frozen=True)
@@ -31,15 +40,14 @@ class Ours:
 
     @classmethod
     def of(cls, subject: Subject, source: str | Path | None, progress: Progress) -> Ours:
-        """Load what is exported, with the base's original weights, and ask it.
+        """Load what is exported, over the weights that its files are for, and ask it.
 
         Args:
             source: a file of rows with prompts; None takes the built-in ones.
         """
         tokenizer = subject.tokenizer
         prompts = prompts_of(tokenizer, source)
-        plain = replace(subject.base.stored("fp32"), in_fp32=True)
-        model = adapted(plain, subject.adapters)
+        model = adapted(subject.base, subject.adapters, subject.stored)
         return cls(model, tokenizer, prompts, answers(model, tokenizer, prompts, progress))
 
     def first(self, n: int) -> Ours:

@@ -26,6 +26,7 @@ from torch import Tensor
 from lorafold.errors import LorafoldError
 from lorafold.exporting.answers import Answers
 from lorafold.files.shown import Shown
+from lorafold.merging.into import Distance
 
 FAR, LEAST = 10, 1e-6  # a KL that experts may explain: times the median, in nats
 LIKELY = 20  # the most likely tokens, whose log-probabilities are compared
@@ -167,6 +168,13 @@ def divergences(p: Tensor, q: Tensor) -> Tensor:  # (prompts, vocabulary), both 
     p, q = (side[:, :size].double().log_softmax(-1) for side in (p, q))
     terms = p.exp() * (p - q)
     return terms.where(p.isfinite() & q.isfinite(), 0).sum(-1).clamp_min(0)
+
+
+def distance(p: Tensor, q: Tensor) -> Distance:  # (prompts, vocabulary), both
+    """How far the distributions q are from p, in log-probabilities."""
+    size = min(p.shape[-1], q.shape[-1])
+    same = p[:, :size].argmax(-1) == q[:, :size].argmax(-1)
+    return Distance(float(divergences(p, q).mean()), float(same.double().mean()))
 
 
 def parting(own: Sequence[int], other: Sequence[int]) -> int:

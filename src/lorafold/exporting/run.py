@@ -6,23 +6,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from shutil import rmtree
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from lorafold.errors import LorafoldError, NoTokenizer, as_one
 from lorafold.exporting.cutting import Cut, cut_to, rank_enough
 from lorafold.exporting.engines import ENGINES, ask
 from lorafold.exporting.launching import placed
-from lorafold.exporting.ours import Ours
-from lorafold.exporting.proof import Proof, proof
+from lorafold.exporting.ours import Ours, answered
+from lorafold.exporting.proof import Proof, distance, proof
 from lorafold.exporting.table import target_of
-from lorafold.exporting.target import Progress, Subject, Target, Written
+from lorafold.exporting.target import ORIGINAL, Progress, Subject, Target, Written
 from lorafold.files.apart import check_kept
 from lorafold.files.atomic import atomic_directory, check_out, write_json
 from lorafold.files.shown import Shown
+from lorafold.merging.into import ALIAS, Distance, Into, choose_into
 from lorafold.merging.run import bars
+from lorafold.models.storage import stored_in_files
 from lorafold.opening import Base
 from lorafold.opening.kinds import check_language_model
 from lorafold.peft.saved import Saved
@@ -52,12 +56,15 @@ class Wanted:
     engine_python: str | None = None
     engine_url: str | None = None
     overwrite: bool = False
+    into: str | None = None
 
 
 @dataclass(frozen=True)
 class Exported(Shown):
     """What was written, as `export.json` has it. `proof` is None where `unproved` says why;
-    `beside` has figures that are told alone, or why there are none, by what they are of.
+    `beside` has figures that are told alone, or why there are none, by what they are of. `into` are
+    the weights that the files are for; `away` and `from_original` are how far from the model that
+    was trained these files are, and the adapters over the original weights.
     """
 
     to: str
@@ -70,6 +77,9 @@ class Exported(Shown):
     proof: Proof | None
     unproved: str
     beside: Mapping[str, Proof | str]
+    into: Into = ORIGINAL
+    away: Distance | None = None
+    from_original: Distance | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The content of `export.json`."""
@@ -85,6 +95,10 @@ class Exported(Shown):
             "as_lora": None if self.cut is None else self.cut.as_json(),
             "proof": None if self.proof is None else self.proof.as_json(),
             "unproved": self.unproved,
+            "trained_on": self.into.base and self.into.base.as_json(),
+            "into": self.into.target,
+            "from_trained": self.away and asdict(self.away),
+            "from_original": self.from_original and asdict(self.from_original),
             "beside": {
                 name: found if isinstance(found, str) else found.as_json()
                 for name, found in self.beside.items()
@@ -100,6 +114,8 @@ class Exported(Shown):
         """A few lines to read."""
         lines = [f"exported: {self.out} for {self.to} ({', '.join(self.written.files)})"]
         lines += [f"  {note}" for note in self.written.notes]
+        if self.adapters:
+            lines.append(f"  {self._compared()}")
         if self.cut is not None:
             lines.append(f"  {self.cut}")
         if self.proof is not None:
@@ -108,6 +124,12 @@ class Exported(Shown):
             lines.append(f"  not proved: {self.unproved}")
         lines += [f"  {name}: {found}" for name, found in self.beside.items()]
         return "\n".join([*lines, "use it so:", *(f"  {line}" for line in self.launch)])
+
+
+    def _compared(self) -> str:
+        alone = f"the adapters over the base that {self.to} loads"
+        here = "this file" if target_of(self.to).merged else alone
+        return self.into.compared(self.model, here, self.away, self.from_original)
 
 
 def export(
@@ -124,12 +146,15 @@ def export(
     tensors, engine = _tensors(target, wanted.tensors), _engine(target, wanted)
     if (rank := wanted.as_lora) is not None and (type(rank) is not int or rank < 1):
         raise LorafoldError(f"as_lora: found {rank!r}, expected a whole number from 1")
+    into, base = _into(base, adapters, target, wanted.into), base.with_files_for(adapters)
     check_out(out, wanted.overwrite)
     check_kept(out, [base.source.path, *(one.path for one in adapters)])
     check_language_model(base, adapters, INSTEAD)
     unproved = _unproved(target, wanted)
     with atomic_directory(out, wanted.overwrite) as tmp, bars(console) as bar:
-        subject, cut, ours = Subject(base, tuple(adapters), tensors), None, None
+        subject, cut, ours = Subject(base, tuple(adapters), tensors, into=into), None, None
+        quantized = into.trained_on is not None and not into.in_files
+        other: Tensor | None = None
         beside: dict[str, Proof | str] = {**_named_otherwise(base, adapters)}
         if wanted.as_lora is None:
             _check_said(target, subject, wanted, bar("trying ranks"))
@@ -140,31 +165,44 @@ def export(
                     f"{subject.base.source.name}: found no tokenizer, which the proof's prompts"
                     " need; expected its files beside config.json, or --no-proof"
                 )
+        elif wanted.prove and quantized:  # the weights that the files are not for
+            storage = "fp32" if into.target == "trained" else into.stored
+            other = answered(subject, storage, wanted.prompts)
         if not unproved:
             ours = Ours.of(subject, wanted.prompts, bar("answering"))
         if wanted.as_lora is not None:
             subject, cut = cut_to(subject, wanted.as_lora, tmp / SCRATCH, ours)
             _check_said(target, subject, wanted, bar("trying ranks"))
             ours = ours and Ours.of(subject, wanted.prompts, bar("answering"))
-        written, found = target.write(subject, tmp, bar("writing")), None
+        written, found, theirs = target.write(subject, tmp, bar("writing")), None, None
         if ours is not None and engine is not None:
             made = target.proving(subject, tmp / PROVING, bar("preparing the proof"))
             job = {**written.job, **made, "url": wanted.engine_url}
-            found = _proof(ours, job, tmp, engine, wanted)
+            found, theirs = _proof(ours, job, tmp, engine, wanted)
             _check(found, target, tensors)
             if adapters and not found.distance:
                 beside["the adapters"] = "they change nothing on these prompts"
             few = ours.first(FEWER)
-            for name, other in target.beside(subject).items():
-                beside[name] = _proof(few, {**job, **other}, tmp, engine, wanted)
+            for name, over in target.beside(subject).items():
+                beside[name] = _proof(few, {**job, **over}, tmp, engine, wanted)[0]
         elif wanted.prove and target.engine is None:
             unproved = target.read_back(subject, tmp) or unproved
         for scratch in (SCRATCH, PROVING):
             rmtree(tmp / scratch, ignore_errors=True)
         names = tuple(map(str, adapters))
+        own = None if ours is None else ours.answers.adapted
+        if own is None and other is not None:
+            own = answered(subject, subject.stored, wanted.prompts)
+        away, from_original = None, None
+        if own is not None:
+            trained, original = (own, other) if into.target == "trained" else (other, own)
+            away = distance(own if trained is None else trained, own if theirs is None else theirs)
+            if trained is not None and original is not None:
+                from_original = distance(trained, original)
         result = Exported(
-            wanted.to, tensors, base.name, names, str(out), written, cut, found, unproved, beside
-        )
+            wanted.to, tensors, base.name, names, str(out), written, cut, found, unproved, beside,
+            into, away, from_original,
+        )  # fmt: skip
         write_json(tmp / EXPORT, result.as_json())
     return result
 
@@ -192,11 +230,29 @@ def _check_said(target: Target, subject: Subject, wanted: Wanted, progress: Prog
         raise LorafoldError(f"{wanted.to}: {as_one(problems)}{enough}")
 
 
+def _into(base: Base, adapters: Sequence[Saved], target: Target, asked: str | None) -> Into:
+    """The weights that the files are for. An adapter alone is for the base that its engine loads,
+    which has the original weights.
+
+    Raises LorafoldError as `choose_into`, and for weights that the target's files can't have.
+    """
+    in_files = stored_in_files(base.source)
+    expected = ("trained", "original", *ALIAS) if target.merged else ("original",)
+    if asked is not None and asked not in expected:
+        raise LorafoldError(
+            f"--into: found {asked} for {target.name}, expected {' or '.join(expected[:2])}"
+        )
+    if not target.merged and in_files is None:
+        asked = "original"
+    return choose_into(asked, adapters, base.storage, in_files)
+
+
 def _proof(
     ours: Ours, own: Mapping[str, Any], directory: Path, engine: str, wanted: Wanted
-) -> Proof:
+) -> tuple[Proof, Tensor]:
+    """The figures, and the engine's log-probabilities (prompts, vocabulary)."""
     theirs = ask(engine, ours.job(own, directory), wanted.engine_python)
-    return proof(ours.answers, theirs, ours.margin, ours.exchanged)
+    return proof(ours.answers, theirs, ours.margin, ours.exchanged), theirs.adapted
 
 
 def _tensors(target: Target, asked: str | None) -> str | None:

@@ -14,6 +14,7 @@ from torch import nn
 from lorafold.adapter import load
 from lorafold.exporting.launching import Line
 from lorafold.exporting.update import Update, update_of
+from lorafold.merging.into import Into, attach_round_trip
 from lorafold.models.tokenizer import tokenizer_of
 from lorafold.opening import Base
 from lorafold.peft.saved import Saved
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 Progress = Callable[[int, int], None]  # done, of
+ORIGINAL = Into("original", None)
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,19 @@ class Subject:
 
     tensors: the type of the tensors that was asked for, in the target's words; None is its own.
     given: what people gave, where `adapters` is a cut of it: names and tokenizers are its own.
+    into: the weights that the files are for, trained or original, and how training stored them.
     """
 
     base: Base
     adapters: tuple[Saved, ...]
     tensors: str | None = None
     given: tuple[Saved, ...] = ()
+    into: Into = ORIGINAL
+
+    @property
+    def stored(self) -> str:
+        """The storage of the weights that the files are for."""
+        return str(self.into.trained_on) if self.into.target == "trained" else "fp32"
 
     @property
     def called(self) -> str | None:
@@ -50,8 +59,12 @@ class Subject:
 
     @cached_property
     def model(self) -> nn.Module:
-        """The base on its files, with the adapters attached."""
+        """The base on its files, with the adapters attached, above the round trip of the weights
+        that they were trained on where they are merged into these.
+        """
         model, other = self.base.mapped().model, self.base.allow_other_base
+        if self.into.round_trip is not None:
+            attach_round_trip(model, self.into.round_trip)
         for name, saved in zip(self.names, self.adapters, strict=True):
             load(model, saved, name, allow_other_base=other)
         return model

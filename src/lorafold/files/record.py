@@ -15,6 +15,7 @@ from lorafold.errors import LorafoldError, both_names
 
 RECORD = "lorafold.json"
 BASE = "base"  # the fingerprint of the base that an adapter is for
+TRAINED_ON = "trained_on"  # the base in training: {"storage": "nf4", "dtype": "bf16"}
 OTHER_BASE = "other_base"  # says that an adapter was loaded on another base, and which
 RENAMED = {"base": "storage"}  # fields of recipes; files are read under the old names for good
 

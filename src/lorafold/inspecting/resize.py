@@ -30,7 +30,7 @@ from lorafold.core.targets import Matches, match
 from lorafold.errors import LorafoldError, as_one
 from lorafold.files.apart import check_kept
 from lorafold.files.atomic import check_out
-from lorafold.files.record import BASE, OTHER_BASE
+from lorafold.files.record import BASE, OTHER_BASE, TRAINED_ON
 from lorafold.files.shown import Shown
 from lorafold.inspecting.spectra import effective_rank
 from lorafold.inspecting.updates import load_below, matrix_names, sites, stacked, unstacked
@@ -150,9 +150,9 @@ def resize(
     check_out(out, overwrite)
     check_kept(out, [one.path for one in stack])
     check_language_model(base, stack)
-    *over, saved = stack
+    saved = stack[-1]
     model, allowed = base.mapped().model, base.allow_other_base
-    below = load_below(model, over, allowed)
+    below = load_below(model, base, stack)
     adapter = load(model, saved, NAME, allow_other_base=allowed)
     factors, errors = dict[str, Factors](), Errors()
     for site in sites(adapter, below):
@@ -171,7 +171,8 @@ def resize(
             errors.add(name, len(kept.s), _squares(s[len(kept.s) :]), _squares(s))
         factors[site.path] = stacked(found) if site.layer.matrices else found[0]
     result = errors.result(out)
-    history = {k: v for k, v in saved.record.items() if k not in (BASE, "lorafold")}
+    history = {TRAINED_ON: None} | saved.record
+    history = {k: v for k, v in history.items() if k not in (BASE, "lorafold")}
     if adapter.other_base:
         history |= origin_of(adapter, saved)
     record = {

@@ -88,7 +88,7 @@ def inspect(
     except NoTokenizer as error:
         tokenizer, left_out = None, f"The tables of tokens are left out: {error}."
     mapped, allowed = base.mapped(), base.allow_other_base
-    below = load_below(mapped.model, over, allowed)
+    below = load_below(mapped.model, base, stack)
     adapter = load(mapped.model, saved, "inspected", allow_other_base=allowed)
     other = None
     if against is not None:

@@ -25,6 +25,8 @@ from lorafold.adapter import Adapter, load
 from lorafold.core.delta import Delta
 from lorafold.core.layer import Layer
 from lorafold.errors import LorafoldError, NotMergeable
+from lorafold.merging.into import ROUND_TRIP, attach_as_trained
+from lorafold.opening import Base
 from lorafold.ops.svd import svd_of_product
 from lorafold.peft.saved import Saved
 
@@ -95,8 +97,8 @@ class Site:
         return matrix_names(self.path, self.layer.matrices)
 
     def weights(self) -> dict[str, Tensor]:
-        """W0 (out, in) of each matrix, in the dtype of the base, by name: views of the files; with
-        the adapters below in it, if there are any.
+        """W0 (out, in) of each matrix, by name, as it was in training: views of the files where it
+        was not quantized; with the adapters below in it, if there are any.
         """
         return dict(zip(self.names, unstacked(self.layer.dense()[0].detach()), strict=True))
 
@@ -134,7 +136,7 @@ def sites(adapter: Adapter, below: Sequence[str] = ()) -> Iterator[Site]:
     """
     modules = adapter.sites
     for path, delta in adapter.own_deltas.items():
-        layer = modules[path].layer(*below)
+        layer = modules[path].layer(ROUND_TRIP, *below)
         try:
             _ = layer.shape
         except NotMergeable as e:
@@ -145,14 +147,17 @@ def sites(adapter: Adapter, below: Sequence[str] = ()) -> Iterator[Site]:
         yield Site(path, delta, layer)
 
 
-def load_below(model: nn.Module, over: Sequence[Saved], allowed: bool) -> tuple[str, ...]:
-    """Load adapters as the base of another one, and return their names on the model, lowest first.
+def load_below(model: nn.Module, base: Base, stack: Sequence[Saved]) -> tuple[str, ...]:
+    """Load the adapters below the last of a stack, over the weights that it was trained on, and
+    return their names on the model, lowest first.
 
     Args:
-        model: The base.
-        over: The adapters, lowest first.
-        allowed: Accept those that were trained on another base.
+        model: The base on its files.
+        base: The same, as it was asked for.
+        stack: Adapters, lowest first.
     """
+    attach_as_trained(model, base, stack)
+    over, allowed = stack[:-1], base.allow_other_base
     names = tuple(f"over{n}" for n, _ in enumerate(over, 1))
     for name, saved in zip(names, over, strict=True):
         load(model, saved, name, allow_other_base=allowed)

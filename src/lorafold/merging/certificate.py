@@ -1,5 +1,6 @@
 """The certificate of a merge: how far the merged model's output is from that of base plus adapters,
-measured on probe texts, both computed in fp32.
+measured on probe texts, both computed in fp32. Base plus adapters is the base as it was stored in
+training.
 
     p = softmax(adapted(text)), q = softmax(merged(text)),     at every position of every text
     kl                  mean of sum_v p log(p / q)      (nats)
@@ -24,6 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lorafold.errors import LorafoldError
+from lorafold.merging.into import Distance
 
 Progress = Callable[[int, int], None]  # texts done, texts in all
 
@@ -40,18 +42,23 @@ class Gap:
     argmax_agreement: float
     positions: int
 
+    @property
+    def distance(self) -> Distance:
+        """The two figures of it that people read."""
+        return Distance(self.kl, self.argmax_agreement)
+
 
 def compare(
     adapted: Callable[[], PreTrainedModel],
-    merged: Callable[[], PreTrainedModel],
+    others: Sequence[Callable[[], PreTrainedModel]],
     texts: Sequence[tuple[int, ...]],
     scratch: Path,
     progress: Progress | None = None,
-) -> Gap:
-    """The gap between two models, which are loaded one after the other.
+) -> list[Gap]:
+    """The gaps between a model and others, which are loaded one after the other.
 
     Args:
-        adapted, merged: Each loads its model.
+        adapted, others: Each loads its model.
         texts: Token ids of the probe texts.
         scratch: A directory for the first model's logits: 4 bytes for each position and entry of
             the vocabulary.
@@ -59,31 +66,40 @@ def compare(
 
     Raises LorafoldError if a model's logits are not finite.
     """
+    done, total = 0, (1 + len(others)) * len(texts)
+
+    def told(logits: Iterator[Tensor]) -> Iterator[Tensor]:
+        nonlocal done
+        for one in logits:
+            yield one
+            done += 1
+            if progress is not None:
+                progress(done, total)
+
     with tempfile.TemporaryFile(dir=scratch) as kept:
-        done = 0
-        for logits in _logits(adapted, texts):
+        for logits in told(_logits(adapted, texts)):
             kept.write(logits.numpy().data)
-            done += 1
-            if progress is not None:
-                progress(done, 2 * len(texts))
-        kept.seek(0)
-        kl = gap = squares = total = 0.0
-        agreed = positions = 0
-        for logits in _logits(merged, texts):
-            before = _next(kept, logits.shape)
-            p, q = before.double().log_softmax(-1), logits.double().log_softmax(-1)
-            kl += (p.exp() * (p - q)).sum().item()
-            difference = before - logits
-            gap = max(gap, difference.abs().max().item())
-            squares, total = (
-                squares + difference.double().square().sum().item(),
-                total + before.double().square().sum().item(),
-            )
-            agreed += int((before.argmax(-1) == logits.argmax(-1)).sum())
-            positions += len(logits)
-            done += 1
-            if progress is not None:
-                progress(done, 2 * len(texts))
+        gaps = []
+        for other in others:
+            kept.seek(0)
+            gaps.append(_gap(kept, told(_logits(other, texts))))
+        return gaps
+
+
+def _gap(kept: BinaryIO, others: Iterator[Tensor]) -> Gap:
+    """The gap between the logits in a file and others, (T, vocabulary) for each text."""
+    kl = gap = squares = total = 0.0
+    agreed = positions = 0
+    for logits in others:
+        before = _next(kept, logits.shape)
+        p, q = before.double().log_softmax(-1), logits.double().log_softmax(-1)
+        kl += (p.exp() * (p - q)).sum().item()
+        difference = before - logits
+        gap = max(gap, difference.abs().max().item())
+        squares += difference.double().square().sum().item()
+        total += before.double().square().sum().item()
+        agreed += int((before.argmax(-1) == logits.argmax(-1)).sum())
+        positions += len(logits)
     return Gap(
         max(kl / positions, 0.0), gap, (squares / total) ** 0.5, agreed / positions, positions
     )

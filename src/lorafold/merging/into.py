@@ -1,9 +1,10 @@
 """The weights that an adapter is folded into, where its base was quantized in training. q is the
 round trip: it quantizes W and dequantizes it again.
 
+    trained         q(W) + dW           the weights that the adapter was trained on, dequantized to
+                                        16 bits; `dequantized` is an alias
     original        W + dW              the weights before quantization, on which the adapter was
                                         not trained
-    dequantized     q(W) + dW           the weights that the adapter was trained on, in 16 bits
     nf4, int8       q(W + dW)           quantized again: small, but rounded once more
 
 nf4 and int8 start from the original weights. The values of q(W) are levels of the quantization
@@ -29,11 +30,29 @@ from lorafold.core.layer import Layer, add
 from lorafold.core.matrices import Matrices, module_at
 from lorafold.errors import LorafoldError, listed
 from lorafold.models.quantizing import packable
-from lorafold.models.storages import MADE, STORAGES
+from lorafold.models.storage import stored_in_files
+from lorafold.models.storages import MADE, PLAIN, STORAGES
+from lorafold.opening import Base
+from lorafold.peft.own_base import TrainedOn
 from lorafold.peft.saved import Saved, trained_on
 
 ROUND_TRIP = "round-trip"  # the name of the delta that is attached beneath the adapters
-TARGETS = ("original", "dequantized", *MADE)
+TARGETS = ("trained", "original", *MADE)
+ALIAS = {"dequantized": "trained"}
+NOT_MEASURED = "not measured"
+
+
+@dataclass(frozen=True)
+class Distance:
+    """KL(one model, another) in nats a token, and the share of positions at which both have the
+    same likeliest token.
+    """
+
+    kl: float
+    same: float
+
+    def __str__(self) -> str:
+        return f"KL {self.kl:.1e} nats a token, same token {self.same:.1%}"
 
 
 @dataclass(frozen=True)
@@ -41,6 +60,7 @@ class Into:
     """`target` is one of TARGETS; `trained_on` is the quantization of the base in training, or None
     if it was not quantized. `in_files`: the files of the base are quantized so. `asked`: the
     storage that the base was said to have had in training; `recorded`: other ones that records say.
+    `base` is how the base was stored and computed in training; None where no record has it.
     """
 
     target: str
@@ -48,27 +68,54 @@ class Into:
     in_files: bool = False
     asked: str | None = None
     recorded: tuple[str, ...] = ()
+    base: TrainedOn | None = None
 
     @property
     def round_trip(self) -> str | None:
         """The quantization whose round trip W makes before adapters are folded into it."""
-        made = self.target == "dequantized" and not self.in_files
+        made = self.target == "trained" and not self.in_files
         return self.trained_on if made else None
+
+    @property
+    def stored(self) -> str:
+        """The storage of the base in training, and fp32 where no record has it."""
+        known = self.base.storage if self.base else "fp32"
+        return self.trained_on or (known if known in PLAIN else "fp32")
 
     @property
     def quantized(self) -> str | None:
         """The quantization of the merged model."""
         return self.target if self.target in MADE else None
 
+    def compared(self, name: str, here: str, file: Distance | None, other: Distance | None) -> str:
+        """One sentence: the base that was trained on, and how far from the model that was trained
+        are what was written and the adapters over the original weights.
+
+        Args:
+            name: The base.
+            here: What was written, in words.
+            file, other: Both distances; None where they were not measured.
+        """
+        if self.base is None:
+            said = "no record says how it was stored in training, so the original weights are taken"
+            return f"base {name}: {said}; the model you trained -> {here}: {file or NOT_MEASURED}"
+        original = other or NOT_MEASURED if self.trained_on else "the weights it was trained on"
+        if self.in_files:
+            original = "the files have none"
+        return (
+            f"trained on {name} in {self.base}; the model you trained -> {here}:"
+            f" {file or NOT_MEASURED}; -> the adapters over the original weights: {original}"
+        )
+
     def __str__(self) -> str:
         base = (
             f"the {self.trained_on} weights that the adapter was trained on, dequantized"
-            if self.target == "dequantized"
+            if self.target == "trained"
             else "the original weights"
         )
         other = (
             f" (the adapter was trained on {self.trained_on})"
-            if self.trained_on and self.target != "dequantized"
+            if self.trained_on and self.target != "trained"
             else ""
         )
         told = (
@@ -86,47 +133,53 @@ def choose_into(
     base: str = "auto",
     in_files: str | None = None,
 ) -> Into:
-    """The target that was asked for, else dequantized for a quantized base, else original.
+    """The target that was asked for, else trained for a quantized base, else original.
 
     Args:
-        asked: One of TARGETS, or None.
+        asked: One of TARGETS, dequantized for trained, or None.
         adapters: Their records say how the base stored its weights in training.
         base: The storage of the base in training; auto takes it from the records.
         in_files: The quantization of the base's files, or None.
 
     Raises LorafoldError for an unknown target, for adapters that were trained on different
-    storages, for dequantized weights of a base that was not quantized, and for anything else of one
-    whose files are.
+    storages, for the trained weights where no record has their storage or it can't be made again,
+    and for anything else of a base whose files are quantized.
     """
-    storage = (trained_on(adapters) or "auto") if base == "auto" else base
+    known = trained_on(adapters) if base == "auto" else TrainedOn(base)
+    storage, asked = known.storage if known else "auto", ALIAS.get(asked or "", asked)
     if in_files is not None:
         if base not in ("auto", in_files):
             raise LorafoldError(
                 f"storage {base}: the model's files are stored as {in_files}; expected {in_files}"
             )
-        if asked not in (None, "dequantized"):
+        if asked not in (None, "trained"):
             lost = ", in which the update would be lost to rounding" * (asked == in_files)
             raise LorafoldError(
                 f"into {asked}: the model's files have {in_files} weights{lost}, and no original"
-                " ones; expected dequantized, or as --model the model that it was quantized from"
+                " ones; expected trained, or as --model the model that it was quantized from"
             )
-        return Into("dequantized", in_files, in_files=True)
+        return Into("trained", in_files, in_files=True, base=known)
     made_on = storage if storage in MADE else None
     if asked is not None and asked not in TARGETS:
         raise LorafoldError(f"into: found {asked}, expected one of {', '.join(TARGETS)}")
-    if asked == "dequantized" and made_on is None:
-        known = (
-            "no adapter has a record of the storage of its base"
-            if storage == "auto"
-            else f"the base was stored as {storage} in training"
-        )
+    if asked == "trained" and storage == "auto":
         raise LorafoldError(
-            f"into dequantized: {known}, expected a quantized base; fold into original, or name the"
-            f" quantization with --storage {' or '.join(MADE)}"
+            "into trained: no adapter has a record of the storage of its base; merge into original,"
+            f" or name the storage with --storage {', '.join((*MADE, *PLAIN))}"
         )
-    recorded = sorted({one.trained_on for one in adapters if one.trained_on} - {"auto", storage})
-    target = asked or ("dequantized" if made_on else "original")
-    return Into(target, made_on, asked=None if base == "auto" else base, recorded=tuple(recorded))
+    if storage not in (*PLAIN, *MADE, "float16", "auto") and asked in (None, "trained"):
+        raise LorafoldError(
+            f"into trained: the adapter was trained on {storage} weights, which these files do not"
+            " have and lorafold does not make; merge into original, or give as --model the files"
+            f" that are stored as {storage}"
+        )
+    records = [one.own_base.trained_on for one in adapters]
+    recorded = sorted({one.storage for one in records if one} - {"auto", storage})
+    target = asked or "trained"
+    if target == "trained" and made_on is None:
+        target = "original"  # the same weights
+    told = None if base == "auto" else base
+    return Into(target, made_on, asked=told, recorded=tuple(recorded), base=known)
 
 
 class RoundTrip(Delta):
@@ -169,6 +222,19 @@ def attach_round_trip(model: nn.Module, quantization: str) -> None:
         turned = isinstance(module, Matrices) and module.stored.transposed
         delta = RoundTrip(quantization, turned)
         lay(module, layer_class(module), ROUND_TRIP, delta, selection, path)
+
+
+def attach_as_trained(model: nn.Module, base: Base, adapters: Sequence[Saved]) -> None:
+    """Attach the round trip of the quantization that the adapters were trained on, if there is one
+    and the model's files are not quantized themselves.
+
+    Args:
+        model: The base on its files.
+        base: Its storage wins over that of the records.
+    """
+    made_on = trained_on(adapters) if base.storage == "auto" else TrainedOn(base.storage)
+    if made_on and made_on.storage in MADE and stored_in_files(base.source) is None:
+        attach_round_trip(model, made_on.storage)
 
 
 def check_saved(model: nn.Module, quantization: str) -> None:

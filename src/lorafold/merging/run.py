@@ -23,7 +23,7 @@ from lorafold.files.shown import Shown
 from lorafold.fold.rounding import Rounding
 from lorafold.merging.certificate import Gap, compare
 from lorafold.merging.execute import Folded, execute
-from lorafold.merging.into import Into, check_saved, choose_into
+from lorafold.merging.into import Distance, Into, check_saved, choose_into
 from lorafold.merging.plan import Plan, plan
 from lorafold.merging.shards import write_shards
 from lorafold.models.load_errors import loading
@@ -56,8 +56,10 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Merged(Shown):
-    """A merged model, as `merge.json` describes it. `gap` is None without the certificate, and
-    `other_base` has a line for each adapter that was trained on another base.
+    """A merged model, as `merge.json` describes it. `gap` is None without the certificate;
+    `from_original` is how far the adapters over the original weights are from the model that was
+    trained, where these are others; `other_base` has a line for each adapter that was trained on
+    another base.
     """
 
     gap: Gap | None
@@ -69,6 +71,7 @@ class Merged(Shown):
     adapters: tuple[str, ...]
     out: str
     other_base: tuple[str, ...] = ()
+    from_original: Distance | None = None
 
     @property
     def kl(self) -> float | None:
@@ -100,7 +103,12 @@ class Merged(Shown):
             "out": self.out,
             "other_base": list(self.other_base),
         }
-        into = {"into": self.into.target, "trained_on": self.into.trained_on}
+        into = {
+            "into": self.into.target,
+            "trained_on": self.into.trained_on,
+            "computed_in": self.into.base and self.into.base.dtype,
+            "from_original": self.from_original and asdict(self.from_original),
+        }
         return {**gap, **folded, **done, **grown, **into, **asked}
 
     def summary(self) -> str:
@@ -131,11 +139,12 @@ class Merged(Shown):
             lines.append(f"  {added} added and enabled in config.json")
         if self.folded.vocabulary:
             lines.append(f"  the vocabulary grew to {self.folded.vocabulary:,} tokens")
+        here = self.gap and self.gap.distance
+        lines.append(f"  {self.into.compared(self.model, 'this file', here, self.from_original)}")
         if self.gap:
             lines.append(
-                f"  compared with the adapted model, {self.gap.positions:,} positions in fp32: KL"
-                f" {self.gap.kl:.2e} nats a token, same token at {self.gap.argmax_agreement:.2%} of"
-                f" positions, logits at most {self.gap.max_logit_gap:.3g} apart"
+                f"  compared at {self.gap.positions:,} positions in fp32; logits differ by at most"
+                f" {self.gap.max_logit_gap:.3g}"
             )
         return "\n".join(lines)
 
@@ -154,10 +163,11 @@ def merge(
         base: In the storage on which the adapters were trained; auto takes it from their records.
     """
     check_out(out, wanted.overwrite)
+    asked, base = base.storage, base.with_files_for(adapters)
     source, _ = base.source, base.held  # a wrong name or device is told before any work
     check_kept(out, [source.path, *(one.path for one in adapters)])
     with atomic_directory(out, wanted.overwrite) as tmp, bars(console) as bar:
-        target = choose_into(wanted.into, adapters, base.storage, stored_in_files(source))
+        target = choose_into(wanted.into, adapters, asked, stored_in_files(source))
         if console is not None and (target.trained_on or target.asked):
             console.print(f"merging into {target}", highlight=False)
         check_language_model(base, adapters, INSTEAD)
@@ -173,14 +183,19 @@ def merge(
         merged = replace(base, model=tmp, revision=None)
         if target.quantized is not None:
             quantize(merged, target.quantized)
-        gap = None
+        gap = from_original = None
         if wanted.certificate:
-            trained = replace(base.stored(target.trained_on or "fp32"), in_fp32=True)
-            merged = replace(merged, storage=target.quantized or "fp32", in_fp32=True)
-            before, after = partial(adapted, trained, adapters), merged.load
-            gap = compare(before, after, texts, tmp, bar("comparing"))
+            merged = replace(merged, storage=target.quantized or "fp32", dtype="fp32")
+            after: list[Callable[[], PreTrainedModel]] = [merged.load]
+            if target.trained_on and not target.in_files:
+                after.append(partial(adapted, base, adapters, "fp32"))
+            before = partial(adapted, base, adapters, target.stored)
+            gap, *rest = compare(before, after, texts, tmp, bar("comparing"))
+            from_original = rest[0].distance if rest else None
         names = tuple(map(str, adapters))
-        result = Merged(gap, folded, target, *rounding, base.name, names, str(out), others)
+        result = Merged(
+            gap, folded, target, *rounding, base.name, names, str(out), others, from_original
+        )
         write_json(tmp / CERTIFICATE, result.as_json())
     return result
 
@@ -193,8 +208,9 @@ def planned(base: Base, adapters: Sequence[Saved], into: Into) -> Plan:
     return found
 
 
-def adapted(base: Base, adapters: Sequence[Saved]) -> PreTrainedModel:
-    """The base as it was trained on, with the adapters."""
+def adapted(base: Base, adapters: Sequence[Saved], storage: str) -> PreTrainedModel:
+    """The base in a storage, computed in fp32, with the adapters."""
+    base = replace(base.stored(storage), dtype="fp32")
     model, weights = base.load(), base.weights()
     for i, saved in enumerate(adapters):
         name, other = f"adapter{i}", base.allow_other_base

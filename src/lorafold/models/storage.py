@@ -14,6 +14,7 @@ from lorafold.models.weights import Weights
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 
 class Storage(NamedTuple):
@@ -60,6 +61,28 @@ def choose_storage(base: str, device: "torch.device | str") -> Storage:
     if base == "auto":
         return Storage(dtypes[best], None, f"{best}: {why}")
     return Storage(dtypes[base], None, f"{base}: as asked" + f"; {why}" * (base == "bf16"))
+
+
+def recorded_storage(model: "nn.Module") -> dict[str, str] | None:
+    """How a loaded transformers model stores its weights and which dtype it computes in, by the
+    names that records use; None for any other model.
+    """
+    config, embeddings = getattr(model, "config", None), None
+    if hasattr(model, "get_input_embeddings"):
+        embeddings = model.get_input_embeddings()
+    if config is None or (weight := getattr(embeddings, "weight", None)) is None:
+        return None
+    of_torch = str(weight.dtype).removeprefix("torch.")
+    dtype = next((name for name in PLAIN if STORAGES[name].dtype == of_torch), of_torch)
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return {"storage": dtype, "dtype": dtype}
+    told = settings if isinstance(settings, dict) else settings.to_dict()
+    storage = quantization_of(told, "model")
+    made = STORAGES[storage].made if storage in MADE else {}
+    if any(told.get(key) != made[key] for key in made.keys() & {"bnb_4bit_use_double_quant"}):
+        storage += " without double quantization"
+    return {"storage": storage, "dtype": dtype}
 
 
 def default_storage(source: ModelSource) -> str:

@@ -13,7 +13,7 @@ import torch
 from lorafold.data.allowed_tokens import allow
 from lorafold.errors import LorafoldError, shortened
 from lorafold.identity import of_model
-from lorafold.machine.devices import choose_device
+from lorafold.machine.devices import choose_device, native_bf16
 from lorafold.models.configuration import configuration
 from lorafold.models.loading import load_model
 from lorafold.models.positions import Positions, positions_in
@@ -25,8 +25,9 @@ from lorafold.models.storage import (
     default_storage,
     weights_of,
 )
-from lorafold.models.storages import MADE
+from lorafold.models.storages import MADE, PLAIN, STORAGES
 from lorafold.models.tokenizer import tokenizer_of
+from lorafold.peft.own_base import OwnBase
 from lorafold.peft.saved import Saved, trained_on
 from lorafold.peft.tokens import all_of
 
@@ -48,7 +49,7 @@ class Base:
     revision: The branch, tag or commit of a hub model.
     trust_remote_code: Its own Python files run.
     allow_other_base: Adapters that were trained on another base are loaded all the same.
-    in_fp32: It computes in fp32, whatever its storage.
+    dtype: What it computes in, bf16 or fp32; None is what its storage and the device choose.
     """
 
     model: str | Path | ModelSource = "smollm2"
@@ -57,7 +58,7 @@ class Base:
     revision: str | None = None
     trust_remote_code: bool = False
     allow_other_base: bool = False
-    in_fp32: bool = False
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
         """Raise LorafoldError for what is no name, and for a storage or a device that there is not,
@@ -89,7 +90,11 @@ class Base:
     def held(self) -> Storage:
         """The storage on the device, with the reason for it."""
         found = choose_storage(self.storage, self.where)
-        return found._replace(dtype=torch.float32) if self.in_fp32 else found
+        if self.dtype is None:
+            return found
+        name = f"{found.quantization}, computed in " if found.quantization else ""
+        dtype = getattr(torch, STORAGES[self.dtype].dtype)
+        return found._replace(dtype=dtype, why=f"{name}{self.dtype}: as in training")
 
     @cached_property
     def identity(self) -> str:
@@ -100,15 +105,33 @@ class Base:
         """The same model in a storage that was chosen."""
         return replace(self, model=self.source, storage=storage)
 
-    def stored_as_trained(self, adapters: Sequence[Saved] = ()) -> Base:
+    def stored_as_trained(self, adapters: Sequence[Saved | OwnBase] = ()) -> Base:
         """The same model, if its storage is auto, in that of its files or in the one that the
-        adapters were trained on.
+        adapters were trained on, computing in the dtype that they were trained in. Where the device
+        does not multiply bf16 natively, an adapter that was trained in bf16 is computed in fp32.
         """
+        own = self.with_files_for(adapters)
         if self.storage != "auto":
             return self
-        in_files = default_storage(self.source)
-        made_on = trained_on(adapters) if in_files == "auto" else None
-        return self.stored(made_on if made_on in MADE else in_files)
+        in_files, made_on = default_storage(own.source), trained_on(adapters)
+        if made_on is None:
+            return own.stored(in_files)
+        storage = in_files if in_files != "auto" else made_on.storage
+        if storage not in (*MADE, *PLAIN, in_files):
+            storage = in_files
+        dtype = made_on.dtype if made_on.dtype in PLAIN else None
+        if dtype == "bf16" and not native_bf16(self.where)[0]:
+            storage, dtype = "auto" if storage in PLAIN else storage, None
+        return replace(own.stored(storage), dtype=dtype)
+
+    def with_files_for(self, adapters: Sequence[Saved | OwnBase]) -> Base:
+        """The same model; where it is a quantized GGUF file and the adapters were trained on it in
+        fp32, with what bf16 would round.
+        """
+        made_on = trained_on(adapters) if self.storage == "auto" else None
+        if made_on is None or made_on.storage != "fp32" or self.source.gguf is None:
+            return self
+        return replace(self, storage="fp32")
 
     def config(self) -> PreTrainedConfig:
         """The configuration, which is read by the name where the files were not found yet."""
@@ -125,8 +148,13 @@ class Base:
         return positions_in(self.config(), classifies, self.trust_remote_code)
 
     def load(self) -> PreTrainedModel:
-        """A language model, in evaluation mode. Raises LorafoldError as `load_model`."""
-        return load_model(self.source, self.held, self.where)
+        """A language model, in evaluation mode, whose weights are rounded to its storage whatever
+        it computes in. Raises LorafoldError as `load_model`.
+        """
+        if self.storage not in PLAIN or self.dtype is None:
+            return load_model(self.source, self.held, self.where)
+        rounded = choose_storage(self.storage, self.where)
+        return load_model(self.source, rounded, self.where).to(self.held.dtype)  # type: ignore[arg-type]
 
     def tokenizer(self, adapters: Sequence[Saved] = ()) -> PreTrainedTokenizerBase:
         """The tokenizer of the last adapter that has one, or the model's. Contents may have tokens

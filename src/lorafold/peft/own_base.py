@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafold.errors import LorafoldError, shortened
-from lorafold.files.record import BASE, RECORD, read_object
+from lorafold.files.record import BASE, RECORD, TRAINED_ON, named_as_now, read_object
 from lorafold.models import fingerprint
 from lorafold.models.fingerprint import Fingerprint
 from lorafold.models.weights import Weights
@@ -25,6 +25,35 @@ SHORT = 30  # characters of a name, so that a message has less than 300
 
 
 @dataclass(frozen=True)
+class TrainedOn:
+    """The storage of a base in training, and the dtype that it computed in; None where the record
+    of an earlier version does not name it.
+    """
+
+    storage: str
+    dtype: str | None = None
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> TrainedOn | None:
+        """From a record. Raises LorafoldError for a malformed field."""
+        found = record.get(TRAINED_ON)
+        if found is None:
+            storage = named_as_now(record.get("recipe") or {}).get("storage")
+            return None if storage is None else cls(str(storage))
+        if not isinstance(found, dict) or {*map(type, found.values())} - {str}:
+            raise LorafoldError(f"field {TRAINED_ON}: found {found!r}, expected two names")
+        return cls(found.get("storage", "auto"), found.get("dtype"))
+
+    def as_json(self) -> dict[str, str]:
+        """As a record has it."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def __str__(self) -> str:
+        computed = f", computed in {self.dtype}" * (self.dtype not in (None, self.storage))
+        return f"{self.storage}{computed}"
+
+
+@dataclass(frozen=True)
 class OwnBase:
     """The base of an adapter as it says itself; what it does not say is empty.
 
@@ -33,6 +62,8 @@ class OwnBase:
     revision: Of a hub model, as PEFT notes it.
     fingerprint: Of the base's weights.
     identity: Of the base's files.
+    trained_on: How the base stored its weights in training, and the dtype that it computed in; None
+        where the record has neither.
     """
 
     adapter: Path
@@ -40,6 +71,7 @@ class OwnBase:
     revision: str | None
     fingerprint: Fingerprint
     identity: str
+    trained_on: TrainedOn | None = None
 
     @classmethod
     def of(cls, adapter: Path, config: Mapping[str, Any], record: Mapping[str, Any]) -> OwnBase:
@@ -51,6 +83,7 @@ class OwnBase:
             revision if isinstance(revision, str) and revision else None,
             fingerprint.parse(record.get(BASE, {})),
             str(record.get(BASE_IDENTITY, "")),
+            TrainedOn.of(record),
         )
 
     @classmethod

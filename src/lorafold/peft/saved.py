@@ -2,7 +2,7 @@
 travels, not its path.
 
     saved = Saved.open("adapter")
-    saved.spec     saved.record     saved.over     saved.trained_on     saved.own_tokenizer
+    saved.spec     saved.record     saved.over     saved.own_base     saved.own_tokenizer
 
 Reading is strict: if anything in a directory is not understood, missing or left over, an error
 lists all of it and the model stays unchanged. Directories written by PEFT are read in the same way
@@ -28,6 +28,7 @@ from lorafold.files.contents import Contents
 from lorafold.files.record import RECORD, named_as_now
 from lorafold.methods.parts.extras import Bias
 from lorafold.models.fingerprint import Fingerprint
+from lorafold.models.storages import PLAIN
 from lorafold.models.tokenizer import has_tokenizer
 from lorafold.models.weights import LoadedWeights, Weights
 from lorafold.peft import tokens
@@ -36,7 +37,7 @@ from lorafold.peft.checks import misfit, stray
 from lorafold.peft.config import CONFIG, WEIGHTS, read_config
 from lorafold.peft.convolution import in_matrix_form
 from lorafold.peft.form import with_dropout
-from lorafold.peft.own_base import OwnBase
+from lorafold.peft.own_base import OwnBase, TrainedOn
 from lorafold.peft.parameters import check_fused
 from lorafold.peft.selection import Selection
 from lorafold.peft.stack import digest_of, parse
@@ -109,11 +110,6 @@ class Saved:
     def recipe(self) -> Mapping[str, Any]:
         """The recipe that it was trained with, under the names of now; empty if there is none."""
         return named_as_now(self.record.get("recipe") or {})
-
-    @property
-    def trained_on(self) -> str | None:
-        """The storage of the base on which it was trained, if its record has it."""
-        return str(self.recipe["storage"]) if "storage" in self.recipe else None
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -213,19 +209,26 @@ def open_all(paths: Sequence[str | Path]) -> tuple[Saved, ...]:
     return tuple(one for one in found if one is not None)
 
 
-def trained_on(adapters: Sequence[Saved]) -> str | None:
-    """The storage of the base on which these adapters were trained; None if no record has it.
+def trained_on(adapters: Sequence[Saved | OwnBase]) -> TrainedOn | None:
+    """How the base of these adapters stored its weights in training; None if no record has it, and
+    where they were trained on plain weights of different dtypes.
 
-    Raises LorafoldError if the adapters differ in it.
+    Raises LorafoldError if the adapters differ in it and one of them was trained on quantized
+    weights.
     """
-    found = {str(one): one.trained_on for one in adapters if one.trained_on is not None}
-    if len(set(found.values())) > 1:
-        listed = ", ".join(f"{path} on {storage}" for path, storage in found.items())
+    own = [one.own_base if isinstance(one, Saved) else one for one in adapters]
+    found = {str(one.adapter): one.trained_on for one in own if one.trained_on}
+    storages = {one.storage for one in found.values()}
+    if len(storages) > 1 and not storages <= {*PLAIN, "auto"}:
+        listed = ", ".join(f"{path} on {one.storage}" for path, one in found.items())
         raise LorafoldError(
             f"these adapters were trained on bases in different storage ({listed}); choose one of"
             " them (--storage)"
         )
-    return next(iter(found.values()), None)
+    if len(storages) != 1:
+        return None
+    dtypes = {one.dtype for one in found.values()}
+    return TrainedOn(storages.pop(), dtypes.pop() if len(dtypes) == 1 else None)
 
 
 def _attempt(problems: list[str], do: Callable[[], T]) -> T | None:

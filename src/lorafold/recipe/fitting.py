@@ -19,7 +19,7 @@ from lorafold.methods import known_options, make_spec
 from lorafold.models.positions import Positions
 from lorafold.models.sources import ModelSource
 from lorafold.models.storage import default_storage
-from lorafold.models.storages import IN_FILES, MADE, QUANTIZED
+from lorafold.models.storages import MADE, PLAIN, QUANTIZED
 from lorafold.objectives import OBJECTIVES
 from lorafold.opening import Base
 from lorafold.peft.saved import Saved, trained_on
@@ -117,8 +117,8 @@ def settled_base(
         in_files, made_on = default_storage(source), trained_on(adapters)
         if in_files != "auto":
             storage = in_files
-        elif made_on is not None and made_on not in IN_FILES:
-            storage = made_on
+        elif made_on is not None and made_on.storage in (*MADE, *PLAIN):
+            storage = made_on.storage
     if storage in MADE and importlib.util.find_spec("bitsandbytes") is None:
         if asked:
             raise LorafoldError(
