@@ -169,7 +169,7 @@ def test_targets_that_make_no_sense_are_refused_before_anything_is_written(
             {"into": "trained"},
             "into trained: no adapter has a record of the storage of its base",
         ),
-        (["fp4"], {}, "into trained: the adapter was trained on fp4 weights, which these files"),
+        (["fp4"], {"into": "trained"}, "into trained: the adapter was trained on fp4 weights"),
         (["a", "b"], {}, "trained on bases in different storage"),
     ]:
         with pytest.raises(LorafoldError, match=message):
@@ -179,6 +179,8 @@ def test_targets_that_make_no_sense_are_refused_before_anything_is_written(
         base, [tmp_path / "unrecorded"], tmp_path / "out", storage="nf4", certificate=False
     )
     assert said.into.target == "trained"
+    other = merge(base, [tmp_path / "fp4"], tmp_path / "other", certificate=False)
+    assert "fp4 weights can't be made from these files" in other.summary()
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8", "bf16", "fp32"])

@@ -234,7 +234,7 @@ def commands(path: Path, storage: str, out: Path) -> str:
     done = lorafold("merge", *model, "--adapter", adapter, "--out", merged, "--json")
     assert done.returncode == 0, done.stderr
     certificate = json.loads(done.stdout.splitlines()[-1])
-    assert (certificate["into"], certificate["kl"] < 1e-4) == ("dequantized", True)
+    assert (certificate["into"], certificate["kl"] < 1e-4) == ("trained", True)
     return said
 
 

@@ -390,7 +390,7 @@ def test_an_adapter_of_an_fp32_base_is_scored_in_fp32(trained: tuple[Path, Path]
     directory, out = trained
     console = Console(file=io.StringIO(), width=200)
     found = lf.score(str(directory), ROWS, adapters=out, device="cpu", console=console)
-    assert "fp32: as asked" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "fp32: as in training" in console.file.getvalue()  # type: ignore[attr-defined]
     asked = lf.score(str(directory), ROWS, adapters=out, device="cpu", storage="fp32")
     assert found.rows == asked.rows
 

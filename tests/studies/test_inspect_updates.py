@@ -218,7 +218,7 @@ def test_the_base_of_an_update_is_the_one_that_was_trained_on(storage, tiny_mode
     """What DoRA adds to a weight depends on the weight: on the dequantized one in QLoRA."""
     base = tiny_model_dir("llama-wide")
     model = lf.load_model(base, storage=storage)
-    adapter = lf.attach(model, lf.DoRA(lf.LoRA(rank=2, dropout=0.0)), "q_proj")
+    adapter = lf.attach(model, lf.DoRA(lf.LoRA(rank=2, dropout=0.0)), ["q_proj"])
     move(adapter)
     own = {site.path: site for site in sites(adapter)}
     adapter.save(tmp_path / "a")

@@ -188,6 +188,30 @@ def test_json_holds_the_figures_alone() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("storage", ["fp32", "bf16"])
+def test_an_evaluation_computes_as_the_adapter_was_trained(
+    storage: str,
+    tiny_model_dir: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever this device would choose, if it multiplies both natively."""
+    for module in ("models.storage", "opening.base"):
+        monkeypatch.setattr(f"lorafold.{module}.native_bf16", lambda device: (True, "it can"))
+    base = tiny_model_dir("llama")
+    adapter = lf.attach(lf.load_model(base, storage=storage), lf.LoRA(rank=2))
+    torch.manual_seed(0)
+    for p in adapter.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    adapter.save(tmp_path / "a")
+    found = {
+        asked: lf.evaluate(base, ROWS, tmp_path / "a", storage=asked, completions=False).loss
+        for asked in ("auto", "fp32", "bf16")
+    }
+    assert found["auto"] == found[storage]
+    assert found["fp32"] != found["bf16"]
+
+
 def test_eval_command(
     tiny_model_dir: Callable[[str], Path],
     tmp_path: Path,

@@ -81,7 +81,7 @@ def serve(
 
 
 def _as_trained(base: Base, folder: Path, console: Console) -> Base:
-    """The base in the storage that most of its adapters were trained on; a line names the others."""
+    """The base in the storage that most of its adapters were trained on; a line names others."""
     own = list[OwnBase]()
     with suppress(LorafoldError):
         own = own_bases(folder)

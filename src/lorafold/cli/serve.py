@@ -52,8 +52,8 @@ def command(
         str,
         typer.Option(
             rich_help_panel=BASE,
-            help=f"How the base stores its weights: {LISTED} or auto, as most of the adapters in the"
-            " directory were trained.",
+            help=f"How the base stores its weights: {LISTED} or auto, which takes what most of the"
+            " adapters in the directory were trained on.",
         ),
     ] = "auto",
     allow_other_base: AllowOtherOption = False,

@@ -83,6 +83,12 @@ class Into:
         return self.trained_on or (known if known in PLAIN else "fp32")
 
     @property
+    def unmade(self) -> str:
+        """The storage in training, if it was a quantized one that lorafold does not make."""
+        known = "" if self.base is None or self.in_files else self.base.storage
+        return "" if known in ("", "auto", "float16", *PLAIN, *MADE) else known
+
+    @property
     def quantized(self) -> str | None:
         """The quantization of the merged model."""
         return self.target if self.target in MADE else None
@@ -99,6 +105,9 @@ class Into:
         if self.base is None:
             said = "no record says how it was stored in training, so the original weights are taken"
             return f"base {name}: {said}; the model you trained -> {here}: {file or NOT_MEASURED}"
+        if self.unmade:
+            said = f"{self.base.storage} weights can't be made from these files"
+            return f"trained on {name} in {self.base}; {said}, so no distance is measured to {here}"
         original = other or NOT_MEASURED if self.trained_on else "the weights it was trained on"
         if self.in_files:
             original = "the files have none"
@@ -113,9 +122,10 @@ class Into:
             if self.target == "trained"
             else "the original weights"
         )
+        quantized = self.trained_on or self.unmade
         other = (
-            f" (the adapter was trained on {self.trained_on})"
-            if self.trained_on and self.target != "trained"
+            f" (the adapter was trained on {quantized})"
+            if quantized and self.target != "trained"
             else ""
         )
         told = (
@@ -167,7 +177,7 @@ def choose_into(
             "into trained: no adapter has a record of the storage of its base; merge into original,"
             f" or name the storage with --storage {', '.join((*MADE, *PLAIN))}"
         )
-    if storage not in (*PLAIN, *MADE, "float16", "auto") and asked in (None, "trained"):
+    if asked == "trained" and storage not in (*PLAIN, *MADE, "float16"):
         raise LorafoldError(
             f"into trained: the adapter was trained on {storage} weights, which these files do not"
             " have and lorafold does not make; merge into original, or give as --model the files"

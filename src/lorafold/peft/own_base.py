@@ -50,7 +50,7 @@ class TrainedOn:
 
     def __str__(self) -> str:
         computed = f", computed in {self.dtype}" * (self.dtype not in (None, self.storage))
-        return f"{self.storage}{computed}"
+        return f"{'bf16 or fp32' if self.storage == 'auto' else self.storage}{computed}"
 
 
 @dataclass(frozen=True)
