@@ -205,7 +205,9 @@ def test_an_evaluation_computes_as_the_adapter_was_trained(
         p.data += 0.1 * torch.randn_like(p)
     adapter.save(tmp_path / "a")
     found = {
-        asked: lf.evaluate(base, ROWS, tmp_path / "a", storage=asked, completions=False).loss
+        asked: lf.evaluate(
+            base, ROWS, adapters=tmp_path / "a", storage=asked, completions=False
+        ).loss
         for asked in ("auto", "fp32", "bf16")
     }
     assert found["auto"] == found[storage]
