@@ -127,7 +127,7 @@ class Exported(Shown):
 
 
     def _compared(self) -> str:
-        alone = f"the adapters over the base that {self.to} loads"
+        alone = "the adapters over the base that the engine loads"
         here = "this file" if target_of(self.to).merged else alone
         return self.into.compared(self.model, here, self.away, self.from_original)
 

@@ -151,10 +151,10 @@ class Base:
         """A language model, in evaluation mode, whose weights are rounded to its storage whatever
         it computes in. Raises LorafoldError as `load_model`.
         """
-        if self.storage not in PLAIN or self.dtype is None:
-            return load_model(self.source, self.held, self.where)
-        rounded = choose_storage(self.storage, self.where)
-        return load_model(self.source, rounded, self.where).to(self.held.dtype)  # type: ignore[arg-type]
+        if self.storage in PLAIN and self.dtype not in (None, self.storage):
+            rounded = choose_storage(self.storage, self.where)
+            return load_model(self.source, rounded, self.where).float()  # type: ignore[no-any-return]
+        return load_model(self.source, self.held, self.where)
 
     def tokenizer(self, adapters: Sequence[Saved] = ()) -> PreTrainedTokenizerBase:
         """The tokenizer of the last adapter that has one, or the model's. Contents may have tokens
