@@ -266,7 +266,7 @@ def test_fewer_than_three_seeds_give_no_verdict(seeds: int, tmp_path: Path) -> N
     """However clear the rows are: they say nothing of other seeds."""
     rows = [one for one in thrice(BEFORE, WORSE, BETTER) if one.seed < seeds]
     said = f"{seeds} seed{'s' * (seeds > 1)}: no verdict (3 needed)"
-    assert verdict(rows) == f"{said}; the same with --seeds 3 goes on from these figures"
+    assert verdict(rows) == f"{said}; run it again with --seeds 3, which keeps these figures"
     page(rows, "Methods", tmp_path / "page.html")
     shown = (deciding(rows), markdown(rows), (tmp_path / "page.html").read_text())
     assert all(said in text and "best method" not in text for text in shown)
@@ -275,17 +275,17 @@ def test_fewer_than_three_seeds_give_no_verdict(seeds: int, tmp_path: Path) -> N
     assert Comparison(tuple(rows), "model", "rows").as_json()["verdict"].startswith(said)
 
 
-# Standard deviations of the loss of a row, in nats a token, as six seeds of LoRA had them: `smollm2`,
-# 24 steps of 4 rows of the quickstart's task in fp32, 60 other rows: between rows, between seeds,
-# and of what is left, which is a row's under a seed.
-MEAN, OF_ROWS, OF_SEEDS, OF_BOTH = 0.03, 0.04, 0.005, 0.03
+# The loss of a row in nats a token, as six seeds of LoRA had it on 60 other rows after 24 steps of 4
+# rows of the quickstart's task (`smollm2`, fp32): its mean, and the standard deviations of a row, of
+# a seed, and of a row under a seed. Told apart by rows alone were 4 of its 10 halves of three seeds.
+MEAN, OF_ROWS, OF_SEEDS, OF_BOTH = 0.0356, 0.0301, 0.0115, 0.0492
 
 
 def drawn(chance: Any, names: Sequence[str], seeds: int, gain: float = 0.0) -> list[Measurement]:
     """Runs of one method under several names, with other seeds of the same rows; a gain is that of
     the last one.
     """
-    rows, tokens = chance.normal(MEAN, OF_ROWS, 60), chance.integers(15, 35, 60)
+    rows, tokens = chance.normal(MEAN, OF_ROWS, 60), chance.integers(17, 33, 60)
     found = []
     for name in names:
         rows_of = rows - gain * (name == names[-1]) + chance.normal(0, OF_BOTH, (seeds, 60))
@@ -295,13 +295,13 @@ def drawn(chance: Any, names: Sequence[str], seeds: int, gain: float = 0.0) -> l
     return found
 
 
-@pytest.mark.parametrize(("seeds", "power"), [(3, 0.5), (5, 0.9), (10, 0.99)])
+@pytest.mark.parametrize(("seeds", "power"), [(3, 0.5), (5, 0.85), (10, 0.97)])
 def test_one_method_under_other_seeds_is_not_told_from_itself(seeds: int, power: float) -> None:
-    """At most 16 of 200 times, and twice what a seed makes is seen."""
+    """At most 16 of 200 times, and a difference of 0.04 nats a token is seen."""
     chance = np.random.default_rng(seeds)
     told = [len(told_apart(drawn(chance, "ab", seeds))) for _ in range(200)]
     assert sum(told) <= 16
-    told = [len(told_apart(drawn(chance, "ab", seeds, 3 * OF_SEEDS))) for _ in range(100)]
+    told = [len(told_apart(drawn(chance, "ab", seeds, 0.04))) for _ in range(100)]
     assert sum(told) >= 100 * power
 
 

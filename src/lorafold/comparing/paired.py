@@ -11,11 +11,11 @@ or rewards, in pairs of rows.
 
 A hard row is hard for all, so the interval of a difference is narrower than those of the two
 figures. Rows and seeds are crossed, and both are random: another run has other seeds. Their
-variances are added, as in a crossed bootstrap of rows x seeds, but unbiased, and the quantile is
-Student's with the degrees of freedom of Satterthwaite (1946) and Welch (1947): with three seeds,
-percentiles of the bootstrap are far too narrow. Seeds of two methods count as independent, which is
-cautious where equal seeds vary alike. With one or two seeds, intervals are over rows alone, and
-there is no verdict.
+variances are added, which counts that of a row under a seed twice, as a crossed bootstrap of rows x
+seeds does too; but they are unbiased for few seeds, and the quantile is Student's with the degrees
+of freedom of Satterthwaite (1946) and Welch (1947). Seeds of two methods count as independent,
+which is cautious where equal seeds vary alike. With one or two seeds, intervals are over rows
+alone, and there is no verdict.
 """
 
 from __future__ import annotations
@@ -192,8 +192,8 @@ def verdict(measurements: Sequence[Measurement]) -> str:
     chosen = _chosen([found[name][0] for name in order], rows) if is_sweep(measurements) else ""
     seeds = min(len(found[name]) for name in gains)
     if seeds < SEEDS:
-        said = f"{seeds} seed{'s' * (seeds > 1)}: no verdict ({SEEDS} needed); the same with"
-        return f"{said} --seeds {SEEDS} goes on from these figures{chosen}"
+        said = f"{seeds} seed{'s' * (seeds > 1)}: no verdict ({SEEDS} needed); run it again with"
+        return f"{said} --seeds {SEEDS}, which keeps these figures{chosen}"
     apart = told_apart(measurements)
 
     def better(one: str, other: str) -> bool:
