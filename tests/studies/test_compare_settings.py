@@ -19,10 +19,12 @@ import lorafold as lf
 from conftest import lorafold
 from lorafold.cli.vary import varied
 from lorafold.comparing.measure import Measurement
-from lorafold.comparing.paired import alike
+from lorafold.comparing.paired import alike, chosen_apart, verdict
+from lorafold.comparing.report import deciding, markdown, page
 from lorafold.comparing.run import key
 from lorafold.comparing.variants import Variant, variants
 from lorafold.errors import LorafoldError
+from lorafold.evaluation.intervals import loss_interval, ratio_interval
 from lorafold.files.page import markdown_table
 from lorafold.recipe.recipe import Recipe
 
@@ -161,6 +163,68 @@ def test_lines_that_differ_in_what_does_nothing_are_named() -> None:
     assert alike([line("base", 3.0), line("lora", 1.0)]) == []
     rewarded = [Measurement(n, 0, reward=1.0, prompt_rewards=(1.0,)) for n in ("base", "lora")]
     assert alike(rewarded) == []
+
+
+def sweep(rows: int, seeds: int = 3, **figures: Any) -> list[Measurement]:
+    """Two rates, of which 0.001 has the lower loss."""
+    chance, found = np.random.default_rng(1), []
+    for method, rate, loss in (("base", None, 3.0), ("lora", 1e-3, 1.0), ("lora", 2e-3, 1.1)):
+        for seed in range(seeds):
+            sums = tuple((loss * 4 + value, 4) for value in chance.normal(0, 0.01, rows).tolist())
+            mean = sum(s for s, _ in sums) / (4 * rows)
+            settings = {} if rate is None else {"lr": rate}
+            found.append(Measurement(method, seed, loss=mean, row_losses=sums, settings=settings))
+    return found
+
+
+def test_the_best_setting_is_chosen_on_rows_that_it_is_not_reported_on(tmp_path: Path) -> None:
+    whole = sweep(50)
+    found = chosen_apart(whole)
+    for one, before in zip(found, whole, strict=True):
+        assert (len(one.row_losses), one.validation_rows) == (25, 25)
+        left = [row for row in before.row_losses if row not in one.row_losses]
+        assert one.validation == pytest.approx(sum(s for s, _ in left) / 100)
+        assert one.loss == pytest.approx(sum(s for s, _ in one.row_losses) / 100)
+        assert one.loss_interval == loss_interval(one.row_losses)
+    # other validation rows choose another line, whatever the test rows say
+    lucky = [
+        replace(one, validation=0.5) if one.settings == {"lr": 2e-3} else one for one in found
+    ]
+    said = "; chosen on 25 validation rows: {}; figures are of 25 test rows"
+    assert verdict(found).startswith("lowest held-out loss: lora lr=0.001, -2 (95%: ")
+    assert verdict(found).endswith(said.format("lora lr=0.001"))
+    assert verdict(lucky).startswith("no best method: lora lr=0.002 ")
+    assert verdict(lucky).endswith(said.format("lora lr=0.002"))
+    page(found, "Rates", tmp_path / "page.html")
+    for text in (deciding(found), markdown(found), (tmp_path / "page.html").read_text()):
+        assert said.format("lora lr=0.001") in " ".join(text.split())
+    assert "| validation |" in markdown(found)
+    one_seed = [one for one in found if one.seed == 0]
+    assert verdict(one_seed).startswith("1 seed: no verdict (3 needed)")
+    assert verdict(one_seed).endswith(said.format("lora lr=0.001"))
+
+
+def test_too_few_rows_to_split_are_told() -> None:
+    found = sweep(19)
+    assert chosen_apart(found) == found
+    assert verdict(found).endswith(
+        "; chosen on the 19 rows that are reported too, so optimistic, as they are too few to split"
+        " (20 needed): lora lr=0.001"
+    )
+    methods = [replace(one, method=one.name, settings={}) for one in sweep(50)]
+    assert chosen_apart(methods) == methods  # nothing is swept
+    assert "chosen" not in verdict(methods)
+
+
+def test_rewards_of_a_sweep_are_of_other_prompts_too() -> None:
+    rewards = tuple(n / 20 for n in range(20))
+    lines = [Measurement("base", 0, reward=0.475, prompt_rewards=rewards)]
+    lines += [replace(lines[0], method="lora", settings={"lr": rate}) for rate in (1e-3, 2e-3)]
+    for one in chosen_apart(lines):
+        assert (len(one.prompt_rewards), one.validation_rows, one.loss) == (10, 10, None)
+        assert one.reward == pytest.approx(sum(one.prompt_rewards) / 10)
+        assert (one.reward + (one.validation or 0)) / 2 == pytest.approx(0.475)
+        assert one.reward_interval == ratio_interval([(r, 1) for r in one.prompt_rewards])
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from lorafold.api.arguments import (
 from lorafold.api.task import train_and_test
 from lorafold.comparing import run
 from lorafold.comparing.measure import Measurement, Task
-from lorafold.comparing.paired import Difference, alike, over_base, verdict
+from lorafold.comparing.paired import Difference, alike, chosen_apart, over_base, verdict
 from lorafold.comparing.report import markdown
 from lorafold.comparing.run import known_methods, methods_for, unfit
 from lorafold.comparing.variants import Vary, variants
@@ -57,8 +57,8 @@ class Comparison(Shown):
 
     @property
     def verdict(self) -> str:
-        """The method of the lowest loss or the highest reward, where the held-out rows tell it from
-        all others; else those among which they can't tell.
+        """The method of the lowest loss or the highest reward, where the held-out rows and at least
+        three seeds tell it from all others; else those among which they can't tell.
         """
         return verdict(self.rows)
 
@@ -108,8 +108,9 @@ def compare(
         methods: Names of methods; empty for all that can learn the recipe's objective.
         vary: The values of fields of the recipe, as in {"rank": [8, 16], "lr": [1e-4, 2e-4]}, or
             of entries of a field, as in {"options.init": ["kaiming", "gaussian"]}. Each method is
-            trained with every combination of those that it has.
-        seeds: How many seeds of each method and setting.
+            trained with every combination of those that it has. One half of the held-out rows
+            chooses the best, and the other half gives the losses or rewards.
+        seeds: How many seeds of each method and setting; fewer than 3 give no verdict.
         recipe: The recipe of all runs; without a learning rate each method has its own.
         device: cpu, cuda, cuda:N or mps; None takes the fastest that is available.
         revision: The branch, tag or commit of a hub model.
@@ -162,6 +163,6 @@ def compare(
     rows_found = run.compare(task, asked, range(seeds), as_path(out), tell, say)
     for same in alike(rows_found):
         say(f"the same loss on every row: {', '.join(same)}; what they differ in did nothing")
-    found = Comparison(tuple(rows_found), str(model), source)
+    found = Comparison(tuple(chosen_apart(rows_found)), str(model), source)
     write_text(as_path(out) / "table.md", str(found))
     return found

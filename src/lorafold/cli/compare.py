@@ -19,7 +19,7 @@ from lorafold.recipe.recipe import Recipe
 EXAMPLES = (
     "lorafold compare --out compared",
     "lorafold compare --out two --methods lora,dora --data demo/train.jsonl",
-    "lorafold compare --out rates --methods lora --vary lr=1e-4,4e-4 --seeds 2",
+    "lorafold compare --out rates --methods lora --vary lr=1e-4,4e-4 --seeds 3",
 )
 
 
@@ -50,7 +50,7 @@ def command(
         ),
     ] = None,
     vary: VaryOption = None,
-    seeds: Annotated[int, typer.Option(min=1, help="The number of seeds of each line.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of each line; a verdict needs 3.")] = 1,
     html: Annotated[
         Path | None, page_option("Also write the table with plots as one HTML file.")
     ] = None,
@@ -64,12 +64,13 @@ def command(
     (which is the first line), forgetting on text outside the task, peak memory, seconds and trained
     parameters. Only --wide, --json and the page have adapter size, tokens/s, exact match, latency
     attached and merged relative to the base, whether the method can be merged (proved by folding),
-    and whether it adds modules. A best method is named only where the rows, in pairs, tell it from
-    all others. Texts with labels need --objective classify. Unless the recipe sets a learning rate,
-    each method has its own.
+    and whether it adds modules. A best method is named only where the rows, in pairs, and at least
+    three seeds tell it from all others. Texts with labels need --objective classify. Unless the
+    recipe sets a learning rate, each method has its own.
 
     --vary tries several values of a setting, as in --vary rank=8,32, and of several settings every
-    combination.
+    combination. One half of the held-out rows chooses the best setting, and the other half gives
+    its loss.
 
     Policies (--objective grpo, with --reward) draw as many completions each, and are compared by
     the reward of held-out prompts.

@@ -56,7 +56,9 @@ class Measurement:
     """The figures of one method and seed, with the settings that vary. `trainable_share` is
     relative to the base's parameters, latencies are ratios to the base's, losses are in nats; None
     where there is nothing to measure. That of the base, before anything is trained, has the method
-    BASE. `row_losses` has the summed loss of each held-out row and its tokens.
+    BASE. `row_losses` has the summed loss of each held-out row and its tokens. Where settings vary,
+    `validation` is the loss or the reward of the `validation_rows` that choose the best of them,
+    and loss and reward are those of the other rows.
 
     Of a policy there is no loss, but what the completions are worth that it draws of held-out
     prompts: `reward` is the mean, `rewards` are those of each reward by its name, and
@@ -92,6 +94,8 @@ class Measurement:
     mergeable: bool | None = None
     modifies_architecture: bool | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    validation: float | None = None
+    validation_rows: int = 0
 
     @property
     def name(self) -> str:

@@ -1,42 +1,71 @@
-"""Which method is best on the held-out rows, and which ones these rows don't tell from it: losses
-or rewards, in pairs.
+"""Which method is best, and which ones the held-out rows and the seeds don't tell from it: losses
+or rewards, in pairs of rows.
 
     d = sum_i (s_i - s'_i) / sum_i n_i      s_i and s'_i are the summed losses of row i over its n_i
                                             tokens, of two methods or of a method and the base; or
                                             the mean rewards of prompt i, where n_i is 1; both as
-                                            means over the seeds
+                                            means over S seeds
+    var(d) = R + var_s(l_s) / S + var_s(l'_s) / S'
+                                            R is the variance over rows of `evaluation.intervals`,
+                                            l_s the mean loss of a method under seed s
 
-A hard row is hard for all, so the interval of a difference, whose units are rows, is narrower than
-those of the two figures. It says nothing of how far seeds differ.
+A hard row is hard for all, so the interval of a difference is narrower than those of the two
+figures. Rows and seeds are crossed, and both are random: another run has other seeds. Their
+variances are added, which counts that of a row under a seed twice, as a crossed bootstrap of rows x
+seeds does too; but they are unbiased for few seeds, and the quantile is Student's with the degrees
+of freedom of Satterthwaite (1946) and Welch (1947). Seeds of two methods count as independent,
+which is cautious where equal seeds vary alike. With one or two seeds, intervals are over rows
+alone, and there is no verdict.
 """
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, replace
+from itertools import combinations, groupby, takewhile
 from statistics import fmean
-from typing import Self
+from typing import Any, Self
+
+import numpy as np
 
 from lorafold.comparing.measure import BASE, Measurement
 from lorafold.evaluation import Interval
-from lorafold.evaluation.intervals import ratio_interval
+from lorafold.evaluation.intervals import loss_interval, ratio_interval, student, two_sided
 
+SEEDS = 3  # from which on there is a verdict
+ROWS = 20  # held-out rows, from which on some choose the best setting and others are reported
 Units = Sequence[tuple[float, int]]  # of each row the sum and what it is over
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference of losses or rewards and its 95% interval; None for a single row."""
+    """A mean or a mean difference of losses or rewards and its 95% interval; None for a single row.
+    `p` is the probability of one as far from 0 if there were none.
+    """
 
     mean: float
     interval: Interval | None
+    p: float = 1.0
 
     @classmethod
-    def of(cls, own: Units, others: Units) -> Self:
-        """That of two models on the same rows, in the same order."""
-        apart = [(s - other, n) for (s, n), (other, _) in zip(own, others, strict=True)]
-        return cls(mean(apart), ratio_interval(apart))
+    def of(cls, own: Sequence[Measurement], others: Sequence[Measurement] = ()) -> Self:
+        """That of one model's figures on the same rows, or of two models', over their seeds."""
+        sums = [np.array([[s for s, _ in units(one)] for one in of]) for of in (own, others) if of]
+        n = np.array([n for _, n in units(own[0])])
+        apart = sums[0].mean(0) - (sums[1].mean(0) if others else 0)
+        rows, mean = len(n), float(apart.sum() / n.sum())
+        if rows < 2:
+            return cls(mean, None)
+        parts = [(rows / (rows - 1) * float(((apart - mean * n) ** 2).sum()), rows - 1)]
+        parts += [(x.sum(1).var(ddof=1) / len(x), len(x) - 1) for x in sums if len(x) >= SEEDS]
+        total = sum(v for v, _ in parts)
+        if not total:
+            return cls(mean, (mean, mean), float(not mean))
+        error, df = math.sqrt(total) / float(n.sum()), total**2 / sum(v**2 / f for v, f in parts)
+        half = student(df + 1) * error
+        return cls(mean, (mean - half, mean + half), two_sided(abs(mean) / error, df))
 
     @property
     def above(self) -> bool:
@@ -53,11 +82,6 @@ class Difference:
         return f"{self.mean:+.4g}{low_high}"
 
 
-def mean(units: Units) -> float:
-    """The mean over all that the rows' sums are over."""
-    return sum(s for s, _ in units) / sum(n for _, n in units)
-
-
 def within(interval: Interval, form: str) -> str:
     """An interval as people read it."""
     return f"{interval[0]:{form}} to {interval[1]:{form}}"
@@ -68,24 +92,28 @@ def by_method(measurements: Sequence[Measurement]) -> list[list[Measurement]]:
     return [list(seeds) for _, seeds in groupby(measurements, lambda one: one.name)]
 
 
-def units_of(seeds: Sequence[Measurement]) -> Units:
-    """The summed loss or the reward of each row, as the mean over the seeds of one method."""
-    each = [one.row_losses or [(r, 1) for r in one.prompt_rewards] for one in seeds]
-    return [(fmean(s for s, _ in of), of[0][1]) for of in zip(*each, strict=True)]
+def by_name(measurements: Sequence[Measurement]) -> dict[str, list[Measurement]]:
+    """The same by the name of each method, the base's among them."""
+    return {seeds[0].name: seeds for seeds in by_method(measurements)}
 
 
-def held_out(measurements: Sequence[Measurement]) -> dict[str, Units]:
-    """The units of each method, the base's among them."""
-    return {seeds[0].name: units_of(seeds) for seeds in by_method(measurements)}
+def units(one: Measurement) -> Units:
+    """The summed loss or the reward of each row."""
+    return one.row_losses or [(reward, 1) for reward in one.prompt_rewards]
+
+
+def held_out(measurements: Sequence[Measurement]) -> dict[str, Difference]:
+    """The mean loss or reward of each method and the base, with its interval."""
+    return {name: Difference.of(seeds) for name, seeds in by_name(measurements).items()}
 
 
 def alike(measurements: Sequence[Measurement]) -> list[list[str]]:
     """The names of lines whose losses are the same number on every row: what they differ in did
     nothing.
     """
-    found: dict[tuple[tuple[float, int], ...], list[str]] = {}
-    for name, units in held_out(measurements).items():
-        found.setdefault(tuple(units), []).append(name)
+    found: dict[Any, list[str]] = {}
+    for name, seeds in by_name(measurements).items():
+        found.setdefault(tuple(one.row_losses for one in seeds), []).append(name)
     lower = lower_is_better(measurements)  # rewards are few numbers, and the same by chance
     return [names for names in found.values() if lower and len(names) > 1]
 
@@ -99,34 +127,100 @@ def over_base(measurements: Sequence[Measurement]) -> dict[str, Difference]:
     """By how much each method's reward is above the base's, or its loss, where below 0 is better;
     empty where the base was not measured.
     """
-    found = held_out(measurements)
-    base = found.pop(BASE, None)
-    return {} if base is None else {m: Difference.of(own, base) for m, own in found.items()}
+    found = by_name(measurements)
+    base = found.pop(BASE, [])
+    return {m: Difference.of(own, base) for m, own in found.items() if base}
+
+
+def is_sweep(measurements: Sequence[Measurement]) -> bool:
+    """Whether a method has several settings, of which one chooses the best."""
+    return len({one.method for one in measurements}) < len({one.name for one in measurements})
+
+
+def chosen_apart(measurements: Sequence[Measurement]) -> list[Measurement]:
+    """The figures of a sweep, so that the best setting is not chosen on the rows that it is
+    reported on: one half of the rows, at random, gives `validation`, and the other the loss or the
+    reward. The same figures where nothing is chosen or there are fewer than ROWS.
+    """
+    count = len(units(measurements[0]))
+    if not is_sweep(measurements) or count < ROWS:
+        return [*measurements]
+    first = {*random.Random("validation").sample(range(count), count // 2)}
+    return [_apart(one, first) for one in measurements]
+
+
+def _apart(one: Measurement, first: set[int]) -> Measurement:
+    every = [*enumerate(units(one))]
+    validation, rest = ([u for n, u in every if (n in first) == chose] for chose in (True, False))
+    before, mean = (sum(s for s, _ in of) / sum(n for _, n in of) for of in (validation, rest))
+    one = replace(one, validation=before, validation_rows=len(first))
+    if one.loss is not None:
+        interval = loss_interval(rest)
+        return replace(one, loss=mean, loss_interval=interval, row_losses=tuple(rest))
+    interval, rewards = ratio_interval(rest), tuple(reward for reward, _ in rest)
+    return replace(one, reward=mean, reward_interval=interval, prompt_rewards=rewards)
+
+
+def told_apart(measurements: Sequence[Measurement]) -> set[frozenset[str]]:
+    """The pairs of lines, the base among them, that rows and seeds tell apart, by Holm's correction
+    (1979) at 5% over all pairs: the best line is chosen by the same figures.
+    """
+    found = by_name(measurements)
+    pairs = sorted((Difference.of(found[a], found[b]).p, a, b) for a, b in combinations(found, 2))
+    told = takewhile(lambda at: at[1][0] * (len(pairs) - at[0]) <= 0.05, enumerate(pairs))
+    return {frozenset((a, b)) for _, (_, a, b) in told}
 
 
 def verdict(measurements: Sequence[Measurement]) -> str:
-    """The best method where the held-out rows tell it from all others, else those among which they
-    can't tell; and whether they tell it from the base. Empty without the base.
+    """The best method where the held-out rows and the seeds tell it from all others, else those
+    among which they can't tell; and whether they tell it from the base. With fewer than SEEDS seeds
+    it says that there is no verdict. Of a sweep it also names the settings that were chosen, and
+    the rows that chose them. Empty without the base.
     """
-    found, gains = held_out(measurements), over_base(measurements)
+    found, gains = by_name(measurements), over_base(measurements)
     if not gains:
         return ""
-    lower = lower_is_better(measurements)
+    lower, standing = lower_is_better(measurements), held_out(measurements)
     what = "lowest held-out loss" if lower else "highest held-out reward"
     rows, from_base = ("rows", "against") if lower else ("prompts", "over")
 
-    def better(difference: Difference) -> bool:
-        return difference.below if lower else difference.above
+    def chooses(name: str) -> float:
+        values = [one.validation for one in found[name] if one.validation is not None]
+        return fmean(values) if values else standing[name].mean
 
-    order = sorted(gains, key=lambda method: mean(found[method]), reverse=not lower)
+    order = sorted(gains, key=chooses, reverse=not lower)
+    chosen = _chosen([found[name][0] for name in order], rows) if is_sweep(measurements) else ""
+    seeds = min(len(found[name]) for name in gains)
+    if seeds < SEEDS:
+        said = f"{seeds} seed{'s' * (seeds > 1)}: no verdict ({SEEDS} needed); run it again with"
+        return f"{said} --seeds {SEEDS}, which keeps these figures{chosen}"
+    apart = told_apart(measurements)
+
+    def better(one: str, other: str) -> bool:
+        less = standing[one].mean < standing[other].mean
+        return frozenset((one, other)) in apart and less == lower
+
     best, *others = order
-    told = [m for m in others if better(Difference.of(found[best], found[m]))]
-    alike = [m for m in others if m not in told]
+    alike = [m for m in others if not better(best, m)]
     if not alike:
-        said = f"{what}: {best}, {gains[best]} {from_base} the base, paired by {rows}"
-        doubt = ", which does not tell it from the base"
-        return said if better(gains[best]) else said + doubt
-    said = f"no best method: {best} has the {what}, and in pairs these {rows} don't tell it from"
-    said += f" {', '.join(alike)}"
-    unsure = [m for m in (best, *alike) if not better(gains[m])]
-    return said + (f"; nor {', '.join(unsure)} from the base" if unsure else "")
+        said = f"{what}: {best}, {gains[best]} {from_base} the base, paired by {rows},"
+        doubt = "" if better(best, BASE) else ", which does not tell it from the base"
+        return f"{said} over {seeds} seeds{doubt}{chosen}"
+    said = f"no best method: {best} has the {what}, and in pairs these {rows} and seeds don't tell"
+    said += f" it from {', '.join(alike)}"
+    unsure = [m for m in (best, *alike) if not better(m, BASE)]
+    return said + (f"; nor {', '.join(unsure)} from the base" if unsure else "") + chosen
+
+
+def _chosen(order: Sequence[Measurement], rows: str) -> str:
+    """Which setting of each method is the best, and on which rows it was chosen and is reported."""
+    methods = [one.method for one in order]
+    swept = [m for m in dict.fromkeys(methods) if methods.count(m) > 1]
+    names = ", ".join(order[methods.index(m)].name for m in swept)
+    chose, count = order[0].validation_rows, len(units(order[0]))
+    if chose:
+        return f"; chosen on {chose} validation {rows}: {names}; figures are of {count} test {rows}"
+    return (
+        f"; chosen on the {count} {rows} that are reported too, so optimistic, as they are too few"
+        f" to split ({ROWS} needed): {names}"
+    )

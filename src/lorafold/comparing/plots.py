@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from lorafold.comparing.measure import BASE, Measurement
 from lorafold.comparing.paired import by_method, held_out, lower_is_better
-from lorafold.evaluation.intervals import Interval, ratio_interval
+from lorafold.evaluation.intervals import Interval
 from lorafold.files import plots
 from lorafold.files.plot_names import distinct
 
@@ -31,8 +31,8 @@ class Quality:
     def of(cls, measurements: Sequence[Measurement]) -> Quality:
         """The held-out loss or reward."""
         methods = tuned(measurements)
-        units = held_out(measurements)
-        intervals = [ratio_interval(units[seeds[0].name]) for seeds in methods]
+        shared = held_out(measurements)
+        intervals = [shared[seeds[0].name].interval for seeds in methods]
         bare = [[r for r in measurements if r.method == BASE]]
         if lower_is_better(measurements):
             label, [before] = "held-out loss (lower is better)", means(bare, lambda r: r.loss)
@@ -160,7 +160,8 @@ def scatter(
     def of(n: int) -> str:
         return plots.number(x[n] or 0, digits=3)
 
-    said = f"{names[best]}, the best, {cost.told.format(of(best))}"
+    extreme = "lowest loss" if quality.lower else "highest reward"
+    said = f"{names[best]}, which has the {extreme}, {cost.told.format(of(best))}"
     if best != least:
         said += f"; {names[least]} {cost.least}, {of(least)}, and has {quality.values[least]:.4g}"
     merged = "Triangles can't be merged. " if not all(mergeable) else ""

@@ -13,17 +13,16 @@ from statistics import fmean
 
 from lorafold.comparing.measure import Measurement
 from lorafold.comparing.paired import (
+    SEEDS,
     Difference,
     by_method,
     held_out,
     lower_is_better,
-    mean,
     over_base,
     verdict,
     within,
 )
 from lorafold.comparing.plots import plots_of
-from lorafold.evaluation.intervals import ratio_interval
 from lorafold.files.page import document, grid, html_table, markdown_table, notes, section
 from lorafold.files.plots import number
 from lorafold.files.terminal import paragraph, text_table
@@ -76,10 +75,11 @@ def _beside(heading: str, form: str, measurements: Sequence[Measurement]) -> dic
     and each reward by its name where there are several.
     """
     methods, gains = by_method(measurements), over_base(measurements)
-    intervals = [ratio_interval(units) for units in held_out(measurements).values()]
+    intervals = [one.interval for one in held_out(measurements).values()]
     names = list(measurements[0].rewards)
     return {
         heading + WITHIN: [within(one, form) if one else NOTHING for one in intervals],
+        "validation": [cell([r.validation for r in seeds], form) for seeds in methods],
         OVER_BASE: [str(gains.get(seeds[0].name, NOTHING)) for seeds in methods],
         **{
             f"reward {name}": [cell([r.rewards[name] for r in seeds], ".4g") for seeds in methods]
@@ -127,9 +127,8 @@ def deciding(measurements: Sequence[Measurement]) -> str:
     and the verdict.
     """
     methods, lower = by_method(measurements), lower_is_better(measurements)
-    gains, shared = over_base(measurements), held_out(measurements).values()
+    gains, figures = over_base(measurements), held_out(measurements).values()
     form = ".4f" if lower else ".4g"
-    figures = [Difference(mean(units), ratio_interval(units)) for units in shared]
     found = {
         "method": [seeds[0].name for seeds in methods],
         LOSS if lower else REWARD: [plus_minus(one, form) for one in figures],
@@ -148,16 +147,16 @@ def deciding(measurements: Sequence[Measurement]) -> str:
     }
     shown = {heading: cells for heading, cells in found.items() if {*cells} != {NOTHING}}
     several = max(map(len, methods))
-    what = LOW if lower else HIGH
     means = f" Means over {several} seeds." if several > 1 else ""
-    about = f"{what}{means} {LEGEND}"
+    over = "and seeds" if several >= SEEDS else "alone, not seeds"
+    about = f"{LOW if lower else HIGH} {over}.{means} {LEGEND}"
     told = verdict(measurements)
     below = [*paragraph(about), *(["", *paragraph(f"{told}.")] if told else [])]
     return text_table([*shown], lines(shown)) + "\n" + "\n".join(below)
 
 
-LOW = "loss: on held-out rows, in nats a token, with its 95% interval; less is better."
-HIGH = "reward: of held-out prompts, with its 95% interval; more is better."
+LOW = "loss: in nats a token, with its 95% interval; less is better. Intervals are over rows"
+HIGH = "reward: with its 95% interval; more is better. Intervals are over prompts"
 LEGEND = (
     "over base: how far it is from the base's, in pairs. KL to base: forgetting, on text outside"
     " the task, in nats a token; less is better. time: of training. trained: parameters. --wide has"
@@ -189,17 +188,20 @@ def markdown(measurements: Sequence[Measurement]) -> str:
 ABOUT = """Every method was trained on the same rows, with the same model and recipe but for the
 settings beside its name, and where the recipe sets no learning rate with its own. The first line is
 the base, before anything is trained."""
-LOSSES = """Loss and exact match are measured on held-out rows. Intervals are over rows, and those
-of what is over the base are of rows in pairs: they say how far the result would differ on other
-rows, not with other seeds."""
+LOSSES = """Loss and exact match are measured on held-out rows. Intervals say how far the result
+would differ on other rows and, from three seeds on, with other seeds; those of what is over the
+base are of rows in pairs."""
 REWARDS = """Each step drew as many completions. The reward is what completions of held-out prompts
-are worth, as many of each prompt as a step draws. Intervals are over prompts, and those of what is
-over the base are of prompts in pairs: they say how far the result would differ on other prompts,
-not with other seeds."""
-BESIDES = """Forgetting is measured on text outside the task, in nats a token: the KL divergence
-from the base, and the increase of the loss. Latencies at batch 1 are ratios to those of the base,
-with all models timed in turn. A method is mergeable if the folded model had the same logits. New
-modules remain in the forward pass."""
+are worth, as many of each prompt as a step draws. Intervals say how far the result would differ on
+other prompts and, from three seeds on, with other seeds; those of what is over the base are of
+prompts in pairs."""
+BESIDES = """Of methods, with three seeds or more, those are told apart whose difference is not 0 at
+5% by Holm's correction over all pairs. Where settings vary and there are enough rows, a random half
+of the rows, the validation rows, chooses the best setting, and the other half, the test rows, gives
+the loss or the reward; all other figures are of all rows. Forgetting is measured on text outside
+the task, in nats a token: the KL divergence from the base, and the increase of the loss. Latencies
+at batch 1 are ratios to those of the base, with all models timed in turn. A method is mergeable if
+the folded model had the same logits. New modules remain in the forward pass."""
 
 
 def page(measurements: Sequence[Measurement], title: str, path: Path) -> None:

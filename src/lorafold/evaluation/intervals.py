@@ -13,12 +13,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from statistics import NormalDist, fmean, stdev
+
+import numpy as np
 
 from lorafold.errors import LorafoldError
 
 Interval = tuple[float, float]
 Z = NormalDist().inv_cdf(0.975)
+NODES, WEIGHTS = np.polynomial.legendre.leggauss(64)
 
 
 def wilson(hits: int, n: int) -> Interval:
@@ -29,20 +33,32 @@ def wilson(hits: int, n: int) -> Interval:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def student(n: int) -> float:
-    """Student's 97.5% quantile for the mean of n values, n at least 2: closed forms for two and
-    three, else the expansion of Abramowitz and Stegun (1964, 26.7.5), 0.12% off for four values.
+def two_sided(t: float, df: float) -> float:
+    """The share of Student's distribution that lies beyond ±t. With t = sqrt(df) tan(a) its density
+    is proportional to cos(a)^(df - 1), which is integrated by Gauss-Legendre quadrature.
+
+    Args:
+        df: The degrees of freedom, at least 1; more than 10,000 count as 10,000.
     """
-    if n < 4:
-        return math.tan(math.pi * 0.475) if n == 2 else 0.95 / math.sqrt(2 * 0.975 * 0.025)
-    z, v = Z, n - 1
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + sum(term / v**k for k, term in enumerate(terms, 1))
+    df = min(df, 1e4)
+
+    def area(low: float) -> float:
+        half = (math.pi / 2 - low) / 2
+        return half * float(WEIGHTS @ np.cos(low + half * (NODES + 1)) ** (df - 1))
+
+    return area(math.atan(t / math.sqrt(df))) / area(0.0)
+
+
+@lru_cache(1024)
+def student(n: float) -> float:
+    """Student's 97.5% quantile for the mean of n values, n at least 2: n - 1 degrees of freedom,
+    which may be a fraction.
+    """
+    low, high = Z, 13.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if two_sided(middle, n - 1) > 0.05 else (low, middle)
+    return high
 
 
 def loss_interval(sums: Sequence[tuple[float, int]]) -> Interval | None:
