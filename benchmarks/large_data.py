@@ -24,7 +24,9 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import psutil
+from lib.finished import COUNTED, paths
 from lib.results import keep
+from lib.short import parsed
 
 from lorafold.machine.cores import usable_cores
 from lorafold.models.loading import load_tokenizer
@@ -42,6 +44,7 @@ import torch
 from datasets import load_dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from lib.work import none, of_trainer, stepping
 from trl import SFTConfig, SFTTrainer
 
 class First(TrainerCallback):
@@ -61,7 +64,11 @@ trainer = SFTTrainer(
     peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
     callbacks=[First()],
 )
-trainer.train()
+work = none()
+of_trainer(trainer, work)
+with stepping(work):
+    trainer.train()
+print(json.dumps({"work": work, "all": len(trainer.train_dataset)}))
 """
 
 
@@ -137,8 +144,8 @@ def run(command: list[str], environment: dict[str, str]) -> dict:
     """Seconds to the first step, and the peak of memory, of a command that tells its steps."""
     start, peak, first = time.perf_counter(), 0, 0.0
     process = subprocess.Popen(
-        command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True,
+        command, env=os.environ | {"PYTHONPATH": paths()} | environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
     def watch() -> None:
@@ -161,7 +168,9 @@ def run(command: list[str], environment: dict[str, str]) -> dict:
     watcher.join()
     if process.wait() or not first:
         raise SystemExit("".join(lines[-20:]))
-    return {"seconds": first, "bytes": peak}
+    said = json.loads(lines[-1])
+    work = {name: said["work"][name] for name in ("steps", "rows")}  # of random rows
+    return {"seconds": first, "bytes": peak, "work": work | {"all rows": said["all"]}}
 
 
 def main() -> None:
@@ -169,7 +178,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--without-trl", action="store_true")
-    asked = parser.parse_args()
+    asked = parsed(parser, rows=1000)
     model, cores = str(resolve_model("smollm2").path), str(usable_cores())
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -180,7 +189,7 @@ def main() -> None:
         def lorafold(data: Path) -> list[str]:
             options = ["--steps", "3", "--batch", "4", "--model", model, "--overwrite"]
             out = ["--out", str(root / "adapter")]
-            return [sys.executable, "-m", "lorafold", "train", "--data", str(data), *out, *options]
+            return [*COUNTED, "train", "--data", str(data), *out, *options, "--json"]
 
         def trl(data: Path) -> list[str]:
             return [sys.executable, "-c", TRL, model, str(data), str(root / "trl"), cores]
