@@ -106,7 +106,8 @@ def main() -> None:
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         own = [
             *(*COUNTED, "train", "--model", model, "--data", str(data), "--out", f"{scratch}/ours"),
-            *("--overwrite", "--epochs", "1", "--batch", "8", "--lr-b", "2e-4", "--json"),
+            *("--overwrite", "--epochs", "1", "--batch", "8", "--lr", "2e-4", "--lr-b", "2e-4"),
+            "--json",
         ]
         sides = {
             f"lorafold, {base}": [*own, "--storage", base] for base in asked.storage.split(",")

@@ -24,9 +24,10 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import psutil
-from lib.finished import COUNTED, paths
+from lib.finished import COUNTED, own_cache, paths
 from lib.results import keep
 from lib.short import parsed
+from lib.work import same_work
 
 from lorafold.machine.cores import usable_cores
 from lorafold.models.loading import load_tokenizer
@@ -68,7 +69,7 @@ work = none()
 of_trainer(trainer, work)
 with stepping(work):
     trainer.train()
-print(json.dumps({"work": work, "all": len(trainer.train_dataset)}))
+print(json.dumps({"work": work, "data": {"rows": len(trainer.train_dataset)}}))
 """
 
 
@@ -168,9 +169,9 @@ def run(command: list[str], environment: dict[str, str]) -> dict:
     watcher.join()
     if process.wait() or not first:
         raise SystemExit("".join(lines[-20:]))
-    said = json.loads(lines[-1])
+    said = json.loads([line for line in lines if line.startswith("{")][-1])
     work = {name: said["work"][name] for name in ("steps", "rows")}  # of random rows
-    return {"seconds": first, "bytes": peak, "work": work | {"all rows": said["all"]}}
+    return {"seconds": first, "bytes": peak, "work": work | {"of": said["data"]["rows"]}}
 
 
 def main() -> None:
@@ -183,7 +184,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         many, few = write_rows(root / "many.jsonl", asked.rows), write_rows(root / "few.jsonl", FEW)
-        own = {"LORAFOLD_CACHE": str(root / "cache"), "HF_HUB_OFFLINE": "1"}
+        own = {"LORAFOLD_CACHE": own_cache(root / "cache"), "HF_HUB_OFFLINE": "1"}
         theirs = {"HF_DATASETS_CACHE": str(root / "datasets"), "HF_HUB_OFFLINE": "1"}
 
         def lorafold(data: Path) -> list[str]:
@@ -205,6 +206,8 @@ def main() -> None:
         for name, command, environment in sides:
             found[name] = run(command, environment)
             print(json.dumps({"side": name, **found[name]}), flush=True)
+    for last in ("first", "second"):
+        same_work({n: side["work"] for n, side in found.items() if n.endswith(f", {last}")})
     alone = {"side": "tokenizing alone", "seconds": pure["seconds"], "of tokenizing": 1.0}
     table: list[dict] = [alone | {"tokens a row": pure["tokens"] / asked.rows}]
     for name, side in found.items():

@@ -20,7 +20,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lib.finished import COUNTED, finished
+from lib.finished import COUNTED, finished, own_cache
 from lib.results import keep
 from lib.short import parsed
 from lib.work import same_work
@@ -103,7 +103,7 @@ class Bench:
 
     def timed(self, side: str) -> dict:
         """Seconds a step, tokens a completion and peak bytes of a side."""
-        done = finished(self.command(side), LORAFOLD_CACHE=f"{self.scratch}/cache")
+        done = finished(self.command(side), LORAFOLD_CACHE=own_cache(Path(self.scratch, "cache")))
         work = done.said["work"]
         one = {
             "side": side, "dtype": self.dtype, "seconds": done.said["seconds"] / self.steps,

@@ -28,7 +28,7 @@ import tempfile
 from pathlib import Path
 
 import alignment
-from lib.finished import COUNTED, finished
+from lib.finished import COUNTED, finished, own_cache
 from lib.problems import problems
 from lib.results import keep
 from lib.short import parsed
@@ -87,7 +87,7 @@ def pairs(n: int, seed: int) -> list[dict]:
 
 def run(command: list[str], cache: str) -> dict:
     """Seconds and peak bytes of a process, and what it says of itself in its last line."""
-    done = finished(command, LORAFOLD_CACHE=cache)
+    done = finished(command, LORAFOLD_CACHE=own_cache(Path(cache)))
     reference = re.search(r"computed in ([\d.]+) s", done.told)
     return {
         "seconds": done.said.get("seconds", 0.0) + (float(reference[1]) if reference else 0.0),

