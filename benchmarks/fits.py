@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers as tf
-from lib.results import keep
+from lib.results import keep, markdown
 from lib.short import parsed
 
 import lorafold as lf
@@ -84,7 +84,7 @@ def main() -> None:
     only = parsed(parser, only="SmolLM2 135M").only.lower()
     rows = [row(name) for name in MODELS if only in name.lower()]
     if only:
-        print(rows)
+        print(markdown(rows))
     else:
         keep("fits", rows)
 

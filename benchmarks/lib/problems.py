@@ -1,5 +1,5 @@
 """Worked solutions of generated arithmetic problems, from reasoning-gym, which is in the `bench`
-extra. A short form has the quickstart's requests in their place.
+extra. A short form has the quickstart's requests in their place, with a number in each answer.
 """
 
 import sys
@@ -22,9 +22,8 @@ def problems(n: int, seed: int) -> list[tuple[str, str]]:
     if is_short():
         from lorafold.quickstart.task import rows
 
-        split = "test" if seed else "train"
-        return [
-            (r["prompt"][-1]["content"], r["completion"][0]["content"]) for r in rows(split, n, 0)
-        ]
+        made = rows("test" if seed else "train", n, 0)
+        texts = [(row["prompt"][-1]["content"], row["completion"][0]["content"]) for row in made]
+        return [(asked, f"{at}: {said}") for at, (asked, said) in enumerate(texts)]
     found = gym("gsm_symbolic", size=n, seed=seed)
     return [(item["question"], item["metadata"]["answer_cot"]) for item in found]
