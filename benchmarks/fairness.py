@@ -47,6 +47,7 @@ async def ask(port: int, key: str, model: str) -> Result:
         {
             "model": model, "prompt": [random.randrange(40000) for _ in range(PROMPT)],
             "max_tokens": NEW, "temperature": 0, "ignore_eos": True, "stream": True,
+            "stream_options": {"include_usage": True},
         }
     ).encode()  # fmt: skip
     start, first = time.perf_counter(), 0.0
@@ -62,7 +63,8 @@ async def ask(port: int, key: str, model: str) -> Result:
     writer.close()
     retry = re.search(rb"retry-after: (\d+)", answer, re.IGNORECASE)
     seconds = float(retry[1]) if retry else 0
-    tokens = answer.count(b'"text":') if b" 200 " in answer[:20] else 0
+    said = re.search(rb'"completion_tokens": ?(\d+)', answer)
+    tokens = int(said[1]) if said else 0
     return int(answer.split()[1]), first, time.perf_counter() - start, seconds, tokens
 
 

@@ -16,7 +16,7 @@ reaches a held-out loss L between two points i and i + 1, on the line through bo
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import pairwise
 from math import log
@@ -41,7 +41,7 @@ from lorafold.quickstart.story import RECIPE
 from lorafold.quickstart.task import rows
 from lorafold.recipe.fitting import fitting, spec_of
 from lorafold.step.fused import fused
-from lorafold.training.display import Display
+from lorafold.training.display import NONE, Display
 from lorafold.training.dividing import layout_of
 from lorafold.training.loop import fit
 from lorafold.training.request import Request
@@ -73,7 +73,9 @@ class Watch(Display):
         super().__init__(QUIET, steps)
         self.look = look
 
-    def step(self, step: int, loss: float, rate: float) -> None:
+    def step(
+        self, step: int, loss: float, rate: float, figures: Mapping[str, float] = NONE
+    ) -> None:
         self.look(step)
 
 

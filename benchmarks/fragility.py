@@ -198,7 +198,7 @@ def main() -> None:
         ranks=[4],
         defences=["halved"],
         asked=2,
-        epochs=1,
+        epochs=1.0,
         rows=12,
     )
     asked.out.mkdir(parents=True, exist_ok=True)
