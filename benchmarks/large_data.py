@@ -179,7 +179,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--without-trl", action="store_true")
-    asked = parsed(parser, rows=1000)
+    parser.add_argument("--once", action="store_true", help="neither few rows nor a second run")
+    asked = parsed(parser, rows=1000, once=True)
     model, cores = str(resolve_model("smollm2").path), str(usable_cores())
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -195,11 +196,13 @@ def main() -> None:
         def trl(data: Path) -> list[str]:
             return [sys.executable, "-c", TRL, model, str(data), str(root / "trl"), cores]
 
-        sides = [("lorafold", lorafold(few), own), ("lorafold, first", lorafold(many), own)]
-        sides += [("lorafold, second", lorafold(many), own)]
-        if not asked.without_trl:
-            sides += [("TRL", trl(few), theirs), ("TRL, first", trl(many), theirs)]
-            sides += [("TRL, second", trl(many), theirs)]
+        programs = [("lorafold", lorafold, own), ("TRL", trl, theirs)]
+        runs = [("", few), (", first", many), (", second", many)]
+        sides = [
+            (name + run, command(data), environment)
+            for name, command, environment in programs[: 1 if asked.without_trl else 2]
+            for run, data in (runs[1:2] if asked.once else runs)
+        ]
         pure = tokenizing(many)
         print(json.dumps({"side": "tokenizing alone", **pure}), flush=True)
         found: dict[str, dict] = {}
@@ -212,7 +215,7 @@ def main() -> None:
     table: list[dict] = [alone | {"tokens a row": pure["tokens"] / asked.rows}]
     for name, side in found.items():
         if "," in name:
-            over = (side["bytes"] - found[name.partition(",")[0]]["bytes"]) / 1e9
+            over = (side["bytes"] - found.get(name.partition(",")[0], side)["bytes"]) / 1e9
             ratio = side["seconds"] / pure["seconds"]
             figures = {"seconds": side["seconds"], "of tokenizing": ratio, "GB over few rows": over}
             table.append({"side": f"{name} step", **figures})
