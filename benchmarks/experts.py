@@ -22,6 +22,7 @@ from lib.worker import Case, Step, Worker, in_turn
 from lib.mixtures import random
 
 WARM_UP = 1
+MODELS = ("mixtral", "qwen3-moe")
 
 
 def figures(name: str, ours: list[Step], peft: list[Step], tokens: int) -> dict:
@@ -47,11 +48,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="rows")
     parser.add_argument("--length", type=int, default=256, help="tokens of a row")
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--blocks", type=int, default=12, help="of the models")
-    asked = parsed(parser, rounds=1, batch=1, length=16, rank=2, blocks=1)
+    asked = parsed(parser, rounds=1, batch=1, length=16, rank=2, blocks=1, models=["qwen3-moe"])
     table = []
     with TemporaryDirectory() as folder:
-        for name in ("mixtral", "qwen3-moe"):
+        for name in asked.models:
             path = Path(folder, name)
             random(name, path, asked.blocks)
             case = Case(asked.batch, asked.length, asked.rank, model=str(path))
