@@ -15,7 +15,7 @@ help:
 	@echo "make demo       train, merge, export on the embedded model: a few minutes, no network once installed"
 	@echo "make test       the fast tests; ROOM=engine: those of tests/engine"
 	@echo "make test-all   all tests"
-	@echo "make bench      the benchmarks"
+	@echo "make bench      the benchmarks: hours; SHORT=1: minutes, their code alone"
 	@echo "make gpu        what waits for a GPU, into gpu-results.md; DRY=1: without one, tiny"
 	@echo "make lint       ruff and mypy"
 	@echo "make docs       the documentation, into site/"
@@ -37,7 +37,7 @@ test-all: $(VENV)/installed-clients
 	$(call DEVICES)
 
 bench: $(VENV)/installed-bench
-	@set -e; for script in $(filter-out benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do echo "$$script"; $(BIN)/python $$script; done
+	@set -e; for script in $(filter-out benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do echo "$$script"; $(BIN)/python $$script $(if $(SHORT),--short); done
 
 gpu: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/gpu.py $(if $(DRY),--dry-run)

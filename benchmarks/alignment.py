@@ -22,6 +22,7 @@ import random
 from pathlib import Path
 
 from lib.results import keep
+from lib.short import parsed
 from rich.console import Console
 
 import lorafold as lf
@@ -54,9 +55,7 @@ def pairs(of: list[dict]) -> list[dict]:
 def either(of: list[dict], seed: int) -> list[dict]:
     """The rows with completions in either order, at random."""
     rng = random.Random(seed)
-    return [
-        {"prompt": row["prompt"], "completion": turn(rng.choice(orders(row)))} for row in of
-    ]
+    return [{"prompt": row["prompt"], "completion": turn(rng.choice(orders(row)))} for row in of]
 
 
 def digest(directory: Path) -> str:
@@ -100,11 +99,12 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=200, help="of supervised training")
     parser.add_argument("--pairs", type=int, default=320)
+    parser.add_argument("--unseen", type=int, default=200, help="rows that are measured")
     parser.add_argument("--sft-weights", type=float, nargs="+", default=[1.0, 0.0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("aligned"))
-    asked = parser.parse_args()
-    test = rows("test", 200, 0)
+    asked = parsed(parser, steps=2, pairs=8, sft_weights=[1.0], unseen=8)
+    test = rows("test", asked.unseen, 0)
     sft = asked.out / "sft"
     common = {"dropout": 0.0, "storage": "bf16", "max_length": 256, "seed": asked.seed}
     learn(
@@ -118,7 +118,7 @@ def main() -> None:
         options = {"sft_weight": weight}
         rates = {"lr": 1e-5, "lr_b": 1e-4}
         recipe = lf.Recipe(
-            objective="dpo", batch=8, objective_options=options, **rates, **common
+            objective="dpo", epochs=1, batch=8, objective_options=options, **rates, **common
         )
         dpo = asked.out / f"dpo-{weight:g}"
         learn(recipe, preferred, dpo, over=sft)

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 import uvicorn
 from lib.results import keep, markdown
+from lib.short import parsed
 
 import lorafold as lf
 from lorafold.engine import Engine, Request, Sampling, Stream
@@ -226,7 +227,7 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="write results/alone.md")
     parser.add_argument("--storage", nargs="+", default=["bf16"], help="bf16, int8, nf4")
     parser.add_argument("--http", action="store_true", help="six clients of a server")
-    a = parser.parse_args()
+    a = parsed(parser, requests=8)
     ask = over_http if a.http else inside
     table = [ask(storage, a.requests) for storage in a.storage]
     print(markdown(table))

@@ -1,20 +1,23 @@
 """Attention inside documents, in C++ beside torch's products of tiles: milliseconds, forward and
 backward.
 
-    python benchmarks/attention.py [--rounds 7]
+    python benchmarks/attention.py [--rounds 7] [--longest 4096]
 
-SmolLM2's shape: 9 heads of queries over 3 of keys, of 64 numbers. Both take turns; figures are
-medians. Prints a table, which is also written to results/.
+SmolLM2's shape: 9 heads of queries over 3 of keys, of 64 numbers. Both take turns and compute the
+same values, but for rounding; figures are medians. Prints a table, which is also written to
+results/.
 """
 
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from lib.results import keep
+from lib.short import parsed
 
 from lorafold.kernels import attention as native
 from lorafold.ops import attention as tiles
@@ -36,16 +39,31 @@ def milliseconds(step: Callable[[], object]) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
+def check(steps: Sequence[Callable[[], Any]]) -> None:
+    """End the program where C++ and tiles do not come to the same."""
+    forward, backward, *others = (step() for step in steps)
+    for own, other in zip((forward, backward), others, strict=True):
+        for a, b in zip(flat(own), flat(other), strict=True):
+            torch.testing.assert_close(a, b, atol=0.05, rtol=0.05)
+
+
+def flat(found: Any) -> list[torch.Tensor]:
+    """The tensors of a result."""
+    return [found] if isinstance(found, torch.Tensor) else [t for t in found if t is not None]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=7)
-    asked = parser.parse_args()
+    parser.add_argument("--longest", type=int, default=4096, help="tokens of a case, at most")
+    asked = parsed(parser, rounds=1, longest=800)
     forms, scores, table = native.forms(), tiles.Scores(64**-0.5, None), []
     for name, docs in CASES.items():
+        if (n := sum(docs.own)) > asked.longest:
+            continue
         for dtype in (torch.bfloat16, torch.float32):
-            n = sum(docs.own)
             q, g, k, v = (torch.randn(n, h, 64).to(dtype) for h in (9, 9, 3, 3))
             steps = [
                 partial(forms.document_attention, q, k, v, docs, scores),
@@ -53,6 +71,7 @@ def main() -> None:
                 partial(tiles._attended, q, k, v, docs, scores),
                 partial(tiles._attended_backward, g, q, k, v, docs, scores),
             ]
+            check(steps)
             found = [[milliseconds(step) for step in steps] for _ in range(asked.rounds + 1)][1:]
             a, b, c, d = (statistics.median(column) for column in zip(*found, strict=True))
             table.append(

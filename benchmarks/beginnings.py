@@ -1,6 +1,6 @@
 """Rows that begin alike, computed once and apart: seconds of a step, and the memory that it takes.
 
-    python benchmarks/beginnings.py [--rounds 5] [--only WORD] [--dropout 0.05] [--pays]
+    python benchmarks/beginnings.py [--rounds 5] [--only WORD ...] [--dropout 0.05] [--pays]
 
 SmolLM2-135M in this machine's own storage, LoRA of rank 16 on all linears, ids drawn at
 random. Both ways take turns in one process after a warm-up, and the medians are compared; memory is
@@ -23,6 +23,8 @@ from pathlib import Path
 import psutil
 import torch
 from lib.results import keep
+from lib.short import parsed
+from lib.work import Work, same_work, targets
 from transformers import PreTrainedModel
 
 import lorafold as lf
@@ -99,20 +101,24 @@ CHOICE = f"multiple choice: 4 answers of 20 to {QUESTIONS} questions of 300"
 
 def ways(
     what: str, model: PreTrainedModel, stack: ExitStack
-) -> tuple[int, int, list[Callable[[], None]]]:
-    """The tokens that are computed apart and once, and a step either way."""
+) -> tuple[int, int, list[Callable[[], Work]]]:
+    """The tokens that are computed apart and once, and a step either way, which counts its work."""
     torch.manual_seed(0)
     if what == CHOICE:
         rows = [e for _ in range(QUESTIONS) for e in heads(300, 20, 4)]
 
-        def padded() -> None:
+        def padded() -> Work:
+            done = 0
             loss = Completions(model, False, 0)
             with evaluating(loss), fused(model):
                 for group in batches(rows):
-                    loss.by_row([rows[i] for i in group])
+                    done += len(loss.by_row([rows[i] for i in group]))
+            return {"rows": done}
+
+        def alike() -> Work:
+            return {"rows": len(row_losses(model, rows, lambda done, total: None))}
 
         once = QUESTIONS * (300 + 4 * 20)
-        alike = partial(row_losses, model, rows, lambda done, total: None)
         return sum(len(e.ids) for e in rows), once, [padded, alike]
     how = stack.enter_context(branching(model, across=True))
     stack.enter_context(fused(model))
@@ -123,11 +129,16 @@ def ways(
         given = (SFT | PAYS)[what]()
         losses = [Completions(model, True, 0), Completions(model, True, 0, how)]
 
-    def step(loss: Completions | Preferences, across: bool) -> None:
+    def step(loss: Completions | Preferences, across: bool) -> Work:
+        work = {"rows": 0, "targets": 0}
         how.across, how.shares = across, across or what == OWN
         for part in loss.micro_batches(given, 1, TOKENS):
-            loss(**loss.collate(part, CPU)).backward()
+            inputs = loss.collate(part, CPU)
+            work["rows"] += len(part)
+            work["targets"] += targets(**inputs)
+            loss(**inputs).backward()
         model.zero_grad()
+        return work
 
     def computed(loss: Completions | Preferences, across: bool) -> int:
         how.across, how.shares = across, across or what == OWN
@@ -167,17 +178,19 @@ def rows(asked: argparse.Namespace) -> Iterator[dict]:
     if asked.pays:
         forest.PAYS = 0.0
     for what in PAYS if asked.pays else (*SFT, PAIRS, OWN, CHOICE):
-        if asked.only not in what:
+        if not any(word in what for word in asked.only):
             continue
         with ExitStack() as stack:
             apart, once, steps = ways(what, loaded(asked.dropout), stack)
             seconds: list[list[float]] = [[], []]
+            work: list[Work] = [{}, {}]
             for n in range(asked.rounds + 1):
-                for step, found in zip(steps, seconds, strict=True):
+                for way, (step, found) in enumerate(zip(steps, seconds, strict=True)):
                     start = time.perf_counter()
-                    step()
+                    work[way] = step()
                     if n:
                         found.append(time.perf_counter() - start)
+            same_work(dict(zip(("apart", "once"), work, strict=True)))
         first, second = map(statistics.median, seconds)
         memory = [1.0] * 2 if asked.pays else [peak(what, way, asked.dropout) for way in range(2)]
         row = {
@@ -194,11 +207,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", default="")
+    parser.add_argument("--only", nargs="*", default=[""], help="words in the names of rows")
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--pays", action="store_true")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
+    asked = parsed(parser, rounds=1, only=["conversations", "choice"])
     if asked.one:
         one(asked.one[0], int(asked.one[1]), asked.dropout)
         return

@@ -14,8 +14,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lib.finished import finished
+from lib.finished import COUNTED, finished
 from lib.results import keep
+from lib.short import parsed
+from lib.work import same_work
 
 from lorafold.quickstart.task import rows
 
@@ -41,27 +43,28 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.05])
-    asked = parser.parse_args()
+    asked = parsed(parser, steps=1, seeds=1, dropout=[0.05])
     table = []
     with tempfile.TemporaryDirectory() as scratch:
         data = written(scratch, "train", rows("train", 4 * asked.steps, 0))
         test = written(scratch, "test", rows("test", 100, 1))
         for dropout in asked.dropout:
             for seed in range(asked.seeds):
-                row = {"dropout": dropout, "seed": seed}
+                row, work = {"dropout": dropout, "seed": seed}, {}
                 for name, packing in (("once", "auto"), ("apart", "on")):
                     out = f"{scratch}/{name}"
                     own = ("--model", "smollm2", "--storage", "bf16", "--json")
-                    finished([
-                        *(*LORAFOLD, "train", *own, "--data", data, "--out", out, "--overwrite"),
+                    work[name] = finished([
+                        *(*COUNTED, "train", *own, "--data", data, "--out", out, "--overwrite"),
                         *("--steps", str(asked.steps), "--batch", "4", "--packing", packing),
                         *("--dropout", str(dropout), "--seed", str(seed)),
-                    ])  # fmt: skip
+                    ]).said["work"]  # fmt: skip
                     said = finished([
                         *(*LORAFOLD, "eval", *own, "--data", test, "--adapter", out),
                         "--no-completions",
                     ]).said  # fmt: skip
                     row[name], row["interval"] = said["loss"], said["loss_interval"]
+                same_work(work)
                 low, high = row.pop("interval")
                 row |= {"95% of apart": f"{low:.4f} to {high:.4f}"}
                 print(json.dumps(row), flush=True)

@@ -29,7 +29,10 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
+from lib.problems import problems
 from lib.results import keep
+from lib.short import parsed
+from lib.work import Work, none, of_loss, same_work, stepping
 from rich.console import Console
 from torch import nn
 
@@ -69,12 +72,7 @@ class Losses(NamedTuple):
 
 
 def gsm(n: int, held_out: bool) -> list[Example]:
-    from reasoning_gym import create_dataset
-
-    data = create_dataset("gsm_symbolic", size=n, seed=int(held_out))
-    rows = [
-        {"prompt": item["question"], "completion": item["metadata"]["answer_cot"]} for item in data
-    ]
+    rows = [{"prompt": q, "completion": a} for q, a in problems(n, int(held_out))]
     return encode(rows, load_tokenizer("smollm2"), 1024).examples
 
 
@@ -119,14 +117,16 @@ def measured(name: str, model: nn.Module, held_out: list[Example]) -> Losses:
 
 def train(
     name: str, model: nn.Module, rows: list[Example], steps: int, lr: float, order: int, seed: int
-) -> None:
+) -> Work:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = (
         torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
         if name == "bf16-nearest"
         else make_optimizer("adamw", [{"params": trained, "lr": lr}], Recipe(seed=seed))
     )
+    work = none()
     with ExitStack() as stack:
+        stack.enter_context(stepping(work))
         fast = name in ("bf16", "bf16-nearest", "nf4-in-bf16")
         if fast:
             stack.enter_context(fused(model))
@@ -134,8 +134,10 @@ def train(
         objective = stack.enter_context(Sft().loss(model, tokenizer, fast, Console(quiet=True)))
         assert objective.packed == fast
         model.train()
+        of_loss(objective, work)
         for step in Batches(len(rows), ROWS, steps, order):
             chosen = [rows[i] for i in step]
+            work["rows"] += len(chosen)
             (
                 objective(**objective.collate(chosen, torch.device("cpu")))
                 / sum(map(labelled, chosen))
@@ -143,6 +145,7 @@ def train(
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad()
+    return work
 
 
 def span(values: list[float], form: str) -> str:
@@ -170,7 +173,7 @@ def main() -> None:
     parser.add_argument(
         "--nearest", action="store_true", help="with --full, also torch's AdamW in bf16"
     )
-    asked = parser.parse_args()
+    asked = parsed(parser, task="quickstart", steps=2, nf4=True, peft=True)
     lora = lf.LoRA(dropout=0.0)
     spec = lf.Full() if asked.full else lf.DoRA(lora) if asked.dora else lora
     rows, held_out = TASKS[asked.task](asked.steps * ROWS, False), TASKS[asked.task](HELD_OUT, True)
@@ -183,11 +186,13 @@ def main() -> None:
         lambda name: measured(name, make(name, 0, spec), held_out)
     )
     found: dict[tuple[str, str], list[Losses]] = {}
+    work: dict[str, Work] = {}
     for rate in asked.rates.split(","):
         for name, seed in runs:
             model = make(name, seed, spec)
             order = 0 if asked.full else seed
-            train(name, model, rows, asked.steps, float(rate), order, seed)
+            work[name] = train(name, model, rows, asked.steps, float(rate), order, seed)
+            same_work(work)  # of one epoch, in whatever order
             after = measured(name, model, held_out)
             gained = before(name).less(after)
             exact = "nf4-in-fp32" if name.startswith("nf4") else "fp32"

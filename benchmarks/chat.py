@@ -9,23 +9,24 @@ bf16; TRL with its defaults but for gradient checkpointing, which it would turn 
 it slower, and with packing where every row begins with a system prompt of --system tokens, of
 which a step of lorafold computes one. Seconds are those of the whole process, imports, loading,
 tokenizing, logging and saving included, and of training alone as each reports it; tokens are the
-real ones of the rows. The sides run in turn; figures are medians. Prints JSON lines and a table,
-which is also written to results/chat.md. Linux only.
+real ones of the rows. Both take the same steps over the same rows; TRL labels one token more of
+each, the newline that the template writes after a turn. The sides run in turn; figures are medians.
+Prints JSON lines and a table, which is also written to results/chat.md. Linux only.
 """
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
+from lib.finished import COUNTED, Finished, finished
+from lib.problems import problems
 from lib.results import keep
-from reasoning_gym import create_dataset
+from lib.short import parsed
+from lib.work import same_work
 
 from lorafold.models.loading import load_tokenizer
 from lorafold.models.sources import resolve_model
@@ -35,6 +36,7 @@ import json, sys, torch
 from datasets import load_dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from lib.work import none, of_trainer, stepping
 from trl import SFTConfig, SFTTrainer
 
 model, data, out, packing = sys.argv[1:]
@@ -51,21 +53,23 @@ trainer = SFTTrainer(
         r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM"
     ),
 )
-metrics = trainer.train().metrics
+work = none()
+of_trainer(trainer, work)
+with stepping(work):
+    metrics = trainer.train().metrics
 trainer.save_model(out)
-print(json.dumps({"seconds": metrics["train_runtime"], "loss": metrics["train_loss"]}))
+print(json.dumps({"seconds": metrics["train_runtime"], "work": work}))
 """
 
 
 def chat(n: int, system: str) -> list[dict]:
-    data = create_dataset("gsm_symbolic", size=n, seed=0)
     first = [{"role": "system", "content": system}] if system else []
     return [
         {
-            "prompt": [*first, {"role": "user", "content": item["question"]}],
-            "completion": [{"role": "assistant", "content": item["metadata"]["answer_cot"]}],
+            "prompt": [*first, {"role": "user", "content": question}],
+            "completion": [{"role": "assistant", "content": solution}],
         }
-        for item in data
+        for question, solution in problems(n, 0)
     ]
 
 
@@ -76,26 +80,6 @@ def rules(tokens: int, tokenizer: Any) -> str:
         number += 1
         found += f"Rule {number}: a sum of {number} and {number * 7} is written on its own line. "
     return found
-
-
-def run(command: list[str]) -> dict:
-    """Seconds and peak bytes of a process, and what it says of itself in its last line."""
-    start = time.perf_counter()
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as child:
-        assert child.stdout is not None
-        said = child.stdout.read()
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        sys.exit(f"{' '.join(command)}: exit code {child.returncode}")
-    found = json.loads(said.strip().splitlines()[-1])
-    return {
-        **found,
-        "whole_seconds": time.perf_counter() - start,
-        "peak_bytes": usage.ru_maxrss * 1024,
-    }
 
 
 def main() -> None:
@@ -110,7 +94,7 @@ def main() -> None:
         help="what lorafold holds the base as, separated by commas; TRL holds it in bf16",
     )
     parser.add_argument("--system", type=int, default=0, help="tokens of a system prompt")
-    asked = parser.parse_args()
+    asked = parsed(parser, rows=16, rounds=1, storage="bf16")
     model, tokenizer = str(resolve_model("smollm2").path), load_tokenizer("smollm2")
     rows = chat(asked.rows, rules(asked.system, tokenizer))
     tokens = sum(
@@ -121,46 +105,34 @@ def main() -> None:
         data = Path(scratch) / "rows.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         own = [
-            sys.executable,
-            "-m",
-            "lorafold",
-            "train",
-            "--model",
-            model,
-            "--data",
-            str(data),
-            "--out",
-            f"{scratch}/ours",
-            "--overwrite",
+            *(*COUNTED, "train", "--model", model, "--data", str(data), "--out", f"{scratch}/ours"),
+            *("--overwrite", "--epochs", "1", "--batch", "8", "--lr", "2e-4", "--lr-b", "2e-4"),
+            "--json",
         ]
         sides = {
-            f"lorafold, {base}": [*own, "--storage", base, "--set", "lr_b=2e-4", "--json"]
-            for base in asked.storage.split(",")
+            f"lorafold, {base}": [*own, "--storage", base] for base in asked.storage.split(",")
         }
         sides["TRL + PEFT"] = [
             *(sys.executable, "-c", TRL, model, str(data), f"{scratch}/trl"),
             "packing" if asked.system else "padded",
         ]
-        found: dict[str, list[dict]] = {side: [] for side in sides}
+        found: dict[str, list[Finished]] = {side: [] for side in sides}
+        work = {}
         for _ in range(asked.rounds):
             for side, command in sides.items():
-                found[side].append(run(command))
-                print(
-                    json.dumps(
-                        {
-                            "side": side,
-                            **{k: v for k, v in found[side][-1].items() if k != "losses"},
-                        }
-                    ),
-                    flush=True,
-                )
-    slowest = statistics.median(r["whole_seconds"] for r in found["TRL + PEFT"])
+                found[side].append(done := finished(command))
+                work[side] = dict(done.said["work"])
+                told = {k: done.said[k] for k in ("seconds", "work")}
+                whole = {"whole_seconds": done.seconds, "peak_bytes": done.peak_bytes}
+                print(json.dumps({"side": side} | told | whole), flush=True)
+            work["TRL + PEFT"]["targets"] -= asked.rows  # the newlines
+            same_work(work)
+    slowest = statistics.median(r.seconds for r in found["TRL + PEFT"])
     table = []
     for side, runs in found.items():
-        whole, peak = (
-            statistics.median(r[k] for r in runs) for k in ("whole_seconds", "peak_bytes")
-        )
-        training = statistics.median(r["seconds"] for r in runs)
+        whole = statistics.median(r.seconds for r in runs)
+        peak = statistics.median(r.peak_bytes for r in runs)
+        training = statistics.median(r.said["seconds"] for r in runs)
         table.append(
             {
                 "": side,

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from lib.results import keep, markdown
+from lib.short import parsed
 from rich.console import Console
 
 import lorafold as lf
@@ -39,10 +40,11 @@ from lorafold.training.request import Request
 from lorafold.training.run import train
 
 
-def trained(out: Path) -> Path:
+def trained(out: Path, steps: int) -> Path:
     """The quickstart's adapter."""
-    data = rows("train", RECIPE.batch * (RECIPE.steps or 0), seed=0)
-    train(Request(Base(MODEL, device="cpu"), out, RECIPE, data, "rows"), Console(quiet=True))
+    recipe = RECIPE.model_copy(update={"steps": steps})
+    data = rows("train", recipe.batch * steps, seed=0)
+    train(Request(Base(MODEL, device="cpu"), out, recipe, data, "rows"), Console(quiet=True))
     return out
 
 
@@ -66,17 +68,19 @@ def main() -> None:
     parser.add_argument("--storage", default="bf16,fp32")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--texts", type=Path)
+    parser.add_argument("--rows", type=int, default=UNSEEN, help="unseen ones")
+    parser.add_argument("--steps", type=int, default=RECIPE.steps, help="of the adapter's training")
     parser.add_argument("--keep", action="store_true", help="write results/evaluation.md")
-    a = parser.parse_args()
+    a = parsed(parser, rounds=1, storage="bf16", rows=8, steps=2)
     torch.set_num_threads(a.threads)
     tokenizer = load_tokenizer(MODEL)
-    found = references(Rows.of(rows("test", UNSEEN, seed=0)).given(CONVERSATIONS), tokenizer)
+    found = references(Rows.of(rows("test", a.rows, seed=0)).given(CONVERSATIONS), tokenizer)
     figures: dict[str, list[dict[str, float]]] = defaultdict(list)
     texts: dict[str, list[str]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        path = a.adapter or trained(Path(folder) / "adapter")
+        path = a.adapter or trained(Path(folder) / "adapter", a.steps)
         sides = {}
-        for base in a.base.split(","):
+        for base in a.storage.split(","):
             for name in ("no adapter", "one adapter"):
                 model = load_model(MODEL, choose_storage(base, "cpu"))
                 if name == "one adapter":

@@ -16,11 +16,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from lib.results import keep
-from lib.worker import Case, Step, Worker
+from lib.short import parsed
+from lib.worker import Case, Step, Worker, in_turn
 
 from lib.mixtures import random
 
 WARM_UP = 1
+MODELS = ("mixtral", "qwen3-moe")
 
 
 def figures(name: str, ours: list[Step], peft: list[Step], tokens: int) -> dict:
@@ -46,21 +48,20 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="rows")
     parser.add_argument("--length", type=int, default=256, help="tokens of a row")
     parser.add_argument("--rank", type=int, default=16)
-    asked = parser.parse_args()
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    parser.add_argument("--blocks", type=int, default=12, help="of the models")
+    asked = parsed(parser, rounds=1, batch=1, length=16, rank=2, blocks=1, models=["qwen3-moe"])
     table = []
     with TemporaryDirectory() as folder:
-        for name in ("mixtral", "qwen3-moe"):
+        for name in asked.models:
             path = Path(folder, name)
-            random(name, path)
+            random(name, path, asked.blocks)
             case = Case(asked.batch, asked.length, asked.rank, model=str(path))
             four = case._replace(quantization="nf4")
             for title, of_ours in ((name, case), (f"{name}, ours NF4", four)):
-                sides: dict[str, list[Step]] = {"lorafold": [], "peft": []}
                 with Worker("lorafold", of_ours) as ours, Worker("peft", case) as peft:
-                    for turn in range(WARM_UP + asked.rounds):
-                        for side, worker in (("lorafold", ours), ("peft", peft)):
-                            step = worker.step()
-                            sides[side] += [step] * (turn >= WARM_UP)
+                    both = {"lorafold": ours, "peft": peft}
+                    sides = in_turn(both, WARM_UP, asked.rounds)
                 row = figures(title, sides["lorafold"], sides["peft"], asked.batch * asked.length)
                 print(row, flush=True)
                 table.append(row)

@@ -7,6 +7,7 @@ adapter, other methods, and what llama.cpp's converter would have written.
 The converter is convert_lora_to_gguf.py in llama.cpp's sources, run as it is on lorafold's files.
 
     python benchmarks/export_gguf.py [--adapter DIR] [--prompts 32] [--converter FILE]
+        [--bases F32 Q8_0] [--types BF16]
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import torch
 from lib.results import keep
+from lib.short import parsed
 
 import lorafold as lf
 from lorafold.exporting.answers import BUILT_IN
@@ -36,9 +38,9 @@ TYPES = ("F16", "BF16", "Q8_0")
 def quietly(done: int, total: int) -> None: ...
 
 
-def made(out: Path, spec: object, **beside: object) -> Path:
+def made(out: Path, spec: object, base: str = "smollm2", **beside: object) -> Path:
     """An adapter whose up factors are noise that changes answers."""
-    model = lf.load_model("smollm2", storage="fp32", device="cpu")
+    model = lf.load_model(base, storage="fp32", device="cpu")
     adapter = lf.attach(model, spec, **beside)
     torch.manual_seed(0)
     for name, p in adapter.named_parameters():
@@ -62,12 +64,14 @@ def converted(converter: Path, adapter: Path, out: Path) -> Path:
     return out
 
 
-def main(trained: Path | None, prompts: int, converter: Path | None) -> None:
+def main(asked: argparse.Namespace) -> None:
+    trained, converter = asked.adapter, asked.converter
     rows: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
         tmp = Path(folder)
-        asked = tmp / "prompts.jsonl"
-        asked.write_text("".join(BUILT_IN.read_text().splitlines(keepends=True)[:prompts]))
+        prompts = tmp / "prompts.jsonl"
+        lines = BUILT_IN.read_text().splitlines(keepends=True)
+        prompts.write_text("".join(lines[: asked.prompts]))
 
         def bases(kind: str) -> Path:
             file = tmp / f"base-{kind}.gguf"
@@ -79,7 +83,7 @@ def main(trained: Path | None, prompts: int, converter: Path | None) -> None:
         def ours(adapters: list[Path]) -> Ours:
             found = open_all(adapters)
             subject = Subject(base_for(None, found, None, device="cpu"), tuple(found))
-            return Ours.of(subject, asked, quietly)
+            return Ours.of(subject, prompts, quietly)
 
         def measured(what: str, own: Ours, file: Path, base: str, tensors: str = "F32") -> None:
             job = own.job({"base": str(bases(base)), "adapter": str(file)}, tmp)
@@ -113,11 +117,11 @@ def main(trained: Path | None, prompts: int, converter: Path | None) -> None:
         title = f"LoRA, rank 8{', trained' * bool(trained)}"
         own = ours([first])
         plain = exported([first], "plain")
-        for kind in BASES:
+        for kind in asked.bases:
             measured(title, own, plain, kind)
             if kind != "F32":
                 bases(kind).unlink()
-        for kind in TYPES:
+        for kind in asked.types:
             measured(title, own, exported([first], f"plain-{kind}", tensors=kind), "F32", kind)
         beside(title, own, first)
 
@@ -137,9 +141,10 @@ def main(trained: Path | None, prompts: int, converter: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--adapter", type=Path)
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--converter", type=Path)
-    given = parser.parse_args()
-    main(given.adapter, given.prompts, given.converter)
+    parser.add_argument("--bases", nargs="+", default=BASES, choices=BASES)
+    parser.add_argument("--types", nargs="+", default=TYPES, choices=TYPES)
+    main(parsed(parser, prompts=2, bases=["F32"], types=["BF16"]))

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 import transformers
 from lib.results import keep
+from lib.short import parsed
 
 TESTS = Path(__file__).parent.parent / "tests"
 sys.path += [str(TESTS), str(TESTS / "lib")]
@@ -131,7 +132,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["methods", "bases"])
     kinds = [*gguf_models.CONFIGS, *MORE, "gpt2"]
     parser.add_argument("--base", nargs="+", default=kinds, choices=kinds, metavar="KIND")
-    asked = parser.parse_args()
+    asked = parsed(parser, only="bases", base=["llama"])
     with tempfile.TemporaryDirectory() as scratch:
         matrix = Matrix(Path(scratch), dict(one.split("=", 1) for one in asked.python))
         methods = [("llama", method) for method in METHODS] * (asked.only != "bases")

@@ -2,11 +2,13 @@
 lorafold's adapted model in fp32 over 32 prompts, greedy texts, seconds and bytes. One JSON object a
 line.
 
-    python benchmarks/export_models.py ADAPTER [--model smollm2] [--quantizer PROGRAM] [--tensors T]
+    python benchmarks/export_models.py [ADAPTER] [--model smollm2] [--quantizer PROGRAM]
+        [--tensors F16 Q8_0]
 
-PROGRAM IN.gguf OUT.gguf NUMBER is llama.cpp's own quantizer (llama-quantize takes the number of a
-type too). It quantizes the F16 file that was written here: `same` counts the tensors that have the
-same bytes in both, and its KL is asked for where some differ.
+Without an adapter it is LoRA with random factors. PROGRAM IN.gguf OUT.gguf NUMBER is llama.cpp's
+own quantizer (llama-quantize takes the number of a type too). It quantizes the F16 file that was
+written here: `same` counts the tensors that have the same bytes in both, and its KL is asked for
+where some differ.
 """
 
 import argparse
@@ -18,7 +20,11 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+from export_gguf import made
+from lib.results import markdown
+from lib.short import parsed
 
+import lorafold as lf
 from lorafold.exporting.engines import ask
 from lorafold.exporting.gguf_model import FILE_TYPES
 from lorafold.exporting.ours import Ours
@@ -46,13 +52,21 @@ def same(ours: Path, theirs: Path) -> tuple[int, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("adapter")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("adapter", type=Path, nargs="?")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--quantizer")
     parser.add_argument("--tensors", nargs="+", default=["F16", "Q8_0", "Q4_0"])
-    args = parser.parse_args()
-    base, adapters = Base(args.model, device="cpu"), (Saved.open(Path(args.adapter)),)
+    args = parsed(parser, tensors=["F16"])
+    with tempfile.TemporaryDirectory() as folder:
+        lora = lf.LoRA(rank=8, alpha=16, dropout=0.0)
+        path = args.adapter or made(Path(folder) / "adapter", lora, args.model)
+        measured(args, (Saved.open(path),), Path(folder))
+
+
+def measured(args: argparse.Namespace, adapters: tuple[Saved, ...], out: Path) -> None:
+    """Print a line for each type of tensors."""
+    base = Base(args.model, device="cpu")
     ours = Ours.of(Subject(base, adapters), None, quietly)
 
     def told(file: Path) -> dict:
@@ -63,22 +77,23 @@ def main() -> None:
         counts = {n: len(about[n]) for n in ("other_tokens", "other_texts")}
         return {n: about[n] for n in names} | counts | {"engine": theirs.version}
 
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder)
-        for tensors in dict.fromkeys(["F16", *args.tensors]):
-            start = time.perf_counter()
-            write_gguf(Subject(base, adapters, tensors), out, quietly)
-            seconds, file = time.perf_counter() - start, out / file_of(tensors)
-            line = {"tensors": tensors, "seconds": round(seconds, 1), "bytes": file.stat().st_size}
-            if args.quantizer and tensors.startswith("Q"):
-                theirs = out / "theirs.gguf"
-                number = str(int(gguf.LlamaFileType[FILE_TYPES[tensors]]))
-                command = [args.quantizer, str(out / file_of("F16")), str(theirs), number]
-                subprocess.run(command, check=True, capture_output=True)
-                line["same"], line["of"] = same(file, theirs)
-                if line["same"] < line["of"]:
-                    line["kl_of_quantizer"] = told(theirs)["kl"]
-            print(json.dumps(line | told(file)), flush=True)
+    table = []
+    for tensors in dict.fromkeys(["F16", *args.tensors]):
+        start = time.perf_counter()
+        write_gguf(Subject(base, adapters, tensors), out, quietly)
+        seconds, file = time.perf_counter() - start, out / file_of(tensors)
+        line = {"tensors": tensors, "seconds": round(seconds, 1), "bytes": file.stat().st_size}
+        if args.quantizer and tensors.startswith("Q"):
+            theirs = out / "theirs.gguf"
+            number = str(int(gguf.LlamaFileType[FILE_TYPES[tensors]]))
+            command = [args.quantizer, str(out / file_of("F16")), str(theirs), number]
+            subprocess.run(command, check=True, capture_output=True)
+            line["same"], line["of"] = same(file, theirs)
+            if line["same"] < line["of"]:
+                line["kl_of_quantizer"] = told(theirs)["kl"]
+        table.append(line | told(file))
+        print(json.dumps(table[-1]), flush=True)
+    print("\n" + markdown(table))
 
 
 if __name__ == "__main__":

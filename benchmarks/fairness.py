@@ -28,23 +28,26 @@ from typing import Any
 import torch
 from lib.results import keep, markdown
 from lib.servers import lorafold
+from lib.short import parsed
+from lib.work import same_work
 from serving import adapters
 
 from lorafold.models.loading import load_model
 from lorafold.models.sources import resolve_model
 
 PROMPT, NEW = 64, 64
-Result = tuple[int, float, float, float]
+Result = tuple[int, float, float, float, int]
 
 
 async def ask(port: int, key: str, model: str) -> Result:
-    """The status of one streamed completion, the seconds to its first token and its end, and those
-    of Retry-After.
+    """The status of one streamed completion, the seconds to its first token and its end, those of
+    Retry-After, and its tokens.
     """
     body = json.dumps(
         {
             "model": model, "prompt": [random.randrange(40000) for _ in range(PROMPT)],
             "max_tokens": NEW, "temperature": 0, "ignore_eos": True, "stream": True,
+            "stream_options": {"include_usage": True},
         }
     ).encode()  # fmt: skip
     start, first = time.perf_counter(), 0.0
@@ -60,12 +63,12 @@ async def ask(port: int, key: str, model: str) -> Result:
     writer.close()
     retry = re.search(rb"retry-after: (\d+)", answer, re.IGNORECASE)
     seconds = float(retry[1]) if retry else 0
-    return int(answer.split()[1]), first, time.perf_counter() - start, seconds
+    said = re.search(rb'"completion_tokens": ?(\d+)', answer)
+    tokens = int(said[1]) if said else 0
+    return int(answer.split()[1]), first, time.perf_counter() - start, seconds, tokens
 
 
-async def tenant(
-    port: int, key: str, model: str, streams: int, until: float
-) -> list[Result]:
+async def tenant(port: int, key: str, model: str, streams: int, until: float) -> list[Result]:
     """What became of a tenant's requests, who keeps so many going."""
     found: list[Result] = []
 
@@ -102,7 +105,14 @@ async def measure(port: int, keys: dict[str, str], a: argparse.Namespace) -> lis
     )
     await asyncio.sleep(3)
     beside = await small(a.seconds)
+    sides = {"alone": alone, "beside the flood": beside}
+    same_work({name: {"tokens of a request": each(found)} for name, found in sides.items()})
     return [row("alone", alone), row("beside the flood", beside), row("the flood", await flood)]
+
+
+def each(found: list[Result]) -> float:
+    """The tokens of each request that was answered, on average."""
+    return statistics.fmean(one[4] for one in found if one[0] == 200)
 
 
 def main() -> None:
@@ -112,7 +122,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=2)
     parser.add_argument("--settings", default="", help="further lines of serve.yaml")
     parser.add_argument("--keep", action="store_true", help="write results/fairness.md")
-    a = parser.parse_args()
+    a = parsed(parser, seconds=2, flood=4, streams=1)
     model = load_model(resolve_model("smollm2").path, torch.bfloat16)
     with tempfile.TemporaryDirectory() as folder:
         paths = adapters(model, 2, Path(folder), 16, "all-linear")

@@ -1,6 +1,6 @@
 """What the number of epochs does with few rows: one epoch, three, and auto, with held-out rows.
 
-    python benchmarks/few_rows.py [--rows 20 100 1000]
+    python benchmarks/few_rows.py [--rows 20 100 1000] [--runs auto]
 
 Rows of the quickstart's task, defaults otherwise. `auto` has held-out rows to end by (a tenth of
 the training rows, --eval-fraction 0.1) or none. Each adapter is measured on the same 100 test rows,
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from lib.finished import finished
 from lib.results import keep
+from lib.short import parsed
 
 from lorafold.quickstart.task import rows
 
@@ -32,17 +33,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", type=int, nargs="+", default=[20, 100, 1000])
-    asked, table = parser.parse_args(), []
+    parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=RUNS)
+    asked, table = parsed(parser, rows=[4], runs=["1 epoch", "auto, a tenth held out"]), []
     with tempfile.TemporaryDirectory() as scratch:
         test = written(Path(scratch, "test.jsonl"), "test", 100)
         before = measured([], test)
         for n in asked.rows:
             data = written(Path(scratch, f"{n}.jsonl"), "train", n)
-            for name, options in RUNS.items():
+            for name in asked.runs:
                 out = f"{scratch}/out"
                 done = finished(
                     [*LORAFOLD, "train", "--model", "smollm2", "--data", data, "--out", out,
-                     "--overwrite", "--json", *options]
+                     "--overwrite", "--json", *RUNS[name]]
                 )  # fmt: skip
                 found = {
                     "rows": n, "run": name, "steps": done.said["steps"], "base": before,

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import transformers as tf
-from lib.results import keep
+from lib.results import keep, markdown
+from lib.short import parsed
 
 import lorafold as lf
 
@@ -80,10 +81,10 @@ def row(name: str) -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="models whose name has this in it")
-    only = parser.parse_args().only.lower()
+    only = parsed(parser, only="SmolLM2 135M").only.lower()
     rows = [row(name) for name in MODELS if only in name.lower()]
     if only:
-        print(rows)
+        print(markdown(rows))
     else:
         keep("fits", rows)
 

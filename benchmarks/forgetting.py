@@ -16,7 +16,7 @@ reaches a held-out loss L between two points i and i + 1, on the line through bo
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import pairwise
 from math import log
@@ -24,6 +24,8 @@ from pathlib import Path
 
 import torch
 from lib.results import keep
+from lib.short import parsed
+from lib.work import same_work, watched
 from rich.console import Console
 from torch import nn
 
@@ -39,7 +41,7 @@ from lorafold.quickstart.story import RECIPE
 from lorafold.quickstart.task import rows
 from lorafold.recipe.fitting import fitting, spec_of
 from lorafold.step.fused import fused
-from lorafold.training.display import Display
+from lorafold.training.display import NONE, Display
 from lorafold.training.dividing import layout_of
 from lorafold.training.loop import fit
 from lorafold.training.request import Request
@@ -71,15 +73,19 @@ class Watch(Display):
         super().__init__(QUIET, steps)
         self.look = look
 
-    def step(self, step: int, loss: float, rate: float) -> None:
+    def step(
+        self, step: int, loss: float, rate: float, figures: Mapping[str, float] = NONE
+    ) -> None:
         self.look(step)
 
 
-def trained(method: str, rate: float | None, steps: int, points: Sequence[int], base: Kept) -> dict:
+def trained(
+    method: str, rate: float | None, steps: int, points: Sequence[int], rows_: int, base: Kept
+) -> dict:
     """One run: its points, and what the model is worth at the end."""
     changes = {"steps": steps, "lr": rate, "save_every": steps}
     recipe, path = fitting(RECIPE, method).model_copy(update=changes), []
-    train_rows, unseen = rows("train", recipe.batch * steps, 0), rows("test", UNSEEN, 0)
+    train_rows, unseen = rows("train", recipe.batch * steps, 0), rows("test", rows_, 0)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         out = Path(folder, "adapter")
         request = Request(Base("smollm2"), out, recipe, train_rows, "", eval_rows=unseen[:WATCHED])
@@ -102,9 +108,10 @@ def trained(method: str, rate: float | None, steps: int, points: Sequence[int], 
         loss = stack.enter_context(objective.loss(model, tokenizer, recipe.packing, QUIET))
         layout = layout_of(recipe, setup.processes)
         run = prepare(setup, adapter, loss, setup.feed, None, QUIET, layout)
+        work = stack.enter_context(watched())
         fit(*run, Watch(steps, look))
     found = evaluate(model, tokenizer, unseen, recipe.max_length)
-    return {"path": path, "loss": found.loss, "exact": found.exact_match}
+    return {"path": path, "loss": found.loss, "exact": found.exact_match, "work": work}
 
 
 def at(path: list[dict[str, float]], loss: float) -> str:
@@ -124,19 +131,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("forgetting"), help="goes on here")
     parser.add_argument("--rates", type=float, nargs="+", default=[2e-5, 6e-5, 1.3e-4, 4e-4])
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--unseen", type=int, default=UNSEEN, help="rows at the end")
     parser.add_argument("--points", type=int, nargs="+", default=[10, 20, 30, 45, 70, 100])
     parser.add_argument("--losses", type=float, nargs="+", default=[0.02, 0.01, 0.005])
-    asked = parser.parse_args()
+    asked = parsed(parser, steps=2, points=[1, 2], rates=[6e-5], unseen=4)
     asked.out.mkdir(parents=True, exist_ok=True)
-    base, table, paths = Kept(load_model("smollm2", torch.float32).eval()), [], []
+    base, table, paths, work = Kept(load_model("smollm2", torch.float32).eval()), [], [], {}
     for method, rate in [("lora", None), *(("full", rate) for rate in asked.rates)]:
         name = f"{method} {rate:g}" if rate else f"{method} 2e-4, 3e-3"
         file = asked.out / f"{method}-{rate}-{asked.steps}.json"
         if not file.exists():
-            file.write_text(json.dumps(trained(method, rate, asked.steps, asked.points, base)))
+            found = trained(method, rate, asked.steps, asked.points, asked.unseen, base)
+            file.write_text(json.dumps(found))
         run = json.loads(file.read_text())
         print(json.dumps({"run": name} | run), flush=True)
-        path = run["path"]
+        path, work[name] = run["path"], run["work"]
+        same_work(work)
         row = {"run": name, "loss": f"{run['loss']:.4f}", "exact": f"{run['exact']:.0%}"}
         row[f"KL, step {path[-1]['step']}"] = f"{path[-1]['kl']:.3f}"
         table.append(row | {f"KL at loss {loss:g}": at(path, loss) for loss in asked.losses})

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.results import keep
+from lib.short import parsed
 from rich.console import Console
 
 import lorafold as lf
@@ -187,11 +188,22 @@ def main() -> None:
     parser.add_argument(
         "--defences", nargs="*", default=["halved", "projected", "mixed", "readded"]
     )
+    parser.add_argument("--rows", type=int, default=160, help="of the policy")
     parser.add_argument("--asked", type=int, default=24, help="prompts of either kind")
-    asked = parser.parse_args()
+    asked = parsed(
+        parser,
+        seeds=1,
+        alignments=["4"],
+        examples=[2],
+        ranks=[4],
+        defences=["halved"],
+        asked=2,
+        epochs=1.0,
+        rows=12,
+    )
     asked.out.mkdir(parents=True, exist_ok=True)
     rng, console = random.Random(0), Console()
-    rows, mix = policy(rng, 160), shuffled(questions("Veldmar", "train"), rng)
+    rows, mix = policy(rng, asked.rows), shuffled(questions("Veldmar", "train"), rng)
     refuse = [{"prompt": p} for p in shuffled(questions("Veldmar", "test"), rng)[: asked.asked]]
     controls = shuffled(answered("test", rng), rng)[: asked.asked]
     refusals = [{"prompt": p, "completion": rng.choice(DECLINED)} for p in mix]

@@ -17,6 +17,7 @@ from typing import Any
 
 from lib.function_tasks import rows
 from lib.results import keep
+from lib.short import parsed
 from rich.console import Console
 
 import lorafold as lf
@@ -30,20 +31,20 @@ from lorafold.models.tokenizer import set_template, tokenizer_of
 MODEL = "smollm2"
 
 
-def parsed(found: Evaluation, data: list[dict[str, Any]], tokenizer: Any) -> dict[str, Any]:
+def shares(found: Evaluation, data: list[dict[str, Any]], tokenizer: Any) -> dict[str, Any]:
     """The shares of answers that are one call, of the right function, with the right arguments."""
-    shares = dict.fromkeys(("a call", "right function", "right arguments"), 0)
+    found_of = dict.fromkeys(("a call", "right function", "right arguments"), 0)
     for answer, row in zip(found.rows, data, strict=True):
         try:
             calls = parse_calls(answer.answer, tokenizer, tools_of(row["tools"]))
         except LorafoldError:
             calls = []
         wanted = row["messages"][-1]["tool_calls"][0]["function"]
-        shares["a call"] += len(calls) == 1
+        found_of["a call"] += len(calls) == 1
         same = len(calls) == 1 and calls[0]["function"]["name"] == wanted["name"]
-        shares["right function"] += same
-        shares["right arguments"] += same and calls[0]["function"] == wanted
-    return {name: count / len(data) for name, count in shares.items()}
+        found_of["right function"] += same
+        found_of["right arguments"] += same and calls[0]["function"] == wanted
+    return {name: count / len(data) for name, count in found_of.items()}
 
 
 def main() -> None:
@@ -51,7 +52,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=480)
     parser.add_argument("--unseen", type=int, default=100)
     parser.add_argument("--out", type=Path)
-    asked = parser.parse_args()
+    asked = parsed(parser, rows=8, unseen=4)
     out = asked.out or Path(tempfile.mkdtemp())
     start = time.perf_counter()
     train, test = rows("train", asked.rows, 0), rows("test", asked.unseen, 0)
@@ -71,7 +72,7 @@ def main() -> None:
     tokenizer = tokenizer_of(resolve_model(MODEL), [out / "adapter"])
     after = lf.evaluate(MODEL, test, adapters=out / "adapter", console=console)
     found = [
-        {"when": when, "exact match": e.exact_match or 0.0} | parsed(e, test, tokenizer)
+        {"when": when, "exact match": e.exact_match or 0.0} | shares(e, test, tokenizer)
         for when, e in (("before", before), ("after", after))
     ]
     for figures in found:

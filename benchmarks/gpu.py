@@ -1,6 +1,6 @@
 """Everything that waits for a GPU, in one go: values, launches, memory, speed, many adapters.
 
-    python benchmarks/gpu.py [--only launches,speed] [--out gpu-results] [--dry-run]
+    python benchmarks/gpu.py [--only launches,speed] [--out gpu-results] [--dry-run | --short]
 
 Each part is a process of its own with a limit of its own, and one that fails does not stop the
 rest. The results are two files, OUT.json and OUT.md, with the card, its driver and the versions;
@@ -34,6 +34,7 @@ from typing import Any
 
 from lib.finished import finished
 from lib.results import markdown
+from lib.work import same_work
 
 ROOT = Path(__file__).parent.parent
 LIMIT = 480  # seconds of a part
@@ -212,6 +213,7 @@ def adapters(dry: bool) -> Iterator[Row]:
             paths[f"a{n}"] = adapter.save(f"{folder}/a{n}")
             adapter.detach()
         rates: dict[str, float] = {}
+        work: dict[str, dict[str, int]] = {}
         with Engine(model, slots=streams, length=512) as engine:
             for name, path in paths.items():
                 engine.load(name, path)
@@ -227,7 +229,9 @@ def adapters(dry: bool) -> Iterator[Row]:
                     engine.run()
                     taken = sum(len(stream.result().tokens) for stream in asked)
                     rates[name] = taken / (time.perf_counter() - start)
+                    work[name] = {"requests": len(asked), "tokens": taken}
                 yield {"streams": streams, "under": name, "tokens/s": rates[name]}
+    same_work(work)
     yield {"adapters over base": rates["16 adapters"] / rates["base"]}
 
 
@@ -264,7 +268,7 @@ def main() -> None:
     )
     parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
     parser.add_argument("--out", default="gpu-results", help="the files' name, without .json, .md")
-    parser.add_argument("--dry-run", action="store_true", help="without a GPU, tiny")
+    parser.add_argument("--dry-run", "--short", action="store_true", help="without a GPU, tiny")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.part:

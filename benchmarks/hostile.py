@@ -1,6 +1,6 @@
 """A server among hostile adapters: how fast it says that it lives, and what it makes of them.
 
-    python benchmarks/hostile.py [--cases config-deep ...] [--keep]
+    python benchmarks/hostile.py [--cases config-deep ...] [--quiet 10] [--keep]
 
 The server runs in a process of its own, on a tiny model, with two good adapters and the corpus of
 tests/lib/hostile_adapters: they lie there when it starts, the administrator loads them, and they
@@ -26,12 +26,12 @@ from typing import Any
 
 import psutil
 from lib.results import keep, markdown
+from lib.short import parsed
 
 TESTS = Path(__file__).parent.parent / "tests"
 sys.path += [str(TESTS), str(TESTS / "lib")]
 
 STEP = 0.005  # seconds between two looks at how late it is
-QUIET = 10.0  # seconds in which nothing hostile is asked, to compare with
 LATE = 0.15  # seconds after which the stacks of all threads are kept
 
 
@@ -102,8 +102,9 @@ def serve(base: Path, folder: Path, pipe: Any, with_stacks: bool) -> None:
 
 
 def besieged(
-    base: Path, folder: Path, names: Sequence[str], stop: Callable[[], None], with_stacks: bool
-) -> Any:
+    base: Path, folder: Path, names: Sequence[str], stop: Callable[[], None], with_stacks: bool,
+    quiet: float,
+) -> Any:  # fmt: skip
     """The figures of one server that is asked under everything.
 
     Args:
@@ -112,6 +113,7 @@ def besieged(
         names: the hostile ones.
         stop: ends what changes.
         with_stacks: keep the stacks of late moments.
+        quiet: the seconds in which nothing hostile is asked, to compare with.
     """
     from hostile_adapters.siege import Siege, said
     from serving_cases import Running
@@ -144,7 +146,7 @@ def besieged(
             ("start", siege.settle),
             ("load", lambda: siege.load(names)),
             ("request", lambda: siege.request(names)),
-            ("nothing else", lambda: time.sleep(QUIET)),
+            ("nothing else", lambda: time.sleep(quiet)),
         ):
             began, n = time.monotonic(), len(siege.latencies)
             act()
@@ -189,9 +191,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cases", nargs="*", help="the names of some, instead of all")
+    parser.add_argument("--quiet", type=float, default=10, help="seconds to compare with")
     parser.add_argument("--keep", action="store_true")
     parser.add_argument("--stacks", type=Path, help="where to copy the stacks of late moments")
-    asked = parser.parse_args()
+    asked = parsed(parser, cases=["config-deep"], quiet=0.5)
     import lorafold as lf
     from conftest import make_model_dir
     from hostile_adapters import CASES, MOVING, moving
@@ -209,7 +212,7 @@ def main() -> None:
         names += MOVING if asked.cases is None else ()
         try:
             stacks = asked.stacks is not None
-            figures, rows, faults, found = besieged(base, folder, names, stop, stacks)
+            figures, rows, faults, found = besieged(base, folder, names, stop, stacks, asked.quiet)
         finally:
             stop()
         log = (at / "server.log").read_text(errors="replace")

@@ -1,7 +1,7 @@
 """What `lorafold inspect` costs: spectra at the size of Llama-2-7B, and the whole command on the
 embedded model. Linux only.
 
-    python benchmarks/inspect_spectra.py [--rank 16]
+    python benchmarks/inspect_spectra.py [--rank 16] [--layers 32]
 
 The first table: the singular parts and all figures of the spectrum of LoRA at that rank on the 224
 linears of Llama-2-7B, from random factors; no update is formed (the largest would take 180 MB in
@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from lib.results import keep
+from lib.short import parsed
 
 import lorafold as lf
 from lorafold.inspecting.spectra import advice, pooled, spectrum
@@ -27,14 +28,14 @@ from lorafold.inspecting.updates import of_factors
 from lorafold.models.checkpoint import mapped_model_of
 from lorafold.models.sources import resolve_model
 
-LAYERS, HIDDEN, MLP = 32, 4096, 11008
+HIDDEN, MLP = 4096, 11008
 SHAPES = [(HIDDEN, HIDDEN)] * 4 + [(MLP, HIDDEN)] * 2 + [(HIDDEN, MLP)]
 
 
-def spectra(rank: int) -> dict:
+def spectra(rank: int, layers: int) -> dict:
     """Seconds for all sites, and for the slowest."""
     times, used = [], time.process_time()
-    for out, inn in SHAPES * LAYERS:
+    for out, inn in SHAPES * layers:
         up, down = torch.randn(out, rank), torch.randn(rank, inn)
         start = time.perf_counter()
         svd = of_factors(up, down)
@@ -73,8 +74,10 @@ def command(adapter: Path, *options: str) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rank", type=int, default=16)
-    rank = parser.parse_args().rank
-    large = spectra(rank)
+    parser.add_argument("--layers", type=int, default=32)
+    asked = parsed(parser, layers=1)
+    rank = asked.rank
+    large = spectra(rank, asked.layers)
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         # over mapped files: what this process holds would count as its children's

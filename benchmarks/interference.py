@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from lib.results import keep
+from lib.short import parsed
 
 from lorafold.quickstart.task import rows
 
@@ -104,7 +105,7 @@ def main() -> None:
         default=30,
         help="held out of each task; as many teach LoRAHub and mixtures",
     )
-    args = parser.parse_args()
+    args = parsed(parser, steps=2, rows=2)
     out, n = args.out, args.rows
     out.mkdir(parents=True, exist_ok=True)
     data, common = {}, ["--set", "steps=20", "--set", "batch=8"]

@@ -18,6 +18,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from lib.results import keep
+from lib.short import parsed
 
 import lorafold as lf
 from lorafold.quickstart.story import RECIPE
@@ -56,7 +57,7 @@ def main() -> None:
     parser.add_argument("--layers", default="2,4,8", help="blocks of the models")
     parser.add_argument("--steps", type=int, default=80, help="of every run")
     parser.add_argument("--largest", type=int, default=65536, help="dimension")
-    asked = parser.parse_args()
+    asked = parsed(parser, layers="1", steps=2, largest=16)
     recipe = RECIPE.model_copy(
         update={"steps": asked.steps, "objective": "classify", "batch": 8, "lr": 2e-4}
     )

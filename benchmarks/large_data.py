@@ -24,7 +24,10 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import psutil
+from lib.finished import COUNTED, own_cache, paths
 from lib.results import keep
+from lib.short import parsed
+from lib.work import same_work
 
 from lorafold.machine.cores import usable_cores
 from lorafold.models.loading import load_tokenizer
@@ -42,6 +45,7 @@ import torch
 from datasets import load_dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from lib.work import none, of_trainer, stepping
 from trl import SFTConfig, SFTTrainer
 
 class First(TrainerCallback):
@@ -61,7 +65,11 @@ trainer = SFTTrainer(
     peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
     callbacks=[First()],
 )
-trainer.train()
+work = none()
+of_trainer(trainer, work)
+with stepping(work):
+    trainer.train()
+print(json.dumps({"work": work, "data": {"rows": len(trainer.train_dataset)}}))
 """
 
 
@@ -137,8 +145,8 @@ def run(command: list[str], environment: dict[str, str]) -> dict:
     """Seconds to the first step, and the peak of memory, of a command that tells its steps."""
     start, peak, first = time.perf_counter(), 0, 0.0
     process = subprocess.Popen(
-        command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True,
+        command, env=os.environ | {"PYTHONPATH": paths()} | environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
     def watch() -> None:
@@ -161,7 +169,9 @@ def run(command: list[str], environment: dict[str, str]) -> dict:
     watcher.join()
     if process.wait() or not first:
         raise SystemExit("".join(lines[-20:]))
-    return {"seconds": first, "bytes": peak}
+    said = json.loads([line for line in lines if line.startswith("{")][-1])
+    work = {name: said["work"][name] for name in ("steps", "rows")}  # of random rows
+    return {"seconds": first, "bytes": peak, "work": work | {"of": said["data"]["rows"]}}
 
 
 def main() -> None:
@@ -169,38 +179,43 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--without-trl", action="store_true")
-    asked = parser.parse_args()
+    parser.add_argument("--once", action="store_true", help="neither few rows nor a second run")
+    asked = parsed(parser, rows=1000, once=True)
     model, cores = str(resolve_model("smollm2").path), str(usable_cores())
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         many, few = write_rows(root / "many.jsonl", asked.rows), write_rows(root / "few.jsonl", FEW)
-        own = {"LORAFOLD_CACHE": str(root / "cache"), "HF_HUB_OFFLINE": "1"}
+        own = {"LORAFOLD_CACHE": own_cache(root / "cache"), "HF_HUB_OFFLINE": "1"}
         theirs = {"HF_DATASETS_CACHE": str(root / "datasets"), "HF_HUB_OFFLINE": "1"}
 
         def lorafold(data: Path) -> list[str]:
             options = ["--steps", "3", "--batch", "4", "--model", model, "--overwrite"]
             out = ["--out", str(root / "adapter")]
-            return [sys.executable, "-m", "lorafold", "train", "--data", str(data), *out, *options]
+            return [*COUNTED, "train", "--data", str(data), *out, *options, "--json"]
 
         def trl(data: Path) -> list[str]:
             return [sys.executable, "-c", TRL, model, str(data), str(root / "trl"), cores]
 
-        sides = [("lorafold", lorafold(few), own), ("lorafold, first", lorafold(many), own)]
-        sides += [("lorafold, second", lorafold(many), own)]
-        if not asked.without_trl:
-            sides += [("TRL", trl(few), theirs), ("TRL, first", trl(many), theirs)]
-            sides += [("TRL, second", trl(many), theirs)]
+        programs = [("lorafold", lorafold, own), ("TRL", trl, theirs)]
+        runs = [("", few), (", first", many), (", second", many)]
+        sides = [
+            (name + run, command(data), environment)
+            for name, command, environment in programs[: 1 if asked.without_trl else 2]
+            for run, data in (runs[1:2] if asked.once else runs)
+        ]
         pure = tokenizing(many)
         print(json.dumps({"side": "tokenizing alone", **pure}), flush=True)
         found: dict[str, dict] = {}
         for name, command, environment in sides:
             found[name] = run(command, environment)
             print(json.dumps({"side": name, **found[name]}), flush=True)
+    for last in ("first", "second"):
+        same_work({n: side["work"] for n, side in found.items() if n.endswith(f", {last}")})
     alone = {"side": "tokenizing alone", "seconds": pure["seconds"], "of tokenizing": 1.0}
     table: list[dict] = [alone | {"tokens a row": pure["tokens"] / asked.rows}]
     for name, side in found.items():
         if "," in name:
-            over = (side["bytes"] - found[name.partition(",")[0]]["bytes"]) / 1e9
+            over = (side["bytes"] - found.get(name.partition(",")[0], side)["bytes"]) / 1e9
             ratio = side["seconds"] / pure["seconds"]
             figures = {"seconds": side["seconds"], "of tokenizing": ratio, "GB over few rows": over}
             table.append({"side": f"{name} step", **figures})

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from lib.child import watch
 from lib.results import keep
+from lib.short import parsed
 from merge_memory import synthetic
 
 from lorafold.models.checkpoint import open_checkpoint
@@ -64,7 +65,7 @@ def main() -> None:
     parser.add_argument(
         "--gigabytes", type=float, default=2.2, help="size of the synthetic model's weights"
     )
-    gigabytes = parser.parse_args().gigabytes
+    gigabytes = parsed(parser, gigabytes=0.01).gigabytes
     smollm2 = resolve_model("smollm2").path
     rows = [measure("smollm2", smollm2, base) for base in ("bf16", "nf4")]
     with tempfile.TemporaryDirectory() as scratch:

@@ -14,16 +14,20 @@ import argparse
 import statistics
 
 from lib.results import keep
+from lib.short import parsed
+from lib.work import Work, same_work
 from lib.worker import Case, Worker
 
 
-def measured(peer: str, case: Case, rounds: int) -> dict[str, object]:
-    """Seconds of a step and peak memory of one side."""
+def measured(peer: str, case: Case, rounds: int, work: dict[str, Work]) -> dict[str, object]:
+    """Seconds of a step and peak memory of one side, which adds what it computed."""
     with Worker(peer, case) as worker:
         try:
             steps = [worker.step() for _ in range(1 + rounds)]
         except SystemExit:
             return {"seconds": "out of memory", "tokens/s": "", "peak GB": ""}
+    work[peer] = steps[-1].work
+    same_work(work)
     seconds = statistics.median(step.seconds for step in steps[min(1, rounds) :])
     return {
         "seconds": f"{seconds:.1f}",
@@ -40,18 +44,19 @@ def main() -> None:
     parser.add_argument("--checkpointing", choices=["on", "off", "both"], default="both")
     parser.add_argument("--rounds", type=int, default=1, help="steps of each that count")
     parser.add_argument("--peers", default="lorafold,peft")
-    asked = parser.parse_args()
+    asked = parsed(parser, lengths="64")
     ways = {"on": [True], "off": [False], "both": [True, False]}[asked.checkpointing]
     table = []
     for length in map(int, asked.lengths.split(",")):
         for recompute in ways:
+            work: dict[str, Work] = {}
             for peer in asked.peers.split(","):
                 case = Case(1, length, dropout=0.05, recompute=recompute)
                 row = {
                     "tokens": length,
                     "checkpointing": "on" if recompute else "off",
                     "side": peer,
-                    **measured(peer, case, asked.rounds),
+                    **measured(peer, case, asked.rounds, work),
                 }
                 print(row, flush=True)
                 table.append(row)

@@ -15,6 +15,9 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from lib.results import markdown
+from lib.short import parsed
+from lib.work import Work, same_work, watched
 from rich.console import Console
 
 from lorafold.opening import Base
@@ -26,8 +29,8 @@ from lorafold.training.run import train
 HELD_OUT, EVERY = 40, 5  # rows, steps
 
 
-def held_out(rate: float | None, steps: int) -> dict[int, float]:
-    """The held-out loss by step of LoRA+ (None), or of plain LoRA with one rate."""
+def held_out(rate: float | None, steps: int) -> tuple[dict[int, float], Work]:
+    """The held-out loss by step of LoRA+ (None), or of plain LoRA with one rate, and its work."""
     recipe = RECIPE.model_copy(
         update={"steps": steps, "eval_every": EVERY, "lr": rate, "lr_b": rate}
     )
@@ -35,16 +38,14 @@ def held_out(rate: float | None, steps: int) -> dict[int, float]:
         rows("train", recipe.batch * steps, seed=0),
         rows("test", HELD_OUT, seed=0),
     )
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, watched() as work:
         out = Path(folder) / "adapter"
         train(
-            Request(
-                Base(), out, recipe, train_rows, "the quickstart's task", eval_rows=test_rows
-            ),
+            Request(Base(), out, recipe, train_rows, "the quickstart's task", eval_rows=test_rows),
             Console(quiet=True),
         )
         evals = json.loads((out / "lorafold.json").read_text())["evals"]
-    return {int(step): loss for step, loss in evals.items()}
+    return {int(step): loss for step, loss in evals.items()}, work
 
 
 def main() -> None:
@@ -53,22 +54,22 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rates", type=float, nargs="+", default=[2e-4, 5e-4, 1e-3])
-    asked = parser.parse_args()
-    plus = held_out(None, asked.steps)
-    print(
-        "LoRA+ 2e-4 and 3e-3: held-out loss"
-        f" {' '.join(f'{step}:{loss:.4f}' for step, loss in plus.items())}",
-        flush=True,
-    )
+    asked = parsed(parser, steps=5, rates=[2e-4])
+    plus, work = held_out(None, asked.steps)
+    along = " ".join(f"{step}:{loss:.4f}" for step, loss in plus.items())
+    print(f"LoRA+ 2e-4 and 3e-3: held-out loss {along}", flush=True)
+    table = []
     for rate in asked.rates:
-        plain = held_out(rate, asked.steps)
+        plain, own = held_out(rate, asked.steps)
+        same_work({"LoRA+": work, f"plain LoRA at {rate:g}": own})
         final = plain[asked.steps]
         reached = next((step for step, loss in plus.items() if loss <= final), None)
-        print(
-            f"plain {rate:g}: ends at {final:.4f} after {asked.steps} steps; LoRA+ is there after"
-            f" {reached or 'no'} steps",
-            flush=True,
+        steps = f"{asked.steps}: {final:.4f}"
+        table.append(
+            {"plain at": f"{rate:g}", "ends after": steps, "LoRA+ is there": reached or "not"}
         )
+        print(json.dumps(table[-1]), flush=True)
+    print(markdown(table))
 
 
 if __name__ == "__main__":

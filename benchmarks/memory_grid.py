@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import transformers as tf
 from lib.results import keep
+from lib.short import parsed
 
 from lorafold.memory.measure import measure
 from lorafold.memory.modes import setting_of
@@ -38,7 +39,6 @@ SHAPE = {
     "num_key_value_heads": 2,
 }
 CONFIGS: dict[str, Any] = {
-    "smollm2": configuration("smollm2"),
     "qwen2": tf.Qwen2Config(
         **SHAPE, num_hidden_layers=12, vocab_size=64000, tie_word_embeddings=True
     ),
@@ -48,15 +48,26 @@ CONFIGS: dict[str, Any] = {
     "gpt2": tf.GPT2Config(n_embd=512, n_layer=12, n_head=8),
     "mixtral": tf.MixtralConfig(
         **SHAPE | {"intermediate_size": 1024},
-        num_hidden_layers=6, num_local_experts=8, vocab_size=32000,
+        num_hidden_layers=6,
+        num_local_experts=8,
+        vocab_size=32000,
     ),
     "qwen3-moe": tf.Qwen3MoeConfig(
-        **SHAPE | {"head_dim": 64}, num_hidden_layers=6, vocab_size=32000,
-        num_experts=32, num_experts_per_tok=4, moe_intermediate_size=256,
+        **SHAPE | {"head_dim": 64},
+        num_hidden_layers=6,
+        vocab_size=32000,
+        num_experts=32,
+        num_experts_per_tok=4,
+        moe_intermediate_size=256,
     ),
     "qwen2-moe": tf.Qwen2MoeConfig(
-        **SHAPE, num_hidden_layers=6, vocab_size=32000, num_experts=16, num_experts_per_tok=2,
-        moe_intermediate_size=512, shared_expert_intermediate_size=1024,
+        **SHAPE,
+        num_hidden_layers=6,
+        vocab_size=32000,
+        num_experts=16,
+        num_experts_per_tok=2,
+        moe_intermediate_size=512,
+        shared_expert_intermediate_size=1024,
     ),
     "bert": tf.BertConfig(
         hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8
@@ -153,9 +164,10 @@ def main() -> None:
     )
     parser.add_argument("--only", help="one mode or model")
     rows = []
-    for row, name, setting in settings(parser.parse_args().only):
+    for row, name, setting in settings(parsed(parser, only="adalora").only):
         torch.manual_seed(0)
-        estimated = estimate(CONFIGS[name], setting).total
+        config = configuration(name) if name == "smollm2" else CONFIGS[name]
+        estimated = estimate(config, setting).total
         measured = measure(
             lambda name=name, setting=setting: model(name, setting), setting, torch.device("cpu")
         )

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from lib.child import watch
 from lib.results import keep
+from lib.short import parsed
 from safetensors.torch import save_file
 from transformers import AutoConfig, LlamaConfig
 
@@ -128,7 +129,7 @@ def main() -> None:
     parser.add_argument(
         "--gigabytes", type=float, default=2.2, help="size of the synthetic model's weights"
     )
-    gigabytes = parser.parse_args().gigabytes
+    gigabytes = parsed(parser, gigabytes=0.01).gigabytes
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         (work / "llama").mkdir()

@@ -15,25 +15,22 @@ import argparse
 import statistics
 
 from lib.results import keep
-from lib.worker import Case, Step, Worker
+from lib.short import parsed
+from lib.worker import Case, Step, Worker, in_turn
 
 from lorafold.methods import METHODS, make_spec
 
 WARM_UP = 1
 
 
-def in_turn(case: Case, rounds: int) -> tuple[list[Step], list[Step]]:
+def beside_lora(case: Case, rounds: int) -> tuple[list[Step], list[Step]]:
     """Steps of the case's method and of LoRA, the first ones left out."""
-    own: list[Step] = []
-    lora: list[Step] = []
     with (
         Worker("lorafold", case) as ours,
         Worker("lorafold", case._replace(method="lora")) as beside,
     ):
-        for _ in range(WARM_UP + rounds):
-            own.append(ours.step())
-            lora.append(beside.step())
-    return own[WARM_UP:], lora[WARM_UP:]
+        steps = in_turn({str(case.method): ours, "beside": beside}, WARM_UP, rounds)
+    return steps[str(case.method)], steps["beside"]
 
 
 def figures(case: Case, own: list[Step], lora: list[Step]) -> dict[str, object]:
@@ -63,12 +60,12 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=int, default=4, help="rows")
     parser.add_argument("--length", type=int, default=256, help="tokens of a row")
-    asked = parser.parse_args()
+    asked = parsed(parser, rounds=1, methods="dora,linear-probe", batch=1, length=16)
     table = []
     for method in asked.methods.split(","):
         objective = "classify" if make_spec(method).head_alone else "sft"
         case = Case(asked.batch, asked.length, method=method, objective=objective)
-        row = figures(case, *in_turn(case, asked.rounds))
+        row = figures(case, *beside_lora(case, asked.rounds))
         print(row, flush=True)
         table.append(row)
     keep("methods", table)

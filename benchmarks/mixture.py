@@ -17,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from lib.results import keep
+from lib.short import parsed
 
 import lorafold as lf
 from lib.mixtures import upcycled
@@ -53,7 +54,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rows", type=int, default=100, help="unseen rows that are measured")
-    asked = parser.parse_args()
+    asked = parsed(parser, steps=1, rows=2)
     with TemporaryDirectory() as folder:
         base, adapter, merged = (Path(folder, n) for n in ("base", "adapter", "merged"))
         upcycled(base)

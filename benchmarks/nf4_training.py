@@ -18,6 +18,8 @@ from contextlib import ExitStack
 
 import torch
 from lib.results import keep
+from lib.short import parsed
+from lib.work import Work, none, of_loss, same_work
 from rich.console import Console
 
 import lorafold as lf
@@ -61,19 +63,25 @@ def in_turn(
 ) -> dict[str, list[float]]:
     """Seconds of each forward and backward, by base; two turns warm up."""
     times: dict[str, list[float]] = {base: [] for base in losses}
+    work: dict[str, Work] = {base: none() | {"steps": rounds + 2} for base in losses}
+    hooks = [of_loss(loss, work[base]) for base, loss in losses.items()]
     for turn in range(rounds + 2):
         for base, loss in losses.items():
+            work[base]["rows"] += len(examples)
             start = time.perf_counter()
             loss(**loss.collate(examples, torch.device("cpu"))).backward()
             if turn >= 2:
                 times[base].append(time.perf_counter() - start)
+    for hook in hooks:
+        hook.remove()
+    same_work(work)
     return times
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15, help="steps of each base and shape")
-    rounds = parser.parse_args().rounds
+    rounds = parsed(parser, rounds=1).rounds
     tokenizer = load_tokenizer("smollm2")
     shapes = batches(tokenizer)
     models = {base: load_model("smollm2", storage).train() for base, storage in BASES.items()}

@@ -17,6 +17,8 @@ from collections import defaultdict
 
 import torch
 from lib.results import keep
+from lib.short import parsed
+from lib.work import same_work
 
 import lorafold as lf
 from lorafold.engine import Engine, Request
@@ -29,13 +31,15 @@ def prompt(seed: int) -> tuple[int, ...]:
     return tuple(torch.randint(1000, 40_000, (PROMPT,), generator=draw).tolist())
 
 
-def seconds(engine: Engine, name: str | None, seeds: list[int]) -> float:
-    """How long all of the prompts of these seeds take to their first tokens."""
+def seconds(engine: Engine, name: str | None, seeds: list[int]) -> tuple[float, dict[str, int]]:
+    """How long all of the prompts of these seeds take to their first tokens, and their number."""
     start = time.perf_counter()
-    for i, seed in enumerate(seeds):
-        engine.submit(Request(str(i), prompt(seed), 1, name))
+    asked = [Request(str(i), prompt(seed), 1, name) for i, seed in enumerate(seeds)]
+    streams = [engine.submit(request) for request in asked]
     engine.run()
-    return time.perf_counter() - start
+    taken = time.perf_counter() - start
+    tokens = sum(len(stream.result().tokens) for stream in streams)
+    return taken, {"prompts": len(streams), "tokens": tokens}
 
 
 def main() -> None:
@@ -43,7 +47,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=9)
-    asked = parser.parse_args()
+    asked = parsed(parser, rounds=1)
     model = lf.load_model("smollm2", storage="bf16")
     adapter = lf.attach(model, lf.LoRA(rank=16), name="it")
     for p in adapter.parameters():
@@ -58,10 +62,13 @@ def main() -> None:
                 for name in (None, "it"):
                     first = 100 * round
                     sides = ([first], [first] * MANY, [first + i for i in range(MANY)])
+                    work = {}
                     for side, seeds in enumerate(sides):
-                        took = seconds(engine, name, seeds)
+                        took, work[side] = seconds(engine, name, seeds)
                         if round:
                             times[name or "none", side].append(took)
+                    one = {k: MANY * n for k, n in work[0].items()}
+                    same_work({f"one, {MANY} times": one, "of one": work[1], "apart": work[2]})
     table = []
     for name in ("none", "it"):
         one, eight, apart = (statistics.median(times[name, side]) for side in range(3))

@@ -14,6 +14,7 @@ from collections import Counter
 from contextlib import ExitStack
 
 from lib.results import keep
+from lib.short import parsed
 from lib.worker import Case, lorafold
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
@@ -54,7 +55,7 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
-    asked = parser.parse_args()
+    asked = parsed(parser, batch=1, length=16)
     with ExitStack() as stack:
         training = lorafold(Case(asked.batch, asked.length, dropout=0.05), stack)
 

@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 from lib.results import keep
 from lib.shapes import SHAPES
-from lib.worker import Case, Step, Worker
+from lib.short import parsed
+from lib.worker import Case, Worker, in_turn
 
 from lorafold.bases import is_linear, layer_of
 from lorafold.core.targets import match
@@ -50,23 +51,12 @@ def floor_flop(tokens: int, model_name: str = "smollm2") -> float:
     return 4.0 * tokens * (linears + model.get_output_embeddings().weight.numel())
 
 
-def in_turn(workers: dict[str, Worker], rounds: int) -> dict[str, list[Step]]:
-    """Steps of each worker, the first ones left out."""
-    steps: dict[str, list[Step]] = {peer: [] for peer in workers}
-    for turn in range(WARM_UP + rounds):
-        for peer, worker in workers.items():
-            step = worker.step()
-            if turn >= WARM_UP:
-                steps[peer].append(step)
-    return steps
-
-
 def compare(case: Case, rounds: int, flop: float) -> dict:
     """Figures of both sides, and their ratios: times as fast, and lorafold's share of the other's
     peak.
     """
     with Worker("lorafold", case) as ours, Worker("peft", case) as peft:
-        steps = in_turn({"lorafold": ours, "peft": peft}, rounds)
+        steps = in_turn({"lorafold": ours, "peft": peft}, WARM_UP, rounds)
     rate = statistics.median(step.gemm for step in steps["lorafold"])
     row: dict = {
         "over_peft": round(
@@ -125,7 +115,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, help="of a random model, else the embedded one")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--no-keep", action="store_true", help="leave results/ as it is")
-    asked = parser.parse_args()
+    asked = parsed(parser, settings="dora-dropout,nf4", rounds=1, batch=1, length=16)
     table = []
     with tempfile.TemporaryDirectory() as model:
         if asked.shape:

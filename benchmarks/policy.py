@@ -7,41 +7,41 @@ tokens, and 13 more for each line of notes before it. LoRA of rank 16 on every
 linear, on the embedded model. TRL has its defaults, micro-batches of 8 completions among
 them, and generates by transformers. It is timed without gradient checkpointing, which makes it
 slower, and with it (its default), which takes less memory. The reward asks for a long answer, so
-that both sides draw about as many tokens, which are counted. The sides run in turn; figures are
+that both sides draw about as many tokens, which are counted: within 5% of each other, or no ratio
+is printed, as where steps or completions differ. The sides run in turn; figures are
 medians, seconds those of training alone.
 Prints JSON lines and a table, which is also written to results/. Linux only.
 """
 
 import argparse
 import json
-import re
 import statistics
 import sys
 import tempfile
 from pathlib import Path
 
-from lib.finished import finished
+from lib.finished import COUNTED, finished, own_cache
 from lib.results import keep
+from lib.short import parsed
+from lib.work import same_work
 
 from lorafold.models.sources import resolve_model
 
 GROUP, LONGEST = 8, 64
 SIDES = ("lorafold", "TRL + PEFT", "TRL + PEFT, gradient checkpointing")
 FIGURES = ("seconds", "tokens", "peak_bytes")
-LENGTH = r"tokens a completion ([\d.]+)"
 STORAGE = {"bfloat16": "bf16", "float32": "fp32"}
 TRL = """
 import json, sys, torch
 from datasets import load_dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from lib.work import none, of_trainer, stepping
 from trl import GRPOConfig, GRPOTrainer
 
 model, data, out, dtype, steps, prompts, recompute = sys.argv[1:]
-tokens = []
 
-def longer(prompts, completions, completion_ids, **kwargs):
-    tokens.extend(len(ids) for ids in completion_ids)
+def longer(prompts, completions, **kwargs):
     return [len(set(c[0]["content"].split())) for c in completions]
 
 trainer = GRPOTrainer(
@@ -59,8 +59,11 @@ trainer = GRPOTrainer(
         r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
     ),
 )
-metrics = trainer.train().metrics
-print(json.dumps({"seconds": metrics["train_runtime"], "tokens": sum(tokens)}))
+work = none()
+of_trainer(trainer, work)
+with stepping(work):
+    metrics = trainer.train().metrics
+print(json.dumps({"seconds": metrics["train_runtime"], "work": work}))
 """
 REWARD = """
 def longer(completion):
@@ -91,7 +94,7 @@ class Bench:
             return [sys.executable, "-c", TRL, self.model, self.data, out, self.dtype, steps,
                     str(self.prompts), recompute]  # fmt: skip
         return [
-            *(sys.executable, "-m", "lorafold", "train", "--model", self.model, "--objective"),
+            *(*COUNTED, "train", "--model", self.model, "--objective"),
             *("grpo", "--data", self.data, "--reward", f"{self.reward}:longer", "--out", out),
             *("--overwrite", "--json", "--storage", STORAGE[self.dtype], "--steps", steps),
             *("--batch", str(self.prompts), "--objective-options", f"group={GROUP}"),
@@ -100,16 +103,27 @@ class Bench:
 
     def timed(self, side: str) -> dict:
         """Seconds a step, tokens a completion and peak bytes of a side."""
-        done = finished(self.command(side), LORAFOLD_CACHE=f"{self.scratch}/cache")
-        drawn = done.said.get("tokens") or sum(map(float, re.findall(LENGTH, done.told)))
-        completions = self.steps * self.prompts * GROUP if "tokens" in done.said else self.steps
+        done = finished(self.command(side), LORAFOLD_CACHE=own_cache(Path(self.scratch, "cache")))
+        work = done.said["work"]
         one = {
             "side": side, "dtype": self.dtype, "seconds": done.said["seconds"] / self.steps,
-            "tokens": drawn / completions, "peak_bytes": done.peak_bytes,
-            "whole_seconds": done.seconds,
+            "tokens": work["targets"] / work["rows"], "peak_bytes": done.peak_bytes,
+            "whole_seconds": done.seconds, "work": work,
         }  # fmt: skip
         print(json.dumps(one), flush=True)
         return one
+
+
+def alike(runs: dict[str, dict]) -> None:
+    """End the program unless all took as many steps and completions, and about as many tokens."""
+    first = runs[SIDES[0]]["tokens"]
+    same_work(
+        {
+            side: {k: one["work"][k] for k in ("steps", "rows")}
+            | {"tokens": first if abs(one["tokens"] / first - 1) < 0.05 else one["tokens"]}
+            for side, one in runs.items()
+        }
+    )
 
 
 def main() -> None:
@@ -122,13 +136,14 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8, help="of a step")
     parser.add_argument("--notes", type=int, default=0, help="lines before each prompt")
     parser.add_argument("--sides", nargs="*", default=SIDES, choices=SIDES)
-    asked = parser.parse_args()
+    asked = parsed(parser, steps=1, rounds=1, prompts=2)
     found: dict[str, list[dict]] = {side: [] for side in asked.sides}
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(scratch, asked)
         for _ in range(asked.rounds):
             for side, runs in found.items():
                 runs.append(bench.timed(side))
+    alike({side: runs[-1] for side, runs in found.items()})
     first = {k: statistics.median(one[k] for one in found[SIDES[0]]) for k in FIGURES}
     rows = []
     for side, runs in found.items():

@@ -15,6 +15,8 @@ import tempfile
 from types import SimpleNamespace
 
 from lib.results import keep
+from lib.short import parsed
+from lib.work import same_work
 from policy_task import lists, trained
 
 from lorafold.evaluation import wilson
@@ -62,12 +64,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--held-out", type=int, default=200)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--all", action="store_true", help="run both rates whole")
-    asked = parser.parse_args()
+    asked = parsed(parser, seeds=1, steps=4, held_out=4, methods=["vera"])
     whole = asked.steps, asked.held_out
     table = []
     with tempfile.TemporaryDirectory() as scratch:
-        for name, (*_, multiples) in METHODS.items():
+        work = {}
+        for name in asked.methods:
+            multiples = METHODS[name][-1]
             quarters = {
                 times: run(scratch, name, times, asked.seeds, *(n // 4 for n in whole))
                 for times in multiples
@@ -75,6 +80,9 @@ def main() -> None:
             best = max(quarters, key=lambda n: statistics.mean(quarters[n]["interval"][-1]))
             for times in multiples if asked.all else [best]:
                 found = [run(scratch, name, times, seed, *whole) for seed in range(asked.seeds)]
+                for seed, one in enumerate(found):
+                    work[f"{name}, {times:g} of its rates, seed {seed}"] = one["work"]
+                same_work(work)
                 table.append(row(name, times, quarters[times], found, asked.held_out))
     keep("policy_methods", table)
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from lib.finished import finished
 from lib.results import keep
+from lib.short import parsed
 
 from lorafold.quickstart.task import rows
 
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("--sft-steps", type=int, default=24)
     parser.add_argument("--held-out", type=int, default=300)
     parser.add_argument("--beta", type=float, nargs="+", default=[0.0, 0.05])
-    asked = parser.parse_args()
+    asked = parsed(parser, steps=1, sft_steps=1, held_out=8, beta=[0.05])
     with tempfile.TemporaryDirectory() as scratch:
         skill = written(scratch, "skill", rows("train", 240, 0))
         prompts = written(scratch, "prompts", of(rows("train", 600, 1), True))

@@ -17,12 +17,13 @@ import argparse
 import json
 import random
 import re
-import sys
 import tempfile
 from pathlib import Path
 
-from lib.finished import finished
+from lib.finished import COUNTED, finished
+from lib.problems import gym
 from lib.results import keep
+from lib.short import parsed
 
 from lorafold.evaluation import wilson
 
@@ -86,11 +87,9 @@ def lists(scratch: str, held_out: int = HELD_OUT) -> tuple[list[str], str]:
 
 def of_reasoning_gym(task: str, scratch: str) -> tuple[list[str], str]:
     """The same of a task of reasoning-gym."""
-    from reasoning_gym import create_dataset
-
     small = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
     for name, n, seed in (("train", 400, 1), ("test", HELD_OUT, 2)):
-        found = create_dataset(task, size=n, seed=seed, **small)
+        found = gym(task, size=n, seed=seed, **small)
         put(scratch, name, [{"prompt": e["question"], "entry": json.dumps(e)} for e in found])
     return [f"reasoning-gym:{task}"], "reward"
 
@@ -108,7 +107,7 @@ def trained(
     options = ["group=8", "max_new_tokens=16", f"updates={asked.updates}"]
     done = finished(
         [
-            *(sys.executable, "-m", "lorafold", "train", "--model", "smollm2", "--objective"),
+            *(*COUNTED, "train", "--model", "smollm2", "--objective"),
             *("grpo", "--data", f"{scratch}/train.jsonl", "--eval-data", f"{scratch}/test.jsonl"),
             *(part for reward in rewards for part in ("--reward", reward)),
             *("--out", out, "--overwrite", "--json"),
@@ -122,7 +121,9 @@ def trained(
     held_out, steps = record["held_out"], record["steps"]
     right, within = held_out[judge], held_out["reward_interval"]
     found = {
-        "seed": seed, "seconds": done.said["seconds"], "whole_seconds": done.seconds,
+        "seed": seed, "work": {k: done.said["work"][k] for k in ("steps", "rows")},
+        "seconds": done.said["seconds"],
+        "whole_seconds": done.seconds,
         "right": right, "interval": within, "exact": judge != "reward",
         "parameters": done.said["trainable_parameters"],
         "tokens": held_out["tokens a completion"], "entropy": steps["entropy"][-1],
@@ -149,7 +150,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=1)
     parser.add_argument("--method", default="lora")
     parser.add_argument("options", nargs="*", help="further ones of `lorafold train`, after --")
-    asked = parser.parse_args()
+    asked = parsed(parser, seeds=1, steps=1)
     table = []
     with tempfile.TemporaryDirectory() as scratch:
         made = lists(scratch) if asked.task == "lists" else of_reasoning_gym(asked.task, scratch)

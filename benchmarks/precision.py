@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from lib.results import keep
+from lib.short import parsed
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.models.llama.modeling_llama import eager_attention_forward
@@ -323,7 +324,7 @@ def main() -> None:
         default=0,
         help="of the rows, the adapter and the gradients of attention's output",
     )
-    asked = parser.parse_args()
+    asked = parsed(parser, rows=2)
     tokenizer = load_tokenizer("smollm2")
     Sft().set_up(tokenizer)
     examples = encode(rows("test", asked.rows, asked.seed), tokenizer, 1024).examples

@@ -28,9 +28,11 @@ import tempfile
 from pathlib import Path
 
 import alignment
-from lib.finished import finished
+from lib.finished import COUNTED, finished, own_cache
+from lib.problems import problems
 from lib.results import keep
-from reasoning_gym import create_dataset
+from lib.short import parsed
+from lib.work import same_work
 
 from lorafold.models.loading import load_tokenizer
 from lorafold.models.sources import resolve_model
@@ -41,6 +43,7 @@ import json, sys, torch
 from datasets import load_dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from lib.work import none, of_trainer, stepping
 from trl import DPOConfig, DPOTrainer
 
 model, data, out, dtype, lr, epochs = sys.argv[1:]
@@ -57,9 +60,12 @@ trainer = DPOTrainer(
         r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
     ),
 )
-metrics = trainer.train().metrics
+work = none()
+of_trainer(trainer, work)
+with stepping(work):
+    metrics = trainer.train().metrics
 trainer.save_model(out)
-print(json.dumps({"seconds": metrics["train_runtime"], "loss": metrics["train_loss"]}))
+print(json.dumps({"seconds": metrics["train_runtime"], "work": work}))
 """
 
 
@@ -67,12 +73,11 @@ def pairs(n: int, seed: int) -> list[dict]:
     """Worked solutions, and the same with every number but those of the question changed."""
     rng = random.Random(seed)
     rows = []
-    for item in create_dataset("gsm_symbolic", size=n, seed=seed):
-        right = item["metadata"]["answer_cot"]
+    for question, right in problems(n, seed):
         wrong = re.sub(r"\d+", lambda m: str(int(m[0]) + rng.randint(1, 9)), right)
         rows.append(
             {
-                "prompt": [{"role": "user", "content": item["question"]}],
+                "prompt": [{"role": "user", "content": question}],
                 "chosen": [{"role": "assistant", "content": right}],
                 "rejected": [{"role": "assistant", "content": wrong}],
             }
@@ -82,7 +87,7 @@ def pairs(n: int, seed: int) -> list[dict]:
 
 def run(command: list[str], cache: str) -> dict:
     """Seconds and peak bytes of a process, and what it says of itself in its last line."""
-    done = finished(command, LORAFOLD_CACHE=cache)
+    done = finished(command, LORAFOLD_CACHE=own_cache(Path(cache)))
     reference = re.search(r"computed in ([\d.]+) s", done.told)
     return {
         "seconds": done.said.get("seconds", 0.0) + (float(reference[1]) if reference else 0.0),
@@ -90,6 +95,7 @@ def run(command: list[str], cache: str) -> dict:
         "peak_bytes": done.peak_bytes,
         "margin": done.said.get("reward_margin"),
         "accuracy": done.said.get("reward_accuracy"),
+        "work": done.said.get("work"),
     }
 
 
@@ -117,11 +123,11 @@ class Bench:
         """Train one side, and measure its adapter."""
         out = f"{self.scratch}/{side}"
         own = [
-            *(sys.executable, "-m", "lorafold", "train", "--model", self.model, "--objective"),
+            *(*COUNTED, "train", "--model", self.model, "--objective"),
             *("dpo", "--data", self.data, "--out", out, "--overwrite", "--json"),
             *("--storage", {"bfloat16": "bf16", "float32": "fp32"}[dtype], "--epochs", str(epochs)),
             *("--lr", lr, "--lr-b", lr, "--schedule", "linear", "--warmup", "0"),
-            *("--dropout", "0"),
+            *("--dropout", "0", "--batch", "8"),
         ]
         trl = [sys.executable, "-c", TRL, self.model, self.data, out, dtype, lr, str(epochs)]
         with tempfile.TemporaryDirectory(dir=self.scratch) as cache:
@@ -145,6 +151,7 @@ def speed(bench: Bench, rounds: int) -> None:
     for _ in range(rounds):
         for side, runs in found.items():
             runs.append(bench.train(side, "bfloat16", "1e-4", 1))
+    same_work({side: runs[-1]["work"] for side, runs in found.items()})
 
     def median(side: str, key: str) -> float:
         return statistics.median(one[key] for one in found[side])
@@ -168,10 +175,9 @@ def speed(bench: Bench, rounds: int) -> None:
 def fidelity(bench: Bench) -> None:
     table = []
     for side in ("lorafold", "TRL + PEFT"):
-        margins = {
-            dtype: bench.train(side, dtype, "5e-6", 1)["margin"]
-            for dtype in ("float32", "bfloat16")
-        }
+        runs = {d: bench.train(side, d, "5e-6", 1) for d in ("float32", "bfloat16")}
+        same_work({f"{side} in {dtype}": run["work"] for dtype, run in runs.items()})
+        margins = {dtype: run["margin"] for dtype, run in runs.items()}
         kept = margins["bfloat16"] / margins["float32"]
         shown = {dtype: f"{margin:.4f}" for dtype, margin in margins.items()}
         table.append({"": side, **shown, "kept in bf16": f"{kept:.1%}"})
@@ -185,7 +191,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=2, help="runs of each side")
     parser.add_argument("--fidelity", action="store_true", help="bf16 beside fp32, at lr 5e-6")
-    asked = parser.parse_args()
+    asked = parsed(parser, rows=8, rounds=1)
     with tempfile.TemporaryDirectory() as scratch:
         if asked.fidelity:
             rows, test = task("train", asked.rows, 0), task("test", 64, 0)

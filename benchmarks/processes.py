@@ -35,7 +35,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lib.finished import paths
 from lib.results import keep
+from lib.short import parsed
+from lib.work import same_work
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -125,9 +128,10 @@ def run(count: int, threads: int, *command: str) -> tuple[dict[str, Any], Watche
         launch = [sys.executable, "-m"]
         if count > 1:
             launch += ["torch.distributed.run", "--nproc_per_node", str(count), "-m"]
-        asked = [*launch, "lorafold", "train", *command, "--out", str(out), "--json"]
+        asked = [*launch, "lib.work", "train", *command, "--out", str(out), "--json"]
         watched = Watched(str(out))
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+        own = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths()}
+        environment = os.environ | own
         with (Path(where) / "said").open("w+") as said, (Path(where) / "json").open("w+") as out_of:
             child = subprocess.Popen(asked, stdout=out_of, stderr=said, env=environment)
             loading = True
@@ -142,17 +146,24 @@ def run(count: int, threads: int, *command: str) -> tuple[dict[str, Any], Watche
             told = re.search(LOADED + r": of ([\d.]+) (\w)B of weights", " ".join(text.split()))
             if told is not None:
                 watched.stored = float(told[1]) * {"k": 1e3, "M": 1e6, "G": 1e9}[told[2]]
-            return json.loads((Path(where) / "json").read_text()), watched
+            lines = [json.loads(line) for line in (Path(where) / "json").read_text().splitlines()]
+            result = next(line for line in lines if "train_loss" in line)
+            shares = [line["work"]["targets"] for line in lines]  # of each process
+            return result | {"work": result["work"] | {"targets": sum(shares)}}, watched
 
 
-def memory(counts: list[int], layers: int, width: int, where: Path) -> list[dict[str, Any]]:
+def memory(
+    names: list[str], counts: list[int], layers: int, width: int, where: Path
+) -> list[dict[str, Any]]:
     """Peaks of each process, by run and number of processes."""
     rows = rows_of(where / "rows.jsonl", 12, 30)
     small = model_of(where / "small", 1, 128)
     model = model_of(where / "model", layers, width)
     size = sum(f.stat().st_size for f in model.glob("*.safetensors"))
     found = []
-    for name, (method, storage) in RUNS.items():
+    for name in names:
+        method, storage = RUNS[name]
+        work = {}
         asked = ("--data", str(rows), "--method", method, "--set", f"storage={storage}")
         asked += ("--set", "steps=3", "--batch", "4", "--set", "max_length=32")
         asked += ("--rank", "16") * (method == "lora")
@@ -160,6 +171,8 @@ def memory(counts: list[int], layers: int, width: int, where: Path) -> list[dict
         for count in counts:
             _, bare = run(count, 1, "--model", str(small), *asked)
             result, watched = run(count, 1, "--model", str(model), *asked)
+            work[f"{count} processes"] = result["work"]
+            same_work(work)
             libraries = max(bare.own.values())
             found.append(
                 {
@@ -181,11 +194,14 @@ def speed(rounds: int, where: Path) -> dict[str, list[float]]:
     asked = ("--model", source.name, "--data", str(rows), "--batch", "8", "--rank", "16")
     asked += ("--set", "storage=bf16", "--set", "steps=8", "--device", "cpu")
     found: dict[str, list[float]] = {"1": [], "2": []}
+    work = {}
     for _ in range(rounds):
         for count in (1, 2):
             result, _ = run(count, 2 // count, *asked)
+            work[f"{count} processes"] = result["work"]
             found[str(count)].append(result["tokens_per_second"])
             print(json.dumps({"processes": count, "tokens/s": found[str(count)][-1]}), flush=True)
+        same_work(work)
     return found
 
 
@@ -198,11 +214,20 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3)
-    asked = parser.parse_args()
+    parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=RUNS)
+    asked = parsed(
+        parser,
+        sides="loading,speed",
+        counts="1",
+        layers=1,
+        width=128,
+        rounds=1,
+        runs=["LoRA r = 16, NF4"],
+    )
     with tempfile.TemporaryDirectory() as where:
         if {"memory", "loading"} & set(asked.sides.split(",")):
             counts = [int(n) for n in asked.counts.split(",")]
-            found = memory(counts, asked.layers, asked.width, Path(where))
+            found = memory(asked.runs, counts, asked.layers, asked.width, Path(where))
             alone = {one["run"]: one["peak"] for one in found if one["processes"] == 1}
             table = [
                 {

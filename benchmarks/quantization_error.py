@@ -1,7 +1,7 @@
 """Is NF4 information-optimal for the weights of a real model? What 4-bit codes lose, on every
 linear of smollm2's blocks and on N(0, 1).
 
-    python benchmarks/quantization_error.py [--no-kl] [--loftq]
+    python benchmarks/quantization_error.py [--no-kl] [--loftq] [--normal 16]
 
 All codes share one scheme, w ~ level[code] * max |w| of a block of 64, and differ in their 16
 levels:
@@ -37,6 +37,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 from bitsandbytes.functional import get_4bit_type
 from lib.results import keep
+from lib.short import parsed
 from torch import Tensor, nn
 
 from lorafold.core.presets import all_linear
@@ -225,8 +226,9 @@ def main() -> None:
     parser.add_argument(
         "--no-kl", action="store_true", help="weights alone, without the model's answers"
     )
+    parser.add_argument("--normal", type=int, default=16, help="millions of numbers from N(0, 1)")
     parser.add_argument("--loftq", action="store_true", help="also LoftQ, T = 1 and T = 5")
-    asked = parser.parse_args()
+    asked = parsed(parser, normal=1, loftq=True)
 
     model = load_model("smollm2", torch.bfloat16)
     linears = [
@@ -235,7 +237,8 @@ def main() -> None:
     weights = [linear.weight.detach() for linear in linears]  # bf16, kept
     answers = None if asked.no_kl else Answers(model.float())
     table: list[dict] = []
-    normal = list(torch.randn(16, 1024, 1024, generator=torch.Generator().manual_seed(0)))
+    draw = torch.Generator().manual_seed(0)
+    normal = list(torch.randn(asked.normal, 1024, 1024, generator=draw))
 
     def report(
         data: str, name: str, quantized: Callable, bound: float | None = None, **more: float

@@ -1,7 +1,7 @@
 """How much of its rank does an update use, and where does it lie? The quickstart's task at several
 ranks and seeds, inspected.
 
-    python benchmarks/ranks.py [--out ranks] [--steps 100]
+    python benchmarks/ranks.py [--out ranks] [--steps 100] [--ranks 4 8 16 64]
 
 LoRA on all linears of the embedded model, an fp32 base, the recipe's rates. What is there in OUT is
 not done again, so a run that was stopped goes on. Effective ranks are means over 210 matrices;
@@ -17,10 +17,11 @@ from pathlib import Path
 from statistics import fmean
 
 from lib.results import keep
+from lib.short import parsed
 
 from lorafold.quickstart.task import rows
 
-RANKS, SEEDS = (4, 8, 16, 64), (0, 1)
+SEEDS = (0, 1)
 SIZES = (
     ["--rank", "12"],
     ["--energy", "0.95"],
@@ -61,12 +62,17 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=int, default=100, help="of each adapter, 4 of 1000 rows each"
     )
-    args = parser.parse_args()
+    parser.add_argument(
+        "--ranks", type=int, nargs="+", default=[4, 8, 16, 64], help="16 among them"
+    )
+    parser.add_argument("--rows", type=int, default=60, help="held out")
+    parser.add_argument("--sizes", type=int, default=len(SIZES), help="to which one is resized")
+    args = parsed(parser, steps=2, ranks=[16], rows=2, sizes=1)
     out = args.out
     out.mkdir(parents=True, exist_ok=True)
     data = write(out / "train.jsonl", "train", 1000)
-    on = ("--data", write(out / "test.jsonl", "test", 60), "--storage", "fp32")
-    adapters = {(rank, seed): out / f"r{rank}-s{seed}" for rank in RANKS for seed in SEEDS}
+    on = ("--data", write(out / "test.jsonl", "test", args.rows), "--storage", "fp32")
+    adapters = {(rank, seed): out / f"r{rank}-s{seed}" for rank in args.ranks for seed in SEEDS}
     for (rank, seed), path in adapters.items():
         if not path.exists():
             lorafold(
@@ -108,10 +114,11 @@ def main() -> None:
                 "loss": f"{loss:.4f}",
             }
         )
-    pairs = [((8, 0), (64, 0)), *(((rank, 0), (rank, 1)) for rank in RANKS)]
+    pairs = [((rank, 0), (rank, 1)) for rank in args.ranks]
+    pairs = [((8, 0), (64, 0))] * ({8, 64} <= {*args.ranks}) + pairs
     beside = [compared(adapters[a], adapters[b], out) for a, b in pairs]
     cuts = []
-    for size in SIZES:
+    for size in SIZES[: args.sizes]:
         to = out / f"resized{''.join(size)}"
         made = kept(
             to.with_suffix(".json"),

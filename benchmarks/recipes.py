@@ -34,6 +34,8 @@ from typing import Any, NamedTuple
 from lib.recipe_cases import ALPACA_TEMPLATE, CASES, Case
 from lib.recipe_rows import write
 from lib.results import keep, markdown
+from lib.short import parsed
+from lib.work import same_work
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -232,6 +234,9 @@ def figures(name: str, case: Case, runs: Sequence[Pair]) -> dict[str, object]:
     """The columns that people read, ours before theirs."""
     first, other = runs[0].ours, runs[0].theirs
     rows = runs[0].rows
+    same_work(
+        {side: {"steps": len(run.losses)} for side, run in (("ours", first), ("theirs", other))}
+    )
     labelled = sum(map(sum, (r.ours.tokens for r in runs))) / (rows * len(runs) * len(first.losses))
     half = len(first.losses) // 2
     curves = [
@@ -315,7 +320,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--record", type=Path, help="a file that keeps runs")
-    asked = parser.parse_args()
+    asked = parsed(parser, only="turns, all-linear, linear, decay", steps=2, seeds=1)
     pythons = dict(given.split("=", 1) for given in asked.python)
     only = asked.only.split(";") if asked.only else list(NAMES)
     os.environ["LORAFOLD_TUNE"] = "off"  # a command would restart this process

@@ -12,8 +12,10 @@ only.
 
 import argparse
 import json
+import os
 
 from lib.results import HERE, keep
+from lib.short import is_short, parsed
 from lib.worker import Case
 from peers import compare, figures, floor_flop
 
@@ -45,7 +47,7 @@ def draw(rows: list[dict], axes: dict[str, str]) -> None:
             plot.minorticks_off()
             plot.grid(alpha=0.3)
             plot.legend(frameon=False)
-    figure.savefig(HERE / "scaling.svg")
+    figure.savefig(os.devnull if is_short() else HERE / "scaling.svg", format="svg")
 
 
 def main() -> None:
@@ -55,7 +57,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="steps of each that count")
     parser.add_argument("--lengths", default="256,512,1024,2048,4096", help="tokens of the one row")
     parser.add_argument("--ranks", default="4,16,64,256")
-    asked = parser.parse_args()
+    asked = parsed(parser, rounds=1, lengths="16", ranks="4")
     cases = [("length", Case(1, int(n), dropout=0.05)) for n in asked.lengths.split(",")]
     cases += [("rank", Case(rank=int(r), dropout=0.05)) for r in asked.ranks.split(",")]
     rows = []

@@ -33,6 +33,8 @@ from typing import Any
 import torch
 from lib.results import keep, markdown
 from lib.servers import Server, llama_cpp, lorafold, vllm
+from lib.short import parsed
+from lib.work import same_work
 from psutil import Process
 
 import lorafold as lf
@@ -84,18 +86,20 @@ def serve(engine: Engine, names: list[str | None], new: int) -> dict[str, float]
     done = [stream.result() for stream in left]
     assert all(len(e.tokens) == new for e in done), [e.message for e in done]
     rate = len(names) * new / seconds
-    return {"tokens_per_s": rate, "first": statistics.median(firsts), "slowest": max(firsts)}
+    times = {"first": statistics.median(firsts), "slowest": max(firsts)}
+    return {"tokens_per_s": rate} | times | {"tokens": sum(len(e.tokens) for e in done)}
 
 
 def generate(model: Any, new: int, n: int, **options: Any) -> dict[str, float]:
     """transformers' generate for n prompts in one batch."""
     ids = torch.tensor(prompts(n))
     start = time.perf_counter()
-    model.generate(
+    found = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new,
         do_sample=False, pad_token_id=0, **options,
     )  # fmt: skip
-    return {"tokens_per_s": n * new / (time.perf_counter() - start)}
+    rate = n * new / (time.perf_counter() - start)
+    return {"tokens_per_s": rate, "tokens": found[:, PROMPT:].numel()}
 
 
 def peers(new: int) -> dict[str, Callable[[], dict[str, float]]]:
@@ -170,7 +174,7 @@ def main() -> None:
     parser.add_argument("--vllm-python", type=Path, help="the Python that has vLLM")
     parser.add_argument("--invariant", action="store_true", help="the same shapes in every pass")
     parser.add_argument("--keep", action="store_true", help="write results/serving.md")
-    a = parser.parse_args()
+    a = parsed(parser, rounds=1, new=4)
     torch.set_num_threads(2)
     model = load_model(resolve_model("smollm2").path, torch.bfloat16)
     found: dict[str, list[dict[str, float]]] = defaultdict(list)
@@ -228,6 +232,9 @@ def main() -> None:
                         found[name].append(row)
                         print(json.dumps({"side": name, **row}), flush=True)
                 print(json.dumps({"round": round_, "rss_mb": memory().rss / 2**20}), flush=True)
+    for kind in {name.rpartition(", ")[2] for name in found}:  # "16 distinct", whoever serves them
+        alike = {name: rows for name, rows in found.items() if name.rpartition(", ")[2] == kind}
+        same_work({name: {"tokens": rows[-1]["tokens"]} for name, rows in alike.items()})
     table = [
         {"side": name} | {key: statistics.median(r[key] for r in rows) for key in rows[0]}
         for name, rows in found.items()

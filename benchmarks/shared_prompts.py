@@ -14,6 +14,8 @@ import time
 
 import torch
 from lib.results import keep
+from lib.short import parsed
+from lib.work import same_work, targets
 
 import lorafold as lf
 from lorafold.data.branches import Branched
@@ -42,7 +44,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=5)
-    asked = parser.parse_args()
+    asked = parsed(parser, rounds=1)
     model = lf.load_model("smollm2", storage="bf16")
     lf.attach(model, lf.LoRA(rank=16, alpha=32, dropout=0.05))
     table = []
@@ -51,15 +53,17 @@ def main() -> None:
         for prompt, completion in [(64, 128), (128, 128), (128, 64), (256, 64), (512, 64)]:
             examples = [pair(prompt, completion, seed) for seed in range(2)]
             seconds: dict[bool, list[float]] = {True: [], False: []}
-            tokens = {}
+            tokens, work = {}, {}
             for _ in range(asked.rounds + 1):
                 for shares in seconds:
                     how.shares = shares
                     inputs = loss.collate(examples, loss.device)
                     tokens[shares] = inputs["labels"].numel()
+                    work["shared" if shares else "apart"] = {"targets": targets(**inputs)}
                     start = time.perf_counter()
                     loss(**inputs).backward()
                     seconds[shares].append(time.perf_counter() - start)
+            same_work(work)
             medians = {shares: statistics.median(of[1:]) for shares, of in seconds.items()}
             table.append(
                 {

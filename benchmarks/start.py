@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from lib.results import keep, markdown
+from lib.short import parsed
 from safetensors.torch import load_file, save_file
 
 import lorafold as lf
@@ -133,7 +134,7 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=1000)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--keep", action="store_true", help="write results/start.md")
-    a = parser.parse_args()
+    a = parsed(parser, adapters=21, rank=4)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write(folder, a.adapters, a.rank)

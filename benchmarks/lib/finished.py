@@ -8,7 +8,30 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
+
+COUNTED = [sys.executable, "-m", "lib.work"]  # lorafold, its work in its JSON
+
+
+def paths() -> str:
+    """PYTHONPATH of a process that finds `lib`."""
+    own, before = str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")
+    return os.pathsep.join([own, *filter(None, [before])])
+
+
+def own_cache(folder: Path) -> str:
+    """A cache of lorafold in a folder, with nothing but the operators that are compiled once on a
+    machine.
+    """
+    from lorafold.files.cache import cache_directory
+
+    compiled = cache_directory() / "native"
+    compiled.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
+    if not (folder / "native").exists():
+        (folder / "native").symlink_to(compiled)
+    return str(folder)
 
 
 class Finished(NamedTuple):
@@ -26,8 +49,12 @@ def finished(command: list[str], **environment: str) -> Finished:
     with (
         tempfile.TemporaryFile("w+") as told,
         subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=told, text=True, env=os.environ | environment
-        ) as child,
+            command,
+            stdout=subprocess.PIPE,
+            stderr=told,
+            text=True,
+            env=os.environ | {"PYTHONPATH": paths()} | environment,
+        ) as child,  # fmt: skip
     ):
         assert child.stdout is not None
         said = child.stdout.read()

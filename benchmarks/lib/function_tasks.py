@@ -194,9 +194,7 @@ def tool(name: str) -> dict[str, Any]:
     }
 
 
-def _draw(
-    function: Function, rng: random.Random, split: Split
-) -> tuple[str, dict[str, str | int]]:
+def _draw(function: Function, rng: random.Random, split: Split) -> tuple[str, dict[str, str | int]]:
     """One request for a function, and the arguments."""
     said: dict[str, str] = {}
     arguments: dict[str, str | int] = {}

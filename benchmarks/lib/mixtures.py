@@ -6,14 +6,13 @@ from typing import Any
 SHAPE: dict[str, Any] = {
     "vocab_size": 49152,
     "hidden_size": 512,
-    "num_hidden_layers": 12,
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
     "tie_word_embeddings": True,
 }
 
 
-def random(name: str, path: Path) -> None:
+def random(name: str, path: Path, blocks: int = 12) -> None:
     """Write a mixture of about 180M parameters with random weights, in bf16: mixtral has 8 experts
     a block, of which a token meets 2; qwen3-moe 32 and 4.
     """
@@ -21,11 +20,14 @@ def random(name: str, path: Path) -> None:
     import transformers as tf
 
     torch.manual_seed(0)
+    shape = SHAPE | {"num_hidden_layers": blocks}
     config = {
-        "mixtral": lambda: tf.MixtralConfig(**SHAPE, intermediate_size=1024, num_local_experts=8),
+        "mixtral": lambda: tf.MixtralConfig(**shape, intermediate_size=1024, num_local_experts=8),
         "qwen3-moe": lambda: tf.Qwen3MoeConfig(
-            **SHAPE | {"head_dim": 64},
-            num_experts=32, num_experts_per_tok=4, moe_intermediate_size=256,
+            **shape | {"head_dim": 64},
+            num_experts=32,
+            num_experts_per_tok=4,
+            moe_intermediate_size=256,
         ),
     }[name]()
     tf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(path)

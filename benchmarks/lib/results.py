@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from lib.short import is_short
+
 HERE = Path(__file__).parent.parent / "results"
 
 
@@ -43,10 +45,12 @@ def markdown(rows: Sequence[dict]) -> str:
 
 def keep(name: str, *tables: Sequence[dict]) -> None:
     """Print tables and write them, with the command, to results/NAME.md: under this machine's
-    heading, beside what others measured.
+    heading, beside what others measured. A short form prints alone.
     """
     text = "\n\n".join(map(markdown, tables))
     print("\n" + text)
+    if is_short():
+        return
     command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     HERE.mkdir(exist_ok=True)
     file, title = HERE / f"{name}.md", machine()

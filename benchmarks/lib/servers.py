@@ -102,6 +102,7 @@ class Server:
             "tokens_per_s": len(times) * new / seconds,
             "first": statistics.median(firsts),
             "slowest": max(firsts),
+            "tokens": sum(map(len, times)),
         }
 
     async def _stream(self, ids: Sequence[int], adapter: int | None, new: int) -> list[float]:

@@ -15,11 +15,15 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Self
+
+from lib.finished import paths
+from lib.short import is_short
+from lib.work import Work, none, of_loss, of_model, same_work, stepping
 
 # of the two operands of a large product and of the product, by the kind of device
 SHAPES = {
@@ -47,11 +51,13 @@ class Case(NamedTuple):
     objective: str = "sft"
     recompute: bool = False  # gradient checkpointing
     device: str = "cpu"
+    products: int = 1 if is_short() else 15  # timed after each step
 
 
 class Step(NamedTuple):
     """Seconds of a step's parts, the most bytes that the process has been resident in until its
-    end, on a GPU that tensors have taken there, and FLOP/s of a product after it.
+    end, on a GPU that tensors have taken there, FLOP/s of a product after it, and all that was
+    computed until its end (`lib.work`).
     """
 
     forward: float
@@ -59,6 +65,7 @@ class Step(NamedTuple):
     optimizer: float
     peak: int
     gemm: float
+    work: Work
 
     @property
     def seconds(self) -> float:
@@ -70,7 +77,7 @@ class Worker:
 
     def __init__(self, peer: str, case: Case) -> None:
         command = [sys.executable, "-m", "lib.worker", peer, json.dumps(case._asdict())]
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+        environment = {**os.environ, "PYTHONPATH": paths()}
         pipe = subprocess.PIPE
         self.child = subprocess.Popen(
             command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, env=environment
@@ -93,6 +100,18 @@ class Worker:
         self.child.wait()
 
 
+def in_turn(workers: Mapping[str, Worker], warm_up: int, rounds: int) -> dict[str, list[Step]]:
+    """Steps of each worker, the first ones left out; all have computed the same."""
+    steps: dict[str, list[Step]] = {name: [] for name in workers}
+    for turn in range(warm_up + rounds):
+        for name, worker in workers.items():
+            step = worker.step()
+            if turn >= warm_up:
+                steps[name].append(step)
+    same_work({name: taken[-1].work for name, taken in steps.items()})
+    return steps
+
+
 def ids(case: Case) -> Any:
     import torch
 
@@ -102,10 +121,11 @@ def ids(case: Case) -> Any:
 
 
 class Training(NamedTuple):
-    """A step's loss, its optimizer, and what follows the optimizer's step."""
+    """A step's loss, its optimizer, what was computed, and what follows the optimizer's step."""
 
     loss: Callable[[], Any]
     optimizer: Any
+    work: Work
     after: Callable[[], None] = lambda: None
 
 
@@ -154,13 +174,18 @@ def lorafold(case: Case, stack: ExitStack) -> Training:
     # the 21st of 100 steps and those after it, at which a method may prune
     steps = itertools.count(21)
 
+    work = none()
+    of_loss(loss, work)
+
     def total() -> Any:
+        work["rows"] += len(examples)
         found, added = loss(**inputs) / count, spec.penalty(adapter.own_deltas)
         return found if added is None else found + added
 
     return Training(
         total,
         make_optimizer("adamw", groups, Recipe()),
+        work,
         lambda: spec.after_step(adapter.own_deltas, next(steps), 100),
     )
 
@@ -195,8 +220,10 @@ def peft(case: Case, stack: ExitStack) -> Training:
     if case.recompute:
         tuned.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=2e-4)
+    work = none()
+    of_model(tuned, work)
     return Training(
-        lambda: tuned(input_ids=rows, labels=rows, use_cache=False).loss, optimizer
+        lambda: tuned(input_ids=rows, labels=rows, use_cache=False).loss, optimizer, work
     )
 
 
@@ -236,14 +263,14 @@ def operands(device: str) -> list[tuple[Any, ...]]:
     ]
 
 
-def gemm_rate(device: str) -> float:
+def gemm_rate(device: str, times: int) -> float:
     """FLOP/s of a large product, in bf16 or in fp32: whichever this machine is faster with."""
     import torch
 
     medians = []
     for a, b, product in operands(device):
         seconds = []
-        for _ in range(15):
+        for _ in range(times):
             start = now(device)
             torch.mm(a, b, out=product)
             seconds.append(now(device) - start)
@@ -257,6 +284,7 @@ def serve(peer: str, case: Case) -> None:
     operands(kind)
     with ExitStack() as stack:
         training = {"lorafold": lorafold, "peft": peft}[peer](case, stack)
+        stack.enter_context(stepping(training.work))
         for _ in sys.stdin:
             at = [now(kind)]
             loss = training.loss()
@@ -269,7 +297,7 @@ def serve(peer: str, case: Case) -> None:
             training.optimizer.zero_grad()
             at.append(now(kind))
             parts = at[1] - at[0], at[2] - at[1], at[3] - at[2]
-            step = Step(*parts, peak(kind), gemm_rate(kind))
+            step = Step(*parts, peak(kind), gemm_rate(kind, case.products), training.work)
             print(json.dumps(step._asdict()), flush=True)
 
 

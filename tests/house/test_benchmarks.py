@@ -1,0 +1,105 @@
+"""Every script in benchmarks/ has a short form that runs, and compares two sides only if both have
+computed the same.
+"""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lorafold as lf
+from lorafold.data.batches import labelled
+from lorafold.data.examples import encode
+from lorafold.models.loading import load_tokenizer
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "benchmarks"
+SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "gpu")  # test_gpu_day
+NEEDS = {  # beside what tests are installed with
+    "export_gguf": "xllamacpp",
+    "export_matrix": "xllamacpp",
+    "export_models": "xllamacpp",
+}
+# of what others' packages deprecate among themselves nothing is said
+WARNED = re.compile(r"Traceback|^(?!.*site-packages).*Warning: .*$", re.MULTILINE)
+TABLE = re.compile(r"^\| ?-.*\n((?:\|.*\n?)+)", re.MULTILINE)
+
+
+def run(script: Path, where: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """A benchmark in its short form, in a folder."""
+    command = [sys.executable, str(script), "--short", *options]
+    return subprocess.run(command, cwd=where, text=True, capture_output=True, check=False)
+
+
+def results() -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (FOLDER / "results").iterdir()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_short_form_runs_and_prints_figures(name: str, smollm2: Path, tmp_path: Path) -> None:
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
+    before = results()
+    done = run(FOLDER / f"{name}.py", tmp_path)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said[-4000:]
+    assert WARNED.findall(said) == []
+    rows = [row for table in TABLE.findall(done.stdout) for row in table.strip().splitlines()]
+    assert rows, done.stdout[-4000:]
+    assert any(re.search(r"\d", row) for row in rows)
+    assert [row for row in rows if "nan" in row] == []
+    assert list(tmp_path.iterdir()) == []  # nothing stays where it was run,
+    assert results() == before  # nor among what was measured
+
+
+@pytest.mark.slow
+def test_a_side_that_takes_more_steps_is_caught(smollm2: Path, tmp_path: Path) -> None:
+    """As it was when `--epochs auto` made 100 steps of few rows, beside one epoch of TRL's."""
+    text = (FOLDER / "chat.py").read_text(encoding="utf-8")
+    assert text.count('"--epochs", "1", ') == 1
+    script = tmp_path / "chat.py"
+    setup = f"import sys\nsys.path.insert(0, {str(FOLDER)!r})\n"
+    script.write_text(setup + text.replace('"--epochs", "1", ', ""), encoding="utf-8")
+    done = run(script, tmp_path)
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith(
+        "lorafold, bf16 and TRL + PEFT did not compute the same, so they are not compared:"
+        " steps 100 and 2, rows 800 and 16, targets "
+    )
+    assert "times as fast" not in done.stdout
+
+
+def test_unequal_work_ends_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    from lib.work import same_work
+
+    one = {"steps": 16, "rows": 128, "targets": 1500}
+    same_work({"lorafold": one, "TRL": dict(one)})
+    for other in ({"steps": 100}, {"rows": 127}, {"targets": 1628}):
+        ((name, count),) = other.items()
+        with pytest.raises(SystemExit, match=rf"compared: {name} {one[name]:,} and {count:,}$"):
+            same_work({"lorafold": one, "TRL": one | other})
+    with pytest.raises(SystemExit, match="rows 0 and 0"):  # nothing is not the same as nothing
+        same_work({"lorafold": one | {"rows": 0}, "TRL": one | {"rows": 0}})
+    with pytest.raises(SystemExit, match="nothing was counted"):
+        same_work({"lorafold": {}, "TRL": {}})
+
+
+@pytest.mark.parametrize("packing", ["on", "off"])
+def test_work_is_counted_where_it_is_computed(
+    packing: str, tiny_model_dir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unestimated
+) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    from lib.work import watched
+
+    model = tiny_model_dir("llama")
+    rows = [{"prompt": "Say a", "completion": "b" * n} for n in range(1, 7)]
+    examples = encode(rows, load_tokenizer(model), 64).examples
+    recipe = lf.Recipe(epochs=1, batch=2, accumulate=2, packing=packing, rank=2)
+    with watched() as work:
+        lf.train(recipe, model=model, data=rows, out=tmp_path / "adapter")
+    assert work == {"steps": 3, "rows": 6, "targets": sum(map(labelled, examples))}
