@@ -143,7 +143,7 @@ def test_processes_import_no_torch_and_end_with_the_screen(screen, adapter) -> N
     processes = Processes(lambda: {"modules": []}, 1)
     given = {"path": "/nowhere", "files": [], "config": "c", "record": "r", "told": []}
     with pytest.raises(Refused, match="found no c"):
-        processes.call("verify", 5, 1 << 29, **given)
+        processes.call("verify", (5, 1 << 29), **given)
     own = processes._idle[0]._process
     processes.close()
     assert not own.lives
@@ -273,7 +273,7 @@ def test_closing_does_not_wait_for_what_runs(adapter):
         "path": str(adapter), "files": FILES, "config": file.name, "record": "", "told": [],
     }  # fmt: skip
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(processes.call, "verify", 1000.0, 1 << 30, **endless)
+        asked = pool.submit(processes.call, "verify", (1000.0, 1 << 30), **endless)
         while not processes._busy:
             time.sleep(0.01)
         assert not asked.done()
@@ -281,4 +281,4 @@ def test_closing_does_not_wait_for_what_runs(adapter):
         with pytest.raises(Refused):
             asked.result()
     with pytest.raises(Refused, match="ends"):
-        processes.call("verify", 1.0, 1 << 30, **endless)
+        processes.call("verify", (1.0, 1 << 30), **endless)

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from typing import TypeVar
 
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, passes, place
 from lorafold.machine.threads import alone
 from lorafold.serving.backend import NOT_FINITE, Backend, Ended, News
 from lorafold.serving.job import CompletionJob
@@ -29,6 +29,8 @@ from lorafold.serving.settings import Settings
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 THREADS, TURNS = 4, 2  # that think, and of them one tenant's
+BUSY = "the machine is busy, try again"
+AGAIN = 5  # seconds until then
 WATCH = 0.25  # seconds between two looks at deadlines
 
 
@@ -81,7 +83,8 @@ class Host:
 
     async def think(self, do: Callable[[], T], tenant: str) -> T:
         """What a function gives that takes its time, computed beside the event loop; of a tenant
-        TURNS at a time, so that none waits for more than as many of each other's.
+        TURNS at a time, so that none waits for more than as many of each other's. Raises Refusal
+        where the machine lacks what it needs for now.
         """
         turn = self._turns.setdefault(tenant, asyncio.Semaphore(TURNS))
         self._thinking[tenant] += 1
@@ -93,6 +96,11 @@ class Host:
                 except asyncio.CancelledError:  # its turn lasts for as long as its thread does
                     await asyncio.wait({doing})
                     raise
+                except Exception as error:
+                    if not passes(error):
+                        raise
+                    log.warning("a request is refused, the machine is busy: %s", place(error))
+                    raise Refusal(503, "machine_busy", BUSY, retry_after=AGAIN) from None
         finally:
             self._thinking[tenant] -= 1
 

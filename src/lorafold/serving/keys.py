@@ -5,8 +5,10 @@
 
 A key has 32 random bytes, so that one SHA-256 is enough: no list of likely keys can be tried. All
 hashes are compared, each in constant time, whether or not one fitted before. The file is read again
-when it changes, so that a key is revoked by deleting its entry. All but the first three entries may
-be left out: a key then holds for good, may use the base, and has no limit.
+when it changes, and twice a second in any case, since its marks don't show every change; so a key is
+revoked by deleting its entry. While the file can't be read the keys are those of the last time. All
+but the first three entries may be left out: a key then holds for good, may use the base, and has no
+limit.
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ from __future__ import annotations
 import hmac
 import json
 import logging
+import math
 import re
 import secrets
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -29,7 +33,8 @@ from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Fiel
 
 from lorafold.errors import LorafoldError, why_unread
 from lorafold.files.atomic import write_text
-from lorafold.serving.json_file import read
+from lorafold.files.digests import Marks
+from lorafold.serving.json_file import content_of, parsed, read
 from lorafold.serving.refusal import Refusal
 
 log = logging.getLogger(__name__)
@@ -37,6 +42,8 @@ TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 DAY, UNITS = re.compile(r"\d{4}-\d{2}-\d{2}"), {"d": "days", "h": "hours"}
 LOCAL = "local"  # the tenant of all requests where there is no key file
 ADMIN = "admin"
+HINT = "new-key writes it"
+LOOK = 0.5  # seconds between two looks at a file that seems to be as it was
 
 
 class TokenLimits(BaseModel):
@@ -106,9 +113,11 @@ class Keys:
     """
 
     def __init__(self, file: Path | None, admin: Path | None, metrics: Path | None = None) -> None:
-        self.file, self._seen, self._keys = file, 0, tuple[Key, ...]()
+        self.file, self._keys, self._content = file, tuple[Key, ...](), b""
+        self._looked: tuple[float, Marks | None] = -math.inf, None  # when, and the file's marks
+        self._wrong = ""
         if file is not None:
-            self._seen, self._keys = _changed(file), read_keys(file).keys
+            self._read(file)
         self._admin, self._metrics = _own(admin), _own(metrics)
         if metrics is not None and self._metrics == self._admin:
             raise LorafoldError(
@@ -172,14 +181,32 @@ class Keys:
     def _is_admin(self, hashed: str) -> bool:
         return hmac.compare_digest(self._admin or "-" * 64, hashed)
 
+    @property
+    def outdated(self) -> bool:
+        """Whether the file can't be read, so that the keys are those of before."""
+        if self.file is not None:
+            self._refresh(self.file)
+        return bool(self._wrong)
+
     def _refresh(self, file: Path) -> None:
-        changed = _changed(file)
-        if changed != self._seen:
-            self._seen = changed
-            try:
-                self._keys = read_keys(file).keys
-            except LorafoldError as error:
-                log.error("the keys stay as they were: %s", error)
+        marks, now = _marks(file), time.monotonic()
+        if now - self._looked[0] < LOOK and marks == self._looked[1]:
+            return
+        self._looked = now, marks
+        try:
+            self._read(file)
+            if self._wrong:
+                log.warning("the keys are those of %s again", file)
+            self._wrong = ""
+        except LorafoldError as error:
+            self._wrong = str(error)
+            log.error("the keys stay as they were: %s", error)
+
+    def _read(self, file: Path) -> None:
+        content = content_of(file)
+        if content != self._content:
+            self._keys = parsed(file, content, KeyFile, HINT).keys
+            self._content = content
 
 
 def new_key(file: Path, tenant: str, adapters: Sequence[str], **more: object) -> str:
@@ -226,7 +253,7 @@ def until(text: str) -> datetime:
 
 def read_keys(file: Path) -> KeyFile:
     """The content of a key file. Raises LorafoldError if it is not one."""
-    return read(file, KeyFile, "new-key writes it")
+    return read(file, KeyFile, HINT)
 
 
 def _hash(key: str) -> str:
@@ -251,8 +278,8 @@ def _bearer(authorization: str | None) -> str:
     return key.strip() if scheme.lower() == "bearer" else ""
 
 
-def _changed(file: Path) -> int:
+def _marks(file: Path) -> Marks | None:
     try:
-        return file.stat().st_mtime_ns
+        return Marks.of(file.stat())
     except OSError:
-        return 0
+        return None

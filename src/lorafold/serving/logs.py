@@ -3,7 +3,8 @@
 A request's id is the server's own; what a client calls it is never taken over. Of what a client
 sends a line has the path, as it was sent and at most 200 characters of it, and nothing else: of an
 error that was raised for a request it has the type and the places, and not the message, in which a
-library may quote anything. All of it is there if the settings ask for texts.
+library may quote anything. All of it is there if the settings ask for texts. A line that repeats
+one within a few seconds is counted and not written.
 """
 
 from __future__ import annotations
@@ -11,17 +12,19 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import sys
 import threading
 import time
 import traceback
-from typing import Any
+from typing import Any, TextIO
 
 from lorafold.errors import cut
 from lorafold.serving.server import Record
 
 log = logging.getLogger(__name__)
 MOST = 4000  # characters of a line, but for texts
+EACH, KEPT = 5.0, 1000  # seconds in which a line is written once, and lines that are known for them
 
 
 class Lines(logging.Formatter):
@@ -71,6 +74,43 @@ class Json(Lines):
         return json.dumps(found, ensure_ascii=False, default=str)
 
 
+class Folding(logging.StreamHandler[TextIO]):
+    """Writes a line once in EACH seconds, and then how often it was repeated. A request's line is
+    written in any case, and lets the others be told.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+        self._told: dict[object, tuple[float, int, logging.LogRecord]] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record, or count it."""
+        self._tell(time.monotonic() - EACH)
+        key = record.name, record.getMessage(), record.exc_info and record.exc_info[0]
+        since, n, _ = self._told.get(key, (time.monotonic(), -1, record))
+        if n >= 0 or (len(self._told) < KEPT and not hasattr(record, "fields")):
+            self._told[key] = since, n + 1, record
+        if n < 0:
+            super().emit(record)
+
+    def close(self) -> None:
+        """Tell what was counted last."""
+        self._tell(math.inf)
+        super().close()
+
+    def _tell(self, before: float) -> None:
+        """Tell of all lines that were written before that time."""
+        while self._told and (key := next(iter(self._told))):  # the oldest
+            since, n, record = self._told[key]
+            if since > before:
+                return
+            del self._told[key]
+            if n:
+                record.msg, record.args = f"{record.getMessage()} (repeated {n:,} times)", ()
+                record.exc_info = None
+                super().emit(record)
+
+
 def set_up(as_json: bool, texts: bool = False) -> None:
     """Write the log to stderr: the server's, and warnings of the libraries that it uses.
 
@@ -78,7 +118,7 @@ def set_up(as_json: bool, texts: bool = False) -> None:
         as_json: one JSON object a line, instead of text for people.
         texts: show the messages of errors, which may quote what clients sent.
     """
-    handler = logging.StreamHandler(sys.stderr)
+    handler = Folding()
     handler.setFormatter(Json(texts) if as_json else Lines(texts))
     for name, level in (
         ("lorafold", logging.INFO), ("uvicorn", logging.WARNING), ("asyncio", logging.WARNING),

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import webbrowser
@@ -60,6 +61,7 @@ ROOMS = (
     "adapter", "bases", "core", "data", "engine", "files", "identity", "methods", "models", "ops",
     "peft", "screening", "serving",
 )  # fmt: skip
+BACKLOG = 1024  # connections that wait to be accepted
 PACKAGES = ("safetensors", "tokenizers", "torch", "transformers")
 
 
@@ -78,7 +80,7 @@ def listening(settings: Settings) -> socket.socket:
         )
     try:
         family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-        at = socket.create_server((settings.host, settings.port), family=family, backlog=1024)
+        at = socket.create_server((settings.host, settings.port), family=family, backlog=BACKLOG)
         # what a client does not read stays here, where it is bounded, and not in the kernel
         at.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 17)
         return at
@@ -108,6 +110,7 @@ def serve(
     directory, keys = Directory(adapters), Keys(
         settings.keys, settings.admin_key, settings.metrics_key
     )
+    _take_descriptors()
     with listening(settings) as at:
         server = server_of(base, load, directory, keys, settings)
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
@@ -149,7 +152,7 @@ def server_of(
     registry = Registry(plain, directory, state, verifier, backend)
     host = Host(backend, registry, settings, metrics)
     spent = Spent(beside(state), lambda: keys.limited)
-    _show_gauges(metrics, host)
+    _show_gauges(metrics, host, keys)
     metrics.registry.register(Gauges(metrics, host, registry))
     return Server(
         settings, keys, registry, host, Admission(host, registry, spent), metrics, spent
@@ -165,7 +168,7 @@ def _storage(model: PreTrainedModel) -> str:
 async def _run(server: Server, at: socket.socket) -> None:
     config = uvicorn.Config(
         application(server), log_config=None, access_log=False, lifespan="on",
-        timeout_graceful_shutdown=2, server_header=False,
+        timeout_graceful_shutdown=2, server_header=False, backlog=1,
     )  # fmt: skip
     http = _Http(config)
     loop, signals = asyncio.get_running_loop(), 0
@@ -198,11 +201,27 @@ async def _drain(server: Server, http: uvicorn.Server) -> None:
 
 
 class _Http(uvicorn.Server):
-    """uvicorn without its handlers of signals, which would end the process with the signal."""
+    """uvicorn without its handlers of signals, which would end the process with the signal, and with
+    one connection accepted at a time: without file descriptors asyncio would try, and log, as many
+    times as its backlog, again and again.
+    """
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen, with the backlog of `listening`."""
+        await super().startup(sockets)
+        for at in sockets or ():
+            at.listen(BACKLOG)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+
+def _take_descriptors() -> None:
+    """Let this process have as many files and connections open as the system allows it."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(OSError, ValueError):  # macOS calls unlimited what it does not allow
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _is_here(host: str) -> bool:
@@ -212,10 +231,12 @@ def _is_here(host: str) -> bool:
         return False
 
 
-def _show_gauges(metrics: Metrics, host: Host) -> None:
+def _show_gauges(metrics: Metrics, host: Host, keys: Keys) -> None:
     def adapters(name: str) -> float:
         return float(getattr(host.backend.states(), name))
 
+    told = "Whether the key file can't be read, so that the keys are those of before"
+    metrics.gauge("keys_outdated", told, lambda: keys.outdated)
     metrics.gauge("ready", "Whether requests are computed", lambda: not host.ready)
     metrics.gauge("waiting", "Completions that wait for a slot", host.waiting)
     metrics.gauge("running", "Completions that run", host.running)

@@ -13,7 +13,7 @@ import logging
 from pathlib import Path
 
 from lorafold.core.spec import Spec
-from lorafold.errors import STOPS, LorafoldError, cut, place
+from lorafold.errors import STOPS, Busy, LorafoldError, cut, passes, place
 from lorafold.files.atomic import MANIFEST
 from lorafold.files.card import OVER, VOCABULARY
 from lorafold.files.contents import Contents
@@ -60,17 +60,21 @@ class Verifier:
         self._forms = seen.forms()
 
     def find(self, name: str, afresh: bool = False) -> Found:
-        """The adapter of a name, verified. Raises LorafoldError for one that can't be served, and
-        nothing else, whatever reading it raises.
+        """The adapter of a name, verified. Raises LorafoldError for one that can't be served, Busy
+        where the machine lacks what that needs, and nothing else, whatever reading it raises.
 
         Args:
             afresh: read it even if nothing was touched since it was read last.
         """
         try:
             return self._found(name, afresh)
-        except (LorafoldError, *STOPS):
+        except STOPS:
             raise
         except BaseException as error:  # a panic in a library is no Exception
+            if passes(error):
+                raise Busy(f"{name} can't be verified now ({place(error)})") from None
+            if isinstance(error, LorafoldError):
+                raise
             log.exception("%s can't be read", name)
             raise LorafoldError(f"it can't be read ({place(error)})") from None
 
