@@ -12,9 +12,8 @@ from pathlib import PurePath
 UNTIL = "0.3"  # the version that no longer knows old names
 LISTED = 5  # items that a message lists
 ALONE = 240  # characters of the first of them
-PASSING = frozenset(  # what the system may give the next time
-    {errno.EAGAIN, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE}
-)
+# what the system may give the next time
+PASSING = (errno.EAGAIN, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
 STOPS = (SystemExit, KeyboardInterrupt)  # the only errors that end a thread, panics do not
 
 
@@ -57,11 +56,10 @@ def passes(error: BaseException | None) -> bool:
     """Whether an error, or one that it follows from, is about what the machine lacks for now, and
     not about what was asked.
     """
-    while error is not None and not isinstance(error, Busy):
-        if isinstance(error, OSError) and error.errno in PASSING:
-            return True
-        error = error.__cause__ or error.__context__
-    return error is not None
+    if error is None or isinstance(error, Busy):
+        return error is not None
+    lacks = isinstance(error, OSError) and error.errno in PASSING
+    return lacks or passes(error.__cause__ or error.__context__)
 
 
 def called_now(old: str, now: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -63,9 +64,10 @@ def serve(
     found = read_settings(None if config is None else as_path(config, "config"), settings or {})
     console = or_quiet(console)
     folder = as_path(adapters, "adapters")
+    own = [] if model else own_bases(folder, found.state, console)
     base = base_for(
         model,
-        [] if model else own_bases(folder),
+        own,
         console,
         storage=storage,
         device=device,
@@ -73,20 +75,33 @@ def serve(
         trust_remote_code=trust_remote_code,
         allow_other_base=allow_other_base,
     )
-    run.serve(base, partial(opened, console=console), folder, found, console, open_page)
+    load = partial(opened, console=console)
+    run.serve(base, load, folder, found, console, open_page, own[0] if own else None)
 
 
-def own_bases(adapters: Path) -> list[OwnBase]:
-    """The bases of all adapters in a directory; those that can't be read are refused later, when
-    they are verified. Raises LorafoldError without a directory, or if none of its adapters can be
+def own_bases(
+    adapters: Path, state: Path | None = None, console: Console | None = None
+) -> list[OwnBase]:
+    """The base of the adapters in a directory: the one that a start without `model` took before, or
+    else that of most of them, so that an adapter that comes later decides nothing. The others are
+    refused when they are verified. Several, if as many adapters have the one as the other; none
+    without adapters. Raises LorafoldError without a directory, or if none of its adapters can be
     read.
 
     Args:
         adapters: A directory whose entries are saved adapters, or one adapter.
+        state: The server's state file, None for the one beside the adapters.
+        console: Is told of a base that was taken before.
     """
     from lorafold.serving.directory import Directory
+    from lorafold.serving.state_file import STATE, read_kept
 
     directory, found = Directory(adapters), list[OwnBase]()
+    file = state or directory.beside / STATE
+    if (kept := read_kept(file).base) is not None:
+        told = f"no --model: the base is that of the start before ({file})"
+        or_quiet(console).print(told, highlight=False, markup=False, soft_wrap=True)
+        return [replace(kept, adapter=directory.beside / kept.adapter.name)]
     for name in sorted(directory.names()):
         with suppress(LorafoldError):
             found.append(OwnBase.read(directory.locate(name)))
@@ -95,4 +110,9 @@ def own_bases(adapters: Path) -> list[OwnBase]:
             f"--adapters {adapters}: found no adapter in it whose base could be served; expected"
             " --model PATH (model)"
         )
-    return found
+    groups = list[list[OwnBase]]()
+    for own in sorted((one for one in found if one.known), key=lambda one: not one.fingerprint):
+        same = [group for group in groups if group[0].same_as(own)]
+        same[0].append(own) if same else groups.append([own])
+    sizes = sorted(map(len, groups))
+    return found if sizes[-1:] == sizes[-2:-1] else max(groups, key=len)[:1]

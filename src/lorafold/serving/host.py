@@ -29,8 +29,6 @@ from lorafold.serving.settings import Settings
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 THREADS, TURNS = 4, 2  # that think, and of them one tenant's
-BUSY = "the machine is busy, try again"
-AGAIN = 5  # seconds until then
 WATCH = 0.25  # seconds between two looks at deadlines
 
 
@@ -100,7 +98,8 @@ class Host:
                     if not passes(error):
                         raise
                     log.warning("a request is refused, the machine is busy: %s", place(error))
-                    raise Refusal(503, "machine_busy", BUSY, retry_after=AGAIN) from None
+                    told = "the machine is busy, try again"
+                    raise Refusal(503, "machine_busy", told, retry_after=5) from None
         finally:
             self._thinking[tenant] -= 1
 

@@ -5,9 +5,9 @@
 
 A key has 32 random bytes, so that one SHA-256 is enough: no list of likely keys can be tried. All
 hashes are compared, each in constant time, whether or not one fitted before. The file is read again
-when it changes, and twice a second in any case, since its marks don't show every change; so a key is
-revoked by deleting its entry. While the file can't be read the keys are those of the last time. All
-but the first three entries may be left out: a key then holds for good, may use the base, and has no
+with every request, since a file's times and size don't show every change, so that a key is revoked
+by deleting its entry. While the file can't be read, the keys are those of the last time. All but
+the first three entries may be left out: a key then holds for good, may use the base, and has no
 limit.
 """
 
@@ -16,10 +16,8 @@ from __future__ import annotations
 import hmac
 import json
 import logging
-import math
 import re
 import secrets
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -33,7 +31,6 @@ from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Fiel
 
 from lorafold.errors import LorafoldError, why_unread
 from lorafold.files.atomic import write_text
-from lorafold.files.digests import Marks
 from lorafold.serving.json_file import content_of, parsed, read
 from lorafold.serving.refusal import Refusal
 
@@ -43,7 +40,6 @@ DAY, UNITS = re.compile(r"\d{4}-\d{2}-\d{2}"), {"d": "days", "h": "hours"}
 LOCAL = "local"  # the tenant of all requests where there is no key file
 ADMIN = "admin"
 HINT = "new-key writes it"
-LOOK = 0.5  # seconds between two looks at a file that seems to be as it was
 
 
 class TokenLimits(BaseModel):
@@ -114,8 +110,6 @@ class Keys:
 
     def __init__(self, file: Path | None, admin: Path | None, metrics: Path | None = None) -> None:
         self.file, self._keys, self._content = file, tuple[Key, ...](), b""
-        self._looked: tuple[float, Marks | None] = -math.inf, None  # when, and the file's marks
-        self._wrong = ""
         if file is not None:
             self._read(file)
         self._admin, self._metrics = _own(admin), _own(metrics)
@@ -144,7 +138,7 @@ class Keys:
             return Caller(ADMIN)
         if self.file is None:
             return Caller(LOCAL)
-        self._refresh(self.file)
+        self.refresh()
         found = [key for key in self._keys if hmac.compare_digest(key.sha256, hashed)]
         if not found:
             raise Refusal(401, "invalid_api_key", "found no valid key, expected one as Bearer")
@@ -181,30 +175,19 @@ class Keys:
     def _is_admin(self, hashed: str) -> bool:
         return hmac.compare_digest(self._admin or "-" * 64, hashed)
 
-    @property
-    def outdated(self) -> bool:
-        """Whether the file can't be read, so that the keys are those of before."""
-        if self.file is not None:
-            self._refresh(self.file)
-        return bool(self._wrong)
-
-    def _refresh(self, file: Path) -> None:
-        marks, now = _marks(file), time.monotonic()
-        if now - self._looked[0] < LOOK and marks == self._looked[1]:
-            return
-        self._looked = now, marks
+    def refresh(self) -> bool:
+        """Read the file again, and return whether that fails, so that the keys are those of before.
+        """
         try:
-            self._read(file)
-            if self._wrong:
-                log.warning("the keys are those of %s again", file)
-            self._wrong = ""
+            if self.file is not None:
+                self._read(self.file)
+            return False
         except LorafoldError as error:
-            self._wrong = str(error)
             log.error("the keys stay as they were: %s", error)
+            return True
 
     def _read(self, file: Path) -> None:
-        content = content_of(file)
-        if content != self._content:
+        if (content := content_of(file)) != self._content:
             self._keys = parsed(file, content, KeyFile, HINT).keys
             self._content = content
 
@@ -276,10 +259,3 @@ def _own(file: Path | None) -> str:
 def _bearer(authorization: str | None) -> str:
     scheme, _, key = (authorization or "").partition(" ")
     return key.strip() if scheme.lower() == "bearer" else ""
-
-
-def _marks(file: Path) -> Marks | None:
-    try:
-        return Marks.of(file.stat())
-    except OSError:
-        return None

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import math
 import sys
 import threading
 import time
@@ -24,7 +23,7 @@ from lorafold.serving.server import Record
 
 log = logging.getLogger(__name__)
 MOST = 4000  # characters of a line, but for texts
-EACH, KEPT = 5.0, 1000  # seconds in which a line is written once, and lines that are known for them
+EACH = 5.0  # seconds in which a line is written once
 
 
 class Lines(logging.Formatter):
@@ -75,40 +74,28 @@ class Json(Lines):
 
 
 class Folding(logging.StreamHandler[TextIO]):
-    """Writes a line once in EACH seconds, and then how often it was repeated. A request's line is
-    written in any case, and lets the others be told.
+    """Writes a line once in EACH seconds; how often it was repeated meanwhile is written with
+    whatever is logged next. A request's line is always written.
     """
 
     def __init__(self) -> None:
         super().__init__(sys.stderr)
-        self._told: dict[object, tuple[float, int, logging.LogRecord]] = {}
+        self._written = dict[object, tuple[logging.LogRecord, int]]()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record, or count it."""
-        self._tell(time.monotonic() - EACH)
+        for key, (first, n) in [*self._written.items()]:
+            if abs(record.created - first.created) > EACH:
+                del self._written[key]
+                told = {"msg": f"{first.getMessage()} (repeated {n:,} times)", "args": ()}
+                if n:
+                    super().emit(logging.makeLogRecord(vars(first) | told | {"exc_info": None}))
         key = record.name, record.getMessage(), record.exc_info and record.exc_info[0]
-        since, n, _ = self._told.get(key, (time.monotonic(), -1, record))
-        if n >= 0 or (len(self._told) < KEPT and not hasattr(record, "fields")):
-            self._told[key] = since, n + 1, record
+        first, n = self._written.get(key, (record, -1))
+        if not hasattr(record, "fields"):
+            self._written[key] = first, n + 1
         if n < 0:
             super().emit(record)
-
-    def close(self) -> None:
-        """Tell what was counted last."""
-        self._tell(math.inf)
-        super().close()
-
-    def _tell(self, before: float) -> None:
-        """Tell of all lines that were written before that time."""
-        while self._told and (key := next(iter(self._told))):  # the oldest
-            since, n, record = self._told[key]
-            if since > before:
-                return
-            del self._told[key]
-            if n:
-                record.msg, record.args = f"{record.getMessage()} (repeated {n:,} times)", ()
-                record.exc_info = None
-                super().emit(record)
 
 
 def set_up(as_json: bool, texts: bool = False) -> None:

@@ -76,13 +76,12 @@ class Registry:
         """The names that are still to be verified."""
         return sorted(self.names() - self.found.keys() - self.wrong.keys())
 
-    def _unseen(self) -> set[str]:
+    def _unseen(self) -> list[str]:
         """The names that are still to be verified, or were wrong and have other files now."""
-        wrong = dict(self._marks)  # threads add to it meanwhile
-        again = {n for n in wrong if n in self.wrong and self.directory.touched(n, wrong[n])}
-        for name in again:
-            self.wrong.pop(name, None)
-        return again.union(self.listed)
+        for name, marks in [*self._marks.items()]:  # threads add to it meanwhile
+            if name in self.wrong and self.directory.touch(name) != marks:
+                self.wrong.pop(name, None)
+        return self.listed
 
     def ready(self, name: str) -> Found | None:
         """The adapter of a name, verified now if it was not before; None if there is none, or it is

@@ -31,6 +31,7 @@ from lorafold.machine.collection import all_set_aside
 from lorafold.machine.room import free_bytes
 from lorafold.models.weights import ModelWeights
 from lorafold.opening import Base
+from lorafold.peft.own_base import OwnBase
 from lorafold.screening.screen import Screen
 from lorafold.serving import logs
 from lorafold.serving.admission import Admission
@@ -98,12 +99,14 @@ def serve(
     settings: Settings,
     console: Console,
     open_page: bool = False,
+    own: OwnBase | None = None,
 ) -> None:
     """Serve until a signal ends it.
 
     Args:
         console: for what the user has to know.
         open_page: open the page in a browser.
+        own: how the adapters name the base, where nothing else named it: the next start takes it.
 
     Raises LorafoldError for a model that can't be loaded, and as `listening` does.
     """
@@ -113,6 +116,11 @@ def serve(
     _take_descriptors()
     with listening(settings) as at:
         server = server_of(base, load, directory, keys, settings)
+        if own is not None:
+            try:
+                server.registry.keep(base=own)
+            except LorafoldError as error:
+                console.print(f"the next start takes the base that most name: {error}")
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         address = f"{host}:{at.getsockname()[1]}"
         _tell(server, address, console)
@@ -236,7 +244,7 @@ def _show_gauges(metrics: Metrics, host: Host, keys: Keys) -> None:
         return float(getattr(host.backend.states(), name))
 
     told = "Whether the key file can't be read, so that the keys are those of before"
-    metrics.gauge("keys_outdated", told, lambda: keys.outdated)
+    metrics.gauge("keys_outdated", told, keys.refresh)
     metrics.gauge("ready", "Whether requests are computed", lambda: not host.ready)
     metrics.gauge("waiting", "Completions that wait for a slot", host.waiting)
     metrics.gauge("running", "Completions that run", host.running)

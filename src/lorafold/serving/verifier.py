@@ -72,7 +72,7 @@ class Verifier:
             raise
         except BaseException as error:  # a panic in a library is no Exception
             if passes(error):
-                raise Busy(f"{name} can't be verified now ({place(error)})") from None
+                raise Busy(f"{name} can't be verified now: {error}") from None
             if isinstance(error, LorafoldError):
                 raise
             log.exception("%s can't be read", name)
@@ -145,7 +145,7 @@ class Verifier:
             raise LorafoldError(f"r: found {most:,}, which no tensor of its file has")
         words = next((at for at in (path, *reversed(below)) if SETTINGS in stack[at].files), None)
         base = "" if "base" in small.record else config.get("base_model_name_or_path")
-        return Found(
+        found = Found(
             name=name, path=path, digest=joined([_identity(stack[at]) for at in (*below, path)]),
             old=verified.digest_of((*FILES, MANIFEST)), manifest=MANIFEST in verified.files,
             over=tuple(below),
@@ -157,6 +157,11 @@ class Verifier:
             tokenizer="" if words is None else self._opened(words, stack[words]),
             form=joined([stack[at].form for at in (*below, path)]),
         )  # fmt: skip
+        linked = [n for at, one in stack.items() for n in self.directory.linked(at, one.files)]
+        if linked and found.digest != self.seen.digest(name):
+            told = "more than one link, so that it may be another adapter's, expected one; copy it"
+            raise LorafoldError(f"{linked[0]}: found {told}")
+        return found
 
     def _other(self, path: Path, contents: Contents) -> str:
         """That it was trained on another base, where it is served all the same."""
