@@ -115,4 +115,7 @@ def own_bases(
         same = [group for group in groups if group[0].same_as(own)]
         same[0].append(own) if same else groups.append([own])
     sizes = sorted(map(len, groups))
-    return found if sizes[-1:] == sizes[-2:-1] else max(groups, key=len)[:1]
+    if sizes[-1:] == sizes[-2:-1]:
+        return found
+    names = [own.name for own in max(groups, key=len)]  # one of them alone may lead nowhere
+    return [max(max(groups, key=len), key=lambda own: names.count(own.name))]

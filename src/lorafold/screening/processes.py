@@ -78,10 +78,9 @@ def _refused(error: BaseException) -> str | None:
     """Why a process gave no answer, None for errors that are not its own."""
     if isinstance(error, Large):
         return f"it makes an answer of {error.size:,} bytes"
-    if not isinstance(error, Died):
-        return None
-    spent = error.code == -signal.SIGPROF
-    return "it takes too long" if spent else "the process that read it died"
+    if isinstance(error, Died) and error.code == -signal.SIGPROF:
+        return "it takes too long"
+    return "the process that read it died" if isinstance(error, Died) else None
 
 
 class Processes:

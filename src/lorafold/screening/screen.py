@@ -124,6 +124,5 @@ class Screen:
         return path
 
     def _call(self, files: Mapping[str, Any], do: str, **arguments: Any) -> Any:
-        steps = ("open",) if do == "open" else ("open", do)
-        limits = [(SECONDS[step], BYTES[step]) for step in steps]
+        limits = [(SECONDS[step], BYTES[step]) for step in dict.fromkeys(("open", do))]
         return self._rendering.call(do, *limits, files=files, **arguments)

@@ -153,7 +153,7 @@ class Directory:
                 f"name: found {name[:80]!r}, expected up to 64 letters, digits and . _ -"
             )
         if name not in self.names():
-            self._listed = -math.inf, -1  # it may have come within a tick of the file system's clock
+            self._listed = -math.inf, -1  # it may have come within a tick of the disk's clock
         if name not in self.names():
             raise LorafoldError(f"found no adapter {name}, expected one of the directory's")
         path = self.path if self._single else self.path / name

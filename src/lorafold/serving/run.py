@@ -113,7 +113,9 @@ def serve(
     directory, keys = Directory(adapters), Keys(
         settings.keys, settings.admin_key, settings.metrics_key
     )
-    _take_descriptors()
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # files and connections
+    with contextlib.suppress(OSError, ValueError):  # macOS calls unlimited what it does not allow
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with listening(settings) as at:
         server = server_of(base, load, directory, keys, settings)
         if own is not None:
@@ -209,8 +211,8 @@ async def _drain(server: Server, http: uvicorn.Server) -> None:
 
 
 class _Http(uvicorn.Server):
-    """uvicorn without its handlers of signals, which would end the process with the signal, and with
-    one connection accepted at a time: without file descriptors asyncio would try, and log, as many
+    """uvicorn without its handlers of signals, which would end the process with the signal. It
+    accepts one connection at a time: without file descriptors asyncio would try, and log, as many
     times as its backlog, again and again.
     """
 
@@ -223,13 +225,6 @@ class _Http(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
-
-
-def _take_descriptors() -> None:
-    """Let this process have as many files and connections open as the system allows it."""
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    with contextlib.suppress(OSError, ValueError):  # macOS calls unlimited what it does not allow
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _is_here(host: str) -> bool:

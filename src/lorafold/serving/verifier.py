@@ -159,8 +159,7 @@ class Verifier:
         )  # fmt: skip
         linked = [n for at, one in stack.items() for n in self.directory.linked(at, one.files)]
         if linked and found.digest != self.seen.digest(name):
-            told = "more than one link, so that it may be another adapter's, expected one; copy it"
-            raise LorafoldError(f"{linked[0]}: found {told}")
+            raise LorafoldError(f"{linked[0]}: found more than one link, expected one; copy it")
         return found
 
     def _other(self, path: Path, contents: Contents) -> str:
