@@ -295,5 +295,6 @@ def test_adapters_that_come_later_decide_no_server_s_base(place: Path, tiny_mode
     assert told.getvalue() == f"no --model: {said}\n"
     shutil.copytree(place, place.parent / "moved")  # found beside it again
     shutil.rmtree(place)
-    moved = place.parent / "moved"
-    assert base_for(None, own_bases(moved / "adapters")).source.path == moved / "base"
+    folder = place.parent / "moved" / "adapters"
+    (folder.parent / "base").rename(folder / "base")
+    assert base_for(None, own_bases(folder)).source.path == folder / "base"
