@@ -4,6 +4,7 @@ exits with code 2.
 
 from __future__ import annotations
 
+import errno
 import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import PurePath
@@ -11,6 +12,8 @@ from pathlib import PurePath
 UNTIL = "0.3"  # the version that no longer knows old names
 LISTED = 5  # items that a message lists
 ALONE = 240  # characters of the first of them
+# what the system may give the next time
+PASSING = (errno.EAGAIN, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
 STOPS = (SystemExit, KeyboardInterrupt)  # the only errors that end a thread, panics do not
 
 
@@ -32,6 +35,12 @@ class NoTokenizer(LorafoldError):
     """A model or adapter directory without the vocabulary of a tokenizer."""
 
 
+class Busy(Exception):
+    """The machine lacks what a request needs for now, such as time of its processor. Nothing is
+    known of what was asked then, and it can be asked again.
+    """
+
+
 class Interrupted(Exception):
     """A run stopped because a signal asked it to.
 
@@ -41,6 +50,16 @@ class Interrupted(Exception):
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
         self.code = code
+
+
+def passes(error: BaseException | None) -> bool:
+    """Whether an error, or one that it follows from, is about what the machine lacks for now, and
+    not about what was asked.
+    """
+    if error is None or isinstance(error, Busy):
+        return error is not None
+    lacks = isinstance(error, OSError) and error.errno in PASSING
+    return lacks or passes(error.__cause__ or error.__context__)
 
 
 def called_now(old: str, now: str) -> str:

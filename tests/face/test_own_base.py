@@ -23,6 +23,7 @@ from lorafold.errors import LorafoldError
 from lorafold.opening import Base, base_for
 from lorafold.peft.own_base import OwnBase
 from lorafold.peft.saved import open_all
+from lorafold.serving.state_file import STATE, ServerState, write_kept
 
 pytestmark = pytest.mark.usefixtures("unestimated")
 
@@ -265,3 +266,35 @@ def test_a_server_takes_that_of_its_directory(place: Path) -> None:
     shutil.rmtree(folder / "a")
     with pytest.raises(LorafoldError, match="found no adapter in it whose base could be served"):
         own_bases(folder)
+
+
+def test_adapters_that_come_later_decide_no_server_s_base(place: Path, tiny_model_dir) -> None:
+    """Nor do they stop it: most decide, and from then on what they decided."""
+    folder = place / "adapters"
+    folder.mkdir()
+    make_adapter(place / "base", folder / "z")
+    assert base_for(None, own_bases(folder)).source.path == place / "base"
+    make_adapter(tiny_model_dir("qwen2"), folder / "a")
+    with pytest.raises(LorafoldError, match="adapters of different bases"):
+        base_for(None, own_bases(folder))
+    named(make_adapter(place / "base", folder / "x"), "/another/name")  # which leads nowhere
+    make_adapter(place / "base", folder / "y")
+    large = shutil.copytree(folder / "z", folder / "large") / "adapter_config.json"
+    large.write_text(large.read_text() + " " * (8 << 20))
+    with pytest.raises(LorafoldError, match="expected at most 8,388,608 bytes"):
+        OwnBase.read(folder / "large")
+    own = own_bases(folder)
+    assert base_for(None, own).source.path == place / "base"
+    write_kept(folder / STATE, ServerState(base=own[0]))
+    for name in ("b", "c", "d"):
+        shutil.copytree(folder / "a", folder / name)
+    told = io.StringIO()
+    own = own_bases(folder, None, Console(file=told, width=60))
+    assert base_for(None, own).source.path == place / "base"
+    said = f"the base is that of the start before ({folder / STATE})"
+    assert told.getvalue() == f"no --model: {said}\n"
+    shutil.copytree(place, place.parent / "moved")  # found beside it again
+    shutil.rmtree(place)
+    folder = place.parent / "moved" / "adapters"
+    (folder.parent / "base").rename(folder / "base")
+    assert base_for(None, own_bases(folder)).source.path == folder / "base"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,11 +23,12 @@ import lorafold as lf
 from lorafold.data.calls import parse_calls
 from lorafold.data.reasoning import block_of
 from lorafold.data.render import render
-from lorafold.errors import LorafoldError
+from lorafold.errors import Busy, LorafoldError
 from lorafold.files.contents import Contents
 from lorafold.identity import of_adapter
 from lorafold.models.loading import load_tokenizer
 from lorafold.peft.saved import FILES
+from lorafold.screening import processes
 from lorafold.screening.opened import DEATHS, Opened
 from lorafold.screening.processes import Processes, Refused
 from lorafold.screening.screen import SECONDS, Screen, Verified
@@ -140,12 +143,12 @@ def test_processes_import_no_torch_and_end_with_the_screen(screen, adapter) -> N
     process = screen._verifying._idle[0]._process
     maps = Path(f"/proc/{process.id}/maps").read_text()
     assert "libtorch" not in maps
-    processes = Processes(lambda: {"modules": []}, 1)
+    others = Processes(lambda: {"modules": []}, 1)
     given = {"path": "/nowhere", "files": [], "config": "c", "record": "r", "told": []}
     with pytest.raises(Refused, match="found no c"):
-        processes.call("verify", 5, 1 << 29, **given)
-    own = processes._idle[0]._process
-    processes.close()
+        others.call("verify", (5, 1 << 29), **given)
+    own = others._idle[0]._process
+    others.close()
     assert not own.lives
 
 
@@ -201,6 +204,36 @@ def test_a_template_that_never_ends_is_ended_and_after_some_not_asked(
     found._deaths.extend([time.monotonic()] * DEATHS)
     with pytest.raises(LorafoldError, match="died of it within"):
         render(ASK, found)
+
+
+def test_a_rendering_has_its_time_in_a_process_that_just_began_too(
+    screen, base, tmp_path, monkeypatch
+) -> None:
+    """What is counted is the rendering's, neither what is imported nor opening the tokenizer."""
+    found = opened(screen, base, tmp_path, TOOL_TEMPLATE)
+    assert found is not None
+    found.probed()
+    monkeypatch.setitem(SECONDS, "render", 0.2)  # importing transformers takes more
+    monkeypatch.setitem(SECONDS, "tokens", 0.2)
+    for ask in (lambda: render(ASK, found), lambda: found("Hello").input_ids):
+        while screen._rendering._idle:
+            screen._rendering._idle.pop().kill()
+        assert ask()
+
+
+def test_a_busy_machine_is_no_mistake_of_a_template(screen, base, tmp_path, monkeypatch) -> None:
+    found = opened(screen, base, tmp_path, TOOL_TEMPLATE)
+    assert found is not None
+    found.probed()
+    with monkeypatch.context() as patch:
+        patch.setattr(processes, "LEAST", 0.2)
+        patch.setattr(processes, "WALL", 0.01)
+        for _ in range(DEATHS):
+            os.kill(screen._rendering._idle[-1]._process.id, signal.SIGSTOP)
+            with pytest.raises(Busy, match="the machine is busy"):
+                render(ASK, found)
+            screen._rendering._idle.append(processes.Process(screen._rendering._first))
+    assert "Hello" in render(ASK, found)
 
 
 def test_a_tokenizer_that_does_not_fit_is_refused(screen, base, tmp_path) -> None:
@@ -268,17 +301,17 @@ def test_closing_does_not_wait_for_what_runs(adapter):
     content = json.loads(file.read_text()) | {"exclude_modules": "(([a-z._0-9])+)+X"}
     (adapter / "manifest.json").unlink()
     file.write_text(json.dumps(content))
-    processes = Processes(lambda: {"modules": NAMES}, 1)
+    others = Processes(lambda: {"modules": NAMES}, 1)
     endless: dict[str, Any] = {
         "path": str(adapter), "files": FILES, "config": file.name, "record": "", "told": [],
     }  # fmt: skip
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(processes.call, "verify", 1000.0, 1 << 30, **endless)
-        while not processes._busy:
+        asked = pool.submit(others.call, "verify", (1000.0, 1 << 30), **endless)
+        while not others._busy:
             time.sleep(0.01)
         assert not asked.done()
-        processes.close()
+        others.close()
         with pytest.raises(Refused):
             asked.result()
     with pytest.raises(Refused, match="ends"):
-        processes.call("verify", 1.0, 1 << 30, **endless)
+        others.call("verify", (1.0, 1 << 30), **endless)

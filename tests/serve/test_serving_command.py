@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from http.client import HTTPConnection
 from pathlib import Path
 
@@ -20,7 +22,10 @@ import lorafold as lf
 from conftest import lorafold
 from lorafold.errors import LorafoldError
 from lorafold.serving.settings import read_settings
+from lorafold.serving.state_file import STATE, read_kept
 from serving_cases import saved
+
+HARD = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +90,8 @@ def test_options_win_over_the_file(tmp_path):
 def process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], list[str], int]]:
     """The command in a process, what it printed until it listened, and its port."""
     command = [sys.executable, "-m", "lorafold", "serve", *arguments, "--port", "0"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
+    few = partial(resource.setrlimit, resource.RLIMIT_NOFILE, (256, HARD))
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=few) as running:
         try:
             lines: list[str] = []
             assert running.stderr is not None
@@ -115,10 +121,14 @@ def stream(port: int, tokens: int) -> HTTPConnection:
 
 def test_it_says_what_it_serves_and_drains(tiny_model_dir, adapters, tmp_path):
     (tmp_path / "serve.yaml").write_text("length: 160\n")
-    options = ("--model", str(tiny_model_dir("llama")), "--adapters", str(adapters))
-    config = ("--config", str(tmp_path / "serve.yaml"))
-    with process(*options, *config, "--storage", "fp32", "--json-logs") as (running, lines, port):
+    options = ("--adapters", str(adapters), "--config", str(tmp_path / "serve.yaml"))
+    with process(*options, "--storage", "fp32", "--json-logs") as (running, lines, port):
         told = "\n".join(lines)
+        own = read_kept(adapters / STATE).base  # which it takes again, whatever comes meanwhile
+        assert own is not None
+        assert own.name == str(tiny_model_dir("llama"))
+        limits = resource.prlimit(running.pid, resource.RLIMIT_NOFILE)
+        assert limits == (HARD, HARD)
         assert "3 adapters: a, b, wrong" in told
         assert "no adapters: notes" in told
         assert f"listening at http://127.0.0.1:{port}" in told

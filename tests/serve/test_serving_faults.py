@@ -136,6 +136,7 @@ def test_bodies_that_nobody_should_send(common: Running):
         chunk = b"%x\r\n%s\r\n" % (1 << 16, b"x" * (1 << 16))
         assert b" 413 " in raw(common, f"{post}Transfer-Encoding: chunked", *[chunk] * 20)[:20]
         assert b" 4" in raw(common, f"{post}Content-Length: -1")[:20]
+        assert b" 400 " in raw(common, f"{post}Content-Length: {'0' * 4400}")[:20]
         assert b" 4" in raw(common, "POST completions")[:20]
         for content in (
             b"[" * 10000, b'{"a":' * 10000 + b"1" + b"}" * 10000, b"\xff\xfe", b"", b"nope",

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -185,9 +188,69 @@ def test_only_hashes_are_kept_and_a_key_can_be_revoked(server: Running):
     file.write_text(json.dumps(content))
     assert server.ask("/v1/models", key=key).status == 401
     file.write_text("{")  # a mistake of the operator locks nobody out, and lets nobody in
+    assert "lorafold_keys_outdated 1.0" in server.ask("/metrics", key=ADMIN).content.decode()
     assert server.ask("/v1/models", key=server.keys["acme"]).status == 200
     assert server.ask("/v1/models", key=key).status == 401
     file.write_text(json.dumps(content))
+    assert "lorafold_keys_outdated 0.0" in server.ask("/metrics", key=ADMIN).content.decode()
+
+
+def in_place_of(file: Path, make: Callable[[Path], object]) -> None:
+    file.unlink()
+    make(file)
+
+
+FAULTS: dict[str, Callable[[Path], object]] = {
+    "it is away": Path.unlink,
+    "a directory in its place": lambda file: in_place_of(file, Path.mkdir),
+    "a pipe in its place": lambda file: in_place_of(file, os.mkfifo),
+    "a link to nothing": lambda file: in_place_of(file, lambda f: f.symlink_to("nowhere")),
+    "half of it": lambda file: os.truncate(file, file.stat().st_size // 2),
+    "nothing of it": lambda file: os.truncate(file, 0),
+    "no text": lambda file: file.write_bytes(b"\xff\xfe"),
+    "no keys": lambda file: file.write_text('{"keys": [{"tenant": 3}]}'),
+    "no permission": lambda file: file.chmod(0),
+    "no file descriptors": lambda file: None,
+    "no fault": lambda file: None,
+}
+
+
+@pytest.mark.parametrize("link", [False, True])
+@pytest.mark.parametrize("step", [0, 10**9, -(10**12)])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_key_is_revoked_whatever_became_of_the_file_before(tmp_path, fault, step, link):
+    """The new file has the times of the faulty one, or of another clock, and the size of the first;
+    it is written in its place, or comes by a link that leads elsewhere now.
+    """
+    file, when = tmp_path / "keys.json", 10**18
+    stays, goes = (new_key(file, tenant, ["*"]) for tenant in ("stays", "goes"))
+    size, content = file.stat().st_size, json.loads(file.read_text())
+    revoked = json.dumps({"keys": content["keys"][:1]}).ljust(size)
+    os.utime(file, ns=(when, when))
+    keys = Keys(file, None)
+    FAULTS[fault](file)
+    if file.exists():
+        os.utime(file, ns=(when + step, when + step))
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if fault == "no file descriptors":
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limit[1]))
+    try:
+        for key in (stays, goes):  # the keys are those of before
+            assert keys.caller(f"Bearer {key}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    if file.is_dir():
+        file.rmdir()
+    elif link or not file.is_file():
+        file.unlink(missing_ok=True)
+    if link:
+        file.symlink_to(tmp_path / "other.json")
+    file.write_text(revoked)
+    file.chmod(0o600)
+    os.utime(file, ns=(when + step, when + step))
+    assert keys.caller(f"Bearer {stays}").tenant == "stays"
+    with pytest.raises(Refusal, match="no valid key"):
+        keys.caller(f"Bearer {goes}")
 
 
 def test_every_hash_is_compared(tmp_path, monkeypatch):
@@ -263,16 +326,27 @@ def test_links_and_borrowed_files_are_refused(tmp_path, tiny_model_dir):
     directory = Directory(folder)
     assert directory.locate("good") == folder / "good"
     for name, told in {
-        "linked": "leads outside", "weights": "leads outside", "hard": "2 links", "..": "letters",
+        "linked": "leads outside", "weights": "leads outside", "..": "letters",
         "piped": "neither a file", "sealed": "leads outside",
     }.items():  # fmt: skip
         with pytest.raises(LorafoldError, match=told):
             directory.locate(name)
+    wrong = ["hard", "linked", "pickled", "piped", "sealed", "weights"]
     with running(tiny_model_dir("llama"), folder) as server:
         assert list(server.parts.registry.found) == ["good"]
-        assert sorted(server.parts.registry.wrong) == [
-            "hard", "linked", "pickled", "piped", "sealed", "weights",
-        ]  # fmt: skip
+        assert sorted(server.parts.registry.wrong) == wrong
+    # whoever links to the files of an adapter gets nothing of it, and takes nothing from it
+    weights = folder / "good" / "adapter_model.safetensors"
+    shutil.copytree(folder / "good", folder / "borrowed", ignore=lambda *_: [weights.name])
+    os.link(weights, folder / "borrowed" / weights.name)
+    os.link(weights, tmp_path / "kept.safetensors")
+    with running(tiny_model_dir("llama"), folder) as server:
+        assert list(server.parts.registry.found) == ["good"]
+        assert server.text("good", "The")
+        assert sorted(server.parts.registry.wrong) == ["borrowed", *wrong]
+        for name in ("borrowed", "hard"):
+            assert "more than one link" in server.parts.registry.wrong[name]
+        assert server.ask("/v1/load_lora_adapter", {"lora_name": "good"}, ADMIN).status == 200
 
 
 def test_without_keys_only_this_machines_names_are_answered(tmp_path, tiny_model_dir):

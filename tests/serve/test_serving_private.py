@@ -267,3 +267,27 @@ def test_with_log_texts_all_of_it_is_there(
     assert next(line["prompt"] for line in lines if "prompt" in line) == MARK
     assert any(f"{MARK} was found" in line.get("error", "") for line in lines)
     assert any(line["message"].endswith(f"{MARK} was found") for line in lines)
+
+
+def test_lines_that_repeat_one_are_counted(written: io.StringIO, monkeypatch) -> None:
+    def flood() -> None:
+        for _ in range(1000):
+            context = {"message": "socket.accept() out of system resource", "exception": OSError()}
+            logs.unhandled(asyncio.new_event_loop(), context)
+
+    log = logging.getLogger("lorafold.serving.sweep")
+    flood()
+    log.info("another line")
+    told = "on the event loop: socket.accept() out of system resource"
+    assert written.getvalue().count("out of system resource") == 1
+    assert written.getvalue().count("another line") == 1
+    monkeypatch.setattr(logs, "EACH", -1.0)
+    log.info("another line")
+    monkeypatch.setattr(logs, "EACH", 5.0)
+    flood()
+    assert f"{told} (repeated 999 times)" in written.getvalue()
+    assert written.getvalue().count("out of system resource") == 3
+    assert written.getvalue().count("another line") == 2
+    for _ in range(3):
+        log.info("a request", extra={"fields": {"request": "1"}})
+    assert written.getvalue().count("a request") == 3

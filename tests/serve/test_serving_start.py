@@ -7,8 +7,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import resource
 import shutil
+import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,8 @@ import pytest
 import lorafold as lf
 from engine_cases import with_large_weights
 from lorafold.engine import Engine
+from lorafold.errors import Busy
+from lorafold.screening import processes
 from lorafold.serving import seen
 from lorafold.serving.sweep import Sweep
 from serving_cases import ADMIN, counted, running, saved, until
@@ -113,6 +119,64 @@ def test_new_directories_and_mended_ones_are_seen(folder, tiny_model_dir, caplog
         until(lambda: "d" in server.parts.registry.found)
         assert server.text("d", "Hello") == server.text("b", "Hello")
     assert any(record.getMessage().startswith("not served: d: ") for record in caplog.records)
+
+
+@contextmanager
+def no_descriptors() -> Iterator[None]:
+    """Let this process open no file meanwhile."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limit[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+
+
+def test_what_comes_while_nothing_can_be_opened_is_seen_afterwards(
+    folder, tiny_model_dir, caplog
+) -> None:
+    shutil.copytree(folder / "a", folder.parent / "c")
+    with running(tiny_model_dir("llama"), folder) as server:
+        with no_descriptors():
+            (folder.parent / "c").rename(folder / "c")
+            os.utime(folder, (10**9, 10**9))  # as if that was long ago
+            until(lambda: "the directory can't be read" in caplog.text)
+        until(lambda: server.complete("c", "Hello").status == 200, 5)
+
+
+def test_a_file_that_comes_late_makes_an_entry_an_adapter(folder, tiny_model_dir) -> None:
+    config = folder / "c" / "adapter_config.json"
+    shutil.copytree(folder / "a", folder / "c", ignore=lambda *_: [config.name])
+    os.utime(folder, (10**9, 10**9))
+    with running(tiny_model_dir("llama"), folder) as server:
+        assert "c" not in server.parts.registry.names()
+        shutil.copy(folder / "a" / config.name, config)
+        until(lambda: "c" in server.parts.registry.found, 5)
+
+
+def test_what_the_machine_lacks_is_no_verdict(folder, tiny_model_dir, monkeypatch, caplog) -> None:
+    """Neither file descriptors nor time on its processor."""
+    with running(tiny_model_dir("llama"), folder) as server:
+        registry, wait = server.parts.registry, processes.LEAST
+        monkeypatch.setattr(processes, "LEAST", 0.2)
+        monkeypatch.setattr(processes, "WALL", 0.1)
+        for process in registry.verifier._screen._verifying._idle:
+            os.kill(process._process.id, signal.SIGSTOP)
+        shutil.copytree(folder / "a", folder.parent / "c")
+        (folder.parent / "c").rename(folder / "c")
+        until(lambda: "c can't be verified now: the machine is busy" in caplog.text)
+        refused = server.complete("c", "Hello")
+        assert (refused.status, refused.code) == (503, "machine_busy")
+        assert int(refused.headers["retry-after"]) > 0
+        assert "c" not in registry.wrong
+        monkeypatch.setattr(processes, "LEAST", wait)
+        until(lambda: server.complete("c", "Hello").status == 200)
+    monkeypatch.setattr(Sweep, "begin", lambda self: None)
+    with running(tiny_model_dir("llama"), folder) as server:
+        assert "c" in server.parts.registry.names()
+        with no_descriptors(), pytest.raises(Busy):
+            server.parts.registry.ready("c")
+        assert server.text("c", "Hello")
 
 
 def test_an_adapter_that_names_another_base_is_served_and_told(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from lorafold.api.arguments import as_path, or_quiet
 from lorafold.api.opened import opened
-from lorafold.errors import LorafoldError, listed
-from lorafold.opening import Base, base_for
+from lorafold.errors import LorafoldError
+from lorafold.opening import base_for
 from lorafold.peft.own_base import OwnBase
 
 if TYPE_CHECKING:
@@ -65,9 +65,12 @@ def serve(
     found = read_settings(None if config is None else as_path(config, "config"), settings or {})
     console = or_quiet(console)
     folder = as_path(adapters, "adapters")
+    own = list[OwnBase]()
+    with suppress(*[LorafoldError] * (model is not None)):
+        own = own_bases(folder, found.state, or_quiet(None) if model else console)
     base = base_for(
         model,
-        [] if model else own_bases(folder),
+        [] if model else own,
         console,
         storage=storage,
         device=device,
@@ -75,38 +78,36 @@ def serve(
         trust_remote_code=trust_remote_code,
         allow_other_base=allow_other_base,
     )
-    if base.storage == "auto":
-        base = _as_trained(base, folder, console)
-    run.serve(base, partial(opened, console=console), folder, found, console, open_page)
+    if storage == "auto":
+        with suppress(LorafoldError):  # as many were trained on one as on another
+            base = base.stored_as_trained(own)
+    kept = own[0] if own and model is None else None
+    run.serve(base, partial(opened, console=console), folder, found, console, open_page, kept)
 
 
-def _as_trained(base: Base, folder: Path, console: Console) -> Base:
-    """The base in the storage that most of its adapters were trained on; a line names others."""
-    own = list[OwnBase]()
-    with suppress(LorafoldError):
-        own = own_bases(folder)
-    storages = {one.adapter.name: one.trained_on.storage for one in own if one.trained_on}
-    if not storages:
-        return base.stored_as_trained()
-    most = Counter(storages.values()).most_common(1)[0][0]
-    if others := [f"{name} on {held}" for name, held in storages.items() if held != most]:
-        told = f"served over {most}, as most adapters were trained; others were not: "
-        told += f"{listed(others)} (--storage chooses)"
-        console.print(told, highlight=False, markup=False, soft_wrap=True)
-    return base.stored_as_trained([o for o in own if o.trained_on and o.trained_on.storage == most])
-
-
-def own_bases(adapters: Path) -> list[OwnBase]:
-    """The bases of all adapters in a directory; those that can't be read are refused later, when
-    they are verified. Raises LorafoldError without a directory, or if none of its adapters can be
-    read.
+def own_bases(
+    adapters: Path, state: Path | None = None, console: Console | None = None
+) -> list[OwnBase]:
+    """The base of the adapters in a directory, as it was stored in training: the one that a start
+    without `model` took before, or else that of most of them, so that an adapter that comes later
+    decides nothing. Adapters of another base are refused when they are verified. Several, if as
+    many adapters have the one as the other; none without adapters. Raises LorafoldError without a
+    directory, or if none of its adapters can be read.
 
     Args:
         adapters: A directory whose entries are saved adapters, or one adapter.
+        state: The server's state file, None for the one beside the adapters.
+        console: Is told of a base that was taken before.
     """
     from lorafold.serving.directory import Directory
+    from lorafold.serving.state_file import STATE, read_kept
 
     directory, found = Directory(adapters), list[OwnBase]()
+    file = state or directory.beside / STATE
+    if (kept := read_kept(file).base) is not None:
+        told = f"no --model: the base is that of the start before ({file})"
+        or_quiet(console).print(told, highlight=False, markup=False, soft_wrap=True)
+        return [replace(kept, adapter=directory.beside / kept.adapter.name)]
     for name in sorted(directory.names()):
         with suppress(LorafoldError):
             found.append(OwnBase.read(directory.locate(name)))
@@ -115,4 +116,13 @@ def own_bases(adapters: Path) -> list[OwnBase]:
             f"--adapters {adapters}: found no adapter in it whose base could be served; expected"
             " --model PATH (model)"
         )
-    return found
+    groups = list[list[OwnBase]]()
+    for own in sorted((one for one in found if one.known), key=lambda one: not one.fingerprint):
+        same = [group for group in groups if group[0].same_as(own)]
+        same[0].append(own) if same else groups.append([own])
+    sizes = sorted(map(len, groups))
+    if sizes[-1:] == sizes[-2:-1]:
+        return found
+    # a name of one of them alone may lead nowhere
+    names = [(own.name, own.trained_on) for own in max(groups, key=len)]
+    return [max(max(groups, key=len), key=lambda own: names.count((own.name, own.trained_on)))]

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lorafold.errors import LorafoldError, shortened
-from lorafold.files.record import BASE, RECORD, TRAINED_ON, named_as_now, read_object
+from lorafold.files.contents import Contents
+from lorafold.files.record import BASE, RECORD, TRAINED_ON, named_as_now
 from lorafold.models import fingerprint
 from lorafold.models.fingerprint import Fingerprint
 from lorafold.models.weights import Weights
@@ -21,6 +22,7 @@ BASE_IDENTITY = "base_identity"  # in a record: of the base's files, as `identit
 ALLOWED = "--allow-other-base"
 OTHER = "not the base it was trained on"
 MOST = 290  # characters of a message that names an adapter, its base and the one at hand
+BYTES = 8 << 20  # the most of both files
 SHORT = 30  # characters of a name, so that a message has less than 300
 
 
@@ -91,17 +93,10 @@ class OwnBase:
         """From the files of an adapter that is not opened. Raises LorafoldError for files that
         can't be read.
         """
-        record = adapter / RECORD
         if not (adapter / CONFIG).exists():
             raise no_adapter(adapter)
-        try:
-            config = read_object(adapter / CONFIG)
-            return cls.of(adapter, config, read_object(record) if record.is_file() else {})
-        except OSError as error:
-            raise LorafoldError(
-                f"{adapter}: found no {CONFIG} that can be read ({type(error).__name__}),"
-                " expected the directory of an adapter"
-            ) from None
+        contents = Contents(adapter, (CONFIG, RECORD), BYTES)
+        return cls.of(adapter, contents.object(CONFIG), contents.record)
 
     @property
     def said_by(self) -> str:

@@ -1,8 +1,9 @@
 """The processes that read what came with adapters, and what becomes of one that goes too far.
 
 A call goes to a process that is idle, or to a new one, and waits for its answer. One that takes too
-long is killed, by its own limit of the processor's time or by the wall's; the next call makes
-another.
+much of the processor's time is killed by its own limit, and what it was given is refused. One that
+gives no answer for long without that is killed too, but its machine is busy: nothing is known of
+what it was given then. The next call makes another process.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from lorafold.errors import LorafoldError
+from lorafold.errors import Busy, LorafoldError
 from lorafold.machine.killable import Died, Killable, Large, Late
 from lorafold.screening.worker import as_message
 
 # bytes of an answer: nothing else of the server runs while it is taken apart
 ANSWER = 8 << 20
-WALL = 20.0  # how many times the seconds of the processor an answer may take: the machine is busy
+WALL, LEAST = 20.0, 60.0  # an answer may take so many times the processor's seconds, or so many
 TOLD = 600  # letters of what is told of an error
 
 
@@ -45,7 +46,7 @@ class Process:
         self._base = base
 
     def ask(self, message: bytes, seconds: float) -> Any:
-        """The answer to a message. Raises Refused, and then the process is dead.
+        """The answer to a message. Raises Refused and Busy, and then the process is dead.
 
         Args:
             seconds: how long the answer may take.
@@ -57,6 +58,8 @@ class Process:
             content = self._process.read(until, ANSWER)
         except BaseException as error:
             self.kill()
+            if isinstance(error, Late):
+                raise Busy(f"the machine is busy: no answer within {seconds:.0f} s") from None
             if (why := _refused(error)) is not None:
                 raise Refused(why) from None
             raise
@@ -75,7 +78,7 @@ def _refused(error: BaseException) -> str | None:
     """Why a process gave no answer, None for errors that are not its own."""
     if isinstance(error, Large):
         return f"it makes an answer of {error.size:,} bytes"
-    if isinstance(error, Late) or (isinstance(error, Died) and error.code == -signal.SIGPROF):
+    if isinstance(error, Died) and error.code == -signal.SIGPROF:
         return "it takes too long"
     return "the process that read it died" if isinstance(error, Died) else None
 
@@ -94,18 +97,19 @@ class Processes:
         self._lock, self._first = threading.Lock(), b""
         self._closed = False
 
-    def call(self, do: str, seconds: float, memory: int, **arguments: Any) -> Any:
-        """What an act of the worker gives. Raises Refused.
+    def call(self, do: str, *limits: tuple[float, int], **arguments: Any) -> Any:
+        """What an act of the worker gives. Raises Refused and Busy.
 
         Args:
-            seconds: of the processor, that it may take.
-            memory: the bytes that it may take beyond what the process has.
+            limits: for each step of the act the seconds of the processor that it may take, and the
+                bytes of memory beyond what the process has.
         """
-        message = as_message({"do": do, "seconds": seconds, "bytes": memory} | arguments)
+        message = as_message({"do": do, "limits": limits} | arguments)
+        seconds = sum(limit[0] for limit in limits)
         with self._most:
             process = self._taken()
             try:
-                answer = process.ask(message, max(WALL * seconds, 60.0))
+                answer = process.ask(message, max(WALL * seconds, LEAST))
             finally:
                 with self._lock:
                     self._busy.discard(process)

@@ -77,7 +77,7 @@ class Screen:
         """
         size = sum(f.stat().st_size for name in files if (f := path / name).is_file())
         found = self._verifying.call(
-            "verify", SECONDS["verify"] + EACH * size, BYTES["verify"] + 2 * size,
+            "verify", (SECONDS["verify"] + EACH * size, BYTES["verify"] + 2 * size),
             path=str(path), files=list(files), config=config, record=record, told=list(told),
             numbers=self._numbers,
         )  # fmt: skip
@@ -124,4 +124,5 @@ class Screen:
         return path
 
     def _call(self, files: Mapping[str, Any], do: str, **arguments: Any) -> Any:
-        return self._rendering.call(do, SECONDS[do], BYTES[do], files=files, **arguments)
+        limits = [(SECONDS[step], BYTES[step]) for step in dict.fromkeys(("open", do))]
+        return self._rendering.call(do, *limits, files=files, **arguments)

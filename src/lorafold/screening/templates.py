@@ -51,7 +51,7 @@ class Templates:
         """What a tokenizer is, as `Opened` takes it. Raises LorafoldError for one that can't be
         read, or gives a token of the base another number.
         """
-        tokenizer = self._tokenizer(files)
+        tokenizer = self.opened(files)
         vocabulary = tokenizer.get_vocab()
         own = {number: word for word, number in vocabulary.items()}
         for number, word in self._words.items():
@@ -97,7 +97,7 @@ class Templates:
         """
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        tokenizer = self._tokenizer(files)
+        tokenizer = self.opened(files)
         special: Any = tokenizer.special_tokens_map
         rendered: Any = render_jinja_template(
             [messages],
@@ -118,7 +118,7 @@ class Templates:
             special: whether it gets the tokens with which a text begins.
             marked: whether it has marks of `data.control_tokens`.
         """
-        tokenizer = self._tokenizer(files)
+        tokenizer = self.opened(files)
         found: list[int] = (
             ids_of(text, tokenizer)
             if marked
@@ -128,7 +128,8 @@ class Templates:
             raise LorafoldError(f"found {len(found):,} tokens, expected at most {TOKENS:,}")
         return found
 
-    def _tokenizer(self, files: Files) -> Any:
+    def opened(self, files: Files, **_: object) -> Any:
+        """The tokenizer of these files, which is kept."""
         digest = files["digest"]
         if digest in self._kept:
             self._kept.move_to_end(digest)

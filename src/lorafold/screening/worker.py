@@ -1,9 +1,11 @@
 """One process that reads what came with adapters: `python -P -m lorafold.screening.worker`.
 
-A message (`machine/killable.py`) is JSON. The first one says what the base is, every other one what
-to do: `do`, its arguments, and the limits `seconds` (of the processor) and `bytes` (of memory
-beyond what the process has). Each is answered by one message, with `found` or with `wrong`, unless
-the process dies of it.
+A message (`machine/killable.py`) is JSON. The first one describes the base, every other one what to
+do: `do`, its arguments, and `limits`, the seconds of the processor and the bytes of memory beyond
+what the process has, for each step of it. Each is answered by one message, with `found` or with
+`wrong`, unless the process dies of it. Opening a tokenizer is a step of its own, so that a process
+that just began has as much time for a rendering as one that has the tokenizer open. What is
+imported is ours, and has no limit.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from lorafold.machine.killable import packed, read
@@ -40,30 +43,29 @@ def main() -> None:
         answers.flush()
 
 
-def _acts(base: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
-    from lorafold.screening.verifying import verified
+def _acts(base: Mapping[str, Any]) -> dict[str, tuple[Callable[..., Any], ...]]:
+    """The steps of each act."""
+    if "modules" in base:
+        from lorafold.screening.verifying import verified
 
-    templates: list[Any] = []  # made when the first one is asked for: transformers takes a second
+        return {"verify": (partial(verified, base["modules"]),)}
+    from lorafold.screening.templates import Templates
 
-    def of_templates(name: str) -> Callable[..., Any]:
-        def act(**arguments: Any) -> Any:
-            if not templates:
-                from lorafold.screening.templates import Templates
-
-                templates.append(Templates(base["vocabulary"], base["allow"]))
-            return getattr(templates[0], name)(**arguments)
-
-        return act
-
-    acts = {name: of_templates(name) for name in ("open", "render", "tokens")}
-    return acts | {"verify": lambda **arguments: verified(base["modules"], **arguments)}
+    of = Templates(base["vocabulary"], base["allow"])
+    return {
+        "open": (of.open,), "render": (of.opened, of.render), "tokens": (of.opened, of.tokens),
+    }  # fmt: skip
 
 
-def _answer(acts: Mapping[str, Callable[..., Any]], message: dict[str, Any]) -> dict[str, Any]:
-    do, seconds, memory = (message.pop(name) for name in ("do", "seconds", "bytes"))
-    _limit(seconds, memory)
+def _answer(
+    acts: Mapping[str, tuple[Callable[..., Any], ...]], message: dict[str, Any]
+) -> dict[str, Any]:
+    do, limits, found, memory = message.pop("do"), message.pop("limits"), None, 0
     try:
-        return {"found": acts[do](**message)}
+        for step, (seconds, memory) in zip(acts[do], limits, strict=True):
+            _limit(seconds, memory)
+            found = step(**message)
+        return {"found": found}
     except MemoryError:
         return {"wrong": f"it needs more than {memory >> 20} MiB of memory"}
     except RecursionError:

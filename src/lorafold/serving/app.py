@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lorafold.errors import STOPS, LorafoldError, cut
 from lorafold.serving import logs
-from lorafold.serving.refusal import Refusal
+from lorafold.serving.refusal import Refusal, wrong
 from lorafold.serving.routes import (
     admin,
     chat,
@@ -153,7 +153,9 @@ class Gate:
 
     def _check(self, headers: Headers, record: Record) -> None:
         length = headers.get("content-length", "0")
-        if not length.isdecimal() or int(length) > self._most:
+        if not length.isdecimal() or len(length) > 20:  # of very long ones Python makes no number
+            raise wrong("content-length", f"found {length!r:.40}, expected the bytes of the body")
+        if int(length) > self._most:
             raise self._too_large()
         # without keys a page from elsewhere, under a name that leads here, could ask as the user
         host = _host(headers.get("host", ""))

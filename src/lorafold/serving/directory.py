@@ -1,16 +1,20 @@
 """The adapters' directory: which of its entries may be read as adapters, and what they say.
 
 Only `DIR/NAME` is ever read, where NAME comes from the directory's own listing and not from a
-client. Entries that lead outside, or have files that another name leads to as well, are refused:
-whoever may write one adapter could else replace, or borrow, another one's files.
+client. Entries that lead outside are refused: whoever may write one adapter could else replace, or
+borrow, another one's files. A hard link borrows likewise, but nothing shows which of its names was
+first; so `lorafold.serving.verifier` takes files with several for what they were before, and for
+nothing else.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import stat
 import time
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
@@ -30,7 +34,8 @@ from lorafold.peft.stack import beside
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 MOST, PAGE = 4 << 30, 32 << 20  # bytes of one file of an adapter, and of its page
 TOKENIZERS, ENTRIES = 64 << 20, 1000  # bytes of all files of a tokenizer, and an adapter's files
-PAUSE = 0.25  # seconds between looks at what may be written again without another mark
+# seconds between looks at what may be written again without another mark, and at what may not
+PAUSE, AGAIN = 0.25, 2.0
 
 
 class Directory:
@@ -42,22 +47,22 @@ class Directory:
             raise LorafoldError(f"--adapters {path}: found no directory, expected one")
         self._single = _has_config(path)
         self._names: frozenset[str] = frozenset()
-        self._listed = 0.0, -1  # when, and which state of the directory
+        self._listed = -math.inf, -1  # when, and which state of the directory
 
     def names(self) -> frozenset[str]:
         """The names of all entries that look like adapters; hidden ones are left alone. It is read
-        again when it changes.
+        again when it changes, and now and then: a file may come into an entry later.
         """
         if self._single:
             return frozenset({self.path.resolve().name})
         changed = self.path.stat().st_mtime_ns
-        (when, listed), now = self._listed, time.time()
-        fresh = when - changed / 1e9 < FRESH and now - when > PAUSE
-        if changed != listed or fresh:
-            self._listed = now, changed
+        (when, listed), now = self._listed, time.monotonic()
+        fresh = abs(time.time() - changed / 1e9) < FRESH
+        if changed != listed or now - when > (PAUSE if fresh else AGAIN):
             with os.scandir(self.path) as entries:
                 found = [entry.name for entry in entries if not entry.name.startswith(".")]
             self._names = frozenset(_shown(n) for n in found if _has_config(self.path / n))
+            self._listed = now, changed  # not before: what can't be read now is read again
         return self._names
 
     @property
@@ -105,9 +110,9 @@ class Directory:
         except (LorafoldError, OSError):
             return None
 
-    def touched(self, name: str, before: object) -> bool:
-        """Whether an adapter's files have other marks than before."""
-        return self.touch(name) != before
+    def linked(self, path: Path, names: Iterable[str]) -> list[str]:
+        """Those of an adapter's files that other names lead to as well."""
+        return [n for n in names if not self._single and (path / n).stat().st_nlink > 1]
 
     def words(self, path: Path) -> list[str]:
         """The names of the files of an adapter's tokenizer, and of those that it might have. Raises
@@ -148,7 +153,7 @@ class Directory:
                 f"name: found {name[:80]!r}, expected up to 64 letters, digits and . _ -"
             )
         if name not in self.names():
-            self._listed = 0.0, -1  # it may have come within a tick of the file system's clock
+            self._listed = -math.inf, -1  # it may have come within a tick of the disk's clock
         if name not in self.names():
             raise LorafoldError(f"found no adapter {name}, expected one of the directory's")
         path = self.path if self._single else self.path / name
@@ -176,11 +181,9 @@ class Directory:
             if root not in file.resolve().parents:
                 raise LorafoldError(f"{file.name} is a link that leads outside of {self.path}")
             about = file.stat()
-            if not file.is_dir() and (about.st_nlink > 1 or about.st_size > MOST):
-                raise LorafoldError(
-                    f"{file.name}: found {about.st_nlink} links and {about.st_size:,} bytes,"
-                    f" expected one link and at most {MOST:,} bytes; copy it"
-                )
+            if not file.is_dir() and about.st_size > MOST:
+                told = f"found {about.st_size:,} bytes, expected at most {MOST:,}"
+                raise LorafoldError(f"{file.name}: {told}")
 
 
 def _shown(name: str) -> str:

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from typing import TypeVar
 
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, passes, place
 from lorafold.machine.threads import alone
 from lorafold.serving.backend import NOT_FINITE, Backend, Ended, News
 from lorafold.serving.job import CompletionJob
@@ -81,7 +81,8 @@ class Host:
 
     async def think(self, do: Callable[[], T], tenant: str) -> T:
         """What a function gives that takes its time, computed beside the event loop; of a tenant
-        TURNS at a time, so that none waits for more than as many of each other's.
+        TURNS at a time, so that none waits for more than as many of each other's. Raises Refusal
+        where the machine lacks what it needs for now.
         """
         turn = self._turns.setdefault(tenant, asyncio.Semaphore(TURNS))
         self._thinking[tenant] += 1
@@ -93,6 +94,12 @@ class Host:
                 except asyncio.CancelledError:  # its turn lasts for as long as its thread does
                     await asyncio.wait({doing})
                     raise
+                except Exception as error:
+                    if not passes(error):
+                        raise
+                    log.warning("a request is refused, the machine is busy: %s", place(error))
+                    told = "the machine is busy, try again"
+                    raise Refusal(503, "machine_busy", told, retry_after=5) from None
         finally:
             self._thinking[tenant] -= 1
 

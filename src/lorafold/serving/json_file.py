@@ -8,6 +8,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from lorafold.errors import LorafoldError
+from lorafold.files.contents import opened
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -18,10 +19,23 @@ def read(file: Path, kind: type[M], hint: str) -> M:
     Args:
         hint: what to do about a wrong one.
     """
+    return parsed(file, content_of(file), kind, hint)
+
+
+def content_of(file: Path) -> bytes:
+    """The bytes of a file. Raises LorafoldError for one that can't be read, or would be waited for.
+    """
     try:
-        return kind.model_validate_json(file.read_bytes())
+        with opened(file) as (content, _):
+            return content.read()
     except OSError as error:
         raise LorafoldError(f"{file}: can't be read ({error.strerror})") from None
+
+
+def parsed(file: Path, content: bytes, kind: type[M], hint: str) -> M:
+    """What the content of a file says. Raises LorafoldError as `read` does."""
+    try:
+        return kind.model_validate_json(content)
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or "file"

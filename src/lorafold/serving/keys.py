@@ -5,8 +5,10 @@
 
 A key has 32 random bytes, so that one SHA-256 is enough: no list of likely keys can be tried. All
 hashes are compared, each in constant time, whether or not one fitted before. The file is read again
-when it changes, so that a key is revoked by deleting its entry. All but the first three entries may
-be left out: a key then holds for good, may use the base, and has no limit.
+with every request, since a file's times and size don't show every change, so that a key is revoked
+by deleting its entry. While the file can't be read, the keys are those of the last time. All but
+the first three entries may be left out: a key then holds for good, may use the base, and has no
+limit.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Fiel
 
 from lorafold.errors import LorafoldError, why_unread
 from lorafold.files.atomic import write_text
-from lorafold.serving.json_file import read
+from lorafold.serving.json_file import content_of, parsed, read
 from lorafold.serving.refusal import Refusal
 
 log = logging.getLogger(__name__)
@@ -37,6 +39,7 @@ TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 DAY, UNITS = re.compile(r"\d{4}-\d{2}-\d{2}"), {"d": "days", "h": "hours"}
 LOCAL = "local"  # the tenant of all requests where there is no key file
 ADMIN = "admin"
+HINT = "new-key writes it"
 
 
 class TokenLimits(BaseModel):
@@ -106,9 +109,9 @@ class Keys:
     """
 
     def __init__(self, file: Path | None, admin: Path | None, metrics: Path | None = None) -> None:
-        self.file, self._seen, self._keys = file, 0, tuple[Key, ...]()
+        self.file, self._keys, self._content = file, tuple[Key, ...](), b""
         if file is not None:
-            self._seen, self._keys = _changed(file), read_keys(file).keys
+            self._read(file)
         self._admin, self._metrics = _own(admin), _own(metrics)
         if metrics is not None and self._metrics == self._admin:
             raise LorafoldError(
@@ -135,7 +138,7 @@ class Keys:
             return Caller(ADMIN)
         if self.file is None:
             return Caller(LOCAL)
-        self._refresh(self.file)
+        self.refresh()
         found = [key for key in self._keys if hmac.compare_digest(key.sha256, hashed)]
         if not found:
             raise Refusal(401, "invalid_api_key", "found no valid key, expected one as Bearer")
@@ -172,14 +175,21 @@ class Keys:
     def _is_admin(self, hashed: str) -> bool:
         return hmac.compare_digest(self._admin or "-" * 64, hashed)
 
-    def _refresh(self, file: Path) -> None:
-        changed = _changed(file)
-        if changed != self._seen:
-            self._seen = changed
-            try:
-                self._keys = read_keys(file).keys
-            except LorafoldError as error:
-                log.error("the keys stay as they were: %s", error)
+    def refresh(self) -> bool:
+        """Read the file again, and return whether that fails, so that the keys are those of before.
+        """
+        try:
+            if self.file is not None:
+                self._read(self.file)
+            return False
+        except LorafoldError as error:
+            log.error("the keys stay as they were: %s", error)
+            return True
+
+    def _read(self, file: Path) -> None:
+        if (content := content_of(file)) != self._content:
+            self._keys = parsed(file, content, KeyFile, HINT).keys
+            self._content = content
 
 
 def new_key(file: Path, tenant: str, adapters: Sequence[str], **more: object) -> str:
@@ -226,7 +236,7 @@ def until(text: str) -> datetime:
 
 def read_keys(file: Path) -> KeyFile:
     """The content of a key file. Raises LorafoldError if it is not one."""
-    return read(file, KeyFile, "new-key writes it")
+    return read(file, KeyFile, HINT)
 
 
 def _hash(key: str) -> str:
@@ -249,10 +259,3 @@ def _own(file: Path | None) -> str:
 def _bearer(authorization: str | None) -> str:
     scheme, _, key = (authorization or "").partition(" ")
     return key.strip() if scheme.lower() == "bearer" else ""
-
-
-def _changed(file: Path) -> int:
-    try:
-        return file.stat().st_mtime_ns
-    except OSError:
-        return 0

@@ -3,7 +3,8 @@
 A request's id is the server's own; what a client calls it is never taken over. Of what a client
 sends a line has the path, as it was sent and at most 200 characters of it, and nothing else: of an
 error that was raised for a request it has the type and the places, and not the message, in which a
-library may quote anything. All of it is there if the settings ask for texts.
+library may quote anything. All of it is there if the settings ask for texts. A line that repeats
+one within a few seconds is counted and not written.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ import sys
 import threading
 import time
 import traceback
-from typing import Any
+from typing import Any, TextIO
 
 from lorafold.errors import cut
 from lorafold.serving.server import Record
 
 log = logging.getLogger(__name__)
 MOST = 4000  # characters of a line, but for texts
+EACH = 5.0  # seconds in which a line is written once
 
 
 class Lines(logging.Formatter):
@@ -71,6 +73,31 @@ class Json(Lines):
         return json.dumps(found, ensure_ascii=False, default=str)
 
 
+class Folding(logging.StreamHandler[TextIO]):
+    """Writes a line once in EACH seconds; how often it was repeated meanwhile is written with
+    whatever is logged next. A request's line is always written.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+        self._written = dict[object, tuple[logging.LogRecord, int]]()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record, or count it."""
+        for key, (first, n) in [*self._written.items()]:
+            if abs(record.created - first.created) > EACH:
+                del self._written[key]
+                told = {"msg": f"{first.getMessage()} (repeated {n:,} times)", "args": ()}
+                if n:
+                    super().emit(logging.makeLogRecord(vars(first) | told | {"exc_info": None}))
+        key = record.name, record.getMessage(), record.exc_info and record.exc_info[0]
+        first, n = self._written.get(key, (record, -1))
+        if not hasattr(record, "fields"):
+            self._written[key] = first, n + 1
+        if n < 0:
+            super().emit(record)
+
+
 def set_up(as_json: bool, texts: bool = False) -> None:
     """Write the log to stderr: the server's, and warnings of the libraries that it uses.
 
@@ -78,7 +105,7 @@ def set_up(as_json: bool, texts: bool = False) -> None:
         as_json: one JSON object a line, instead of text for people.
         texts: show the messages of errors, which may quote what clients sent.
     """
-    handler = logging.StreamHandler(sys.stderr)
+    handler = Folding()
     handler.setFormatter(Json(texts) if as_json else Lines(texts))
     for name, level in (
         ("lorafold", logging.INFO), ("uvicorn", logging.WARNING), ("asyncio", logging.WARNING),

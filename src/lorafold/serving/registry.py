@@ -53,7 +53,6 @@ class Registry:
         self.wrong: dict[str, str] = {}
         self._marks: dict[str, object] = {}  # of the files of those that are wrong
         self.sweep = Sweep(self._unseen, self.ready, verifier.seen.save)
-        self._named: set[str] = set()  # that were handed out to be verified
         self.lock = threading.RLock()
         self._turns: defaultdict[str, threading.RLock] = defaultdict(threading.RLock)
 
@@ -77,20 +76,16 @@ class Registry:
         """The names that are still to be verified."""
         return sorted(self.names() - self.found.keys() - self.wrong.keys())
 
-    def _unseen(self) -> set[str]:
-        """The names that were not handed out before, or were wrong and have other files now."""
-        names = set(self.directory.names())
-        wrong = dict(self._marks)  # threads add to it meanwhile
-        again = {n for n in wrong if n in self.wrong and self.directory.touched(n, wrong[n])}
-        for name in again:
-            self.wrong.pop(name, None)
-        new = names - self._named | again
-        self._named |= new
-        return new
+    def _unseen(self) -> list[str]:
+        """The names that are still to be verified, or were wrong and have other files now."""
+        for name, marks in [*self._marks.items()]:  # threads add to it meanwhile
+            if name in self.wrong and self.directory.touch(name) != marks:
+                self.wrong.pop(name, None)
+        return self.listed
 
     def ready(self, name: str) -> Found | None:
         """The adapter of a name, verified now if it was not before; None if there is none, or it is
-        wrong.
+        wrong. Raises Busy where the machine lacks what that needs: then it is as it was.
         """
         if name in self.wrong or name in self.kept.unloaded:
             return None

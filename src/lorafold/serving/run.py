@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import webbrowser
@@ -28,8 +29,10 @@ from lorafold.errors import LorafoldError, listed
 from lorafold.identity import joined, of_code
 from lorafold.machine.collection import all_set_aside
 from lorafold.machine.room import free_bytes
+from lorafold.models.storage import recorded_storage
 from lorafold.models.weights import ModelWeights
 from lorafold.opening import Base
+from lorafold.peft.own_base import OwnBase
 from lorafold.screening.screen import Screen
 from lorafold.serving import logs
 from lorafold.serving.admission import Admission
@@ -60,6 +63,7 @@ ROOMS = (
     "adapter", "bases", "core", "data", "engine", "files", "identity", "methods", "models", "ops",
     "peft", "screening", "serving",
 )  # fmt: skip
+BACKLOG = 1024  # connections that wait to be accepted
 PACKAGES = ("safetensors", "tokenizers", "torch", "transformers")
 
 
@@ -78,7 +82,7 @@ def listening(settings: Settings) -> socket.socket:
         )
     try:
         family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-        at = socket.create_server((settings.host, settings.port), family=family, backlog=1024)
+        at = socket.create_server((settings.host, settings.port), family=family, backlog=BACKLOG)
         # what a client does not read stays here, where it is bounded, and not in the kernel
         at.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 17)
         return at
@@ -96,20 +100,30 @@ def serve(
     settings: Settings,
     console: Console,
     open_page: bool = False,
+    own: OwnBase | None = None,
 ) -> None:
     """Serve until a signal ends it.
 
     Args:
         console: for what the user has to know.
         open_page: open the page in a browser.
+        own: how the adapters name the base, where nothing else named it: the next start takes it.
 
     Raises LorafoldError for a model that can't be loaded, and as `listening` does.
     """
     directory, keys = Directory(adapters), Keys(
         settings.keys, settings.admin_key, settings.metrics_key
     )
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # files and connections
+    with contextlib.suppress(OSError, ValueError):  # macOS calls unlimited what it does not allow
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with listening(settings) as at:
         server = server_of(base, load, directory, keys, settings)
+        if own is not None:
+            try:
+                server.registry.keep(base=own)
+            except LorafoldError as error:
+                console.print(f"the next start takes the base that most name: {error}")
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         address = f"{host}:{at.getsockname()[1]}"
         _tell(server, address, console)
@@ -145,11 +159,12 @@ def server_of(
     seen = Seen(state.with_name(f"{state.stem}-verified.json"), known_for)
     metrics, weights = Metrics(), ModelWeights(model) if allowed else None
     backend = InProcess(model, tokenizer, settings, metrics.restarts.inc, allowed)
-    verifier = Verifier(directory, screen, renderers, seen, name, backend, weights)
+    stored = (recorded_storage(model) or {}).get("storage", "auto")
+    verifier = Verifier(directory, screen, renderers, seen, name, backend, weights, stored)
     registry = Registry(plain, directory, state, verifier, backend)
     host = Host(backend, registry, settings, metrics)
     spent = Spent(beside(state), lambda: keys.limited)
-    _show_gauges(metrics, host)
+    _show_gauges(metrics, host, keys)
     metrics.registry.register(Gauges(metrics, host, registry))
     return Server(
         settings, keys, registry, host, Admission(host, registry, spent), metrics, spent
@@ -165,7 +180,7 @@ def _storage(model: PreTrainedModel) -> str:
 async def _run(server: Server, at: socket.socket) -> None:
     config = uvicorn.Config(
         application(server), log_config=None, access_log=False, lifespan="on",
-        timeout_graceful_shutdown=2, server_header=False,
+        timeout_graceful_shutdown=2, server_header=False, backlog=1,
     )  # fmt: skip
     http = _Http(config)
     loop, signals = asyncio.get_running_loop(), 0
@@ -198,7 +213,16 @@ async def _drain(server: Server, http: uvicorn.Server) -> None:
 
 
 class _Http(uvicorn.Server):
-    """uvicorn without its handlers of signals, which would end the process with the signal."""
+    """uvicorn without its handlers of signals, which would end the process with the signal. It
+    accepts one connection at a time: without file descriptors asyncio would try, and log, as many
+    times as its backlog, again and again.
+    """
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen, with the backlog of `listening`."""
+        await super().startup(sockets)
+        for at in sockets or ():
+            at.listen(BACKLOG)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -212,10 +236,12 @@ def _is_here(host: str) -> bool:
         return False
 
 
-def _show_gauges(metrics: Metrics, host: Host) -> None:
+def _show_gauges(metrics: Metrics, host: Host, keys: Keys) -> None:
     def adapters(name: str) -> float:
         return float(getattr(host.backend.states(), name))
 
+    told = "Whether the key file can't be read, so that the keys are those of before"
+    metrics.gauge("keys_outdated", told, keys.refresh)
     metrics.gauge("ready", "Whether requests are computed", lambda: not host.ready)
     metrics.gauge("waiting", "Completions that wait for a slot", host.waiting)
     metrics.gauge("running", "Completions that run", host.running)

@@ -106,13 +106,18 @@ class Seen:
         return self._adapters.get(name)
 
     def put(self, found: Found, marks: Mapping[str, Marks]) -> None:
-        """Note an adapter that was verified. Files that were written just now are not noted: they
-        could be written again without another mark.
+        """Note an adapter that was verified, without the marks of files that were written just now:
+        they could be written again without another one, and so are read again.
         """
-        if all(mark.settled for mark in marks.values()):
-            with self._lock:
-                self._adapters[found.name] = SeenAdapter(found=found, marks=dict(marks))
-                self._changed = True
+        noted = dict(marks) if all(mark.settled for mark in marks.values()) else {}
+        with self._lock:
+            self._adapters[found.name] = SeenAdapter(found=found, marks=noted)
+            self._changed = True
+
+    def digest(self, name: str) -> str | None:
+        """The digest of the adapter of that name when it was verified last."""
+        found = self._adapters.get(name)
+        return found.found.digest if found else self.digests.get(name)
 
     def forms(self) -> set[str]:
         """The forms of all adapters."""

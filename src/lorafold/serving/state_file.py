@@ -12,6 +12,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from lorafold.files.atomic import write_text
+from lorafold.peft.own_base import OwnBase
 from lorafold.serving.json_file import read
 
 STATE = ".lorafold-serve.json"  # beside the adapters, unless the settings name another
@@ -38,7 +39,8 @@ class Alias(BaseModel):
 
 class ServerState(BaseModel):
     """The content of the file. `digests` has the files that each adapter had when last seen,
-    `quarantined` the digest and the reason.
+    `quarantined` the digest and the reason, `base` the one that the adapters named when the server
+    first started without the name of one.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -48,6 +50,7 @@ class ServerState(BaseModel):
     unloaded: tuple[str, ...] = ()
     quarantined: dict[str, tuple[str, str]] = {}
     digests: dict[str, str] = {}
+    base: OwnBase | None = None
 
 
 def read_kept(file: Path) -> ServerState:

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 
+from lorafold.errors import Busy
 from lorafold.machine.threads import alone
 
 log = logging.getLogger(__name__)
@@ -96,6 +97,8 @@ class Sweep:
             try:
                 self._verify(name)
                 n += 1
+            except Busy as error:
+                log.warning("%s", error)
             except Exception:
                 log.exception("%s can't be verified", name)
             finally:

@@ -13,19 +13,20 @@ import logging
 from pathlib import Path
 
 from lorafold.core.spec import Spec
-from lorafold.errors import STOPS, LorafoldError, cut, place
+from lorafold.errors import STOPS, Busy, LorafoldError, cut, passes, place
 from lorafold.files.atomic import MANIFEST
 from lorafold.files.card import OVER, VOCABULARY
 from lorafold.files.contents import Contents
 from lorafold.files.digests import Marks
-from lorafold.files.record import RECORD
+from lorafold.files.record import RECORD, TRAINED_ON
 from lorafold.identity import joined
 from lorafold.methods import name_of
+from lorafold.models.storages import MADE
 from lorafold.models.tokenizer import CONFIG as SETTINGS
 from lorafold.models.weights import Weights
 from lorafold.peft.config import CONFIG, WEIGHTS, read_config
 from lorafold.peft.form import DROPOUT
-from lorafold.peft.own_base import OwnBase
+from lorafold.peft.own_base import OwnBase, TrainedOn
 from lorafold.peft.saved import FILES
 from lorafold.peft.stack import not_found, parse
 from lorafold.screening.screen import Screen, Verified
@@ -39,7 +40,8 @@ log = logging.getLogger(__name__)
 OVERS = 16  # adapters below one
 TOLD_MOST = 1000  # letters of how the bases differ
 NAMED = 300  # letters of the base's name that are kept
-TOLD = ("base", OVER, DROPOUT, VOCABULARY)  # fields of the record that say how to read an adapter
+# fields of the record that say how to read an adapter
+TOLD = ("base", OVER, DROPOUT, VOCABULARY, TRAINED_ON)
 
 
 class Verifier:
@@ -48,29 +50,34 @@ class Verifier:
     Args:
         seen: what was verified before.
         weights: those of the base, where adapters of another one are served too.
+        storage: how the base stores its weights here.
     """
 
     def __init__(
         self, directory: Directory, screen: Screen, renderers: Renderers, seen: Seen, base: str,
-        backend: Backend, weights: Weights | None = None,
+        backend: Backend, weights: Weights | None = None, storage: str = "auto",
     ) -> None:  # fmt: skip
-        self._weights = weights
+        self._weights, self._storage = weights, storage
         self.directory, self.seen, self._backend = directory, seen, backend
         self._screen, self._renderers, self._base = screen, renderers, base
         self._forms = seen.forms()
 
     def find(self, name: str, afresh: bool = False) -> Found:
-        """The adapter of a name, verified. Raises LorafoldError for one that can't be served, and
-        nothing else, whatever reading it raises.
+        """The adapter of a name, verified. Raises LorafoldError for one that can't be served, Busy
+        where the machine lacks what that needs, and nothing else, whatever reading it raises.
 
         Args:
             afresh: read it even if nothing was touched since it was read last.
         """
         try:
             return self._found(name, afresh)
-        except (LorafoldError, *STOPS):
+        except STOPS:
             raise
         except BaseException as error:  # a panic in a library is no Exception
+            if passes(error):
+                raise Busy(f"{name} can't be verified now: {error}") from None
+            if isinstance(error, LorafoldError):
+                raise
             log.exception("%s can't be read", name)
             raise LorafoldError(f"it can't be read ({place(error)})") from None
 
@@ -140,8 +147,13 @@ class Verifier:
         if (most := _largest_rank(spec)) > verified.widest and _inner(spec).rank_is_dimension:
             raise LorafoldError(f"r: found {most:,}, which no tensor of its file has")
         words = next((at for at in (path, *reversed(below)) if SETTINGS in stack[at].files), None)
+        made_on = TrainedOn.of(small.record)
+        here = self._storage
+        if made_on and made_on.storage != here and {made_on.storage, here} & {*MADE}:
+            told = "%s was trained on %s weights: over %s ones it is another model than was trained"
+            log.warning(told, name, cut(made_on.storage, 20), here)
         base = "" if "base" in small.record else config.get("base_model_name_or_path")
-        return Found(
+        found = Found(
             name=name, path=path, digest=joined([_identity(stack[at]) for at in (*below, path)]),
             old=verified.digest_of((*FILES, MANIFEST)), manifest=MANIFEST in verified.files,
             over=tuple(below),
@@ -153,6 +165,10 @@ class Verifier:
             tokenizer="" if words is None else self._opened(words, stack[words]),
             form=joined([stack[at].form for at in (*below, path)]),
         )  # fmt: skip
+        linked = [n for at, one in stack.items() for n in self.directory.linked(at, one.files)]
+        if linked and found.digest != self.seen.digest(name):
+            raise LorafoldError(f"{linked[0]}: found more than one link, expected one; copy it")
+        return found
 
     def _other(self, path: Path, contents: Contents) -> str:
         """That it was trained on another base, where it is served all the same."""
