@@ -104,6 +104,7 @@ def planned(
         place=place_of(device),
         processes=processes,
         strategy=recipe.strategy,
+        resident=device.type == "cpu",
     )
 
 
