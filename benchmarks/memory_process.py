@@ -1,10 +1,10 @@
-"""Estimated against the memory of whole processes: runs of `lorafold train`, each in a process of its
-own, against the estimate that the run prints.
+"""Estimated against the memory of whole processes: each setting is a run of `lorafold train` in a
+process of its own, whose peak is compared with the estimate that the run prints.
 
     python benchmarks/memory_process.py [--only N ...]
 
-Measured is the peak of the process's anonymous memory (RssAnon, sampled every millisecond, from the
-first import to the exit) and of the mapped files of the model, less the anonymous memory of a
+Measured is the peak of the process's anonymous memory (RssAnon, sampled every few milliseconds from
+the first import to the exit) and of the mapped files of the model, less the anonymous memory of a
 process that has imported the same libraries. Linux only. `over` is the peak over the estimate.
 """
 
@@ -21,9 +21,9 @@ from typing import Any
 
 from lib.results import keep
 
-WORDS = "the quick brown fox jumps over a lazy dog while seven foxes watch from a warm den".split()
+WORDS = ["quick", "brown", "foxes", "jump", "over", "lazy", "dogs", "while", "seven", "watch"]
 IMPORTS = """
-import time, pyarrow, tokenizers, lorafold.cli.train, lorafold.api.train, lorafold.training.run
+import pyarrow, tokenizers, lorafold.cli.train, lorafold.api.train, lorafold.training.run
 from lorafold.bases.bitsandbytes import bitsandbytes
 from transformers.models.llama import modeling_llama
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -71,14 +71,12 @@ def rows(folder: Path) -> dict[str, Path]:
     return {name: folder / f"{name}.jsonl" for name in made}
 
 
-def resident(pid: int) -> tuple[int, int]:
-    """The anonymous memory of a process, and that of mapped safetensors files, in bytes."""
+def resident(pid: int) -> int:
+    """The bytes of anonymous memory of a process; 0 once it has ended."""
     try:
-        status = Path(f"/proc/{pid}/status").read_text()
-        anonymous = int(status.split("RssAnon:")[1].split()[0])
+        return 1024 * int(Path(f"/proc/{pid}/status").read_text().split("RssAnon:")[1].split()[0])
     except (OSError, IndexError):
-        return 0, 0
-    return 1024 * anonymous, 0
+        return 0
 
 
 def mapped(pid: int) -> int:
@@ -95,16 +93,19 @@ def run(data: Path, options: list[str], out: Path) -> tuple[int, int, str]:
     """(bytes at the peak, of which mapped, what the run printed)."""
     command = [sys.executable, "-m", "lorafold", "train", "--model", "smollm2", "--data", str(data)]
     log = out.with_suffix(".log")
-    with log.open("w") as file, subprocess.Popen(
-        [*command, "--out", str(out), *STEPS, *options], stdout=file, stderr=file
-    ) as child:
+    with (
+        log.open("w") as file,
+        subprocess.Popen(
+            [*command, "--out", str(out), *STEPS, *options], stdout=file, stderr=file
+        ) as child,
+    ):
         peak, files, count = 0, 0, 0
         while child.poll() is None:
-            peak = max(peak, resident(child.pid)[0])
-            if count % 250 == 0:  # the pages of files only grow
+            peak = max(peak, resident(child.pid))
+            if count % 500 == 0:  # the pages of files only grow
                 files = max(files, mapped(child.pid))
             count += 1
-            time.sleep(0.001)
+            time.sleep(0.004)
     if child.returncode:
         sys.exit(f"{' '.join(options)}: {log.read_text()[-2000:]}")
     return peak + files, files, log.read_text()
@@ -122,8 +123,8 @@ def main() -> None:
     )
     parser.add_argument("--only", type=int, nargs="+", help="the numbers of settings, from 0")
     only = parser.parse_args().only
-    done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=True)
-    libraries = 1024 * int(done.stdout)
+    done = subprocess.check_output([sys.executable, "-c", IMPORTS], text=True)
+    libraries = 1024 * int(done)
     found = []
     with tempfile.TemporaryDirectory() as scratch:
         data = rows(Path(scratch))
@@ -146,7 +147,8 @@ def main() -> None:
             print(json.dumps(found[-1]), flush=True)
     if only is None:
         over = [float(row["over"]) for row in found]
-        keep("memory_process", found, [{"settings": len(over), "most": max(over), "least": min(over)}])
+        summary = {"settings": len(over), "most": max(over), "least": min(over)}
+        keep("memory_process", found, [summary])
 
 
 if __name__ == "__main__":
