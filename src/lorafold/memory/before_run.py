@@ -40,7 +40,7 @@ from lorafold.recipe.recipe import Recipe
 from lorafold.step.adamw import in_words
 
 LOOKED_AT = 64  # of the first steps, those with the most tokens
-SHARE = 0.9  # of the free memory: the rest is for the process, kernels and the allocator's gaps
+SHARE = 0.9  # of the free memory: the rest is for what an estimate leaves out
 
 
 def planned(
