@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
+import platform
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +21,7 @@ import lorafold as lf
 from lorafold.data.examples import Example
 from lorafold.data.feed import StoredFeed
 from lorafold.data.stored import Part
+from lorafold.machine.allocator import freed_blocks_kept, freed_blocks_returned
 from lorafold.machine.room import limited
 from lorafold.memory.before_run import planned, settle
 from lorafold.memory.terms import estimate
@@ -190,3 +196,48 @@ def test_what_an_estimate_on_rows_does_not_take(tiny_model_dir: Any) -> None:
     assert "does not fit" in str(found)
     assert "largest batch" not in str(found)
     assert found.as_json()["largest_batch"] is None
+
+
+def test_a_run_on_a_cpu_counts_its_process() -> None:
+    tensors, whole = estimate(CONFIG, SETTING), estimate(CONFIG, replace(SETTING, resident=True))
+    assert tensors.terms["process"] == 0
+    assert whole.terms["process"] > 50e6
+    assert whole.total == tensors.total + whole.terms["process"]
+
+    def plan(device: str) -> bool:
+        examples = [Example((1, 2), (-100, 2))] * 4
+        feed = StoredFeed(examples, [Part(4)], 2, 2, 0)
+        where = torch.device(device)
+        return planned(Recipe(epochs=1), feed, Sft(), SETTING, device=where).resident
+
+    assert (plan("cpu"), plan("mps")) == (True, False)
+
+
+def anonymous() -> int:
+    """The bytes of anonymous memory of this process."""
+    return 1024 * int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0])
+
+
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc" or sys.platform != "linux", reason="of glibc on Linux"
+)
+def test_a_phase_begins_without_the_freed_blocks_of_the_one_before() -> None:
+    with freed_blocks_kept():
+        blocks = [torch.ones(2**16) for _ in range(400)]
+        above = torch.ones(2**16)  # keeps the heap from shrinking at its end
+        del blocks
+        before = anonymous()
+        with freed_blocks_returned():
+            assert before - anonymous() > 60e6
+    del above
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc says what is resident")
+@pytest.mark.parametrize("setting", range(12))
+def test_a_whole_process_takes_what_its_run_says(setting: int) -> None:
+    """From the first import to the exit: loading, steps, checkpoints, writing, reading back."""
+    script = Path(__file__).parents[2] / "benchmarks" / "memory_process.py"
+    command = [sys.executable, str(script), "--only", str(setting)]
+    found = json.loads(subprocess.check_output(command, text=True))
+    assert 0.85 < float(found["over"]) <= 1.05, found

@@ -198,7 +198,9 @@ def estimate(
     of_this_cpu = (device if on is None else on.type) == "cpu"
     if of_this_cpu:
         setting = replace(setting, widened=widens(setting.base.dtype))
-    setting = replace(setting, place=asked_for if on is None else place_of(on))
+    place = asked_for if on is None else place_of(on)
+    training = setting.spec is not None
+    setting = replace(setting, place=place, resident=of_this_cpu and training and on is None)
     found, advice, measured = terms.estimate(config, setting), None, None
     if device_memory is not None:
         with console.status("searching for what fits, in about twenty settings"):

@@ -30,12 +30,15 @@ EPILOG = """Modes. inference; full (every weight in fp32, AdamW); lora (on a bas
 (on a base in 4 bits); or the name of any method of `lorafold train` (on a base in 4 bits).
 --storage chooses another storage of the base.
 
-The estimate is the memory that torch's allocator has allocated at the peak of a step. It assumes
-that 16-bit matrices are multiplied as they are, as accelerators do, so every machine gives the same
-number. --device cpu and --measure ask about this machine instead, whose CPU may be faster with
-copies of them in fp32. The process itself, the scratch memory of kernels and fragmentation are not
-counted, so leave a tenth of the device free. The traced step is that of a CPU; no estimate has been
-compared with a GPU yet."""
+For a GPU, the estimate is the memory that torch's allocator has allocated to tensors at the peak of
+a step. It assumes that 16-bit matrices are multiplied as they are, so every machine gives the same
+number. CUDA's context, the scratch memory of kernels and fragmentation are not counted, so leave a
+tenth of the device free. No estimate has been compared with a GPU yet.
+
+With --device cpu, the estimate is for this machine, whose CPU may be faster with copies of 16-bit
+matrices in fp32. Of training, it is the resident memory of the whole process without the libraries
+that it imports: the term "process" is added to the tensors. --measure runs two real steps and
+compares tensors alone, as torch's allocator counts them."""
 EXAMPLES = (
     "lorafold estimate --params 7b --mode lora --device-memory 24GB",
     "lorafold estimate --model smollm2 --mode full --batch 4 --max-length 512",

@@ -3,6 +3,9 @@
     with freed_blocks_returned(): ...       for loading: freed blocks go back to the system at once
     with freed_blocks_kept(): ...           for training: they are kept, since each step needs them
 
+Each context first returns what is free already, so that the memory of one phase of a run does not
+come on top of the next one's.
+
 glibc returns freed blocks above its mmap threshold to the system, and the next allocation faults
 their pages in again; smaller blocks stay in the process, fragmented. Both thresholds must be set,
 because setting one of them switches off for good the rule by which glibc adapts the other.
@@ -23,6 +26,7 @@ _ADAPTED = (_LARGEST_MMAP_THRESHOLD, 2 * _LARGEST_MMAP_THRESHOLD)
 @contextmanager
 def freed_blocks_kept() -> Iterator[bool]:
     """Keep freed blocks: for steps that allocate and free the same large blocks again and again.
+    They are returned at the end.
 
     Yields whether that is possible on this system.
     """
@@ -49,4 +53,5 @@ def _set_thresholds(mmap: int, trim: int) -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
+    ctypes.CDLL(None).malloc_trim(0)
     return bool(mallopt(_M_MMAP_THRESHOLD, mmap) and mallopt(_M_TRIM_THRESHOLD, trim))

@@ -77,11 +77,18 @@ def about(asked: Setting) -> str:
 
 
 def beside(found: Estimate, measured: int) -> str:
-    """Return the line that compares the estimate with the measured bytes."""
+    """Return the line that compares the estimate with the measured bytes, both of tensors alone."""
     return (
-        f"measured     {in_words(measured):>9}  the estimate is"
-        f" {found.total / measured - 1:+.1%} off"
+        f"measured     {in_words(measured):>9}  of tensors, as torch's allocator counts; the"
+        f" estimate is {found.total / measured - 1:+.1%} off"
     )
+
+
+def counted(found: Estimate) -> str:
+    """Return what the bytes of an estimate are, as a clause."""
+    if found.terms["process"]:
+        return "the resident memory of the process, without the libraries that it imports"
+    return "as torch's allocator counts tensors, without kernels' scratch memory and gaps"
 
 
 def page(
@@ -105,7 +112,7 @@ def page(
         picture(found, memory),
         section("What each term is"),
         table(("term", "bytes", "share", "what it is"), cells, "texts"),
-        "<p>The process itself, kernels' scratch memory and the allocator's gaps come on top.</p>",
+        f"<p>Counted: {counted(found)}.</p>",
     )
     document(title, "\n".join(parts), path)
 
@@ -134,7 +141,7 @@ def picture(found: Estimate, memory: int | None) -> str:
     most = max(terms, key=lambda name: terms[name])
     of = "" if memory is None else f" of the device's {in_words(memory)}"
     said = (
-        f"{in_words(found.total)}{of} at the peak, as torch's allocator counts; the most is"
+        f"{in_words(found.total)}{of} at the peak, {counted(found)}; the most is"
         f" {words(most)}, {terms[most] / found.total:.0%}."
     )
     return drawing(draw, "Memory by term", said, (SIZE[0], 0.7 + 0.22 * len(names)))

@@ -76,6 +76,7 @@ class Setting:
     trust_remote_code: The model's own Python files run.
     processes: Those that train together, each on rows such as these.
     strategy: ddp or fsdp, of several processes (`memory.sharing`).
+    resident: Also count what the process of a run on a CPU holds besides tensors.
     """
 
     base: Storage
@@ -97,6 +98,7 @@ class Setting:
     trust_remote_code: bool = False
     processes: int = 1
     strategy: str = FSDP
+    resident: bool = False
 
     @property
     def parts(self) -> int:

@@ -20,6 +20,7 @@ class Traced:
         these are the forward passes of the prompt and of the token after it.
     late: The same in the second half of the backward pass.
     exchanged: What is gathered from other processes and on its way to them.
+    process: What the process holds besides tensors.
 
     forward_operations, backward_operations are no bytes, but the multiplications and additions of
     either pass in products of matrices.
@@ -39,6 +40,7 @@ class Traced:
     slots: int = 0
     drawing: int = 0
     exchanged: int = 0
+    process: int = 0
     forward_operations: int = 0
     backward_operations: int = 0
 

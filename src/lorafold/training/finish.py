@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lorafold.data.findings import Findings
 from lorafold.files.card import HELD_OUT, SAMPLES, STEPS, VOCABULARY, training_card
 from lorafold.files.shown import Shown
+from lorafold.machine.allocator import freed_blocks_returned
 from lorafold.machine.room import peak_bytes
 from lorafold.models.architecture import opened_by_name
 from lorafold.models.weights import Weights
@@ -122,6 +123,7 @@ def finish(
         job.processes.wait()
         return result
     check_moved(job.adapter, job.optimizer)
+    job.optimizer.state.clear()  # to make room for what is written and read back
     record = {
         "recipe": request.recipe.model_dump(mode="json"),
         "losses": progress.losses,
@@ -155,13 +157,14 @@ def finish(
         )
         read_back(job.adapter, path, base)
 
-    if kept == progress.step:
-        write(request.out, record)
-    if better is not None:
-        _, tensors, _ = job.run.load(job.run.checkpoints()[better])
-        job.adapter.load_state_dict(tensors)
-        own = request.out if kept == better else best_path(request.out)
-        write(own, record | {"step": better})
+    with freed_blocks_returned():
+        if kept == progress.step:
+            write(request.out, record)
+        if better is not None:
+            _, tensors, _ = job.run.load(job.run.checkpoints()[better])
+            job.adapter.load_state_dict(tensors)
+            own = request.out if kept == better else best_path(request.out)
+            write(own, record | {"step": better})
     if better is None or kept == better:
         rmtree(best_path(request.out), ignore_errors=True)  # of the run that this one replaces
     job.run.remove()

@@ -77,7 +77,7 @@ def _trained(setup: Setup, console: Console) -> Trained:
             recompute(model)
         tokenizer, packing = setup.tokenizer, request.recipe.packing
         stack = until_written.enter_context(ExitStack())
-        until_written.enter_context(freed_blocks_kept())
+        stack.enter_context(freed_blocks_kept())
         if parted := until_written.enter_context(divided(layout, model, request.recipe)):
             console.print(parted, highlight=False, soft_wrap=True)
         # what draws completions has modules of its own, which nothing is fused in yet
