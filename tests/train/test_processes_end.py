@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -229,7 +230,10 @@ def test_one_run_at_a_time(command: tuple[str, ...], tmp_path: Path) -> None:
     ended(first)
     assert other.code == 2
     pid = first[0].process.pid
-    assert f"a run is in progress in it (process {pid} on {socket.gethostname()} since " in other.stderr
+    assert (
+        f"a run is in progress in it (process {pid} on {socket.gethostname()} since "
+        in other.stderr
+    )
     assert first[0].code == 143
     assert RunDirectory(tmp_path / "out").checkpoints()
     assert not (tmp_path / ".out.run.lock").exists()

@@ -241,7 +241,7 @@ class Sharded(Replicated):
             if p.grad is not None and counts:
                 norms[i] = torch.linalg.vector_norm(p.grad)
         self.processes.add([norms])
-        kinds = {p.dtype for p in parameters}  # in which torch takes the norm of norms
+        kinds = {p.grad_dtype or p.dtype for p in parameters}  # torch's, of the norm of norms
         return torch.linalg.vector_norm(norms.to(reduce(torch.promote_types, kinds)))
 
     def pieces(self, state: Mapping[str, Tensor]) -> dict[str, Piece]:

@@ -294,9 +294,9 @@ class RunDirectory:
 
 def check_finite(name: str, t: Tensor) -> Tensor:
     """A tensor of any shape. Raises LorafoldError, which names it, if it has NaN or infinity."""
-    if t.is_floating_point() and t.itemsize > 1 and t.numel():
-        if not torch.stack(torch.aminmax(t.detach())).isfinite().all():
-            raise LorafoldError(f"found NaN or infinity in {name}, expected finite numbers")
+    counts = t.is_floating_point() and t.itemsize > 1 and t.numel()
+    if counts and not torch.stack(torch.aminmax(t.detach())).isfinite().all():
+        raise LorafoldError(f"found NaN or infinity in {name}, expected finite numbers")
     return t
 
 
