@@ -16,7 +16,6 @@ import platform
 import re
 import secrets
 import shutil
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -225,7 +224,9 @@ def _try(path: str | Path, folder: Path) -> None:
     """
     there = next(one for one in (folder, *folder.parents) if os.path.lexists(one))
     try:
-        os.rmdir(tempfile.mkdtemp(prefix=".", dir=there))
+        made = _sibling(there / Path(path).name, "partial")
+        made.mkdir()
+        made.rmdir()
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise LorafoldError(f"{path} can't be written: {there}: {reason}") from error
