@@ -1,5 +1,5 @@
-"""NaN, infinities and kills at 60 places of a run and of its end: no bad file is left as a result or
-as a checkpoint, and --resume ends with the bytes of a run that nothing happened to, or finds it
+"""NaN, infinities and kills at 60 places of a run and of its end: no bad file is left as a result
+or as a checkpoint, and --resume ends with the bytes of a run that nothing happened to, or finds it
 finished.
 """
 
@@ -43,7 +43,8 @@ def run(model: Path, out: Path, method: str, held_out: bool, resume: bool = Fals
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
-    return {k: t for file in sorted(folder.glob("*.safetensors")) for k, t in load_file(file).items()}
+    files = sorted(folder.glob("*.safetensors"))
+    return {key: t for file in files for key, t in load_file(file).items()}
 
 
 def same(one: Path, other: Path) -> bool:
@@ -53,7 +54,8 @@ def same(one: Path, other: Path) -> bool:
 
 def check_left(out: Path) -> None:
     """Whatever is there under its name is whole and finite."""
-    for folder in (out, out.with_name(f"{out.name}.best"), *RunDirectory(out).checkpoints().values()):
+    kept = RunDirectory(out).checkpoints().values()
+    for folder in (out, out.with_name(f"{out.name}.best"), *kept):
         if folder.exists():
             assert verify(folder) == []
             assert all(t.isfinite().all() for t in weights(folder).values())

@@ -14,12 +14,11 @@ import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 from torch import Tensor
@@ -257,8 +256,8 @@ class RunDirectory:
         """
         path = self.at(progress.step)
         with atomic_directory(path, overwrite=True) as tmp:
-            write_pieces(tmp / "adapter.safetensors", _finite(adapter))
-            write_pieces(tmp / "optimizer.safetensors", _finite(optimizer))
+            write_pieces(tmp / "adapter.safetensors", adapter)
+            write_pieces(tmp / "optimizer.safetensors", optimizer)
             (tmp / "state.json").write_text(json.dumps(asdict(progress)))
         steps = list(self.checkpoints())
         for step in steps[: -keep or None]:
@@ -290,22 +289,6 @@ class RunDirectory:
     def remove(self) -> None:
         """Remove the directory with all checkpoints."""
         remove(self.path)
-
-
-def check_finite(name: str, t: Tensor) -> Tensor:
-    """A tensor of any shape. Raises LorafoldError, which names it, if it has NaN or infinity."""
-    counts = t.is_floating_point() and t.itemsize > 1 and t.numel()
-    if counts and not torch.stack(torch.aminmax(t.detach())).isfinite().all():
-        raise LorafoldError(f"found NaN or infinity in {name}, expected finite numbers")
-    return t
-
-
-def _finite(pieces: Mapping[str, Piece]) -> dict[str, Piece]:
-    """The pieces, whose values are checked when they are got."""
-    return {
-        name: replace(piece, get=lambda name=name, get=piece.get: check_finite(name, get()))
-        for name, piece in pieces.items()
-    }
 
 
 def _holder(lock: Path) -> str:

@@ -4,7 +4,6 @@ what it trained, read as whoever loads it will.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from torch import Tensor
@@ -13,11 +12,11 @@ from torch.optim import Optimizer
 from lorafold.adapter import Adapter
 from lorafold.core.attach import base_state
 from lorafold.errors import LorafoldError, listed
+from lorafold.models.container import check_finite
 from lorafold.models.weights import FileWeights, ModelWeights, Weights, model_files
 from lorafold.peft.paths import within
 from lorafold.peft.saved import Saved
 from lorafold.peft.tensors import saved_tensors
-from lorafold.training.checkpoint import check_finite
 
 MOMENTS = ("exp_avg", "absmax1", "state1")  # of a gradient, as optimizers call it
 
@@ -27,10 +26,7 @@ def check_trained(adapter: Adapter, optimizer: Optimizer) -> None:
     gradients is zero: its update would be too.
     """
     for name, t in adapter.state_dict().items():
-        try:
-            check_finite(name, t)
-        except LorafoldError as error:
-            raise LorafoldError(f"nothing was written: {error}") from None
+        check_finite(name, t)
     zero = [
         path
         for path, part in adapter.parts()
@@ -53,33 +49,25 @@ def read_back(adapter: Adapter, path: Path, base: Weights | None) -> None:
         adapter: The one that was written, the highest on its model.
         base: The base's own weights, where the model has only quantized ones.
     """
-    of = _of_model(adapter, path) if adapter.spec.trains_base else _of_adapter(adapter, path, base)
-    if wrong := [*of]:
+    model = adapter.model
+    if adapter.spec.trains_base:  # a plain model: files may name some of its tensors otherwise
+        whole, state = FileWeights(model_files(path)), base_state(model)
+        shared = state.keys() & {*whole.names}
+        wrong = [key for key in shared if not whole.get(key).equal(state[key].cpu())]
+    else:
+        base = base or ModelWeights(model)
+        _, saved = within(Saved.open(path), model).token_rows(model, base)
+        parts = {site: [*delta.parts()] for site, delta in adapter.deltas.items()}
+        targets, names = adapter.matches.paths, set(saved.weights.names)
+        wrong = [*set(targets).symmetric_difference(saved.targets(model).paths)]
+        for key, own in saved_tensors(model, parts, targets, base).items():
+            if key not in names or not saved.weights.get(key).equal(own.encoded().cpu()):
+                wrong.append(key)
+    if wrong:
         raise LorafoldError(
             f"{path}: read back, found other values than were trained in {listed(wrong, room=120)};"
             " expected the same: the checkpoints of the run are kept"
         )
-
-
-def _of_model(adapter: Adapter, path: Path) -> Iterator[str]:
-    """The tensors of a plain model that differ, of those that files name as the model does."""
-    written, state = FileWeights(model_files(path)), base_state(adapter.model)
-    for name in state.keys() & {*written.names}:
-        if not written.get(name).equal(state[name].cpu()):
-            yield name
-
-
-def _of_adapter(adapter: Adapter, path: Path, base: Weights | None) -> Iterator[str]:
-    """The modules and tensors of an adapter that differ."""
-    base = base or ModelWeights(adapter.model)
-    saved = within(Saved.open(path), adapter.model)
-    _, saved = saved.token_rows(adapter.model, base)
-    parts = {site: [*delta.parts()] for site, delta in adapter.deltas.items()}
-    targets, names = adapter.matches.paths, set(saved.weights.names)
-    yield from set(targets).symmetric_difference(saved.targets(adapter.model).paths)
-    for key, own in saved_tensors(adapter.model, parts, targets, base).items():
-        if key not in names or not saved.weights.get(key).equal(own.encoded().cpu()):
-            yield key
 
 
 def _learned(optimizer: Optimizer, p: Tensor) -> bool:
