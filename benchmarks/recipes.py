@@ -166,10 +166,11 @@ def ours(case: Case, file: Path, out: Path, seed: int) -> Run:
     found: dict[str, Any] = {"losses": [], "rates": [], "tokens": [], "parameters": 0}
     step = loop.train_step
 
-    def noted(job: Any, examples: Any, at: int) -> float:
+    def noted(job: Any, examples: Any, at: int) -> tuple[float, float]:
         found["tokens"].append(sum(map(job.loss.count, examples)))
-        found["losses"].append(step(job, examples, at))
-        return float(found["losses"][-1])
+        loss, norm = step(job, examples, at)
+        found["losses"].append(loss)
+        return loss, norm
 
     def before(optimizer: Any, args: Any, kwargs: Any) -> None:
         groups = optimizer.param_groups

@@ -194,11 +194,11 @@ class Kept(Replicated):
         self.adapter = adapter
         self.found: dict[str, Tensor] = {}
 
-    def clip(self, parameters: Sequence[nn.Parameter], most: float) -> None:
+    def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         if not self.found:
             graded = [(n, p.grad) for n, p in self.adapter.named_parameters()]
             self.found = {n: host_of(g).detach().cpu().clone() for n, g in graded if g is not None}
-        super().clip(parameters, most)
+        return super().norm(parameters)
 
 
 def fitted(
@@ -219,7 +219,7 @@ def fitted(
         counting = device.counting() if device and i == steps - 1 else contextlib.nullcontext(count)
         torch.manual_seed(3)
         with counting as count:
-            losses.append(train_step(job, examples, i))
+            losses.append(train_step(job, examples, i)[0])
     return Stepped(losses, layout.found, count)
 
 

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -228,7 +229,11 @@ def test_one_run_at_a_time(command: tuple[str, ...], tmp_path: Path) -> None:
     os.kill(first[0].process.pid or 0, signal.SIGTERM)
     ended(first)
     assert other.code == 2
-    assert "found another run in it" in other.stderr
+    pid = first[0].process.pid
+    assert (
+        f"a run is in progress in it (process {pid} on {socket.gethostname()} since "
+        in other.stderr
+    )
     assert first[0].code == 143
     assert RunDirectory(tmp_path / "out").checkpoints()
     assert not (tmp_path / ".out.run.lock").exists()

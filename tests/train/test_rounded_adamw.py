@@ -7,12 +7,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from rich.console import Console
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -34,10 +36,10 @@ from lorafold.step import rounded_adamw
 from lorafold.step.adamw import make_optimizer, state_bytes
 from lorafold.step.fused import fused
 from lorafold.step.head import labelled_loss
-from lorafold.step.optim import optimizer_tensors, restore_optimizer
+from lorafold.step.optim import optimizer_tensors, restore_optimizer, sum_in_fp32
 from lorafold.step.rounded_adamw import RoundedAdamW
 from lorafold.training.run import train
-from memory_cases import CONFIGS, LORA, close
+from memory_cases import COMMON, CONFIGS, LORA, close
 from rounding_cases import DTYPES, values
 from training_cases import killed, quiet, request, train_until_killed
 
@@ -245,6 +247,25 @@ def test_at_its_own_rate_it_learns_what_fp32_learns(tiny_model_dir, tmp_path: Pa
     assert fall["bf16"] == pytest.approx(fall["fp32"], rel=0.05)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_gradient_of_an_embedding_is_summed_in_fp32(tied: bool) -> None:
+    """Of tokens that come often, in one micro-batch and in sixteen, beside a model in fp32."""
+    size = {"vocab_size": 64, "num_hidden_layers": 2, "tie_word_embeddings": tied}
+    wide = tf.LlamaForCausalLM(tf.LlamaConfig(**COMMON | size)).to(torch.bfloat16).float()
+    ids = torch.multinomial(1 / torch.arange(1.0, 65.0), 16 * 128, replacement=True).view(16, 128)
+    found = {}
+    for dtype, parts in ((torch.float32, 1), (torch.bfloat16, 1), (torch.bfloat16, 16)):
+        model = deepcopy(wide).to(dtype)
+        attach(model, make_spec("full"))
+        sum_in_fp32(model)
+        for part in ids.chunk(parts):
+            loss, _ = labelled_loss(model, part.roll(-1, 1), {"input_ids": part})
+            (loss / ids.numel()).backward()
+        found[dtype, parts] = model.get_input_embeddings()._parameters["weight"].grad.float()
+    exact, *narrow = found.values()
+    assert max((one - exact).norm() / exact.norm() for one in narrow) < 5e-3
+
+
 class Products(TorchDispatchMode):
     """The dtypes in which matrices, not vectors, are multiplied."""
 
@@ -300,6 +321,7 @@ def test_no_copy_of_the_weights_is_held_in_fp32(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.slow
 def test_the_estimate_of_full_fine_tuning_on_bf16_is_what_a_step_holds() -> None:
     close(CONFIGS["llama"], FULL_IN_BF16)
+    close(CONFIGS["llama"], replace(FULL_IN_BF16, accumulating=True))
     found = estimate(CONFIGS["llama"], FULL_IN_BF16).terms
     # 8 bytes a parameter over 2, and a few buffers
     assert found["optimizer"] == pytest.approx(4 * found["weights"], rel=1e-3)

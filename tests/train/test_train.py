@@ -10,14 +10,19 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lorafold as lf
 from fresh_models import fresh_model
 from lorafold.errors import LorafoldError
+from lorafold.methods.full import write_model
+from lorafold.models import whole
 from lorafold.models.loading import load_model, load_tokenizer
 from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.run import train
@@ -206,6 +211,39 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpo
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.parametrize(
+    ("lr", "steps", "told"),
+    [
+        (1e9, 9, r"steps 2 to 6: the gradient is not finite; the last good .*step-000001\b"),
+        (1e38, 1, r"step 1: found NaN or infinity in model.embed_tokens.weight.*no checkpoint"),
+    ],
+)
+def test_full_fine_tuning_writes_nothing_that_is_not_finite(
+    lr: float, steps: int, told: str, tiny_model_dir, tmp_path: Path
+) -> None:
+    fields = {"method": "full", "lr": lr, "steps": steps, "save_every": 1, "keep": 9}
+    with pytest.raises(LorafoldError, match=told):
+        train(request(tiny_model_dir("llama"), tmp_path / "a", **fields), quiet())
+    assert not (tmp_path / "a").exists()
+    for file in tmp_path.rglob("adapter.safetensors"):
+        assert all(t.isfinite().all() for t in load_file(file).values())
+
+
+def test_a_model_that_is_not_what_was_trained_is_no_success(
+    tiny_model_dir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(model: Any, folder: Path) -> None:
+        write_model(model, folder)
+        tensors = load_file(folder / "model.safetensors")
+        tensors["model.norm.weight"][0] += 1
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    monkeypatch.setattr(whole, "write_model", damaged)
+    with pytest.raises(LorafoldError, match=r"other values than were trained in model\.norm\.w"):
+        train(request(tiny_model_dir("llama"), tmp_path / "a", method="full"), quiet())
+    assert RunDirectory(tmp_path / "a").checkpoints()
+
+
 def test_an_adapter_without_gradient_is_an_error(tiny_model_dir, tmp_path: Path) -> None:
     with pytest.raises(LorafoldError, match=r"no gradient in the first step.*lm_head"):
         # alpha so small that every gradient underflows to zero
@@ -334,7 +372,12 @@ def test_what_the_initial_adapter_brings_cant_be_set_beside_it(
 
 def test_trackers_keep_their_logs(tiny_model_dir, tmp_path: Path) -> None:
     train(request(tiny_model_dir("llama"), tmp_path / "a", trackers=("tensorboard",)), quiet())
-    assert list((tmp_path / "a.logs").rglob("events.out.tfevents.*"))
+    found = EventAccumulator(str(tmp_path / "a.logs" / "lorafold")).Reload()
+    norms = [event.value for event in found.Scalars("gradient norm")]
+    shown = json.loads((tmp_path / "a" / "lorafold.json").read_text())["steps"]["gradient norm"]
+    assert norms == pytest.approx(shown, rel=1e-5)
+    assert len(norms) == 6
+    assert min(norms) > 0
 
 
 def test_full_fine_tuning_leaves_a_model_with_its_tokenizer(tiny_model_dir, tmp_path: Path) -> None:

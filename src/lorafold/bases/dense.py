@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from lorafold.core.base import Base, bare
 from lorafold.core.draws import DrawSite, site_of
@@ -199,6 +201,34 @@ class Conv1D(Matrix):
         store_all(self, w, b)
 
 
+class _Lookup(Function):
+    """Rows of a 16-bit W (V, d), whose gradient is summed in fp32: on a CPU torch would round the
+    sum after each of a token's repetitions.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, w: Tensor, padding: int) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.padding, ctx.size = padding, len(w)
+        return F.embedding(ids, w)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor, None]:
+        (ids,) = ctx.saved_tensors
+        back = torch.ops.aten.embedding_dense_backward
+        return None, back(g.float(), ids, ctx.size, ctx.padding, False), None
+
+
+def lookup(ids: Tensor, w: Tensor, padding: int | None = None) -> Tensor:
+    """Rows of W (V, d): ids (...) -> (..., d). That of `padding` has no gradient."""
+    rounds = w.requires_grad and w.itemsize == 2 and w.device.type == "cpu"
+    if not rounds or torch.compiler.is_compiling():
+        return F.embedding(ids, w, padding)
+    y: Tensor = _Lookup.apply(ids, w, -1 if padding is None else padding)
+    return y
+
+
 class Embedding(Vectors):
     """An embedding: weight (in, out), `in` the size of the vocabulary."""
 
@@ -218,11 +248,16 @@ class Embedding(Vectors):
         return dim, vocabulary
 
     def __call__(self, ids: Tensor, onto: Tensor | None = None) -> Tensor:
-        y = self.run(ids)
+        own = self.bare
+        simple = own.max_norm is None and not own.sparse and not own.scale_grad_by_freq
+        if simple and own.weight.requires_grad:
+            y = self._scaled(lookup(ids, own.weight, own.padding_idx))
+        else:
+            y = self.run(ids)
         return add(y, onto).to(y.dtype)
 
     def op(self, ids: Tensor, m: Tensor) -> Tensor:
-        return self._scaled(F.embedding(ids, m.t()))
+        return self._scaled(lookup(ids, m.t()))
 
     def drop(self, ids: Tensor, p: float) -> Tensor:
         return ids

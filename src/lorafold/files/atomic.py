@@ -16,7 +16,6 @@ import platform
 import re
 import secrets
 import shutil
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -79,7 +78,7 @@ def check_out(path: str | Path, overwrite: bool = False) -> None:
     check_name(path)
     _try(path, target.resolve().parent)
     with _writing(path):
-        _clear_leftovers(target.resolve())
+        clear_leftovers(target.resolve())
     if not os.path.lexists(target):
         return
     if not target.is_dir():
@@ -225,7 +224,9 @@ def _try(path: str | Path, folder: Path) -> None:
     """
     there = next(one for one in (folder, *folder.parents) if os.path.lexists(one))
     try:
-        os.rmdir(tempfile.mkdtemp(prefix=".", dir=there))
+        made = _sibling(there / Path(path).name, "partial")
+        made.mkdir()
+        made.rmdir()
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise LorafoldError(f"{path} can't be written: {there}: {reason}") from error
@@ -270,9 +271,20 @@ def _sibling(target: Path, kind: str) -> Path:
     return target.with_name(f".{target.name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}.{kind}")
 
 
-def _clear_leftovers(target: Path) -> None:
-    """Remove what dead processes of this machine left beside `target`. If one was killed between
-    its two renames, the old directory is put back.
+def remove(path: str | Path) -> None:
+    """Remove a directory, if it is there, as far as that is possible. It is whole until it is gone,
+    and what a killed process leaves goes with the next attempt.
+    """
+    target = Path(path).resolve()
+    gone = _sibling(target, "partial")
+    with suppress(OSError):
+        target.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def clear_leftovers(target: Path) -> None:
+    """Remove what dead processes of this machine left beside `target`, an absolute path. If one was
+    killed between its two renames, the old directory is put back.
     """
     beside = list(target.parent.iterdir()) if target.parent.is_dir() else []
     for path in (p for p in beside if _is_leftover(p.name, target.name)):

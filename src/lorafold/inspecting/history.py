@@ -60,7 +60,7 @@ class Kept(BaseModel):
     """What a record keeps of a run, under its names there; adapters may be anybody's."""
 
     recipe: dict[str, Any]
-    losses: list[Figure] = Field(min_length=1)
+    losses: list[Figure | None] = Field(min_length=1)
     evals: dict[int, Figure] = {}
     step: int | None = None
     steps: dict[str, list[Figure | None]] = {}
@@ -94,7 +94,7 @@ class History(Shown):
     """The figures of a run by step.
 
     Attributes:
-        losses: One for each step.
+        losses: One for each step, None where it was not finite.
         steps: Other figures of each step by name, None where a step has none.
         evals: Held-out losses by step; of step 0 is what was measured before the first one.
         held_out: The steps of these under `step`, and further held-out figures by name.
@@ -105,7 +105,7 @@ class History(Shown):
 
     adapter: str
     recipe: Mapping[str, Any]
-    losses: Sequence[float]
+    losses: Sequence[float | None]
     steps: Mapping[str, Sequence[float | None]]
     evals: Mapping[int, float]
     held_out: Mapping[str, Sequence[Any]]

@@ -70,7 +70,9 @@ class Processes:
         has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
         self.add([has])
         used = [p for p, n in zip(parameters, has.tolist(), strict=True) if n]
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in used]
+        grads = [
+            torch.zeros_like(p, dtype=p.grad_dtype) if p.grad is None else p.grad for p in used
+        ]
         self.add(grads)
         for p, grad in zip(used, grads, strict=True):
             p.grad = grad

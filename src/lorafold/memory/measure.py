@@ -29,6 +29,7 @@ from lorafold.step.classification import Classification
 from lorafold.step.documents import packed
 from lorafold.step.fused import fused
 from lorafold.step.losses import Completions, Loss
+from lorafold.step.optim import sum_in_fp32
 from lorafold.step.preference_laws import Reward
 from lorafold.step.preferences import Preferences
 
@@ -63,6 +64,7 @@ def training(model: PreTrainedModel, setting: Setting) -> Iterator[Callable[[], 
     attach_below(model, setting)
     beside = {"targets": setting.targets, **setting.beside(model)}
     attach(model, setting.spec, **beside)  # type: ignore[arg-type]
+    sum_in_fp32(model)
     if setting.checkpointing:
         recompute(model)
     optimizer = make_optimizer(

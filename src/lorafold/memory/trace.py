@@ -36,6 +36,7 @@ from lorafold.step.adamw import state_bytes
 from lorafold.step.documents import has_sinks
 from lorafold.step.fused import fused
 from lorafold.step.losses import next_token_loss
+from lorafold.step.optim import sum_in_fp32
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -168,6 +169,7 @@ def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced
     weights = collected(ledger)
     beside = {"targets": setting.targets, **setting.beside(model)}
     attach(model, setting.spec, **beside)  # type: ignore[arg-type]
+    sum_in_fp32(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     start = collected(ledger)
     if setting.checkpointing:
@@ -175,7 +177,7 @@ def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced
     parts = divided(trained, setting)
     if setting.accumulating and parts is None:
         for p in trained:
-            p.grad = torch.zeros_like(p)
+            p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
     ahead = ledger.now - start
     model.train()
     with fused(model), packed_as(model, setting.rows) if setting.packed else nullcontext():
@@ -220,7 +222,7 @@ def divided(trained: Sequence[nn.Parameter], setting: Setting) -> dict[nn.Parame
 
     def keep(p: nn.Parameter) -> None:
         if p not in found:
-            found[p] = p.new_empty(-(-p.numel() // n))
+            found[p] = p.new_empty(-(-p.numel() // n), dtype=p.grad_dtype)
         p.grad = None
 
     for p in trained:

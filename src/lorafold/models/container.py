@@ -147,8 +147,17 @@ def write_container(
             written(name, entry.size)
 
 
+def check_finite(name: str, t: Tensor) -> Tensor:
+    """A tensor of any shape. Raises LorafoldError, which names it, if it has NaN or infinity."""
+    counts = t.is_floating_point() and t.itemsize > 1 and t.numel()
+    if counts and not torch.stack(torch.aminmax(t.detach())).isfinite().all():
+        raise LorafoldError(f"found NaN or infinity in {name}, expected finite numbers")
+    return t
+
+
 def write_pieces(path: Path, pieces: Mapping[str, Piece]) -> None:
-    """Write a safetensors file of which one tensor is in memory at a time.
+    """Write a safetensors file of which one tensor is in memory at a time. Raises LorafoldError if
+    one is not finite.
 
     Args:
         path: The file to write.
@@ -158,7 +167,11 @@ def write_pieces(path: Path, pieces: Mapping[str, Piece]) -> None:
         (name, Entry(name, NAMES[p.dtype], p.shape, path, 0, prod(p.shape) * p.dtype.itemsize))
         for name, p in pieces.items()
     ]
-    write_container(path, entries, {}, lambda name: pieces[name].get().cpu(), lambda *_: None)
+
+    def got(name: str) -> Tensor:
+        return check_finite(name, pieces[name].get().cpu())
+
+    write_container(path, entries, {}, got, lambda *_: None)
 
 
 def _copy_bytes(entry: Entry, out: BinaryIO) -> None:

@@ -90,6 +90,16 @@ def matrices_in(delta: nn.Module) -> set[nn.Parameter]:
     return found
 
 
+def sum_in_fp32(model: nn.Module) -> None:
+    """Have the gradients of 16-bit embeddings that train summed in fp32 over micro-batches. A row
+    that is rounded after each of them is off by several units.
+    """
+    for module in model.modules():
+        w = module._parameters.get("weight") if isinstance(module, nn.Embedding) else None
+        if w is not None and w.requires_grad and w.itemsize == 2:
+            w.grad_dtype = torch.float32
+
+
 def rates(groups: list[dict], lr: float) -> str:
     """Return a line with the peak learning rates, as in "learning rate: 2e-4; up factors (LoRA+)
     3e-3", in which the up factors are named if their rate is another one.
@@ -173,7 +183,7 @@ def restore_optimizer(
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     for i, p in enumerate(parameters(optimizer)):
-        p.grad = torch.zeros_like(p) if i in owners else None
+        p.grad = torch.zeros_like(p, dtype=p.grad_dtype) if i in owners else None
     optimizer.step()
     optimizer.zero_grad()
     own = optimizer_tensors(optimizer)

@@ -1,7 +1,7 @@
 """The tensors of a run whose processes each have all of them, as data parallelism has it.
 
     replicated.add_gradients(parameters)        summed over the processes, in place
-    replicated.clip(parameters, 1.0)            by the norm of all gradients
+    replicated.norm(parameters)                 of all gradients together
     write_pieces(path, replicated.pieces(state))        of a state, in process 0
 
 `step.sharding` divides them behind the same words.
@@ -55,9 +55,9 @@ class Replicated:
         """The parameters that have a gradient, and whether any of its elements is not zero."""
         return {p: bool(p.grad.any()) for p in parameters if p.grad is not None}
 
-    def clip(self, parameters: Sequence[nn.Parameter], most: float) -> None:
-        """Scale all gradients so that their common norm is at most so much."""
-        nn.utils.clip_grad_norm_(parameters, most)
+    def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """The norm () of all gradients together, the same in all processes."""
+        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
     def pieces(self, state: Mapping[str, Tensor]) -> dict[str, Piece]:
         """The tensors of a state, of any shapes, as process 0 writes them. All processes get each

@@ -234,16 +234,15 @@ class Sharded(Replicated):
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return {p: n == 2 for p, n in zip(parameters, found.tolist(), strict=True) if n}
 
-    def clip(self, parameters: Sequence[nn.Parameter], most: float) -> None:
+    def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         norms = torch.zeros(len(parameters), device=parameters[0].device)
         for i, p in enumerate(parameters):
             counts = self.processes.first if p not in self._owned else self.owns(p)
             if p.grad is not None and counts:
                 norms[i] = torch.linalg.vector_norm(p.grad)
         self.processes.add([norms])
-        kinds = {p.dtype for p in parameters}  # in which torch takes the norm of norms
-        norms = norms.to(reduce(torch.promote_types, kinds))
-        nn.utils.clip_grads_with_norm_(parameters, most, torch.linalg.vector_norm(norms))
+        kinds = {p.grad_dtype or p.dtype for p in parameters}  # torch's, of the norm of norms
+        return torch.linalg.vector_norm(norms.to(reduce(torch.promote_types, kinds)))
 
     def pieces(self, state: Mapping[str, Tensor]) -> dict[str, Piece]:
         others = {one.storage._cdata for one in self._owned.values() if not one.mine}

@@ -123,7 +123,9 @@ class Owned:
     def reduce_gradient(self) -> None:
         """Add the gradients of all to the owner's."""
         self.learned |= self.p.grad is not None
-        grad = torch.zeros_like(self.p) if self.p.grad is None else self.p.grad.contiguous()
+        if self.p.grad is None:
+            self.p.grad = torch.zeros_like(self.p, dtype=self.p.grad_dtype)
+        grad = self.p.grad.contiguous()
         dist.reduce(grad, self.owner)
         self.p.grad = grad if self.mine else None
 

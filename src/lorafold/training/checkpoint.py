@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
+import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lorafold.errors import LorafoldError, as_one, listed, shortened
-from lorafold.files.atomic import atomic_directory, verify
+from lorafold.files.atomic import atomic_directory, check_out, clear_leftovers, remove, verify
 from lorafold.files.intact import check_intact
 from lorafold.files.record import named_as_now
 from lorafold.models.container import Piece, write_pieces
 from lorafold.step.losses import Generated
 
 PATIENCE = 3  # measures in a row without a better one
+GRADIENT = "gradient norm"  # of a step, before it is clipped
+HOLDER = "process "  # begins what a lock file says of the run that holds it
 FILES = "files"  # of an identity: what the run reads, each by `name` and `sha256`
 
 
@@ -53,6 +57,7 @@ class Progress:
     # the optimizer whose state is saved: `auto` might choose another one when the run is resumed
     optimizer: str = ""
     counts: dict[str, int] = field(default_factory=dict)  # those of the loss
+    skipped: list[int] = field(default_factory=list)  # steps without an update
     # as in runs of earlier versions, which are resumed as they began
     decays_vectors: bool = True
 
@@ -66,6 +71,14 @@ class Progress:
     def stalled(self) -> bool:
         """Whether the last PATIENCE measures were no better than one before."""
         return sum(step > (self.best or 0) for step in self.evals) >= PATIENCE
+
+    @property
+    def skipping(self) -> int:
+        """How many of the last steps, in a row, were skipped."""
+        n = 0
+        while self.step - n in self.skipped:
+            n += 1
+        return n
 
     def stepped(
         self, figures: Mapping[str, float], generated: Generated, tokens: int, seconds: float
@@ -109,7 +122,7 @@ class RunDirectory:
     """The directory `<out>.run`: the checkpoints of one run, and its recipe, model and data."""
 
     def __init__(self, out: Path) -> None:
-        self.path = out.with_name(out.name + ".run")
+        self.out, self.path = out, out.with_name(out.name + ".run")
 
     def check_free(self, may_replace: bool) -> None:
         """Raises LorafoldError if there are checkpoints of a stopped run, which a fresh start would
@@ -123,20 +136,29 @@ class RunDirectory:
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """Keep other runs out until the `with` block ends. Raises LorafoldError if one is in it."""
+        """Keep other runs out until the `with` block ends, and remove what killed ones left.
+
+        The lock of a process that was killed is free. Raises LorafoldError if a run is in it, and
+        as `check_out` does for what may be replaced.
+        """
+        check_out(self.out, overwrite=True)
         target = self.path.expanduser().resolve()
         absent = [folder for folder in target.parents if not folder.exists()]
-        target.parent.mkdir(parents=True, exist_ok=True)
         file = target.with_name(f".{target.name}.lock")
+        target.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(str(file), timeout=0)
         try:
             lock.acquire()
         except Timeout:
             raise LorafoldError(
-                f"{self.path}: found another run in it, expected one at a time; choose another"
-                " --out, or wait for it to end"
+                f"{self.path}: a run is in progress in it{_holder(file)}; wait for it to end, stop"
+                " it, or choose another --out"
             ) from None
         try:
+            if not (before := file.read_text()) or before.startswith(HOLDER):
+                now = datetime.now().astimezone().isoformat(" ", "seconds")
+                file.write_text(f"{HOLDER}{os.getpid()} on {socket.gethostname()} since {now}")
+            clear_leftovers(target)
             yield
         finally:
             file.unlink(missing_ok=True)
@@ -147,7 +169,7 @@ class RunDirectory:
 
     def start(self, identity: dict) -> None:
         """Remove the checkpoints of an earlier run and write the identity of this one."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        remove(self.path)
         with atomic_directory(self.path) as tmp:
             (tmp / "run.json").write_text(json.dumps(identity, indent=2, sort_keys=True))
 
@@ -223,7 +245,8 @@ class RunDirectory:
         optimizer: Mapping[str, Piece],
         keep: int,
     ) -> Path:
-        """Write the checkpoint of `progress.step`, and remove old ones.
+        """Write the checkpoint of `progress.step`, and remove old ones. Raises LorafoldError if a
+        tensor is not finite.
 
         Args:
             progress: Saved as `state.json`.
@@ -239,7 +262,7 @@ class RunDirectory:
         steps = list(self.checkpoints())
         for step in steps[: -keep or None]:
             if step != progress.best:
-                shutil.rmtree(self.checkpoints()[step])
+                remove(self.at(step))
         return path
 
     def load(self, path: Path) -> tuple[Progress, dict[str, Tensor], dict[str, Tensor]]:
@@ -265,7 +288,14 @@ class RunDirectory:
 
     def remove(self) -> None:
         """Remove the directory with all checkpoints."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        remove(self.path)
+
+
+def _holder(lock: Path) -> str:
+    with suppress(OSError):
+        if (told := lock.read_text()).startswith(HOLDER):
+            return f" ({told})"
+    return ""
 
 
 def _shown(value: Any) -> str:

@@ -8,10 +8,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from shutil import rmtree
 from typing import TYPE_CHECKING, Any
 
 from lorafold.data.findings import Findings
+from lorafold.files.atomic import remove
 from lorafold.files.card import HELD_OUT, SAMPLES, STEPS, VOCABULARY, training_card
 from lorafold.files.shown import Shown
 from lorafold.machine.allocator import freed_blocks_returned
@@ -24,13 +24,14 @@ from lorafold.recipe.fields import OF_METHOD
 from lorafold.step.optim import UP
 from lorafold.training.checkpoint import Progress
 from lorafold.training.loop import Job
-from lorafold.training.read_back import check_moved, read_back
+from lorafold.training.read_back import check_trained, read_back
 from lorafold.training.request import Request
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LAST = 10  # steps, whose mean loss is told
+SKIPPED = "skipped"  # in a record: the steps without an update
 INIT_ADAPTER = "init_adapter"  # in a record: the adapter that the run started from
 
 
@@ -44,7 +45,8 @@ class Trained(Shown):
     of parameters that the adapter does not reach, by kind: of those of the blocks, and of the
     model's the towers and connectors beside them. `files` has the rows of each file that was read
     of a directory or a pattern, and `data` what was found in the rows before the first step, such
-    as duplicates. `pace` has tokens and seconds of drawing, judging and learning, where completions
+    as duplicates. `skipped` are the steps without an update, since their loss or gradient was not
+    finite. `pace` has tokens and seconds of drawing, judging and learning, where completions
     are drawn. Of a run that was finished before, which had nothing to resume, there is what the
     adapter's record has: no times (nan), no memory and no counts of parameters (None).
     """
@@ -62,6 +64,7 @@ class Trained(Shown):
     frozen: dict[str, dict[str, float]] = field(default_factory=dict)
     files: dict[str, int] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
+    skipped: list[int] = field(default_factory=list)
     pace: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -71,6 +74,7 @@ class Trained(Shown):
         pace = "" if math.isnan(rate) else f", {rate:,.0f} tokens/s"
         over = f" of the last {LAST}" if len(self.losses) > LAST else ""
         steps = f"{self.steps} step{'s' * (self.steps != 1)}"
+        steps += f", {len(self.skipped)} of them skipped" * bool(self.skipped)
         return (
             f"adapter: {self.adapter} ({parameters}{steps}, mean loss{over}"
             f" {self.train_loss:z.4f}{held_out}{pace})"
@@ -90,7 +94,7 @@ def finish(
     earlier one, or in its place where the recipe keeps that; read them back, and remove the
     checkpoints. Only the first process writes.
 
-    Raises LorafoldError where what was trained is zero, or is not what was written.
+    Raises LorafoldError where what was trained is zero or not finite, or is not what was written.
 
     Args:
         request: Names the output directory, the recipe and the data.
@@ -117,16 +121,18 @@ def finish(
         frozen=job.adapter.unreached.as_json(),
         files=request.data.record.get("files", {}),
         data=findings.as_json(),
+        skipped=progress.skipped,
         pace=progress.pace | progress.rates,
     )
     if not job.processes.first:
         job.processes.wait()
         return result
-    check_moved(job.adapter, job.optimizer)
+    check_trained(job.adapter, job.optimizer)
     job.optimizer.state.clear()  # to make room for what is written and read back
     record = {
         "recipe": request.recipe.model_dump(mode="json"),
-        "losses": progress.losses,
+        "losses": [loss if math.isfinite(loss) else None for loss in progress.losses],
+        **({SKIPPED: progress.skipped} if progress.skipped else {}),
         "evals": progress.evals,
         **kept_figures(progress),
         "data": {"source": request.source, **request.data.record},
@@ -166,7 +172,7 @@ def finish(
             own = request.out if kept == better else best_path(request.out)
             write(own, record | {"step": better})
     if better is None or kept == better:
-        rmtree(best_path(request.out), ignore_errors=True)  # of the run that this one replaces
+        remove(best_path(request.out))  # of the run that this one replaces
     job.run.remove()
     job.processes.wait()
     return result
@@ -193,8 +199,8 @@ def most(bytes_of: Sequence[int | None]) -> int | None:
 
 
 def mean_of_last(losses: Sequence[float]) -> float:
-    """The mean loss of the last ten steps, in nats."""
-    tail = losses[-LAST:]
+    """The mean loss of the last ten steps, in nats, of those that have one."""
+    tail = [loss for loss in losses[-LAST:] if math.isfinite(loss)] or [math.nan]
     return sum(tail) / len(tail)
 
 

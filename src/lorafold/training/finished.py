@@ -24,7 +24,7 @@ from lorafold.peft.stack import parse
 from lorafold.recipe.recipe import Recipe
 from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.earlier import with_defaults_of
-from lorafold.training.finish import INIT_ADAPTER, Trained, mean_of_last
+from lorafold.training.finish import INIT_ADAPTER, SKIPPED, Trained, mean_of_last
 from lorafold.training.request import Request, objective_of
 from lorafold.training.start import depends_on, free_on_resume
 
@@ -100,7 +100,8 @@ def _short(value: Any) -> str:
 
 def _told_by(record: Mapping[str, Any], out: Path) -> Trained:
     """The result as far as a record has it: no times, memory and counts."""
-    losses, evals = record["losses"], record.get("evals", {})
+    losses = [math.nan if loss is None else loss for loss in record["losses"]]
+    evals = record.get("evals", {})
     return Trained(
         train_loss=mean_of_last(losses),
         eval_loss=evals.get(str(record.get("step", len(losses)))),
@@ -113,4 +114,5 @@ def _told_by(record: Mapping[str, Any], out: Path) -> Trained:
         losses=losses,
         figures=record.get("figures", {}),
         files=record.get("data", {}).get("files", {}),
+        skipped=record.get(SKIPPED, []),
     )

@@ -34,12 +34,14 @@ from lorafold.recipe.recipe import Recipe
 from lorafold.step.losses import Loss
 from lorafold.step.optim import optimizer_tensors, rng_state, set_learning_rates
 from lorafold.step.replicated import Replicated
-from lorafold.training.checkpoint import Progress, RunDirectory
+from lorafold.training.checkpoint import GRADIENT, Progress, RunDirectory
 from lorafold.training.display import Display
 from lorafold.training.interrupt import StopRequest
 from lorafold.training.tracking import Tracking
 
 log = logging.getLogger(__name__)
+SKIPPED = 5  # steps in a row that may be skipped before the run ends
+LOWER = "Try a lower learning rate (lr, lr_b), clip or alpha"
 
 
 @dataclass
@@ -78,8 +80,9 @@ def fit(job: Job, progress: Progress, display: Display) -> Progress:
         progress: Updated in place, and returned.
         display: Shows each step and each held-out loss.
 
-    Raises LorafoldError for a loss that is not finite and for an adapter without gradient, and
-    Interrupted after SIGINT or SIGTERM.
+    A step whose loss or gradient is not finite is skipped. Raises LorafoldError after SKIPPED of
+    them in a row, where the loss of the last step is not finite, and for an adapter without
+    gradient; Interrupted after SIGINT or SIGTERM.
     """
     feed, processes = job.feed.after(progress.step), job.processes
     processes.tell_place(lambda: f"in step {progress.step + 1}; {kept(job.run)}")
@@ -93,18 +96,18 @@ def fit(job: Job, progress: Progress, display: Display) -> Progress:
                 examples = job.examples(progress.step, next(feed))
             except LorafoldError as error:
                 raise LorafoldError(f"step {progress.step + 1}: {error}; {kept(job.run)}") from None
-            losses = []
+            found = []
             for update in range(job.updates):
                 job.loss.begin(update)
-                losses.append(train_step(job, examples, progress.step))
-            loss = fmean(losses)
+                found.append(train_step(job, examples, progress.step))
+            loss, norm = map(fmean, zip(*found, strict=True))
             progress.step += 1
             progress.losses.append(loss)
             seconds = time.perf_counter() - start
             tokens = job.updates * sum(len(e.ids) for e in examples)
             progress.tokens, progress.seconds = progress.tokens + tokens, progress.seconds + seconds
             job.loss.gathered(processes.gather)
-            figures, generated = dict(job.loss.figures()), job.loss.generated()
+            figures, generated = {**job.loss.figures(), GRADIENT: norm}, job.loss.generated()
             progress.stepped(figures, generated, tokens, seconds)
             if job.held_out is None:
                 progress.read(generated.samples)
@@ -112,12 +115,15 @@ def fit(job: Job, progress: Progress, display: Display) -> Progress:
             display.step(progress.step, loss, progress.tokens / progress.seconds, figures)
             lr = job.optimizer.param_groups[0]["lr"]
             job.tracking.log({"loss": loss, "lr": lr, **figures}, step=progress.step)
+            if not math.isfinite(loss + norm):
+                skipped(job, progress, loss, display)
             every = job.recipe.eval_every or save_every
             evaluate = progress.step % every == 0 or progress.step == job.steps
             if evaluate:
                 measure(job, progress, display)
             last, signal = over(job, progress), processes.largest(stop.signal or 0)
-            due = progress.step % save_every == 0 or last or signal
+            # of a state that may be a bad one, older checkpoints are no worse
+            due = (progress.step % save_every == 0 and not progress.skipping) or last or signal
             if due or (evaluate and progress.best == progress.step):
                 save(job, progress)
             if signal and not last:
@@ -143,6 +149,10 @@ def measure(job: Job, progress: Progress, display: Display) -> None:
     if job.held_out is None:
         return
     found = job.held_out() if job.layout.divides else job.processes.once(job.held_out)
+    if not math.isfinite(found.loss):
+        raise LorafoldError(
+            f"step {progress.step}: the held-out loss is {found.loss}; {kept(job.run)}. {LOWER}"
+        )
     progress.evals[progress.step] = found.loss
     if found.figures:
         progress.measured[progress.step] = dict(found.figures)
@@ -151,19 +161,31 @@ def measure(job: Job, progress: Progress, display: Display) -> None:
     display.note(f"step {progress.step}: {found}")
 
 
-def train_step(job: Job, examples: Sequence[Any], step: int) -> float:
-    """One update of the weights. Returns the mean loss, in nats over what counts.
+def skipped(job: Job, progress: Progress, loss: float, display: Display) -> None:
+    """Count and report a skipped step. Raises LorafoldError where there is no use in going on."""
+    progress.skipped.append(progress.step)
+    n, step = progress.skipping, progress.step
+    what = f"the loss is {loss}" if not math.isfinite(loss) else "the gradient is not finite"
+    if n == SKIPPED or (step == job.steps and not math.isfinite(loss)):
+        steps = f"step {step}" if n == 1 else f"steps {step - n + 1} to {step}"
+        raise LorafoldError(f"{steps}: {what}; {kept(job.run)}. {LOWER}")
+    display.note(f"step {step}: {what}, so the step is skipped")
+
+
+def train_step(job: Job, examples: Sequence[Any], step: int) -> tuple[float, float]:
+    """One update of the weights, none where the loss or the gradient is not finite. Returns the
+    mean loss, in nats over what counts, and the norm of the gradient before it is clipped.
 
     Args:
         job: What is trained.
         examples: Split over the processes, and those of a process over its micro-batches.
         step: How many steps were done before.
 
-    Raises LorafoldError for a loss that is not finite and for an adapter without gradient.
+    Raises LorafoldError for an adapter without gradient.
     """
     processes, layout = job.processes, job.layout
     if not examples:  # of a step in which there is nothing to learn
-        return 0.0
+        return 0.0, 0.0
     share = slice(processes.index, None, processes.count)
     own, numbers = examples[share], range(len(examples))[share]
     micro = job.loss.micro_batches(own, job.recipe.accumulate, job.recipe.max_length) if own else []
@@ -204,19 +226,19 @@ def train_step(job: Job, examples: Sequence[Any], step: int) -> float:
             "no gradient in the first step for %d of the %d adapted modules, on which the loss of"
             " its rows does not depend: %s", len(idle), len(job.adapter.sites), listed(idle),
         )  # fmt: skip
+    norm = layout.norm(trained)
     if job.recipe.clip:
-        layout.clip(trained, job.recipe.clip)
-    with layout.updating():
-        job.optimizer.step()
+        nn.utils.clip_grads_with_norm_(trained, job.recipe.clip, norm)
+    # the one time that a GPU is waited for: it updates the weights while this process goes on
+    sums = torch.stack([seen, norm.to(seen)]).tolist()
+    if all(map(math.isfinite, sums)):
+        with layout.updating():
+            job.optimizer.step()
+    else:
+        job.optimizer.zero_grad()  # before a method looks at them
     job.adapter.spec.after_step(job.adapter.own_deltas, step + 1, job.steps)
     job.optimizer.zero_grad()
-    mean = seen.item() / total  # read last: until then a GPU has work while this goes on
-    if not math.isfinite(mean):
-        raise LorafoldError(
-            f"step {step + 1}: the loss is {mean}; {kept(job.run)}. Try a lower learning rate"
-            " (lr, lr_b), clip or alpha"
-        )
-    return mean
+    return sums[0] / total, sums[1]
 
 
 def kept(run: RunDirectory) -> str:
@@ -283,7 +305,10 @@ def save(job: Job, progress: Progress) -> None:
     adapter, optimizer = map(job.layout.pieces, (job.adapter.state_dict(), state))
     if job.processes.first:
         progress.counts = dict(job.loss.counts)
-        job.run.save(progress, adapter, optimizer, job.recipe.keep)
+        try:
+            job.run.save(progress, adapter, optimizer, job.recipe.keep)
+        except LorafoldError as error:
+            raise LorafoldError(f"step {progress.step}: {error}; {kept(job.run)}") from None
     else:
         for piece in (*adapter.values(), *optimizer.values()):
             piece.get()

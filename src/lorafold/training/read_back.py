@@ -1,5 +1,5 @@
-"""Before a run says that it succeeded: what it trained is not zero, and what it wrote is what it
-trained, read as whoever loads it will.
+"""Before a run says that it succeeded: what it trained is finite and not zero, and what it wrote is
+what it trained, read as whoever loads it will.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lorafold.adapter import Adapter
+from lorafold.core.attach import base_state
 from lorafold.errors import LorafoldError, listed
-from lorafold.models.weights import ModelWeights, Weights
+from lorafold.models.container import check_finite
+from lorafold.models.weights import FileWeights, ModelWeights, Weights, model_files
 from lorafold.peft.paths import within
 from lorafold.peft.saved import Saved
 from lorafold.peft.tensors import saved_tensors
@@ -19,8 +21,12 @@ from lorafold.peft.tensors import saved_tensors
 MOMENTS = ("exp_avg", "absmax1", "state1")  # of a gradient, as optimizers call it
 
 
-def check_moved(adapter: Adapter, optimizer: Optimizer) -> None:
-    """Raise LorafoldError if an up factor that had gradients is zero: its update would be too."""
+def check_trained(adapter: Adapter, optimizer: Optimizer) -> None:
+    """Raise LorafoldError if a tensor of the adapter is not finite, or an up factor that had
+    gradients is zero: its update would be too.
+    """
+    for name, t in adapter.state_dict().items():
+        check_finite(name, t)
     zero = [
         path
         for path, part in adapter.parts()
@@ -43,17 +49,20 @@ def read_back(adapter: Adapter, path: Path, base: Weights | None) -> None:
         adapter: The one that was written, the highest on its model.
         base: The base's own weights, where the model has only quantized ones.
     """
-    if adapter.spec.trains_base:  # a plain model
-        return
-    base = base or ModelWeights(adapter.model)
-    saved = within(Saved.open(path), adapter.model)
-    _, saved = saved.token_rows(adapter.model, base)
-    parts = {site: [*delta.parts()] for site, delta in adapter.deltas.items()}
-    targets, names = adapter.matches.paths, set(saved.weights.names)
-    wrong = [*set(targets).symmetric_difference(saved.targets(adapter.model).paths)]
-    for key, own in saved_tensors(adapter.model, parts, targets, base).items():
-        if key not in names or not saved.weights.get(key).equal(own.encoded().cpu()):
-            wrong.append(key)
+    model = adapter.model
+    if adapter.spec.trains_base:  # a plain model: files may name some of its tensors otherwise
+        whole, state = FileWeights(model_files(path)), base_state(model)
+        shared = state.keys() & {*whole.names}
+        wrong = [key for key in shared if not whole.get(key).equal(state[key].cpu())]
+    else:
+        base = base or ModelWeights(model)
+        _, saved = within(Saved.open(path), model).token_rows(model, base)
+        parts = {site: [*delta.parts()] for site, delta in adapter.deltas.items()}
+        targets, names = adapter.matches.paths, set(saved.weights.names)
+        wrong = [*set(targets).symmetric_difference(saved.targets(model).paths)]
+        for key, own in saved_tensors(model, parts, targets, base).items():
+            if key not in names or not saved.weights.get(key).equal(own.encoded().cpu()):
+                wrong.append(key)
     if wrong:
         raise LorafoldError(
             f"{path}: read back, found other values than were trained in {listed(wrong, room=120)};"

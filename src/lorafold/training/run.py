@@ -49,12 +49,12 @@ def train(request: Request, console: Console, processes: Processes = ALONE) -> T
     written) after SIGINT or SIGTERM.
     """
     console = processes.voice(console)
-    if (before := processes.once(partial(finished, request, console))) is not None:
-        return before
-    setup = set_up(as_begun(request), console, processes)
-    check_dividable(setup.request.recipe, setup.objective)
-    check_alike(setup)
     with RunDirectory(request.out).claimed() if processes.first else nullcontext():
+        if (before := processes.once(partial(finished, request, console))) is not None:
+            return before
+        setup = set_up(as_begun(request), console, processes)
+        check_dividable(setup.request.recipe, setup.objective)
+        check_alike(setup)
         return _trained(setup, console)
 
 

@@ -28,7 +28,7 @@ from lorafold.objectives.objective import Objective
 from lorafold.recipe.recipe import FEW, STEPS, Recipe
 from lorafold.step.adamw import described, make_optimizer, pick
 from lorafold.step.losses import Loss
-from lorafold.step.optim import param_groups, rates, restore_optimizer, restore_rng
+from lorafold.step.optim import param_groups, rates, restore_optimizer, restore_rng, sum_in_fp32
 from lorafold.step.replicated import Replicated
 from lorafold.training.checkpoint import FILES, Progress, RunDirectory
 from lorafold.training.earlier import ends_before, streamed_before
@@ -106,6 +106,7 @@ def prepare(
     vectors = progress.decays_vectors or not recipe.weight_decay
     whole = None if recipe.lr or spec.lr_whole is None else spec.lr_whole * loss.pace
     groups = param_groups(adapter.parts(), lr, recipe.lr_b or lr_b or lr, vectors, whole)
+    sum_in_fp32(adapter.model)
     layout.share_out(p for group in groups for p in group["params"])
     parts = processes.count if layout.divides else 1
     chosen = pick(recipe.optimizer, progress.optimizer, groups, where, processes, parts)
