@@ -22,7 +22,7 @@ from lorafold.peft.stack import recorded
 from lorafold.recipe.fields import OF_METHOD
 from lorafold.step.optim import UP
 from lorafold.training.checkpoint import Progress
-from lorafold.training.loop import Job
+from lorafold.training.loop import Job, no_better
 from lorafold.training.read_back import check_moved, read_back
 from lorafold.training.request import Request
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LAST = 10  # steps, whose mean loss is told
+GUESSING = "guessing"  # in a record: as the result has it
 INIT_ADAPTER = "init_adapter"  # in a record: the adapter that the run started from
 
 
@@ -44,8 +45,10 @@ class Trained(Shown):
     model's the towers and connectors beside them. `files` has the rows of each file that was read
     of a directory or a pattern, and `data` what was found in the rows before the first step, such
     as duplicates. `pace` has tokens and seconds of drawing, judging and learning, where completions
-    are drawn. Of a run that was finished before, which had nothing to resume, there is what the
-    adapter's record has: no times (nan), no memory and no counts of parameters (None).
+    are drawn. `guessing` has the `loss` that is compared with that of a model which only guesses,
+    and whether it is `better`. Of a run that was finished before, which had nothing to resume,
+    there is what the adapter's record has: no times (nan), no memory and no counts of parameters
+    (None).
     """
 
     train_loss: float
@@ -62,6 +65,7 @@ class Trained(Shown):
     files: dict[str, int] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     pace: dict[str, float] = field(default_factory=dict)
+    guessing: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         held_out = "" if self.eval_loss is None else f", held out {self.eval_loss:.4f}"
@@ -70,9 +74,10 @@ class Trained(Shown):
         pace = "" if math.isnan(rate) else f", {rate:,.0f} tokens/s"
         over = f" of the last {LAST}" if len(self.losses) > LAST else ""
         steps = f"{self.steps} step{'s' * (self.steps != 1)}"
+        told = f"\n{no_better(self.guessing)}".rstrip()
         return (
             f"adapter: {self.adapter} ({parameters}{steps}, mean loss{over}"
-            f" {self.train_loss:z.4f}{held_out}{pace})"
+            f" {self.train_loss:z.4f}{held_out}{pace}){told}"
         )
 
 
@@ -117,6 +122,7 @@ def finish(
         files=request.data.record.get("files", {}),
         data=findings.as_json(),
         pace=progress.pace | progress.rates,
+        guessing=progress.guessing,
     )
     if not job.processes.first:
         job.processes.wait()
@@ -128,6 +134,7 @@ def finish(
         "evals": progress.evals,
         **kept_figures(progress),
         "data": {"source": request.source, **request.data.record},
+        GUESSING: result.guessing,
         **about,
         **recorded(job.adapter.over),
     }
