@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,8 @@ def test_a_run_says_that_its_loss_is_no_better_than_guessing(
     rows = [{"text": "Book a table", "label": label} for label in ["a", "a", "a", "b"] * 9]
     console = Console(file=StringIO(), width=400)
     asked = {"method": "linear-probe", "lr": 1e-3}
-    result = train(request(tiny_model_dir("llama"), tmp_path / "a", rows, steps=60, **asked), console)
+    first = request(tiny_model_dir("llama"), tmp_path / "a", rows, steps=60, **asked)
+    result = train(first, console)
     entropy = math.log(4) - 0.75 * math.log(3)
     assert result.guessing["guessing"] == pytest.approx(entropy)
     assert result.guessing["loss"] == pytest.approx(sum(result.losses[-50:]) / 50)
@@ -140,7 +142,7 @@ def test_a_run_says_that_its_loss_is_no_better_than_guessing(
     assert re.search(rf"step 52: the loss is [\d.]+, {told}.* Try lower", console.file.getvalue())
     assert re.search(told, str(result))
     assert json.loads((tmp_path / "a" / "lorafold.json").read_text())["guessing"] == result.guessing
-    again = request(tiny_model_dir("llama"), tmp_path / "a", rows, steps=60, resume=True, **asked)
+    again = replace(first, resume=True)
     assert re.search(told, str(train(again, quiet())))
 
 

@@ -86,6 +86,7 @@ def fit(job: Job, progress: Progress, display: Display) -> Progress:
     Raises LorafoldError for a loss that is not finite and for an adapter without gradient, and
     Interrupted after SIGINT or SIGTERM.
     """
+    first = next(job.feed.after(0)) if job.guessing is None else ()
     feed, processes = job.feed.after(progress.step), job.processes
     processes.tell_place(lambda: f"in step {progress.step + 1}; {kept(job.run)}")
     save_every = job.recipe.checkpoint_interval(job.steps)
@@ -122,7 +123,7 @@ def fit(job: Job, progress: Progress, display: Display) -> Progress:
             if evaluate:
                 measure(job, progress, display)
             looked_at = max(warm_steps(job.recipe, job.steps) + RECENT, job.steps // 4)
-            if progress.step == looked_at and (told := no_better(guessed(job, progress))):
+            if progress.step == looked_at and (told := no_better(guessed(job, progress, first))):
                 display.note(f"step {progress.step}: {told}")
             last, signal = over(job, progress), processes.largest(stop.signal or 0)
             due = progress.step % save_every == 0 or last or signal
@@ -135,7 +136,7 @@ def fit(job: Job, progress: Progress, display: Display) -> Progress:
                     " with --resume continues from it"
                 )
                 raise Interrupted(message, 128 + signal)
-    progress.guessing = guessed(job, progress)
+    progress.guessing = guessed(job, progress, first)
     if job.recipe.stops and progress.best not in (None, progress.step):
         told = f"the held-out loss was lowest after step {progress.best}, whose adapter is kept"
         display.note(f"step {progress.step}: {told}")
@@ -160,13 +161,16 @@ def measure(job: Job, progress: Progress, display: Display) -> None:
     display.note(f"step {progress.step}: {found}")
 
 
-def guessed(job: Job, progress: Progress) -> dict[str, Any]:
+def guessed(job: Job, progress: Progress, first: Sequence[Any]) -> dict[str, Any]:
     """The `loss`, the one of `guessing`, and whether the first is `better`; empty if there were too
     few steps to say, or if the loss means nothing.
 
     The mean over the last RECENT steps has to be lower by two of its standard errors. If guessing
     is the model before the first step, both losses are of the rows of that step, and a thousandth
     counts as rounding.
+
+    Args:
+        first: The examples of the first step.
     """
     kept = progress.best if over(job, progress) and job.recipe.stops else None
     recent = progress.losses[warm_steps(job.recipe, job.steps) : kept][-RECENT:]
@@ -175,16 +179,15 @@ def guessed(job: Job, progress: Progress) -> dict[str, Any]:
     if job.guessing is not None:
         loss, level, error = fmean(recent), job.guessing, stdev(recent) / math.sqrt(len(recent))
     elif kept in (None, progress.step):
-        loss, level = of_first_rows(job), progress.losses[0]
+        loss, level = loss_of(job, first), progress.losses[0]
         error = 5e-4 * level
     else:
         return {}
     return {"loss": loss, "guessing": level, "better": loss + 2 * error < level}
 
 
-def of_first_rows(job: Job) -> float:
-    """The mean loss of the rows of the first step, in nats, under the weights as they are now."""
-    examples = next(job.feed.after(0))
+def loss_of(job: Job, examples: Sequence[Any]) -> float:
+    """The mean loss of examples, in nats, under the weights as they are."""
     parts = job.loss.micro_batches(examples, job.recipe.accumulate, job.recipe.max_length)
     with evaluating(job.loss):
         shared = job.loss.of_step(examples)
