@@ -146,6 +146,17 @@ def test_a_run_says_that_its_loss_is_no_better_than_guessing(
     assert re.search(told, str(train(again, quiet())))
 
 
+@pytest.mark.parametrize(
+    ("asked", "rate"), [({}, "4e-4"), ({"lr": 1e-4}, "4e-4"), ({"lr_b": 5e-3}, "5e-3")]
+)
+def test_up_factors_have_a_lower_rate_than_for_completions(
+    asked: dict[str, float], rate: str, tiny_model_dir, tmp_path: Path
+) -> None:
+    console = Console(file=StringIO(), width=400)
+    train(request(tiny_model_dir("llama"), tmp_path / "a", steps=1, **asked), console)
+    assert f"; up factors (LoRA+) {rate}\n" in console.file.getvalue()
+
+
 @pytest.mark.parametrize("steps", [8, 60])
 def test_a_run_that_learns_or_is_short_does_not_say_so(
     steps: int, tiny_model_dir, tmp_path: Path
