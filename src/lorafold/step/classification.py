@@ -21,7 +21,7 @@ class Classification(RowsAlike):
     on padded sequences, or once for texts that begin alike.
     """
 
-    # A step has one label a text, and a completion one a token: at LoRA+'s full rate the noise of so
+    # A step has one label a text, a completion one a token: at LoRA+'s full rate the noise of so
     # few makes the last hidden states of all texts alike before the classes are learned.
     pace_up = 2 / 15
 
