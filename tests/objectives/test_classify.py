@@ -5,9 +5,12 @@ resumption, accuracy, and errors in one line.
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +123,48 @@ def test_only_the_head_is_trained_by_a_probe_and_beside_the_method_by_others(
         quiet(),
     )
     assert lora.trainable_parameters == 3 * 32 + 2 * 2 * (32 + 32)
+
+
+def test_a_run_says_that_its_loss_is_no_better_than_guessing(
+    tiny_model_dir, tmp_path: Path
+) -> None:
+    """No label follows from these texts, of which three quarters have one."""
+    rows = [{"text": "Book a table", "label": label} for label in ["a", "a", "a", "b"] * 9]
+    console = Console(file=StringIO(), width=400)
+    asked = {"method": "linear-probe", "lr": 1e-3}
+    first = request(tiny_model_dir("llama"), tmp_path / "a", rows, steps=60, **asked)
+    result = train(first, console)
+    entropy = math.log(4) - 0.75 * math.log(3)
+    assert result.guessing["guessing"] == pytest.approx(entropy)
+    assert result.guessing["loss"] == pytest.approx(sum(result.losses[-50:]) / 50)
+    assert not result.guessing["better"]
+    told = rf"no better than guessing \({entropy:.4f}\)"
+    assert re.search(rf"step 52: the loss is [\d.]+, {told}.* Try lower", console.file.getvalue())
+    assert re.search(told, str(result))
+    assert json.loads((tmp_path / "a" / "lorafold.json").read_text())["guessing"] == result.guessing
+    again = replace(first, resume=True)
+    assert re.search(told, str(train(again, quiet())))
+
+
+@pytest.mark.parametrize(
+    ("asked", "rate"), [({}, "4e-4"), ({"lr": 1e-4}, "4e-4"), ({"lr_b": 5e-3}, "5e-3")]
+)
+def test_up_factors_have_a_lower_rate_than_for_completions(
+    asked: dict[str, float], rate: str, tiny_model_dir, tmp_path: Path
+) -> None:
+    console = Console(file=StringIO(), width=400)
+    train(request(tiny_model_dir("llama"), tmp_path / "a", steps=1, **asked), console)
+    assert f"; up factors (LoRA+) {rate}\n" in console.file.getvalue()
+
+
+@pytest.mark.parametrize("steps", [8, 60])
+def test_a_run_that_learns_or_is_short_does_not_say_so(
+    steps: int, tiny_model_dir, tmp_path: Path
+) -> None:
+    console = Console(file=StringIO(), width=400)
+    result = train(request(tiny_model_dir("llama"), tmp_path / "a", lr=1e-2, steps=steps), console)
+    assert result.guessing.get("better") == (True if steps == 60 else None)
+    assert "guessing" not in console.file.getvalue() + str(result)
 
 
 @pytest.mark.estimated

@@ -412,13 +412,15 @@ def test_every_objective_trains_and_is_measured(
 ) -> None:
     rows = JUDGED if objective == "kto" else PAIRS
     recipe = lf.Recipe(
-        objective=objective, steps=6, batch=4, lr=3e-3, lr_b=3e-2, rank=4, dropout=0.0,
+        objective=objective, steps=11, batch=4, lr=3e-3, lr_b=3e-2, rank=4, dropout=0.0,
         **({"storage": "fp32"} | RECIPES[objective]),
     )  # fmt: skip
     found = lf.train(
         recipe, model=tiny_model_dir("llama-wide"), data=rows, eval_data=rows, out=tmp_path / "out"
     )
     assert found.losses[-1] < found.losses[0]
+    assert found.guessing["better"]
+    assert found.guessing["guessing"] == found.losses[0]
     assert found.figures["reward_margin"] > 0
     if objective != "kto":
         result = lf.evaluate(

@@ -244,6 +244,19 @@ def test_a_model_that_is_not_what_was_trained_is_no_success(
     assert RunDirectory(tmp_path / "a").checkpoints()
 
 
+@pytest.mark.parametrize(("rate", "better"), [(5e-3, True), (1e-9, False)])
+def test_a_loss_that_is_no_better_than_the_base_is_told(
+    rate: float, better: bool, tiny_model_dir, tmp_path: Path
+) -> None:
+    asked = {"steps": 54, "lr": rate, "lr_b": rate}
+    console = Console(file=io.StringIO(), width=400)
+    result = train(request(tiny_model_dir("llama"), tmp_path / "a", **asked), console)
+    assert result.guessing["guessing"] == result.losses[0]
+    assert result.guessing["better"] == better
+    assert ("step 52: the loss is" in console.file.getvalue()) != better
+    assert ("no better than guessing" in str(result)) != better
+
+
 def test_an_adapter_without_gradient_is_an_error(tiny_model_dir, tmp_path: Path) -> None:
     with pytest.raises(LorafoldError, match=r"no gradient in the first step.*lm_head"):
         # alpha so small that every gradient underflows to zero

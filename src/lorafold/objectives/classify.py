@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,6 +89,11 @@ class Classify(Objective):
     ) -> PreTrainedModel:
         pad, at = padding_id(tokenizer), (base.held, base.where)
         return load_classifier(base.source, self.classes, pad, *at, seed=seed)
+
+    def guessing(self, labels: Mapping[str, int]) -> float:
+        """The entropy of the frequencies of the classes."""
+        shares = [n / sum(labels.values()) for n in labels.values() if n]
+        return -sum(share * math.log(share) for share in shares)
 
     @contextmanager
     def loss(

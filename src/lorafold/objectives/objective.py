@@ -267,6 +267,15 @@ class Objective(ABC):
         """
         return feed, held_out
 
+    def guessing(self, labels: Mapping[str, int]) -> float | None:
+        """The mean loss in nats of a model that only guesses, which a run has to get below. None:
+        that of the model before the first step, on the rows of that step; inf: none is too high.
+
+        Args:
+            labels: The training rows of each label, if they have labels.
+        """
+        return None
+
     def measure(self, loss: Any, held_out: Any) -> Measured:
         """The figures of held-out examples."""
         return Measured(held_out_loss(loss, held_out.examples))

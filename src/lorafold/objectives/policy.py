@@ -7,6 +7,7 @@ a run that is resumed goes on exactly.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -109,6 +110,9 @@ class PolicyObjective(Objective):
         named = {name: weight for weight, name in map(parted, self.drawing.rewards)}
         made = [as_reward(given) for given in self.given]
         return {JUDGED_BY: named | {one.name: one.weight for one in made}}
+
+    def guessing(self, labels: Mapping[str, int]) -> float:
+        return math.inf  # a loss of advantages says nothing
 
     def set_up(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
         return ensure_chat_template(tokenizer) or account_of(tokenizer).line

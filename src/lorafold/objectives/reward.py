@@ -9,6 +9,7 @@ loss is the law `Reward` (Bradley and Terry 1952; Ouyang et al. 2022, arXiv 2203
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
@@ -26,7 +27,7 @@ from lorafold.objectives.comparing import Comparing
 from lorafold.objectives.objective import Asked
 from lorafold.opening import Base
 from lorafold.opening.kinds import LANGUAGE_MODEL, REWARD_MODEL, kind_of, known_classes
-from lorafold.step.preference_laws import Scored
+from lorafold.step.preference_laws import Reward, Scored
 from lorafold.step.preferences import Preferences
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class RewardModel(Comparing):
     """A head that scores texts; every method trains the whole head too."""
+
+    law: Reward
 
     @classmethod
     def of(cls, asked: Asked) -> Self:
@@ -69,6 +72,10 @@ class RewardModel(Comparing):
 
     def padding(self, tokenizer: PreTrainedTokenizerBase) -> int:
         return padding_id(tokenizer)
+
+    def guessing(self, labels: Mapping[str, int]) -> float:
+        """The loss if all texts have the same score: ln 2 without a margin."""
+        return math.log1p(math.exp(self.law.margin))
 
     def measure(self, loss: Preferences, held_out: Any) -> Measured:
         scores, tokens = scores_of(loss, held_out.examples)

@@ -163,7 +163,7 @@ class Fields(BaseModel):
         default=None,
         description=(
             "The peak learning rate of LoRA's up factors B (LoRA+). Without it the method's own;"
-            " LoRA has 3e-3."
+            " LoRA has 3e-3, and 4e-4 for classes."
         ),
     )
     schedule: Literal["cosine", "linear", "constant"] = Field(

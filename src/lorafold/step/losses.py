@@ -42,12 +42,13 @@ class Loss(nn.Module, ABC):
     """Abstract: a loss that is summed, and not averaged, over what `count` counts, so that the sum
     over micro-batches is that of the batch exactly. It starts in its model's mode (train or eval).
 
-    `pace` is the share of a method's own learning rates that suits the loss; `rules` are what a run
-    that is resumed must have computed alike, where versions of lorafold differ in it. `counts` go
-    with its checkpoints.
+    `pace` is the share of a method's own learning rates that suits the loss, `pace_up` that of the
+    rate of its up factors; `rules` are what a run that is resumed must have computed alike, where
+    versions of lorafold differ in it. `counts` go with its checkpoints.
     """
 
     pace = 1.0
+    pace_up: float | None = None  # pace
     rules: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, model: nn.Module) -> None:

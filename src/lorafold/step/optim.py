@@ -121,6 +121,11 @@ def in_short(rate: float) -> str:
     return f"{float(digits):g}e{int(power)}"
 
 
+def warm_steps(schedule: Schedule, steps: int) -> int:
+    """The steps over which learning rates rise, of a run's."""
+    return schedule.warmup_steps or math.ceil(schedule.warmup * steps)
+
+
 def set_learning_rates(optimizer: Optimizer, schedule: Schedule, step: int, steps: int) -> None:
     """Set each group's learning rate to its peak rate times the schedule at this step.
 
@@ -134,7 +139,7 @@ def set_learning_rates(optimizer: Optimizer, schedule: Schedule, step: int, step
         step: The number of the step, from 0.
         steps: The number of steps of the run.
     """
-    warm = schedule.warmup_steps or math.ceil(schedule.warmup * steps)
+    warm = warm_steps(schedule, steps)
     done = (step - warm) / max(1, steps - warm)
     after = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[
         schedule.schedule

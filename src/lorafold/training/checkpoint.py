@@ -54,6 +54,8 @@ class Progress:
     seconds: float = 0.0
     # where completions are drawn: tokens and seconds by what they went to
     pace: dict[str, float] = field(default_factory=dict)
+    # after the last step, or the one that is kept: the loss beside that of guessing
+    guessing: dict[str, Any] = field(default_factory=dict)
     # the optimizer whose state is saved: `auto` might choose another one when the run is resumed
     optimizer: str = ""
     counts: dict[str, int] = field(default_factory=dict)  # those of the loss

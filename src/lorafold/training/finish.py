@@ -23,7 +23,7 @@ from lorafold.peft.stack import recorded
 from lorafold.recipe.fields import OF_METHOD
 from lorafold.step.optim import UP
 from lorafold.training.checkpoint import Progress
-from lorafold.training.loop import Job
+from lorafold.training.loop import Job, no_better
 from lorafold.training.read_back import check_trained, read_back
 from lorafold.training.request import Request
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 LAST = 10  # steps, whose mean loss is told
 SKIPPED = "skipped"  # in a record: the steps without an update
+GUESSING = "guessing"  # in a record: as the result has it
 INIT_ADAPTER = "init_adapter"  # in a record: the adapter that the run started from
 
 
@@ -47,8 +48,10 @@ class Trained(Shown):
     of a directory or a pattern, and `data` what was found in the rows before the first step, such
     as duplicates. `skipped` are the steps without an update, since their loss or gradient was not
     finite. `pace` has tokens and seconds of drawing, judging and learning, where completions
-    are drawn. Of a run that was finished before, which had nothing to resume, there is what the
-    adapter's record has: no times (nan), no memory and no counts of parameters (None).
+    are drawn. `guessing` has the `loss` that is compared with that of a model which only guesses,
+    and whether it is `better`. Of a run that was finished before, which had nothing to resume,
+    there is what the adapter's record has: no times (nan), no memory and no counts of parameters
+    (None).
     """
 
     train_loss: float
@@ -66,6 +69,7 @@ class Trained(Shown):
     data: dict[str, Any] = field(default_factory=dict)
     skipped: list[int] = field(default_factory=list)
     pace: dict[str, float] = field(default_factory=dict)
+    guessing: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         held_out = "" if self.eval_loss is None else f", held out {self.eval_loss:.4f}"
@@ -75,9 +79,10 @@ class Trained(Shown):
         over = f" of the last {LAST}" if len(self.losses) > LAST else ""
         steps = f"{self.steps} step{'s' * (self.steps != 1)}"
         steps += f", {len(self.skipped)} of them skipped" * bool(self.skipped)
+        told = f"\n{no_better(self.guessing)}".rstrip()
         return (
             f"adapter: {self.adapter} ({parameters}{steps}, mean loss{over}"
-            f" {self.train_loss:z.4f}{held_out}{pace})"
+            f" {self.train_loss:z.4f}{held_out}{pace}){told}"
         )
 
 
@@ -123,6 +128,7 @@ def finish(
         data=findings.as_json(),
         skipped=progress.skipped,
         pace=progress.pace | progress.rates,
+        guessing=progress.guessing,
     )
     if not job.processes.first:
         job.processes.wait()
@@ -136,6 +142,7 @@ def finish(
         "evals": progress.evals,
         **kept_figures(progress),
         "data": {"source": request.source, **request.data.record},
+        GUESSING: result.guessing,
         **about,
         **recorded(job.adapter.over),
     }

@@ -24,7 +24,7 @@ from lorafold.peft.stack import parse
 from lorafold.recipe.recipe import Recipe
 from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.earlier import with_defaults_of
-from lorafold.training.finish import INIT_ADAPTER, SKIPPED, Trained, mean_of_last
+from lorafold.training.finish import GUESSING, INIT_ADAPTER, SKIPPED, Trained, mean_of_last
 from lorafold.training.request import Request, objective_of
 from lorafold.training.start import depends_on, free_on_resume
 
@@ -115,4 +115,5 @@ def _told_by(record: Mapping[str, Any], out: Path) -> Trained:
         figures=record.get("figures", {}),
         files=record.get("data", {}).get("files", {}),
         skipped=record.get(SKIPPED, []),
+        guessing=record.get(GUESSING, {}),
     )

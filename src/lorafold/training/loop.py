@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from lorafold.adapter import Adapter
 from lorafold.core.attach import selection_of
 from lorafold.core.draws import drawing
+from lorafold.core.evaluating import evaluating
 from lorafold.core.selection import Draws
 from lorafold.core.unchanged import unchanged
 from lorafold.data.feed import Feed
@@ -32,12 +33,14 @@ from lorafold.machine.waiting import considerate
 from lorafold.ops.philox import key_of
 from lorafold.recipe.recipe import Recipe
 from lorafold.step.losses import Loss
-from lorafold.step.optim import optimizer_tensors, rng_state, set_learning_rates
+from lorafold.step.optim import optimizer_tensors, rng_state, set_learning_rates, warm_steps
 from lorafold.step.replicated import Replicated
 from lorafold.training.checkpoint import GRADIENT, Progress, RunDirectory
 from lorafold.training.display import Display
 from lorafold.training.interrupt import StopRequest
 from lorafold.training.tracking import Tracking
+
+RECENT, FEWEST = 50, 10  # steps after the warm-up whose loss is compared with guessing
 
 log = logging.getLogger(__name__)
 SKIPPED = 5  # steps in a row that may be skipped before the run ends
@@ -50,8 +53,9 @@ class Job:
 
     `examples(step, planned)` gives what `loss.collate` takes, each with `ids`, of what the feed has
     for a step; `held_out()` measures on held-out examples, also before the first step where
-    `measures_before`. Each step updates the weights `updates` times. `layout` says how tensors lie
-    among the processes.
+    `measures_before`. Each step updates the weights `updates` times. `guessing` is the loss of a
+    model that only guesses, as its objective gives it. `layout` says how tensors lie among the
+    processes.
     """
 
     adapter: Adapter
@@ -68,6 +72,7 @@ class Job:
     examples: Callable[[int, Sequence[Any]], Sequence[Any]] = lambda step, planned: planned
     updates: int = 1
     measures_before: bool = False
+    guessing: float | None = math.inf
     tracking: Tracking = field(default_factory=Tracking)
 
 
@@ -84,6 +89,7 @@ def fit(job: Job, progress: Progress, display: Display) -> Progress:
     them in a row, where the loss of the last step is not finite, and for an adapter without
     gradient; Interrupted after SIGINT or SIGTERM.
     """
+    first = next(job.feed.after(0)) if job.guessing is None else ()
     feed, processes = job.feed.after(progress.step), job.processes
     processes.tell_place(lambda: f"in step {progress.step + 1}; {kept(job.run)}")
     save_every = job.recipe.checkpoint_interval(job.steps)
@@ -121,6 +127,9 @@ def fit(job: Job, progress: Progress, display: Display) -> Progress:
             evaluate = progress.step % every == 0 or progress.step == job.steps
             if evaluate:
                 measure(job, progress, display)
+            looked_at = max(warm_steps(job.recipe, job.steps) + RECENT, job.steps // 4)
+            if progress.step == looked_at and (told := no_better(guessed(job, progress, first))):
+                display.note(f"step {progress.step}: {told}")
             last, signal = over(job, progress), processes.largest(stop.signal or 0)
             # of a state that may be a bad one, older checkpoints are no worse
             due = (progress.step % save_every == 0 and not progress.skipping) or last or signal
@@ -133,6 +142,7 @@ def fit(job: Job, progress: Progress, display: Display) -> Progress:
                     " with --resume continues from it"
                 )
                 raise Interrupted(message, 128 + signal)
+    progress.guessing = guessed(job, progress, first)
     if job.recipe.stops and progress.best not in (None, progress.step):
         told = f"the held-out loss was lowest after step {progress.best}, whose adapter is kept"
         display.note(f"step {progress.step}: {told}")
@@ -170,6 +180,56 @@ def skipped(job: Job, progress: Progress, loss: float, display: Display) -> None
         steps = f"step {step}" if n == 1 else f"steps {step - n + 1} to {step}"
         raise LorafoldError(f"{steps}: {what}; {kept(job.run)}. {LOWER}")
     display.note(f"step {step}: {what}, so the step is skipped")
+
+
+def guessed(job: Job, progress: Progress, first: Sequence[Any]) -> dict[str, Any]:
+    """The `loss`, the one of `guessing`, and whether the first is `better`; empty if there were too
+    few steps to say, or if the loss means nothing.
+
+    The mean over the last RECENT steps has to be lower by two of its standard errors. If guessing
+    is the model before the first step, both losses are of the rows of that step, and a thousandth
+    counts as rounding.
+
+    Args:
+        first: The examples of the first step.
+    """
+    kept = progress.best if over(job, progress) and job.recipe.stops else None
+    recent = progress.losses[warm_steps(job.recipe, job.steps) : kept][-RECENT:]
+    recent = [loss for loss in recent if math.isfinite(loss)]
+    if len(recent) < FEWEST or job.guessing == math.inf or not math.isfinite(progress.losses[0]):
+        return {}
+    if job.guessing is not None:
+        loss, level, error = fmean(recent), job.guessing, stdev(recent) / math.sqrt(len(recent))
+    elif kept in (None, progress.step):
+        loss, level = loss_of(job, first), progress.losses[0]
+        error = 5e-4 * level
+    else:
+        return {}
+    return {"loss": loss, "guessing": level, "better": loss + 2 * error < level}
+
+
+def loss_of(job: Job, examples: Sequence[Any]) -> float:
+    """The mean loss of examples, in nats, under the weights as they are."""
+    parts = job.loss.micro_batches(examples, job.recipe.accumulate, job.recipe.max_length)
+    with evaluating(job.loss):
+        shared = job.loss.of_step(examples)
+        losses = [job.loss(**job.loss.collate(part, job.device), **shared).item() for part in parts]
+    return sum(losses) / max(1, sum(map(job.loss.count, examples)))
+
+
+def no_better(found: Mapping[str, Any]) -> str:
+    """A line for a user whose loss is no better than guessing; empty if it is better.
+
+    Args:
+        found: As `guessed` gives it.
+    """
+    if found.get("better", True):
+        return ""
+    return (
+        f"the loss is {found['loss']:.4f}, no better than guessing ({found['guessing']:.4f}): the"
+        " run learns nothing. Try lower learning rates (lr, lr_b), and check that the labels or"
+        " answers follow from the texts"
+    )
 
 
 def train_step(job: Job, examples: Sequence[Any], step: int) -> tuple[float, float]:

@@ -93,6 +93,7 @@ def _trained(setup: Setup, console: Console) -> Trained:
         job, progress = prepare(setup, adapter, loss, feed, measure, console, layout)
         job.examples = partial(setup.objective.examples, loss=loss)
         job.updates = setup.objective.updates
+        job.guessing = setup.objective.guessing(setup.findings.labels)
         if OBJECTIVES[request.recipe.objective].draws:
             job.measures_before, drawn = True, job.examples
             # whoever judges completions may judge them otherwise elsewhere

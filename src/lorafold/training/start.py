@@ -100,7 +100,7 @@ def prepare(
             run.start(identity)
         spec.prepare(adapter.own_deltas, partial(sample_losses, loss, feed, recipe))
         take_first(adapter, processes)
-    lr_b = spec.lr_b and spec.lr_b * loss.pace
+    lr_b = spec.lr_b and spec.lr_b * (loss.pace_up or loss.pace)
     lr = recipe.lr or spec.lr * loss.pace
     # runs without decay have the groups that those of earlier versions have
     vectors = progress.decays_vectors or not recipe.weight_decay
