@@ -1,4 +1,4 @@
-"""One process that reads what came with adapters: `python -P -m lorafold.screening.worker`.
+"""One process that reads what came with adapters, or with requests: `python -P -m lorafold.screening.worker`.
 
 A message (`machine/killable.py`) is JSON. The first one says what the base is, every other one what
 to do: `do`, its arguments, and the limits `seconds` (of the processor) and `bytes` (of memory
@@ -14,9 +14,11 @@ import resource
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from lorafold.machine.killable import packed, read
+from lorafold.machine.threads import STACK, stacks
 
 
 def as_message(message: Any) -> bytes:
@@ -41,6 +43,8 @@ def main() -> None:
 
 
 def _acts(base: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
+    if "tokenizer" in base:
+        return {"compile": _compiler(base["tokenizer"], base["end"])}
     from lorafold.screening.verifying import verified
 
     templates: list[Any] = []  # made when the first one is asked for: transformers takes a second
@@ -57,6 +61,21 @@ def _acts(base: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
 
     acts = {name: of_templates(name) for name in ("open", "render", "tokens")}
     return acts | {"verify": lambda **arguments: verified(base["modules"], **arguments)}
+
+
+def _compiler(tokenizer: str, end: int) -> Callable[[str], str]:
+    from llguidance import LLMatcher, LLTokenizer
+
+    tokens = LLTokenizer(tokenizer, eos_token=end)
+
+    def compiled(grammar: str) -> str:
+        # half the stack of the threads that compile it again, whose callers need some of theirs
+        with stacks(STACK // 2), ThreadPoolExecutor(1) as pool:
+            matcher = pool.submit(LLMatcher, tokens, grammar, log_level=0).result()
+            pool.submit(matcher.compute_bitmask).result()
+        return matcher.get_error().partition("<state>")[0] if matcher.is_error() else ""
+
+    return compiled
 
 
 def _answer(acts: Mapping[str, Callable[..., Any]], message: dict[str, Any]) -> dict[str, Any]:

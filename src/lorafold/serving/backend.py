@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lorafold.engine import Ended, Request, Sampling, Token
+from lorafold.engine.grammar import guidance
 from lorafold.engine.sampler import NOT_FINITE
 from lorafold.engine.text import Text
 from lorafold.serving.seen import Found

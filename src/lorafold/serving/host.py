@@ -18,7 +18,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import TypeVar
 
 from lorafold.errors import LorafoldError
-from lorafold.machine.threads import alone
+from lorafold.machine.threads import alone, stacks
 from lorafold.serving.backend import NOT_FINITE, Backend, Ended, News
 from lorafold.serving.job import CompletionJob
 from lorafold.serving.metrics import Metrics
@@ -51,7 +51,7 @@ class Host:
     async def computing(self) -> AsyncIterator[None]:
         """Compute and watch; at the end all requests end."""
         self._loop = asyncio.get_running_loop()
-        with self.pool:
+        with stacks(), self.pool:
             async with self.backend.events(self._deliver):
                 self._registry.begin()
                 watching = asyncio.create_task(self._watch())

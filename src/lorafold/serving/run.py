@@ -152,7 +152,7 @@ def server_of(
     _show_gauges(metrics, host)
     metrics.registry.register(Gauges(metrics, host, registry))
     return Server(
-        settings, keys, registry, host, Admission(host, registry, spent), metrics, spent
+        settings, keys, registry, host, Admission(host, registry, spent, screen), metrics, spent
     )
 
 
