@@ -26,7 +26,7 @@ from lorafold.serving.seen import Found
 
 __all__ = [
     "LOST", "NOT_FINITE", "Backend", "Ended", "News", "Request", "Sampling", "States", "Text",
-    "Token", "Until",
+    "Token", "Until", "guidance",
 ]  # fmt: skip
 
 LOST = "the engine stopped"  # the message of an end, as NOT_FINITE is one

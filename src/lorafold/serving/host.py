@@ -12,9 +12,9 @@ import asyncio
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import TypeVar
 
 from lorafold.errors import LorafoldError
@@ -84,8 +84,7 @@ class Host:
         TURNS at a time, so that none waits for more than as many of each other's.
         """
         turn = self._turns.setdefault(tenant, asyncio.Semaphore(TURNS))
-        self._thinking[tenant] += 1
-        try:
+        with self.counted(tenant):
             async with turn:
                 doing = self._loop.run_in_executor(self.pool, do)
                 try:
@@ -93,6 +92,13 @@ class Host:
                 except asyncio.CancelledError:  # its turn lasts for as long as its thread does
                     await asyncio.wait({doing})
                     raise
+
+    @contextmanager
+    def counted(self, tenant: str) -> Iterator[None]:
+        """Count a tenant's request among those that wait, as long as the block runs."""
+        self._thinking[tenant] += 1
+        try:
+            yield
         finally:
             self._thinking[tenant] -= 1
 

@@ -34,6 +34,7 @@ from lorafold.screening.screen import Screen
 from lorafold.serving import logs
 from lorafold.serving.admission import Admission
 from lorafold.serving.app import application
+from lorafold.serving.arrival import bounded
 from lorafold.serving.directory import Directory
 from lorafold.serving.gauges import Gauges
 from lorafold.serving.host import Host
@@ -81,6 +82,7 @@ def listening(settings: Settings) -> socket.socket:
         at = socket.create_server((settings.host, settings.port), family=family, backlog=1024)
         # what a client does not read stays here, where it is bounded, and not in the kernel
         at.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 17)
+        at.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)  # nor what it sends unasked
         return at
     except OSError as error:
         raise LorafoldError(
@@ -162,12 +164,16 @@ def _storage(model: PreTrainedModel) -> str:
     return sha256(json.dumps(parts).encode()).hexdigest()
 
 
-async def _run(server: Server, at: socket.socket) -> None:
-    config = uvicorn.Config(
-        application(server), log_config=None, access_log=False, lifespan="on",
-        timeout_graceful_shutdown=2, server_header=False,
+def over_http(server: Server) -> uvicorn.Config:
+    """How a server is reached."""
+    return uvicorn.Config(
+        application(server), log_config=None, access_log=False, lifespan="on", ws="none",
+        http=bounded(server.settings.limits), timeout_graceful_shutdown=2, server_header=False,
     )  # fmt: skip
-    http = _Http(config)
+
+
+async def _run(server: Server, at: socket.socket) -> None:
+    http = _Http(over_http(server))
     loop, signals = asyncio.get_running_loop(), 0
 
     def ask() -> None:
