@@ -11,7 +11,6 @@ and nothing else is where it must.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +88,7 @@ def guidance(grammar: tuple[str, str]) -> str:
 
     name, text = grammar
     if name == "schema":
-        return str(LLMatcher.grammar_from_json_schema(json.loads(text)))
+        return str(LLMatcher.grammar_from_json_schema(text))
     return str(LLMatcher.grammar_from_regex(text) if name == "regex" else text)
 
 

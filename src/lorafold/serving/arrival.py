@@ -39,12 +39,13 @@ def bounded(limits: Limits) -> type[HttpToolsProtocol]:
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
-            """Take some bytes, unless there are too many: chunks and trailers count, too."""
+            """Take some bytes, and no more if there are too many: chunks and trailers count, too."""
             self.read += len(data)
-            if self.read > (HEAD if self.head else HEAD + 2 * limits.body_bytes):
-                self._refuse(431 if self.head else 413, "request_too_large", "it is too large")
-            else:
-                super().data_received(data)
+            super().data_received(data)
+            most = HEAD + (0 if self.head else 2 * limits.body_bytes)
+            if self in arriving and self.read > most:
+                told = f"expected at most {most:,} bytes"
+                self._refuse(431 if self.head else 413, "request_too_large", told)
 
         def on_message_begin(self) -> None:
             """Begin to count."""

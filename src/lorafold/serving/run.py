@@ -169,6 +169,7 @@ def over_http(server: Server) -> uvicorn.Config:
     return uvicorn.Config(
         application(server), log_config=None, access_log=False, lifespan="on", ws="none",
         http=bounded(server.settings.limits), timeout_graceful_shutdown=2, server_header=False,
+        backlog=256,  # as many are accepted between two looks at anything else
     )  # fmt: skip
 
 
