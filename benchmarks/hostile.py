@@ -1,6 +1,11 @@
 """A server among hostile adapters: how fast it says that it lives, and what it makes of them.
 
     python benchmarks/hostile.py [--cases config-deep ...] [--quiet 10] [--keep]
+    python benchmarks/hostile.py --requests 1000 [--bodies 30]
+
+The second form sends hostile requests instead: so many generated schemas by every route that takes
+one, each field of each route with a body of 1 MiB (of which --bodies takes every n-th), and
+1,500 requests that are sent by half. Short: --requests 20 --bodies 30.
 
 The server runs in a process of its own, on a tiny model, with two good adapters and the corpus of
 tests/lib/hostile_adapters: they lie there when it starts, the administrator loads them, and they
@@ -14,13 +19,17 @@ import argparse
 import asyncio
 import json
 import multiprocessing
+import socket
 import statistics
 import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +195,113 @@ def besieged(
     return figures, rows, siege.faults, found
 
 
+def living(port: int, pipe: Any) -> None:
+    """Ask every 20 ms whether a server lives, until something comes through the pipe; it gets how
+    long each answer took, infinite where there was none.
+    """
+    found = []
+    while not pipe.poll(0.02):
+        began = time.perf_counter()
+        try:
+            at = HTTPConnection("127.0.0.1", port, timeout=60)
+            at.request("GET", "/livez")
+            found.append(time.perf_counter() - began if at.getresponse().read() else 0.0)
+            at.close()
+        except OSError:
+            found.append(float("inf"))
+    pipe.send(found)
+
+
+def half(port: int, n: int, seconds: float, pipe: Any) -> None:
+    """Send so many requests by half; the pipe gets how many were closed after so many seconds."""
+    heads = (
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * 1000,
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"Content-Length: 1000000\r\n\r\n" + b" " * 900_000,
+        b"POST /v1/adapters/a/page HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n"
+        + b" " * 900_000,
+    )
+    held, closed = [], 0
+    for i in range(n):
+        with suppress(OSError):
+            at = socket.create_connection(("127.0.0.1", port), timeout=0.5)
+            held.append(at)
+            at.sendall(heads[i % len(heads)])
+    time.sleep(seconds)
+    for at in held:
+        at.setblocking(False)
+        try:
+            while at.recv(65536):
+                pass
+            closed += 1
+        except BlockingIOError:
+            pass
+        except OSError:
+            closed += 1
+    pipe.send(closed + n - len(held))
+
+
+def pelted(base: Path, folder: Path, schemas: int, every: int) -> None:
+    """Send hostile requests, and print what came of it."""
+    from hostile_requests import asking, bodies, hostile_schema
+    from serving_cases import Running
+
+    spawn = multiprocessing.get_context("spawn")
+    here, there = spawn.Pipe()
+    process = spawn.Process(target=serve, args=(base, folder, there, False))
+    process.start()
+    port = here.recv()
+    server = Running(f"http://127.0.0.1:{port}", port, None, folder)  # type: ignore[arg-type]
+    memory, statuses = psutil.Process(process.pid), Counter[str]()
+
+    def ask(one: tuple[str, bytes]) -> None:
+        try:
+            answer = server.ask(*one, timeout=300)
+            statuses[f"{answer.status}"] += 1
+            if answer.status >= 500:
+                print(one[0], one[1][:300], answer.content[:300], flush=True)
+        except OSError as error:
+            statuses[type(error).__name__] += 1
+
+    def by_schemas() -> None:
+        for number in range(schemas):
+            with ThreadPoolExecutor(3) as pool:
+                list(pool.map(ask, asking(hostile_schema(number)[1])))
+
+    def by_bodies() -> None:
+        for i, one in enumerate(bodies()):
+            if i % every == 0:
+                ask(one)
+
+    def by_halves() -> None:
+        ours, theirs = spawn.Pipe()
+        sending = spawn.Process(target=half, args=(port, 1500, 20.0, theirs))
+        sending.start()
+        print(f"of 1500 half-sent requests closed after 20 s: {ours.recv()}")
+        sending.join()
+
+    for phase, act in (
+        ("nothing", lambda: time.sleep(3)), ("schemas", by_schemas), ("bodies", by_bodies),
+        ("half-sent", by_halves),
+    ):  # fmt: skip
+        ours, theirs = spawn.Pipe()
+        spawn.Process(target=living, args=(port, theirs)).start()
+        beside, other = spawn.Pipe()
+        spawn.Process(target=bystander, args=(other,)).start()
+        before, began = memory.memory_info().rss, time.monotonic()
+        act()
+        took, rss = time.monotonic() - began, memory.memory_info().rss
+        ours.send("end")
+        beside.send("end")
+        row = {"phase": phase, "seconds": took, **late(ours.recv())}
+        row |= {"another process late": late(beside.recv())["worst"]}
+        row |= {"MB kept": (rss - before) / 1e6, "lives": process.is_alive(), **statuses}
+        statuses.clear()
+        print(json.dumps(row), flush=True)
+    here.send("end")
+    process.join(120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -193,17 +309,23 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", help="the names of some, instead of all")
     parser.add_argument("--quiet", type=float, default=10, help="seconds to compare with")
     parser.add_argument("--keep", action="store_true")
+    parser.add_argument("--requests", type=int, help="schemas, instead of adapters")
+    parser.add_argument("--bodies", type=int, default=1, help="take every n-th body")
     parser.add_argument("--stacks", type=Path, help="where to copy the stacks of late moments")
     asked = parsed(parser, cases=["config-deep"], quiet=0.5)
     import lorafold as lf
     from conftest import make_model_dir
     from hostile_adapters import CASES, MOVING, moving
-    from serving_cases import saved
+    from serving_cases import TOOL_TEMPLATE, saved
 
     with ExitStack() as stack:
         at = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hostile-")))
         base = make_model_dir("llama", at / "base")
         folder = saved(base, {"good": lf.LoRA(rank=2)}, at / "adapters")
+        if asked.requests is not None:
+            (base / "chat_template.jinja").write_text(TOOL_TEMPLATE)
+            pelted(base, saved(base, {"a": lf.LoRA()}, at / "own"), asked.requests, asked.bodies)
+            return
         chosen = [CASES[name] for name in asked.cases or CASES if name not in MOVING]
         for case in chosen:
             case.make(folder, base)

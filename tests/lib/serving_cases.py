@@ -30,11 +30,10 @@ from lorafold.engine import Engine
 from lorafold.opening import Base
 from lorafold.screening import screen
 from lorafold.screening.screen import Screen
-from lorafold.serving.app import application
 from lorafold.serving.directory import Directory
 from lorafold.serving.in_process import InProcess
 from lorafold.serving.keys import Keys, new_key
-from lorafold.serving.run import listening, server_of
+from lorafold.serving.run import listening, over_http, server_of
 from lorafold.serving.server import Server
 from lorafold.serving.settings import Settings
 
@@ -173,8 +172,7 @@ def running(
         known = Keys(chosen.keys, chosen.admin_key, chosen.metrics_key)
         with mock.patch.multiple(screen, VERIFYING=processes, RENDERING=processes):
             parts = server_of(base, opened, Directory(folder), known, chosen)
-        app = application(parts)
-        http = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="on"))
+        http = uvicorn.Server(over_http(parts))
         thread = threading.Thread(target=lambda: asyncio.run(http.serve(sockets=[at])))
         thread.start()
         while not http.started:

@@ -313,5 +313,5 @@ def test_a_template_that_writes_no_json_has_no_schema_beside_tools(tiny_model_di
     renderer = Renderer(tokenizer, frozenset(), frozenset())
     for schema, field in ((None, "tool_choice"), ("{}", "response_format")):
         with pytest.raises(Refusal, match="writes no calls as JSON") as refused:
-            renderer.call_grammar([TOOL], ["look"], schema)
+            renderer.call_grammar([TOOL], ["look"], lambda grammar: None, schema)
         assert refused.value.param == field

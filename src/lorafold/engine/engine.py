@@ -43,7 +43,7 @@ from lorafold.engine.slots import SlotCache
 from lorafold.engine.solo import SoloRunner
 from lorafold.engine.structure import Structure, slotted, structure_of
 from lorafold.errors import LorafoldError
-from lorafold.machine.threads import disband
+from lorafold.machine.threads import disband, stacks
 from lorafold.machine.waiting import considerate
 from lorafold.methods.parts.extras import vocabulary
 from lorafold.models.positions import positions_of
@@ -241,7 +241,8 @@ class Engine:
         assert self._thread is None
         disband()  # the engine's thread has its own team
         self._thread = threading.Thread(None, self._serve, "lorafold-engine", (after,), daemon=True)
-        self._thread.start()
+        with stacks():
+            self._thread.start()
 
     @property
     def alive(self) -> bool:

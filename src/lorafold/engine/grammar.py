@@ -11,7 +11,6 @@ and nothing else is where it must.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +45,7 @@ class Grammars:
         """
         if sampling.grammar is None:
             return None
-        name, text = sampling.grammar
+        name = sampling.grammar[0]
         try:
             from llguidance import LLMatcher
         except ImportError:
@@ -55,13 +54,7 @@ class Grammars:
             ) from None
         tokens = self._tokens(name)
         try:
-            if name == "schema":
-                grammar = LLMatcher.grammar_from_json_schema(json.loads(text))
-            elif name == "regex":
-                grammar = LLMatcher.grammar_from_regex(text)
-            else:
-                grammar = LLMatcher.grammar_from_lark(text)
-            matcher = LLMatcher(tokens, grammar, log_level=0)
+            matcher = LLMatcher(tokens, guidance(sampling.grammar), log_level=0)
         except STOPS:
             raise
         except BaseException as error:  # a panic in a library is no Exception
@@ -87,6 +80,16 @@ class Grammars:
             except ValueError as error:
                 raise LorafoldError(f"{name}: {error}") from None
         return self._read
+
+
+def guidance(grammar: tuple[str, str]) -> str:
+    """A setting and its text as llguidance has grammars, which nothing has read yet."""
+    from llguidance import LLMatcher
+
+    name, text = grammar
+    if name == "schema":
+        return str(LLMatcher.grammar_from_json_schema(text))
+    return str(LLMatcher.grammar_from_regex(text) if name == "regex" else text)
 
 
 class _State:

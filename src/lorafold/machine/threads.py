@@ -1,4 +1,5 @@
-"""OpenMP's threads, of which a process should not have more than it has cores.
+"""Threads: the stack that each gets, and OpenMP's, of which a process should not have more than it
+has cores.
 
 Every Python thread that computes in parallel gets a team of its own. Once all teams together have
 more threads than the machine has cores, GCC's OpenMP lets none of them wait actively any more, so
@@ -10,22 +11,40 @@ for this: its `set_num_threads` is partly the whole process's.
 from __future__ import annotations
 
 import ctypes
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
-
-import torch
 
 GRAIN = 1 << 16  # numbers for which one thread is enough, at least
 SOFT = 1  # omp_pause_soft: threads are made again when they are needed
+STACK = 32 << 20  # bytes of a stack; the pages that are never used take no memory
+
+
+@contextmanager
+def stacks(size: int = STACK) -> Iterator[None]:
+    """Give threads that start in the block stacks of one size, whatever the system's limit is:
+    native code that reads what a request brought recurses.
+    """
+    before = threading.stack_size(size)
+    try:
+        yield
+    finally:
+        threading.stack_size(before)
 
 
 def alone() -> None:
     """Let the calling thread compute without a team from now on."""
+    import torch
+
     torch.get_num_threads()  # PyTorch sets the number itself when a thread first asks for it
     _call("omp_set_num_threads", 1)
 
 
 def gather(n: int) -> bool:
     """Give the calling thread a team of n, which sleeps. False without GCC's OpenMP."""
+    import torch
+
     if not hasattr(ctypes.CDLL(None), "GOMP_parallel"):
         return False
     torch.get_num_threads()

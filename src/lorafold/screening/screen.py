@@ -1,27 +1,31 @@
-"""What the server asks of what came with an adapter."""
+"""What the server asks of what came with an adapter, or as the grammar of a request."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from shutil import rmtree
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, cut
 from lorafold.files.contents import Contents, digest
 from lorafold.screening.fingerprints import backend_of
 from lorafold.screening.opened import Opened
-from lorafold.screening.processes import Processes
+from lorafold.screening.processes import Processes, Refused
 
 # processes of each kind: two for what is verified in the background, one for what a request waits
 # for
-VERIFYING, RENDERING = 3, 3
-SECONDS = {"verify": 2.0, "open": 10.0, "render": 1.0, "tokens": 2.0}
+VERIFYING, RENDERING, COMPILING = 3, 3, 2
+SECONDS = {"verify": 2.0, "open": 10.0, "render": 1.0, "tokens": 2.0, "compile": 2.0}
 EACH = 5e-9  # seconds more for each byte of the weights
-BYTES = {"verify": 512 << 20, "open": 2 << 30, "render": 512 << 20, "tokens": 512 << 20}
+BYTES = {"verify": 512 << 20, "open": 2 << 30, "render": 512 << 20, "tokens": 512 << 20,
+         "compile": 512 << 20}  # fmt: skip
+VERDICTS = 4096  # grammars of which it is known whether they can be compiled
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,13 @@ class Screen:
         self._rendering = Processes(
             lambda: {"vocabulary": tokenizer.get_vocab(), "allow": allow}, RENDERING
         )
+        self._compiling = Processes(
+            lambda: {
+                "tokenizer": tokenizer.backend_tokenizer.to_str(), "end": tokenizer.eos_token_id,
+            },
+            COMPILING,
+        )  # fmt: skip
+        self._verdicts: OrderedDict[str, str] = OrderedDict()  # by digest, the oldest first
         self._copies = TemporaryDirectory(prefix="lorafold-tokenizers-")
         self.backend = backend_of(tokenizer)
         self._added = tokenizer.added_tokens_decoder  # made anew whenever it is asked for
@@ -106,10 +117,35 @@ class Screen:
             rmtree(path, ignore_errors=True)
         return opened
 
+    def compile(self, grammar: str) -> None:
+        """Raise LorafoldError for a grammar that can't be compiled within the limits of a process:
+        whoever compiles it then can't be stopped. Each is compiled there once.
+
+        Args:
+            grammar: as llguidance has it.
+        """
+        if not self.backend or self._tokenizer.eos_token_id is None:
+            return  # the engine refuses every grammar
+        known = sha256(grammar.encode("utf-8", "replace")).hexdigest()
+        if (why := self._verdicts.get(known)) is None:
+            seconds, memory = SECONDS["compile"], BYTES["compile"]
+            try:
+                why = str(self._compiling.call("compile", (seconds, memory), grammar=grammar))
+            except Refused as error:
+                if not (why := str(error) if error.kind else ""):
+                    limits = f"{seconds:g} s, {memory >> 20} MiB of memory or the stack of a thread"
+                    why = f"compiling it takes more than {limits}"
+            self._verdicts[known] = why = cut(" ".join(why.split()), 300)
+            if len(self._verdicts) > VERDICTS:
+                self._verdicts.popitem(last=False)
+        if why:
+            raise LorafoldError(why)
+
     def close(self) -> None:
         """End the processes."""
         self._verifying.close()
         self._rendering.close()
+        self._compiling.close()
         self._copies.cleanup()
 
     def _copied(self, contents: Contents) -> Path:

@@ -1,4 +1,5 @@
-"""One process that reads what came with adapters: `python -P -m lorafold.screening.worker`.
+"""One process that reads what came with adapters, or with requests:
+`python -P -m lorafold.screening.worker`.
 
 A message (`machine/killable.py`) is JSON. The first one describes the base, every other one what to
 do: `do`, its arguments, and `limits`, the seconds of the processor and the bytes of memory beyond
@@ -16,10 +17,12 @@ import resource
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 from lorafold.machine.killable import packed, read
+from lorafold.machine.threads import STACK, stacks
 
 
 def as_message(message: Any) -> bytes:
@@ -45,6 +48,8 @@ def main() -> None:
 
 def _acts(base: Mapping[str, Any]) -> dict[str, tuple[Callable[..., Any], ...]]:
     """The steps of each act."""
+    if "tokenizer" in base:
+        return {"compile": (_compiler(base["tokenizer"], base["end"]),)}
     if "modules" in base:
         from lorafold.screening.verifying import verified
 
@@ -55,6 +60,21 @@ def _acts(base: Mapping[str, Any]) -> dict[str, tuple[Callable[..., Any], ...]]:
     return {
         "open": (of.open,), "render": (of.opened, of.render), "tokens": (of.opened, of.tokens),
     }  # fmt: skip
+
+
+def _compiler(tokenizer: str, end: int) -> Callable[[str], str]:
+    from llguidance import LLMatcher, LLTokenizer
+
+    tokens = LLTokenizer(tokenizer, eos_token=end)
+
+    def compiled(grammar: str) -> str:
+        # half the stack of the threads that compile it again, whose callers need some of theirs
+        with stacks(STACK // 2), ThreadPoolExecutor(1) as pool:
+            matcher = pool.submit(LLMatcher, tokens, grammar, log_level=0).result()
+            pool.submit(matcher.compute_bitmask).result()
+        return matcher.get_error().partition("<state>")[0] if matcher.is_error() else ""
+
+    return compiled
 
 
 def _answer(

@@ -13,7 +13,8 @@ from dataclasses import replace
 from functools import partial
 
 from lorafold.errors import LorafoldError
-from lorafold.serving.backend import Request
+from lorafold.screening.screen import Screen
+from lorafold.serving.backend import Request, guidance
 from lorafold.serving.host import Host
 from lorafold.serving.job import CompletionJob, Reply
 from lorafold.serving.keys import Caller
@@ -35,8 +36,8 @@ class Admission:
         spent: the tokens that tenants were given.
     """
 
-    def __init__(self, host: Host, registry: Registry, spent: Spent) -> None:
-        self.host, self.registry, self.spent = host, registry, spent
+    def __init__(self, host: Host, registry: Registry, spent: Spent, screen: Screen) -> None:
+        self.host, self.registry, self.spent, self._screen = host, registry, spent, screen
         self.limits = host.settings.limits
 
     def check(self, body: Completing) -> None:
@@ -84,6 +85,11 @@ class Admission:
                 told = f"{told}, expected at most {self.limits.choices} completions"
                 raise wrong(asked.field, told)
             self.check_room(caller.tenant, n - 1)  # it is counted as one that is thought about
+            if grammar := prompted.sampling.grammar:
+                try:
+                    self.compiles(grammar)
+                except LorafoldError as error:
+                    raise wrong(grammar[0], f"it can't be read ({error})").sent_as(FIELDS) from None
             try:
                 for request in self._requests(reply.id, caller.tenant, asked, prompted):
                     job = CompletionJob(request, chosen.name, since, reply.arrived, count)
@@ -114,6 +120,10 @@ class Admission:
                 prompted.chosen.key, sampling, ends, tenant, renderer.tokenizer,
                 prompt_logprobs=scores,
             )  # fmt: skip
+
+    def compiles(self, grammar: tuple[str, str]) -> None:
+        """Raise LorafoldError for a setting and its text that no engine could compile safely."""
+        self._screen.compile(guidance(grammar))
 
     async def count(self, caller: Caller, asked: Asked) -> int:
         """The tokens of a request's prompts. Raises Refusal as `admit` does."""

@@ -19,13 +19,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lorafold.engine import Ended, Request, Sampling, Token
+from lorafold.engine.grammar import guidance
 from lorafold.engine.sampler import NOT_FINITE
 from lorafold.engine.text import Text
 from lorafold.serving.seen import Found
 
 __all__ = [
     "LOST", "NOT_FINITE", "Backend", "Ended", "News", "Request", "Sampling", "States", "Text",
-    "Token", "Until",
+    "Token", "Until", "guidance",
 ]  # fmt: skip
 
 LOST = "the engine stopped"  # the message of an end, as NOT_FINITE is one

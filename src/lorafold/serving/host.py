@@ -12,13 +12,13 @@ import asyncio
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import TypeVar
 
 from lorafold.errors import LorafoldError, passes, place
-from lorafold.machine.threads import alone
+from lorafold.machine.threads import alone, stacks
 from lorafold.serving.backend import NOT_FINITE, Backend, Ended, News
 from lorafold.serving.job import CompletionJob
 from lorafold.serving.metrics import Metrics
@@ -51,7 +51,7 @@ class Host:
     async def computing(self) -> AsyncIterator[None]:
         """Compute and watch; at the end all requests end."""
         self._loop = asyncio.get_running_loop()
-        with self.pool:
+        with stacks(), self.pool:
             async with self.backend.events(self._deliver):
                 self._registry.begin()
                 watching = asyncio.create_task(self._watch())
@@ -85,8 +85,7 @@ class Host:
         where the machine lacks what it needs for now.
         """
         turn = self._turns.setdefault(tenant, asyncio.Semaphore(TURNS))
-        self._thinking[tenant] += 1
-        try:
+        with self.counted(tenant):
             async with turn:
                 doing = self._loop.run_in_executor(self.pool, do)
                 try:
@@ -100,6 +99,13 @@ class Host:
                     log.warning("a request is refused, the machine is busy: %s", place(error))
                     told = "the machine is busy, try again"
                     raise Refusal(503, "machine_busy", told, retry_after=5) from None
+
+    @contextmanager
+    def counted(self, tenant: str) -> Iterator[None]:
+        """Count a tenant's request among those that wait, as long as the block runs."""
+        self._thinking[tenant] += 1
+        try:
+            yield
         finally:
             self._thinking[tenant] -= 1
 

@@ -80,6 +80,7 @@ class NextTurn(Asked):
         super().__init__(body, field, body.max_new_tokens)
         self._wishes, self._shorten = {**body.wishes, **wishes}, shorten
         self._length, limits = server.host.backend.length, server.settings.limits
+        self._compiles = server.admission.compiles
         server.admission.check(body)
         self.messages, self.tools = body.conversation(limits), body.offered(limits)
         self._schema, self._forced = body.json_schema(), body.forced()
@@ -137,13 +138,13 @@ class NextTurn(Asked):
 
     def _grammar(self, renderer: Renderer) -> str | None:
         if self._forced is not None:
-            return renderer.call_grammar(self.tools, self._forced)
+            return renderer.call_grammar(self.tools, self._forced, self._compiles)
         if not self._mixed:
             if self._schema is not None:
                 check_founded(self._schema, "response_format")
             return None
         names = [tool["function"]["name"] for tool in self.tools]
-        return renderer.call_grammar(self.tools, names, self._schema)
+        return renderer.call_grammar(self.tools, names, self._compiles, self._schema)
 
     def _called(self, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Calls as OpenAI has them, one if the request wants no more at a time."""

@@ -20,7 +20,7 @@ from lorafold.data.template_forms import ASKED, KEY, NAME, PROBE_TOOL, VALUE, ca
 from lorafold.errors import LorafoldError
 from lorafold.serving.refusal import Refusal, wrong
 from lorafold.serving.wire.answers import Tokens
-from lorafold.serving.wire.schema import check, held
+from lorafold.serving.wire.schema import Compiles, check, held
 
 
 class Renderer:
@@ -102,7 +102,11 @@ class Renderer:
         return str(self.tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
 
     def call_grammar(
-        self, tools: Sequence[Tool], names: Sequence[str], schema: str | None = None
+        self,
+        tools: Sequence[Tool],
+        names: Sequence[str],
+        compiles: Compiles,
+        schema: str | None = None,
     ) -> str:
         """A grammar of one call of one of the named tools, as the chat template writes calls, or
         else of JSON. Raises Refusal for a template that writes them otherwise than as JSON.
@@ -129,13 +133,13 @@ class Renderer:
             if not isinstance(parameters, Mapping):
                 raise wrong(field, f"found {parameters!r:.80}, expected a JSON schema")
             arguments = held(parameters)
-            check(arguments, field)
+            check(arguments, field, compiles)
             calls.append(f"{json.dumps(function['name'] + form.named)} arguments{i}")
             rules.append(f"arguments{i}: %json {arguments}")
         before, after = json.dumps(form.before.lstrip()), json.dumps(form.closing)
         literal = [part for part in (before, "(" + " | ".join(calls) + ")", after) if part != '""']
         if schema is not None:
-            check(schema, "response_format")
+            check(schema, "response_format", compiles)
             rules.append(f"answer: %json {schema}")
         either = "" if schema is None else " | answer"
         return "\n".join([f"start: {' '.join(literal)}{either}", *rules])

@@ -37,6 +37,7 @@ from lorafold.screening.screen import Screen
 from lorafold.serving import logs
 from lorafold.serving.admission import Admission
 from lorafold.serving.app import application
+from lorafold.serving.arrival import bounded
 from lorafold.serving.directory import Directory
 from lorafold.serving.gauges import Gauges
 from lorafold.serving.host import Host
@@ -85,6 +86,7 @@ def listening(settings: Settings) -> socket.socket:
         at = socket.create_server((settings.host, settings.port), family=family, backlog=BACKLOG)
         # what a client does not read stays here, where it is bounded, and not in the kernel
         at.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 17)
+        at.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)  # nor what it sends unasked
         return at
     except OSError as error:
         raise LorafoldError(
@@ -167,7 +169,7 @@ def server_of(
     _show_gauges(metrics, host, keys)
     metrics.registry.register(Gauges(metrics, host, registry))
     return Server(
-        settings, keys, registry, host, Admission(host, registry, spent), metrics, spent
+        settings, keys, registry, host, Admission(host, registry, spent, screen), metrics, spent
     )
 
 
@@ -177,12 +179,17 @@ def _storage(model: PreTrainedModel) -> str:
     return sha256(json.dumps(parts).encode()).hexdigest()
 
 
-async def _run(server: Server, at: socket.socket) -> None:
-    config = uvicorn.Config(
-        application(server), log_config=None, access_log=False, lifespan="on",
-        timeout_graceful_shutdown=2, server_header=False, backlog=1,
+def over_http(server: Server) -> uvicorn.Config:
+    """How a server is reached."""
+    return uvicorn.Config(
+        application(server), log_config=None, access_log=False, lifespan="on", ws="none",
+        http=bounded(server.settings.limits), timeout_graceful_shutdown=2, server_header=False,
+        backlog=1,
     )  # fmt: skip
-    http = _Http(config)
+
+
+async def _run(server: Server, at: socket.socket) -> None:
+    http = _Http(over_http(server))
     loop, signals = asyncio.get_running_loop(), 0
 
     def ask() -> None:

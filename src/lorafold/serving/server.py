@@ -6,9 +6,11 @@ import asyncio
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from threading import Lock
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
@@ -24,7 +26,7 @@ from lorafold.serving.job import Reply
 from lorafold.serving.keys import Caller, Keys
 from lorafold.serving.metrics import Metrics
 from lorafold.serving.prompted import Asked
-from lorafold.serving.refusal import Refusal
+from lorafold.serving.refusal import Refusal, naming
 from lorafold.serving.registry import Registry
 from lorafold.serving.settings import Settings
 from lorafold.serving.spent import Spent
@@ -33,6 +35,7 @@ from lorafold.serving.wire.answers import event
 from lorafold.serving.wire.body import B, read_body
 
 T = TypeVar("T")
+SMALL = 8192  # bytes of a body that the event loop reads itself
 log = logging.getLogger(__name__)
 
 
@@ -61,10 +64,13 @@ class Dialect(ABC):
 
     Args:
         streamed: whether the client wants events.
+        names: our names of fields with the client's.
     """
 
-    def __init__(self, asked: Asked, streamed: bool) -> None:
-        self.asked, self.streamed = asked, streamed
+    def __init__(
+        self, asked: Asked, streamed: bool, names: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        self.asked, self.streamed, self.names = asked, streamed, names
 
     @abstractmethod
     async def whole(self, reply: Reply) -> dict[str, Any]:
@@ -86,6 +92,8 @@ class Server:
     admission: Admission
     metrics: Metrics
     spent: Spent
+    # what parses JSON stops all other threads, so that only one may be about to
+    reading: Lock = field(default_factory=Lock)
 
     def caller(self, request: Request, sent: str | None = None) -> Caller:
         """Who sent a request. Raises Refusal for a key that is not known.
@@ -103,15 +111,26 @@ class Server:
         record_of(request).tenant = found.tenant
         return found
 
-    async def body(self, request: Request, kind: type[B]) -> B:
-        """The body of a request. Raises Refusal for any but JSON of that type."""
+    async def body(
+        self, request: Request, caller: Caller, kind: type[B], then: Callable[[B], T]
+    ) -> T:
+        """What is made of the body of a request, beside the event loop if it is large. Raises
+        Refusal for any but JSON of that type.
+        """
         given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if given != "application/json":
             told = f"content-type: found {given[:80]!r}, expected application/json"
             raise Refusal(415, "unsupported_media_type", told)
-        content = await request.body()
+        with self.host.counted(caller.tenant):  # those that are half sent take memory, too
+            content = await request.body()
         record_of(request).read = len(content)
-        return read_body(kind, content)
+
+        def made() -> T:
+            with self.reading:
+                body = read_body(kind, content)
+            return then(body)
+
+        return made() if len(content) <= SMALL else await self.host.think(made, caller.tenant)
 
     async def complete(
         self, request: Request, caller: Caller, id: str, dialect: Dialect
@@ -124,14 +143,16 @@ class Server:
         """
         record = record_of(request)
         admitted = self.admission.admit(caller, id, record.started, dialect.asked)
-        reply = await unless_left(request, admitted)
-        chosen = reply.prompted.chosen
-        record.reply, record.adapter, record.version = reply, chosen.name, chosen.key or chosen.name
-        if self.settings.log_texts:
-            record.texts["prompt"] = reply.prompted.text
-        if dialect.streamed:
-            return self._stream(request, reply, dialect.events(reply))
-        return answer(await self._whole(request, reply, dialect.whole(reply)))
+        with naming(dialect.names):
+            reply = await unless_left(request, admitted)
+            chosen = reply.prompted.chosen
+            record.reply, record.adapter = reply, chosen.name
+            record.version = chosen.key or chosen.name
+            if self.settings.log_texts:
+                record.texts["prompt"] = reply.prompted.text
+            if dialect.streamed:
+                return self._stream(request, reply, dialect.events(reply))
+            return answer(await self._whole(request, reply, dialect.whole(reply)))
 
     async def _whole(self, request: Request, reply: Reply, answer: Coroutine[Any, Any, T]) -> T:
         """What an answer is once it is complete; if the client leaves before, its completions end.

@@ -23,7 +23,8 @@ class Limits(Strict):
     """What one request may ask for, and what all may hold.
 
     Seconds count from the request's arrival. `unread_tokens` is how far a client may fall behind
-    its stream, `send_seconds` how long it may take none of it. A tenant has at most `tenant_queue`
+    its stream, `send_seconds` how long it may take none of it. A request has `receive_seconds` to
+    arrive, and where there are more than `connections`, the one that takes longest is closed. A tenant has at most `tenant_queue`
     requests waiting and `tenant_running` running (None: three quarters of the slots where there is
     a key file), and not more than half of the slots run while other tenants are there. It holds at
     most `tenant_streams` streams of what changes of the models.
@@ -44,6 +45,8 @@ class Limits(Strict):
     total_seconds: PositiveFloat = 600
     unread_tokens: PositiveInt = 512
     send_seconds: PositiveFloat = 30
+    receive_seconds: PositiveFloat = 15
+    connections: PositiveInt = 1024
 
 
 class Settings(Strict):

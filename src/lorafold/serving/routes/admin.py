@@ -89,8 +89,8 @@ def routes(server: Server) -> APIRouter:
     @router.post("/v1/load_lora_adapter")
     async def load(request: Request) -> Response:
         """Read the files of an adapter of the directory, new or changed."""
-        server.admin(request)
-        body = await server.body(request, Loaded)
+        caller = server.admin(request)
+        body = await server.body(request, caller, Loaded, lambda body: body)
         name = body.lora_name
 
         def load_now() -> Found:
@@ -103,8 +103,8 @@ def routes(server: Server) -> APIRouter:
     @router.post("/v1/unload_lora_adapter")
     async def unload(request: Request) -> Response:
         """Forget an adapter until it is loaded again. Requests that run finish with it."""
-        server.admin(request)
-        name = (await server.body(request, Named)).lora_name
+        caller = server.admin(request)
+        name = await server.body(request, caller, Named, lambda body: body.lora_name)
         await done(lambda: registry.unload(name))
         return answer({"id": name, "status": "unloaded"})
 
@@ -147,8 +147,8 @@ def routes(server: Server) -> APIRouter:
     @router.put("/admin/aliases/{name}")
     async def point(request: Request, name: str) -> Response:
         """Let an alias stand for other adapters from the next request on."""
-        server.admin(request)
-        body = await server.body(request, Pointed)
+        caller = server.admin(request)
+        body = await server.body(request, caller, Pointed, lambda body: body)
         if body.rollback:
             return answer(told(name, await done(lambda: aliases.roll_back(name))))
         targets = body.read()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -25,9 +27,8 @@ def routes(server: Server) -> APIRouter:
     async def chat(request: Request) -> Response:
         """A model's next message in a conversation."""
         caller = server.caller(request)
-        body = await server.body(request, Chat)
-        with naming(body.names):
-            return await server.complete(request, caller, new_id("chatcmpl"), Answer(server, body))
+        written = await server.body(request, caller, Chat, partial(Answer, server))
+        return await server.complete(request, caller, new_id("chatcmpl"), written)
 
     return router
 
@@ -36,13 +37,16 @@ class Answer(Dialect):
     """A turn as chat completions have it."""
 
     def __init__(self, server: Server, body: Chat) -> None:
-        self.turn, self.body = NextTurn(server, body), body
-        super().__init__(self.turn, body.stream)
+        with naming(body.names):
+            self.turn, self.body = NextTurn(server, body), body
+        super().__init__(self.turn, body.stream, body.names)
 
     async def whole(self, reply: Reply) -> dict[str, Any]:
         """The whole answer."""
         messages = await self.turn.all_said(reply)
-        choices = [self._choice(reply, i, message) for i, message in enumerate(messages)]
+        choices = [
+            await asyncio.to_thread(self._choice, reply, i, said) for i, said in enumerate(messages)
+        ]
         found = self._head(reply, "chat.completion") | {"choices": choices, "usage": reply.usage}
         if self.body.return_token_ids:
             found["prompt_token_ids"] = reply.jobs[0].request.prompt

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -26,8 +27,8 @@ def routes(server: Server) -> APIRouter:
     async def completions(request: Request) -> Response:
         """What follows a prompt, given as text or as tokens, or several."""
         caller = server.caller(request)
-        body = await server.body(request, Completion)
-        return await server.complete(request, caller, new_id("cmpl"), Answer(server, body))
+        written = await server.body(request, caller, Completion, partial(Answer, server))
+        return await server.complete(request, caller, new_id("cmpl"), written)
 
     return router
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -15,7 +16,6 @@ from lorafold.serving.parts import REASONING
 from lorafold.serving.refusal import naming
 from lorafold.serving.server import Dialect, Server, answer
 from lorafold.serving.wire.answers import event, new_id
-from lorafold.serving.wire.chat import Chat
 from lorafold.serving.wire.messages import PATH, Ask, Count
 
 Block = dict[str, Any]
@@ -36,35 +36,34 @@ def routes(server: Server) -> APIRouter:
     async def messages(request: Request) -> Response:
         """A model's next message in a conversation, in Anthropic's dialect."""
         caller = server.caller(request)
-        body = await server.body(request, Ask)
-        chat, names = body.chat()
-        with naming(names):
-            written = Answer(server, body, chat)
-            return await server.complete(request, caller, new_id("msg"), written)
+        written = await server.body(request, caller, Ask, partial(Answer, server))
+        return await server.complete(request, caller, new_id("msg"), written)
 
     @router.post(f"{PATH}/count_tokens")
     async def count(request: Request) -> Response:
         """How many tokens the conversation has."""
         caller = server.caller(request)
-        body = await server.body(request, Count)
-        chat, names = body.chat()
+        turn, names = await server.body(request, caller, Count, partial(turned, server))
         with naming(names):
-            turn = NextTurn(server, chat, wishes=body.wishes)
             return answer({"input_tokens": await server.admission.count(caller, turn)})
 
     return router
 
 
+def turned(server: Server, body: Count) -> tuple[NextTurn, dict[str, str]]:
+    """The turn that a body asks for, and the names of its fields there."""
+    chat, names = body.chat()
+    with naming(names):
+        return NextTurn(server, chat, wishes=body.wishes), names
+
+
 class Answer(Dialect):
-    """A turn as messages have it.
+    """A turn as messages have it."""
 
-    Args:
-        chat: the same as a chat completion.
-    """
-
-    def __init__(self, server: Server, body: Ask, chat: Chat) -> None:
-        self.turn, self.body = NextTurn(server, chat, wishes=body.wishes), body
-        super().__init__(self.turn, body.stream)
+    def __init__(self, server: Server, body: Ask) -> None:
+        self.turn, names = turned(server, body)
+        self.body = body
+        super().__init__(self.turn, body.stream, names)
 
     async def whole(self, reply: Reply) -> dict[str, Any]:
         """The whole answer."""

@@ -28,6 +28,8 @@ POLICY = (
 # an adapter's page is its maker's: it may not run, send or load anything
 SHUT = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
+FORM = 4096  # bytes of a form, which is read before it is known who sent it
+
 
 def routes(server: Server) -> APIRouter:
     """The router."""
@@ -73,7 +75,11 @@ def routes(server: Server) -> APIRouter:
         """The same for a form, whose field has the key: a browser that opens a page sends no header
         of ours, and a key in an address would be kept in histories and logs.
         """
-        form = parse_qs((await request.body()).decode("ascii", "replace"))
+        content = b""
+        async for part in request.stream():
+            if len(content := content + part) > FORM:
+                raise Refusal(413, "body_too_large", f"body: expected at most {FORM:,} bytes")
+        form = parse_qs(content.decode("ascii", "replace"))
         return await shown(server.caller(request, f"Bearer {form.get('key', [''])[0]}"), name)
 
     return router

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -15,7 +17,6 @@ from lorafold.serving.parts import CONTENT, REASONING
 from lorafold.serving.refusal import naming
 from lorafold.serving.server import Dialect, Server, answer
 from lorafold.serving.wire.answers import event, new_id
-from lorafold.serving.wire.chat import Chat
 from lorafold.serving.wire.response import Count, Respond
 
 Item = dict[str, Any]
@@ -31,43 +32,42 @@ def routes(server: Server) -> APIRouter:
     async def responses(request: Request) -> Response:
         """A model's next message, and its calls, in a conversation given as items."""
         caller = server.caller(request)
-        body = await server.body(request, Respond)
-        chat, names = body.chat()
-        with naming(names):
-            written = Answer(server, body, chat)
-            return await server.complete(request, caller, new_id("resp"), written)
+        written = await server.body(request, caller, Respond, partial(Answer, server))
+        return await server.complete(request, caller, new_id("resp"), written)
 
     @router.post("/v1/responses/input_tokens")
     async def count(request: Request) -> Response:
         """How many tokens the conversation has."""
         caller = server.caller(request)
-        body = await server.body(request, Count)
-        chat, names = body.chat()
+        turn, names = await server.body(request, caller, Count, partial(turned, server))
         with naming(names):
-            turn = NextTurn(server, chat, "input", shorten=body.truncation == "auto")
             found = await server.admission.count(caller, turn)
         return answer({"object": "response.input_tokens", "input_tokens": found})
 
     return router
 
 
+def turned(server: Server, body: Count) -> tuple[NextTurn, dict[str, str]]:
+    """The turn that a body asks for, and the names of its fields there."""
+    chat, names = body.chat()
+    with naming(names):
+        return NextTurn(server, chat, "input", shorten=body.truncation == "auto"), names
+
+
 class Answer(Dialect):
-    """A turn as responses have it.
+    """A turn as responses have it."""
 
-    Args:
-        chat: the same as a chat completion.
-    """
-
-    def __init__(self, server: Server, body: Respond, chat: Chat) -> None:
-        self.turn = NextTurn(server, chat, "input", shorten=body.truncation == "auto")
-        super().__init__(self.turn, body.stream)
+    def __init__(self, server: Server, body: Respond) -> None:
+        self.turn, names = turned(server, body)
+        super().__init__(self.turn, body.stream, names)
         self.body, self._number = body, 0
         self._unsaid: list[Token] = []  # of a message, whose text is not yet there
 
     async def whole(self, reply: Reply) -> dict[str, Any]:
         """The whole answer."""
         [message] = await self.turn.all_said(reply)
-        return self._ended(reply, message, self._items(reply, message))
+        items = await asyncio.to_thread(self._items, reply, message)
+        return self._ended(reply, message, items)
 
     async def events(self, reply: Reply) -> AsyncIterator[bytes]:
         """The answer as it comes: text in pieces, each call whole once it is there."""

@@ -10,6 +10,7 @@ from lorafold.serving.keys import Caller
 from lorafold.serving.refusal import Refusal, wrong
 from lorafold.serving.rendering import Renderer
 from lorafold.serving.server import Server, answer, unless_left
+from lorafold.serving.wire.answers import as_json
 from lorafold.serving.wire.chat import Chat
 from lorafold.serving.wire.completion import Detokenize, Tokenize
 
@@ -17,6 +18,12 @@ from lorafold.serving.wire.completion import Detokenize, Tokenize
 def routes(server: Server) -> APIRouter:
     """The router."""
     router = APIRouter()
+
+    def admitted(request: Request) -> Caller:
+        caller = server.caller(request)
+        server.admission.check_room(caller.tenant, 1)
+        server.spent.check(caller)
+        return caller
 
     def renderer_of(caller: Caller, model: str | None) -> Renderer:
         if model is None and not caller.base:
@@ -27,35 +34,37 @@ def routes(server: Server) -> APIRouter:
     @router.post("/tokenize")
     async def tokenize(request: Request) -> Response:
         """The tokens of a text, or of a conversation as the prompt for its next turn."""
-        caller = server.caller(request)
-        body = await server.body(request, Tokenize)
-        server.admission.check_room(caller.tenant, 1)
+        caller = admitted(request)
+        body = await server.body(request, caller, Tokenize, lambda body: body)
         if (body.prompt is None) == (body.messages is None):
             raise wrong("prompt", "expected either prompt or messages")
 
-        def tokens() -> tuple[Renderer, tuple[int, ...]]:
+        def tokens() -> bytes:
             renderer = renderer_of(caller, body.model)
             if body.prompt is not None:
-                return renderer, renderer.tokens(body.prompt, body.add_special_tokens)
-            chat = Chat(model="", messages=body.messages or [], tools=body.tools)
-            limits = server.settings.limits
-            text = renderer.chat(chat.conversation(limits), chat.offered(limits), {})
-            return renderer, renderer.prompt_tokens(text)
+                found = renderer.tokens(body.prompt, body.add_special_tokens)
+            else:
+                chat = Chat(model="", messages=body.messages or [], tools=body.tools)
+                limits = server.settings.limits
+                text = renderer.chat(chat.conversation(limits), chat.offered(limits), {})
+                found = renderer.prompt_tokens(text)
+            server.spent.add(caller.tenant, len(found))
+            told: dict[str, Any] = {
+                "count": len(found), "max_model_len": server.host.backend.length, "tokens": found,
+            }  # fmt: skip
+            if body.return_token_strs:
+                told["token_strs"] = [renderer.shown.text(token) for token in found]
+            return as_json(told)
 
-        renderer, found = await unless_left(request, server.host.think(tokens, caller.tenant))
-        told: dict[str, Any] = {
-            "count": len(found), "max_model_len": server.host.backend.length, "tokens": found,
-        }  # fmt: skip
-        if body.return_token_strs:
-            told["token_strs"] = [renderer.shown.text(token) for token in found]
-        return answer(told)
+        content = await unless_left(request, server.host.think(tokens, caller.tenant))
+        return Response(content, media_type="application/json")
 
     @router.post("/detokenize")
     async def detokenize(request: Request) -> Response:
         """The text of tokens."""
-        caller = server.caller(request)
-        body = await server.body(request, Detokenize)
-        server.admission.check_room(caller.tenant, 1)
+        caller = admitted(request)
+        body = await server.body(request, caller, Detokenize, lambda body: body)
+        server.spent.add(caller.tenant, len(body.tokens))
 
         def text() -> str:
             return renderer_of(caller, body.model).text(body.tokens)

@@ -14,6 +14,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from lorafold.serving.backend import Ended, Text, Token
 
 DONE = b"data: [DONE]\n\n"
+PIECE = 16384  # elements of a list that are written at a time
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # in the text of a part of a character
 BYTE = re.compile("<0x([0-9A-F]{2})>")  # as SentencePiece writes a token of one byte
 BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # as byte-level BPE
@@ -35,15 +36,33 @@ def event(value: Mapping[str, Any], name: str | None = None) -> bytes:
     return named.encode() + b"data: " + to_json(value) + b"\n\n"
 
 
+def as_json(value: Mapping[str, Any]) -> bytes:
+    """JSON of an answer with long lists. They are written in pieces: no other thread runs while one
+    is written.
+    """
+
+    def written(field: Any) -> bytes:
+        if not isinstance(field, list | tuple) or len(field) <= PIECE:
+            return to_json(field)
+        pieces = [to_json(field[i : i + PIECE])[1:-1] for i in range(0, len(field), PIECE)]
+        return b"[" + b",".join(pieces) + b"]"
+
+    fields = [to_json(name) + b":" + written(field) for name, field in value.items()]
+    return b"{" + b",".join(fields) + b"}"
+
+
 class Tokens:
     """Tokens as texts, for log probabilities."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, self._texts = tokenizer, dict[int, str]()  # at most the vocabulary's
 
     def text(self, token: int) -> str:
         """A token's text; a part of a character has the replacement character."""
-        return str(self._tokenizer.decode([token], clean_up_tokenization_spaces=False))
+        if (found := self._texts.get(token)) is None:
+            found = str(self._tokenizer.decode([token], clean_up_tokenization_spaces=False))
+            self._texts[token] = found
+        return found
 
     def bytes(self, token: int) -> bytes:
         """A token's bytes, also where they are a part of a character."""

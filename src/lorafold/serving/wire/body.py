@@ -6,9 +6,9 @@ never do, and are left out; those in NEUTRAL are accepted with the value that as
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 from pydantic_core import from_json
 
 from lorafold.errors import LorafoldError
@@ -23,9 +23,22 @@ NEUTRAL = {
     "store": (False,), "modalities": (["text"],), "echo": (False,), "best_of": (1,),
     "background": (False,), "functions": ([],),
 }  # fmt: skip
+ENTRIES = 8192  # of an object in a field; each may be an error of its own
 SAMPLING = (
     "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
 )  # fmt: skip
+
+
+E = TypeVar("E")
+
+
+class First(FailFast):
+    """Ends with the first error of a list: one is told, and a million take seconds."""
+
+    __hash__ = object.__hash__  # for unions
+
+
+Listed = Annotated[list[E], First()]
 
 
 class Body(BaseModel):
@@ -53,7 +66,7 @@ class Completing(Body):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: dict[str, float] = Field(default_factory=dict)
-    stop: str | list[str] = Field(default_factory=list)
+    stop: str | Listed[str] = Field(default_factory=list)
     seed: int | None = None
     n: int = 1
     stream: bool = False
@@ -111,11 +124,13 @@ def read_body(kind: type[B], content: bytes) -> B:
         if name not in kind.model_fields:
             told = f"{name[:80]}: it is not supported, and the answer may change without it"
             raise Refusal(400, "unsupported_parameter", told, name[:80])
+        if isinstance(value, dict) and len(value) > ENTRIES:
+            raise wrong(name, f"found {len(value)} entries, expected at most {ENTRIES}")
         given[name] = value
     try:
         return kind.model_validate(given)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"]))
         if first["type"] == "missing":
             raise Refusal(400, "missing_parameter", f"{where}: expected a value", where) from None

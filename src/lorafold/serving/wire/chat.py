@@ -19,7 +19,7 @@ from lorafold.data.messages import (
 )
 from lorafold.serving.refusal import Refusal, wrong
 from lorafold.serving.settings import Limits
-from lorafold.serving.wire.body import Completing
+from lorafold.serving.wire.body import Completing, Listed
 from lorafold.serving.wire.schema import schema_of
 
 FIELDS = {"role", "content", "name", "tool_calls", "tool_call_id", "annotations", *REASONING}
@@ -29,13 +29,13 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 class Chat(Completing):
     """The body of `POST /v1/chat/completions`."""
 
-    messages: list[dict[str, Any]]
+    messages: Listed[dict[str, Any]]
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = None
     response_format: dict[str, Any] = Field(default_factory=lambda: {"type": "text"})
-    tools: list[dict[str, Any]] = Field(default_factory=list)
+    tools: Listed[dict[str, Any]] = Field(default_factory=list)
     tool_choice: str | dict[str, Any] = "auto"
     parallel_tool_calls: bool = True
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -72,8 +72,8 @@ class Chat(Completing):
         if len(self.messages) > limits.messages:
             told = f"found {len(self.messages)} of them, expected at most {limits.messages}"
             raise wrong("messages", told)
-        if problems := list(message_problems("messages", self.messages)):
-            field, _, told = problems[0].removeprefix("field ").partition(": ")
+        if problem := next(message_problems("messages", self.messages), None):
+            field, _, told = problem.removeprefix("field ").partition(": ")
             raise wrong(field, told)
         for i, message in enumerate(self.messages):
             for name in message.keys() - FIELDS:
@@ -98,8 +98,8 @@ class Chat(Completing):
         if len(self.tools) > limits.tools:
             told = f"found {len(self.tools)} of them, expected at most {limits.tools}"
             raise wrong("tools", told)
-        if problems := list(tool_problems(self.tools)):
-            field, _, told = problems[0].removeprefix("field ").partition(": ")
+        if problem := next(tool_problems(self.tools), None):
+            field, _, told = problem.removeprefix("field ").partition(": ")
             raise wrong(field, told)
         for i, tool in enumerate(self.tools):
             if tool.get("type", "function") != "function":

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Annotated, cast
 
 from pydantic import Field
 
 from lorafold.serving.refusal import wrong
-from lorafold.serving.wire.body import Body, Completing
+from lorafold.serving.wire.body import Body, Completing, Listed
 
-Ids = list[int]
+Ids = Listed[int]
 
 
 class Completion(Completing):
     """The body of `POST /v1/completions`."""
 
-    prompt: str | Ids | list[str] | list[Ids]
+    prompt: str | Ids | Listed[str] | Listed[Ids]
     max_tokens: int | None = 16
     logprobs: int | None = None
     echo: bool = False
@@ -38,8 +38,8 @@ class Tokenize(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, object]] | None = None
-    tools: list[dict[str, object]] = Field(default_factory=list)
+    messages: Listed[dict[str, object]] | None = None
+    tools: Listed[dict[str, object]] = Field(default_factory=list)
     add_special_tokens: bool = True
     return_token_strs: bool = False
 
@@ -48,4 +48,4 @@ class Detokenize(Body):
     """The body of `POST /detokenize`."""
 
     model: str | None = None
-    tokens: Ids
+    tokens: Annotated[Ids, Field(max_length=1 << 16)]  # a text that one call makes at once

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import Field
 
 from lorafold.serving.refusal import Refusal, wrong
-from lorafold.serving.wire.body import Body
+from lorafold.serving.wire.body import Body, Listed
 from lorafold.serving.wire.chat import Chat, chat_of, check_call
 
 PATH = "/v1/messages"
@@ -37,9 +37,9 @@ class Count(Body):
     """The body of `POST /v1/messages/count_tokens`: a request without what is about its answer."""
 
     model: str
-    messages: list[dict[str, Any]]
-    system: str | list[dict[str, Any]] = ""
-    tools: list[dict[str, Any]] = Field(default_factory=list)
+    messages: Listed[dict[str, Any]]
+    system: str | Listed[dict[str, Any]] = ""
+    tools: Listed[dict[str, Any]] = Field(default_factory=list)
     tool_choice: dict[str, Any] = Field(default_factory=lambda: {"type": "auto"})
     thinking: dict[str, Any] = Field(default_factory=dict)
     output_config: dict[str, Any] = Field(default_factory=dict)
@@ -109,7 +109,7 @@ class Ask(Count):
     """The body of `POST /v1/messages`."""
 
     max_tokens: int
-    stop_sequences: list[str] = Field(default_factory=list)
+    stop_sequences: Listed[str] = Field(default_factory=list)
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from lorafold.serving.refusal import wrong
-from lorafold.serving.wire.body import Body, StreamOptions
+from lorafold.serving.wire.body import Body, Listed, StreamOptions
 from lorafold.serving.wire.chat import Chat, chat_of, check_call
 
 TEXTS = ("input_text", "output_text", "text", "reasoning_text")
@@ -28,9 +28,9 @@ class Count(Body):
     """The body of `POST /v1/responses/input_tokens`: a request without what is about its answer."""
 
     model: str
-    input: str | list[dict[str, Any]]
+    input: str | Listed[dict[str, Any]]
     instructions: str | None = None
-    tools: list[dict[str, Any]] = Field(default_factory=list)
+    tools: Listed[dict[str, Any]] = Field(default_factory=list)
     tool_choice: str | dict[str, Any] = "auto"
     parallel_tool_calls: bool = True
     text: dict[str, Any] = Field(default_factory=dict)
@@ -88,7 +88,7 @@ class Respond(Count):
     top_p: float = 1.0
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    include: list[str] = Field(default_factory=list)
+    include: Listed[str] = Field(default_factory=list)
     top_logprobs: int = 0
     metadata: dict[str, str] = Field(default_factory=dict)
 
