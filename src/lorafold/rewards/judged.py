@@ -42,9 +42,9 @@ class Reward(Protocol):
     name: str
     weight: float
 
-    def __call__(self, judged: Sequence[Judged]) -> list[float]:
-        """A finite number for each. Raises LorafoldError, which names the reward and the completion
-        that it fails on.
+    def __call__(self, judged: Sequence[Judged]) -> Sequence[float | None]:
+        """A finite number for each, or None where the reward does not apply. Raises LorafoldError,
+        which names the reward and the completion that it fails on.
         """
 
     def close(self) -> None:

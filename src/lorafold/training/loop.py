@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
@@ -40,6 +41,8 @@ from lorafold.training.interrupt import StopRequest
 from lorafold.training.tracking import Tracking
 
 log = logging.getLogger(__name__)
+SAID, QUIET = 3, 10  # steps without a signal, after which that is said, and after which a run ends
+GROUPS = 32  # examples of them, at the least, where batches are small
 
 
 @dataclass
@@ -84,15 +87,16 @@ def fit(job: Job, progress: Progress, display: Display) -> Progress:
     feed, processes = job.feed.after(progress.step), job.processes
     processes.tell_place(lambda: f"in step {progress.step + 1}; {kept(job.run)}")
     save_every = job.recipe.checkpoint_interval(job.steps)
-    if job.measures_before and progress.step == 0:
-        measure(job, progress, display)
+    every = job.recipe.eval_every or save_every
+    due = progress.step % every == 0 or over(job, progress)
+    if due and progress.step not in progress.evals and (progress.step or job.measures_before):
+        measure(job, progress, display)  # before the first step, or again after it failed
     with StopRequest() as stop:
         while not over(job, progress):
             start = time.perf_counter()
-            try:
+            with keeping(job, progress, f"step {progress.step + 1}"):
                 examples = job.examples(progress.step, next(feed))
-            except LorafoldError as error:
-                raise LorafoldError(f"step {progress.step + 1}: {error}; {kept(job.run)}") from None
+            progress.quiet = 0 if any(map(job.loss.signals, examples)) else progress.quiet + 1
             losses = []
             for update in range(job.updates):
                 job.loss.begin(update)
@@ -101,7 +105,7 @@ def fit(job: Job, progress: Progress, display: Display) -> Progress:
             progress.step += 1
             progress.losses.append(loss)
             seconds = time.perf_counter() - start
-            tokens = job.updates * sum(len(e.ids) for e in examples)
+            tokens = job.updates * sum(len(e.ids) for e in examples if job.loss.learns(e))
             progress.tokens, progress.seconds = progress.tokens + tokens, progress.seconds + seconds
             job.loss.gathered(processes.gather)
             figures, generated = dict(job.loss.figures()), job.loss.generated()
@@ -112,8 +116,8 @@ def fit(job: Job, progress: Progress, display: Display) -> Progress:
             display.step(progress.step, loss, progress.tokens / progress.seconds, figures)
             lr = job.optimizer.param_groups[0]["lr"]
             job.tracking.log({"loss": loss, "lr": lr, **figures}, step=progress.step)
-            every = job.recipe.eval_every or save_every
-            evaluate = progress.step % every == 0 or progress.step == job.steps
+            tell_quiet(job, progress, display)
+            evaluate = progress.step % every == 0 or over(job, progress)
             if evaluate:
                 measure(job, progress, display)
             last, signal = over(job, progress), processes.largest(stop.signal or 0)
@@ -127,7 +131,8 @@ def fit(job: Job, progress: Progress, display: Display) -> Progress:
                     " with --resume continues from it"
                 )
                 raise Interrupted(message, 128 + signal)
-    if job.recipe.stops and progress.best not in (None, progress.step):
+    early = job.recipe.stops or progress.step < job.steps
+    if early and progress.best not in (None, progress.step):
         told = f"the held-out loss was lowest after step {progress.best}, whose adapter is kept"
         display.note(f"step {progress.step}: {told}")
     return progress
@@ -135,14 +140,51 @@ def fit(job: Job, progress: Progress, display: Display) -> Progress:
 
 def over(job: Job, progress: Progress) -> bool:
     """Whether no step is left, or none that would help."""
-    return progress.step == job.steps or (job.recipe.stops and progress.stalled)
+    stalled = job.recipe.stops and progress.stalled
+    return progress.step == job.steps or stalled or spent(job, progress)
+
+
+def spent(job: Job, progress: Progress) -> bool:
+    """Whether so many of the last steps had no example with a signal that the run ends."""
+    return progress.quiet >= max(QUIET, math.ceil(GROUPS / job.recipe.batch))
+
+
+def tell_quiet(job: Job, progress: Progress, display: Display) -> None:
+    """Say that no example of the last steps had a signal, and why. Raises LorafoldError where none
+    of any step had one.
+    """
+    n = progress.quiet
+    told = f"no group of completions of the last {n} steps has a signal: {job.loss.silent}"
+    if n == progress.step == QUIET:
+        raise LorafoldError(f"step {n}: {told}; {kept(job.run)}")
+    last = over(job, progress)
+    if n == SAID or (last and n >= min(SAID, progress.step)):
+        ends = "; the run ends here" * (last and progress.step < job.steps)
+        display.note(f"step {progress.step}: {told}{ends}")
+
+
+@contextmanager
+def keeping(job: Job, progress: Progress, place: str) -> Iterator[None]:
+    """Write a checkpoint of the last complete step where what the `with` block computes fails, as
+    a reward may, and say where that was.
+    """
+    try:
+        yield
+    except LorafoldError as error:
+        goes_on = ""
+        if progress.step and not job.layout.divides:
+            goes_on = "; the same command with --resume continues from it"
+            if job.processes.first and progress.step not in job.run.checkpoints():
+                write(job, progress)
+        raise LorafoldError(f"{place}: {error}; {kept(job.run)}{goes_on}") from None
 
 
 def measure(job: Job, progress: Progress, display: Display) -> None:
     """Measure on held-out examples, if there are any."""
     if job.held_out is None:
         return
-    found = job.held_out() if job.layout.divides else job.processes.once(job.held_out)
+    with keeping(job, progress, f"held-out rows after step {progress.step}"):
+        found = job.held_out() if job.layout.divides else job.processes.once(job.held_out)
     progress.evals[progress.step] = found.loss
     if found.figures:
         progress.measured[progress.step] = dict(found.figures)
@@ -162,6 +204,8 @@ def train_step(job: Job, examples: Sequence[Any], step: int) -> float:
     Raises LorafoldError for a loss that is not finite and for an adapter without gradient.
     """
     processes, layout = job.processes, job.layout
+    total = max(1, sum(map(job.loss.count, examples)))
+    examples = [example for example in examples if job.loss.learns(example)]
     if not examples:  # of a step in which there is nothing to learn
         return 0.0
     share = slice(processes.index, None, processes.count)
@@ -169,7 +213,6 @@ def train_step(job: Job, examples: Sequence[Any], step: int) -> float:
     micro = job.loss.micro_batches(own, job.recipe.accumulate, job.recipe.max_length) if own else []
     passes = processes.largest if layout.divides else int
     more = passes(len(micro)) - len(micro)
-    total = max(1, sum(map(job.loss.count, examples)))
     place_of = places(own, numbers)
     selection, key = selection_of(job.adapter.model), key_of(job.recipe.seed, step)
     set_learning_rates(job.optimizer, job.recipe, step, job.steps)
@@ -198,7 +241,8 @@ def train_step(job: Job, examples: Sequence[Any], step: int) -> float:
     trained = [*dict.fromkeys(job.adapter.parameters())]
     layout.add_gradients(trained)
     processes.add([seen])
-    idle = check_gradients(job.adapter, layout.moves(trained)) if step == 0 else []
+    first = step == 0 and not job.optimizer.state  # later updates may have all ratios clipped
+    idle = check_gradients(job.adapter, layout.moves(trained)) if first else []
     if idle and processes.first:
         log.warning(
             "no gradient in the first step for %d of the %d adapted modules, on which the loss of"
@@ -279,6 +323,12 @@ def check_gradients(adapter: Adapter, moves: Mapping[nn.Parameter, bool]) -> lis
 
 def save(job: Job, progress: Progress) -> None:
     """Write a checkpoint in the first process; the others give it what they hold, and wait."""
+    write(job, progress)
+    job.processes.wait()
+
+
+def write(job: Job, progress: Progress) -> None:
+    """Write a checkpoint in the first process, where the others only give it what they hold."""
     state = optimizer_tensors(job.optimizer) | rng_state()
     adapter, optimizer = map(job.layout.pieces, (job.adapter.state_dict(), state))
     if job.processes.first:
@@ -287,4 +337,3 @@ def save(job: Job, progress: Progress) -> None:
     else:
         for piece in (*adapter.values(), *optimizer.values()):
             piece.get()
-    job.processes.wait()
