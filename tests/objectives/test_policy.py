@@ -327,9 +327,10 @@ def test_a_later_update_of_the_first_step_may_have_all_ratios_clipped(
 
 
 SILENT = {
-    "solved": (lambda word: 9.0, "all completions have the highest reward so far, 9: the rows are"),
-    "out of reach": (lambda word: 1 / len(word), "too hard or too easy for it; try easier rows"),
-    "no reward applies": (lambda word: None, "no completion has a reward, as all rewards returned"),
+    "solved": (lambda word, step: 9.0, "all completions have the highest reward so far, 9: the rows are"),
+    "right by chance in some steps": (lambda word, step: 9.0 * (step % 2), "the prompts are too"),
+    "out of reach": (lambda word, step: 1 / len(word), "too hard or too easy for it; try easier rows"),
+    "no reward applies": (lambda word, step: None, "no completion has a reward, as all rewards returned"),
 }
 
 
@@ -346,7 +347,7 @@ def test_a_run_without_a_signal_says_so_and_ends_with_its_best_step(
             return next(held_out)
         calls.append(completion)
         varies = len(calls) <= 2 * 16 or 6 * 16 - 4 < len(calls) <= 6 * 16
-        return len(calls) % 7 if varies else then(word)
+        return len(calls) % 7 if varies else then(word, (len(calls) - 1) // 16)
 
     console = Console(record=True, width=2000)
     recipe = asked(steps=30, batch=4, eval_every=1, save_every=30)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 HIGHEST, LOWEST = "highest reward", "lowest reward"  # of all completions so far
+SILENT = "lowest reward since a signal"  # of those since the last step with one
 
 
 class Playing(Policy):

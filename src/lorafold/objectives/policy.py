@@ -7,6 +7,7 @@ a run that is resumed goes on exactly.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -32,14 +33,14 @@ from lorafold.data.tokenizing import Encoder
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import Measured, RewardEvaluation, RewardSettings, evaluate_rewards
 from lorafold.evaluation.reward_adapter import RewardAdapter, rewards_over
-from lorafold.evaluation.rewarded import READ, Rewarded
+from lorafold.evaluation.rewarded import Rewarded
 from lorafold.evaluation.rollouts import SLOTS, Completion, Rollouts, RolloutSize
 from lorafold.files.card import JUDGED_BY
 from lorafold.objectives import Declared
 from lorafold.objectives.drawing import Drawing, chosen
 from lorafold.objectives.laws import class_of
 from lorafold.objectives.objective import Asked, Objective, Packing
-from lorafold.objectives.playing import HIGHEST, LOWEST, Playing
+from lorafold.objectives.playing import HIGHEST, LOWEST, SILENT, Playing
 from lorafold.ops.arithmetic import multiplying, widens
 from lorafold.ops.philox import key_of
 from lorafold.rewards import Rewards, digest_of
@@ -204,7 +205,9 @@ class PolicyObjective(Objective):
         if self.drawing.fill:
             loss.told["groups drawn again"] = again / len(planned)
         loss.silent = "" if bool(learns.any()) else self._silent(found, loss)
-        if loss.silent and not step:
+        if not loss.silent:
+            loss.counts.pop(SILENT, None)
+        elif not step:
             return []  # a policy that is its reference has nothing to be held back from
         groups = zip(planned, found.groups, advantages.tolist(), strict=True)
         return [self._rollout(prompt, group, a) for prompt, group, a in groups]
@@ -284,11 +287,11 @@ class PolicyObjective(Objective):
                 f"truncated=masked: all completions were cut off at max_new_tokens={most}; try more"
                 " max_new_tokens, or truncated=counted"
             )
-        if not (read := found.samples(READ, 0)):
+        if not (read := found.samples(2, 1)):
             return "no completion has a reward, as all rewards returned None"
-        [least] = found.samples(0, 1)
-        if least.reward == loss.counts[HIGHEST] > loss.counts[LOWEST]:
-            return f"all completions have the highest reward so far, {least.reward:g}: {SOLVED}"
+        least = loss.counts[SILENT] = min(loss.counts.get(SILENT, math.inf), read[-1].reward)
+        if least == loss.counts[HIGHEST] > loss.counts[LOWEST]:
+            return f"all completions have the highest reward so far, {least:g}: {SOLVED}"
         samples = "; ".join(f"{o.where}: {o.completion[:80]!r} has {o.reward:g}" for o in read)
         entropy = found.figures["entropy"]
         return (

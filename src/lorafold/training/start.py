@@ -90,7 +90,7 @@ def prepare(
         before = Recipe().model_dump(mode="json") | unnamed
         judged, judges = run.written(REWARDS) or {}, identity.get(REWARDS, {})
         others = [name for name, digest in judged.items() if judges.get(name) != digest]
-        if judged.keys() == judges.keys() and not any(map(adapter_in, others)):
+        if others and judged.keys() == judges.keys() and not any(map(adapter_in, others)):
             identity[REWARDS] = judged  # as one that failed and was mended is
             for name in others:
                 told = f"reward {name}: its file has changed, and judges from here on as it is now"
