@@ -177,7 +177,7 @@ def test_rows_with_an_empty_answer_are_left_out_and_counted(case: str) -> None:
     assert [place.row for place in rows.origins.places(range(2))] == [1, 3]
     assert rows.told[0].startswith("1 rows ")
     assert rows.told[0].endswith("; the first: data: row 2")
-    with pytest.raises(LorafoldError, match="data: no rows found, .*; 1 rows (have an empty|are b)"):
+    with pytest.raises(LorafoldError, match=r"data: no rows found, .*; 1 rows (have|are) "):
         check_rows([(1, empty)], "data", wanted)
 
 

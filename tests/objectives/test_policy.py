@@ -253,7 +253,7 @@ def test_first_steps_may_have_nothing_to_learn(case: str, tiny_model_dir, tmp_pa
     masked, model = {"truncated": "masked", "max_new_tokens": 2}, tiny_model_dir("llama")
     if case == "all cut off":
         trained(model, tmp_path / "a", asked(steps=2, options=masked))
-        with pytest.raises(LorafoldError, match="step 10: .* truncated=masked: all completions were"):
+        with pytest.raises(LorafoldError, match=r"step 10: .* truncated=masked: all completions"):
             trained(model, tmp_path / "b", asked(steps=12, options=masked))
     else:
         trained(model, tmp_path / "a", asked(steps=2, beta=0.1), rewards=lambda completion: 1.0)
@@ -309,9 +309,10 @@ def test_a_run_whose_reward_fails_is_kept_and_goes_on_with_the_mended_one(
     with pytest.raises(LorafoldError, match=rf"{where}.*step-00000{at}; the same .* --resume cont"):
         run("failed", fails)
     assert "judge.py:size: its file has changed" in run("failed", 0, resume=True)
-    files = [load_file(tmp_path / of / "adapter_model.safetensors") for of in ("whole", "failed")]
+    outs = [tmp_path / of for of in ("whole", "failed")]
+    files = [load_file(out / "adapter_model.safetensors") for out in outs]
     assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
-    records = [json.loads((tmp_path / of / "lorafold.json").read_text()) for of in ("whole", "failed")]
+    records = [json.loads((out / "lorafold.json").read_text()) for out in outs]
     assert records[0]["evals"] == records[1]["evals"]
     assert records[0]["steps"] == records[1]["steps"]
 
@@ -327,10 +328,10 @@ def test_a_later_update_of_the_first_step_may_have_all_ratios_clipped(
 
 
 SILENT = {
-    "solved": (lambda word, step: 9.0, "all completions have the highest reward so far, 9: the rows are"),
+    "solved": (lambda word, step: 9.0, "have the highest reward so far, 9: the rows are solved"),
     "right by chance in some steps": (lambda word, step: 9.0 * (step % 2), "the prompts are too"),
-    "out of reach": (lambda word, step: 1 / len(word), "too hard or too easy for it; try easier rows"),
-    "no reward applies": (lambda word, step: None, "no completion has a reward, as all rewards returned"),
+    "out of reach": (lambda word, step: 1 / len(word), "too hard or too easy for it; try easier"),
+    "no reward applies": (lambda word, step: None, "no completion has a reward, as all rewards"),
 }
 
 
@@ -399,7 +400,8 @@ def test_rewards_that_do_not_apply_are_left_out(tiny_model_dir, tmp_path: Path) 
     assert warm_one > 0 > cold_one
     assert record["steps"]["reward"] == [pytest.approx((warm_one + 2 * cold_one) / 3, rel=1e-5)]
     assert record["steps"]["without a reward"] == [0.25]
-    assert all(one["each"].keys() <= {"warm", "cold"} for one in record["samples"]["last"]["samples"])
+    samples = record["samples"]["last"]["samples"]
+    assert all(len(one["each"]) == 1 for one in samples)
     assert found.figures["reward"] == pytest.approx(record["held_out"]["reward"][-1], rel=1e-5)
     with pytest.raises(LorafoldError, match="rewards: found none for row 1, completion 1 to row 1"):
         lf.evaluate(tiny_model_dir("llama"), ROWS[:1], rewards=[cold], max_new_tokens=4)

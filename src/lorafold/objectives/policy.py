@@ -62,7 +62,7 @@ SOLVED = "the rows are solved, unless the reward can be higher; try harder rows"
 TRY = (
     "the prompts are too hard or too easy for it; try easier rows, a reward that grades, or more"
     " completions of a prompt (group, fill)",
-    "the policy has collapsed; try a lower learning rate, beta, more prompts a step (batch), or more"
+    "the policy has collapsed; try a lower learning rate, beta, or more prompts a step (batch) and"
     " completions of a prompt (group)",
 )  # by whether it has collapsed
 
@@ -239,7 +239,7 @@ class PolicyObjective(Objective):
             found = evaluate_rewards(model, tokenizer, as_checked(rows, PROMPTS), rewards, how)
         if None in found.prompt_rewards:
             row = found.prompt_rewards.index(None) + 1
-            raise LorafoldError(f"held-out row {row}: no reward applies to it, expected one to compare")
+            raise LorafoldError(f"held-out row {row}: found no reward that applies, expected one")
         return found
 
     def _judging(self, model: PreTrainedModel, packing: Packing, console: Console) -> Any:
