@@ -308,7 +308,7 @@ def test_a_run_whose_reward_fails_is_kept_and_goes_on_with_the_mended_one(
     where = rf"^{told}: reward .*judge.py:size: row \d, completion 1: it raised ZeroDivision"
     with pytest.raises(LorafoldError, match=rf"{where}.*step-00000{at}; the same .* --resume cont"):
         run("failed", fails)
-    assert "judge.py:size: its file has changed" in run("failed", 0, resume=True)
+    assert "judge.py:size: changed, and judges from here on" in run("failed", 0, resume=True)
     outs = [tmp_path / of for of in ("whole", "failed")]
     files = [load_file(out / "adapter_model.safetensors") for out in outs]
     assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])

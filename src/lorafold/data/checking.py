@@ -80,7 +80,7 @@ def checked(
     """
     bad: dict[str, list[int]] = {}  # the rows by what is wrong with them
     first: tuple[int, Shape] | None = None
-    used = False
+    used = False  # of any row
     for number, given in numbered:
         if noticed and noticed.blank(given, f"{source}: row {number}"):
             continue

@@ -40,10 +40,9 @@ class Noticed:
 
     def blank(self, row: Any, place: str) -> bool:
         """Whether a row has nothing in any of its fields, as spreadsheets have them."""
-        found = isinstance(row, dict) and not any(
-            value.strip() if isinstance(value, str) else value is not None for value in row.values()
-        )
-        return found and self._left_out(BLANK, place)
+        values = row.values() if isinstance(row, dict) else [row]
+        filled = (x.strip() if isinstance(x, str) else x is not None for x in values)
+        return not any(filled) and self._left_out(BLANK, place)
 
     def add(self, shape: Shape, row: Row, place: str) -> bool:
         """Look at one more row. Returns whether it is to be used.

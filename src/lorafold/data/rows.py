@@ -63,8 +63,7 @@ class Reading:
                         self._notice(f"{file.name}: {self._files[-1][1]:,} rows read")
                     yield row
             if last is None:
-                told = "".join(f"; {text}" for text in self._noticed.told)
-                raise LorafoldError(f"{source.name}: no rows found, expected at least one{told}")
+                raise LorafoldError(f"{source.name}: no rows found, expected at least one")
 
     @property
     def about(self) -> dict[str, Any]:
@@ -166,5 +165,4 @@ def check_rows(numbered: Iterable[tuple[int, Any]], source: str, wanted: str = "
             runs.append([place, 0])
         runs[-1][1] += 1
     parts, origins = (Part(len(found)),), Origins(tuple(("", *run) for run in runs))
-    told, ignored = noticed.told, noticed.ignored
-    return Rows(found, parts, ignored, wanted=wanted, told=told, origins=origins)
+    return Rows(found, parts, noticed.ignored, None, wanted, noticed.told, origins=origins)

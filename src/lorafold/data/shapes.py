@@ -68,6 +68,7 @@ PROMPTS = "prompts"  # a Conversation whose next turn is the assistant's; none w
 
 COMPARED = ("chosen", "rejected")
 ANSWERS = {"completion", *COMPARED, "output", "response", "answers", "text", "label"}
+SPEAKERS = ("assistant", *CALLERS)  # whose turns are answers
 SAID = ("content", "value", "tool_calls", "function_call", *REASONING)  # of a message, or a turn
 
 
@@ -135,12 +136,9 @@ def _says(value: Any, last: bool) -> bool:
     if isinstance(value, str):
         return bool(value.strip())
     turns = [value] if isinstance(value, dict) else value if isinstance(value, list) else []
-    roles = [(turn, turn.get("role", turn.get("from"))) for turn in turns]
-    own = [turn for turn, role in roles if role in CALLERS or role_of(role) == "assistant"]
-    return not own or any(
-        asks(turn) or any(str(turn.get(key) or "").strip() for key in SAID)
-        for turn in own[-last:]
-    )
+    own = [turn for turn in turns if role_of(turn.get("role", turn.get("from"))) in SPEAKERS]
+    said = [asks(turn) or any(str(turn.get(key) or "").strip() for key in SAID) for turn in own]
+    return not own or any(said[-last:])
 
 
 def _none(row: Row) -> Conversation:

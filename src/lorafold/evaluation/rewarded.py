@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lorafold.data.to_complete import Prompt
-from lorafold.errors import LorafoldError, cut
+from lorafold.errors import RewardFailed, cut
 from lorafold.evaluation.intervals import Interval, mean_interval
 from lorafold.evaluation.rollouts import Completion
 from lorafold.rewards import Judged, Rewards
@@ -96,7 +96,7 @@ class Rewarded:
             each = {name: [*each.get(name, []), *x] for name, x in apart.items()}
             progress(len(sums), len(judged))
         if at_once and sums.count(None) == len(sums):
-            raise LorafoldError(
+            raise RewardFailed(
                 f"rewards: found none for {judged[0].where} to {judged[-1].where}, as all returned"
                 " None; expected a number for some completion"
             )

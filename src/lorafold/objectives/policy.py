@@ -30,7 +30,7 @@ from lorafold.data.sources import Row
 from lorafold.data.stored import Rows
 from lorafold.data.to_complete import Prompt, PromptData, Prompts, prompt_data
 from lorafold.data.tokenizing import Encoder
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, RewardFailed
 from lorafold.evaluation import Measured, RewardEvaluation, RewardSettings, evaluate_rewards
 from lorafold.evaluation.reward_adapter import RewardAdapter, rewards_over
 from lorafold.evaluation.rewarded import Rewarded
@@ -260,7 +260,7 @@ class PolicyObjective(Objective):
         # a mean of equal numbers may differ from them by its rounding
         advantages = self.law.advantages(found.rewards).where(~found.alike[:, None], 0.0)
         if not bool((advantages.abs() <= LARGEST).all()):
-            raise LorafoldError(
+            raise RewardFailed(
                 f"rewards: found an advantage of {float(advantages.abs().max()):.3g} in"
                 f" {found.judged[0].where} to {found.judged[-1].where}, expected at most"
                 f" {LARGEST:g}: give the reward a weight, as in 1e-6*FILE.py:FUNCTION"

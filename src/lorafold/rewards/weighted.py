@@ -48,7 +48,8 @@ class Rewards:
         made, names = list[Reward](), Counter[str]()
         try:
             for one in given:
-                made.append(found := as_reward(one))
+                found: Any = reward_of(one) if isinstance(one, str) else one
+                made.append(found := found if isinstance(found, Reward) else DirectReward(found))
                 names[found.name] += 1
                 if isinstance(found, DirectReward) and names[found.name] > 1:
                     found.name += f" {names[found.name]}"  # two lambdas have one name
@@ -96,13 +97,6 @@ class Rewards:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def as_reward(given: str | Callable[..., Any] | Reward) -> Reward:
-    """What stands for a reward, as one: a name, a function, or a reward, which stays itself."""
-    if isinstance(given, str):
-        return reward_of(given)
-    return given if isinstance(given, Reward) else DirectReward(given)
 
 
 def _checked(reward: Reward, judged: Sequence[Judged]) -> list[float | None]:

@@ -26,7 +26,7 @@ from lorafold.core.draws import drawing
 from lorafold.core.selection import Draws
 from lorafold.core.unchanged import unchanged
 from lorafold.data.feed import Feed
-from lorafold.errors import Interrupted, LorafoldError, listed
+from lorafold.errors import Interrupted, LorafoldError, RewardFailed, listed
 from lorafold.evaluation import Measured
 from lorafold.machine.processes import Processes
 from lorafold.machine.waiting import considerate
@@ -141,12 +141,8 @@ def fit(job: Job, progress: Progress, display: Display) -> Progress:
 def over(job: Job, progress: Progress) -> bool:
     """Whether no step is left, or none that would help."""
     stalled = job.recipe.stops and progress.stalled
-    return progress.step == job.steps or stalled or spent(job, progress)
-
-
-def spent(job: Job, progress: Progress) -> bool:
-    """Whether so many of the last steps had no example with a signal that the run ends."""
-    return progress.quiet >= max(QUIET, math.ceil(GROUPS / job.recipe.batch))
+    silent = progress.quiet >= max(QUIET, math.ceil(GROUPS / job.recipe.batch))
+    return progress.step == job.steps or stalled or silent
 
 
 def tell_quiet(job: Job, progress: Progress, display: Display) -> None:
@@ -165,16 +161,16 @@ def tell_quiet(job: Job, progress: Progress, display: Display) -> None:
 
 @contextmanager
 def keeping(job: Job, progress: Progress, place: str) -> Iterator[None]:
-    """Write a checkpoint of the last complete step where what the `with` block computes fails, as
-    a reward may, and say where that was.
+    """Write a checkpoint of the last complete step where a reward fails in the `with` block, in
+    process 0, and say of any error where it was.
     """
     try:
         yield
     except LorafoldError as error:
         goes_on = ""
-        if progress.step and not job.layout.divides:
+        if isinstance(error, RewardFailed) and progress.step:
             goes_on = "; the same command with --resume continues from it"
-            if job.processes.first and progress.step not in job.run.checkpoints():
+            if progress.step not in job.run.checkpoints():
                 write(job, progress)
         raise LorafoldError(f"{place}: {error}; {kept(job.run)}{goes_on}") from None
 

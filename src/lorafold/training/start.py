@@ -92,9 +92,8 @@ def prepare(
         others = [name for name, digest in judged.items() if judges.get(name) != digest]
         if others and judged.keys() == judges.keys() and not any(map(adapter_in, others)):
             identity[REWARDS] = judged  # as one that failed and was mended is
-            for name in others:
-                told = f"reward {name}: its file has changed, and judges from here on as it is now"
-                console.print(told, highlight=False, markup=False, soft_wrap=True)
+            told = f"reward {', '.join(others)}: changed, and judges from here on as it is now"
+            console.print(told, highlight=False, markup=False, soft_wrap=True)
         if unknown := run.check(identity, before):
             console.print(unknown, highlight=False, markup=False, soft_wrap=True)
         if checkpoints := run.checkpoints():
