@@ -23,6 +23,10 @@ class LorafoldError(Exception):
     """
 
 
+class RewardFailed(LorafoldError):
+    """A reward that judged nothing, or can't be learned from; the model is as good as before."""
+
+
 class NotMergeable(LorafoldError):
     """A delta without a form in weight space, or a weight that can't store the changed values."""
 

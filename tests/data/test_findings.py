@@ -173,16 +173,19 @@ def test_each_kind_of_rows_is_looked_for_in_training(tiny_model_dir: Any) -> Non
 
 def test_empty_answers_are_named(tiny_model_dir: Any) -> None:
     rows = [asked(1), asked(2, ""), {"messages": [user("a"), said(" \n"), user("b"), said("c")]}]
-    _, lines = found(tiny_model_dir("llama"), rows[:2])
-    assert lines == ["data: 1 of 2 rows have an empty answer to train on: row 2"]
+    rows[1] = {"messages": [user("a"), said("") | {"weight": 1}]}  # kept, as it asks for it
+    _, lines = found(tiny_model_dir("llama"), [rows[0], rows[0] | {"prompt": "b"}, asked(2, "")])
+    assert lines == []
+    _, lines = found(tiny_model_dir("llama"), rows[1:2])
+    assert lines == ["data: 1 of 1 rows have an empty answer to train on: row 1"]
     _, lines = found(tiny_model_dir("llama"), rows[2:])
     assert lines == ["data: 1 of 1 rows have an empty answer to train on: row 1"]
     _, lines = found(tiny_model_dir("llama"), rows[2:], train_on="last")
     assert lines == []
-    pairs = [pair(1, "a", "b"), pair(2, "a", ""), pair(3, "", "b")]
+    pairs = [pair(1, "a", "b"), pair(2, "a", ""), pair(3, "", "b"), pair(4, "c", "d")]
     for objective in ("dpo", "kto", "reward"):
-        _, lines = found(tiny_model_dir("llama"), pairs, objective=objective)
-        assert lines == ["data: 2 of 3 rows have an empty answer to train on: row 2, row 3"]
+        findings, lines = found(tiny_model_dir("llama"), pairs, objective=objective)
+        assert (findings.rows, lines) == (2, [])
 
 
 def test_contradictions_are_named(tiny_model_dir: Any) -> None:
@@ -338,7 +341,8 @@ def test_examples_of_no_table_say_that_they_are_not_looked_at() -> None:
 @pytest.mark.usefixtures("unestimated")
 def test_a_run_and_its_preview_give_the_figures(tiny_model_dir: Any, tmp_path: Path) -> None:
     data = written(tmp_path / "rows.jsonl", [asked(1), asked(1), asked(2, ""), asked(3)])
-    held_out, model = written(tmp_path / "test.jsonl", [asked(1)]), str(tiny_model_dir("llama"))
+    held_out = written(tmp_path / "test.jsonl", [asked(1), {"prompt": " ", "completion": None}])
+    model = str(tiny_model_dir("llama"))
     given = ["train", "--model", model, "--data", data, "--eval-data", held_out, "--json"]
     given += ["--out", str(tmp_path / "out"), "--steps", "1", "--storage", "fp32"]
     shown = []
@@ -346,11 +350,13 @@ def test_a_run_and_its_preview_give_the_figures(tiny_model_dir: Any, tmp_path: P
         done = CliRunner().invoke(app, [*given, *more], catch_exceptions=False)
         shown.append(json.loads(done.stdout.splitlines()[-1])["data"])
         one_line = done.stderr.replace("\n", "")
-        assert f"data: 1 of 4 rows have an empty answer to train on: {data}: row 3" in one_line
+        assert f"{data}: 1 rows have an empty answer and are left out" in one_line
+        assert f"; the first: {data}: row 3" in one_line
+        assert f"{held_out}: 1 rows are blank and are left out" in one_line
     assert shown[0] == shown[1]
     figures = {name: shown[0][name] and shown[0][name]["rows"] for name in COUNTED}
     assert figures == {
-        "duplicates": 1, "held_out_in_training": 1, "empty_answers": 1, "contradictions": None,
+        "duplicates": 1, "held_out_in_training": 1, "empty_answers": 0, "contradictions": None,
         "ends_lost": 0, "untrained": 0,
     }  # fmt: skip
     recipe = lf.Recipe(steps=1, storage="fp32")

@@ -4,10 +4,12 @@ import gzip
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from lorafold.data.rows import read_rows
+from conversation_cases import said, user
+from lorafold.data.rows import check_rows, read_rows
 from lorafold.data.sources import source_from
 from lorafold.data.stream import stream_of
 from lorafold.errors import LISTED, LorafoldError, listed, shortened
@@ -94,7 +96,7 @@ def test_json_is_read_as_the_shell_of_windows_writes_it(name: str, tmp_path: Pat
 
 
 def test_cells_that_name_nothing_are_said_to_be_words(tmp_path: Path) -> None:
-    (tmp_path / "rows.csv").write_text("prompt,completion\na,NULL\nb,NULL\nc,#N/A\nNone,\n")
+    (tmp_path / "rows.csv").write_text("prompt,completion\na,NULL\nb,NULL\nc,#N/A\nNone,a\n")
     assert read_rows(str(tmp_path / "rows.csv")).told == tuple(
         f"{count} texts of {key} are {word!r} alone, which is read as that word and not as an empty"
         " cell"
@@ -102,6 +104,81 @@ def test_cells_that_name_nothing_are_said_to_be_words(tmp_path: Path) -> None:
             (2, "completion", "NULL"), (1, "completion", "#N/A"), (1, "prompt", "None")
         ]
     )  # fmt: skip
+
+
+SHEET = "prompt;completion;id\na;b;1\n;;\n ; ;\t\n;;;;\nc;d;2\n;;\n"
+BLANK: dict[str, tuple[str, list[int]]] = {
+    "a.csv": (SHEET, [1, 5]),
+    "a.tsv": (SHEET.replace("\t", " ").replace(";", "\t"), [1, 5]),
+    "a.jsonl": (
+        '{"prompt": "a", "completion": "b"}\n{"prompt": "", "completion": null}\n\n'
+        '{"prompt": "c", "completion": "d"}\n{}\n{"prompt": " ", "completion": ""}\n'
+        '{"messages": null}\n',
+        [1, 4],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BLANK)
+def test_blank_rows_are_left_out_and_counted(name: str, tmp_path: Path) -> None:
+    """Also of what other shape they would be, and the others keep their numbers."""
+    text, numbers = BLANK[name]
+    (tmp_path / name).write_text(text)
+    rows = read_rows(str(tmp_path / name))
+    assert [row["prompt"] for row in rows] == ["a", "c"]
+    assert rows.told == (f"4 rows are blank and are left out; the first: {tmp_path / name}: row 2",)
+    assert [place.row for place in rows.origins.places(range(2))] == numbers
+
+
+UNANSWERED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "a completion": ("", {"completion": " \n"}, {"completion": "b"}),
+    "messages": (
+        "", {"messages": [user("a"), said("")]}, {"messages": [user("a"), said(""), said("b")]},
+    ),
+    "asked for": (
+        "", {"messages": [user("a"), said("")]},
+        {"messages": [user("a"), said("") | {"weight": 1}]},
+    ),
+    "ShareGPT": (
+        "",
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": ""}]},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+    ),
+    "Alpaca": ("", {"instruction": "a", "output": ""}, {"instruction": "a", "output": "b"}),
+    "a side of a pair": (
+        "pairs", {"prompt": "a", "chosen": "b", "rejected": ""},
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+    ),
+    "the last turn of a side": (
+        "pairs",
+        {"chosen": [user("a"), said("b"), user("c"), said("")],
+         "rejected": [user("a"), said("b"), user("c"), said("d")]},
+        {"chosen": [user("a"), said("b"), user("c"), said("e")],
+         "rejected": [user("a"), said("b"), user("c"), said("d")]},
+    ),
+    "a judged completion": (
+        "judged", {"completion": "", "label": False}, {"completion": "b", "label": False},
+    ),
+    "a text": ("", {"text": "", "id": 1}, {"text": "a"}),
+    "a label": ("labels", {"text": "a", "label": ""}, {"text": "a", "label": 0}),
+    "a prompt alone": ("prompts", {"prompt": "", "wanted": None}, {"prompt": "a"}),
+    "an answer that rewards get": ("prompts", {"a": None}, {"completion": ""}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNANSWERED)
+def test_rows_with_an_empty_answer_are_left_out_and_counted(case: str) -> None:
+    wanted, empty, full = UNANSWERED[case]
+    if "completion" in full:
+        full = {"prompt": "a", **full}
+        empty = empty if wanted == "prompts" else {"prompt": "a", **empty}
+    rows = check_rows(enumerate([full, empty, full], 1), "data", wanted)
+    assert list(rows) == [full, full]
+    assert [place.row for place in rows.origins.places(range(2))] == [1, 3]
+    assert rows.told[0].startswith("1 rows ")
+    assert rows.told[0].endswith("; the first: data: row 2")
+    with pytest.raises(LorafoldError, match=r"data: no rows found, .*; 1 rows (have|are) "):
+        check_rows([(1, empty)], "data", wanted)
 
 
 def test_the_first_line_of_excel_names_the_delimiter(tmp_path: Path) -> None:

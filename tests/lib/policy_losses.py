@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
+from lorafold.step.policy import Rollout
 from lorafold.step.policy_laws import Drawn, PolicyLaw
 
 LENGTHS = (3, 7, 1, 5)  # of the completions of two groups of two
+OF_TRL: dict[str, Any] = {"report_to": "none", "use_cpu": True, "bf16": False}
 LONGEST = 9
 
 
@@ -61,8 +64,8 @@ def loss_of_trl(
 ) -> tuple[float, Tensor]:
     """The loss of TRL's own code with these settings of GRPOConfig, and its gradient."""
     config = GRPOConfig(
-        str(out), report_to="none", use_cpu=True, num_generations=2, bf16=False,
-        per_device_train_batch_size=4, max_completion_length=LONGEST, **settings,
+        str(out), num_generations=2, per_device_train_batch_size=4,
+        max_completion_length=LONGEST, **OF_TRL, **settings,
     )  # fmt: skip
     trainer = GRPOTrainer(
         AutoModelForCausalLM.from_pretrained(model_dir),
@@ -107,3 +110,49 @@ def check_loss_of_trl(
     ours.backward()
     assert float(ours) == pytest.approx(expected, abs=1e-9)
     torch.testing.assert_close(drawn.logps.grad, gradient, rtol=1e-7, atol=1e-10)
+
+
+def gradient_of_trl(
+    settings: dict[str, Any],
+    rollouts: Sequence[Rollout],
+    model: Any,
+    tokenizer: Any,
+    longest: int,
+    out: Path,
+) -> None:
+    """Add the gradient of TRL's whole step over groups of completions to a model's parameters.
+
+    Args:
+        settings: Of GRPOConfig.
+        rollouts: What was drawn, with the advantages, which are none of TRL's.
+        model: With what trains.
+        longest: The most tokens of a completion.
+    """
+    pairs = [(one.shared, branch) for one in rollouts for branch in one.branches]
+    prompts = [[*shared, branch.ids[0]] for shared, branch in pairs]
+    own = [branch.ids[1:] for _, branch in pairs]
+    config = GRPOConfig(
+        str(out), num_generations=len(rollouts[0].branches), max_completion_length=longest,
+        per_device_train_batch_size=len(own), temperature=1.0, **OF_TRL, **settings,
+    )  # fmt: skip
+    trainer = GRPOTrainer(
+        model, reward_funcs=lambda completions, **_: [0.0] * len(completions), args=config,
+        train_dataset=Dataset.from_list([{"prompt": "a"}] * len(own)), processing_class=tokenizer,
+    )  # fmt: skip
+
+    def side_by_side(ids: Sequence[Sequence[int]], left: bool) -> tuple[Tensor, Tensor]:
+        width = max(map(len, ids))
+        fill = [[0] * (width - len(one)) for one in ids]
+        rows = [(f, [*o]) if left else ([*o], f) for f, o in zip(fill, ids, strict=True)]
+        masks = [(f, [1] * len(o)) if left else ([1] * len(o), f)
+                 for f, o in zip(fill, ids, strict=True)]  # fmt: skip
+        return torch.tensor([a + b for a, b in rows]), torch.tensor([a + b for a, b in masks])
+
+    prompt_ids, prompt_mask = side_by_side(prompts, left=True)
+    completion_ids, completion_mask = side_by_side(own, left=False)
+    inputs = {
+        "prompt_ids": prompt_ids, "prompt_mask": prompt_mask, "completion_ids": completion_ids,
+        "completion_mask": completion_mask, "num_items_in_batch": completion_mask.sum(),
+        "advantages": torch.tensor([a for one in rollouts for a in one.advantages]),
+    }  # fmt: skip
+    trainer._compute_loss(model, inputs).backward()

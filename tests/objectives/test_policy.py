@@ -253,7 +253,7 @@ def test_first_steps_may_have_nothing_to_learn(case: str, tiny_model_dir, tmp_pa
     masked, model = {"truncated": "masked", "max_new_tokens": 2}, tiny_model_dir("llama")
     if case == "all cut off":
         trained(model, tmp_path / "a", asked(steps=2, options=masked))
-        with pytest.raises(LorafoldError, match="truncated=masked: found all completions"):
+        with pytest.raises(LorafoldError, match=r"step 10: .* truncated=masked: all completions"):
             trained(model, tmp_path / "b", asked(steps=12, options=masked))
     else:
         trained(model, tmp_path / "a", asked(steps=2, beta=0.1), rewards=lambda completion: 1.0)
@@ -275,15 +275,139 @@ def test_an_object_that_judges_is_known_in_another_process() -> None:
     assert identities[0] == identities[1]
 
 
-def test_a_reward_that_fails_tells_what_is_kept(tiny_model_dir, tmp_path: Path) -> None:
-    calls: list[str] = []
+FAILING = """
+import pathlib
 
-    def failing(completion: str) -> float:
+def size(completion):
+    calls = pathlib.Path(__file__).with_name("calls")
+    calls.write_text(calls.read_text() + ".")
+    return len(completion) / (len(calls.read_text()) != {fails})
+"""
+
+
+@pytest.mark.parametrize("of", ["a step", "held-out rows"])
+def test_a_run_whose_reward_fails_is_kept_and_goes_on_with_the_mended_one(
+    of: str, tiny_model_dir, tmp_path: Path
+) -> None:
+    """As one that did not fail. No checkpoint was due before."""
+    base, judge, calls = tiny_model_dir("llama"), tmp_path / "judge.py", tmp_path / "calls"
+    held_out, fails, at = (None, 17, 2) if of == "a step" else (ROWS[:1], 1 + 16 + 1, 2)
+    fields = {} if held_out is None else {"eval_every": 2, "save_every": 4}
+    recipe = asked(options={"rewards": [f"{judge}:size"]}, **fields)
+    given: dict[str, Any] = {"recipe": recipe, "rewards": (), "eval_data": held_out}
+
+    def run(out: str, fails: int, **more: Any) -> str:
+        judge.write_text(FAILING.replace("{fails}", str(fails)))
+        calls.write_text("")
+        console = Console(record=True, width=400)
+        trained(base, tmp_path / out, console=console, **given, **more)
+        return console.export_text()
+
+    run("whole", 0)
+    told = "held-out rows after step 2" if held_out else "step 3"
+    where = rf"^{told}: reward .*judge.py:size: row \d, completion 1: it raised ZeroDivision"
+    with pytest.raises(LorafoldError, match=rf"{where}.*step-00000{at}; the same .* --resume cont"):
+        run("failed", fails)
+    assert "judge.py:size: changed, and judges from here on" in run("failed", 0, resume=True)
+    outs = [tmp_path / of for of in ("whole", "failed")]
+    files = [load_file(out / "adapter_model.safetensors") for out in outs]
+    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+    records = [json.loads((out / "lorafold.json").read_text()) for out in outs]
+    assert records[0]["evals"] == records[1]["evals"]
+    assert records[0]["steps"] == records[1]["steps"]
+
+
+@pytest.mark.parametrize("average", ["per-sequence", "sums"])
+def test_a_later_update_of_the_first_step_may_have_all_ratios_clipped(
+    average: str, tiny_model_dir, tmp_path: Path
+) -> None:
+    options = {"updates": 4, "average": average, "clip": 1e-6, "clip_high": 1e-6}
+    recipe = asked(objective="gspo", steps=1, options=options)
+    found = trained(tiny_model_dir("llama"), tmp_path / "a", recipe)
+    assert found.steps == 1
+
+
+SILENT = {
+    "solved": (lambda word, step: 9.0, "have the highest reward so far, 9: the rows are solved"),
+    "right by chance in some steps": (lambda word, step: 9.0 * (step % 2), "the prompts are too"),
+    "out of reach": (lambda word, step: 1 / len(word), "too hard or too easy for it; try easier"),
+    "no reward applies": (lambda word, step: None, "no completion has a reward, as all rewards"),
+}
+
+
+@pytest.mark.parametrize("case", SILENT)
+def test_a_run_without_a_signal_says_so_and_ends_with_its_best_step(
+    case: str, tiny_model_dir, tmp_path: Path
+) -> None:
+    """One group with a signal, in step 6, is enough to go on."""
+    then, told = SILENT[case]
+    calls, held_out = list[str](), iter([0.0, 1.0, 5.0, *[2.0] * 30])
+
+    def judge(completion: str, word: str) -> float | None:
+        if word == "held":
+            return next(held_out)
         calls.append(completion)
-        return len(completion) / (len(calls) <= 16)
+        varies = len(calls) <= 2 * 16 or 6 * 16 - 4 < len(calls) <= 6 * 16
+        return len(calls) % 7 if varies else then(word, (len(calls) - 1) // 16)
 
-    with pytest.raises(LorafoldError, match=r"^step 3: reward failing: .*step-000002$"):
-        trained(tiny_model_dir("llama"), tmp_path / "a", asked(save_every=1), rewards=failing)
+    console = Console(record=True, width=2000)
+    recipe = asked(steps=30, batch=4, eval_every=1, save_every=30)
+    found = trained(
+        tiny_model_dir("llama"), tmp_path / "a", recipe, rewards=judge, console=console,
+        eval_data=[{"prompt": "Say", "word": "held"}],
+    )  # fmt: skip
+    lines = [line for line in console.export_text().splitlines() if "has a signal" in line]
+    assert [line.partition(":")[0] for line in lines] == ["step 5", "step 9", "step 16"]
+    assert all("of the last 3 steps has a signal: " in line for line in lines[:2])
+    assert all(told in line for line in lines)
+    assert lines[2].endswith("; the run ends here")
+    assert len(found.losses) == 16
+    assert json.loads((tmp_path / "a" / "lorafold.json").read_text())["step"] == 2
+    assert len(calls) == 16 * 16
+
+
+def test_a_policy_that_says_one_thing_is_said_to_have_collapsed(
+    tiny_model, tiny_model_dir, tmp_path: Path
+) -> None:
+    model, base = tiny_model("llama"), tmp_path / "base"
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(1000)
+    model.save_pretrained(base)
+    AutoTokenizer.from_pretrained(tiny_model_dir("llama")).save_pretrained(base)
+    console = Console(record=True, width=2000)
+    trained(base, tmp_path / "a", asked(steps=3), console=console)
+    text = console.export_text()
+    assert "step 3: no group of completions of the last 3 steps has a signal: " in text
+    assert "the policy has collapsed; try a lower learning rate" in text
+
+
+def test_rewards_that_do_not_apply_are_left_out(tiny_model_dir, tmp_path: Path) -> None:
+    """Each judges some of the rows, and none judges gold."""
+
+    def warm(completion: str, word: str) -> float | None:
+        return len(completion) if word == "red" else None
+
+    def cold(completion: str, word: str) -> float | None:
+        return -len(completion) if word in ("blue", "green") else None
+
+    out = tmp_path / "a"
+    found = trained(
+        tiny_model_dir("llama"), out, asked(steps=1, batch=4), rewards=[warm, cold],
+        eval_data=ROWS,
+    )  # fmt: skip
+    record = json.loads((out / "lorafold.json").read_text())
+    (warm_one,), (cold_one,) = (record["steps"][f"reward {name}"] for name in ("warm", "cold"))
+    assert warm_one > 0 > cold_one
+    assert record["steps"]["reward"] == [pytest.approx((warm_one + 2 * cold_one) / 3, rel=1e-5)]
+    assert record["steps"]["without a reward"] == [0.25]
+    samples = record["samples"]["last"]["samples"]
+    assert all(len(one["each"]) == 1 for one in samples)
+    assert found.figures["reward"] == pytest.approx(record["held_out"]["reward"][-1], rel=1e-5)
+    with pytest.raises(LorafoldError, match="rewards: found none for row 1, completion 1 to row 1"):
+        lf.evaluate(tiny_model_dir("llama"), ROWS[:1], rewards=[cold], max_new_tokens=4)
+    worth = lf.evaluate(tiny_model_dir("llama"), ROWS, rewards=[warm, cold], max_new_tokens=4)
+    assert [mean is None for mean in worth.prompt_rewards] == [False, False, False, True]
+    assert json.loads(json.dumps(worth.as_json(), allow_nan=False))["n"] == 4
 
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
@@ -330,7 +454,7 @@ def test_a_policy_is_measured_on_rows_with_answers(tiny_model_dir, tmp_path: Pat
 
 
 def test_rewards_that_never_vary_are_told(tiny_model_dir, tmp_path: Path) -> None:
-    with pytest.raises(LorafoldError, match=r"the first 10 steps.*row \d, completion 1: .* has 1"):
+    with pytest.raises(LorafoldError, match=r"the last 10 steps .*row \d, completion 1: .* has 1"):
         trained(
             tiny_model_dir("llama"), tmp_path / "a", asked(steps=12),
             rewards=lambda completion: 1.0,
@@ -437,7 +561,7 @@ def test_rewards_that_never_vary_are_told_of_a_run_that_was_resumed(
 
     with pytest.raises(KeyboardInterrupt):
         trained(tiny_model_dir("llama"), tmp_path / "a", asks, rewards=one)
-    with pytest.raises(LorafoldError, match=r"step 10: .* in the first 10 steps"):
+    with pytest.raises(LorafoldError, match=r"step 10: .* of the last 10 steps"):
         trained(tiny_model_dir("llama"), tmp_path / "a", asks, rewards=one, resume=True)
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl.trainer.utils import nanstd
 
+import lorafold as lf
 from lorafold.step.policy_laws import Cispo, Drawn, Grpo, Gspo, Ppo, Reinforce, Rloo
-from policy_losses import check_loss_of_trl
+from lorafold.training import loop
+from policy_losses import check_loss_of_trl, gradient_of_trl
 
 CASES = {
     "grpo": (Grpo(), {"loss_type": "dapo"}),
@@ -43,6 +48,74 @@ def test_losses_are_those_of_trl(
     check_loss_of_trl(law, settings, tiny_model_dir("llama"), tmp_path, monkeypatch)
 
 
+STEPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "grpo": ({"objective": "grpo"}, {"loss_type": "dapo"}),
+    "grpo as in the paper": (
+        {"objective": "grpo", "average": "per-sequence"}, {"loss_type": "grpo"},
+    ),
+    "Dr. GRPO": (
+        {"objective": "grpo", "average": "longest", "scale": "none"}, {"loss_type": "dr_grpo"},
+    ),
+    "luspo": (
+        {"objective": "gspo", "average": "sums"},
+        {"loss_type": "luspo", "importance_sampling_level": "sequence"},
+    ),
+    "gspo": (
+        {"objective": "gspo"}, {"loss_type": "grpo", "importance_sampling_level": "sequence"},
+    ),
+    "cispo": (
+        {"objective": "cispo", "clip_high": 4.0}, {"loss_type": "cispo", "epsilon_high": 5.0},
+    ),
+    "ppo": ({"objective": "ppo"}, {"loss_type": "dapo"}),
+    "reinforce": ({"objective": "reinforce"}, {"loss_type": "dapo"}),
+    "rloo": ({"objective": "rloo"}, {"loss_type": "luspo"}),
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("unestimated")
+@pytest.mark.parametrize("case", STEPS)
+def test_a_step_weighs_what_it_does_in_trl_where_a_group_is_alike(
+    case: str, tiny_model_dir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One group of four has one reward, so that it counts in the mean alone: the gradient that
+    reaches the optimizer is that of TRL's trainer on the same completions.
+    """
+    options, settings = STEPS[case]
+    options, seen = dict(options), list[Any]()
+    recipe = lf.Recipe(
+        objective=options.pop("objective"), steps=1, batch=4, storage="fp32", clip=0, lr=1e-9,
+        lr_b=1e-9,
+        objective_options={"group": 4, "max_new_tokens": 24, **options},
+    )  # fmt: skip
+    step = loop.train_step
+
+    def watched(job: Any, examples: Any, n: int) -> float:
+        def gradients(*_: Any) -> None:
+            seen.append([p.grad.clone() for p in job.adapter.parameters()])
+
+        seen.append(examples)
+        job.optimizer.register_step_pre_hook(gradients)
+        return step(job, examples, n)
+
+    def judge(completion: str, word: str) -> float:
+        return 0.1 if word == "green" else len(completion)
+
+    base = tiny_model_dir("llama")
+    rows = [{"prompt": f"Say {word}", "word": word} for word in ("red", "blue", "green", "gold")]
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", watched)
+        lf.train(recipe, model=base, data=rows, out=tmp_path / "a", rewards=judge)
+    rollouts, ours = seen
+    assert [any(one.advantages) for one in rollouts].count(False) == 1
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    adapter = lf.load(model, tmp_path / "a", trainable=True)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    gradient_of_trl({"beta": 0.0, **settings}, rollouts, model, tokenizer, 24, tmp_path)
+    for x, p in zip(ours, adapter.parameters(), strict=True):
+        torch.testing.assert_close(x, p.grad, rtol=1e-3, atol=1e-6)
+    assert any(float(x.abs().max()) > 1e-4 for x in ours)
+
+
 def test_advantages_are_those_of_trl() -> None:
     rewards = torch.tensor([[1.0, 0.0, 0.5, 0.5], [2.0, 2.0, 2.0, 2.0]])
     group = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
@@ -51,6 +124,19 @@ def test_advantages_are_those_of_trl() -> None:
     torch.testing.assert_close(Ppo().advantages(rewards), batch)
     left_out = [[1 - 1 / 3, -2 / 3, 0.5 - 0.5, 0.5 - 0.5], [0.0] * 4]
     torch.testing.assert_close(Rloo().advantages(rewards), torch.tensor(left_out))
+
+
+def test_a_completion_without_a_reward_has_no_part_as_in_trl() -> None:
+    nan = float("nan")
+    rewards = torch.tensor([[1.0, nan, 0.5, 0.0], [nan] * 4, [nan, 3.0, nan, nan]])
+    of = rewards - rewards.nanmean(1, keepdim=True)
+    group = (of / (nanstd(rewards, dim=1, keepdim=True) + 1e-4)).nan_to_num(0.0)
+    batch = (of / (nanstd(rewards) + 1e-4)).nan_to_num(0.0)
+    torch.testing.assert_close(Grpo().advantages(rewards), group)
+    torch.testing.assert_close(Ppo().advantages(rewards), batch)
+    others = (rewards.nansum(1, keepdim=True) - rewards) / torch.tensor([[2.0], [-1.0], [0.0]])
+    torch.testing.assert_close(Rloo().advantages(rewards), (rewards - others).nan_to_num(0.0))
+    torch.testing.assert_close(Reinforce().advantages(rewards), of.nan_to_num(0.0))
 
 
 def test_the_gradient_of_a_policy_of_two_tokens() -> None:

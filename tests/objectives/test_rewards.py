@@ -57,6 +57,9 @@ def positional(prompt, completion, /, wanted):
 def other(text):
     return 1.0
 
+def other_one(completion):
+    return 5 if completion == "note" else None
+
 NUMBER = 1
 '''
 
@@ -150,7 +153,6 @@ def test_a_process_lives_over_calls_and_is_started_again_after_its_end(one: Rewa
 @pytest.mark.parametrize(
     ("completion", "told"),
     [
-        ("None", "it returned None, expected a finite number"),
         ("float('nan')", r"it returned nan \(float\), expected a finite number"),
         ("1e999", r"it returned inf \(float\)"),
         ("10 ** 400", r"it returned 10+ \.\.\. and 321 more characters \(int\)"),
@@ -220,7 +222,7 @@ def test_a_process_ends_when_the_one_that_asks_is_killed(folder: Path) -> None:
         ("![1.0]", "completion 1 to rows.jsonl row 7, completion 2: it returned 1 rewards, expect"),
         ("!1.0", "completion 1 to rows.jsonl row 7, completion 2: it returned 1.0 .float., expect"),
         ("!'ab'", "completion 1 to rows.jsonl row 7, completion 2: it returned 'ab' .str., expect"),
-        ("![1, None]", "completion 2: it returned None, expected a finite number"),
+        ("![1, '2']", r"completion 2: it returned '2' \(str\), expected a finite number"),
         ("!1/0", "completion 1 to rows.jsonl row 7, completion 2: it raised ZeroDivisionError"),
         ("!time.sleep(99)", "completion 1 to rows.jsonl row 7, completion 2: it took more than 4"),
     ],
@@ -283,6 +285,17 @@ def test_sums_with_weights_and_patterns_over_lines(one: Rewards, folder: Path) -
     assert sums == [-0.5 + 0.75, -0.5 + 0.75 + 10.0, 0.75]
 
 
+def test_none_is_a_reward_that_does_not_apply(one: Rewards, batch: Rewards, folder: Path) -> None:
+    """As in TRL it has no part in the sum, and without any other there is none."""
+    assert batch([*judged("![3, None]", wanted=1), *judged("b", wanted=1)])[0] == [3.0, None]
+    names = [f"2*{folder}/given.py:one", f"-1*{folder}/given.py:other_one"]
+    with Rewards.of(*names) as rewards:
+        sums, each = rewards(judged("None", "1", "note", note=None))
+    assert each[f"{folder}/given.py:one"] == [None, 1.0, None]
+    assert each[f"{folder}/given.py:other_one"] == [None, None, 5.0]
+    assert sums == [None, 2.0, -5.0]
+
+
 def test_a_sum_that_weights_make_too_large(one: Rewards, folder: Path) -> None:
     with Rewards.of(f"1e149*{folder}/given.py:one", "regex:a") as rewards:
         assert rewards(judged("1"))[0] == [1e149]
@@ -326,6 +339,9 @@ def test_functions_of_this_process() -> None:
     sums, each = rewards(judged("a", "b", mark=known))
     assert sums == [0.5, 1.5]
     assert list(each) == ["scored", "<lambda>"]
+    numbered = Rewards.of(lambda completion: 1, lambda completion: 2, lambda completion: 4)
+    assert list(numbered.weights) == ["<lambda>", "<lambda> 2", "<lambda> 3"]
+    assert numbered(judged("a"))[0] == [7.0]
     assert rewards(judged("a", mark=1))[0] == [1.0]
     assert re.match("completion 1: it asks for mark; found the fields none", fails(rewards, "a"))
     failing = Rewards.of(lambda completion: float(completion))
@@ -352,7 +368,7 @@ def test_rewards_of_others_and_what_is_wrong_with_several(one: Rewards) -> None:
     rewards = Rewards.of(Lengths())
     assert rewards(judged("ab", "abc"))[0] == [4.0, 6.0]
     assert fails(rewards, "ab", "").endswith("it returned 1 rewards, expected 2, one a completion")
-    assert fails(rewards, "ab", "a") == "completion 2: it returned None, expected a finite number"
+    assert rewards(judged("ab", "a"))[0] == [4.0, None]
     for make, told in [
         (lambda: Rewards([]), "rewards: found none"),
         (lambda: Rewards.of(len, len), "found the parameters obj"),
@@ -384,3 +400,26 @@ def test_a_verifier_of_reasoning_gym() -> None:
         assert "found an entry of the task maze" in fails(rewards, "1", **other)
     with pytest.raises(LorafoldError, match=r"found no task 'chain_sums', .* chain_sum"):
         reward_of("reasoning-gym:chain_sums")
+
+
+MANY = {  # an answer of each task whose entries have none, as many are right; and what it is worth
+    "boxnet": ("[]", 0.05), "graph_color": (None, 1.0), "propositional_logic": (None, 0.25),
+    "rubiks_cube": (None, 1.0), "rush_hour": ("F+1", 0.01),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", MANY)
+def test_a_verifier_of_a_task_with_many_right_answers(task: str) -> None:
+    gym = pytest.importorskip("reasoning_gym")
+    entry = gym.create_dataset(task, size=1, seed=3)[0]
+    assert entry["answer"] is None
+    about, (answer, score) = entry["metadata"], MANY[task]
+    known = about.get("possible_answer") or about.get("example_correct_answer")
+    text = answer or (known if isinstance(known, str) else json.dumps(known))
+    own = {"metadata": json.dumps(about)}
+    with Rewards.of(f"reasoning-gym:{task}") as rewards:
+        for row in ({"entry": json.dumps(entry)}, own, own | {"answer": None}):
+            found = rewards([Judged("q", text, row, "row 1"), Judged("q", "no", row, "row 1")])[0]
+            assert found[0] >= score >= found[1]
+        assert "found no metadata in its row" in fails(rewards, "1")

@@ -5,6 +5,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from lorafold.data.foreign import as_known
+from lorafold.data.noticed import Noticed
 from lorafold.data.parsing import Row
 from lorafold.data.proposing import proposed
 from lorafold.data.shapes import SHAPES, Shape, shape_of
@@ -60,6 +61,7 @@ def checked(
     at_once: bool = False,
     shapes: Sequence[Shape] = SHAPES,
     none: bool = False,
+    noticed: Noticed | None = None,
 ) -> Iterator[tuple[int, Shape, Row]]:
     """Yield the rows that are well-formed and of the first one's shape, with the keys by which
     shapes know them, each after its number and the shape.
@@ -74,10 +76,14 @@ def checked(
         at_once: Raise the error for the first bad row, without reading on.
         shapes: The shapes that a row may have; of several it has the first.
         none: There may be no row.
+        noticed: Looks at each good row, and says which are left out; None: none is.
     """
     bad: dict[str, list[int]] = {}  # the rows by what is wrong with them
     first: tuple[int, Shape] | None = None
+    used = False  # of any row
     for number, given in numbered:
+        if noticed and noticed.blank(given, f"{source}: row {number}"):
+            continue
         row = as_known(given)
         shape = None if isinstance(row, str) else shape_of(row, shapes)
         if isinstance(row, str):
@@ -96,13 +102,17 @@ def checked(
             bad.setdefault(problem, []).append(number)
         if bad and at_once:
             break
-        if not bad and shape is not None and not isinstance(row, str):
+        if bad or shape is None or isinstance(row, str):
+            continue
+        if noticed is None or noticed.add(shape, row, f"{source}: row {number}"):
+            used = True
             yield number, shape, row
     if bad:
         told = [f"{_numbers(numbers)}: {problem}" for problem, numbers in bad.items()]
         raise LorafoldError(f"{source}: {listed(told, '; ')}")
-    if first is None and not none:
-        raise LorafoldError(f"{source}: no rows found, expected at least one")
+    if not used and not none:
+        told = "".join(f"; {text}" for text in noticed.told) if noticed else ""
+        raise LorafoldError(f"{source}: no rows found, expected at least one{told}")
 
 
 def _shapeless(row: Row, shapes: Sequence[Shape]) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import Any
 from lorafold.data.foreign import SPOKEN
 from lorafold.data.messages import KEYS, asks, role_of
 from lorafold.data.parsing import Row
-from lorafold.data.shapes import Shape
+from lorafold.data.shapes import PROMPTS, Shape
 from lorafold.data.sharegpt import TURN_KEYS
 
 PLAIN = {"system", "user", "assistant", "tool", "developer"}
@@ -21,6 +21,8 @@ NOTHING = {
 }
 LONGEST = max(map(len, NOTHING))
 AS_WORD = "which is read as that word and not as an empty cell"
+BLANK = "rows are blank and are left out"
+UNANSWERED = "rows have an empty answer and are left out (weight: 1 in its message keeps one)"
 LEFT = "assistant turns are not trained on, as their rows say"
 OTHERS = "turns that rows want trained are not of the assistant, and are not trained on"
 AS_THEY_ARE = "messages go to the chat template with roles of their own, and are not trained on"
@@ -29,13 +31,27 @@ AS_THEY_ARE = "messages go to the chat template with roles of their own, and are
 class Noticed:
     """Gathers what there is to say, row by row."""
 
-    def __init__(self) -> None:
+    def __init__(self, wanted: str = "") -> None:
+        self._answers = wanted != PROMPTS  # are needed
+        self._first: dict[str, str] = {}
         self._ignored: dict[str, None] = {}
         self._counts: Counter[str] = Counter()
         self._roles: dict[str, Counter[str]] = {}  # by what becomes of them
 
-    def add(self, shape: Shape, row: Row) -> None:
-        """Look at one more row."""
+    def blank(self, row: Any, place: str) -> bool:
+        """Whether a row has nothing in any of its fields, as spreadsheets have them."""
+        values = row.values() if isinstance(row, dict) else [row]
+        filled = (x.strip() if isinstance(x, str) else x is not None for x in values)
+        return not any(filled) and self._left_out(BLANK, place)
+
+    def add(self, shape: Shape, row: Row, place: str) -> bool:
+        """Look at one more row. Returns whether it is to be used.
+
+        Args:
+            place: Where it is, for messages.
+        """
+        if self._answers and not shape.answered(row):
+            return not self._left_out(UNANSWERED, place)
         for key, value in row.items():
             if value is None:
                 continue
@@ -51,6 +67,7 @@ class Noticed:
                 self._look(key, value)
         if shape.remark and (remark := shape.remark(row)):
             self._counts[remark] += 1
+        return True
 
     @property
     def ignored(self) -> tuple[str, ...]:
@@ -61,6 +78,11 @@ class Noticed:
     def told(self) -> tuple[str, ...]:
         """What else there is to say, in one line each."""
         return tuple(self._lines())
+
+    def _left_out(self, why: str, place: str) -> bool:
+        self._counts[why] += 1
+        self._first.setdefault(why, f"; the first: {place}")
+        return True
 
     def _look(self, field: str, message: dict[str, Any]) -> None:
         turn = "from" in message
@@ -87,7 +109,7 @@ class Noticed:
 
     def _lines(self) -> Iterator[str]:
         for what, count in self._counts.items():
-            yield f"{count:,} {what}"
+            yield f"{count:,} {what}{self._first.get(what, '')}"
         for what, roles in self._roles.items():
             named = ", ".join(map(repr, list(roles)[:SHOWN]))
             more = f" and {len(roles) - SHOWN} more" if len(roles) > SHOWN else ""

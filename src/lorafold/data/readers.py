@@ -139,7 +139,9 @@ def _csv(file: io.BufferedReader, delimiter: str = "") -> Numbered:
                 raise Unreadable(f"header: found {found} more than once, expected each name once")
             for number, values in enumerate(filter(None, records), 1):
                 last, given = records.line_num, len(values)
-                if given == len(names):
+                if not "".join(values).strip():
+                    yield number, dict.fromkeys(names, "")
+                elif given == len(names):
                     yield number, dict(zip(names, values, strict=True))
                 else:
                     quotes = "; a text with such a mark stands in quotes" * (given > len(names))

@@ -38,7 +38,7 @@ class Reading:
         self, sources: Sequence[Source], columns: Mapping[str, str], wanted: str, notice: Notice
     ) -> None:
         self._sources, self._columns = sources, columns
-        self._shapes, self._notice, self._noticed = shapes_for(wanted), notice, Noticed()
+        self._shapes, self._notice, self._noticed = shapes_for(wanted), notice, Noticed(wanted)
         self._parts, self._files = list[list[int]](), list[list[int]]()
         self._runs, self._guessed = list[list[int]](), list[str]()
 
@@ -57,7 +57,6 @@ class Reading:
                         self._runs.append([len(self._files) - 1, place, 0])
                         begins = False
                     self._runs[-1][2] += 1
-                    self._noticed.add(shape, row)
                     self._parts[-1][1] += 1
                     self._files[-1][1] += 1
                     if self._files[-1][1] % 100_000 == 0:
@@ -79,7 +78,8 @@ class Reading:
             self._guessed.append(f"{file.name}: {text}")
 
         numbered = renamed(file.numbered(tell), self._columns)
-        return checked(numbered, file.name, shapes=self._shapes, none=none)
+        noticed = self._noticed
+        return checked(numbered, file.name, shapes=self._shapes, none=none, noticed=noticed)
 
 
 def read_rows(
@@ -157,10 +157,12 @@ def check_rows(numbered: Iterable[tuple[int, Any]], source: str, wanted: str = "
         source: The name of the data in messages.
         wanted: What is asked of the rows, as for `read_rows`.
     """
-    noticed, found = Noticed(), list[Row]()
+    noticed, found, runs = Noticed(wanted), list[Row](), list[list[int]]()
     usable = ((number, as_row(row) if isinstance(row, dict) else row) for number, row in numbered)
-    for _, shape, row in checked(usable, source, shapes=shapes_for(wanted)):
-        noticed.add(shape, row)
+    for place, _, row in checked(usable, source, shapes=shapes_for(wanted), noticed=noticed):
         found.append(row)
-    parts = (Part(len(found)),)
-    return Rows(found, parts, noticed.ignored, wanted=wanted, told=noticed.told)
+        if not runs or place != sum(runs[-1]):
+            runs.append([place, 0])
+        runs[-1][1] += 1
+    parts, origins = (Part(len(found)),), Origins(tuple(("", *run) for run in runs))
+    return Rows(found, parts, noticed.ignored, None, wanted, noticed.told, origins=origins)

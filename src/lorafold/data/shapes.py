@@ -35,10 +35,13 @@ from lorafold.data.instructions import (
     system_problems,
 )
 from lorafold.data.messages import (
+    REASONING,
     Message,
     Tool,
+    asks,
     message_problems,
     normalized,
+    role_of,
     text_problems,
     tool_problems,
     tools_of,
@@ -54,7 +57,7 @@ from lorafold.data.preferences import (
     turns_preference,
     turns_preference_problems,
 )
-from lorafold.data.sharegpt import turns_problems, turns_to_messages
+from lorafold.data.sharegpt import CALLERS, turns_problems, turns_to_messages
 
 # What a shape may give of its rows, each row once.
 CONVERSATIONS = "conversations"  # a Conversation
@@ -62,6 +65,11 @@ PAIRS = "pairs"  # a list of one Compared, of a chosen completion and a rejected
 JUDGED = "judged"  # a list of Compared, of one completion each
 LABELS = "labels"  # a Labelled
 PROMPTS = "prompts"  # a Conversation whose next turn is the assistant's; none without messages
+
+COMPARED = ("chosen", "rejected")
+ANSWERS = {"completion", *COMPARED, "output", "response", "answers", "text", "label"}
+SPEAKERS = ("assistant", *CALLERS)  # whose turns are answers
+SAID = ("content", "value", "tool_calls", "function_call", *REASONING)  # of a message, or a turn
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,13 @@ class Shape:
         """The keys that are part of the shape."""
         return frozenset((*self.keys, *self.optional))
 
+    def answered(self, row: Row) -> bool:
+        """Whether every answer of a checked row says something, or is to be trained on all the same
+        (`weight: 1`).
+        """
+        answers = [key for key in self.keys if key in ANSWERS] or self.keys[:1]
+        return all(_says(row[key], key in COMPARED) for key in answers)
+
 
 @lru_cache
 def shapes_for(wanted: str = "") -> tuple[Shape, ...]:
@@ -110,6 +125,20 @@ def shape_of(row: Row, shapes: Sequence[Shape] | None = None) -> Shape | None:
     return next(
         (shape for shape in table if all(row.get(key) is not None for key in shape.keys)), None
     )
+
+
+def _says(value: Any, last: bool) -> bool:
+    """Whether an answer says something: a text, or one of the turns of the assistant in a list.
+
+    Args:
+        last: Only the last one of these counts.
+    """
+    if isinstance(value, str):
+        return bool(value.strip())
+    turns = [value] if isinstance(value, dict) else value if isinstance(value, list) else []
+    own = [turn for turn in turns if role_of(turn.get("role", turn.get("from"))) in SPEAKERS]
+    said = [asks(turn) or any(str(turn.get(key) or "").strip() for key in SAID) for turn in own]
+    return not own or any(said[-last:])
 
 
 def _none(row: Row) -> Conversation:

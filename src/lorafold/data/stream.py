@@ -93,10 +93,10 @@ class RowStream:
 
     def noticed(self) -> Noticed:
         """What there is to say of the first rows of each source."""
-        found = Noticed()
+        found = Noticed(self.wanted)
         for source in self.sources:
-            for _, row, shape in islice(self._endless(source), PEEKED):
-                found.add(shape, row)
+            for _ in islice(self._endless(source, found), PEEKED):
+                pass
         return found
 
     def _drawn(self, rng: random.Random) -> Iterator[Named]:
@@ -106,18 +106,19 @@ class RowStream:
             [reader] = rng.choices(readers, weights)
             yield next(reader)
 
-    def _endless(self, source: Source) -> Iterator[Named]:
+    def _endless(self, source: Source, noticed: Noticed | None = None) -> Iterator[Named]:
+        noticed = noticed or Noticed(self.wanted)
         while True:
             found = None
             for file in source.files:
-                for found in self._named(file, source.several):
+                for found in self._named(file, source.several, noticed):
                     yield found
             if found is None:
                 raise LorafoldError(f"{source.name}: no rows found, expected at least one")
 
-    def _named(self, file: Source, none: bool) -> Iterator[Named]:
+    def _named(self, file: Source, none: bool, noticed: Noticed) -> Iterator[Named]:
         numbered, shapes = renamed(file.streamed(), self.columns), shapes_for(self.wanted)
-        rows = checked(numbered, file.name, at_once=True, shapes=shapes, none=none)
+        rows = checked(numbered, file.name, True, shapes, none, noticed)
         for number, shape, row in rows:
             yield f"{file.name}: row {number}", row, shape
 

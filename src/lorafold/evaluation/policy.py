@@ -8,6 +8,7 @@ one completion each and a run's seed, they are those that the run measures on it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -97,7 +98,8 @@ class RewardEvaluation(Shown):
         entropy: nats a token, estimated from the drawn tokens under the law they were drawn from.
         groups_without_signal: the share of prompts whose completions are all worth the same; None
             for one completion each.
-        prompt_rewards: the mean of the completions of each prompt, in the order of the rows.
+        prompt_rewards: the mean of the completions of each prompt, in the order of the rows; None
+            where no reward applies.
         samples: from the best to the worst, the first and the last ones of all completions.
     """
 
@@ -111,7 +113,7 @@ class RewardEvaluation(Shown):
     cut_off: float
     entropy: float
     groups_without_signal: float | None
-    prompt_rewards: tuple[float, ...]
+    prompt_rewards: tuple[float | None, ...]
     samples: tuple[Sample, ...]
 
     @classmethod
@@ -126,7 +128,7 @@ class RewardEvaluation(Shown):
             reward=figures["reward"],
             reward_interval=found.interval,
             rewards={
-                name: MeanReward(float(x.mean()), found.intervals[name])
+                name: MeanReward(float(x.nanmean()), found.intervals[name])
                 for name, x in found.each.items()
             },
             n=len(found.groups),
@@ -136,7 +138,9 @@ class RewardEvaluation(Shown):
             cut_off=figures["cut off"],
             entropy=figures["entropy"],
             groups_without_signal=figures["groups without signal"] if group > 1 else None,
-            prompt_rewards=tuple(found.rewards.mean(1).tolist()),
+            prompt_rewards=tuple(
+                None if math.isnan(mean) else mean for mean in found.rewards.nanmean(1).tolist()
+            ),
             samples=tuple(found.samples(READ, READ)),
         )
 

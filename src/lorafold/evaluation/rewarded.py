@@ -10,6 +10,7 @@ Prompts are the units of intervals: the completions of one are not independent.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lorafold.data.to_complete import Prompt
-from lorafold.errors import cut
+from lorafold.errors import RewardFailed, cut
 from lorafold.evaluation.intervals import Interval, mean_interval
 from lorafold.evaluation.rollouts import Completion
 from lorafold.rewards import Judged, Rewards
@@ -31,7 +32,7 @@ KEPT = 2000  # characters of a prompt, and of a completion, that a shortened sam
 @dataclass(frozen=True)
 class Sample:
     """One completion to read: what it answers, where that stands, and what it is worth; with
-    several rewards also to each of them.
+    several rewards also to each of those that apply.
     """
 
     where: str
@@ -54,7 +55,9 @@ class Sample:
 
 @dataclass(frozen=True)
 class Rewarded:
-    """Groups of completions (n, k) of n prompts with their rewards, (n, k) each."""
+    """Groups of completions (n, k) of n prompts with their rewards, (n, k) each; NaN stands for a
+    reward that does not apply, and where none does.
+    """
 
     judged: Sequence[Judged]  # n k of them
     groups: Sequence[Sequence[Completion]]
@@ -70,7 +73,8 @@ class Rewarded:
         at_once: int | None = None,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> Self:
-        """Completions as they are judged. Raises LorafoldError for a reward that fails.
+        """Completions as they are judged. Raises LorafoldError for a reward that fails, and, where
+        they are judged in parts, if none of them has a reward.
 
         Args:
             groups: a group of completions of each prompt, all of one size.
@@ -84,13 +88,18 @@ class Rewarded:
             for asked, row, conversation in ((prompt.asked, prompt.besides, prompt.conversation),)
             for n, one in enumerate(group, 1)
         ]
-        sums, each = list[float](), dict[str, list[float]]()
+        sums, each = list[float | None](), dict[str, list[float | None]]()
         size = (at_once or len(prompts)) * len(groups[0])
         for start in range(0, len(judged), size):
             some, apart = rewards(judged[start : start + size])
             sums += some
             each = {name: [*each.get(name, []), *x] for name, x in apart.items()}
             progress(len(sums), len(judged))
+        if at_once and sums.count(None) == len(sums):
+            raise RewardFailed(
+                f"rewards: found none for {judged[0].where} to {judged[-1].where}, as all returned"
+                " None; expected a number for some completion"
+            )
         of = {name: _table(x, len(groups)) for name, x in each.items()}
         return cls(judged, groups, _table(sums, len(groups)), of)
 
@@ -117,22 +126,29 @@ class Rewarded:
         """That of the mean of each reward, by its name."""
         return {name: _interval(x) for name, x in self.each.items()}
 
+    @property
+    def alike(self) -> Tensor:
+        """Whether all rewards of a group are the same, (n,)."""
+        high, low = self.rewards.nan_to_num(-math.inf), self.rewards.nan_to_num(math.inf)
+        return high.max(1).values <= low.min(1).values
+
     @cached_property
     def figures(self) -> dict[str, float]:
-        """Means over all completions: the reward, with several each of them, what the completions
-        are, and the share of groups whose rewards are all alike.
+        """Means over all completions: the reward, with several each of them, of those to which it
+        applies; what the completions are, and the share of groups whose rewards are all alike.
         """
         drawn = [one for group in self.groups for one in group]
         tokens = sum(len(one.tokens) for one in drawn)
-        apart = {f"reward {name}": float(x.mean()) for name, x in self.each.items()}
-        alike = self.rewards.max(1).values == self.rewards.min(1).values
+        apart = {f"reward {name}": float(x.nanmean()) for name, x in self.each.items()}
+        without = float(self.rewards.isnan().double().mean())
         return {
-            "reward": float(self.rewards.mean()),
+            "reward": float(self.rewards.nanmean()),
             **(apart if len(apart) > 1 else {}),
+            **({"without a reward": without} if without else {}),
             "tokens a completion": tokens / len(drawn),
             "cut off": sum(not one.ended for one in drawn) / len(drawn),
             "entropy": sum(-sum(one.logprobs) for one in drawn) / max(1, tokens),
-            "groups without signal": float(alike.double().mean()),
+            "groups without signal": float(self.alike.double().mean()),
         }
 
     @property
@@ -146,14 +162,15 @@ class Rewarded:
         found = self.rewards.flatten().tolist()
         several = self.each if len(self.each) > 1 else {}
         each = {name: x.flatten().tolist() for name, x in several.items()}
-        order = sorted(range(len(found)), key=lambda at: -found[at])
+        judged = [at for at, reward in enumerate(found) if not math.isnan(reward)]
+        order = sorted(judged, key=lambda at: -found[at])
         shown = sorted(
             {*range(len(order))[:best], *range(len(order))[max(0, len(order) - worst) :]}
         )
         return [
             Sample(
                 one.where, one.prompt, one.completion, found[at], drawn[at].ended,
-                {name: x[at] for name, x in each.items()},
+                {name: x[at] for name, x in each.items() if not math.isnan(x[at])},
             )
             for at in (order[place] for place in shown)
             for one in (self.judged[at],)
@@ -166,9 +183,11 @@ def _said(message: Mapping[str, Any]) -> str:
     return f"{message.get('role')}: {text}"
 
 
-def _table(values: Sequence[float], rows: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64).view(rows, -1)
+def _table(values: Sequence[float | None], rows: int) -> Tensor:
+    given = [math.nan if value is None else value for value in values]
+    return torch.tensor(given, dtype=torch.float64).view(rows, -1)
 
 
 def _interval(rewards: Tensor) -> Interval | None:  # (n, k)
-    return mean_interval(rewards.mean(1).tolist())
+    means = rewards.nanmean(1)
+    return mean_interval(means[~means.isnan()].tolist())

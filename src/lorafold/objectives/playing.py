@@ -16,7 +16,8 @@ from lorafold.step.policy_laws import PolicyLaw
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-QUIET = "steps without signal"  # of the first ones, without a group whose rewards differ
+HIGHEST, LOWEST = "highest reward", "lowest reward"  # of all completions so far
+SILENT = "lowest reward since a signal"  # of those since the last step with one
 
 
 class Playing(Policy):
@@ -34,7 +35,6 @@ class Playing(Policy):
         super().__init__(model, law, how, pad_id, rollouts.longest, rollouts.exact)
         self.rollouts, self.rewards = (rollouts,), rewards  # in a tuple: it has a model of its own
         self.told: dict[str, float] = {}
-        self.counts[QUIET] = 0
         self.last = Generated()
 
     def figures(self) -> dict[str, float]:
@@ -44,6 +44,9 @@ class Playing(Policy):
     def saw(self, found: Rewarded, seconds: Mapping[str, float]) -> None:
         """Count what was drawn for a step, and the seconds that it took by what was done."""
         last, tokens = self.last, sum(len(one.tokens) for group in found.groups for one in group)
+        if given := found.rewards[~found.rewards.isnan()].tolist():
+            self.counts[HIGHEST] = max(self.counts.get(HIGHEST, given[0]), *given)
+            self.counts[LOWEST] = min(self.counts.get(LOWEST, given[0]), *given)
         spent = {name: last.seconds.get(name, 0.0) + more for name, more in seconds.items()}
         self.last = Generated(last.tokens + tokens, spent, last.samples or found.to_read)
 

@@ -30,21 +30,21 @@ from lorafold.data.sources import Row
 from lorafold.data.stored import Rows
 from lorafold.data.to_complete import Prompt, PromptData, Prompts, prompt_data
 from lorafold.data.tokenizing import Encoder
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, RewardFailed
 from lorafold.evaluation import Measured, RewardEvaluation, RewardSettings, evaluate_rewards
 from lorafold.evaluation.reward_adapter import RewardAdapter, rewards_over
-from lorafold.evaluation.rewarded import READ, Rewarded
+from lorafold.evaluation.rewarded import Rewarded
 from lorafold.evaluation.rollouts import SLOTS, Completion, Rollouts, RolloutSize
 from lorafold.files.card import JUDGED_BY
 from lorafold.objectives import Declared
 from lorafold.objectives.drawing import Drawing, chosen
 from lorafold.objectives.laws import class_of
 from lorafold.objectives.objective import Asked, Objective, Packing
-from lorafold.objectives.playing import QUIET, Playing
+from lorafold.objectives.playing import HIGHEST, LOWEST, SILENT, Playing
 from lorafold.ops.arithmetic import multiplying, widens
 from lorafold.ops.philox import key_of
-from lorafold.rewards import as_reward, digest_of
-from lorafold.rewards.naming import adapter_in, kind_of, parted
+from lorafold.rewards import Rewards, digest_of
+from lorafold.rewards.naming import REWARDS, adapter_in, kind_of, parted
 from lorafold.step import policy_laws
 from lorafold.step.branches import branching
 from lorafold.step.policy import Rollout
@@ -57,7 +57,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 LARGEST = 1e12  # an advantage: squares of gradients times it are still numbers of fp32
-PATIENCE = 10  # steps without a group whose rewards differ, before that is told
+COLLAPSED = 0.1  # nats a token: below it nearly all completions of a prompt are the same
+SOLVED = "the rows are solved, unless the reward can be higher; try harder rows"
+TRY = (
+    "the prompts are too hard or too easy for it; try easier rows, a reward that grades, or more"
+    " completions of a prompt (group, fill)",
+    "the policy has collapsed; try a lower learning rate, beta, or more prompts a step (batch) and"
+    " completions of a prompt (group)",
+)  # by whether it has collapsed
 
 
 @dataclass(frozen=True)
@@ -104,12 +111,11 @@ class PolicyObjective(Objective):
         names = [getattr(fn, "__qualname__", type(fn).__qualname__) for fn in self.given]
         files = {name: digest_of(name) for name in self.drawing.rewards}
         files |= {name: one.identity for name, one in self.adapters.items()}
-        return {"rewards": files | dict.fromkeys(names, "")}
+        return {REWARDS: files | dict.fromkeys(names, "")}
 
     def record(self) -> dict[str, Any]:
         named = {name: weight for weight, name in map(parted, self.drawing.rewards)}
-        made = [as_reward(given) for given in self.given]
-        return {JUDGED_BY: named | {one.name: one.weight for one in made}}
+        return {JUDGED_BY: named | (Rewards.of(*self.given).weights if self.given else {})}
 
     def guessing(self, labels: Mapping[str, int]) -> float:
         return math.inf  # a loss of advantages says nothing
@@ -186,8 +192,8 @@ class PolicyObjective(Objective):
         return feed, held_out
 
     def examples(self, step: int, planned: Sequence[Prompt], loss: Playing) -> Sequence[Rollout]:
-        """The groups that the model draws of the planned prompts, without those whose rewards are
-        alike, unless they are held to the reference.
+        """The groups that the model draws of the planned prompts. Those whose rewards are alike
+        count in the mean too, as in TRL.
         """
         key = key_of(self.seed, step)
         found = self._drawn(planned, key, loss)
@@ -201,20 +207,13 @@ class PolicyObjective(Objective):
             advantages, learns = self._advantages(found)
         if self.drawing.fill:
             loss.told["groups drawn again"] = again / len(planned)
-        counts = torch.tensor([any(map(self._counts, group)) for group in found.groups])
-        if step < PATIENCE and not bool(learns.any()):
-            loss.counts[QUIET] += 1
-            if loss.counts[QUIET] == PATIENCE:
-                raise LorafoldError(self._constant(found, bool(counts.any())))
-        # a policy that is its reference still has nothing to be held back from
-        keep = learns | (counts & (self.law.beta > 0) & (bool(learns.any()) or step > 0))
-        return [
-            self._rollout(prompt, group, a)
-            for prompt, group, a, kept in zip(
-                planned, found.groups, advantages.tolist(), keep.tolist(), strict=True
-            )
-            if kept
-        ]
+        loss.silent = "" if bool(learns.any()) else self._silent(found, loss)
+        if not loss.silent:
+            loss.counts.pop(SILENT, None)
+        elif not step:
+            return []  # a policy that is its reference has nothing to be held back from
+        groups = zip(planned, found.groups, advantages.tolist(), strict=True)
+        return [self._rollout(prompt, group, a) for prompt, group, a in groups]
 
     def measure(self, loss: Playing, held_out: PromptData) -> Measured:
         """The mean reward of one completion of each prompt, always of the same draws, with its
@@ -240,7 +239,11 @@ class PolicyObjective(Objective):
         longest, k = self.drawing.max_new_tokens, self.drawing.group
         how = RewardSettings(max_length, longest, k, seed=self.seed)
         with self._judging(model, "auto", Console(quiet=True)) as rewards:
-            return evaluate_rewards(model, tokenizer, as_checked(rows, PROMPTS), rewards, how)
+            found = evaluate_rewards(model, tokenizer, as_checked(rows, PROMPTS), rewards, how)
+        if None in found.prompt_rewards:
+            row = found.prompt_rewards.index(None) + 1
+            raise LorafoldError(f"held-out row {row}: found no reward that applies, expected one")
+        return found
 
     def _judging(self, model: PreTrainedModel, packing: Packing, console: Console) -> Any:
         given: list[Any] = [*self.drawing.rewards, *self.given]
@@ -257,9 +260,10 @@ class PolicyObjective(Objective):
 
     def _advantages(self, found: Rewarded) -> tuple[torch.Tensor, torch.Tensor]:
         """The advantages (n, k), and whether there is anything to learn from each group, (n,)."""
-        advantages = self.law.advantages(found.rewards)
+        # a mean of equal numbers may differ from them by its rounding
+        advantages = self.law.advantages(found.rewards).where(~found.alike[:, None], 0.0)
         if not bool((advantages.abs() <= LARGEST).all()):
-            raise LorafoldError(
+            raise RewardFailed(
                 f"rewards: found an advantage of {float(advantages.abs().max()):.3g} in"
                 f" {found.judged[0].where} to {found.judged[-1].where}, expected at most"
                 f" {LARGEST:g}: give the reward a weight, as in 1e-6*FILE.py:FUNCTION"
@@ -278,18 +282,22 @@ class PolicyObjective(Objective):
     def _counts(self, one: Completion) -> bool:
         return one.ended or self.drawing.truncated == "counted"
 
-    def _constant(self, found: Rewarded, counted: bool) -> str:
-        if not counted:
+    def _silent(self, found: Rewarded, loss: Playing) -> str:
+        """Why a step has nothing to learn, and what to try."""
+        if not any(self._counts(one) for group in found.groups for one in group):
+            most = self.drawing.max_new_tokens
             return (
-                f"truncated=masked: found all completions of step {PATIENCE} cut off at"
-                f" max_new_tokens={self.drawing.max_new_tokens}, and none to learn from in the"
-                f" first {PATIENCE} steps; expected some that end: more max_new_tokens, or counted"
+                f"truncated=masked: all completions were cut off at max_new_tokens={most}; try more"
+                " max_new_tokens, or truncated=counted"
             )
-        samples = "; ".join(
-            f"{one.where}: {one.completion[:80]!r} has {one.reward:g}"
-            for one in found.samples(READ, 0)
-        )
+        if not (read := found.samples(2, 1)):
+            return "no completion has a reward, as all rewards returned None"
+        least = loss.counts[SILENT] = min(loss.counts.get(SILENT, math.inf), read[-1].reward)
+        if least == loss.counts[HIGHEST] > loss.counts[LOWEST]:
+            return f"all completions have the highest reward so far, {least:g}: {SOLVED}"
+        samples = "; ".join(f"{o.where}: {o.completion[:80]!r} has {o.reward:g}" for o in read)
+        entropy = found.figures["entropy"]
         return (
-            f"rewards: found the same for all completions of each prompt in the first {PATIENCE}"
-            f" steps, so there is nothing to learn: {samples}"
+            f"all completions of a prompt have the same reward, at an entropy of {entropy:.2g} nats"
+            f" a token: {TRY[entropy < COLLAPSED]} ({samples})"
         )

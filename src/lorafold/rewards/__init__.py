@@ -19,6 +19,6 @@ and is told in one line that names the reward, the row and the completion.
 
 from lorafold.rewards.judged import Judged, Reward
 from lorafold.rewards.naming import digest_of, reward_of
-from lorafold.rewards.weighted import Rewards, as_reward
+from lorafold.rewards.weighted import Rewards
 
-__all__ = ["Judged", "Reward", "Rewards", "as_reward", "digest_of", "reward_of"]
+__all__ = ["Judged", "Reward", "Rewards", "digest_of", "reward_of"]

@@ -4,7 +4,8 @@
     fn(prompts, completions, **row) -> a list of numbers    called for a batch, fields as lists too
 
 It is called with what it names, of the row's fields too; with `**` it is called with all of them.
-A bool counts as 0 or 1, and a scalar of NumPy or torch as its number.
+A bool counts as 0 or 1, and a scalar of NumPy or torch as its number. None in place of a number
+says that the reward does not apply to the row.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Function:
                 " prompts and completions, or one of them"
             )
 
-    def rewards(self, items: Sequence[Item]) -> Iterator[list[float]]:
+    def rewards(self, items: Sequence[Item]) -> Iterator[list[float | None]]:
         """The rewards in order, as they are computed. Raises Wrong."""
         if self.batched:
             yield self._of_all(items)
@@ -76,7 +77,7 @@ class Function:
                 given = {**item.row, "prompt": item.prompt, "completion": item.completion}
                 yield [number(self._called(at, given), at)]
 
-    def _of_all(self, items: Sequence[Item]) -> list[float]:
+    def _of_all(self, items: Sequence[Item]) -> list[float | None]:
         fields = dict.fromkeys(name for item in items for name in item.row)
         needed = {p.name for p in self._named if p.default is p.empty} - ALL
         for at, item in enumerate(items):
@@ -118,12 +119,14 @@ class Function:
             raise Wrong(f"it raised {raised(error, self._file)}", at) from None
 
 
-def number(value: Any, at: int | None) -> float:
-    """A reward as a finite float, of at most LARGEST either way. Raises Wrong.
+def number(value: Any, at: int | None) -> float | None:
+    """A reward as a finite float, of at most LARGEST either way, or None. Raises Wrong.
 
     Args:
         at: which item it is of.
     """
+    if value is None:
+        return None
     item = getattr(value, "item", None)
     plain = item() if callable(item) and getattr(value, "shape", None) == () else value
     try:
@@ -162,8 +165,6 @@ def _lacks(names: Sequence[str], fields: Iterable[str], at: int | None) -> Wrong
 
 
 def _shown(value: Any) -> str:
-    if value is None:
-        return "None"
     try:
         text = cut(repr(value), 80)
     except Exception:  # as of an integer with too many digits

@@ -25,8 +25,8 @@ class DirectReward:
         except Wrong as wrong:
             raise failure(self.name, wrong.told) from None
 
-    def __call__(self, judged: Sequence[Judged]) -> list[float]:
-        """A finite number for each. Raises LorafoldError."""
+    def __call__(self, judged: Sequence[Judged]) -> list[float | None]:
+        """A finite number for each, or None. Raises LorafoldError."""
         if not judged:
             return []
         items = [Item(one.prompt, one.completion, one.row) for one in judged]

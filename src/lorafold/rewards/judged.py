@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from lorafold.data.conversations import Conversation
-from lorafold.errors import LorafoldError, printable
+from lorafold.errors import RewardFailed, printable
 
 
 @dataclass(frozen=True)
@@ -42,16 +42,16 @@ class Reward(Protocol):
     name: str
     weight: float
 
-    def __call__(self, judged: Sequence[Judged]) -> list[float]:
-        """A finite number for each. Raises LorafoldError, which names the reward and the completion
-        that it fails on.
+    def __call__(self, judged: Sequence[Judged]) -> Sequence[float | None]:
+        """A finite number for each, or None where the reward does not apply. Raises LorafoldError,
+        which names the reward and the completion that it fails on.
         """
 
     def close(self) -> None:
         """End what it runs. It may be called again, and then begins anew."""
 
 
-def failure(name: str, told: str, judged: Sequence[Judged] = ()) -> LorafoldError:
+def failure(name: str, told: str, judged: Sequence[Judged] = ()) -> RewardFailed:
     """The error of a reward.
 
     Args:
@@ -60,4 +60,4 @@ def failure(name: str, told: str, judged: Sequence[Judged] = ()) -> LorafoldErro
     """
     ends = list(dict.fromkeys(one.where for one in (*judged[:1], *judged[-1:])))
     where = f"{' to '.join(ends)}: " if ends else ""
-    return LorafoldError(printable(f"reward {name}: {where}{told}"))
+    return RewardFailed(printable(f"reward {name}: {where}{told}"))

@@ -91,14 +91,14 @@ def schema(text: str) -> Function:
 
 def task(text: str) -> Function:
     """The verifier of a task of reasoning-gym. The entry is the row's field `entry`, or its fields
-    `answer` and `metadata`; the answer is what the completion has in its last <answer>, and all of
-    it where it has none.
+    `answer` and `metadata`, of which tasks with many right answers have no `answer`; the answer is
+    what the completion has in its last <answer>, and all of it where it has none.
 
     Args:
         text: the name of the task.
     """
     try:
-        from reasoning_gym.factory import DATASETS, get_score_answer_fn
+        from reasoning_gym.factory import DATASETS
         from reasoning_gym.utils import extract_answer
     except ImportError as error:
         raise Wrong(f"reasoning-gym can't be imported ({error}); install lorafold[rl]") from None
@@ -106,24 +106,27 @@ def task(text: str) -> Function:
         near = difflib.get_close_matches(text, DATASETS) or sorted(DATASETS)[:5]
         raise Wrong(f"found no task {text!r}, expected one as {', '.join(near)}")
     try:
-        verify: Any = get_score_answer_fn(text)
+        own, config = DATASETS[text]
+        made: Any = own(config())
+        needed = {"metadata"} if made[0]["answer"] is None else {"answer", "metadata"}
     except Exception as error:  # as for a task that is made of others
         raise Wrong(f"its verifier can't be made: {raised(error, None)}") from None
 
     def score(prompt: Any, completion: str, **row: Any) -> float:
         answer = extract_answer(completion)
-        return float(verify(completion.strip() if answer is None else answer, entry(prompt, row)))
+        said = completion.strip() if answer is None else answer
+        return float(made.score_answer(said, entry(prompt, row)))
 
     def entry(prompt: Any, row: Mapping[str, Any]) -> dict[str, Any]:
         found = as_object("entry", row["entry"]) if row.get("entry") is not None else dict(row)
-        if lacking := {"answer", "metadata"} - {k for k, v in found.items() if v is not None}:
+        if lacking := needed - {k for k, v in found.items() if v is not None}:
             missing = " and ".join(sorted(lacking))
             raise Wrong(f"found no {missing} in its row, expected entry, or answer and metadata")
         found["metadata"] = as_object("metadata", found["metadata"])
         of = found["metadata"].get("source_dataset", text)
         if of != text:
             raise Wrong(f"found an entry of the task {of}, expected one of {text}")
-        return {"question": prompt, **found}
+        return {"question": prompt, "answer": None, **found}
 
     return Function(score)
 

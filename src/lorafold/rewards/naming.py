@@ -27,6 +27,7 @@ from lorafold.rewards.separate import SeparateReward
 NUMBER = r"[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|inf|nan)"
 FORMS = "FILE.py:fn, regex:PATTERN, schema:FILE.json, reasoning-gym:TASK or adapter:DIR"
 ADAPTER = "adapter:"
+REWARDS = "rewards"  # in the identity of a run: the digests of its rewards' files, by their names
 
 
 def parted(text: str) -> tuple[float, str]:

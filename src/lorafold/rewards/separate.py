@@ -38,15 +38,15 @@ class SeparateReward:
         self._opening = json.dumps({"kind": kind, "text": text}).encode()
         self._process = self._started()
 
-    def __call__(self, judged: Sequence[Judged]) -> list[float]:
-        """A finite number for each. Raises LorafoldError."""
+    def __call__(self, judged: Sequence[Judged]) -> list[float | None]:
+        """A finite number for each, or None. Raises LorafoldError."""
         if not judged:
             return []
         message = packed(pickle.dumps([self._sent(one) for one in judged]))
         if not self._process.lives:
             self.close()
             self._process = self._started()
-        process, found = self._process, list[float]()
+        process, found = self._process, list[float | None]()
         until = time.monotonic() + self.limit
         try:
             process.write(message, until)

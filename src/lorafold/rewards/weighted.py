@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -42,12 +43,16 @@ class Rewards:
     @classmethod
     def of(cls, *given: str | Callable[..., Any] | Reward, limit: float = LIMIT) -> Self:
         """Rewards from what stands for them: names as `reward_of` reads them, functions, which run
-        in this process and without a limit, and rewards.
+        in this process and without a limit, and rewards. Functions of one name are numbered.
         """
-        made = list[Reward]()
+        made, names = list[Reward](), Counter[str]()
         try:
             for one in given:
-                made.append(as_reward(one))
+                found: Any = reward_of(one) if isinstance(one, str) else one
+                made.append(found := found if isinstance(found, Reward) else DirectReward(found))
+                names[found.name] += 1
+                if isinstance(found, DirectReward) and names[found.name] > 1:
+                    found.name += f" {names[found.name]}"  # two lambdas have one name
             return cls(made, limit)
         except BaseException:
             for reward in made:
@@ -59,18 +64,20 @@ class Rewards:
         """The weight of each, by its name."""
         return {reward.name: reward.weight for reward in self._rewards}
 
-    def __call__(self, judged: Sequence[Judged]) -> tuple[list[float], dict[str, list[float]]]:
-        """The weighted sum for each completion, and the numbers of each reward by its name. Raises
+    def __call__(
+        self, judged: Sequence[Judged]
+    ) -> tuple[list[float | None], dict[str, list[float | None]]]:
+        """The weighted sum for each completion, and the numbers of each reward by its name; None
+        stands for a reward that does not apply, and for the sum where none does. Raises
         LorafoldError, which names the reward and the completion that it fails on.
         """
         each = {reward.name: _checked(reward, judged) for reward in self._rewards}
-        weights = self.weights
-        sums = [
-            sum(weights[name] * found[at] for name, found in each.items())
-            for at in range(len(judged))
-        ]
+        weights, sums = self.weights.values(), list[float | None]()
+        for numbers in zip(*each.values(), strict=True):
+            applied = [w * x for w, x in zip(weights, numbers, strict=True) if x is not None]
+            sums.append(sum(applied) if applied else None)
         for one, found in zip(judged, sums, strict=True):
-            if not abs(found) <= LARGEST:
+            if found is not None and not abs(found) <= LARGEST:
                 told = f"with weights it is {found:g}, expected at most {LARGEST:g} either way"
                 raise failure(" + ".join(each), told, [one])
         return sums, each
@@ -92,14 +99,7 @@ class Rewards:
         self.close()
 
 
-def as_reward(given: str | Callable[..., Any] | Reward) -> Reward:
-    """What stands for a reward, as one: a name, a function, or a reward, which stays itself."""
-    if isinstance(given, str):
-        return reward_of(given)
-    return given if isinstance(given, Reward) else DirectReward(given)
-
-
-def _checked(reward: Reward, judged: Sequence[Judged]) -> list[float]:
+def _checked(reward: Reward, judged: Sequence[Judged]) -> list[float | None]:
     """The numbers of a reward, which may be one that others wrote."""
     found = reward(judged)
     if len(found) != len(judged):

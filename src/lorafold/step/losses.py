@@ -44,17 +44,19 @@ class Loss(nn.Module, ABC):
 
     `pace` is the share of a method's own learning rates that suits the loss, `pace_up` that of the
     rate of its up factors; `rules` are what a run that is resumed must have computed alike, where
-    versions of lorafold differ in it. `counts` go with its checkpoints.
+    versions of lorafold differ in it. `counts` go with its checkpoints. `silent` says why no
+    example of a step has a signal, and what to try.
     """
 
     pace = 1.0
     pace_up: float | None = None  # pace
+    silent = ""
     rules: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model, self.training = model, model.training
-        self.counts: dict[str, int] = {}
+        self.counts: dict[str, float] = {}
 
     @property
     def device(self) -> torch.device:
@@ -64,6 +66,14 @@ class Loss(nn.Module, ABC):
     @abstractmethod
     def count(self, example: Any) -> int:
         """Return the weight of the example in the mean loss: its tokens, or 1 for a text."""
+
+    def signals(self, example: Any) -> bool:
+        """Whether there is anything to learn from the example; a run ends where long none has."""
+        return True
+
+    def learns(self, example: Any) -> bool:
+        """Whether the loss of the example has a gradient; one without only counts in the mean."""
+        return self.signals(example)
 
     def micro_batches(self, examples: Sequence[Any], n: int, tokens: int) -> list[Sequence[Any]]:
         """Divide the examples of an optimizer step into micro-batches.

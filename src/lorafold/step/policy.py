@@ -133,6 +133,12 @@ class Policy(BranchedLoss):
             return sum(len(drawn) for drawn, counts in counted if counts)
         return sum(example.counted)
 
+    def signals(self, example: Rollout) -> bool:
+        return any(a for a, own in zip(example.advantages, example.counted, strict=True) if own)
+
+    def learns(self, example: Rollout) -> bool:
+        return self.signals(example) or (self.law.beta > 0 and any(example.counted))
+
     def collate(self, examples: Sequence[Rollout], device: torch.device) -> dict[str, Tensor]:
         """What `laid_out` has, with `drawn` (n,) a token, and `advantages` and `weights` (k,) a
         completion: what its tokens count in the sum.

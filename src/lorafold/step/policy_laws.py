@@ -63,6 +63,13 @@ class Drawn(NamedTuple):
         return (sums / counts.clamp(min=1))[self.of]
 
 
+def deviation(x: Tensor) -> Tensor:
+    """The standard deviation (n, 1) of the numbers in each row of x (n, k), NaN left out."""
+    squares = (x - x.nanmean(1, keepdim=True)).square()
+    n = (~x.isnan()).sum(1, keepdim=True)
+    return (squares.nansum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
+
+
 @dataclass(frozen=True, config=STRICT)
 class PolicyLaw(ABC):
     """Abstract: one law over completions that the policy drew.
@@ -92,14 +99,18 @@ class PolicyLaw(ABC):
 
     def baseline(self, rewards: Tensor) -> Tensor:
         """What is subtracted from rewards (groups, k): the mean of the group."""
-        return rewards.mean(1, keepdim=True)
+        return rewards.nanmean(1, keepdim=True)
 
     def advantages(self, rewards: Tensor) -> Tensor:
-        """The advantages (groups, k) of rewards (groups, k)."""
+        """The advantages (groups, k) of rewards (groups, k). A reward that is NaN has no part in
+        those of others, and an advantage of 0, as one has that is alone in its group.
+        """
         found = rewards - self.baseline(rewards)
         if self.scale == "group":
-            return found / (rewards.std(1, keepdim=True) + TINY)
-        return found / (rewards.std() + TINY) if self.scale == "batch" else found
+            found = found / (deviation(rewards) + TINY)
+        elif self.scale == "batch":
+            found = found / (deviation(rewards.view(1, -1)) + TINY)
+        return found.where(~found.isnan(), 0.0)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -123,8 +134,8 @@ class Rloo(Reinforce):
     average: Average = "sums"
 
     def baseline(self, rewards: Tensor) -> Tensor:
-        k = rewards.shape[1]
-        return (rewards.sum(1, keepdim=True) - rewards) / (k - 1)
+        others = (~rewards.isnan()).sum(1, keepdim=True) - 1
+        return (rewards.nansum(1, keepdim=True) - rewards) / others
 
 
 @dataclass(frozen=True, config=STRICT)

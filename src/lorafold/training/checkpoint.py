@@ -58,8 +58,9 @@ class Progress:
     guessing: dict[str, Any] = field(default_factory=dict)
     # the optimizer whose state is saved: `auto` might choose another one when the run is resumed
     optimizer: str = ""
-    counts: dict[str, int] = field(default_factory=dict)  # those of the loss
+    counts: dict[str, float] = field(default_factory=dict)  # those of the loss
     skipped: list[int] = field(default_factory=list)  # steps without an update
+    quiet: int = 0  # how many of the last steps had no example with a signal
     # as in runs of earlier versions, which are resumed as they began
     decays_vectors: bool = True
 

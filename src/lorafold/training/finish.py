@@ -111,7 +111,8 @@ def finish(
         findings: What was found in the rows.
     """
     better = progress.best if progress.best != progress.step else None
-    kept = better if better is not None and request.recipe.stops else progress.step
+    ends = request.recipe.stops or progress.step < job.steps
+    kept = better if better is not None and ends else progress.step
     result = Trained(
         train_loss=mean_of_last(progress.losses),
         eval_loss=progress.evals.get(kept),

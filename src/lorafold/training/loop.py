@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Any
@@ -26,7 +27,7 @@ from lorafold.core.evaluating import evaluating
 from lorafold.core.selection import Draws
 from lorafold.core.unchanged import unchanged
 from lorafold.data.feed import Feed
-from lorafold.errors import Interrupted, LorafoldError, listed
+from lorafold.errors import Interrupted, LorafoldError, RewardFailed, listed
 from lorafold.evaluation import Measured
 from lorafold.machine.processes import Processes
 from lorafold.machine.waiting import considerate
@@ -45,6 +46,8 @@ RECENT, FEWEST = 50, 10  # steps after the warm-up whose loss is compared with g
 log = logging.getLogger(__name__)
 SKIPPED = 5  # steps in a row that may be skipped before the run ends
 LOWER = "Try a lower learning rate (lr, lr_b), clip or alpha"
+SAID, QUIET = 3, 10  # steps without a signal, after which that is said, and after which a run ends
+GROUPS = 32  # examples of them, at the least, where batches are small
 
 
 @dataclass
@@ -93,15 +96,16 @@ def fit(job: Job, progress: Progress, display: Display) -> Progress:
     feed, processes = job.feed.after(progress.step), job.processes
     processes.tell_place(lambda: f"in step {progress.step + 1}; {kept(job.run)}")
     save_every = job.recipe.checkpoint_interval(job.steps)
-    if job.measures_before and progress.step == 0:
-        measure(job, progress, display)
+    every = job.recipe.eval_every or save_every
+    due = progress.step % every == 0 or over(job, progress)
+    if due and progress.step not in progress.evals and (progress.step or job.measures_before):
+        measure(job, progress, display)  # before the first step, or again after it failed
     with StopRequest() as stop:
         while not over(job, progress):
             start = time.perf_counter()
-            try:
+            with keeping(job, progress, f"step {progress.step + 1}"):
                 examples = job.examples(progress.step, next(feed))
-            except LorafoldError as error:
-                raise LorafoldError(f"step {progress.step + 1}: {error}; {kept(job.run)}") from None
+            progress.quiet = 0 if any(map(job.loss.signals, examples)) else progress.quiet + 1
             found = []
             for update in range(job.updates):
                 job.loss.begin(update)
@@ -110,7 +114,7 @@ def fit(job: Job, progress: Progress, display: Display) -> Progress:
             progress.step += 1
             progress.losses.append(loss)
             seconds = time.perf_counter() - start
-            tokens = job.updates * sum(len(e.ids) for e in examples)
+            tokens = job.updates * sum(len(e.ids) for e in examples if job.loss.learns(e))
             progress.tokens, progress.seconds = progress.tokens + tokens, progress.seconds + seconds
             job.loss.gathered(processes.gather)
             figures, generated = {**job.loss.figures(), GRADIENT: norm}, job.loss.generated()
@@ -123,8 +127,8 @@ def fit(job: Job, progress: Progress, display: Display) -> Progress:
             job.tracking.log({"loss": loss, "lr": lr, **figures}, step=progress.step)
             if not math.isfinite(loss + norm):
                 skipped(job, progress, loss, display)
-            every = job.recipe.eval_every or save_every
-            evaluate = progress.step % every == 0 or progress.step == job.steps
+            tell_quiet(job, progress, display)
+            evaluate = progress.step % every == 0 or over(job, progress)
             if evaluate:
                 measure(job, progress, display)
             looked_at = max(warm_steps(job.recipe, job.steps) + RECENT, job.steps // 4)
@@ -143,7 +147,8 @@ def fit(job: Job, progress: Progress, display: Display) -> Progress:
                 )
                 raise Interrupted(message, 128 + signal)
     progress.guessing = guessed(job, progress, first)
-    if job.recipe.stops and progress.best not in (None, progress.step):
+    early = job.recipe.stops or progress.step < job.steps
+    if early and progress.best not in (None, progress.step):
         told = f"the held-out loss was lowest after step {progress.best}, whose adapter is kept"
         display.note(f"step {progress.step}: {told}")
     return progress
@@ -151,14 +156,47 @@ def fit(job: Job, progress: Progress, display: Display) -> Progress:
 
 def over(job: Job, progress: Progress) -> bool:
     """Whether no step is left, or none that would help."""
-    return progress.step == job.steps or (job.recipe.stops and progress.stalled)
+    stalled = job.recipe.stops and progress.stalled
+    silent = progress.quiet >= max(QUIET, math.ceil(GROUPS / job.recipe.batch))
+    return progress.step == job.steps or stalled or silent
+
+
+def tell_quiet(job: Job, progress: Progress, display: Display) -> None:
+    """Say that no example of the last steps had a signal, and why. Raises LorafoldError where none
+    of any step had one.
+    """
+    n = progress.quiet
+    told = f"no group of completions of the last {n} steps has a signal: {job.loss.silent}"
+    if n == progress.step == QUIET:
+        raise LorafoldError(f"step {n}: {told}; {kept(job.run)}")
+    last = over(job, progress)
+    if n == SAID or (last and n >= min(SAID, progress.step)):
+        ends = "; the run ends here" * (last and progress.step < job.steps)
+        display.note(f"step {progress.step}: {told}{ends}")
+
+
+@contextmanager
+def keeping(job: Job, progress: Progress, place: str) -> Iterator[None]:
+    """Write a checkpoint of the last complete step where a reward fails in the `with` block, in
+    process 0, and say of any error where it was.
+    """
+    try:
+        yield
+    except LorafoldError as error:
+        goes_on = ""
+        if isinstance(error, RewardFailed) and progress.step:
+            goes_on = "; the same command with --resume continues from it"
+            if progress.step not in job.run.checkpoints():
+                write(job, progress)
+        raise LorafoldError(f"{place}: {error}; {kept(job.run)}{goes_on}") from None
 
 
 def measure(job: Job, progress: Progress, display: Display) -> None:
     """Measure on held-out examples, if there are any."""
     if job.held_out is None:
         return
-    found = job.held_out() if job.layout.divides else job.processes.once(job.held_out)
+    with keeping(job, progress, f"held-out rows after step {progress.step}"):
+        found = job.held_out() if job.layout.divides else job.processes.once(job.held_out)
     if not math.isfinite(found.loss):
         raise LorafoldError(
             f"step {progress.step}: the held-out loss is {found.loss}; {kept(job.run)}. {LOWER}"
@@ -244,6 +282,8 @@ def train_step(job: Job, examples: Sequence[Any], step: int) -> tuple[float, flo
     Raises LorafoldError for an adapter without gradient.
     """
     processes, layout = job.processes, job.layout
+    total = max(1, sum(map(job.loss.count, examples)))
+    examples = [example for example in examples if job.loss.learns(example)]
     if not examples:  # of a step in which there is nothing to learn
         return 0.0, 0.0
     share = slice(processes.index, None, processes.count)
@@ -251,7 +291,6 @@ def train_step(job: Job, examples: Sequence[Any], step: int) -> tuple[float, flo
     micro = job.loss.micro_batches(own, job.recipe.accumulate, job.recipe.max_length) if own else []
     passes = processes.largest if layout.divides else int
     more = passes(len(micro)) - len(micro)
-    total = max(1, sum(map(job.loss.count, examples)))
     place_of = places(own, numbers)
     selection, key = selection_of(job.adapter.model), key_of(job.recipe.seed, step)
     set_learning_rates(job.optimizer, job.recipe, step, job.steps)
@@ -280,7 +319,8 @@ def train_step(job: Job, examples: Sequence[Any], step: int) -> tuple[float, flo
     trained = [*dict.fromkeys(job.adapter.parameters())]
     layout.add_gradients(trained)
     processes.add([seen])
-    idle = check_gradients(job.adapter, layout.moves(trained)) if step == 0 else []
+    first = step == 0 and not job.optimizer.state  # later updates may have all ratios clipped
+    idle = check_gradients(job.adapter, layout.moves(trained)) if first else []
     if idle and processes.first:
         log.warning(
             "no gradient in the first step for %d of the %d adapted modules, on which the loss of"
@@ -361,6 +401,12 @@ def check_gradients(adapter: Adapter, moves: Mapping[nn.Parameter, bool]) -> lis
 
 def save(job: Job, progress: Progress) -> None:
     """Write a checkpoint in the first process; the others give it what they hold, and wait."""
+    write(job, progress)
+    job.processes.wait()
+
+
+def write(job: Job, progress: Progress) -> None:
+    """Write a checkpoint in the first process, where the others only give it what they hold."""
     state = optimizer_tensors(job.optimizer) | rng_state()
     adapter, optimizer = map(job.layout.pieces, (job.adapter.state_dict(), state))
     if job.processes.first:
@@ -372,4 +418,3 @@ def save(job: Job, progress: Progress) -> None:
     else:
         for piece in (*adapter.values(), *optimizer.values()):
             piece.get()
-    job.processes.wait()

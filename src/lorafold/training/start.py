@@ -26,6 +26,7 @@ from lorafold.machine.processes import Processes
 from lorafold.objectives import OBJECTIVES
 from lorafold.objectives.objective import Objective
 from lorafold.recipe.recipe import FEW, STEPS, Recipe
+from lorafold.rewards.naming import REWARDS, adapter_in
 from lorafold.step.adamw import described, make_optimizer, pick
 from lorafold.step.losses import Loss
 from lorafold.step.optim import param_groups, rates, restore_optimizer, restore_rng, sum_in_fp32
@@ -87,6 +88,12 @@ def prepare(
         # control tokens in contents were tokens
         unnamed |= {MARKED: "tokens", "allow_control_tokens": request.recipe.allow_control_tokens}
         before = Recipe().model_dump(mode="json") | unnamed
+        judged, judges = run.written(REWARDS) or {}, identity.get(REWARDS, {})
+        others = [name for name, digest in judged.items() if judges.get(name) != digest]
+        if others and judged.keys() == judges.keys() and not any(map(adapter_in, others)):
+            identity[REWARDS] = judged  # as one that failed and was mended is
+            told = f"reward {', '.join(others)}: changed, and judges from here on as it is now"
+            console.print(told, highlight=False, markup=False, soft_wrap=True)
         if unknown := run.check(identity, before):
             console.print(unknown, highlight=False, markup=False, soft_wrap=True)
         if checkpoints := run.checkpoints():
