@@ -141,6 +141,8 @@ class Bench:
                 cache,
             )
         found |= {name: measured[name] for name in ("margin", "accuracy")}
+        if side != "lorafold":
+            found["work"]["targets"] -= found["work"]["rows"]  # the newline after each completion
         about = {"side": side, "dtype": dtype, "lr": lr, "epochs": epochs}
         print(json.dumps({**about, **found}), flush=True)
         return found
