@@ -181,8 +181,8 @@ class Adapter:
         grown = {VOCABULARY: size} if (size := self.vocabulary) else {}
         other = {OTHER_BASE: self.other_base} if self.other_base else {}
         source, stored = known(self.model), recorded_storage(self.model)
-        own = {TRAINED_ON: stored, BASE_IDENTITY: of_model(source) if source else None}
-        about = {**own, **other, **(record or {}), **grown, **recorded(self.over)}
+        trained = {TRAINED_ON: stored, BASE_IDENTITY: of_model(source) if source else None}
+        about = {**trained, **other, **(record or {}), **grown, **recorded(self.over)}
         about = {name: value for name, value in about.items() if value is not None}
         beside = Beside(about, card, tokenizer, overwrite)
         if self.spec.trains_base:

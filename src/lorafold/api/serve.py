@@ -123,6 +123,6 @@ def own_bases(
     sizes = sorted(map(len, groups))
     if sizes[-1:] == sizes[-2:-1]:
         return found
-    # a name of one of them alone may lead nowhere
-    names = [(own.name, own.trained_on) for own in max(groups, key=len)]
-    return [max(max(groups, key=len), key=lambda own: names.count((own.name, own.trained_on)))]
+    most: list[OwnBase] = max(groups, key=len)
+    names = [(own.name, own.trained_on) for own in most]  # that of one alone may lead nowhere
+    return [most[names.index(max(names, key=names.count))]]

@@ -171,7 +171,7 @@ def resize(
             errors.add(name, len(kept.s), _squares(s[len(kept.s) :]), _squares(s))
         factors[site.path] = stacked(found) if site.layer.matrices else found[0]
     result = errors.result(out)
-    history = {TRAINED_ON: None} | saved.record
+    history = {TRAINED_ON: None, **saved.record}
     history = {k: v for k, v in history.items() if k not in (BASE, "lorafold")}
     if adapter.other_base:
         history |= origin_of(adapter, saved)

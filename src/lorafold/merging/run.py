@@ -139,7 +139,7 @@ class Merged(Shown):
             lines.append(f"  {added} added and enabled in config.json")
         if self.folded.vocabulary:
             lines.append(f"  the vocabulary grew to {self.folded.vocabulary:,} tokens")
-        here = self.gap and self.gap.distance
+        here = None if self.gap is None else self.gap.distance
         lines.append(f"  {self.into.compared(self.model, 'this file', here, self.from_original)}")
         if self.gap:
             lines.append(

@@ -2,7 +2,7 @@
 by its files, its adapters and the device; with the reason for the choice.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorafold.errors import LorafoldError
 from lorafold.machine.devices import native_bf16
@@ -67,10 +67,10 @@ def recorded_storage(model: "nn.Module") -> dict[str, str] | None:
     """How a loaded transformers model stores its weights and which dtype it computes in, by the
     names that records use; None for any other model.
     """
-    config, embeddings = getattr(model, "config", None), None
-    if hasattr(model, "get_input_embeddings"):
-        embeddings = model.get_input_embeddings()
-    if config is None or (weight := getattr(embeddings, "weight", None)) is None:
+    config: Any = getattr(model, "config", None)
+    find: Any = getattr(model, "get_input_embeddings", None)
+    weight = getattr(find() if config and find else None, "weight", None)
+    if weight is None:
         return None
     of_torch = str(weight.dtype).removeprefix("torch.")
     dtype = next((name for name in PLAIN if STORAGES[name].dtype == of_torch), of_torch)

@@ -153,7 +153,7 @@ class Base:
         """
         if self.storage in PLAIN and self.dtype not in (None, self.storage):
             rounded = choose_storage(self.storage, self.where)
-            return load_model(self.source, rounded, self.where).float()  # type: ignore[no-any-return]
+            return load_model(self.source, rounded, self.where).float()
         return load_model(self.source, self.held, self.where)
 
     def tokenizer(self, adapters: Sequence[Saved] = ()) -> PreTrainedTokenizerBase:
