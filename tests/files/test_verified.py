@@ -382,8 +382,8 @@ def test_damaged_singular_vectors_are_made_anew(tmp_path, monkeypatch) -> None:
 def test_a_bit_of_what_a_run_to_resume_is(tmp_path: Path) -> None:
     run, identity = RunDirectory(tmp_path / "out"), {"seed": 0}
     run.start(identity)
-    run.check(identity, {})
+    run.check(identity)
     flip(run.path / "run.json", 8)
-    assert says_damaged(refusal(run.check, identity, {}), "run.json")
+    assert says_damaged(refusal(run.check, identity), "run.json")
     shutil.rmtree(run.path)
-    assert "no run to resume" in refusal(run.check, identity, {})
+    assert "no run to resume" in refusal(run.check, identity)

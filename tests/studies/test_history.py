@@ -9,19 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import lorafold as lf
 from lorafold.cli import app
 from lorafold.errors import LorafoldError
-from lorafold.files.atomic import atomic_directory
 from lorafold.inspecting.history import History
 from lorafold.inspecting.history_page import page
 from lorafold.inspecting.observed import observed
 from lorafold.step.losses import Generated
 from lorafold.training import loop
-from lorafold.training.checkpoint import Progress, RunDirectory
+from lorafold.training.checkpoint import Progress
 
 pytestmark = pytest.mark.usefixtures("unestimated")
 ROWS = [{"prompt": f"Say {word}", "word": word} for word in ("red", "blue", "green", "gold")]
@@ -113,23 +111,6 @@ def test_a_step_without_a_figure_has_none() -> None:
         progress.stepped(figures, nothing, 5, 1.0)
     assert progress.shown == {"a": [1.0, None, 2.0, None], "b": [None, None, None, 3.0]}
     assert progress.pace == progress.rates == {}
-
-
-def test_a_checkpoint_of_an_earlier_version_is_resumed(tmp_path: Path) -> None:
-    state = {
-        "step": 2, "losses": [1.0, 2.0], "evals": {"1": 0.5, "2": 0.4}, "tokens": 9,
-        "figures": {"accuracy": 0.7}, "seconds": 1.0, "optimizer": "", "decays_vectors": True,
-    }  # fmt: skip
-    with atomic_directory(tmp_path / "a") as path:
-        (path / "state.json").write_text(json.dumps(state))
-        for name in ("adapter", "optimizer"):
-            save_file({}, path / f"{name}.safetensors")
-    found, *_ = RunDirectory(tmp_path / "a").load(tmp_path / "a")
-    assert found.measured == {2: {"accuracy": 0.7}}
-    found.step += 1
-    found.stepped({"a": 1.0}, Generated(5, {"drawing": 2.0}), 4, 3.0)
-    assert found.shown == {"a": [None, None, 1.0]}
-    assert found.rates == {"drawn tokens/s": 2.5, "learned tokens/s": 4.0}
 
 
 def test_samples_of_steps_where_nothing_is_held_out(tiny_model_dir, tmp_path: Path) -> None:

@@ -120,22 +120,6 @@ def test_a_finished_run_is_kept_under_what_it_was_ended_by(ended: Path, tiny_mod
         lf.train(lf.Recipe(**AUTO, eval_every=7), out=ended, eval_data=OTHER, **given)
 
 
-def test_a_run_that_began_when_one_epoch_was_the_default_ends_so(
-    tiny_model_dir, tmp_path: Path
-) -> None:
-    now = {name: value for name, value in AUTO.items() if name != "epochs"}
-    model = tiny_model_dir("llama")
-    given: dict[str, Any] = {"model": model, "data": ROWS, "out": tmp_path / "out"}
-    with killed(2), pytest.raises(Interrupted):
-        lf.train(lf.Recipe(**now, epochs=1.0), **given)
-    ended = [lf.train(lf.Recipe(**now), resume=True, **given).steps for _ in range(2)]
-    assert ended == [3, 3]
-    again = lf.Recipe(**now, eval_every=2)  # as it was free to change then
-    assert lf.train(again, resume=True, **given).steps == 3
-    with pytest.raises(LorafoldError, match=r"another run: epochs was 1\.0, now 'auto'"):
-        lf.train(lf.Recipe(**AUTO), resume=True, **given)
-
-
 @pytest.mark.slow
 def test_few_steps_are_told(tiny_model_dir, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))

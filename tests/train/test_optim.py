@@ -27,8 +27,7 @@ from lorafold.recipe.recipe import Recipe
 from lorafold.step import adamw
 from lorafold.step.adamw import PAGED, choose, make_optimizer, state_bytes
 from lorafold.step.optim import optimizer_tensors, param_groups, rates, restore_optimizer
-from lorafold.training import loop, start
-from lorafold.training.checkpoint import Progress
+from lorafold.training import loop
 from lorafold.training.request import Request
 from lorafold.training.run import train
 
@@ -322,7 +321,6 @@ def test_weight_decay_shrinks_matrices_alone(method: str, tiny_model: Any) -> No
     # gains of norms and biases, which are one-dimensional, are left
     entries = ("values", "subspace.vector")
     assert all(p.ndim > 1 or name in entries for name, p in named if shrunk.get(id(p)))
-    # as in runs of earlier versions
     assert not any("weight_decay" in group for group in param_groups(adapter.parts(), 1e-3, 1e-2))
 
 
@@ -341,27 +339,6 @@ def test_a_run_with_weight_decay_does_not_draw_scales_to_zero(
         lf.train(recipe, model=tiny_model_dir("llama"), data=rows, out=tmp_path / f"{decay}")
     one, other = (tmp_path / f"{decay}" / "adapter_model.safetensors" for decay in (0.0, 50.0))
     assert one.read_bytes() == other.read_bytes()
-
-
-@pytest.mark.slow
-def test_a_run_of_an_earlier_version_goes_on_with_its_own_decay(
-    tiny_model_dir: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its checkpoints do not say that vectors have no decay, and its groups were two."""
-
-    def asked(name: str, **how: Any) -> Request:
-        fields = {"method": "dora", "rank": 4, "weight_decay": 0.9}
-        return request(tiny_model_dir("llama"), tmp_path / name, **fields, **how)
-
-    with monkeypatch.context() as earlier:
-        earlier.setattr(start, "Progress", lambda decays_vectors: Progress())
-        train(asked("straight"), quiet())
-        stopped(monkeypatch, 6, asked("stopped"))
-    train(asked("stopped", resume=True), quiet())
-    train(asked("now"), quiet())
-    straight, again, now = (weights(tmp_path / name) for name in ("straight", "stopped", "now"))
-    assert all(torch.equal(straight[name], again[name]) for name in straight)
-    assert any(not torch.equal(straight[name], now[name]) for name in straight)
 
 
 @pytest.mark.slow

@@ -21,9 +21,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import lorafold as lf
 from fresh_models import fresh_model
 from lorafold.errors import LorafoldError
+from lorafold.machine.processes import ALONE
 from lorafold.methods.full import write_model
 from lorafold.models import whole
 from lorafold.models.loading import load_model, load_tokenizer
+from lorafold.step.replicated import Replicated
 from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.run import train
 from training_cases import ROWS, beginning, command, killed, quiet, request, train_until_killed
@@ -83,17 +85,6 @@ def test_what_rows_begin_with_is_said_and_changes_no_loss(tiny_model_dir, tmp_pa
     said = re.findall(r"packing: (\d+)% of the tokens begin as another row's", told.file.getvalue())
     assert len(said) == 3
     assert all(int(share) >= 10 for share in said)
-
-
-def test_a_run_that_computed_rows_apart_goes_on_so(tiny_model_dir, tmp_path: Path) -> None:
-    """As a run of an earlier version did, whose recipe says that rows are packed."""
-    model, fields = tiny_model_dir("llama"), {"steps": 14, "save_every": 5, "dropout": 0.1}
-    apart = train(request(model, tmp_path / "apart", packing=True, **fields), quiet())
-    killed(train_until_killed, model, tmp_path / "killed", {"packing": True, **fields})
-    resumed = train(request(model, tmp_path / "killed", resume=True, **fields), quiet())
-    assert resumed.losses == apart.losses
-    again = train(request(model, tmp_path / "killed", resume=True, **fields), quiet())
-    assert again.losses == apart.losses
 
 
 @pytest.mark.parametrize(
@@ -173,27 +164,33 @@ def test_other_held_out_rows_are_refused_but_where_the_run_does_not_say_which(
         train(again, quiet())
     identity = json.loads((RunDirectory(out).path / "run.json").read_text())
     del identity["eval_data"]
-    RunDirectory(out).start(identity)
-    with pytest.raises(LorafoldError, match="nan"):
+    RunDirectory(out).start(identity)  # as a version began it that knew no such field
+    with pytest.raises(LorafoldError, match=r"eval_data: was null, now .* lorafold that began it"):
         train(again, quiet())
 
 
-@pytest.mark.slow
-def test_a_run_begun_under_another_rule_of_dropout_is_refused(
-    tiny_model_dir, tmp_path: Path
-) -> None:
-    """Versions before did not name the rule; a run without dropout goes on as it began."""
-    for dropout in (0.3, 0.0):
-        out, run = tmp_path / str(dropout), RunDirectory(tmp_path / str(dropout))
-        fields = {"lr": 1e30, "lr_b": 1e30, "save_every": 1, "dropout": dropout}
-        with pytest.raises(LorafoldError, match="loss is nan"):
-            train(request(tiny_model_dir("llama"), out, **fields), quiet())
-        identity = json.loads((run.path / "run.json").read_text())
-        assert (identity.pop("dropout_rule", None) is not None) is bool(dropout)
-        run.start(identity)
-        told = "dropout_rule: was 'random state of torch', now 'Philox of" if dropout else "is nan"
-        with pytest.raises(LorafoldError, match=told):
-            train(request(tiny_model_dir("llama"), out, resume=True, **fields), quiet())
+@pytest.mark.parametrize("found", ["more", "fewer"])
+def test_targets_that_mean_other_modules_now(found: str, tiny_model_dir, tmp_path: Path) -> None:
+    stops = {"lr": 1e30, "lr_b": 1e30, "save_every": 1}
+    asked = request(tiny_model_dir("llama"), tmp_path / "a", **stops)
+    with pytest.raises(LorafoldError, match="the loss is nan"):
+        train(asked, quiet())
+    again = replace(asked, resume=True)
+    run = RunDirectory(again.out)
+    [last] = run.checkpoints().values()
+    progress, tensors, optimizer = run.load(last)
+    some = {k: t for k, t in tensors.items() if k.split(".")[-2] in ("up_proj", "down_proj")}
+    assert some
+    if found == "more":
+        tensors = {k: t for k, t in tensors.items() if k not in some}
+        said = r"now adapts model\.layers\.0\.mlp\.down_proj and 3 more\."
+    else:
+        tensors |= {k.replace(".mlp.", ".indexer."): t.clone() for k, t in some.items()}
+        said = r"no longer adapts model\.layers\.0\.indexer\.down_proj and 3 more\."
+    pieces = Replicated(ALONE).pieces
+    run.save(progress, pieces(tensors), pieces(optimizer), keep=2)
+    with pytest.raises(LorafoldError, match=f"adapted other modules when it began: .* {said}"):
+        train(again, quiet())
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpoint(

@@ -19,12 +19,9 @@ from lorafold.data.stored import Part
 
 class Feed(ABC):
     """Abstract: the examples of each of `steps` optimizer steps. `foreseen` is how many of them can
-    be looked at in advance at little cost; `marked` rows, of those that were read, have control
-    tokens that are text. `whole_rows`: some rows have several examples, which are in one step.
+    be looked at in advance at little cost.
     """
 
-    marked = 0
-    whole_rows = False
     foreseen: int
     steps: int
 
@@ -71,11 +68,9 @@ class StoredFeed(Feed):
             firsts: The first example of each row, ascending; None: each row has one.
         """
         self.examples, self.steps, self.batch = examples, steps, batch
-        self.marked = getattr(examples, "marked", 0)
         n = len(examples)
         self._borders = np.arange(n + 1) if firsts is None else np.append(firsts, n)
         self._batches = Batches(parts, batch, steps, seed)
-        self.whole_rows = firsts is not None
         self.passes = steps * batch / max(1, len(self._borders) - 1)
 
     def with_examples(self, change: Callable[[Any], Sequence[Any]]) -> "StoredFeed":

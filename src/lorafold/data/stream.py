@@ -48,21 +48,9 @@ class RowStream:
         """What a resumed run must have in common with the one before: the names, and what tells
         whether the rows are the same, but for a dataset of the hub.
         """
-        return self._known_by(lambda source: source.identity)
+        local = [s.identity if s.several or Path(s.name).exists() else "" for s in self.sources]
+        return " ".join(f"{s} {of}".strip() for s, of in zip(self.sources, local, strict=True))
 
-    @property
-    def identity_before(self) -> str:
-        """The identity in runs that earlier versions began, with the sizes of single files."""
-
-        def known(source: Source) -> str:
-            single = Path(source.name).is_file()
-            return source.identity if source.several else str(source.size) if single else ""
-
-        return self._known_by(known)
-
-    def _known_by(self, known: Callable[[Source], str]) -> str:
-        named = [(s, known(s) if s.several or Path(s.name).exists() else "") for s in self.sources]
-        return " ".join(f"{source} {what}".strip() for source, what in named)
 
     @property
     def record(self) -> dict[str, Any]:

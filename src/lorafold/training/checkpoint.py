@@ -61,8 +61,6 @@ class Progress:
     counts: dict[str, float] = field(default_factory=dict)  # those of the loss
     skipped: list[int] = field(default_factory=list)  # steps without an update
     quiet: int = 0  # how many of the last steps had no example with a signal
-    # as in runs of earlier versions, which are resumed as they began
-    decays_vectors: bool = True
 
     @property
     def best(self) -> int | None:
@@ -185,13 +183,9 @@ class RunDirectory:
         except (OSError, ValueError, AttributeError):
             return None  # `check` says what is wrong
 
-    def check(self, identity: dict, defaults: dict) -> str | None:
+    def check(self, identity: dict) -> None:
         """Raises LorafoldError unless the stored run has the same recipe, model and data, and read
-        the same files.
-
-        What is missing in the stored run, because an earlier version wrote it: a field of the
-        recipe has its value in `defaults`, and files can't be compared, which the line says that
-        is returned.
+        the same files: also for one that another version began with other fields.
         """
         check_intact(self.path, ["run.json"])
         try:
@@ -200,8 +194,7 @@ class RunDirectory:
             raise LorafoldError(
                 f"{self.path}: found no run to resume; start one without --resume"
             ) from None
-        found |= {k: defaults[k] for k in identity if k in defaults and k not in found}
-        now, then = identity.get(FILES, {}), found.pop(FILES, None)
+        now, then = identity.get(FILES, {}), found.pop(FILES, {})
         names = sorted((set(found) | set(identity)) - {FILES})
         changes = [
             f"{k}: was {_shown(found.get(k))}, now {_shown(identity.get(k))}"
@@ -211,7 +204,7 @@ class RunDirectory:
         others = [
             f"{what}: {of['name']} had other files when the run began"
             for what, of in now.items()
-            if then is not None and then.get(what, {}).get("sha256") != of["sha256"]
+            if then.get(what, {}).get("sha256") != of["sha256"]
         ]
         if changes or others:
             wrong = "had another recipe" if changes else "began on something else"
@@ -220,13 +213,6 @@ class RunDirectory:
                 f" the old {'values' if changes else 'files'} and the lorafold that began it, or"
                 " start again with --overwrite"
             )
-        if now and then is None:
-            shown = ", ".join(of["name"] for of in now.values())
-            return (
-                f"{self.path}: an earlier lorafold began this run and did not say what was in the"
-                f" files of {shown}: whether they are the same can't be checked"
-            )
-        return None
 
     def checkpoints(self) -> dict[int, Path]:
         """The complete checkpoints by step, in ascending order."""
@@ -279,10 +265,8 @@ class RunDirectory:
                 " the checkpoint before"
             )
         state = json.loads((path / "state.json").read_text())
-        if figures := state.pop("figures", {}):  # of the last evaluation alone: earlier versions
-            state["measured"] = {max(state["evals"], key=int): figures}
         for name in ("evals", "measured"):
-            state[name] = {int(k): v for k, v in state.get(name, {}).items()}
+            state[name] = {int(k): v for k, v in state[name].items()}
         return (
             Progress(**state),
             load_file(path / "adapter.safetensors"),

@@ -23,7 +23,6 @@ from lorafold.peft.saved import Saved, open_all
 from lorafold.peft.stack import parse
 from lorafold.recipe.recipe import Recipe
 from lorafold.training.checkpoint import RunDirectory
-from lorafold.training.earlier import with_defaults_of
 from lorafold.training.finish import GUESSING, INIT_ADAPTER, SKIPPED, Trained, mean_of_last
 from lorafold.training.request import Request, objective_of
 from lorafold.training.start import depends_on, free_on_resume
@@ -67,12 +66,11 @@ def _differing(request: Request, record: Mapping[str, Any]) -> Iterator[str]:
     """What the finished run had in another way."""
     then = Recipe().model_dump(mode="json") | named_as_now(record["recipe"])
     asked = request.recipe
-    recipe = with_defaults_of(then, request).recipe
-    now = recipe.model_dump(mode="json")
+    now = asked.model_dump(mode="json")
     # a run settles these where they are left to it
     left = {"storage", "max_length", "packing"} - asked.model_fields_set
     left |= {"storage"} if asked.storage == "auto" else set()
-    for name in sorted(now.keys() - free_on_resume(recipe) - left):
+    for name in sorted(now.keys() - free_on_resume(asked) - left):
         if now[name] != then[name]:
             yield f"{name} was {_short(then[name])}, now {_short(now[name])}"
     base = record.get(BASE_IDENTITY)  # which earlier versions did not write

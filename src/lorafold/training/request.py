@@ -35,7 +35,6 @@ from lorafold.training.checkpoint import RunDirectory
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BATCH_COUNTS = "batch_counts"  # rows, in the identity of runs of rows that give several examples
 
 
 @dataclass(frozen=True)
@@ -211,10 +210,7 @@ def tokenized(
         return feed, measured, told(Findings(0, unseen=STREAMED))
     rows, held_out = sides(request)
     train = data_of("data", rows)
-    run, firsts, parts = RunDirectory(request.out), None, train.parts
-    began = request.resume and run.path.exists()
-    if (several := by_row(train.examples, parts)) and not (began and not run.written(BATCH_COUNTS)):
-        firsts, parts = several
+    firsts, parts = by_row(train.examples, train.parts) or (None, train.parts)
     steps = recipe.total_steps(epoch_size(parts))
     feed = StoredFeed(train.examples, parts, recipe.batch, steps, recipe.seed, firsts)
     of, measured, compared = Rows.of(rows), None, None

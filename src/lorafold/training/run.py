@@ -25,7 +25,6 @@ from lorafold.training.agreement import check_alike
 from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.display import Display
 from lorafold.training.dividing import check_dividable, divided, layout_of
-from lorafold.training.earlier import as_begun
 from lorafold.training.finish import INIT_ADAPTER, Trained, finish
 from lorafold.training.finished import DEPENDS_ON, finished
 from lorafold.training.loop import fit
@@ -52,7 +51,7 @@ def train(request: Request, console: Console, processes: Processes = ALONE) -> T
     with RunDirectory(request.out).claimed() if processes.first else nullcontext():
         if (before := processes.once(partial(finished, request, console))) is not None:
             return before
-        setup = set_up(as_begun(request), console, processes)
+        setup = set_up(request, console, processes)
         check_dividable(setup.request.recipe, setup.objective)
         check_alike(setup)
         return _trained(setup, console)

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from lorafold.adapter import Adapter
 from lorafold.core.delta import put
-from lorafold.core.settings import SETTINGS
 from lorafold.data.allowed_tokens import without_note
 from lorafold.data.feed import Feed
 from lorafold.data.stored import Rows
@@ -32,21 +31,15 @@ from lorafold.step.losses import Loss
 from lorafold.step.optim import param_groups, rates, restore_optimizer, restore_rng, sum_in_fp32
 from lorafold.step.replicated import Replicated
 from lorafold.training.checkpoint import FILES, Progress, RunDirectory
-from lorafold.training.earlier import ends_before, streamed_before
 from lorafold.training.loop import Job
-from lorafold.training.request import BATCH_COUNTS, Request
+from lorafold.training.request import Request
 from lorafold.training.setup import Setup
 
 # A resumed run may change these fields: they decide what is watched and kept, not what is learned.
 FREE_ON_RESUME = {"save_every", "eval_every", "keep", "trackers", "strategy"}
 WHEN_MEASURED = {"save_every", "eval_every"}  # what is learned where a run ends by what is measured
-# What decides which elements are dropped, in the identity of a run with dropout; the second one in
-# runs that do not name it.
-RULE, DROPOUT = "dropout_rule", "Philox of seed, step, row and site"
-_RULE_BEFORE = "random state of torch"
-MARKED = "control_tokens"  # how those in contents are read, in the identity of runs with such rows
 LOOKED_AT = 8  # steps, for what their rows have in common
-HELD_OUT = "eval_data"  # whose losses choose the best step; runs that do not name it may have any
+HELD_OUT = "eval_data"  # whose losses choose the best step
 
 
 def prepare(
@@ -76,26 +69,19 @@ def prepare(
     request, processes, where = setup.request, setup.processes, setup.request.base.where
     recipe, run, spec = request.recipe, RunDirectory(request.out), adapter.spec
     identity = identity_of(setup, adapter) | dict(loss.rules)
-    progress, state = Progress(decays_vectors=False), None
+    progress, state = Progress(), None
     resume = request.resume and run.path.exists()
     if request.resume and not resume:
         told = f"{run.path}: no run to resume, this one starts from the beginning"
         console.print(told, soft_wrap=True)
     if resume:
-        identity |= streamed_before(request.data, run, console)
-        unnamed = {RULE: _RULE_BEFORE, HELD_OUT: identity[HELD_OUT], "day": setup.day}
-        unnamed |= ends_before(setup)
-        # control tokens in contents were tokens
-        unnamed |= {MARKED: "tokens", "allow_control_tokens": request.recipe.allow_control_tokens}
-        before = Recipe().model_dump(mode="json") | unnamed
         judged, judges = run.written(REWARDS) or {}, identity.get(REWARDS, {})
         others = [name for name, digest in judged.items() if judges.get(name) != digest]
         if others and judged.keys() == judges.keys() and not any(map(adapter_in, others)):
             identity[REWARDS] = judged  # as one that failed and was mended is
             told = f"reward {', '.join(others)}: changed, and judges from here on as it is now"
             console.print(told, highlight=False, markup=False, soft_wrap=True)
-        if unknown := run.check(identity, before):
-            console.print(unknown, highlight=False, markup=False, soft_wrap=True)
+        run.check(identity)
         if checkpoints := run.checkpoints():
             progress, tensors, state = run.load(checkpoints[max(checkpoints)])
             loss.counts |= progress.counts
@@ -109,10 +95,10 @@ def prepare(
         take_first(adapter, processes)
     lr_b = spec.lr_b and spec.lr_b * (loss.pace_up or loss.pace)
     lr = recipe.lr or spec.lr * loss.pace
-    # runs without decay have the groups that those of earlier versions have
-    vectors = progress.decays_vectors or not recipe.weight_decay
     whole = None if recipe.lr or spec.lr_whole is None else spec.lr_whole * loss.pace
-    groups = param_groups(adapter.parts(), lr, recipe.lr_b or lr_b or lr, vectors, whole)
+    groups = param_groups(
+        adapter.parts(), lr, recipe.lr_b or lr_b or lr, not recipe.weight_decay, whole
+    )
     sum_in_fp32(adapter.model)
     layout.share_out(p for group in groups for p in group["params"])
     parts = processes.count if layout.divides else 1
@@ -180,11 +166,7 @@ def check_sites(run: RunDirectory, adapter: Adapter, tensors: Mapping[str, Tenso
         adapter: The run's, as its targets mean it now.
         tensors: Those of the adapter in the run's last checkpoint, of any shapes.
     """
-    # states of earlier versions have no settings
-    own, began = (
-        {key for key in state if not key.endswith(f".{SETTINGS}")}
-        for state in (adapter.state_dict(), tensors)
-    )
+    own, began = adapter.state_dict().keys(), tensors.keys()
     sides = {"now adapts": own - began, "no longer adapts": began - own}
     changes = []
     for what, keys in sides.items():
@@ -249,12 +231,6 @@ def identity_of(setup: Setup, adapter: Adapter) -> dict[str, Any]:
     identity |= setup.objective.identity
     if setup.day:
         identity["day"] = setup.day
-    if setup.feed.marked:
-        identity[MARKED] = "text"
-    if setup.feed.whole_rows:
-        identity[BATCH_COUNTS] = "rows"
-    if any(getattr(m, "dropout", 0.0) for d in adapter.deltas.values() for m in d.modules()):
-        identity[RULE] = DROPOUT
     return identity
 
 
