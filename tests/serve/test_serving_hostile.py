@@ -135,7 +135,7 @@ def test_a_chain_of_schemas_is_refused_and_ends_nothing(server: Running, inside:
         assert ask(server, path, body).status == 200, path
 
 
-def test_a_chain_that_is_not_seen_ends_a_process_and_once(server: Running, monkeypatch: Any) -> None:
+def test_a_chain_that_is_not_seen_ends_a_process_once(server: Running, monkeypatch: Any) -> None:
     """References by an anchor are not counted before llguidance follows them."""
     parts = {f"a{i}": {"$anchor": f"x{i}", "$ref": f"#x{i + 1}"} for i in range(9000)}
     schema = {"$ref": "#x0", "$defs": parts | {"a9000": {"$anchor": "x9000", "type": "integer"}}}
