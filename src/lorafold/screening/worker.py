@@ -1,4 +1,5 @@
-"""One process that reads what came with adapters, or with requests: `python -P -m lorafold.screening.worker`.
+"""One process that reads what came with adapters or with requests:
+`python -P -m lorafold.screening.worker`.
 
 A message (`machine/killable.py`) is JSON. The first one says what the base is, every other one what
 to do: `do`, its arguments, and the limits `seconds` (of the processor) and `bytes` (of memory

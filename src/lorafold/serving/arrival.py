@@ -41,7 +41,7 @@ def bounded(limits: Limits) -> type[HttpToolsProtocol]:
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
-            """Take some bytes, and no more if there are too many: chunks and trailers count, too."""
+            """Take some bytes, and no more if there are too many; chunks and trailers count."""
             super().data_received(data)
             self.read += len(data)
             most = HEAD + (0 if self.head else 2 * limits.body_bytes)
