@@ -47,7 +47,7 @@ def freed_blocks_returned() -> Iterator[bool]:
 
 
 def give_back() -> None:
-    """Return freed blocks to the system now: after a flood of requests 70 MB stayed in fragments."""
+    """Return freed blocks to the system now: a flood of requests left 70 MB in fragments."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
 
