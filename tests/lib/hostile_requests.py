@@ -1,8 +1,8 @@
 """Requests that mean harm: schemas that expand or nest without end, and bodies of a mebibyte.
 
-    kind, schema = hostile_schema(7)            the same for a number, each time
-    for path, body in asking(schema): ...       every way in which a schema reaches the server
-    for path, body in bodies(): ...             every route with a body of the most bytes
+kind, schema = hostile_schema(7)            the same for a number, each time
+for path, body in asking(schema): ...       every way in which a schema reaches the server
+for path, body in bodies(): ...             every route with a body of the most bytes
 """
 
 from __future__ import annotations
@@ -97,9 +97,13 @@ def _combined(draw: random.Random) -> Schema:
         return draw.choice(
             [
                 {"type": "object", "properties": {f"x{i}": {"type": "string"}}},
-                {"type": "string", "pattern": f"a{i}.*"}, {"minimum": i}, {"required": [f"x{i}"]},
-                {"minLength": i}, {"multipleOf": i + 1}, {"enum": [i, str(i)]},
-            ]  # fmt: skip
+                {"type": "string", "pattern": f"a{i}.*"},
+                {"minimum": i},
+                {"required": [f"x{i}"]},
+                {"minLength": i},
+                {"multipleOf": i + 1},
+                {"enum": [i, str(i)]},
+            ]
         )
 
     outer, inner = draw.choice(["allOf", "anyOf", "oneOf"]), draw.choice(["allOf", "anyOf"])
@@ -111,10 +115,12 @@ def _enum(draw: random.Random) -> Schema:
     n = draw.choice([1000, 20000, 80000])
     return draw.choice(
         [
-            {"enum": [f"v{i}" for i in range(n)]}, {"enum": [*range(n)]},
-            {"enum": [{"a": i} for i in range(n // 2)]}, {"enum": [[i] for i in range(n)]},
+            {"enum": [f"v{i}" for i in range(n)]},
+            {"enum": [*range(n)]},
+            {"enum": [{"a": i} for i in range(n // 2)]},
+            {"enum": [[i] for i in range(n)]},
             {"anyOf": [{"const": f"v{i}"} for i in range(n // 3)]},
-        ]  # fmt: skip
+        ]
     )
 
 
@@ -126,9 +132,14 @@ def _pattern(draw: random.Random) -> Schema:
             {"type": "object", "patternProperties": {one: {"type": "string"}, "^y": {}}},
             {"allOf": [{"type": "string", "pattern": one}, {"type": "string", "pattern": other}]},
             {"type": "string", "pattern": one, "minLength": 5000, "maxLength": 10**9},
-            {"type": "object", "properties": {f"p{i}": {"type": "string", "pattern": f"{one}{i}"}
-                                              for i in range(min(100, 900000 // len(one)))}},
-        ]  # fmt: skip
+            {
+                "type": "object",
+                "properties": {
+                    f"p{i}": {"type": "string", "pattern": f"{one}{i}"}
+                    for i in range(min(100, 900000 // len(one)))
+                },
+            },
+        ]
     )
 
 
@@ -141,7 +152,7 @@ def _wide(draw: random.Random) -> Schema:
             {"type": "array", "prefixItems": [{"type": "integer"}] * n, "minItems": n},
             {"type": "object", "patternProperties": {f"^x{i}_": {} for i in range(n // 10)}},
             {"type": "array", "items": {"type": "integer"}, "minItems": n * 10},
-        ]  # fmt: skip
+        ]
     )
 
 
@@ -152,9 +163,10 @@ def _numbers(draw: random.Random) -> Schema:
             {"type": "number", "minimum": 1e-300, "maximum": 1e300},
             {"type": "number", "multipleOf": 1e-300},
             {"type": "integer", "multipleOf": draw.choice([997, 99991, 10**9 + 7, 10**15])},
-            {"type": "string", "minLength": 10**9}, {"type": "object", "minProperties": 10**6},
+            {"type": "string", "minLength": 10**9},
+            {"type": "object", "minProperties": 10**6},
             {"allOf": [{"type": "integer", "multipleOf": m} for m in (7, 11, 13, 17, 19, 23, 29)]},
-        ]  # fmt: skip
+        ]
     )
 
 
@@ -169,7 +181,8 @@ def _mixed(draw: random.Random) -> Schema:
         name = draw.choice([*INSIDE][1:])
         return INSIDE[name](one(depth - 1))
 
-    return {"anyOf": [one(4), one(2)], "$defs": {f"a{i}": one(draw.choice([1, 4])) for i in range(n)}}
+    parts = {f"a{i}": one(draw.choice([1, 4])) for i in range(n)}
+    return {"anyOf": [one(4), one(2)], "$defs": parts}
 
 
 KINDS = (
@@ -199,7 +212,8 @@ def asking(schema: Schema) -> Iterator[tuple[str, bytes]]:
         ("/v1/responses", {"model": "a", "input": "x", "max_output_tokens": 4,
                            "text": {"format": form}}),
         ("/v1/responses", {"model": "a", "input": "x", "max_output_tokens": 4,
-                           "tool_choice": "required", "tools": [{"type": "function"} | tools[0]["function"]]}),
+                           "tool_choice": "required",
+                           "tools": [{"type": "function", "name": "f", "parameters": schema}]}),
     ):  # fmt: skip
         yield path, json.dumps(body).encode()
 

@@ -164,7 +164,9 @@ def test_extremes_work(server: Running, more):
 
 
 def test_a_grammar_that_fails_in_a_stream_is_the_requests_fault(server: Running):
-    answer = server.ask(TURNS, CHAT | {"response_format": AMBIGUOUS, "stream": True})
+    later = {"type": "object", "properties": {"x": SCHEMA}, "required": ["x"]}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": later}}
+    answer = server.ask(TURNS, CHAT | {"response_format": form, "stream": True})
     error = answer.events[-1]["error"]
     assert (error["code"], error["param"]) == ("invalid_value", "response_format")
     assert len(error["message"]) < 500

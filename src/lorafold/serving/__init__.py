@@ -1,6 +1,7 @@
 """The server: an OpenAI-compatible API over the engine, for many tenants and adapters on one base.
 
     run.py           from options to a listening process, and its orderly end
+    arrival.py       requests as they arrive: their deadline and their size
     app.py           the application: what every request passes, and the routes
     routes/          one file a group of routes: what is asked, what is answered
     wire/            the types of requests, and the shapes of answers

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic_core import to_json
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from lorafold.machine.allocator import give_back
 from lorafold.serving.refusal import Refusal
 from lorafold.serving.settings import Limits
 
@@ -20,6 +21,7 @@ HEAD = 1 << 16  # bytes of an address and headers
 def bounded(limits: Limits) -> type[HttpToolsProtocol]:
     """uvicorn's protocol under limits."""
     arriving: dict[Bounded, asyncio.TimerHandle] = {}  # the one that takes longest first
+    trims: list[asyncio.TimerHandle] = []  # the last one, for all that were late meanwhile
 
     class Bounded(HttpToolsProtocol):
         """One connection, whose next request is awaited from the start, and from its first byte."""
@@ -39,9 +41,9 @@ def bounded(limits: Limits) -> type[HttpToolsProtocol]:
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
-            """Take some bytes, and no more if there are too many: chunks and trailers count, too."""
-            self.read += len(data)
+            """Take some bytes, and no more if there are too many; chunks and trailers count."""
             super().data_received(data)
+            self.read += len(data)
             most = HEAD + (0 if self.head else 2 * limits.body_bytes)
             if self in arriving and self.read > most:
                 told = f"expected at most {most:,} bytes"
@@ -69,6 +71,11 @@ def bounded(limits: Limits) -> type[HttpToolsProtocol]:
                 self.cycle.body = bytearray()
             super().on_response_complete()
 
+        @property
+        def _busy(self) -> bool:
+            """Whether the request before this one is still being answered."""
+            return self.head and self.cycle is not None and not self.cycle.response_complete
+
         def _wait(self) -> None:
             self._arrived()
             arriving[self] = self.loop.call_later(limits.receive_seconds, self._late)
@@ -78,16 +85,21 @@ def bounded(limits: Limits) -> type[HttpToolsProtocol]:
                 timer.cancel()
 
         def _late(self) -> None:
-            if self.flow.read_paused:  # here nobody reads
+            if self.flow.read_paused or self._busy:  # here nobody reads
                 self._wait()
             else:
                 told = f"expected the whole request within {limits.receive_seconds:g} s"
                 self._refuse(408, "request_timeout", told)
+                if not trims or trims[-1].when() < self.loop.time():
+                    trims[:] = [self.loop.call_later(1, self._give_back)]
+
+        def _give_back(self) -> None:
+            self.loop.run_in_executor(None, give_back)
 
         def _refuse(self, status: int, code: str, told: str) -> None:
             """Close the connection, with an answer if a request has begun that has none yet."""
             self._arrived()
-            if self.read and (self.head or not self.cycle.response_started):
+            if self.read and not self._busy and (self.head or not self.cycle.response_started):
                 content = to_json(Refusal(status, code, f"request: {told}").body)
                 about = f"content-type: application/json\r\ncontent-length: {len(content)}\r\n"
                 end = b"connection: close\r\n\r\n"

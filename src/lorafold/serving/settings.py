@@ -24,10 +24,10 @@ class Limits(Strict):
 
     Seconds count from the request's arrival. `unread_tokens` is how far a client may fall behind
     its stream, `send_seconds` how long it may take none of it. A request has `receive_seconds` to
-    arrive, and where there are more than `connections`, the one that takes longest is closed. A tenant has at most `tenant_queue`
-    requests waiting and `tenant_running` running (None: three quarters of the slots where there is
-    a key file), and not more than half of the slots run while other tenants are there. It holds at
-    most `tenant_streams` streams of what changes of the models.
+    arrive, and where there are more than `connections`, the one that takes longest is closed. A
+    tenant has at most `tenant_queue` requests waiting and `tenant_running` running (None: three
+    quarters of the slots where there is a key file), and not more than half of the slots run while
+    other tenants are there. It holds at most `tenant_streams` streams of changes of the models.
     """
 
     body_bytes: PositiveInt = 1 << 20
