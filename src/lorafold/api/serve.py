@@ -117,5 +117,5 @@ def own_bases(
     sizes = sorted(map(len, groups))
     if sizes[-1:] == sizes[-2:-1]:
         return found
-    names = [own.name for own in max(groups, key=len)]  # one of them alone may lead nowhere
-    return [max(max(groups, key=len), key=lambda own: names.count(own.name))]
+    most = max(groups, key=len)  # of which one alone may have a name that leads nowhere
+    return [max(most, key=lambda own: sum(one.name == own.name for one in most))]
