@@ -88,8 +88,8 @@ def fit(job: Job, progress: Progress, display: Display) -> Progress:
     processes.tell_place(lambda: f"in step {progress.step + 1}; {kept(job.run)}")
     save_every = job.recipe.checkpoint_interval(job.steps)
     every = job.recipe.eval_every or save_every
-    due = progress.step % every == 0 or over(job, progress)
-    if due and progress.step not in progress.evals and (progress.step or job.measures_before):
+    unmeasured = progress.step not in progress.evals and (progress.step or job.measures_before)
+    if unmeasured and (progress.step % every == 0 or over(job, progress)):
         measure(job, progress, display)  # before the first step, or again after it failed
     with StopRequest() as stop:
         while not over(job, progress):
