@@ -250,7 +250,7 @@ def test_a_loss_that_is_no_better_than_the_base_is_told(
     result = train(request(tiny_model_dir("llama"), tmp_path / "a", **asked), console)
     assert result.guessing["guessing"] == result.losses[0]
     assert result.guessing["better"] == better
-    assert ("step 52: the loss is" in console.file.getvalue()) != better
+    assert ("step 52: so far the loss is" in console.file.getvalue()) != better
     assert ("no better than guessing" in str(result)) != better
 
 

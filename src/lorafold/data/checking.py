@@ -111,8 +111,8 @@ def checked(
         told = [f"{_numbers(numbers)}: {problem}" for problem, numbers in bad.items()]
         raise LorafoldError(f"{source}: {listed(told, '; ')}")
     if not used and not none:
-        told = "".join(f"; {text}" for text in noticed.told) if noticed else ""
-        raise LorafoldError(f"{source}: no rows found, expected at least one{told}")
+        out = "".join(f"; {text}" for text in noticed.told) if noticed else ""
+        raise LorafoldError(f"{source}: no rows found, expected at least one{out}")
 
 
 def _shapeless(row: Row, shapes: Sequence[Shape]) -> Iterator[str]:

@@ -164,5 +164,5 @@ def check_rows(numbered: Iterable[tuple[int, Any]], source: str, wanted: str = "
         if not runs or place != sum(runs[-1]):
             runs.append([place, 0])
         runs[-1][1] += 1
-    parts, origins = (Part(len(found)),), Origins(tuple(("", *run) for run in runs))
+    parts, origins = (Part(len(found)),), Origins(tuple(("", first, n) for first, n in runs))
     return Rows(found, parts, noticed.ignored, None, wanted, noticed.told, origins=origins)

@@ -67,7 +67,7 @@ LABELS = "labels"  # a Labelled
 PROMPTS = "prompts"  # a Conversation whose next turn is the assistant's; none without messages
 
 COMPARED = ("chosen", "rejected")
-ANSWERS = {"completion", *COMPARED, "output", "response", "answers", "text", "label"}
+ANSWERS = {"completion", *COMPARED, "output", "response", "answers", "label"}
 SPEAKERS = ("assistant", *CALLERS)  # whose turns are answers
 SAID = ("content", "value", "tool_calls", "function_call", *REASONING)  # of a message, or a turn
 

@@ -97,8 +97,8 @@ def fit(job: Job, progress: Progress, display: Display) -> Progress:
     processes.tell_place(lambda: f"in step {progress.step + 1}; {kept(job.run)}")
     save_every = job.recipe.checkpoint_interval(job.steps)
     every = job.recipe.eval_every or save_every
-    again = progress.step % every == 0 or over(job, progress)
-    if again and progress.step not in progress.evals and (progress.step or job.measures_before):
+    unmeasured = progress.step not in progress.evals and (progress.step or job.measures_before)
+    if unmeasured and (progress.step % every == 0 or over(job, progress)):
         measure(job, progress, display)  # before the first step, or again after it failed
     with StopRequest() as stop:
         while not over(job, progress):
@@ -132,7 +132,7 @@ def fit(job: Job, progress: Progress, display: Display) -> Progress:
             if evaluate:
                 measure(job, progress, display)
             looked_at = max(warm_steps(job.recipe, job.steps) + RECENT, job.steps // 4)
-            if progress.step == looked_at and (told := no_better(guessed(job, progress, first))):
+            if progress.step == looked_at and (told := no_better(guessed(job, progress, first), "so far ")):
                 display.note(f"step {progress.step}: {told}")
             last, signal = over(job, progress), processes.largest(stop.signal or 0)
             # of a state that may be a bad one, older checkpoints are no worse
@@ -255,18 +255,19 @@ def loss_of(job: Job, examples: Sequence[Any]) -> float:
     return sum(losses) / max(1, sum(map(job.loss.count, examples)))
 
 
-def no_better(found: Mapping[str, Any]) -> str:
+def no_better(found: Mapping[str, Any], so_far: str = "") -> str:
     """A line for a user whose loss is no better than guessing; empty if it is better.
 
     Args:
         found: As `guessed` gives it.
+        so_far: Words for a run that is not at its end.
     """
     if found.get("better", True):
         return ""
     return (
-        f"the loss is {found['loss']:.4f}, no better than guessing ({found['guessing']:.4f}): the"
-        " run learns nothing. Try lower learning rates (lr, lr_b), and check that the labels or"
-        " answers follow from the texts"
+        f"{so_far}the loss is {found['loss']:.4f}, no better than guessing"
+        f" ({found['guessing']:.4f}). If it stays so, try lower learning rates (lr, lr_b) or more"
+        " steps, and check that the labels or answers follow from the texts"
     )
 
 
