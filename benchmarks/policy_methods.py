@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=200)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--all", action="store_true", help="run both rates whole")
-    asked = parsed(parser, seeds=1, steps=4, held_out=4, methods=["vera"])
+    asked = parsed(parser, seeds=1, steps=4, held_out=16, methods=["vera"])
     whole = asked.steps, asked.held_out
     table = []
     with tempfile.TemporaryDirectory() as scratch:
