@@ -132,8 +132,8 @@ def fit(job: Job, progress: Progress, display: Display) -> Progress:
             if evaluate:
                 measure(job, progress, display)
             looked_at = max(warm_steps(job.recipe, job.steps) + RECENT, job.steps // 4)
-            if progress.step == looked_at and (told := no_better(guessed(job, progress, first), "so far ")):
-                display.note(f"step {progress.step}: {told}")
+            if progress.step == looked_at and (told := no_better(guessed(job, progress, first))):
+                display.note(f"step {progress.step}: so far {told}")
             last, signal = over(job, progress), processes.largest(stop.signal or 0)
             # of a state that may be a bad one, older checkpoints are no worse
             due = (progress.step % save_every == 0 and not progress.skipping) or last or signal
@@ -255,19 +255,18 @@ def loss_of(job: Job, examples: Sequence[Any]) -> float:
     return sum(losses) / max(1, sum(map(job.loss.count, examples)))
 
 
-def no_better(found: Mapping[str, Any], so_far: str = "") -> str:
+def no_better(found: Mapping[str, Any]) -> str:
     """A line for a user whose loss is no better than guessing; empty if it is better.
 
     Args:
         found: As `guessed` gives it.
-        so_far: Words for a run that is not at its end.
     """
     if found.get("better", True):
         return ""
     return (
-        f"{so_far}the loss is {found['loss']:.4f}, no better than guessing"
-        f" ({found['guessing']:.4f}). If it stays so, try lower learning rates (lr, lr_b) or more"
-        " steps, and check that the labels or answers follow from the texts"
+        f"the loss is {found['loss']:.4f}, no better than guessing ({found['guessing']:.4f}). Try"
+        " more steps or lower learning rates (lr, lr_b), and check that the labels or answers follow"
+        " from the texts"
     )
 
 
