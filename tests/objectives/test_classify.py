@@ -139,7 +139,8 @@ def test_a_run_says_that_its_loss_is_no_better_than_guessing(
     assert result.guessing["loss"] == pytest.approx(sum(result.losses[-50:]) / 50)
     assert not result.guessing["better"]
     told = rf"no better than guessing \({entropy:.4f}\)"
-    assert re.search(rf"step 52: so far the loss is [\d.]+, {told}.* Try more", console.file.getvalue())
+    line = rf"step 52: so far the loss is [\d.]+, {told}.* Try more"
+    assert re.search(line, console.file.getvalue())
     assert re.search(told, str(result))
     assert json.loads((tmp_path / "a" / "lorafold.json").read_text())["guessing"] == result.guessing
     again = replace(first, resume=True)

@@ -265,7 +265,7 @@ def no_better(found: Mapping[str, Any]) -> str:
         return ""
     return (
         f"the loss is {found['loss']:.4f}, no better than guessing ({found['guessing']:.4f}). Try"
-        " more steps or lower learning rates (lr, lr_b), and check that the labels or answers follow"
+        " more steps or lower learning rates (lr, lr_b), and check that labels or answers follow"
         " from the texts"
     )
 
