@@ -86,6 +86,15 @@ def test_two_that_write_what_is_known_at_once_lose_nothing(tmp_path, monkeypatch
     put("a")
     threads[0].join()
     assert set(seen.Seen(file, "this base").digests) == {"a", "b"}
+    file.unlink()
+    file.mkdir()  # what can't be written is written later
+    put("c")
+    file.rmdir()
+    known.save()
+    assert set(seen.Seen(file, "this base").digests) == {"a", "b", "c"}
+    other = seen.Seen(file, "another base")  # for which nothing was verified
+    assert other.find("c").marks == {}
+    assert other.forms() == set()
 
 
 @pytest.mark.slow

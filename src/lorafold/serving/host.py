@@ -97,8 +97,7 @@ class Host:
                     if not passes(error):
                         raise
                     log.warning("a request is refused, the machine is busy: %s", place(error))
-                    told = "the machine is busy, try again"
-                    raise Refusal(503, "machine_busy", told, retry_after=5) from None
+                    raise Refusal(503, "machine_busy", "the machine is busy", retry_after=5) from None
 
     @contextmanager
     def counted(self, tenant: str) -> Iterator[None]:

@@ -89,7 +89,7 @@ class Seen:
     def __init__(self, file: Path, identity: str) -> None:
         self.file, self.identity = file, identity
         self._lock, self._saving, self._changed = threading.Lock(), threading.Lock(), False
-        self._adapters: dict[str, SeenAdapter] = {}
+        self._failed, self._adapters = False, dict[str, SeenAdapter]()
         self.digests: dict[str, str] = {}  # that adapters had when they were last seen
         if os.path.lexists(file):
             try:
@@ -98,11 +98,14 @@ class Seen:
                 log.warning("adapters are verified again: %s", error)
                 return
             self.digests = {name: one.found.digest for name, one in content.adapters.items()}
-            if content.identity == identity:
-                self._adapters = dict(content.adapters)
+            for name, one in content.adapters.items():  # of another base the digest alone
+                marks = one.marks if content.identity == identity else {}
+                self._adapters[name] = SeenAdapter(found=one.found, marks=marks)
 
     def find(self, name: str) -> SeenAdapter | None:
-        """What was found of the adapter of that name, and the marks that its files had."""
+        """What was found of the adapter of that name, and the marks that its files had, or none
+        where it has to be verified again.
+        """
         return self._adapters.get(name)
 
     def put(self, found: Found, marks: Mapping[str, Marks]) -> None:
@@ -114,14 +117,9 @@ class Seen:
             self._adapters[found.name] = SeenAdapter(found=found, marks=noted)
             self._changed = True
 
-    def digest(self, name: str) -> str | None:
-        """The digest of the adapter of that name when it was verified last."""
-        found = self._adapters.get(name)
-        return found.found.digest if found else self.digests.get(name)
-
     def forms(self) -> set[str]:
         """The forms of all adapters."""
-        return {entry.found.form for entry in self._adapters.values()}
+        return {entry.found.form for entry in self._adapters.values() if entry.marks}
 
     def save(self) -> None:
         """Write the file, if there is anything new."""
@@ -133,5 +131,8 @@ class Seen:
                 content = SeenFile(identity=self.identity, adapters=dict(self._adapters))
             try:
                 write_text(self.file, content.model_dump_json())
+                self._failed = False
             except LorafoldError as error:
-                log.warning("what was verified can't be kept: %s", error)
+                if not self._failed:
+                    log.warning("what was verified can't be kept yet: %s", error)
+                self._changed = self._failed = True

@@ -166,7 +166,8 @@ class Verifier:
             form=joined([stack[at].form for at in (*below, path)]),
         )  # fmt: skip
         linked = [n for at, one in stack.items() for n in self.directory.linked(at, one.files)]
-        if linked and found.digest != self.seen.digest(name):
+        before = self.seen.find(name)
+        if linked and (before is None or before.found.digest != found.digest):
             raise LorafoldError(f"{linked[0]}: found more than one link, expected one; copy it")
         return found
 
