@@ -97,7 +97,8 @@ class Host:
                     if not passes(error):
                         raise
                     log.warning("a request is refused, the machine is busy: %s", place(error))
-                    raise Refusal(503, "machine_busy", "the machine is busy", retry_after=5) from None
+                    told = "the machine is busy"
+                    raise Refusal(503, "machine_busy", told, retry_after=5) from None
 
     @contextmanager
     def counted(self, tenant: str) -> Iterator[None]:

@@ -13,7 +13,7 @@ from lorafold.data.labelled import LabelledExample
 from lorafold.ops.host import all_sent
 from lorafold.step.branches import Branching, over
 from lorafold.step.head_scores import at_head
-from lorafold.step.losses import RowsAlike, head_rules
+from lorafold.step.losses import RowsAlike
 
 
 class Classification(RowsAlike):
@@ -27,7 +27,6 @@ class Classification(RowsAlike):
 
     def __init__(self, model: nn.Module, pad_id: int, how: Branching | None = None) -> None:
         super().__init__(model, False, pad_id, how)
-        self.rules = {**head_rules(model), "pace_up": str(self.pace_up)}
 
     def count(self, example: LabelledExample) -> int:
         return 1

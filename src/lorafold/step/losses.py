@@ -8,7 +8,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -43,15 +42,13 @@ class Loss(nn.Module, ABC):
     over micro-batches is that of the batch exactly. It starts in its model's mode (train or eval).
 
     `pace` is the share of a method's own learning rates that suits the loss, `pace_up` that of the
-    rate of its up factors; `rules` are what a run that is resumed must have computed alike, where
-    versions of lorafold differ in it. `counts` go with its checkpoints. `silent` says why no
-    example of a step has a signal, and what to try.
+    rate of its up factors. `counts` go with its checkpoints. `silent` says why no example of a step
+    has a signal, and what to try.
     """
 
     pace = 1.0
     pace_up: float | None = None  # pace
     silent = ""
-    rules: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -181,12 +178,6 @@ def row_at(rows: Sequence[Array], document: Tensor, positions: Tensor) -> Tensor
 def within(model: nn.Module, tokens: int) -> int:
     """The most tokens of a packed sequence, where `tokens` are asked for."""
     return min(tokens, sequence_of(model) or tokens)
-
-
-def head_rules(model: nn.Module) -> Mapping[str, str]:
-    """The `rules` of a loss that reads a head over the model's body."""
-    narrow = any(p.element_size() == 2 for p in model.parameters())
-    return {"head": "fp32"} if narrow else {}
 
 
 class RowsAlike(Loss):

@@ -13,8 +13,6 @@ The first completion is in column 0, the second in column 1. A loss is in nats a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Annotated, ClassVar, NamedTuple
 
 import torch
@@ -74,7 +72,6 @@ class Law(ABC):
     trained: ClassVar[int] = 2  # the completions of a row with gradients; the rest are mismatched
     # of a method's own learning rates: a pair is told apart long before its completions are learned
     pace: ClassVar[float] = 0.05
-    rules: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     @abstractmethod
     def loss(self, scored: Scored) -> Tensor:
@@ -210,7 +207,6 @@ class Kto(Law):
 
     kind: ClassVar[str] = JUDGED
     trained: ClassVar[int] = 1
-    rules: ClassVar[Mapping[str, str]] = MappingProxyType({"z": "mean over the step"})
     beta: Positive = 0.1
     desirable_weight: Positive = 1.0
     undesirable_weight: Positive = 1.0

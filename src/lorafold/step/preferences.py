@@ -22,7 +22,6 @@ from lorafold.step.branches import Branching
 from lorafold.step.divergence import beside
 from lorafold.step.head import at_labels, document_losses
 from lorafold.step.head_scores import document_scores
-from lorafold.step.losses import head_rules
 from lorafold.step.preference_laws import Law, Scored, moved
 
 
@@ -34,7 +33,6 @@ class Preferences(BranchedLoss):
     ) -> None:
         super().__init__(model, how, pad_id, tokens)
         self.law, self.pace = law, law.pace
-        self.rules = head_rules(model) if law.reads_head else law.rules
 
     def trained(self, example: Branched) -> Branched:
         """The example with those of its completions that have gradients."""

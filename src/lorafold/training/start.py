@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from hashlib import sha256
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def prepare(
     """
     request, processes, where = setup.request, setup.processes, setup.request.base.where
     recipe, run, spec = request.recipe, RunDirectory(request.out), adapter.spec
-    identity = identity_of(setup, adapter) | dict(loss.rules)
+    identity = identity_of(setup, adapter)
     progress, state = Progress(), None
     resume = request.resume and run.path.exists()
     if request.resume and not resume:
@@ -203,8 +204,8 @@ def held_out_of(request: Request) -> str:
 
 
 def identity_of(setup: Setup, adapter: Adapter) -> dict[str, Any]:
-    """What a resumed run must have in common with the one that was stopped. The code is no part of
-    it, so that a later version of lorafold resumes it too.
+    """What a resumed run must have in common with the one that was stopped, among it the version of
+    lorafold.
 
     Args:
         adapter: Knows the digests of the adapters that it lies over.
@@ -214,6 +215,7 @@ def identity_of(setup: Setup, adapter: Adapter) -> dict[str, Any]:
     free = free_on_resume(request.recipe)
     identity: dict[str, Any] = {k: v for k, v in recipe.items() if k not in free}
     identity |= {
+        "lorafold": version("lorafold"),
         "model": request.base.name,
         "data": request.data.identity,
         "init_adapter": str(request.init_adapter or ""),
