@@ -329,6 +329,9 @@ def test_scores_are_equal_to_the_bit_after_saving_and_loading(
     # a text by itself is not what its company is, to the bit, but close
     alone = score_rows(model, tokenizer, ROWS[:1], 512).rows[0].scores
     assert alone == pytest.approx(before[0].scores, rel=1e-4)
+    blank = dict.fromkeys(ROWS[0], "")  # which is left out, and the others keep their numbers
+    numbered = score_rows(model, tokenizer, [ROWS[0], blank, ROWS[1]], 512).rows
+    assert [row.row for row in numbered] == [1, 3]
 
 
 def test_peft_computes_the_same_from_our_files(trained: tuple[Path, Path]) -> None:

@@ -46,7 +46,9 @@ WHOLE_CONVERSATION = Rendering("last")  # up to the last turn of the assistant
 
 @dataclass(frozen=True)
 class RowScore:
-    """The scores of the row with this number, from 1: `chosen` and `rejected`, or `score`."""
+    """The scores of the row with this number, from 1, in its file, or of several files among those
+    that are scored: `chosen` and `rejected`, or `score`.
+    """
 
     row: int
     scores: dict[str, float]
@@ -148,14 +150,16 @@ def score_rows(
             f"row {bad[0] + 1}: found the score {scores[bad[0]].tolist()}, expected a finite"
             " number; check the weights of the model and its adapters"
         )
+    places = rows.origins.places(range(len(rows)))  # rows before may be left out
+    alone = len({place.file for place in places}) == 1
     by_row = tuple(
-        RowScore(number, dict(zip(names, found, strict=True)))
-        for number, found in enumerate(scores.tolist(), 1)
+        RowScore(place.row if alone else n, dict(zip(names, found, strict=True)))
+        for n, (place, found) in enumerate(zip(places, scores.tolist(), strict=True), 1)
     )
     if not paired:
-        alone = scores[:, 0].tolist()
+        each = scores[:, 0].tolist()
         bias = rank_correlation(scores[:, 0], tokens[:, 0])
-        return ScoredRows(by_row, None, truncated, fmean(alone), mean_interval(alone), bias)
+        return ScoredRows(by_row, None, truncated, fmean(each), mean_interval(each), bias)
     return ScoredRows(by_row, reward_figures(scores, tokens), truncated)
 
 
