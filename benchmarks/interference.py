@@ -105,7 +105,8 @@ def main() -> None:
         default=30,
         help="held out of each task; as many teach LoRAHub and mixtures",
     )
-    args = parsed(parser, steps=2, rows=2)
+    parser.add_argument("--hows", nargs="+", default=HOWS, choices=HOWS)
+    args = parsed(parser, steps=2, rows=2, hows=["svd", "mixture"])
     out, n = args.out, args.rows
     out.mkdir(parents=True, exist_ok=True)
     data, common = {}, ["--set", "steps=20", "--set", "batch=8"]
@@ -145,7 +146,7 @@ def main() -> None:
             str(taught),
         ]
     found = {}
-    for gates, hows in {"global": HOWS, "layer": ("mixture",), "token": ("mixture",)}.items():
+    for gates, hows in {"global": args.hows, "layer": ("mixture",), "token": ("mixture",)}.items():
         file = out / f"{gates}.json"
         if not file.exists():
             words = [word for how in hows for word in ("--how", how)]
