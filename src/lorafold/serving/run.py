@@ -169,12 +169,12 @@ def over_http(server: Server) -> uvicorn.Config:
     return uvicorn.Config(
         application(server), log_config=None, access_log=False, lifespan="on", ws="none",
         http=bounded(server.settings.limits), timeout_graceful_shutdown=2, server_header=False,
-        backlog=256,  # as many are accepted between two looks at anything else
+        backlog=128,  # as many are accepted between two looks at anything else
     )  # fmt: skip
 
 
 async def _run(server: Server, at: socket.socket) -> None:
-    http = _Http(over_http(server))
+    http = Http(over_http(server))
     loop, signals = asyncio.get_running_loop(), 0
 
     def ask() -> None:
@@ -204,8 +204,16 @@ async def _drain(server: Server, http: uvicorn.Server) -> None:
     http.should_exit = True
 
 
-class _Http(uvicorn.Server):
-    """uvicorn without its handlers of signals, which would end the process with the signal."""
+class Http(uvicorn.Server):
+    """uvicorn without its handlers of signals, which would end the process with the signal. More
+    connections wait in the kernel than are accepted at a time.
+    """
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen."""
+        await super().startup(sockets)
+        for at in sockets or []:
+            at.listen(4096)  # one that finds no place tries again after a second
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
