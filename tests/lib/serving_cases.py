@@ -21,7 +21,6 @@ from typing import Any
 from unittest import mock
 
 import pytest
-import uvicorn
 
 from engine_cases import save_adapters
 from fresh_models import fresh_model
@@ -33,7 +32,7 @@ from lorafold.screening.screen import Screen
 from lorafold.serving.directory import Directory
 from lorafold.serving.in_process import InProcess
 from lorafold.serving.keys import Keys, new_key
-from lorafold.serving.run import listening, over_http, server_of
+from lorafold.serving.run import Http, listening, over_http, server_of
 from lorafold.serving.server import Server
 from lorafold.serving.settings import Settings
 
@@ -172,7 +171,7 @@ def running(
         known = Keys(chosen.keys, chosen.admin_key, chosen.metrics_key)
         with mock.patch.multiple(screen, VERIFYING=processes, RENDERING=processes):
             parts = server_of(base, opened, Directory(folder), known, chosen)
-        http = uvicorn.Server(over_http(parts))
+        http = Http(over_http(parts))
         thread = threading.Thread(target=lambda: asyncio.run(http.serve(sockets=[at])))
         thread.start()
         while not http.started:

@@ -64,7 +64,7 @@ ROOMS = (
     "adapter", "bases", "core", "data", "engine", "files", "identity", "methods", "models", "ops",
     "peft", "screening", "serving",
 )  # fmt: skip
-BACKLOG = 1024  # connections that wait to be accepted
+BACKLOG = 4096  # connections that wait to be accepted: one more tries again after a second
 PACKAGES = ("safetensors", "tokenizers", "torch", "transformers")
 
 
@@ -189,7 +189,7 @@ def over_http(server: Server) -> uvicorn.Config:
 
 
 async def _run(server: Server, at: socket.socket) -> None:
-    http = _Http(over_http(server))
+    http = Http(over_http(server))
     loop, signals = asyncio.get_running_loop(), 0
 
     def ask() -> None:
@@ -219,7 +219,7 @@ async def _drain(server: Server, http: uvicorn.Server) -> None:
     http.should_exit = True
 
 
-class _Http(uvicorn.Server):
+class Http(uvicorn.Server):
     """uvicorn without its handlers of signals, which would end the process with the signal. It
     accepts one connection at a time: without file descriptors asyncio would try, and log, as many
     times as its backlog, again and again.
