@@ -98,7 +98,7 @@ class Host:
                     if not passes(error):
                         raise
                     log.warning("a request is refused, the machine is busy: %s", place(error))
-                    raise Refusal(503, "machine_busy", "the machine is busy", retry_after=5) from None
+                    raise Refusal(503, "machine_busy", "the server is busy", retry_after=5) from None
         finally:
             self._thinking[tenant] -= 1
 
