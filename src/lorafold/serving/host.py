@@ -97,7 +97,7 @@ class Host:
                     if not passes(error):
                         raise
                     log.warning("a request is refused, the machine is busy: %s", place(error))
-                    told = "the machine is busy"
+                    told = "the server is busy"
                     raise Refusal(503, "machine_busy", told, retry_after=5) from None
 
     @contextmanager
