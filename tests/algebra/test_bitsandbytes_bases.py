@@ -395,5 +395,5 @@ def test_every_method_trains_and_merges_on_nf4(tiny_model_dir, tmp_path, method)
         assert not (tmp_path / "out").exists()
         assert method in ("houlsby", "pfeiffer", "prompt", "prefix")
     else:
-        assert merged.into.target == "dequantized"
+        assert merged.into.target == "trained"
         assert merged.gap.kl < 1e-4

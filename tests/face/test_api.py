@@ -44,7 +44,7 @@ SIGNATURES = {
         " allow_other_base console"
     ),
     "export": (
-        "model adapters out *to tensors as_lora prove prompts engine_python engine_url"
+        "model adapters out *to tensors as_lora prove prompts engine_python engine_url into storage"
         " allow_other_base overwrite revision trust_remote_code device console"
     ),
     "extract": "tuned out *rank model revision trust_remote_code overwrite",

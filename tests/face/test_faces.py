@@ -31,7 +31,7 @@ VERBS = {
     "chat": ("chat", LOADS),
     "serve": ("serve", LOADS),
     "merge": ("merge", LOADS),
-    "export": ("export", {*COMPUTES, "allow_other_base"}),
+    "export": ("export", {*COMPUTES, "allow_other_base", "storage"}),
     "estimate": ("estimate", COMPUTES),
     "compose": ("compose", LOADS),
     "inspect": ("inspect", LOADS),

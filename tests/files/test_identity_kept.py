@@ -372,21 +372,6 @@ def test_another_revision_is_another_model(world: World, tmp_path: Path, monkeyp
         train(replace(asked, resume=True), Console(quiet=True))
 
 
-def test_a_run_of_an_earlier_version_goes_on_and_says_what_it_can_not_check(world: World) -> None:
-    file = world.root / "run.run" / "run.json"
-    content, manifest = file.read_bytes(), file.with_name(MANIFEST).read_bytes()
-    began = json.loads(content)
-    del began["files"]
-    file.write_text(json.dumps(began))
-    file.with_name(MANIFEST).unlink()
-    try:
-        assert world.run()
-        assert "whether they are the same can't be checked" in world.told
-    finally:
-        file.write_bytes(content)
-        file.with_name(MANIFEST).write_bytes(manifest)
-
-
 def test_a_search_of_an_earlier_version_is_refused(world: World) -> None:
     file = world.root / "search" / "search.json"
     content = file.read_text()

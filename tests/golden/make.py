@@ -13,7 +13,6 @@ meaning away, so a new format gets files of its own beside these.
     recipe.yaml            as `Recipe.to_yaml` writes it
     adapters/NAME/         an adapter in PEFT's format, with lorafold.json and manifest.json
     full/, merged/         a model that was trained whole, and one that an adapter was folded into
-    NAME.run/              a run that Ctrl-C stopped; adapters/NAME is what it ends with unstopped
     comparison/, search/   what `compare` and `intrinsic` keep
     expected.safetensors   the logits of each adapter and model on IDS, in fp32
     expected.json          the losses that `lorafold eval` found
@@ -22,11 +21,8 @@ All names are relative to the working directory, so that the records know no oth
 """
 
 import json
-import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 IDS = [[1, 77, 42, 260, 298, 133]]
@@ -173,27 +169,6 @@ def write_inputs() -> None:
     Path("recipe.yaml").write_text(recipe.to_yaml())
 
 
-def stop(name: str) -> None:
-    """Start the run, press Ctrl-C once its tenth step is kept, and see that it can be resumed to
-    the bytes of the uninterrupted one.
-    """
-    command = [sys.executable, "-m", "lorafold", "train", *RUNS[name], "--out", name]
-    process = subprocess.Popen(
-        command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-    )
-    while not Path(f"{name}.run", "step-000010").exists():
-        assert process.poll() is None
-        time.sleep(0.001)
-    process.send_signal(signal.SIGINT)
-    assert process.wait() == 130
-    kept = shutil.copytree(f"{name}.run", f"{name}.kept")
-    lorafold("train", *RUNS[name], "--out", name, "--resume")
-    weights = "adapter_model.safetensors"
-    assert Path(name, weights).read_bytes() == Path("adapters", name, weights).read_bytes()
-    shutil.rmtree(name)
-    shutil.move(kept, f"{name}.run")
-
-
 def logits(name: str, ids: list[list[int]]):
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -216,7 +191,6 @@ def main() -> None:
     write_inputs()
     for name, run in RUNS.items():
         lorafold("train", *run, "--out", f"adapters/{name}")
-        stop(name)
     for name, (data, fields) in ADAPTERS.items():
         sets = [word for field in fields for word in ("--set", field)]
         about = (*ON_BASE, *PLAIN, "--data", f"{data}.jsonl", "--out", f"adapters/{name}")

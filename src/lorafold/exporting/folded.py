@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from lorafold.core.attach import Adapted
 from lorafold.core.matrices import module_at
 from lorafold.errors import NotMergeable, listed
+from lorafold.fold.as_trained import ROUND_TRIP
 from lorafold.fold.plan import FoldPlan, plan_fold
 from lorafold.merging.folding import before_and_after
-from lorafold.merging.into import ROUND_TRIP
 from lorafold.models.converted import OnDemand
 
 DELTAS = ".deltas."

@@ -14,7 +14,8 @@ from torch import nn
 from lorafold.adapter import load
 from lorafold.exporting.launching import Line
 from lorafold.exporting.update import Update, update_of
-from lorafold.merging.into import Into, attach_round_trip
+from lorafold.fold.as_trained import attach_round_trip
+from lorafold.merging.into import Into
 from lorafold.models.tokenizer import tokenizer_of
 from lorafold.opening import Base
 from lorafold.peft.saved import Saved

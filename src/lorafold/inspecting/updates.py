@@ -25,7 +25,7 @@ from lorafold.adapter import Adapter, load
 from lorafold.core.delta import Delta
 from lorafold.core.layer import Layer
 from lorafold.errors import LorafoldError, NotMergeable
-from lorafold.merging.into import ROUND_TRIP, attach_as_trained
+from lorafold.fold.as_trained import ROUND_TRIP, attach_as_trained
 from lorafold.opening import Base
 from lorafold.ops.svd import svd_of_product
 from lorafold.peft.saved import Saved
@@ -156,7 +156,7 @@ def load_below(model: nn.Module, base: Base, stack: Sequence[Saved]) -> tuple[st
         base: The same, as it was asked for.
         stack: Adapters, lowest first.
     """
-    attach_as_trained(model, base, stack)
+    attach_as_trained(model, base.source, base.storage, stack)
     over, allowed = stack[:-1], base.allow_other_base
     names = tuple(f"over{n}" for n, _ in enumerate(over, 1))
     for name, saved in zip(names, over, strict=True):

@@ -22,9 +22,9 @@ from lorafold.core.attach import Adapted
 from lorafold.core.matrices import module_at
 from lorafold.core.rounding import generator_of
 from lorafold.errors import LorafoldError
+from lorafold.fold.as_trained import ROUND_TRIP
 from lorafold.fold.plan import deltas_of, fold
 from lorafold.fold.rounding import Rounded, Rounding, Sums, round_to
-from lorafold.merging.into import ROUND_TRIP
 from lorafold.merging.plan import Plan
 from lorafold.merging.stored import as_stored, settled
 from lorafold.models.converted import Conversion

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from lorafold.adapter import load
 from lorafold.errors import LorafoldError, NotMergeable, listed
+from lorafold.fold.as_trained import ROUND_TRIP, attach_round_trip
 from lorafold.fold.plan import WHOLE, FoldPlan, module_of, plan_fold
 from lorafold.merging.config import declared, untied_config, with_biases
-from lorafold.merging.into import ROUND_TRIP, attach_round_trip
 from lorafold.models.checkpoint import Checkpoint, MappedModel, mapped_model, open_checkpoint
 from lorafold.models.container import Entry
 from lorafold.models.converted import Conversion

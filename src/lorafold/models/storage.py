@@ -2,6 +2,7 @@
 by its files, its adapters and the device; with the reason for the choice.
 """
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorafold.errors import LorafoldError
@@ -69,7 +70,9 @@ def recorded_storage(model: "nn.Module") -> dict[str, str] | None:
     """
     config: Any = getattr(model, "config", None)
     find: Any = getattr(model, "get_input_embeddings", None)
-    weight = getattr(find() if config and find else None, "weight", None)
+    weight = None
+    with suppress(NotImplementedError):  # transformers', of a model of two encoders
+        weight = getattr(find() if config and find else None, "weight", None)
     if weight is None:
         return None
     of_torch = str(weight.dtype).removeprefix("torch.")

@@ -29,7 +29,7 @@ from lorafold.training.finish import INIT_ADAPTER, Trained, finish
 from lorafold.training.finished import DEPENDS_ON, finished
 from lorafold.training.loop import fit
 from lorafold.training.request import Request
-from lorafold.training.setup import Setup, adapted_model, set_up
+from lorafold.training.setup import Setup, adapted_model, check_places, set_up
 from lorafold.training.start import depends_on, in_common, prepare
 from lorafold.training.tracking import tracking
 
@@ -48,6 +48,7 @@ def train(request: Request, console: Console, processes: Processes = ALONE) -> T
     written) after SIGINT or SIGTERM.
     """
     console = processes.voice(console)
+    check_places(request)
     with RunDirectory(request.out).claimed() if processes.first else nullcontext():
         if (before := processes.once(partial(finished, request, console))) is not None:
             return before

@@ -93,10 +93,6 @@ def check_request(request: Request, console: Console, processes: Processes) -> S
     in `<out>.run`, a batch that can't be split over the processes, an optimizer that is not
     installed, an unknown method, and fields that an initial adapter fixes.
     """
-    loaded = [("--over", path) for path in request.over]
-    loaded += [("--init-adapter", path) for path in request.adapters[len(request.over) :]]
-    check_name(request.out)
-    check_apart(request, loaded)
     replaces, count = request.overwrite or request.resume, processes.count
     if processes.first:  # which alone writes
         for path in (request.out, best_path(request.out)):
@@ -122,6 +118,14 @@ def check_request(request: Request, console: Console, processes: Processes) -> S
             " model, which nothing lies below; merge these adapters first"
         )
     return spec
+
+
+def check_places(request: Request) -> None:
+    """Raise LorafoldError for an output without a name, and for one that is an adapter to load."""
+    check_name(request.out)
+    loaded = [("--over", path) for path in request.over]
+    loaded += [("--init-adapter", path) for path in request.adapters[len(request.over) :]]
+    check_apart(request, loaded)
 
 
 def check_apart(request: Request, read: Iterable[tuple[str, Path]]) -> None:

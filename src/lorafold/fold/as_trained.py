@@ -1,0 +1,84 @@
+"""The weights that adapters were trained on, where the base was quantized in training: its files
+have the original ones, and q(W), the round trip of quantizing W and dequantizing it again, is
+attached beneath the adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafold.bases import layer_class, layer_of
+from lorafold.core.attach import lay, selection_of
+from lorafold.core.delta import Delta
+from lorafold.core.layer import Layer, add
+from lorafold.core.matrices import Matrices, module_at
+from lorafold.models.quantizing import packable
+from lorafold.models.sources import ModelSource
+from lorafold.models.storage import stored_in_files
+from lorafold.models.storages import MADE, STORAGES
+from lorafold.peft.own_base import TrainedOn
+from lorafold.peft.saved import Saved, trained_on
+
+ROUND_TRIP = "round-trip"  # the name of the delta that is attached beneath the adapters
+
+
+class RoundTrip(Delta):
+    """Quantization as a change in weight space: W (*matrices, out, in) -> q(W), in fp32 or wider.
+
+    Args:
+        quantization: nf4 or int8.
+        turned: whether the matrices are stored as (*matrices, in, out), and so quantized.
+    """
+
+    def __init__(self, quantization: str, turned: bool = False) -> None:
+        super().__init__()
+        self.quantization, self.turned = quantization, turned
+
+    def forward(self, layer: Layer, x: Tensor, onto: Tensor | None = None) -> Any:
+        """The output (n, out) of the layer with q(W) for an input x (n, in)."""
+        w, b = self.fold(*layer.dense())
+        return add(add(layer.op(x, w), onto), b)
+
+    def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """q(W) (*matrices, out, in), and the bias (*matrices, out) as it is."""
+        wide = torch.promote_types(w.dtype, torch.float32)
+        if w.is_meta:
+            return torch.empty_like(w, dtype=wide), b
+        stored = w.mT if self.turned else w
+        # the matrices of experts are quantized as one
+        q = layer_of(STORAGES[self.quantization].pack(stored.flatten(0, -2))).dense()[0]
+        q = q.view(stored.shape).to(wide)
+        return q.mT if self.turned else q, b
+
+
+def attach_round_trip(model: nn.Module, quantization: str) -> None:
+    """Attach the round trip to every site whose matrices were quantized in training.
+
+    It is not an adapter and not active: only folding applies it.
+    """
+    selection = selection_of(model)
+    for path in packable(model):  # type: ignore[arg-type]
+        module = module_at(model, path)
+        turned = isinstance(module, Matrices) and module.stored.transposed
+        delta = RoundTrip(quantization, turned)
+        lay(module, layer_class(module), ROUND_TRIP, delta, selection, path)
+
+
+def attach_as_trained(
+    model: nn.Module, source: ModelSource, storage: str, adapters: Sequence[Saved]
+) -> None:
+    """Attach the round trip of the quantization that the adapters were trained on, if there is one
+    and the model's files are not quantized themselves.
+
+    Args:
+        model: The base on its files.
+        source: These files.
+        storage: As it was asked for, which wins over that of the records; auto takes theirs.
+    """
+    made_on = trained_on(adapters) if storage == "auto" else TrainedOn(storage)
+    if made_on and made_on.storage in MADE and stored_in_files(source) is None:
+        attach_round_trip(model, made_on.storage)
