@@ -604,27 +604,3 @@ def test_the_held_out_loss_of_kto_does_not_depend_on_batches(tiny: tuple[Any, An
         with evaluating(model):
             whole = loss(**loss.collate(examples, loss.device), **loss.of_step(examples))
     assert losses == pytest.approx([float(whole) / len(examples)] * 2, rel=1e-5)
-
-
-def test_a_run_of_kto_that_took_z_over_micro_batches_is_not_continued(
-    tiny_model_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = lf.Recipe(objective="kto", steps=3, batch=2, storage="fp32", save_every=1)
-
-    def run(resume: bool = False) -> None:
-        model = tiny_model_dir("llama")
-        lf.train(recipe, model=model, data=JUDGED, out=tmp_path / "out", resume=resume)
-
-    def crashing(job: Any, examples: Any, i: int) -> float:
-        if i == 1:
-            raise RuntimeError("crashed")
-        return step(job, examples, i)
-
-    step = loop.train_step
-    with monkeypatch.context() as patched:
-        patched.setattr(loop, "train_step", crashing)
-        patched.setattr(Kto, "rules", {})  # as it was
-        with pytest.raises(RuntimeError, match="crashed"):
-            run()
-    with pytest.raises(LorafoldError, match="z: was None, now 'mean over the step'"):
-        run(resume=True)

@@ -94,16 +94,22 @@ class Into:
             file, other: Both distances; None where they were not measured.
         """
         if self.base is None:
-            said = "no record says how it was stored in training, so the original weights are taken"
-            return f"base {name}: {said}; the model you trained -> {here}: {file or NOT_MEASURED}"
+            said = "no record says how it was stored in training (--storage names it)"
+            over = f"the adapters over the original weights -> {here}: {file or NOT_MEASURED}"
+            return f"base {name}: {said}; {over}"
         if self.unmade:
             said = f"{self.base.storage} weights can't be made from these files"
             return f"trained on {name} in {self.base}; {said}, so no distance is measured to {here}"
-        original = other or NOT_MEASURED if self.trained_on else "the weights it was trained on"
+        original = other or NOT_MEASURED if self.trained_on else "the same weights"
         if self.in_files:
             original = "the files have none"
+        told, model = f"trained on {name} in {self.base}", "the model you trained"
+        if self.recorded:
+            said = ' and '.join(self.recorded)
+            told = f"the record says trained on {said}; asked for {self.base}"
+            model = f"the adapters over {name} in {self.base}"
         return (
-            f"trained on {name} in {self.base}; the model you trained -> {here}:"
+            f"{told}; {model} -> {here}:"
             f" {file or NOT_MEASURED}; -> the adapters over the original weights: {original}"
         )
 

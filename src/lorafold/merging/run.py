@@ -107,6 +107,7 @@ class Merged(Shown):
             "into": self.into.target,
             "trained_on": self.into.trained_on,
             "computed_in": self.into.base and self.into.base.dtype,
+            "recorded": list(self.into.recorded),
             "from_original": self.from_original and asdict(self.from_original),
         }
         return {**gap, **folded, **done, **grown, **into, **asked}
@@ -168,7 +169,7 @@ def merge(
     check_kept(out, [source.path, *(one.path for one in adapters)])
     with atomic_directory(out, wanted.overwrite) as tmp, bars(console) as bar:
         target = choose_into(wanted.into, adapters, asked, stored_in_files(source))
-        if console is not None and (target.trained_on or target.asked):
+        if console is not None and (target.trained_on or target.asked or target.unmade):
             console.print(f"merging into {target}", highlight=False)
         check_language_model(base, adapters, INSTEAD)
         own = any(one.own_tokenizer for one in adapters)

@@ -15,6 +15,7 @@ from functools import partial
 from rich.console import Console
 
 from lorafold.adapter.reach import strays, text_alone
+from lorafold.files.apart import check_name
 from lorafold.machine.allocator import freed_blocks_kept
 from lorafold.machine.processes import ALONE, Processes
 from lorafold.objectives import OBJECTIVES
@@ -48,7 +49,9 @@ def train(request: Request, console: Console, processes: Processes = ALONE) -> T
     written) after SIGINT or SIGTERM.
     """
     console = processes.voice(console)
-    check_places(request)
+    check_name(request.out)
+    if not request.resume:  # of a run that is finished, that is told first
+        check_places(request)
     with RunDirectory(request.out).claimed() if processes.first else nullcontext():
         if (before := processes.once(partial(finished, request, console))) is not None:
             return before

@@ -93,6 +93,8 @@ def check_request(request: Request, console: Console, processes: Processes) -> S
     in `<out>.run`, a batch that can't be split over the processes, an optimizer that is not
     installed, an unknown method, and fields that an initial adapter fixes.
     """
+    check_name(request.out)
+    check_places(request)
     replaces, count = request.overwrite or request.resume, processes.count
     if processes.first:  # which alone writes
         for path in (request.out, best_path(request.out)):
@@ -121,8 +123,7 @@ def check_request(request: Request, console: Console, processes: Processes) -> S
 
 
 def check_places(request: Request) -> None:
-    """Raise LorafoldError for an output without a name, and for one that is an adapter to load."""
-    check_name(request.out)
+    """Raise LorafoldError for an output that is an adapter to load."""
     loaded = [("--over", path) for path in request.over]
     loaded += [("--init-adapter", path) for path in request.adapters[len(request.over) :]]
     check_apart(request, loaded)
