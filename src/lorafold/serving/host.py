@@ -98,7 +98,8 @@ class Host:
                     if not passes(error):
                         raise
                     log.warning("a request is refused, the machine is busy: %s", place(error))
-                    raise Refusal(503, "machine_busy", "the server is busy", retry_after=5) from None
+                    told = "the machine is busy, try again"
+                    raise Refusal(503, "machine_busy", told, retry_after=5) from None
         finally:
             self._thinking[tenant] -= 1
 
