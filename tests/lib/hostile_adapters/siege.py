@@ -135,7 +135,8 @@ class Siege:
             return
         self.answers += 1
         fine = answer.status < 500 or answer.code == "adapter_numerics"
-        fine |= answer.status == 503 and answer.code == "adapter_unavailable"
+        unavailable = ("adapter_unavailable", "machine_busy")
+        fine |= answer.status == 503 and answer.code in unavailable
         self.check(fine, f"{what}: {answer.status} {answer.content[:300]!r}")
         if answer.status != 200:
             self.check(len(answer.content) <= BOUND, f"{what}: {len(answer.content):,} bytes")
