@@ -209,7 +209,7 @@ def main() -> None:
         for name, command, environment in sides:
             found[name] = run(command, environment)
             print(json.dumps({"side": name, **found[name]}), flush=True)
-    for last in ("first", "second"):
+    for last in ["first"] if asked.once else ["first", "second"]:
         same_work({n: side["work"] for n, side in found.items() if n.endswith(f", {last}")})
     alone = {"side": "tokenizing alone", "seconds": pure["seconds"], "of tokenizing": 1.0}
     table: list[dict] = [alone | {"tokens a row": pure["tokens"] / asked.rows}]

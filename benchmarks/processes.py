@@ -218,7 +218,7 @@ def main() -> None:
     asked = parsed(
         parser,
         sides="loading,speed",
-        counts="1",
+        counts="2",
         layers=1,
         width=128,
         rounds=1,
