@@ -127,7 +127,7 @@ class Merged(Shown):
         lines = [f"merged: {self.out}, into {self.into} ({how or 'nothing changed'})"]
         lines.append(
             f"  {sums.survival:.2%} of the update survives; the noise that rounding added is"
-            f" {sums.noise:.2%} of its norm"
+            f" {sums.noise:.2%} of its norm{', before quantization' * bool(self.into.quantized)}"
         )
         if untied := self.folded.untied:
             lines.append(
