@@ -100,18 +100,15 @@ class Into:
         if self.unmade:
             said = f"{self.base.storage} weights can't be made from these files"
             return f"trained on {name} in {self.base}; {said}, so no distance is measured to {here}"
-        original = other or NOT_MEASURED if self.trained_on else "the same weights"
-        if self.in_files:
-            original = "the files have none"
         told, model = f"trained on {name} in {self.base}", "the model you trained"
         if self.recorded:
-            said = ' and '.join(self.recorded)
+            said = " and ".join(self.recorded)
             told = f"the record says trained on {said}; asked for {self.base}"
             model = f"the adapters over {name} in {self.base}"
-        return (
-            f"{told}; {model} -> {here}:"
-            f" {file or NOT_MEASURED}; -> the adapters over the original weights: {original}"
-        )
+        over = f"; -> the adapters over the original weights: {other or NOT_MEASURED}"
+        if self.in_files or not self.trained_on:  # there are no others
+            told, over = told + ", the weights of its files", ""
+        return f"{told}; {model} -> {here}: {file or NOT_MEASURED}{over}"
 
     def __str__(self) -> str:
         base = (
