@@ -81,7 +81,9 @@ def recorded_storage(model: "nn.Module") -> dict[str, str] | None:
     if settings is None:
         return {"storage": dtype, "dtype": dtype}
     told = settings if isinstance(settings, dict) else settings.to_dict()
-    storage = quantization_of(told, "model")
+    storage = str(told.get("quant_method", "unknown"))
+    with suppress(LorafoldError):  # one that lorafold does not read is called as its files call it
+        storage = quantization_of(told, "model")
     made = STORAGES[storage].made if storage in MADE else {}
     if any(told.get(key) != made[key] for key in made.keys() & {"bnb_4bit_use_double_quant"}):
         storage += " without double quantization"

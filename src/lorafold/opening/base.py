@@ -110,15 +110,14 @@ class Base:
         adapters were trained on, computing in the dtype that they were trained in. Where the device
         does not multiply bf16 natively, an adapter that was trained in bf16 is computed in fp32.
         """
-        own = self.with_files_for(adapters)
         if self.storage != "auto":
             return self
-        in_files, made_on = default_storage(own.source), trained_on(adapters)
+        if (in_files := default_storage(self.source)) != "auto":
+            return self.stored(in_files)
+        own, made_on = self.with_files_for(adapters), trained_on(adapters)
         if made_on is None:
             return own.stored(in_files)
-        storage = in_files if in_files != "auto" else made_on.storage
-        if storage not in (*MADE, *PLAIN, in_files):
-            storage = in_files
+        storage = made_on.storage if made_on.storage in (*MADE, *PLAIN) else in_files
         dtype = made_on.dtype if made_on.dtype in PLAIN else None
         if dtype == "bf16" and not native_bf16(self.where)[0]:
             storage, dtype = "auto" if storage in PLAIN else storage, None
