@@ -28,7 +28,7 @@ from lib.work import Work, same_work, targets
 from transformers import PreTrainedModel
 
 import lorafold as lf
-from lorafold.core.evaluating import evaluating
+from lorafold.core.modes import evaluating
 from lorafold.data import forest
 from lorafold.data.branches import Branched
 from lorafold.data.examples import NO_LOSS, Example

@@ -21,10 +21,9 @@ from lib.results import keep
 from lib.short import parsed
 
 import lorafold as lf
-from lorafold.exporting.answers import BUILT_IN
+from lorafold.exporting.answers import BUILT_IN, Ours
 from lorafold.exporting.engines import ask
 from lorafold.exporting.gguf_model import write_model
-from lorafold.exporting.ours import Ours
 from lorafold.exporting.proof import proof
 from lorafold.exporting.target import Subject
 from lorafold.methods import METHODS

@@ -31,10 +31,10 @@ from torch import nn
 
 import lorafold as lf
 from lorafold.comparing.measure import forgetting
-from lorafold.core.evaluating import evaluating
+from lorafold.core.modes import evaluating
 from lorafold.data.probes import probe_ids
 from lorafold.evaluation import evaluate, held_out_loss
-from lorafold.machine.allocator import freed_blocks_kept
+from lorafold.machine.memory import freed_blocks_kept
 from lorafold.models.loading import load_model
 from lorafold.opening import Base
 from lorafold.quickstart.story import RECIPE

@@ -32,10 +32,11 @@ print(open("/proc/self/status").read().split("RssAnon:")[1].split()[0], flush=Tr
 """
 STEPS = ["--steps", "2"]
 BF16, NF4, INT8, FP32 = (["--storage", name] for name in ("bf16", "nf4", "int8", "fp32"))
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # what is trained on, and the options of `train`
 GRID: list[tuple[str, list[str]]] = [
     ("rows", [*BF16, "--method", "rslora", "--rank", "256", "--batch", "4"]),
-    ("rows", [*NF4, "--targets", "all-linear,lm_head", "--batch", "4"]),
+    ("rows", [*NF4, *(f"--targets={name}" for name in (*LINEARS, "lm_head")), "--batch", "4"]),
     ("rows", [*NF4, "--method", "dora", "--batch", "2"]),
     ("rows", [*FP32, "--method", "full", "--batch", "2"]),
     ("rows", [*BF16, "--method", "full", "--batch", "2", "--set", "gradient_checkpointing=true"]),
@@ -85,12 +86,12 @@ def mapped(pid: int) -> int:
         text = Path(f"/proc/{pid}/smaps").read_text()
     except OSError:
         return 0
-    found = re.findall(r"safetensors\nSize:.*\n(?:.*\n){2}Rss: +(\d+) kB", text)
-    return 1024 * sum(map(int, found))
+    pages = r"safetensors\nSize:.*?Rss: +(\d+) kB.*?Anonymous: +(\d+) kB"  # written ones: anonymous
+    return 1024 * sum(int(all_) - int(own) for all_, own in re.findall(pages, text, re.DOTALL))
 
 
 def run(data: Path, options: list[str], out: Path) -> tuple[int, int, str]:
-    """(bytes at the peak, of which mapped, what the run printed)."""
+    """(bytes at the peak, of which mapped then, what the run printed)."""
     command = [sys.executable, "-m", "lorafold", "train", "--model", "smollm2", "--data", str(data)]
     log = out.with_suffix(".log")
     with (
@@ -99,16 +100,16 @@ def run(data: Path, options: list[str], out: Path) -> tuple[int, int, str]:
             [*command, "--out", str(out), *STEPS, *options], stdout=file, stderr=file
         ) as child,
     ):
-        peak, files, count = 0, 0, 0
+        peak, files, now, count = 0, 0, 0, 0
         while child.poll() is None:
-            peak = max(peak, resident(child.pid))
-            if count % 500 == 0:  # the pages of files only grow
-                files = max(files, mapped(child.pid))
+            if count % 100 == 0:  # the process waits for it
+                now = mapped(child.pid)
+            peak, files = max((peak, files), (resident(child.pid) + now, now))
             count += 1
             time.sleep(0.004)
     if child.returncode:
         sys.exit(f"{' '.join(options)}: {log.read_text()[-2000:]}")
-    return peak + files, files, log.read_text()
+    return peak, files, log.read_text()
 
 
 def in_bytes(text: str) -> float:

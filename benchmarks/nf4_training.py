@@ -26,7 +26,7 @@ import lorafold as lf
 from lorafold.bases import is_linear
 from lorafold.core.targets import match
 from lorafold.data.examples import Example, encode
-from lorafold.machine.allocator import freed_blocks_kept
+from lorafold.machine.memory import freed_blocks_kept
 from lorafold.models.loading import load_model, load_tokenizer
 from lorafold.models.storage import Storage
 from lorafold.objectives.sft import Sft

@@ -137,7 +137,7 @@ def lorafold(case: Case, stack: ExitStack) -> Training:
     import lorafold as lf
     from lorafold.data.examples import Example
     from lorafold.data.labelled import LabelledExample
-    from lorafold.machine.allocator import freed_blocks_kept
+    from lorafold.machine.memory import freed_blocks_kept
     from lorafold.methods import make_spec
     from lorafold.models.loading import load_tokenizer
     from lorafold.objectives.classify import Classify

@@ -21,7 +21,7 @@ from lorafold.data.endings import ending_of
 from lorafold.engine import Ended, Engine, Request, Sampling, Stream
 from lorafold.engine.adapters import attached, parts_of
 from lorafold.errors import LorafoldError
-from lorafold.machine.room import free_bytes
+from lorafold.machine.memory import free_bytes
 from lorafold.methods.parts.virtual import Sender
 from lorafold.models.positions import positions_of
 

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 import lorafold as lf
 from lorafold.bases import layer_of
 from lorafold.core.delta import LowRank
+from lorafold.core.modes import unchanged
 from lorafold.core.rounding import rounded
-from lorafold.core.unchanged import unchanged
 from lorafold.methods import make_spec
 from lorafold.methods.dora import DoRADelta
 from lorafold.ops.scale import scale, scaled

@@ -15,9 +15,8 @@ import lorafold as lf
 from lorafold.bases import layer_of
 from lorafold.core.scatter_add import scatter_added
 from lorafold.ops.attention import document_attention
-from lorafold.ops.documents import Documents
+from lorafold.ops.documents import Documents, prefixed
 from lorafold.ops.memo import once
-from lorafold.ops.prefixed_documents import prefixed
 from lorafold.ops.sparse import FEW, product_at, sparse_linear
 from lorafold.ops.two_sided_scaling import scaled_matrix, scaled_product
 

@@ -7,9 +7,8 @@ from itertools import product
 import pytest
 import torch
 
-from lorafold.bases import nf4_codes
-from lorafold.bases.bitsandbytes import bitsandbytes
-from lorafold.bases.nf4_codes import PART, codes
+from lorafold.bases import bitsandbytes as quantized
+from lorafold.bases.bitsandbytes import PART, bitsandbytes, codes
 from lorafold.ops import nf4
 
 bnb = pytest.importorskip("bitsandbytes.functional")
@@ -234,7 +233,7 @@ def test_bitsandbytes_quantizes_with_the_faster_codes_and_with_its_own_what_they
         blocks.append(block)
         return codes(w, block)
 
-    monkeypatch.setattr(nf4_codes, "codes", counted)
+    monkeypatch.setattr(quantized, "codes", counted)
     bitsandbytes()
     operation = torch.ops.bitsandbytes.quantize_4bit.default
     for w in (normal(8, 64), normal(5, 40)):

@@ -11,10 +11,9 @@ from contextlib import contextmanager
 import psutil
 import pytest
 
-from lorafold.machine import waiting
-from lorafold.machine.cores import Neighbours
+from lorafold.machine import cores as waiting
+from lorafold.machine.cores import Neighbours, considerate
 from lorafold.machine.threads import disband, gather
-from lorafold.machine.waiting import considerate
 
 SPIN = "while True: pass"
 
@@ -67,7 +66,7 @@ def test_a_team_is_gathered_and_disbanded() -> None:
 PROGRAM = """
 import sys, time
 import torch
-from lorafold.machine import waiting
+from lorafold.machine import cores as waiting
 from psutil import Process
 
 waiting.PAUSE, waiting.usable_cores = 0.2, lambda: 2

@@ -18,8 +18,7 @@ import template_cases
 from conftest import lorafold, make_tokenizer
 from gguf_models import saved
 from lorafold.errors import LorafoldError
-from lorafold.exporting.modelfile import modelfile
-from lorafold.exporting.to_ollama import chat_of
+from lorafold.exporting.to_ollama import chat_of, modelfile
 
 GO = shutil.which("go")
 PROGRAM = Path(__file__).with_name("go") / "render.go"

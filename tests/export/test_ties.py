@@ -5,9 +5,8 @@ import torch
 
 import lorafold as lf
 from gguf_models import saved
-from lorafold.exporting.answers import Answers, last
+from lorafold.exporting.answers import Answers, exchanged, last
 from lorafold.exporting.proof import Theirs, proof
-from lorafold.exporting.ties import exchanged
 
 
 @pytest.fixture(scope="module")

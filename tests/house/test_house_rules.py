@@ -179,7 +179,7 @@ MUST_NOT: list[tuple[str, set[str], str]] = [
     ("serving", {"training", "evaluation", "merging", "translating"}, "it answers requests"),
     *(
         ("methods", {f"bases.{storage}"}, "a method knows no storage")
-        for storage in ("bitsandbytes", "compressed", "convolution", "dequantized", "nf4_codes")
+        for storage in ("bitsandbytes", "compressed", "convolution", "dequantized")
     ),
 ]
 

@@ -58,7 +58,7 @@ from statistics import fmean
 
 import torch
 
-from lorafold.core.evaluating import evaluating
+from lorafold.core.modes import evaluating
 from lorafold.data.completions import Completions
 from lorafold.data.examples import WHOLE, encoded, preview
 from lorafold.errors import LorafoldError

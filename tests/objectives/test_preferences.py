@@ -25,7 +25,7 @@ from trl.experimental.orpo.orpo_trainer import ORPOTrainer
 import lorafold as lf
 from conftest import lorafold
 from lorafold.core.attach import selection_of
-from lorafold.core.evaluating import evaluating
+from lorafold.core.modes import evaluating
 from lorafold.data.branches import MismatchedExamples
 from lorafold.data.examples import encode
 from lorafold.data.preferred import encode_preferred
@@ -34,7 +34,7 @@ from lorafold.evaluation.preferences import preference_figures
 from lorafold.machine.processes import ALONE
 from lorafold.objectives import OBJECTIVES
 from lorafold.objectives.comparing import law_of
-from lorafold.objectives.reference import Referenced, digest, referenced
+from lorafold.objectives.preference import Referenced, digest, referenced
 from lorafold.step import preference_laws
 from lorafold.step.branches import branching
 from lorafold.step.preference_laws import Dpo, Ipo, Kto, Law, Orpo, Scored, Simpo

@@ -23,7 +23,7 @@ from trl import RewardConfig, RewardTrainer
 import lorafold as lf
 from conftest import lorafold
 from lorafold.api.merge import merge
-from lorafold.core.evaluating import evaluating
+from lorafold.core.modes import evaluating
 from lorafold.data.branches import Branched
 from lorafold.data.examples import Example
 from lorafold.data.preferred import encode_preferred

@@ -24,7 +24,7 @@ from fresh_models import fresh_model
 from lorafold.api.merge import merge
 from lorafold.cli import app
 from lorafold.composing import mixture
-from lorafold.composing.geometry import meetings, overlap
+from lorafold.composing.interference import meetings, overlap
 from lorafold.composing.job import Job, Request
 from lorafold.composing.lorahub import BOUND, minimized
 from lorafold.composing.updates import names, read

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from lorafold.diagnosis.finding import Finding, Group, gigabytes, looked_at
-from lorafold.diagnosis.hardware import Hardware, findings
+from lorafold.diagnosis.hardware import Hardware, findings, gflops
 from lorafold.diagnosis.packages import extras, packages
 from lorafold.diagnosis.report import Report
 from lorafold.diagnosis.slow import slow
@@ -23,7 +23,6 @@ from lorafold.diagnosis.storage import size_of
 from lorafold.files.terminal import WIDTH
 from lorafold.machine.cores import busy_elsewhere, quota, usable_cores
 from lorafold.machine.devices import Gpu
-from lorafold.machine.speed import gflops
 
 FINE = Hardware(
     processor="a processor",

@@ -22,7 +22,7 @@ from conftest import lorafold, make_tokenizer
 from fresh_models import fresh_model
 from lorafold.bases.experts import Experts
 from lorafold.composing import lorahub
-from lorafold.composing.geometry import meetings
+from lorafold.composing.interference import meetings
 from lorafold.composing.updates import read
 from lorafold.core.matrices import module_at
 from lorafold.core.over import Over

@@ -23,8 +23,7 @@ from adapter_cases import make_adapter
 from browser_cases import CONTRASTS, CUT, open_browser
 from conftest import lorafold, refused
 from conversation_cases import ROWS
-from lorafold.files.plot_names import brief, distinct, folded, short
-from lorafold.files.plots import SERIES, drawing, number, scaled
+from lorafold.files.plots import SERIES, brief, distinct, drawing, folded, number, scaled, short
 from page_cases import CHINESE, LONG, PAGES
 
 WIDTHS, SCHEMES = (1280, 390), ("light", "dark")

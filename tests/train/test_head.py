@@ -23,8 +23,7 @@ from lorafold.ops.cross_entropy import (
     linear_cross_entropy,
 )
 from lorafold.step import head as head_of_step
-from lorafold.step.head import labelled_loss, row_losses
-from lorafold.step.head_form import linear_form
+from lorafold.step.head import labelled_loss, linear_form, row_losses
 
 VOCAB, B, T = 97, 2, 11
 pytestmark = pytest.mark.usefixtures("each_form")

@@ -21,8 +21,7 @@ import lorafold as lf
 from lorafold.data.examples import Example
 from lorafold.data.feed import StoredFeed
 from lorafold.data.stored import Part
-from lorafold.machine.allocator import freed_blocks_kept, freed_blocks_returned
-from lorafold.machine.room import limited
+from lorafold.machine.memory import freed_blocks_kept, freed_blocks_returned, limited
 from lorafold.memory.before_run import planned, settle
 from lorafold.memory.terms import estimate
 from lorafold.memory.trace import Setting

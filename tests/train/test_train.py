@@ -23,7 +23,7 @@ from fresh_models import fresh_model
 from lorafold.errors import LorafoldError
 from lorafold.machine.processes import ALONE
 from lorafold.methods.full import write_model
-from lorafold.models import whole
+from lorafold.models import container
 from lorafold.models.loading import load_model, load_tokenizer
 from lorafold.step.replicated import Replicated
 from lorafold.training.checkpoint import RunDirectory
@@ -235,7 +235,7 @@ def test_a_model_that_is_not_what_was_trained_is_no_success(
         tensors["model.norm.weight"][0] += 1
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
-    monkeypatch.setattr(whole, "write_model", damaged)
+    monkeypatch.setattr(container, "write_model", damaged)
     with pytest.raises(LorafoldError, match=r"other values than were trained in model\.norm\.w"):
         train(request(tiny_model_dir("llama"), tmp_path / "a", method="full"), quiet())
     assert RunDirectory(tmp_path / "a").checkpoints()

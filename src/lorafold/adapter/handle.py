@@ -23,7 +23,7 @@ from lorafold.fold.plan import plan_fold
 from lorafold.identity import of_model
 from lorafold.methods.parts.extras import vocabulary
 from lorafold.methods.parts.token_rows import TokenRows
-from lorafold.models import whole
+from lorafold.models.container import write_whole
 from lorafold.models.sources import forget, known
 from lorafold.models.storage import recorded_storage
 from lorafold.models.weights import ModelWeights, Weights
@@ -186,7 +186,7 @@ class Adapter:
         about = {name: value for name, value in about.items() if value is not None}
         beside = Beside(about, card, tokenizer, overwrite)
         if self.spec.trains_base:
-            return whole.write(path, self.model, self.spec, beside)
+            return write_whole(path, self.model, self.spec, beside)
         parts = {path: list(delta.parts()) for path, delta in self.deltas.items()}
         own = base or ModelWeights(self.model)
         written = write(path, self.model, self.chosen, parts, own, beside)

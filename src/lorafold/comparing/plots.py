@@ -11,7 +11,7 @@ from lorafold.comparing.measure import BASE, Measurement
 from lorafold.comparing.paired import by_method, held_out, lower_is_better
 from lorafold.evaluation.intervals import Interval
 from lorafold.files import plots
-from lorafold.files.plot_names import distinct
+from lorafold.files.plots import distinct
 
 SMALLEST = 1e-6  # of what a logarithmic axis shows
 INTERVALS = "Lines are 95% intervals."

@@ -22,9 +22,8 @@ from lorafold.comparing.variants import Variant
 from lorafold.data.stored import Rows
 from lorafold.errors import LorafoldError, listed
 from lorafold.files.atomic import write_json
-from lorafold.files.claims import silent, tell_strangers
-from lorafold.files.figures import digest_of, kept
-from lorafold.machine.parent import end_with_parent
+from lorafold.files.claims import digest_of, kept, silent, tell_strangers
+from lorafold.machine.workers import end_with_parent
 from lorafold.methods import METHODS, known_options, make_spec
 from lorafold.objectives import OBJECTIVES
 from lorafold.recipe.fitting import settled_base, spec_of

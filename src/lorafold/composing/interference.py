@@ -3,19 +3,182 @@ each composition.
 
     task x (base, adapters, compositions)       loss in nats a token and, for rows with references,
                                                 exact match: `lorafold.evaluation`
+
+Figures of two updates, at each site and over all:
+
+    cosine            <dW_a, dW_b> / (|dW_a| |dW_b|)
+    shared output     |U_a^T U_b|^2 / min(r_a, r_b), U an orthonormal basis of the columns of B (phi
+                      of Hu et al. 2021, arXiv 2106.09685, sec. 7.2, at full rank)
+    shared input      the same for the rows of A; at random, both share max(r_a, r_b) / n
+    sign conflict     the share of entries among the largest fifth of both with different signs
+                      (Yadav et al. 2023, arXiv 2306.01708, sec. 3); 1/2 at random
+
+Means over sites are weighted by |dW_a| |dW_b|. Adapters trained from one seed start with the same
+A, so they share input directions without interfering.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.progress import track
+from torch import Tensor
 
 from lorafold.adapter import load
-from lorafold.composing.geometry import Pair, meetings
+from lorafold.composing.arithmetic import inner, trim
 from lorafold.composing.job import Composed, Job
+from lorafold.composing.updates import Change, Updates, dense
 from lorafold.core.attach import only
 from lorafold.evaluation import Evaluation, EvaluationSettings, evaluate
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+LARGEST = 0.2  # the share of entries whose signs are compared, as in TIES
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """How two updates relate, at one site or over all. `norms` are |dW_a| and |dW_b|; `chance_*` is
+    what random subspaces of the same ranks share.
+    """
+
+    cosine: float
+    shared_output: float | None
+    shared_input: float | None
+    chance_output: float | None
+    chance_input: float | None
+    sign_conflict: float
+    norms: tuple[float, float]
+
+    @property
+    def weight(self) -> float:
+        """|dW_a| |dW_b|, the weight of the site in means."""
+        return self.norms[0] * self.norms[1]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two adapters, by name. `overall` is None if they change no site in common."""
+
+    a: str
+    b: str
+    overall: Meeting | None
+    sites: dict[str, Meeting]
+
+    def as_json(self) -> dict[str, Any]:
+        """All figures, overall and by site."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """A line or two: the figures, and the sites where the updates oppose each other most."""
+        if (all_ := self.overall) is None:
+            return f"{self.a} and {self.b} change no site in common"
+        text = (
+            f"{self.a} and {self.b}: cosine {all_.cosine:+.3f}, signs differ in"
+            f" {all_.sign_conflict:.1%} of the largest entries"
+        )
+        if all_.shared_output is not None:
+            text += (
+                f", shared output {all_.shared_output:.3f} (at random {all_.chance_output:.3f}), "
+                f"input {all_.shared_input:.3f} ({all_.chance_input:.3f})"
+            )
+        worst = sorted(
+            self.sites, key=lambda path: self.sites[path].cosine * self.sites[path].weight
+        )[:3]
+        opposed = [
+            f"{path} ({self.sites[path].cosine:+.3f})"
+            for path in worst
+            if self.sites[path].cosine < 0
+        ]
+        return text + ("\n  most opposed at " + ", ".join(opposed) if opposed else "")
+
+
+def meetings(updates: Updates, console: Console) -> list[Pair]:
+    """Every pair of adapters. The dense updates of one matrix at a time are in memory, or those of
+    a site where they have no factors.
+    """
+    found: dict[tuple[int, int], dict[str, Meeting]] = {
+        pair: {} for pair in combinations(range(len(updates.names)), 2)
+    }
+    for site in track(
+        updates.sites, "geometry", console=console, transient=True, disable=not console.is_terminal
+    ):
+        for name, changes in site.changes():
+            for pair, meeting in meet(changes).items():
+                found[pair][name] = meeting
+    return [
+        Pair(updates.names[i], updates.names[j], overall(list(sites.values())), sites)
+        for (i, j), sites in found.items()
+    ]
+
+
+@torch.no_grad()
+def meet(changes: Mapping[int, Change]) -> dict[tuple[int, int], Meeting]:
+    """Every pair of updates of a matrix, by the numbers of their adapters."""
+    norms = {i: inner(change, change) ** 0.5 for i, change in changes.items()}
+    largest = {
+        i: trim(dense(change), LARGEST, torch.default_generator).sign().to(torch.int8)
+        for i, change in changes.items()
+    }
+    found = {}
+    for i, j in combinations(changes, 2):
+        a, b, norm = changes[i], changes[j], norms[i] * norms[j]
+        both = largest[i] * largest[j]
+        conflict = int((both < 0).sum()) / max(1, int((both != 0).sum()))
+        found[i, j] = Meeting(
+            inner(a, b) / norm if norm else 0.0, *subspaces(a, b), conflict, (norms[i], norms[j])
+        )
+    return found
+
+
+def subspaces(
+    a: Change, b: Change
+) -> tuple[float | None, float | None, float | None, float | None]:
+    """(shared output, shared input, the same two for random subspaces); None without factors."""
+    if not (isinstance(a, tuple) and isinstance(b, tuple)):
+        return None, None, None, None
+    (up_a, down_a), (up_b, down_b) = a, b
+    rank = max(len(down_a), len(down_b))
+    return (
+        overlap(up_a, up_b),
+        overlap(down_a.t(), down_b.t()),
+        min(1.0, rank / len(up_a)),
+        min(1.0, rank / down_a.shape[1]),
+    )
+
+
+def overlap(a: Tensor, b: Tensor) -> float:  # (n, r_a), (n, r_b)
+    """|Q_a^T Q_b|^2 / min(r_a, r_b), with orthonormal bases Q of the columns: 0 to 1."""
+    qa, qb = (torch.linalg.qr(x.double()).Q for x in (a, b))
+    return (qa.t() @ qb).square().sum().item() / min(qa.shape[1], qb.shape[1])
+
+
+def overall(sites: Sequence[Meeting]) -> Meeting | None:
+    """The figures over all sites, or None without sites."""
+    if not sites:
+        return None
+    norms = (sum(m.norms[0] ** 2 for m in sites) ** 0.5, sum(m.norms[1] ** 2 for m in sites) ** 0.5)
+
+    def mean(name: str) -> float | None:
+        known = [(value, m.weight) for m in sites if (value := getattr(m, name)) is not None]
+        total = sum(weight for _, weight in known)
+        return sum(value * weight for value, weight in known) / total if total else None
+
+    cosine = sum(m.cosine * m.weight for m in sites) / ((norms[0] * norms[1]) or 1)
+    return Meeting(
+        cosine,
+        mean("shared_output"),
+        mean("shared_input"),
+        mean("chance_output"),
+        mean("chance_input"),
+        mean("sign_conflict") or 0.0,
+        norms,
+    )
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from lorafold.composing.rules import RULES
 from lorafold.composing.updates import read
 from lorafold.data.batches import split
 from lorafold.errors import LorafoldError
-from lorafold.files.apart import check_kept
 from lorafold.files.atomic import atomic_directory, check_out
+from lorafold.files.paths import check_kept
 from lorafold.files.shown import Shown
 from lorafold.opening.kinds import check_language_model
 

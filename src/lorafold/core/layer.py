@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorafold.core.recomputing import recomputed
+from lorafold.core.modes import recomputed
 from lorafold.core.rounding import rounded
 from lorafold.core.scatter_add import scatter_added
 from lorafold.errors import LorafoldError

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafold.core.unchanged import in_backward
+from lorafold.core.modes import in_backward
 from lorafold.errors import LorafoldError
 
 Names = tuple[str, ...]

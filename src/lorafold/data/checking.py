@@ -1,5 +1,11 @@
-"""The check that rows are well-formed, of one shape, and give what is asked of them."""
+"""The check that rows are well-formed, of one shape, and give what is asked of them.
 
+`proposed` suggests `--columns` for rows with unknown columns: known names first, else the first and
+the last column of text, marked as a guess.
+"""
+
+import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -7,9 +13,42 @@ from typing import Any
 from lorafold.data.foreign import as_known
 from lorafold.data.noticed import Noticed
 from lorafold.data.parsing import Row
-from lorafold.data.proposing import proposed
 from lorafold.data.shapes import SHAPES, Shape, shape_of
 from lorafold.errors import LorafoldError, listed
+
+ASKED = {
+    *("prompt", "question", "query", "instruction", "input", "user", "q"),
+    *("frage", "eingabe", "anfrage"),
+}
+SAID = {
+    *("completion", "answer", "response", "output", "reply", "assistant", "a"),
+    *("antwort", "ausgabe"),
+}
+WORDED = re.compile(r"[^\W\d_]")  # a text with a letter is no number or date
+
+
+def proposed(row: Row) -> str:
+    """The options to try for a row of no known shape; empty where there is no plain guess."""
+    texts = [key for key, value in row.items() if isinstance(value, str) and WORDED.search(value)]
+    asked, said = _named(texts, ASKED), _named(texts, SAID)
+    if len(asked) == len(said) == 1:
+        return _columns({"prompt": asked[0], "completion": said[0]})
+    if len(texts) == 2:
+        found = _columns({"prompt": texts[0], "completion": texts[1]})
+        return f"{found} (a guess by their order, if the file begins with names)" * bool(found)
+    return ""
+
+
+def _named(keys: Sequence[str], names: set[str]) -> list[str]:
+    return [key for key in keys if key.strip().lower() in names]
+
+
+def _columns(names: dict[str, str]) -> str:
+    """The option, with which `columns_of` reads these names; empty if it could not."""
+    pairs = [f"{name}={column}" for name, column in names.items() if name != column]
+    if any("," in pair or pair != pair.strip() for pair in pairs) or not pairs:
+        return ""
+    return f"did you mean --columns {shlex.quote(','.join(pairs))}"
 
 
 def renamed(

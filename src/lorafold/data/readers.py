@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lorafold.data.parsing import Found, as_row, decoded, loaded, row_of, suspect
 from lorafold.data.text import Tell, Unreadable, as_utf8, other_than_rows
 from lorafold.errors import LorafoldError
-from lorafold.files.near import beside
+from lorafold.files.paths import beside
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -16,7 +16,7 @@ from lorafold.data.parsing import Found, Row
 from lorafold.data.readers import KINDS, kind_of_file, numbered
 from lorafold.data.text import AS_CSV, Tell
 from lorafold.errors import LorafoldError, shortened
-from lorafold.files.near import beside
+from lorafold.files.paths import beside
 from lorafold.machine.hub import asked_once
 
 __all__ = ["Row", "Source", "source_from"]

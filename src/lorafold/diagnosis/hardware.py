@@ -3,13 +3,71 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
 
 from lorafold.diagnosis.finding import Finding, gigabytes
-from lorafold.diagnosis.paths import paths
-from lorafold.machine.devices import Gpu
+from lorafold.kernels.table import TRAINING, use
+from lorafold.machine.devices import AMPERE, Gpu
+from lorafold.ops.demands import FLASH, Place, as_on, groups_at_once, takes
+
+if TYPE_CHECKING:
+    import torch
+
+SHAPE = (1024, 576, 1536)  # rows, in, out: an MLP's product of the embedded model
+GPU_SHAPE = (4096, 4096, 4096)
+
+
+def gflops(dtype: torch.dtype, device: torch.device, seconds: float = 0.3) -> float:
+    """The rate of a product x W^T, in GFLOP/s.
+
+    It is that of the fastest product, since other processes can only slow one down.
+
+    Args:
+        dtype: The dtype of x (rows, in) and W (out, in).
+        device: Where it is computed; a GPU gets larger matrices (`GPU_SHAPE`).
+        seconds: How long products are timed, after one to warm up.
+    """
+    import torch
+
+    rows, width, out = SHAPE if device.type == "cpu" else GPU_SHAPE
+    x = torch.ones(rows, width, dtype=dtype, device=device)
+    w = torch.ones(out, width, dtype=dtype, device=device)
+    fastest, end = float("inf"), 0.0
+    with torch.inference_mode():
+        torch.nn.functional.linear(x, w)[0, 0].item()
+        begin = time.perf_counter()
+        while end < begin + seconds:
+            start = time.perf_counter()
+            torch.nn.functional.linear(x, w)[0, 0].item()  # a GPU has finished once it answers
+            end = time.perf_counter()
+            fastest = min(fastest, end - start)
+    return 2 * rows * width * out / fastest / 1e9
+
+
+def paths(capability: tuple[int, int]) -> str:
+    """What such a card computes with, as a line.
+
+    Args:
+        capability: Its compute capability, major and minor.
+    """
+    native = capability >= AMPERE
+    x = torch.empty(1, FLASH.head_unit, dtype=torch.bfloat16 if native else torch.float32)
+    with as_on(Place("cuda", capability)):
+        flash, at_once = takes(FLASH, x, x), groups_at_once(x)
+    missing = use(TRAINING, "cuda")
+    parts = (
+        f"weights and products in {'bf16' if native else 'fp32'}",
+        f"attention of packed rows {'by flash attention' if flash else 'in tiles of plain torch'}",
+        f"experts {'in one product' if at_once else 'one after the other'}",
+        f"dropout and gains in {f'plain torch ({missing})' if missing else 'Triton'}",
+    )
+    return f"compute capability {'.'.join(map(str, capability))}: {'; '.join(parts)}"
 
 
 @dataclass(frozen=True)
@@ -53,8 +111,7 @@ def examine() -> Hardware:
         usable_cores,
     )
     from lorafold.machine.devices import choose_device, gpus, native_bf16
-    from lorafold.machine.room import free_bytes
-    from lorafold.machine.speed import gflops
+    from lorafold.machine.memory import free_bytes
     from lorafold.ops.arithmetic import CPU, widens
 
     device = choose_device()

@@ -24,16 +24,14 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from lorafold.core.attach import only
-from lorafold.core.evaluating import evaluation_mode
+from lorafold.core.modes import evaluation_mode
 from lorafold.engine.adapters import KnownAdapter, Reader, Verified, attached, parts_of
-from lorafold.engine.admission import check
-from lorafold.engine.apart import rows_apart
 from lorafold.engine.fast_path import fast_path
 from lorafold.engine.grammar import Grammars
 from lorafold.engine.loop import Loop
-from lorafold.engine.model_state import greedy, taken, untrained
+from lorafold.engine.model_state import greedy, rows_apart, taken, untrained
 from lorafold.engine.operations import Operations, available
-from lorafold.engine.request import Request, Stream
+from lorafold.engine.request import Request, Stream, check
 from lorafold.engine.residency import Residency
 from lorafold.engine.row import Row
 from lorafold.engine.runner import Runner, SlotRunner
@@ -43,8 +41,8 @@ from lorafold.engine.slots import SlotCache
 from lorafold.engine.solo import SoloRunner
 from lorafold.engine.structure import Structure, slotted, structure_of
 from lorafold.errors import LorafoldError
+from lorafold.machine.cores import considerate
 from lorafold.machine.threads import disband, stacks
-from lorafold.machine.waiting import considerate
 from lorafold.methods.parts.extras import vocabulary
 from lorafold.models.positions import positions_of
 from lorafold.step.fused import fused

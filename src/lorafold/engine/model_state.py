@@ -1,14 +1,38 @@
-"""How a model is set while an engine has it, in contexts that set it back."""
+"""How a model is set while an engine has it, in contexts that set it back.
+
+`rows_apart`: bitsandbytes' int8 matmul chooses which inputs stay in 16 bits from all rows of a
+batch (LLM.int8: Dettmers et al. 2022, arXiv 2208.07339, section 3.2). The engine multiplies by the
+dequantized matrix instead, as training does under adapters.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
 
+from lorafold.bases import layer_of
+from lorafold.core.anatomy import bare_modules
+from lorafold.core.attach import Adapted
 from lorafold.errors import LorafoldError
+
+
+@contextmanager
+def rows_apart(model: nn.Module) -> Iterator[None]:
+    """Have every module of the model compute each row of its input apart, until the `with` block
+    ends.
+    """
+    with ExitStack() as stack:
+        for _, module in bare_modules(model):
+            layer: Any = layer_of(module)
+            apart = isinstance(module, Adapted)  # its own forward is that of the layer
+            if layer.mixes_rows and not apart and "forward" not in vars(module):
+                module.forward = layer
+                stack.callback(vars(module).pop, "forward", None)
+        yield
+
 
 TAKEN = "lorafold_engine"  # the attribute of a model
 

@@ -9,7 +9,7 @@ import logging
 import torch
 from torch import Tensor
 
-from lorafold.engine.as_trained import attend
+from lorafold.engine.steady import attend
 from lorafold.kernels.table import DECODING, use
 from lorafold.ops.decoding import ATTEND, LOW_RANK, STORED, WRITE
 from lorafold.ops.gated import GATED

@@ -1,15 +1,20 @@
-"""A request while it runs."""
+"""A request while it runs.
+
+Log-probabilities of prompt tokens come from the logits of the passes that read them, a few at a
+time.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from lorafold.engine.adapters import KnownAdapter, LoadedAdapter
 from lorafold.engine.prefix import Prefix
-from lorafold.engine.prompt_scores import Score, scored
 from lorafold.engine.request import Ended, Reason, Request, Stream, Token
 from lorafold.engine.sampler import NOT_FINITE, Allowed, Choice, NotFinite, Sampler
 from lorafold.engine.text import Text
@@ -17,6 +22,31 @@ from lorafold.errors import STOPS, place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+AT_ONCE = 32  # tokens whose log probabilities over the vocabulary are in memory together
+# the log probability of a token, and those of the most likely ones in its place
+Score = tuple[float, tuple[tuple[int, float], ...]]
+
+
+def scored(logits_TV: Tensor, tokens: Sequence[int], k: int) -> list[Score]:
+    """The score of each token.
+
+    Args:
+        logits_TV: the logits in whose place each token stands.
+        tokens: as many tokens.
+        k: how many of the most likely ones each has beside it.
+    """
+    found: list[Score] = []
+    for logits_nV in logits_TV.split(AT_ONCE):
+        own = tokens[len(found) : len(found) + len(logits_nV)]
+        logp_nV = torch.log_softmax(logits_nV.float(), -1)
+        ids_n1 = torch.tensor(own, device=logp_nV.device)[:, None]
+        logprobs = logp_nV.gather(1, ids_n1)[:, 0].tolist()
+        best = logp_nV.topk(k)
+        tops = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        pairs = [tuple(zip(*top, strict=True)) for top in tops]
+        found += zip(logprobs, pairs, strict=True)
+    return found
 
 
 class Row:

@@ -7,6 +7,9 @@
 A kernel has its own order of summation for few rows, where the processor's vectors would be half
 empty, so that a request would compute other bits alone than in company. It is measured, since it
 follows from the kernel, the shape and the processor together.
+
+`as_trained` makes the engine's numbers bit-identical to training's: attention runs the kernel of
+packed documents, so a query sums over its keys in a document's order.
 """
 
 from __future__ import annotations
@@ -19,7 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lorafold.kernels.table import TRAINING, use
 from lorafold.ops.arithmetic import FEW, arithmetic
+from lorafold.ops.attention import FORWARD, Scores
+from lorafold.ops.decoding import ATTEND
+from lorafold.ops.documents import Documents
 
 # a block has FEW rows where no number of them has an order of its own. Each number up to it is
 # tried: a kernel of blocks of 4 rows may sum 8 as it sums 12, and 9 otherwise
@@ -107,3 +114,43 @@ class InBlocks(TorchDispatchMode):
         ]
         parts = [product(*block, *rest, **options) for block in zip(*blocks, strict=True)]
         return torch.cat(parts)[:n] if len(parts) > 1 or more else parts[0]
+
+
+WIDE = 4096  # rows of a matrix that are enough to tell: a head has many times as many
+
+
+def lacks(device: str) -> str:
+    """Why passes on a kind of device can't have training's numbers, or nothing."""
+    return use(TRAINING) if device == "cpu" else f"found a model on {device}, expected one on a CPU"
+
+
+def unsteady(shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> bool:
+    """Whether products with matrices (out, in) of these shapes depend on the number of rows on this
+    processor, even where that is FEW.
+    """
+    return plain_products({(min(out, WIDE), inn) for out, inn in shapes}, dtype) > FEW
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Attention (B, T, H, Dv) of slots, in the order of documents. What sees other keys than all up
+    to its own, as in a window, is computed by `lorafold.ops.decoding.ATTEND`.
+
+    Args:
+        q: the queries (B, H, T, D).
+        k, v: the keys and values (B, Hk, K, D) and (B, Hk, K, Dv).
+        mask: (B, 1, T, K), 0 or -inf, which is added to the scores.
+        scale: the factor of the scores.
+    """
+    rows, heads, tokens, _ = q.shape
+    at = torch.arange(k.shape[2])
+    lens = (mask[:, 0] == 0).sum(-1)  # (B, T)
+    causal = torch.equal(mask[:, 0] == 0, at < lens[..., None])
+    if not causal or not torch.equal(lens, lens[:, :1] + torch.arange(tokens)):
+        y: Tensor = ATTEND.on(q.device.type)(q, k, v, mask, scale)
+        return y
+    starts, ends = (lens[:, 0] - 1).tolist(), lens[:, -1].tolist()
+    row, key = (at < lens[:, -1:]).nonzero(as_tuple=True)
+    docs = Documents(tuple(ends), None, tuple(starts))
+    flat = q.transpose(1, 2).reshape(rows * tokens, heads, -1)
+    out: Tensor = FORWARD(flat, k[row, :, key], v[row, :, key], docs, Scores(scale, None))
+    return out.view(rows, tokens, heads, -1)

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from lorafold.bases import is_linear, layer_of
 from lorafold.core.anatomy import bare_modules
 from lorafold.core.attach import deltas_on, selection_of
-from lorafold.core.evaluating import evaluating
 from lorafold.core.matrices import expert_parameters
+from lorafold.core.modes import evaluating
 from lorafold.engine.attention import slot_attention, slot_mask
 from lorafold.engine.operations import Operations
 from lorafold.engine.slots import SlotCache, SlotView

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lorafold.core.evaluating import evaluating
+from lorafold.core.modes import evaluating
 from lorafold.data.arrow import lengths_of
 from lorafold.data.examples import Example
 from lorafold.data.forest import WINDOW, alike, forest, pays

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafold.core.evaluating import evaluating
+from lorafold.core.modes import evaluating
 from lorafold.data.branches import Branched
 from lorafold.data.shapes import PAIRS
 from lorafold.evaluation.intervals import Interval, mean_interval, wilson

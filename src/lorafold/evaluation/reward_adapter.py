@@ -6,7 +6,7 @@
 
 The score is the one that `lorafold score` gives a row with that prompt and completion: the text as
 the chat template writes it, with what ends a turn, also where the completion was cut off. The model
-gets a second shell (`models.scoring_shell`), which has the reward's adapters and none of its own.
+gets a second shell (`models.classifier`), which has the reward's adapters and none of its own.
 """
 
 from __future__ import annotations
@@ -32,10 +32,9 @@ from lorafold.engine.adapters import found_below
 from lorafold.evaluation.rewards import scores_of
 from lorafold.evaluation.scoring import BRADLEY_TERRY, WHOLE_CONVERSATION
 from lorafold.identity import joined, of_adapter
-from lorafold.models.classifier import head_paths, padding_id
+from lorafold.models.classifier import head_paths, padding_id, scoring_shell
 from lorafold.models.originals import original_weights
 from lorafold.models.positions import positions_of
-from lorafold.models.scoring_shell import scoring_shell
 from lorafold.models.storage import stored_in_files
 from lorafold.opening import Base
 from lorafold.opening.kinds import REWARD_MODEL, kind_of

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from lorafold.core.evaluating import evaluating
+from lorafold.core.modes import evaluating
 from lorafold.data.arrow import Array
 from lorafold.data.branches import Branched
 from lorafold.evaluation.intervals import Interval, mean_interval, wilson

@@ -20,10 +20,10 @@ from torch.autograd.graph import increment_version
 from lorafold.core.attach import only, selection_of
 from lorafold.core.twin import twin
 from lorafold.engine import Engine, Request, Sampling, Stream, Token
-from lorafold.engine.as_trained import lacks, unsteady
+from lorafold.engine.steady import lacks, unsteady
 from lorafold.errors import LorafoldError
 from lorafold.generation import end_tokens, text_of
-from lorafold.machine.room import free_bytes
+from lorafold.machine.memory import free_bytes
 from lorafold.ops.philox import key_of
 
 if TYPE_CHECKING:

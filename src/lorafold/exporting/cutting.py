@@ -16,9 +16,8 @@ from lorafold.adapter import attach
 from lorafold.core.attach import only, selection_of
 from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError, as_one
-from lorafold.exporting.answers import last
-from lorafold.exporting.canonical import of_one_rank, write_canonical
-from lorafold.exporting.ours import Ours
+from lorafold.exporting.answers import Ours, last
+from lorafold.exporting.plain_lora import of_one_rank, write_canonical
 from lorafold.exporting.proof import divergences
 from lorafold.exporting.target import Progress, Subject
 from lorafold.exporting.update import update_of

@@ -24,11 +24,17 @@ from torch import Tensor
 from lorafold.data.render import ensure_chat_template
 from lorafold.errors import LorafoldError
 from lorafold.exporting.folded import Folded, folded
-from lorafold.exporting.gguf_metadata import add_metadata, architecture_of
-from lorafold.exporting.gguf_positions import add_positions
-from lorafold.exporting.gguf_tensors import tensors_of
+from lorafold.exporting.gguf_metadata import add_metadata, add_positions, architecture_of
+from lorafold.exporting.gguf_tensors import (
+    EMBEDDING,
+    OUTPUT,
+    encoded,
+    number_of,
+    size_of,
+    tensors_of,
+    type_of,
+)
 from lorafold.exporting.gguf_tokenizer import add_tokenizer
-from lorafold.exporting.gguf_types import EMBEDDING, OUTPUT, encoded, number_of, size_of, type_of
 from lorafold.exporting.target import Progress
 from lorafold.generation import end_tokens
 from lorafold.models.checkpoint import mapped_model_of

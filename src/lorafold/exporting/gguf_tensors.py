@@ -9,19 +9,84 @@ A tied head is not there: llama.cpp takes the embedding.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from lorafold.errors import LorafoldError
 from lorafold.exporting.folded import Folded
 from lorafold.exporting.gguf_metadata import Architecture
+from lorafold.exporting.update import Factors
 
 if TYPE_CHECKING:
-    from gguf import TensorNameMap
+    import numpy as np
+    from gguf import GGMLQuantizationType, TensorNameMap
+
+PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+BLOCKS = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
+BLOCK = 32
+OUTPUT, EMBEDDING, ROUTER = "output.weight", "token_embd.weight", "ffn_gate_inp.weight"
+AT_ONCE = 1 << 22  # weights that are converted together
+LARGEST = 65504.0  # of F16
+
+
+def type_of(name: str, shape: tuple[int, ...], tensors: str, tied: bool) -> str:
+    """The type of a tensor.
+
+    Args:
+        name: in the file.
+        tensors: the type that was asked for.
+        tied: the embedding serves as the output's matrix.
+    """
+    if len(shape) < 2 or name.endswith(ROUTER):
+        return "F32"
+    if tensors in PLAIN:
+        return tensors
+    if shape[-1] % BLOCK:
+        return "F16"
+    return "Q8_0" if name == (EMBEDDING if tied else OUTPUT) else tensors
+
+
+def size_of(shape: tuple[int, ...], kind: str) -> int:
+    """Bytes of a tensor."""
+    import gguf
+
+    per, size = gguf.GGML_QUANT_SIZES[number_of(kind)]
+    return int(torch.Size(shape).numel()) // per * size
+
+
+def number_of(kind: str) -> GGMLQuantizationType:
+    """The number that a file has for a type."""
+    import gguf
+
+    return gguf.GGMLQuantizationType[kind]
+
+
+def encoded(name: str, values: Tensor, kind: str) -> Iterator[np.ndarray]:
+    """The bytes of a tensor of any shape, in pieces. Raises LorafoldError for values that the type
+    does not have.
+    """
+    import gguf
+
+    rows = values.reshape(-1, values.shape[-1])
+    step = max(AT_ONCE // rows.shape[-1], 1)
+    for start in range(0, len(rows), step):
+        some = rows[start : start + step]
+        if kind in PLAIN:
+            made = some.to(PLAIN[kind]).contiguous()
+            if kind == "F16" and not made.isfinite().all():
+                raise LorafoldError(
+                    f"gguf: {name} has a value of {float(some.float().abs().max()):.3g}, and F16"
+                    f" has none above {LARGEST:,.0f}; expected --tensors BF16 or F32"
+                )
+            yield made.view(torch.uint8).numpy()
+        else:
+            yield gguf.quants.quantize(some.float().contiguous().numpy(), number_of(kind))
+
 
 HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
 SUFFIXES = (".weight", ".bias")
@@ -82,3 +147,55 @@ def interleaved(rows: Tensor, heads: int) -> Tensor:
 
 def _rows(start: int, count: int, values: Tensor) -> Tensor:
     return values[:, start : start + count]
+
+
+def tensors_of_update(
+    factors: Mapping[str, Factors], config: Any, row: Architecture
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of the file, of any shape, by their names there, and why others have no place, a
+    line each.
+
+    Args:
+        factors: of each site, up (*matrices, out, r) and down (*matrices, r, in).
+        config: of the base.
+        row: llama.cpp's architecture for it.
+    """
+    names = names_of(row, config.num_hidden_layers)
+    tensors: dict[str, Tensor] = {}
+    problems = []
+    tied = bool(config.tie_word_embeddings)
+    for path, pair in factors.items():
+        for part, (up, down) in _parts(path, pair, config, row):
+            name = _name(part, names)
+            if name is None:
+                problems.append(f"{path}: llama.cpp has no tensor for it in {row.name}")
+            elif tied and name in (EMBEDDING, OUTPUT):
+                problems.append(
+                    f"{path}: the head is the embedding in this model, and llama.cpp has one matrix"
+                    " for both, which an adapter can't change"
+                )
+            elif name == EMBEDDING:
+                tensors |= {f"{name}.lora_a": down.mT, f"{name}.lora_b": up}
+            else:
+                tensors |= {f"{name}.lora_a": down, f"{name}.lora_b": up}
+    return tensors, problems
+
+
+def _parts(
+    path: str, pair: Factors, config: Any, row: Architecture
+) -> Iterator[tuple[str, Factors]]:
+    """The products of which the file has tensors, with rows in its order."""
+    up, down = pair
+    stem, _, module = path.rpartition(".")
+    if up.dim() == 3 and module == "gate_up_proj":
+        for half, rows in zip(("gate_proj", "up_proj"), up.chunk(2, 1), strict=True):
+            yield f"{stem}.{half}", (rows, down)
+    elif row.interleaved and module in HEADS:
+        yield path, (interleaved(up, getattr(config, HEADS[module])), down)
+    else:
+        yield path, pair
+
+
+def _name(path: str, names: TensorNameMap) -> str | None:
+    found = names.get_name(f"{path}.weight", try_suffixes=SUFFIXES)
+    return None if found is None else str(found)

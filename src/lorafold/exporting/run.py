@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lorafold.errors import LorafoldError, NoTokenizer, as_one
+from lorafold.exporting.answers import Ours, answered
 from lorafold.exporting.cutting import Cut, cut_to, rank_enough
 from lorafold.exporting.engines import ENGINES, ask
-from lorafold.exporting.launching import placed
-from lorafold.exporting.ours import Ours, answered
 from lorafold.exporting.proof import Proof, distance, proof
 from lorafold.exporting.table import target_of
-from lorafold.exporting.target import ORIGINAL, Progress, Subject, Target, Written
-from lorafold.files.apart import check_kept
+from lorafold.exporting.target import ORIGINAL, Progress, Subject, Target, Written, placed
 from lorafold.files.atomic import atomic_directory, check_out, write_json
+from lorafold.files.paths import check_kept
 from lorafold.files.shown import Shown
 from lorafold.merging.into import ALIAS, Distance, Into, choose_into
 from lorafold.merging.run import bars

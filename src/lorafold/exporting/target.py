@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
 from lorafold.adapter import load
-from lorafold.exporting.launching import Line
 from lorafold.exporting.update import Update, update_of
 from lorafold.fold.as_trained import attach_round_trip
 from lorafold.merging.into import Into
@@ -22,6 +24,69 @@ from lorafold.peft.saved import Saved
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+OUT = "{out}"  # stands for the directory of the export
+CONTENT = "$(cat "  # begins a word that is the content of a file, whose path follows
+LITERAL = re.compile(r'"\{out\}([^"]*)"')
+
+Word = str | Callable[[str], str]  # or what makes it from the directory
+Line = str | tuple[Word, ...]  # text, Python or words of a command
+
+
+def placed(line: Line, out: str) -> str:
+    """A line with the directory in it. Words are quoted as a shell wants them; in text, the path
+    may be in a Python string alone.
+    """
+    if isinstance(line, tuple):
+        return " ".join(_word(word, out) for word in line)
+    return LITERAL.sub(lambda found: json.dumps(out + found[1], ensure_ascii=False), line)
+
+
+def _word(word: Word, out: str) -> str:
+    if callable(word):
+        return quote(word(out))
+    if word.startswith(CONTENT):
+        return f'"$(cat {quote(word.removeprefix(CONTENT).replace(OUT, out))})"'
+    return quote(word.replace(OUT, out))
+
+
+FULL = "full_attention"
+
+
+def window_of(config: Any) -> int | None:
+    """How many positions some layers attend to alone, or None where all attend to all."""
+    window: int | None = getattr(config, "sliding_window", None)
+    if window is None or window >= config.max_position_embeddings:
+        return None
+    if getattr(config, "use_sliding_window", True) is False:
+        return None
+    return window
+
+
+def told(engine: str, config: Any) -> tuple[str, ...]:
+    """What an engine that has no windows computes otherwise than the model, if it does."""
+    window = window_of(config)
+    if window is None:
+        return ()
+    return (
+        f"{engine} attends to all positions, where the model attends to the last {window:,} alone:"
+        " longer texts than that are read in another way",
+    )
+
+
+def period_of(kinds: Sequence[str]) -> int | None:
+    """Every how many layers one attends to all positions, and the others to a window; None where
+    they do not lie so.
+
+    Args:
+        kinds: of the layers, as `layer_types` has them.
+    """
+    if FULL not in kinds:
+        return None
+    period = kinds.index(FULL) + 1
+    regular = [(n + 1) % period == 0 for n in range(len(kinds))]
+    return period if regular == [kind == FULL for kind in kinds] else None
+
 
 Progress = Callable[[int, int], None]  # done, of
 ORIGINAL = Into("original", None)

@@ -20,13 +20,12 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from lorafold.errors import LorafoldError
-from lorafold.exporting.elsewhere import TEMPLATE, elsewhere, write_template
 from lorafold.exporting.folded import Folded
 from lorafold.exporting.gguf_metadata import architecture_of
 from lorafold.exporting.gguf_model import Described, write_described, write_model
-from lorafold.exporting.gguf_names import tensors_of_update
-from lorafold.exporting.launching import Line
-from lorafold.exporting.target import Progress, Subject, Target, Written, only_products
+from lorafold.exporting.gguf_tensors import tensors_of_update
+from lorafold.exporting.plain_lora import TEMPLATE, elsewhere, write_template
+from lorafold.exporting.target import Line, Progress, Subject, Target, Written, only_products
 
 FILE = "adapter.gguf"
 BASE = "base-gguf"  # the directory that a launch line has the base written to

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from lorafold.errors import LorafoldError, shortened
 from lorafold.exporting.gguf_model import FILE_TYPES, Content, described, write_content
-from lorafold.exporting.gguf_types import PLAIN
+from lorafold.exporting.gguf_tensors import PLAIN
 from lorafold.exporting.target import Progress, Subject, Target, Written
 from lorafold.models.storage import stored_in_files
 

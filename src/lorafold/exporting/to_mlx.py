@@ -8,31 +8,118 @@ mlx-lm (0.32.2, tuner/utils.py) has one rank and one scale for a file, so smalle
 with zeros. It builds its layers at all paths that `keys` has; what the file has no tensors for
 stays as it is without a word, so the keys are those of the tensors and no others. A base whose
 positions it would misread (`older`) is written beside the adapter.
+
+Transformers 5 writes rope_parameters and num_local_experts; mlx-lm 0.32 reads rope_theta,
+rope_scaling and num_experts in most of its models, and silently uses a base of 10,000 if rope_theta
+is missing. `write_older` copies such a base with the older names.
 """
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from safetensors.torch import save_file
 from torch import Tensor
 
 from lorafold.bases import is_linear, layer_of
 from lorafold.core.attach import adapted_modules
-from lorafold.exporting.canonical import of_one_rank
-from lorafold.exporting.elsewhere import TEMPLATE, elsewhere, write_template
-from lorafold.exporting.experts import apart
-from lorafold.exporting.launching import CONTENT
-from lorafold.exporting.older import GEMMA, write_older
-from lorafold.exporting.target import Progress, Subject, Target, Written, only_products
-from lorafold.exporting.update import Factors, Update
-from lorafold.exporting.windows import period_of, told
+from lorafold.exporting.plain_lora import TEMPLATE, elsewhere, of_one_rank, write_template
+from lorafold.exporting.target import (
+    CONTENT,
+    Progress,
+    Subject,
+    Target,
+    Written,
+    only_products,
+    period_of,
+    told,
+)
+from lorafold.exporting.update import Factors, Update, apart
 from lorafold.files.atomic import write_json
+from lorafold.files.record import read_object
 from lorafold.fold.plan import deltas_of
 from lorafold.methods.dora import DoRADelta
+
+MODEL_CONFIG, MANIFEST = "config.json", "manifest.json"
+PARAMETERS, THETA, SCALING, LOCAL = (
+    "rope_parameters",
+    "rope_theta",
+    "rope_scaling",
+    "rope_local_base_freq",
+)
+RENAMED = (("num_local_experts", "num_experts"),)
+# where mlx-lm has Gemma 3's layers that attend to all positions, whatever layer_types says
+GEMMA, PATTERN, USUAL = "gemma3_text", "sliding_window_pattern", 6
+PARTIAL = "partial_rotary_factor"
+KINDS = ("full_attention", "sliding_attention")  # of layers that have positions of their own
+
+
+def older_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The configuration with the older names too, or None if it needs none.
+
+    Args:
+        config: the content of config.json.
+    """
+    more = _positions(config)
+    more |= _pattern(config)
+    more |= {new: config[old] for old, new in RENAMED if old in config and new not in config}
+    return {**config, **more} if more else None
+
+
+def _pattern(config: Mapping[str, Any]) -> dict[str, Any]:
+    kinds = config.get("layer_types")
+    if config.get("model_type") != GEMMA or PATTERN in config or not isinstance(kinds, list):
+        return {}
+    period = period_of(kinds)
+    return {} if period in (None, USUAL) else {PATTERN: period}
+
+
+def _positions(config: Mapping[str, Any]) -> dict[str, Any]:
+    found = config.get(PARAMETERS)
+    if not isinstance(found, Mapping) or config.get(THETA) is not None:
+        return {}
+    full, local = (found.get(kind) for kind in KINDS)
+    own = full if isinstance(full, Mapping) else found
+    if THETA not in own:
+        return {}
+    more: dict[str, Any] = {THETA: own[THETA]}
+    if PARTIAL in own and PARTIAL not in config:
+        more[PARTIAL] = own[PARTIAL]
+    if own.get("rope_type", "default") != "default":
+        more[SCALING] = {k: v for k, v in own.items() if k != THETA}
+    if isinstance(local, Mapping) and THETA in local:
+        more[LOCAL] = local[THETA]
+    return more
+
+
+def write_older(source: Path, directory: Path) -> bool:
+    """Write a model's directory with the older names, if its own has them not. The other files are
+    hard links, or copies on another disk.
+
+    Args:
+        source: the directory of the model.
+        directory: the one to make.
+    """
+    config = older_config(read_object(source / MODEL_CONFIG))
+    if config is None:
+        return False
+    directory.mkdir()
+    for file in source.iterdir():
+        if file.name in (MODEL_CONFIG, MANIFEST) or not file.is_file():
+            continue
+        real = file.resolve()
+        try:
+            os.link(real, directory / file.name)
+        except OSError:
+            shutil.copyfile(real, directory / file.name)
+    write_json(directory / MODEL_CONFIG, config)
+    return True
+
 
 WEIGHTS, CONFIG, BASE = "adapters.safetensors", "adapter_config.json", "base"
 BLOCK = re.compile(r"(model\.layers\.\d+)\.(.+)")

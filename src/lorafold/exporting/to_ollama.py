@@ -3,6 +3,8 @@
 Ollama from 0.34.1 on makes no model of a Modelfile with ADAPTER (ollama#14969), so adapters go in
 folded. Its templates are in Go's language, which has plain chat here: `turns` finds what the
 model's template writes around what is said.
+
+Ollama joins all system messages to `.System`, and neighbouring messages of one role to one.
 """
 
 from __future__ import annotations
@@ -15,13 +17,62 @@ from lorafold.data.endings import ending_of
 from lorafold.data.render import ensure_chat_template
 from lorafold.errors import LorafoldError
 from lorafold.exporting.gguf_model import FILE_TYPES
-from lorafold.exporting.modelfile import go_template, modelfile
 from lorafold.exporting.target import Progress, Subject, Target, Written
 from lorafold.exporting.to_gguf_model import MIXED, TOLERANCE, file_of, problems_of, write_gguf
 from lorafold.exporting.turns import Turns, adds, turns_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+QUOTES = '"""'
+LAST = "{{ $last := eq (len (slice $.Messages $i)) 1 }}"
+
+
+def go_template(turns: Turns) -> str:
+    """The template of these marks."""
+    before, between = (_text(part) for part in turns.system or ("", ""))
+    start, a_open = _text(turns.start), _text(turns.a_open)
+    u_open, end = _text(turns.u_open), _text(turns.end)
+    given = f"{before}{{{{ $.System }}}}{between}"
+    late = f"{{{{ if and $last $.System }}}}{given}{{{{ end }}}}" if turns.late else ""
+    opened = start
+    if turns.system is not None and not turns.late:
+        opened = f"{{{{ if .System }}}}{given}{{{{ else }}}}{start}{{{{ end }}}}"
+    return (
+        f"{opened}{{{{ range $i, $m := .Messages }}}}{LAST}"
+        f'{{{{ if eq $m.Role "user" }}}}{late}{{{{ $m.Content }}}}'
+        f"{{{{ if $last }}}}{end}{{{{ end }}}}"
+        f'{{{{ else if eq $m.Role "assistant" }}}}{a_open}{{{{ $m.Content }}}}'
+        f"{{{{ if not $last }}}}{u_open}{{{{ end }}}}"
+        "{{ end }}{{ end }}"
+    )
+
+
+def _text(part: str) -> str:
+    """A text that Go's language takes as it is."""
+    return part.replace("{{", '{{ "{{" }}')
+
+
+def modelfile(weights: str, template: str, stops: Sequence[str]) -> str:
+    """The content of a Modelfile.
+
+    Raises LorafoldError for a text that it can't have.
+
+    Args:
+        weights: the name of the GGUF file beside it.
+        template: in Ollama's language.
+        stops: the texts that end a completion.
+    """
+    for text in (template, *stops):
+        odd = [c for c in text if not c.isprintable() and c not in "\n\t"]
+        if QUOTES in text or odd:
+            found = QUOTES if QUOTES in text else repr(odd[0])
+            raise LorafoldError(
+                f"the model's chat template has {found}, which a Modelfile can't have"
+            )
+    ends = "".join(f"PARAMETER stop {QUOTES}{stop}{QUOTES}\n" for stop in stops)
+    return f"FROM ./{weights}\nTEMPLATE {QUOTES}{template}{QUOTES}\n{ends}"
+
 
 MODELFILE = "Modelfile"
 LONGEST = 80  # characters of a name

@@ -6,8 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from lorafold.exporting.canonical import FILES, write_canonical
-from lorafold.exporting.elsewhere import TEMPLATE, elsewhere, write_template
+from lorafold.exporting.plain_lora import (
+    FILES,
+    TEMPLATE,
+    elsewhere,
+    write_canonical,
+    write_template,
+)
 from lorafold.exporting.target import Progress, Subject, Target, Written, only_products
 
 

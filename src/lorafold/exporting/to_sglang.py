@@ -24,10 +24,9 @@ from torch import Tensor
 
 from lorafold.core.matrices import module_at
 from lorafold.errors import LorafoldError, as_one
-from lorafold.exporting.experts import apart
-from lorafold.exporting.servers import ADAPTER, FORM, last, tied_heads, write_files, zeros
+from lorafold.exporting.plain_lora import ADAPTER, FORM, last, tied_heads, write_files, zeros
 from lorafold.exporting.target import Progress, Subject, Target, Written, only_products
-from lorafold.exporting.update import Factors
+from lorafold.exporting.update import Factors, apart
 from lorafold.files.atomic import write_json
 from lorafold.peft.config import CONFIG, WEIGHTS
 

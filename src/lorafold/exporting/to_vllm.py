@@ -19,11 +19,9 @@ from typing import ClassVar
 
 from safetensors.torch import load_file, save_file
 
-from lorafold.exporting.experts import DOWN, GATE_UP
-from lorafold.exporting.launching import Line
-from lorafold.exporting.servers import ADAPTER, FORM, HEADS, last, tied_heads, write_files, zeros
-from lorafold.exporting.target import Progress, Subject, Target, Written, only_products
-from lorafold.exporting.update import Factors
+from lorafold.exporting.plain_lora import ADAPTER, FORM, HEADS, last, tied_heads, write_files, zeros
+from lorafold.exporting.target import Line, Progress, Subject, Target, Written, only_products
+from lorafold.exporting.update import DOWN, GATE_UP, Factors
 from lorafold.peft.config import WEIGHTS
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be

@@ -7,7 +7,12 @@ The block writes to a temporary sibling on the same file system. On success the 
 manifest (sha256 and size of every file), everything is flushed to the disk, and one rename puts it
 in place; on failure it is removed. A killed process leaves its temporary sibling, which the next
 attempt at the same target removes. Use it for everything that lorafold writes permanently.
+
+`check_intact` compares the files that a caller is about to read with manifest.json. Directories
+without a manifest, or with another program's, are not checked.
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
@@ -26,8 +31,8 @@ from typing import Any
 
 import psutil
 
-from lorafold.errors import LorafoldError
-from lorafold.files.apart import check_name
+from lorafold.errors import LorafoldError, as_one
+from lorafold.files.paths import check_name
 
 MANIFEST = "manifest.json"
 Found = tuple[int, Callable[[], str]]
@@ -310,3 +315,33 @@ def _sync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def check_intact(directory: str | Path, patterns: Sequence[str]) -> None:
+    """Raise LorafoldError unless the files that match a pattern are as lorafold wrote them."""
+    try:
+        manifest = (Path(directory) / MANIFEST).read_bytes()
+    except FileNotFoundError:
+        return
+    except OSError:
+        manifest = b""  # which is compared as one that can't be read
+    if is_ours(manifest):
+        check(directory, compare(manifest, patterns, partial(on_disk, Path(directory))))
+
+
+def check(directory: str | Path, problems: Sequence[str]) -> None:
+    """Raise LorafoldError if a comparison with the manifest found problems."""
+    if problems:
+        raise LorafoldError(
+            f"{directory}: {as_one(problems)}: damaged, or changed by hand; restore it, or"
+            f" delete {MANIFEST} if you changed it yourself"
+        )
+
+
+def is_ours(manifest: bytes | bytearray) -> bool:
+    """Whether lorafold wrote this manifest, readable or not; other programs' have no "files"."""
+    try:
+        found = json.loads(manifest)
+    except ValueError:
+        return True
+    return not isinstance(found, dict) or "files" in found

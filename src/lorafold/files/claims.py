@@ -9,21 +9,30 @@ holder is dead, as processes of one machine see, or has not touched it for LEASE
 counted by the clock of the one who waits, since clocks of several machines differ (filelock's
 `SoftFileLease`). Claims lie beside what they are for: on NFS, whoever has made one sees what was in
 that directory when the claim before was given up.
+
+`kept` stores each result in a file of its own, whose name has the digest of everything that it
+depends on: the same call continues where it stopped, and processes share the work.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from filelock import LeaseCompromise, SoftFileLease, Timeout
 
 from lorafold.errors import LorafoldError, listed
+from lorafold.files.atomic import write_json
+from lorafold.files.record import read_object
 
 CLAIM = ".claim"
 LEASE = 60.0  # seconds; a claim is touched three times in it
@@ -131,3 +140,34 @@ def _lost(found: LeaseCompromise) -> None:
 def _held(claim: SoftFileLease) -> str:
     owner, name = claim.owner, Path(claim.lock_file).name.removesuffix(CLAIM)
     return name if owner is None else f"{name} (process {owner.pid} on {owner.hostname})"
+
+
+DIGITS = 12
+Figures = dict[str, Any]
+
+
+def kept(
+    measures: Mapping[Path, Callable[[], Figures]],
+    done: Callable[[Path, Figures], object] = lambda file, found: None,
+    say: Callable[[str], object] = silent,
+) -> list[Figures]:
+    """The figures in each file, in this order; those that are not there are measured first, by this
+    process or by another that is asked for the same.
+
+    Args:
+        measures: What gives the figures of each file.
+        done: Called with each file and its figures, once they are there.
+        say: Is told for whom this process waits.
+    """
+    work = {file: partial(_write, file, measure) for file, measure in measures.items()}
+    shared(work, lambda file: done(file, read_object(file)), say)
+    return [read_object(file) for file in measures]
+
+
+def _write(file: Path, measure: Callable[[], Figures]) -> None:
+    write_json(file, measure())
+
+
+def digest_of(value: Any) -> str:
+    """The first digits of the SHA-256 of a value that is written as JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:DIGITS]

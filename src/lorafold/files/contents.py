@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lorafold.errors import LorafoldError
-from lorafold.files.atomic import MANIFEST, compare
-from lorafold.files.intact import check, is_ours
+from lorafold.files.atomic import MANIFEST, check, compare, is_ours
 from lorafold.files.record import RECORD, as_object
 
 PIECE = 1 << 20  # bytes

@@ -3,6 +3,8 @@
     W' = round(fold(W))         summed in fp32, rounded once to the dtype that the module stores
 
 A quantized weight is dequantized, to the dtype that it is computed in.
+
+`untie` separates weights that several modules share, because a config has one switch for all ties.
 """
 
 from __future__ import annotations
@@ -13,13 +15,42 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.bases import layer_of
+from lorafold.core.anatomy import bare_modules
 from lorafold.core.base import bare
 from lorafold.core.matrices import module_at
 from lorafold.errors import NotMergeable, as_one, listed
 from lorafold.fold.biases import switch_on
 from lorafold.fold.plan import FoldPlan, fold, module_of
-from lorafold.fold.ties import untie, untie_others
 from lorafold.fold.vocabulary import declare
+
+
+def untie(model: nn.Module, module: nn.Module) -> None:
+    """Give the module its own copy of a tied weight."""
+    weight: nn.Parameter = bare(module).weight  # type: ignore[assignment]
+    module.weight = _own(weight)
+
+
+def untie_others(model: nn.Module) -> None:
+    """Record in the model's config that its weights are not tied, if it says that they are, and
+    give every module its own copy of those that still are.
+    """
+    config = getattr(model, "config", None)
+    parts = [part for part in (config, getattr(config, "text_config", None)) if part is not None]
+    tied = [part for part in parts if getattr(part, "tie_word_embeddings", False)]
+    if not tied:
+        return
+    for part in tied:
+        part.tie_word_embeddings = False
+    seen: set[int] = set()
+    for _, module in bare_modules(model):
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in seen:
+                setattr(module, name, _own(parameter))
+            seen.add(id(parameter))
+
+
+def _own(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
 
 
 def carry_out(

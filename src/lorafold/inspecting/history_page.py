@@ -13,8 +13,7 @@ from typing import Any
 
 from lorafold.files.card import within
 from lorafold.files.page import cards, document, grid, html_table, notes, section
-from lorafold.files.plot_names import brief
-from lorafold.files.plots import number
+from lorafold.files.plots import brief, number
 from lorafold.inspecting.history import History
 from lorafold.inspecting.observed import SHARED, ends
 from lorafold.inspecting.plots import curves

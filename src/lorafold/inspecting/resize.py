@@ -28,8 +28,8 @@ from lorafold.core.delta import Additive, put
 from lorafold.core.matrices import module_at, parameter_path
 from lorafold.core.targets import Matches, match
 from lorafold.errors import LorafoldError, as_one
-from lorafold.files.apart import check_kept
 from lorafold.files.atomic import check_out
+from lorafold.files.paths import check_kept
 from lorafold.files.record import BASE, OTHER_BASE, TRAINED_ON
 from lorafold.files.shown import Shown
 from lorafold.inspecting.spectra import effective_rank

@@ -6,6 +6,8 @@ Where there is one core, or the system is not Linux, the function is called in t
 processes end when their pipe is closed, also because this process was killed: none is left behind.
 """
 
+from __future__ import annotations
+
 import gc
 import os
 import signal
@@ -15,8 +17,9 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from multiprocessing import Pipe, get_context
+from multiprocessing import Pipe, get_context, parent_process
 from queue import Queue
+from threading import Thread
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from lorafold.errors import LorafoldError
@@ -24,6 +27,19 @@ from lorafold.machine.cores import usable_cores
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
+
+
+def end_with_parent() -> None:
+    """Have this process of `multiprocessing` end as soon as its parent does, however that ends."""
+    if (parent := parent_process()) is None:
+        return
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=wait, name="parent", daemon=True).start()
+
 
 T = TypeVar("T")
 PARALLELISM = "TOKENIZERS_PARALLELISM"  # threads of tokenizers, which can't go on in a fork
@@ -109,7 +125,7 @@ class _Worker(Generic[T]):
         """Let the process end."""
         self._pipe.close()
 
-    def _run(self, pipe: "Connection", function: Callable[..., T]) -> None:
+    def _run(self, pipe: Connection, function: Callable[..., T]) -> None:
         self._pipe.close()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # its parent ends it
         gc.freeze()  # what the parent had is not looked at again

@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from lorafold.ops.documents import Documents
-from lorafold.ops.tile import Tile
+from lorafold.ops.documents import Documents, Tile
 from lorafold.step.documents import attending
 
 

@@ -17,8 +17,8 @@ import torch
 from lorafold.adapter import load
 from lorafold.data.probes import probe_ids
 from lorafold.errors import listed
-from lorafold.files.apart import check_kept
 from lorafold.files.atomic import atomic_directory, check_out, write_json
+from lorafold.files.paths import check_kept
 from lorafold.files.shown import Shown
 from lorafold.fold.rounding import Rounding
 from lorafold.merging.certificate import Gap, compare

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lorafold.core.delta import Dense
 from lorafold.core.layer import Layer, add
-from lorafold.core.recomputing import recomputed
+from lorafold.core.modes import recomputed
 from lorafold.core.spec import Spec
 from lorafold.methods.parts.options import refuse, whole
 from lorafold.methods.parts.start import kaiming, zeros

@@ -10,6 +10,9 @@ is such a model with one output: transformers' form of a regression, and PEFT's 
 computes in fp32 over a body of any storage: a score in bf16 has 8 significant bits, so that many
 texts would have the same one. Files of a model for masked tokens have no pooler, through which some
 bodies (BERT's) reach the head: it is new then too, and a part of the head.
+
+`scoring_shell` builds a reward model over the decoder of a language model that is loaded already:
+its modules are its own, its tensors the model's, and its head (1, d) is zeros.
 """
 
 from __future__ import annotations
@@ -21,13 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.core.anatomy import bare_modules, decoder_of
+from lorafold.core.attach import adapted_modules, lift
 from lorafold.core.presets import beneath
 from lorafold.core.towers import aside
+from lorafold.core.twin import twin
 from lorafold.errors import LorafoldError
 from lorafold.files.card import REWARD
 from lorafold.models.load_errors import check_complete, loading
 from lorafold.models.loading import read_weights
-from lorafold.models.sources import ModelSource
+from lorafold.models.sources import ModelSource, known, remember
 from lorafold.models.storage import Storage
 from lorafold.models.weights import FileWeights, Weights, model_files
 
@@ -218,3 +223,64 @@ def outputs_of_model(source: ModelSource) -> tuple[str, ...] | None:
     # transformers does not write its default to the file
     names = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
     return tuple(names[key] for key in sorted(names, key=int))
+
+
+def scoring_shell(model: Any, pad_id: int) -> Any:
+    """A sequence classifier with one output over the model's own tensors, without its adapters, in
+    evaluation mode.
+
+    Raises LorafoldError if transformers has no classifier around this decoder, or if an adapter of
+    the model trains the base's own weights.
+
+    Args:
+        model: A language model, which stays as it is.
+        pad_id: The token that fills short texts, at the right.
+    """
+    of_base = twin(model)
+    for path, module in [*adapted_modules(of_base)]:
+        deltas: Any = module.deltas.values()
+        if any(part.in_place for delta in deltas for part in delta.parts()):
+            raise LorafoldError(
+                f"{path}: found base weights that are themselves trained, expected a method that"
+                " leaves the base as it is: a reward adapter lies over the base's own weights"
+            )
+        for name in [*module.deltas]:
+            lift(module, name)
+    source, config = known(model), of_base.config
+    config.num_labels, config.problem_type = 1, "regression"
+    config.id2label, config.label2id = {0: REWARD}, {REWARD: 0}
+    text = config.get_text_config()
+    text.pad_token_id, text.use_cache = pad_id, False
+    what = f"reward model over {type(model).__name__}"
+    with loading(what), torch.device("meta"):
+        from transformers import AutoModelForSequenceClassification
+
+        shell = AutoModelForSequenceClassification.from_config(
+            config, dtype=model.dtype,
+            trust_remote_code=source is not None and source.trust_remote_code,
+        )  # fmt: skip
+    place, body = decoder_of(shell)
+    own = decoder_of(of_base)[1]
+    heads = head_paths(shell)
+    parent, _, name = place.rpartition(".")
+    if type(body) is type(own):
+        setattr(shell.get_submodule(parent), name, own)
+    for path in heads:
+        _zeroed(shell.get_submodule(path), model.device)
+    if lacking := [n for n, p in shell.named_parameters() if p.is_meta]:
+        raise LorafoldError(
+            f"{what}: found {', '.join(lacking[:3])} in {type(shell).__name__}, which the language"
+            " model does not have; expected the same decoder"
+        )
+    shell.config = config
+    shell.requires_grad_(False)
+    widen_heads(shell)
+    if source is not None:
+        remember(shell, source)
+    return shell.eval()
+
+
+def _zeroed(head: nn.Module, device: torch.device) -> None:
+    """Give a head without values zeros, which an adapter replaces."""
+    for name, p in [*head.named_parameters(recurse=False)]:
+        setattr(head, name, nn.Parameter(torch.zeros_like(p, device=device)))

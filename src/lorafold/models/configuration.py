@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafold.errors import LorafoldError
-from lorafold.files.intact import check_intact
+from lorafold.files.atomic import check_intact
 from lorafold.machine.hub import asked_once
 from lorafold.models.gguf_files import one_file
 from lorafold.models.load_errors import loading

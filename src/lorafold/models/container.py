@@ -4,6 +4,8 @@
 
 `safetensors.torch.save_file` needs all tensors of a file in memory at once; merging needs only one.
 Tensors are read through safetensors and stay memory-mapped: they take no memory of their own.
+
+`write_whole` writes a trained model: weights, config, tokenizer, record and card.
 """
 
 from __future__ import annotations
@@ -11,15 +13,23 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from math import prod
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
+from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
+from lorafold.files.atomic import atomic_directory, write_json
+from lorafold.files.card import CARD, Beside, training_card
+from lorafold.files.record import RECORD
+from lorafold.methods.full import write_model
+from lorafold.models.architecture import opened_by_name
+from lorafold.models.sources import called
 
 BLOCK = 1 << 23  # bytes copied at a time
 ALIGNMENT = 8  # of the first tensor, so that readers can map it
@@ -186,3 +196,40 @@ def _copy_bytes(entry: Entry, out: BinaryIO) -> None:
                 )
             out.write(block)
             left -= len(block)
+
+
+def write_whole(
+    path: str | Path,
+    model: nn.Module,
+    spec: Spec,
+    beside: Beside,
+) -> Path:
+    """Write the directory, completely or not at all.
+
+    Raises LorafoldError if the path exists and may not be replaced, or if the model is not one of
+    transformers.
+
+    Args:
+        path: The directory to write.
+        model: The trained model.
+        spec: The method.
+    """
+    if not hasattr(model, "save_pretrained"):
+        raise LorafoldError(
+            f"{path} was not written: found a {type(model).__name__}, but {type(spec).__name__}"
+            " saves whole models and expects one of transformers (with save_pretrained)"
+        )
+    own_card = training_card(
+        called(model),
+        {"recipe": {"method": type(spec).__name__, **vars(spec)}},
+        {},
+        whole=True,
+        opened_by=opened_by_name(model),
+    )
+    with atomic_directory(path, beside.overwrite) as directory:
+        write_model(model, directory)
+        if beside.tokenizer is not None:
+            beside.tokenizer.save_pretrained(directory)
+        write_json(directory / RECORD, {**beside.record, "lorafold": version("lorafold")})
+        (directory / CARD).write_text(beside.card or own_card, encoding="utf-8")
+    return Path(path)

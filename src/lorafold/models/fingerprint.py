@@ -25,7 +25,7 @@ from pydantic import BaseModel, PositiveInt, StringConstraints, TypeAdapter, Val
 from torch import Tensor, nn
 
 from lorafold.errors import LorafoldError
-from lorafold.files.intact import check_intact
+from lorafold.files.atomic import check_intact
 from lorafold.models.weights import MODEL_FILES, FileWeights, ModelWeights, Weights, model_files
 
 Fingerprint = dict[str, dict[str, Any]]

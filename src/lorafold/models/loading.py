@@ -1,11 +1,25 @@
 """Loads a base model and its tokenizer from the directory that `models.sources` finds for a name,
 on a device (`machine.devices`) and in a storage (`models.storage`), and checks that no file is
 damaged and no weight missing.
+
+`loaded_in_turn` has transformers read one tensor at a time, and `each_kept` is called for each, so
+that the model is never whole in memory.
 """
 
+from __future__ import annotations
+
 import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from lorafold.core.rescaled import keep_scale
 from lorafold.errors import LorafoldError, NoTokenizer, listed
@@ -19,6 +33,51 @@ from lorafold.models.weights import MODEL_FILES, shards_left_out
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+IN_TURN = "HF_DEACTIVATE_ASYNC_LOAD"  # else threads of transformers read ahead, as far as they get
+
+
+@contextmanager
+def loaded_in_turn() -> Iterator[None]:
+    """Have transformers read a tensor when a module is to get it, and not before."""
+    before = os.environ.get(IN_TURN)
+    os.environ[IN_TURN] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[IN_TURN]
+        else:
+            os.environ[IN_TURN] = before
+
+
+@contextmanager
+def each_kept(keep: Callable[[Tensor], None]) -> Iterator[None]:
+    """Call `keep` with each parameter and buffer, of any shape, that a module gets, once the next
+    one comes or the block ends: until then other hooks may still put another one in its place.
+    """
+    last: list[tuple[Any, str]] = []
+
+    def before(module: Any, name: str, _: Any) -> None:
+        while last:
+            owner, own = last.pop()
+            found = owner._parameters.get(own, owner._buffers.get(own))
+            if found is not None:
+                keep(found)
+        if module is not None:
+            last.append((module, name))
+
+    hooks = [
+        register_module_parameter_registration_hook(before),
+        register_module_buffer_registration_hook(before),
+    ]
+    try:
+        yield
+        before(None, "", None)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
 
 log = logging.getLogger(__name__)
 
@@ -41,9 +100,9 @@ VOCABULARIES = (
 
 def load_model(
     source: ModelSource | str | Path,
-    storage: "Storage | torch.dtype",
-    device: "torch.device | str" = "cpu",
-) -> "PreTrainedModel":
+    storage: Storage | torch.dtype,
+    device: torch.device | str = "cpu",
+) -> PreTrainedModel:
     """Load a language model (`models.architecture` says which), in evaluation mode. Its
     `name_or_path` is the name asked for.
 
@@ -74,8 +133,8 @@ def load_model(
 def read_weights(
     auto: Any,
     source: ModelSource,
-    storage: "Storage | torch.dtype",
-    device: "torch.device | str",
+    storage: Storage | torch.dtype,
+    device: torch.device | str,
     **config: Any,
 ) -> tuple[Any, Any]:
     """Load a model, in evaluation mode, and return it with transformers' report on its weights:
@@ -126,7 +185,7 @@ def read_weights(
 
 def load_tokenizer(
     source: ModelSource | str | Path, revision: str | None = None, trust_remote_code: bool = False
-) -> "PreTrainedTokenizerBase":
+) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer.
 
     Raises LorafoldError as `load_model` does, and NoTokenizer if the model has no tokenizer.
@@ -140,7 +199,7 @@ def load_tokenizer(
     return read_tokenizer(source, f"model {source.name}")
 
 
-def read_tokenizer(source: ModelSource, what: str) -> "PreTrainedTokenizerBase":
+def read_tokenizer(source: ModelSource, what: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a directory.
 
     Raises NoTokenizer if there is no vocabulary (depending on the class, transformers would make an

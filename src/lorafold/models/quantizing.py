@@ -25,7 +25,7 @@ from lorafold.core.anatomy import bare_modules, decoder_of
 from lorafold.core.matrices import module_at
 from lorafold.core.presets import block_linears
 from lorafold.errors import LorafoldError
-from lorafold.machine.allocator import freed_blocks_returned
+from lorafold.machine.memory import freed_blocks_returned
 from lorafold.models.compressed import remark
 from lorafold.models.experts import experts_quantized, route_quantized
 from lorafold.models.in_files import (

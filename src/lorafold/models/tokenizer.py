@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from lorafold.errors import LorafoldError, listed, why_unread
 from lorafold.files.contents import Contents
-from lorafold.models.joined import NONE, joined
+from lorafold.models.built_in_templates import NONE, TOOLS, joined, with_tools
 from lorafold.models.loading import read_tokenizer
 from lorafold.models.sources import ModelSource
-from lorafold.models.with_tools import TOOLS, with_tools
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

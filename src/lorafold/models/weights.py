@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lorafold.core.attach import base_state
 from lorafold.errors import LorafoldError, listed
 from lorafold.files.header import places
-from lorafold.files.near import beside
+from lorafold.files.paths import beside
 from lorafold.files.record import read_object
 
 # by their names in safetensors

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from rich.console import Console
 
-from lorafold.core.undropped import undropped
+from lorafold.core.modes import undropped
 from lorafold.data.account import account_of
 from lorafold.data.arrow import lengths_of
 from lorafold.data.examples import WHOLE
@@ -40,14 +40,14 @@ from lorafold.objectives import Declared
 from lorafold.objectives.drawing import Drawing, chosen
 from lorafold.objectives.laws import class_of
 from lorafold.objectives.objective import Asked, Objective, Packing
-from lorafold.objectives.playing import HIGHEST, LOWEST, SILENT, Playing
 from lorafold.ops.arithmetic import multiplying, widens
 from lorafold.ops.philox import key_of
 from lorafold.rewards import Rewards, digest_of
 from lorafold.rewards.naming import REWARDS, adapter_in, kind_of, parted
 from lorafold.step import policy_laws
-from lorafold.step.branches import branching
-from lorafold.step.policy import Rollout
+from lorafold.step.branches import Branching, branching
+from lorafold.step.losses import Generated
+from lorafold.step.policy import Policy, Rollout
 from lorafold.step.policy_laws import PolicyLaw
 from lorafold.step.replicated import Replicated
 
@@ -55,6 +55,46 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from rich.text import Text
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+HIGHEST, LOWEST = "highest reward", "lowest reward"  # of all completions so far
+SILENT = "lowest reward since a signal"  # of those since the last step with one
+
+
+class Playing(Policy):
+    """The loss of a policy with what draws and judges its completions."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        law: PolicyLaw,
+        how: Branching | None,
+        pad_id: int,
+        rollouts: Rollouts,
+        rewards: Rewards,
+    ) -> None:
+        super().__init__(model, law, how, pad_id, rollouts.longest, rollouts.exact)
+        self.rollouts, self.rewards = (rollouts,), rewards  # in a tuple: it has a model of its own
+        self.told: dict[str, float] = {}
+        self.last = Generated()
+
+    def figures(self) -> dict[str, float]:
+        found, self.told = self.told, {}
+        return found | super().figures()
+
+    def saw(self, found: Rewarded, seconds: Mapping[str, float]) -> None:
+        """Count what was drawn for a step, and the seconds that it took by what was done."""
+        last, tokens = self.last, sum(len(one.tokens) for group in found.groups for one in group)
+        if given := found.rewards[~found.rewards.isnan()].tolist():
+            self.counts[HIGHEST] = max(self.counts.get(HIGHEST, given[0]), *given)
+            self.counts[LOWEST] = min(self.counts.get(LOWEST, given[0]), *given)
+        spent = {name: last.seconds.get(name, 0.0) + more for name, more in seconds.items()}
+        self.last = Generated(last.tokens + tokens, spent, last.samples or found.to_read)
+
+    def generated(self) -> Generated:
+        found, self.last = self.last, Generated()
+        return found
+
 
 LARGEST = 1e12  # an advantage: squares of gradients times it are still numbers of fp32
 COLLAPSED = 0.1  # nats a token: below it nearly all completions of a prompt are the same

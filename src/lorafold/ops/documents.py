@@ -8,6 +8,10 @@ two completions of one prompt do, share them to any depth: the tokens are querie
 document only, and keys of all of them, which `keys` lays end to end. No token is computed twice.
 
 Use it to tell `ops.attention.document_attention` what attends to what.
+
+Documents are computed in tiles: some queries of documents of one length against their keys.
+`prefixed` documents have keys in front that are no queries (virtual tokens of prompt and prefix
+tuning), so no (T, n + T) mask is needed.
 """
 
 from __future__ import annotations
@@ -16,15 +20,75 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, groupby, repeat
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lorafold.errors import LorafoldError
-from lorafold.ops.host import sent
-from lorafold.ops.tile import Tile
+from lorafold.ops.host import on_host, sent
+
+
+class Tile(NamedTuple):
+    """Queries lo:hi against keys first:hi of each of n consecutive documents of one length, whose
+    own queries begin at `start`; those of the first begin at token `at`, its keys at key `key_at`.
+    """
+
+    at: int
+    key_at: int
+    n: int
+    start: int
+    length: int
+    lo: int
+    hi: int
+    first: int
+
+    def own(self, x_THD: Tensor) -> Tensor:
+        """The view (n, hi - lo, H, D) of the tile's queries in a tensor of all queries."""
+        each = self.length - self.start
+        return x_THD[self.at : self.at + self.n * each].unflatten(0, (self.n, each))[
+            :, self.lo - self.start : self.hi - self.start
+        ]
+
+    @property
+    def seen(self) -> slice:
+        """Its keys among those of a document."""
+        return slice(self.first, self.hi)
+
+    def _every(self, x_SHD: Tensor) -> Tensor:
+        """The view (n, Hk, length, D) of the documents' keys in a tensor of all keys."""
+        end = self.key_at + self.n * self.length
+        return x_SHD[self.key_at : end].unflatten(0, (self.n, self.length)).transpose(1, 2)
+
+    def queries(self, x_THD: Tensor, kv_heads: int, dtype: torch.dtype) -> Tensor:
+        """A copy (n * Hk, G * t, D) of the tile's t queries; the G heads that share a key head
+        follow each other.
+
+        Args:
+            x_THD: the queries of all documents.
+            kv_heads: the number Hk of key heads.
+        """
+        by_group = self.own(x_THD).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
+        return by_group.to(dtype, memory_format=torch.contiguous_format).reshape(
+            self.n * kv_heads, -1, x_THD.shape[-1]
+        )
+
+    def keys(self, x_SHD: Tensor, dtype: torch.dtype) -> Tensor:
+        """A copy (n * Hk, length, D), in that dtype, of all keys or values of its documents."""
+        every = self._every(x_SHD).to(dtype, memory_format=torch.contiguous_format)
+        return every.flatten(0, 1)
+
+    def put_queries(self, x_THD: Tensor, part: Tensor) -> None:
+        """Write part (n * Hk, G * t, D), laid out as by `queries`, to its place in x_THD."""
+        t, (heads, width) = self.hi - self.lo, x_THD.shape[1:]
+        by_group = part.view(self.n, -1, heads * self.n // len(part), t, width)
+        self.own(x_THD).copy_(by_group.permute(0, 3, 1, 2, 4).reshape(self.n, t, heads, width))
+
+    def put_keys(self, x_SHD: Tensor, every: Tensor) -> None:
+        """Write every (n * Hk, length, D), laid out as by `keys`, to its place in x_SHD."""
+        self._every(x_SHD).copy_(every.unflatten(0, (self.n, -1)))
+
 
 TILE = 128
 
@@ -248,3 +312,25 @@ class Documents:
         # a token is a key of several documents, of which a query sees one
         found = seen.new_zeros(len(i), len(i), dtype=torch.uint8)
         return found.index_add_(1, keys, seen.byte()).bool()[None, None]
+
+
+def prefixed(docs: Documents, n: int, batch: int, device: torch.device) -> Documents:
+    """The documents behind n tokens each, those at the front of its sequence.
+
+    Args:
+        docs: the documents, which have no window.
+        device: where `keys` is made.
+    """
+    length, lens = sum(docs.own) // batch, torch.tensor(docs.lens)
+    keys = torch.arange(sum(docs.lens)) if docs.keys is None else on_host(docs.keys)
+    sequence = keys // length
+    front = sequence[lens.cumsum(0) - lens, None] * (n + length)
+    front = front + torch.arange(n)  # (documents, n)
+    parts = zip(front, (keys + n * (sequence + 1)).split(docs.lens), strict=True)
+    return Documents(
+        tuple(n + each for each in docs.lens),
+        None,
+        tuple(n + start for start in docs.starts or repeat(0, len(docs.lens))),
+        sent(torch.cat([part for pair in parts for part in pair]), device),
+        (docs, n * batch),
+    )

@@ -4,7 +4,7 @@
 
 A layer of low rank multiplies in 16 bits with factors that are stored in fp32. Cast where they are
 used, they are two launches in each layer and micro-batch. No factor changes between two updates of
-the optimizer (`core.unchanged`), so the first copy that is asked for in a step has all made again
+the optimizer (`core.modes`), so the first copy that is asked for in a step has all made again
 that the step before asked for, in a few launches for the whole model. A backward reads what its
 forward made. Outside of such a scope, and on a CPU, each is made where it is used.
 """
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lorafold.core.unchanged import Scope, in_backward, scope
+from lorafold.core.modes import Scope, in_backward, scope
 from lorafold.ops.arithmetic import times
 
 Form = tuple[float, torch.dtype]

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lorafold.errors import LorafoldError, listed
-from lorafold.files.near import beside
+from lorafold.files.paths import beside
 from lorafold.peft.config import CONFIG
 
 

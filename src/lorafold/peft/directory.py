@@ -28,9 +28,8 @@ from lorafold.files.record import BASE, RECORD
 from lorafold.methods.parts.extras import Bias
 from lorafold.methods.parts.replace import ReplaceDelta
 from lorafold.models import fingerprint
-from lorafold.models.architecture import opened_by_name
+from lorafold.models.architecture import opened_by_name, whole_of
 from lorafold.models.classifier import new_heads
-from lorafold.models.text_part import whole_of
 from lorafold.models.weights import Weights
 from lorafold.peft.checks import not_finite
 from lorafold.peft.config import CONFIG, WEIGHTS, write_config

@@ -1,5 +1,5 @@
 """The module paths in an adapter's files, where the model is a part of the one that other programs
-load: those of the whole (`models.text_part`). Files that have the part's own paths are read too.
+load: those of the whole (`models.architecture`). Files that have the part's own paths are read too.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import replace
 from torch import nn
 
 from lorafold.core.anatomy import bare_modules
-from lorafold.models.text_part import whole_of
+from lorafold.models.architecture import whole_of
 from lorafold.peft.format import ROOT
 from lorafold.peft.saved import Saved
 from lorafold.peft.tokens import Completed

@@ -18,7 +18,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from lorafold.errors import LorafoldError
-from lorafold.files.near import beside
+from lorafold.files.paths import beside
 from lorafold.rewards.calling import Wrong
 from lorafold.rewards.judged import Reward
 from lorafold.rewards.kinds import pattern

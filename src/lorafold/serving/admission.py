@@ -16,9 +16,8 @@ from lorafold.errors import LorafoldError
 from lorafold.screening.screen import Screen
 from lorafold.serving.backend import Request, guidance
 from lorafold.serving.host import Host
-from lorafold.serving.job import CompletionJob, Reply
+from lorafold.serving.job import Asked, CompletionJob, Prompted, Reply
 from lorafold.serving.keys import Caller
-from lorafold.serving.prompted import Asked, Prompted
 from lorafold.serving.refusal import FIELDS, Refusal, wrong
 from lorafold.serving.registry import Registry
 from lorafold.serving.rendering import Chosen

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic_core import to_json
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from lorafold.machine.allocator import give_back
+from lorafold.machine.memory import give_back
 from lorafold.serving.refusal import Refusal
 from lorafold.serving.settings import Limits
 

@@ -15,9 +15,8 @@ from functools import partial
 from typing import Any
 
 from lorafold.errors import STOPS
-from lorafold.serving.changes import Look, changed, look
 from lorafold.serving.keys import Caller
-from lorafold.serving.listing import described, listed, sees
+from lorafold.serving.listing import Look, changed, described, listed, look, sees
 from lorafold.serving.server import Server
 from lorafold.serving.wire.answers import event
 

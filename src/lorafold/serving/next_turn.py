@@ -1,29 +1,65 @@
 """The next turn of a conversation: what is asked of the engine, and what the model says in it.
 
 Chat completions and responses are two ways to write the same turn down.
+
+`shortened` drops the oldest exchanges of a conversation that is too long. The system message, the
+last message of the user and the last exchange stay; an exchange is dropped as a whole.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
+from bisect import bisect_left
+from collections.abc import AsyncIterator, Callable, Mapping
 from copy import copy
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
+from lorafold.data.messages import Message
 from lorafold.serving.backend import Ended, Token
-from lorafold.serving.job import Reply
+from lorafold.serving.job import Asked, Prompted, Prompts, Reply
 from lorafold.serving.parts import Part, PartReader
-from lorafold.serving.prompted import Asked, Prompted, Prompts
 from lorafold.serving.refusal import wrong
 from lorafold.serving.rendering import Chosen, Renderer
 from lorafold.serving.server import Server
-from lorafold.serving.shortened import shortened
 from lorafold.serving.wire.answers import new_id
 from lorafold.serving.wire.chat import Chat
 from lorafold.serving.wire.schema import check_founded
+
+
+def shortened(messages: list[Message], fits: Callable[[list[Message]], bool]) -> list[Message]:
+    """The messages without as many of the oldest ones as have to go; without all that may go, if
+    that is not enough.
+
+    Args:
+        fits: whether some of its messages, in their order, are few enough.
+    """
+    units = _units(messages)
+
+    def without(n: int) -> list[Message]:
+        gone = {i for unit in units[:n] for i in unit}
+        return [message for i, message in enumerate(messages) if i not in gone]
+
+    n = bisect_left(range(len(units)), True, key=lambda n: fits(without(n)))
+    return without(n)
+
+
+def _units(messages: list[Message]) -> list[list[int]]:
+    """The positions of what may go together, the oldest first: a user's message and all that
+    follows up to the next one; after the last one, a message of the assistant and its results.
+    """
+    roles = [message["role"] for message in messages]
+    last = max((i for i, role in enumerate(roles) if role == "user"), default=-1)
+    units: list[list[int]] = []
+    for i, role in enumerate(roles):
+        if role == "system":
+            continue
+        if not units or role == "user" or (i > last and role == "assistant"):
+            units.append([])
+        units[-1].append(i)
+    return [unit for unit in units[:-1] if last not in unit]
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,11 @@ from pathlib import Path
 
 from lorafold.errors import LorafoldError, cut, printable
 from lorafold.serving.backend import Backend
-from lorafold.serving.digests import Digests
 from lorafold.serving.directory import NAME, Directory
 from lorafold.serving.keys import Caller
 from lorafold.serving.refusal import Refusal
 from lorafold.serving.rendering import Chosen
-from lorafold.serving.seen import Found
+from lorafold.serving.seen import Digests, Found
 from lorafold.serving.state_file import ServerState, read_kept, write_kept
 from lorafold.serving.sweep import Sweep
 from lorafold.serving.verifier import Verifier

@@ -1,4 +1,8 @@
-"""Requests as tokens, through a tokenizer and its chat template."""
+"""Requests as tokens, through a tokenizer and its chat template.
+
+`Renderers` has the base's renderer, and one for each adapter whose tokenizer files differ from the
+base's. Their tokens have to mean the same as the base's; new ones belong to the adapter.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lorafold.data.calls import parse_calls
 from lorafold.data.control_tokens import as_text, ids_of
@@ -18,9 +22,16 @@ from lorafold.data.render import prompt_of
 from lorafold.data.shapes import Conversation
 from lorafold.data.template_forms import ASKED, KEY, NAME, PROBE_TOOL, VALUE, call
 from lorafold.errors import LorafoldError
+from lorafold.files.contents import Contents
+from lorafold.generation import end_tokens
+from lorafold.screening.fingerprints import variables_of
+from lorafold.screening.screen import Screen
 from lorafold.serving.refusal import Refusal, wrong
 from lorafold.serving.wire.answers import Tokens
 from lorafold.serving.wire.schema import Compiles, check, held
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Renderer:
@@ -162,3 +173,49 @@ class Chosen:
         digits of the base's identity.
         """
         return f"{self.key or self.name}+{self.base[:12]}"
+
+
+MARKS = 2048  # letters with which a template writes reasoning and calls, which texts are sought for
+
+
+class Renderers:
+    """Makes renderers. Any thread may call it.
+
+    Args:
+        model: the base, whose generation config names tokens that end completions.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, screen: Screen
+    ) -> None:
+        self._model, self._screen = model, screen
+        ends = end_tokens(model, tokenizer)
+        self.base = Renderer(tokenizer, ends, variables_of(tokenizer))
+        self.base.probe()
+        self._known: dict[str, Renderer] = {}
+
+    def known(self, digest: str) -> Renderer | None:
+        """The renderer of files with that digest, if they were opened before."""
+        return self._known.get(digest)
+
+    def of(self, files: Contents) -> Renderer:
+        """The renderer of a tokenizer's files, without any code of theirs. Raises LorafoldError if
+        they can't be read, or give a token of the base another number.
+        """
+        found = self._known.get(files.named) or self._opened(files)
+        return self._known.setdefault(files.named, found)
+
+    def _opened(self, files: Contents) -> Renderer:
+        tokenizer = self._screen.open(files)
+        if tokenizer is None:
+            return self.base
+        ends = end_tokens(self._model, cast(Any, tokenizer))
+        found = Renderer(tokenizer, ends, tokenizer.variables)
+        found.probe()
+        tokenizer.probed()
+        if (size := found.marks()) > MARKS:
+            raise LorafoldError(
+                f"{files.path}: its chat template writes reasoning and calls with {size:,} letters"
+                f" around them, expected at most {MARKS:,}"
+            )
+        return found

@@ -28,7 +28,7 @@ from lorafold.data.allowed_tokens import allow
 from lorafold.errors import LorafoldError, listed
 from lorafold.identity import joined, of_code
 from lorafold.machine.collection import all_set_aside
-from lorafold.machine.room import free_bytes
+from lorafold.machine.memory import free_bytes
 from lorafold.models.storage import recorded_storage
 from lorafold.models.weights import ModelWeights
 from lorafold.opening import Base
@@ -46,8 +46,7 @@ from lorafold.serving.keys import Keys
 from lorafold.serving.metrics import Metrics
 from lorafold.serving.refusal import Refusal
 from lorafold.serving.registry import Registry
-from lorafold.serving.renderers import Renderers
-from lorafold.serving.rendering import Chosen
+from lorafold.serving.rendering import Chosen, Renderers
 from lorafold.serving.seen import Seen
 from lorafold.serving.server import Server
 from lorafold.serving.settings import Settings

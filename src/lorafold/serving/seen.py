@@ -3,6 +3,10 @@
 An entry holds for as long as every file of the adapter, and of those below it, has the marks that
 it had (`lorafold.files.digests`), for one base by its identity, whatever its name, and for the code
 that verified it. Whoever reads an adapter compares its digest all the same.
+
+`Digests` compares digests in today's form, and until lorafold 0.3 in the old one, which covers
+configuration, weights, record and manifest but no tokenizer. A version without a manifest has no
+old form of its own, so such a digest matches nothing; a quarantine holds.
 """
 
 from __future__ import annotations
@@ -136,3 +140,34 @@ class Seen:
                 if not self._failed:
                     log.warning("what was verified can't be kept yet: %s", error)
                 self._changed = self._failed = True
+
+
+SHOWN = 12  # digits in a line of the log
+WON_T = "which lorafold 0.3 won't understand"
+MAY_BE = "or of another version without a tokenizer, so that it stands for nothing now"
+
+
+class Digests:
+    """Compares digests with those of one server's versions. Any thread may call it."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()  # versions of which it was said
+
+    def fit(self, found: Found, given: str, unsure: bool = False) -> bool:
+        """Whether a digest, or the first digits of one, is that of a version, in either form.
+
+        Args:
+            given: the digits, as a client or the file of what is kept has them.
+            unsure: what it is where it may be another version's.
+        """
+        if found.digest.startswith(given):
+            return True
+        if not found.old.startswith(given):
+            return False
+        if found.key not in self._told:
+            self._told.add(found.key)
+            log.warning(
+                "%s@%s is a digest of the old form, %s; use %s",
+                found.name, given[:SHOWN], WON_T if found.manifest else MAY_BE, found.key,
+            )  # fmt: skip
+        return found.manifest or unsure

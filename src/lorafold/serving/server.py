@@ -22,10 +22,9 @@ from starlette.datastructures import Headers
 from lorafold.errors import STOPS
 from lorafold.serving.admission import Admission
 from lorafold.serving.host import Host
-from lorafold.serving.job import Reply
+from lorafold.serving.job import Asked, Reply
 from lorafold.serving.keys import Caller, Keys
 from lorafold.serving.metrics import Metrics
-from lorafold.serving.prompted import Asked
 from lorafold.serving.refusal import Refusal, naming
 from lorafold.serving.registry import Registry
 from lorafold.serving.settings import Settings

@@ -32,8 +32,7 @@ from lorafold.peft.stack import not_found, parse
 from lorafold.screening.screen import Screen, Verified
 from lorafold.serving.backend import Backend
 from lorafold.serving.directory import Directory
-from lorafold.serving.renderers import Renderers
-from lorafold.serving.rendering import Renderer
+from lorafold.serving.rendering import Renderer, Renderers
 from lorafold.serving.seen import Found, Seen
 
 log = logging.getLogger(__name__)

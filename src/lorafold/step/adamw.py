@@ -25,8 +25,8 @@ from torch.optim import AdamW, Optimizer
 
 from lorafold.bases.bitsandbytes import bitsandbytes
 from lorafold.errors import LorafoldError
+from lorafold.machine.memory import free_bytes
 from lorafold.machine.processes import Processes
-from lorafold.machine.room import free_bytes
 from lorafold.step.rounded_adamw import RoundedAdamW, narrow
 
 PAGED = "paged-adamw8bit"

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lorafold.core.evaluating import evaluating
+from lorafold.core.modes import evaluating
 from lorafold.errors import LorafoldError
 from lorafold.ops.documents import Documents
 from lorafold.ops.host import on_host

@@ -35,7 +35,7 @@ from transformers import (
 )
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from lorafold.core.evaluating import evaluating
+from lorafold.core.modes import evaluating
 from lorafold.errors import LorafoldError, cut
 from lorafold.ops.attention import document_attention
 from lorafold.ops.documents import Documents

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from lorafold.bases import is_linear, layer_of
 from lorafold.core.anatomy import bare_modules, blocks
 from lorafold.core.attach import Adapted
-from lorafold.core.evaluating import evaluating
 from lorafold.core.fake import is_fake
 from lorafold.core.matrices import expert_parameters
+from lorafold.core.modes import evaluating
 from lorafold.core.presets import own_blocks
 from lorafold.kernels.table import TRAINING, use
 from lorafold.ops.gated import ACTIVATIONS, gated

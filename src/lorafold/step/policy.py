@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lorafold.core.evaluating import evaluating
+from lorafold.core.modes import evaluating
 from lorafold.data.branches import Branched
 from lorafold.data.examples import NO_LOSS, Example
 from lorafold.errors import LorafoldError
@@ -108,7 +108,7 @@ class Policy(BranchedLoss):
         how: How far the model goes with packed documents; None pads.
         pad_id: The token that fills short sequences.
         longest: The most tokens of a completion.
-        exact: Completions have the bits that this computes (`lorafold.engine.as_trained`).
+        exact: Completions have the bits that this computes (`lorafold.engine.steady`).
     """
 
     def __init__(

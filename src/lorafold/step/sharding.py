@@ -21,7 +21,7 @@ Rajbhandari et al. 2020, arXiv 1910.02054).
 A tensor stays the object that it was and only its storage is emptied and filled: whatever holds it,
 a delta, a fused operation or a graph, knows nothing of this. All processes must run the same blocks
 in the same order. The tensors of adapters stay whole in each; their moments have owners
-(`step.moments`).
+(`step.shards`).
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from torch import Tensor, nn
 
 from lorafold.core.anatomy import decoder_of, vocabulary_ends
 from lorafold.files.cache import cached, found_in_cache
-from lorafold.machine.allocator import freed_blocks_returned
+from lorafold.machine.memory import freed_blocks_returned
 from lorafold.machine.processes import Processes
 from lorafold.models.container import Piece
-from lorafold.models.in_turn import each_kept, loaded_in_turn
-from lorafold.step.moments import Moments
+from lorafold.models.loading import each_kept, loaded_in_turn
 from lorafold.step.reading import Reading
 from lorafold.step.replicated import Replicated
 from lorafold.step.shards import (
+    Moments,
     Owned,
     Parted,
     Shard,

@@ -1,11 +1,14 @@
 """The large tensors of a model as they are divided among processes (`step.sharding`): frozen ones
 by their bytes, trained ones by who owns them.
+
+`Moments` shares out the parameters that every process holds whole, as ZeRO stage 1 does
+(Rajbhandari et al. 2020, arXiv 1910.02054): one process updates each and keeps its moments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +18,49 @@ from torch.utils._pytree import tree_iter
 
 from lorafold.core.anatomy import bare_modules, blocks, vocabulary_ends
 from lorafold.machine.processes import Processes
-from lorafold.step.moments import balanced
+
+
+class Moments:
+    """The processes by the parameters that each updates; a parameter of no process is all's."""
+
+    def __init__(self, processes: Processes) -> None:
+        self.processes = processes
+        self._of: dict[nn.Parameter, int] = {}
+
+    def share_out(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Have each parameter, of any shape, updated by one process."""
+        self._of = balanced(parameters, self.processes.count)
+
+    def mine(self, p: nn.Parameter) -> bool:
+        """Whether this process updates a parameter of any shape."""
+        return self._of.get(p, self.processes.index) == self.processes.index
+
+    @contextmanager
+    def updating(self) -> Iterator[None]:
+        """Let an optimizer see the gradients of this process's parameters alone in the `with`
+        block, and give all processes what each has updated.
+        """
+        learned = [p for p in self._of if p.grad is not None]
+        others = [(p, p.grad) for p in learned if not self.mine(p)]
+        for p, _ in others:
+            p.grad = None
+        yield
+        for p, grad in others:
+            p.grad = grad
+        for owner in range(self.processes.count):
+            self.processes.same([p.detach() for p in learned if self._of[p] == owner], owner)
+
+
+def balanced(parameters: Iterable[nn.Parameter], count: int) -> dict[nn.Parameter, int]:
+    """The process, of so many, that has each parameter: the largest first, each goes to the one
+    that has least.
+    """
+    loads, chosen = [0] * count, dict[nn.Parameter, int]()
+    for p in sorted(parameters, key=lambda p: -p.nbytes):
+        chosen[p] = loads.index(min(loads))
+        loads[chosen[p]] += p.nbytes
+    return chosen
+
 
 LEAST = 1 << 14  # bytes of a tensor; what is smaller stays whole
 UNIT = 64  # bytes that are not parted

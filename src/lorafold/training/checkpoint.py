@@ -24,8 +24,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lorafold.errors import LorafoldError, as_one, listed, shortened
-from lorafold.files.atomic import atomic_directory, check_out, clear_leftovers, remove, verify
-from lorafold.files.intact import check_intact
+from lorafold.files.atomic import (
+    atomic_directory,
+    check_intact,
+    check_out,
+    clear_leftovers,
+    remove,
+    verify,
+)
 from lorafold.files.record import named_as_now
 from lorafold.models.container import Piece, write_pieces
 from lorafold.step.losses import Generated

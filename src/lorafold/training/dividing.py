@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from lorafold.errors import LorafoldError
-from lorafold.machine.allocator import freed_blocks_returned
+from lorafold.machine.memory import freed_blocks_returned
 from lorafold.machine.processes import Processes
 from lorafold.objectives.objective import Objective
 from lorafold.recipe.recipe import Recipe

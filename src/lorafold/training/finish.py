@@ -14,8 +14,7 @@ from lorafold.data.findings import Findings
 from lorafold.files.atomic import remove
 from lorafold.files.card import HELD_OUT, SAMPLES, STEPS, VOCABULARY, training_card
 from lorafold.files.shown import Shown
-from lorafold.machine.allocator import freed_blocks_returned
-from lorafold.machine.room import peak_bytes
+from lorafold.machine.memory import freed_blocks_returned, peak_bytes
 from lorafold.models.architecture import opened_by_name
 from lorafold.models.weights import Weights
 from lorafold.peft.form import peft_reads

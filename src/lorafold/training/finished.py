@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from lorafold.errors import LorafoldError, listed, shortened
-from lorafold.files.intact import check_intact
+from lorafold.files.atomic import check_intact
 from lorafold.files.record import RECORD, named_as_now, read_object
 from lorafold.identity import of_adapter
 from lorafold.peft.own_base import BASE_IDENTITY

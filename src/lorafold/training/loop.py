@@ -23,14 +23,13 @@ from torch.optim import Optimizer
 from lorafold.adapter import Adapter
 from lorafold.core.attach import selection_of
 from lorafold.core.draws import drawing
-from lorafold.core.evaluating import evaluating
+from lorafold.core.modes import evaluating, unchanged
 from lorafold.core.selection import Draws
-from lorafold.core.unchanged import unchanged
 from lorafold.data.feed import Feed
 from lorafold.errors import Interrupted, LorafoldError, RewardFailed, listed
 from lorafold.evaluation import Measured
+from lorafold.machine.cores import considerate
 from lorafold.machine.processes import Processes
-from lorafold.machine.waiting import considerate
 from lorafold.ops.philox import key_of
 from lorafold.recipe.recipe import Recipe
 from lorafold.step.losses import Loss

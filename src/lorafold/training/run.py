@@ -15,8 +15,8 @@ from functools import partial
 from rich.console import Console
 
 from lorafold.adapter.reach import strays, text_alone
-from lorafold.files.apart import check_name
-from lorafold.machine.allocator import freed_blocks_kept
+from lorafold.files.paths import check_name
+from lorafold.machine.memory import freed_blocks_kept
 from lorafold.machine.processes import ALONE, Processes
 from lorafold.objectives import OBJECTIVES
 from lorafold.peft.own_base import BASE_IDENTITY

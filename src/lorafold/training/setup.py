@@ -25,8 +25,8 @@ from lorafold.data.feed import Feed
 from lorafold.data.findings import Findings
 from lorafold.data.template_forms import day_of, is_dated, on_day
 from lorafold.errors import LorafoldError
-from lorafold.files.apart import check_name
 from lorafold.files.atomic import check_out
+from lorafold.files.paths import check_name
 from lorafold.machine.processes import ALONE, Processes
 from lorafold.memory.before_run import planned, settle
 from lorafold.memory.trace import Setting

@@ -7,11 +7,13 @@ of their own, and keys that a recipe has no field for are listed in `no_counterp
 
 from __future__ import annotations
 
+from typing import Any
+
+from lorafold.errors import LorafoldError
 from lorafold.translating import axolotl_policies as policies
 from lorafold.translating import axolotl_preferences as preferences
 from lorafold.translating import axolotl_readers as readers
 from lorafold.translating import trainer
-from lorafold.translating.axolotl_plugins import plugins
 from lorafold.translating.axolotl_preferences import objective_of
 from lorafold.translating.axolotl_rows import datasets
 from lorafold.translating.convert import boolean, integer, names, number
@@ -19,7 +21,9 @@ from lorafold.translating.no_counterpart import AXOLOTL, SYSTEM
 from lorafold.translating.policies import OWN_DRAWS
 from lorafold.translating.preferences import law_option
 from lorafold.translating.rules import (
+    Outcome,
     Rule,
+    Settings,
     all_without,
     changed,
     left,
@@ -29,6 +33,36 @@ from lorafold.translating.rules import (
     to,
     without,
 )
+
+OF_AXOLOTL = "axolotl.integrations."
+LEARNS_OTHERWISE = {
+    "densemixer": "passes gradients to the router through every expert",
+    "diffusion": "trains a model that fills in masks",
+    "grokfast": "filters the gradients of past steps",
+    "hatchery": "trains on another machine",
+    "kd": "learns a teacher's probabilities",
+    "llm_compressor": "keeps weights at zero",
+    "nemo_gym": "is rewarded by environments of its own",
+    "spectrum": "trains the layers with the most signal",
+}
+LEARNS_THE_SAME = (
+    "cut_cross_entropy", "expert_parallel", "kernels", "liger", "lm_eval", "swanlab"
+)  # fmt: skip
+
+
+def plugins(value: Any, settings: Settings) -> Outcome:
+    """`plugins`. LorafoldError for one that lorafold has nothing in place of."""
+    others = []
+    for name in names(value):
+        part = name.removeprefix(OF_AXOLOTL).partition(".")[0]
+        if name.startswith(OF_AXOLOTL) and part in LEARNS_OTHERWISE:
+            raise LorafoldError(f"found {name}, which {LEARNS_OTHERWISE[part]}: lorafold does not")
+        if not (name.startswith(OF_AXOLOTL) and part in LEARNS_THE_SAME):
+            others.append(name)
+    if others:
+        return left(f"what {', '.join(others)} does there is not known and not done")
+    return left("they make steps faster there, measure or log, and do not change what is learned")
+
 
 SIGNS = (
     "base_model adapter micro_batch_size sequence_len num_epochs lora_r lora_target_linear"

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lorafold.core.evaluating import evaluating
+from lorafold.core.modes import evaluating
 from lorafold.data.examples import NO_LOSS, Example
 from lorafold.data.prompts import Prompt
 from lorafold.errors import LorafoldError

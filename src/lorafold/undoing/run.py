@@ -19,8 +19,7 @@ from rich.console import Console
 
 from lorafold.data.examples import encode
 from lorafold.errors import Interrupted, LorafoldError
-from lorafold.files.claims import shared, silent, tell_strangers
-from lorafold.files.figures import Figures, digest_of, kept
+from lorafold.files.claims import Figures, digest_of, kept, shared, silent, tell_strangers
 from lorafold.training.request import Request, rendering_of
 from lorafold.training.run import train
 from lorafold.undoing.bench import Bench, Opening

@@ -21,7 +21,7 @@ from lorafold.data.prompts import asked_in
 from lorafold.data.sources import Row
 from lorafold.data.stored import Part, Rows
 from lorafold.errors import LorafoldError, as_one, listed
-from lorafold.files.figures import digest_of
+from lorafold.files.claims import digest_of
 from lorafold.identity import of_adapter
 from lorafold.methods.lora import LoRA
 from lorafold.objectives import DEFAULT

@@ -32,9 +32,8 @@ from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.methods.parts.options import one_of, refuse, whole
-from lorafold.ops.documents import Documents
+from lorafold.ops.documents import Documents, prefixed
 from lorafold.ops.host import plus, sent
-from lorafold.ops.prefixed_documents import prefixed
 
 # by layer_idx: K (1, Hk, n, D), V (1, Hk, n, Dv)
 KeysAndValues = Mapping[int, tuple[Tensor, Tensor]]

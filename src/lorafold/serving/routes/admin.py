@@ -14,9 +14,8 @@ from pydantic import Field
 
 from lorafold.errors import LorafoldError, cut
 from lorafold.serving.aliases import Aliases
-from lorafold.serving.changes import look
 from lorafold.serving.keys import ADMIN
-from lorafold.serving.listing import adapter
+from lorafold.serving.listing import adapter, look
 from lorafold.serving.refusal import Refusal, wrong
 from lorafold.serving.registry import REASON, Registry
 from lorafold.serving.seen import Found

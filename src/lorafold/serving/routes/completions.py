@@ -11,8 +11,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from lorafold.serving.backend import Token
-from lorafold.serving.job import Reply
-from lorafold.serving.prompted import Asked, Prompted, Prompts
+from lorafold.serving.job import Asked, Prompted, Prompts, Reply
 from lorafold.serving.rendering import Chosen, Renderer
 from lorafold.serving.server import Dialect, Server
 from lorafold.serving.wire.answers import DONE, event, finish, new_id

@@ -6,8 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from lorafold.serving.changes import look
-from lorafold.serving.listing import adapter, alias, base, listed
+from lorafold.serving.listing import adapter, alias, base, listed, look
 from lorafold.serving.server import Server, answer
 
 

@@ -1,19 +1,15 @@
-"""The chat template `tools`, for models whose own knows no tools: ChatML with tools and calls.
+"""The chat templates that lorafold brings: `none` and `tools`, Jinja like any other.
 
-    <|im_start|>system
-    ... <tools> one JSON object a line </tools> ...<|im_end|>
-    <|im_start|>assistant
-    <tool_call>
-    {"name": "weather", "arguments": {"city": "Rome"}}
-    </tool_call><|im_end|>
-    <|im_start|>tool
-    <tool_response>
-    21 degrees
-    </tool_response><|im_end|>
+    none     <bos> content content <eos> content content <eos>, for base models and for prompts that
+             contain all their formatting; <bos> if the tokenizer begins texts with it, <eos> after
+             assistant turns
+    tools    ChatML with tools and calls, for models whose own template knows none:
+             <tools> one JSON object a line </tools> in the system turn, <tool_call> {...}
+             </tool_call>, <tool_response> ... </tool_response>
 
-Reasoning stands in <think></think> before the content, in every turn, so that no turn is rewritten
-when another follows. A tokenizer without the two tokens of ChatML has `### Role:` before a message
-and its end-of-sequence token after it. It is a Jinja template, saved with the tokenizer.
+Reasoning stands in <think></think> before the content of every turn, so that no turn is rewritten
+when another follows. A tokenizer without the tokens of ChatML has `### Role:` before a message and
+its end-of-sequence token after it.
 """
 
 from __future__ import annotations
@@ -21,10 +17,40 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lorafold.errors import LorafoldError
-from lorafold.models.joined import opening
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+NONE = "none"  # its name in a recipe and on the command line; a file of that name is ./none
+JOINED = (
+    "{% for message in messages %}{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def joined(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the template for this tokenizer.
+
+    Raises LorafoldError if the tokenizer has no end-of-sequence token, without which no completion
+    would end.
+    """
+    if tokenizer.eos_token is None:
+        raise LorafoldError(
+            f"chat template {NONE}: the tokenizer has no end-of-sequence token, so completions"
+            " could not end; expected a template that ends them"
+        )
+    return opening(tokenizer) + JOINED
+
+
+def opening(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the beginning of a template for this tokenizer: its beginning-of-sequence token, if it
+    puts that before texts.
+    """
+    starts_with_bos = tokenizer.bos_token is not None and tokenizer("a").input_ids[:1] == [
+        tokenizer.bos_token_id
+    ]
+    return "{{ bos_token }}" if starts_with_bos else ""
+
 
 TOOLS = "tools"  # its name in a recipe and on the command line; a file of that name is ./tools
 START, END = "<|im_start|>", "<|im_end|>"

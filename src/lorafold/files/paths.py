@@ -1,9 +1,26 @@
-"""Where a result can't go: in the place of what it is made of, and where no name is given to it."""
+"""Checks of paths: the nearest name to a missing one, and where a result may be written."""
 
 from collections.abc import Iterable
+from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 
 from lorafold.errors import LorafoldError
+
+ALIKE = 0.8
+MOST = 2000  # entries of a directory that are compared
+
+
+def beside(path: Path) -> str:
+    """A question, after a semicolon, for the entry of the same directory whose name is nearest;
+    empty where none is near.
+    """
+    try:
+        names = [entry.name for entry in islice(path.parent.iterdir(), MOST)]
+    except OSError:
+        return ""
+    near = get_close_matches(path.name, names, 1, ALIKE)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
 
 
 def check_name(out: str | Path) -> None:

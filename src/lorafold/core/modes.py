@@ -1,0 +1,116 @@
+"""Contexts of a model: evaluation mode, no dropout, no change of parameters, and recomputation.
+
+    with unchanged():
+        for batch in micro_batches:
+            loss(batch).backward()
+    optimizer.step()
+
+In `unchanged`, values that follow from parameters alone are computed once for all micro-batches of
+a step. A parameter's version would not do: fused optimizers and bitsandbytes' change parameters
+without changing it. A checkpointed block runs again inside the backward, perhaps in another thread,
+which does not know of the scope; no parameter changes there either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model in evaluation mode, without gradients, until the `with` block ends.
+
+    Afterwards each of its modules is in the mode that it was in before.
+    """
+    with evaluation_mode(model), torch.no_grad():
+        yield
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """The same, where whoever runs the model sees to gradients: torch's switch for them belongs to
+    the thread, so a generator can't hold it between two of its values.
+    """
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in training:
+            module.training = flag
+
+
+@contextmanager
+def undropped(model: nn.Module) -> Iterator[float]:
+    """Take every dropout of the model and its adapters as 0 until the `with` block ends: its layers
+    of dropout, and the probabilities that other modules keep by that name. Yields the largest.
+    """
+    found = [
+        (module, name, p)
+        for module in model.modules()
+        for name, p in vars(module).items()
+        if isinstance(p, float) and p > 0 and _drops(module, name)
+    ]
+    for module, name, _ in found:
+        setattr(module, name, 0.0)
+    try:
+        yield max((p for _, _, p in found), default=0.0)
+    finally:
+        for module, name, p in found:
+            setattr(module, name, p)
+
+
+def _drops(module: nn.Module, name: str) -> bool:
+    layer = name == "p" and isinstance(module, nn.modules.dropout._DropoutNd)
+    return layer or "dropout" in name or name.endswith("pdrop")
+
+
+def recomputed(run: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
+    """run(*args), a tensor of any shape. `run` draws no random numbers.
+
+    Args:
+        run: the function; it may use other tensors as well, whose gradients it gives.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return run(*args)
+    y: Tensor = checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
+    return y
+
+
+class Scope:
+    """One `with` block of `unchanged`, which is open until it ends, and what is kept for it."""
+
+    def __init__(self) -> None:
+        self.open = True
+        self.kept: dict[Any, Any] = {}
+
+
+_scope: ContextVar[Scope | None] = ContextVar("unchanged", default=None)
+
+
+@contextmanager
+def unchanged() -> Iterator[None]:
+    """No parameter changes until the `with` block ends, in this thread or task."""
+    token = _scope.set(made := Scope())
+    try:
+        yield
+    finally:
+        made.open = False
+        _scope.reset(token)
+
+
+def scope() -> Scope | None:
+    """The innermost scope of `unchanged`, None outside of one."""
+    return _scope.get()
+
+
+def in_backward() -> bool:
+    """Whether this runs inside a backward, as a checkpointed block does when it is replayed."""
+    return torch._C._current_graph_task_id() != -1

@@ -1,0 +1,153 @@
+"""Plain LoRA in PEFT's format: one rank, scale 1, no patterns, every factor as it acts.
+
+    B (out, r) has every scale in it, alpha = r; smaller ranks are filled with zeros
+
+What engines that serve PEFT's adapters read without exceptions; PiSSA and OLoRA, whose own files
+are for a base that was changed, become the change itself, of twice the rank.
+
+Beside the adapter a server needs the base's name or path, and the chat template if it is not the
+base's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from lorafold.adapter import attach
+from lorafold.bases import layer_of
+from lorafold.core.matrices import module_at
+from lorafold.core.targets import Matches
+from lorafold.data.render import ensure_chat_template
+from lorafold.errors import NoTokenizer
+from lorafold.exporting.target import Subject
+from lorafold.exporting.update import Factors
+from lorafold.files.record import TRAINED_ON
+from lorafold.inspecting.resize import as_lora
+from lorafold.methods.lora import LoRA
+from lorafold.opening import Base
+from lorafold.peft.config import CONFIG, WEIGHTS
+from lorafold.peft.saved import Saved
+
+NAME = "canonical"
+
+
+def of_one_rank(factors: Mapping[str, Factors], rank: int) -> dict[str, Factors]:
+    """The same products, every one of this rank."""
+    return {
+        path: (F.pad(up, (0, rank - up.shape[-1])), F.pad(down, (0, 0, 0, rank - down.shape[-2])))
+        for path, (up, down) in factors.items()
+    }
+
+
+def write_canonical(
+    base: Base, factors: Mapping[str, Factors], out: Path, overwrite: bool = False
+) -> Saved:
+    """Write the directory of an adapter over the bare base, and open it.
+
+    Args:
+        base: the model that it is for; its weights stay in their files.
+        factors: of each site, by module path.
+        out: the directory.
+    """
+    rank = max(down.shape[-2] for _, down in factors.values())
+    model = base.mapped().model
+    matches = Matches({path: (path,) for path in factors})
+    adapter = attach(model, LoRA(rank=rank, alpha=rank, dropout=0.0), matches, NAME)
+    adapter = as_lora(adapter, of_one_rank(factors, rank))
+    adapter.save(out, overwrite=overwrite, record={"exported": {"rank": rank}, TRAINED_ON: None})
+    return Saved.open(out)
+
+
+FILES = (WEIGHTS, CONFIG)
+
+
+TEMPLATE = "chat_template.jinja"
+SNAPSHOTS = "snapshots"  # the directory of a hub model's commits in its cache
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """The base as another engine takes it, which reads Hugging Face's directories.
+
+    Attributes:
+        model: a hub id, or the path of a directory.
+        revision: the commit of a hub model that is in use here.
+        notes: a sentence where the name alone would not do.
+    """
+
+    model: str
+    revision: str | None
+    notes: tuple[str, ...]
+
+
+def elsewhere(base: Base) -> Elsewhere:
+    """How another engine finds the base."""
+    path = base.source.path
+    if base.source.gguf is not None:
+        note = f"the base is a GGUF file; its plain copy, which the engine reads, is {path}"
+        return Elsewhere(str(path), None, (note,))
+    if path.parent.name == SNAPSHOTS and not Path(base.name).is_dir():
+        return Elsewhere(base.name, path.name, ())
+    return Elsewhere(str(path), None, ())
+
+
+def write_template(subject: Subject, directory: Path) -> bool:
+    """Write the chat template that the adapters were trained with, if the base has another or none.
+
+    Args:
+        directory: gets `TEMPLATE`.
+    """
+    try:
+        tokenizer = subject.tokenizer
+    except NoTokenizer:
+        return False
+    ensure_chat_template(tokenizer)
+    text = tokenizer.chat_template
+    if not isinstance(text, str) or text == subject.base.tokenizer().chat_template:
+        return False
+    (directory / TEMPLATE).write_text(text, encoding="utf-8")
+    return True
+
+
+ADAPTER = "adapter"
+FORM = "a server's plain LoRA"
+HEADS = ("embed_tokens", "lm_head")
+
+
+def tied_heads(subject: Subject) -> list[str]:
+    """The sites at an embedding and a head that share one weight, which servers treat as one."""
+    if not getattr(subject.config.get_text_config(), "tie_word_embeddings", False):
+        return []
+    return [path for path in subject.update.factors if last(path) in HEADS]
+
+
+def last(path: str) -> str:
+    """The last part of a module path."""
+    return path.rsplit(".", 1)[-1]
+
+
+def write_files(
+    subject: Subject, factors: Mapping[str, Factors], directory: Path
+) -> tuple[Elsewhere, tuple[str, ...], tuple[str, ...]]:
+    """Write the canonical adapter and, where it is another than the base's, the chat template.
+
+    Returns the base as a server finds it, the files, and the arguments of both for its command.
+    """
+    write_canonical(subject.base, factors, directory / ADAPTER)
+    base, template = elsewhere(subject.base), write_template(subject, directory)
+    files = (*(f"{ADAPTER}/{name}" for name in FILES), *[TEMPLATE] * template)
+    options = ["--revision", base.revision] if base.revision else []
+    options += ["--chat-template", f"{{out}}/{TEMPLATE}"] * template
+    return base, files, tuple(options)
+
+
+def zeros(subject: Subject, path: str) -> Factors:
+    """The factors, of rank 1, of no change at a site."""
+    layer = layer_of(module_at(subject.model, path))
+    outputs, inputs = layer.shape
+    return torch.zeros(*layer.matrices, outputs, 1), torch.zeros(*layer.matrices, 1, inputs)
