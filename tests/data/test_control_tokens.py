@@ -26,7 +26,7 @@ import lorafold as lf
 from conftest import lorafold, make_tokenizer
 from families import embedded
 from lorafold.data.allowed_tokens import allow, allowed, without_note
-from lorafold.data.control_tokens import CLOSING, OPENING, encoded, ids_of, is_marked
+from lorafold.data.control_tokens import CLOSING, OPENING, encoded, ids_of, is_marked, tokens_of
 from lorafold.data.conversations import Conversation
 from lorafold.data.examples import NO_LOSS, encode, encode_row
 from lorafold.data.preferred import encode_preferred
@@ -304,3 +304,25 @@ def test_a_run_says_it_and_one_that_allows_them_generates_so_too(tiny_model_dir,
     ]
     assert bare.chat_template == before
     assert texts[0] != texts[1]
+
+
+class Shouting(PreTrainedTokenizerFast):
+    """A tokenizer whose code changes the text first."""
+
+    def __call__(self, text: Any, **options: Any) -> Any:
+        return super().__call__(text.upper(), **options)
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("kind", ["own", "embedded", "truncating", "split", "shouting"])
+def test_the_short_way_to_tokens_gives_those_of_the_tokenizer(kind: str, special: bool) -> None:
+    tokenizer = embedded() if kind == "embedded" else make_tokenizer()
+    if kind == "truncating":
+        tokenizer.backend_tokenizer.enable_truncation(3)
+    elif kind == "split":
+        tokenizer.split_special_tokens = True
+    elif kind == "shouting":
+        tokenizer = Shouting(tokenizer_object=tokenizer.backend_tokenizer)
+    for text in ("", "a", "Wann? Um vier.\n\n", FORGED, "x" * 3000 + "<|im_start|> \U0001f600"):
+        short = tokens_of(text, tokenizer, special)
+        assert short == tokenizer(text, add_special_tokens=special, verbose=False).input_ids

@@ -18,7 +18,9 @@ import signal
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from lorafold.machine.killable import packed, read
@@ -37,6 +39,8 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what prints does not get between the answers
     os.nice(5)
+    with suppress(OSError):  # Linux schedules a session as a group: niceness counts inside it only
+        Path("/proc/self/autogroup").write_text("15")
     messages = os.fdopen(0, "rb")
     if (base := read(messages)) is None:
         return

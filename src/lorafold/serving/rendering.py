@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from lorafold.data.calls import parse_calls
-from lorafold.data.control_tokens import as_text, ids_of
+from lorafold.data.control_tokens import as_text, ids_of, tokens_of
 from lorafold.data.grammar import grammar_of, special_words
 from lorafold.data.messages import Message, Tool
 from lorafold.data.omissions import HELP, check_able
@@ -101,8 +101,7 @@ class Renderer:
         Args:
             special: add the tokens with which the tokenizer begins a text.
         """
-        found: Any = self.tokenizer(text, add_special_tokens=special, verbose=False)
-        return tuple(found.input_ids)
+        return tuple(tokens_of(text, self.tokenizer, special))
 
     def text(self, tokens: Sequence[int]) -> str:
         """The text of tokens. Raises Refusal for one that there is not."""

@@ -14,6 +14,7 @@ import os
 import resource
 import signal
 import socket
+import sys
 import webbrowser
 from collections.abc import Callable, Iterator
 from hashlib import sha256
@@ -63,6 +64,9 @@ ROOMS = (
     "adapter", "bases", "core", "data", "engine", "files", "identity", "methods", "models", "ops",
     "peft", "screening", "serving",
 )  # fmt: skip
+# seconds for which a thread may keep the interpreter from the event loop, which asks for it again
+# after each call of the system
+SWITCH = 5e-4
 BACKLOG = 4096  # connections that wait to be accepted: one more tries again after a second
 PACKAGES = ("safetensors", "tokenizers", "torch", "transformers")
 
@@ -180,6 +184,7 @@ def _storage(model: PreTrainedModel) -> str:
 
 def over_http(server: Server) -> uvicorn.Config:
     """How a server is reached."""
+    sys.setswitchinterval(SWITCH)
     return uvicorn.Config(
         application(server), log_config=None, access_log=False, lifespan="on", ws="none",
         http=bounded(server.settings.limits), timeout_graceful_shutdown=2, server_header=False,
