@@ -268,6 +268,14 @@ def test_a_server_takes_that_of_its_directory(place: Path) -> None:
         own_bases(folder)
 
 
+def test_a_server_stores_its_base_as_most_adapters_had_it(place: Path) -> None:
+    for name, storage in {"a": "fp32", "b": "nf4", "c": "nf4"}.items():
+        model = lf.load_model(place / "base", storage=storage)
+        lf.attach(model, lf.LoRA(rank=2)).save(place / "adapters" / name)
+    own = own_bases(place / "adapters")
+    assert base_for(None, own).stored_as_trained(own).storage == "nf4"
+
+
 def test_adapters_that_come_later_decide_no_server_s_base(place: Path, tiny_model_dir) -> None:
     """Nor do they stop it: most decide, and from then on what they decided."""
     folder = place / "adapters"

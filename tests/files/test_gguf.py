@@ -188,6 +188,21 @@ def test_fewer_bits_are_bf16_unless_fp32_is_asked_for(tiny_model_dir, tmp_path, 
     }
 
 
+@pytest.mark.parametrize("trained", ["fp32", "bf16"])
+def test_an_adapter_is_merged_into_the_copy_that_it_was_trained_on(
+    trained, tiny_model_dir, tmp_path, cache
+):
+    file = tmp_path / "tiny.gguf"
+    write_gguf(tiny_model_dir("llama"), file, kind="Q4_1")
+    adapter = lf.attach(lf.load_model(file, storage=trained), lf.LoRA(rank=2), ["q_proj"])
+    adapter.save(tmp_path / "a")
+    lf.merge(file, tmp_path / "a", tmp_path / "out")
+    own = by_transformers(file, {"fp32": torch.float32, "bf16": torch.bfloat16}[trained])
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(merged[name].float(), own[name].float())
+
+
 def test_tensors_that_nobody_reads_are_told_or_refused(tiny_model_dir, tmp_path, cache, caplog):
     """Those of the model's own blocks change what it computes; others are of other models."""
     beside = {f"blk.{n}.odd.weight": np.ones(3, np.float32) for n in range(2, 11)}

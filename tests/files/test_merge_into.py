@@ -252,3 +252,12 @@ def test_a_merge_that_is_refused_leaves_no_folder(tiny_model_dir, tmp_path):
     with pytest.raises(LorafoldError, match="into: found foo"):
         merge(base, [adapter], tmp_path / "deep" / "er" / "out", into="foo")
     assert not (tmp_path / "deep").exists()
+
+
+def test_a_quantization_that_is_not_read_is_recorded_by_its_name(tiny_model_dir, tmp_path):
+    model = lf.load_model(tiny_model_dir("llama"))
+    adapter = lf.attach(model, lf.LoRA(rank=2))
+    model.config.quantization_config = {"quant_method": "quanto"}
+    adapter.save(tmp_path / "a")
+    record = json.loads((tmp_path / "a" / "lorafold.json").read_text())
+    assert record["trained_on"]["storage"] == "quanto"
