@@ -1,21 +1,26 @@
 """Does a classifier learn with the default rates, and does it at another rate of B?
 
     python benchmarks/classes.py [--steps 400] [--seeds 0 1] [--rates 3e-3] [--storage bf16]
-        [--threads 1] [--rows 1600] [--out classes]
+        [--threads 1] [--rows 1600] [--data FILE] [--out classes]
 
 1,600 sentences of two classes (about 25 tokens) that no single word decides: who has a thing after
 a sentence such as "The neighbours said that Anna did not lend the lamp to Ben"? The first runs have
-the recipe's rates, those of `--rates` another one for B. A line has the accuracy on 300 unseen
-sentences, and the loss of the last 50 steps beside that of guessing. Runs that are there in OUT are
-not made again.
+the recipe's rates, those of `--rates` another one for B. A row has the accuracy on the unseen
+sentences (300, or what FILE has beyond --rows), and the loss of the last 50 steps beside that of
+guessing. Runs that are there in OUT are not made again.
 """
 
 import argparse
 import json
 import random
+import tempfile
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
+from lib.results import markdown
+from lib.short import parsed
 
 import lorafold as lf
 
@@ -85,22 +90,24 @@ def rows(n: int) -> list[dict[str, str]]:
     return [*found.values()]
 
 
-def measured(rate: float | None, seed: int, asked: argparse.Namespace) -> dict[str, float]:
+def measured(rate: float | None, seed: int, asked: argparse.Namespace, out: Path) -> dict[str, Any]:
     """The figures of a run."""
     names = (rate or "default", seed, asked.steps, asked.storage, asked.threads, asked.rows)
-    file = asked.out / f"{'-'.join(map(str, names))}.json"
+    file = out / f"{'-'.join(map(str, names))}.json"
     if not file.exists():
-        given, adapter = rows(asked.rows + HELD_OUT), asked.out / "adapter"
+        given = rows(asked.rows + HELD_OUT)
+        if asked.data is not None:
+            given = [json.loads(line) for line in asked.data.read_text().splitlines()]
         fields = {"steps": asked.steps, "lr_b": rate, "seed": seed, "storage": asked.storage}
         trained = lf.train(
             lf.Recipe(objective="classify", **fields),
             data=given[: asked.rows],
-            out=adapter,
+            out=out / "adapter",
             overwrite=True,
         )
-        found = lf.evaluate("smollm2", given[asked.rows :], adapters=adapter)
+        found = lf.evaluate("smollm2", given[asked.rows :], adapters=out / "adapter")
         file.write_text(json.dumps({"accuracy": found.exact_match, **trained.guessing}))
-    return json.loads(file.read_text())
+    return {"B": rate or "the recipe's", "seed": seed, **json.loads(file.read_text())}
 
 
 def main() -> None:
@@ -112,16 +119,19 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="*", default=[3e-3])
     parser.add_argument("--storage", default="bf16")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rows", type=int, default=1600)
-    parser.add_argument("--out", type=Path, default=Path("classes"))
-    asked = parser.parse_args()
+    parser.add_argument("--rows", type=int, default=1600, help="of which the classes are learned")
+    parser.add_argument("--data", type=Path, help="other rows (JSON lines of text and label)")
+    parser.add_argument("--out", type=Path, help="where finished runs are kept")
+    asked = parsed(parser, steps=2, seeds=[0], rows=16)
     torch.set_num_threads(asked.threads)
-    asked.out.mkdir(parents=True, exist_ok=True)
-    for rate in (None, *asked.rates):
-        for seed in asked.seeds:
-            found = measured(rate, seed, asked)
-            told = ", ".join(f"{name} {value}" for name, value in found.items())
-            print(f"B {rate or 'as the recipe has it'}, seed {seed}: {told}", flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        out = asked.out or Path(scratch)
+        out.mkdir(parents=True, exist_ok=True)
+        found = []
+        for rate, seed in product((None, *asked.rates), asked.seeds):
+            found.append(measured(rate, seed, asked, out))
+            print(json.dumps(found[-1]), flush=True)
+    print(markdown(found))
 
 
 if __name__ == "__main__":
