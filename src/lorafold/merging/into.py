@@ -150,7 +150,8 @@ def choose_into(
     and for anything else of a base whose files are quantized.
     """
     known = trained_on(adapters) if base == "auto" else TrainedOn(base)
-    storage, asked = known.storage if known else "auto", ALIAS.get(asked or "", asked)
+    given, asked = asked, ALIAS.get(asked or "", asked)
+    storage = known.storage if known else "auto"
     if in_files is not None:
         if base not in ("auto", in_files):
             raise LorafoldError(
@@ -168,12 +169,12 @@ def choose_into(
         raise LorafoldError(f"into: found {asked}, expected one of {', '.join(TARGETS)}")
     if asked == "trained" and storage == "auto":
         raise LorafoldError(
-            "into trained: no adapter has a record of the storage of its base; merge into original,"
-            f" or name the storage with --storage {', '.join((*MADE, *PLAIN))}"
+            f"into {given}: no adapter has a record of the storage of its base; merge into"
+            f" original, or name the storage with --storage {', '.join((*MADE, *PLAIN))}"
         )
     if asked == "trained" and storage not in (*PLAIN, *MADE, "float16"):
         raise LorafoldError(
-            f"into trained: the adapter was trained on {storage} weights, which these files do not"
+            f"into {given}: the adapter was trained on {storage} weights, which these files do not"
             " have and lorafold does not make; merge into original, or give as --model the files"
             f" that are stored as {storage}"
         )
@@ -201,6 +202,6 @@ def check_saved(model: nn.Module, quantization: str) -> None:
     if found:
         raise LorafoldError(
             f"into {quantization}: found experts ({listed(found)}), which"
-            f" transformers can't save as {quantization}; fold into original or"
-            f" dequantized weights and load them with --storage {quantization}"
+            f" transformers can't save as {quantization}; merge into original or"
+            f" trained weights and load them with --storage {quantization}"
         )
