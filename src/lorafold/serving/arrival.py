@@ -21,7 +21,7 @@ HEAD = 1 << 16  # bytes of an address and headers
 def bounded(limits: Limits) -> type[HttpToolsProtocol]:
     """uvicorn's protocol under limits."""
     arriving: dict[Bounded, asyncio.TimerHandle] = {}  # the one that takes longest first
-    trims: list[asyncio.TimerHandle] = []  # the last one, for all that were late meanwhile
+    trims: list[asyncio.TimerHandle] = []  # the last one, for all that were late or large meanwhile
 
     class Bounded(HttpToolsProtocol):
         """One connection, whose next request is awaited from the start, and from its first byte."""
@@ -66,7 +66,9 @@ def bounded(limits: Limits) -> type[HttpToolsProtocol]:
             super().on_message_complete()
 
         def on_response_complete(self) -> None:
-            """Forget the part of a body that nobody asked for."""
+            """Forget the part of a body that nobody asked for, and what was made of a large one."""
+            if self.read > HEAD:
+                self._trim()
             if not self.pipeline:
                 self.cycle.body = bytearray()
             super().on_response_complete()
@@ -90,8 +92,11 @@ def bounded(limits: Limits) -> type[HttpToolsProtocol]:
             else:
                 told = f"expected the whole request within {limits.receive_seconds:g} s"
                 self._refuse(408, "request_timeout", told)
-                if not trims or trims[-1].when() < self.loop.time():
-                    trims[:] = [self.loop.call_later(1, self._give_back)]
+                self._trim()
+
+        def _trim(self) -> None:
+            if not trims or trims[-1].when() < self.loop.time():
+                trims[:] = [self.loop.call_later(1, self._give_back)]
 
         def _give_back(self) -> None:
             self.loop.run_in_executor(None, give_back)
