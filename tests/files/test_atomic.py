@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from lorafold.errors import LorafoldError
 from lorafold.files import atomic
@@ -231,3 +233,12 @@ def test_a_directory_is_no_file_to_write(tmp_path: Path) -> None:
         write_json(tmp_path, {})
     assert str(told.value) == f"{tmp_path}: found a directory, expected the name of a file"
     assert not [*tmp_path.iterdir()]
+
+
+def test_who_may_read_a_directory_may_read_its_files(tmp_path: Path) -> None:
+    """safetensors gives its own to their owner alone."""
+    with atomic_directory(tmp_path / "a") as tmp:
+        save_file({"x": torch.ones(2)}, tmp / "x.safetensors")
+        (tmp / "y").write_text("y")
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "a").iterdir()}
+    assert modes == {(tmp_path / "a").stat().st_mode & 0o666}

@@ -206,6 +206,15 @@ def test_an_adapter_that_names_another_base_is_served_and_told(
     assert any("somebody/another-base" in record.getMessage() for record in caplog.records)
 
 
+def test_an_adapter_that_was_trained_on_other_weights_is_told(folder, tiny_model_dir) -> None:
+    model = lf.load_model(tiny_model_dir("llama"), storage="nf4")
+    lf.attach(model, lf.LoRA(rank=2)).save(folder / "q")
+    with running(tiny_model_dir("llama"), folder) as server:
+        assert server.text("q", "Hello")
+        notes = server.ask("/admin/adapters", key=ADMIN).json["notes"]
+    assert notes == {"q": "it was trained on nf4 weights: over fp32 ones it is another model"}
+
+
 def test_adapters_that_differ_in_values_alone_are_checked_against_the_base_once(
     folder, tiny_model_dir, monkeypatch
 ) -> None:

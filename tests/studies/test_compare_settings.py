@@ -147,7 +147,7 @@ def test_a_bad_value_is_one_line_and_leaves_nothing(
 
 def test_two_settings_of_one_name_are_refused() -> None:
     both = {"targets": ["q_proj,v_proj", ["q_proj", "v_proj"]]}
-    with pytest.raises(LorafoldError, match="both called lora targets=q_proj,v_proj"):
+    with pytest.raises(LorafoldError, match="found lora targets=q_proj,v_proj twice"):
         variants(RECIPE, ["lora"], both)
 
 

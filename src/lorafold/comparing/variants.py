@@ -90,8 +90,8 @@ def variants(recipe: Recipe, methods: Sequence[str], vary: Vary) -> list[Variant
     names = [str(one) for one in found]
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise LorafoldError(
-            f"vary: found different settings that are both called {listed(twice)}; expected one of"
-            " them at a time"
+            f"found {listed(twice)} twice (methods, vary); expected different methods, and settings"
+            " whose names differ"
         )
     return found
 

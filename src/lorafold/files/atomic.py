@@ -240,6 +240,9 @@ def _try(path: str | Path, folder: Path) -> None:
 def _seal(root: Path, durable: bool) -> None:
     """Write the manifest and, if it shall be durable, flush all files and directories."""
     files = sorted(p for p in root.rglob("*") if p.is_file())
+    for path in files:  # safetensors writes those that their owner alone can read
+        if path.stat().st_nlink == 1:
+            path.chmod(root.stat().st_mode & 0o666)
     entries = {
         p.relative_to(root).as_posix(): {"sha256": sha256(p), "size": p.stat().st_size}
         for p in files

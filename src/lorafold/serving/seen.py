@@ -35,9 +35,10 @@ class Found(BaseModel):
     there is one among these. `over` is where the
     adapters below are, the lowest first, and `stack` the identities of what is read of these and of
     it, of `sizes` in bytes. `base` is the base that it names where it has no fingerprint to tell
-    by, `other_base` how its base differs from the one that is served, `form` the digest of what
-    adapters have in common that differ in nothing but their values, `tokenizer` the digest of its
-    tokenizer, or "" for the base's, and `words` where that is. `note` is for the administrator.
+    by, `other_base` and `other_storage` how its base differs from the one that is served, `form`
+    the digest of what adapters have in common that differ in nothing but their values, `tokenizer`
+    the digest of its tokenizer, or "" for the base's, and `words` where that is. `note` is for the
+    administrator.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -54,6 +55,7 @@ class Found(BaseModel):
     rank: int | None = None
     base: str = ""
     other_base: str = ""
+    other_storage: str = ""
     form: str = ""
     tokenizer: str = ""
     words: Path | None = None

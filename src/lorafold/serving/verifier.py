@@ -146,11 +146,11 @@ class Verifier:
         if (most := _largest_rank(spec)) > verified.widest and _inner(spec).rank_is_dimension:
             raise LorafoldError(f"r: found {most:,}, which no tensor of its file has")
         words = next((at for at in (path, *reversed(below)) if SETTINGS in stack[at].files), None)
-        made_on = TrainedOn.of(small.record)
-        here = self._storage
+        made_on, here, told = TrainedOn.of(small.record), self._storage, ""
         if made_on and made_on.storage != here and {made_on.storage, here} & {*MADE}:
-            told = "%s was trained on %s weights: over %s ones it is another model than was trained"
-            log.warning(told, name, cut(made_on.storage, 20), here)
+            stored = cut(made_on.storage, 20)
+            told = f"it was trained on {stored} weights: over {here} ones it is another model"
+            log.warning("%s: %s", name, told)
         base = "" if "base" in small.record else config.get("base_model_name_or_path")
         found = Found(
             name=name, path=path, digest=joined([_identity(stack[at]) for at in (*below, path)]),
@@ -160,7 +160,7 @@ class Verifier:
             sizes=tuple(stack[at].bytes_of(FILES) for at in (*below, path)),
             method=name_of(spec), rank=getattr(_inner(spec), "rank", None),
             base=cut(str(base or ""), NAMED), words=words,
-            other_base=self._other(path, small),
+            other_base=self._other(path, small), other_storage=told,
             tokenizer="" if words is None else self._opened(words, stack[words]),
             form=joined([stack[at].form for at in (*below, path)]),
         )  # fmt: skip
@@ -186,13 +186,14 @@ class Verifier:
         return words.named
 
     def _noted(self, found: Found) -> Found:
-        """With a line for an adapter that was trained on another base, or names another one and
-        has no fingerprint to tell by.
+        """With a line for an adapter that was trained on another base or quantization, or names
+        another base and has no fingerprint to tell by.
         """
         theirs, ours = (Path(each.rstrip("/")).name.lower() for each in (found.base, self._base))
         told = f"it names the base {found.base[:200]!a}, and is served on {self._base!a}, which it"
         note = f"{told} fits" if found.base and theirs != ours else found.other_base
-        return found.model_copy(update={"note": note})
+        notes = filter(None, (note, found.other_storage))
+        return found.model_copy(update={"note": "; ".join(notes)})
 
 
 def _identity(verified: Verified) -> str:

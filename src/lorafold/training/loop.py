@@ -146,9 +146,10 @@ def fit(job: Job, progress: Progress, display: Display) -> Progress:
                 )
                 raise Interrupted(message, 128 + signal)
     progress.guessing = guessed(job, progress, first)
-    early = job.recipe.stops or progress.step < job.steps
-    if early and progress.best not in (None, progress.step):
-        told = f"the held-out loss was lowest after step {progress.best}, whose adapter is kept"
+    if progress.best not in (None, progress.step):
+        early = job.recipe.stops or progress.step < job.steps
+        kept_in = "is kept" if early else f"is in {job.run.path.with_suffix('.best')}"
+        told = f"the held-out loss was lowest after step {progress.best}, whose adapter {kept_in}"
         display.note(f"step {progress.step}: {told}")
     return progress
 
