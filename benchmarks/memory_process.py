@@ -1,7 +1,7 @@
 """Estimated against the memory of whole processes: each setting is a run of `lorafold train` in a
 process of its own, whose peak is compared with the estimate that the run prints.
 
-    python benchmarks/memory_process.py [--only N ...]
+    python benchmarks/memory_process.py [--only N ...] [--short]
 
 Measured is the peak of the process's anonymous memory (RssAnon, sampled every few milliseconds from
 the first import to the exit) and of the mapped files of the model, less the anonymous memory of a
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.results import keep
+from lib.short import parsed
 
 WORDS = ["quick", "brown", "foxes", "jump", "over", "lazy", "dogs", "while", "seven", "watch"]
 IMPORTS = """
@@ -123,14 +124,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", type=int, nargs="+", help="the numbers of settings, from 0")
-    only = parser.parse_args().only
+    asked = parsed(parser, only=[5])
     done = subprocess.check_output([sys.executable, "-c", IMPORTS], text=True)
     libraries = 1024 * int(done)
     found = []
     with tempfile.TemporaryDirectory() as scratch:
         data = rows(Path(scratch))
         for n, (kind, options) in enumerate(GRID):
-            if only is not None and n not in only:
+            if asked.only is not None and n not in asked.only:
                 continue
             peak, files, text = run(data[kind], options, Path(scratch) / f"out{n}")
             peak, estimated = peak - libraries, in_bytes(text)
@@ -146,7 +147,7 @@ def main() -> None:
                 }
             )
             print(json.dumps(found[-1]), flush=True)
-    if only is None:
+    if asked.only is None or asked.short:
         over = [float(row["over"]) for row in found]
         summary = {"settings": len(over), "most": max(over), "least": min(over)}
         keep("memory_process", found, [summary])
