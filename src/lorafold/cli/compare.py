@@ -27,6 +27,11 @@ VaryOption = Annotated[
         " targets=all-linear,[q_proj,v_proj].",
     ),
 ]
+EXAMPLES = (
+    "lorafold compare --out compared",
+    "lorafold compare --out two --methods lora,dora --data demo/train.jsonl",
+    "lorafold compare --out rates --methods lora --vary lr=1e-4,4e-4 --seeds 3",
+)
 
 
 def varied(pairs: list[str] | None) -> dict[str, list[Any]]:
@@ -41,13 +46,6 @@ def varied(pairs: list[str] | None) -> dict[str, list[Any]]:
             )
         found[name] = parse_yaml(f"[{text}]", f"--vary {pair}")
     return found
-
-
-EXAMPLES = (
-    "lorafold compare --out compared",
-    "lorafold compare --out two --methods lora,dora --data demo/train.jsonl",
-    "lorafold compare --out rates --methods lora --vary lr=1e-4,4e-4 --seeds 3",
-)
 
 
 @of_recipe(Recipe.model_fields.keys() - {"method", "seed"})

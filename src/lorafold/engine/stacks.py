@@ -18,6 +18,7 @@ from lorafold.engine.structure import Shape
 
 # Products of a larger rank take longer than the base's own, whose rows they would all have to pad
 RANK = 64
+NOBODY = 0  # the place of rows of the base, which stays zero
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,6 @@ def factors_of(
     at = [at for at, _, _ in found]
     index = {at: k for k, at in enumerate(at)}
     return Factors(torch.tensor(at, device=like.device), down.mT, up.mT, index)
-
-
-NOBODY = 0  # the place of rows of the base, which stays zero
 
 
 class Stacks:

@@ -31,6 +31,7 @@ from lorafold.ops.documents import Documents
 # a block has FEW rows where no number of them has an order of its own. Each number up to it is
 # tried: a kernel of blocks of 4 rows may sum 8 as it sums 12, and 9 otherwise
 ROWS = (*range(1, FEW + 2), 40, 64, 100, 256)
+WIDE = 4096  # rows of a matrix that are enough to tell: a head has many times as many
 
 
 def steady(kernel: Callable[..., Tensor], *given: Tensor) -> int:
@@ -114,9 +115,6 @@ class InBlocks(TorchDispatchMode):
         ]
         parts = [product(*block, *rest, **options) for block in zip(*blocks, strict=True)]
         return torch.cat(parts)[:n] if len(parts) > 1 or more else parts[0]
-
-
-WIDE = 4096  # rows of a matrix that are enough to tell: a head has many times as many
 
 
 def lacks(device: str) -> str:

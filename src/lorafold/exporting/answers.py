@@ -39,6 +39,10 @@ if TYPE_CHECKING:
 
 BUILT_IN = Path(__file__).with_name("prompts.jsonl")
 GREEDY = 16  # tokens of a greedy text
+ROUTER = "TopKRouter"  # ends the names of transformers' routers, which give logits, scores, experts
+CLOSE = 0.02  # of logits; a larger difference is no rounding
+TRIED = 4
+PAST = 1.5  # how far a state is moved, of what makes the two equal
 
 
 @dataclass(frozen=True)
@@ -110,12 +114,6 @@ def last(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
     given = torch.tensor([ids], device=model.device)
     logits = model(input_ids=given, use_cache=False).logits[0, -1]
     return logits.float().log_softmax(-1).cpu()
-
-
-ROUTER = "TopKRouter"  # ends the names of transformers' routers, which give logits, scores, experts
-CLOSE = 0.02  # of logits; a larger difference is no rounding
-TRIED = 4
-PAST = 1.5  # how far a state is moved, of what makes the two equal
 
 
 def exchanged(model: PreTrainedModel, ids: Sequence[int]) -> Iterator[Tensor]:

@@ -44,6 +44,8 @@ FLOATS = {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
 }
+QWEN = {"use_sliding_window": False}
+KNOWN = ("default", "linear", "llama3", "yarn", "longrope")
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,6 @@ class Architecture:
 
 
 LLAMA = Architecture("llama", interleaved=True)
-QWEN = {"use_sliding_window": False}
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": LLAMA,
     "mistral": LLAMA,
@@ -152,9 +153,6 @@ def add_metadata(writer: GGUFWriter, config: Any, row: Architecture) -> Sequence
         if windowed != [(n + 1) % row.period != 0 for n in range(layers)]:
             writer.add_array(f"{row.name}.attention.sliding_window_pattern", windowed)
     return () if row.period else told("llama.cpp", config)
-
-
-KNOWN = ("default", "linear", "llama3", "yarn", "longrope")
 
 
 def add_positions(writer: GGUFWriter, config: Any, row: Architecture) -> dict[str, Tensor]:

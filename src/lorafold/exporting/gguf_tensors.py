@@ -32,6 +32,8 @@ BLOCK = 32
 OUTPUT, EMBEDDING, ROUTER = "output.weight", "token_embd.weight", "ffn_gate_inp.weight"
 AT_ONCE = 1 << 22  # weights that are converted together
 LARGEST = 65504.0  # of F16
+HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+SUFFIXES = (".weight", ".bias")
 
 
 def type_of(name: str, shape: tuple[int, ...], tensors: str, tied: bool) -> str:
@@ -86,10 +88,6 @@ def encoded(name: str, values: Tensor, kind: str) -> Iterator[np.ndarray]:
             yield made.view(torch.uint8).numpy()
         else:
             yield gguf.quants.quantize(some.float().contiguous().numpy(), number_of(kind))
-
-
-HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
-SUFFIXES = (".weight", ".bias")
 
 
 def tensors_of(parameters: Iterable[Folded], config: Any, row: Architecture) -> Iterator[Folded]:

@@ -38,6 +38,8 @@ TEXTS = (
     "🚀 😶\u200d🌫️ ✅🦙🦙 \u00a0x\u2003y \u3000z ﬁn … – — ‘a’ “b”",
     " lead  two\n\n\n\nthree ",
 )
+LAST = -1e6  # the score of a token that no merge makes
+ENDS = ("eot", "eom")  # the tokens besides eos that end a turn, by llama.cpp's names
 
 
 def name_of_rule(backend: Tokenizer, whole_words: bool) -> str:
@@ -97,10 +99,6 @@ def _marked(backend: Tokenizer, text: str) -> str:
     if backend.pre_tokenizer is not None:
         text = "".join(piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(text))
     return text
-
-
-LAST = -1e6  # the score of a token that no merge makes
-ENDS = ("eot", "eom")  # the tokens besides eos that end a turn, by llama.cpp's names
 
 
 def add_tokenizer(

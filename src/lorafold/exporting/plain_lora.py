@@ -34,6 +34,12 @@ from lorafold.peft.config import CONFIG, WEIGHTS
 from lorafold.peft.saved import Saved
 
 NAME = "canonical"
+FILES = (WEIGHTS, CONFIG)
+TEMPLATE = "chat_template.jinja"
+SNAPSHOTS = "snapshots"  # the directory of a hub model's commits in its cache
+ADAPTER = "adapter"
+FORM = "a server's plain LoRA"
+HEADS = ("embed_tokens", "lm_head")
 
 
 def of_one_rank(factors: Mapping[str, Factors], rank: int) -> dict[str, Factors]:
@@ -61,13 +67,6 @@ def write_canonical(
     adapter = as_lora(adapter, of_one_rank(factors, rank))
     adapter.save(out, overwrite=overwrite, record={"exported": {"rank": rank}, TRAINED_ON: None})
     return Saved.open(out)
-
-
-FILES = (WEIGHTS, CONFIG)
-
-
-TEMPLATE = "chat_template.jinja"
-SNAPSHOTS = "snapshots"  # the directory of a hub model's commits in its cache
 
 
 @dataclass(frozen=True)
@@ -112,11 +111,6 @@ def write_template(subject: Subject, directory: Path) -> bool:
         return False
     (directory / TEMPLATE).write_text(text, encoding="utf-8")
     return True
-
-
-ADAPTER = "adapter"
-FORM = "a server's plain LoRA"
-HEADS = ("embed_tokens", "lm_head")
 
 
 def tied_heads(subject: Subject) -> list[str]:

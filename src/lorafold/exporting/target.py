@@ -31,6 +31,9 @@ LITERAL = re.compile(r'"\{out\}([^"]*)"')
 
 Word = str | Callable[[str], str]  # or what makes it from the directory
 Line = str | tuple[Word, ...]  # text, Python or words of a command
+FULL = "full_attention"
+Progress = Callable[[int, int], None]  # done, of
+ORIGINAL = Into("original", None)
 
 
 def placed(line: Line, out: str) -> str:
@@ -48,9 +51,6 @@ def _word(word: Word, out: str) -> str:
     if word.startswith(CONTENT):
         return f'"$(cat {quote(word.removeprefix(CONTENT).replace(OUT, out))})"'
     return quote(word.replace(OUT, out))
-
-
-FULL = "full_attention"
 
 
 def window_of(config: Any) -> int | None:
@@ -86,10 +86,6 @@ def period_of(kinds: Sequence[str]) -> int | None:
     period = kinds.index(FULL) + 1
     regular = [(n + 1) % period == 0 for n in range(len(kinds))]
     return period if regular == [kind == FULL for kind in kinds] else None
-
-
-Progress = Callable[[int, int], None]  # done, of
-ORIGINAL = Into("original", None)
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,22 @@ RENAMED = (("num_local_experts", "num_experts"),)
 GEMMA, PATTERN, USUAL = "gemma3_text", "sliding_window_pattern", 6
 PARTIAL = "partial_rotary_factor"
 KINDS = ("full_attention", "sliding_attention")  # of layers that have positions of their own
+WEIGHTS, CONFIG, BASE = "adapters.safetensors", "adapter_config.json", "base"
+BLOCK = re.compile(r"(model\.layers\.\d+)\.(.+)")
+EXPERTS = re.compile(r"mlp\.experts\.(\w+)")
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+# families that mlx-lm computes without their windows
+NO_WINDOWS = (
+    "gemma2", "mistral", "mixtral", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
+)  # fmt: skip
+# where mlx-lm has the experts of a block, by the model's type
+SWITCH = {
+    "gpt_oss": "mlp.experts",
+    "mixtral": "block_sparse_moe.switch_mlp",
+    "olmoe": "mlp.switch_mlp",
+    "qwen2_moe": "mlp.switch_mlp",
+    "qwen3_moe": "mlp.switch_mlp",
+}
 
 
 def older_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -119,24 +135,6 @@ def write_older(source: Path, directory: Path) -> bool:
             shutil.copyfile(real, directory / file.name)
     write_json(directory / MODEL_CONFIG, config)
     return True
-
-
-WEIGHTS, CONFIG, BASE = "adapters.safetensors", "adapter_config.json", "base"
-BLOCK = re.compile(r"(model\.layers\.\d+)\.(.+)")
-EXPERTS = re.compile(r"mlp\.experts\.(\w+)")
-EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
-# families that mlx-lm computes without their windows
-NO_WINDOWS = (
-    "gemma2", "mistral", "mixtral", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
-)  # fmt: skip
-# where mlx-lm has the experts of a block, by the model's type
-SWITCH = {
-    "gpt_oss": "mlp.experts",
-    "mixtral": "block_sparse_moe.switch_mlp",
-    "olmoe": "mlp.switch_mlp",
-    "qwen2_moe": "mlp.switch_mlp",
-    "qwen3_moe": "mlp.switch_mlp",
-}
 
 
 class ToMlx(Target):

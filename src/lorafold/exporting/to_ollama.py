@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 QUOTES = '"""'
 LAST = "{{ $last := eq (len (slice $.Messages $i)) 1 }}"
+MODELFILE = "Modelfile"
+LONGEST = 80  # characters of a name
+FOLDED = "adapters are folded in, because Ollama from 0.34.1 on takes no ADAPTER in a Modelfile"
+SILENT = "the model's template takes no system message: Ollama's leaves one out"
 
 
 def go_template(turns: Turns) -> str:
@@ -72,12 +76,6 @@ def modelfile(weights: str, template: str, stops: Sequence[str]) -> str:
             )
     ends = "".join(f"PARAMETER stop {QUOTES}{stop}{QUOTES}\n" for stop in stops)
     return f"FROM ./{weights}\nTEMPLATE {QUOTES}{template}{QUOTES}\n{ends}"
-
-
-MODELFILE = "Modelfile"
-LONGEST = 80  # characters of a name
-FOLDED = "adapters are folded in, because Ollama from 0.34.1 on takes no ADAPTER in a Modelfile"
-SILENT = "the model's template takes no system message: Ollama's leaves one out"
 
 
 def chat_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[str], list[str]]:

@@ -26,6 +26,8 @@ from lorafold.inspecting.updates import Svd, matrix_names, of_dense, of_factors,
 from lorafold.methods.parts.token_rows import TokenRows
 
 Factors = tuple[Tensor, Tensor]  # up, down
+GATE_UP, DOWN = "gate_up_proj", "down_proj"
+INTERLEAVED = frozenset({"gpt_oss"})  # families in whose rows gates and ups take turns
 
 
 @dataclass(frozen=True)
@@ -143,10 +145,6 @@ def _cut(
         root = kept.s.sqrt()
         found.append((kept.u * root, root[:, None] * kept.v.t()))
     return stacked(found) if len(names) > 1 or names[0].endswith("]") else found[0]
-
-
-GATE_UP, DOWN = "gate_up_proj", "down_proj"
-INTERLEAVED = frozenset({"gpt_oss"})  # families in whose rows gates and ups take turns
 
 
 def apart(kind: str, name: str, factors: Factors) -> Iterator[tuple[str, Factors]]:

@@ -39,6 +39,8 @@ LEASE = 60.0  # seconds; a claim is touched three times in it
 PAUSE = 1.0  # seconds between two looks at what others make
 TOKEN = "token"  # a file in a directory that workers share, and what is in it, in the environment
 VARIABLE = "LORAFOLD_TOKEN"
+DIGITS = 12
+Figures = dict[str, Any]
 
 
 def silent(text: str) -> None:
@@ -140,10 +142,6 @@ def _lost(found: LeaseCompromise) -> None:
 def _held(claim: SoftFileLease) -> str:
     owner, name = claim.owner, Path(claim.lock_file).name.removesuffix(CLAIM)
     return name if owner is None else f"{name} (process {owner.pid} on {owner.hostname})"
-
-
-DIGITS = 12
-Figures = dict[str, Any]
 
 
 def kept(

@@ -21,6 +21,42 @@ from unicodedata import east_asian_width
 
 WIDE, ROOM = 24, 16  # characters of a name in one line, and of a line of several
 SECOND = "\u200b"  # invisible: stands after a character that is as wide as two, to be counted
+Interval = tuple[float, float]
+SIZE = (4.5, 3.2)  # inches; on a phone a plot has four fifths of its size
+SMALL = (3.4, 2.7)  # of several side by side
+COLOURS = ("", "ink", "faint", "line", *(f"series-{n}" for n in range(5)))
+_, INK, FAINT, LINE, *SERIES = (f"#0000{n:02x}" for n in range(len(COLOURS)))
+DASHES = ("-", "--", "-.", ":", (0, (7, 2, 1, 2, 1, 2)), (0, (1, 3)))
+MARKERS = ("o", "^", "s", "D", "v", "P")
+TEXT = 10  # points of a name's height
+TALL = 1.4 * TEXT  # of a line of names, in the fonts of pages
+LEADER = {"arrowstyle": "-", "color": FAINT, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 3}
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # texts stay texts, in the page's font, which is no wider
+    "svg.hashsalt": "lorafold",
+    "text.parse_math": False,  # a name may have dollar signs
+    "font.size": TEXT,
+    "axes.titlesize": TEXT,
+    "axes.labelsize": TEXT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": LINE,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "text.color": INK,
+    "axes.labelcolor": FAINT,
+    "xtick.color": LINE,
+    "ytick.color": LINE,
+    "xtick.labelcolor": FAINT,
+    "ytick.labelcolor": FAINT,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": LINE,
+    "grid.linewidth": 0.5,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 5,
+    "errorbar.capsize": 2.5,
+}
 
 
 def spaced(name: str) -> str:
@@ -67,45 +103,6 @@ def brief(names: Sequence[str]) -> list[str]:
     start, end = map(common, (names, [name[::-1] for name in names]))
     parts = [name[start : len(name) - end] for name in names]
     return [f"{'…' * (start > 0)}{p}{'…' * (end > 0)}" for p in parts] if all(parts) else [*names]
-
-
-Interval = tuple[float, float]
-
-SIZE = (4.5, 3.2)  # inches; on a phone a plot has four fifths of its size
-SMALL = (3.4, 2.7)  # of several side by side
-COLOURS = ("", "ink", "faint", "line", *(f"series-{n}" for n in range(5)))
-_, INK, FAINT, LINE, *SERIES = (f"#0000{n:02x}" for n in range(len(COLOURS)))
-DASHES = ("-", "--", "-.", ":", (0, (7, 2, 1, 2, 1, 2)), (0, (1, 3)))
-MARKERS = ("o", "^", "s", "D", "v", "P")
-TEXT = 10  # points of a name's height
-TALL = 1.4 * TEXT  # of a line of names, in the fonts of pages
-LEADER = {"arrowstyle": "-", "color": FAINT, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 3}
-STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # texts stay texts, in the page's font, which is no wider
-    "svg.hashsalt": "lorafold",
-    "text.parse_math": False,  # a name may have dollar signs
-    "font.size": TEXT,
-    "axes.titlesize": TEXT,
-    "axes.labelsize": TEXT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": LINE,
-    "axes.facecolor": "none",
-    "figure.facecolor": "none",
-    "text.color": INK,
-    "axes.labelcolor": FAINT,
-    "xtick.color": LINE,
-    "ytick.color": LINE,
-    "xtick.labelcolor": FAINT,
-    "ytick.labelcolor": FAINT,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": LINE,
-    "grid.linewidth": 0.5,
-    "lines.linewidth": 1.5,
-    "lines.markersize": 5,
-    "errorbar.capsize": 2.5,
-}
 
 
 def drawing(

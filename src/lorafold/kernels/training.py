@@ -17,6 +17,24 @@ from torch import Tensor
 from lorafold.kernels.compiling import DTYPES, INT, F, Functions, N, P, taken
 from lorafold.ops.dropout import source, threshold
 
+U32, U64 = ctypes.c_uint32, ctypes.c_uint64
+SIGNATURES = {
+    "gated_silu": [P, P, P, N, N, N, N, INT],
+    "gated_gelu_tanh": [P, P, P, N, N, N, N, INT],
+    "gated_silu_backward": [P, P, P, P, P, N, INT],
+    "gated_gelu_tanh_backward": [P, P, P, P, P, N, INT],
+    "rms_norm": [P, P, INT, P, N, N, F, INT],
+    "rms_norm_backward": [P, P, P, P, N, N, F, INT],
+    "rotary": [*[P] * 4, *[N] * 11, F, INT],
+    "softmax": [P, P, N, N, N, N, F, INT],
+    "softmax_backward": [P, P, N, N, F, INT],
+    "cross_entropy": [P, P, P, N, N, F, F, INT, INT],
+    "empty": [P, P, N],
+    "scale": [P, P, P, P, N, N, INT],
+    "scale_backward": [P, P, P, P, P, P, N, N, INT],
+}
+threads = torch.get_num_threads
+
 
 def rotary_parts(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> tuple[object, ...] | None:
     """The arguments of `rotary` up to the sign; None if the strides are not among those it takes.
@@ -52,25 +70,6 @@ def gated_parts(gate: Tensor, up: Tensor, out: Tensor) -> tuple[object, ...]:
     flat = [t.reshape(-1, n) for t in (gate, up)]
     rows = [t if t.stride(1) == 1 else t.contiguous() for t in flat]
     return *rows, out, len(rows[0]), n, *(t.stride(0) for t in rows)
-
-
-U32, U64 = ctypes.c_uint32, ctypes.c_uint64
-SIGNATURES = {
-    "gated_silu": [P, P, P, N, N, N, N, INT],
-    "gated_gelu_tanh": [P, P, P, N, N, N, N, INT],
-    "gated_silu_backward": [P, P, P, P, P, N, INT],
-    "gated_gelu_tanh_backward": [P, P, P, P, P, N, INT],
-    "rms_norm": [P, P, INT, P, N, N, F, INT],
-    "rms_norm_backward": [P, P, P, P, N, N, F, INT],
-    "rotary": [*[P] * 4, *[N] * 11, F, INT],
-    "softmax": [P, P, N, N, N, N, F, INT],
-    "softmax_backward": [P, P, N, N, F, INT],
-    "cross_entropy": [P, P, P, N, N, F, F, INT, INT],
-    "empty": [P, P, N],
-    "scale": [P, P, P, P, N, N, INT],
-    "scale_backward": [P, P, P, P, P, P, N, N, INT],
-}
-threads = torch.get_num_threads
 
 
 def forms() -> Any:

@@ -25,6 +25,13 @@ import torch
 from lorafold.machine.memory import CONTROL_GROUP
 from lorafold.machine.threads import disband, gather
 
+BUSY, QUIET = 0.3, 0.1  # cores that others use: above, below
+PAUSE = 1.0  # seconds between two looks
+LOOKS = 3  # quiet ones in a row before it counts as quiet
+_lock = threading.Lock()
+_users = 0
+_ended = threading.Event()
+
 
 def processor_name() -> str:
     """The model's name where the system tells it, else the architecture."""
@@ -94,15 +101,6 @@ def instruction_sets() -> tuple[str, ...]:
         "AMX": torch.cpu._is_amx_tile_supported,
     }
     return tuple(name for name, supported in known.items() if supported())
-
-
-BUSY, QUIET = 0.3, 0.1  # cores that others use: above, below
-PAUSE = 1.0  # seconds between two looks
-LOOKS = 3  # quiet ones in a row before it counts as quiet
-
-_lock = threading.Lock()
-_users = 0
-_ended = threading.Event()
 
 
 @contextmanager

@@ -28,6 +28,10 @@ from lorafold.machine.cores import usable_cores
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
+T = TypeVar("T")
+PARALLELISM = "TOKENIZERS_PARALLELISM"  # threads of tokenizers, which can't go on in a fork
+AHEAD = 3  # calls that wait for each process
+
 
 def end_with_parent() -> None:
     """Have this process of `multiprocessing` end as soon as its parent does, however that ends."""
@@ -39,11 +43,6 @@ def end_with_parent() -> None:
         os._exit(1)
 
     Thread(target=wait, name="parent", daemon=True).start()
-
-
-T = TypeVar("T")
-PARALLELISM = "TOKENIZERS_PARALLELISM"  # threads of tokenizers, which can't go on in a fork
-AHEAD = 3  # calls that wait for each process
 
 
 @contextmanager

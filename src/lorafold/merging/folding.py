@@ -28,6 +28,9 @@ from lorafold.fold.rounding import Rounded, Rounding, Sums, round_to
 from lorafold.merging.plan import Plan
 from lorafold.models.converted import Conversion
 
+# two parameters of a block's experts, and two whose tensors are divided between two files
+KEPT = 4
+
 
 @torch.no_grad()
 def as_stored(module: nn.Module, w: Tensor, b: Tensor | None) -> dict[str, Tensor]:
@@ -73,10 +76,6 @@ def settled(target: Tensor, original: Tensor, values: Sequence[int]) -> tuple[Te
         [original, original.new_empty(len(target) - len(original), *original.shape[1:])]
     )
     return target.index_copy_(0, at, nearest.to(target.dtype)), original.index_copy_(0, at, nearest)
-
-
-# two parameters of a block's experts, and two whose tensors are divided between two files
-KEPT = 4
 
 
 class Folding:

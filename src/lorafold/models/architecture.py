@@ -29,6 +29,8 @@ from lorafold.models.sources import known
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+CAUSAL = "AutoModelForCausalLM"
+
 
 @dataclass(frozen=True)
 class Whole:
@@ -101,9 +103,6 @@ def _end(model: Any) -> str:
     """The path of the output embedding; empty without one."""
     end = model.get_output_embeddings()
     return next((path for path, m in bare_modules(model) if m is end), "") if end else ""
-
-
-CAUSAL = "AutoModelForCausalLM"
 
 
 def auto_class(config: PreTrainedConfig, what: str) -> Any:

@@ -26,32 +26,6 @@ JOINED = (
     "{% for message in messages %}{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
-
-
-def joined(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the template for this tokenizer.
-
-    Raises LorafoldError if the tokenizer has no end-of-sequence token, without which no completion
-    would end.
-    """
-    if tokenizer.eos_token is None:
-        raise LorafoldError(
-            f"chat template {NONE}: the tokenizer has no end-of-sequence token, so completions"
-            " could not end; expected a template that ends them"
-        )
-    return opening(tokenizer) + JOINED
-
-
-def opening(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the beginning of a template for this tokenizer: its beginning-of-sequence token, if it
-    puts that before texts.
-    """
-    starts_with_bos = tokenizer.bos_token is not None and tokenizer("a").input_ids[:1] == [
-        tokenizer.bos_token_id
-    ]
-    return "{{ bos_token }}" if starts_with_bos else ""
-
-
 TOOLS = "tools"  # its name in a recipe and on the command line; a file of that name is ./tools
 START, END = "<|im_start|>", "<|im_end|>"
 TEMPLATE = """\
@@ -93,6 +67,30 @@ TEMPLATE = """\
 {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt %}{{ begin('assistant') }}{% endif -%}"""
+
+
+def joined(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the template for this tokenizer.
+
+    Raises LorafoldError if the tokenizer has no end-of-sequence token, without which no completion
+    would end.
+    """
+    if tokenizer.eos_token is None:
+        raise LorafoldError(
+            f"chat template {NONE}: the tokenizer has no end-of-sequence token, so completions"
+            " could not end; expected a template that ends them"
+        )
+    return opening(tokenizer) + JOINED
+
+
+def opening(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the beginning of a template for this tokenizer: its beginning-of-sequence token, if it
+    puts that before texts.
+    """
+    starts_with_bos = tokenizer.bos_token is not None and tokenizer("a").input_ids[:1] == [
+        tokenizer.bos_token_id
+    ]
+    return "{{ bos_token }}" if starts_with_bos else ""
 
 
 def with_tools(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -40,6 +40,10 @@ if TYPE_CHECKING:
 HALF = re.compile(r"(.+\.ffn_)(gate|up)(_exps\..+)")
 OTHER_HALF = {"gate": "up", "up": "gate"}
 BLOCK = re.compile(r"blk\.(\d+)\.(?!attn_rot_embd)")  # old files have those positions' angles
+log = logging.getLogger(__name__)
+UNPACKING = 2  # raise it when copies made by an earlier version must not be used any more
+PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+EXACT = {*PLAIN, "Q8_0"}  # what a copy has as it is in the file
 
 
 def missing_halves(readers: Sequence[GGUFReader]) -> list[str]:
@@ -93,13 +97,6 @@ def check_read(model: Any, report: Any, readers: Sequence[GGUFReader], what: str
 
 def _names(readers: Sequence[GGUFReader]) -> list[str]:
     return [tensor.name for reader in readers for tensor in reader.tensors]
-
-
-log = logging.getLogger(__name__)
-
-UNPACKING = 2  # raise it when copies made by an earlier version must not be used any more
-PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-EXACT = {*PLAIN, "Q8_0"}  # what a copy has as it is in the file
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 IN_TURN = "HF_DEACTIVATE_ASYNC_LOAD"  # else threads of transformers read ahead, as far as they get
+log = logging.getLogger(__name__)
+# the files of a tokenizer, except vocabularies whose names depend on its class
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "additional_chat_templates/*",
+    "chat_template.*",
+    "config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+# one of these contains the vocabulary, unless the tokenizer needs none
+VOCABULARIES = (
+    *("tokenizer.json", "tokenizer.*.json", "tekken.json", "*.model", "*.tiktoken", "*.spm"),
+    *("*.bpe", "vocab*", "merges.txt"),
+)
 
 
 @contextmanager
@@ -77,25 +93,6 @@ def each_kept(keep: Callable[[Tensor], None]) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-log = logging.getLogger(__name__)
-
-# the files of a tokenizer, except vocabularies whose names depend on its class
-TOKENIZER_FILES = (
-    "added_tokens.json",
-    "additional_chat_templates/*",
-    "chat_template.*",
-    "config.json",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-)
-# one of these contains the vocabulary, unless the tokenizer needs none
-VOCABULARIES = (
-    *("tokenizer.json", "tokenizer.*.json", "tekken.json", "*.model", "*.tiktoken", "*.spm"),
-    *("*.bpe", "vocab*", "merges.txt"),
-)
 
 
 def load_model(

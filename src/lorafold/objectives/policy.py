@@ -59,6 +59,15 @@ if TYPE_CHECKING:
 
 HIGHEST, LOWEST = "highest reward", "lowest reward"  # of all completions so far
 SILENT = "lowest reward since a signal"  # of those since the last step with one
+LARGEST = 1e12  # an advantage: squares of gradients times it are still numbers of fp32
+COLLAPSED = 0.1  # nats a token: below it nearly all completions of a prompt are the same
+SOLVED = "the rows are solved, unless the reward can be higher; try harder rows"
+TRY = (
+    "the prompts are too hard or too easy for it; try easier rows, a reward that grades, or more"
+    " completions of a prompt (group, fill)",
+    "the policy has collapsed; try a lower learning rate, beta, or more prompts a step (batch) and"
+    " completions of a prompt (group)",
+)  # by whether it has collapsed
 
 
 class Playing(Policy):
@@ -94,17 +103,6 @@ class Playing(Policy):
     def generated(self) -> Generated:
         found, self.last = self.last, Generated()
         return found
-
-
-LARGEST = 1e12  # an advantage: squares of gradients times it are still numbers of fp32
-COLLAPSED = 0.1  # nats a token: below it nearly all completions of a prompt are the same
-SOLVED = "the rows are solved, unless the reward can be higher; try harder rows"
-TRY = (
-    "the prompts are too hard or too easy for it; try easier rows, a reward that grades, or more"
-    " completions of a prompt (group, fill)",
-    "the policy has collapsed; try a lower learning rate, beta, or more prompts a step (batch) and"
-    " completions of a prompt (group)",
-)  # by whether it has collapsed
 
 
 @dataclass(frozen=True)

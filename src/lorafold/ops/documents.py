@@ -29,6 +29,8 @@ from torch import Tensor
 from lorafold.errors import LorafoldError
 from lorafold.ops.host import on_host, sent
 
+TILE = 128
+
 
 class Tile(NamedTuple):
     """Queries lo:hi against keys first:hi of each of n consecutive documents of one length, whose
@@ -88,9 +90,6 @@ class Tile(NamedTuple):
     def put_keys(self, x_SHD: Tensor, every: Tensor) -> None:
         """Write every (n * Hk, length, D), laid out as by `keys`, to its place in x_SHD."""
         self._every(x_SHD).copy_(every.unflatten(0, (self.n, -1)))
-
-
-TILE = 128
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,8 @@ from lorafold.serving.wire.schema import Compiles, check, held
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+MARKS = 2048  # letters with which a template writes reasoning and calls, which texts are sought for
+
 
 class Renderer:
     """The tokenizer of the base, or of adapters.
@@ -172,9 +174,6 @@ class Chosen:
         digits of the base's identity.
         """
         return f"{self.key or self.name}+{self.base[:12]}"
-
-
-MARKS = 2048  # letters with which a template writes reasoning and calls, which texts are sought for
 
 
 class Renderers:

@@ -25,6 +25,9 @@ from lorafold.files.digests import Marks
 from lorafold.serving.json_file import read
 
 log = logging.getLogger(__name__)
+SHOWN = 12  # digits in a line of the log
+WON_T = "which lorafold 0.3 won't understand"
+MAY_BE = "or of another version without a tokenizer, so that it stands for nothing now"
 
 
 class Found(BaseModel):
@@ -142,11 +145,6 @@ class Seen:
                 if not self._failed:
                     log.warning("what was verified can't be kept yet: %s", error)
                 self._changed = self._failed = True
-
-
-SHOWN = 12  # digits in a line of the log
-WON_T = "which lorafold 0.3 won't understand"
-MAY_BE = "or of another version without a tokenizer, so that it stands for nothing now"
 
 
 class Digests:

@@ -19,6 +19,9 @@ from torch.utils._pytree import tree_iter
 from lorafold.core.anatomy import bare_modules, blocks, vocabulary_ends
 from lorafold.machine.processes import Processes
 
+LEAST = 1 << 14  # bytes of a tensor; what is smaller stays whole
+UNIT = 64  # bytes that are not parted
+
 
 class Moments:
     """The processes by the parameters that each updates; a parameter of no process is all's."""
@@ -60,10 +63,6 @@ def balanced(parameters: Iterable[nn.Parameter], count: int) -> dict[nn.Paramete
         chosen[p] = loads.index(min(loads))
         loads[chosen[p]] += p.nbytes
     return chosen
-
-
-LEAST = 1 << 14  # bytes of a tensor; what is smaller stays whole
-UNIT = 64  # bytes that are not parted
 
 
 class Parted:

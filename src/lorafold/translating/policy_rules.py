@@ -31,6 +31,8 @@ TEXTS = (
     "TRL gives completions of prompts that are messages as lists of messages; here they are texts,"
     " and so completion[0]['content'] is completion"
 )
+NO_PART = "tokens count alike here, and entropy has no part in the loss"
+STAYS = "lorafold's reference never moves"
 
 
 def weights_of(settings: Settings, n: int) -> Sequence[float]:
@@ -86,9 +88,6 @@ def reward_clip_range(value: Any, settings: Settings) -> Outcome:
     """`reward_clip_range` has no counterpart: LorafoldError, as rewards would be others."""
     raise LorafoldError(f"found {value!r}, but rewards count as they are: clip in the function")
 
-
-NO_PART = "tokens count alike here, and entropy has no part in the loss"
-STAYS = "lorafold's reference never moves"
 
 SHARED: tuple[Rule, ...] = (
     Rule("reward_funcs", reward_funcs, ()),
