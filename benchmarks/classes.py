@@ -14,6 +14,7 @@ import argparse
 import json
 import random
 import tempfile
+from hashlib import sha256
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -92,12 +93,13 @@ def rows(n: int) -> list[dict[str, str]]:
 
 def measured(rate: float | None, seed: int, asked: argparse.Namespace, out: Path) -> dict[str, Any]:
     """The figures of a run."""
-    names = (rate or "default", seed, asked.steps, asked.storage, asked.threads, asked.rows)
+    given = rows(asked.rows + HELD_OUT)
+    if asked.data is not None:
+        given = [json.loads(line) for line in asked.data.read_text().splitlines()]
+    of = sha256(json.dumps(given).encode()).hexdigest()[:8]
+    names = (rate or "default", seed, asked.steps, asked.storage, asked.threads, asked.rows, of)
     file = out / f"{'-'.join(map(str, names))}.json"
     if not file.exists():
-        given = rows(asked.rows + HELD_OUT)
-        if asked.data is not None:
-            given = [json.loads(line) for line in asked.data.read_text().splitlines()]
         fields = {"steps": asked.steps, "lr_b": rate, "seed": seed, "storage": asked.storage}
         trained = lf.train(
             lf.Recipe(objective="classify", **fields),
