@@ -78,25 +78,26 @@ def test_who_left_is_bounded_too(server: Running, go: threading.Event) -> None:
     assert server.complete("a", "The").status == 200
 
 
+@pytest.mark.parametrize("read", [True, False], ids=["read", "unread"])
 @pytest.mark.parametrize("path", ["/v1/completions", "/tokenize"])
 def test_what_was_not_thought_about_yet_is_left_out(
-    server: Running, monkeypatch: pytest.MonkeyPatch, path: str
+    server: Running, monkeypatch: pytest.MonkeyPatch, path: str, read: bool
 ) -> None:
     host, renderer = server.parts.host, server.parts.registry.plain.renderer
-    began, go, thought, tokens = threading.Event(), threading.Event(), [], renderer.tokens
+    go, thought, tokens = threading.Event(), [], renderer.tokens
 
     def slow(text: str, special: bool) -> tuple[int, ...]:
         thought.append(text[:6])
-        began.set()
         go.wait(20)
         return tokens(text[:6], special)
 
     monkeypatch.setattr(renderer, "tokens", slow)
     body = {"model": "a", "prompt": "x" * 9000}
-    asked = [post(server, path, body) for _ in range(MOST)]
+    asked = [post(server, path, body) for _ in range(MOST if read else TURNS)]
+    until(lambda: len(thought) == TURNS)
+    asked += [post(server, path, body) for _ in range(MOST - len(asked))]  # no turn to read these
     until(lambda: host.waiting() == MOST)
     assert server.complete("a", "The").code == "tenant_queue_full"
-    began.wait(20)
     for at in asked:
         at.close()
     until(lambda: host.waiting() == TURNS)  # those that threads are at keep their tenant's turns

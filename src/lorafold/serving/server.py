@@ -129,7 +129,9 @@ class Server:
                 body = read_body(kind, content)
             return then(body)
 
-        return made() if len(content) <= SMALL else await self.host.think(made, caller.tenant)
+        if len(content) <= SMALL:
+            return made()
+        return await unless_left(request, self.host.think(made, caller.tenant))
 
     async def complete(
         self, request: Request, caller: Caller, id: str, dialect: Dialect
