@@ -5,6 +5,7 @@ house allows them, classes that are abstract or final.
 import ast
 import importlib
 import inspect
+import re
 from collections.abc import Iterable
 from functools import cache
 from graphlib import TopologicalSorter
@@ -15,55 +16,23 @@ import pytest
 import lorafold
 from imports import FILES, SRC, changed_elsewhere, imported, is_module, name_of, ours
 
-# From the top down: a package imports from the floors below its own, and no two share one.
-FLOORS = [
-    "__main__",
-    "cli",
-    "api",
-    "diagnosis",
-    "quickstart",
-    "serving",
-    "undoing",
-    "comparing",
-    "composing",
-    "exporting",
-    "inspecting",
-    "merging",
-    "training",
-    "memory",
-    "translating",
-    "recipe",
-    "objectives",
-    "evaluation",
-    "conversation",
-    "generation",
-    "engine",
-    "step",
-    "screening",
-    "opening",
-    "rewards",
-    "data",
-    "adapter",
-    "fold",
-    "identity",
-    "peft",
-    "models",
-    "kernels",
-    "files",
-    "methods",
-    "methods.parts",
-    "bases",
-    "ops",
-    "core",
-    "machine",
-    "errors",
-]
-HEIGHT = {name: height for height, name in enumerate(reversed(FLOORS))}
-
-
-def floor(module: str) -> str:
-    """The floor of a module, named as within the package: `methods.parts.bias`."""
-    return max((f for f in FLOORS if f"{module}.".startswith(f"{f}.")), key=len, default=module)
+# From the top down. A package imports from the layers below its own, and from packages of its own
+# layer as long as these don't import it in turn.
+LAYERS = {
+    "face": ["__main__", "cli", "api", "diagnosis", "quickstart"],
+    "serving": ["serving"],
+    "results": ["undoing", "comparing", "composing", "exporting", "inspecting", "merging"],
+    "run": ["training", "memory", "translating", "recipe"],
+    "objectives": ["objectives", "evaluation"],
+    "engine": ["conversation", "generation", "engine", "step"],
+    "inputs": ["screening", "opening", "rewards", "data"],
+    "adapters": ["adapter", "fold", "identity", "peft"],
+    "models": ["models"],
+    "algebra": ["kernels", "methods", "bases", "ops", "core"],
+    "ground": ["files", "machine", "errors"],
+}
+LAYER = {package: layer for layer, packages in LAYERS.items() for package in packages}
+HEIGHT = {layer: height for height, layer in enumerate(reversed(LAYERS))}
 
 
 def room(path: Path) -> str:
@@ -75,21 +44,23 @@ def imports(path: Path, for_checkers: bool = True) -> frozenset[str]:
     return frozenset(imported(path.read_text(encoding="utf-8"), name_of(path), for_checkers))
 
 
-def test_every_room_has_a_floor_and_says_what_it_is() -> None:
-    rooms = {floor(name_of(path)) for path in FILES} - {"__init__"}
-    assert rooms == set(FLOORS)
-    for name in FLOORS:
+def test_every_package_has_a_layer_and_says_what_it_is() -> None:
+    assert {room(path) for path in FILES} - {"__init__"} == LAYER.keys()
+    for name in LAYER:
         module = importlib.import_module(f"lorafold.{name}") if name != "__main__" else lorafold
-        print(f"{HEIGHT[name]:>2}  {name:<14} {(inspect.getdoc(module) or '').splitlines()[0]}")
+        print(f"{LAYER[name]:<10} {name:<12} {(inspect.getdoc(module) or '').splitlines()[0]}")
         assert inspect.getdoc(module), name
 
 
-def test_the_architecture_s_page_has_these_floors() -> None:
+def test_the_architecture_s_page_has_these_layers() -> None:
     page = (SRC.parent.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
-    tree = page.partition("| floor | what it has |\n|---|---|\n")[2].partition("\n\n")[0]
-    shown = [line.split("`")[1] for line in tree.splitlines()]
-    ours = [f for f in FLOORS if f not in ("__main__", "methods.parts")]
-    assert [name.removesuffix("/").removesuffix(".py") for name in shown] == ours
+    rows = page.partition("| layer | packages |")[2].partition("\n\n")[0].splitlines()[2:]
+    shown = {}
+    for row in rows:
+        layer, packages = (cell.strip() for cell in row.split("|")[1:3])
+        shown[layer] = [re.split(r"[/.`]", part)[0] for part in packages.split("`")[1::2]]
+    assert [*shown] == [*LAYERS]
+    assert shown == {k: [p for p in v if p != "__main__"] for k, v in LAYERS.items()}
 
 
 def test_files_are_short_and_say_what_they_are() -> None:
@@ -98,18 +69,33 @@ def test_files_are_short_and_say_what_they_are() -> None:
     assert [path for path, text in texts.items() if not ast.get_docstring(ast.parse(text))] == []
 
 
-def test_arrows_point_down() -> None:
+def test_imports_point_down() -> None:
     up = {name_of(path): found for path in FILES if (found := upward(name_of(path), imports(path)))}
     assert up == {}
 
 
+def test_packages_of_one_layer_have_an_order() -> None:
+    graph: dict[str, set[str]] = {}
+    for path in FILES:
+        graph.setdefault(room(path), set()).update(packages(imports(path)) - {room(path)})
+    graph.pop("__init__")
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the packages
+
+
+def packages(names: Iterable[str]) -> set[str]:
+    """The packages of lorafold among the names of modules."""
+    inside = (ours(name) for name in names)
+    return {place.partition(".")[0] for place in inside if place is not None}
+
+
 def upward(name: str, imports: Iterable[str]) -> set[str]:
-    """The floors from which a module imports although they do not lie below its own."""
-    own = floor(name)
-    if own == "__init__":  # the face, from which every public name is had
+    """The packages that a module imports from although they lie in a layer above its own."""
+    own = LAYER.get(name.partition(".")[0])
+    if own is None:  # the public names, which are imported from everywhere
         return set()
-    floors = {floor(place) for found in imports if (place := ours(found)) is not None}
-    return {other for other in floors - {own} if HEIGHT.get(other, len(FLOORS)) >= HEIGHT[own]}
+    top = len(LAYERS)
+    heights = {other: HEIGHT.get(LAYER.get(other, ""), top) for other in packages(imports)}
+    return {other for other, height in heights.items() if height > HEIGHT[own]}
 
 
 @pytest.mark.parametrize(
@@ -162,7 +148,7 @@ def test_no_file_changes_another() -> None:
     assert {name: found for name, found in changes.items() if found} == {}
 
 
-# Arrows that the floors allow and the house does not: who must not know of whom, and why.
+# Imports that the layers allow and this project does not: who must not know of whom, and why.
 MUST_NOT: list[tuple[str, set[str], str]] = [
     ("files", {"core", "ops", "bases", "methods", "machine"}, "a directory knows no tensors' use"),
     ("fold", {"methods"}, "folding asks every delta alike"),
