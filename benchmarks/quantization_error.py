@@ -40,7 +40,7 @@ from lib.results import keep
 from lib.short import parsed
 from torch import Tensor, nn
 
-from lorafold.core.presets import all_linear
+from lorafold.core.targets import all_linear
 from lorafold.data.probes import probe_ids
 from lorafold.models.loading import load_model, load_tokenizer
 from lorafold.ops import nf4

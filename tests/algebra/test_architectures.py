@@ -25,9 +25,8 @@ from architectures import (
     near,
     run,
 )
-from lorafold.core.anatomy import bare_modules, blocks
+from lorafold.core.anatomy import Anatomy
 from lorafold.core.matrices import Matrices
-from lorafold.core.towers import aside, language_model, towers
 from lorafold.step.documents import isolates
 from more_architectures import FAMILIES
 
@@ -108,7 +107,7 @@ def test_peft_computes_the_same_from_our_file(name: str, tmp_path: Path) -> None
 def test_we_compute_the_same_from_peft_s_file(name: str, tmp_path: Path) -> None:
     row = ARCHITECTURES[name]
     model, inputs = row.model(), row.inputs()
-    matrices = {path for path, m in bare_modules(model) if isinstance(m, Matrices)}
+    matrices = {path for path, m in Anatomy.of(model).modules if isinstance(m, Matrices)}
     left_out = OF_EXPERTS if matrices else ()
     targets = [p for p in peft_has(name, model) if p.rsplit(".", 1)[-1] not in left_out]
     matrices &= set(peft_has(name, model))
@@ -149,9 +148,10 @@ def test_encoders_keep_all_their_blocks() -> None:
     """A pair of encoders and an encoder-decoder are one model, and neither half is a tower."""
     for name, row in ENCODERS.items():
         model = row.model()
-        assert (language_model(model), towers(model), aside(model)) == ("", {}, ()), name
+        anatomy = Anatomy.of(model)
+        assert (anatomy.language, anatomy.encoders, anatomy.beside) == ("", {}, ()), name
         adapted = {site.rsplit(".", 1)[0] for site in lf.attach(model, lf.LoRA(rank=2)).sites}
-        assert all(any(f"{s}.".startswith(f"{b}.") for s in adapted) for b in blocks(model)), name
+        assert all(any(f"{s}.".startswith(f"{b}.") for s in adapted) for b in anatomy.blocks), name
 
 
 def test_presets_of_an_encoder_decoder() -> None:
@@ -169,7 +169,7 @@ def test_a_vision_encoder_under_a_text_decoder_is_one_model() -> None:
         ARCHITECTURES["vit"].config(), tf.TrOCRConfig(**SEQ2SEQ | IDS)
     )
     model = tf.VisionEncoderDecoderModel(config)
-    assert towers(model) == {}
+    assert Anatomy.of(model).encoders == {}
     sites = lf.attach(model, lf.LoRA(rank=2)).sites
     assert {site.split(".")[0] for site in sites} == {"encoder", "decoder"}
 

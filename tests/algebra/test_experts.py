@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import lorafold as lf
 from lorafold.bases import layer_of, parameter_count
 from lorafold.bases.bitsandbytes import bitsandbytes
-from lorafold.core.anatomy import bare_modules, of_attention, routers
+from lorafold.core.anatomy import Anatomy, of_attention
 from lorafold.core.attach import base_state, selection_of
 from lorafold.core.draws import drawing, named
 from lorafold.core.matrices import Matrices, module_at
@@ -72,7 +72,7 @@ def logits(model: torch.nn.Module) -> Tensor:
 
 
 def experts_of(model: torch.nn.Module) -> list[str]:
-    return [path for path, m in bare_modules(model) if isinstance(m, Matrices)]
+    return [path for path, m in Anatomy.of(model).modules if isinstance(m, Matrices)]
 
 
 @pytest.mark.few(16)
@@ -126,11 +126,11 @@ def test_all_linear_includes_experts_and_leaves_routers_alone(family: str) -> No
     model = mixture(family)
     adapter = lf.attach(model, lf.LoRA(rank=2))
     sites = set(adapter.matches.paths)
-    every = {path for path, m in bare_modules(model) if isinstance(m, Matrices)}
+    every = {path for path, m in Anatomy.of(model).modules if isinstance(m, Matrices)}
     assert every
     assert every <= sites
-    assert routers(model)
-    assert not routers(model) & sites
+    assert Anatomy.of(model).routers
+    assert not Anatomy.of(model).routers & sites
     assert family == "gpt-oss" or "experts" not in adapter.unreached.blocks  # its biases
     attention_only = lf.attach(mixture(family), lf.LoRA(rank=2), "attention").matches.paths
     assert {path for path in every & set(attention_only) if not of_attention(path)} == set()
@@ -325,7 +325,7 @@ def test_quantized_experts(family: str, storage: str, tmp_path: Path) -> None:
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model = lf.load_model(folder, storage=storage)
     assert parameter_count(model) == parameter_count(plain)
-    own = {path: m for path, m in bare_modules(model) if isinstance(m, Matrices)}
+    own = {path: m for path, m in Anatomy.of(model).modules if isinstance(m, Matrices)}
     functional = bitsandbytes().functional
     for path, matrices in own.items():
         stored = plain.get_parameter(path)
@@ -343,7 +343,7 @@ def test_quantized_experts(family: str, storage: str, tmp_path: Path) -> None:
     with torch.no_grad():
         for path, matrices in own.items():
             plain.get_parameter(path).copy_(as_stored(matrices, layer_of(matrices).dense()[0]))
-        for path, m in bare_modules(model):
+        for path, m in Anatomy.of(model).modules:
             if type(m).__module__.startswith("bitsandbytes."):
                 plain.get_parameter(f"{path}.weight").copy_(layer_of(m).dense()[0])
     compute_in(model, torch.float32)

@@ -1,4 +1,4 @@
-"""Experts whose class is a row of `core.expert_forms`: what their forwards compute and what they
+"""Experts whose class is a row of `core.matrices`: what their forwards compute and what they
 leave out.
 """
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import lorafold as lf
-from lorafold.core.anatomy import bare_modules
+from lorafold.core.anatomy import Anatomy
 from lorafold.core.matrices import Matrices
 from lorafold.ops import groups
 from mixtures import FORMS, mixture
@@ -62,7 +62,9 @@ def test_experts_without_matrices_give_back_their_input(share: str) -> None:
 def test_experts_apart_from_what_routes_to_them_are_refused(name: str, child: str) -> None:
     model = mixture(name)
     holder = next(
-        m.owner for p, m in bare_modules(model) if isinstance(m, Matrices) and f".{child}." in p
+        m.owner
+        for path, m in Anatomy.of(model).modules
+        if isinstance(m, Matrices) and f".{child}." in path
     )
     expected = f"found a {type(holder).__name__} alone, expected one in the module that routes"
     with pytest.raises(lf.LorafoldError, match=expected):

@@ -12,8 +12,8 @@ import transformers as tf
 
 import lorafold as lf
 from lorafold.bases import is_linear
-from lorafold.core.anatomy import indexers, routers
-from lorafold.core.presets import all_linear, block_linears
+from lorafold.core.anatomy import Anatomy
+from lorafold.core.targets import all_linear, block_linears
 from mixtures import MLA, SHAPE, mixture
 
 IDS = torch.randint(3, 290, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -48,10 +48,10 @@ def test_experts_without_a_row_are_frozen_and_called_experts(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """DBRX's and LongCat's were `other`, and the routers of three of them were adapted."""
-    monkeypatch.setattr("lorafold.core.expert_forms.FORMS", {})
+    monkeypatch.setattr("lorafold.core.matrices.FORMS", {})
     router, least = OTHERS[name]
     model = mixture(name)
-    assert any(path.endswith(router) for path in routers(model))
+    assert any(path.endswith(router) for path in Anatomy.of(model).routers)
     adapter = lf.attach(model, lf.LoRA(rank=2, dropout=0.0))
     assert not any(router in path for path in adapter.deltas)
     frozen = adapter.unreached.as_json()["blocks"]
@@ -69,7 +69,7 @@ def test_an_indexer_gets_no_adapter() -> None:
         first_k_dense_replace=1, index_n_heads=2, index_head_dim=16, index_topk=4,
     )  # fmt: skip
     model = drawn(config)
-    assert len(indexers(model)) == 2
+    assert len(Anatomy.of(model).indexers) == 2
     adapter = lf.attach(model, lf.LoRA(rank=2, dropout=0.0))
     assert not any(".indexer." in path for path in adapter.deltas)
     assert 0.01 < adapter.unreached.as_json()["blocks"]["indexers"] < 0.1

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import lorafold as lf
-from lorafold.core.anatomy import bare_modules
+from lorafold.core.anatomy import Anatomy
 
 IDS = torch.randint(3, 250, (2, 7), generator=torch.Generator().manual_seed(4))
 
@@ -30,7 +30,7 @@ def test_it_trains_the_biases_that_there_are(kind: str, tiny_model) -> None:
     model = tiny_model(kind)
     own = {
         path: m.bias
-        for path, m in bare_modules(model)
+        for path, m in Anatomy.of(model).modules
         if isinstance(getattr(m, "bias", None), nn.Parameter)
     }
     adapter = lf.attach(model, lf.BitFit())

@@ -17,9 +17,8 @@ from architectures import ARCHITECTURES, GROUPED, MIXTURES, MULTIMODAL, TOWER, m
 from conftest import lorafold, make_tokenizer
 from lorafold.adapter.reach import strays, unreached
 from lorafold.bases import is_linear
-from lorafold.core.anatomy import bare_modules, blocks
-from lorafold.core.presets import PRESETS
-from lorafold.core.towers import aside, language_model, towers
+from lorafold.core.anatomy import Anatomy
+from lorafold.core.targets import PRESETS
 
 HAVE_EXPERTS = {*MIXTURES, "jamba", "granite-hybrid", "qwen3-next"}
 
@@ -28,9 +27,9 @@ HAVE_EXPERTS = {*MIXTURES, "jamba", "granite-hybrid", "qwen3-next"}
 def test_the_tower_stays_out_and_byte_for_byte_the_same(name: str) -> None:
     row = MULTIMODAL[name]
     model, inputs = row.model(), row.inputs()
-    assert tuple(towers(model)) == row.towers
+    assert tuple(Anatomy.of(model).encoders) == row.towers
     adapter = lf.attach(model, lf.LoRA(rank=4, dropout=0.0))
-    inner = language_model(model)
+    inner = Anatomy.of(model).language
     assert all(site.startswith(f"{inner}.layers.") for site in adapter.sites)
     before = {n: p.clone() for n, p in model.named_parameters() if n.startswith(row.towers)}
     assert before
@@ -51,7 +50,7 @@ def test_the_tower_stays_out_and_byte_for_byte_the_same(name: str) -> None:
 @pytest.mark.parametrize("name", list(MULTIMODAL))
 def test_no_preset_but_the_tower_s_own_takes_it(name: str, preset: str) -> None:
     model = MULTIMODAL[name].model()
-    beside = tuple(f"{path}." for path in aside(model))
+    beside = tuple(f"{path}." for path in Anatomy.of(model).beside)
     paths = PRESETS[preset](model, is_linear)
     assert paths
     assert not [path for path in paths if f"{path}.".startswith(beside)]
@@ -63,8 +62,9 @@ def test_the_tower_is_adapted_on_request(name: str, tmp_path: Path) -> None:
     row = MULTIMODAL[name]
     model, inputs = row.model(), row.inputs()
     (tower,) = row.towers
-    preset = f"{towers(model)[tower]}-linear"
-    linears = {p for p, m in bare_modules(model) if is_linear(m) and p.startswith(f"{tower}.")}
+    preset = f"{Anatomy.of(model).encoders[tower]}-linear"
+    modules = Anatomy.of(model).modules
+    linears = {p for p, m in modules if is_linear(m) and p.startswith(f"{tower}.")}
     adapter = moved(model, targets=preset)
     assert set(adapter.sites) <= linears
     assert len(adapter.sites) >= 8
@@ -93,8 +93,8 @@ def test_a_tower_inside_the_language_model_stays_out_too() -> None:
     )
     with torch.device("meta"):
         model = tf.Phi4MultimodalForCausalLM(config)
-    assert language_model(model) == ""
-    assert sorted(towers(model).values()) == ["audio", "vision"]
+    assert Anatomy.of(model).language == ""
+    assert sorted(Anatomy.of(model).encoders.values()) == ["audio", "vision"]
     assert {p.split(".")[1] for p in PRESETS["all-linear"](model, is_linear)} == {"layers"}
     assert PRESETS["vision-linear"](model, is_linear)
     assert PRESETS["audio-linear"](model, is_linear)
@@ -149,8 +149,8 @@ def test_all_linear_in_peft_s_file_keeps_peft_s_meaning(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", list(ARCHITECTURES))
 def test_what_is_reached_and_what_is_not_are_all_of_the_blocks(name: str) -> None:
     model = ARCHITECTURES[name].model()
-    beside = tuple(f"{path}." for path in aside(model))
-    inside = tuple(f"{b}." for b in blocks(model) if not f"{b}.".startswith(beside))
+    beside = tuple(f"{path}." for path in Anatomy.of(model).beside)
+    inside = tuple(f"{b}." for b in Anatomy.of(model).blocks if not f"{b}.".startswith(beside))
     adapter = lf.attach(model, lf.LoRA(rank=2))
     base = [(n, p) for n, p in model.named_parameters() if ".deltas." not in n]
     left = [(n, p.numel()) for n, p in base if not {n, n.rpartition(".")[0]} & set(adapter.sites)]

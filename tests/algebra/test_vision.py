@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification
 
 import lorafold as lf
-from lorafold.core.anatomy import vocabulary_ends
+from lorafold.core.anatomy import Anatomy
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([1, 2])
@@ -32,7 +32,7 @@ def test_it_trains_saves_loads_and_merges(spec, saved: tuple[str, ...], tmp_path
     model = vit()
     bare = logits(model)
     adapter = lf.attach(model, spec, modules_to_save=saved)
-    assert not vocabulary_ends(model)
+    assert not Anatomy.of(model).vocabulary_ends
     assert torch.allclose(logits(model), bare, atol=1e-6)
     optimizer = torch.optim.AdamW(adapter.parameters(), 1e-2)
     losses = []

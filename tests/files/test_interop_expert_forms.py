@@ -1,4 +1,4 @@
-"""Files of experts whose class is a row of `core.expert_forms`: both ways with PEFT, trained by the
+"""Files of experts whose class is a row of `core.matrices`: both ways with PEFT, trained by the
 command's own run, and merged into files that transformers reads.
 """
 

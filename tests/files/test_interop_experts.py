@@ -23,7 +23,7 @@ from torch import nn
 
 import lorafold as lf
 from conftest import lorafold, make_tokenizer
-from lorafold.core.anatomy import bare_modules
+from lorafold.core.anatomy import Anatomy
 from lorafold.core.matrices import Matrices
 from lorafold.core.spec import Spec
 from lorafold.files.atomic import MANIFEST
@@ -572,5 +572,5 @@ def test_pefts_wrappers_are_in_the_order_of_the_parameters(moe: Moe) -> None:
     wrapped = theirs("experts", moe("gpt-oss"))
     outer = next(m for m in wrapped.modules() if isinstance(m, ParamWrapper))
     assert (outer.parameter_name, outer.base_layer.parameter_name) == ("down_proj", "gate_up_proj")
-    owners = (m.owner for _, m in bare_modules(moe("gpt-oss")) if isinstance(m, Matrices))
+    owners = (m.owner for _, m in Anatomy.of(moe("gpt-oss")).modules if isinstance(m, Matrices))
     assert [n for n in next(owners)._parameters if "bias" not in n] == ["gate_up_proj", "down_proj"]

@@ -47,7 +47,7 @@ def attach(
 
     Args:
         spec: the method with its hyperparameters.
-        targets: the modules to adapt: a preset (`lorafold.core.presets`), names or path ends, a
+        targets: the modules to adapt: a preset (`lorafold.core.targets`), names or path ends, a
             regular expression over whole paths, or matches (None: the method's own targets).
         name: the adapter's name on this model.
         bias: train the biases of the adapted modules too ("lora_only"), or those of all ("all").

@@ -19,7 +19,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from lorafold.bases import is_linear, layer_of
-from lorafold.core.anatomy import bare_modules, routers
+from lorafold.core.anatomy import Anatomy
 from lorafold.core.attach import Adapted, Origin, selection_of
 from lorafold.core.combine import Stack
 from lorafold.core.delta import Delta
@@ -126,9 +126,9 @@ def build(
 
 def _of_router(model: nn.Module, path: str) -> str | None:
     """What to do instead, if the module at the path is a router of experts."""
-    if path not in routers(model):
+    if path not in Anatomy.of(model).routers:
         return None
-    found = ((p, expert_parameters(m)) for p, m in bare_modules(model))
+    found = ((p, expert_parameters(m)) for p, m in Anatomy.of(model).modules)
     owner, name = next((p, names[0]) for p, names in found if names)
     short = f"{owner.rpartition('.')[2]}.{name}"
     return (

@@ -5,7 +5,7 @@
 
 A parameter is reached if the module that has it, or the parameter itself, carries a delta. The
 blocks are those of the language model, and what is beside them are towers and connectors
-(`lorafold.core.towers`). The kinds follow from the structure: experts are matrices
+(`lorafold.core.anatomy`). The kinds follow from the structure: experts are matrices
 (E, out, in), a router is what has a row for each of them, an indexer chooses the positions that
 sparse attention reads, and a norm has a vector for its weight.
 """
@@ -20,12 +20,10 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from lorafold.bases import is_linear, layer_of, parameter_count
-from lorafold.core.anatomy import bare_modules, indexers, routers
-from lorafold.core.matrices import Matrices, expert_counts, matrices_of, module_at
-from lorafold.core.presets import beneath, own_blocks
+from lorafold.bases import is_linear, layer_of, parameter_sizes
+from lorafold.core.anatomy import Anatomy, beneath
+from lorafold.core.matrices import Matrices, module_at
 from lorafold.core.targets import Matches
-from lorafold.core.towers import aside, language_model, towers
 from lorafold.errors import LorafoldError
 
 INPUTS = {"vision": "an image", "audio": "a sound"}
@@ -72,24 +70,23 @@ def unreached(model: nn.Module, sites: Collection[str]) -> Unreached:
         model: the model; one without blocks counts as a block.
         sites: the paths of the modules or parameters that carry a delta.
     """
-    blocks, beside, modules = own_blocks(model), beneath(aside(model)), list(bare_modules(model))
-    in_block = beneath(blocks)
-    inside = [(path, m) for path, m in modules if in_block(path) or not (blocks or beside(path))]
-    route, idle = routers(model), beneath(indexers(model))
-    kinds = Counter[str]()
-    for path, module in inside:
-        if left := _left(path, module, sites):
-            kinds[_kind(path, module, route, idle)] += left
-    around = Counter[str]()
-    tower = _named_towers(model)
-    for path, module in modules:
-        if beside(path) and (left := _left(path, module, sites)):
-            around[next((what for is_in, what in tower if is_in(path)), "connector")] += left
+    anatomy, sizes = Anatomy.of(model), parameter_sizes(model)
+    in_block, beside = beneath(anatomy.language_blocks or [""]), beneath(anatomy.beside)
+    kinds, around, of_blocks = Counter[str](), Counter[str](), 0
+    towers = _named_towers(model)
+    for path, module in anatomy.modules:
+        own = sizes.get(path, {})
+        left = sum(n for name, n in own.items() if not {path, f"{path}.{name}"} & {*sites})
+        if beside(path):
+            around[next((what for is_in, what in towers if is_in(path)), "connector")] += left
+        elif in_block(path):
+            kinds[_kind(path, module, anatomy)] += left
+            of_blocks += sum(own.values())
     return Unreached(
         {kind: kinds[kind] for kind in KINDS if kinds[kind]},
-        sum(_left(path, module, ()) for path, module in inside),
-        dict(around),
-        parameter_count(model),
+        of_blocks,
+        {what: n for what, n in around.items() if n},
+        sum(n for own in sizes.values() for n in own.values()),
     )
 
 
@@ -114,7 +111,7 @@ def in_towers(model: nn.Module, matches: Matches) -> dict[str, tuple[str, ...]]:
     Args:
         matches: the matches of an adapter's targets.
     """
-    inside = beneath(towers(model))
+    inside = beneath(Anatomy.of(model).encoders)
     found = {p: tuple(filter(inside, paths)) for p, paths in matches.by_pattern.items()}
     return {pattern: paths for pattern, paths in found.items() if paths}
 
@@ -125,7 +122,8 @@ def strays(model: nn.Module, matches: Matches) -> str | None:
     Args:
         matches: the matches of an adapter's targets.
     """
-    roots, language = towers(model), language_model(model)
+    anatomy = Anatomy.of(model)
+    roots, language = anatomy.encoders, anatomy.language
     meant = {root.rsplit(".", 1)[-1] for root in roots} | {f"{k}-linear" for k in roots.values()}
     found = {
         pattern: paths
@@ -151,43 +149,19 @@ def strays(model: nn.Module, matches: Matches) -> str | None:
 
 def _named_towers(model: nn.Module) -> list[tuple[Callable[[str], bool], str]]:
     """For each tower, the test whether a module path is in it, and what it is."""
-    return [(beneath([root]), f"{kind} tower") for root, kind in towers(model).items()]
+    return [(beneath([root]), f"{kind} tower") for root, kind in Anatomy.of(model).encoders.items()]
 
 
-def _left(path: str, module: nn.Module, sites: Collection[str]) -> int:
-    """The number of the module's own parameters that no site reaches; a quantized weight (out, in)
-    counts out * in.
-
-    Args:
-        path: the module's path.
-        sites: the paths of modules or parameters that carry a delta.
-    """
-    own = {f"{path}.{n}": (n, p) for n, p in module._parameters.items() if p is not None}
-    if path in sites or not own:
-        return 0
-    held, left = matrices_of(module), [entry for name, entry in own.items() if name not in sites]
-    if len(left) == len(own) and sum(1 for _ in bare_modules(module)) == 1:
-        return parameter_count(module)
-    return sum(parameter_count(held[n]) if n in held else p.numel() for n, p in left)
-
-
-def _kind(
-    path: str, module: nn.Module, route: Collection[str], idle: Callable[[str], bool]
-) -> str:
-    """The kind of a module with parameters of its own.
-
-    Args:
-        route: the paths of routers.
-        idle: the test whether a path is beneath an indexer.
-    """
+def _kind(path: str, module: nn.Module, anatomy: Anatomy) -> str:
+    """The kind of a module with parameters of its own."""
     weight, name = module._parameters.get("weight"), type(module).__name__.lower()
     if isinstance(module, _ConvNd):
         return "convolutions"
-    if expert_counts(module):  # also those of another form than transformers' interface
+    if path in anatomy.experts:  # also those of another form than transformers' interface
         return "experts"
-    if path in route:
+    if path in anatomy.routers:
         return "router"
-    if idle(path):
+    if beneath(anatomy.indexers)(path):
         return "indexers"
     if is_linear(module):
         return "linears"
@@ -212,10 +186,11 @@ def text_alone(model: nn.Module, sites: Collection[str]) -> str | None:
     Args:
         sites: the module paths that carry a delta of the adapter.
     """
-    kinds = list(dict.fromkeys(towers(model).values()))
+    anatomy = Anatomy.of(model)
+    kinds = list(dict.fromkeys(anatomy.encoders.values()))
     if not kinds:
         return None
-    idle = sum(map(beneath(aside(model)), sites))
+    idle = sum(map(beneath(anatomy.beside), sites))
     where = " and ".join(f"{kind} tower" for kind in kinds)
     why = f"no row has {' or '.join(INPUTS[kind] for kind in kinds)}"
     if idle and idle == len(sites):

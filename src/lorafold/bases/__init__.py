@@ -13,7 +13,7 @@ from lorafold.bases.convolution import Convolution
 from lorafold.bases.dense import Conv1D, Embedding, Linear, Plain
 from lorafold.bases.experts import Experts
 from lorafold.bases.grouped import GroupedLinear
-from lorafold.core.anatomy import bare_modules
+from lorafold.core.anatomy import Anatomy
 from lorafold.core.attach import Adapted
 from lorafold.core.base import Base
 from lorafold.core.matrices import Matrices
@@ -62,18 +62,28 @@ def parameter_count(model: nn.Module) -> int:
     """The number of the base's parameters, tied ones once; a quantized weight (out, in) counts
     out * in.
     """
-    sizes: dict[int, int] = {}
-    modules = [module for _, module in bare_modules(model)]
-    matrices = {(m.owner, m.name) for m in modules if isinstance(m, Matrices)}
-    for module in modules:
+    return sum(n for sizes in parameter_sizes(model).values() for n in sizes.values())
+
+
+def parameter_sizes(model: nn.Module) -> dict[str, dict[str, int]]:
+    """The sizes of the base's parameters, by the path of their module and by name, as
+    `parameter_count` adds them.
+    """
+    found: dict[str, dict[str, int]] = {}
+    seen: set[int] = set()
+    for path, module in Anatomy.of(model).modules:
         layer = layer_of(module)
-        if layer.quantized or layer.matrices:
-            sizes[id(module)] = prod((*layer.matrices, *layer.shape))
+        if isinstance(module, Matrices):
+            sizes = found[path.removesuffix(module.name).removesuffix(".")]
+            sizes[module.name] = prod((*layer.matrices, *layer.shape))
+            continue
+        sizes = found[path] = {"weight": prod(layer.shape)} if layer.quantized else {}
         for name, p in module._parameters.items():
-            stored = (module, name) in matrices or (layer.quantized and name != "bias")
-            if p is not None and p.is_floating_point() and not stored:
-                sizes[id(p)] = p.numel()
-    return sum(sizes.values())
+            codes = layer.quantized and name != "bias"
+            if p is not None and p.is_floating_point() and id(p) not in seen and not codes:
+                sizes[name] = p.numel()
+                seen.add(id(p))
+    return found
 
 
 def output_width(module: nn.Module) -> int:
@@ -91,4 +101,7 @@ def output_width(module: nn.Module) -> int:
     )
 
 
-__all__ = ["LAYERS", "is_linear", "layer_class", "layer_of", "output_width", "parameter_count"]
+__all__ = [
+    *("LAYERS", "is_linear", "layer_class", "layer_of", "output_width"),
+    *("parameter_count", "parameter_sizes"),
+]

@@ -1,5 +1,5 @@
 """The forwards of modules of experts, for each way in which they are called
-(`core.expert_forms`), over layers of the experts' matrices.
+(`core.matrices`), over layers of the experts' matrices.
 
 The tokens are sorted by expert, so that each expert's are one product (`ops.grouped`). Only the
 rows of experts that a token was sent to are computed, also where the model's own forward multiplies
@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafold.core.expert_forms import CHOSEN, SORTED, WEIGHED, form_of
 from lorafold.core.fake import is_fake
 from lorafold.core.layer import Layer
+from lorafold.core.matrices import CHOSEN, SORTED, WEIGHED, form_of
 from lorafold.ops.autocast import lowered
 from lorafold.ops.groups import Groups, grouped
 

@@ -4,7 +4,7 @@
     y = sum_i p_i down_{e_i} act(gate_up_{e_i} x)
 
 A delta over `gate_up_proj` or `down_proj` changes a layer (S, in) -> (S, out), S being k times the
-tokens. The forms that a module may have are in `core.expert_forms`, and the forwards over such
+tokens. The forms that a module may have are in `core.matrices`, and the forwards over such
 layers in `bases.expert_routes`; the module's own runs where no delta is active and nothing is
 quantized.
 """
@@ -255,7 +255,7 @@ def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
     Args:
         self: the module.
-        *args, **kwargs: what its own forward takes (`core.expert_forms`).
+        *args, **kwargs: what its own forward takes (`core.matrices`).
     """
     _, holder = _holder(self)
     own = matrices_of(holder, self)

@@ -155,7 +155,7 @@ def _parts(annotation: Any) -> Iterator[Any]:
 
 def _is_name(target: str) -> bool:
     """Whether a target can only be the ending of a module's name."""
-    from lorafold.core.presets import PRESETS
+    from lorafold.core.targets import PRESETS
 
     return target not in PRESETS and bool(re.fullmatch(r"\w+", target))
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lorafold.adapter import Adapter, load
 from lorafold.bases import layer_of
-from lorafold.core.anatomy import bare_modules
+from lorafold.core.anatomy import Anatomy
 from lorafold.core.delta import Additive
 from lorafold.core.matrices import module_at
 from lorafold.errors import LorafoldError, as_one
@@ -73,9 +73,8 @@ class Updates:
     def sites(self) -> tuple[Site, ...]:
         """Every site that an adapter changes, in the order of the model's modules."""
         by_adapter = [adapter.own_deltas for adapter in self.adapters]
-        paths = [
-            path for path, _ in bare_modules(self.model) if any(path in own for own in by_adapter)
-        ]
+        modules = Anatomy.of(self.model).modules
+        paths = [path for path, _ in modules if any(path in own for own in by_adapter)]
         numbers = {path: layer_of(module_at(self.model, path)).matrices for path in paths}
         updates: dict[str, Any] = {path: [own.get(path) for own in by_adapter] for path in paths}
         return tuple(

@@ -1,145 +1,246 @@
-"""Find the parts of a model by its structure, whatever its architecture: its own modules, its
-blocks, its input and output embeddings, its decoder and the attentions inside it.
+"""A model's anatomy: which of its modules are what, whatever its architecture.
 
-Module paths are dotted, as `named_modules` gives them.
+    anatomy = Anatomy.of(model)
+    anatomy.blocks          ["model.layers.0", "model.layers.1"]
+    anatomy.decoder         "model"
+    anatomy.experts         {"model.layers.0.mlp.experts": {8}}
+    anatomy.encoders        {"model.vision_tower": "vision"}
+    model.get_submodule(anatomy.decoder)
+
+Modules are named by dotted paths, as `named_modules` gives them. The anatomy follows from the
+structure and from what the model says of itself (its embeddings, its configuration), never from its
+name. It is made once for a model, and again if modules were replaced, added or taken away; deltas
+are no part of it.
+
+The language model of a multimodal model is the outermost part on the way to the input embedding
+whose configuration is one of text alone. An encoder is a part that takes images, video or audio in.
+An encoder-decoder (Whisper, an image encoder under a text decoder) is one model, and so are two
+encoders side by side (CLIP): neither half is an encoder beside the other.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
+from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 from torch import nn
 
 from lorafold.core.attach import Deltas
-from lorafold.core.matrices import expert_counts, matrices_of
+from lorafold.core.matrices import Matrices, expert_counts, matrices_of
+
+MODALITIES = {"image": "vision", "video": "vision", "audio": "audio"}
+
+# weak references alone, so that a model and what was replaced in it are freed as without this
+Tree = list[tuple[str, ref[nn.Module]]]
+_made: WeakKeyDictionary[nn.Module, Anatomy] = WeakKeyDictionary()
 
 
-def bare_modules(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Yield the path and module of each of the model's own modules, without those of the deltas
-    attached to it. A module that has several paths comes once, under the first. The matrices of
-    experts come as `Matrices`, under the paths of their parameters.
+class Anatomy:
+    """What a model consists of: paths of its modules.
+
+    blocks: the elements of the outermost ModuleLists.
+    experts: the modules that hold matrices of experts, in whatever form, and how many experts each
+        says that there are.
+    indexers: the modules that choose the positions which sparse attention reads: transformers calls
+        their classes indexers. A choice has no gradient.
+    attentions: the causal self-attentions, with a true `is_causal` and a `layer_idx`.
     """
-    seen: dict[int, nn.Module] = {}
-    left: list[tuple[str, nn.Module, nn.Module | None]] = [(path, model, None)]
-    while left:
-        path, module, around = left.pop()
-        if id(module) in seen or isinstance(module, Deltas):
-            continue
-        seen[id(module)] = module
-        yield path, module
-        own = {**module._modules, **matrices_of(module, around)}
-        left += [
-            (f"{path}.{name}" if path else name, child, module)
-            for name, child in reversed(own.items())
-            if child is not None
-        ]
 
+    def __init__(self, model: nn.Module, tree: Tree) -> None:
+        self._model, self._tree = ref(model), tree
+        self.experts: dict[str, set[int]] = {}
+        self.blocks, self.indexers, self.attentions = list[str](), list[str](), list[str]()
+        lists: tuple[str, ...] = ()
+        for path, kept in tree:
+            module: Any = kept()
+            if isinstance(module, nn.ModuleList) and not path.startswith(lists):
+                lists += (f"{path}.",)
+                self.blocks += [f"{path}.{name}" for name, _ in module.named_children()]
+            if counts := expert_counts(module):
+                self.experts[path] = counts
+            if type(module).__name__.endswith("Indexer"):
+                self.indexers.append(path)
+            if path and getattr(module, "is_causal", False) and hasattr(module, "layer_idx"):
+                self.attentions.append(path)
 
-def blocks(model: nn.Module) -> list[str]:
-    """The paths of the blocks: the elements of the outermost ModuleLists."""
-    lists: list[str] = []
-    for path, module in bare_modules(model):
-        if isinstance(module, nn.ModuleList) and not any(
-            path.startswith(f"{outer}.") for outer in lists
-        ):
-            lists.append(path)
-    return [
-        f"{path}.{name}" for path in lists for name, _ in model.get_submodule(path).named_children()
-    ]
+    @staticmethod
+    def of(model: nn.Module) -> Anatomy:
+        """The anatomy of a model as it is now."""
+        tree, known = _tree(model), _made.get(model)
+        if known is None or known._tree != tree:
+            known = _made[model] = Anatomy(model, tree)
+        return known
 
+    @property
+    def model(self) -> Any:
+        """The model."""
+        return self._model()
 
-def routers(model: nn.Module) -> set[str]:
-    """The paths of the matrices that choose or weigh experts: those beside a module of E experts
-    that have E outputs (a router), or one (the gate of an expert that all tokens meet).
-    """
-    found: set[str] = set()
-    for path, module in bare_modules(model):
-        counts = {
-            child: set().union(*(expert_counts(m) for m in child.modules()))
-            for child in module._modules.values()
-            if child is not None
-        }
-        experts = [child for child, of in counts.items() if of]
-        outputs = {1}.union(*counts.values())
-        for name, beside in module._modules.items() if experts else ():
-            if beside is None or beside in experts:
+    @property
+    def modules(self) -> list[tuple[str, nn.Module]]:
+        """The path and module of each of the model's own modules, without those of deltas. A module
+        that has several paths comes once, under the first. The matrices of experts come as
+        `Matrices`, under the paths of their parameters.
+        """
+        found: dict[str, nn.Module] = {}
+        for path, kept in self._tree:
+            module: Any = kept()
+            if path in self.experts:
+                around = found.get(path.rpartition(".")[0]) if path else None
+                within = matrices_of(module, around)
+                found |= {path: module, **{_joined(path, name): m for name, m in within.items()}}
+            else:
+                found[path] = module
+        return list(found.items())
+
+    @cached_property
+    def routers(self) -> frozenset[str]:
+        """The matrices that choose or weigh experts: those beside a module of E experts that have E
+        outputs (a router), or one (the gate of an expert that all tokens meet).
+        """
+        # by each module around experts its children that have some inside, and how many
+        around: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
+        for path, counts in self.experts.items():
+            for outer, child in _steps(path):
+                around[outer][child] |= counts
+        found = set()
+        for path, module in self.modules if around else ():
+            weight = module._parameters.get("weight")
+            if weight is None or weight.dim() != 2:
                 continue
-            for inner, m in bare_modules(beside, f"{path}.{name}" if path else name):
-                weight = m._parameters.get("weight")
-                if weight is not None and weight.dim() == 2 and len(weight) in outputs:
-                    found.add(inner)
-    return found
+            for outer, child in _steps(path):
+                experts = around.get(outer, {})
+                if experts and child not in experts and len(weight) in {1}.union(*experts.values()):
+                    found.add(path)
+        return frozenset(found)
+
+    @cached_property
+    def embedding(self) -> str | None:
+        """The input embedding; None if the model does not say which it is, or if it is no module,
+        as the latents that Perceiver names.
+        """
+        try:
+            found = getattr(self.model, "get_input_embeddings", lambda: None)()
+        except NotImplementedError:  # what transformers raises for two encoders side by side
+            return None
+        return self._path(found)
+
+    @cached_property
+    def head(self) -> str | None:
+        """The output embedding; None if the model has none."""
+        return self._path(getattr(self.model, "get_output_embeddings", lambda: None)())
+
+    @cached_property
+    def vocabulary_ends(self) -> list[str]:
+        """The input embedding and the output embedding, without those that have no weight of their
+        own (the patches of a vision model).
+        """
+        ends = [path for path in (self.embedding, self.head) if path is not None]
+        modules = map(self.model.get_submodule, ends)
+        weights = [module._parameters.get("weight") for module in modules]
+        return [path for path, weight in zip(ends, weights, strict=True) if weight is not None]
+
+    @cached_property
+    def decoder(self) -> str:
+        """The decoder, which lies between the token ids and the head; "", the model itself, where
+        the model has no head or no such module.
+        """
+        model = self.model
+        part = model.get_decoder() if hasattr(model, "get_decoder") else model
+        if part is model and self.embedding and self.head is not None:
+            around = self.embedding.partition(".")[0]
+            return around if around != self.head else ""
+        return self._path(part) or ""
+
+    @cached_property
+    def heads(self) -> list[str]:
+        """The parts over the base model, such as a classifier's head; where the model does not say
+        what its base is, the output embedding.
+        """
+        base = getattr(self.model, "base_model", self.model)
+        if base is not self.model:
+            return [name for name, child in self.model.named_children() if child is not base]
+        return [self.head] if self.head is not None else []
+
+    @cached_property
+    def language(self) -> str:
+        """The language model inside a multimodal model; "" for every other model."""
+        model = self.model
+        if not self.embedding or _of_text(model):
+            return ""
+        for _, path in _steps(self.embedding):
+            part = model.get_submodule(path)
+            if _of_text(part):
+                config = part.config
+                decodes = getattr(config, "is_decoder", False) or not config.is_encoder_decoder
+                half = model.config.is_encoder_decoder and decodes  # of an encoder-decoder
+                return "" if half or not _generates(model, part) else path
+        return ""
+
+    @cached_property
+    def encoders(self) -> dict[str, str]:
+        """The encoders beside the language model, and what each takes in: "vision" or "audio"."""
+        config: Any = getattr(self.model, "config", None)
+        known = _takes(self.model)
+        # an encoder may lie inside a language model whose own configuration has a part for it
+        within = _of_text(self.model) and getattr(config, "sub_configs", None)
+        if not self.language and (not within or config.is_encoder_decoder):
+            return {}
+        found: dict[str, str] = {}
+        for path, module in self.modules:
+            over = f"{self.embedding or ''}.".startswith(f"{path}.") or not path
+            inside = beneath(filter(None, (*found, self.language)))(path)
+            if not over and not inside and (kinds := [k for k in _takes(module) if k in known]):
+                found[path] = kinds[0]
+        return found
+
+    @cached_property
+    def beside(self) -> tuple[str, ...]:
+        """The encoders, and the connectors between them and the language model: the parts that are
+        neither in it nor over it, as heads are.
+        """
+        if not self.language:
+            return tuple(self.encoders)
+        around = [outer for outer, _ in _steps(self.language)]
+        left_out = {*around, self.language, *self.heads}
+        paths = [
+            _joined(outer, name)
+            for outer in around
+            for name, _ in self.model.get_submodule(outer).named_children()
+        ]
+        return tuple(path for path in paths if path not in left_out)
+
+    @cached_property
+    def language_blocks(self) -> list[str]:
+        """The blocks of the language model; all blocks of a model without encoders."""
+        out = beneath(self.beside)
+        return [path for path in self.blocks if not out(path)]
+
+    @property
+    def language_modules(self) -> list[tuple[str, nn.Module]]:
+        """The path and module of each of the model's modules, without encoders and connectors."""
+        out = beneath(self.beside)
+        return [(path, module) for path, module in self.modules if not out(path)]
+
+    def _path(self, module: Any) -> str | None:
+        if module is None:
+            return None
+        return next((path for path, kept in self._tree if kept() is module), None)
 
 
-def indexers(model: nn.Module) -> list[str]:
-    """The paths of the modules that choose the positions which sparse attention reads: transformers
-    calls their classes indexers. A choice has no gradient.
-    """
-    return [path for path, m in bare_modules(model) if type(m).__name__.endswith("Indexer")]
+def beneath(roots: Iterable[str]) -> Callable[[str], bool]:
+    """The test whether a module path is one of these or lies beneath one."""
+    prefixes = tuple(f"{root}." if root else "" for root in roots)
+    return lambda path: f"{path}.".startswith(prefixes)
 
 
 def of_attention(path: str) -> bool:
     """Whether the module path names an attention: it has `attn` or `attention` in any case."""
     return re.search(r"attn|attention", path, re.IGNORECASE) is not None
-
-
-def input_embedding(model: Any) -> nn.Module | None:
-    """The model's input embedding; None if the model does not say which it is, or if it is no
-    module, as the latents that Perceiver names.
-    """
-    try:
-        found: Any = getattr(model, "get_input_embeddings", lambda: None)()
-    except NotImplementedError:  # what transformers raises for two encoders side by side
-        return None
-    return found if isinstance(found, nn.Module) else None
-
-
-def vocabulary_ends(model: Any) -> list[str]:
-    """The paths of the input embedding and of the output embedding, where the model's
-    `get_input_embeddings` and `get_output_embeddings` name them.
-
-    A module without a weight of its own (the patches of a vision model) is left out.
-    """
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    ends = [input_embedding(model), output]
-    paths = {id(m): path for path, m in bare_modules(model)}
-    return [
-        paths[id(end)]
-        for end in ends
-        if end is not None and end._parameters.get("weight") is not None
-    ]
-
-
-def decoder_of(model: Any) -> tuple[str, nn.Module]:
-    """The path and module of the decoder, which lies between the token ids and the head.
-
-    Where the model has no head or no such module, the decoder is the model itself, at path "".
-    """
-    part = model.get_decoder() if hasattr(model, "get_decoder") else model
-    if part is model and (embedding := input_embedding(model)) is not None:
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        if head is not None:
-            around = [
-                m
-                for m in model.children()
-                if m is not head and any(n is embedding for n in m.modules())
-            ]
-            part = around[0] if around else model
-    return next((path, m) for path, m in bare_modules(model) if m is part)
-
-
-def causal_attentions(body: nn.Module) -> list[str]:
-    """The paths of a decoder's self-attentions: the modules with a true `is_causal` and a
-    `layer_idx`.
-    """
-    return [
-        path
-        for path, m in bare_modules(body)
-        if path and getattr(m, "is_causal", False) and hasattr(m, "layer_idx")
-    ]
 
 
 def sharers(model: nn.Module, module: nn.Module) -> list[str]:
@@ -163,3 +264,54 @@ def tied_parameters(model: nn.Module) -> dict[str, tuple[str, ...]]:
         if len(group) > 1
         for name in group
     }
+
+
+def _tree(model: nn.Module) -> Tree:
+    """The modules of a model, each under its first path."""
+    seen: set[int] = set()
+    tree: Tree = []
+    left: list[tuple[str, nn.Module]] = [("", model)]
+    while left:
+        path, module = left.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        tree.append((path, ref(module)))
+        for name, child in reversed(module._modules.items()):
+            if child is not None and not isinstance(child, Deltas | Matrices):
+                left.append((f"{path}.{name}" if path else name, child))
+    return tree
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _steps(path: str) -> list[tuple[str, str]]:
+    """The way from the model to a path: each module on it, and the child that comes next."""
+    parts = path.split(".") if path else []
+    return [(".".join(parts[:n]), ".".join(parts[: n + 1])) for n in range(len(parts))]
+
+
+def _of_text(module: nn.Module) -> bool:
+    """Whether the module's configuration is that of a text model itself."""
+    config: Any = getattr(module, "config", None)
+    if not hasattr(config, "get_text_config"):
+        return False
+    return not config.sub_configs or config.get_text_config(decoder=True) is config
+
+
+def _generates(model: Any, part: nn.Module) -> bool:
+    """Whether the layers of the part have places in a cache, and look back alone or have an output
+    embedding over them: an encoder beside another has neither.
+    """
+    numbered = [m for m in part.modules() if hasattr(m, "layer_idx")]
+    causal = any(getattr(m, "is_causal", True) for m in numbered)
+    return causal or (bool(numbered) and model.get_output_embeddings() is not None)
+
+
+def _takes(module: nn.Module) -> list[str]:
+    """What the module takes in beside text: "vision", "audio"; none for a connector, or text."""
+    named: Any = getattr(module, "input_modalities", ())
+    names = [named] if isinstance(named, str) else named
+    return list(dict.fromkeys(MODALITIES[name] for name in names if name in MODALITIES))

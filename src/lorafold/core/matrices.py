@@ -3,22 +3,105 @@
     experts.gate_up_proj    a parameter (E, 2 I, H)  ->  a `Matrices` at `...experts.gate_up_proj`
 
 A mixture of experts in transformers has one module for the experts of a block, whose parameters
-have one matrix for each expert, in one of a few forms (`core.expert_forms`). No module is called
-for such a parameter, so a site there is the path of the parameter. The `Matrices` becomes a child
-of its owner, under the parameter's name, when it gets its first delta; until then it is made where
-it is asked for. It has no parameters, since the owner keeps its own.
+have one matrix for each expert. No module is called for such a parameter, so a site there is the
+path of the parameter. The `Matrices` becomes a child of its owner, under the parameter's name, when
+it gets its first delta; until then it is made where it is asked for. It has no parameters, since
+the owner keeps its own.
+
+A `Form` says which parameters these are, which way round, and how the forward that multiplies by
+them learns which rows are of which expert:
+
+    CHOSEN     forward(x, experts, weights)    the experts of each token (T, k), and their weights
+    WEIGHED    forward(x)                      its `router` gives the scores (T, E) of its `top_k`
+                                               experts, which weigh their inputs; `shared_expert`
+                                               is added
+    SORTED     forward(rows, sizes)            rows (S, in) that lie sorted by expert
+
+Transformers' interface for experts (`use_experts_implementation`) says of itself what its form is.
+A class that has another is a row of the table `FORMS`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from lorafold.core.expert_forms import Form, Stored, form_of
 from lorafold.errors import LorafoldError
 
 STORED = "_"  # behind the name of matrices in a state dict
+CHOSEN, WEIGHED, SORTED = "chosen", "weighed", "sorted"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How a parameter stores matrices.
+
+    number: the attribute of the module that says how many there are.
+    transposed: each as (in, out), not (out, in).
+    flat: the parameter is 2-D, with the matrices below each other.
+    """
+
+    number: str = "num_experts"
+    transposed: bool = False
+    flat: bool = False
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a module holds the matrices of experts.
+
+    parameters: how each of its parameters stores its matrices, in the order in which they are
+        applied. Where the last has fewer than another, the experts beyond give back their input.
+    called: how the forward learns which rows are of which expert.
+    around: that forward is of the module around this one.
+    activation: the attribute that is applied to the gates: the first half of what the first
+        parameter gives, or what it gives, where there are three. Empty for transformers' interface,
+        which has a method for this.
+    """
+
+    parameters: Mapping[str, Stored]
+    called: str = CHOSEN
+    around: bool = False
+    activation: str = ""
+
+
+# Names, not classes, so that nothing is imported for a form that a model does not use.
+FORMS: dict[str, Form] = {
+    "transformers.models.llama4.modeling_llama4.Llama4TextExperts": Form(
+        {"gate_up_proj": Stored(transposed=True), "down_proj": Stored(transposed=True)},
+        WEIGHED,
+        around=True,
+        activation="act_fn",
+    ),
+    "transformers.models.longcat_flash.modeling_longcat_flash.LongcatFlashExperts": Form(
+        {"gate_up_proj": Stored("total_experts"), "down_proj": Stored("num_routed_experts")},
+        activation="act_fn",
+    ),
+    "transformers.models.jetmoe.modeling_jetmoe.JetMoeParallelExperts": Form(
+        {"weight": Stored()}, SORTED
+    ),
+    "transformers.models.dbrx.modeling_dbrx.DbrxExpertGLU": Form(
+        {
+            "w1": Stored("moe_num_experts", flat=True),
+            "v1": Stored("moe_num_experts", flat=True),
+            "w2": Stored("moe_num_experts", transposed=True, flat=True),
+        },
+        around=True,
+        activation="activation_fn",
+    ),
+}
+
+
+def form_of(module: nn.Module) -> Form | None:
+    """The form in which a module holds matrices of experts; None for any other module."""
+    if "is_transposed" in module.__dict__ and "has_gate" in module.__dict__:
+        stored = Stored(transposed=bool(module.is_transposed))
+        return Form({"gate_up_proj" if module.has_gate else "up_proj": stored, "down_proj": stored})
+    kind = type(module)
+    return FORMS.get(f"{kind.__module__}.{kind.__qualname__}")
 
 
 class Matrices(nn.Module):
@@ -90,12 +173,13 @@ def expert_counts(module: nn.Module) -> set[int]:
     """How many experts a module says that there are, if it holds matrices of experts, in whatever
     form: matrices beside each other in parameters of its own. Empty for any other module.
     """
-    own = [(name, p) for name, p in module._parameters.items() if p is not None]
-    if not any(p.dim() > 2 or (p.dim() == 2 and name != "weight") for name, p in own):
-        form = form_of(module)
-        stored = () if form is None else form.parameters.values()
-        return {int(getattr(module, one.number)) for one in stored}
-    return {n for name, n in vars(module).items() if name.endswith("experts") and type(n) is int}
+    counts = {n for name, n in vars(module).items() if name.endswith("experts") and type(n) is int}
+    own = [(name, p) for name, p in module._parameters.items() if p is not None] if counts else []
+    if not counts or any(p.dim() > 2 or (p.dim() == 2 and name != "weight") for name, p in own):
+        return counts
+    form = form_of(module)
+    stored = () if form is None else form.parameters.values()
+    return {int(getattr(module, one.number)) for one in stored}
 
 
 def matrices_of(module: nn.Module, around: nn.Module | None = None) -> dict[str, Matrices]:

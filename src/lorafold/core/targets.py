@@ -1,10 +1,26 @@
 """Targets: the modules that an adapter is attached to.
 
-    "all-linear"            a preset, found by the model's structure (`lorafold.core.presets`)
+    "all-linear"            a preset, found by the model's structure (`lorafold.core.anatomy`)
     ["q_proj", "h.0.fc"]    the modules of these names, or whose path ends in them
     "regex"                 the modules whose whole path it matches
 
-A pattern that matches no module is an error, which lists similar names.
+A pattern that matches no module is an error, which lists similar names. The presets:
+
+    all-linear      every linear of the blocks and the matrices of their experts, so no head, no
+                    embedding, no router and no indexer
+    attention, mlp  the linears of the blocks that are inside an attention, and the others
+    sublayers       the attention and the MLP of each block, as whole modules
+    mlp-sublayers   the MLPs only
+    biases          every module that has a bias; all-linear where the blocks have no bias
+    parameters      every module that has parameters of its own, tied ones once
+    decoder         the module between token ids and head, and the causal self-attentions inside it
+    head            the linears over the base model: a classifier's head, or the output embedding
+    vision-linear   every linear of the blocks of the encoders of images
+    audio-linear    every linear of the blocks of the encoders of sound
+
+In a model with encoders beside its language model, all but the last two take the language model and
+its head alone: neither the encoders nor the connectors between them. A preset is a function from a
+model, and a test for linear modules, to module paths: an empty list if it has no such modules.
 """
 
 from __future__ import annotations
@@ -13,13 +29,15 @@ import difflib
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 
-from lorafold.core.anatomy import bare_modules
-from lorafold.core.presets import PRESETS
+from lorafold.core.anatomy import Anatomy, beneath, of_attention
+from lorafold.core.matrices import Matrices
 from lorafold.errors import NoTarget, listed, shortened
 
+IsLinear = Callable[[nn.Module], bool]
 # what has a matrix and is in no preset, but may be named
 NAMED = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -52,7 +70,7 @@ def pattern_matches(pattern: str, path: str) -> bool:
 
 
 def match(
-    model: nn.Module, targets: str | Sequence[str] | Matches, is_linear: Callable[[nn.Module], bool]
+    model: nn.Module, targets: str | Sequence[str] | Matches, is_linear: IsLinear
 ) -> Matches:
     """Resolve targets to module paths.
 
@@ -63,7 +81,7 @@ def match(
     """
     if isinstance(targets, Matches):
         return targets
-    paths = [path for path, _ in bare_modules(model) if path]
+    paths = [path for path, _ in Anatomy.of(model).modules if path]
     if isinstance(targets, str) and targets in PRESETS:
         found = {targets: PRESETS[targets](model, is_linear)}
         if not found[targets]:
@@ -88,7 +106,7 @@ def match(
     return Matches(by_pattern)
 
 
-def no_match(pattern: str, model: nn.Module, is_linear: Callable[[nn.Module], bool]) -> str:
+def no_match(pattern: str, model: nn.Module, is_linear: IsLinear) -> str:
     """The error message for a pattern that matches no module.
 
     Args:
@@ -97,7 +115,7 @@ def no_match(pattern: str, model: nn.Module, is_linear: Callable[[nn.Module], bo
     names = sorted(
         {
             path.rsplit(".", 1)[-1]
-            for path, m in bare_modules(model)
+            for path, m in Anatomy.of(model).modules
             if is_linear(m) or isinstance(m, NAMED)
         }
     )
@@ -109,6 +127,130 @@ def no_match(pattern: str, model: nn.Module, is_linear: Callable[[nn.Module], bo
         return f"target {given} matches no module; several names are a list: {apart}"
     if pattern in names:  # alone it is a regular expression, as in PEFT
         return f"target {given} matches no whole path of a module; as a name it is [{given}]"
-    if any(path.endswith(f".{pattern}") for path, _ in bare_modules(model)):
+    if any(path.endswith(f".{pattern}") for path, _ in Anatomy.of(model).modules):
         return f"target {given} matches no whole path of a module; .*{pattern} does"
     return f"target {given} matches no module; similar names: {similar}"
+
+
+def block_linears(model: nn.Module, is_linear: IsLinear) -> list[str]:
+    """The linear modules inside the blocks, the matrices of experts among them, but not what routes
+    to experts; all linear modules if the model has no blocks.
+    """
+    anatomy = Anatomy.of(model)
+    inside = beneath(anatomy.language_blocks or [""])
+    return [
+        path
+        for path, m in anatomy.language_modules
+        if is_linear(m) and path not in anatomy.routers and inside(path)
+    ]
+
+
+def all_linear(model: nn.Module, is_linear: IsLinear) -> list[str]:
+    """The linear modules of the blocks that can learn: an indexer gets no gradient."""
+    idle = beneath(Anatomy.of(model).indexers)
+    return [path for path in block_linears(model, is_linear) if not idle(path)]
+
+
+def encoder_linear(kind: str, model: nn.Module, is_linear: IsLinear) -> list[str]:
+    """The linear modules inside the blocks of the encoders beside the language model, or all those
+    of an encoder without blocks.
+
+    Args:
+        kind: what the encoders take in: vision or audio.
+    """
+    return [
+        f"{path}.{inner}"
+        for path, takes in Anatomy.of(model).encoders.items()
+        if takes == kind
+        for inner in all_linear(model.get_submodule(path), is_linear)
+    ]
+
+
+def attention(model: nn.Module, is_linear: IsLinear) -> list[str]:
+    """The linear modules of the blocks that are inside an attention."""
+    return [path for path in all_linear(model, is_linear) if of_attention(path)]
+
+
+def mlp(model: nn.Module, is_linear: IsLinear) -> list[str]:
+    """The linear modules of the blocks that are not inside an attention."""
+    return [path for path in all_linear(model, is_linear) if not of_attention(path)]
+
+
+def sublayers(model: nn.Module, is_linear: IsLinear) -> list[str]:
+    """The children of each block that have children themselves: its attention and its MLP.
+
+    The list is empty if either is not one module in some block.
+    """
+    anatomy, found = Anatomy.of(model), list[str]()
+    for block in filter(beneath([anatomy.decoder]), anatomy.language_blocks):
+        parts = [
+            f"{block}.{name}"
+            for name, m in model.get_submodule(block).named_children()
+            if any(True for _ in m.children())
+        ]
+        if {of_attention(part.rsplit(".", 1)[-1]) for part in parts} != {True, False}:
+            return []
+        found += parts
+    return found
+
+
+def mlp_sublayers(model: nn.Module, is_linear: IsLinear) -> list[str]:
+    """The sublayers that are no attention."""
+    return [
+        path for path in sublayers(model, is_linear) if not of_attention(path.rsplit(".", 1)[-1])
+    ]
+
+
+def biases(model: nn.Module, is_linear: IsLinear) -> list[str]:
+    """Every module that has a bias, but no router; the linears of all-linear if no module inside
+    the blocks has one. Experts are left out.
+    """
+    anatomy = Anatomy.of(model)
+    modules = anatomy.language_modules
+    biased = [path for path, m in modules if m._parameters.get("bias") is not None]
+    if any(map(beneath(anatomy.language_blocks), biased)):
+        return [path for path in biased if path not in anatomy.routers]
+    experts = {path for path, m in modules if isinstance(m, Matrices)}
+    return [path for path in all_linear(model, is_linear) if path not in experts]
+
+
+def parameters(model: nn.Module, is_linear: IsLinear) -> list[str]:
+    """Every module with parameters of its own; tied parameters count for the first module only."""
+    seen: set[int] = set()
+    found = []
+    for path, module in Anatomy.of(model).language_modules:
+        own = {id(p) for p in module._parameters.values() if p is not None}
+        if own - seen:
+            found.append(path)
+        seen |= own
+    return found
+
+
+def decoder(model: nn.Module, is_linear: IsLinear) -> list[str]:
+    """The decoder and the causal self-attentions inside it; empty if there are none inside it."""
+    anatomy = Anatomy.of(model)
+    path = anatomy.decoder
+    inside = [p for p in filter(beneath([path]), anatomy.attentions) if p != path]
+    return [path, *inside] if inside else []
+
+
+def head(model: nn.Module, is_linear: IsLinear) -> list[str]:
+    """The linear modules over the base model."""
+    anatomy = Anatomy.of(model)
+    over = beneath(anatomy.heads)
+    return [path for path, m in anatomy.modules if is_linear(m) and over(path)]
+
+
+PRESETS: dict[str, Callable[[nn.Module, IsLinear], list[str]]] = {
+    "all-linear": all_linear,
+    "attention": attention,
+    "mlp": mlp,
+    "sublayers": sublayers,
+    "mlp-sublayers": mlp_sublayers,
+    "biases": biases,
+    "parameters": parameters,
+    "decoder": decoder,
+    "head": head,
+    "vision-linear": partial(encoder_linear, "vision"),
+    "audio-linear": partial(encoder_linear, "audio"),
+}

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.bases import is_linear, layer_of
-from lorafold.core.anatomy import bare_modules
+from lorafold.core.anatomy import Anatomy
 from lorafold.core.attach import deltas_on
 from lorafold.engine.active_deltas import ActiveDeltas
 from lorafold.engine.operations import Operations
@@ -89,8 +89,8 @@ def packable(module: nn.Module) -> bool:
 
 def packed_bytes(model: nn.Module) -> int:
     """The most bytes that the matrices of a model take in the kernel's order, which has 16 bits."""
-    found = [module for _, module in bare_modules(model) if is_linear(module) and packable(module)]
-    weights = [module.get_parameter("weight") for module in found]
+    modules = [module for _, module in Anatomy.of(model).modules]
+    weights = [m.get_parameter("weight") for m in modules if is_linear(m) and packable(m)]
     return sum(w.numel() * product_dtype(w.dtype).itemsize for w in weights)
 
 

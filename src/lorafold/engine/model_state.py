@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from lorafold.bases import layer_of
-from lorafold.core.anatomy import bare_modules
+from lorafold.core.anatomy import Anatomy
 from lorafold.core.attach import Adapted
 from lorafold.errors import LorafoldError
 
@@ -25,7 +25,7 @@ def rows_apart(model: nn.Module) -> Iterator[None]:
     ends.
     """
     with ExitStack() as stack:
-        for _, module in bare_modules(model):
+        for _, module in Anatomy.of(model).modules:
             layer: Any = layer_of(module)
             apart = isinstance(module, Adapted)  # its own forward is that of the layer
             if layer.mixes_rows and not apart and "forward" not in vars(module):

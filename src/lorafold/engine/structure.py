@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.bases import is_linear, layer_of
-from lorafold.core.anatomy import bare_modules
+from lorafold.core.anatomy import Anatomy
 from lorafold.core.attach import deltas_on, selection_of
-from lorafold.core.matrices import expert_parameters
+from lorafold.core.matrices import Matrices
 from lorafold.core.modes import evaluating
 from lorafold.engine.attention import slot_attention, slot_mask
 from lorafold.engine.operations import Operations
@@ -82,7 +82,7 @@ def structure_of(model: Any) -> Structure:
             [p.shape for p in module._parameters.values() if p is not None],
             [type(delta) for delta in deltas_on(module, names)],
         )
-        for path, module in bare_modules(model)
+        for path, module in Anatomy.of(model).modules
     ]
     state = (model.dtype, model.device, modules)
     kept: tuple[Any, Structure] | None = vars(model).get(KEPT)
@@ -142,14 +142,14 @@ def probe(model: Any) -> Structure:
     rowwise = frozenset(path for path, fits in seen.rows.items() if fits)
     found = shapes(model, rowwise)
     matrices = {path for shape in found for path in shape.paths}
-    routed = any(expert_parameters(module) for _, module in bare_modules(model))
+    routed = any(isinstance(module, Matrices) for _, module in Anatomy.of(model).modules)
     return Structure("", rowwise, found, seen.groups(matrices), routed)
 
 
 def shapes(model: nn.Module, rowwise: frozenset[str]) -> tuple[Shape, ...]:
     """The matrices at these paths, by their shapes."""
     found: dict[tuple[int, int], list[str]] = defaultdict(list)
-    for path, module in bare_modules(model):
+    for path, module in Anatomy.of(model).modules:
         if path in rowwise and is_linear(module):
             found[layer_of(module).shape].append(path)
     return tuple(Shape(*shape, tuple(paths)) for shape, paths in found.items())
@@ -220,7 +220,7 @@ def _inputs_seen(model: nn.Module) -> Iterator[_Seen]:
 
     handles = [
         module.register_forward_pre_hook(hook(path, layer.takes_ids), with_kwargs=True)
-        for path, module in bare_modules(model)
+        for path, module in Anatomy.of(model).modules
         if (layer := layer_of(module)).linear or layer.takes_ids
     ]
     try:

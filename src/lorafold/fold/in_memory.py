@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.bases import layer_of
-from lorafold.core.anatomy import bare_modules
+from lorafold.core.anatomy import Anatomy
 from lorafold.core.base import bare
 from lorafold.core.matrices import module_at
 from lorafold.errors import NotMergeable, as_one, listed
@@ -42,7 +42,7 @@ def untie_others(model: nn.Module) -> None:
     for part in tied:
         part.tie_word_embeddings = False
     seen: set[int] = set()
-    for _, module in bare_modules(model):
+    for _, module in Anatomy.of(model).modules:
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) in seen:
                 setattr(module, name, _own(parameter))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lorafold.core.anatomy import vocabulary_ends
+from lorafold.core.anatomy import Anatomy
 from lorafold.core.base import bare
 from lorafold.errors import NotMergeable
 
@@ -16,7 +16,8 @@ def grown(model: Any, rows: Mapping[str, int]) -> int | None:
 
     Raises NotMergeable if embedding and head would have different sizes.
     """
-    ends: dict[str, Any] = {p: bare(model.get_submodule(p)) for p in vocabulary_ends(model)}
+    paths = Anatomy.of(model).vocabulary_ends
+    ends: dict[str, Any] = {path: bare(model.get_submodule(path)) for path in paths}
     before = {path: len(end.weight) for path, end in ends.items()}
     after = {path: rows.get(path, n) for path, n in before.items()}
     if after == before:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorafold.bases import layer_of
-from lorafold.core.anatomy import bare_modules
+from lorafold.core.anatomy import Anatomy
 from lorafold.errors import NotMergeable
 from lorafold.inspecting.residual import Stream
 from lorafold.inspecting.updates import Svd
@@ -54,7 +54,7 @@ def heads_of(model: PreTrainedModel, stream: Stream) -> tuple[dict[str, Heads], 
     queries = getattr(config, "num_attention_heads", None)
     counts = {queries, getattr(config, "num_key_value_heads", None) or queries}
     found, fused = dict[str, Heads](), list[str]()
-    for path, module in bare_modules(model):
+    for path, module in Anatomy.of(model).modules:
         parent = model.get_submodule(path.rpartition(".")[0])
         size = getattr(parent, "head_dim", None)
         if not isinstance(size, int) or (shape := _shape(module)) is None:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorafold.bases import layer_of
-from lorafold.core.anatomy import blocks
+from lorafold.core.anatomy import Anatomy
 from lorafold.core.matrices import expert_parameters, module_at
 from lorafold.errors import NotMergeable
 from lorafold.models.fake import fake_model, without_values
@@ -106,7 +106,7 @@ def stream_of(model: PreTrainedModel) -> Stream:
                 module.register_forward_pre_hook(partial(read, path))
             elif expert_parameters(module):
                 module.register_forward_pre_hook(partial(read_by_experts, path))
-        for path in blocks(twin):
+        for path in Anatomy.of(twin).blocks:
             twin.get_submodule(path).register_forward_pre_hook(entered)
         with suppress(RuntimeError):  # fake tensors end the run at code that needs values
             twin(torch.zeros(1, 4, dtype=torch.long), use_cache=False)

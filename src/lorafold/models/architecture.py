@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lorafold.core.anatomy import bare_modules, decoder_of
+from lorafold.core.anatomy import Anatomy
 from lorafold.errors import LorafoldError
 from lorafold.models.sources import known
 
@@ -70,10 +70,12 @@ def whole_of(model: nn.Module) -> Whole | None:
         return None
     with torch.device("meta"):
         whole = cls(config)
-    path, body = decoder_of(model)
-    inner = [p for p, m in bare_modules(whole) if p and isinstance(body, type(m))]
-    ends = [(_end(model), _end(whole))] if _end(model) and _end(whole) else []
-    return Whole(whole, {path: inner[0], **dict(ends)}) if path and inner else None
+    path = Anatomy.of(model).decoder
+    body = model.get_submodule(path)
+    inner = [p for p, m in Anatomy.of(whole).modules if p and isinstance(body, type(m))]
+    ends = Anatomy.of(model).head, Anatomy.of(whole).head
+    own_ends = {ends[0]: ends[1]} if ends[0] and ends[1] else {}
+    return Whole(whole, {path: inner[0], **own_ends}) if path and inner else None
 
 
 def _in_files(model: nn.Module) -> PreTrainedConfig | None:
@@ -97,12 +99,6 @@ def _in_files(model: nn.Module) -> PreTrainedConfig | None:
 def _task(cls: type) -> str:
     """What a model of a class is for, from its name: "ForCausalLM", "ForSequenceClassification"."""
     return cls.__name__[cls.__name__.rfind("For") :]
-
-
-def _end(model: Any) -> str:
-    """The path of the output embedding; empty without one."""
-    end = model.get_output_embeddings()
-    return next((path for path, m in bare_modules(model) if m is end), "") if end else ""
 
 
 def auto_class(config: PreTrainedConfig, what: str) -> Any:

@@ -23,10 +23,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lorafold.core.anatomy import bare_modules, decoder_of
+from lorafold.core.anatomy import Anatomy, beneath
 from lorafold.core.attach import adapted_modules, lift
-from lorafold.core.presets import beneath
-from lorafold.core.towers import aside
 from lorafold.core.twin import twin
 from lorafold.errors import LorafoldError
 from lorafold.files.card import REWARD
@@ -116,13 +114,14 @@ def head_paths(model: nn.Module) -> tuple[str, ...]:
 
     Raises LorafoldError if there are none.
     """
-    body, _ = decoder_of(model)
+    anatomy = Anatomy.of(model)
+    body = anatomy.decoder
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         body = str(model.base_model_prefix)  # with the encoder beside the decoder
-    inside = beneath([body, *aside(model)])
+    inside = beneath([body, *anatomy.beside])
     found = [
         p
-        for p, m in bare_modules(model)
+        for p, m in anatomy.modules
         if any(p is not None for p in m._parameters.values())
         and (not inside(p) or p in new_poolers(model))
     ]
@@ -259,8 +258,9 @@ def scoring_shell(model: Any, pad_id: int) -> Any:
             config, dtype=model.dtype,
             trust_remote_code=source is not None and source.trust_remote_code,
         )  # fmt: skip
-    place, body = decoder_of(shell)
-    own = decoder_of(of_base)[1]
+    place = Anatomy.of(shell).decoder
+    body = shell.get_submodule(place)
+    own = of_base.get_submodule(Anatomy.of(of_base).decoder)
     heads = head_paths(shell)
     parent, _, name = place.rpartition(".")
     if type(body) is type(own):

@@ -21,7 +21,7 @@ from torch import nn
 from lorafold.bases import layer_class
 from lorafold.bases.compressed import Codes, CompressedLinear
 from lorafold.bases.dense import Linear
-from lorafold.core.anatomy import bare_modules
+from lorafold.core.anatomy import Anatomy
 from lorafold.errors import LorafoldError
 from lorafold.models.container import Entry
 from lorafold.models.load_errors import one_line
@@ -191,7 +191,7 @@ def misfits(model: nn.Module, entries: Mapping[str, Entry]) -> Iterator[str]:
 
 
 def _compressed(model: nn.Module) -> Iterator[tuple[str, CompressedLinear]]:
-    return ((path, m) for path, m in bare_modules(model) if isinstance(m, CompressedLinear))
+    return ((path, m) for path, m in Anatomy.of(model).modules if isinstance(m, CompressedLinear))
 
 
 def _activations(settings: Mapping[str, Any]) -> bool:
@@ -271,7 +271,7 @@ def _matched(model: Any, settings: Mapping[str, Any], targets: list[str]) -> lis
             settings.get("modules_to_not_convert") or settings.get("ignored_layers"),
             model._keep_in_fp32_modules,
         )
-        linears = [path for path, m in bare_modules(model) if isinstance(m, nn.Linear)]
+        linears = [path for path, m in Anatomy.of(model).modules if isinstance(m, nn.Linear)]
         return [path for path in linears if should_convert_module(path, plain)]
     from compressed_tensors.utils.match import match_named_modules
 

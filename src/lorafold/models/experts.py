@@ -11,9 +11,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from lorafold.bases.expert_matrices import Floats, held, quantized
 from lorafold.bases.experts import route
-from lorafold.core.anatomy import bare_modules
-from lorafold.core.expert_forms import form_of
-from lorafold.core.matrices import Matrices
+from lorafold.core.anatomy import Anatomy
+from lorafold.core.matrices import Matrices, form_of
 from lorafold.models.storages import STORAGES
 from lorafold.ops.nf4 import BLOCK
 
@@ -46,6 +45,6 @@ def experts_quantized(quantization: str) -> Iterator[None]:
 
 def route_quantized(model: torch.nn.Module) -> None:
     """Make modules of experts that have quantized matrices compute with these."""
-    for _, module in bare_modules(model):
+    for _, module in Anatomy.of(model).modules:
         if isinstance(module, Matrices) and held(module).quantized:
             route(module.routed)

@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from lorafold.bases.expert_matrices import BLOCKS, GROUP, SCALES, mxfp4_parameters
-from lorafold.core.anatomy import bare_modules
+from lorafold.core.anatomy import Anatomy
 from lorafold.core.matrices import expert_parameters, matrices_of
 from lorafold.errors import LorafoldError
 from lorafold.models.container import Entry
@@ -44,7 +44,7 @@ def make_mxfp4(model: nn.Module, settings: Mapping[str, Any], what: str) -> None
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     plain, found = settings.get("modules_to_not_convert"), False
-    for path, module in bare_modules(model):
+    for path, module in Anatomy.of(model).modules:
         if not expert_parameters(module) or not should_convert_module(path, plain):
             continue
         for name, matrices in matrices_of(module).items():
@@ -99,7 +99,7 @@ def check_scales(model: nn.Module, what: str) -> None:
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    for path, module in bare_modules(model):
+    for path, module in Anatomy.of(model).modules:
         for matrices in expert_parameters(module):
             for name in (matrices + BLOCKS, matrices + SCALES):
                 if (parameter := module._parameters.get(name)) is not None:

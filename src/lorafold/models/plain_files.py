@@ -19,7 +19,7 @@ import torch
 
 from lorafold.bases.compressed import CompressedLinear
 from lorafold.bases.expert_matrices import BLOCKS, held
-from lorafold.core.anatomy import bare_modules
+from lorafold.core.anatomy import Anatomy
 from lorafold.core.matrices import Matrices
 from lorafold.models.checkpoint import Checkpoint, MappedModel
 from lorafold.models.container import Container, Entry
@@ -83,7 +83,7 @@ def _quantized(
     beside = defaultdict(list)
     for name in mapped.entries:
         beside[name.rpartition(".")[0]].append(name)
-    for path, module in bare_modules(mapped.model):
+    for path, module in Anatomy.of(mapped.model).modules:
         if isinstance(module, CompressedLinear):
             codes = f"{path}.{'weight_packed' if module.codes.packed else 'weight'}"
             others = [n for n in beside[path] if n not in (codes, f"{path}.bias")]

@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lorafold.core.anatomy import input_embedding
-from lorafold.core.presets import own_modules
+from lorafold.core.anatomy import Anatomy
 from lorafold.errors import LorafoldError
 from lorafold.models.storage import Storage
 
@@ -158,9 +157,9 @@ def _tables(model: PreTrainedModel, given: int) -> Iterator[int]:
     Args:
         given: How many positions the configuration says that there are.
     """
-    words = input_embedding(model)
-    for _, module in own_modules(model):
-        if module is words or hasattr(module, ENDLESS):
+    anatomy = Anatomy.of(model)
+    for path, module in anatomy.language_modules:
+        if path == anatomy.embedding or hasattr(module, ENDLESS):
             continue
         tables: list[Tensor | None] = [*module._buffers.values()]
         tables += [module._parameters["weight"]] if isinstance(module, nn.Embedding) else []

@@ -21,9 +21,9 @@ import torch
 from lorafold.bases import is_linear, layer_of
 from lorafold.bases.bitsandbytes import bitsandbytes, set_compute_dtype
 from lorafold.bases.compressed import CompressedLinear
-from lorafold.core.anatomy import bare_modules, decoder_of
+from lorafold.core.anatomy import Anatomy, beneath
 from lorafold.core.matrices import module_at
-from lorafold.core.presets import block_linears
+from lorafold.core.targets import block_linears
 from lorafold.errors import LorafoldError
 from lorafold.machine.memory import freed_blocks_returned
 from lorafold.models.compressed import remark
@@ -88,12 +88,9 @@ def packable(model: PreTrainedModel) -> list[str]:
     a multiple of 64, the block of NF4. bitsandbytes' own forward, which runs at modules without an
     adapter, computes others wrongly on some CPUs. Grouped linears have no quantized form.
     """
-    body, _ = decoder_of(model)
-    head = model.get_output_embeddings()
-    found = block_linears(model, is_linear)
-    inside = [p for p in found if not body or f"{p}.".startswith(f"{body}.")]
-    modules = {p: module_at(model, p) for p in inside}
-    layers = {p: layer_of(m) for p, m in modules.items() if m is not head}
+    anatomy = Anatomy.of(model)
+    inside = filter(beneath([anatomy.decoder]), block_linears(model, is_linear))
+    layers = {p: layer_of(module_at(model, p)) for p in inside if p != anatomy.head}
     return [p for p, s in layers.items() if s.takes_vectors and s.shape[1] % BLOCK == 0]
 
 
@@ -177,7 +174,7 @@ def _by_bitsandbytes(model: PreTrainedModel, quantization: str) -> Any:
     from transformers import BitsAndBytesConfig
 
     quantized = set(packable(model))
-    others = [p for p, m in bare_modules(model) if is_linear(m) and p not in quantized]
+    others = [p for p, m in Anatomy.of(model).modules if is_linear(m) and p not in quantized]
     return BitsAndBytesConfig(**STORAGES[quantization].made, llm_int8_skip_modules=others)
 
 
@@ -189,7 +186,7 @@ def _with_codes(model: PreTrainedModel, settings: dict[str, Any], path: Path, wh
 
     make_quantized(model, settings, what)
     as_in_files(model, by_parameter(model, entries_of(path))[0], what)
-    found = {p: m for p, m in bare_modules(model) if isinstance(m, CompressedLinear)}
+    found = {p: m for p, m in Anatomy.of(model).modules if isinstance(m, CompressedLinear)}
 
     class Prepared(type(model)):  # type: ignore[misc]
         """transformers loads files into what this makes."""

@@ -32,15 +32,8 @@ from torch import nn
 from lorafold.bases import is_linear, layer_class
 from lorafold.bases.dense import Conv1D
 from lorafold.bases.grouped import GroupedLinear
-from lorafold.core.anatomy import bare_modules
-from lorafold.core.expert_forms import form_of
-from lorafold.core.matrices import (
-    Matrices,
-    expert_counts,
-    expert_parameters,
-    module_at,
-    parameter_path,
-)
+from lorafold.core.anatomy import Anatomy
+from lorafold.core.matrices import Matrices, expert_parameters, form_of, module_at, parameter_path
 from lorafold.core.targets import pattern_matches
 from lorafold.errors import LorafoldError, listed
 
@@ -57,7 +50,7 @@ def renames(model: nn.Module) -> bool:
     looks the model's type up in transformers' table of families.
     """
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind is None or not any(expert_counts(m) for _, m in bare_modules(model)):
+    if kind is None or not Anatomy.of(model).experts:
         return False
     from transformers import conversion_mapping
 
@@ -164,7 +157,7 @@ def check_fused(model: nn.Module, keys: Iterable[str]) -> None:
     all experts in one parameter.
     """
     each = [key for key in keys if PER_EXPERT.search(key)]
-    if each and any(isinstance(m, Matrices) for _, m in bare_modules(model)):
+    if each and any(isinstance(m, Matrices) for _, m in Anatomy.of(model).modules):
         raise LorafoldError(
             f"found {len(each)} tensors of single experts, such as {min(each)}, as transformers 4"
             " had them; expected those of target_parameters: load the adapter with PEFT, which"
@@ -176,9 +169,11 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Module, str]]:
     """Yield the path of each parameter, that of its module, the module and the parameter's name.
     Experts have those of a plain model in any storage.
     """
-    for path, module in bare_modules(model):
-        own = (name for name, parameter in module._parameters.items() if parameter is not None)
-        for name in dict.fromkeys([*expert_parameters(module), *own]):
+    anatomy = Anatomy.of(model)
+    for path, module in anatomy.modules:
+        own = [name for name, parameter in module._parameters.items() if parameter is not None]
+        matrices = expert_parameters(module) if path in anatomy.experts else ()
+        for name in dict.fromkeys([*matrices, *own]):
             yield f"{path}.{name}" if path else name, path, module, name
 
 

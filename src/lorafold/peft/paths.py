@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from lorafold.core.anatomy import bare_modules
+from lorafold.core.anatomy import Anatomy
 from lorafold.models.architecture import whole_of
 from lorafold.peft.format import ROOT
 from lorafold.peft.saved import Saved
@@ -25,7 +25,7 @@ def renamed(key: str, path: Callable[[str], str]) -> str:
 
 def within(saved: Saved, model: nn.Module) -> Saved:
     """The adapter with the module paths that this model has."""
-    modules = {path for path, _ in bare_modules(model)}
+    modules = {path for path, _ in Anatomy.of(model).modules}
     own = [name.removeprefix(START) for name in saved.weights.names if name.startswith(START)]
     roots = {".".join(path.split(".")[:2]) for path in own}
     whole = None if roots <= modules else whole_of(model)

@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorafold.bases import is_linear
-from lorafold.core.anatomy import bare_modules
+from lorafold.core.anatomy import Anatomy
 from lorafold.core.attach import base_state
 from lorafold.core.matrices import Matrices, module_at
 from lorafold.core.spec import Spec
@@ -65,7 +65,7 @@ class Selection:
             return match(model, self.preset, is_linear)
         modules = {
             p: m
-            for p, m in bare_modules(model)
+            for p, m in Anatomy.of(model).modules
             if p and (self.experts or not isinstance(m, Matrices)) and not self._excluded(p)
         }
         if self.target_modules == "all-linear":
@@ -110,7 +110,7 @@ class Selection:
         """Return the modules to save whole, by name. Names that match no module are left out: PEFT
         lists the heads of all architectures in the config of a classifier.
         """
-        paths = [p for p, _ in bare_modules(model) if p]
+        paths = [p for p, _ in Anatomy.of(model).modules if p]
         found = {name: tuple(p for p in paths if p.endswith(name)) for name in self.modules_to_save}
         return Matches({name: hits for name, hits in found.items() if hits})
 
@@ -232,9 +232,8 @@ def saved_leaves(model: nn.Module, names: Sequence[str]) -> list[str]:
     these `modules_to_save`.
     """
     roots = tuple(f"{path}." for path in Selection((), tuple(names)).saved(model).paths)
-    return [
-        path for path, m in bare_modules(model) if m._parameters and f"{path}.".startswith(roots)
-    ]
+    modules = Anatomy.of(model).modules
+    return [path for path, m in modules if m._parameters and f"{path}.".startswith(roots)]
 
 
 def buffers_beneath(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:

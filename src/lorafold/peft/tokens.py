@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.bases import layer_class
-from lorafold.core.anatomy import bare_modules, sharers, vocabulary_ends
+from lorafold.core.anatomy import Anatomy, sharers
 from lorafold.errors import LorafoldError, listed
 from lorafold.methods.parts.token_rows import TokenRows
 from lorafold.models import fingerprint
@@ -46,7 +46,7 @@ def describe(model: nn.Module, sites: Sequence[Site]) -> dict[str, Any]:
     }
     if not own:
         return {}
-    if [*own] == vocabulary_ends(model)[:1]:
+    if [*own] == Anatomy.of(model).vocabulary_ends[:1]:
         return {INDICES: next(iter(own.values()))}
     return {INDICES: {_name(model, path): ids for path, ids in own.items()}}
 
@@ -60,11 +60,11 @@ def resolve(model: nn.Module, ids: Ids) -> ByPath:
     """Return the config's ids by module path. Raises LorafoldError if a name matches no module."""
     if not isinstance(ids, Mapping):
         # PEFT looks for embed_tokens if the model does not name its embedding
-        embedding, *_ = *vocabulary_ends(model), "embed_tokens"
+        embedding, *_ = *Anatomy.of(model).vocabulary_ends, "embed_tokens"
         ids = {embedding: ids} if ids else {}
     if not ids:
         return {}
-    paths = [path for path, _ in bare_modules(model) if path]
+    paths = [path for path, _ in Anatomy.of(model).modules if path]
     found = {name: [p for p in paths if p.endswith(name)] for name in ids}
     if missing := [name for name, hits in found.items() if not hits]:
         raise LorafoldError(f"{INDICES}: found no module {listed(missing)} in this model")
@@ -120,7 +120,7 @@ def completed(
         return {}, file
     found, hidden, rows = dict(ids), set[str](), dict[str, Tensor]()
     trained = {i for some in ids.values() for i in some}
-    for path in dict.fromkeys([*ids, *vocabulary_ends(model)]):
+    for path in dict.fromkeys([*ids, *Anatomy.of(model).vocabulary_ends]):
         owner, key = _owner(model, path, ids), f"{ROOT}.{path}.{ROWS}"
         if (
             owner is not None
@@ -185,6 +185,6 @@ def _name(model: nn.Module, path: str) -> str:
     """Return the shortest end of the path, in whole parts, with which no other module's path ends:
     PEFT matches ends of paths.
     """
-    paths, parts = [p for p, _ in bare_modules(model)], path.split(".")
+    paths, parts = [p for p, _ in Anatomy.of(model).modules], path.split(".")
     ends = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
     return next((end for end in ends if sum(p.endswith(end) for p in paths) == 1), path)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
-from lorafold.core.anatomy import bare_modules
+from lorafold.core.anatomy import Anatomy
 from lorafold.data.allowed_tokens import allow
 from lorafold.errors import LorafoldError, listed
 from lorafold.identity import joined, of_code
@@ -154,7 +154,11 @@ def server_of(
         allow(tokenizer)
     identity = joined([files, _storage(model)])
     state = settings.state or directory.beside / STATE
-    modules, free = lambda: [path for path, _ in bare_modules(model)], settings.allow_control_tokens
+    free = settings.allow_control_tokens
+
+    def modules() -> list[str]:
+        return [path for path, _ in Anatomy.of(model).modules]
+
     room = settings.adapter_bytes or free_bytes(model.device) // 2
     settings = settings.model_copy(update={"adapter_bytes": room})
     screen = Screen(modules, tokenizer, free, room // model.dtype.itemsize)

@@ -24,12 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.bases import is_linear, layer_of
-from lorafold.core.anatomy import bare_modules, blocks
+from lorafold.core.anatomy import Anatomy, beneath
 from lorafold.core.attach import Adapted
 from lorafold.core.fake import is_fake
 from lorafold.core.matrices import expert_parameters
 from lorafold.core.modes import evaluating
-from lorafold.core.presets import own_blocks
 from lorafold.kernels.table import TRAINING, use
 from lorafold.ops.gated import ACTIVATIONS, gated
 from lorafold.ops.norm import rms_norm
@@ -79,8 +78,13 @@ def fused(
     }
     kinds = {p.device.type for p in model.parameters()}
     why = "; ".join(filter(None, (use(TRAINING, kind) for kind in sorted(kinds))))
-    paths, own = blocks(model), own_blocks(model)
-    inside = [[module for _, module in bare_modules(model.get_submodule(path))] for path in paths]
+    anatomy = Anatomy.of(model)
+    blocks, outer = {path: list[nn.Module]() for path in anatomy.blocks}, ""
+    for path, module in anatomy.modules:
+        outer = path if path in blocks else outer
+        if outer and f"{path}.".startswith(f"{outer}."):
+            blocks[outer].append(module)
+    inside = [*blocks.values()]
     with ExitStack() as stack:
         with evaluating(model):
             found = [
@@ -100,7 +104,8 @@ def fused(
                 if any([_put(stack, m, "forward", _rotated(m, rotation)) for m in block]):
                     parts.add("rotary embedding")
         wanted = {*make, "rotary embedding"}
-        told = [parts for path, parts in zip(paths, found, strict=True) if path in own]
+        counted = beneath(anatomy.language_blocks)
+        told = [parts for path, parts in zip(blocks, found, strict=True) if counted(path)]
         lacking = set[str]().union(*(wanted - parts for parts in told))
         fast = sum(parts == wanted for parts in told)
         yield FastPath(fast, len(told), tuple(sorted(lacking)), why)

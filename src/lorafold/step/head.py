@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorafold.core.anatomy import decoder_of
+from lorafold.core.anatomy import Anatomy
 from lorafold.core.fake import is_fake
 from lorafold.data.examples import NO_LOSS
 from lorafold.errors import LorafoldError
@@ -240,13 +240,13 @@ def _runs(h: Tensor) -> list[slice]:
 
 def _decoder(model: Any) -> Any:
     """Return the module between the token ids and the head."""
-    _, decoder = decoder_of(model)
-    if decoder is model or model.get_output_embeddings() is None:
+    anatomy = Anatomy.of(model)
+    if not anatomy.decoder or anatomy.head is None:
         raise LorafoldError(
             f"{type(model).__name__}: found no decoder with a head over it, expected a causal"
             " language model"
         )
-    return decoder
+    return model.get_submodule(anatomy.decoder)
 
 
 @contextmanager

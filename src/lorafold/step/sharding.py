@@ -38,7 +38,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lorafold.core.anatomy import decoder_of, vocabulary_ends
+from lorafold.core.anatomy import Anatomy
 from lorafold.files.cache import cached, found_in_cache
 from lorafold.machine.memory import freed_blocks_returned
 from lorafold.machine.processes import Processes
@@ -135,8 +135,8 @@ class Sharded(Replicated):
             for path, part in of.items():
                 open_for(stack, model.get_submodule(path), partial(self.open, part))
             # the loss reads the head itself, once the decoder has run
-            if len(ends := vocabulary_ends(model)) > 1:
-                _, decoder = decoder_of(model)
+            if len(ends := Anatomy.of(model).vocabulary_ends) > 1:
+                decoder = model.get_submodule(Anatomy.of(model).decoder)
                 opens = decoder.register_forward_hook(lambda *_: self.open(of[ends[-1]]))
                 stack.callback(opens.remove)
             yield
@@ -145,7 +145,7 @@ class Sharded(Replicated):
     def _divided(self, model: nn.Module) -> dict[str, Sequence[Shard]]:
         """The shards of each part of the model, by its path."""
         params, taken = set[nn.Parameter](), set[int]()
-        owner_of, ends = owners(model, self.processes.count), vocabulary_ends(model)
+        owner_of, ends = owners(model, self.processes.count), Anatomy.of(model).vocabulary_ends
         of: dict[str, Sequence[Shard]] = {}
         self._mode.let_go()
         for path in parts_of(model):

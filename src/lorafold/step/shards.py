@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
-from lorafold.core.anatomy import bare_modules, blocks, vocabulary_ends
+from lorafold.core.anatomy import Anatomy
 from lorafold.machine.processes import Processes
 
 LEAST = 1 << 14  # bytes of a tensor; what is smaller stays whole
@@ -205,7 +205,8 @@ def divide(
 
 def parts_of(model: nn.Module) -> list[str]:
     """The paths of what is whole at a time: the blocks, and the ends of the vocabulary."""
-    return [*blocks(model), *vocabulary_ends(model)]
+    anatomy = Anatomy.of(model)
+    return [*anatomy.blocks, *anatomy.vocabulary_ends]
 
 
 def owners(model: nn.Module, count: int) -> dict[nn.Parameter, int]:
@@ -217,7 +218,7 @@ def owners(model: nn.Module, count: int) -> dict[nn.Parameter, int]:
 def trained_in(module: nn.Module, taken: set[nn.Parameter]) -> list[nn.Parameter]:
     """The module's large trained parameters that are not taken, which then are."""
     found = list[nn.Parameter]()
-    for _, one in bare_modules(module):
+    for _, one in Anatomy.of(module).modules:
         for p in one._parameters.values():
             if p is not None and p.requires_grad and p.nbytes >= LEAST and p not in taken:
                 taken.add(p)
@@ -276,7 +277,7 @@ def open_for(stack: ExitStack, part: nn.Module, opens: Callable[[], None]) -> No
             if isinstance(t, Tensor) and t.requires_grad:
                 t.register_hook(before)
 
-    for _, module in bare_modules(part):
+    for _, module in Anatomy.of(part).modules:
         for handle in (
             module.register_forward_pre_hook(before), module.register_forward_hook(after)
         ):  # fmt: skip
@@ -285,7 +286,7 @@ def open_for(stack: ExitStack, part: nn.Module, opens: Callable[[], None]) -> No
 
 def _frozen(part: nn.Module) -> Iterator[Tensor]:
     """The frozen tensors of a part of a model, those of the state of quantized ones among them."""
-    for _, module in bare_modules(part):
+    for _, module in Anatomy.of(part).modules:
         for t in _of(module):
             if not t.requires_grad:
                 yield from _inside(t)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from lorafold.core.anatomy import bare_modules, routers
+from lorafold.core.anatomy import Anatomy
 from lorafold.core.attach import adapted_modules
 from lorafold.core.base import bare
 from lorafold.core.delta import Delta
@@ -35,8 +35,8 @@ def add_biases(
         bias: train the biases of these modules ("lora_only"), of all ("all") or of none ("none").
         deltas: the adapter's deltas by module path, to which they are added.
     """
-    left_out = routers(model)
-    every = (path for path, _ in bare_modules(model) if path not in left_out)
+    left_out = Anatomy.of(model).routers
+    every = (path for path, _ in Anatomy.of(model).modules if path not in left_out)
     for path in {"none": (), "lora_only": matches.paths, "all": every}[bias]:
         own = module_at(model, path)._parameters.get("bias")
         if own is not None:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.bases import is_linear, layer_class, layer_of
-from lorafold.core.anatomy import bare_modules, sharers, vocabulary_ends
+from lorafold.core.anatomy import Anatomy, sharers
 from lorafold.core.attach import Adapted
 from lorafold.core.base import bare
 from lorafold.core.delta import Delta
@@ -193,14 +193,14 @@ class Tokens:
         """
         problems: list[str] = []
         if isinstance(self.ids, Mapping):
-            paths = [path for path, _ in bare_modules(model)]
+            paths = [path for path, _ in Anatomy.of(model).modules]
             named: dict[str, tuple[int, ...]] = {}
             for name, ids in self.ids.items():
                 hits = [p for p in paths if p == name or p.endswith(f".{name}")]
                 problems += [] if hits else [no_match(name, model, is_linear)]
                 named |= dict.fromkeys(hits, tuple(ids))
         else:
-            named = dict.fromkeys(vocabulary_ends(model), tuple(self.ids))
+            named = dict.fromkeys(Anatomy.of(model).vocabulary_ends, tuple(self.ids))
             if not named:
                 problems.append(
                     f"{type(model).__name__} does not say which module its embedding is; give the"
@@ -244,7 +244,7 @@ class Tokens:
     @staticmethod
     def _one_sided(model: nn.Module, found: Mapping[str, TokenRows]) -> list[str]:
         """What is wrong if embedding and head would have different vocabularies."""
-        ends = {path: bare(model.get_submodule(path)) for path in vocabulary_ends(model)}
+        ends = {path: bare(model.get_submodule(path)) for path in Anatomy.of(model).vocabulary_ends}
         rows = {path: len(end.weight) for path, end in ends.items()}  # type: ignore[arg-type]
         sizes = dict(rows)
         for path in rows:

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorafold.core.anatomy import causal_attentions
+from lorafold.core.anatomy import Anatomy
 from lorafold.core.delta import Opaque
 from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
@@ -254,7 +254,7 @@ class VirtualTokens(Spec):
         module = layer.module
         if is_attention(module):
             return Receiver(module)
-        attentions = [module.get_submodule(path) for path in causal_attentions(module)]
+        attentions = [module.get_submodule(path) for path in Anatomy.of(module).attentions]
         if not attentions:
             raise LorafoldError(
                 f"{type(self).__name__}: expected a decoder and its attentions (targets 'decoder'),"
