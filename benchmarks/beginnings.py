@@ -133,7 +133,7 @@ def ways(
         work = {"rows": 0, "targets": 0}
         how.across, how.shares = across, across or what == OWN
         for part in loss.micro_batches(given, 1, TOKENS):
-            inputs = loss.collate(part, CPU)
+            inputs = loss.collate([given[i] for i in part], CPU)
             work["rows"] += len(part)
             work["targets"] += targets(**inputs)
             loss(**inputs).backward()
@@ -142,7 +142,8 @@ def ways(
 
     def computed(loss: Completions | Preferences, across: bool) -> int:
         how.across, how.shares = across, across or what == OWN
-        return sum(map(loss.computed, loss.micro_batches(given, 1, TOKENS)))
+        parts = loss.micro_batches(given, 1, TOKENS)
+        return sum(loss.computed([given[i] for i in part]) for part in parts)
 
     both = [*zip(losses, (False, True), strict=True)]
     apart, once = (computed(*way) for way in both)

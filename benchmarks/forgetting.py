@@ -41,8 +41,7 @@ from lorafold.quickstart.story import RECIPE
 from lorafold.quickstart.task import rows
 from lorafold.recipe.fitting import fitting, spec_of
 from lorafold.step.fused import fused
-from lorafold.training.display import NONE, Display
-from lorafold.training.dividing import layout_of
+from lorafold.training.display import Display
 from lorafold.training.loop import fit
 from lorafold.training.request import Request
 from lorafold.training.setup import set_up
@@ -74,7 +73,7 @@ class Watch(Display):
         self.look = look
 
     def step(
-        self, step: int, loss: float, rate: float, figures: Mapping[str, float] = NONE
+        self, step: int, loss: float, rate: float, figures: Mapping[str, float], lr: float
     ) -> None:
         self.look(step)
 
@@ -106,8 +105,7 @@ def trained(
         stack.enter_context(freed_blocks_kept())
         stack.enter_context(fused(model))
         loss = stack.enter_context(objective.loss(model, tokenizer, recipe.packing, QUIET))
-        layout = layout_of(recipe, setup.processes)
-        run = prepare(setup, adapter, loss, setup.feed, None, QUIET, layout)
+        run = prepare(setup, adapter, loss, setup.feed, None, QUIET)
         work = stack.enter_context(watched())
         fit(*run, Watch(steps, look))
     found = evaluate(model, tokenizer, unseen, recipe.max_length)

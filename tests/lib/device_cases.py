@@ -3,6 +3,7 @@ CUDA they are on the GPU itself.
 """
 
 import contextlib
+import math
 import types
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
@@ -28,12 +29,13 @@ from lorafold.methods import make_spec
 from lorafold.models.experts import route_quantized
 from lorafold.models.quantizing import packable
 from lorafold.models.storages import MADE, STORAGES
+from lorafold.objectives.sft import Sft
 from lorafold.step.activations import recompute
 from lorafold.step.adamw import make_optimizer
 from lorafold.step.fused import fused
 from lorafold.step.optim import param_groups
 from lorafold.step.replicated import Replicated
-from lorafold.training.loop import Job, train_step
+from lorafold.training.loop import Plan, train_step
 from shadow import WHERE, Count, Device, Shadow, host_of
 
 REAL = torch.version.cuda is not None
@@ -212,14 +214,16 @@ def fitted(
     layout = Kept(adapter)
     where = CPU if device is None else WHERE
     run: Any = types.SimpleNamespace(checkpoints=dict)
-    empty: Any = None
-    job = Job(adapter, loss, optimizer, where, ALONE, empty, None, recipe, run, 10, layout)
+    feed: Any = types.SimpleNamespace(steps=10)
+    plan = Plan(
+        recipe, Sft(), adapter, loss, where, optimizer, feed, None, math.inf, run, layout
+    )
     losses, count = [], Count()
     for i in range(steps):
         counting = device.counting() if device and i == steps - 1 else contextlib.nullcontext(count)
         torch.manual_seed(3)
         with counting as count:
-            losses.append(train_step(job, examples, i)[0])
+            losses.append(train_step(plan, examples, i)[0])
     return Stepped(losses, layout.found, count)
 
 

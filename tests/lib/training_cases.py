@@ -69,10 +69,10 @@ def train_until_killed(model: Path, out: Path, fields: dict[str, Any]) -> None:
     """A run whose process is killed in step 12."""
     step = loop.train_step
 
-    def killing(job: loop.Job, rows: list[int], i: int) -> float:
+    def killing(plan: loop.Plan, rows: list[int], i: int) -> float:
         if i == 12:
             os.kill(os.getpid(), signal.SIGKILL)
-        return step(job, rows, i)
+        return step(plan, rows, i)
 
     loop.train_step = killing
     train(request(model, out, **fields), quiet())

@@ -34,6 +34,7 @@ from lorafold.memory.trace import Setting, trace
 from lorafold.models.configuration import configuration
 from lorafold.models.storage import Storage
 from lorafold.objectives import OBJECTIVES, Declared
+from lorafold.objectives.objective import examples_of
 from lorafold.opening import Base
 from lorafold.training import loop
 from lorafold.training.preview import show
@@ -191,7 +192,7 @@ def record(out: Path) -> dict[str, Any]:
 def test_its_examples_are_those_of_the_weights(hardest, tiny_model) -> None:
     model, tokenizer = tiny_model("llama"), make_tokenizer()
     objective = hardest(share=0.25)
-    planned_ = list(objective.encode(ROWS[:8], tokenizer, 64).examples)
+    planned_ = list(examples_of(objective, ROWS[:8], tokenizer, 64).examples)
     with objective.loss(model, tokenizer, True, Console(quiet=True)) as loss:
         means = objective.means(planned_, loss)
         found = objective.examples(0, planned_, loss)

@@ -125,19 +125,19 @@ def test_a_kill(place: int, straight, tiny_model_dir, tmp_path: Path) -> None:
 def injecting(kind: str, value: float, at: int) -> Callable[..., tuple[float, float]]:
     """A step of training in which a number is not finite."""
 
-    def step(job: loop.Job, examples: Any, i: int) -> tuple[float, float]:
+    def step(plan: loop.Plan, examples: Any, i: int) -> tuple[float, float]:
         if i != at:
-            return STEP(job, examples, i)
-        p, hook = parameters(job.optimizer)[-1], None
+            return STEP(plan, examples, i)
+        p, hook = parameters(plan.optimizer)[-1], None
         if kind == "loss":
-            hook = job.loss.register_forward_hook(lambda module, given, loss: loss * value)
+            hook = plan.loss.register_forward_hook(lambda module, given, loss: loss * value)
         elif kind == "gradient":
             hook = p.register_hook(lambda g: g * value)
         else:
-            found = p.detach() if kind == "weight" else job.optimizer.state[p][kind]
+            found = p.detach() if kind == "weight" else plan.optimizer.state[p][kind]
             found.view(-1)[0] = value
         try:
-            return STEP(job, examples, i)
+            return STEP(plan, examples, i)
         finally:
             if hook is not None:
                 hook.remove()

@@ -263,10 +263,10 @@ def test_the_state_of_another_optimizer_is_refused() -> None:
 def stopped(monkeypatch: pytest.MonkeyPatch, at: int, asked: Request) -> None:
     """A run that fails in step `at`, as one does that is killed: its checkpoints stay."""
 
-    def failing(job: loop.Job, rows: list, i: int) -> float:
+    def failing(plan: loop.Plan, rows: list, i: int) -> float:
         if i == at:
             raise KeyboardInterrupt
-        return original(job, rows, i)
+        return original(plan, rows, i)
 
     original = loop.train_step
     with monkeypatch.context() as patch:

@@ -78,10 +78,10 @@ def in_step(number: int, do: object) -> object:
     def before() -> None:
         step = loop.train_step
 
-        def doing(job: loop.Job, examples: list, i: int) -> float:
+        def doing(plan: loop.Plan, examples: list, i: int) -> float:
             if i == number:
                 do()  # type: ignore[operator]
-            return step(job, examples, i)
+            return step(plan, examples, i)
 
         loop.train_step = doing  # type: ignore[assignment]
 

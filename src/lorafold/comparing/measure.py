@@ -38,8 +38,7 @@ from lorafold.peft.config import CONFIG
 from lorafold.peft.saved import Saved
 from lorafold.recipe.fitting import fitting, settled_base, spec_of
 from lorafold.recipe.recipe import Recipe
-from lorafold.training.grounds import day_written
-from lorafold.training.request import Request, objective_of, tokenizer_for
+from lorafold.training.request import Request, day_written, objective_of, tokenizer_for
 from lorafold.training.run import train
 
 if TYPE_CHECKING:

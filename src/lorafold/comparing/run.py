@@ -29,7 +29,7 @@ from lorafold.objectives import OBJECTIVES
 from lorafold.recipe.fitting import settled_base, spec_of
 from lorafold.recipe.recipe import Recipe
 from lorafold.rewards.naming import adapter_in
-from lorafold.training.grounds import grounds
+from lorafold.training.request import grounds
 
 
 def known_methods(names: Sequence[str]) -> Sequence[str]:

@@ -176,12 +176,6 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return [sorted(indices) for indices in sequences]
 
 
-def ids_in(example: Any) -> Sequence[int]:
-    """The ids of an example, (T,)."""
-    found: Sequence[int] = example.ids
-    return found
-
-
 def tokens_in(example: Any) -> int:
     """The tokens of an example."""
     return len(example.ids)

@@ -117,6 +117,11 @@ class Rewarded:
         return Rewarded(judged, groups, rewards, each)
 
     @property
+    def tokens(self) -> int:
+        """How many were drawn."""
+        return sum(len(one.tokens) for group in self.groups for one in group)
+
+    @property
     def interval(self) -> Interval | None:
         """The 95% interval of the mean reward; None for a single prompt."""
         return _interval(self.rewards)
@@ -138,7 +143,7 @@ class Rewarded:
         applies; what the completions are, and the share of groups whose rewards are all alike.
         """
         drawn = [one for group in self.groups for one in group]
-        tokens = sum(len(one.tokens) for one in drawn)
+        tokens = self.tokens
         apart = {f"reward {name}": float(x.nanmean()) for name, x in self.each.items()}
         without = float(self.rewards.isnan().double().mean())
         return {

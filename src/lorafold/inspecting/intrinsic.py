@@ -32,9 +32,15 @@ from lorafold.identity import of_adapter
 from lorafold.methods.fastfood import Fastfood
 from lorafold.recipe.fitting import fitting
 from lorafold.recipe.recipe import Recipe
-from lorafold.training.checkpoint import RunDirectory
-from lorafold.training.grounds import FILES, day_written, grounds
-from lorafold.training.request import Request, objective_of, tokenized, tokenizer_for
+from lorafold.training.checkpoint import FILES, RunDirectory
+from lorafold.training.request import (
+    Request,
+    day_written,
+    grounds,
+    objective_of,
+    tokenized,
+    tokenizer_for,
+)
 from lorafold.training.run import train
 
 SEARCH = "search.json"

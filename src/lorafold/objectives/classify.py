@@ -36,7 +36,7 @@ from lorafold.models.classifier import (
     new_poolers,
     padding_id,
 )
-from lorafold.objectives.objective import Asked, Objective, Packing, no_options
+from lorafold.objectives.objective import Asked, Objective, Packing
 from lorafold.opening import Base
 from lorafold.opening.kinds import known_classes
 from lorafold.step.branches import branching
@@ -61,7 +61,7 @@ class Classify(Objective):
     @classmethod
     def of(cls, asked: Asked) -> Self:
         """That of the classes that the model or an adapter knows, else of those of the rows."""
-        no_options(asked)
+        asked.refuse_options()
         found = classes_of(asked.rows)
         classes = known_classes(asked.base, asked.adapters) or found
         if strange := [name for name in found if name not in classes]:
@@ -72,8 +72,11 @@ class Classify(Objective):
         return cls(classes)
 
     @property
-    def outputs(self) -> int:
+    def outputs(self) -> int:  # type: ignore[override]
         return len(self.classes)
+
+    def set_up(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        return None  # a text has no turns
 
     def encoder(self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE) -> Encoder:
         return Labels(tokenizer, self.classes)

@@ -9,11 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Self
 
-from lorafold.data.account import account_of
 from lorafold.data.branches import Branched, Branches
 from lorafold.data.examples import WHOLE, preview
 from lorafold.data.preferred import PreferredData, preferred
-from lorafold.data.render import Rendering, ensure_chat_template
+from lorafold.data.render import Rendering
 from lorafold.data.shapes import PAIRS
 from lorafold.data.stored import Rows
 from lorafold.data.tokenizing import Encoder
@@ -47,9 +46,6 @@ class Comparing(Objective):
     def options(cls, declared: Declared) -> Mapping[str, Any]:
         law = class_of(declared, preference_laws)
         return {field.name: field.default for field in fields(law)}
-
-    def set_up(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
-        return ensure_chat_template(tokenizer) or account_of(tokenizer).line
 
     def encoder(self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE) -> Encoder:
         return Branches(tokenizer, self.law.kind, rendering)

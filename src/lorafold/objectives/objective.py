@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 from lorafold.core.spec import Spec
+from lorafold.data.account import account_of
 from lorafold.data.examples import WHOLE
 from lorafold.data.feed import Feed
-from lorafold.data.render import Rendering
+from lorafold.data.render import Rendering, ensure_chat_template
 from lorafold.data.rows import as_checked
 from lorafold.data.sources import Row
 from lorafold.data.stored import Part, Rows
@@ -72,11 +74,24 @@ class Asked:
         """What the run starts from, in messages: the adapters, or the model."""
         return ", ".join(map(str, self.adapters)) or self.base.name
 
+    def refuse_options(self) -> None:
+        """Raise LorafoldError if options are given: for an objective that has none."""
+        if given := given_options(self.beta, self.options):
+            raise LorafoldError(f"{', '.join(given)}: the objective {self.name} has no such option")
+
 
 class Objective(ABC):
     """Abstract: one objective, from rows to a loss."""
 
     packs: ClassVar[bool] = True  # where the recipe asks for it and the model allows it
+    # it learns from completions that the model draws in each step: nothing is known of them before,
+    # and of several processes the first has them drawn and judged
+    on_policy: ClassVar[bool] = False
+    outputs: int = 0  # of the head over a text; 0 for that of a language model
+    # directories besides the model and the run's adapters, each after the option that names it
+    reads: Sequence[tuple[str, Path]] = ()
+    # what a run depends on that neither its recipe nor its rows and models are, as JSON
+    identity: Mapping[str, Any] = MappingProxyType({})
 
     @classmethod
     def of(cls, asked: Asked) -> Self:
@@ -85,18 +100,13 @@ class Objective(ABC):
         Raises LorafoldError for options that it does not have, and for rows, a model or adapters
         that do not suit it.
         """
-        no_options(asked)
+        asked.refuse_options()
         return cls()
 
     @classmethod
     def options(cls, declared: Declared) -> Mapping[str, Any]:
         """The options by name, with their defaults."""
         return {}
-
-    @property
-    def outputs(self) -> int:
-        """The outputs of the head over a text; 0 for that of a language model."""
-        return 0
 
     @abstractmethod
     def encoder(self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE) -> Encoder:
@@ -118,29 +128,6 @@ class Objective(ABC):
         Raises LorafoldError for rows of which nothing is left to train on.
         """
 
-    def encode(
-        self,
-        rows: Sequence[Row],
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
-        console: Console | None = None,
-        rendering: Rendering = WHOLE,
-    ) -> Data:
-        """Tokenized rows, with a report.
-
-        Args:
-            tokenizer: After `set_up`.
-            max_length: Longer examples are cut to this many tokens.
-            console: For progress; None is quiet.
-            rendering: What of a conversation is trained on.
-
-        Raises LorafoldError for rows that this objective can't use.
-        """
-        encoder = self.encoder(tokenizer, rendering)
-        rows = as_checked(rows, encoder.takes)
-        table = tokenized(rows, encoder, console)
-        return self.data(table, rows, max_length)
-
     def examples(self, step: int, planned: Sequence[Any], loss: Any) -> Sequence[Any]:
         """The examples that a step computes: the planned ones, unless they depend on the weights,
         which are those of the steps before. In every process they are the same.
@@ -152,17 +139,9 @@ class Objective(ABC):
         """
         return planned
 
-    @property
-    def updates(self) -> int:
-        """How often a step updates the weights by its examples."""
-        return 1
-
-    @property
-    def passes_alike(self) -> bool:
-        """Whether all passes over the model in a step are of its micro-batches, as many in each of
-        several processes.
-        """
-        return True
+    def updates(self, examples: Sequence[Any], loss: Any) -> Iterator[Sequence[Any]]:
+        """The examples of each update of the weights in a step: all, once."""
+        yield examples
 
     def draws(self, feed: Feed, held_out: Any) -> RolloutSize | None:
         """The completions that steps draw at a time, for which an engine is beside the model; None
@@ -222,21 +201,11 @@ class Objective(ABC):
         """
         return next_token_loss(model, inputs, labelled)
 
-    @property
-    def reads(self) -> Sequence[tuple[str, Path]]:
-        """The directories that it reads besides the model and the run's adapters, each after the
-        option that names it.
-        """
-        return ()
-
-    @property
-    def identity(self) -> Mapping[str, Any]:
-        """What a run depends on that neither its recipe nor its rows and models are, as JSON."""
-        return {}
-
     def set_up(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
-        """Add what the tokenizer lacks for this objective. Returns a notice of what was added."""
-        return None
+        """Add what the tokenizer lacks for this objective, such as a chat template. Returns a
+        notice of what was added, or of how the template renders.
+        """
+        return ensure_chat_template(tokenizer) or account_of(tokenizer).line
 
     def modules_to_save(self, model: PreTrainedModel, spec: Spec, targets: Any) -> tuple[str, ...]:
         """Paths of the modules that must be trained whole, whatever the method adapts.
@@ -303,7 +272,24 @@ def given_options(beta: float | None, options: Mapping[str, Any]) -> dict[str, A
     return {**own, **options, **own}
 
 
-def no_options(asked: Asked) -> None:
-    """Raise LorafoldError if options are given for an objective that has none."""
-    if given := given_options(asked.beta, asked.options):
-        raise LorafoldError(f"{', '.join(given)}: the objective {asked.name} has no such option")
+def examples_of(
+    objective: Objective,
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    console: Console | None = None,
+    rendering: Rendering = WHOLE,
+) -> Data:
+    """Tokenized rows, with a report.
+
+    Args:
+        tokenizer: After `set_up`.
+        max_length: Longer examples are cut to this many tokens.
+        console: For progress; None is quiet.
+        rendering: What of a conversation is trained on.
+
+    Raises LorafoldError for rows that the objective can't use.
+    """
+    encoder = objective.encoder(tokenizer, rendering)
+    rows = as_checked(rows, encoder.takes)
+    return objective.data(tokenized(rows, encoder, console), rows, max_length)

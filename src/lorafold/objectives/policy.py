@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from rich.console import Console
 
 from lorafold.core.modes import undropped
-from lorafold.data.account import account_of
 from lorafold.data.arrow import lengths_of
 from lorafold.data.examples import WHOLE
 from lorafold.data.feed import Feed, StoredFeed
-from lorafold.data.render import Rendering, ensure_chat_template
+from lorafold.data.render import Rendering
 from lorafold.data.rows import as_checked
 from lorafold.data.shapes import PROMPTS
 from lorafold.data.sources import Row
@@ -36,6 +37,7 @@ from lorafold.evaluation.reward_adapter import RewardAdapter, rewards_over
 from lorafold.evaluation.rewarded import Rewarded
 from lorafold.evaluation.rollouts import SLOTS, Completion, Rollouts, RolloutSize
 from lorafold.files.card import JUDGED_BY
+from lorafold.machine.processes import ALONE, Processes
 from lorafold.objectives import Declared
 from lorafold.objectives.drawing import Drawing, chosen
 from lorafold.objectives.laws import class_of
@@ -46,8 +48,7 @@ from lorafold.rewards import Rewards, digest_of
 from lorafold.rewards.naming import REWARDS, adapter_in, kind_of, parted
 from lorafold.step import policy_laws
 from lorafold.step.branches import Branching, branching
-from lorafold.step.losses import Generated
-from lorafold.step.policy import Policy, Rollout
+from lorafold.step.policy import Policy, Rollout, StepRollouts
 from lorafold.step.policy_laws import PolicyLaw
 from lorafold.step.replicated import Replicated
 
@@ -84,40 +85,19 @@ class Playing(Policy):
     ) -> None:
         super().__init__(model, law, how, pad_id, rollouts.longest, rollouts.exact)
         self.rollouts, self.rewards = (rollouts,), rewards  # in a tuple: it has a model of its own
-        self.told: dict[str, float] = {}
-        self.last = Generated()
-
-    def figures(self) -> dict[str, float]:
-        found, self.told = self.told, {}
-        return found | super().figures()
-
-    def saw(self, found: Rewarded, seconds: Mapping[str, float]) -> None:
-        """Count what was drawn for a step, and the seconds that it took by what was done."""
-        last, tokens = self.last, sum(len(one.tokens) for group in found.groups for one in group)
-        if given := found.rewards[~found.rewards.isnan()].tolist():
-            self.counts[HIGHEST] = max(self.counts.get(HIGHEST, given[0]), *given)
-            self.counts[LOWEST] = min(self.counts.get(LOWEST, given[0]), *given)
-        spent = {name: last.seconds.get(name, 0.0) + more for name, more in seconds.items()}
-        self.last = Generated(last.tokens + tokens, spent, last.samples or found.to_read)
-
-    def generated(self) -> Generated:
-        found, self.last = self.last, Generated()
-        return found
+        self.processes: Processes = ALONE  # as `refer` has them
 
 
 @dataclass(frozen=True)
 class PolicyObjective(Objective):
     """Learning from rewards, by a law."""
 
+    on_policy: ClassVar[bool] = True
     law: PolicyLaw
     drawing: Drawing
     given: tuple[Callable[..., Any], ...] = ()  # rewards that are functions of Python
     seed: int = 0
     adapters: Mapping[str, RewardAdapter] = field(default_factory=dict)  # by what names them
-
-    @property
-    def passes_alike(self) -> bool:
-        return False
 
     @classmethod
     def of(cls, asked: Asked) -> Self:
@@ -139,12 +119,12 @@ class PolicyObjective(Objective):
         return {field.name: field.default for kind in kinds for field in fields(kind)}
 
     @property
-    def reads(self) -> Sequence[tuple[str, Path]]:
+    def reads(self) -> Sequence[tuple[str, Path]]:  # type: ignore[override]
         found = [(name, saved) for name, one in self.adapters.items() for saved in one.stack]
         return [(f"for --reward {name}", saved.path) for name, saved in found]
 
     @property
-    def identity(self) -> Mapping[str, Any]:
+    def identity(self) -> Mapping[str, Any]:  # type: ignore[override]
         # an object's own repr may have its address, which another process does not have
         names = [getattr(fn, "__qualname__", type(fn).__qualname__) for fn in self.given]
         files = {name: digest_of(name) for name in self.drawing.rewards}
@@ -158,18 +138,18 @@ class PolicyObjective(Objective):
     def guessing(self, labels: Mapping[str, int]) -> float:
         return math.inf  # a loss of advantages says nothing
 
-    def set_up(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
-        return ensure_chat_template(tokenizer) or account_of(tokenizer).line
-
     def encoder(self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE) -> Encoder:
         return Prompts(tokenizer)
 
     def data(self, table: pa.Table, rows: Rows, max_length: int) -> PromptData:
         return prompt_data(table, rows, max_length - self.drawing.max_new_tokens)
 
-    @property
-    def updates(self) -> int:
-        return self.drawing.updates
+    def updates(
+        self, examples: Sequence[Rollout], loss: Playing
+    ) -> Iterator[Sequence[Rollout]]:
+        for update in range(self.drawing.updates):
+            loss.begin(update)
+            yield examples
 
     def draws(self, feed: Feed, held_out: Any) -> RolloutSize:
         assert isinstance(feed, StoredFeed)
@@ -223,35 +203,43 @@ class PolicyObjective(Objective):
         layout: Replicated,
     ) -> tuple[Feed, Any]:
         """Open what draws, for the longest prompt of both."""
+        loss.processes = layout.processes
         drawn = self.draws(feed, held_out)
         if loss.rollouts[0].open(drawn.prompt, drawn.slots):
             told = "exact: products depend on the number of rows on this processor, so that some"
             console.print(f"{told} differences of rounding remain", highlight=False)
         return feed, held_out
 
-    def examples(self, step: int, planned: Sequence[Prompt], loss: Playing) -> Sequence[Rollout]:
+    def examples(self, step: int, planned: Sequence[Prompt], loss: Playing) -> StepRollouts:
         """The groups that the model draws of the planned prompts. Those whose rewards are alike
-        count in the mean too, as in TRL.
+        count in the mean too, as in TRL. Process 0 judges for all: another may judge otherwise.
         """
-        key = key_of(self.seed, step)
-        found = self._drawn(planned, key, loss)
-        loss.told, again = found.figures, 0
+        return loss.processes.once(partial(self._rollouts, step, planned, loss))
+
+    def _rollouts(self, step: int, planned: Sequence[Prompt], loss: Playing) -> StepRollouts:
+        key, seconds, again = key_of(self.seed, step), defaultdict[str, float](float), 0
+        found = first = self._drawn(planned, key, loss, seconds)
+        tokens = first.tokens
         advantages, learns = self._advantages(found)
         for attempt in range(1, self.drawing.fill + 1):
             if not (empty := (~learns).nonzero().flatten().tolist()):
                 break
-            more = self._drawn([planned[i] for i in empty], key_of(key, attempt), loss)
+            prompts = [planned[i] for i in empty]
+            more = self._drawn(prompts, key_of(key, attempt), loss, seconds)
             found, again = found.replaced(empty, more), again + len(empty)
+            tokens += more.tokens
             advantages, learns = self._advantages(found)
+        figures = dict(first.figures)
         if self.drawing.fill:
-            loss.told["groups drawn again"] = again / len(planned)
-        loss.silent = "" if bool(learns.any()) else self._silent(found, loss)
-        if not loss.silent:
+            figures["groups drawn again"] = again / len(planned)
+        silent = "" if bool(learns.any()) else self._silent(found, loss)
+        groups = zip(planned, found.groups, advantages.tolist(), strict=True)
+        rollouts = [self._rollout(prompt, group, a) for prompt, group, a in groups]
+        if not silent:
             loss.counts.pop(SILENT, None)
         elif not step:
-            return []  # a policy that is its reference has nothing to be held back from
-        groups = zip(planned, found.groups, advantages.tolist(), strict=True)
-        return [self._rollout(prompt, group, a) for prompt, group, a in groups]
+            rollouts = []  # a policy that is its reference has nothing to be held back from
+        return StepRollouts(rollouts, silent, figures, tokens, dict(seconds), first.to_read)
 
     def measure(self, loss: Playing, held_out: PromptData) -> Measured:
         """The mean reward of one completion of each prompt, always of the same draws, with its
@@ -288,12 +276,19 @@ class PolicyObjective(Objective):
         limit = self.drawing.reward_seconds
         return rewards_over(model, given, self.adapters, limit, packing, console)
 
-    def _drawn(self, prompts: Sequence[Prompt], key: int, loss: Playing) -> Rewarded:
+    def _drawn(
+        self, prompts: Sequence[Prompt], key: int, loss: Playing, seconds: dict[str, float]
+    ) -> Rewarded:
+        """Groups of completions with their rewards; adds the seconds that both took."""
         start = time.perf_counter()
         groups = loss.rollouts[0].draw([prompt.ids for prompt in prompts], key)
         drawn = time.perf_counter()
         found = Rewarded.of(prompts, groups, loss.rewards)
-        loss.saw(found, {"drawing": drawn - start, "judging": time.perf_counter() - drawn})
+        seconds["drawing"] += drawn - start
+        seconds["judging"] += time.perf_counter() - drawn
+        if given := found.rewards[~found.rewards.isnan()].tolist():
+            loss.counts[HIGHEST] = max(loss.counts.get(HIGHEST, given[0]), *given)
+            loss.counts[LOWEST] = min(loss.counts.get(LOWEST, given[0]), *given)
         return found
 
     def _advantages(self, found: Rewarded) -> tuple[torch.Tensor, torch.Tensor]:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 class RewardModel(Comparing):
     """A head that scores texts; every method trains the whole head too."""
 
+    outputs = 1
     law: Reward
 
     @classmethod
@@ -50,10 +51,6 @@ class RewardModel(Comparing):
                 f" {REWARD_MODEL}, or {LANGUAGE_MODEL}, to start from"
             )
         return made
-
-    @property
-    def outputs(self) -> int:
-        return 1
 
     def load(
         self, base: Base, tokenizer: PreTrainedTokenizerBase, seed: int = 0

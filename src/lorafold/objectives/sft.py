@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from lorafold.data.account import account_of
 from lorafold.data.completions import Completions
 from lorafold.data.examples import WHOLE, Encoded, Example, encoded, preview
-from lorafold.data.render import Rendering, ensure_chat_template
+from lorafold.data.render import Rendering
 from lorafold.data.stored import Rows
 from lorafold.data.tokenizing import Encoder
 from lorafold.objectives.objective import Objective, Packing
@@ -26,9 +25,6 @@ if TYPE_CHECKING:
 
 class Sft(Objective):
     """Supervised fine-tuning: the next token of completions."""
-
-    def set_up(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
-        return ensure_chat_template(tokenizer) or account_of(tokenizer).line
 
     def encoder(self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE) -> Encoder:
         return Completions(tokenizer, rendering)

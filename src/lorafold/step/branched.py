@@ -21,9 +21,10 @@ from lorafold.data.batches import collate, micro_batches
 from lorafold.data.branches import Branched
 from lorafold.data.examples import NO_LOSS
 from lorafold.data.forest import WINDOW, Forest, alike, forest, leaders, pays
+from lorafold.models.positions import sequence_of
 from lorafold.ops.host import on_host, sent
 from lorafold.step.branches import Branching, over
-from lorafold.step.losses import Loss, row_at, within
+from lorafold.step.losses import Loss, row_at
 
 
 class BranchedLoss(Loss):
@@ -50,11 +51,15 @@ class BranchedLoss(Loss):
 
     def micro_batches(
         self, examples: Sequence[Branched], n: int, tokens: int
-    ) -> list[Sequence[Branched]]:
-        capacity = None if self.how is None else within(self.model, tokens)
-        if capacity is not None and self.meet(examples):
-            return alike(examples, n, capacity, lambda e: e.shared, self._own_size)
-        return micro_batches(examples, n, capacity, self._own_size)
+    ) -> list[Sequence[int]]:
+        rows, sizes = range(len(examples)), [*map(self._own_size, examples)]
+        if self.how is None:
+            return micro_batches(rows, n)
+        capacity = min(tokens, sequence_of(self.model) or tokens)
+        if self.meet(examples):
+            prompts = [example.shared for example in examples]
+            return alike(rows, n, capacity, prompts.__getitem__, sizes.__getitem__)
+        return micro_batches(rows, n, capacity, sizes.__getitem__)
 
     def meet(self, examples: Sequence[Branched]) -> bool:
         """Whether it pays that those whose prompts begin alike are in one micro-batch."""

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
 
@@ -16,9 +15,10 @@ from torch import Tensor, nn
 
 from lorafold.core.draws import named
 from lorafold.data.arrow import Array
-from lorafold.data.batches import collate, ids_in, labelled, micro_batches, tokens_in
+from lorafold.data.batches import collate, labelled, micro_batches
 from lorafold.data.examples import NO_LOSS, Example
 from lorafold.data.forest import alike, forest, leaders, pays
+from lorafold.machine.processes import ALONE, Processes
 from lorafold.models.positions import sequence_of
 from lorafold.ops.host import all_sent, on_host, sent
 from lorafold.step.balancing import balances, weighs
@@ -26,29 +26,16 @@ from lorafold.step.branches import Branching, over
 from lorafold.step.head import labelled_loss, row_losses, token_losses
 
 
-@dataclass(frozen=True)
-class Generated:
-    """What was generated for a step before its loss: how many tokens, the seconds that went into
-    parts of that by name, and completions to read, as JSON.
-    """
-
-    tokens: int = 0
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    samples: Sequence[Mapping[str, Any]] = ()
-
-
 class Loss(nn.Module, ABC):
     """Abstract: a loss that is summed, and not averaged, over what `count` counts, so that the sum
     over micro-batches is that of the batch exactly. It starts in its model's mode (train or eval).
 
     `pace` is the share of a method's own learning rates that suits the loss, `pace_up` that of the
-    rate of its up factors. `counts` go with its checkpoints. `silent` says why no example of a step
-    has a signal, and what to try.
+    rate of its up factors. `counts` go with its checkpoints.
     """
 
     pace = 1.0
     pace_up: float | None = None  # pace
-    silent = ""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -64,22 +51,19 @@ class Loss(nn.Module, ABC):
     def count(self, example: Any) -> int:
         """Return the weight of the example in the mean loss: its tokens, or 1 for a text."""
 
-    def signals(self, example: Any) -> bool:
-        """Whether there is anything to learn from the example; a run ends where long none has."""
-        return True
-
     def learns(self, example: Any) -> bool:
         """Whether the loss of the example has a gradient; one without only counts in the mean."""
-        return self.signals(example)
+        return True
 
-    def micro_batches(self, examples: Sequence[Any], n: int, tokens: int) -> list[Sequence[Any]]:
-        """Divide the examples of an optimizer step into micro-batches.
+    def micro_batches(self, examples: Sequence[Any], n: int, tokens: int) -> list[Sequence[int]]:
+        """Divide the examples of an optimizer step into micro-batches. Returns the indices of the
+        examples of each.
 
         Args:
             n: The number of micro-batches; there are more if packed ones would exceed `tokens`.
             tokens: The most tokens of a packed sequence.
         """
-        return micro_batches(examples, n)
+        return micro_batches(range(len(examples)), n)
 
     def computed(self, examples: Sequence[Any]) -> int:
         """The tokens that are computed for a micro-batch, without padding."""
@@ -90,10 +74,6 @@ class Loss(nn.Module, ABC):
         """Return the arguments of `forward` for these examples, on the device: labels and inputs,
         each (B, T), or labels (B,) for a classifier.
         """
-
-    def begin(self, update: int) -> None:
-        """Be told that the examples of a step come, for the first time (0) or again."""
-        return None
 
     def of_step(
         self, examples: Sequence[Any], idle: Sequence[Any] = (), passes: Callable[[int], int] = int
@@ -109,25 +89,11 @@ class Loss(nn.Module, ABC):
         """
         return {}
 
-    def gathered(self, gather: Callable[[Any], list[Any]]) -> None:
-        """Take what the losses of all processes saw of the step that was just computed as this
-        one's.
-
-        Args:
-            gather: Makes of a process's value those of all.
-        """
-        return None
-
-    def figures(self) -> Mapping[str, float]:
-        """Return what the step that was just computed has to show besides its loss, by name. It is
-        asked once a step.
+    def figures(self, processes: Processes = ALONE) -> Mapping[str, float]:
+        """Return what the step that was just computed has to show besides its loss, by name, over
+        all processes. It is asked once a step.
         """
         return {}
-
-    def generated(self) -> Generated:
-        """Return what was generated for the step that was just computed. It is asked once a step.
-        """
-        return Generated()
 
     def rows_of(self, examples: Sequence[Any]) -> list[Array]:
         """Return for each example of a step the row that each of its tokens is named by, (t,): its
@@ -175,11 +141,6 @@ def row_at(rows: Sequence[Array], document: Tensor, positions: Tensor) -> Tensor
     return of_tokens[document, positions.clamp(max=of_tokens.shape[1] - 1)]
 
 
-def within(model: nn.Module, tokens: int) -> int:
-    """The most tokens of a packed sequence, where `tokens` are asked for."""
-    return min(tokens, sequence_of(model) or tokens)
-
-
 class RowsAlike(Loss):
     """Abstract: a loss over rows, of which those that begin alike share what they have in common,
     where `how` has it so and it pays.
@@ -202,17 +163,20 @@ class RowsAlike(Loss):
         return pays(len(forest(examples).ids), sum(lengths))
 
     def computed(self, examples: Sequence[Any]) -> int:
-        shared = self.shared_in(examples)
-        return len(forest(examples).ids) if shared else super().computed(examples)
-
-    def micro_batches(self, examples: Sequence[Any], n: int, tokens: int) -> list[Sequence[Any]]:
-        capacity = within(self.model, tokens)
         if self.shared_in(examples):
-            return alike(examples, n, capacity, ids_in, tokens_in)
-        return micro_batches(examples, n, capacity if self.packed else None)
+            return len(forest(examples).ids)
+        return sum(len(e.ids) for e in examples)
+
+    def micro_batches(self, examples: Sequence[Any], n: int, tokens: int) -> list[Sequence[int]]:
+        ids = [example.ids for example in examples]
+        rows, lengths = range(len(ids)), [*map(len, ids)]
+        capacity = min(tokens, sequence_of(self.model) or tokens)
+        if self.shared_in(examples):
+            return alike(rows, n, capacity, ids.__getitem__, lengths.__getitem__)
+        return micro_batches(rows, n, capacity if self.packed else None, lengths.__getitem__)
 
     def rows_of(self, examples: Sequence[Any]) -> list[Array]:
-        return super().rows_of(examples) if self.how is None else leaders([*map(ids_in, examples)])
+        return super().rows_of(examples) if self.how is None else leaders([e.ids for e in examples])
 
 
 class Completions(RowsAlike):

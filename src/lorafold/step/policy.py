@@ -11,7 +11,7 @@ in another order of sums, or the run ends.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from lorafold.core.modes import evaluating
 from lorafold.data.branches import Branched
 from lorafold.data.examples import NO_LOSS, Example
 from lorafold.errors import LorafoldError
+from lorafold.machine.processes import ALONE, Processes
 from lorafold.ops.host import all_sent, sent
 from lorafold.step.branched import BranchedLoss
 from lorafold.step.branches import Branching
@@ -64,6 +65,31 @@ class Rollout(Branched):
             tuple(prompt[:-1]), branches, drawn=tuple(map(tuple, drawn)),
             advantages=tuple(advantages), counted=tuple(counted),
         )  # fmt: skip
+
+
+class StepRollouts(list[Rollout]):
+    """The groups of completions that a step learns from, with what drawing them has to show.
+
+    Args:
+        silent: Why none of them has a signal, and what to try; empty if one has.
+        figures: Of the completions, by name.
+        tokens: How many were drawn.
+        seconds: By what they went into.
+        samples: Completions to read, as JSON.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[Rollout],
+        silent: str,
+        figures: Mapping[str, float],
+        tokens: int,
+        seconds: Mapping[str, float],
+        samples: Sequence[Mapping[str, Any]],
+    ) -> None:
+        super().__init__(groups)
+        self.silent, self.figures = silent, figures
+        self.tokens, self.seconds, self.samples = tokens, seconds, samples
 
 
 class First(NamedTuple):
@@ -133,11 +159,9 @@ class Policy(BranchedLoss):
             return sum(len(drawn) for drawn, counts in counted if counts)
         return sum(example.counted)
 
-    def signals(self, example: Rollout) -> bool:
-        return any(a for a, own in zip(example.advantages, example.counted, strict=True) if own)
-
     def learns(self, example: Rollout) -> bool:
-        return self.signals(example) or (self.law.beta > 0 and any(example.counted))
+        given = zip(example.advantages, example.counted, strict=True)
+        return any(counts and (advantage or self.law.beta > 0) for advantage, counts in given)
 
     def collate(self, examples: Sequence[Rollout], device: torch.device) -> dict[str, Tensor]:
         """What `laid_out` has, with `drawn` (n,) a token, and `advantages` and `weights` (k,) a
@@ -154,6 +178,9 @@ class Policy(BranchedLoss):
         return all_sent(found, device)
 
     def begin(self, update: int) -> None:
+        """Be told that the examples of a step come, for the first time (0) or again: then ratios
+        are those to the first.
+        """
         self.at = 0
         if not update:
             self.first = []
@@ -185,13 +212,10 @@ class Policy(BranchedLoss):
         with self.over(labels, lens):
             return -token_losses(self.model, labels, inputs, self.exact)
 
-    def gathered(self, gather: Callable[[Any], list[Any]]) -> None:
-        self.seen = Seen.of(gather(self.seen))
-
-    def figures(self) -> dict[str, float]:
-        """What the step saw, once."""
-        found, self.seen = self.seen.figures(bool(self.law.beta)), Seen()
-        return found
+    def figures(self, processes: Processes = ALONE) -> dict[str, float]:
+        """What the step saw in all processes, once."""
+        found, self.seen = Seen.of(processes.gather(self.seen)), Seen()
+        return found.figures(bool(self.law.beta))
 
     def _below(self, labels: Tensor, lens: Tensor | None, inputs: Mapping[str, Tensor]) -> Tensor:
         with evaluating(self), torch.no_grad(), self.below():

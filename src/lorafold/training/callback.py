@@ -11,7 +11,7 @@ the steps.
     OUTPUT_DIR/adapter/                      the adapter at the end
 
 Each of the adapter's directories appears whole or not at all, with a manifest that is checked when
-the run is resumed. Trainer's checkpoints do not hold the base (`training/base_kept_out.py`).
+the run is resumed. Trainer's checkpoints do not hold the base (`BaseKeptOut`).
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lorafold.adapter import Adapter
+from lorafold.adapter.reference import below
 from lorafold.bases.bitsandbytes import quietly
+from lorafold.core.attach import base_state, selection_of
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError, as_one, listed
 from lorafold.files.atomic import atomic_directory, check_out, verify, write_json
 from lorafold.files.record import read_object
 from lorafold.models.sources import called
-from lorafold.models.weights import ModelWeights
+from lorafold.models.weights import SINGLE, ModelWeights
 from lorafold.peft.saved import Saved
 from lorafold.peft.stack import mismatch, same
-from lorafold.training.base_kept_out import BaseKeptOut, write_empty_weights
-from lorafold.training.compared import check_reference
 
 with quietly():  # transformers imports PEFT here, and that bitsandbytes
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -292,3 +292,74 @@ def _complete(checkpoint: Path) -> bool:
     except (OSError, ValueError):
         return False
     return not any(verify(checkpoint / part) for part in (ADAPTER, STATE))
+
+
+def check_reference(adapter: Adapter, args: Any) -> None:
+    """Raise LorafoldError if a trainer of TRL compares with a reference that lacks adapters; log a
+    warning if it loads one that the model has already.
+
+        DPOTrainer(model, lf.reference(model), ...)     the model under the adapters below
+        DPOTrainer(model, ...)                          a second model, by its name: the bare base
+
+    Callbacks don't see the trainer, but its configuration and whether `lf.reference` was called.
+
+    Args:
+        adapter: the adapter that trains.
+        args: the trainer's configuration.
+    """
+    compares = hasattr(args, "sync_ref_model") and getattr(args, "beta", 1.0) != 0
+    if not compares or getattr(args, "precompute_ref_log_probs", False):
+        return  # a reference that is computed ahead is the model as it starts
+    under = below(adapter.model)
+    if selection_of(adapter.model).referred == under:
+        return
+    config, own = type(args).__name__, "lorafold.reference(model)"
+    how = f"ref_model={own}, or for a trainer that takes none trainer.ref_model = {own}"
+    if under:
+        raise LorafoldError(
+            f"AdapterCallback: {config}: found the bare base as reference, which TRL loads by the"
+            f" model's name, expected the model under {', '.join(under)}, over which the adapter"
+            f" {adapter.name!r} trains; give {how} (own_reference=True if yours is right)"
+        )
+    logger.warning(
+        f"{config}: TRL loads the base once more as reference; {how} takes no memory."
+    )
+
+
+class BaseKeptOut:
+    """While it is switched on, `save_pretrained` leaves the model's own weights out. Until it ends,
+    a state without any tensor can be loaded into the model without a warning.
+
+    `save_pretrained` leaves out what a model names in `_keys_to_ignore_on_save`, and with all of it
+    named writes no file. Trainer looks for a `model.safetensors` when it resumes a run and loads
+    it, so one without tensors takes its place.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.before: Any = getattr(model, "_keys_to_ignore_on_save", None)
+        self.handle = model.register_load_state_dict_post_hook(self._nothing_missing)
+
+    def switch(self, on: bool) -> None:
+        """Leave the model's weights out of what Trainer writes, or let them in again."""
+        if hasattr(self.model, "_keys_to_ignore_on_save"):
+            ignored: Any = set(self.model.state_dict()) if on else self.before
+            self.model._keys_to_ignore_on_save = ignored
+
+    def end(self) -> None:
+        """Leave the model as it was found."""
+        self.switch(False)
+        self.handle.remove()
+
+    @staticmethod
+    def _nothing_missing(model: nn.Module, incompatible: Any) -> None:
+        if set(incompatible.missing_keys) == set(base_state(model)):
+            incompatible.missing_keys.clear()
+
+
+def write_empty_weights(checkpoint: Path) -> None:
+    """Write a `model.safetensors` without tensors, unless there is one."""
+    path, partial = checkpoint / SINGLE, checkpoint / f".{SINGLE}.partial"
+    if not path.exists():
+        save_file({}, partial, metadata={"format": "pt"})
+        partial.replace(path)

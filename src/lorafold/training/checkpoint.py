@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from lorafold.errors import LorafoldError, as_one, listed, shortened
 from lorafold.files.atomic import (
+    MANIFEST,
     atomic_directory,
     check_intact,
     check_out,
@@ -32,9 +34,8 @@ from lorafold.files.atomic import (
     remove,
     verify,
 )
-from lorafold.files.record import named_as_now
 from lorafold.models.container import Piece, write_pieces
-from lorafold.step.losses import Generated
+from lorafold.step.policy import StepRollouts
 
 PATIENCE = 3  # measures in a row without a better one
 GRADIENT = "gradient norm"  # of a step, before it is clipped
@@ -87,28 +88,35 @@ class Progress:
             n += 1
         return n
 
-    def stepped(
-        self, figures: Mapping[str, float], generated: Generated, tokens: int, seconds: float
-    ) -> None:
-        """Add what the step that is counted already has shown.
-
-        Args:
-            figures: By name. One that a step does not have, or that is no finite number, is None.
-            generated: What was generated for it.
-            tokens: Those that it learned from.
-            seconds: Those of the whole step.
+    def stepped(self, figures: Mapping[str, float]) -> None:
+        """Add what the step that is counted already has shown, by name. A figure that a step does
+        not have, or that is no finite number, is None.
         """
         for name in {**self.shown, **figures}:
             values = self.shown.setdefault(name, [])
             values += [None] * (self.step - 1 - len(values))  # a figure that is new
             found = figures.get(name)
             values.append(found if found is not None and math.isfinite(found) else None)
-        if generated.seconds:
-            parts = {f"{name} seconds": s for name, s in generated.seconds.items()}
-            parts["learning seconds"] = seconds - sum(generated.seconds.values())
-            counts = {"drawn tokens": generated.tokens, "learned tokens": tokens}
-            for name, value in (counts | parts).items():
-                self.pace[name] = self.pace.get(name, 0) + value
+
+    def drew(
+        self, rollouts: StepRollouts, tokens: int, seconds: float, read: bool
+    ) -> dict[str, float]:
+        """Add what drawing the completions of a step took. Returns the rates so far.
+
+        Args:
+            tokens: Those that the step learned from.
+            seconds: Those of the whole step.
+            read: Keep completions to read.
+        """
+        self.quiet = self.quiet + 1 if rollouts.silent else 0
+        parts = {f"{name} seconds": s for name, s in rollouts.seconds.items()}
+        parts["learning seconds"] = seconds - sum(rollouts.seconds.values())
+        counts = {"drawn tokens": rollouts.tokens, "learned tokens": tokens}
+        for name, value in (counts | parts).items():
+            self.pace[name] = self.pace.get(name, 0) + value
+        if read:
+            self.read(rollouts.samples)
+        return self.rates
 
     def read(self, samples: Sequence[Mapping[str, Any]]) -> None:
         """Keep completions to read, of this step, as the last ones."""
@@ -130,16 +138,8 @@ class RunDirectory:
 
     def __init__(self, out: Path) -> None:
         self.out, self.path = out, out.with_name(out.name + ".run")
-
-    def check_free(self, may_replace: bool) -> None:
-        """Raises LorafoldError if there are checkpoints of a stopped run, which a fresh start would
-        remove, and they may not be replaced.
-        """
-        if self.checkpoints() and not may_replace:
-            raise LorafoldError(
-                f"{self.path} holds a run that was stopped: pass --resume to continue it or"
-                " --overwrite to start again"
-            )
+        # of the adapter with the lowest held-out loss, where that was not the last
+        self.best = out.with_name(out.name + ".best")
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
@@ -191,11 +191,11 @@ class RunDirectory:
 
     def check(self, identity: dict) -> None:
         """Raises LorafoldError unless the stored run has the same recipe, model and data, and read
-        the same files: also for one that another version began with other fields.
+        the same files.
         """
         check_intact(self.path, ["run.json"])
         try:
-            found = named_as_now(json.loads((self.path / "run.json").read_text()))
+            found = json.loads((self.path / "run.json").read_text())
         except (OSError, ValueError):
             raise LorafoldError(
                 f"{self.path}: found no run to resume; start one without --resume"
@@ -228,6 +228,19 @@ class RunDirectory:
             if p.name[5:].isdigit()
         }
         return dict(sorted(found.items()))
+
+    def seen(self) -> str:
+        """The last checkpoint, as a text that processes on several machines compare."""
+        if not self.path.exists():
+            return "none"
+        if not (checkpoints := self.checkpoints()):
+            return "one without checkpoints"
+        last = max(checkpoints)
+        try:
+            content = (checkpoints[last] / MANIFEST).read_bytes()
+        except OSError:
+            return f"step {last} (damaged)"
+        return f"step {last} ({sha256(content).hexdigest()[:8]})"
 
     def at(self, step: int) -> Path:
         """Where the checkpoint of a step is, or would be."""
@@ -278,10 +291,6 @@ class RunDirectory:
             load_file(path / "adapter.safetensors"),
             load_file(path / "optimizer.safetensors"),
         )
-
-    def remove(self) -> None:
-        """Remove the directory with all checkpoints."""
-        remove(self.path)
 
 
 def _holder(lock: Path) -> str:

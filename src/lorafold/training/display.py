@@ -1,13 +1,14 @@
 """The progress of a run: a bar on a terminal, one that is drawn anew in place in a notebook, and
-about ten lines in a file or pipe.
+about ten lines in a file or pipe; and the trackers of the accelerate library that it reports to.
 """
 
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from time import monotonic
-from types import MappingProxyType, TracebackType
+from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -21,14 +22,22 @@ from rich.progress import (
 )
 
 PAUSE = 0.5  # seconds between two drawings of a notebook's bar, at least
-NONE: Mapping[str, float] = MappingProxyType({})
 
 
 class Display:
-    """A context that shows the loss, tokens per second and time left on a console."""
+    """A context that shows the loss, tokens per second and time left on a console, and reports them
+    to trackers.
 
-    def __init__(self, console: Console, steps: int, done: int = 0) -> None:
-        self.console, self.steps = console, steps
+    Args:
+        steps: How many the run has.
+        done: How many of them are done.
+        trackers: As `started` gives them; they are finished at the end.
+    """
+
+    def __init__(
+        self, console: Console, steps: int, done: int = 0, trackers: Sequence[Any] = ()
+    ) -> None:
+        self.console, self.steps, self.trackers = console, steps, trackers
         columns = (
             TextColumn("training"),
             BarColumn(),
@@ -63,13 +72,20 @@ class Display:
         trace: TracebackType | None,
     ) -> None:
         self.bar.stop()
+        for tracker in self.trackers:
+            tracker.finish()
+
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        """Report figures of a step, by name, to the trackers."""
+        for tracker in self.trackers:
+            tracker.log(dict(values), step=step)
 
     def note(self, text: str) -> None:
         """Print a line above the bar."""
         self.console.print(text, highlight=False, markup=False)
 
     def step(
-        self, step: int, loss: float, rate: float, figures: Mapping[str, float] = NONE
+        self, step: int, loss: float, rate: float, figures: Mapping[str, float], lr: float
     ) -> None:
         """Show the figures of a step.
 
@@ -78,7 +94,9 @@ class Display:
             loss: The mean loss of the step in nats.
             rate: Tokens per second, over the whole run.
             figures: What else it has to show, by name.
+            lr: The learning rate.
         """
+        self.log({"loss": loss, "lr": lr, **figures}, step)
         shown = [f", {name} {value:.4g}" for name, value in figures.items()]
         first = "".join(shown[:1])
         self.bar.update(
@@ -112,3 +130,27 @@ class Display:
         """The bar as HTML, with the figures of the last step."""
         bar = f'<progress value="{step}" max="{self.steps}"></progress>'
         return f"{bar} step {step}/{self.steps} {html.escape(told)}"
+
+
+def started(names: Sequence[str], logs: Path, settings: Mapping[str, Any]) -> list[Any]:
+    """Trackers of the accelerate library, of which there may be none.
+
+    Args:
+        names: As a recipe has them.
+        logs: The directory of those that write files, which stays.
+        settings: Of the run, by name.
+    """
+    if not names:
+        return []
+    from accelerate import PartialState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
+
+    PartialState()  # which its trackers ask for the main process
+    trackers: list[Any] = []
+    for name in filter_trackers([*names], str(logs)):
+        kind = LOGGER_TYPE_TO_CLASS[str(name)]
+        where = [str(logs)] if kind.requires_logging_directory else []
+        trackers.append(tracker := kind("lorafold", *where))
+        tracker.start()
+        tracker.store_init_configuration({k: str(v) for k, v in settings.items()})
+    return trackers

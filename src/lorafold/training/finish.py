@@ -1,38 +1,58 @@
 """The files that a run leaves: the last adapter, the best one if an earlier step was better, and in
 each a record of how it was made.
+
+Before a run says that it succeeded, what it trained is finite and not zero, and what it wrote is
+read back. A run that is to be resumed and is finished already is kept as it is: a job that is
+always started with --resume, as on a cluster that restarts it, may be started once more after its
+end. The same request then has the same result, which the adapter's record has; another one is
+refused.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lorafold.data.findings import Findings
-from lorafold.files.atomic import remove
+from rich.console import Console
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lorafold.adapter import Adapter
+from lorafold.core.attach import base_state
+from lorafold.errors import LorafoldError, listed, shortened
+from lorafold.files.atomic import check_intact, remove
 from lorafold.files.card import HELD_OUT, SAMPLES, STEPS, VOCABULARY, training_card
+from lorafold.files.record import RECORD, named_as_now, read_object
 from lorafold.files.shown import Shown
+from lorafold.identity import of_adapter
 from lorafold.machine.memory import freed_blocks_returned, peak_bytes
 from lorafold.models.architecture import opened_by_name
-from lorafold.models.weights import Weights
+from lorafold.models.container import check_finite
+from lorafold.models.weights import FileWeights, ModelWeights, Weights, model_files
 from lorafold.peft.form import peft_reads
-from lorafold.peft.stack import recorded
+from lorafold.peft.own_base import BASE_IDENTITY
+from lorafold.peft.paths import within
+from lorafold.peft.saved import Saved, open_all
+from lorafold.peft.stack import parse, recorded
+from lorafold.peft.tensors import saved_tensors
 from lorafold.recipe.fields import OF_METHOD
+from lorafold.recipe.recipe import Recipe
 from lorafold.step.optim import UP
-from lorafold.training.checkpoint import Progress
-from lorafold.training.loop import Job, no_better
-from lorafold.training.read_back import check_trained, read_back
-from lorafold.training.request import Request
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from lorafold.training.checkpoint import Progress, RunDirectory
+from lorafold.training.loop import Plan, no_better
+from lorafold.training.request import Request, depends_on, free_on_resume, objective_of
+from lorafold.training.setup import Setup
 
 LAST = 10  # steps, whose mean loss is told
 SKIPPED = "skipped"  # in a record: the steps without an update
 GUESSING = "guessing"  # in a record: as the result has it
 INIT_ADAPTER = "init_adapter"  # in a record: the adapter that the run started from
+DEPENDS_ON = "depends_on"  # in a record
+MADE = {"resized", "composed", "extracted"}  # in records of adapters that no run wrote
+MOMENTS = ("exp_avg", "absmax1", "state1")  # of a gradient, as optimizers call it
 
 
 @dataclass(frozen=True)
@@ -85,15 +105,7 @@ class Trained(Shown):
         )
 
 
-def finish(
-    request: Request,
-    job: Job,
-    progress: Progress,
-    tokenizer: PreTrainedTokenizerBase | None,
-    about: Mapping[str, Any],
-    base: Weights | None,
-    findings: Findings,
-) -> Trained:
+def finish(setup: Setup, plan: Plan, progress: Progress, base: Weights | None) -> Trained:
     """Write the adapter to `request.out`, and that of the best step to `<out>.best` if it was an
     earlier one, or in its place where the recipe keeps that; read them back, and remove the
     checkpoints. Only the first process writes.
@@ -101,40 +113,52 @@ def finish(
     Raises LorafoldError where what was trained is zero or not finite, or is not what was written.
 
     Args:
-        request: Names the output directory, the recipe and the data.
-        job: The finished loop, with its adapter.
+        setup: Has the request, the tokenizer and what was found in the rows.
+        plan: The finished steps, with their adapter.
         progress: Losses, tokens and seconds of the run.
-        tokenizer: Saved in the adapter's directory; None where it is the base's.
-        about: Further fields of the adapter's record.
         base: The base's own weights, where the model has only quantized ones.
-        findings: What was found in the rows.
     """
+    request, adapter, processes = setup.request, plan.adapter, plan.layout.processes
+    model, spec, run = adapter.model, adapter.spec, plan.run
+    about = setup.objective.record() | ({"new_tokens": ids} if (ids := setup.words.ids) else {})
+    if INIT_ADAPTER in setup.files:
+        about[INIT_ADAPTER] = setup.files[INIT_ADAPTER]
+    about[DEPENDS_ON] = depends_on(request, setup.objective)
+    about[BASE_IDENTITY] = setup.files["model"]["sha256"]
+    if plan.layout.divides:
+        if spec.trains_base:
+            plan.optimizer.state.clear()  # to make room for what is written
+        else:
+            base = base or request.base.in_files()
+        if base is None:
+            plan.layout.gather_to_first()
     better = progress.best if progress.best != progress.step else None
-    ends = request.recipe.stops or progress.step < job.steps
+    ends = request.recipe.stops or progress.step < plan.feed.steps
     kept = better if better is not None and ends else progress.step
+    peaks = [n for n in processes.gather(peak_bytes(plan.device)) if n is not None]
     result = Trained(
         train_loss=mean_of_last(progress.losses),
         eval_loss=progress.evals.get(kept),
         tokens_per_second=progress.tokens / max(progress.seconds, 1e-9),
-        peak_bytes=most(job.processes.gather(peak_bytes(job.device))),
-        trainable_parameters=sum(p.numel() for p in job.adapter.parameters()),
+        peak_bytes=max(peaks, default=None),
+        trainable_parameters=sum(p.numel() for p in adapter.parameters()),
         steps=progress.step,
         seconds=progress.seconds,
         adapter=str(request.out),
         losses=progress.losses,
         figures=progress.measured.get(kept, {}),
-        frozen=job.adapter.unreached.as_json(),
+        frozen=adapter.unreached.as_json(),
         files=request.data.record.get("files", {}),
-        data=findings.as_json(),
+        data=setup.findings.as_json(),
         skipped=progress.skipped,
         pace=progress.pace | progress.rates,
         guessing=progress.guessing,
     )
-    if not job.processes.first:
-        job.processes.wait()
+    if not processes.first:
+        processes.wait()
         return result
-    check_trained(job.adapter, job.optimizer)
-    job.optimizer.state.clear()  # to make room for what is written and read back
+    check_trained(adapter, plan.optimizer)
+    plan.optimizer.state.clear()  # to make room for what is written and read back
     record = {
         "recipe": request.recipe.model_dump(mode="json"),
         "losses": [loss if math.isfinite(loss) else None for loss in progress.losses],
@@ -144,12 +168,12 @@ def finish(
         "data": {"source": request.source, **request.data.record},
         GUESSING: result.guessing,
         **about,
-        **recorded(job.adapter.over),
+        **recorded(adapter.over),
     }
-    if (size := job.adapter.vocabulary) is not None:
+    if (size := adapter.vocabulary) is not None:
         record |= {VOCABULARY: size}
-    model, spec = job.adapter.model, job.adapter.spec
-    in_peft = not spec.trains_base and peft_reads(model, spec, job.adapter.matches.paths)
+    in_peft = not spec.trains_base and peft_reads(model, spec, adapter.matches.paths)
+    tokenizer = setup.tokenizer if setup.own_tokenizer or spec.trains_base else None
 
     def write(path: Path, record: dict[str, Any]) -> None:
         overwrite = request.overwrite or request.resume
@@ -159,50 +183,44 @@ def finish(
             record = record | {"figures": figures}
         card = training_card(
             request.base.name,
-            record | {"recipe": settled(record["recipe"], job)},
+            record | {"recipe": settled(record["recipe"], plan)},
             asdict(result) | result.pace | own,
             whole=spec.trains_base,
             opened_by=opened_by_name(model),
             in_peft=in_peft,
         )
-        job.adapter.save(
+        adapter.save(
             path, overwrite=overwrite, card=card, record=record, tokenizer=tokenizer, base=base
         )
-        read_back(job.adapter, path, base)
+        read_back(adapter, path, base)
 
     with freed_blocks_returned():
         if kept == progress.step:
             write(request.out, record)
         if better is not None:
-            _, tensors, _ = job.run.load(job.run.checkpoints()[better])
-            job.adapter.load_state_dict(tensors)
-            own = request.out if kept == better else best_path(request.out)
-            write(own, record | {"step": better})
+            _, tensors, _ = run.load(run.checkpoints()[better])
+            adapter.load_state_dict(tensors)
+            write(request.out if kept == better else run.best, record | {"step": better})
     if better is None or kept == better:
-        remove(best_path(request.out))  # of the run that this one replaces
-    job.run.remove()
-    job.processes.wait()
+        remove(run.best)  # of the run that this one replaces
+    remove(run.path)
+    processes.wait()
     return result
 
 
-def settled(recipe: Mapping[str, Any], job: Job) -> dict[str, Any]:
+def settled(recipe: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     """The fields of a recipe with what the run took for those that are None: of the method's
     options, of its targets and of the peak learning rates.
 
     Args:
         recipe: Its fields by name.
-        job: The finished loop.
+        plan: The finished steps.
     """
-    spec = job.adapter.spec
+    spec = plan.adapter.spec
     taken = {name: getattr(spec, name, None) for name in (*OF_METHOD, "targets")}
     names = {"": "lr", UP: "lr_b"}
-    peaks = {names[g["of"]]: g["peak"] for g in job.optimizer.param_groups if g["of"] in names}
+    peaks = {names[g["of"]]: g["peak"] for g in plan.optimizer.param_groups if g["of"] in names}
     return {k: (taken | peaks).get(k) if v in (None, {}) else v for k, v in recipe.items()}
-
-
-def most(bytes_of: Sequence[int | None]) -> int | None:
-    """The largest number of bytes; None where none is known."""
-    return max((n for n in bytes_of if n is not None), default=None)
 
 
 def mean_of_last(losses: Sequence[float]) -> float:
@@ -238,6 +256,142 @@ def _rounded(value: Any) -> Any:
     return value if isinstance(value, int) else None
 
 
-def best_path(out: Path) -> Path:
-    """The directory of the adapter with the lowest held-out loss, where that was not the last."""
-    return out.with_name(out.name + ".best")
+def check_trained(adapter: Adapter, optimizer: Optimizer) -> None:
+    """Raise LorafoldError if a tensor of the adapter is not finite, or an up factor that had
+    gradients is zero: its update would be too.
+    """
+    for name, t in adapter.state_dict().items():
+        check_finite(name, t)
+    zero = [
+        path
+        for path, part in adapter.parts()
+        for name in part.up_names
+        if not (up := part.get_parameter(name)).any() and _learned(optimizer, up)
+    ]
+    if zero:
+        raise LorafoldError(
+            f"nothing was written: found only zeros in the up factors of {len(zero)} modules, which"
+            f" had gradients ({listed(zero, room=80)}); expected them to have moved: try a higher"
+            " learning rate (lr, lr_b)"
+        )
+
+
+def read_back(adapter: Adapter, path: Path, base: Weights | None) -> None:
+    """Read a directory that was just written. Raises LorafoldError if it can't be loaded on the
+    model of the adapter, or has other values.
+
+    Args:
+        adapter: The one that was written, the highest on its model.
+        base: The base's own weights, where the model has only quantized ones.
+    """
+    model = adapter.model
+    if adapter.spec.trains_base:  # a plain model: files may name some of its tensors otherwise
+        whole, state = FileWeights(model_files(path)), base_state(model)
+        shared = state.keys() & {*whole.names}
+        wrong = [key for key in shared if not whole.get(key).equal(state[key].cpu())]
+    else:
+        base = base or ModelWeights(model)
+        _, saved = within(Saved.open(path), model).token_rows(model, base)
+        parts = {site: [*delta.parts()] for site, delta in adapter.deltas.items()}
+        targets, names = adapter.matches.paths, set(saved.weights.names)
+        wrong = [*set(targets).symmetric_difference(saved.targets(model).paths)]
+        for key, own in saved_tensors(model, parts, targets, base).items():
+            if key not in names or not saved.weights.get(key).equal(own.encoded().cpu()):
+                wrong.append(key)
+    if wrong:
+        raise LorafoldError(
+            f"{path}: read back, found other values than were trained in {listed(wrong, room=120)};"
+            " expected the same: the checkpoints of the run are kept"
+        )
+
+
+def _learned(optimizer: Optimizer, p: Tensor) -> bool:
+    state = optimizer.state.get(p, {})
+    moment = next((state[name] for name in MOMENTS if name in state), None)
+    return moment is not None and bool(moment.any())
+
+
+def finished(request: Request, console: Console) -> Trained | None:
+    """The result of the run, if it is to be resumed and is finished; None if there is a run to do.
+
+    Args:
+        request: Says whether to resume.
+        console: For the line that says that there is nothing to resume.
+
+    Raises LorafoldError where the finished run had another recipe, model or data, and where
+    something else than a trained adapter is in its place.
+    """
+    out, replaced = request.out, request.overwrite or not request.resume
+    if replaced or RunDirectory(out).path.exists() or not (out / RECORD).is_file():
+        return None
+    check_intact(out, [RECORD])
+    record = read_object(out / RECORD)
+    made = MADE & record.keys()
+    if made or not isinstance(record.get("recipe"), dict) or not record.get("losses"):
+        raise LorafoldError(
+            f"{out}: --resume: found an adapter that no run of training wrote, expected a run that"
+            " was stopped; choose another --out, or replace it with --overwrite"
+        )
+    if differing := list(_differing(request, record)):
+        raise LorafoldError(
+            f"nothing to resume: {out} is finished, and this is another run: {listed(differing)};"
+            " choose another --out, or replace it with --overwrite"
+        )
+    told = f"nothing to resume: {out} is finished"
+    console.print(told, highlight=False, markup=False, soft_wrap=True)
+    return _in_record(record, out)
+
+
+def _differing(request: Request, record: Mapping[str, Any]) -> Iterator[str]:
+    """What the finished run had in another way."""
+    then = Recipe().model_dump(mode="json") | named_as_now(record["recipe"])
+    asked = request.recipe
+    now = asked.model_dump(mode="json")
+    # a run settles these where they are left to it
+    left = {"storage", "max_length", "packing"} - asked.model_fields_set
+    left |= {"storage"} if asked.storage == "auto" else set()
+    for name in sorted(now.keys() - free_on_resume(asked) - left):
+        if now[name] != then[name]:
+            yield f"{name} was {_short(then[name])}, now {_short(now[name])}"
+    base = record.get(BASE_IDENTITY)  # which earlier versions did not write
+    if base and base != request.base.identity:
+        yield "the model was another one"
+    data, given = record.get("data", {}), request.data.record
+    if any(data.get(key) != given[key] for key in ("sha256", "streamed") if key in given):
+        yield "the rows were others"
+    below = [origin.sha256 for origin in parse(record)]
+    if below != [one.sha256 for one in open_all(request.over)]:
+        yield "it lay over other adapters"
+    if DEPENDS_ON in record:  # which earlier versions did not write
+        here = depends_on(request, objective_of(request, open_all(request.adapters)))
+        for name in sorted(here.keys() | record[DEPENDS_ON].keys()):
+            if here.get(name) != record[DEPENDS_ON].get(name):
+                yield f"{name} had other contents"
+    began = request.init_adapter and of_adapter(Saved.open(request.init_adapter))
+    if record.get(INIT_ADAPTER, {}).get("sha256") != began:
+        yield "it started from another adapter"
+
+
+def _short(value: Any) -> str:
+    return shortened(repr(value), 40)
+
+
+def _in_record(record: Mapping[str, Any], out: Path) -> Trained:
+    """The result as far as a record has it: no times, memory and counts."""
+    losses = [math.nan if loss is None else loss for loss in record["losses"]]
+    evals = record.get("evals", {})
+    return Trained(
+        train_loss=mean_of_last(losses),
+        eval_loss=evals.get(str(record.get("step", len(losses)))),
+        tokens_per_second=math.nan,
+        peak_bytes=None,
+        trainable_parameters=None,
+        steps=len(losses),
+        seconds=math.nan,
+        adapter=str(out),
+        losses=losses,
+        figures=record.get("figures", {}),
+        files=record.get("data", {}).get("files", {}),
+        skipped=record.get(SKIPPED, []),
+        guessing=record.get(GUESSING, {}),
+    )

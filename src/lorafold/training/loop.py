@@ -1,19 +1,23 @@
 """The training loop: one adapter, one objective, one plan of batches.
 
-The loop names no method: a spec's `penalty` and `after_step` bring in what a method needs. The
-examples, learning rates and random numbers of step i follow from the recipe, i and the
-checkpoint, so a run that is killed and resumed writes the same bytes as one that is not.
+The loop names no method and no objective: a spec's `penalty` and `after_step` bring in what a
+method needs, `examples` and `updates` what an objective does. The examples, learning rates and
+random numbers of step i follow from the recipe, i and the checkpoint, so a run that is killed and
+resumed writes the same bytes as one that is not.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from statistics import fmean, stdev
+from types import FrameType
 from typing import Any
 
 import torch
@@ -27,18 +31,16 @@ from lorafold.core.modes import evaluating, unchanged
 from lorafold.core.selection import Draws
 from lorafold.data.feed import Feed
 from lorafold.errors import Interrupted, LorafoldError, RewardFailed, listed
-from lorafold.evaluation import Measured
 from lorafold.machine.cores import considerate
-from lorafold.machine.processes import Processes
+from lorafold.objectives.objective import Data, Objective
 from lorafold.ops.philox import key_of
 from lorafold.recipe.recipe import Recipe
 from lorafold.step.losses import Loss
 from lorafold.step.optim import optimizer_tensors, rng_state, set_learning_rates, warm_steps
+from lorafold.step.policy import StepRollouts
 from lorafold.step.replicated import Replicated
 from lorafold.training.checkpoint import GRADIENT, Progress, RunDirectory
 from lorafold.training.display import Display
-from lorafold.training.interrupt import StopRequest
-from lorafold.training.tracking import Tracking
 
 RECENT, FEWEST = 50, 10  # steps after the warm-up whose loss is compared with guessing
 
@@ -49,41 +51,34 @@ SAID, QUIET = 3, 10  # steps without a signal, after which that is said, and aft
 GROUPS = 32  # examples of them, at the least, where batches are small
 
 
-@dataclass
-class Job:
-    """Everything that the loop works with.
+@dataclass(frozen=True)
+class Plan:
+    """Everything that the steps of a run work with, known before the first one.
 
-    `examples(step, planned)` gives what `loss.collate` takes, each with `ids`, of what the feed has
-    for a step; `held_out()` measures on held-out examples, also before the first step where
-    `measures_before`. Each step updates the weights `updates` times. `guessing` is the loss of a
-    model that only guesses, as its objective gives it. `layout` says how tensors lie among the
-    processes.
+    `feed` has the rows of each step, `held_out` those to measure on. `guessing` is the loss of a
+    model that only guesses, as `Objective.guessing` gives it. `layout` says how tensors lie among
+    the processes.
     """
 
+    recipe: Recipe
+    objective: Objective
     adapter: Adapter
     loss: Loss
-    optimizer: Optimizer
     device: torch.device
-    processes: Processes
-    feed: Feed  # of the rows of each step
-    held_out: Callable[[], Measured] | None
-    recipe: Recipe
+    optimizer: Optimizer
+    feed: Feed
+    held_out: Data | None
+    guessing: float | None
     run: RunDirectory
-    steps: int
     layout: Replicated
-    examples: Callable[[int, Sequence[Any]], Sequence[Any]] = lambda step, planned: planned
-    updates: int = 1
-    measures_before: bool = False
-    guessing: float | None = math.inf
-    tracking: Tracking = field(default_factory=Tracking)
 
 
 @considerate()
-def fit(job: Job, progress: Progress, display: Display) -> Progress:
+def fit(plan: Plan, progress: Progress, display: Display) -> Progress:
     """Train from `progress.step` to the last step, and write the checkpoints that are due.
 
     Args:
-        job: What is trained, and on what.
+        plan: What is trained, and on what.
         progress: Updated in place, and returned.
         display: Shows each step and each held-out loss.
 
@@ -91,92 +86,133 @@ def fit(job: Job, progress: Progress, display: Display) -> Progress:
     them in a row, where the loss of the last step is not finite, and for an adapter without
     gradient; Interrupted after SIGINT or SIGTERM.
     """
-    first = next(job.feed.after(0)) if job.guessing is None else ()
-    feed, processes = job.feed.after(progress.step), job.processes
-    processes.tell_place(lambda: f"in step {progress.step + 1}; {kept(job.run)}")
-    save_every = job.recipe.checkpoint_interval(job.steps)
-    every = job.recipe.eval_every or save_every
-    unmeasured = progress.step not in progress.evals and (progress.step or job.measures_before)
-    if unmeasured and (progress.step % every == 0 or over(job, progress)):
-        measure(job, progress, display)  # before the first step, or again after it failed
-    with StopRequest() as stop:
-        while not over(job, progress):
+    recipe, objective, processes = plan.recipe, plan.objective, plan.layout.processes
+    first = next(plan.feed.after(0)) if plan.guessing is None else ()
+    rows = plan.feed.after(progress.step)
+    processes.tell_place(lambda: f"in step {progress.step + 1}; {kept(plan.run)}")
+    save_every = recipe.checkpoint_interval(plan.feed.steps)
+    eval_every = recipe.eval_every or save_every
+    unmeasured = progress.step not in progress.evals and (progress.step or objective.on_policy)
+    if unmeasured and (progress.step % eval_every == 0 or over(plan, progress)):
+        measure(plan, progress, display)  # before the first step, or again after it failed
+    with stop_signals() as stops:
+        while not over(plan, progress):
             start = time.perf_counter()
-            with keeping(job, progress, f"step {progress.step + 1}"):
-                examples = job.examples(progress.step, next(feed))
-            progress.quiet = 0 if any(map(job.loss.signals, examples)) else progress.quiet + 1
-            found = []
-            for update in range(job.updates):
-                job.loss.begin(update)
-                found.append(train_step(job, examples, progress.step))
-            loss, norm = map(fmean, zip(*found, strict=True))
+            with keeping(plan, progress, f"step {progress.step + 1}"):
+                examples = objective.examples(progress.step, next(rows), plan.loss)
+            updates = [
+                train_step(plan, batch, progress.step)
+                for batch in objective.updates(examples, plan.loss)
+            ]
             progress.step += 1
-            progress.losses.append(loss)
-            seconds = time.perf_counter() - start
-            tokens = job.updates * sum(len(e.ids) for e in examples if job.loss.learns(e))
-            progress.tokens, progress.seconds = progress.tokens + tokens, progress.seconds + seconds
-            job.loss.gathered(processes.gather)
-            figures, generated = {**job.loss.figures(), GRADIENT: norm}, job.loss.generated()
-            progress.stepped(figures, generated, tokens, seconds)
-            if job.held_out is None:
-                progress.read(generated.samples)
-            figures |= progress.rates
-            display.step(progress.step, loss, progress.tokens / progress.seconds, figures)
-            lr = job.optimizer.param_groups[0]["lr"]
-            job.tracking.log({"loss": loss, "lr": lr, **figures}, step=progress.step)
-            if not math.isfinite(loss + norm):
-                skipped(job, progress, loss, display)
-            tell_quiet(job, progress, display)
-            evaluate = progress.step % every == 0 or over(job, progress)
+            note_step(plan, progress, display, examples, updates, time.perf_counter() - start)
+            evaluate = progress.step % eval_every == 0 or over(plan, progress)
             if evaluate:
-                measure(job, progress, display)
-            looked_at = max(warm_steps(job.recipe, job.steps) + RECENT, job.steps // 4)
-            if progress.step == looked_at and (told := no_better(guessed(job, progress, first))):
+                measure(plan, progress, display)
+            looked_at = max(warm_steps(recipe, plan.feed.steps) + RECENT, plan.feed.steps // 4)
+            if progress.step == looked_at and (told := no_better(guessed(plan, progress, first))):
                 display.note(f"step {progress.step}: so far {told}")
-            last, signal = over(job, progress), processes.largest(stop.signal or 0)
+            last, stop = over(plan, progress), processes.largest(stops[-1] if stops else 0)
             # of a state that may be a bad one, older checkpoints are no worse
-            due = (progress.step % save_every == 0 and not progress.skipping) or last or signal
+            good = progress.step not in progress.skipped
+            due = (progress.step % save_every == 0 and good) or last or stop
             if due or (evaluate and progress.best == progress.step):
-                save(job, progress)
-            if signal and not last:
-                where = job.run.at(progress.step)
+                save(plan, progress)
+                processes.wait()
+            if stop and not last:
+                where = plan.run.at(progress.step)
                 message = (
                     f"stopped after step {progress.step}; {where} is complete; the same command"
                     " with --resume continues from it"
                 )
-                raise Interrupted(message, 128 + signal)
-    progress.guessing = guessed(job, progress, first)
+                raise Interrupted(message, 128 + stop)
+    progress.guessing = guessed(plan, progress, first)
     if progress.best not in (None, progress.step):
-        early = job.recipe.stops or progress.step < job.steps
-        kept_in = "is kept" if early else f"is in {job.run.path.with_suffix('.best')}"
+        early = recipe.stops or progress.step < plan.feed.steps
+        kept_in = "is kept" if early else f"is in {plan.run.best}"
         told = f"the held-out loss was lowest after step {progress.best}, whose adapter {kept_in}"
         display.note(f"step {progress.step}: {told}")
     return progress
 
 
-def over(job: Job, progress: Progress) -> bool:
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Yield the numbers of the signals that ask the run to stop, as they come: after SIGTERM or the
+    first Ctrl-C it finishes its step and writes a checkpoint; a second Ctrl-C ends it at once.
+    """
+    stops: list[int] = []
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if stops and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stops.append(number)
+
+    before = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stops
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def over(plan: Plan, progress: Progress) -> bool:
     """Whether no step is left, or none that would help."""
-    stalled = job.recipe.stops and progress.stalled
-    silent = progress.quiet >= max(QUIET, math.ceil(GROUPS / job.recipe.batch))
-    return progress.step == job.steps or stalled or silent
+    stalled = plan.recipe.stops and progress.stalled
+    silent = progress.quiet >= max(QUIET, math.ceil(GROUPS / plan.recipe.batch))
+    return progress.step == plan.feed.steps or stalled or silent
 
 
-def tell_quiet(job: Job, progress: Progress, display: Display) -> None:
+def note_step(
+    plan: Plan,
+    progress: Progress,
+    display: Display,
+    examples: Sequence[Any],
+    updates: Sequence[tuple[float, float]],
+    seconds: float,
+) -> None:
+    """Add a step that was computed to the progress, and show it. Raises LorafoldError where the
+    last steps were all skipped, or no example of them had a signal.
+
+    Args:
+        examples: What it learned from.
+        updates: The loss and the gradient's norm of each update of the weights.
+        seconds: How long it took.
+    """
+    loss, norm = map(fmean, zip(*updates, strict=True))
+    tokens = len(updates) * sum(len(e.ids) for e in examples if plan.loss.learns(e))
+    progress.losses.append(loss)
+    progress.tokens, progress.seconds = progress.tokens + tokens, progress.seconds + seconds
+    figures = {**plan.loss.figures(plan.layout.processes), GRADIENT: norm}
+    if isinstance(examples, StepRollouts):
+        figures = {**examples.figures, **figures}
+        progress.stepped(figures)
+        figures |= progress.drew(examples, tokens, seconds, read=plan.held_out is None)
+    else:
+        progress.stepped(figures)
+    lr = plan.optimizer.param_groups[0]["lr"]
+    display.step(progress.step, loss, progress.tokens / progress.seconds, figures, lr)
+    if not math.isfinite(loss + norm):
+        skipped(plan, progress, loss, display)
+    if isinstance(examples, StepRollouts) and examples.silent:
+        tell_silent(plan, progress, display, examples.silent)
+
+
+def tell_silent(plan: Plan, progress: Progress, display: Display, why: str) -> None:
     """Say that no example of the last steps had a signal, and why. Raises LorafoldError where none
     of any step had one.
     """
     n = progress.quiet
-    told = f"no group of completions of the last {n} steps has a signal: {job.loss.silent}"
+    told = f"no group of completions of the last {n} steps has a signal: {why}"
     if n == progress.step == QUIET:
-        raise LorafoldError(f"step {n}: {told}; {kept(job.run)}")
-    last = over(job, progress)
+        raise LorafoldError(f"step {n}: {told}; {kept(plan.run)}")
+    last = over(plan, progress)
     if n == SAID or (last and n >= min(SAID, progress.step)):
-        ends = "; the run ends here" * (last and progress.step < job.steps)
+        ends = "; the run ends here" * (last and progress.step < plan.feed.steps)
         display.note(f"step {progress.step}: {told}{ends}")
 
 
 @contextmanager
-def keeping(job: Job, progress: Progress, place: str) -> Iterator[None]:
+def keeping(plan: Plan, progress: Progress, place: str) -> Iterator[None]:
     """Write a checkpoint of the last complete step where a reward fails in the `with` block, in
     process 0, and say of any error where it was.
     """
@@ -186,41 +222,42 @@ def keeping(job: Job, progress: Progress, place: str) -> Iterator[None]:
         goes_on = ""
         if isinstance(error, RewardFailed) and progress.step:
             goes_on = "; the same command with --resume continues from it"
-            if progress.step not in job.run.checkpoints():
-                write(job, progress)
-        raise LorafoldError(f"{place}: {error}; {kept(job.run)}{goes_on}") from None
+            if progress.step not in plan.run.checkpoints():
+                save(plan, progress)
+        raise LorafoldError(f"{place}: {error}; {kept(plan.run)}{goes_on}") from None
 
 
-def measure(job: Job, progress: Progress, display: Display) -> None:
+def measure(plan: Plan, progress: Progress, display: Display) -> None:
     """Measure on held-out examples, if there are any."""
-    if job.held_out is None:
+    if plan.held_out is None:
         return
-    with keeping(job, progress, f"held-out rows after step {progress.step}"):
-        found = job.held_out() if job.layout.divides else job.processes.once(job.held_out)
+    measured = partial(plan.objective.measure, plan.loss, plan.held_out)
+    with keeping(plan, progress, f"held-out rows after step {progress.step}"):
+        found = measured() if plan.layout.divides else plan.layout.processes.once(measured)
     if not math.isfinite(found.loss):
         raise LorafoldError(
-            f"step {progress.step}: the held-out loss is {found.loss}; {kept(job.run)}. {LOWER}"
+            f"step {progress.step}: the held-out loss is {found.loss}; {kept(plan.run)}. {LOWER}"
         )
     progress.evals[progress.step] = found.loss
     if found.figures:
         progress.measured[progress.step] = dict(found.figures)
     progress.read(found.samples)
-    job.tracking.log({"eval_loss": found.loss, **found.numbers}, step=progress.step)
+    display.log({"eval_loss": found.loss, **found.numbers}, progress.step)
     display.note(f"step {progress.step}: {found}")
 
 
-def skipped(job: Job, progress: Progress, loss: float, display: Display) -> None:
+def skipped(plan: Plan, progress: Progress, loss: float, display: Display) -> None:
     """Count and report a skipped step. Raises LorafoldError where there is no use in going on."""
     progress.skipped.append(progress.step)
     n, step = progress.skipping, progress.step
     what = f"the loss is {loss}" if not math.isfinite(loss) else "the gradient is not finite"
-    if n == SKIPPED or (step == job.steps and not math.isfinite(loss)):
+    if n == SKIPPED or (step == plan.feed.steps and not math.isfinite(loss)):
         steps = f"step {step}" if n == 1 else f"steps {step - n + 1} to {step}"
-        raise LorafoldError(f"{steps}: {what}; {kept(job.run)}. {LOWER}")
+        raise LorafoldError(f"{steps}: {what}; {kept(plan.run)}. {LOWER}")
     display.note(f"step {step}: {what}, so the step is skipped")
 
 
-def guessed(job: Job, progress: Progress, first: Sequence[Any]) -> dict[str, Any]:
+def guessed(plan: Plan, progress: Progress, first: Sequence[Any]) -> dict[str, Any]:
     """The `loss`, the one of `guessing`, and whether the first is `better`; empty if there were too
     few steps to say, or if the loss means nothing.
 
@@ -231,28 +268,30 @@ def guessed(job: Job, progress: Progress, first: Sequence[Any]) -> dict[str, Any
     Args:
         first: The examples of the first step.
     """
-    kept = progress.best if over(job, progress) and job.recipe.stops else None
-    recent = progress.losses[warm_steps(job.recipe, job.steps) : kept][-RECENT:]
+    kept = progress.best if over(plan, progress) and plan.recipe.stops else None
+    recent = progress.losses[warm_steps(plan.recipe, plan.feed.steps) : kept][-RECENT:]
     recent = [loss for loss in recent if math.isfinite(loss)]
-    if len(recent) < FEWEST or job.guessing == math.inf or not math.isfinite(progress.losses[0]):
+    if len(recent) < FEWEST or plan.guessing == math.inf or not math.isfinite(progress.losses[0]):
         return {}
-    if job.guessing is not None:
-        loss, level, error = fmean(recent), job.guessing, stdev(recent) / math.sqrt(len(recent))
+    if plan.guessing is not None:
+        loss, level, error = fmean(recent), plan.guessing, stdev(recent) / math.sqrt(len(recent))
     elif kept in (None, progress.step):
-        loss, level = loss_of(job, first), progress.losses[0]
+        loss, level = loss_of(plan, first), progress.losses[0]
         error = 5e-4 * level
     else:
         return {}
     return {"loss": loss, "guessing": level, "better": loss + 2 * error < level}
 
 
-def loss_of(job: Job, examples: Sequence[Any]) -> float:
+def loss_of(plan: Plan, examples: Sequence[Any]) -> float:
     """The mean loss of examples, in nats, under the weights as they are."""
-    parts = job.loss.micro_batches(examples, job.recipe.accumulate, job.recipe.max_length)
-    with evaluating(job.loss):
-        shared = job.loss.of_step(examples)
-        losses = [job.loss(**job.loss.collate(part, job.device), **shared).item() for part in parts]
-    return sum(losses) / max(1, sum(map(job.loss.count, examples)))
+    loss, recipe = plan.loss, plan.recipe
+    parts = loss.micro_batches(examples, recipe.accumulate, recipe.max_length)
+    with evaluating(loss):
+        shared = loss.of_step(examples)
+        batches = (loss.collate([examples[i] for i in part], plan.device) for part in parts)
+        losses = [loss(**inputs, **shared).item() for inputs in batches]
+    return sum(losses) / max(1, sum(map(loss.count, examples)))
 
 
 def no_better(found: Mapping[str, Any]) -> str:
@@ -270,75 +309,88 @@ def no_better(found: Mapping[str, Any]) -> str:
     )
 
 
-def train_step(job: Job, examples: Sequence[Any], step: int) -> tuple[float, float]:
+def train_step(plan: Plan, examples: Sequence[Any], step: int) -> tuple[float, float]:
     """One update of the weights, none where the loss or the gradient is not finite. Returns the
     mean loss, in nats over what counts, and the norm of the gradient before it is clipped.
 
     Args:
-        job: What is trained.
+        plan: What is trained.
         examples: Split over the processes, and those of a process over its micro-batches.
         step: How many steps were done before.
 
     Raises LorafoldError for an adapter without gradient.
     """
-    processes, layout = job.processes, job.layout
-    total = max(1, sum(map(job.loss.count, examples)))
-    examples = [example for example in examples if job.loss.learns(example)]
+    total = max(1, sum(map(plan.loss.count, examples)))
+    examples = [example for example in examples if plan.loss.learns(example)]
     if not examples:  # of a step in which there is nothing to learn
         return 0.0, 0.0
-    share = slice(processes.index, None, processes.count)
-    own, numbers = examples[share], range(len(examples))[share]
-    micro = job.loss.micro_batches(own, job.recipe.accumulate, job.recipe.max_length) if own else []
-    passes = processes.largest if layout.divides else int
-    more = passes(len(micro)) - len(micro)
-    place_of = places(own, numbers)
-    selection, key = selection_of(job.adapter.model), key_of(job.recipe.seed, step)
-    set_learning_rates(job.optimizer, job.recipe, step, job.steps)
-    processes.part_ways(key)
-    job.loss.train()
-    seen = torch.zeros((), device=job.device)
-    with unchanged():
-        of_step = job.loss.of_step(own, examples[:1], passes)
-        processes.add([*of_step.values()])
-        rows = job.loss.rows_of(examples)
-        for i, part in enumerate(micro):
-            inputs = job.loss.collate(part, job.device)
-            names = job.loss.names(part, [rows[place_of[id(e)].pop()] for e in part], inputs)
-            with drawing(selection, Draws(key, names)):
-                loss: Tensor = job.loss(**inputs, **of_step)
-                seen += loss.detach()
-                loss = loss * (1 / total)
-                if i == len(micro) - 1 and processes.first:  # of the sum over all
-                    added = job.adapter.spec.penalty(job.adapter.own_deltas)
-                    loss = loss if added is None else loss + added
-                loss.backward()
-        for _ in range(more):  # passes of others, in which this process has nothing to learn
-            inputs = job.loss.collate(examples[:1], job.device)
-            with drawing(selection, Draws(key, job.loss.names(examples[:1], [rows[0]], inputs))):
-                (0 * job.loss(**inputs, **of_step)).backward()
-    trained = [*dict.fromkeys(job.adapter.parameters())]
-    layout.add_gradients(trained)
-    processes.add([seen])
-    first = step == 0 and not job.optimizer.state  # later updates may have all ratios clipped
-    idle = check_gradients(job.adapter, layout.moves(trained)) if first else []
-    if idle and processes.first:
-        log.warning(
-            "no gradient in the first step for %d of the %d adapted modules, on which the loss of"
-            " its rows does not depend: %s", len(idle), len(job.adapter.sites), listed(idle),
-        )  # fmt: skip
-    norm = layout.norm(trained)
-    if job.recipe.clip:
-        nn.utils.clip_grads_with_norm_(trained, job.recipe.clip, norm)
+    set_learning_rates(plan.optimizer, plan.recipe, step, plan.feed.steps)
+    summed = backward(plan, examples, total, key_of(plan.recipe.seed, step))
+    trained = [*dict.fromkeys(plan.adapter.parameters())]
+    plan.layout.add_gradients(trained)
+    plan.layout.processes.add([summed])
+    if step == 0 and not plan.optimizer.state:  # later updates may have all ratios clipped
+        idle = check_gradients(plan.adapter, plan.layout.moves(trained))
+        if idle and plan.layout.processes.first:
+            log.warning(
+                "no gradient in the first step for %d of the %d adapted modules, on which the loss"
+                " of its rows does not depend: %s",
+                len(idle), len(plan.adapter.sites), listed(idle),
+            )  # fmt: skip
+    norm = plan.layout.norm(trained)
+    if plan.recipe.clip:
+        nn.utils.clip_grads_with_norm_(trained, plan.recipe.clip, norm)
     # the one time that a GPU is waited for: it updates the weights while this process goes on
-    sums = torch.stack([seen, norm.to(seen)]).tolist()
-    if all(map(math.isfinite, sums)):
-        with layout.updating():
-            job.optimizer.step()
+    loss, size = torch.stack([summed, norm.to(summed)]).tolist()
+    if math.isfinite(loss) and math.isfinite(size):
+        with plan.layout.updating():
+            plan.optimizer.step()
     else:
-        job.optimizer.zero_grad()  # before a method looks at them
-    job.adapter.spec.after_step(job.adapter.own_deltas, step + 1, job.steps)
-    job.optimizer.zero_grad()
-    return sums[0] / total, sums[1]
+        plan.optimizer.zero_grad()  # before a method looks at them
+    plan.adapter.spec.after_step(plan.adapter.own_deltas, step + 1, plan.feed.steps)
+    plan.optimizer.zero_grad()
+    return loss / total, size
+
+
+def backward(plan: Plan, examples: Sequence[Any], total: int, key: int) -> Tensor:
+    """Compute the gradients of this process's share of the examples, micro-batch by micro-batch,
+    and of the method's penalty. Returns the summed loss (), in nats.
+
+    Args:
+        examples: Those of all processes.
+        total: What the mean loss is over.
+        key: What dropout follows from, with the names of tokens.
+    """
+    loss, recipe, processes = plan.loss, plan.recipe, plan.layout.processes
+    share = range(len(examples))[processes.index :: processes.count]
+    own = [examples[i] for i in share]
+    parts = loss.micro_batches(own, recipe.accumulate, recipe.max_length) if own else []
+    # of a divided model all processes make as many passes, if need be with nothing to learn
+    passes = processes.largest if plan.layout.divides else int
+    idle = passes(len(parts)) - len(parts)
+    processes.part_ways(key)
+    loss.train()
+    summed = torch.zeros((), device=plan.device)
+    with unchanged():
+        of_step = loss.of_step(own, examples[:1], passes)
+        processes.add([*of_step.values()])
+        rows, selection = loss.rows_of(examples), selection_of(plan.adapter.model)
+        for i, part in enumerate([[share[j] for j in part] for part in parts] + [[0]] * idle):
+            batch = [examples[j] for j in part]
+            inputs = loss.collate(batch, plan.device)
+            names = loss.names(batch, [rows[j] for j in part], inputs)
+            with drawing(selection, Draws(key, names)):
+                value: Tensor = loss(**inputs, **of_step)
+                if i >= len(parts):
+                    value = 0 * value
+                else:
+                    summed += value.detach()
+                    value = value * (1 / total)
+                if i == len(parts) - 1 and processes.first:  # of the sum over all
+                    added = plan.adapter.spec.penalty(plan.adapter.own_deltas)
+                    value = value if added is None else value + added
+                value.backward()
+    return summed
 
 
 def kept(run: RunDirectory) -> str:
@@ -346,14 +398,6 @@ def kept(run: RunDirectory) -> str:
     good = run.checkpoints()
     where = f"the last good checkpoint is {good[max(good)]}" if good else ""
     return where or "no checkpoint was written yet"
-
-
-def places(examples: Sequence[Any], numbers: Sequence[int]) -> dict[int, list[int]]:
-    """The numbers of examples by their `id`; one that comes several times has as many numbers."""
-    found: dict[int, list[int]] = {}
-    for example, number in zip(examples, numbers, strict=True):
-        found.setdefault(id(example), []).append(number)
-    return found
 
 
 def check_gradients(adapter: Adapter, moves: Mapping[nn.Parameter, bool]) -> list[str]:
@@ -399,22 +443,16 @@ def check_gradients(adapter: Adapter, moves: Mapping[nn.Parameter, bool]) -> lis
     )
 
 
-def save(job: Job, progress: Progress) -> None:
-    """Write a checkpoint in the first process; the others give it what they hold, and wait."""
-    write(job, progress)
-    job.processes.wait()
-
-
-def write(job: Job, progress: Progress) -> None:
+def save(plan: Plan, progress: Progress) -> None:
     """Write a checkpoint in the first process, where the others only give it what they hold."""
-    state = optimizer_tensors(job.optimizer) | rng_state()
-    adapter, optimizer = map(job.layout.pieces, (job.adapter.state_dict(), state))
-    if job.processes.first:
-        progress.counts = dict(job.loss.counts)
+    state = optimizer_tensors(plan.optimizer) | rng_state()
+    adapter, optimizer = map(plan.layout.pieces, (plan.adapter.state_dict(), state))
+    if plan.layout.processes.first:
+        progress.counts = dict(plan.loss.counts)
         try:
-            job.run.save(progress, adapter, optimizer, job.recipe.keep)
+            plan.run.save(progress, adapter, optimizer, plan.recipe.keep)
         except LorafoldError as error:
-            raise LorafoldError(f"step {progress.step}: {error}; {kept(job.run)}") from None
+            raise LorafoldError(f"step {progress.step}: {error}; {kept(plan.run)}") from None
     else:
         for piece in (*adapter.values(), *optimizer.values()):
             piece.get()

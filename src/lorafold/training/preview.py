@@ -27,6 +27,7 @@ from lorafold.data.sources import Row
 from lorafold.data.stored import Rows
 from lorafold.data.stream import RowStream
 from lorafold.files.page import document, html_table, notes, section, table
+from lorafold.objectives.objective import examples_of
 from lorafold.peft.saved import open_all
 from lorafold.training.request import (
     Request,
@@ -80,7 +81,8 @@ def show(request: Request, console: Console, rows: int = 3, html: Path | None = 
     tokenizer, _ = tokenizer_for(request, objective, console, saved)
     findings = _found(request, objective, tokenizer, console)
     few, rendering = request.first_rows(rows), rendering_of(request.recipe)
-    train = objective.encode(few, tokenizer, request.recipe.max_length, console, rendering)
+    limit = request.recipe.max_length
+    train = examples_of(objective, few, tokenizer, limit, console, rendering)
     console.print(f"the first rows: {train.report}", highlight=False)
     found = list(_shown(request, few, train, objective, tokenizer))
     told = [] if tokenizer.chat_template is None else account_of(tokenizer).lines

@@ -1,5 +1,5 @@
 """The request for a run, and what training and a preview make of it without a model: the objective,
-the tokenizer and the tokenized rows.
+the tokenizer and the tokenized rows; and what its figures depend on, for whoever keeps figures.
 """
 
 from __future__ import annotations
@@ -21,20 +21,26 @@ from lorafold.data.render import Rendering
 from lorafold.data.sources import Row
 from lorafold.data.stored import Rows
 from lorafold.data.stream import RowStream, StreamFeed
-from lorafold.identity import of_adapter
+from lorafold.data.template_forms import day_of
+from lorafold.files.digests import of_file
+from lorafold.identity import COMPUTED_WITH, TRAINING, of_code
 from lorafold.models.template_variables import set_variables
-from lorafold.models.tokenizer import Words, add_words, set_template
+from lorafold.models.tokenizer import BUILT_IN, Words, add_words, set_template
 from lorafold.objectives import OBJECTIVES, check_shapes
-from lorafold.objectives.objective import Asked, Data, Objective
+from lorafold.objectives.objective import Asked, Data, Objective, examples_of
 from lorafold.opening import Base
 from lorafold.peft.saved import Saved
 from lorafold.recipe.fitting import settled_length, spec_of
 from lorafold.recipe.recipe import Recipe
-from lorafold.training.checkpoint import RunDirectory
+from lorafold.training.checkpoint import FILES, RunDirectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+HELD_OUT = "eval_data"  # whose losses choose the best step
+# A resumed run may change these fields: they decide what is watched and kept, not what is learned.
+FREE_ON_RESUME = {"save_every", "eval_every", "keep", "trackers", "strategy"}
+WHEN_MEASURED = {"save_every", "eval_every"}  # what is learned where a run ends by what is measured
 
 
 @dataclass(frozen=True)
@@ -126,17 +132,6 @@ def with_length(request: Request, saved: Sequence[Saved], console: Console) -> R
     return replace(request, recipe=settled_length(recipe, request.base, before, console))
 
 
-def files_of(request: Request, saved: Sequence[Saved]) -> dict[str, dict[str, str]]:
-    """What the run reads from files, each with its tokenizer: the `model`, the adapters below, as
-    `Request.below` names them, and that of `init_adapter`; by name and identity.
-    """
-    names = [*request.below, *(["init_adapter"] if request.init_adapter else [])]
-    found = {"model": {"name": request.base.name, "sha256": request.base.identity}}
-    for name, one in zip(names, saved, strict=True):
-        found[name] = {"name": str(one), "sha256": of_adapter(one)}
-    return found
-
-
 def tokenizer_for(
     request: Request, objective: Objective, console: Console, saved: Sequence[Saved] = ()
 ) -> tuple[PreTrainedTokenizerBase, Words]:
@@ -187,14 +182,9 @@ def tokenized(
     recipe, rendering = request.recipe, rendering_of(request.recipe)
 
     def data_of(name: str, rows: Sequence[Row]) -> Data:
-        found = objective.encode(rows, tokenizer, recipe.max_length, console, rendering)
-        console.print(f"{name}: {found.report}", highlight=False)
-        return found
-
-    def told(found: Findings) -> Findings:
-        for line in found.lines:
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
-        return found
+        data = examples_of(objective, rows, tokenizer, recipe.max_length, console, rendering)
+        console.print(f"{name}: {data.report}", highlight=False)
+        return data
 
     if isinstance(request.rows, RowStream):
         encoder = objective.encoder(tokenizer, rendering)
@@ -207,14 +197,71 @@ def tokenized(
             recipe.seed,
         )
         measured = data_of("held out", request.eval_rows) if request.eval_rows else None
-        return feed, measured, told(Findings(0, unseen=STREAMED))
-    rows, held_out = sides(request)
-    train = data_of("data", rows)
-    firsts, parts = by_row(train.examples, train.parts) or (None, train.parts)
-    steps = recipe.total_steps(epoch_size(parts))
-    feed = StoredFeed(train.examples, parts, recipe.batch, steps, recipe.seed, firsts)
-    of, measured, compared = Rows.of(rows), None, None
-    if held_out is not None:
-        measured = data_of("held out", held_out)
-        compared = measured.examples, Rows.of(held_out)
-    return feed, measured, told(look(train.examples, of, recipe.max_length, compared))
+        findings = Findings(0, unseen=STREAMED)
+    else:
+        rows, held_out = sides(request)
+        train = data_of("data", rows)
+        firsts, parts = by_row(train.examples, train.parts) or (None, train.parts)
+        steps = recipe.total_steps(epoch_size(parts))
+        feed = StoredFeed(train.examples, parts, recipe.batch, steps, recipe.seed, firsts)
+        measured, compared = None, None
+        if held_out is not None:
+            measured = data_of("held out", held_out)
+            compared = measured.examples, Rows.of(held_out)
+        findings = look(train.examples, Rows.of(rows), recipe.max_length, compared)
+    for line in findings.lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return feed, measured, findings
+
+
+def free_on_resume(recipe: Recipe) -> set[str]:
+    """The fields that a resumed run may change."""
+    return FREE_ON_RESUME - (WHEN_MEASURED if recipe.stops else set())
+
+
+def depends_on(request: Request, objective: Objective) -> dict[str, Any]:
+    """What the result of a run depends on besides its recipe, model, adapters and training rows:
+    held-out rows, the file of a chat template, and what the objective names.
+    """
+    held_out = Rows.of(request.eval_rows).sha256 if request.eval_rows else ""
+    found: dict[str, Any] = {HELD_OUT: held_out, **objective.identity}
+    template = request.recipe.chat_template
+    if template is not None and Path(template).is_file():
+        found["chat_template"] = of_file(Path(template))[1]
+    return found
+
+
+def grounds(base: Base, template: str | None, *rooms: str) -> dict[str, Any]:
+    """What the figures of runs depend on besides their recipe and rows: the identity of the model
+    and of a chat template, how and where the model is loaded, and the code.
+
+        digest_of([grounds(base, recipe.chat_template, "comparing"), recipe, rows.sha256])
+
+    Args:
+        base: The model, whose storage is settled.
+        template: The recipe's chat template, whose file may change.
+        *rooms: The packages that measure, besides those that train.
+    """
+    file = None if template is None or template in BUILT_IN else of_file(Path(template))[1]
+    return {
+        FILES: base.identity,
+        "device": base.where.type,
+        "storage": [base.held.name, str(base.held.dtype)],
+        "chat_template": file,
+        "code": of_code(*TRAINING, *rooms, packages=COMPUTED_WITH),
+    }
+
+
+def day_written(base: Base, template: str | None, saved: Sequence[Saved] = ()) -> str:
+    """The date of today where the chat template asks for it, so that figures are kept for one day;
+    else empty.
+
+    Args:
+        base: The model.
+        template: The recipe's chat template.
+        saved: The adapters that are loaded, one of which may have a tokenizer of its own.
+    """
+    tokenizer = base.tokenizer(saved)
+    if template is not None:
+        set_template(tokenizer, template)
+    return day_of(tokenizer)

@@ -6,9 +6,11 @@ The cheap refusals come first, so that a wrong request fails before anything is 
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,7 @@ import torch
 from rich.console import Console
 
 from lorafold.adapter import Adapter, attach, load
+from lorafold.adapter.reach import strays, text_alone
 from lorafold.core.attach import Adapted, Origin
 from lorafold.core.matrices import module_at
 from lorafold.core.spec import Spec
@@ -24,9 +27,9 @@ from lorafold.data.branches import Branched
 from lorafold.data.feed import Feed
 from lorafold.data.findings import Findings
 from lorafold.data.template_forms import day_of, is_dated, on_day
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, listed, shortened
 from lorafold.files.atomic import check_out
-from lorafold.files.paths import check_name
+from lorafold.identity import COMPUTED_WITH, TRAINING, of_adapter, of_code
 from lorafold.machine.processes import ALONE, Processes
 from lorafold.memory.before_run import planned, settle
 from lorafold.memory.trace import Setting
@@ -40,14 +43,15 @@ from lorafold.peft.saved import Saved, open_all
 from lorafold.peft.stack import mismatch, same
 from lorafold.recipe.fields import OF_ADAPTER
 from lorafold.recipe.fitting import settled_base, spec_of, without
+from lorafold.step.activations import recompute
 from lorafold.step.adamw import check_available, check_rounding, free_everywhere
 from lorafold.step.branches import may_share
 from lorafold.step.replicated import Replicated
+from lorafold.step.sharding import Sharded
 from lorafold.training.checkpoint import RunDirectory
-from lorafold.training.finish import best_path
 from lorafold.training.request import (
     Request,
-    files_of,
+    depends_on,
     objective_of,
     tokenized,
     tokenizer_for,
@@ -57,6 +61,7 @@ from lorafold.training.request import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+SHOWN = 40  # characters of a value
 
 @dataclass(frozen=True)
 class Setup:
@@ -73,7 +78,7 @@ class Setup:
     feed: Feed
     held_out: Data | None
     findings: Findings
-    processes: Processes
+    layout: Replicated  # how tensors lie among the processes
     day: str = ""  # what the chat template writes as the date; empty where it asks for none
 
     @property
@@ -93,13 +98,17 @@ def check_request(request: Request, console: Console, processes: Processes) -> S
     in `<out>.run`, a batch that can't be split over the processes, an optimizer that is not
     installed, an unknown method, and fields that an initial adapter fixes.
     """
-    check_name(request.out)
     check_places(request)
-    replaces, count = request.overwrite or request.resume, processes.count
+    run, replaces = RunDirectory(request.out), request.overwrite or request.resume
+    count = processes.count
     if processes.first:  # which alone writes
-        for path in (request.out, best_path(request.out)):
+        for path in (run.out, run.best):
             check_out(path, replaces)
-        RunDirectory(request.out).check_free(replaces)
+        if run.checkpoints() and not replaces:
+            raise LorafoldError(
+                f"{run.path} holds a run that was stopped: pass --resume to continue it or"
+                " --overwrite to start again"
+            )
     if (batch := request.recipe.batch) % count:
         raise LorafoldError(
             f"batch {batch} can't be split over {count} processes; expected a multiple of {count}"
@@ -122,23 +131,20 @@ def check_request(request: Request, console: Console, processes: Processes) -> S
     return spec
 
 
-def check_places(request: Request) -> None:
-    """Raise LorafoldError for an output that is an adapter to load."""
-    loaded = [("--over", path) for path in request.over]
-    loaded += [("--init-adapter", path) for path in request.adapters[len(request.over) :]]
-    check_apart(request, loaded)
-
-
-def check_apart(request: Request, read: Iterable[tuple[str, Path]]) -> None:
+def check_places(request: Request, besides: Iterable[tuple[str, Path]] = ()) -> None:
     """Raise LorafoldError if what the run writes is, contains or lies in what it reads.
 
     Args:
-        read: Directories, each after the option that names it.
+        besides: Directories that it reads besides its adapters, each after the option that names
+            it.
     """
-    written = (request.out, best_path(request.out), RunDirectory(request.out).path)
+    run = RunDirectory(request.out)
+    read = [*(("--over", path) for path in request.over), *besides]
+    if request.init_adapter:
+        read.append(("--init-adapter", request.init_adapter))
     for option, path in read:
         adapter = path.resolve()
-        for target in (w.resolve() for w in written):
+        for target in (w.resolve() for w in (run.out, run.best, run.path)):
             if target.is_relative_to(adapter) or adapter.is_relative_to(target):
                 raise LorafoldError(
                     f"--out {request.out}: the run would write {target} and read {option} {path};"
@@ -165,12 +171,14 @@ def saved_adapters(request: Request) -> list[Saved]:
 def set_up(request: Request, console: Console, processes: Processes = ALONE) -> Setup:
     """Check the request, choose device and storage, and tokenize the rows.
 
-    Raises LorafoldError for anything wrong with the request or its rows.
+    Raises LorafoldError for anything wrong with the request or its rows, and where the processes
+    do not have the same.
     """
     spec = check_request(request, console, processes)
     saved = saved_adapters(request)
     objective = objective_of(request, saved)
-    check_apart(request, objective.reads)
+    if objective.reads:
+        check_places(request, objective.reads)
     if saved and not objective.outputs:
         check_language_model(request.base, saved)
     storage = settled_base(request.recipe, spec, request.base.source, saved)
@@ -180,7 +188,10 @@ def set_up(request: Request, console: Console, processes: Processes = ALONE) -> 
     request = replace(request, recipe=recipe, base=base)
     if spec.trains_base:
         check_rounding(recipe.optimizer, [base.held.dtype])
-    files = files_of(request, saved)
+    names = [*request.below, *(["init_adapter"] if request.init_adapter else [])]
+    files = {"model": {"name": base.name, "sha256": base.identity}}
+    for name, one in zip(names, saved, strict=True):
+        files[name] = {"name": str(one), "sha256": of_adapter(one)}
     tokenizer, words = tokenizer_for(request, objective, console, saved)
     inherited = request.init_adapter is not None and saved[-1].own_tokenizer
     changes = recipe.chat_template, recipe.template_kwargs, recipe.allow_control_tokens
@@ -194,16 +205,58 @@ def set_up(request: Request, console: Console, processes: Processes = ALONE) -> 
         console.print(f"the chat template writes the date: {held}", highlight=False)
     feed, held_out, findings = tokenized(request, dated, objective, console)
     console.print(f"base: {base.held.why}", highlight=False)
-    return Setup(
-        request, spec, objective, tokenizer, words, files, saved, own, feed, held_out,
-        findings, processes, day,
-    )
+    if recipe.strategy != "ddp" and objective.on_policy:  # not all passes are of micro-batches
+        raise LorafoldError(
+            f"strategy fsdp: found objective {recipe.objective}, expected one that draws no"
+            " completions; or strategy ddp"
+        )
+    divides = recipe.strategy == "fsdp" and processes.count > 1
+    setup = Setup(
+        request, spec, objective, tokenizer, words, files, saved, own, feed, held_out, findings,
+        Sharded(processes) if divides else Replicated(processes), day,
+    )  # fmt: skip
+    if processes.count > 1:
+        check_alike(setup)
+    return setup
+
+
+def check_alike(setup: Setup) -> None:
+    """Raise LorafoldError, the same in all processes, unless they have the same code, files, rows,
+    recipe and kind of device, and see the run to resume: on another machine there may be another
+    lorafold, other files under the same names, other rows.
+    """
+    request, processes = setup.request, setup.layout.processes
+    recipe = request.recipe.model_dump(mode="json")
+    own: dict[str, Any] = {
+        "lorafold": f"{version('lorafold')} ({of_code(*TRAINING)[:8]})",
+        **{name: version(name) for name in COMPUTED_WITH},
+        **{f"the files of {of['name']}": of["sha256"][:8] for of in setup.files.values()},
+        "the rows": request.data.identity[:SHOWN],
+        **{name: str(value) for name, value in depends_on(request, setup.objective).items()},
+        **{name: str(value) for name, value in recipe.items()},
+        "the device": request.base.where.type,
+    }
+    if request.resume:
+        own["the run to resume"] = RunDirectory(request.out).seen()
+    (host, first), *others = processes.gather((socket.gethostname(), own))
+    for number, (there, theirs) in enumerate(others, 1):
+        if differing := [
+            f"{name}: {shortened(theirs.get(name, 'none'), SHOWN)} there,"
+            f" {shortened(first.get(name, 'none'), SHOWN)} in process 0"
+            for name in dict.fromkeys([*first, *theirs])
+            if theirs.get(name) != first.get(name)
+        ]:
+            where = there if there == host else f"{there}, process 0 on {host}"
+            raise LorafoldError(
+                f"process {number} on {where}: found {listed(differing, '; ', room=140)}; expected"
+                " the same in all processes"
+            )
 
 
 def adapted_model(
-    setup: Setup, console: Console, layout: Replicated
-) -> tuple[PreTrainedModel, Adapter, Weights | None, bool]:
-    """(model, adapter, the base's own weights, whether to recompute activations).
+    setup: Setup, console: Console
+) -> tuple[PreTrainedModel, Adapter, Weights | None]:
+    """(model, adapter, the base's own weights).
 
     The memory of a step is estimated and printed before the model is loaded. The adapter is new, or
     the one that `init_adapter` names; those of `over` are below it. Of the model each process keeps
@@ -213,10 +266,10 @@ def adapted_model(
     over = setup.saved[: len(request.over)]
     stored = setup.saved[-1] if request.init_adapter else None
     heaviest = largest_setting(setup)
-    free = free_everywhere(base.where, setup.processes)
+    free = free_everywhere(base.where, setup.layout.processes)
     asked = recipe.gradient_checkpointing
     checkpointing, unknown = settle(base.config(), heaviest, asked, free, console)
-    with layout.loading(base.where):
+    with setup.layout.loading(base.where):
         model = setup.objective.load(base, setup.tokenizer, recipe.seed)
     check_positions(setup, model)
     torch.manual_seed(recipe.seed)
@@ -231,14 +284,23 @@ def adapted_model(
     if stored is None:
         fresh = extras(setup, model)
         adapter = attach(model, setup.spec, recipe.targets, base=weights, **fresh)
-        return model, adapter, weights, checkpointing
-    if missing := untrained(setup, model, adapter.spec):
+    elif missing := untrained(setup, model, adapter.spec):
         raise LorafoldError(
             f"--init-adapter {request.init_adapter}: found no {', '.join(missing)}, which the"
             f" objective {recipe.objective} has to train, expected an adapter with it; as the"
             " frozen adapter below a new one, give it as --over"
         )
-    return model, adapter, weights, checkpointing
+    for line in (
+        text_alone(model, adapter.sites),
+        repr(adapter),
+        f"  {adapter.unreached}",
+        strays(model, adapter.matches),
+    ):
+        if line is not None:
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if checkpointing:
+        recompute(model)
+    return model, adapter, weights
 
 
 def largest_setting(setup: Setup) -> Setting:
@@ -249,7 +311,7 @@ def largest_setting(setup: Setup) -> Setting:
     stored = setup.saved[-1] if request.init_adapter else None
     below = tuple((s.spec, s.beside) for s in setup.saved[: len(request.over)])
     extra = stored.beside if stored else partial(extras, setup)
-    spec, shared = stored.spec if stored else setup.spec, setup.processes.count
+    spec, shared = stored.spec if stored else setup.spec, setup.layout.processes.count
     trusted = base.trust_remote_code
     asked = Setting(base.held, spec, recipe.targets, extra, below=below, trust_remote_code=trusted)
     return planned(

@@ -4,12 +4,10 @@ optimizer and the random state of a run that was stopped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
-from hashlib import sha256
 from importlib.metadata import version
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -19,28 +17,21 @@ from lorafold.adapter import Adapter
 from lorafold.core.delta import put
 from lorafold.data.allowed_tokens import without_note
 from lorafold.data.feed import Feed
-from lorafold.data.stored import Rows
 from lorafold.errors import LorafoldError
-from lorafold.evaluation import Measured
 from lorafold.machine.processes import Processes
 from lorafold.objectives import OBJECTIVES
-from lorafold.objectives.objective import Objective
+from lorafold.objectives.objective import Data
 from lorafold.recipe.recipe import FEW, STEPS, Recipe
 from lorafold.rewards.naming import REWARDS, adapter_in
 from lorafold.step.adamw import described, make_optimizer, pick
 from lorafold.step.losses import Loss
 from lorafold.step.optim import param_groups, rates, restore_optimizer, restore_rng, sum_in_fp32
-from lorafold.step.replicated import Replicated
 from lorafold.training.checkpoint import FILES, Progress, RunDirectory
-from lorafold.training.loop import Job
-from lorafold.training.request import Request
+from lorafold.training.loop import Plan
+from lorafold.training.request import depends_on, free_on_resume
 from lorafold.training.setup import Setup
 
-# A resumed run may change these fields: they decide what is watched and kept, not what is learned.
-FREE_ON_RESUME = {"save_every", "eval_every", "keep", "trackers", "strategy"}
-WHEN_MEASURED = {"save_every", "eval_every"}  # what is learned where a run ends by what is measured
 LOOKED_AT = 8  # steps, for what their rows have in common
-HELD_OUT = "eval_data"  # whose losses choose the best step
 
 
 def prepare(
@@ -48,52 +39,26 @@ def prepare(
     adapter: Adapter,
     loss: Loss,
     feed: Feed,
-    held_out: Callable[[], Measured] | None,
+    held_out: Data | None,
     console: Console,
-    layout: Replicated,
-) -> tuple[Job, Progress]:
-    """The job of the training loop, and how far it has come: a fresh run or a resumed one.
+) -> tuple[Plan, Progress]:
+    """The plan of the steps, and how far they have come: a fresh run or a resumed one.
 
     Args:
         setup: Its request may say to resume: then the run's last checkpoint is loaded, if there is
             one.
-        adapter: Attached to the model of `loss`.
+        adapter: Attached to the model of `loss`, which is divided already if it is to be.
         loss: On the run's device.
         feed: The examples to train on.
-        held_out: Measures on held-out examples.
+        held_out: Those to measure on.
         console: For the optimizer, the learning rates and the step from which a run is resumed.
-        layout: Of the model, which is divided already if it is to be.
 
-    Raises LorafoldError where the run to resume had another recipe, model or data, other files, or
-    other modules to adapt.
+    Raises LorafoldError where the run to resume had another recipe, model or data, or other files.
     """
-    request, processes, where = setup.request, setup.processes, setup.request.base.where
+    request, layout, where = setup.request, setup.layout, setup.request.base.where
+    processes, objective = layout.processes, setup.objective
     recipe, run, spec = request.recipe, RunDirectory(request.out), adapter.spec
-    identity = identity_of(setup, adapter)
-    progress, state = Progress(), None
-    resume = request.resume and run.path.exists()
-    if request.resume and not resume:
-        told = f"{run.path}: no run to resume, this one starts from the beginning"
-        console.print(told, soft_wrap=True)
-    if resume:
-        judged, judges = run.written(REWARDS) or {}, identity.get(REWARDS, {})
-        others = [name for name, digest in judged.items() if judges.get(name) != digest]
-        if others and judged.keys() == judges.keys() and not any(map(adapter_in, others)):
-            identity[REWARDS] = judged  # as one that failed and was mended is
-            told = f"reward {', '.join(others)}: changed, and judges from here on as it is now"
-            console.print(told, highlight=False, markup=False, soft_wrap=True)
-        run.check(identity)
-        if checkpoints := run.checkpoints():
-            progress, tensors, state = run.load(checkpoints[max(checkpoints)])
-            loss.counts |= progress.counts
-            check_sites(run, adapter, tensors)
-            with layout.apart():
-                adapter.load_state_dict(tensors, layout.owns)
-    else:
-        if processes.first:
-            run.start(identity)
-        spec.prepare(adapter.own_deltas, partial(sample_losses, loss, feed, recipe))
-        take_first(adapter, processes)
+    progress, state = begin(setup, adapter, loss, feed, console)
     lr_b = spec.lr_b and spec.lr_b * (loss.pace_up or loss.pace)
     lr = recipe.lr or spec.lr * loss.pace
     whole = None if recipe.lr or spec.lr_whole is None else spec.lr_whole * loss.pace
@@ -108,12 +73,12 @@ def prepare(
     for line in (described(chosen, groups, recipe.seed, parts), rates(groups, lr)):
         console.print(line, highlight=False, soft_wrap=True)
     optimizer = make_optimizer(chosen.name, groups, recipe)
-    if state is not None:
+    if state:
         own = {k: v for k, v in state.items() if not k.startswith("rng.")}
         with layout.apart():
             restore_optimizer(optimizer, own, layout.updates)
         restore_rng(state)
-    if resume:
+    if state is not None:
         console.print(f"resuming after step {progress.step} of {feed.steps}", highlight=False)
     elif recipe.stops and held_out is None and feed.steps == STEPS:
         told = "found no held-out rows to end by; --eval-fraction 0.1 holds some out"
@@ -124,9 +89,44 @@ def prepare(
             f"steps: {feed.steps}, few to learn by: --epochs auto takes {STEPS}{less}",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
-    return Job(
-        adapter, loss, optimizer, where, processes, feed, held_out, recipe, run, feed.steps, layout,
-    ), progress  # fmt: skip
+    guessing = objective.guessing(setup.findings.labels)
+    return Plan(
+        recipe, objective, adapter, loss, where, optimizer, feed, held_out, guessing, run, layout
+    ), progress
+
+
+def begin(
+    setup: Setup, adapter: Adapter, loss: Loss, feed: Feed, console: Console
+) -> tuple[Progress, dict[str, Tensor] | None]:
+    """Load the last checkpoint of a run that is resumed into the adapter, or have the method
+    prepare a fresh one. Returns how far the run is, and the state of its optimizer, if any.
+    """
+    request, layout, spec = setup.request, setup.layout, adapter.spec
+    run, identity = RunDirectory(request.out), identity_of(setup, adapter)
+    resumes = request.resume and run.path.exists()
+    if resumes:
+        judged, judges = run.written(REWARDS) or {}, identity.get(REWARDS, {})
+        others = [name for name, digest in judged.items() if judges.get(name) != digest]
+        if others and judged.keys() == judges.keys() and not any(map(adapter_in, others)):
+            identity[REWARDS] = judged  # as one that failed and was mended is
+            told = f"reward {', '.join(others)}: changed, and judges from here on as it is now"
+            console.print(told, highlight=False, markup=False, soft_wrap=True)
+        run.check(identity)
+        if checkpoints := run.checkpoints():
+            progress, tensors, state = run.load(checkpoints[max(checkpoints)])
+            loss.counts |= progress.counts
+            with layout.apart():
+                adapter.load_state_dict(tensors, layout.owns)
+            return progress, state
+    elif request.resume:
+        told = f"{run.path}: no run to resume, this one starts from the beginning"
+        console.print(told, soft_wrap=True)
+    if layout.processes.first and not resumes:
+        run.start(identity)
+    spec.prepare(adapter.own_deltas, partial(sample_losses, loss, feed, request.recipe))
+    if layout.processes.count > 1:
+        take_first(adapter, layout.processes)
+    return Progress(), {} if resumes else None
 
 
 def take_first(adapter: Adapter, processes: Processes) -> None:
@@ -144,63 +144,15 @@ def take_first(adapter: Adapter, processes: Processes) -> None:
 
 
 def in_common(loss: Loss, feed: Feed, recipe: Recipe) -> str | None:
-    """What of the first steps is computed once for several rows, as a line; None if little is, or
-    what is computed is not known yet.
-    """
+    """What of the first steps is computed once for several rows, as a line; None if little is."""
     once = apart = 0
-    if OBJECTIVES[recipe.objective].draws:
-        return None
     for examples in islice(feed.after(0), min(LOOKED_AT, feed.foreseen)):
+        apart += sum(loss.computed([example]) for example in examples)
         for part in loss.micro_batches(examples, recipe.accumulate, recipe.max_length):
-            once += loss.computed(part)
-            apart += sum(loss.computed([example]) for example in part)
+            once += loss.computed([examples[i] for i in part])
     if once > 0.99 * apart:
         return None
     return f"packing: {1 - once / apart:.0%} of the tokens begin as another row's: computed once"
-
-
-def check_sites(run: RunDirectory, adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
-    """Raise LorafoldError if the targets of a run mean other modules than when it began: an earlier
-    version may not have found all that can be adapted.
-
-    Args:
-        adapter: The run's, as its targets mean it now.
-        tensors: Those of the adapter in the run's last checkpoint, of any shapes.
-    """
-    own, began = adapter.state_dict().keys(), tensors.keys()
-    sides = {"now adapts": own - began, "no longer adapts": began - own}
-    changes = []
-    for what, keys in sides.items():
-        if sites := sorted({key.rpartition(".")[0] for key in keys}):
-            more = f" and {len(sites) - 1} more" * (len(sites) > 1)
-            changes.append(f"{what} {sites[0]}{more}")
-    if changes:
-        raise LorafoldError(
-            f"{run.path}: the run to resume adapted other modules when it began: with the same"
-            f" targets this lorafold {' and '.join(changes)}. Use the lorafold that began it, or"
-            " start again with --overwrite"
-        )
-
-
-def free_on_resume(recipe: Recipe) -> set[str]:
-    """The fields that a resumed run may change."""
-    return FREE_ON_RESUME - (WHEN_MEASURED if recipe.stops else set())
-
-
-def depends_on(request: Request, objective: Objective) -> dict[str, Any]:
-    """What the result of a run depends on besides its recipe, model, adapters and training rows:
-    held-out rows, the file of a chat template, and what the objective names.
-    """
-    found: dict[str, Any] = {HELD_OUT: held_out_of(request), **objective.identity}
-    template = request.recipe.chat_template
-    if template is not None and Path(template).is_file():
-        found["chat_template"] = sha256(Path(template).read_bytes()).hexdigest()
-    return found
-
-
-def held_out_of(request: Request) -> str:
-    """The digest of the held-out rows that were given; empty without any."""
-    return Rows.of(request.eval_rows).sha256 if request.eval_rows else ""
 
 
 def identity_of(setup: Setup, adapter: Adapter) -> dict[str, Any]:
@@ -220,7 +172,7 @@ def identity_of(setup: Setup, adapter: Adapter) -> dict[str, Any]:
         "data": request.data.identity,
         "init_adapter": str(request.init_adapter or ""),
         FILES: setup.files,
-        HELD_OUT: held_out_of(request),
+        **depends_on(request, setup.objective),
     }
     if request.over:
         identity["over"] = [origin.sha256 for origin in adapter.over]
@@ -230,7 +182,6 @@ def identity_of(setup: Setup, adapter: Adapter) -> dict[str, Any]:
         named = template if isinstance(template, dict) else {"": str(template)}
         plain = {name: without_note(text) for name, text in named.items()}
         identity["chat_template"] = str(plain.get("", plain))
-    identity |= setup.objective.identity
     if setup.day:
         identity["day"] = setup.day
     return identity
@@ -251,7 +202,7 @@ def sample_losses(
 
     Raises LorafoldError for an objective that draws what it learns from.
     """
-    if OBJECTIVES[recipe.objective].draws:
+    if OBJECTIVES[recipe.objective].kind.on_policy:
         raise LorafoldError(
             f"method {recipe.method}: it asks for losses of rows before the first step, where the"
             f" objective {recipe.objective} has none, expected a spec that says so (asks_losses)"

@@ -28,7 +28,7 @@ from lorafold.objectives import DEFAULT
 from lorafold.opening import Base
 from lorafold.peft.saved import Saved
 from lorafold.recipe.recipe import Recipe
-from lorafold.training.grounds import day_written, grounds
+from lorafold.training.request import day_written, grounds
 from lorafold.undoing.defences import DEFENCES
 
 HELD_OUT = 32  # benign rows at most, on which the loss is measured
