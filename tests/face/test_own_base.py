@@ -23,7 +23,7 @@ from lorafold.errors import LorafoldError
 from lorafold.opening import Base, base_for
 from lorafold.peft.own_base import OwnBase
 from lorafold.peft.saved import open_all
-from lorafold.serving.state_file import STATE, ServerState, write_kept
+from lorafold.serving.registry import STATE, ServerState
 
 pytestmark = pytest.mark.usefixtures("unestimated")
 
@@ -293,7 +293,7 @@ def test_adapters_that_come_later_decide_no_server_s_base(place: Path, tiny_mode
         OwnBase.read(folder / "large")
     own = own_bases(folder)
     assert base_for(None, own).source.path == place / "base"
-    write_kept(folder / STATE, ServerState(base=own[0]))
+    (folder / STATE).write_text(ServerState(base=own[0]).model_dump_json())
     for name in ("b", "c", "d"):
         shutil.copytree(folder / "a", folder / name)
     told = io.StringIO()

@@ -13,8 +13,7 @@ import pytest
 
 import lorafold as lf
 from lorafold.serving import run
-from lorafold.serving.backend import Backend, News, Request, States, Until
-from lorafold.serving.seen import Found
+from lorafold.serving.backend import Backend, Found, News, Request, States, Until
 from serving_cases import ADMIN, Running, running, saved
 
 CALLS = {"submit", "cancel", "events", "load", "unload", "pin", "states", "length", "ready"}

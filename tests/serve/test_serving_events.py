@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import lorafold as lf
-from lorafold.serving import feed
+from lorafold.serving.routes import models as routes
 from serving_cases import ADMIN, Running, running, saved
 
 PATH = "/v1/models/events"
@@ -29,7 +29,7 @@ def adapters(tiny_model_dir: Any, tmp_path_factory: pytest.TempPathFactory) -> P
 def server(
     tiny_model_dir: Any, adapters: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Running]:
-    monkeypatch.setattr(feed, "EACH", 0.1)
+    monkeypatch.setattr(routes, "EACH", 0.1)
     keys = {"acme": ["a*"], "beta": ["b"]}
     with running(tiny_model_dir("llama"), adapters, keys, limits={"tenant_streams": 2}) as found:
         assert found.parts.registry.sweep.settled(30)
@@ -102,8 +102,8 @@ def test_nothing_is_told_where_nothing_changes_and_a_look_is_for_all(
     server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks: list[float] = []
-    look = feed.look
-    monkeypatch.setattr(feed, "look", lambda s: looks.append(time.monotonic()) or look(s))
+    look = routes.Look
+    monkeypatch.setattr(routes, "Look", lambda s: looks.append(time.monotonic()) or look(s))
     acme = server.keys["acme"]
     with (
         listening(server, acme) as one, listening(server, ADMIN) as other,
@@ -118,9 +118,9 @@ def test_nothing_is_told_where_nothing_changes_and_a_look_is_for_all(
         server.parts.registry.pin("a", True)
         for each in (one, third):
             assert names(next(each)) == ["a"]  # and not of "b"
-        assert len(looks) - n <= (time.monotonic() - began) / feed.EACH + 1
+        assert len(looks) - n <= (time.monotonic() - began) / routes.EACH + 1
     late = time.monotonic() + 5
-    while not server.idle() or time.monotonic() - looks[-1] < 2 * feed.EACH:
+    while not server.idle() or time.monotonic() - looks[-1] < 2 * routes.EACH:
         assert time.monotonic() < late
         time.sleep(0.05)  # nobody listens, and nobody looks
 

@@ -17,9 +17,8 @@ import pytest
 
 from browser_cases import CONTRASTS, open_browser
 from engine_cases import METHODS
-from lorafold.serving import feed
-from lorafold.serving.aliases import Aliases
-from lorafold.serving.state_file import Target
+from lorafold.serving.registry import Target
+from lorafold.serving.routes import models as routes
 from serving_cases import Running, running, saved
 
 DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 360, "height": 740}
@@ -41,7 +40,7 @@ def adapters(tiny_model_dir: Any, tmp_path_factory: Any) -> Path:
 @pytest.fixture(scope="module")
 def site(tiny_model_dir: Any, adapters: Path, often: None) -> Iterator[Running]:
     with running(tiny_model_dir("llama"), adapters) as server:
-        Aliases(server.parts.registry).point("newest", (Target(adapter="lora"),))
+        server.parts.registry.point("newest", (Target(adapter="lora"),))
         yield server
 
 
@@ -49,7 +48,7 @@ def site(tiny_model_dir: Any, adapters: Path, often: None) -> Iterator[Running]:
 def often() -> Iterator[None]:
     """The server looks for changes ten times a second."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(feed, "EACH", 0.1)
+        patch.setattr(routes, "EACH", 0.1)
         yield
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from browser_cases import open_browser
 from engine_cases import METHODS
-from lorafold.serving import feed
+from lorafold.serving.routes import models as routes
 from serving_cases import ADMIN, Running, running, saved
 
 MARKDOWN = """# Title
@@ -67,7 +67,7 @@ def site(tiny_model_dir: Any, tmp_path_factory: Any, often: None) -> Iterator[Ru
 def often() -> Iterator[None]:
     """The server looks for changes ten times a second."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(feed, "EACH", 0.1)
+        patch.setattr(routes, "EACH", 0.1)
         yield
 
 

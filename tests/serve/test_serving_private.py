@@ -275,7 +275,7 @@ def test_lines_that_repeat_one_are_counted(written: io.StringIO, monkeypatch) ->
             context = {"message": "socket.accept() out of system resource", "exception": OSError()}
             logs.unhandled(asyncio.new_event_loop(), context)
 
-    log = logging.getLogger("lorafold.serving.sweep")
+    log = logging.getLogger("lorafold.serving.verifier")
     flood()
     log.info("another line")
     told = "on the event loop: socket.accept() out of system resource"

@@ -23,8 +23,9 @@ from engine_cases import with_large_weights
 from lorafold.engine import Engine
 from lorafold.errors import Busy
 from lorafold.screening import processes
-from lorafold.serving import seen
-from lorafold.serving.sweep import Sweep
+from lorafold.serving import verifier
+from lorafold.serving.backend import Found
+from lorafold.serving.verifier import Seen, Sweep
 from serving_cases import ADMIN, counted, running, saved, until
 
 
@@ -67,12 +68,12 @@ def test_what_is_known_is_not_read_again_unless_it_was_touched(
 
 
 def test_two_that_write_what_is_known_at_once_lose_nothing(tmp_path, monkeypatch) -> None:
-    file, write, threads = tmp_path / "seen.json", seen.write_text, list[threading.Thread]()
-    known = seen.Seen(file, "this base")
+    file, write, threads = tmp_path / "seen.json", verifier.write_text, list[threading.Thread]()
+    known = Seen(file, "this base")
 
     def put(name: str) -> None:
         numbers = {"old": "0" * 64, "digest": "0" * 64, "manifest": True, "stack": ()}
-        known.put(seen.Found(name=name, path=tmp_path, method="lora", **numbers), {})
+        known.put(Found(name=name, path=tmp_path, method="lora", **numbers), {})
         known.save()
 
     def overtaken(path: Path, text: str) -> None:
@@ -82,19 +83,18 @@ def test_two_that_write_what_is_known_at_once_lose_nothing(tmp_path, monkeypatch
             threads[0].join(0.5)  # it ends, unless it waits for this one
         write(path, text)
 
-    monkeypatch.setattr(seen, "write_text", overtaken)
+    monkeypatch.setattr(verifier, "write_text", overtaken)
     put("a")
     threads[0].join()
-    assert set(seen.Seen(file, "this base").digests) == {"a", "b"}
+    assert set(Seen(file, "this base").digests) == {"a", "b"}
     file.unlink()
     file.mkdir()  # what can't be written is written later
     put("c")
     file.rmdir()
     known.save()
-    assert set(seen.Seen(file, "this base").digests) == {"a", "b", "c"}
-    other = seen.Seen(file, "another base")  # for which nothing was verified
-    assert other.find("c").marks == {}
-    assert other.forms() == set()
+    assert set(Seen(file, "this base").digests) == {"a", "b", "c"}
+    other = Seen(file, "another base")  # for which nothing was verified
+    assert other.adapters["c"].marks == {}
 
 
 @pytest.mark.slow

@@ -16,11 +16,10 @@ from conftest import make_model_dir, unestimating
 from lorafold.data.allowed_tokens import without_note
 from lorafold.models.loading import load_tokenizer
 from lorafold.models.tokenizer import set_template, write_tokenizer
-from lorafold.serving.aliases import Aliases
 from lorafold.serving.parts import CONTENT, REASONING, PartReader
 from lorafold.serving.refusal import Refusal
+from lorafold.serving.registry import Target
 from lorafold.serving.rendering import Renderer
-from lorafold.serving.state_file import Target
 from serving_cases import Running, running, saved
 
 END = "<|ends|>"
@@ -201,8 +200,7 @@ def test_a_new_template_counts_from_the_next_load_on(server):
     registry, where = server.parts.registry, server.folder / "moving"
     shutil.copytree(server.folder / "plain", where)
     registry.load("moving")
-    aliases = Aliases(registry)
-    aliases.point("it", (Target(adapter="moving"),))
+    registry.point("it", (Target(adapter="moving"),))
     assert ids_of(server, "it") == ids_of(server, "base")
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(server.folder / "own" / file, where)
@@ -213,7 +211,7 @@ def test_a_new_template_counts_from_the_next_load_on(server):
         registry.load("moving")
     assert ids_of(server, "it") == ids_of(server, "own")
     assert server.text("it", "Hello")
-    aliases.drop("it")
+    registry.drop_alias("it")
     registry.unload("moving")
 
 

@@ -100,11 +100,12 @@ def own_bases(
         console: Is told of a base that was taken before.
     """
     from lorafold.serving.directory import Directory
-    from lorafold.serving.state_file import STATE, read_kept
+    from lorafold.serving.json_file import kept as kept_in
+    from lorafold.serving.registry import STATE, ServerState
 
     directory, found = Directory(adapters), list[OwnBase]()
     file = state or directory.beside / STATE
-    if (kept := read_kept(file).base) is not None:
+    if (kept := kept_in(file, ServerState).base) is not None:
         told = f"no --model: the base is that of the start before ({file})"
         or_quiet(console).print(told, highlight=False, markup=False, soft_wrap=True)
         return [replace(kept, adapter=directory.beside / kept.adapter.name)]

@@ -18,7 +18,7 @@ from lorafold.serving.backend import Request, guidance
 from lorafold.serving.host import Host
 from lorafold.serving.job import Asked, CompletionJob, Prompted, Reply
 from lorafold.serving.keys import Caller
-from lorafold.serving.refusal import FIELDS, Refusal, wrong
+from lorafold.serving.refusal import FIELDS, Refusal, check_number, wrong
 from lorafold.serving.registry import Registry
 from lorafold.serving.rendering import Chosen
 from lorafold.serving.spent import Spent
@@ -43,12 +43,8 @@ class Admission:
         """Raise Refusal for a body that asks for more than anybody may."""
         if not 1 <= body.n <= self.limits.choices:
             raise wrong("n", f"found {body.n}, expected 1 to {self.limits.choices}")
-        for name, n, most in (
-            ("stop", len(body.stops), self.limits.stops),
-            ("logit_bias", len(body.logit_bias), self.limits.biases),
-        ):
-            if n > most:
-                raise wrong(name, f"found {n} of them, expected at most {most}")
+        check_number("stop", len(body.stops), self.limits.stops)
+        check_number("logit_bias", len(body.logit_bias), self.limits.biases)
 
     async def admit(self, caller: Caller, id: str, since: float, asked: Asked) -> Reply:
         """The reply to a request, whose completions are on their way. Raises Refusal, and then
@@ -58,8 +54,7 @@ class Admission:
             id: the name of the reply.
             since: when the request came, by time.monotonic.
         """
-        self.check_room(caller.tenant, asked.body.n)
-        self.spent.check(caller)
+        self.check_caller(caller, asked.body.n)
         reply = Reply(id)
         submit = partial(self._submit, caller, since, asked, reply)
         try:
@@ -139,6 +134,11 @@ class Admission:
         for job in reply.jobs:
             if job.end is None:
                 self.host.cancel(job, Refusal(499, "client_left", "the client left"))
+
+    def check_caller(self, caller: Caller, n: int) -> None:
+        """Raise Refusal as `check_room`, and if its tenant was given all that the key allows."""
+        self.check_room(caller.tenant, n)
+        self.spent.check(caller)
 
     def check_room(self, tenant: str, n: int) -> None:
         """Raise Refusal unless a tenant's completions may wait, or nothing is computed now.

@@ -16,6 +16,9 @@ from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
+from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic.json_schema import models_json_schema
 from sse_starlette.sse import SendTimeoutError
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -26,25 +29,34 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from lorafold.errors import STOPS, LorafoldError, cut
 from lorafold.serving import logs
 from lorafold.serving.refusal import Refusal, wrong
-from lorafold.serving.routes import (
-    admin,
-    chat,
-    completions,
-    events,
-    messages,
-    models,
-    openapi,
-    operations,
-    page,
-    responses,
-)  # fmt: skip
+from lorafold.serving.routes import admin, chat, completions, messages, models, page, responses
 from lorafold.serving.routes import tokens as tokenizing
-from lorafold.serving.server import Record, Server, authorization, defect, record_of, refused
+from lorafold.serving.server import (
+    Record,
+    Server,
+    answer,
+    authorization,
+    defect,
+    record_of,
+    refused,
+)
+from lorafold.serving.wire.body import Body
+from lorafold.serving.wire.chat import Chat
 
-GROUPS = (
-    chat, completions, responses, messages, events, models, tokenizing, admin, operations, page,
-    openapi,
-)  # fmt: skip
+BODIES: dict[str, type[Body]] = {
+    "/v1/chat/completions": Chat,
+    "/v1/completions": completions.Completion,
+    "/v1/responses": responses.Respond,
+    "/v1/responses/input_tokens": responses.InputTokens,
+    "/v1/messages": messages.Ask,
+    "/v1/messages/count_tokens": messages.CountTokens,
+    "/tokenize": tokenizing.Tokenize,
+    "/detokenize": tokenizing.Detokenize,
+    "/v1/load_lora_adapter": admin.Loaded,
+    "/v1/unload_lora_adapter": admin.Named,
+    "/admin/aliases/{name}": admin.Pointed,
+}
+KEY = {"key": {"type": "http", "scheme": "bearer"}}
 QUIET = ("/livez", "/readyz", "/health", "/metrics", *page.FILES)
 ASKED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 WATCHED = ("/v1/models", "/v1/models/events")  # by pages, again and again
@@ -72,8 +84,16 @@ def application(server: Server) -> FastAPI:
             await server.spent.save()
 
     app = FastAPI(title="lorafold", lifespan=running, openapi_url=None, redirect_slashes=False)
-    for group in GROUPS:
-        app.include_router(group.routes(server))
+    for group in (chat, completions, responses, messages, models, tokenizing, admin):
+        group.routes(app, server)
+    _operations(app, server)
+    page.routes(app, server)
+
+    @app.get("/openapi.json")
+    async def schema(request: Request) -> Response:
+        """This description, the same for everybody."""
+        return answer(described(app.routes))
+
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(LorafoldError, _refused)
     app.add_exception_handler(HTTPException, _no_route)
@@ -85,6 +105,45 @@ def application(server: Server) -> FastAPI:
             allow_methods=ALLOWED, expose_headers=SHOWN, allow_private_network=True,
         )  # fmt: skip
     return app
+
+
+def _operations(app: FastAPI, server: Server) -> None:
+    """Add the routes that keep a server running."""
+
+    @app.get("/livez")
+    async def live() -> Response:
+        """Whether the process answers at all."""
+        return answer({"status": "alive"})
+
+    @app.get("/readyz")
+    @app.get("/health")
+    async def ready() -> Response:
+        """Whether requests are computed: the engine made a step lately."""
+        why = server.host.ready
+        response = answer({"status": why or "ready"})
+        response.status_code = 503 if why else 200
+        return response
+
+    @app.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        """Counters in Prometheus's format; they name tenants, so that keys close them."""
+        server.keys.check_metrics(request.headers.get("authorization"))
+        return Response(server.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+
+def described(routes: list[Any]) -> dict[str, Any]:
+    """The description of these routes."""
+    found = get_openapi(title="lorafold", version="1", routes=routes)
+    kinds: Any = [(kind, "validation") for kind in dict.fromkeys(BODIES.values())]
+    names, schemas = models_json_schema(kinds, ref_template="#/components/schemas/{model}")
+    for path, methods in found["paths"].items():
+        for method, operation in methods.items():
+            if path in BODIES and method in ("post", "put"):
+                schema = names[BODIES[path], "validation"]
+                content = {"application/json": {"schema": schema}}
+                operation["requestBody"] = {"required": True, "content": content}
+    found["components"] = {"schemas": schemas.get("$defs", {}), "securitySchemes": KEY}
+    return found | {"security": [{"key": []}]}
 
 
 class Gate:
@@ -166,8 +225,7 @@ class Gate:
             # a flood is refused before its bodies are read
             caller = self.server.keys.caller(authorization(headers))
             record.tenant = caller.tenant
-            self.server.admission.check_room(caller.tenant, 1)
-            self.server.spent.check(caller)
+            self.server.admission.check_caller(caller, 1)
 
     def _too_large(self) -> Refusal:
         return Refusal(413, "body_too_large", f"body: expected at most {self._most:,} bytes")

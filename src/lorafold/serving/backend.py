@@ -16,21 +16,60 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from lorafold.engine import Ended, Request, Sampling, Token
 from lorafold.engine.grammar import guidance
 from lorafold.engine.sampler import NOT_FINITE
 from lorafold.engine.text import Text
-from lorafold.serving.seen import Found
+from lorafold.serving.json_file import Strict
 
 __all__ = [
-    "LOST", "NOT_FINITE", "Backend", "Ended", "News", "Request", "Sampling", "States", "Text",
-    "Token", "Until", "guidance",
+    "LOST", "NOT_FINITE", "Backend", "Ended", "Found", "News", "Request", "Sampling", "States",
+    "Text", "Token", "Until", "guidance",
 ]  # fmt: skip
 
 LOST = "the engine stopped"  # the message of an end, as NOT_FINITE is one
 Until = Literal["checked", "known", "begun", "resident"]
+
+
+class Found(Strict):
+    """An adapter's files: where they are, what they are by digest, and what they say it is.
+
+    `digest` is its identity together with those of the adapters below, and `old` the digest of its
+    own files without its tokenizer, by which versions were known before; `manifest` says whether
+    there is one among these. `over` is where the
+    adapters below are, the lowest first, and `stack` the identities of what is read of these and of
+    it, of `sizes` in bytes. `base` is the base that it names where it has no fingerprint to tell
+    by, `other_base` and `other_storage` how its base differs from the one that is served, `form`
+    the digest of what adapters have in common that differ in nothing but their values, `tokenizer`
+    the digest of its tokenizer, or "" for the base's, and `words` where that is. `note` is for the
+    administrator.
+    """
+
+    name: str
+    path: Path
+    digest: str
+    old: str
+    manifest: bool
+    stack: tuple[str, ...]
+    sizes: tuple[int, ...] = ()  # what an older version kept has none, and is verified again
+    over: tuple[Path, ...] = ()
+    method: str
+    rank: int | None = None
+    base: str = ""
+    other_base: str = ""
+    other_storage: str = ""
+    form: str = ""
+    tokenizer: str = ""
+    words: Path | None = None
+    note: str = ""
+
+    @property
+    def key(self) -> str:
+        """The name of this version."""
+        return f"{self.name}@{self.digest[:12]}"
 
 
 @dataclass(frozen=True)

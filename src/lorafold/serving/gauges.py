@@ -16,11 +16,10 @@ from collections.abc import Iterable, Iterator
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from lorafold.serving.backend import States
+from lorafold.serving.backend import Found, States
 from lorafold.serving.host import Host
 from lorafold.serving.metrics import MOST, Metrics
 from lorafold.serving.registry import Registry
-from lorafold.serving.seen import Found
 
 
 class Gauges(Collector):

@@ -53,7 +53,7 @@ class Host:
         self._loop = asyncio.get_running_loop()
         with stacks(), self.pool:
             async with self.backend.events(self._deliver):
-                self._registry.begin()
+                self._registry.sweep.begin()
                 watching = asyncio.create_task(self._watch())
                 try:
                     yield

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING
 
 from lorafold.engine import Ended, Engine, EngineSettings, Request, Stream, Token
 from lorafold.engine.adapters import KnownAdapter, Verified
-from lorafold.serving.backend import LOST, Backend, News, States, Until
-from lorafold.serving.seen import Found
+from lorafold.serving.backend import LOST, Backend, Found, News, States, Until
 from lorafold.serving.settings import Settings
 
 if TYPE_CHECKING:

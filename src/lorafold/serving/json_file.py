@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lorafold.errors import LorafoldError
 from lorafold.files.contents import opened
 
 M = TypeVar("M", bound=BaseModel)
+
+
+class Strict(BaseModel):
+    """What is read from a file, or from a request: a value in which unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def kept(file: Path, kind: type[M]) -> M:
+    """The content of a file that the server writes, empty if there is none. Raises as `read`."""
+    return read(file, kind, "move it away") if os.path.lexists(file) else kind()
 
 
 def read(file: Path, kind: type[M], hint: str) -> M:

@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Annotated
 
 from filelock import FileLock
-from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
+from pydantic import AwareDatetime, BeforeValidator, Field, PositiveInt
 
 from lorafold.errors import LorafoldError, why_unread
 from lorafold.files.atomic import write_text
-from lorafold.serving.json_file import content_of, parsed, read
+from lorafold.serving.json_file import Strict, content_of, parsed, read
 from lorafold.serving.refusal import Refusal
 
 log = logging.getLogger(__name__)
@@ -42,10 +42,8 @@ ADMIN = "admin"
 HINT = "new-key writes it"
 
 
-class TokenLimits(BaseModel):
+class TokenLimits(Strict):
     """The most tokens of prompts and completions that a tenant is given, None for no limit."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     tokens_per_minute: PositiveInt | None = None
     tokens_per_day: PositiveInt | None = None
@@ -62,10 +60,8 @@ def _end_of_day(value: object) -> object:
         return value
 
 
-class Key(BaseModel):
+class Key(Strict):
     """One entry of the file. A date in `expires` is the last day, by UTC."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     tenant: str = Field(pattern=f"^{TENANT.pattern}$")
     adapters: tuple[str, ...] = ("*",)
@@ -75,10 +71,8 @@ class Key(BaseModel):
     limits: TokenLimits = UNLIMITED
 
 
-class KeyFile(BaseModel):
+class KeyFile(Strict):
     """The whole file."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     keys: tuple[Key, ...] = ()
 

@@ -26,7 +26,7 @@ from lorafold.serving.rendering import Chosen, Renderer
 from lorafold.serving.server import Server
 from lorafold.serving.wire.answers import new_id
 from lorafold.serving.wire.chat import Chat
-from lorafold.serving.wire.schema import check_founded
+from lorafold.serving.wire.schema import check_founded, schema_of
 
 
 def shortened(messages: list[Message], fits: Callable[[list[Message]], bool]) -> list[Message]:
@@ -113,13 +113,15 @@ class NextTurn(Asked):
         wishes: Mapping[str, Any] = MappingProxyType({}),
         shorten: bool = False,
     ) -> None:
-        super().__init__(body, field, body.max_new_tokens)
+        newer = body.max_completion_tokens
+        super().__init__(body, field, body.max_tokens if newer is None else newer)
         self._wishes, self._shorten = {**body.wishes, **wishes}, shorten
         self._length, limits = server.host.backend.length, server.settings.limits
         self._compiles = server.admission.compiles
         server.admission.check(body)
         self.messages, self.tools = body.conversation(limits), body.offered(limits)
-        self._schema, self._forced = body.json_schema(), body.forced()
+        self._schema = schema_of(body.response_format, "response_format")
+        self._forced = body.forced()
         self._mixed = self._schema is not None and bool(self.tools)
         if body.top_logprobs is not None and not body.logprobs:
             raise wrong("top_logprobs", "found it without logprobs, expected logprobs true")

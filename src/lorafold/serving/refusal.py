@@ -10,6 +10,8 @@ TYPES = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error",
     429: "rate_limit_error",
 }  # fmt: skip
+MESSAGES = "/v1/messages"  # whose clients know Anthropic's shape
+ANTHROPIC = TYPES | {413: "request_too_large", 503: "overloaded_error", 504: "timeout_error"}
 # the fields of a request that the engine's settings come from
 FIELDS = {"lark": "tools", "schema": "response_format", "prompt_logprobs": "echo"}
 
@@ -63,6 +65,21 @@ class Refusal(Exception):
         about = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": about}
 
+    def anthropic(self, id: str) -> dict[str, Any]:
+        """The JSON of the answer in Anthropic's shape.
+
+        Args:
+            id: the server's name of the request.
+        """
+        told, other = self.message, "api_error" if self.status >= 500 else "invalid_request_error"
+        if self.code == "context_length_exceeded":  # by these words clients know this error
+            told = f"prompt is too long: {told}"
+        about: dict[str, Any] = {"type": ANTHROPIC.get(self.status, other), "message": told}
+        if self.param == "thread":  # after which clients send the whole conversation each time
+            why = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+            about["details"] = why
+        return {"type": "error", "error": about, "request_id": id}
+
     @property
     def headers(self) -> dict[str, str]:
         """The headers of the answer."""
@@ -77,6 +94,17 @@ def wrong(param: str, message: str) -> Refusal:
         message: what was found, and what was expected.
     """
     return Refusal(400, "invalid_value", f"{param}: {message}", param)
+
+
+def unsupported(param: str, more: str = "") -> Refusal:
+    """The refusal of a field that is not known."""
+    return Refusal(400, "unsupported_parameter", f"{param}: it is not supported{more}", param)
+
+
+def check_number(param: str, n: int, most: int) -> None:
+    """Raise Refusal for more of something than there may be."""
+    if n > most:
+        raise wrong(param, f"found {n} of them, expected at most {most}")
 
 
 @contextmanager

@@ -1,11 +1,19 @@
 """Which names stand for which adapters.
 
-    registry.begin()                            the directory's are verified, one after the other
+    registry.sweep.begin()                      the directory's are verified, one after the other
     chosen = registry.choose(caller, "sql")     an adapter's version, verified by then, or the base
 
 A name is the base, an adapter, `adapter@digest`, or an alias, whose requests go to its targets by
 their weights. The backend knows every version under a name of its own, `adapter@digest`: other
 files under the same name are another version, and requests that run finish with what they have.
+
+What outlives the process (aliases, pins, quarantines and what was unloaded) is in one JSON file. It
+is replaced in one step before a change is answered, so that what a caller was told holds after a
+restart.
+
+Digests are compared in today's form, and until lorafold 0.3 in the old one, which covers
+configuration, weights, record and manifest but no tokenizer. A version without a manifest has no
+old form of its own, so such a digest matches nothing; a quarantine holds.
 """
 
 from __future__ import annotations
@@ -15,23 +23,61 @@ import random
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
+
+from pydantic import Field
 
 from lorafold.errors import LorafoldError, cut, printable
-from lorafold.serving.backend import Backend
+from lorafold.files.atomic import write_text
+from lorafold.peft.own_base import OwnBase
+from lorafold.serving.backend import Backend, Found
 from lorafold.serving.directory import NAME, Directory
+from lorafold.serving.json_file import Strict, kept
 from lorafold.serving.keys import Caller
-from lorafold.serving.refusal import Refusal
+from lorafold.serving.refusal import Refusal, wrong
 from lorafold.serving.rendering import Chosen
-from lorafold.serving.seen import Digests, Found
-from lorafold.serving.state_file import ServerState, read_kept, write_kept
-from lorafold.serving.sweep import Sweep
-from lorafold.serving.verifier import Verifier
+from lorafold.serving.verifier import Sweep, Verifier
 
+V = TypeVar("V")
 log = logging.getLogger(__name__)
+STATE = ".lorafold-serve.json"  # beside the adapters, unless the settings name another
 WARM = 16  # adapters that are read into memory before they are asked for
 REASON = 2000  # characters of why an adapter is wrong
+SHOWN = 12  # digits of a digest in a line of the log
+WON_T = "which lorafold 0.3 won't understand"
+MAY_BE = "or of another version without a tokenizer, so that it stands for nothing now"
+
+
+class Target(Strict, strict=True):
+    """Where a part of an alias's requests goes: an adapter, and its version if that matters."""
+
+    adapter: str
+    digest: str | None = Field(None, pattern=r"^[0-9a-f]{8,64}$")
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+
+
+class Alias(Strict):
+    """What a name stands for, and what it stood for before."""
+
+    targets: tuple[Target, ...] = Field(min_length=1, max_length=16)
+    previous: tuple[Target, ...] = ()
+
+
+class ServerState(Strict):
+    """The content of the file. `digests` has the files that each adapter had when last seen,
+    `quarantined` the digest and the reason, `base` the one that the adapters named when the server
+    first started without the name of one.
+    """
+
+    aliases: dict[str, Alias] = Field({})
+    pinned: tuple[str, ...] = ()
+    unloaded: tuple[str, ...] = ()
+    quarantined: dict[str, tuple[str, str]] = Field({})
+    digests: dict[str, str] = Field({})
+    base: OwnBase | None = None
 
 
 class Registry:
@@ -45,8 +91,8 @@ class Registry:
         self, plain: Chosen, directory: Directory, file: Path, verifier: Verifier, backend: Backend
     ) -> None:
         self.plain, self.directory, self.file = plain, directory, file
-        self.verifier, self.digests, self._backend = verifier, Digests(), backend
-        self.kept: ServerState = read_kept(file)
+        self.verifier, self._backend, self.kept = verifier, backend, kept(file, ServerState)
+        self._told: set[str] = set()  # versions of which it was said that a digest is an old one
         self.created = int(time.time())
         self.found: dict[str, Found] = {}
         self.wrong: dict[str, str] = {}
@@ -60,12 +106,8 @@ class Registry:
         """The base's name."""
         return self.plain.name
 
-    def begin(self) -> None:
-        """Begin to verify what there is, and what comes."""
-        self.sweep.begin()
-
     def close(self) -> None:
-        """End that, and do not wait for what is being read."""
+        """Verify nothing more, and do not wait for what is being read."""
         self.sweep.end()
         self.verifier.close()
         self.sweep.close()
@@ -116,7 +158,7 @@ class Registry:
             weights = [target.weight for target in alias.targets]
             target = random.choices(alias.targets, weights)[0]
             pointed = self.ready(target.adapter)
-            if pointed is None or not self.digests.fit(pointed, target.digest or ""):
+            if pointed is None or not self.fits(pointed, target.digest or ""):
                 told = f"model: {model!r} stands for nothing now"
                 raise Refusal(404, "model_not_found", told, "model")
             found = pointed
@@ -135,10 +177,29 @@ class Registry:
         """The adapter that NAME or NAME@DIGEST stands for. Raises Refusal as `choose` does."""
         name, at, digest = model.partition("@")
         found = self.ready(name) if caller.may(name) and NAME.fullmatch(name) else None
-        if found is None or (at and len(digest) < 8) or not self.digests.fit(found, digest):
+        if found is None or (at and len(digest) < 8) or not self.fits(found, digest):
             told = f"model: found no {model[:200]!r} that you may use"
             raise Refusal(404, "model_not_found", told, "model")
         return found
+
+    def fits(self, found: Found, given: str, unsure: bool = False) -> bool:
+        """Whether a digest, or the first digits of one, is that of a version, in either form.
+
+        Args:
+            given: the digits, as a client or the file of what is kept has them.
+            unsure: what it is where it may be another version's.
+        """
+        if found.digest.startswith(given):
+            return True
+        if not found.old.startswith(given):
+            return False
+        if found.key not in self._told:
+            self._told.add(found.key)
+            log.warning(
+                "%s@%s is a digest of the old form, %s; use %s",
+                found.name, given[:SHOWN], WON_T if found.manifest else MAY_BE, found.key,
+            )  # fmt: skip
+        return found.manifest or unsure
 
     def serves(self, chosen: Chosen) -> bool:
         """Whether what was chosen is what its name stands for still."""
@@ -158,10 +219,8 @@ class Registry:
             with self.lock:
                 self._take(found, loaded=True)
                 self.wrong.pop(name, None)
-                self.keep(
-                    unloaded=tuple(n for n in self.kept.unloaded if n != name),
-                    quarantined={n: q for n, q in self.kept.quarantined.items() if n != name},
-                )
+                unloaded = tuple(n for n in self.kept.unloaded if n != name)
+                self.keep(unloaded=unloaded, quarantined=without(self.kept.quarantined, name))
             return found
 
     def unload(self, name: str) -> None:
@@ -192,12 +251,47 @@ class Registry:
         self.known(name)
         with self.lock:
             refused = self.kept.quarantined | {name: (self.served(name).digest, why)}
-            kept = self.kept
             try:
                 self.keep(quarantined=refused)
             except LorafoldError as error:  # it holds at least until the server ends
-                self.kept = kept.model_copy(update={"quarantined": refused})
+                self.kept = self.kept.model_copy(update={"quarantined": refused})
                 log.error("the quarantine of %s can't be kept: %s", name, error)
+
+    def point(self, name: str, targets: tuple[Target, ...]) -> Alias:
+        """Let an alias stand for these targets from the next request on."""
+        for target in targets:
+            self.known(target.adapter)
+        with self.lock:
+            if not NAME.fullmatch(name) or name in {self.base, *self.names()}:
+                raise wrong("name", f"found {name[:80]!r}, expected one that no model has")
+            for target in targets:
+                found = self.served(target.adapter)
+                if target.digest and not self.fits(found, target.digest):
+                    told = f"found digest {target.digest}, expected {found.digest[:12]}"
+                    raise wrong("targets", f"{target.adapter}: {told}")
+            before = self.kept.aliases.get(name)
+            alias = Alias(targets=targets, previous=before.targets if before else ())
+            self.keep(aliases=self.kept.aliases | {name: alias})
+            return alias
+
+    def roll_back(self, name: str) -> Alias:
+        """Let an alias stand for what it stood for before."""
+        alias = self.alias(name)
+        if not alias.previous:
+            raise Refusal(409, "nothing_before", f"{name} has stood for nothing else before")
+        return self.point(name, alias.previous)
+
+    def drop_alias(self, name: str) -> None:
+        """Forget an alias."""
+        with self.lock:
+            self.alias(name)
+            self.keep(aliases=without(self.kept.aliases, name))
+
+    def alias(self, name: str) -> Alias:
+        """An alias. Raises Refusal for an unknown one."""
+        if name not in self.kept.aliases:
+            raise Refusal(404, "alias_not_found", f"found no alias {name[:80]!r}", "name")
+        return self.kept.aliases[name]
 
     def known(self, name: str) -> None:
         """Verify an adapter that is to be changed. It may wait, so no lock is held meanwhile."""
@@ -237,10 +331,9 @@ class Registry:
                 self._forget(before)
             held = self.kept.quarantined.get(name)
             # other files are another adapter
-            if held is not None and not self.digests.fit(found, held[0], unsure=True):
-                others = {n: q for n, q in self.kept.quarantined.items() if n != name}
+            if held is not None and not self.fits(found, held[0], unsure=True):
                 with suppress(LorafoldError):
-                    self.keep(quarantined=others)
+                    self.keep(quarantined=without(self.kept.quarantined, name))
         if self.verifier.seen.digests.get(name, found.digest) != found.digest:
             log.warning("%s has other files than before: %s", name, found.key)
         if found.note:
@@ -253,7 +346,12 @@ class Registry:
 
     def keep(self, **changes: object) -> None:
         """Change what is kept between runs. Raises LorafoldError if it can't be written."""
-        kept = self.kept.model_copy(update=changes)
-        if kept != self.kept:
-            write_kept(self.file, kept)
-            self.kept = kept
+        now = self.kept.model_copy(update=changes)
+        if now != self.kept:
+            write_text(self.file, now.model_dump_json(indent=2) + "\n")
+            self.kept = now
+
+
+def without(some: Mapping[str, V], name: str) -> dict[str, V]:
+    """All but the one of that name."""
+    return {n: one for n, one in some.items() if n != name}

@@ -46,14 +46,12 @@ from lorafold.serving.in_process import InProcess
 from lorafold.serving.keys import Keys
 from lorafold.serving.metrics import Metrics
 from lorafold.serving.refusal import Refusal
-from lorafold.serving.registry import Registry
+from lorafold.serving.registry import STATE, Registry
 from lorafold.serving.rendering import Chosen, Renderers
-from lorafold.serving.seen import Seen
 from lorafold.serving.server import Server
 from lorafold.serving.settings import Settings
 from lorafold.serving.spent import Spent, beside
-from lorafold.serving.state_file import STATE
-from lorafold.serving.verifier import Verifier
+from lorafold.serving.verifier import Seen, Verifier
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -14,7 +14,6 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
-from fastapi.responses import Response as Plain
 from pydantic_core import to_json
 from sse_starlette import EventSourceResponse
 from starlette.datastructures import Headers
@@ -25,12 +24,11 @@ from lorafold.serving.host import Host
 from lorafold.serving.job import Asked, Reply
 from lorafold.serving.keys import Caller, Keys
 from lorafold.serving.metrics import Metrics
-from lorafold.serving.refusal import Refusal, naming
+from lorafold.serving.refusal import MESSAGES, Refusal, naming
 from lorafold.serving.registry import Registry
 from lorafold.serving.settings import Settings
 from lorafold.serving.spent import Spent
-from lorafold.serving.wire import messages
-from lorafold.serving.wire.answers import event
+from lorafold.serving.wire.answers import event, new_id
 from lorafold.serving.wire.body import B, read_body
 
 T = TypeVar("T")
@@ -133,17 +131,33 @@ class Server:
             return made()
         return await unless_left(request, self.host.think(made, caller.tenant))
 
-    async def complete(
-        self, request: Request, caller: Caller, id: str, dialect: Dialect
-    ) -> Response:
-        """Have completions computed, and answer with them.
+    async def count(
+        self, request: Request, kind: type[B], then: Callable[[B], tuple[Asked, Mapping[str, str]]]
+    ) -> int:
+        """The tokens of the prompts of a request.
 
         Args:
-            id: the name of the reply.
-            dialect: what is asked, and how it is answered.
+            kind: the type of its body.
+            then: what is asked by a body, and our names of its fields with the client's.
         """
-        record = record_of(request)
-        admitted = self.admission.admit(caller, id, record.started, dialect.asked)
+        caller = self.caller(request)
+        asked, names = await self.body(request, caller, kind, then)
+        with naming(names):
+            return await self.admission.count(caller, asked)
+
+    async def complete(
+        self, request: Request, kind: type[B], then: Callable[[B], Dialect], id: str
+    ) -> Response:
+        """Have the completions computed that a request asks for, and answer with them.
+
+        Args:
+            kind: the type of its body.
+            then: what is asked by a body, and how it is answered.
+            id: what the name of the reply begins with.
+        """
+        caller, record = self.caller(request), record_of(request)
+        dialect = await self.body(request, caller, kind, then)
+        admitted = self.admission.admit(caller, new_id(id), record.started, dialect.asked)
         with naming(dialect.names):
             reply = await unless_left(request, admitted)
             chosen = reply.prompted.chosen
@@ -153,15 +167,10 @@ class Server:
                 record.texts["prompt"] = reply.prompted.text
             if dialect.streamed:
                 return self._stream(request, reply, dialect.events(reply))
-            return answer(await self._whole(request, reply, dialect.whole(reply)))
-
-    async def _whole(self, request: Request, reply: Reply, answer: Coroutine[Any, Any, T]) -> T:
-        """What an answer is once it is complete; if the client leaves before, its completions end.
-        """
-        try:
-            return await unless_left(request, answer)
-        finally:
-            self.admission.drop(reply)
+            try:
+                return answer(await unless_left(request, dialect.whole(reply)))
+            finally:  # if the client leaves before, its completions end
+                self.admission.drop(reply)
 
     def _stream(self, request: Request, reply: Reply, events: AsyncIterator[bytes]) -> Response:
         """A response of events. If the client leaves, or reads too slowly, its completions end."""
@@ -220,8 +229,8 @@ def authorization(headers: Headers) -> str | None:
 
 def told(record: Record, refusal: Refusal) -> tuple[dict[str, Any], str | None]:
     """A refusal in the shape that the clients of its route know, and the type of its event."""
-    if f"{record.path}/".startswith(f"{messages.PATH}/"):
-        return messages.error(refusal, record.id), "error"
+    if f"{record.path}/".startswith(f"{MESSAGES}/"):
+        return refusal.anthropic(record.id), "error"
     return refusal.body, None
 
 
@@ -236,7 +245,7 @@ def refused(record: Record, refusal: Refusal) -> Response:
 
 def answer(value: object) -> Response:
     """A response of JSON."""
-    return Plain(to_json(value), media_type="application/json")
+    return Response(to_json(value), media_type="application/json")
 
 
 def defect(record: Record, error: BaseException) -> Refusal:

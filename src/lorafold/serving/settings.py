@@ -7,16 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
 from lorafold.errors import LorafoldError, why_unread
 from lorafold.recipe.reading import parse_yaml
-
-
-class Strict(BaseModel):
-    """A part of the settings, in which unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from lorafold.serving.json_file import Strict
 
 
 class Limits(Strict):
@@ -73,7 +68,7 @@ class Settings(Strict):
     keys: Path | None = None
     admin_key: Path | None = None
     metrics_key: Path | None = None
-    cors: list[Annotated[str, Field(pattern=r"^https?://[^/*\s]+$")]] = []
+    cors: list[Annotated[str, Field(pattern=r"^https?://[^/*\s]+$")]] = Field([])
     state: Path | None = None
     slots: PositiveInt = 16
     length: PositiveInt | None = None
@@ -81,7 +76,7 @@ class Settings(Strict):
     adapter_bytes: PositiveInt | None = None
     strikes: PositiveInt = 3
     prefix_reuse: bool = True
-    weights: dict[str, PositiveFloat] = {}
+    weights: dict[str, PositiveFloat] = Field({})
     heartbeat_seconds: PositiveFloat = 30
     drain_seconds: PositiveFloat = 30
     json_logs: bool = False

@@ -10,16 +10,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt
+from pydantic import Field, NonNegativeInt
 
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_text
-from lorafold.serving.json_file import read
+from lorafold.serving.json_file import Strict, kept
 from lorafold.serving.keys import Caller
 from lorafold.serving.refusal import Refusal
 
@@ -28,10 +27,8 @@ EVERY = 1.0  # seconds between two times that the file is written
 MINUTE, DAY = 60, 86400
 
 
-class Tally(BaseModel):
+class Tally(Strict, frozen=False):
     """Tokens in one minute or on one day, which is numbered from 1970 on."""
-
-    model_config = ConfigDict(extra="forbid")
 
     at: NonNegativeInt = 0
     tokens: NonNegativeInt = 0
@@ -41,21 +38,17 @@ class Tally(BaseModel):
         self.at, self.tokens = at, tokens + (self.tokens if at == self.at else 0)
 
 
-class Tenant(BaseModel):
+class Tenant(Strict):
     """What one tenant was given."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    minute: Tally = Tally()
-    day: Tally = Tally()
+    minute: Tally = Field(default_factory=Tally)
+    day: Tally = Field(default_factory=Tally)
 
 
-class SpentFile(BaseModel):
+class SpentFile(Strict):
     """The whole file."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    tenants: dict[str, Tenant] = {}
+    tenants: dict[str, Tenant] = Field({})
 
 
 class Spent:
@@ -71,8 +64,7 @@ class Spent:
         self, file: Path, needed: Callable[[], bool], now: Callable[[], float] = time.time
     ) -> None:
         self._file, self._needed, self._now = file, needed, now
-        there = os.path.lexists(file)
-        self._found = read(file, SpentFile, "move it away") if there else SpentFile()
+        self._found = kept(file, SpentFile)
         self._changed = self._told = False
 
     def add(self, tenant: str, tokens: int) -> None:

@@ -3,23 +3,38 @@
 What comes with it is read in processes that can be ended (`lorafold.screening`), which name the
 digests of all its files and of those of the adapters below it; only then are its configuration and
 its record interpreted here, and its tokenizer opened, from bytes of these digests. Adapters that
-differ in nothing but their values fit the base if one of them does. What was found is kept for as
-long as no file is touched.
+differ in nothing but their values fit the base if one of them does.
+
+`Seen` keeps what was found between runs, so that a start reads no adapter again. An entry holds for
+as long as every file of the adapter, and of those below it, has the marks that it had
+(`lorafold.files.digests`), for one base by its identity, whatever its name, and for the code that
+verified it. Whoever reads an adapter compares its digest all the same.
+
+`Sweep` verifies the directory's adapters while the server serves, and looks for new ones. A request
+under an adapter that has not come to its turn yet verifies that one first.
 """
 
 from __future__ import annotations
 
 import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+
+from pydantic import Field
 
 from lorafold.core.spec import Spec
 from lorafold.errors import STOPS, Busy, LorafoldError, cut, passes, place
-from lorafold.files.atomic import MANIFEST
+from lorafold.files.atomic import MANIFEST, write_text
 from lorafold.files.card import OVER, VOCABULARY
 from lorafold.files.contents import Contents
 from lorafold.files.digests import Marks
 from lorafold.files.record import RECORD, TRAINED_ON
 from lorafold.identity import joined
+from lorafold.machine.threads import alone
 from lorafold.methods import name_of
 from lorafold.models.storages import MADE
 from lorafold.models.tokenizer import CONFIG as SETTINGS
@@ -30,10 +45,10 @@ from lorafold.peft.own_base import OwnBase, TrainedOn
 from lorafold.peft.saved import FILES
 from lorafold.peft.stack import not_found, parse
 from lorafold.screening.screen import Screen, Verified
-from lorafold.serving.backend import Backend
+from lorafold.serving.backend import Backend, Found
 from lorafold.serving.directory import Directory
+from lorafold.serving.json_file import Strict, read
 from lorafold.serving.rendering import Renderer, Renderers
-from lorafold.serving.seen import Found, Seen
 
 log = logging.getLogger(__name__)
 OVERS = 16  # adapters below one
@@ -41,6 +56,72 @@ TOLD_MOST = 1000  # letters of how the bases differ
 NAMED = 300  # letters of the base's name that are kept
 # fields of the record that say how to read an adapter
 TOLD = ("base", OVER, DROPOUT, VOCABULARY, TRAINED_ON)
+SIDE_BY_SIDE = 2  # adapters that are verified at a time
+LOOK, SAVE = 1.0, 5.0  # seconds between two looks at the directory, and two writes
+
+
+class SeenAdapter(Strict):
+    """An adapter, and the marks that its files had, and those of the adapters below."""
+
+    found: Found
+    marks: dict[str, Marks]
+
+
+class SeenFile(Strict):
+    """The content of the file; `identity` is that of the base and of the code."""
+
+    identity: str
+    adapters: dict[str, SeenAdapter] = Field({})
+
+
+class Seen:
+    """The adapters that were verified. Any thread may call it.
+
+    Args:
+        identity: what they were verified for.
+    """
+
+    def __init__(self, file: Path, identity: str) -> None:
+        self.file, self.identity = file, identity
+        self._lock, self._saving, self._changed = threading.Lock(), threading.Lock(), False
+        self._failed = False
+        self.adapters = dict[str, SeenAdapter]()  # without marks: it has to be verified again
+        self.digests: dict[str, str] = {}  # that adapters had when they were last seen
+        if os.path.lexists(file):
+            try:
+                content = read(file, SeenFile, "it is written anew")
+            except LorafoldError as error:
+                log.warning("adapters are verified again: %s", error)
+                return
+            self.digests = {name: one.found.digest for name, one in content.adapters.items()}
+            for name, one in content.adapters.items():  # of another base the digest alone
+                marks = one.marks if content.identity == identity else {}
+                self.adapters[name] = SeenAdapter(found=one.found, marks=marks)
+
+    def put(self, found: Found, marks: Mapping[str, Marks]) -> None:
+        """Note an adapter that was verified, without the marks of files that were written just now:
+        they could be written again without another one, and so are read again.
+        """
+        noted = dict(marks) if all(mark.settled for mark in marks.values()) else {}
+        with self._lock:
+            self.adapters[found.name] = SeenAdapter(found=found, marks=noted)
+            self._changed = True
+
+    def save(self) -> None:
+        """Write the file, if there is anything new."""
+        with self._saving:  # an older content is not written over a newer one
+            with self._lock:
+                if not self._changed:
+                    return
+                self._changed = False
+                content = SeenFile(identity=self.identity, adapters=dict(self.adapters))
+            try:
+                write_text(self.file, content.model_dump_json())
+                self._failed = False
+            except LorafoldError as error:
+                if not self._failed:
+                    log.warning("what was verified can't be kept yet: %s", error)
+                self._changed = self._failed = True
 
 
 class Verifier:
@@ -59,7 +140,7 @@ class Verifier:
         self._weights, self._storage = weights, storage
         self.directory, self.seen, self._backend = directory, seen, backend
         self._screen, self._renderers, self._base = screen, renderers, base
-        self._forms = seen.forms()
+        self._forms = {one.found.form for one in seen.adapters.values() if one.marks}
 
     def find(self, name: str, afresh: bool = False) -> Found:
         """The adapter of a name, verified. Raises LorafoldError for one that can't be served, Busy
@@ -82,7 +163,7 @@ class Verifier:
 
     def _found(self, name: str, afresh: bool) -> Found:
         path, marks = self.directory.locate(name), dict[str, Marks]()
-        known = None if afresh else self.seen.find(name)
+        known = None if afresh else self.seen.adapters.get(name)
         if known is not None and self._marks(path, *known.found.over) == known.marks:
             return self._noted(known.found)
         found = self._read(name, path, marks)
@@ -165,7 +246,7 @@ class Verifier:
             form=joined([stack[at].form for at in (*below, path)]),
         )  # fmt: skip
         linked = [n for at, one in stack.items() for n in self.directory.linked(at, one.files)]
-        before = self.seen.find(name)
+        before = self.seen.adapters.get(name)
         if linked and (before is None or before.found.digest != found.digest):
             raise LorafoldError(f"{linked[0]}: found more than one link, expected one; copy it")
         return found
@@ -214,3 +295,94 @@ def _largest_rank(spec: Spec) -> int:
     inner = _inner(spec)
     ranks = [getattr(inner, "rank", 0), *getattr(inner, "rank_pattern", {}).values()]
     return max((rank for rank in ranks if isinstance(rank, int)), default=0)
+
+
+class Sweep:
+    """The threads that do it.
+
+    Args:
+        names: gives the names that there are to verify.
+    """
+
+    def __init__(
+        self,
+        names: Callable[[], Iterable[str]],
+        verify: Callable[[str], object],
+        save: Callable[[], None],
+    ) -> None:
+        self._names, self._verify, self._save = names, verify, save
+        self._left: deque[str] = deque()
+        self._busy = 0
+        self._changed, self._closing = threading.Condition(), threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    def begin(self) -> None:
+        """Begin with what there is now."""
+        self._left.extend(sorted(self._names()))
+        for at in range(SIDE_BY_SIDE):
+            thread = threading.Thread(
+                None, self._run, f"lorafold-verifying-{at}", (at == 0,), daemon=True
+            )
+            thread.start()
+            self._threads.append(thread)
+
+    def settled(self, timeout: float | None = None) -> bool:
+        """Wait until nothing is left to verify; False if that takes longer than so many seconds."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not (self._left or self._busy), timeout)
+
+    def end(self) -> None:
+        """Begin with no other one."""
+        self._closing.set()
+
+    def close(self) -> None:
+        """End the threads, after what they do now."""
+        self.end()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self, watching: bool) -> None:
+        alone()
+        self._sweep()
+        saved = time.monotonic()
+        while watching and not self._closing.wait(LOOK):
+            try:
+                new = sorted(self._names())
+            except Exception:
+                log.exception("the directory can't be read")
+                continue
+            with self._changed:
+                self._left.extend(new)
+            self._sweep()
+            if time.monotonic() - saved > SAVE:
+                saved = time.monotonic()
+                self._kept()
+
+    def _kept(self) -> None:
+        try:
+            self._save()
+        except Exception:
+            log.exception("what was verified can't be kept")
+
+    def _sweep(self) -> None:
+        begun, n = time.monotonic(), 0
+        while not self._closing.is_set():
+            with self._changed:
+                if not self._left:
+                    break
+                name = self._left.popleft()
+                self._busy += 1
+            try:
+                self._verify(name)
+                n += 1
+            except Busy as error:
+                log.warning("%s", error)
+            except Exception:
+                log.exception("%s can't be verified", name)
+            finally:
+                with self._changed:
+                    self._busy -= 1
+                    self._changed.notify_all()
+        if n:
+            self._kept()
+            log.info("%d adapters looked at in %.1f s", n, time.monotonic() - begun)

@@ -7,22 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from fastapi import APIRouter, Request, Response
+from fastapi import FastAPI, Request, Response
 from pydantic import Field
 
 from lorafold.errors import LorafoldError, cut
-from lorafold.serving.aliases import Aliases
+from lorafold.serving.backend import Found
 from lorafold.serving.keys import ADMIN
-from lorafold.serving.listing import adapter, look
 from lorafold.serving.refusal import Refusal, wrong
-from lorafold.serving.registry import REASON, Registry
-from lorafold.serving.seen import Found
+from lorafold.serving.registry import REASON, Registry, Target
+from lorafold.serving.routes.models import Look
 from lorafold.serving.server import Server, answer
-from lorafold.serving.state_file import Alias, Target
 from lorafold.serving.wire.body import Body
 
+T = TypeVar("T")
 ACTS = ("pin", "unpin", "quarantine")
 
 
@@ -74,18 +73,18 @@ class Pointed(Body):
             raise wrong("targets", " ".join(str(error).split())) from None
 
 
-def routes(server: Server) -> APIRouter:
-    """The router."""
-    router, registry, aliases = APIRouter(), server.registry, Aliases(server.registry)
+def routes(app: FastAPI, server: Server) -> None:
+    """Add them."""
+    registry = server.registry
 
-    async def done(change: Callable[[], Any]) -> Any:
+    async def done(change: Callable[[], T]) -> T:
         """Make a change beside the event loop. Raises Refusal for one that can't be made."""
         try:
             return await server.host.think(change, ADMIN)
         except LorafoldError as error:
             raise Refusal(400, "adapter_refused", cut(str(error), REASON)) from None
 
-    @router.post("/v1/load_lora_adapter")
+    @app.post("/v1/load_lora_adapter")
     async def load(request: Request) -> Response:
         """Read the files of an adapter of the directory, new or changed."""
         caller = server.admin(request)
@@ -99,7 +98,7 @@ def routes(server: Server) -> APIRouter:
         found = await done(load_now)
         return answer({"id": name, "digest": found.digest, "status": "loaded"})
 
-    @router.post("/v1/unload_lora_adapter")
+    @app.post("/v1/unload_lora_adapter")
     async def unload(request: Request) -> Response:
         """Forget an adapter until it is loaded again. Requests that run finish with it."""
         caller = server.admin(request)
@@ -107,16 +106,16 @@ def routes(server: Server) -> APIRouter:
         await done(lambda: registry.unload(name))
         return answer({"id": name, "status": "unloaded"})
 
-    @router.get("/admin/adapters")
+    @app.get("/admin/adapters")
     async def adapters(request: Request) -> Response:
         """All adapters: those that are served, that were unloaded, and that are wrong, and why."""
         server.admin(request)
 
         def listed() -> Response:
-            now = look(server)
+            now = Look(server)
             return answer(
                 {
-                    "adapters": [adapter(server, one, now) for one in now.found.values()],
+                    "adapters": [now.adapter(one) for one in now.found.values()],
                     "unverified": registry.listed,  # which may read the directory
                     "notes": {n: f.note for n, f in now.found.items() if f.note},
                     "unloaded": registry.kept.unloaded,
@@ -126,10 +125,9 @@ def routes(server: Server) -> APIRouter:
                 }
             )
 
-        listing: Response = await done(listed)
-        return listing
+        return await done(listed)
 
-    @router.post("/admin/adapters/{name}:{act}")
+    @app.post("/admin/adapters/{name}:{act}")
     async def manage(request: Request, name: str, act: str) -> Response:
         """Pin an adapter in memory, unpin it, or refuse its requests."""
         server.admin(request)
@@ -141,31 +139,26 @@ def routes(server: Server) -> APIRouter:
             server.metrics.quarantines.inc()
         else:
             await done(lambda: registry.pin(name, act == "pin"))
-        return answer(adapter(server, registry.found[name], look(server)))
+        return answer(Look(server).adapter(registry.found[name]))
 
-    @router.put("/admin/aliases/{name}")
+    @app.put("/admin/aliases/{name}")
     async def point(request: Request, name: str) -> Response:
         """Let an alias stand for other adapters from the next request on."""
         caller = server.admin(request)
         body = await server.body(request, caller, Pointed, lambda body: body)
         if body.rollback:
-            return answer(told(name, await done(lambda: aliases.roll_back(name))))
-        targets = body.read()
-        return answer(told(name, await done(lambda: aliases.point(name, targets))))
+            alias = await done(lambda: registry.roll_back(name))
+        else:
+            targets = body.read()
+            alias = await done(lambda: registry.point(name, targets))
+        return answer({"id": name} | alias.model_dump(exclude_none=True))
 
-    @router.delete("/admin/aliases/{name}")
+    @app.delete("/admin/aliases/{name}")
     async def drop(request: Request, name: str) -> Response:
         """Forget an alias."""
         server.admin(request)
-        await done(lambda: aliases.drop(name))
+        await done(lambda: registry.drop_alias(name))
         return answer({"id": name, "status": "deleted"})
-
-    return router
-
-
-def told(name: str, alias: Alias) -> dict[str, Any]:
-    """An alias, as the answer has it."""
-    return {"id": name} | alias.model_dump(exclude_none=True)
 
 
 def _leads_to(path: str, entry: Path) -> bool:

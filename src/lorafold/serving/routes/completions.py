@@ -1,35 +1,53 @@
-"""`POST /v1/completions`."""
+"""`POST /v1/completions`, and what its answers share with those of chat completions."""
 
 from __future__ import annotations
 
 import asyncio
+from abc import abstractmethod
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
-from fastapi import APIRouter, Request, Response
+from fastapi import FastAPI, Request, Response
 
 from lorafold.serving.backend import Token
 from lorafold.serving.job import Asked, Prompted, Prompts, Reply
+from lorafold.serving.refusal import check_number
 from lorafold.serving.rendering import Chosen, Renderer
 from lorafold.serving.server import Dialect, Server
-from lorafold.serving.wire.answers import DONE, event, finish, new_id
-from lorafold.serving.wire.completion import Completion
+from lorafold.serving.wire.answers import DONE, event, finish
+from lorafold.serving.wire.body import Completing, Listed
+
+Ids = Listed[int]
 
 
-def routes(server: Server) -> APIRouter:
-    """The router."""
-    router = APIRouter()
+def routes(app: FastAPI, server: Server) -> None:
+    """Add it."""
 
-    @router.post("/v1/completions")
+    @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         """What follows a prompt, given as text or as tokens, or several."""
-        caller = server.caller(request)
-        written = await server.body(request, caller, Completion, partial(Answer, server))
-        return await server.complete(request, caller, new_id("cmpl"), written)
+        return await server.complete(request, Completion, partial(Answer, server), "cmpl")
 
-    return router
+
+class Completion(Completing):
+    """The body of `POST /v1/completions`."""
+
+    prompt: str | Ids | Listed[str] | Listed[Ids]
+    max_tokens: int | None = 16
+    logprobs: int | None = None
+    echo: bool = False
+    add_special_tokens: bool = True
+
+    def prompts(self) -> list[str | Ids]:
+        """The prompts, each a text or tokens."""
+        given = self.prompt
+        if isinstance(given, str):
+            return [given]
+        if not given or isinstance(given[0], int):
+            return [cast(Ids, given)]
+        return [*cast(list[str] | list[Ids], given)]
 
 
 class PlainPrompts(Asked):
@@ -40,14 +58,15 @@ class PlainPrompts(Asked):
     def __init__(self, server: Server, body: Completion) -> None:
         super().__init__(body, "prompt", body.max_tokens)
         server.admission.check(body)
-        self._given = body.prompts(server.settings.limits.choices)
+        self.given = body.prompts()
+        check_number("prompt", len(self.given), server.settings.limits.choices)
         self._sampling = body.sampling(logprobs=body.logprobs)
 
     def rendered(self, renderer: Renderer) -> tuple[object, Prompts]:
         special = self.body.add_special_tokens
         return self.body.prompt, tuple(
             renderer.tokens(one, special) if isinstance(one, str) else tuple(one)
-            for one in self._given
+            for one in self.given
         )
 
     def prompted(self, chosen: Chosen) -> Prompted:
@@ -56,15 +75,55 @@ class PlainPrompts(Asked):
         return Prompted(chosen, text, prompts, self._sampling, prompt_logprobs=scores)
 
 
-class Answer(Dialect):
-    """Completions of plain prompts, as OpenAI's older clients have them."""
+class Choices(Dialect):
+    """Abstract: an answer that is a list of choices, whole or each in chunks."""
 
-    def __init__(self, server: Server, body: Completion) -> None:
-        super().__init__(PlainPrompts(server, body), body.stream)
-        self.body = body
+    body: Completing
+    whole_kind = chunk_kind = "text_completion"
+
+    @abstractmethod
+    async def choices(self, reply: Reply) -> list[dict[str, Any]]:
+        """All choices."""
+
+    @abstractmethod
+    def chunks(self, reply: Reply) -> AsyncIterator[dict[str, Any]]:
+        """What is new of a choice, as it comes."""
 
     async def whole(self, reply: Reply) -> dict[str, Any]:
         """The whole answer."""
+        choices = await self.choices(reply)
+        return self._head(reply, self.whole_kind) | {"choices": choices, "usage": reply.usage}
+
+    async def events(self, reply: Reply) -> AsyncIterator[bytes]:
+        """The answer as it comes."""
+        head, counted = self._head(reply, self.chunk_kind), self.body.stream_options.include_usage
+        usage = {"usage": None} if counted else {}
+        async for choice in self.chunks(reply):
+            yield event(head | {"choices": [choice]} | usage)
+        if counted:
+            yield event(head | {"choices": [], "usage": reply.usage})
+        yield DONE
+
+    def _head(self, reply: Reply, kind: str) -> dict[str, Any]:
+        return {
+            "id": reply.id,
+            "object": kind,
+            "created": reply.created,
+            "model": self.body.model,
+            "system_fingerprint": reply.prompted.chosen.fingerprint,
+        }
+
+
+class Answer(Choices):
+    """Completions of plain prompts, as OpenAI's older clients have them."""
+
+    body: Completion
+
+    def __init__(self, server: Server, body: Completion) -> None:
+        self.prompts, self.body = PlainPrompts(server, body), body
+        super().__init__(self.prompts, body.stream)
+
+    async def choices(self, reply: Reply) -> list[dict[str, Any]]:
         tokens: list[list[Token]] = [[] for _ in reply.jobs]
         async for i, one in reply.events():
             if isinstance(one, Token):
@@ -73,47 +132,28 @@ class Answer(Dialect):
         for i, job in enumerate(reply.jobs):
             assert job.end is not None
             echo, logprobs = await asyncio.to_thread(self._told, reply, i, tokens[i])
-            choice: dict[str, Any] = {
-                "index": i,
-                "text": echo + job.end.text,
-                "logprobs": logprobs,
-                "finish_reason": finish(job.end),
-            }
+            choice = _choice(i, echo + job.end.text, logprobs, finish(job.end))
             if self.body.return_token_ids:
                 choice["token_ids"] = job.end.tokens
                 choice["prompt_token_ids"] = job.request.prompt
             choices.append(choice)
-        return self._head(reply) | {"choices": choices, "usage": reply.usage}
+        return choices
 
-    async def events(self, reply: Reply) -> AsyncIterator[bytes]:
-        """The answer as it comes."""
-        head = self._head(reply)
-        usage = {"usage": None} if self.body.stream_options.include_usage else {}
+    async def chunks(self, reply: Reply) -> AsyncIterator[dict[str, Any]]:
         lengths = [0] * len(reply.jobs)
         echoed: dict[int, int] = {}  # how long the text of each prompt is that was sent
         async for i, one in reply.events():
             if self.body.echo and i not in echoed:
                 echo, logprobs = await asyncio.to_thread(self._told, reply, i, [])
                 echoed[i] = len(echo)
-                choice: dict[str, Any] = {
-                    "index": i, "text": echo, "logprobs": logprobs, "finish_reason": None,
-                }  # fmt: skip
-                yield event(head | {"choices": [choice]} | usage)
-            text = one.text if isinstance(one, Token) else one.text[lengths[i] :]
-            choice = {
-                "index": i, "text": text, "logprobs": None, "finish_reason": None,
-            }  # fmt: skip
+                yield _choice(i, echo, logprobs)
             if isinstance(one, Token):
-                choice["logprobs"] = self._logprobs(reply, [one], echoed.get(i, 0) + lengths[i])
-                lengths[i] += len(text)
-                if self.body.return_token_ids:
-                    choice["token_ids"] = [one.token]
+                scores = self._logprobs(reply, [one], echoed.get(i, 0) + lengths[i])
+                ids = {"token_ids": [one.token]} if self.body.return_token_ids else {}
+                lengths[i] += len(one.text)
+                yield _choice(i, one.text, scores) | ids
             else:
-                choice["finish_reason"] = finish(one)
-            yield event(head | {"choices": [choice]} | usage)
-        if self.body.stream_options.include_usage:
-            yield event(head | {"choices": [], "usage": reply.usage})
-        yield DONE
+                yield _choice(i, one.text[lengths[i] :], None, finish(one))
 
     def _told(
         self, reply: Reply, i: int, tokens: list[Token]
@@ -121,15 +161,12 @@ class Answer(Dialect):
         """The text of a completion's prompt, if it is wanted, and the log probabilities of its
         tokens and of those of the completion. It takes its time.
         """
-        echo = self._echo(reply, i)
+        echo = self._echo(reply, i) if self.body.echo else []
         return "".join(token.text for token in echo), self._logprobs(reply, echo + tokens, 0)
 
     def _echo(self, reply: Reply, i: int) -> list[Token]:
-        """The prompt of a completion as tokens, with their texts, if it is wanted."""
-        if not self.body.echo:
-            return []
-        job, each = reply.jobs[i], len(reply.jobs) // len(reply.prompted.prompts)
-        given = self.body.prompts(len(reply.jobs))[i // each]
+        """The prompt of a completion as tokens, with their texts."""
+        job, given = reply.jobs[i], self.prompts.given[i // self.body.n]
         ids = job.request.prompt
         shown = job.prompt or [Token(job.request.id, token) for token in ids]
         text = given if isinstance(given, str) else None
@@ -140,11 +177,6 @@ class Answer(Dialect):
         top, shown = self.body.logprobs, reply.prompted.chosen.renderer.shown
         return None if top is None else shown.legacy(tokens, top, offset)
 
-    def _head(self, reply: Reply) -> dict[str, Any]:
-        return {
-            "id": reply.id,
-            "object": "text_completion",
-            "created": reply.created,
-            "model": self.body.model,
-            "system_fingerprint": reply.prompted.chosen.fingerprint,
-        }
+
+def _choice(i: int, text: str, logprobs: object, finish: str | None = None) -> dict[str, Any]:
+    return {"index": i, "text": text, "logprobs": logprobs, "finish_reason": finish}

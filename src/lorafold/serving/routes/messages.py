@@ -1,24 +1,42 @@
-"""`POST /v1/messages`: the turn as Anthropic's clients have it."""
+"""`POST /v1/messages`: Anthropic's messages, as the conversation that they are, and the turn as its
+clients have it.
+
+A user's turn may hold results of tools beside text; those are messages of their own here.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import FastAPI, Request, Response
+from pydantic import Field
 
 from lorafold.serving.backend import Ended
 from lorafold.serving.job import Reply
 from lorafold.serving.next_turn import AllSaid, NextTurn
 from lorafold.serving.parts import REASONING
-from lorafold.serving.refusal import naming
+from lorafold.serving.refusal import MESSAGES, naming, unsupported, wrong
 from lorafold.serving.server import Dialect, Server, answer
-from lorafold.serving.wire.answers import event, new_id
-from lorafold.serving.wire.messages import PATH, Ask, Count
+from lorafold.serving.wire.answers import event
+from lorafold.serving.wire.body import Body, Listed
+from lorafold.serving.wire.chat import Chat, chat_of, check_call
 
 Block = dict[str, Any]
+NAMES = {"stop": "stop_sequences", "response_format": "output_config.format"}
+CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+HINTS = {"type", "cache_control"}  # of tools and of blocks
+TOOL = {"name", "description", "input_schema", "strict", "eager_input_streaming"} | HINTS
+ROLES = ("user", "assistant", "system")
+BLOCKS = {
+    "text": {"text"} | HINTS,
+    "tool_use": {"id", "name", "input", "caller"} | HINTS,
+    "tool_result": {"tool_use_id", "content", "is_error"} | HINTS,
+    "thinking": {"thinking", "signature"} | HINTS,
+}
+ABOUT = ("max_tokens", "temperature", "top_p", "top_k", "stream")  # of a chat, too
 STOPS = {"end": "end_turn", "length": "max_tokens", "stop": "stop_sequence"}
 # of each kind of block: the type of what is added to it, and the field that grows
 DELTAS = {
@@ -28,29 +46,107 @@ DELTAS = {
 }
 
 
-def routes(server: Server) -> APIRouter:
-    """The router."""
-    router = APIRouter()
+def routes(app: FastAPI, server: Server) -> None:
+    """Add them."""
 
-    @router.post(PATH)
+    @app.post(MESSAGES)
     async def messages(request: Request) -> Response:
         """A model's next message in a conversation, in Anthropic's dialect."""
-        caller = server.caller(request)
-        written = await server.body(request, caller, Ask, partial(Answer, server))
-        return await server.complete(request, caller, new_id("msg"), written)
+        return await server.complete(request, Ask, partial(Answer, server), "msg")
 
-    @router.post(f"{PATH}/count_tokens")
+    @app.post(f"{MESSAGES}/count_tokens")
     async def count(request: Request) -> Response:
         """How many tokens the conversation has."""
-        caller = server.caller(request)
-        turn, names = await server.body(request, caller, Count, partial(turned, server))
-        with naming(names):
-            return answer({"input_tokens": await server.admission.count(caller, turn)})
-
-    return router
+        return answer({"input_tokens": await server.count(request, CountTokens, partial(turned, server))})
 
 
-def turned(server: Server, body: Count) -> tuple[NextTurn, dict[str, str]]:
+class CountTokens(Body):
+    """The body of `POST /v1/messages/count_tokens`: a request without what is about its answer."""
+
+    model: str
+    messages: Listed[dict[str, Any]]
+    system: str | Listed[dict[str, Any]] = ""
+    tools: Listed[dict[str, Any]] = Field(default_factory=list)
+    tool_choice: dict[str, Any] = Field(default_factory=lambda: {"type": "auto"})
+    thinking: dict[str, Any] = Field(default_factory=dict)
+    output_config: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def wishes(self) -> dict[str, Any]:
+        """Variables of the chat template that ask for nothing where it does not know them."""
+        return {"enable_thinking": False} if self.thinking else {}
+
+    def chat(self) -> tuple[Chat, dict[str, str]]:
+        """The same as a chat completion, and the names of its fields here. Raises Refusal for what
+        is not supported.
+        """
+        if self.thinking and self.thinking.get("type") != "disabled":
+            kind = self.thinking.get("type")
+            raise wrong("thinking", f"found {kind!r:.80}, expected disabled, or no such field")
+        given = list(self._conversation())
+        tools = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(self.tools)]
+        names = NAMES | {f"messages[{i}]": where for i, (where, _) in enumerate(given)}
+        for i in range(len(tools)):
+            names[f"tools[{i}].function"] = f"tools[{i}]"
+            names[f"tools[{i}].function.parameters"] = f"tools[{i}].input_schema"
+        asked: dict[str, Any] = {
+            "model": self.model,
+            "messages": [message for _, message in given],
+            "tools": tools,
+            "tool_choice": self._choice(),
+            "parallel_tool_calls": not self.tool_choice.get("disable_parallel_tool_use"),
+            "response_format": self._format(),
+        }
+        return chat_of(asked | self._about_the_answer(), names), names
+
+    def _about_the_answer(self) -> dict[str, Any]:
+        return {}
+
+    def _conversation(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The messages, each with the field that it comes from."""
+        if self.system:
+            yield "system", {"role": "system", "content": _text(self.system, "system")}
+        names: dict[str, str] = {}
+        for i, message in enumerate(self.messages):
+            where, role = f"messages[{i}]", message.get("role")
+            if role not in ROLES:
+                told = f"found {role!r:.80}, expected one of {', '.join(ROLES)}"
+                raise wrong(f"{where}.role", told)
+            _known(message, {"role", "content"}, where)
+            for said in _turn(role, message.get("content"), f"{where}.content", names):
+                yield where, said
+        if self.messages and self.messages[-1]["role"] == "assistant":
+            told = "found the assistant's at the end, expected the user's: none is continued here"
+            raise wrong("messages", told)
+
+    def _choice(self) -> str | dict[str, Any]:
+        kind = self.tool_choice.get("type")
+        if kind == "tool":
+            return {"type": "function", "function": {"name": self.tool_choice.get("name")}}
+        if not isinstance(kind, str) or kind not in CHOICES:
+            raise wrong("tool_choice.type", f"found {kind!r:.80}, expected auto, any, tool or none")
+        return CHOICES[kind]
+
+    def _format(self) -> dict[str, Any]:
+        _known(self.output_config, {"format"}, "output_config")
+        return self.output_config.get("format") or {"type": "text"}
+
+
+class Ask(CountTokens):
+    """The body of `POST /v1/messages`."""
+
+    max_tokens: int
+    stop_sequences: Listed[str] = Field(default_factory=list)
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stream: bool = False
+
+    def _about_the_answer(self) -> dict[str, Any]:
+        return {"stop": self.stop_sequences} | {name: getattr(self, name) for name in ABOUT}
+
+
+def turned(server: Server, body: CountTokens) -> tuple[NextTurn, dict[str, str]]:
     """The turn that a body asks for, and the names of its fields there."""
     chat, names = body.chat()
     with naming(names):
@@ -92,8 +188,10 @@ class Answer(Dialect):
             yield _event("content_block_stop", index=at)
         for call in message.calls:
             at += 1
-            for one in _call_events(at, call):
-                yield one
+            block = _called(call) | {"input": {}}
+            yield _event("content_block_start", index=at, content_block=block)
+            yield _delta(at, "tool_use", call["function"]["arguments"])
+            yield _event("content_block_stop", index=at)
         ended = self._end(reply, message)
         usage = ended.pop("usage")
         yield _event("message_delta", delta=ended, usage=usage)
@@ -141,12 +239,6 @@ def _called(call: Block) -> Block:
     return {"type": "tool_use", "id": call["id"], "name": function["name"], "input": given}
 
 
-def _call_events(at: int, call: Block) -> Iterator[bytes]:
-    yield _event("content_block_start", index=at, content_block=_called(call) | {"input": {}})
-    yield _delta(at, "tool_use", call["function"]["arguments"])
-    yield _event("content_block_stop", index=at)
-
-
 def _delta(at: int, kind: str, text: str) -> bytes:
     name, field = DELTAS[kind]
     return _event("content_block_delta", index=at, delta={"type": name, field: text})
@@ -161,3 +253,67 @@ def _usage(prompt: int, cached: int, completion: int) -> dict[str, int]:
         "input_tokens": prompt, "cache_read_input_tokens": cached,
         "cache_creation_input_tokens": 0, "output_tokens": completion,
     }  # fmt: skip
+
+
+def _turn(role: str, content: Any, where: str, names: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """The messages of one turn; `names` has those of the calls so far, by id."""
+    blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(blocks, list) or not blocks:
+        raise wrong(where, "expected text or a list of blocks")
+    said: dict[str, Any] = {}
+    for i, block in enumerate(blocks):
+        kind, at = block.get("type") if isinstance(block, Mapping) else None, f"{where}[{i}]"
+        if isinstance(kind, str) and kind in BLOCKS:
+            _known(block, BLOCKS[kind], at)
+        if kind == "text":
+            said["content"] = said.get("content", "") + _text([block], where, i)
+        elif kind == "tool_result" and role == "user":
+            if said:
+                yield {"role": role} | said
+                said = {}
+            id, found = str(block.get("tool_use_id")), block.get("content") or ""
+            told = {"tool_call_id": id, "name": names.get(id, "")}
+            yield {"role": "tool"} | told | {"content": _text(found, f"{at}.content")}
+        elif kind == "tool_use" and role == "assistant":
+            id, name = str(block.get("id")), block.get("name")
+            function = {"name": name, "arguments": block.get("input")}
+            check_call(function, at, "input")
+            names[id] = str(name)
+            call = {"id": id, "type": "function", "function": function}
+            said.setdefault("tool_calls", []).append(call)
+        elif kind == "thinking" and role == "assistant":
+            said["reasoning_content"] = block.get("thinking")
+        else:
+            raise wrong(f"{at}.type", f"found {kind!r:.80} of the {role}, which is not supported")
+    if said:
+        yield {"role": role} | said
+
+
+def _tool(tool: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A tool in OpenAI's form."""
+    if (tool.get("type") or "custom") != "custom":
+        raise wrong(f"{where}.type", f"found {tool['type']!r:.80}, expected custom")
+    _known(tool, TOOL, where)
+    function = {"name": tool.get("name"), "parameters": tool.get("input_schema")}
+    told = {} if tool.get("description") is None else {"description": tool["description"]}
+    return {"type": "function", "function": function | told}
+
+
+def _text(content: Any, where: str, first: int = 0) -> str:
+    """A text, or blocks of text joined."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise wrong(where, "expected text or a list of blocks")
+    for i, block in enumerate(content, first):
+        kind = block.get("type") if isinstance(block, Mapping) else None
+        if kind != "text" or not isinstance(block.get("text"), str):
+            raise wrong(f"{where}[{i}]", f"found a block of type {kind!r:.80}, expected text")
+    return "".join(block["text"] for block in content)
+
+
+def _known(given: Mapping[str, Any], keys: set[str], where: str) -> None:
+    """Raise Refusal for a key that is not known and asks for something."""
+    for key in given.keys() - keys:
+        if given[key] not in (None, False, []):
+            raise unsupported(f"{where}.{key[:80]}")

@@ -6,7 +6,7 @@ from importlib.resources import files
 from pathlib import PurePath
 from urllib.parse import parse_qs
 
-from fastapi import APIRouter, Request, Response
+from fastapi import FastAPI, Request, Response
 
 from lorafold.serving.keys import Caller
 from lorafold.serving.refusal import Refusal
@@ -31,10 +31,9 @@ SHUT = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 FORM = 4096  # bytes of a form, which is read before it is known who sent it
 
 
-def routes(server: Server) -> APIRouter:
-    """The router."""
-    router, registry = APIRouter(), server.registry
-    place = files("lorafold")
+def routes(app: FastAPI, server: Server) -> None:
+    """Add them."""
+    registry, place = server.registry, files("lorafold")
     content = {path: (place / file).read_bytes() for path, file in FILES.items()}
 
     async def page(request: Request) -> Response:
@@ -50,7 +49,7 @@ def routes(server: Server) -> APIRouter:
         return Response(content[path], media_type=f"{kind}; charset=utf-8", headers=headers)
 
     for path in FILES:
-        router.add_api_route(path, page)
+        app.add_api_route(path, page)
 
     async def shown(caller: Caller, name: str) -> Response:
         def content() -> bytes:
@@ -65,12 +64,12 @@ def routes(server: Server) -> APIRouter:
         found = await server.host.think(content, caller.tenant)
         return Response(found, media_type="text/html; charset=utf-8", headers=headers)
 
-    @router.get("/v1/adapters/{name}/page")
+    @app.get("/v1/adapters/{name}/page")
     async def inspected(request: Request, name: str) -> Response:
         """The page that `lorafold inspect` wrote for an adapter."""
         return await shown(server.caller(request), name)
 
-    @router.post("/v1/adapters/{name}/page")
+    @app.post("/v1/adapters/{name}/page")
     async def opened(request: Request, name: str) -> Response:
         """The same for a form, whose field has the key: a browser that opens a page sends no header
         of ours, and a key in an address would be kept in histories and logs.
@@ -81,5 +80,3 @@ def routes(server: Server) -> APIRouter:
                 raise Refusal(413, "body_too_large", f"body: expected at most {FORM:,} bytes")
         form = parse_qs(content.decode("ascii", "replace"))
         return await shown(server.caller(request, f"Bearer {form.get('key', [''])[0]}"), name)
-
-    return router

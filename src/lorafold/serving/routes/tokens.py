@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import FastAPI, Request, Response
+from pydantic import Field
 
 from lorafold.serving.keys import Caller
 from lorafold.serving.refusal import Refusal, wrong
 from lorafold.serving.rendering import Renderer
 from lorafold.serving.server import Server, answer, unless_left
 from lorafold.serving.wire.answers import as_json
+from lorafold.serving.wire.body import Body, Listed
 from lorafold.serving.wire.chat import Chat
-from lorafold.serving.wire.completion import Detokenize, Tokenize
 
 
-def routes(server: Server) -> APIRouter:
-    """The router."""
-    router = APIRouter()
+class Tokenize(Body):
+    """The body of `POST /tokenize`: a text, or a conversation."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Listed[dict[str, object]] | None = None
+    tools: Listed[dict[str, object]] = Field(default_factory=list)
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+
+class Detokenize(Body):
+    """The body of `POST /detokenize`."""
+
+    model: str | None = None
+    tokens: Annotated[Listed[int], Field(max_length=1 << 16)]  # a text that one call makes at once
+
+
+def routes(app: FastAPI, server: Server) -> None:
+    """Add them."""
 
     def admitted(request: Request) -> Caller:
         caller = server.caller(request)
-        server.admission.check_room(caller.tenant, 1)
-        server.spent.check(caller)
+        server.admission.check_caller(caller, 1)
         return caller
 
     def renderer_of(caller: Caller, model: str | None) -> Renderer:
@@ -31,7 +48,7 @@ def routes(server: Server) -> APIRouter:
             raise Refusal(400, "missing_parameter", told, "model")
         return server.registry.choose(caller, model or server.registry.base).renderer
 
-    @router.post("/tokenize")
+    @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:
         """The tokens of a text, or of a conversation as the prompt for its next turn."""
         caller = admitted(request)
@@ -59,7 +76,7 @@ def routes(server: Server) -> APIRouter:
         content = await unless_left(request, server.host.think(tokens, caller.tenant))
         return Response(content, media_type="application/json")
 
-    @router.post("/detokenize")
+    @app.post("/detokenize")
     async def detokenize(request: Request) -> Response:
         """The text of tokens."""
         caller = admitted(request)
@@ -71,5 +88,3 @@ def routes(server: Server) -> APIRouter:
 
         found = await unless_left(request, server.host.think(text, caller.tenant))
         return answer({"prompt": found})
-
-    return router

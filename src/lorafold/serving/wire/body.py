@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
+from pydantic import FailFast, Field, ValidationError
 from pydantic_core import from_json
 
 from lorafold.errors import LorafoldError
 from lorafold.serving.backend import Sampling
-from lorafold.serving.refusal import Refusal, wrong
+from lorafold.serving.json_file import Strict
+from lorafold.serving.refusal import Refusal, unsupported, wrong
 
 HARMLESS = {
     "user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key",
@@ -41,10 +42,8 @@ class First(FailFast):
 Listed = Annotated[list[E], First()]
 
 
-class Body(BaseModel):
+class Body(Strict, strict=True):
     """A body in which unknown fields and values of another type are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class StreamOptions(Body):
@@ -117,13 +116,13 @@ def read_body(kind: type[B], content: bytes) -> B:
         raise Refusal(400, "invalid_json", "body: expected a JSON object")
     given = {}
     for name, value in found.items():
-        if value is None or (name in HARMLESS and name not in kind.model_fields):
+        known = name in kind.model_fields
+        if value is None or (
+            not known and (name in HARMLESS or value in NEUTRAL.get(name, ()))
+        ):
             continue
-        if name in NEUTRAL and name not in kind.model_fields and value in NEUTRAL[name]:
-            continue
-        if name not in kind.model_fields:
-            told = f"{name[:80]}: it is not supported, and the answer may change without it"
-            raise Refusal(400, "unsupported_parameter", told, name[:80])
+        if not known:
+            raise unsupported(name[:80], ", and the answer may change without it")
         if isinstance(value, dict) and len(value) > ENTRIES:
             raise wrong(name, f"found {len(value)} entries, expected at most {ENTRIES}")
         given[name] = value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import Field, ValidationError
@@ -17,10 +17,9 @@ from lorafold.data.messages import (
     tool_problems,
     tools_of,
 )
-from lorafold.serving.refusal import Refusal, wrong
+from lorafold.serving.refusal import check_number, unsupported, wrong
 from lorafold.serving.settings import Limits
 from lorafold.serving.wire.body import Completing, Listed
-from lorafold.serving.wire.schema import schema_of
 
 FIELDS = {"role", "content", "name", "tool_calls", "tool_call_id", "annotations", *REASONING}
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -43,12 +42,6 @@ class Chat(Completing):
     verbosity: str | None = None
 
     @property
-    def max_new_tokens(self) -> int | None:
-        """The most tokens of the completion, or None."""
-        newer = self.max_completion_tokens
-        return self.max_tokens if newer is None else newer
-
-    @property
     def names(self) -> dict[str, str]:
         """Fields under the names by which the client sent them."""
         newer = self.max_completion_tokens is not None
@@ -69,18 +62,12 @@ class Chat(Completing):
 
     def conversation(self, limits: Limits) -> list[Message]:
         """The messages in one form. Raises Refusal for what is wrong with them."""
-        if len(self.messages) > limits.messages:
-            told = f"found {len(self.messages)} of them, expected at most {limits.messages}"
-            raise wrong("messages", told)
-        if problem := next(message_problems("messages", self.messages), None):
-            field, _, told = problem.removeprefix("field ").partition(": ")
-            raise wrong(field, told)
+        check_number("messages", len(self.messages), limits.messages)
+        _check(message_problems("messages", self.messages))
         for i, message in enumerate(self.messages):
             for name in message.keys() - FIELDS:
                 if message[name] is not None:
-                    field = f"messages[{i}].{name[:80]}"
-                    told = f"{field}: it is not supported"
-                    raise Refusal(400, "unsupported_parameter", told, field)
+                    raise unsupported(f"messages[{i}].{name[:80]}")
             if not isinstance(message.get("name") or "", str):
                 told = f"found {message['name']!r:.80}, expected text"
                 raise wrong(f"messages[{i}].name", told)
@@ -95,23 +82,15 @@ class Chat(Completing):
 
     def offered(self, limits: Limits) -> tuple[Tool, ...]:
         """The tools, none where none may be called. Raises Refusal for what is wrong with them."""
-        if len(self.tools) > limits.tools:
-            told = f"found {len(self.tools)} of them, expected at most {limits.tools}"
-            raise wrong("tools", told)
-        if problem := next(tool_problems(self.tools), None):
-            field, _, told = problem.removeprefix("field ").partition(": ")
-            raise wrong(field, told)
+        check_number("tools", len(self.tools), limits.tools)
+        _check(tool_problems(self.tools))
         for i, tool in enumerate(self.tools):
             if tool.get("type", "function") != "function":
                 raise wrong(f"tools[{i}].type", f"found {tool['type']!r}, expected function")
         if self.tool_choice == "none":
             return ()
-        allowed = self._allowed()
-        return tuple(
-            tool
-            for tool in tools_of(self.tools)
-            if allowed is None or tool["function"]["name"] in allowed[1]
-        )
+        names = allowed[1] if (allowed := self._allowed()) else self._names()
+        return tuple(one for one in tools_of(self.tools) if one["function"]["name"] in names)
 
     def forced(self) -> Sequence[str] | None:
         """The tools of which one has to be called; None if the model is free."""
@@ -126,12 +105,6 @@ class Chat(Completing):
             expected = "auto, none, required or a function" if names else "auto, without tools"
             raise wrong("tool_choice", f"found {choice!r}, expected {expected}")
         return names
-
-    def json_schema(self) -> str | None:
-        """The JSON schema of the completion, None if it is free. Raises Refusal for a format that
-        is not known.
-        """
-        return schema_of(self.response_format, "response_format")
 
     def _names(self) -> list[str]:
         return [tool.get("function", tool)["name"] for tool in self.tools]
@@ -158,6 +131,13 @@ class Chat(Completing):
         if function is None or choice.get("type") != "function" or name not in self._names():
             raise wrong("tool_choice", f"found {name!r:.80}, expected the name of a tool")
         return str(name)
+
+
+def _check(problems: Iterator[str]) -> None:
+    """Raise Refusal for the first problem, if there is one."""
+    for problem in problems:
+        field, _, told = problem.removeprefix("field ").partition(": ")
+        raise wrong(field, told)
 
 
 def chat_of(asked: Mapping[str, Any], names: Mapping[str, str]) -> Chat:

@@ -45,7 +45,7 @@ def schema_of(form: Mapping[str, Any], field: str) -> str | None:
     schema = inner.get("schema") if isinstance(inner, Mapping) else None
     if kind != "json_schema" or not isinstance(schema, Mapping):
         expected = "text, json_object, or json_schema with a schema"
-        raise Refusal(400, "invalid_value", f"{field}: found {kind!r}, expected {expected}", field)
+        raise wrong(field, f"found {kind!r}, expected {expected}")
     return held(schema)
 
 
