@@ -19,7 +19,7 @@ from lorafold.composing.updates import Factors
 from lorafold.methods.lora import of_ranks
 
 
-def compose(rule: str, job: Job, out: Path) -> Composed:
+def arithmetic(rule: str, job: Job, out: Path) -> Composed:
     """Compose by a rule with its own weights, unless the request has some, and write the adapter.
 
     Args:
@@ -59,7 +59,7 @@ def apply(by: Rule, way: str, weights: tuple[float, ...], job: Job, out: Path) -
             lost, total = lost + error, total + inner(change, change)
         factors[site.path] = site.joined(found)
     error = (lost / total) ** 0.5 if total else 0.0
-    write(
+    write_lora(
         job,
         factors,
         out,
@@ -74,7 +74,7 @@ def apply(by: Rule, way: str, weights: tuple[float, ...], job: Job, out: Path) -
     return Composed(weights, error, str(out))
 
 
-def write(job: Job, factors: Mapping[str, Factors], out: Path, about: Mapping[str, object]) -> None:
+def write_lora(job: Job, factors: Mapping[str, Factors], out: Path, about: Mapping[str, object]) -> None:
     """Write factors as a LoRA adapter.
 
     Args:

@@ -23,7 +23,6 @@ import torch
 from rich.progress import Progress
 
 from lorafold.adapter import load
-from lorafold.composing import lora, mixture
 from lorafold.composing.job import Composed, Job
 from lorafold.composing.rules import RULES
 from lorafold.core.attach import only
@@ -35,9 +34,9 @@ BOUND, L1, SPREAD = 1.5, 0.05, 0.3
 SHOTS = 16  # rows of each task that the search measures on
 
 
-def compose(job: Job, out: Path) -> Composed:
+def lorahub(job: Job, out: Path) -> Composed:
     """Write the sum of the updates under the best weights. Raises LorafoldError as `search`."""
-    return lora.apply(RULES["linear"], "lorahub", search(job), job, out)
+    return apply(RULES["linear"], "lorahub", search(job), job, out)
 
 
 def search(job: Job) -> tuple[float, ...]:
@@ -52,7 +51,7 @@ def search(job: Job) -> tuple[float, ...]:
     ]
     loss = Completions(model, packed=False, pad_id=0)
     with TemporaryDirectory() as folder:
-        mixture.write(job, Path(folder) / "search", "global")
+        write_mixture(job, Path(folder) / "search", "global")
         # the fingerprints of its parts were checked when they were read
         adapter = load(model, Path(folder) / "search", "search", allow_other_base=True)
     (gates,) = adapter.parameters()

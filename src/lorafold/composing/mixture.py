@@ -27,7 +27,7 @@ from lorafold.training import run
 RECIPE = Recipe(steps=50)  # there are few gates to learn
 
 
-def compose(job: Job, out: Path) -> Composed:
+def mixture(job: Job, out: Path) -> Composed:
     """Train the gates on all rows to learn from and write the mixture.
 
     Raises LorafoldError as `train`, and Interrupted with nothing written.
@@ -37,7 +37,7 @@ def compose(job: Job, out: Path) -> Composed:
     recipe = request.recipe.model_copy(update={"storage": base.storage, "seed": request.seed})
     with TemporaryDirectory() as folder:
         start, trained = Path(folder) / "start", Path(folder) / "trained"
-        error = write(job, start, request.gates)
+        error = write_mixture(job, start, request.gates)
         asked = run.Request(
             base,
             trained,
@@ -66,7 +66,7 @@ def compose(job: Job, out: Path) -> Composed:
     return Composed(weights, error, str(out))
 
 
-def write(job: Job, out: Path, gates: Gating) -> float:
+def write_mixture(job: Job, out: Path, gates: Gating) -> float:
     """Write the mixture with which training starts. Returns the share of the norm of the updates
     that was lost when they were cut to the request's rank.
 

@@ -8,7 +8,7 @@ from lorafold.diagnosis.finding import Finding
 from lorafold.kernels.table import DECODING, TRAINING, use
 
 
-def findings() -> Iterator[Finding]:
+def operations() -> Iterator[Finding]:
     """Whether the operations of the engine and of training can be compiled."""
     for what, operations in {"the engine": DECODING, "training": TRAINING}.items():
         why = use(operations)

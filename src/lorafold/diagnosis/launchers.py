@@ -16,7 +16,7 @@ HF_HOME = "~/.cache/huggingface"
 CONFIG = "accelerate/default_config.yaml"
 
 
-def findings() -> Iterator[Finding]:
+def processes() -> Iterator[Finding]:
     """What started this process, and what torchrun, accelerate and srun would start."""
     yield _this()
     cuda = [gpu for gpu in gpus() if gpu.device.startswith("cuda")]

@@ -17,7 +17,7 @@ from lorafold.models.sources import EMBEDDED, EMBEDDED_PACKAGE
 SCARCE = 1e9  # bytes; the embedded model takes 0.3 GB once it is unpacked
 
 
-def findings() -> Iterator[Finding]:
+def models() -> Iterator[Finding]:
     """The embedded model, both caches, and whether downloads are allowed."""
     yield _embedded()
     yield _directory("lorafold's cache", cache_directory(), "LORAFOLD_CACHE")

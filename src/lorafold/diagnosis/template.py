@@ -9,7 +9,7 @@ from lorafold.diagnosis.finding import Finding
 from lorafold.opening.base import Base
 
 
-def findings(base: Base) -> Iterator[Finding]:
+def template(base: Base) -> Iterator[Finding]:
     """What there is to know of the template.
 
     Args:

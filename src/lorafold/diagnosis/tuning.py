@@ -14,7 +14,7 @@ from lorafold.machine.restart import SWITCH, WISHES, huge_pages, wishes
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
-def findings() -> Iterator[Finding]:
+def environment() -> Iterator[Finding]:
     """The environment of training processes, huge pages and threads."""
     missing = wishes()
     shown = ", ".join(f"{name}={value}" for name, value in missing.items())

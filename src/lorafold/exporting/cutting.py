@@ -27,7 +27,7 @@ from lorafold.methods.lora import LoRA
 
 ENOUGH = 0.01  # of what the adapters change
 LARGEST = 128  # the largest rank that is tried
-NAME = "cut"
+CUT = "cut"
 
 
 @dataclass(frozen=True)
@@ -111,13 +111,13 @@ def kl_by_rank(
     found: dict[int, float] = {}
     with only(ours.model):
         matches = Matches({path: (path,) for path in factors})
-        adapter = attach(ours.model, LoRA(rank=largest, alpha=largest, dropout=0.0), matches, NAME)
+        adapter = attach(ours.model, LoRA(rank=largest, alpha=largest, dropout=0.0), matches, CUT)
         adapter = as_lora(adapter, factors)
         for rank in sorted(ranks, reverse=True):
             for name, factor in adapter.named_parameters():
                 if name.endswith(".B"):
                     factor[..., rank:] = 0
-            with only(ours.model, NAME):
+            with only(ours.model, CUT):
                 cut = torch.stack([last(ours.model, ids) for ids in ours.prompts.ids])
             found[rank] = float(divergences(ours.answers.adapted, cut).mean())
         adapter.detach()

@@ -117,10 +117,10 @@ def tied_heads(subject: Subject) -> list[str]:
     """The sites at an embedding and a head that share one weight, which servers treat as one."""
     if not getattr(subject.config.get_text_config(), "tie_word_embeddings", False):
         return []
-    return [path for path in subject.update.factors if last(path) in HEADS]
+    return [path for path in subject.update.factors if leaf_of(path) in HEADS]
 
 
-def last(path: str) -> str:
+def leaf_of(path: str) -> str:
     """The last part of a module path."""
     return path.rsplit(".", 1)[-1]
 

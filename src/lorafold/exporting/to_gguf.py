@@ -45,7 +45,15 @@ class GgufAdapter(Target):
         """How the file is used over the file of a base, with options, as `Written.launch`."""
 
     def problems(self, subject: Subject) -> Sequence[str]:
-        return problems_of(subject)
+        if not subject.adapters:
+            return ["found no adapter, expected one; --to gguf-model writes a whole model"]
+        try:
+            row = architecture_of(subject.config)
+        except LorafoldError as error:
+            return [str(error)]
+        update = subject.update
+        found = tensors_of_update(update.factors, subject.config, row)[1]
+        return [*only_products(update, "a GGUF adapter"), *found]
 
     def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
         notes = [*write_adapter(subject, directory / FILE, progress)]
@@ -111,19 +119,6 @@ def listed_path(out: str) -> str:
     """
     path = f"{out}/{FILE}"
     return '"' + path.replace('"', '""') + '"' if {*path} & {*',"'} else path
-
-
-def problems_of(subject: Subject) -> Sequence[str]:
-    """Why an update is no file of this form, a line each."""
-    if not subject.adapters:
-        return ["found no adapter, expected one; --to gguf-model writes a whole model"]
-    try:
-        row = architecture_of(subject.config)
-    except LorafoldError as error:
-        return [str(error)]
-    update = subject.update
-    found = tensors_of_update(update.factors, subject.config, row)[1]
-    return [*only_products(update, "a GGUF adapter"), *found]
 
 
 def write_adapter(subject: Subject, out: Path, progress: Progress) -> Sequence[str]:

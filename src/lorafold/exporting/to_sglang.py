@@ -12,7 +12,6 @@ build for CPUs, so nothing runs here: the files are read as its loader reads the
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from lorafold.core.matrices import module_at
 from lorafold.errors import LorafoldError, as_one
-from lorafold.exporting.plain_lora import ADAPTER, FORM, last, tied_heads, write_files, zeros
+from lorafold.exporting.plain_lora import ADAPTER, FORM, leaf_of, tied_heads, write_files, zeros
 from lorafold.exporting.target import Progress, Subject, Target, Written, only_products
 from lorafold.exporting.update import Factors, apart
 from lorafold.files.atomic import write_json
@@ -37,7 +36,6 @@ KNOWN = frozenset(
         "gate_up_proj", "embed_tokens", "lm_head",
     }
 )  # fmt: skip
-EXPERTS = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)")
 FAMILIES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")  # whose experts are gate, then up
 ROOT = "base_model.model."
 PROBES = 4  # random inputs, or rows, on which factors are compared
@@ -58,7 +56,7 @@ class ToSglang(Target):
             found.append(
                 f"{experts[0]}: SGLang's order of gates and ups is known of {known}, not of {kind}"
             )
-        other = [p for p in update.factors if last(p) not in KNOWN]
+        other = [p for p in update.factors if leaf_of(p) not in KNOWN]
         if other:
             found.append(f"{other[0]}: SGLang adapts no module of that name")
         if tied := tied_heads(subject):
@@ -86,11 +84,11 @@ class ToSglang(Target):
     def read_back(self, subject: Subject, directory: Path) -> str:
         tensors = load_file(directory / ADAPTER / WEIGHTS)
         config = json.loads((directory / ADAPTER / CONFIG).read_text(encoding="utf-8"))
-        scale, named = config["lora_alpha"] / config["r"], set(map(last, config["target_modules"]))
+        scale, named = config["lora_alpha"] / config["r"], set(map(leaf_of, config["target_modules"]))
         largest, kind = 0.0, subject.config.model_type
         wanted = dict(_single(kind, packed(subject, subject.update.factors)))
         for path, (up, down) in wanted.items():
-            if last(path) not in named & KNOWN:
+            if leaf_of(path) not in named & KNOWN:
                 raise LorafoldError(f"sglang: {path} is not among its target modules")
             a, b = (_taken(tensors, path, half) for half in "AB")
             largest = max(largest, _difference((scale * b, a), (up, down)))
@@ -157,7 +155,7 @@ def _split(adapter: Path, kind: str, factors: Mapping[str, Factors], rank: int) 
     for path, (up, down) in _single(kind, factors):
         if ".experts." in path:
             more = rank - down.shape[0]
-            names.add(last(path))
+            names.add(leaf_of(path))
             key = f"{ROOT}{path}"
             kept[f"{key}.lora_A.weight"] = torch.nn.functional.pad(down, (0, 0, 0, more))
             kept[f"{key}.lora_B.weight"] = torch.nn.functional.pad(up, (0, more)).contiguous()

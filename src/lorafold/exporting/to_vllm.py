@@ -19,13 +19,13 @@ from typing import ClassVar
 
 from safetensors.torch import load_file, save_file
 
-from lorafold.exporting.plain_lora import ADAPTER, FORM, HEADS, last, tied_heads, write_files, zeros
+from lorafold.exporting.plain_lora import ADAPTER, FORM, HEADS, leaf_of, tied_heads, write_files, zeros
 from lorafold.exporting.target import Line, Progress, Subject, Target, Written, only_products
 from lorafold.exporting.update import DOWN, GATE_UP, Factors
 from lorafold.peft.config import WEIGHTS
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be
-EXPERTS = re.compile(rf"(.+\.mlp\.experts)\.({GATE_UP}|{DOWN})")
+EXPERTS = re.compile(rf"(.+\.experts)\.({GATE_UP}|{DOWN})")
 STACKED = ("gpt_oss",)  # families whose layers of experts take stacked factors as they are
 SPLIT = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")  # and those that are told of them
 OWN = {"mixtral": (".mlp.experts.", ".block_sparse_moe.experts.")}  # names that differ
@@ -54,7 +54,7 @@ class ToVllm(Target):
             found.append(
                 f"rank {update.rank}: vLLM takes at most {RANKS[-1]}; --as-lora {RANKS[-1]} cuts it"
             )
-        heads = [path for path in update.factors if last(path) in HEADS]
+        heads = [path for path in update.factors if leaf_of(path) in HEADS]
         if heads and kind not in WITH_HEADS:
             found.append(f"{heads[0]}: vLLM adapts no embedding and no head of {kind}")
         elif tied := tied_heads(subject):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lorafold.bases import layer_of
 from lorafold.core.attach import adapted_modules
-from lorafold.core.base import Base
+from lorafold.core.base import Base as ModuleLayer
 from lorafold.core.delta import Delta, on_meta
 from lorafold.errors import NotMergeable
 from lorafold.fold.plan import deltas_of
@@ -93,7 +93,7 @@ def update_of(model: nn.Module, names: Sequence[str], rank: int | None = None) -
     return Update(factors, dense, beside, lost)
 
 
-def _beside(layer: Base, deltas: Sequence[Delta]) -> str:
+def _beside(layer: ModuleLayer, deltas: Sequence[Delta]) -> str:
     """What the deltas change that is no matrix of the layer's shape, or nothing."""
     try:
         w, b = layer.dense_like()
@@ -125,7 +125,7 @@ def _of_product(up: Tensor, down: Tensor) -> Iterator[Svd]:
     return map(of_factors, unstacked(up), unstacked(down))
 
 
-def _of_change(layer: Base, deltas: Sequence[Delta]) -> Iterator[Svd]:
+def _of_change(layer: ModuleLayer, deltas: Sequence[Delta]) -> Iterator[Svd]:
     """The SVD of what the deltas add to each matrix of the layer."""
     w, b = layer.dense()
     own = changed = w.float()

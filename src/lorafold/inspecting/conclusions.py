@@ -12,7 +12,6 @@ from lorafold.inspecting.heads import evenness
 from lorafold.inspecting.spectra import advice
 from lorafold.inspecting.updates import site_of
 
-Figures = Mapping[str, Any]
 INDIFFERENT = 0.1  # a strength between 1 - this and 1 + this is no preference
 
 

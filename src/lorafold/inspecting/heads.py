@@ -24,8 +24,6 @@ from lorafold.errors import NotMergeable
 from lorafold.inspecting.residual import Stream
 from lorafold.inspecting.updates import Svd
 
-Figures = Mapping[str, Any]
-
 
 @dataclass(frozen=True)
 class Heads:
@@ -70,7 +68,7 @@ def heads_of(model: PreTrainedModel, stream: Stream) -> tuple[dict[str, Heads], 
     return found, fused
 
 
-def evenness(sites: Mapping[str, Figures]) -> tuple[str, int, float, int] | None:
+def evenness(sites: Mapping[str, Mapping[str, Any]]) -> tuple[str, int, float, int] | None:
     """(module path, head, its share, the number of heads) where the largest share is most times an
     even one; None without heads.
     """

@@ -14,7 +14,7 @@ from typing import Any
 Values = Sequence[float | None]
 FEWEST = 3  # steps at an end
 COLLAPSED = 0.1  # of the entropy at first
-MOST = 0.5  # of the completions
+CUT_OFF = 0.5  # of the completions
 LONGER = 2.0  # times as long at one end as at the other
 SILENT = 0.8  # of the groups
 SHARED = "reward "  # begins the name of one reward of several
@@ -66,7 +66,7 @@ def _of_steps(steps: Mapping[str, Values], options: Mapping[str, Any]) -> Iterat
                 f"Entropy went from {first:.3g} to {last:.3g} nats a token, {last / first:.0%} of"
                 " what it was: the policy hardly explores any more."
             )
-    if (found := ends(steps.get("cut off", ()))) is not None and fmean(found[1]) > MOST:
+    if (found := ends(steps.get("cut off", ()))) is not None and fmean(found[1]) > CUT_OFF:
         most = options.get("max_new_tokens")
         yield (
             f"{fmean(found[1]):.0%} of the completions of the last {len(found[1])} steps were cut"

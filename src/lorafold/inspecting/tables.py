@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from lorafold.files.page import grid, html_table, section, table
+from lorafold.files.page import grid, html_table, section
+from lorafold.files.page import table as marked_up
 from lorafold.inspecting import plots
 from lorafold.inspecting.against import by_kind, kind_of
 from lorafold.inspecting.updates import site_of
@@ -141,7 +142,7 @@ def tokens(
                 for i, ends in enumerate(sites[path][verb])
             )
             yield f"<details><summary>{html.escape(kind)} {sign}: {names}</summary>"
-            yield f"{table(head, lines, 'texts')}</details>"
+            yield f"{marked_up(head, lines, 'texts')}</details>"
 
 
 def place(name: str) -> str:
@@ -185,4 +186,4 @@ def shares(sites: Mapping[str, Figures]) -> Iterator[str]:
         for (path, verb), vectors in found.items()
     ]
     escaped = ([html.escape(cell) for cell in one] for one in lines)
-    yield table(("module", "side", "vectors"), escaped, "texts")
+    yield marked_up(("module", "side", "vectors"), escaped, "texts")
