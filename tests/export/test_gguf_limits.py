@@ -19,10 +19,9 @@ from conftest import lorafold, make_tokenizer
 from gguf_models import CONFIGS, HEADS, learned, saved
 from lorafold.errors import LorafoldError
 from lorafold.exporting import gguf_model
-from lorafold.exporting.gguf_metadata import architecture_of
+from lorafold.exporting.gguf_metadata import architecture_of, name_of_rule
 from lorafold.exporting.gguf_model import write_model
 from lorafold.exporting.gguf_tensors import BLOCKS, type_of
-from lorafold.exporting.gguf_tokenizer import name_of_rule
 from lorafold.models.gguf_words import PREFERRED, WHOLE_WORDS, rule_of
 
 WATCHED = """

@@ -24,10 +24,8 @@ from lorafold.cli import app
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.files.atomic import verify
 from lorafold.fold.plan import changes
-from lorafold.merging.execute import execute
-from lorafold.merging.folding import before_and_after
+from lorafold.merging.folding import before_and_after, execute, need_space
 from lorafold.merging.plan import plan
-from lorafold.merging.shards import need_space
 from lorafold.methods import METHODS
 from lorafold.models.container import read_tensors
 from lorafold.models.loading import load_model, load_tokenizer

@@ -23,18 +23,23 @@ from torch import Tensor
 
 from lorafold.data.render import ensure_chat_template
 from lorafold.errors import LorafoldError
-from lorafold.exporting.folded import Folded, folded
-from lorafold.exporting.gguf_metadata import add_metadata, add_positions, architecture_of
+from lorafold.exporting.gguf_metadata import (
+    add_metadata,
+    add_positions,
+    add_tokenizer,
+    architecture_of,
+)
 from lorafold.exporting.gguf_tensors import (
     EMBEDDING,
     OUTPUT,
+    Folded,
     encoded,
+    folded,
     number_of,
     size_of,
     tensors_of,
     type_of,
 )
-from lorafold.exporting.gguf_tokenizer import add_tokenizer
 from lorafold.exporting.target import Progress
 from lorafold.generation import end_tokens
 from lorafold.models.checkpoint import mapped_model_of

@@ -6,10 +6,18 @@
 So each site has the rank and the scale that it has. The proof runs over a base that is written for
 it in F32, in F16 where that would be large, and removed; where the model is a GGUF file, the same
 is asked over that file, and what it differs by is told.
+
+Exports a whole model as one GGUF file, which llama.cpp and all that is built on it take.
+
+Adapters go in folded: a file of its own for the adapter is another target. Types with more than a
+scale a block, such as Q4_K_M, are llama.cpp's own quantizer's work, which is called where it is
+found.
 """
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -19,13 +27,21 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lorafold.errors import LorafoldError
-from lorafold.exporting.folded import Folded
+from lorafold.errors import LorafoldError, shortened
 from lorafold.exporting.gguf_metadata import architecture_of
-from lorafold.exporting.gguf_model import Described, write_described, write_model
-from lorafold.exporting.gguf_tensors import tensors_of_update
+from lorafold.exporting.gguf_model import (
+    FILE_TYPES,
+    Content,
+    Described,
+    described,
+    write_content,
+    write_described,
+    write_model,
+)
+from lorafold.exporting.gguf_tensors import PLAIN, Folded, tensors_of_update
 from lorafold.exporting.plain_lora import TEMPLATE, elsewhere, write_template
 from lorafold.exporting.target import Line, Progress, Subject, Target, Written, only_products
+from lorafold.models.storage import stored_in_files
 
 FILE = "adapter.gguf"
 BASE = "base-gguf"  # the directory that a launch line has the base written to
@@ -141,3 +157,79 @@ def write_adapter(subject: Subject, out: Path, progress: Progress) -> Sequence[s
 
 def _same(values: Tensor) -> Tensor:
     return values
+
+
+QUANTIZER = "llama-quantize"
+MIXED = ("Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_M", "Q2_K", "IQ4_NL", "IQ4_XS")
+# of other types than these the share is told and refuses nothing
+TOLERANCE: Mapping[str, float | None] = {
+    **dict.fromkeys((*FILE_TYPES, *MIXED)), **dict.fromkeys(PLAIN, 0.01), "Q8_0": 0.02
+}  # fmt: skip
+
+
+def file_of(tensors: str | None) -> str:
+    """The name of the file."""
+    return f"model-{tensors}.gguf"
+
+
+def problems_of(subject: Subject) -> Sequence[str]:
+    """Why a model can't be said as a GGUF file, a line each."""
+    if (held := stored_in_files(subject.base.source)) is not None:
+        return [
+            f"the model's files have {held} weights; run lorafold merge first, or name the model"
+            " that it was quantized from"
+        ]
+    if subject.tensors in MIXED and shutil.which(QUANTIZER) is None:
+        return [
+            f"{subject.tensors} is the work of llama.cpp's {QUANTIZER}, which is not on PATH; write"
+            f" F16 and run: {QUANTIZER} {file_of('F16')} {file_of(subject.tensors)}"
+            f" {subject.tensors}"
+        ]
+    try:
+        described(_content(subject), "F16")
+    except LorafoldError as error:
+        return [str(error)]
+    return []
+
+
+def _content(subject: Subject) -> Content:
+    name, source = Path(subject.base.name).name, subject.base.source
+    model: Any = subject.model
+    return Content(model, subject.names, source.path, subject.tokenizer, name)
+
+
+def write_gguf(subject: Subject, directory: Path, progress: Progress) -> Sequence[str]:
+    """Write the file of a subject into a directory; as `write_content`, which has the notes."""
+    asked, content = str(subject.tensors), _content(subject)
+    if asked not in MIXED:
+        return write_content(content, directory / file_of(asked), asked, progress)
+    plain = directory / file_of("F32")
+    notes = write_content(content, plain, "F32", progress)
+    command = [QUANTIZER, str(plain), str(directory / file_of(asked)), asked]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    finally:
+        plain.unlink()
+    if done.returncode:
+        said = (done.stdout + done.stderr).strip().splitlines() or ["nothing"]
+        raise LorafoldError(f"{QUANTIZER}: code {done.returncode}: {shortened(said[-1], 160)}")
+    return notes
+
+
+class ToGgufModel(Target):
+    """A whole model for llama.cpp."""
+
+    name: ClassVar[str] = "gguf-model"
+    engine: ClassVar[str | None] = "llamacpp"
+    tensors: ClassVar[tuple[str, ...]] = (*FILE_TYPES, *MIXED)
+    merged: ClassVar[bool] = True
+    tolerance: ClassVar[Mapping[str, float | None]] = TOLERANCE
+
+    def problems(self, subject: Subject) -> Sequence[str]:
+        return problems_of(subject)
+
+    def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
+        file = file_of(subject.tensors)
+        notes = write_gguf(subject, directory, progress)
+        launch = (("llama-server", "-m", f"{{out}}/{file}", "--jinja"),)
+        return Written((file,), launch, tuple(notes), {"base": f"{{out}}/{file}"})

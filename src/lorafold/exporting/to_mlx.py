@@ -31,15 +31,17 @@ from lorafold.core.attach import adapted_modules
 from lorafold.exporting.plain_lora import TEMPLATE, elsewhere, of_one_rank, write_template
 from lorafold.exporting.target import (
     CONTENT,
+    Factors,
     Progress,
     Subject,
     Target,
+    Update,
     Written,
+    apart,
     only_products,
     period_of,
     told,
 )
-from lorafold.exporting.update import Factors, Update, apart
 from lorafold.files.atomic import write_json
 from lorafold.files.record import read_object
 from lorafold.fold.plan import deltas_of

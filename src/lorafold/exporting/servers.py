@@ -1,4 +1,17 @@
-"""Exports for SGLang: canonical PEFT with what its loader expects, and the line that serves it.
+"""Exports for PEFT and for servers that take its plain LoRA: one rank, one alpha, no patterns.
+
+Exports for PEFT and for servers that take its plain LoRA: one rank, one alpha, no patterns.
+
+Exports for vLLM: canonical PEFT, and the line that serves it.
+
+    experts     PEFT's stacked factors; of models that vLLM has other layers for, the request says
+                that they are stacked (is_3d_lora_weight)
+
+vLLM (0.32, lora/) takes LoRA of a rank up to 512, packs q, k, v and gate, up itself, and refuses
+what it has no name for, but not experts: those it loads and applies nowhere, which only its debug
+log says. So experts are written for the families whose names are known.
+
+Exports for SGLang: canonical PEFT with what its loader expects, and the line that serves it.
 
     q, k, v; gate, up    packed into one buffer each, so those that are not changed are there, as
                          zeros
@@ -12,6 +25,7 @@ build for CPUs, so nothing runs here: the files are read as its loader reads the
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,11 +37,172 @@ from torch import Tensor
 
 from lorafold.core.matrices import module_at
 from lorafold.errors import LorafoldError, as_one
-from lorafold.exporting.plain_lora import ADAPTER, FORM, leaf_of, tied_heads, write_files, zeros
-from lorafold.exporting.target import Progress, Subject, Target, Written, only_products
-from lorafold.exporting.update import Factors, apart
+from lorafold.exporting.plain_lora import (
+    ADAPTER,
+    FILES,
+    FORM,
+    HEADS,
+    TEMPLATE,
+    elsewhere,
+    leaf_of,
+    tied_heads,
+    write_canonical,
+    write_files,
+    write_template,
+    zeros,
+)
+from lorafold.exporting.target import (
+    DOWN,
+    GATE_UP,
+    Factors,
+    Line,
+    Progress,
+    Subject,
+    Target,
+    Written,
+    apart,
+    only_products,
+)
 from lorafold.files.atomic import write_json
 from lorafold.peft.config import CONFIG, WEIGHTS
+
+
+class ToPeft(Target):
+    """PEFT's own format, for any base that it knows."""
+
+    name: ClassVar[str] = "peft"
+    engine: ClassVar[str | None] = "peft"
+
+    def problems(self, subject: Subject) -> Sequence[str]:
+        return only_products(subject.update, "a plain LoRA")
+
+    def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
+        update = subject.update
+        write_canonical(subject.base, update.factors, directory / "adapter")
+        base, template = elsewhere(subject.base), write_template(subject, directory)
+        at = f", revision={base.revision!r}" if base.revision else ""
+        launch = (
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM",
+            f"model = AutoModelForCausalLM.from_pretrained({base.model!r}{at})",
+            'model = PeftModel.from_pretrained(model, "{out}/adapter")',
+        )
+        notes = [f"rank {update.rank} at every site, scale 1", *base.notes]
+        if template:
+            notes.append(f"the chat template is another than the base's: {TEMPLATE}")
+        return Written(
+            (*(f"adapter/{name}" for name in FILES), *[TEMPLATE] * template),
+            launch,
+            tuple(notes),
+            {"adapter": "{out}/adapter", "base": str(subject.base.source.path)},
+        )
+
+
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be
+EXPERTS = re.compile(rf"(.+\.experts)\.({GATE_UP}|{DOWN})")
+STACKED = ("gpt_oss",)  # families whose layers of experts take stacked factors as they are
+SPLIT = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")  # and those that are told of them
+OWN = {"mixtral": (".mlp.experts.", ".block_sparse_moe.experts.")}  # names that differ
+# families whose models there have no LoRA at all (SupportsLoRA)
+WITHOUT = ("bloom", "falcon", "gpt2", "gptj", "stablelm")
+# families in which vLLM adapts embedding and head (embedding_modules of its models)
+WITH_HEADS = (
+    "apertus", "cohere", "exaone", "exaone4", "granite", "granitemoe", "llama", "mistral",
+    "mixtral", "nemotron", "phimoe", "qwen3", "qwen3_moe", "solar",
+)  # fmt: skip
+
+
+class ToVllm(Target):
+    """vLLM's server."""
+
+    name: ClassVar[str] = "vllm"
+    engine: ClassVar[str | None] = "vllm"
+    server: ClassVar[str | None] = "vllm_url"
+
+    def problems(self, subject: Subject) -> Sequence[str]:
+        update, kind = subject.update, subject.config.model_type
+        found = only_products(update, FORM)
+        if kind in WITHOUT:
+            found.append(f"vLLM has no LoRA for models of type {kind}; merge the adapter first")
+        if update.rank > RANKS[-1]:
+            found.append(
+                f"rank {update.rank}: vLLM takes at most {RANKS[-1]}; --as-lora {RANKS[-1]} cuts it"
+            )
+        heads = [path for path in update.factors if leaf_of(path) in HEADS]
+        if heads and kind not in WITH_HEADS:
+            found.append(f"{heads[0]}: vLLM adapts no embedding and no head of {kind}")
+        elif tied := tied_heads(subject):
+            found.append(f"{tied[0]}: embedding and head are tied, which vLLM adapts as one")
+        experts = [path for path in update.factors if ".experts." in path]
+        if experts and kind not in (*STACKED, *SPLIT):
+            known = ", ".join(sorted((*STACKED, *SPLIT)))
+            found.append(
+                f"{experts[0]}: vLLM passes over experts whose names it does not know without a"
+                f" word; they are known of {known}, not of {kind}"
+            )
+        return found
+
+    def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
+        kind, update = subject.config.model_type, subject.update
+        factors = both_of_experts(subject, update.factors)
+        base, files, options = write_files(subject, factors, directory)
+        notes = [f"rank {update.rank} at every site, scale 1", *base.notes]
+        if kind in OWN and any(map(EXPERTS.fullmatch, factors)):
+            _rename(directory / ADAPTER / WEIGHTS, *OWN[kind])
+            notes.append(f"experts have vLLM's names ({OWN[kind][1].strip('.')}), not PEFT's")
+        most = next(rank for rank in RANKS if rank >= update.rank)
+        engine: dict[str, object] = {"max_lora_rank": most}
+        request: dict[str, object] = {}
+        name = str(subject.called)
+        if kind in SPLIT and any(map(EXPERTS.fullmatch, factors)):
+            engine["enable_mixed_moe_lora_format"] = request["is_3d_lora_weight"] = True
+            options = (*options, "--enable-mixed-moe-lora-format")
+        line = ("vllm", "serve", base.model, "--enable-lora", "--max-lora-rank", str(most))
+        module = partial(module_of, name, request)
+        launch: Line = (*line, "--lora-modules", module, *options)
+        job = {
+            "adapter": f"{{out}}/{ADAPTER}",
+            "base": str(subject.base.source.path),
+            "lora": {"engine": engine, "request": request},
+        }
+        notes.append(f"requests ask for it as model {name}")
+        return Written(files, (launch,), tuple(notes), job)
+
+
+def module_of(name: str, request: Mapping[str, object], out: str) -> str:
+    """The value of --lora-modules for an adapter: JSON where there is more to say than a name and a
+    path, or where they have what vLLM takes for the end of a name, or for JSON.
+
+    Args:
+        name: of the adapter.
+        request: what else vLLM is told of it.
+        out: the directory of the export.
+    """
+    path = f"{out}/{ADAPTER}"
+    if request or "=" in name or "," in name + path:
+        return json.dumps({"name": name, "path": path, **request}, ensure_ascii=False)
+    return f"{name}={path}"
+
+
+def both_of_experts(subject: Subject, factors: Mapping[str, Factors]) -> dict[str, Factors]:
+    """The same with zeros for the experts' other parameter, where one is changed alone: vLLM
+    expects both.
+    """
+    found = dict(factors)
+    for path in factors:
+        if (match := EXPERTS.fullmatch(path)) is None:
+            continue
+        other = f"{match[1]}.{DOWN if match[2] == GATE_UP else GATE_UP}"
+        if other not in found:
+            found[other] = zeros(subject, other)
+    return found
+
+
+def _rename(file: Path, old: str, new: str) -> None:
+    """Rename tensors of a file in place."""
+    tensors = {key.replace(old, new): tensor for key, tensor in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+
 
 PACKS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 KNOWN = frozenset(
@@ -84,11 +259,12 @@ class ToSglang(Target):
     def read_back(self, subject: Subject, directory: Path) -> str:
         tensors = load_file(directory / ADAPTER / WEIGHTS)
         config = json.loads((directory / ADAPTER / CONFIG).read_text(encoding="utf-8"))
-        scale, named = config["lora_alpha"] / config["r"], set(map(leaf_of, config["target_modules"]))
+        scale = config["lora_alpha"] / config["r"]
+        named = {leaf_of(path) for path in config["target_modules"]} & KNOWN
         largest, kind = 0.0, subject.config.model_type
         wanted = dict(_single(kind, packed(subject, subject.update.factors)))
         for path, (up, down) in wanted.items():
-            if leaf_of(path) not in named & KNOWN:
+            if leaf_of(path) not in named:
                 raise LorafoldError(f"sglang: {path} is not among its target modules")
             a, b = (_taken(tensors, path, half) for half in "AB")
             largest = max(largest, _difference((scale * b, a), (up, down)))
