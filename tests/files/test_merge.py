@@ -462,7 +462,7 @@ def test_wrong_inputs_are_refused_and_leave_nothing(tiny_model_dir, tmp_path):
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(LorafoldError, match="GB left"):
-        need_space(tmp_path, 1 << 60)
+        need_space(tmp_path, 1 << 60, "the merged model")
 
 
 @pytest.mark.slow

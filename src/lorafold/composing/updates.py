@@ -56,12 +56,11 @@ from lorafold.core.delta import Additive
 from lorafold.core.matrices import module_at
 from lorafold.core.rounding import generator_of
 from lorafold.errors import LorafoldError, as_one
-from lorafold.inspecting.updates import matrix_names, unstacked
+from lorafold.inspecting.updates import Factors, joined, matrix_names, unstacked
 from lorafold.opening import Base
 from lorafold.ops.svd import best_of_rank, svd_of_product
 from lorafold.peft.saved import Saved
 
-Factors = tuple[Tensor, Tensor]  # up (out, r), every scale included, and down (r, in), fp32
 Change = Factors | Tensor  # dW: its factors, or the dense matrix (out, in)
 
 
@@ -88,11 +87,8 @@ class Site:
             yield name, dict(zip(numbers, own, strict=True))
 
     def joined(self, found: Sequence[Factors]) -> Factors:
-        """The factors of all its matrices, of one rank, as a delta has them."""
-        if self.names == (self.path,):
-            return found[0]
-        ups, downs = zip(*found, strict=True)
-        return torch.stack(ups), torch.stack(downs)
+        """The factors of all its matrices, as a delta has them."""
+        return joined(found, () if self.names == (self.path,) else (len(found),))
 
 
 @dataclass(frozen=True)

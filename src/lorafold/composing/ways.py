@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
@@ -36,7 +36,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from rich.progress import Progress, track
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorafold.adapter import attach, load
 from lorafold.composing.job import Composed, Job
@@ -45,7 +45,7 @@ from lorafold.core.attach import only
 from lorafold.data.examples import encode
 from lorafold.errors import Interrupted
 from lorafold.evaluation import held_out_loss
-from lorafold.methods.lora import of_ranks
+from lorafold.inspecting.updates import lora_of
 from lorafold.methods.parts.mixture import Gating, Mixture
 from lorafold.peft.saved import Saved
 from lorafold.recipe.recipe import Recipe
@@ -93,38 +93,15 @@ def apply(by: Rule, way: str, weights: tuple[float, ...], job: Job, out: Path) -
             lost, total = lost + error, total + inner(change, change)
         factors[site.path] = site.joined(found)
     error = (lost / total) ** 0.5 if total else 0.0
-    write_lora(
-        job,
-        factors,
-        out,
-        {
-            "how": way,
-            "weights": weights,
-            "density": density,
-            "seed": request.seed,
-            "truncation_error": error,
-        },
-    )
+    about = {
+        "how": way,
+        "weights": weights,
+        "density": density,
+        "seed": request.seed,
+        "truncation_error": error,
+    }
+    job.save(lora_of(job.updates.model, factors, "composed"), out, about)
     return Composed(weights, error, str(out))
-
-
-def write_lora(
-    job: Job, factors: Mapping[str, Factors], out: Path, about: Mapping[str, object]
-) -> None:
-    """Write factors as a LoRA adapter.
-
-    Args:
-        job: The adapters that it was made from.
-        factors: up (*matrices, out, r) and down (*matrices, r, in) of each site.
-        out: The directory to write.
-        about: How it was composed, for the record.
-    """
-    spec = of_ranks({path: down.shape[-2] for path, (_, down) in factors.items()})
-    adapter = attach(job.updates.model, spec, job.targets(), "composed")
-    for path, delta in adapter.own_deltas.items():
-        up, down = factors[path]
-        delta.B, delta.A = nn.Parameter(up), nn.Parameter(down)
-    job.save(adapter, out, about)
 
 
 RECIPE = Recipe(steps=50)  # there are few gates to learn

@@ -30,15 +30,18 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
+from gguf import GGUFWriter, TokenType
+from tokenizers import Tokenizer as Backend
+from torch import Tensor
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
 from lorafold.errors import LorafoldError, listed
 from lorafold.exporting.target import told
 from lorafold.models.gguf_rope import FREQUENCIES, YARN
 from lorafold.models.gguf_words import WHOLE_WORDS, names_of_rules, rule_of
 
 if TYPE_CHECKING:
-    from gguf import GGUFWriter
-    from tokenizers import Tokenizer
-    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 INTEGERS = {
@@ -216,9 +219,6 @@ def _by_kind(config: Any) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
 
 def _divisors(config: Any, rope: Mapping[str, Any], width: int) -> Tensor:
     """What Llama 3's rule divides each frequency by (width / 2,)."""
-    import torch
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
     exponents = torch.arange(0, width, 2, dtype=torch.int64).float() / width
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     return rope["rope_theta"] ** -exponents / scaled
@@ -240,8 +240,6 @@ def _long(
     writer: GGUFWriter, config: Any, rope: Mapping[str, Any], prefix: str
 ) -> dict[str, Tensor]:
     """Phi-3's factors for texts within the first context and beyond it."""
-    import torch
-
     first = rope["original_max_position_embeddings"]
     scale = config.max_position_embeddings / first
     usual = math.sqrt(1 + math.log(scale) / math.log(first)) if scale > 1 else 1.0
@@ -271,7 +269,7 @@ LAST = -1e6  # the score of a token that no merge makes
 ENDS = ("eot", "eom")  # the tokens besides eos that end a turn, by llama.cpp's names
 
 
-def name_of_rule(backend: Tokenizer, whole_words: bool) -> str:
+def name_of_rule(backend: Backend, whole_words: bool) -> str:
     """The name of a byte-level tokenizer's rule. Raises LorafoldError if none is known.
 
     Args:
@@ -293,7 +291,7 @@ def name_of_rule(backend: Tokenizer, whole_words: bool) -> str:
     )
 
 
-def _composes(backend: Tokenizer) -> bool:
+def _composes(backend: Backend) -> bool:
     """Whether it does nothing before but to compose marks with their letters, as Qwen's does."""
     return type(backend.normalizer).__name__ == "NFC"
 
@@ -302,7 +300,7 @@ def _pieces(rule: object, text: str) -> list[str]:
     return [piece for piece, _ in rule.pre_tokenize_str(text)]  # type: ignore[attr-defined]
 
 
-def check_whole(backend: Tokenizer) -> None:
+def check_whole(backend: Backend) -> None:
     """Raise LorafoldError unless a tokenizer changes nothing of a text but spaces, nor takes away
     anything.
     """
@@ -316,12 +314,12 @@ def check_whole(backend: Tokenizer) -> None:
             )
 
 
-def prefixes_space(backend: Tokenizer) -> bool:
+def prefixes_space(backend: Backend) -> bool:
     """Whether a text begins with a space for it that is not there."""
     return _marked(backend, "a").startswith(SPACE)
 
 
-def _marked(backend: Tokenizer, text: str) -> str:
+def _marked(backend: Backend, text: str) -> str:
     """What it makes tokens of."""
     if backend.normalizer is not None:
         text = backend.normalizer.normalize_str(text)
@@ -394,8 +392,6 @@ def _tokens(
     unknown: str | None,
 ) -> tuple[list[str], list[int]]:
     """The texts of all rows, and their types."""
-    from gguf import TokenType
-
     texts = [f"[PAD{n}]" for n in range(rows)]
     kinds = [int(TokenType.UNUSED)] * rows
     for text, n in vocabulary.items():

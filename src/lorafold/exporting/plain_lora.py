@@ -23,19 +23,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lorafold.adapter import attach
 from lorafold.bases import layer_of
 from lorafold.core.attach import only, selection_of
 from lorafold.core.matrices import module_at
-from lorafold.core.targets import Matches
 from lorafold.data.render import ensure_chat_template
 from lorafold.errors import LorafoldError, NoTokenizer, as_one
 from lorafold.exporting.proof import Ours, divergences, last
 from lorafold.exporting.target import Factors, Progress, Subject, update_of
 from lorafold.files.record import TRAINED_ON
 from lorafold.files.shown import Shown
-from lorafold.inspecting.resize import as_lora
-from lorafold.methods.lora import LoRA
+from lorafold.inspecting.updates import lora_of
 from lorafold.opening import Base
 from lorafold.peft.config import CONFIG, WEIGHTS
 from lorafold.peft.saved import Saved
@@ -43,6 +40,7 @@ from lorafold.peft.saved import Saved
 NAME = "canonical"
 FILES = (WEIGHTS, CONFIG)
 TEMPLATE = "chat_template.jinja"
+OTHER_TEMPLATE = f"the chat template is another than the base's: {TEMPLATE}"
 SNAPSHOTS = "snapshots"  # the directory of a hub model's commits in its cache
 ADAPTER = "adapter"
 FORM = "a server's plain LoRA"
@@ -69,9 +67,7 @@ def write_canonical(
     """
     rank = max(down.shape[-2] for _, down in factors.values())
     model = base.mapped().model
-    matches = Matches({path: (path,) for path in factors})
-    adapter = attach(model, LoRA(rank=rank, alpha=rank, dropout=0.0), matches, NAME)
-    adapter = as_lora(adapter, of_one_rank(factors, rank))
+    adapter = lora_of(model, of_one_rank(factors, rank), NAME)
     adapter.save(out, overwrite=overwrite, record={"exported": {"rank": rank}, TRAINED_ON: None})
     return Saved.open(out)
 
@@ -157,6 +153,7 @@ def zeros(subject: Subject, path: str) -> Factors:
 ENOUGH = 0.01  # of what the adapters change
 LARGEST = 128  # the largest rank that is tried
 CUT = "cut"
+POWERS = [2**n for n in range(LARGEST.bit_length())]  # the ranks that are tried
 
 
 @dataclass(frozen=True)
@@ -207,7 +204,7 @@ def cut_to(subject: Subject, rank: int, scratch: Path, ours: Ours | None) -> tup
     sites = {name: (lost / whole) ** 0.5 for name, (lost, whole) in update.lost.items() if whole}
     kl = share = enough = None
     if ours is not None:
-        kls, distance = kl_by_rank(ours, subject, sorted({rank, *_powers()}))
+        kls, distance = kl_by_rank(ours, subject, sorted({rank, *POWERS}))
         kl, enough = kls[rank], _enough(kls, distance)
         share = kl / distance if distance else None
     cut = Cut(rank, update.error, sites, kl, share, enough)
@@ -216,7 +213,7 @@ def cut_to(subject: Subject, rank: int, scratch: Path, ours: Ours | None) -> tup
 
 def rank_enough(subject: Subject, source: str | Path | None, progress: Progress) -> str:
     """What to advise where adapters can't be said exactly: the end of a refusal."""
-    kls, distance = kl_by_rank(Ours.of(subject, source, progress), subject, _powers())
+    kls, distance = kl_by_rank(Ours.of(subject, source, progress), subject, POWERS)
     found = _enough(kls, distance)
     if found is None:
         return f"; no LoRA of rank up to {LARGEST} keeps {1 - ENOUGH:.0%} of what they change"
@@ -239,9 +236,7 @@ def kl_by_rank(
     factors = of_one_rank(update.factors, largest)
     found: dict[int, float] = {}
     with only(ours.model):
-        matches = Matches({path: (path,) for path in factors})
-        adapter = attach(ours.model, LoRA(rank=largest, alpha=largest, dropout=0.0), matches, CUT)
-        adapter = as_lora(adapter, factors)
+        adapter = lora_of(ours.model, factors, CUT)
         for rank in sorted(ranks, reverse=True):
             for name, factor in adapter.named_parameters():
                 if name.endswith(".B"):
@@ -253,10 +248,6 @@ def kl_by_rank(
     return found, float(divergences(ours.answers.adapted, ours.answers.base).mean())
 
 
-def _powers() -> list[int]:
-    return [2**n for n in range(LARGEST.bit_length())]
-
-
 def _enough(kls: Mapping[int, float], distance: float) -> int | None:
-    small = [rank for rank in _powers() if rank in kls and kls[rank] < ENOUGH * distance]
+    small = [rank for rank in POWERS if rank in kls and kls[rank] < ENOUGH * distance]
     return min(small, default=None)

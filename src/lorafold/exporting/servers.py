@@ -35,20 +35,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lorafold.core.matrices import module_at
 from lorafold.errors import LorafoldError, as_one
 from lorafold.exporting.plain_lora import (
     ADAPTER,
-    FILES,
     FORM,
     HEADS,
+    OTHER_TEMPLATE,
     TEMPLATE,
-    elsewhere,
     leaf_of,
     tied_heads,
-    write_canonical,
     write_files,
-    write_template,
     zeros,
 )
 from lorafold.exporting.target import (
@@ -77,9 +73,7 @@ class ToPeft(Target):
         return only_products(subject.update, "a plain LoRA")
 
     def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
-        update = subject.update
-        write_canonical(subject.base, update.factors, directory / "adapter")
-        base, template = elsewhere(subject.base), write_template(subject, directory)
+        base, files, _ = write_files(subject, subject.update.factors, directory)
         at = f", revision={base.revision!r}" if base.revision else ""
         launch = (
             "from peft import PeftModel",
@@ -87,15 +81,10 @@ class ToPeft(Target):
             f"model = AutoModelForCausalLM.from_pretrained({base.model!r}{at})",
             'model = PeftModel.from_pretrained(model, "{out}/adapter")',
         )
-        notes = [f"rank {update.rank} at every site, scale 1", *base.notes]
-        if template:
-            notes.append(f"the chat template is another than the base's: {TEMPLATE}")
-        return Written(
-            (*(f"adapter/{name}" for name in FILES), *[TEMPLATE] * template),
-            launch,
-            tuple(notes),
-            {"adapter": "{out}/adapter", "base": str(subject.base.source.path)},
-        )
+        notes = [f"rank {subject.update.rank} at every site, scale 1", *base.notes]
+        notes += [OTHER_TEMPLATE] * (TEMPLATE in files)
+        job = {"adapter": f"{{out}}/{ADAPTER}", "base": str(subject.base.source.path)}
+        return Written(files, launch, tuple(notes), job)
 
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be
@@ -296,21 +285,14 @@ def path_of(name: str, out: str) -> str:
 
 def packed(subject: Subject, factors: Mapping[str, Factors]) -> dict[str, Factors]:
     """The same with zeros at those modules of a pack that are not changed."""
-    found = dict(factors)
+    found, modules = dict(factors), dict(subject.model.named_modules())
     for path in factors:
         parent, _, name = path.rpartition(".")
         for other in next((pack for pack in PACKS if name in pack), ()):
             beside = f"{parent}.{other}"
-            if beside not in found and _there(subject, beside):
+            if beside not in found and beside in modules:
                 found[beside] = zeros(subject, beside)
     return found
-
-
-def _there(subject: Subject, path: str) -> bool:
-    try:
-        return module_at(subject.model, path) is not None
-    except AttributeError:
-        return False
 
 
 def _single(kind: str, factors: Mapping[str, Factors]) -> Iterator[tuple[str, Factors]]:

@@ -23,7 +23,7 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorafold.adapter import load
 from lorafold.bases import layer_of
@@ -33,7 +33,15 @@ from lorafold.core.delta import Delta, on_meta
 from lorafold.errors import NotMergeable
 from lorafold.fold.as_trained import attach_round_trip
 from lorafold.fold.plan import deltas_of
-from lorafold.inspecting.updates import Svd, matrix_names, of_dense, of_factors, stacked, unstacked
+from lorafold.inspecting.updates import (
+    Factors,
+    Svd,
+    joined,
+    matrix_names,
+    of_dense,
+    of_factors,
+    unstacked,
+)
 from lorafold.merging.into import Into
 from lorafold.methods.parts.token_rows import TokenRows
 from lorafold.models.tokenizer import tokenizer_of
@@ -43,7 +51,6 @@ from lorafold.peft.saved import Saved
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-Factors = tuple[Tensor, Tensor]  # up, down
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 INTERLEAVED = frozenset({"gpt_oss"})  # families in whose rows gates and ups take turns
 
@@ -106,8 +113,11 @@ def update_of(model: nn.Module, names: Sequence[str], rank: int | None = None) -
         elif rank is None:
             factors[path] = pair  # type: ignore[assignment]
         else:
-            svds = _of_product(*pair) if pair else _of_change(layer, deltas)
-            factors[path] = _cut(matrix_names(path, layer.matrices), svds, rank, lost)
+            svds = (
+                map(of_factors, *map(unstacked, pair)) if pair else _of_change(layer, deltas)
+            )
+            cut = _cut(matrix_names(path, layer.matrices), svds, rank, lost)
+            factors[path] = joined(cut, layer.matrices)
     return Update(factors, dense, beside, lost)
 
 
@@ -132,15 +142,11 @@ def _beside(layer: ModuleLayer, deltas: Sequence[Delta]) -> str:
 
 def _product(deltas: Sequence[Delta]) -> Factors | None:
     """The factors of all deltas together, or None if one has none."""
-    found = [delta.factors() for delta in deltas]
-    if any(pair is None for pair in found):
+    found = [pair for delta in deltas if (pair := delta.factors()) is not None]
+    if len(found) < len(deltas):
         return None
     ups, downs = zip(*found, strict=True)
     return torch.cat(ups, -1).float(), torch.cat(downs, -2).float()
-
-
-def _of_product(up: Tensor, down: Tensor) -> Iterator[Svd]:
-    return map(of_factors, unstacked(up), unstacked(down))
 
 
 def _of_change(layer: ModuleLayer, deltas: Sequence[Delta]) -> Iterator[Svd]:
@@ -154,15 +160,14 @@ def _of_change(layer: ModuleLayer, deltas: Sequence[Delta]) -> Iterator[Svd]:
 
 def _cut(
     names: Sequence[str], svds: Iterable[Svd], rank: int, lost: dict[str, tuple[float, float]]
-) -> Factors:
+) -> list[Factors]:
     """The best factors of a rank, of each matrix; what that lost goes to `lost`."""
     found = []
     for name, svd in zip(names, svds, strict=True):
-        kept, squares = svd.top(rank), svd.s.double().square()
+        squares = svd.s.double().square()
         lost[name] = float(squares[rank:].sum()), float(squares.sum())
-        root = kept.s.sqrt()
-        found.append((kept.u * root, root[:, None] * kept.v.t()))
-    return stacked(found) if len(names) > 1 or names[0].endswith("]") else found[0]
+        found.append(svd.factors(rank))
+    return found
 
 
 def apart(kind: str, name: str, factors: Factors) -> Iterator[tuple[str, Factors]]:
@@ -213,20 +218,12 @@ def _word(word: Word, out: str) -> str:
     return quote(word.replace(OUT, out))
 
 
-def window_of(config: Any) -> int | None:
-    """How many positions some layers attend to alone, or None where all attend to all."""
-    window: int | None = getattr(config, "sliding_window", None)
-    if window is None or window >= config.max_position_embeddings:
-        return None
-    if getattr(config, "use_sliding_window", True) is False:
-        return None
-    return window
-
-
 def told(engine: str, config: Any) -> tuple[str, ...]:
     """What an engine that has no windows computes otherwise than the model, if it does."""
-    window = window_of(config)
-    if window is None:
+    window = getattr(config, "sliding_window", None)
+    if window is None or window >= config.max_position_embeddings:
+        return ()
+    if getattr(config, "use_sliding_window", True) is False:
         return ()
     return (
         f"{engine} attends to all positions, where the model attends to the last {window:,} alone:"

@@ -20,12 +20,11 @@ import shutil
 import subprocess
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import Any, ClassVar
 
-from torch import Tensor
+import gguf
 
 from lorafold.errors import LorafoldError, shortened
 from lorafold.exporting.gguf_metadata import architecture_of
@@ -39,7 +38,7 @@ from lorafold.exporting.gguf_model import (
     write_model,
 )
 from lorafold.exporting.gguf_tensors import PLAIN, Folded, tensors_of_update
-from lorafold.exporting.plain_lora import TEMPLATE, elsewhere, write_template
+from lorafold.exporting.plain_lora import OTHER_TEMPLATE, TEMPLATE, elsewhere, write_template
 from lorafold.exporting.target import Line, Progress, Subject, Target, Written, only_products
 from lorafold.models.storage import stored_in_files
 
@@ -72,21 +71,27 @@ class GgufAdapter(Target):
         return [*only_products(update, "a GGUF adapter"), *found]
 
     def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
-        notes = [*write_adapter(subject, directory / FILE, progress)]
-        gguf, base = subject.base.source.gguf, elsewhere(subject.base)
-        options: tuple[str, ...] = ("--jinja",)
-        files: tuple[str, ...] = (FILE,)
+        row = architecture_of(subject.config)
+        tensors, _ = tensors_of_update(subject.update.factors, subject.config, row)
+        writer = gguf.GGUFWriter(None, row.name)
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)
+        placed = [Folded.known(name, tensor) for name, tensor in tensors.items()]
+        made = Described(writer, placed, ())
+        notes = [*write_described(made, directory / FILE, str(subject.tensors), progress)]
+        source, options, files = subject.base.source.gguf, ["--jinja"], [FILE]
         if write_template(subject, directory):
-            notes.append(f"the chat template is another than the base's: {TEMPLATE}")
-            options = (*options, "--chat-template-file", f"{{out}}/{TEMPLATE}")
-            files = (FILE, TEMPLATE)
-        if gguf is not None:
-            return Written(files, tuple(self.use(str(gguf), options)), tuple(notes), JOB)
-        at = f" --revision {base.revision}" if base.revision else ""
+            notes.append(OTHER_TEMPLATE)
+            options += ["--chat-template-file", f"{{out}}/{TEMPLATE}"]
+            files.append(TEMPLATE)
+        if source is not None:
+            return Written(tuple(files), tuple(self.use(str(source), options)), tuple(notes), JOB)
+        revision = elsewhere(subject.base).revision
+        at = f" --revision {revision}" if revision else ""
         model, file = quote(subject.base.name) + at, f"{BASE}/model-F16.gguf"
-        made = f"lorafold export --model {model} --to gguf-model --out {BASE}  # writes {file}"
-        lines = (made, *self.use(file, options))
-        return Written(files, lines, tuple(notes), JOB)
+        made_by = f"lorafold export --model {model} --to gguf-model --out {BASE}  # writes {file}"
+        return Written(tuple(files), (made_by, *self.use(file, options)), tuple(notes), JOB)
 
     def proving(self, subject: Subject, scratch: Path, progress: Progress) -> Mapping[str, Any]:
         scratch.mkdir(exist_ok=True)
@@ -137,28 +142,6 @@ def listed_path(out: str) -> str:
     return '"' + path.replace('"', '""') + '"' if {*path} & {*',"'} else path
 
 
-def write_adapter(subject: Subject, out: Path, progress: Progress) -> Sequence[str]:
-    """Write the file, as `write_described`, whose result this is.
-
-    Args:
-        out: the file.
-    """
-    import gguf
-
-    row = architecture_of(subject.config)
-    tensors, _ = tensors_of_update(subject.update.factors, subject.config, row)
-    writer = gguf.GGUFWriter(None, row.name)
-    writer.add_type(gguf.GGUFType.ADAPTER)
-    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)
-    placed = [Folded(name, tuple(t.shape), partial(_same, t)) for name, t in tensors.items()]
-    return write_described(Described(writer, placed, ()), out, str(subject.tensors), progress)
-
-
-def _same(values: Tensor) -> Tensor:
-    return values
-
-
 QUANTIZER = "llama-quantize"
 MIXED = ("Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_M", "Q2_K", "IQ4_NL", "IQ4_XS")
 # of other types than these the share is told and refuses nothing
@@ -170,26 +153,6 @@ TOLERANCE: Mapping[str, float | None] = {
 def file_of(tensors: str | None) -> str:
     """The name of the file."""
     return f"model-{tensors}.gguf"
-
-
-def problems_of(subject: Subject) -> Sequence[str]:
-    """Why a model can't be said as a GGUF file, a line each."""
-    if (held := stored_in_files(subject.base.source)) is not None:
-        return [
-            f"the model's files have {held} weights; run lorafold merge first, or name the model"
-            " that it was quantized from"
-        ]
-    if subject.tensors in MIXED and shutil.which(QUANTIZER) is None:
-        return [
-            f"{subject.tensors} is the work of llama.cpp's {QUANTIZER}, which is not on PATH; write"
-            f" F16 and run: {QUANTIZER} {file_of('F16')} {file_of(subject.tensors)}"
-            f" {subject.tensors}"
-        ]
-    try:
-        described(_content(subject), "F16")
-    except LorafoldError as error:
-        return [str(error)]
-    return []
 
 
 def _content(subject: Subject) -> Content:
@@ -216,17 +179,37 @@ def write_gguf(subject: Subject, directory: Path, progress: Progress) -> Sequenc
     return notes
 
 
-class ToGgufModel(Target):
-    """A whole model for llama.cpp."""
+class GgufModel(Target):
+    """Abstract: a whole model as a file; what differs is what lies beside it."""
 
-    name: ClassVar[str] = "gguf-model"
     engine: ClassVar[str | None] = "llamacpp"
     tensors: ClassVar[tuple[str, ...]] = (*FILE_TYPES, *MIXED)
     merged: ClassVar[bool] = True
     tolerance: ClassVar[Mapping[str, float | None]] = TOLERANCE
 
     def problems(self, subject: Subject) -> Sequence[str]:
-        return problems_of(subject)
+        if (held := stored_in_files(subject.base.source)) is not None:
+            return [
+                f"the model's files have {held} weights; run lorafold merge first, or name the"
+                " model that it was quantized from"
+            ]
+        if subject.tensors in MIXED and shutil.which(QUANTIZER) is None:
+            return [
+                f"{subject.tensors} is the work of llama.cpp's {QUANTIZER}, which is not on PATH;"
+                f" write F16 and run: {QUANTIZER} {file_of('F16')} {file_of(subject.tensors)}"
+                f" {subject.tensors}"
+            ]
+        try:
+            described(_content(subject), "F16")
+        except LorafoldError as error:
+            return [str(error)]
+        return []
+
+
+class ToGgufModel(GgufModel):
+    """For llama.cpp."""
+
+    name: ClassVar[str] = "gguf-model"
 
     def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
         file = file_of(subject.tensors)

@@ -22,8 +22,8 @@ the first, it is `late`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -31,9 +31,8 @@ from lorafold.data.endings import ending_of
 from lorafold.data.messages import Message
 from lorafold.data.render import ensure_chat_template, render
 from lorafold.errors import LorafoldError, shortened
-from lorafold.exporting.gguf_model import FILE_TYPES
-from lorafold.exporting.target import Progress, Subject, Target, Written
-from lorafold.exporting.to_gguf import MIXED, TOLERANCE, file_of, problems_of, write_gguf
+from lorafold.exporting.target import Progress, Subject, Written
+from lorafold.exporting.to_gguf import GgufModel, file_of, write_gguf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -247,8 +246,7 @@ def without_first(turns: Turns, tokenizer: PreTrainedTokenizerBase) -> Turns:
     if not first or ids[0] != tokenizer.bos_token_id:
         return turns
     system = turns.system and (turns.system[0].removeprefix(first), turns.system[1])
-    start = turns.start.removeprefix(first)
-    return Turns(start, system, turns.a_open, turns.u_open, turns.end, turns.late)
+    return replace(turns, start=turns.start.removeprefix(first), system=system)
 
 
 def stops_of(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -261,17 +259,13 @@ def stops_of(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return list(dict.fromkeys(texts))
 
 
-class ToOllama(Target):
+class ToOllama(GgufModel):
     """A model for Ollama, with adapters folded in."""
 
     name: ClassVar[str] = "ollama"
-    engine: ClassVar[str | None] = "llamacpp"
-    tensors: ClassVar[tuple[str, ...]] = (*FILE_TYPES, *MIXED)
-    merged: ClassVar[bool] = True
-    tolerance: ClassVar[Mapping[str, float | None]] = TOLERANCE
 
     def problems(self, subject: Subject) -> Sequence[str]:
-        if found := problems_of(subject):
+        if found := super().problems(subject):
             return found
         try:
             template, stops, _ = chat_of(subject.tokenizer)

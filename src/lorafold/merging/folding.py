@@ -278,7 +278,8 @@ def write_shards(out: Path, plan: Plan, values: Values, written: Written) -> Non
     """
     carried = plan.checkpoint.other_files()
     total = plan.weight_bytes
-    need_space(out, total + sum((plan.checkpoint.path / p).stat().st_size for p in carried))
+    besides = sum((plan.checkpoint.path / path).stat().st_size for path in carried)
+    need_space(out.parent, total + besides, "the merged model")
     for path in carried:
         (out / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(plan.checkpoint.path / path, out / path)
@@ -291,10 +292,10 @@ def write_shards(out: Path, plan: Plan, values: Values, written: Written) -> Non
         write_json(out / INDEX, {"metadata": metadata, "weight_map": where})
 
 
-def need_space(directory: Path, size: int) -> None:
-    """Raises LorafoldError unless the disk of `directory` has room for `size` bytes."""
+def need_space(directory: Path, size: int, what: str) -> None:
+    """Raises LorafoldError unless the disk of `directory` has room for so many bytes."""
     if (free := shutil.disk_usage(directory).free) < size:
         raise LorafoldError(
-            f"{directory.parent}: the disk has {free / 1e9:.1f} GB left, the merged model needs"
+            f"{directory}: the disk has {free / 1e9:.1f} GB left, {what} needs"
             f" {size / 1e9:.1f} GB; free some space or choose another --out"
         )

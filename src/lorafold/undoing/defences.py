@@ -29,19 +29,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from lorafold.adapter import Adapter, attach
-from lorafold.core.delta import Additive, put
-from lorafold.core.targets import Matches
-from lorafold.inspecting.updates import Svd, site_of, sites, stacked
-from lorafold.methods.lora import of_ranks
+from lorafold.adapter import Adapter
+from lorafold.core.delta import Additive
+from lorafold.inspecting.updates import Factors, Svd, joined, lora_of, site_of, sites
 
 if TYPE_CHECKING:
     from torch import nn
 
 Updates = Mapping[str, Svd]  # by module path
-Factors = tuple[Tensor, Tensor]  # up (out, r), with every scale in it, and down (r, in)
 
 
 @dataclass(frozen=True)
@@ -153,17 +149,15 @@ def laid(model: nn.Module, factors: Mapping[str, Factors]) -> Iterator[None]:
     sites: dict[str, list[Factors]] = {}
     for name, pair in factors.items():
         sites.setdefault(site_of(name), []).append(pair)
-    every = {path: own[0] if path in factors else stacked(own) for path, own in sites.items()}
+    every = {
+        path: joined(own, () if path in factors else (len(own),)) for path, own in sites.items()
+    }
     there = {path: pair for path, pair in every.items() if pair[1].shape[-2]}
     if not there:
         yield
         return
-    spec = of_ranks({path: down.shape[-2] for path, (_, down) in there.items()})
-    adapter = attach(model, spec, Matches({path: (path,) for path in there}), NAME)
+    adapter = lora_of(model, there, NAME)
     try:
-        for path, delta in adapter.own_deltas.items():
-            for name, value in zip(("B", "A"), there[path], strict=True):
-                put(delta, name, value)
         yield
     finally:
         adapter.detach()
