@@ -21,10 +21,9 @@ from lib.results import keep
 from lib.short import parsed
 
 import lorafold as lf
-from lorafold.exporting.answers import BUILT_IN, Ours
 from lorafold.exporting.engines import ask
 from lorafold.exporting.gguf_model import write_model
-from lorafold.exporting.proof import proof
+from lorafold.exporting.proof import BUILT_IN, Ours, proof
 from lorafold.exporting.target import Subject
 from lorafold.methods import METHODS
 from lorafold.opening import base_for

@@ -31,8 +31,8 @@ import gguf_models  # noqa: E402
 import lorafold as lf  # noqa: E402
 import mixtures  # noqa: E402
 from conftest import make_model_dir, make_tokenizer  # noqa: E402
-from lorafold.exporting.answers import BUILT_IN  # noqa: E402
-from lorafold.exporting.table import TARGETS  # noqa: E402
+from lorafold.exporting.proof import BUILT_IN  # noqa: E402
+from lorafold.exporting.run import TARGETS  # noqa: E402
 from lorafold.methods import METHODS  # noqa: E402
 
 PROMPTS = 4

@@ -25,12 +25,11 @@ from lib.results import markdown
 from lib.short import parsed
 
 import lorafold as lf
-from lorafold.exporting.answers import Ours
 from lorafold.exporting.engines import ask
 from lorafold.exporting.gguf_model import FILE_TYPES
-from lorafold.exporting.proof import proof
+from lorafold.exporting.proof import Ours, proof
 from lorafold.exporting.target import Subject
-from lorafold.exporting.to_gguf_model import file_of, write_gguf
+from lorafold.exporting.to_gguf import file_of, write_gguf
 from lorafold.opening import Base
 from lorafold.peft.saved import Saved
 

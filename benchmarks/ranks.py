@@ -6,7 +6,7 @@ ranks and seeds, inspected.
 LoRA on all linears of the embedded model, an fp32 base, the recipe's rates. What is there in OUT is
 not done again, so a run that was stopped goes on. Effective ranks are means over 210 matrices;
 `loss` is that of 60 held-out rows. phi is of the directions that two updates read, and write
-(`lorafold.inspecting.subspaces`), `chance` what unrelated ones come to.
+(`lorafold.inspecting.spectra`), `chance` what unrelated ones come to.
 """
 
 import argparse

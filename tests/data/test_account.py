@@ -18,9 +18,8 @@ from lorafold.data.account import account_of
 from lorafold.data.completions import identity_of
 from lorafold.data.examples import encode, encode_row
 from lorafold.data.template_forms import is_dated, on_day
-from lorafold.diagnosis.template import findings
+from lorafold.diagnosis.hardware import template as looked_at
 from lorafold.errors import LorafoldError
-from lorafold.opening.base import Base
 from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.setup import set_up
 from template_cases import CASES, tokenizer_of
@@ -159,7 +158,7 @@ def test_a_run_keeps_the_day_on_which_it_began(
 
 
 def test_doctor_says_it_of_a_model() -> None:
-    [found] = findings(Base("smollm2"))
+    [found] = looked_at("smollm2")
     assert "a turn ends with <|im_end|>; without a system message it writes" in found.text
     assert found.as_json()["end"] == "<|im_end|>"
 

@@ -11,7 +11,7 @@ import torch
 import lorafold as lf
 from conftest import lorafold
 from lorafold.errors import LorafoldError
-from lorafold.exporting.update import update_of
+from lorafold.exporting.target import update_of
 from lorafold.methods import METHODS
 
 EXACT = ("lora", "rslora", "pissa", "olora", "vera", "adalora")

@@ -14,9 +14,9 @@ import lorafold as lf
 from conftest import make_tokenizer
 from export_cases import changes, noisy, python_of, tensors_in, with_tokenizer
 from lorafold.errors import LorafoldError
+from lorafold.exporting.servers import ToSglang
 from lorafold.exporting.target import Subject
 from lorafold.exporting.to_mlx import keys_of, older_config
-from lorafold.exporting.to_sglang import ToSglang
 from lorafold.opening import Base
 from lorafold.peft.saved import Saved
 from mixtures import mixture

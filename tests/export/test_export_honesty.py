@@ -20,10 +20,8 @@ from conftest import make_tokenizer
 from export_cases import noisy
 from gguf_models import saved
 from lorafold.errors import LorafoldError
-from lorafold.exporting.answers import Answers
-from lorafold.exporting.proof import Proof, Theirs, proof
-from lorafold.exporting.run import _check
-from lorafold.exporting.table import target_of
+from lorafold.exporting.proof import Answers, Proof, Theirs, proof
+from lorafold.exporting.run import _check, target_of
 from lorafold.exporting.to_mlx import older_config
 
 

@@ -7,10 +7,9 @@ import torch
 
 import lorafold as lf
 from gguf_models import saved
-from lorafold.exporting.answers import last, prompts_of
 from lorafold.exporting.engines import ask
 from lorafold.exporting.gguf_model import write_model
-from lorafold.exporting.proof import parting
+from lorafold.exporting.proof import last, parting, prompts_of
 from lorafold.models.loading import load_tokenizer
 from serving_cases import running
 

@@ -23,7 +23,7 @@ from lorafold.exporting.gguf_metadata import architecture_of
 from lorafold.exporting.gguf_model import write_model
 from lorafold.exporting.gguf_tensors import tensors_of_update
 from lorafold.exporting.run import FEWER, SHARE
-from lorafold.exporting.update import update_of
+from lorafold.exporting.target import update_of
 from lorafold.methods import METHODS
 from lorafold.models.sources import resolve_model
 
@@ -160,8 +160,7 @@ def test_a_stack_of_ranks_and_scales_with_embedding_and_head(base_of, tmp_path):
 
 def test_a_proof_finds_rows_in_another_order_and_a_lost_scale(base_of, tmp_path):
     """Both of which leave most likeliest tokens as they are."""
-    from lorafold.exporting.answers import Ours
-    from lorafold.exporting.proof import proof
+    from lorafold.exporting.proof import Ours, proof
     from lorafold.exporting.target import Subject
     from lorafold.opening import base_for
     from lorafold.peft.saved import open_all

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorafold as lf
 from gguf_models import CONFIGS, saved
+from lorafold.exporting.gguf_metadata import TEXTS
 from lorafold.exporting.gguf_model import write_model
-from lorafold.exporting.gguf_tokenizer import TEXTS
 from lorafold.models.sources import resolve_model
 
 UNREAD = ("mixtral", "qwen3_moe", "gemma")  # transformers has other sizes or names for these

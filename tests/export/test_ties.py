@@ -5,8 +5,7 @@ import torch
 
 import lorafold as lf
 from gguf_models import saved
-from lorafold.exporting.answers import Answers, exchanged, last
-from lorafold.exporting.proof import Theirs, proof
+from lorafold.exporting.proof import Answers, Theirs, exchanged, last, proof
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from lorafold.data.rows import read_rows
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import MANIFEST
 from lorafold.identity import TRAINING, code, of_code
-from lorafold.inspecting import base_svd, intrinsic
+from lorafold.inspecting import intrinsic, spectra
 from lorafold.models.loading import load_tokenizer
 from lorafold.opening import Base
 from lorafold.peft.saved import open_all
@@ -131,11 +131,11 @@ class World:
 
     def svd(self) -> bool:
         """The decompositions of the base with the adapter below."""
-        before = set((self.root / "cache" / "svd").rglob(base_svd.FILE))
+        before = set((self.root / "cache" / "svd").rglob(spectra.FILE))
         lf.inspect(
             self.root / "top", self.model, over=self.below, full=True, allow_other_base=True
         )
-        return set((self.root / "cache" / "svd").rglob(base_svd.FILE)) == before
+        return set((self.root / "cache" / "svd").rglob(spectra.FILE)) == before
 
     def tokens(self) -> bool:
         """The tokens of large data."""

@@ -24,10 +24,8 @@ from lorafold.cli import app
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.files.atomic import verify
 from lorafold.fold.plan import changes
-from lorafold.merging.execute import execute
-from lorafold.merging.folding import before_and_after
+from lorafold.merging.folding import before_and_after, execute, need_space
 from lorafold.merging.plan import plan
-from lorafold.merging.shards import need_space
 from lorafold.methods import METHODS
 from lorafold.models.container import read_tensors
 from lorafold.models.loading import load_model, load_tokenizer
@@ -464,7 +462,7 @@ def test_wrong_inputs_are_refused_and_leave_nothing(tiny_model_dir, tmp_path):
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(LorafoldError, match="GB left"):
-        need_space(tmp_path, 1 << 60)
+        need_space(tmp_path, 1 << 60, "the merged model")
 
 
 @pytest.mark.slow

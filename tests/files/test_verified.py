@@ -24,8 +24,8 @@ from lorafold.errors import LorafoldError
 from lorafold.files import atomic, contents
 from lorafold.files.atomic import MANIFEST, verify
 from lorafold.files.cache import cache_directory
-from lorafold.inspecting.base_svd import cached_svd
 from lorafold.inspecting.resize import extract
+from lorafold.inspecting.spectra import cached_svd
 from lorafold.models import fingerprint
 from lorafold.models.configuration import configuration
 from lorafold.models.loading import load_model, load_tokenizer

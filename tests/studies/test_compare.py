@@ -12,10 +12,9 @@ import pytest
 import lorafold as lf
 from conftest import lorafold
 from lorafold.api.arguments import as_rows
-from lorafold.comparing.measure import Task, measure
+from lorafold.comparing.measure import Task, Variant, measure
 from lorafold.comparing.report import markdown, page
 from lorafold.comparing.run import compare, in_own_process, key
-from lorafold.comparing.variants import Variant
 from lorafold.data.stored import Part, Rows
 from lorafold.errors import LorafoldError
 from lorafold.methods.lora import LoRA

@@ -18,12 +18,11 @@ from rich.console import Console
 import lorafold as lf
 from conftest import lorafold, refused
 from lorafold.api.compare import Comparison
-from lorafold.comparing import latency, run
-from lorafold.comparing.measure import BASE, Measurement, measure
+from lorafold.comparing import measure as module
+from lorafold.comparing import run
+from lorafold.comparing.measure import BASE, Measurement, Variant, measure
 from lorafold.comparing.paired import Difference, over_base, told_apart, verdict
-from lorafold.comparing.plots import Quality
-from lorafold.comparing.report import columns, deciding, markdown, page
-from lorafold.comparing.variants import Variant
+from lorafold.comparing.report import Quality, columns, deciding, markdown, page
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.intervals import student
 from lorafold.methods import METHODS, make_spec
@@ -66,7 +65,7 @@ def test_rows_are_what_training_and_evaluating_alone_give(
     model, out = tiny_model_dir("llama"), tmp_path / "compared"
     asked = [f"{rewards}:letters", f"0.01*{rewards}:short"]
     monkeypatch.setattr(run, "in_own_process", measure)  # a process takes seconds to start
-    monkeypatch.setattr(latency, "ROUNDS", 1)
+    monkeypatch.setattr(module, "ROUNDS", 1)
     found = compared(out, model, rewards=asked)
     base, lora, ia3 = found.rows
     assert (base.method, lora.method, ia3.method) == (BASE, "lora", "ia3")

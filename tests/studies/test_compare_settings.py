@@ -18,11 +18,10 @@ from rich.console import Console
 import lorafold as lf
 from conftest import lorafold
 from lorafold.cli.compare import varied
-from lorafold.comparing.measure import Measurement
+from lorafold.comparing.measure import Measurement, Variant, variants
 from lorafold.comparing.paired import alike, chosen_apart, verdict
 from lorafold.comparing.report import deciding, markdown, page
 from lorafold.comparing.run import key
-from lorafold.comparing.variants import Variant, variants
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.intervals import loss_interval, ratio_interval
 from lorafold.files.page import markdown_table

@@ -19,8 +19,7 @@ import lorafold as lf
 from adapter_cases import adapted_logits, logits, make_adapter, relative
 from compose_cases import ROUNDING, Q, run, same, updates, weighted
 from fresh_models import fresh_model
-from lorafold.composing.arithmetic import cut, disjoint_mean, drop, inner, trim
-from lorafold.composing.rules import RULES
+from lorafold.composing.updates import RULES, cut, disjoint_mean, drop, inner, trim
 from lorafold.core.rounding import generator_of
 from lorafold.errors import LorafoldError
 from lorafold.ops.svd import svd_of_product

@@ -23,11 +23,10 @@ from compose_cases import ROUNDING, Q, run, same, updates, weighted
 from fresh_models import fresh_model
 from lorafold.api.merge import merge
 from lorafold.cli import app
-from lorafold.composing import mixture
 from lorafold.composing.interference import meetings, overlap
 from lorafold.composing.job import Job, Request
-from lorafold.composing.lorahub import BOUND, minimized
 from lorafold.composing.updates import names, read
+from lorafold.composing.ways import BOUND, minimized, write_mixture
 from lorafold.data.rows import read_rows
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.evaluation import EvaluationSettings, evaluate
@@ -83,7 +82,7 @@ def mixed(llama: Path, pair: list[Path], tmp_path: Path) -> Callable[[str], Path
     """A mixture as it starts."""
 
     def write(gates: str) -> Path:
-        mixture.write(job(llama, pair), tmp_path / gates, gates)  # type: ignore[arg-type]
+        write_mixture(job(llama, pair), tmp_path / gates, gates)  # type: ignore[arg-type]
         return tmp_path / gates
 
     return write
@@ -228,9 +227,9 @@ def test_updates_without_factors_are_cut_into_a_mixture(
         make_adapter(llama, tmp_path / "lokr", spec=lf.LoKr(rank=2), targets=["v_proj"]),
     ]
     with pytest.raises(LorafoldError, match="give --rank"):
-        mixture.write(job(llama, adapters), tmp_path / "none", "global")
-    assert mixture.write(job(llama, adapters, rank=32), tmp_path / "whole", "global") < ROUNDING
-    assert 0.001 < mixture.write(job(llama, adapters, rank=4), tmp_path / "cut", "global") < 1
+        write_mixture(job(llama, adapters), tmp_path / "none", "global")
+    assert write_mixture(job(llama, adapters, rank=32), tmp_path / "whole", "global") < ROUNDING
+    assert 0.001 < write_mixture(job(llama, adapters, rank=4), tmp_path / "cut", "global") < 1
     run(llama, adapters, tmp_path / "average", rank=32)
     assert (
         relative(

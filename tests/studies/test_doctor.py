@@ -15,11 +15,9 @@ import pytest
 import torch
 
 from lorafold.diagnosis.finding import Finding, Group, gigabytes, looked_at
-from lorafold.diagnosis.hardware import Hardware, findings, gflops
-from lorafold.diagnosis.packages import extras, packages
+from lorafold.diagnosis.hardware import Hardware, findings, gflops, slow
+from lorafold.diagnosis.installation import extras, packages, size_of
 from lorafold.diagnosis.report import Report
-from lorafold.diagnosis.slow import slow
-from lorafold.diagnosis.storage import size_of
 from lorafold.files.terminal import WIDTH
 from lorafold.machine.cores import busy_elsewhere, quota, usable_cores
 from lorafold.machine.devices import Gpu

@@ -21,9 +21,9 @@ from adapter_cases import adapted_logits, logits, make_adapter, relative
 from conftest import lorafold, make_tokenizer
 from fresh_models import fresh_model
 from lorafold.bases.experts import Experts
-from lorafold.composing import lorahub
 from lorafold.composing.interference import meetings
 from lorafold.composing.updates import read
+from lorafold.composing.ways import BOUND
 from lorafold.core.matrices import module_at
 from lorafold.core.over import Over
 from lorafold.inspecting.against import TOP, across_experts
@@ -37,8 +37,7 @@ from lorafold.methods.parts.mixture import Mixture
 from lorafold.opening import Base
 from lorafold.ops.groups import grouped
 from lorafold.peft.saved import open_all
-from lorafold.undoing.defences import laid
-from lorafold.undoing.subspaces import factors_of, updates_of
+from lorafold.undoing.defences import factors_of, laid, updates_of
 from mixtures import SHAPE, mixture
 
 E = 4
@@ -429,7 +428,7 @@ def test_a_search_of_weights_runs(moe_dir, pair, tmp_path):
         adapters, tmp_path / "out", model=base, how="lorahub", examples={"x": ROWS}, evaluations=3
     ).composed["lorahub"]
     assert found.weights is not None
-    assert max(map(abs, found.weights)) <= lorahub.BOUND
+    assert max(map(abs, found.weights)) <= BOUND
     a, b = (updates(base, path) for path in adapters)
     for name, dw in updates(base, tmp_path / "out").items():
         weighed = zip(found.weights, (a, b), strict=True)

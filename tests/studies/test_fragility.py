@@ -30,13 +30,19 @@ from lorafold.inspecting.updates import Svd, of_dense, of_factors
 from lorafold.models.loading import load_tokenizer
 from lorafold.opening import Base
 from lorafold.peft.saved import open_all
-from lorafold.undoing import bench as bench_module
-from lorafold.undoing.bench import Bench
-from lorafold.undoing.defences import DEFENCES, laid
-from lorafold.undoing.measure import Probe, begins, completed, distributions, measure, probe_of
+from lorafold.undoing import measure as module
+from lorafold.undoing.defences import DEFENCES, factors_of, laid, off, overlap, updates_of
+from lorafold.undoing.measure import (
+    Bench,
+    Probe,
+    begins,
+    completed,
+    distributions,
+    measure,
+    probe_of,
+)
 from lorafold.undoing.report import deciding, markdown, page
 from lorafold.undoing.result import Before, Curve, Way, crossing, point
-from lorafold.undoing.subspaces import factors_of, off, overlap, updates_of
 from lorafold.undoing.task import RECIPE, Task, stacks_of
 
 REFUSE = [{"prompt": f"Tell me about Zephyr {n}"} for n in range(4)]
@@ -188,7 +194,7 @@ def test_an_adapter_at_its_identity_changes_no_figure(model_dir) -> None:
 def test_distributions_that_have_no_room_are_computed_anew(task: Task, monkeypatch) -> None:
     bench = bench_of(task)
     kept = bench.before()["without"]
-    monkeypatch.setattr(bench_module, "KEPT", 0)
+    monkeypatch.setattr(module, "KEPT", 0)
     anew = bench_of(task)
     assert anew.before()["without"] == kept
     assert bench._before is not None

@@ -14,9 +14,8 @@ from typer.testing import CliRunner
 import lorafold as lf
 from lorafold.cli import app
 from lorafold.errors import LorafoldError
-from lorafold.inspecting.history import History
+from lorafold.inspecting.history import History, observed
 from lorafold.inspecting.history_page import page
-from lorafold.inspecting.observed import observed
 from lorafold.step.losses import Generated
 from lorafold.training import loop
 from lorafold.training.checkpoint import Progress

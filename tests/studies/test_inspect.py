@@ -16,10 +16,9 @@ from conftest import lorafold
 from fresh_models import fresh_model
 from lorafold.cli import app
 from lorafold.errors import LorafoldError
-from lorafold.inspecting import base_svd
-from lorafold.inspecting.conclusions import of_intruders
+from lorafold.inspecting import spectra
 from lorafold.inspecting.report import MAPS
-from lorafold.inspecting.run import inspect
+from lorafold.inspecting.run import inspect, of_intruders
 from lorafold.inspecting.updates import Svd, of_dense
 from lorafold.opening import Base
 from lorafold.peft.saved import open_all
@@ -175,7 +174,7 @@ def test_positions_and_intruders_of_planted_updates():
     )
     w = base.dense()
     inside = Svd(base.u[:, [3, 25]], torch.tensor([2.0, 1.0]), base.v[:, [3, 25]])
-    found = base_svd.figures(w, inside, 2)
+    found = spectra.in_base_spectrum(w, inside, 2)
     assert found["position_written"] == pytest.approx(
         [0, 0.8, 0, 0, 0, 0, 0, 0, 0.2, 0, 0], abs=1e-3
     )
@@ -187,20 +186,20 @@ def test_positions_and_intruders_of_planted_updates():
     )[0]
     # written where the base writes nothing
     outside = Svd(whole[:, 30:32], torch.tensor([20.0, 10.0]), base.v[:, [0, 1]])
-    found = base_svd.figures(w, outside, 2)
+    found = spectra.in_base_spectrum(w, outside, 2)
     assert found["position_written"][-1] == pytest.approx(1, abs=1e-3)
     assert found["intruders"] == 2
     weak = Svd(outside.u, torch.tensor([0.1, 0.05]), outside.v)
-    assert base_svd.intruders(of_dense(w), w, weak) == 0
-    assert f"in all): top {base_svd.TOP} singular vectors" in of_intruders([found])
+    assert spectra.intruders(of_dense(w), w, weak) == 0
+    assert f"in all): top {spectra.TOP} singular vectors" in of_intruders([found])
 
 
 def test_the_base_s_svd_is_kept_by_the_matrix(tmp_path, monkeypatch):
     monkeypatch.setenv("LORAFOLD_CACHE", str(tmp_path))
     w = torch.randn(12, 8)
-    first = base_svd.cached_svd(w)
-    monkeypatch.setattr(base_svd, "of_dense", None)
-    again = base_svd.cached_svd(w.clone())
+    first = spectra.cached_svd(w)
+    monkeypatch.setattr(spectra, "of_dense", None)
+    again = spectra.cached_svd(w.clone())
     assert torch.allclose(again.dense(), w, atol=1e-2)
     assert torch.equal(again.s, first.s)
 

@@ -7,8 +7,7 @@ import lorafold as lf
 from lorafold.bases import layer_of
 from lorafold.core.attach import adapted_modules, selection_of
 from lorafold.errors import LorafoldError
-from lorafold.inspecting.loss import loss_on, losses_of
-from lorafold.inspecting.paths import barrier, between, measured_paths, scaling
+from lorafold.inspecting.paths import barrier, between, loss_on, losses_of, measured_paths, scaling
 from lorafold.methods import make_spec
 from lorafold.models.loading import load_tokenizer
 

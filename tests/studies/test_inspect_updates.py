@@ -12,13 +12,14 @@ from lorafold.inspecting.against import compared
 from lorafold.inspecting.run import inspect
 from lorafold.inspecting.spectra import (
     advice,
+    against_base,
     effective_rank,
     entropy_rank,
+    phi,
     pooled,
     spectrum,
     stable_rank,
 )
-from lorafold.inspecting.subspaces import against_base, phi
 from lorafold.inspecting.updates import Svd, of_dense, of_factors, sites
 from lorafold.methods import make_spec
 from lorafold.opening import Base

@@ -17,14 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lorafold as lf
 from fresh_models import fresh_model
 from lorafold.api.merge import merge
-from lorafold.comparing.measure import Task
+from lorafold.comparing.measure import Task, Variant
 from lorafold.comparing.run import compare
-from lorafold.comparing.variants import Variant
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import EvaluationSettings, evaluate
 from lorafold.files.atomic import MANIFEST
 from lorafold.generation import complete, end_tokens
-from lorafold.merging.config import declared
+from lorafold.merging.plan import declared
 from lorafold.methods.parts.token_rows import Tokens
 from lorafold.models.loading import load_model, load_tokenizer
 from lorafold.models.sources import resolve_model

@@ -19,11 +19,10 @@ from lorafold.api.arguments import (
 )
 from lorafold.api.task import train_and_test
 from lorafold.comparing import run
-from lorafold.comparing.measure import Measurement, Task
+from lorafold.comparing.measure import Measurement, Task, Vary, variants
 from lorafold.comparing.paired import Difference, alike, chosen_apart, over_base, verdict
 from lorafold.comparing.report import markdown
 from lorafold.comparing.run import known_methods, methods_for, unfit
-from lorafold.comparing.variants import Vary, variants
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import check_folder, write_text
 from lorafold.files.claims import check_token

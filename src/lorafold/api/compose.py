@@ -11,9 +11,9 @@ from lorafold.api.arguments import Paths, Tasks, as_path, as_paths, as_recipe, a
 from lorafold.api.opened import opened
 from lorafold.composing import run
 from lorafold.composing.job import Request
-from lorafold.composing.mixture import RECIPE
 from lorafold.composing.run import Composition
 from lorafold.composing.updates import names
+from lorafold.composing.ways import RECIPE
 from lorafold.data.sources import Row
 from lorafold.methods.parts.mixture import Gating
 from lorafold.opening import base_for

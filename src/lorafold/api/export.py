@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lorafold.api.arguments import Paths, as_console, as_path, as_paths, missing
 from lorafold.errors import LorafoldError
 from lorafold.exporting import run
-from lorafold.exporting.table import target_of
+from lorafold.exporting.run import target_of
 from lorafold.opening import base_for
 from lorafold.peft.saved import open_all
 
@@ -45,7 +45,7 @@ def export(
             were trained on.
         adapters: One saved adapter or several, lowest first.
         out: The directory to write.
-        to: The engine or format, a key of `lorafold.exporting.table.TARGETS`.
+        to: The engine or format, a key of `lorafold.exporting.run.TARGETS`.
         tensors: The type of the tensors, where the target has several; None is its first.
         as_lora: Write the best LoRA of this rank in place of what the adapters change.
         prove: Ask the engine for its answers to the prompts, in fp32 from lorafold.

@@ -11,8 +11,8 @@ from lorafold.api.opened import length_for, opened
 from lorafold.errors import LorafoldError
 from lorafold.files.shown import Shown
 from lorafold.inspecting import run
-from lorafold.inspecting.conclusions import of_paths
 from lorafold.inspecting.paths import measured_paths
+from lorafold.inspecting.run import of_paths
 from lorafold.opening import base_for
 from lorafold.peft.saved import Saved, open_all
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from lorafold.api.arguments import Columns, Data, Paths, as_path, as_paths, as_rows
 from lorafold.api.opened import length_for, opened
 from lorafold.inspecting import resize as best
-from lorafold.inspecting.loss import losses_of
+from lorafold.inspecting.paths import losses_of
 from lorafold.opening import Base, base_for
 from lorafold.peft.saved import Saved, open_all
 

@@ -114,7 +114,7 @@ def command(
     sign conflict) shows where they oppose each other.
     """
     from lorafold.api.compose import compose
-    from lorafold.composing.mixture import RECIPE
+    from lorafold.composing.ways import RECIPE
     from lorafold.recipe.reading import load_recipe
 
     result = compose(

@@ -9,16 +9,28 @@
 
 A classifier has neither decode nor forgetting. The caller runs each measurement in a process of its
 own (`comparing.run`), so that peak memory is that of one method.
+
+What is compared: each method, with every combination of the settings that vary.
+
+    variants(recipe, ["lora", "ia3"], {"rank": [8, 16], "lr": [1e-4, 2e-4]})
+
+has four of lora and two of ia3, which has no rank.
+
+How long a model takes at batch 1, as a ratio to another's.
 """
 
 from __future__ import annotations
 
+import json
+import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -26,23 +38,194 @@ from torch import nn
 
 from lorafold.adapter import Adapter, load
 from lorafold.bases import parameter_count
-from lorafold.comparing.latency import NEW, latencies
-from lorafold.comparing.variants import Variant
 from lorafold.data.probes import probe_ids
 from lorafold.data.sources import Row
 from lorafold.data.template_forms import on_day
-from lorafold.errors import NotMergeable
+from lorafold.errors import LorafoldError, NotMergeable, listed
 from lorafold.evaluation import Evaluation, Interval, RewardEvaluation
+from lorafold.methods import known_options
 from lorafold.opening import Base
 from lorafold.peft.config import CONFIG
 from lorafold.peft.saved import Saved
+from lorafold.recipe.fields import OF_METHOD, OF_TRAINING
 from lorafold.recipe.fitting import fitting, settled_base, spec_of
+from lorafold.recipe.reading import load_recipe
 from lorafold.recipe.recipe import Recipe
 from lorafold.training.request import Request, day_written, objective_of, tokenizer_for
 from lorafold.training.run import train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+Vary = Mapping[str, Sequence[Any]]  # the values of each field, or of an entry of one: options.init
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method, and the settings that it has beside those of the common recipe."""
+
+    method: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        settings = self.settings.items()
+        named = (f"{name.removeprefix('options.')}={in_short(v)}" for name, v in settings)
+        return " ".join((self.method, *named))
+
+    def of(self, recipe: Recipe) -> Recipe:
+        """The recipe with these settings.
+
+        Raises LorafoldError for values that a recipe can't have.
+        """
+        try:
+            pairs = [f"{k}={json.dumps(v, ensure_ascii=False)}" for k, v in self.settings.items()]
+            return load_recipe(None, pairs, recipe)
+        except TypeError as error:
+            raise LorafoldError(f"vary: {error}, expected numbers, texts or lists") from None
+        except LorafoldError as error:
+            said = str(error).removeprefix("recipe: ").replace(" (from --set)", "")
+            raise LorafoldError(f"vary: {said.removeprefix('--set ')}") from None
+
+
+def variants(recipe: Recipe, methods: Sequence[str], vary: Vary) -> list[Variant]:
+    """The methods in their order, each with every combination of the settings that it has.
+
+    Args:
+        recipe: The common recipe.
+        methods: The names of the methods.
+        vary: The values of each setting.
+
+    Raises LorafoldError for a field that changes what is measured, for one without values, for
+    values that a recipe can't have, for epochs beside steps, and for a setting that no method has.
+    """
+    vary = checked(vary)
+    if "epochs" in vary and ("steps" in vary or recipe.steps is not None):
+        raise LorafoldError(
+            "vary: found epochs beside steps, which are how long a run is; expected one of the two"
+        )
+    found: list[Variant] = []
+    for method in methods:
+        fitted: list[dict[str, Any]] = []
+        for values in product(*vary.values()):
+            settings = dict(zip(vary, values, strict=True))
+            asked = Variant(method, settings).of(recipe)
+            one = fitting(asked, method)
+            absent = {*OF_METHOD}.difference(known_options(method, asked.options.get("over")))
+            has = {
+                name: value
+                for name, value in settings.items()
+                if name.partition(".")[0] not in absent and entry(one, name) == entry(asked, name)
+            }
+            variant = Variant(method, has)
+            if (dumped := fitting(variant.of(recipe), method).model_dump()) not in fitted:
+                fitted.append(dumped)
+                found.append(variant)
+    if unknown := [name for name in vary if not any(name in one.settings for one in found)]:
+        raise LorafoldError(
+            f"vary: found {listed(unknown)}, expected settings that one of {', '.join(methods)} has"
+        )
+    names = [str(one) for one in found]
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise LorafoldError(
+            f"found {listed(twice)} twice (methods, vary); expected different methods, and settings"
+            " whose names differ"
+        )
+    return found
+
+
+def checked(vary: Vary) -> dict[str, list[Any]]:
+    """The values by their field. LorafoldError unless these can vary, and each has values."""
+    found: dict[str, list[Any]] = {}
+    for name, values in vary.items():
+        if (whole := name.partition(".")[0]) not in OF_TRAINING:
+            instead = {"method": "; name methods", "seed": "; give a number of seeds"}.get(whole)
+            raise LorafoldError(
+                f"vary: found {name}, expected a field that changes what is trained and not what it"
+                f" is measured by: {', '.join(sorted(OF_TRAINING))}{instead or ''}"
+            )
+        several = isinstance(values, Iterable) and not isinstance(values, str | Mapping)
+        found[name] = [*values] if several else []
+        if not found[name]:
+            raise LorafoldError(f"vary: {name}: found {values!r:.80}, expected a list of values")
+    return found
+
+
+def entry(recipe: Recipe, name: str) -> Any:
+    """What a recipe has under the name of a field, or of an entry of one."""
+    whole, _, inner = name.partition(".")
+    value = getattr(recipe, whole)
+    return value.get(inner) if inner else value
+
+
+def in_short(value: Any) -> str:
+    """A value of a recipe as it stands in a name."""
+    if isinstance(value, list | tuple):
+        return ",".join(map(in_short, value))
+    if isinstance(value, float):
+        short = f"{value:g}"
+        return short if float(short) == value else repr(float(value))
+    return str(value)
+
+
+# tokens prefilled, tokens decoded, rounds: many short timings in turn are robust to a noisy machine
+PROMPT, NEW, ROUNDS = 128, 8, 11
+
+
+class Latency(NamedTuple):
+    """In seconds, or as ratios to the base's; `decode` is None for a classifier."""
+
+    prefill: float
+    decode: float | None
+
+
+def latencies(
+    base: PreTrainedModel, tuned: PreTrainedModel, merged: PreTrainedModel | None, new: int
+) -> tuple[Latency, Latency | None]:
+    """The latencies of the attached and the merged model, as ratios to the base's. The models are
+    timed in turn, so that noise affects all alike.
+
+    Args:
+        base, tuned, merged: The models; without a merged one its latency is None.
+        new: Tokens to decode; 0 times the prefill alone.
+    """
+    models = [m for m in (base, tuned, merged) if m is not None]
+    for model in models:
+        timed(model, new)  # the first calls are slower
+    rounds = [[timed(model, new) for model in models] for _ in range(ROUNDS)]
+
+    def over_base(i: int) -> Latency:
+        prefill = statistics.median(times[i].prefill / times[0].prefill for times in rounds)
+        if not new:
+            return Latency(prefill, None)
+        decode: Any = [(times[i].decode, times[0].decode) for times in rounds]
+        return Latency(prefill, statistics.median(own / base for own, base in decode))
+
+    return over_base(1), over_base(2) if merged is not None else None
+
+
+@torch.no_grad()
+def timed(model: PreTrainedModel, new: int) -> Latency:
+    """The seconds of a prefill of PROMPT tokens and of decoding `new` tokens, at batch 1."""
+    ids = torch.arange(100, 100 + PROMPT, device=model.device)[None]
+    output, prefill = clock(lambda: model(ids, use_cache=new > 0), model.device)
+
+    def decode() -> None:
+        for _ in range(new):
+            model(ids[:, -1:], cache=output.cache, use_cache=True)
+
+    return Latency(prefill, clock(decode, model.device)[1] if new else None)
+
+
+def clock(do: Callable, device: torch.device) -> tuple:
+    """(what `do` returns, its seconds), waiting for the device's queued work before and after."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    result = do()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return result, time.perf_counter() - start
+
 
 # the relative error of logits at which two models count as equal: in fp32 far above the rounding of
 # some dozen layers, and far below the effect of an adapter

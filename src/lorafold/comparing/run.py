@@ -17,8 +17,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from lorafold.comparing.measure import BASE, Measurement, Task, measure, recipe_of
-from lorafold.comparing.variants import Variant
+from lorafold.comparing.measure import BASE, Measurement, Task, Variant, measure, recipe_of
 from lorafold.data.stored import Rows
 from lorafold.errors import LorafoldError, listed
 from lorafold.files.atomic import write_json

@@ -29,9 +29,8 @@ from rich.progress import track
 from torch import Tensor
 
 from lorafold.adapter import load
-from lorafold.composing.arithmetic import inner, trim
 from lorafold.composing.job import Composed, Job
-from lorafold.composing.updates import Change, Updates, dense
+from lorafold.composing.updates import Change, Updates, dense, inner, trim
 from lorafold.core.attach import only
 from lorafold.evaluation import Evaluation, EvaluationSettings, evaluate
 

@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafold.composing.rules import RULES
-from lorafold.composing.updates import Updates
+from lorafold.composing.updates import RULES, Updates
 from lorafold.core.targets import Matches
 from lorafold.data.sources import Row
 from lorafold.errors import LorafoldError

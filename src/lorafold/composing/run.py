@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorafold.composing import lora, lorahub, mixture
 from lorafold.composing.interference import Interference, measure
 from lorafold.composing.job import Composed, Job, Opened, Request
-from lorafold.composing.rules import RULES
-from lorafold.composing.updates import read
+from lorafold.composing.updates import RULES, read
+from lorafold.composing.ways import arithmetic, lorahub, mixture
 from lorafold.data.batches import split
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import atomic_directory, check_out
@@ -29,9 +28,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 COMPOSITIONS: dict[str, Callable[[Job, Path], Composed]] = {
-    **{rule: partial(lora.compose, rule) for rule in RULES},
-    "lorahub": lorahub.compose,
-    "mixture": mixture.compose,
+    **{rule: partial(arithmetic, rule) for rule in RULES},
+    "lorahub": lorahub,
+    "mixture": mixture,
 }
 LEARNED = ("lorahub", "mixture")  # the ways that learn from examples
 

@@ -4,13 +4,45 @@
                         where it has them, of any method, rank and targets
 
 A site of experts has one such update for each matrix, and each is composed on its own.
+
+The arithmetic at one site: which entries of each update stay, and how the updates become one.
+
+    sum             sum_i w_i dW_i; of factors [w_1 B_1, w_2 B_2 ...] [A_1; A_2 ...], which is exact
+    disjoint mean   for each entry, the mean of those w_i dW_i that have the elected sign,
+                    sign(sum_i w_i dW_i)                                              (TIES)
+
+    trim            keep the share `density` of the entries, the largest; set the others to 0
+                    (TIES, magnitude pruning)
+    drop            keep each entry with probability `density` and divide it by `density`; set the
+                    others to 0                                                       (DARE)
+
+Task arithmetic: Ilharco et al. 2023, arXiv 2212.04089; TIES: Yadav et al. 2023, arXiv 2306.01708,
+sec. 3; DARE: Yu et al. 2024, arXiv 2311.03099, eq. 1. Unlike TIES' paper, which ranks the entries
+of the whole model, `trim` ranks those of one matrix, so that only one dense update is in memory.
+The signs are elected after the updates are weighted, so a negative weight reverses its adapter's
+vote; where the sum is 0 no sign is elected, so A and -A cancel under TIES too.
+
+The ways of composing that are arithmetic, in one table with their defaults.
+
+    way               entries kept         joined by        weights    rank
+    linear            all                  sum              1/n        sum of the adapters', exact
+    task-arithmetic   all                  sum              1          sum of the adapters', exact
+    svd               all                  sum              1/n        the largest of the adapters'
+    ties              largest fifth        disjoint mean    1          sum of the adapters'
+    dare              random half          sum              1/n        sum of the adapters'
+    dare-ties         random half          disjoint mean    1          sum of the adapters'
+    magnitude         largest fifth        sum              1/n        sum of the adapters'
+
+n is the number of adapters; a negative weight of task arithmetic removes a task. `arithmetic` has
+the equations and papers. A fifth is the default of TIES' paper; the other papers choose the share
+for each task.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +54,13 @@ from lorafold.bases import layer_of
 from lorafold.core.anatomy import Anatomy
 from lorafold.core.delta import Additive
 from lorafold.core.matrices import module_at
+from lorafold.core.rounding import generator_of
 from lorafold.errors import LorafoldError, as_one
-from lorafold.inspecting.updates import matrix_names, unstacked
+from lorafold.inspecting.updates import Factors, joined, matrix_names, unstacked
 from lorafold.opening import Base
+from lorafold.ops.svd import best_of_rank, svd_of_product
 from lorafold.peft.saved import Saved
 
-Factors = tuple[Tensor, Tensor]  # up (out, r), every scale included, and down (r, in), fp32
 Change = Factors | Tensor  # dW: its factors, or the dense matrix (out, in)
 
 
@@ -54,11 +87,8 @@ class Site:
             yield name, dict(zip(numbers, own, strict=True))
 
     def joined(self, found: Sequence[Factors]) -> Factors:
-        """The factors of all its matrices, of one rank, as a delta has them."""
-        if self.names == (self.path,):
-            return found[0]
-        ups, downs = zip(*found, strict=True)
-        return torch.stack(ups), torch.stack(downs)
+        """The factors of all its matrices, as a delta has them."""
+        return joined(found, () if self.names == (self.path,) else (len(found),))
 
 
 @dataclass(frozen=True)
@@ -136,3 +166,160 @@ def changes_of(update: Additive) -> list[Change]:
     if factors is None:
         return [*unstacked(update.delta().float())]
     return [*zip(*(unstacked(factor.float()) for factor in factors), strict=True)]
+
+
+# (dW, density, generator) -> dW with entries set to 0
+Kept = Callable[[Tensor, float, torch.Generator], Tensor]
+Joined = Callable[[Sequence[Change]], Change]  # [w_i dW_i] -> their composition
+
+
+def times(change: Change, weight: float) -> Change:
+    """w dW; of factors, the up factor is multiplied."""
+    return (weight * change[0], change[1]) if isinstance(change, tuple) else weight * change
+
+
+def summed(changes: Sequence[Change]) -> Change:
+    """The sum of updates: as factors end to end if all have factors, else dense."""
+    factors = [change for change in changes if isinstance(change, tuple)]
+    if len(factors) == len(changes):
+        ups, downs = zip(*factors, strict=True)
+        return torch.cat(ups, 1), torch.cat(downs, 0)
+    return reduce(torch.add, map(dense, changes))
+
+
+def disjoint_mean(changes: Sequence[Change]) -> Tensor:  # (out, in)
+    """For each entry, the mean of the updates that have the sign of their sum (TIES, sec. 3)."""
+    updates = torch.stack([dense(change) for change in changes])  # (n, out, in)
+    elected = updates.sum(0).sign()
+    agree = (updates.sign() == elected) & (elected != 0)
+    return (updates * agree).sum(0) / agree.sum(0).clamp_min(1)
+
+
+def trim(update: Tensor, density: float, generator: torch.Generator) -> Tensor:
+    """The largest entries of an update, the others 0.
+
+    Args:
+        update: dW, (out, in).
+        density: The share of entries that stay, at least one.
+        generator: Not used; `drop` has the same parameters.
+    """
+    sizes = update.abs()
+    kept = max(1, round(density * update.numel()))
+    least = sizes.flatten().kthvalue(update.numel() - kept + 1).values
+    return torch.where(sizes >= least, update, 0)
+
+
+def drop(update: Tensor, density: float, generator: torch.Generator) -> Tensor:
+    """Random entries of an update, divided by `density`, the others 0 (DARE, eq. 1).
+
+    Args:
+        update: dW, (out, in).
+        density: The probability that an entry stays.
+        generator: Draws the entries, on the CPU.
+    """
+    kept = torch.rand(update.shape, generator=generator) < density
+    return torch.where(kept, update / density, 0)
+
+
+def cut(change: Change, rank: int) -> tuple[Tensor, Tensor, float]:
+    """The best factors of at most this rank: (up (out, r), down (r, in), |up down - dW|^2).
+
+    Factors of no higher rank are returned as they are.
+    """
+    if not isinstance(change, tuple):
+        up, down = best_of_rank(change, min(rank, *change.shape))
+        return up, down, (up @ down - change).double().square().sum().item()
+    up, down = change
+    if rank >= len(down):
+        return up, down, 0.0
+    u, s, vt = svd_of_product(up, down)
+    root = s[:rank].sqrt()
+    return (
+        (u[:, :rank] * root).float(),
+        (root[:, None] * vt[:rank]).float(),
+        s[rank:].square().sum().item(),
+    )
+
+
+def inner(a: Change, b: Change) -> float:
+    """<dW_a, dW_b> in fp64. Of factors it is tr((B_a^T B_b) (A_b A_a^T)), which needs no dense
+    update.
+    """
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        (up_a, down_a), (up_b, down_b) = ((up.double(), down.double()) for up, down in (a, b))
+        return ((up_a.t() @ up_b) * (down_a @ down_b.t())).sum().item()
+    return (dense(a).double() * dense(b).double()).sum().item()
+
+
+def average(n: int) -> float:
+    """The weight of each of n updates in their mean."""
+    return 1 / n
+
+
+def whole(n: int) -> float:
+    """The weight of each of n updates in their sum."""
+    return 1.0
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One way of composing, with its defaults: `weight(n)` for each of n adapters, `rank(ranks)` of
+    a site from those of its updates, and the `density` of the entries that are kept.
+    """
+
+    joined: Joined
+    weight: Callable[[int], float]
+    rank: Callable[[Sequence[int]], int] = sum
+    kept: Kept | None = None
+    density: float | None = None
+
+    def share(self, asked: float | None) -> float | None:
+        """The share of entries to keep: that asked for, or the default; None where all stay."""
+        return None if self.kept is None else asked or self.density
+
+    @torch.no_grad()
+    def at(
+        self, site: Site, weights: Sequence[float], density: float | None, seed: int
+    ) -> Iterator[Change]:
+        """Yield the composition of each matrix of a site.
+
+        Args:
+            site: The site, with its updates.
+            weights: One for each adapter.
+            density: As `share` gives it.
+            seed: The entries that stay follow from it, the site and the number of the adapter.
+        """
+        draws = {i: generator_of(seed, f"{site.path}/{i}") for i, _ in site.there}
+        for _, changes in site.changes():
+            kept = changes
+            if self.kept is not None and density is not None:
+                kept = {i: self.kept(dense(c), density, draws[i]) for i, c in changes.items()}
+            yield self.joined([times(change, weights[i]) for i, change in kept.items()])
+
+    def rank_at(self, site: Site, asked: int | None) -> int:
+        """The rank of a site: that asked for, or the default.
+
+        Raises LorafoldError as `rank_of`.
+        """
+        return asked or self.rank([rank_of(update, site.path) for _, update in site.there])
+
+
+def rank_of(update: Additive, path: str) -> int:
+    """The rank of an update. Raises LorafoldError for one that is not a product of factors."""
+    if (factors := update.factors()) is None:
+        raise LorafoldError(
+            f"{path}: found {type(update).__name__}, which is not a product of two factors and has"
+            " no rank of its own; give --rank"
+        )
+    return factors[1].shape[-2]
+
+
+RULES: dict[str, Rule] = {
+    "linear": Rule(summed, average),
+    "task-arithmetic": Rule(summed, whole),
+    "svd": Rule(summed, average, max),
+    "ties": Rule(disjoint_mean, whole, kept=trim, density=0.2),
+    "dare": Rule(summed, average, kept=drop, density=0.5),
+    "dare-ties": Rule(disjoint_mean, whole, kept=drop, density=0.5),
+    "magnitude": Rule(summed, average, kept=trim, density=0.2),
+}

@@ -1,23 +1,36 @@
-"""The processor, GPUs and memory, measured for about a second, and what lorafold uses of them."""
+"""The processor, GPUs and memory, measured for about a second, and what lorafold uses of them.
+
+What would be slow on this machine, and why, in plain sentences with what to do about it.
+
+How many processes a launcher started of this command, or would start here.
+
+What completions, and the steps of training, are computed with on a CPU.
+"""
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+import psutil
 import torch
+import yaml
 
 from lorafold.diagnosis.finding import Finding, gigabytes
-from lorafold.kernels.table import TRAINING, use
-from lorafold.machine.devices import AMPERE, Gpu
+from lorafold.errors import LorafoldError
+from lorafold.kernels.table import DECODING, TRAINING, use
+from lorafold.machine.cores import busy_elsewhere, instruction_sets, processor_name, usable_cores
+from lorafold.machine.devices import AMPERE, Gpu, choose_device, gpus, native_bf16
+from lorafold.machine.launched import launched
+from lorafold.machine.memory import free_bytes
+from lorafold.models.storages import MADE
+from lorafold.ops.arithmetic import CPU, widens
 from lorafold.ops.demands import FLASH, Place, as_on, groups_at_once, takes
-
-if TYPE_CHECKING:
-    import torch
 
 SHAPE = (1024, 576, 1536)  # rows, in, out: an MLP's product of the embedded model
 GPU_SHAPE = (4096, 4096, 4096)
@@ -33,8 +46,6 @@ def gflops(dtype: torch.dtype, device: torch.device, seconds: float = 0.3) -> fl
         device: Where it is computed; a GPU gets larger matrices (`GPU_SHAPE`).
         seconds: How long products are timed, after one to warm up.
     """
-    import torch
-
     rows, width, out = SHAPE if device.type == "cpu" else GPU_SHAPE
     x = torch.ones(rows, width, dtype=dtype, device=device)
     w = torch.ones(out, width, dtype=dtype, device=device)
@@ -101,19 +112,6 @@ class Hardware:
 
 def examine() -> Hardware:
     """Look at this machine, and measure for about a second."""
-    import psutil
-    import torch
-
-    from lorafold.machine.cores import (
-        busy_elsewhere,
-        instruction_sets,
-        processor_name,
-        usable_cores,
-    )
-    from lorafold.machine.devices import choose_device, gpus, native_bf16
-    from lorafold.machine.memory import free_bytes
-    from lorafold.ops.arithmetic import CPU, widens
-
     device = choose_device()
     busy = busy_elsewhere(0.3)  # before anything is measured, which would count
     native, why = native_bf16(device)
@@ -167,8 +165,6 @@ def findings(h: Hardware) -> Iterator[Finding]:
 
 
 def _unused_driver() -> str:
-    import torch
-
     driver = Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi")
     if not driver or torch.cuda.is_available():
         return ""
@@ -185,3 +181,155 @@ def _has_kernels() -> bool | None:
     except Exception:  # the list of packages says what is wrong with it
         return None
     return "_lib" in vars(library)  # what stands in for a missing library has none
+
+
+FEW_CORES = 4
+BUSY = 0.5  # cores
+LITTLE_MEMORY = 4e9  # bytes: the embedded model trains in 1.5 GB, a model of 1B in NF4 in some 3 GB
+PARAMETERS, TOKENS = 1e9, 1024  # of the example
+FLOPS = 4  # a parameter and token of a LoRA step: 2 forward, 2 for the gradient of the inputs
+
+
+def slow(
+    h: Hardware, pages: str | None, threads: Mapping[str, str], untuned: bool
+) -> Iterator[str]:
+    """The sentences that hold here, the weightiest first.
+
+    Args:
+        pages: To whom the kernel gives huge pages: always, madvise or never, or None.
+        threads: The environment variables that limit threads.
+        untuned: Is the tuning of training processes switched off?
+    """
+    on_processor = h.device == "cpu"
+    if h.unused_driver:
+        yield (
+            f"There is a driver for NVIDIA GPUs, but {h.unused_driver}, so models run on the"
+            " processor: install the build of torch that https://pytorch.org/get-started names for"
+            " this driver."
+        )
+    if on_processor:
+        seconds = FLOPS * PARAMETERS * TOKENS / (h.rate * 1e9)
+        yield (
+            f"Models run on the processor. At {h.rate:.0f} GFLOP/s a training step of a model of 1B"
+            f" parameters on {TOKENS} tokens takes {seconds:.0f} s or more: choose a small model,"
+            " or a machine with a GPU."
+        )
+        yield from _on_processor(h, pages, threads, untuned)
+    if not h.native_bf16:
+        yield (
+            f"The storage bf16 saves memory here and no time, as {h.native_why}; --storage auto"
+            " takes fp32."
+        )
+    if h.kernels is False:
+        yield (
+            "bitsandbytes has no native library for this machine, so the storages"
+            f" {' and '.join(MADE)} are"
+            " unpacked by slower code: reinstall it (pip install --force-reinstall --no-deps"
+            " bitsandbytes), or take --storage bf16 or fp32."
+        )
+    if on_processor and h.free < LITTLE_MEMORY:
+        yield (
+            f"Only {gigabytes(h.free)} of memory are free: end other programs, and see with"
+            " lorafold estimate what fits."
+        )
+
+
+def _on_processor(
+    h: Hardware, pages: str | None, threads: Mapping[str, str], untuned: bool
+) -> Iterator[str]:
+    if h.busy > BUSY:
+        yield (
+            f"Other processes keep {h.busy:.1f} of the processor's cores busy. lorafold shares the"
+            " cores with them, as did the products that were measured: end them, or wait."
+        )
+    if h.threads < h.cores:
+        limits = " and ".join(f"{name}={value}" for name, value in threads.items())
+        yield (
+            f"torch uses {h.threads} of {h.cores} usable cores"
+            + (f", as {limits} says: unset that." if limits else ".")
+        )
+    elif h.cores < FEW_CORES:
+        cores = "one core is" if h.cores == 1 else f"{h.cores} cores are"
+        yield f"Only {cores} usable: with twice as many a step takes about half the time."
+    if h.widened:
+        relation = "slower than" if h.bf16 < h.fp32 else "hardly faster than"
+        yield (
+            f"bf16 products are {relation} fp32 ones here ({h.bf16:.0f} and {h.fp32:.0f}"
+            " GFLOP/s), so 16-bit weights are multiplied in fp32, widened at each use."
+        )
+    if untuned:
+        yield "LORAFOLD_TUNE=off keeps training from huge pages and short waits: unset it."
+    if pages == "never":
+        yield (
+            "The kernel gives no huge pages, with which a step takes 0.88 of the time: let an"
+            " administrator write madvise to /sys/kernel/mm/transparent_hugepage/enabled."
+        )
+
+
+
+
+HF_HOME = "~/.cache/huggingface"
+CONFIG = "accelerate/default_config.yaml"
+
+
+def launchers() -> Iterator[Finding]:
+    """What started this process, and what torchrun, accelerate and srun would start."""
+    yield _this()
+    cuda = [gpu for gpu in gpus() if gpu.device.startswith("cuda")]
+    where = f"each a GPU, of which there are {len(cuda)}" if cuda else "all on the processor"
+    auto = len(cuda) or usable_cores()
+    yield Finding("torchrun", f"--nproc_per_node N starts N, {where}; auto starts {auto}", auto)
+    yield _accelerate(len(cuda))
+    tasks = os.environ.get("SLURM_NTASKS")
+    text = "no job of SLURM here" if tasks is None else f"{tasks} in this job, or -n of them"
+    yield Finding("srun", text, tasks and int(tasks))
+
+
+def _this() -> Finding:
+    try:
+        here = launched()
+    except LorafoldError as error:
+        return Finding("this process", "half started by a launcher", problem=str(error))
+    if here.world == 1:
+        return Finding("this process", "alone, no launcher started it", 1)
+    at = f"process 0 is at {here.address}:{here.port}"
+    return Finding("this process", f"{here.rank} of {here.world} of {here.by}; {at}", here.world)
+
+
+def _accelerate(cuda: int) -> Finding:
+    """One on processors, whatever it is asked for, but where mpirun starts them."""
+    if not cuda:
+        return Finding("accelerate launch", "1 on processors, whatever --num_processes says", 1)
+    file = Path(os.environ.get("HF_HOME", HF_HOME)).expanduser() / CONFIG
+    try:
+        asked = yaml.safe_load(file.read_text())["num_processes"]
+        told = f"{asked}, as {file} has it"
+    except (OSError, TypeError, KeyError, yaml.YAMLError):
+        asked, told = cuda, f"{cuda}, without a configuration"
+    return Finding("accelerate launch", f"{told}; --num_processes N starts N", asked)
+
+
+def engine() -> Iterator[Finding]:
+    """Whether the operations of the engine and of training can be compiled."""
+    for what, operations in {"the engine": DECODING, "training": TRAINING}.items():
+        why = use(operations)
+        text = f"in torch, since they can't be compiled: {why}" if why else "compiled"
+        yield Finding(f"operations of {what}", text, {"compiled": not why, "why": why})
+
+
+def template(model: str, **how: Any) -> Iterator[Finding]:
+    """What a model's chat template does with a conversation.
+
+    Args:
+        model: Its tokenizer is read.
+        how: How it is opened, as fields of `opening.base.Base`.
+    """
+    from lorafold.data.account import account_of
+    from lorafold.opening.base import Base
+
+    tokenizer = Base(model, **how).tokenizer()
+    if tokenizer.chat_template is None:
+        yield Finding("template", "none; a plain one is used (### User: / ### Assistant:)", "")
+        return
+    account = account_of(tokenizer)
+    yield Finding("template", "; ".join(account.lines), account.as_json())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from lorafold.diagnosis.finding import Finding, Group, looked_at, unexamined
@@ -63,43 +64,43 @@ def diagnose(model: str = "smollm2", **how: Any) -> Report:
         model: Whose chat template is looked at.
         how: How it is opened, as fields of `opening.base.Base`.
     """
-    packages, extras = looked_at("packages", _packages), looked_at("extras", _extras)
-    machine, sentences = _machine()
-    return Report(
-        (
-            Group("packages", "Packages", packages, compact=True),
-            Group("optional", "Optional packages", extras),
-            Group("machine", "Machine", machine),
-            Group("models", "Models and caches", looked_at("models", _storage)),
-            Group("training", "Processes that train", looked_at("tuning", _tuning)),
-            Group("processes", "Several processes of one run", looked_at("launchers", _launchers)),
-            Group("generating", "Completions on the processor", looked_at("engine", _generating)),
-            Group("template", f"The chat template of {model}", _template(model, how)),
-        ),
-        sentences,
+    before = (
+        Group("packages", "Packages", _found("installation", "packages"), compact=True),
+        Group("optional", "Optional packages", _found("installation", "extras")),
     )
+    machine, sentences = _machine()
+    after = (
+        Group("models", "Models and caches", _found("installation", "models")),
+        Group("training", "Processes that train", _found("installation", "tuning")),
+        Group("processes", "Several processes of one run", _found("hardware", "launchers")),
+        Group("generating", "Completions on the processor", _found("hardware", "engine")),
+        Group(
+            "template",
+            f"The chat template of {model}",
+            _found("hardware", "template", model, **how),
+        ),
+    )
+    return Report((*before, Group("machine", "Machine", machine), *after), sentences)
 
 
-# Each imports what it needs when it is called, so that what is broken there is a finding too.
+def _found(module: str, name: str, *given: Any, **how: Any) -> tuple[Finding, ...]:
+    """What a function of this package finds. It is imported here, so that what is broken there is a
+    finding too.
+    """
 
+    def look() -> Iterable[Finding]:
+        found: Iterable[Finding] = getattr(
+            import_module(f"lorafold.diagnosis.{module}"), name
+        )(*given, **how)
+        return found
 
-def _packages() -> Iterable[Finding]:
-    from lorafold.diagnosis.packages import packages
-
-    return packages()
-
-
-def _extras() -> Iterable[Finding]:
-    from lorafold.diagnosis.packages import extras
-
-    return extras()
+    return looked_at(name, look)
 
 
 def _machine() -> tuple[tuple[Finding, ...], tuple[str, ...] | None]:
     try:
-        from lorafold.diagnosis.hardware import examine, findings
-        from lorafold.diagnosis.slow import slow
-        from lorafold.diagnosis.tuning import set_threads, switched_off
+        from lorafold.diagnosis.hardware import examine, findings, slow
+        from lorafold.diagnosis.installation import set_threads, switched_off
         from lorafold.machine.restart import huge_pages
 
         hardware = examine()
@@ -107,37 +108,3 @@ def _machine() -> tuple[tuple[Finding, ...], tuple[str, ...] | None]:
         return tuple(findings(hardware)), tuple(sentences)
     except Exception as error:
         return (unexamined("machine", error),), None
-
-
-def _storage() -> Iterable[Finding]:
-    from lorafold.diagnosis.storage import findings
-
-    return findings()
-
-
-def _tuning() -> Iterable[Finding]:
-    from lorafold.diagnosis.tuning import findings
-
-    return findings()
-
-
-def _launchers() -> Iterable[Finding]:
-    from lorafold.diagnosis.launchers import findings
-
-    return findings()
-
-
-def _template(model: str, how: Mapping[str, Any]) -> tuple[Finding, ...]:
-    def look() -> Iterable[Finding]:
-        from lorafold.diagnosis.template import findings
-        from lorafold.opening.base import Base
-
-        return findings(Base(model, **how))
-
-    return looked_at("template", look)
-
-
-def _generating() -> Iterable[Finding]:
-    from lorafold.diagnosis.generating import findings
-
-    return findings()

@@ -9,40 +9,42 @@ change, and some megabytes.
 from __future__ import annotations
 
 import re
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import gguf
 import numpy as np
 import torch
-from torch import Tensor
 
 from lorafold.data.render import ensure_chat_template
 from lorafold.errors import LorafoldError
-from lorafold.exporting.folded import Folded, folded
-from lorafold.exporting.gguf_metadata import add_metadata, add_positions, architecture_of
+from lorafold.exporting.gguf_metadata import (
+    add_metadata,
+    add_positions,
+    add_tokenizer,
+    architecture_of,
+)
 from lorafold.exporting.gguf_tensors import (
     EMBEDDING,
     OUTPUT,
+    Folded,
     encoded,
-    number_of,
+    folded,
     size_of,
     tensors_of,
     type_of,
 )
-from lorafold.exporting.gguf_tokenizer import add_tokenizer
 from lorafold.exporting.target import Progress
 from lorafold.generation import end_tokens
+from lorafold.merging.folding import need_space
 from lorafold.models.checkpoint import mapped_model_of
 from lorafold.models.sources import resolve_model
 from lorafold.models.tokenizer import tokenizer_of
 
 if TYPE_CHECKING:
-    import gguf
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FILE_TYPES = {
@@ -114,14 +116,30 @@ def write_described(
 
     Raises LorafoldError for values that the type does not have, and if the disk has no room.
     """
-    kinds = {n: type_of(n, s, tensors, OUTPUT not in made.shapes) for n, s in made.shapes.items()}
-    sizes = {n: size_of(s, kinds[n]) for n, s in made.shapes.items()}
-    _need_room(out, sum(sizes.values()))
+    writer, tied = made.writer, OUTPUT not in made.shapes
+    kinds = {n: type_of(n, shape, tensors, tied) for n, shape in made.shapes.items()}
+    sizes = {n: size_of(shape, kinds[n]) for n, shape in made.shapes.items()}
+    done, total = 0, sum(sizes.values())
+    need_space(out.parent, total, "the file")
     for name, shape in made.shapes.items():
-        kind = number_of(kinds[name])
-        made.writer.add_tensor_info(name, shape, np.dtype(np.float32), sizes[name], kind)
-    with _disk(out), torch.no_grad():
-        _write(made, out, kinds, sizes, progress)
+        kind = gguf.GGMLQuantizationType[kinds[name]]
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), sizes[name], kind)
+    try:
+        with closing(writer), torch.no_grad():
+            writer.write_header_to_file(out)
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            assert writer.fout is not None
+            file = writer.fout[0]
+            writer.write_padding(file, file.tell())
+            for one in made.tensors:
+                for piece in encoded(one.path, one.values(), kinds[one.path]):
+                    file.write(piece.tobytes())
+                writer.write_padding(file, sizes[one.path])
+                done += sizes[one.path]
+                progress(done, total)
+    except OSError as error:
+        raise LorafoldError(f"{out}: it could not be written: {error.strerror or error}") from error
     if odd := [n for n, kind in kinds.items() if kind == "F16" != tensors]:
         return [*made.notes, f"{len(odd)} matrices are F16: their rows are no whole blocks"]
     return made.notes
@@ -132,20 +150,19 @@ def described(content: Content, tensors: str) -> Described:
 
     Raises LorafoldError for a model or a tokenizer that the format can't say.
     """
-    import gguf
-
     config: Any = content.model.config
     row = architecture_of(config)
     writer = gguf.GGUFWriter(None, row.name)
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(_called(content))
+    whole = content.tokenizer.get_vocab().keys() >= PHI_TOKENS
+    writer.add_name(content.name if whole else PHI.sub(r"\1 ", content.name))
     writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[tensors]])
     if tensors.startswith("Q"):
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     notes = add_metadata(writer, config, row)
     beside = add_positions(writer, config, row)
     placed = [*tensors_of(folded(content.model, content.adapters), config, row)]
-    placed += [Folded(name, tuple(t.shape), partial(_same, t)) for name, t in beside.items()]
+    placed += [Folded.known(name, tensor) for name, tensor in beside.items()]
     shapes = {one.path: one.shape for one in placed}
     if row.name in ONE_MATRIX and OUTPUT in shapes:
         raise LorafoldError(
@@ -159,16 +176,6 @@ def described(content: Content, tensors: str) -> Described:
     return Described(writer, placed, notes)
 
 
-def _called(content: Content) -> str:
-    """The name that a file has."""
-    whole = content.tokenizer.get_vocab().keys() >= PHI_TOKENS
-    return content.name if whole else PHI.sub(r"\1 ", content.name)
-
-
-def _same(values: Tensor) -> Tensor:
-    return values
-
-
 def _ends(content: Content) -> Sequence[int]:
     """The tokens that end a completion, by the directory's files."""
     from transformers import GenerationConfig
@@ -176,40 +183,3 @@ def _ends(content: Content) -> Sequence[int]:
     if (content.directory / "generation_config.json").is_file():
         content.model.generation_config = GenerationConfig.from_pretrained(content.directory)
     return sorted(end_tokens(content.model, content.tokenizer))
-
-
-def _write(
-    made: Described, out: Path, kinds: dict[str, str], sizes: dict[str, int], progress: Progress
-) -> None:
-    writer, done, total = made.writer, 0, sum(sizes.values())
-    try:
-        writer.write_header_to_file(out)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        assert writer.fout is not None
-        file = writer.fout[0]
-        writer.write_padding(file, file.tell())
-        for one in made.tensors:
-            for piece in encoded(one.path, one.values(), kinds[one.path]):
-                file.write(piece.tobytes())
-            writer.write_padding(file, sizes[one.path])
-            done += sizes[one.path]
-            progress(done, total)
-    finally:
-        writer.close()
-
-
-@contextmanager
-def _disk(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise LorafoldError(f"{out}: it could not be written: {error.strerror or error}") from error
-
-
-def _need_room(out: Path, size: int) -> None:
-    if (free := shutil.disk_usage(out.parent).free) < size:
-        raise LorafoldError(
-            f"{out.parent}: the disk has {free / 1e9:.1f} GB left, the file needs"
-            f" {size / 1e9:.1f} GB; free some space or choose another --out"
-        )

@@ -5,27 +5,40 @@
     ...mlp.experts.gate_up_proj (E, 2 I, H)   ->  blk.0.ffn_gate_exps.weight, ffn_up_exps (E, I, H)
 
 A tied head is not there: llama.cpp takes the embedding.
+
+The parameters of a model with adapters folded in, computed one at a time.
+
+    W' = fold_n(... fold_1(W)) in fp32, rounded by whoever writes it, once
+
+W is what the adapters were trained on, where the round trip (`merging.into`) is attached.
+
+Tied parameters are one, under the first of their names, unless adapters change them in different
+ways: then there are both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import gguf
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lorafold.errors import LorafoldError
-from lorafold.exporting.folded import Folded
+from lorafold.core.attach import Adapted
+from lorafold.core.matrices import module_at
+from lorafold.errors import LorafoldError, NotMergeable, listed
 from lorafold.exporting.gguf_metadata import Architecture
-from lorafold.exporting.update import Factors
+from lorafold.exporting.target import DOWN, GATE_UP, Factors
+from lorafold.fold.as_trained import ROUND_TRIP
+from lorafold.fold.plan import plan_fold
+from lorafold.merging.folding import before_and_after
+from lorafold.models.converted import OnDemand
 
-if TYPE_CHECKING:
-    import numpy as np
-    from gguf import GGMLQuantizationType, TensorNameMap
-
+DELTAS = ".deltas."
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 BLOCKS = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 BLOCK = 32
@@ -34,6 +47,64 @@ AT_ONCE = 1 << 22  # weights that are converted together
 LARGEST = 65504.0  # of F16
 HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
 SUFFIXES = (".weight", ".bias")
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A parameter: its dotted name, its shape, and its values when they are asked for."""
+
+    path: str
+    shape: tuple[int, ...]
+    values: Callable[[], Tensor]
+
+    @classmethod
+    def known(cls, path: str, values: Tensor) -> Folded:
+        """A tensor that is there."""
+        return cls(path, tuple(values.shape), lambda: values)
+
+    def part(self, shape: Sequence[int], of: Callable[[Tensor], Tensor]) -> Folded:
+        """What a function makes of the values (*, in), or (n,) of a vector.
+
+        Args:
+            shape: of what it makes.
+        """
+        return Folded(self.path, tuple(shape), lambda: of(self.values()))
+
+
+def folded(model: nn.Module, names: Sequence[str]) -> Iterator[Folded]:
+    """The parameters of a model under adapters; the model is not changed.
+
+    Raises NotMergeable with every reason for which they have no form in weight space.
+
+    Args:
+        names: of the adapters, lowest first.
+    """
+    plan = plan_fold(model, (ROUND_TRIP, *names))
+    if plan.problems:
+        raise NotMergeable(listed((f"{path}: {why}" for path, why in plan.problems), "; "))
+
+    def changed(name: str) -> Tensor:
+        path, leaf = plan.sites[name]
+        module: Adapted = module_at(model, path)  # type: ignore[assignment]
+        return before_and_after(module, names, leaf)[1]
+
+    def same(parameter: Tensor) -> Tensor:
+        return parameter.make() if isinstance(parameter, OnDemand) else parameter
+
+    apart = {name for first, others in plan.apart.items() for name in (first, *others)}
+    seen: set[int] = set()
+    left = dict(plan.shapes)
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        shape = left.pop(path, None)
+        if DELTAS in path or (id(parameter) in seen and path not in apart):
+            continue
+        seen.add(id(parameter))
+        if shape is None:
+            yield Folded(path, tuple(parameter.shape), partial(same, parameter))
+        else:
+            yield Folded(path, shape, partial(changed, path))
+    for path, shape in left.items():  # biases that there were not
+        yield Folded(path, shape, partial(changed, path))
 
 
 def type_of(name: str, shape: tuple[int, ...], tensors: str, tied: bool) -> str:
@@ -55,26 +126,15 @@ def type_of(name: str, shape: tuple[int, ...], tensors: str, tied: bool) -> str:
 
 def size_of(shape: tuple[int, ...], kind: str) -> int:
     """Bytes of a tensor."""
-    import gguf
-
-    per, size = gguf.GGML_QUANT_SIZES[number_of(kind)]
+    per, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     return int(torch.Size(shape).numel()) // per * size
-
-
-def number_of(kind: str) -> GGMLQuantizationType:
-    """The number that a file has for a type."""
-    import gguf
-
-    return gguf.GGMLQuantizationType[kind]
 
 
 def encoded(name: str, values: Tensor, kind: str) -> Iterator[np.ndarray]:
     """The bytes of a tensor of any shape, in pieces. Raises LorafoldError for values that the type
     does not have.
     """
-    import gguf
-
-    rows = values.reshape(-1, values.shape[-1])
+    rows, number = values.reshape(-1, values.shape[-1]), gguf.GGMLQuantizationType[kind]
     step = max(AT_ONCE // rows.shape[-1], 1)
     for start in range(0, len(rows), step):
         some = rows[start : start + step]
@@ -87,7 +147,13 @@ def encoded(name: str, values: Tensor, kind: str) -> Iterator[np.ndarray]:
                 )
             yield made.view(torch.uint8).numpy()
         else:
-            yield gguf.quants.quantize(some.float().contiguous().numpy(), number_of(kind))
+            yield gguf.quants.quantize(some.float().contiguous().numpy(), number)
+
+
+def names_of(row: Architecture, layers: int) -> gguf.TensorNameMap:
+    """The package's names of an architecture."""
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    return gguf.get_tensor_name_map(kinds[row.name], layers)
 
 
 def tensors_of(parameters: Iterable[Folded], config: Any, row: Architecture) -> Iterator[Folded]:
@@ -97,42 +163,48 @@ def tensors_of(parameters: Iterable[Folded], config: Any, row: Architecture) -> 
     """
     names = names_of(row, config.num_hidden_layers)
     for parameter in parameters:
-        yield from _placed(parameter, names, config, row)
+        path, _, leaf = parameter.path.rpartition(".")
+        if experts := leaf in (GATE_UP, DOWN):
+            path, leaf = parameter.path, "weight"
+        for part, count, of in _parts(path, experts, config, row):
+            if row.gain and parameter.path.endswith("norm.weight"):
+                of = partial(_raised, row.gain)
+            name = names.get_name(f"{part}.{leaf}", try_suffixes=SUFFIXES)
+            if name is None:
+                raise LorafoldError(
+                    f"found a parameter {part}.{leaf}, for which llama.cpp has no name"
+                )
+            shape = parameter.shape
+            if count > 1:
+                shape = (shape[0], shape[1] // count, shape[2])
+            yield replace(parameter.part(shape, of) if of else parameter, path=name)
 
 
-def names_of(row: Architecture, layers: int) -> TensorNameMap:
-    """The package's names of an architecture."""
-    import gguf
+def _parts(
+    path: str, experts: bool, config: Any, row: Architecture
+) -> Iterator[tuple[str, int, Callable[[Tensor], Tensor] | None]]:
+    """Yield the module path of each matrix that the file has for one of a model, the number of
+    parts that its rows have, and what makes its rows of the model's, or None for the same.
 
-    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
-    return gguf.get_tensor_name_map(kinds[row.name], layers)
-
-
-def _placed(
-    parameter: Folded, names: TensorNameMap, config: Any, row: Architecture
-) -> Iterator[Folded]:
-    stem, _, leaf = parameter.path.rpartition(".")
-    shape = parameter.shape
-    if leaf in ("gate_up_proj", "down_proj"):  # of all experts
-        halves = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
-        rows = shape[1] // len(halves)
-        for n, half in enumerate(halves):
-            made = parameter.part((shape[0], rows, shape[2]), partial(_rows, n * rows, rows))
-            yield replace(made, path=_named(f"{stem}.{half}.weight", names))
-        return
-    module, made = stem.rpartition(".")[2], parameter
-    if row.interleaved and module in HEADS:
-        made = parameter.part(shape, partial(interleaved, heads=getattr(config, HEADS[module])))
-    elif row.gain and parameter.path.endswith("norm.weight"):
-        made = parameter.part(shape, lambda values: values.float() + row.gain)
-    yield replace(made, path=_named(parameter.path, names))
+    Args:
+        experts: whether it is the matrices of all experts, (E, out, in).
+    """
+    stem, _, module = path.rpartition(".")
+    if experts and module == GATE_UP:
+        for n, half in enumerate(("gate_proj", "up_proj")):
+            yield f"{stem}.{half}", 2, partial(_half, n)
+    elif row.interleaved and module in HEADS:
+        yield path, 1, partial(interleaved, heads=getattr(config, HEADS[module]))
+    else:
+        yield path, 1, None
 
 
-def _named(path: str, names: TensorNameMap) -> str:
-    found = names.get_name(path, try_suffixes=SUFFIXES)
-    if found is None:
-        raise LorafoldError(f"found a parameter {path}, for which llama.cpp has no name")
-    return found
+def _raised(gain: float, values: Tensor) -> Tensor:
+    return values.float() + gain
+
+
+def _half(n: int, values: Tensor) -> Tensor:
+    return values.chunk(2, 1)[n]
 
 
 def interleaved(rows: Tensor, heads: int) -> Tensor:
@@ -141,10 +213,6 @@ def interleaved(rows: Tensor, heads: int) -> Tensor:
     """
     halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
     return halves.transpose(1, 2).reshape(rows.shape)
-
-
-def _rows(start: int, count: int, values: Tensor) -> Tensor:
-    return values[:, start : start + count]
 
 
 def tensors_of_update(
@@ -162,9 +230,9 @@ def tensors_of_update(
     tensors: dict[str, Tensor] = {}
     problems = []
     tied = bool(config.tie_word_embeddings)
-    for path, pair in factors.items():
-        for part, (up, down) in _parts(path, pair, config, row):
-            name = _name(part, names)
+    for path, (up, down) in factors.items():
+        for part, _, of in _parts(path, up.dim() == 3, config, row):
+            name = names.get_name(f"{part}.weight", try_suffixes=SUFFIXES)
             if name is None:
                 problems.append(f"{path}: llama.cpp has no tensor for it in {row.name}")
             elif tied and name in (EMBEDDING, OUTPUT):
@@ -172,28 +240,7 @@ def tensors_of_update(
                     f"{path}: the head is the embedding in this model, and llama.cpp has one matrix"
                     " for both, which an adapter can't change"
                 )
-            elif name == EMBEDDING:
-                tensors |= {f"{name}.lora_a": down.mT, f"{name}.lora_b": up}
             else:
-                tensors |= {f"{name}.lora_a": down, f"{name}.lora_b": up}
+                tensors[f"{name}.lora_a"] = down.mT if name == EMBEDDING else down
+                tensors[f"{name}.lora_b"] = of(up) if of else up
     return tensors, problems
-
-
-def _parts(
-    path: str, pair: Factors, config: Any, row: Architecture
-) -> Iterator[tuple[str, Factors]]:
-    """The products of which the file has tensors, with rows in its order."""
-    up, down = pair
-    stem, _, module = path.rpartition(".")
-    if up.dim() == 3 and module == "gate_up_proj":
-        for half, rows in zip(("gate_proj", "up_proj"), up.chunk(2, 1), strict=True):
-            yield f"{stem}.{half}", (rows, down)
-    elif row.interleaved and module in HEADS:
-        yield path, (interleaved(up, getattr(config, HEADS[module])), down)
-    else:
-        yield path, pair
-
-
-def _name(path: str, names: TensorNameMap) -> str | None:
-    found = names.get_name(f"{path}.weight", try_suffixes=SUFFIXES)
-    return None if found is None else str(found)

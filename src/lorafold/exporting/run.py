@@ -1,6 +1,8 @@
 """From a base with adapters to the files of another engine, proved there.
 
     cut -> check -> write -> prove -> export.json       whole or not at all
+
+Every target by its name.
 """
 
 from __future__ import annotations
@@ -14,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lorafold.errors import LorafoldError, NoTokenizer, as_one
-from lorafold.exporting.answers import Ours, answered
-from lorafold.exporting.cutting import Cut, cut_to, rank_enough
 from lorafold.exporting.engines import ENGINES, ask
-from lorafold.exporting.proof import Proof, distance, proof
-from lorafold.exporting.table import target_of
+from lorafold.exporting.plain_lora import Cut, cut_to, rank_enough
+from lorafold.exporting.proof import Ours, Proof, answered, distance, proof
+from lorafold.exporting.servers import ToPeft, ToSglang, ToVllm
 from lorafold.exporting.target import ORIGINAL, Progress, Subject, Target, Written, placed
+from lorafold.exporting.to_gguf import ToGguf, ToGgufModel, ToLlamaCpp
+from lorafold.exporting.to_mlx import ToMlx
+from lorafold.exporting.to_ollama import ToOllama
 from lorafold.files.atomic import atomic_directory, check_out, write_json
 from lorafold.files.paths import check_kept
 from lorafold.files.shown import Shown
@@ -32,6 +36,21 @@ from lorafold.peft.saved import Saved
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        ToPeft(), ToGguf(), ToLlamaCpp(), ToGgufModel(), ToOllama(), ToVllm(), ToSglang(), ToMlx()
+    )
+}
+
+
+def target_of(name: str) -> Target:
+    """The target of this name. Raises LorafoldError with the names that there are."""
+    if not isinstance(name, str) or name not in TARGETS:
+        raise LorafoldError(f"--to: found {name!r}, expected one of {', '.join(TARGETS)}")
+    return TARGETS[name]
+
 
 EXPORT, SCRATCH, PROVING = "export.json", "scratch", "proving"
 SHARE = 0.01  # of what the adapters change, that a proof may lose

@@ -1,29 +1,194 @@
-"""What every target has: what it can say, how it is written, which engine proves it."""
+"""What every target has: what it can say, how it is written, which engine proves it.
+
+What adapters add to the matrices of their base, as one pair of factors a site.
+
+    dW = up @ down     up (*matrices, out, r) with every scale in it, down (*matrices, r, in)
+
+Every method whose change is a product has its factors exactly: LoRA and its starts, VeRA, AdaLoRA,
+a stack of them, their ranks added. Of the others (DoRA, LoHa, LoKr, IA3, whole matrices) the update
+is computed and cut to the best of a rank (Eckart and Young 1936), which is asked for.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import nn
 
 from lorafold.adapter import load
-from lorafold.exporting.update import Update, update_of
+from lorafold.bases import layer_of
+from lorafold.core.attach import adapted_modules
+from lorafold.core.base import Base as ModuleLayer
+from lorafold.core.delta import Delta, on_meta
+from lorafold.errors import NotMergeable
 from lorafold.fold.as_trained import attach_round_trip
+from lorafold.fold.plan import deltas_of
+from lorafold.inspecting.updates import (
+    Factors,
+    Svd,
+    joined,
+    matrix_names,
+    of_dense,
+    of_factors,
+    unstacked,
+)
 from lorafold.merging.into import Into
+from lorafold.methods.parts.token_rows import TokenRows
 from lorafold.models.tokenizer import tokenizer_of
 from lorafold.opening import Base
 from lorafold.peft.saved import Saved
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+GATE_UP, DOWN = "gate_up_proj", "down_proj"
+INTERLEAVED = frozenset({"gpt_oss"})  # families in whose rows gates and ups take turns
+
+
+@dataclass(frozen=True)
+class Update:
+    """What the adapters of a model change.
+
+    Attributes:
+        factors: of each matrix that changes, by module path.
+        dense: the methods by the module path of each update that is no product of factors, of which
+            `factors` has none.
+        beside: what else changes, by module path: biases, vectors, new tokens, virtual tokens.
+        lost: squared norms, of what cutting lost and of the whole update, by the name of each
+            matrix that was cut; experts one by one.
+    """
+
+    factors: Mapping[str, Factors]
+    dense: Mapping[str, str] = field(default_factory=dict)
+    beside: Mapping[str, str] = field(default_factory=dict)
+    lost: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of a site."""
+        return max((down.shape[-2] for _, down in self.factors.values()), default=0)
+
+    @property
+    def error(self) -> float:
+        """The norm of what was lost relative to that of the updates that were cut."""
+        lost, whole = (sum(column) for column in zip(*self.lost.values(), strict=True))
+        return math.sqrt(lost / whole) if whole else 0.0
+
+
+@torch.no_grad()
+def update_of(model: nn.Module, names: Sequence[str], rank: int | None = None) -> Update:
+    """What the named adapters change, lowest first; the model stays as it is.
+
+    Args:
+        model: with the adapters attached; its weights may be in files.
+        names: of the adapters.
+        rank: cut every update to this rank where it has a larger one; None cuts none.
+    """
+    factors: dict[str, Factors] = {}
+    dense: dict[str, str] = {}
+    beside: dict[str, str] = {}
+    lost: dict[str, tuple[float, float]] = {}
+    for path, module in adapted_modules(model):
+        deltas = [*deltas_of(module, names)]
+        if not deltas:
+            continue
+        layer = layer_of(module)
+        if other := _beside(layer, deltas):
+            beside[path] = other
+            continue
+        pair = _product(deltas)
+        if pair is None and rank is None:
+            parts = [p for delta in deltas for p in delta.parts() if p.factors() is None]
+            dense[path] = ", ".join(sorted({type(part).__name__ for part in parts}))
+        elif rank is None:
+            factors[path] = pair  # type: ignore[assignment]
+        else:
+            svds = (
+                map(of_factors, *map(unstacked, pair)) if pair else _of_change(layer, deltas)
+            )
+            cut = _cut(matrix_names(path, layer.matrices), svds, rank, lost)
+            factors[path] = joined(cut, layer.matrices)
+    return Update(factors, dense, beside, lost)
+
+
+def _beside(layer: ModuleLayer, deltas: Sequence[Delta]) -> str:
+    """What the deltas change that is no matrix of the layer's shape, or nothing."""
+    try:
+        w, b = layer.dense_like()
+        changed, bias = w, b
+        for delta in deltas:
+            changed, bias = on_meta(delta).fold(changed, bias)
+    except NotMergeable as e:
+        return str(e)
+    if changed.shape != w.shape:
+        return f"{changed.shape[0] - w.shape[0]:,} new rows"
+    parts = [part for delta in deltas for part in delta.parts()]
+    if rows := {i for part in parts if isinstance(part, TokenRows) for i in part.ids}:
+        return f"{len(rows):,} rows of tokens"
+    if bias is not b:
+        return "a bias"
+    return "" if w.dim() > 1 else "a vector"
+
+
+def _product(deltas: Sequence[Delta]) -> Factors | None:
+    """The factors of all deltas together, or None if one has none."""
+    found = [pair for delta in deltas if (pair := delta.factors()) is not None]
+    if len(found) < len(deltas):
+        return None
+    ups, downs = zip(*found, strict=True)
+    return torch.cat(ups, -1).float(), torch.cat(downs, -2).float()
+
+
+def _of_change(layer: ModuleLayer, deltas: Sequence[Delta]) -> Iterator[Svd]:
+    """The SVD of what the deltas add to each matrix of the layer."""
+    w, b = layer.dense()
+    own = changed = w.float()
+    for delta in deltas:
+        changed, b = delta.fold(changed, b)
+    return map(of_dense, unstacked(changed - own))
+
+
+def _cut(
+    names: Sequence[str], svds: Iterable[Svd], rank: int, lost: dict[str, tuple[float, float]]
+) -> list[Factors]:
+    """The best factors of a rank, of each matrix; what that lost goes to `lost`."""
+    found = []
+    for name, svd in zip(names, svds, strict=True):
+        squares = svd.s.double().square()
+        lost[name] = float(squares[rank:].sum()), float(squares.sum())
+        found.append(svd.factors(rank))
+    return found
+
+
+def apart(kind: str, name: str, factors: Factors) -> Iterator[tuple[str, Factors]]:
+    """Yield the name and the factors of each matrix that a parameter of experts is.
+
+    Args:
+        kind: the model's type.
+        name: of the parameter.
+        factors: of all experts.
+    """
+    up, down = factors
+    if name != GATE_UP:
+        yield name, factors
+        return
+    if kind in INTERLEAVED:
+        gate, beside = up[:, ::2], up[:, 1::2]
+    else:
+        gate, beside = up.chunk(2, 1)
+    yield "gate_proj", (gate, down)
+    yield "up_proj", (beside, down.clone())  # safetensors writes no tensor twice
+
 
 OUT = "{out}"  # stands for the directory of the export
 CONTENT = "$(cat "  # begins a word that is the content of a file, whose path follows
@@ -53,20 +218,12 @@ def _word(word: Word, out: str) -> str:
     return quote(word.replace(OUT, out))
 
 
-def window_of(config: Any) -> int | None:
-    """How many positions some layers attend to alone, or None where all attend to all."""
-    window: int | None = getattr(config, "sliding_window", None)
-    if window is None or window >= config.max_position_embeddings:
-        return None
-    if getattr(config, "use_sliding_window", True) is False:
-        return None
-    return window
-
-
 def told(engine: str, config: Any) -> tuple[str, ...]:
     """What an engine that has no windows computes otherwise than the model, if it does."""
-    window = window_of(config)
-    if window is None:
+    window = getattr(config, "sliding_window", None)
+    if window is None or window >= config.max_position_embeddings:
+        return ()
+    if getattr(config, "use_sliding_window", True) is False:
         return ()
     return (
         f"{engine} attends to all positions, where the model attends to the last {window:,} alone:"

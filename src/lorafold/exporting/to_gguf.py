@@ -6,26 +6,41 @@
 So each site has the rank and the scale that it has. The proof runs over a base that is written for
 it in F32, in F16 where that would be large, and removed; where the model is a GGUF file, the same
 is asked over that file, and what it differs by is told.
+
+Exports a whole model as one GGUF file, which llama.cpp and all that is built on it take.
+
+Adapters go in folded: a file of its own for the adapter is another target. Types with more than a
+scale a block, such as Q4_K_M, are llama.cpp's own quantizer's work, which is called where it is
+found.
 """
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import Any, ClassVar
 
-from torch import Tensor
+import gguf
 
-from lorafold.errors import LorafoldError
-from lorafold.exporting.folded import Folded
+from lorafold.errors import LorafoldError, shortened
 from lorafold.exporting.gguf_metadata import architecture_of
-from lorafold.exporting.gguf_model import Described, write_described, write_model
-from lorafold.exporting.gguf_tensors import tensors_of_update
-from lorafold.exporting.plain_lora import TEMPLATE, elsewhere, write_template
+from lorafold.exporting.gguf_model import (
+    FILE_TYPES,
+    Content,
+    Described,
+    described,
+    write_content,
+    write_described,
+    write_model,
+)
+from lorafold.exporting.gguf_tensors import PLAIN, Folded, tensors_of_update
+from lorafold.exporting.plain_lora import OTHER_TEMPLATE, TEMPLATE, elsewhere, write_template
 from lorafold.exporting.target import Line, Progress, Subject, Target, Written, only_products
+from lorafold.models.storage import stored_in_files
 
 FILE = "adapter.gguf"
 BASE = "base-gguf"  # the directory that a launch line has the base written to
@@ -45,24 +60,38 @@ class GgufAdapter(Target):
         """How the file is used over the file of a base, with options, as `Written.launch`."""
 
     def problems(self, subject: Subject) -> Sequence[str]:
-        return problems_of(subject)
+        if not subject.adapters:
+            return ["found no adapter, expected one; --to gguf-model writes a whole model"]
+        try:
+            row = architecture_of(subject.config)
+        except LorafoldError as error:
+            return [str(error)]
+        update = subject.update
+        found = tensors_of_update(update.factors, subject.config, row)[1]
+        return [*only_products(update, "a GGUF adapter"), *found]
 
     def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
-        notes = [*write_adapter(subject, directory / FILE, progress)]
-        gguf, base = subject.base.source.gguf, elsewhere(subject.base)
-        options: tuple[str, ...] = ("--jinja",)
-        files: tuple[str, ...] = (FILE,)
+        row = architecture_of(subject.config)
+        tensors, _ = tensors_of_update(subject.update.factors, subject.config, row)
+        writer = gguf.GGUFWriter(None, row.name)
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)
+        placed = [Folded.known(name, tensor) for name, tensor in tensors.items()]
+        made = Described(writer, placed, ())
+        notes = [*write_described(made, directory / FILE, str(subject.tensors), progress)]
+        source, options, files = subject.base.source.gguf, ["--jinja"], [FILE]
         if write_template(subject, directory):
-            notes.append(f"the chat template is another than the base's: {TEMPLATE}")
-            options = (*options, "--chat-template-file", f"{{out}}/{TEMPLATE}")
-            files = (FILE, TEMPLATE)
-        if gguf is not None:
-            return Written(files, tuple(self.use(str(gguf), options)), tuple(notes), JOB)
-        at = f" --revision {base.revision}" if base.revision else ""
+            notes.append(OTHER_TEMPLATE)
+            options += ["--chat-template-file", f"{{out}}/{TEMPLATE}"]
+            files.append(TEMPLATE)
+        if source is not None:
+            return Written(tuple(files), tuple(self.use(str(source), options)), tuple(notes), JOB)
+        revision = elsewhere(subject.base).revision
+        at = f" --revision {revision}" if revision else ""
         model, file = quote(subject.base.name) + at, f"{BASE}/model-F16.gguf"
-        made = f"lorafold export --model {model} --to gguf-model --out {BASE}  # writes {file}"
-        lines = (made, *self.use(file, options))
-        return Written(files, lines, tuple(notes), JOB)
+        made_by = f"lorafold export --model {model} --to gguf-model --out {BASE}  # writes {file}"
+        return Written(tuple(files), (made_by, *self.use(file, options)), tuple(notes), JOB)
 
     def proving(self, subject: Subject, scratch: Path, progress: Progress) -> Mapping[str, Any]:
         scratch.mkdir(exist_ok=True)
@@ -113,36 +142,77 @@ def listed_path(out: str) -> str:
     return '"' + path.replace('"', '""') + '"' if {*path} & {*',"'} else path
 
 
-def problems_of(subject: Subject) -> Sequence[str]:
-    """Why an update is no file of this form, a line each."""
-    if not subject.adapters:
-        return ["found no adapter, expected one; --to gguf-model writes a whole model"]
+QUANTIZER = "llama-quantize"
+MIXED = ("Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_M", "Q2_K", "IQ4_NL", "IQ4_XS")
+# of other types than these the share is told and refuses nothing
+TOLERANCE: Mapping[str, float | None] = {
+    **dict.fromkeys((*FILE_TYPES, *MIXED)), **dict.fromkeys(PLAIN, 0.01), "Q8_0": 0.02
+}  # fmt: skip
+
+
+def file_of(tensors: str | None) -> str:
+    """The name of the file."""
+    return f"model-{tensors}.gguf"
+
+
+def _content(subject: Subject) -> Content:
+    name, source = Path(subject.base.name).name, subject.base.source
+    model: Any = subject.model
+    return Content(model, subject.names, source.path, subject.tokenizer, name)
+
+
+def write_gguf(subject: Subject, directory: Path, progress: Progress) -> Sequence[str]:
+    """Write the file of a subject into a directory; as `write_content`, which has the notes."""
+    asked, content = str(subject.tensors), _content(subject)
+    if asked not in MIXED:
+        return write_content(content, directory / file_of(asked), asked, progress)
+    plain = directory / file_of("F32")
+    notes = write_content(content, plain, "F32", progress)
+    command = [QUANTIZER, str(plain), str(directory / file_of(asked)), asked]
     try:
-        row = architecture_of(subject.config)
-    except LorafoldError as error:
-        return [str(error)]
-    update = subject.update
-    found = tensors_of_update(update.factors, subject.config, row)[1]
-    return [*only_products(update, "a GGUF adapter"), *found]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    finally:
+        plain.unlink()
+    if done.returncode:
+        said = (done.stdout + done.stderr).strip().splitlines() or ["nothing"]
+        raise LorafoldError(f"{QUANTIZER}: code {done.returncode}: {shortened(said[-1], 160)}")
+    return notes
 
 
-def write_adapter(subject: Subject, out: Path, progress: Progress) -> Sequence[str]:
-    """Write the file, as `write_described`, whose result this is.
+class GgufModel(Target):
+    """Abstract: a whole model as a file; what differs is what lies beside it."""
 
-    Args:
-        out: the file.
-    """
-    import gguf
+    engine: ClassVar[str | None] = "llamacpp"
+    tensors: ClassVar[tuple[str, ...]] = (*FILE_TYPES, *MIXED)
+    merged: ClassVar[bool] = True
+    tolerance: ClassVar[Mapping[str, float | None]] = TOLERANCE
 
-    row = architecture_of(subject.config)
-    tensors, _ = tensors_of_update(subject.update.factors, subject.config, row)
-    writer = gguf.GGUFWriter(None, row.name)
-    writer.add_type(gguf.GGUFType.ADAPTER)
-    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)
-    placed = [Folded(name, tuple(t.shape), partial(_same, t)) for name, t in tensors.items()]
-    return write_described(Described(writer, placed, ()), out, str(subject.tensors), progress)
+    def problems(self, subject: Subject) -> Sequence[str]:
+        if (held := stored_in_files(subject.base.source)) is not None:
+            return [
+                f"the model's files have {held} weights; run lorafold merge first, or name the"
+                " model that it was quantized from"
+            ]
+        if subject.tensors in MIXED and shutil.which(QUANTIZER) is None:
+            return [
+                f"{subject.tensors} is the work of llama.cpp's {QUANTIZER}, which is not on PATH;"
+                f" write F16 and run: {QUANTIZER} {file_of('F16')} {file_of(subject.tensors)}"
+                f" {subject.tensors}"
+            ]
+        try:
+            described(_content(subject), "F16")
+        except LorafoldError as error:
+            return [str(error)]
+        return []
 
 
-def _same(values: Tensor) -> Tensor:
-    return values
+class ToGgufModel(GgufModel):
+    """For llama.cpp."""
+
+    name: ClassVar[str] = "gguf-model"
+
+    def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
+        file = file_of(subject.tensors)
+        notes = write_gguf(subject, directory, progress)
+        launch = (("llama-server", "-m", f"{{out}}/{file}", "--jinja"),)
+        return Written((file,), launch, tuple(notes), {"base": f"{{out}}/{file}"})

@@ -28,18 +28,26 @@ from torch import Tensor
 
 from lorafold.bases import is_linear, layer_of
 from lorafold.core.attach import adapted_modules
-from lorafold.exporting.plain_lora import TEMPLATE, elsewhere, of_one_rank, write_template
+from lorafold.exporting.plain_lora import (
+    OTHER_TEMPLATE,
+    TEMPLATE,
+    elsewhere,
+    of_one_rank,
+    write_template,
+)
 from lorafold.exporting.target import (
     CONTENT,
+    Factors,
     Progress,
     Subject,
     Target,
+    Update,
     Written,
+    apart,
     only_products,
     period_of,
     told,
 )
-from lorafold.exporting.update import Factors, Update, apart
 from lorafold.files.atomic import write_json
 from lorafold.files.record import read_object
 from lorafold.fold.plan import deltas_of
@@ -198,7 +206,7 @@ class ToMlx(Target):
         launch = [("mlx_lm.generate", *both, "--prompt", "Hello"), ("mlx_lm.server", *both)]
         if template:
             launch = [(*launch[1], "--chat-template", f"{CONTENT}{{out}}/{TEMPLATE}")]
-            notes.append(f"the chat template is another than the base's: {TEMPLATE}")
+            notes.append(OTHER_TEMPLATE)
         files = (f"adapter/{WEIGHTS}", f"adapter/{CONFIG}", *[TEMPLATE] * template)
         return Written(
             files, tuple(launch), tuple(notes), {"adapter": "{out}/adapter", "base": path}

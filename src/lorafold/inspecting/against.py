@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lorafold.inspecting.residual import Stream
-from lorafold.inspecting.subspaces import phi
+from lorafold.inspecting.spectra import phi
 from lorafold.inspecting.updates import Svd, site_of
 
 SHOWN = 64  # the most directions of each adapter in a heat map

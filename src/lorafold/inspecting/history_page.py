@@ -14,8 +14,7 @@ from typing import Any
 from lorafold.files.card import within
 from lorafold.files.page import cards, document, grid, html_table, notes, section
 from lorafold.files.plots import brief, number
-from lorafold.inspecting.history import History
-from lorafold.inspecting.observed import SHARED, ends
+from lorafold.inspecting.history import SHARED, History, ends
 from lorafold.inspecting.plots import curves
 
 TOGETHER = {"largest mismatch": "mismatch"}  # figures that share a plot with another one

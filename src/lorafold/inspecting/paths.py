@@ -7,12 +7,15 @@
 The update is scaled, not its factors, so the line is straight for every method that folds: `Mix`
 computes W + sum_i g_i (fold_i(W) - W). Linear mode connectivity: Frankle et al. 2020, arXiv
 1912.05671; the barrier: Entezari et al. 2022, arXiv 2110.06296.
+
+The loss of a model whose adapters change between measurements; the rows are tokenized once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,13 +25,58 @@ from lorafold.bases import layer_class
 from lorafold.core.attach import adapted_modules, lay, lift, only, selection_of
 from lorafold.core.combine import Mix, Stack
 from lorafold.core.delta import Delta
+from lorafold.data.examples import encode
 from lorafold.data.sources import Row
 from lorafold.errors import LorafoldError
-from lorafold.inspecting.loss import loss_on
+from lorafold.evaluation import held_out_loss
 from lorafold.methods.parts.token_rows import TokenRows
+from lorafold.step.losses import Completions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def loss_on(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int
+) -> Callable[[], float]:
+    """A function that measures the model as it is: the mean loss in nats a labelled token.
+
+    Args:
+        model, tokenizer: A causal language model, with any adapters.
+        rows: Rows of the forms that training takes.
+        max_length: Longer examples are cut to this many tokens.
+
+    Raises LorafoldError for bad rows.
+    """
+    data = encode(rows, tokenizer, max_length)
+    return partial(held_out_loss, Completions(model, packed=False, pad_id=0), data.examples)
+
+
+def losses_of(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    max_length: int,
+    below: int = 0,
+) -> dict[str, float]:
+    """The losses of two adapters, each active alone: `loss_before` of the one that was attached
+    first, `loss_after` of the other, in nats a labelled token.
+
+    Args:
+        model, tokenizer: A causal language model with exactly two adapters attached.
+        rows: Rows of the forms that training takes.
+        max_length: Longer examples are cut to this many tokens.
+        below: How many more adapters lie below these two, as part of their base.
+
+    Raises LorafoldError for bad rows.
+    """
+    loss, names = loss_on(model, tokenizer, rows, max_length), selection_of(model).names
+    found = {}
+    for key, name in zip(("loss_before", "loss_after"), names[below:], strict=True):
+        with only(model, *names[:below], name):
+            found[key] = loss()
+    return found
+
 
 SCALES = tuple(i / 4 for i in range(-2, 7))
 BETWEEN = tuple(i / 10 for i in range(11))

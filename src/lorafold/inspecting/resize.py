@@ -21,19 +21,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafold.adapter import Adapter, attach, load
+from lorafold.adapter import Adapter, load
 from lorafold.bases import is_linear, layer_of
 from lorafold.core.combine import Stack
-from lorafold.core.delta import Additive, put
+from lorafold.core.delta import Additive
 from lorafold.core.matrices import module_at, parameter_path
-from lorafold.core.targets import Matches, match
+from lorafold.core.targets import match
 from lorafold.errors import LorafoldError, as_one
 from lorafold.files.atomic import check_out
 from lorafold.files.paths import check_kept
 from lorafold.files.record import BASE, OTHER_BASE, TRAINED_ON
 from lorafold.files.shown import Shown
 from lorafold.inspecting.spectra import effective_rank
-from lorafold.inspecting.updates import load_below, matrix_names, sites, stacked, unstacked
+from lorafold.inspecting.updates import (
+    Factors,
+    joined,
+    load_below,
+    lora_of,
+    matrix_names,
+    put_factors,
+    sites,
+    unstacked,
+)
 from lorafold.methods.lora import LoRA, of_ranks
 from lorafold.opening import Base
 from lorafold.opening.kinds import check_language_model
@@ -41,8 +50,6 @@ from lorafold.ops.svd import best_of_rank
 from lorafold.peft.own_base import BASE_IDENTITY
 from lorafold.peft.saved import Saved
 
-# B (*matrices, out, r), A (*matrices, r, in); r = 0 for an update that is zero
-Factors = tuple[Tensor, Tensor]
 NAME = "resized"
 
 
@@ -165,11 +172,9 @@ def resize(
         for name, svd in site.parts():
             s = svd.s
             asked = effective_rank(s, energy) if rank is None else rank  # type: ignore[arg-type]
-            kept = svd.top(asked)
-            root = kept.s.sqrt()
-            found.append((kept.u * root, root[:, None] * kept.v.t()))
-            errors.add(name, len(kept.s), _squares(s[len(kept.s) :]), _squares(s))
-        factors[site.path] = stacked(found) if site.layer.matrices else found[0]
+            found.append(svd.factors(asked))
+            errors.add(name, len(s[:asked]), _squares(s[asked:]), _squares(s))
+        factors[site.path] = joined(found, site.layer.matrices)
     result = errors.result(out)
     history = {TRAINED_ON: None, **saved.record}
     history = {k: v for k, v in history.items() if k not in (BASE, "lorafold")}
@@ -229,7 +234,7 @@ def extract(
         both = zip(names, *(unstacked(layer.dense()[0]) for layer in layers), strict=True)
         found = [_difference(errors, name, w, tuned, rank) for name, w, tuned in both]
         if any(len(a) for _, a in found):
-            factors[path] = stacked(found) if layers[0].matrices else found[0]
+            factors[path] = joined(found, layers[0].matrices)
     if not factors:
         raise LorafoldError(
             f"{tuned.name}: the linear layers of its blocks equal those of {base.name}, so there is"
@@ -241,10 +246,10 @@ def extract(
         for name, p in own.items()
         if name not in extracted and (change := _relative(theirs[name], p))
     }
-    adapter = attach(one.model, LoRA(rank=1), Matches({path: (path,) for path in factors}), NAME)
     result = errors.result(out, left_out)
     about = {"from": tuned.name, "rank": rank, "error": result.error, "left_out": left_out}
-    as_lora(adapter, factors).save(out, overwrite=overwrite, record={"extracted": about})
+    adapter = lora_of(one.model, factors, NAME)
+    adapter.save(out, overwrite=overwrite, record={"extracted": about})
     return result
 
 
@@ -272,9 +277,7 @@ def as_lora(adapter: Adapter, factors: Mapping[str, Factors]) -> Adapter:
     for path, (b, a) in factors.items():
         module = modules[path]
         delta = spec.at(path).build(layer_of(module))
-        if a.shape[-2]:
-            put(delta, "B", b)
-            put(delta, "A", a)
+        put_factors(delta, (b, a))
         _, *others = module.deltas[adapter.name].parts()  # type: ignore[operator]
         module.deltas[adapter.name] = Stack([delta, *others]) if others else delta
     chosen = replace(adapter.chosen, spec=spec)

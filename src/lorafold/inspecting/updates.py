@@ -21,14 +21,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorafold.adapter import Adapter, load
-from lorafold.core.delta import Delta
+from lorafold.adapter import Adapter, attach, load
+from lorafold.core.delta import Delta, put
 from lorafold.core.layer import Layer
+from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.fold.as_trained import ROUND_TRIP, attach_as_trained
+from lorafold.methods.lora import of_ranks
 from lorafold.opening import Base
 from lorafold.ops.svd import svd_of_product
 from lorafold.peft.saved import Saved
+
+# of a matrix: up (out, r), with every scale in it, and down (r, in); of several (E, out, r) and
+# (E, r, in); r = 0 for an update that is zero
+Factors = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,11 @@ class Svd:
     def copied(self) -> Svd:
         """A copy, so that the memory of a larger decomposition can be freed."""
         return Svd(self.u.clone(), self.s.clone(), self.v.clone())
+
+    def factors(self, rank: int) -> Factors:
+        """The best factors of at most this rank, of the same size each (Eckart and Young 1936)."""
+        root = self.s[:rank].sqrt()
+        return self.u[:, :rank] * root, root[:, None] * self.v[:, :rank].t()
 
     def dense(self) -> Tensor:  # (out, in)
         """U S V^T."""
@@ -188,13 +199,39 @@ def unstacked(w: Tensor) -> Sequence[Tensor]:
     return w.unbind() if w.dim() == 3 else (w,)
 
 
-def stacked(found: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """The factors of several matrices, (E, out, r) and (E, r, in), zero beyond a matrix's own rank.
+def joined(found: Sequence[Factors], matrices: Sequence[int]) -> Factors:
+    """The factors of a site: of its one matrix, or (E, out, r) and (E, r, in) of several, zero
+    beyond a matrix's own rank.
+
+    Args:
+        found: The factors of each matrix.
+        matrices: Their number, (E,), or () for one.
     """
+    if not matrices:
+        return found[0]
     rank = max(len(down) for _, down in found)
     ups = [F.pad(up, (0, rank - up.shape[1])) for up, _ in found]
     downs = [F.pad(down, (0, 0, 0, rank - len(down))) for _, down in found]
     return torch.stack(ups), torch.stack(downs)
+
+
+@torch.no_grad()
+def lora_of(model: nn.Module, factors: Mapping[str, Factors], name: str) -> Adapter:
+    """A new adapter of a model: the LoRA, of scale 1, that has these factors by module path; a rank
+    of 0 changes nothing.
+    """
+    spec = of_ranks({path: max(down.shape[-2], 1) for path, (_, down) in factors.items()})
+    adapter = attach(model, spec, Matches({path: (path,) for path in factors}), name)
+    for path, delta in adapter.own_deltas.items():
+        put_factors(delta, factors[path])
+    return adapter
+
+
+def put_factors(delta: Delta, factors: Factors) -> None:
+    """Give a new LoRA its factors; without a rank it stays one that changes nothing."""
+    if factors[1].shape[-2]:
+        for leaf, value in zip(("B", "A"), factors, strict=True):
+            put(delta, leaf, value)
 
 
 def of_factors(up: Tensor, down: Tensor) -> Svd:  # (out, r), (r, in)

@@ -7,12 +7,29 @@ them: computed, folded, converted back, and each tensor rounded as its own. Thos
 written yet are kept, rounded, for at most KEPT parameters, since the tensors of a block's experts
 lie side by side in files but those of its parameters alternate; a file that has them in another
 order costs time, as what was given up is folded again.
+
+Carries out the plan of a merge: folds tensor by tensor, for a writer of any format.
+
+    folded = execute(planned, partial(write_shards, out))
+
+Memory: the adapters, and at most three times the largest changed tensor in fp32, whatever the size
+of the model; where transformers computes a parameter from several tensors (`folding`), three and a
+half times that parameter, and the rounded tensors that are not written yet.
+
+Write a checkpoint with adapters folded in, one tensor at a time to safetensors files.
+
+Tensors that no adapter changes are copied byte for byte; names, dtypes and the division into files
+stay. Where two modules share a weight and adapters change only one of them, each module gets its
+own.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +39,14 @@ from lorafold.core.attach import Adapted
 from lorafold.core.matrices import module_at
 from lorafold.core.rounding import generator_of
 from lorafold.errors import LorafoldError
+from lorafold.files.atomic import write_json
 from lorafold.fold.as_trained import ROUND_TRIP
 from lorafold.fold.plan import deltas_of, fold
 from lorafold.fold.rounding import Rounded, Rounding, Sums, round_to
 from lorafold.merging.plan import Plan
+from lorafold.models.container import write_container
 from lorafold.models.converted import Conversion
+from lorafold.models.weights import INDEX
 
 # two parameters of a block's experts, and two whose tensors are divided between two files
 KEPT = 4
@@ -189,3 +209,93 @@ def before_and_after(
         w, b = fold(module, [ROUND_TRIP], w, b)
         before = as_stored(module, w, b)[parameter].to(before.dtype)
     return before, as_stored(module, *fold(module, adapters, w, b))[parameter]
+
+
+Progress = Callable[[int, int], None]  # bytes written, bytes in all
+Values = Callable[[str], Tensor | None]  # new values by name; None: those of the plan's entry
+Written = Callable[[str, int], None]  # name and bytes of a tensor, after it was written
+# A format of merged models. It writes the tensors of `Plan.layout`, asks once for each of them, and
+# writes what else its format takes: `plan.config`, `plan.checkpoint.other_files()`.
+Writer = Callable[[Plan, Values, Written], None]
+
+
+@dataclass(frozen=True)
+class Folded:
+    """What was done: the inner products of the update and its rounding errors, the number of
+    tensors by the way they were rounded, the tensors added to untie weights, the biases added, and
+    the size of the vocabulary if it grew.
+    """
+
+    sums: Sums
+    rounded: dict[str, int]
+    untied: tuple[str, ...]
+    biases: tuple[str, ...]
+    vocabulary: int | None
+
+
+def execute(
+    plan: Plan,
+    writer: Writer,
+    rounding: Rounding = "auto",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Folded:
+    """Write the merged model.
+
+    Args:
+        plan: What changes, and in which files.
+        writer: Writes it in a format.
+        rounding: nearest, stochastic or auto.
+        seed: The seed of stochastic rounding.
+        progress: Called as progress(bytes written, bytes in all) after each tensor.
+
+    Raises LorafoldError if a folded value does not fit its dtype, and as the writer does.
+    """
+    folding, total, done = Folding(plan, rounding, seed), plan.weight_bytes, 0
+
+    def written(_: str, size: int) -> None:
+        nonlocal done
+        done += size
+        if progress is not None:
+            progress(done, total)
+
+    writer(plan, folding.new_values, written)
+    biases = tuple(name for name, like in plan.added.items() if like.name == name)
+    untied = tuple(name for name in plan.added if name not in biases)
+    return Folded(folding.sums, dict(folding.rounded), untied, biases, plan.vocabulary)
+
+
+def write_shards(out: Path, plan: Plan, values: Values, written: Written) -> None:
+    """Write the merged model as a directory of transformers; a `Writer` but for `out`.
+
+    Args:
+        out: An empty directory.
+        plan: What changes, and in which files.
+        values: The new values of a tensor.
+        written: Called after each tensor.
+
+    Raises LorafoldError if the disk has no room.
+    """
+    carried = plan.checkpoint.other_files()
+    total = plan.weight_bytes
+    besides = sum((plan.checkpoint.path / path).stat().st_size for path in carried)
+    need_space(out.parent, total + besides, "the merged model")
+    for path in carried:
+        (out / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(plan.checkpoint.path / path, out / path)
+    write_json(out / "config.json", plan.config)
+    for file, container in plan.checkpoint.files.items():
+        write_container(out / file, plan.layout(file), container.metadata, values, written)
+    if plan.checkpoint.index is not None:
+        where = {name: file for file in plan.checkpoint.files for name, _ in plan.layout(file)}
+        metadata = {**plan.checkpoint.index.get("metadata", {}), "total_size": total}
+        write_json(out / INDEX, {"metadata": metadata, "weight_map": where})
+
+
+def need_space(directory: Path, size: int, what: str) -> None:
+    """Raises LorafoldError unless the disk of `directory` has room for so many bytes."""
+    if (free := shutil.disk_usage(directory).free) < size:
+        raise LorafoldError(
+            f"{directory}: the disk has {free / 1e9:.1f} GB left, {what} needs"
+            f" {size / 1e9:.1f} GB; free some space or choose another --out"
+        )

@@ -3,31 +3,126 @@ the config changes, and every reason for which the merge can't be done.
 
 The ordinary loader attaches the adapters to the model, whose weights stay in their files.
 `fold.plan` says which parameters change; this module translates that to tensors of files.
+
+The `config.json` of a merged model: biases that folding added, weights that are no longer
+shared, a vocabulary that grew.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
 
 from lorafold.adapter import load
+from lorafold.core.anatomy import tied_parameters
 from lorafold.errors import LorafoldError, NotMergeable, listed
 from lorafold.fold.as_trained import ROUND_TRIP, attach_round_trip
+from lorafold.fold.biases import Switches, switch_on
 from lorafold.fold.plan import WHOLE, FoldPlan, module_of, plan_fold
-from lorafold.merging.config import declared, untied_config, with_biases
-from lorafold.models.checkpoint import Checkpoint, MappedModel, mapped_model, open_checkpoint
+from lorafold.models.checkpoint import Checkpoint, MappedModel, build, mapped_model, open_checkpoint
 from lorafold.models.container import Entry
 from lorafold.models.converted import Conversion
 from lorafold.models.plain_files import as_plain
 from lorafold.models.sources import HUB_FILES, ModelSource, remember
 from lorafold.opening import Base
 from lorafold.peft.saved import Saved
+
+
+def untied_config(
+    config: dict[str, Any], mapped: MappedModel, apart: Collection[str], trust_remote_code: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """(content of the config file for a model without ties, the parameters that its files must have
+    besides those of the base): all that were tied, but for those that the architecture ties
+    whatever its config says.
+
+    Args:
+        config: The content of the base's `config.json`.
+        mapped: The base.
+        apart: The parameters that must not be tied.
+        trust_remote_code: Run Python code that comes with the model.
+
+    Raises LorafoldError where the architecture ties those that must not be.
+    """
+    written = _without_ties(config)
+    written["tie_word_embeddings"] = False
+    loose = type(mapped.model.config).from_dict(copy.deepcopy(written))
+    still = tied_parameters(build(loose, trust_remote_code))
+    if wrong := sorted(still.keys() & set(apart)):
+        raise LorafoldError(
+            f"{', '.join(wrong)}: the architecture shares these weights whatever its config"
+            " says, so they can't be untied"
+        )
+    had = {*mapped.entries, *mapped.converted}
+    lacking: list[str] = []
+    for name in mapped.tied:
+        if not any(n in had or n in lacking for n in (name, *still.get(name, ()))):
+            lacking.append(name)
+    return written, lacking
+
+
+def _without_ties(config: dict[str, Any]) -> dict[str, Any]:
+    """The content without ties in its parts, such as that of the language model."""
+    found = {
+        key: _without_ties(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+    }
+    nested = {key: {**found[key], "tie_word_embeddings": False} for key in ("text_config",)
+              if isinstance(found.get(key), dict)}  # fmt: skip
+    own = {"tie_word_embeddings": False} if "tie_word_embeddings" in config else {}
+    return {**found, **nested, **own}
+
+
+def with_biases(
+    config: dict[str, Any], mapped: MappedModel, switches: Switches
+) -> tuple[dict[str, Any], dict[str, Entry]]:
+    """(content of the config file, entries of added biases by parameter).
+
+    The model gets the biases that its files lack, as zeros.
+
+    Args:
+        config: The content of the base's `config.json`.
+        mapped: The base; its model and its entries gain the biases.
+        switches: Fields of the config to set to true, with the modules that each gives a bias.
+
+    Raises NotMergeable for a bias whose weight transformers converts on loading, so that the bias
+    has no name in the files.
+    """
+    model = mapped.model
+    switch_on(model, switches)
+    found = {}
+    for path in chain(*switches.values()):
+        if (like := mapped.entries.get(f"{path}.weight")) is None:
+            raise NotMergeable(
+                f"{path}: transformers converts its weight on loading, so a bias can't be added to"
+                " the files"
+            )
+        bias: Any = model.get_submodule(path)._parameters["bias"]
+        name = like.name.removesuffix("weight") + "bias"
+        found[f"{path}.bias"] = replace(
+            like, name=name, shape=tuple(bias.shape), size=bias.nbytes
+        )
+    mapped.entries.update(found)
+    on = dict.fromkeys(switches, True)
+    if "text_config" not in config:
+        return {**config, **on}, found
+    return {**config, "text_config": {**config["text_config"], **on}}, found
+
+
+def declared(config: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """The config file's content for a model with a vocabulary of this size."""
+    if "text_config" not in config:
+        return {**config, "vocab_size": size}
+    top = {"vocab_size": size} if "vocab_size" in config else {}
+    return {**config, **top, "text_config": {**config["text_config"], "vocab_size": size}}
+
 
 Problems = dict[str, list[str]]  # paths by reason
 FLOATS = ("F64", "F32", "F16", "BF16")

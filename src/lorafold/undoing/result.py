@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 
 from lorafold.errors import LorafoldError
 from lorafold.files.shown import Shown
+from lorafold.undoing.defences import Overlap
 from lorafold.undoing.measure import State
-from lorafold.undoing.subspaces import Overlap
 
 
 class Way(NamedTuple):

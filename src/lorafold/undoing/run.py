@@ -22,7 +22,7 @@ from lorafold.errors import Interrupted, LorafoldError
 from lorafold.files.claims import Figures, digest_of, kept, shared, silent, tell_strangers
 from lorafold.training.request import Request, rendering_of
 from lorafold.training.run import train
-from lorafold.undoing.bench import Bench, Opening
+from lorafold.undoing.measure import Bench, Opening
 from lorafold.undoing.result import Before, Fragility, Point, Way, point
 from lorafold.undoing.task import Run, Stack, Task, check
 

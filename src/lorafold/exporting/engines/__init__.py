@@ -1,9 +1,9 @@
 """The engines that prove an export, each in a process of its own, which can be another Python.
 
-    program.py in_NAME.py JOB.json        reads the files, answers the prompts
+    program.py NAME JOB.json        reads the files, answers the prompts
 
-These files import nothing of lorafold: they run in the environment that has the engine. A new
-engine is a file with `answers(job)`, and a row of `ENGINES`.
+The program imports nothing of lorafold: it runs in the environment that has the engine. A new
+engine is a function there, and a row of `ENGINES` here.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ import torch
 
 from lorafold.errors import LorafoldError, shortened
 from lorafold.exporting.proof import Theirs
-
-HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -63,8 +61,8 @@ def ask(name: str, job: Mapping[str, Any], python: str | None = None) -> Theirs:
     with tempfile.TemporaryDirectory() as scratch:
         asked, out, said = (Path(scratch, n) for n in ("job.json", "theirs.npz", "said.txt"))
         asked.write_text(json.dumps({**job, "out": str(out)}), encoding="utf-8")
-        program = [str(HERE / "program.py"), str(HERE / f"in_{name}.py")]
-        command = [python or sys.executable, *program, str(asked)]
+        program = str(Path(__file__).with_name("program.py"))
+        command = [python or sys.executable, program, name, str(asked)]
         with said.open("wb") as log:
             try:
                 code = subprocess.run(command, stdout=log, stderr=log, check=False).returncode

@@ -1,12 +1,16 @@
-"""What runs in an engine's process: it has the engine's file answer a job, and writes the answers.
+"""What runs in an engine's process: a function here has the engine answer a job, and the
+answers are written. llama.cpp has a file of its own.
 
-    program.py in_NAME.py JOB.json
+    program.py ENGINE JOB.json
     job        base       the directory or file of the base, or of the merged model
+               adapter    the directory or file of the adapter
                ids        the tokens of each prompt
                texts      the prompts as texts
                chats      what they are of: messages and tools
                greedy     how many tokens a greedy text has
                ends       the tokens that end it
+               lora       of vLLM: the values of its options and of its request in the launch line
+               url        of a running server of vLLM
                out        the .npz file to write
     answers    adapted    (prompts, vocabulary) log-probabilities of the next token
                base       the same without adapters, of the first prompts, if the engine can
@@ -18,18 +22,260 @@
 """
 
 import json
+import os
 import runpy
 import sys
+import warnings
+from collections.abc import Callable
+from copy import deepcopy
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
 
 import numpy as np
+
+LEAVES = ("lora_a", "lora_b", "m")  # of adapters in mlx-lm
+ROOM = 16  # tokens beside a prompt and its greedy text
+NAME = "lorafold-export"
+NEEDED = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora and --max-logprobs -1"
+
+
+def llamacpp(job: dict[str, Any]) -> dict[str, Any]:
+    """llama.cpp's answers."""
+    found: dict[str, Any] = runpy.run_path(str(Path(__file__).with_name("in_llamacpp.py")))
+    answered: dict[str, Any] = found["answers"](job)
+    return answered
+
+
+def peft(job: dict[str, Any]) -> dict[str, Any]:
+    """PEFT's answers, by its own defaults but for fp32."""
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    auto: Any = AutoModelForCausalLM
+    bare = auto.from_pretrained(job["base"], dtype=torch.float32)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        model: Any = peft.PeftModel.from_pretrained(bare, job["adapter"]).eval()
+    adapted, base, greedy = [], [], []
+    with torch.inference_mode():
+        for ids in job["ids"]:
+            given = torch.tensor([ids])
+            adapted.append(model(input_ids=given).logits[0, -1].log_softmax(-1).numpy())
+            with model.disable_adapter():
+                base.append(model(input_ids=given).logits[0, -1].log_softmax(-1).numpy())
+            made = model.generate(
+                input_ids=given, attention_mask=torch.ones_like(given), do_sample=False,
+                max_new_tokens=job["greedy"], eos_token_id=job["ends"], pad_token_id=0,
+            )[0, len(ids) :].tolist()  # fmt: skip
+            greedy.append([*takewhile(lambda token: token not in job["ends"], made)])
+    return {
+        "adapted": adapted,
+        "base": base,
+        "greedy": greedy,
+        "version": peft.__version__,
+        "unused": [str(one.message) for one in told if "keys" in str(one.message)],
+    }
+
+
+def mlx(job: dict[str, Any]) -> dict[str, Any]:
+    """mlx-lm's answers on the CPU, its model in fp32.
+
+    mlx-lm refuses tensors that it has no module for. Modules that it adapts and the file has no
+    tensors for, and those whose values are not the file's, are told here. On Linux mlx multiplies
+    by a plain BLAS, so what all prompts begin with is computed once, and only what a distribution
+    is asked for goes through the head: mlx computes what is read.
+    """
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+    from mlx_lm import __version__
+    from mlx_lm.models.cache import make_prompt_cache
+    from mlx_lm.utils import load
+
+    columns = zip(*(ids[:-1] for ids in job["ids"]), strict=False)
+    common = len([*takewhile(lambda column: len(set(column)) == 1, columns)])
+
+    def read(model: Any, ids: list[int], cache: Any) -> None:
+        """Put tokens into the cache."""
+        if ids:
+            model(mx.array([ids]), cache=cache)
+            mx.eval([layer.state for layer in cache])
+
+    def asked(model: Any, most: int) -> tuple[Any, Any]:
+        """Of each prompt the log-probabilities (vocabulary,) of the next token, and so many of the
+        most likely tokens, without those that end a completion.
+        """
+        model.set_dtype(mx.float32)
+        start = make_prompt_cache(model)
+        read(model, job["ids"][0][:common], start)
+        found, greedy = [], []
+        for ids in job["ids"]:
+            cache, made = deepcopy(start), list[int]()
+            read(model, ids[common:-1], cache)
+            logits = model(mx.array([ids[-1:]]), cache=cache)[0, -1]
+            found.append(np.array(logits - mx.logsumexp(logits)))
+            while len(made) < most and (token := int(logits.argmax())) not in job["ends"]:
+                made.append(token)
+                logits = model(mx.array([[token]]), cache=cache)[0, -1]
+            greedy.append(made)
+        return found, greedy
+
+    mx.set_default_device(mx.cpu)
+    before, _ = asked(load(job["base"])[0], 0)
+    model, tokenizer = load(job["base"], adapter_path=job["adapter"])
+    adapted, greedy = asked(model, job["greedy"])
+    file: Any = mx.load(str(Path(job["adapter"]) / "adapters.safetensors"))
+    own = {
+        name: value
+        for name, value in tree_flatten(model.parameters())
+        if name.rsplit(".", 1)[-1] in LEAVES
+    }
+    both = own.keys() & file.keys()
+    wrong = {name for name in both if not bool(mx.array_equal(own[name], file[name]))}
+    return {
+        "adapted": adapted,
+        "base": before,
+        "greedy": greedy,
+        "version": f"{__version__} (mlx {mx.__version__})",
+        "unused": sorted((own.keys() ^ file.keys()) | wrong),
+        "other_tokens": other_tokens(job, tokenizer),
+    }
+
+
+def vllm(job: dict[str, Any]) -> dict[str, Any]:
+    """vLLM's answers in this process, in fp32. Modules of the adapter that vLLM loads and applies
+    nowhere, which it tells in its debug log alone, are told here.
+    """
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    import vllm
+    from vllm.lora.request import LoRARequest
+
+    llm = vllm.LLM(
+        model=job["base"], dtype="float32", enforce_eager=True, enable_lora=True, max_loras=1,
+        max_model_len=max(map(len, job["ids"])) + job["greedy"] + ROOM, max_num_seqs=8,
+        max_logprobs=-1, enable_prefix_caching=False, **job["lora"]["engine"],
+    )  # fmt: skip
+    lora = LoRARequest("exported", 1, job["adapter"], **job["lora"]["request"])
+
+    def made(prompts: list[list[int]], over: Any, **params: Any) -> list[Any]:
+        """What follows each prompt."""
+        asked = vllm.SamplingParams(temperature=0, detokenize=False, **params)
+        given: list[Any] = [{"prompt_token_ids": ids} for ids in prompts]
+        rows = llm.generate(given, asked, lora_request=over, use_tqdm=False)
+        return [row.outputs[0] for row in rows]
+
+    def distribution(ids: list[int], over: Any) -> np.ndarray:
+        """The log-probabilities (vocabulary,) of the token that follows these."""
+        found = made([ids], over, max_tokens=1, logprobs=-1)[0].logprobs[0]
+        return row_of({token: entry.logprob for token, entry in found.items()})
+
+    texts = made(job["ids"], lora, max_tokens=job["greedy"], stop_token_ids=job["ends"])
+    return {
+        "base": [distribution(ids, None) for ids in job["ids"]],
+        "adapted": [distribution(ids, lora) for ids in job["ids"]],
+        "greedy": [[t for t in one.token_ids if t not in job["ends"]] for one in texts],
+        "version": vllm.__version__,
+        "unused": sorted({name for found in llm.collective_rpc(unused) for name in found}),
+        "other_tokens": other_tokens(job, llm.get_tokenizer()),
+    }
+
+
+def unused(worker: Any) -> list[str]:
+    """The modules that adapters have factors for and vLLM's model has not."""
+    manager = worker.model_runner.lora_manager._adapter_manager
+    loras = [one.loras.keys() for one in manager.list_adapters().values()]
+    return sorted(set().union(*loras) - manager.modules.keys())
+
+
+def vllm_url(job: dict[str, Any]) -> dict[str, Any]:
+    """The answers of a running server of vLLM, which loads the adapter for them and forgets it
+    again. It reads the adapter's directory itself, so it runs on this machine, or shares the disk.
+
+    It has to run with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, and with --max-logprobs -1 to tell the
+    probabilities of all tokens. Which modules it applies nowhere it does not tell.
+    """
+    url, name = job["url"].rstrip("/").removesuffix("/v1"), f"{NAME}-{os.getpid()}"
+    version = json.loads(sent(url, "/version"))["version"]
+    models = json.loads(sent(url, "/v1/models"))["data"]
+    base = next(one["id"] for one in models if not one.get("parent"))
+
+    def made(model: str, ids: list[int], **asked: Any) -> Any:
+        """What the server makes of a prompt."""
+        body = {"model": model, "prompt": ids, "temperature": 0, **asked}
+        return json.loads(sent(url, "/v1/completions", body))["choices"][0]
+
+    def distribution(model: str, ids: list[int]) -> np.ndarray:
+        """The log-probabilities (vocabulary,) of the token that follows these."""
+        told = made(model, ids, max_tokens=1, logprobs=-1, return_tokens_as_token_ids=True)
+        found = told["logprobs"]["top_logprobs"][0]
+        return row_of({int(token.removeprefix("token_id:")): p for token, p in found.items()})
+
+    def greedy(ids: list[int]) -> list[int]:
+        """The most likely tokens, without those that end a completion."""
+        asked = {"max_tokens": job["greedy"], "stop_token_ids": job["ends"]}
+        told = made(name, ids, **asked, return_token_ids=True)
+        return [token for token in told["token_ids"] if token not in job["ends"]]
+
+    loaded = {"lora_name": name, "lora_path": job["adapter"], **job["lora"]["request"]}
+    sent(url, "/v1/load_lora_adapter", loaded)
+    try:
+        return {
+            "base": [distribution(base, ids) for ids in job["ids"]],
+            "adapted": [distribution(name, ids) for ids in job["ids"]],
+            "greedy": [greedy(ids) for ids in job["ids"]],
+            "version": f"{version} at {url}",
+        }
+    finally:
+        sent(url, "/v1/unload_lora_adapter", {"lora_name": name})
+
+
+def sent(url: str, path: str, body: dict[str, Any] | None = None) -> bytes:
+    """The reply to a request; ends the process with a line where there is none."""
+    data = None if body is None else json.dumps(body).encode()
+    try:
+        with urlopen(Request(url + path, data, {"Content-Type": "application/json"})) as reply:
+            return bytes(reply.read())
+    except HTTPError as error:
+        if error.code == 404:
+            raise SystemExit(f"{url}{path}: not found; expected vLLM with {NEEDED}") from None
+        said = error.read().decode("utf-8", "replace")
+        try:
+            why = str(json.loads(said)["error"]["message"]).strip()
+        except (ValueError, KeyError, TypeError):
+            why = str(error)
+        raise SystemExit(f"{url}{path}: {why}; expected {NEEDED}") from None
+    except (URLError, ValueError) as error:
+        why = str(getattr(error, "reason", error))
+        raise SystemExit(f"{url}: {why}; expected the URL of vLLM's server") from None
+
+
+def row_of(found: dict[int, float]) -> np.ndarray:
+    """Log-probabilities (vocabulary,) by token."""
+    row = np.full(max(found) + 1, -np.inf, np.float32)
+    row[[*found]] = [*found.values()]
+    return row
+
+
+def other_tokens(job: dict[str, Any], tokenizer: Any) -> list[int]:
+    """The prompts whose texts a tokenizer makes other tokens of."""
+    texts = [tokenizer.encode(text, add_special_tokens=False) for text in job["texts"]]
+    return [n for n, ids in enumerate(job["ids"]) if list(ids) != texts[n]]
+
+
+ENGINES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    one.__name__: one for one in (llamacpp, peft, mlx, vllm, vllm_url)
+}
 
 
 def main(engine: str, asked: str) -> None:
     """Answer a job."""
     job = json.loads(Path(asked).read_text(encoding="utf-8"))
-    found = runpy.run_path(engine)["answers"](job)
+    found = ENGINES[engine](job)
     greedy = np.full((len(found["greedy"]), job["greedy"]), -1, np.int64)
     for row, tokens in zip(greedy, found.pop("greedy"), strict=True):
         row[: len(tokens)] = tokens
