@@ -15,8 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lorafold as lf
 from lorafold.core.attach import selection_of
-from lorafold.core.draws import DrawSite, drawing, named, slots
-from lorafold.core.selection import Draws
+from lorafold.core.selection import Draws, DrawSite, drawing, named, slots
 from lorafold.ops.dropout import (
     MASKED,
     Dropped,

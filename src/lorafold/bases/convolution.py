@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorafold.bases.dense import named, store_all
-from lorafold.core.base import Base
+from lorafold.core.layer import Base
 from lorafold.core.rounding import rounded
 from lorafold.errors import NotMergeable
 from lorafold.ops.autocast import autocasting, lowered

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lorafold.core.base import Base, bare
-from lorafold.core.draws import DrawSite, site_of
-from lorafold.core.layer import add
+from lorafold.core.layer import Base, add, bare
+from lorafold.core.selection import DrawSite, site_of
 from lorafold.errors import NotMergeable
 from lorafold.ops.arithmetic import arithmetic, linear, product
 from lorafold.ops.autocast import autocasting, lowered

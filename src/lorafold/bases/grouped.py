@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from lorafold.bases.dense import named, store_all
-from lorafold.core.base import Base
-from lorafold.core.draws import DrawSite, site_of, slots
+from lorafold.core.layer import Base
+from lorafold.core.selection import DrawSite, site_of, slots
 from lorafold.errors import NotMergeable
 from lorafold.ops.arithmetic import linear
 from lorafold.ops.autocast import autocasting, lowered

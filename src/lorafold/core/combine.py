@@ -23,9 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorafold.core.delta import Delta, LowRank, Opaque
+from lorafold.core.delta import Delta, LowRank, Opaque, Over, Upon
 from lorafold.core.layer import Layer, add
-from lorafold.core.over import Over, Upon
 
 
 class Stack(Delta):

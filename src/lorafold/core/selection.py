@@ -8,16 +8,28 @@ again in a backward.
 `torch.utils.checkpoint` keeps one frame for each checkpointed segment, which its hooks refer to in
 the forward and in the replay; the names are kept there, in the order in which modules asked. The
 reentrant form (`use_reentrant=True`) has no such frame, nor has a checkpoint inside another one
-while that is replayed. There a replay is refused if modules ran under other names than the active
-ones since the last backward.
+while that is replayed. There a replay is refused if modules ran under other names than the active ones
+since the last backward.
+
+The selection also holds what the random draws of a training step follow from:
+
+    with drawing(selection, Draws(key, names)):      names (B, T), of the tokens of the batch
+        loss(batch).backward()
+
+A token's name says of which row of the step it is, and where in it, so that a draw is the same for
+a row that is packed, padded, or alone. A checkpointed block, which may run again in another thread,
+finds them here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -47,8 +59,8 @@ class Origin:
 
 @dataclass(frozen=True, eq=False)
 class Draws:
-    """What random draws follow from (`core.draws`): a key of 63 bits, and the name of each token of
-    the batch that is computed, int64 (B, T).
+    """What random draws follow from: a key of 63 bits, and the name of each token of the batch that
+    is computed, int64 (B, T).
     """
 
     key: int
@@ -246,3 +258,67 @@ def _recorded(selection: Selection, hook: Any) -> tuple[Recorded | None, bool]:
             known: dict[Selection, Recorded] = vars(frame).setdefault("lorafold_names", {})
             return known.setdefault(selection, Recorded()), replaying
     return None, False
+
+
+BRANCH, SLOT = 32, 24  # the bits of a name: 23 row, 8 branch, 8 slot, 24 position
+
+
+class DrawSite(NamedTuple):
+    """What one draw follows from: the step's key, the names of the tokens (T,), and the number of
+    the module that draws.
+    """
+
+    key: int
+    names: Tensor
+    number: int
+
+
+@contextmanager
+def drawing(selection: Selection, draws: Draws) -> Iterator[None]:
+    """Let what is drawn in the selection's model follow from `draws` until the `with` block ends.
+    """
+    before, selection.draws = selection.draws, draws
+    try:
+        yield
+    finally:
+        selection.draws = before
+
+
+def named(rows: Tensor, positions: Tensor, branches: Tensor | int = 0) -> Tensor:
+    """The names of tokens (B, T), int64. The arguments broadcast to that shape.
+
+    Args:
+        rows: the row of each token, its place in the whole batch of the step.
+        positions: where in its row the token is.
+        branches: which of a row's continuations the token belongs to; 0 for those before them.
+    """
+    return (rows.long() << (BRANCH + 8)) + (torch.as_tensor(branches) << BRANCH) + positions
+
+
+def slots(names: Tensor, at: Tensor, k: int) -> Tensor:
+    """The names (S,) of rows that experts compute, each of a token and one of its k experts.
+
+    Args:
+        names: of the tokens (T,).
+        at: of each row its index (S,) in the tokens' experts (T, k).
+    """
+    return names[at // k] + (at % k << SLOT)
+
+
+def site_of(
+    module: nn.Module, tokens: int, of: Callable[[Tensor], Tensor] | None = None
+) -> DrawSite | None:
+    """What dropout in an adapted module follows from; None outside of `drawing`, and where what the
+    module computes are not the tokens of the batch, as under a head that sees some of them alone.
+
+    Args:
+        of: makes of the tokens' names (T,) those of the rows of its input (S,).
+    """
+    selection: Any = vars(module).get("selection")
+    if not isinstance(selection, Selection) or (draws := selection.draws) is None:
+        return None
+    names = draws.names.flatten()
+    if len(names) != tokens:
+        return None
+    names = names if of is None else of(names)
+    return DrawSite(draws.key, names, crc32(vars(module)["site"].encode()))

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from lorafold.bases import layer_of
 from lorafold.core.attach import adapted_modules
-from lorafold.core.base import Base
 from lorafold.core.delta import Delta, on_meta
+from lorafold.core.layer import Base
 from lorafold.errors import NotMergeable
 from lorafold.fold.plan import deltas_of
 from lorafold.inspecting.updates import Svd, matrix_names, of_dense, of_factors, stacked, unstacked

@@ -5,7 +5,7 @@
     philox(counter = (call of j, position of t, row of t, site), key of the step)
 
 A call of Philox has 16 bits for each of 8 neighbours: the low and the high half of each of its four
-words, call 0 for the first 8 elements of a row. Tokens have names (`core.draws`), so what is
+words, call 0 for the first 8 elements of a row. Tokens have names (`core.selection`), so what is
 dropped of a row depends neither on the batch that it is in nor on its neighbours, and nothing is
 kept for a replay or for a run that resumes. p is exact to 2^-17.
 
@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from lorafold.core.draws import DrawSite
+from lorafold.core.selection import DrawSite
 from lorafold.ops.demands import kind_of
 from lorafold.ops.operators import operator
 from lorafold.ops.philox import WORD, halves, philox

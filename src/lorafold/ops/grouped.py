@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorafold.core.fake import is_fake
+from lorafold.core.modes import is_fake
 from lorafold.ops.arithmetic import HALF, arithmetic
 from lorafold.ops.autocast import Exact
 from lorafold.ops.demands import GROUPED_UNIT

@@ -21,8 +21,8 @@ from typing import Any, get_type_hints
 
 from pydantic import PydanticUserError, TypeAdapter
 
-from lorafold.core.base import Base
 from lorafold.core.delta import Delta
+from lorafold.core.layer import Base
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.methods import METHODS

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from lorafold.bases.convolution import Convolution
-from lorafold.core.base import Base
 from lorafold.core.delta import Delta
+from lorafold.core.layer import Base
 from lorafold.errors import LorafoldError
 from lorafold.methods.dora import DoRA, DoRADelta
 from lorafold.methods.ia3 import IA3

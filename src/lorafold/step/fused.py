@@ -26,9 +26,8 @@ from torch import Tensor, nn
 from lorafold.bases import is_linear, layer_of
 from lorafold.core.anatomy import Anatomy, beneath
 from lorafold.core.attach import Adapted
-from lorafold.core.fake import is_fake
 from lorafold.core.matrices import expert_parameters
-from lorafold.core.modes import evaluating
+from lorafold.core.modes import evaluating, is_fake
 from lorafold.kernels.table import TRAINING, use
 from lorafold.ops.gated import ACTIVATIONS, gated
 from lorafold.ops.norm import rms_norm

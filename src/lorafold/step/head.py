@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorafold.core.anatomy import Anatomy
-from lorafold.core.fake import is_fake
+from lorafold.core.modes import is_fake
 from lorafold.data.examples import NO_LOSS
 from lorafold.errors import LorafoldError
 from lorafold.ops.arithmetic import FEW

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lorafold.core.draws import named
+from lorafold.core.selection import named
 from lorafold.data.arrow import Array
 from lorafold.data.batches import collate, ids_in, labelled, micro_batches, tokens_in
 from lorafold.data.examples import NO_LOSS, Example

@@ -22,9 +22,8 @@ from torch.optim import Optimizer
 
 from lorafold.adapter import Adapter
 from lorafold.core.attach import selection_of
-from lorafold.core.draws import drawing
 from lorafold.core.modes import evaluating, unchanged
-from lorafold.core.selection import Draws
+from lorafold.core.selection import Draws, drawing
 from lorafold.data.feed import Feed
 from lorafold.errors import Interrupted, LorafoldError, RewardFailed, listed
 from lorafold.evaluation import Measured
