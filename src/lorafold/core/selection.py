@@ -8,8 +8,8 @@ again in a backward.
 `torch.utils.checkpoint` keeps one frame for each checkpointed segment, which its hooks refer to in
 the forward and in the replay; the names are kept there, in the order in which modules asked. The
 reentrant form (`use_reentrant=True`) has no such frame, nor has a checkpoint inside another one
-while that is replayed. There a replay is refused if modules ran under other names than the active ones
-since the last backward.
+while that is replayed. There a replay is refused if modules ran under other names than the active
+ones since the last backward.
 
 The selection also holds what the random draws of a training step follow from:
 

@@ -12,10 +12,10 @@ the stand-in raises NotMergeable.
 
 The stand-in knows shape, dtype and device without any computation. Any other torch function gets
 the folded tensor in its place, summed in fp32 or wider and rounded with a dither to the stored
-dtype. Each use costs a fold, with a dense dW, whereas the module's own forward multiplies by the small factors. Code below the level of torch
-functions (a custom autograd function, an operator called from C++) gets the folded tensor from
-`__torch_dispatch__`, and its gradient costs another fold. Compilers, tracers and torch.func get the
-folded tensor itself.
+dtype. Each use costs a fold, with a dense dW, whereas the module's own forward multiplies by the
+small factors. Code below the level of torch functions (a custom autograd function, an operator
+called from C++) gets the folded tensor from `__torch_dispatch__`, and its gradient costs another
+fold. Compilers, tracers and torch.func get the folded tensor itself.
 
 Writes go to the stored parameter: in-place operations, `.data`, and tying it to another module. A
 served weight has no dropout, since the dropout of a delta is on its branch in the forward.
