@@ -24,10 +24,11 @@ from lorafold.ops.dropout import (
     emptied,
     empty_,
     keep_scale,
+    key_of,
+    philox,
     shared,
 )
 from lorafold.ops.operators import plainly
-from lorafold.ops.philox import key_of, philox
 
 SHARES = [0.0, 0.001, 0.05, 0.5, 0.9]
 N = 1 << 20

@@ -21,13 +21,11 @@ from torch.autograd.function import once_differentiable
 from lorafold.core.layer import Base, add, bare
 from lorafold.core.selection import DrawSite, site_of
 from lorafold.errors import NotMergeable
-from lorafold.ops.arithmetic import arithmetic, linear, product
+from lorafold.ops.arithmetic import arithmetic, linear, narrowed, product
 from lorafold.ops.autocast import autocasting, lowered
 from lorafold.ops.dropout import dropout, shared
-from lorafold.ops.frozen import frozen_linear
-from lorafold.ops.lora import low_rank_linear
+from lorafold.ops.frozen import frozen_linear, low_rank_linear
 from lorafold.ops.memo import once
-from lorafold.ops.narrowed import narrowed
 from lorafold.ops.scale import scale
 from lorafold.ops.sparse import sparse_linear
 

@@ -24,7 +24,7 @@ from lorafold.engine.steady import lacks, unsteady
 from lorafold.errors import LorafoldError
 from lorafold.generation import end_tokens, text_of
 from lorafold.machine.memory import free_bytes
-from lorafold.ops.philox import key_of
+from lorafold.ops.dropout import key_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

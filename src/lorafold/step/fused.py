@@ -29,9 +29,7 @@ from lorafold.core.attach import Adapted
 from lorafold.core.matrices import expert_parameters
 from lorafold.core.modes import evaluating, is_fake
 from lorafold.kernels.table import TRAINING, use
-from lorafold.ops.gated import ACTIVATIONS, gated
-from lorafold.ops.norm import rms_norm
-from lorafold.ops.rotary import rotary
+from lorafold.ops.fused import ACTIVATIONS, gated, rms_norm, rotary
 
 ROTARY = "apply_rotary_pos_emb"  # the function's name in the model files of transformers
 Forward = Callable[..., Any]
@@ -67,9 +65,9 @@ def fused(
 
     Args:
         linears: whether frozen linears and the head are among the parts.
-        norm: what computes `lorafold.ops.norm.rms_norm` (..., d).
-        rotate: what computes `lorafold.ops.rotary.rotary` (B, H, T, D).
-        gate: what computes `lorafold.ops.gated.gated` (..., k).
+        norm: what computes `lorafold.ops.fused.rms_norm` (..., d).
+        rotate: what computes `lorafold.ops.fused.rotary` (B, H, T, D).
+        gate: what computes `lorafold.ops.fused.gated` (..., k).
     """
     make: dict[str, Callable[[nn.Module], Forward | None]] = {
         "norms": partial(_fused_norm, norm),

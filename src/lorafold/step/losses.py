@@ -21,9 +21,8 @@ from lorafold.data.examples import NO_LOSS, Example
 from lorafold.data.forest import alike, forest, leaders, pays
 from lorafold.models.positions import sequence_of
 from lorafold.ops.host import all_sent, on_host, sent
-from lorafold.step.balancing import balances, weighs
 from lorafold.step.branches import Branching, over
-from lorafold.step.head import labelled_loss, row_losses, token_losses
+from lorafold.step.head import balances, labelled_loss, row_losses, token_losses, weighs
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from lorafold.errors import Interrupted, LorafoldError, RewardFailed, listed
 from lorafold.evaluation import Measured
 from lorafold.machine.cores import considerate
 from lorafold.machine.processes import Processes
-from lorafold.ops.philox import key_of
+from lorafold.ops.dropout import key_of
 from lorafold.recipe.recipe import Recipe
 from lorafold.step.losses import Loss
 from lorafold.step.optim import optimizer_tensors, rng_state, set_learning_rates, warm_steps
