@@ -65,7 +65,7 @@ class Convolution(Base):
         return out, prod(columns)
 
     @property
-    def window(self) -> int:
+    def window(self) -> int:  # type: ignore[override]
         return prod(self.bare.kernel_size)
 
     def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:

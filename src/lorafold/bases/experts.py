@@ -88,7 +88,7 @@ class Experts(Base):
         return device
 
     @property
-    def matrices(self) -> tuple[int, ...]:
+    def matrices(self) -> tuple[int, ...]:  # type: ignore[override]
         return self.held.shape[:1]
 
     @property

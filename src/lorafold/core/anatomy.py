@@ -92,7 +92,7 @@ class Anatomy:
             if path in self.experts:
                 around = found.get(path.rpartition(".")[0]) if path else None
                 within = matrices_of(module, around)
-                found |= {path: module, **{_joined(path, name): m for name, m in within.items()}}
+                found |= {path: module, **{joined(path, name): m for name, m in within.items()}}
             else:
                 found[path] = module
         return list(found.items())
@@ -208,7 +208,7 @@ class Anatomy:
         around = [outer for outer, _ in _steps(self.language)]
         left_out = {*around, self.language, *self.heads}
         paths = [
-            _joined(outer, name)
+            joined(outer, name)
             for outer in around
             for name, _ in self.model.get_submodule(outer).named_children()
         ]
@@ -230,6 +230,11 @@ class Anatomy:
         if module is None:
             return None
         return next((path for path, kept in self._tree if kept() is module), None)
+
+
+def joined(path: str, name: str) -> str:
+    """The dotted name of a child or a tensor of the module at `path`."""
+    return f"{path}.{name}" if path else name
 
 
 def beneath(roots: Iterable[str]) -> Callable[[str], bool]:
@@ -281,10 +286,6 @@ def _tree(model: nn.Module) -> Tree:
             if child is not None and not isinstance(child, Deltas | Matrices):
                 left.append((f"{path}.{name}" if path else name, child))
     return tree
-
-
-def _joined(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
 
 
 def _steps(path: str) -> list[tuple[str, str]]:

@@ -118,8 +118,9 @@ class Adapted(nn.Module):
             base: the layer at the bottom, if it is made already.
         """
         layer: Layer = base or self.layer_class(self)
-        for delta in deltas_on(self, names):
-            layer = Over(delta, layer)
+        for name in names:
+            if name in self.deltas:
+                layer = Over(self.deltas[name], layer)  # type: ignore[arg-type]
         return layer
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -26,6 +26,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -261,11 +262,11 @@ class Upon(Layer):
         return self.under.each(v)
 
     @property
-    def matrices(self) -> tuple[int, ...]:
+    def matrices(self) -> tuple[int, ...]:  # type: ignore[override]
         return self.under.matrices
 
     @property
-    def window(self) -> int:
+    def window(self) -> int:  # type: ignore[override]
         return self.under.window
 
     @property
@@ -273,7 +274,7 @@ class Upon(Layer):
         return self.under.shape
 
     @property
-    def takes_ids(self) -> bool:
+    def takes_ids(self) -> bool:  # type: ignore[override]
         return self.under.takes_ids
 
     @property
@@ -285,15 +286,16 @@ class Upon(Layer):
         return self.under.has_bias
 
     @property
-    def module(self) -> nn.Module:
+    def module(self) -> nn.Module:  # type: ignore[override]
         return self.under.module
 
 
+@dataclass(eq=False)
 class Over(Upon):
     """A layer with one delta attached."""
 
-    def __init__(self, delta: Delta, under: Layer) -> None:
-        self.delta, self.under = delta, under
+    delta: Delta
+    under: Layer
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.delta(self.under, *args, **kwargs)

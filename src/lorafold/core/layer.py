@@ -42,6 +42,11 @@ class Layer(ABC):
     """Abstract: anything that a delta can be attached to."""
 
     __call__: Callable[..., Any]  # (x, onto=None) for a matrix, else as the module's own forward
+    module: nn.Module  # the module at the bottom
+    matrices: tuple[int, ...] = ()  # the number of matrices, (E,), or () for one
+    # the columns of W that belong to one input channel: the places of a convolution's window
+    window: int = 1
+    takes_ids: bool = False  # whether its inputs are ids, as an embedding's are
 
     @abstractmethod
     def op(self, x: Tensor, m: Tensor) -> Tensor:
@@ -88,18 +93,6 @@ class Layer(ABC):
         return v
 
     @property
-    def matrices(self) -> tuple[int, ...]:
-        """The number of matrices, (E,), or () for one."""
-        return ()
-
-    @property
-    def window(self) -> int:
-        """The columns of W that belong to one input channel: the places of a convolution's
-        window, 1 for any other layer.
-        """
-        return 1
-
-    @property
     def bias(self) -> Tensor | None:  # (*matrices, out)
         """The bias (*matrices, out) of `dense`, or None."""
         return self.dense()[1]
@@ -127,11 +120,6 @@ class Layer(ABC):
         """(out, in). Raises NotMergeable if the layer is no matrix."""
 
     @property
-    @abstractmethod
-    def module(self) -> nn.Module:
-        """The module at the bottom."""
-
-    @property
     def device(self) -> torch.device:
         """The device of the module, which the parameters of its deltas share: that of its
         parameters, or of its buffers if it has no parameter.
@@ -145,11 +133,6 @@ class Layer(ABC):
                 " with a tensor"
             )
         return first.device
-
-    @property
-    @abstractmethod
-    def takes_ids(self) -> bool:
-        """Whether its inputs are ids, as an embedding's are, and not activations."""
 
     @property
     def takes_vectors(self) -> bool:
@@ -248,34 +231,29 @@ class Base(Layer):
 
     quantized = False  # whether it stores codes, which are dequantized for each use
     linear = False  # whether it is a matrix applied to activations, as "all-linear" means it
-    takes_ids = False
     mixes_rows = False  # whether rows of its input decide how the module itself computes others
 
     def __init__(self, module: nn.Module, stored: Callable[[], Tensor] | None = None) -> None:
-        self._module, self.stored = module, stored  # `stored`: reads the weight from plain files
+        self.module, self.stored = module, stored  # `stored`: reads the weight from plain files
         self.bare: Any = bare(module)
-
-    @property
-    def module(self) -> nn.Module:
-        return self._module
 
     @property
     def has_bias(self) -> bool:
         return self.parameter("bias") is not None
 
     def sources(self) -> list[Tensor] | None:
-        own = chain(self._module._parameters.values(), self._module._buffers.values())
+        own = chain(self.module._parameters.values(), self.module._buffers.values())
         return [tensor for tensor in own if tensor is not None]
 
     def parameter(self, name: str) -> Any:
         """The stored parameter, of any shape, whose name is "weight" or "bias"; None if there is
         none.
         """
-        return self._module._parameters.get(name)
+        return self.module._parameters.get(name)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's own forward, without any delta."""
-        cls = type(self._module)
+        cls = type(self.module)
         return getattr(cls, "base_class", cls).forward(self.bare, *args, **kwargs)
 
     @staticmethod

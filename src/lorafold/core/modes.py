@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -91,12 +92,12 @@ def recomputed(run: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
     return y
 
 
+@dataclass(eq=False)
 class Scope:
     """One `with` block of `unchanged`, which is open until it ends, and what is kept for it."""
 
-    def __init__(self) -> None:
-        self.open = True
-        self.kept: dict[Any, Any] = {}
+    open: bool = True
+    kept: dict[Any, Any] = field(default_factory=dict)
 
 
 _scope: ContextVar[Scope | None] = ContextVar("unchanged", default=None)

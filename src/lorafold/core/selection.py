@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -67,22 +67,23 @@ class Draws:
     names: Tensor
 
 
+@dataclass(eq=False)
 class OnlyBlock:
     """One `with only(...)` block: the names that it set, and those that were active before it."""
 
-    def __init__(self, names: Names, before: Names) -> None:
-        self.names, self.before = names, before
+    names: Names
+    before: Names
 
 
+@dataclass(eq=False)
 class Recorded:
     """The names that modules asked for in a checkpointed segment, in order, and how far the replay
     by one hook has come.
     """
 
-    def __init__(self) -> None:
-        self.names: list[Names] = []
-        self.hook: Any = None
-        self.at = 0
+    names: list[Names] = field(default_factory=list)
+    hook: Any = None
+    at: int = 0
 
     def again(self, hook: Any) -> Names | None:
         """The names of the next module in the replay by this hook; None if there are no more."""
@@ -92,15 +93,15 @@ class Recorded:
         return self.names[self.at - 1] if self.at <= len(self.names) else None
 
 
+@dataclass(eq=False)
 class Loading:
     """One `load_state_dict` of a model with adapters: which adapters the state has tensors of, and
     the keys of the others, which are taken out of `missing`.
     """
 
-    def __init__(self, missing: list[str]) -> None:
-        self.missing = missing
-        self.given: set[str] = set()
-        self.forgiven: dict[str, list[str]] = {}
+    missing: list[str]
+    given: set[str] = field(default_factory=set)
+    forgiven: dict[str, list[str]] = field(default_factory=dict)
 
     def passed(self, prefix: str, given: set[str]) -> None:
         """One module's deltas were loaded.
@@ -119,24 +120,24 @@ class Loading:
                 self.forgiven.setdefault(name, []).append(key)
 
 
+@dataclass(eq=False)
 class Selection:
     """The names of the adapters that are active in one model, lowest first, the files of each
     adapter on it by its name, the parameters that attaching froze, and what is drawn from.
     """
 
-    def __init__(self) -> None:
-        self.names: Names = ()
-        self.origins: dict[str, Origin] = {}
-        self.frozen: list[nn.Parameter] = []
-        self.draws: Draws | None = None
-        self.loading: Loading | None = None
-        self.referred: Names | None = None  # what the last reference of the model runs under
-        self._lock = Lock()
-        self._entries: list[OnlyBlock] = []
-        # what modules ran under that may be replayed, since the last replay without a record, and
-        # whether such a replay came after it
-        self._ran: set[Names] = set()
-        self._replayed = False
+    names: Names = ()
+    origins: dict[str, Origin] = field(default_factory=dict)
+    frozen: list[nn.Parameter] = field(default_factory=list)
+    draws: Draws | None = None
+    loading: Loading | None = None
+    referred: Names | None = None  # what the last reference of the model runs under
+    _lock: Lock = field(default_factory=Lock)
+    _entries: list[OnlyBlock] = field(default_factory=list)
+    # what modules ran under that may be replayed, since the last replay without a record, and
+    # whether such a replay came after it
+    _ran: set[Names] = field(default_factory=set)
+    _replayed: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {"names": self.names, "origins": self.origins, "frozen": self.frozen}

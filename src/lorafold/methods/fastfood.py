@@ -136,7 +136,7 @@ class Fastfood(Spec):
         check(self, *wrong, whole=("dimension",))
 
     @property
-    def lr_whole(self) -> float:
+    def lr_whole(self) -> float:  # type: ignore[override]
         return self.head_lr
 
     def build(self, layer: Layer) -> FastfoodDelta:

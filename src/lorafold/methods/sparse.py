@@ -72,10 +72,7 @@ class _Sparse(Spec):
     density: float = 0.005
 
     lr: ClassVar[float] = 1e-3
-
-    @property
-    def asks_losses(self) -> bool:
-        return True
+    asks_losses: ClassVar[bool] = True
 
     def check(self, *wrong: str, whole: str) -> None:
         """Raise LorafoldError with all that is wrong with the options.

@@ -99,10 +99,10 @@ def pick(
         choice = Choice(asked, "")
     elif before:
         choice = Choice(before, "as before the stop")
-    elif any(map(narrow, trained(groups))):
+    elif any(map(narrow, parameters(groups))):
         choice = Choice("adamw", "16-bit weights are trained")
     else:
-        count = sum(p.numel() for p in trained(groups)) // parts
+        count = sum(p.numel() for p in parameters(groups)) // parts
         choice = choose(count, device, free_everywhere(where, processes))
     if choice.name == PAGED and device != "cuda":
         return Choice(PAGED, f"not paged: {DEVICES.get(device, device)} has no paging")
@@ -145,20 +145,20 @@ def make_optimizer(name: str, groups: list[dict], constants: Constants) -> Optim
         groups: The parameter groups, each with its learning rate.
         constants: Betas, eps, weight decay, and the seed of stochastic rounding.
     """
-    check_rounding(name, (p.dtype for p in trained(groups)))
+    check_rounding(name, (p.dtype for p in parameters(groups)))
     options: dict[str, Any] = {
         "betas": constants.betas,
         "eps": constants.eps,
         "weight_decay": constants.weight_decay,
     }
     if name == "adamw":
-        options["fused"] = all(p.device.type in ("cpu", "cuda") for p in trained(groups))
-        if any(map(narrow, trained(groups))):
+        options["fused"] = all(p.device.type in ("cpu", "cuda") for p in parameters(groups))
+        if any(map(narrow, parameters(groups))):
             return RoundedAdamW(groups, seed=constants.seed, **options)
         return AdamW(groups, **options)
     optim = bitsandbytes_optimizers(name)
     # on other devices bitsandbytes would warn, and not page either
-    paged = name == PAGED and all(p.is_cuda for p in trained(groups))
+    paged = name == PAGED and all(p.is_cuda for p in parameters(groups))
     return (optim.PagedAdamW8bit if paged else optim.AdamW8bit)(groups, **options)
 
 
@@ -199,14 +199,14 @@ def described(choice: Choice, groups: list[dict], seed: int, parts: int = 1) -> 
         seed: The seed of stochastic rounding.
         parts: Among how many processes the state is divided.
     """
-    parameters = trained(groups)
-    eight, small = choice.name != "adamw", all(p.numel() < SMALL for p in parameters)
+    trained = parameters(groups)
+    eight, small = choice.name != "adamw", all(p.numel() < SMALL for p in trained)
     kind = "8-bit" if eight and not small else "fp32"
-    rounds = f"; updates rounded stochastically, seed {seed}" * any(map(narrow, parameters))
+    rounds = f"; updates rounded stochastically, seed {seed}" * any(map(narrow, trained))
     why = [choice.why] * bool(choice.why) + [f"no tensor has {SMALL:,} elements"] * (
         eight and small
     )
-    size = in_words(state_bytes(choice.name, parameters))
+    size = in_words(state_bytes(choice.name, trained))
     size += f" among {parts} processes" * (parts > 1)
     return (
         f"optimizer: {choice.name} with {kind} state, {size}"
@@ -222,11 +222,6 @@ def state_bytes(name: str, parameters: Sequence[Tensor]) -> int:
     return sum(
         8 * n if n < SMALL else 2 * n + 8 * ceil(n / 256) for n in (p.numel() for p in parameters)
     )
-
-
-def trained(groups: list[dict]) -> list[Tensor]:
-    """Return the parameters of all groups, of any shapes."""
-    return [p for group in groups for p in group["params"]]
 
 
 def in_words(n: int) -> str:
@@ -271,7 +266,7 @@ class RoundedAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        numbers = {p: i for i, p in enumerate(parameters(self))}
+        numbers = {p: i for i, p in enumerate(parameters(self.param_groups))}
         for group in self.param_groups:
             found = [p for p in group["params"] if p.grad is not None]
             _adamw(group, [(p, p.grad, *self._state(p, group)) for p in found if not narrow(p)])
@@ -298,7 +293,7 @@ class RoundedAdamW(Optimizer):
         super().load_state_dict(state_dict)
         # torch has just cast the moments to the dtype of their parameter
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-        for p, key in zip(parameters(self), keys, strict=True):
+        for p, key in zip(parameters(self.param_groups), keys, strict=True):
             for name, value in state_dict["state"].get(key, {}).items():
                 self.state[p][name] = value.to(self.state[p][name].device, copy=True)
 

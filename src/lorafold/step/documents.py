@@ -27,6 +27,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -205,16 +206,10 @@ def document_mask(
         head = torch.zeros_like(b)
         if not mask_function(b, head, earlier, later).any():
             same = mask_function(b, head, later, earlier).expand(batch_size, q_length - 1)
-            begins = (
-                torch.cat([same.new_ones(batch_size, 1), ~same], 1)
-                .flatten()
-                .nonzero()[:, 0]
-                .tolist()
-            )
-            return Documents(
-                tuple(end - begin for begin, end in pairwise([*begins, batch_size * q_length])),
-                protocol.get("local_size"),
-            )
+            first = torch.cat([same.new_ones(batch_size, 1), ~same], 1).flatten()
+            begins = [*first.nonzero()[:, 0].tolist(), batch_size * q_length]
+            lens = tuple(end - begin for begin, end in pairwise(begins))
+            return Documents(lens, protocol.get("local_size"))
     return sdpa_mask(
         batch_size,
         q_length,
@@ -264,12 +259,8 @@ def attend(
             )
         if dropout == 0.0 and s_aux is None and position_bias is None:
             q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-            return (
-                document_attention(q, k, v, attention_mask, scale, softcap).unflatten(
-                    0, (len(query), -1)
-                ),
-                None,
-            )
+            y = document_attention(q, k, v, attention_mask, scale, softcap)
+            return y.unflatten(0, (len(query), -1)), None
         attention_mask = attention_mask.dense(len(query), query.device)
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     scores = query @ key.mT * scale
@@ -294,64 +285,59 @@ def attend(
 HOST = torch.device("cpu")
 
 
+@dataclass
 class _Both:
     """Values (B, T) that are known on the host, for indices there and on a device."""
 
-    def __init__(self, here: Tensor, device: torch.device) -> None:
-        self.here, self.device = here, device
+    here: Tensor
+    device: torch.device
 
     def __getitem__(self, at: tuple[Tensor, ...]) -> Tensor:
         there = any(i.device.type != "cpu" for i in at)
         return (self.here.to(self.device) if there else self.here)[at]
 
 
-class _Functions:
+class _OnHost:
     """transformers' functions that find documents, and how many `with` blocks have ours in their
     place. The positions are those of the mask that is being made.
     """
 
-    NAMES = "find_packed_sequence_indices", "remap_positions_for_packed_sequence"
-
     def __init__(self) -> None:
         self.users, self.known = 0, _Both(torch.empty(0), HOST)
-        self.theirs: list[Any] = []
+        self.theirs: dict[str, Any] = {}
+        self.ours: dict[str, Callable[..., Any]] = {
+            "find_packed_sequence_indices": self._found,
+            "remap_positions_for_packed_sequence": self._remapped,
+        }
 
-    def enter(self) -> None:
+    def use(self, more: int) -> None:
+        """Count a `with` block that begins (1) or ends (-1)."""
         if not self.users:
-            self.theirs = [vars(masking_utils).get(name) for name in self.NAMES]
-            self._set([self._found, self._remapped])
-        self.users += 1
-
-    def leave(self) -> None:
-        self.users -= 1
-        if not self.users:
-            self._set(self.theirs)
-
-    def _set(self, functions: list[Any]) -> None:
-        if None not in self.theirs:  # a version that has others goes on as it does
-            for name, function in zip(self.NAMES, functions, strict=True):
-                setattr(masking_utils, name, function)
+            self.theirs = {name: vars(masking_utils).get(name) for name in self.ours}
+        self.users += more
+        if None not in self.theirs.values():  # a version that has others goes on as it does
+            vars(masking_utils).update(self.ours if self.users else self.theirs)
 
     def _found(self, position_ids: Tensor) -> Any:
         self.known = _Both(on_host(position_ids), position_ids.device)
-        numbers = self.theirs[0](self.known.here)
+        numbers = self.theirs["find_packed_sequence_indices"](self.known.here)
         return None if numbers is None else _Both(numbers, position_ids.device)
 
     def _remapped(self, mask: Callable[..., Any], position_ids: Tensor) -> Any:
-        return self.theirs[1](mask, self.known)
+        return self.theirs["remap_positions_for_packed_sequence"](mask, self.known)
 
 
-_functions = _Functions()
+_on_host = _OnHost()
 
 
 @contextmanager
 def masks_by_host() -> Iterator[None]:
     """Have transformers find documents on the host until the `with` block ends."""
-    _functions.enter()
+    _on_host.use(1)
     try:
         yield
     finally:
-        _functions.leave()
+        _on_host.use(-1)
 
 
 def indices(

@@ -59,9 +59,6 @@ class _Known(NamedTuple):
     key: tuple[Any, ...]
     agree: bool
 
-    def is_of(self, model: Any, weight: Tensor, key: tuple[Any, ...]) -> bool:
-        return self.model() is model and self.weight() is weight and self.key == key
-
 
 _agreed: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
 
@@ -83,7 +80,8 @@ def linear_form(model: Any, logits: Tensor, h: Tensor) -> LinearHead | None:
             return linear if logits.shape == linear.logits(h).shape else None
         # the answer of the device is waited for once
         key, known = (w._version, linear.scale, linear.cap), _agreed.get(layer)
-        if known is None or not known.is_of(model, w, key):
+        same = known is not None and known.model() is model and known.weight() is w
+        if known is None or not same or known.key != key:
             agree = _agree(logits, linear.logits(h))
             _agreed[layer] = known = _Known(ref(model), ref(w), key, agree)
     return linear if known.agree else None

@@ -246,7 +246,7 @@ class VirtualTokens(Spec):
         check(self, whole=("tokens",), one_of={"init": self.inits})
 
     @property
-    def positions(self) -> int:
+    def positions(self) -> int:  # type: ignore[override]
         """Those of the virtual tokens."""
         return self.tokens
 
