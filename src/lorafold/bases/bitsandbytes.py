@@ -190,9 +190,6 @@ class Quantized(Matrix):
             " lost to rounding; dequantize it first"
         )
 
-    def write(self, w: Tensor, b: Tensor | None) -> None:
-        self.encode(w, b)
-
     def dense_like(self) -> tuple[Tensor, Tensor | None]:
         dtype = getattr(self.module, "compute_dtype", None) or self.dtype
         b = self.bias

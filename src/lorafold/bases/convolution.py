@@ -25,7 +25,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorafold.bases.dense import named, store_all
 from lorafold.core.layer import Base
 from lorafold.core.rounding import rounded
 from lorafold.errors import NotMergeable
@@ -112,7 +111,4 @@ class Convolution(Base):
         return self.kernel.flatten(1), self.bias
 
     def encode(self, w: Tensor, b: Tensor | None) -> dict[str, Tensor]:
-        return named(w.reshape(self.kernel.shape), b)
-
-    def write(self, w: Tensor, b: Tensor | None) -> None:
-        store_all(self, w, b)
+        return super().encode(w.reshape(self.kernel.shape), b)

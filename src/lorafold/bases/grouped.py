@@ -15,7 +15,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorafold.bases.dense import named, store_all
 from lorafold.core.layer import Base
 from lorafold.core.selection import DrawSite, site_of, slots
 from lorafold.errors import NotMergeable
@@ -95,7 +94,4 @@ class GroupedLinear(Base):
     def encode(self, w: Tensor, b: Tensor | None) -> dict[str, Tensor]:
         if b is not None:
             raise NotMergeable("the adapter adds a bias, which a grouped linear does not add")
-        return named(w, None)
-
-    def write(self, w: Tensor, b: Tensor | None) -> None:
-        store_all(self, w, b)
+        return {"weight": w}

@@ -314,20 +314,13 @@ SETTINGS = "settings"
 SHOWN = 200  # characters of a value in a message
 
 
-def settings_of(delta: Delta) -> dict[str, Any]:
-    """The settings of a delta and of what it is made of, by name, as JSON has them."""
+def written(delta: Delta) -> Tensor | None:  # (bytes,)
+    """The settings of a delta and of what it is made of, as JSON in uint8; None if it has none."""
     found = {
         f"{path}.{name}".removeprefix("."): getattr(module, name)
         for path, module in delta.named_modules()
         for name in getattr(module, "setting_names", ())
     }
-    values: dict[str, Any] = json.loads(json.dumps(found))
-    return values
-
-
-def written(delta: Delta) -> Tensor | None:  # (bytes,)
-    """The settings of a delta, uint8; None if it has none."""
-    found = settings_of(delta)
     if not found:
         return None
     return torch.frombuffer(bytearray(json.dumps(found).encode()), dtype=torch.uint8)
@@ -340,7 +333,8 @@ def check_settings(delta: Delta, given: Tensor, what: str) -> None:
         given: what `written` gave, (bytes,).
         what: the module and the adapter, for the message.
     """
-    own, there = settings_of(delta), json.loads(bytes(given.tolist()))
+    both = written(delta), given
+    own, there = ({} if t is None else json.loads(bytes(t.tolist())) for t in both)
     if own != there:
         told = [
             f"found {name} {_shown(there.get(name))}, expected {_shown(own.get(name))}"

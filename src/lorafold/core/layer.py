@@ -266,11 +266,11 @@ class Base(Layer):
         """
         return layer(*args, **kwargs)
 
-    @abstractmethod
     def encode(self, w: Tensor, b: Tensor | None) -> dict[str, Tensor]:
         """The parameters that would store W (out, in) and b (out,) in the module, by name, in the
         dtypes given. The module is not changed. Raises NotMergeable if it can't store them.
         """
+        return {"weight": w} if b is None else {"weight": w, "bias": b}
 
     @classmethod
     def entered(cls, module: nn.Module) -> None:
@@ -291,12 +291,21 @@ class Base(Layer):
         """The layer that this becomes by `dequantize`."""
         return self
 
-    @abstractmethod
     def write(self, w: Tensor, b: Tensor | None) -> None:
-        """Store W (out, in) and b (out,) in the module, rounded once to its dtype.
+        """Store W (out, in) and b (out,) in the module, rounded once to its dtype: in place where a
+        parameter has the same shape, else as a new parameter.
 
         Raises NotMergeable if the module can't store them.
         """
+        for name, value in self.encode(w, b).items():
+            old = getattr(self.bare, name, None)
+            if old is not None and old.shape == value.shape:
+                with torch.no_grad():
+                    old.copy_(value)
+                continue
+            like = self.bare.weight if old is None else old
+            new = nn.Parameter(value.detach().to(like.dtype, copy=True), like.requires_grad)
+            setattr(self.module, name, new)
 
     def dequantize(self) -> None:
         """Make a quantized module store its matrix in floating point, so that `write` works."""

@@ -60,6 +60,12 @@ class Methods(MutableMapping[str, Callable[..., "Spec"]]):
         cls = _imported(where)
         return partial(cls, **options) if options else cls
 
+    def spec(self, name: str) -> "type[Spec]":
+        """The class of a method's specs."""
+        maker: Any = self[name]
+        cls: type[Spec] = getattr(maker, "func", maker)
+        return cls
+
     def __setitem__(self, name: str, row: Row) -> None:
         self._rows[name] = row
 
@@ -114,12 +120,11 @@ def known_options(method: str, over: str | None = None) -> tuple[str, ...]:
     """
     if method not in METHODS:
         raise LorafoldError(f"unknown method {method!r}; there are: {', '.join(METHODS)}")
-    maker: Any = METHODS[method]
-    cls: Any = maker.func if isinstance(maker, partial) else maker
-    names = tuple(field.name for field in fields(cls))
+    default: Any = METHODS[method]
+    names = tuple(field.name for field in fields(METHODS.spec(method)))  # type: ignore[arg-type]
     if "over" not in names:
         return names
-    return (*names, *(known_options(over) if over else maker().over.options()))
+    return (*names, *(known_options(over) if over else default().over.options()))
 
 
 def make_spec(method: str, **options: Any) -> "Spec":
