@@ -42,7 +42,7 @@ class Methods(MutableMapping[str, Callable[..., "Spec"]]):
     """Makers of specs by the names of methods.
 
     A row is `module.Class` in this package, or that with options, and is imported when it is first
-    used: the names are known without torch. A row may also be a spec's class itself.
+    used: the names are known without torch. A row may also be a spec's class, or a function that makes a spec.
     """
 
     def __init__(self, rows: dict[str, Row]) -> None:
@@ -63,8 +63,8 @@ class Methods(MutableMapping[str, Callable[..., "Spec"]]):
     def spec(self, name: str) -> "type[Spec]":
         """The class of a method's specs."""
         maker: Any = self[name]
-        cls: type[Spec] = getattr(maker, "func", maker)
-        return cls
+        cls = getattr(maker, "func", maker)
+        return cls if isinstance(cls, type) else type(maker())
 
     def __setitem__(self, name: str, row: Row) -> None:
         self._rows[name] = row
