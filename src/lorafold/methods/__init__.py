@@ -42,7 +42,8 @@ class Methods(MutableMapping[str, Callable[..., "Spec"]]):
     """Makers of specs by the names of methods.
 
     A row is `module.Class` in this package, or that with options, and is imported when it is first
-    used: the names are known without torch. A row may also be a spec's class, or a function that makes a spec.
+    used: the names are known without torch. A row may also be a spec's class, or a function that
+    makes a spec.
     """
 
     def __init__(self, rows: dict[str, Row]) -> None:
