@@ -263,10 +263,12 @@ class Upon(Layer):
 
     @property
     def matrices(self) -> tuple[int, ...]:  # type: ignore[override]
+        """The number of matrices of the layer below."""
         return self.under.matrices
 
     @property
     def window(self) -> int:  # type: ignore[override]
+        """The window of the layer below."""
         return self.under.window
 
     @property
@@ -275,6 +277,7 @@ class Upon(Layer):
 
     @property
     def takes_ids(self) -> bool:  # type: ignore[override]
+        """Whether the layer below takes ids."""
         return self.under.takes_ids
 
     @property
@@ -287,6 +290,7 @@ class Upon(Layer):
 
     @property
     def module(self) -> nn.Module:  # type: ignore[override]
+        """The module at the bottom."""
         return self.under.module
 
 

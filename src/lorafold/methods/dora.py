@@ -145,6 +145,7 @@ class DoRA(Spec):
 
     @property
     def asks_losses(self) -> bool:  # type: ignore[override]
+        """Whether the method that it lies over asks for them."""
         return self.over.asks_losses
 
     def options(self) -> tuple[str, ...]:

@@ -137,6 +137,7 @@ class Fastfood(Spec):
 
     @property
     def lr_whole(self) -> float:  # type: ignore[override]
+        """That of the head."""
         return self.head_lr
 
     def build(self, layer: Layer) -> FastfoodDelta:
