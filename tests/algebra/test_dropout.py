@@ -15,8 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lorafold as lf
 from lorafold.core.attach import selection_of
-from lorafold.core.draws import DrawSite, drawing, named, slots
-from lorafold.core.selection import Draws
+from lorafold.core.selection import Draws, DrawSite, drawing, named, slots
 from lorafold.ops.dropout import (
     MASKED,
     Dropped,
@@ -25,10 +24,11 @@ from lorafold.ops.dropout import (
     emptied,
     empty_,
     keep_scale,
+    key_of,
+    philox,
     shared,
 )
 from lorafold.ops.operators import plainly
-from lorafold.ops.philox import key_of, philox
 
 SHARES = [0.0, 0.001, 0.05, 0.5, 0.9]
 N = 1 << 20

@@ -17,9 +17,8 @@ from lorafold.bases import layer_of, parameter_count
 from lorafold.bases.bitsandbytes import bitsandbytes
 from lorafold.core.anatomy import Anatomy, of_attention
 from lorafold.core.attach import base_state, selection_of
-from lorafold.core.draws import drawing, named
 from lorafold.core.matrices import Matrices, module_at
-from lorafold.core.selection import Draws
+from lorafold.core.selection import Draws, drawing, named
 from lorafold.core.spec import Spec
 from lorafold.models.quantizing import compute_in
 from lorafold.ops.demands import Place, as_on

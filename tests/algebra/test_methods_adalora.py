@@ -82,7 +82,7 @@ def test_a_resumed_run_is_the_run() -> None:
 def test_wrong_values_are_all_named() -> None:
     with pytest.raises(
         lf.LorafoldError,
-        match=r"rank: found 0.*; dropout: found 1\.5.*; delta_t: found 0.*; beta1 .*: found 2 and ",
+        match=r"rank: found 0.*; delta_t: found 0.*; dropout: found 1\.5.*; beta1 .*: found 2 and ",
     ):
         lf.AdaLoRA(rank=0, init_rank=4, dropout=1.5, delta_t=0, beta1=2)
 

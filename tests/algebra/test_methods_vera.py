@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import lorafold as lf
-from lorafold.core.settings import SETTINGS
+from lorafold.core.delta import SETTINGS
 
 
 def adapted() -> tuple[nn.Sequential, lf.Adapter]:

@@ -12,7 +12,7 @@ import lorafold as lf
 from laws import METHODS, NOT_LAID, move
 from lorafold.bases import layer_class
 from lorafold.core.attach import lay, selection_of
-from lorafold.core.reading import Reading
+from lorafold.core.served_weights import Reading
 from lorafold.methods.bottleneck import BottleneckDelta
 from weight_readers import STORAGES, Past, Product, gradients, past, relative
 

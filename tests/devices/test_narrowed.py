@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.core.modes import unchanged
-from lorafold.ops.narrowed import _copies, narrowed
+from lorafold.ops.arithmetic import _copies, narrowed
 from shadow import Device, Shadow
 
 FORM = 0.3, torch.bfloat16

@@ -19,7 +19,7 @@ from lorafold.engine.operations import Operations
 from lorafold.engine.steady import ROWS, InBlocks
 from lorafold.kernels.table import DECODING, use
 from lorafold.ops.decoding import STORED, Part
-from lorafold.ops.gated import ACTIVATIONS
+from lorafold.ops.fused import ACTIVATIONS
 
 T = torch.Tensor
 

@@ -14,8 +14,8 @@ import lorafold as lf
 from engine_cases import METHODS, save_adapters
 from lorafold.adapter.building import read
 from lorafold.core.attach import adapted_modules
-from lorafold.core.settings import SETTINGS
-from lorafold.core.skip_init import skip_init
+from lorafold.core.delta import SETTINGS
+from lorafold.core.shells import skip_init
 from lorafold.errors import LorafoldError
 from lorafold.files.contents import Contents
 from lorafold.peft.config import WEIGHTS

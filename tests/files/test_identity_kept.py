@@ -325,7 +325,7 @@ def test_what_was_kept_is_given_for_the_same_thing_alone(change: str, world: Wor
 @pytest.mark.parametrize(
     ("file", "others"),
     [
-        pytest.param("ops/norm.py", {*FIGURES, "reference"}, marks=SLOWLY),
+        pytest.param("ops/fused.py", {*FIGURES, "reference"}, marks=SLOWLY),
         ("data/render.py", {*FIGURES, "reference", "parsed", "tokens"}),
         pytest.param("inspecting/updates.py", {"intrinsic", "fragility", "svd"}, marks=SLOWLY),
         pytest.param("comparing/measure.py", {"compare"}, marks=SLOWLY),

@@ -15,8 +15,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Group
 
 import lorafold as lf
 from lorafold.core.attach import selection_of
-from lorafold.core.draws import drawing, named
-from lorafold.core.selection import Draws
+from lorafold.core.selection import Draws, drawing, named
 from lorafold.core.spec import Spec
 from lorafold.models.compressed import codes_of
 from more_architectures import FAMILIES

@@ -134,9 +134,8 @@ def evaluation(data: str, of: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def write_inputs() -> None:
-    from lorafold.train.recipe import Recipe
-
     from conftest import make_model_dir
+    from lorafold.recipe.recipe import Recipe
 
     make_model_dir("llama", Path("base"))
     data = {"rows": ROWS, "held": ROWS[:6], "labels": LABELS, "chats": CHATS}

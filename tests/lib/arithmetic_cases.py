@@ -16,8 +16,7 @@ from lorafold.ops.attention import document_attention
 from lorafold.ops.cross_entropy import LinearHead, linear_cross_entropy
 from lorafold.ops.documents import Documents
 from lorafold.ops.dropout import Dropped, emptied, keep_scale
-from lorafold.ops.frozen import frozen_linear
-from lorafold.ops.lora import low_rank_linear
+from lorafold.ops.frozen import frozen_linear, low_rank_linear
 
 T, IN, OUT, R = 2 * ROWS, 48, 40, 4
 

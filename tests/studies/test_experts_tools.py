@@ -24,8 +24,8 @@ from lorafold.bases.experts import Experts
 from lorafold.composing.interference import meetings
 from lorafold.composing.updates import read
 from lorafold.composing.ways import BOUND
+from lorafold.core.delta import Over
 from lorafold.core.matrices import module_at
-from lorafold.core.over import Over
 from lorafold.inspecting.against import TOP, across_experts
 from lorafold.inspecting.paths import scaling
 from lorafold.inspecting.report import sections, table

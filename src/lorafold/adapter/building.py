@@ -24,8 +24,8 @@ from lorafold.core.attach import Adapted, Origin, selection_of
 from lorafold.core.combine import Stack
 from lorafold.core.delta import Delta
 from lorafold.core.matrices import expert_parameters, module_at, parameter_path
-from lorafold.core.rescaled import keep_scale
-from lorafold.core.skip_init import skip_init
+from lorafold.core.modes import keep_scale
+from lorafold.core.shells import skip_init
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches, match
 from lorafold.errors import LorafoldError, as_one, listed, shortened

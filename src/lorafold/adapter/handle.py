@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from lorafold.adapter.reach import Unreached, counted, in_towers, unreached
 from lorafold.bases import parameter_count
 from lorafold.bases.dequantized import record_dequantized
+from lorafold.core.anatomy import joined
 from lorafold.core.attach import Adapted, Origin, adapted_modules, freeze, lift, selection_of, thaw
-from lorafold.core.delta import Delta, put
-from lorafold.core.settings import SETTINGS, check_settings, written
+from lorafold.core.delta import SETTINGS, Delta, check_settings, put, written
 from lorafold.errors import LorafoldError
 from lorafold.files.card import VOCABULARY, Beside
 from lorafold.files.record import OTHER_BASE, TRAINED_ON
@@ -30,11 +30,6 @@ from lorafold.models.weights import ModelWeights, Weights
 from lorafold.peft.directory import Chosen, write
 from lorafold.peft.own_base import BASE_IDENTITY
 from lorafold.peft.stack import digest_written, listed, recorded
-
-
-def joined(path: str, name: str) -> str:
-    """The dotted name of a tensor of the module at `path`."""
-    return f"{path}.{name}" if path else name
 
 
 class Adapter:
@@ -107,7 +102,7 @@ class Adapter:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every tensor of the adapter, in its own shape, by `<module path>.<name>`; checkpoints
-        have these. One more for each module are the settings of its delta (`core.settings`).
+        have these. One more for each module are the settings of its delta (`core.delta`).
         """
         deltas = self.deltas
         own = ((path, delta.state_dict()) for path, delta in deltas.items())

@@ -15,7 +15,7 @@ from lorafold.bases.experts import Experts
 from lorafold.bases.grouped import GroupedLinear
 from lorafold.core.anatomy import Anatomy
 from lorafold.core.attach import Adapted
-from lorafold.core.base import Base
+from lorafold.core.layer import Base
 from lorafold.core.matrices import Matrices
 from lorafold.errors import LorafoldError
 

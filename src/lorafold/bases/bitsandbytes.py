@@ -35,8 +35,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from lorafold.bases.dense import Linear, Matrix
 from lorafold.core.attach import Adapted, adapted_class
-from lorafold.core.fake import is_fake
 from lorafold.core.matrices import expert_parameters
+from lorafold.core.modes import is_fake
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.ops.nf4 import levels
 
@@ -189,9 +189,6 @@ class Quantized(Matrix):
             f"{type(self.module).__name__} stores a quantized weight, in which a change would be"
             " lost to rounding; dequantize it first"
         )
-
-    def write(self, w: Tensor, b: Tensor | None) -> None:
-        self.encode(w, b)
 
     def dense_like(self) -> tuple[Tensor, Tensor | None]:
         dtype = getattr(self.module, "compute_dtype", None) or self.dtype

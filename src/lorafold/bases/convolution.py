@@ -25,8 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorafold.bases.dense import named, store_all
-from lorafold.core.base import Base
+from lorafold.core.layer import Base
 from lorafold.core.rounding import rounded
 from lorafold.errors import NotMergeable
 from lorafold.ops.autocast import autocasting, lowered
@@ -65,7 +64,7 @@ class Convolution(Base):
         return out, prod(columns)
 
     @property
-    def window(self) -> int:
+    def window(self) -> int:  # type: ignore[override]
         return prod(self.bare.kernel_size)
 
     def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
@@ -112,7 +111,4 @@ class Convolution(Base):
         return self.kernel.flatten(1), self.bias
 
     def encode(self, w: Tensor, b: Tensor | None) -> dict[str, Tensor]:
-        return named(w.reshape(self.kernel.shape), b)
-
-    def write(self, w: Tensor, b: Tensor | None) -> None:
-        store_all(self, w, b)
+        return super().encode(w.reshape(self.kernel.shape), b)

@@ -18,57 +18,16 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lorafold.core.base import Base, bare
-from lorafold.core.draws import DrawSite, site_of
-from lorafold.core.layer import add
+from lorafold.core.layer import Base, add
+from lorafold.core.selection import DrawSite, site_of
 from lorafold.errors import NotMergeable
-from lorafold.ops.arithmetic import arithmetic, linear, product
+from lorafold.ops.arithmetic import arithmetic, linear, narrowed, product
 from lorafold.ops.autocast import autocasting, lowered
 from lorafold.ops.dropout import dropout, shared
-from lorafold.ops.frozen import frozen_linear
-from lorafold.ops.lora import low_rank_linear
+from lorafold.ops.frozen import frozen_linear, low_rank_linear
 from lorafold.ops.memo import once
-from lorafold.ops.narrowed import narrowed
 from lorafold.ops.scale import scale
 from lorafold.ops.sparse import sparse_linear
-
-
-def store(module: nn.Module, name: str, value: Tensor) -> None:
-    """Round a value to a parameter's dtype and write it to the parameter, in place if that has the
-    same shape; otherwise the module gets a new parameter.
-
-    Args:
-        name: the name of its parameter, "weight" or "bias".
-        value: the new values, of any shape.
-    """
-    own = bare(module)
-    old: Tensor | None = getattr(own, name, None)
-    if old is not None and old.shape == value.shape:
-        with torch.no_grad():
-            old.copy_(value)
-        return
-    like: Tensor = own.weight if old is None else old  # type: ignore[assignment]
-    setattr(
-        module,
-        name,
-        nn.Parameter(value.detach().to(like.dtype, copy=True), requires_grad=like.requires_grad),
-    )
-
-
-def store_all(layer: Base, w: Tensor, b: Tensor | None) -> None:
-    """Encode W and b as the layer's module stores them, and `store` them.
-
-    Args:
-        w: the weight (out, in).
-        b: the bias (out,), or None.
-    """
-    for name, value in layer.encode(w, b).items():
-        store(layer.module, name, value)
-
-
-def named(w: Tensor, b: Tensor | None) -> dict[str, Tensor]:  # any shape, (out,)
-    """The weight, and the bias if there is one, by the parameters' names."""
-    return {"weight": w} if b is None else {"weight": w, "bias": b}
 
 
 class Vectors(Base):
@@ -78,6 +37,9 @@ class Vectors(Base):
         self, y: Tensor, g: Tensor, c: Tensor | None = None, onto: Tensor | None = None
     ) -> Tensor:
         return scale(y, g, c, onto)
+
+    def drop(self, x: Tensor, p: float) -> Tensor:
+        return dropout(x, p, self.site(x)) if p else x
 
     def site(self, x: Tensor) -> DrawSite | None:
         """What dropout of x (..., k) follows from; None where torch's generator gives it."""
@@ -149,9 +111,6 @@ class Matrix(Vectors):
         u = once(x, (m,), lambda: frozen_linear(flat, None, narrow.to))
         return u.view(*x.shape[:-1], -1)
 
-    def drop(self, x: Tensor, p: float) -> Tensor:
-        return dropout(x, p, self.site(x)) if p else x
-
     def dense(self) -> tuple[Tensor, Tensor | None]:
         return self.weight(), self.bias
 
@@ -179,11 +138,8 @@ class Linear(Matrix):
     def weight(self) -> Tensor:
         return self.bare.weight
 
-    def encode(self, w: Tensor, b: Tensor | None) -> dict[str, Tensor]:
-        return named(w, b)
-
     def write(self, w: Tensor, b: Tensor | None) -> None:
-        store_all(self, w, b)
+        super().write(w, b)
         if hasattr(self.module, "out_features"):  # new tokens may have grown a head
             self.module.out_features = len(w)  # type: ignore[assignment]
 
@@ -195,10 +151,7 @@ class Conv1D(Matrix):
         return self.bare.weight.t()
 
     def encode(self, w: Tensor, b: Tensor | None) -> dict[str, Tensor]:
-        return named(w.t(), b)
-
-    def write(self, w: Tensor, b: Tensor | None) -> None:
-        store_all(self, w, b)
+        return super().encode(w.t(), b)
 
 
 class _Lookup(Function):
@@ -271,7 +224,7 @@ class Embedding(Vectors):
         return {"weight": w.t()}
 
     def write(self, w: Tensor, b: Tensor | None) -> None:
-        store_all(self, w, b)
+        super().write(w, b)
         if hasattr(self.module, "num_embeddings"):  # new tokens may have grown it
             self.module.num_embeddings = w.shape[1]  # type: ignore[assignment]
 
@@ -293,17 +246,8 @@ class Plain(Vectors):
     def op(self, x: Tensor, m: Tensor) -> Tensor:
         raise NotMergeable(f"{type(self.module).__name__} has no matrix")
 
-    def drop(self, x: Tensor, p: float) -> Tensor:
-        return dropout(x, p, self.site(x)) if p else x
-
     def dense(self) -> tuple[Tensor, Tensor | None]:
         weight = getattr(self.bare, "weight", None)
         if weight is None:
             raise NotMergeable(f"{type(self.module).__name__} has no weight")
         return weight, getattr(self.bare, "bias", None)
-
-    def encode(self, w: Tensor, b: Tensor | None) -> dict[str, Tensor]:
-        return named(w, b)
-
-    def write(self, w: Tensor, b: Tensor | None) -> None:
-        store_all(self, w, b)

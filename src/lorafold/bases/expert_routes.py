@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafold.core.fake import is_fake
 from lorafold.core.layer import Layer
 from lorafold.core.matrices import CHOSEN, SORTED, WEIGHED, form_of
+from lorafold.core.modes import is_fake
 from lorafold.ops.autocast import lowered
 from lorafold.ops.groups import Groups, grouped
 

@@ -22,10 +22,9 @@ from torch import Tensor, nn
 from lorafold.bases.expert_matrices import ExpertMatrices, held
 from lorafold.bases.expert_routes import CALLED
 from lorafold.core.attach import Adapted
-from lorafold.core.base import Base
-from lorafold.core.draws import DrawSite, site_of, slots
-from lorafold.core.layer import Layer, add
+from lorafold.core.layer import Base, Layer, add
 from lorafold.core.matrices import STORED, Matrices, expert_parameters, matrices_of, parameter_path
+from lorafold.core.selection import DrawSite, site_of, slots
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.ops.dropout import dropout, shared
 from lorafold.ops.grouped import FrozenMatrices, frozen_product, low_rank_product, product
@@ -89,7 +88,7 @@ class Experts(Base):
         return device
 
     @property
-    def matrices(self) -> tuple[int, ...]:
+    def matrices(self) -> tuple[int, ...]:  # type: ignore[override]
         return self.held.shape[:1]
 
     @property

@@ -15,9 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorafold.bases.dense import named, store_all
-from lorafold.core.base import Base
-from lorafold.core.draws import DrawSite, site_of, slots
+from lorafold.core.layer import Base
+from lorafold.core.selection import DrawSite, site_of, slots
 from lorafold.errors import NotMergeable
 from lorafold.ops.arithmetic import linear
 from lorafold.ops.autocast import autocasting, lowered
@@ -95,7 +94,4 @@ class GroupedLinear(Base):
     def encode(self, w: Tensor, b: Tensor | None) -> dict[str, Tensor]:
         if b is not None:
             raise NotMergeable("the adapter adds a bias, which a grouped linear does not add")
-        return named(w, None)
-
-    def write(self, w: Tensor, b: Tensor | None) -> None:
-        store_all(self, w, b)
+        return {"weight": w}

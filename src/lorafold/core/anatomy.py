@@ -48,6 +48,9 @@ class Anatomy:
     indexers: the modules that choose the positions which sparse attention reads: transformers calls
         their classes indexers. A choice has no gradient.
     attentions: the causal self-attentions, with a true `is_causal` and a `layer_idx`.
+    embedding: the input embedding; None if the model does not say which it is, or if it is no
+        module, as the latents that Perceiver names.
+    head: the output embedding; None if the model has none.
     """
 
     def __init__(self, model: nn.Module, tree: Tree) -> None:
@@ -66,6 +69,7 @@ class Anatomy:
                 self.indexers.append(path)
             if path and getattr(module, "is_causal", False) and hasattr(module, "layer_idx"):
                 self.attentions.append(path)
+        self.embedding, self.head = map(self._path, _ends(model))
 
     @staticmethod
     def of(model: nn.Module) -> Anatomy:
@@ -92,7 +96,7 @@ class Anatomy:
             if path in self.experts:
                 around = found.get(path.rpartition(".")[0]) if path else None
                 within = matrices_of(module, around)
-                found |= {path: module, **{_joined(path, name): m for name, m in within.items()}}
+                found |= {path: module, **{joined(path, name): m for name, m in within.items()}}
             else:
                 found[path] = module
         return list(found.items())
@@ -117,22 +121,6 @@ class Anatomy:
                 if experts and child not in experts and len(weight) in {1}.union(*experts.values()):
                     found.add(path)
         return frozenset(found)
-
-    @cached_property
-    def embedding(self) -> str | None:
-        """The input embedding; None if the model does not say which it is, or if it is no module,
-        as the latents that Perceiver names.
-        """
-        try:
-            found = getattr(self.model, "get_input_embeddings", lambda: None)()
-        except NotImplementedError:  # what transformers raises for two encoders side by side
-            return None
-        return self._path(found)
-
-    @cached_property
-    def head(self) -> str | None:
-        """The output embedding; None if the model has none."""
-        return self._path(getattr(self.model, "get_output_embeddings", lambda: None)())
 
     @cached_property
     def vocabulary_ends(self) -> list[str]:
@@ -208,7 +196,7 @@ class Anatomy:
         around = [outer for outer, _ in _steps(self.language)]
         left_out = {*around, self.language, *self.heads}
         paths = [
-            _joined(outer, name)
+            joined(outer, name)
             for outer in around
             for name, _ in self.model.get_submodule(outer).named_children()
         ]
@@ -230,6 +218,11 @@ class Anatomy:
         if module is None:
             return None
         return next((path for path, kept in self._tree if kept() is module), None)
+
+
+def joined(path: str, name: str) -> str:
+    """The dotted name of a child or a tensor of the module at `path`."""
+    return f"{path}.{name}" if path else name
 
 
 def beneath(roots: Iterable[str]) -> Callable[[str], bool]:
@@ -283,10 +276,6 @@ def _tree(model: nn.Module) -> Tree:
     return tree
 
 
-def _joined(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
-
-
 def _steps(path: str) -> list[tuple[str, str]]:
     """The way from the model to a path: each module on it, and the child that comes next."""
     parts = path.split(".") if path else []
@@ -308,6 +297,15 @@ def _generates(model: Any, part: nn.Module) -> bool:
     numbered = [m for m in part.modules() if hasattr(m, "layer_idx")]
     causal = any(getattr(m, "is_causal", True) for m in numbered)
     return causal or (bool(numbered) and model.get_output_embeddings() is not None)
+
+
+def _ends(model: Any) -> tuple[Any, Any]:
+    """The input embedding and the output embedding, where the model names them."""
+    try:
+        embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:  # what transformers raises for two encoders side by side
+        embedding = None
+    return embedding, getattr(model, "get_output_embeddings", lambda: None)()
 
 
 def _takes(module: nn.Module) -> list[str]:

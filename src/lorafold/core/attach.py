@@ -17,15 +17,11 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from lorafold.core.base import Base
-from lorafold.core.delta import Delta
-from lorafold.core.layer import Layer
-from lorafold.core.over import Over
-from lorafold.core.reading import NAMES
+from lorafold.core.delta import SETTINGS, Delta, Over, check_settings, written
+from lorafold.core.layer import Base, Layer
 from lorafold.core.selection import Loading, OnlyBlock, Selection
 from lorafold.core.selection import Origin as Origin
-from lorafold.core.served_weights import Read
-from lorafold.core.settings import SETTINGS, check_settings, written
+from lorafold.core.served_weights import NAMES, Read
 from lorafold.errors import LorafoldError, listed
 
 _base_alone: ContextVar[bool] = ContextVar("base_alone", default=False)
@@ -122,8 +118,9 @@ class Adapted(nn.Module):
             base: the layer at the bottom, if it is made already.
         """
         layer: Layer = base or self.layer_class(self)
-        for delta in deltas_on(self, names):
-            layer = Over(delta, layer)
+        for name in names:
+            if name in self.deltas:
+                layer = Over(self.deltas[name], layer)  # type: ignore[arg-type]
         return layer
 
     def __reduce_ex__(self, protocol: Any) -> Any:

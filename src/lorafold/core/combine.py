@@ -16,6 +16,7 @@ the layer below once, and again for a delta that changes the layer's input.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,9 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorafold.core.delta import Delta, LowRank, Opaque
+from lorafold.core.delta import Delta, LowRank, Opaque, Over, Upon
 from lorafold.core.layer import Layer, add
-from lorafold.core.over import Over, Upon
 
 
 class Stack(Delta):
@@ -58,14 +58,14 @@ class Stack(Delta):
         return w, b
 
 
+@dataclass(eq=False)
 class Slots:
     """The delta of each element of the next batch, for a whole model.
 
     `at` (batch,) holds integers: 0 for no delta, i for the i-th.
     """
 
-    def __init__(self, at: Tensor) -> None:
-        self.at = at
+    at: Tensor
 
 
 def up_names_in(combinator: nn.Module) -> tuple[str, ...]:
@@ -167,13 +167,15 @@ class Bank(Opaque):
         return layer(x, onto=add(each(x, down, up), onto))
 
 
+@dataclass(eq=False)
 class Given(Upon):
     """A layer whose output y for the input x is known already, so that a combinator runs the layer
     below once. Another input than x, which a delta may have changed, runs it again.
     """
 
-    def __init__(self, under: Layer, y: Tensor, x: Tensor) -> None:
-        self.under, self.y, self.x = under, y, x
+    under: Layer
+    y: Tensor
+    x: Tensor
 
     def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         if x is self.x:

@@ -7,14 +7,26 @@
 Where a layer has several matrices (`Layer.matrices`), all of these have a dimension (E,) in front.
 
 The law: folding then calling equals calling. Where a change has no weight-space form, `fold` raises
-`NotMergeable`. Every class here is abstract; every method is a final subclass of one of them.
+`NotMergeable`. Every class of deltas here is abstract; every method is a final subclass of one of
+them. A layer under a delta is a layer again (`Over`), with the same input, shape and module.
+
+What a delta computes with besides its tensors, such as a scale, is one more tensor of its state,
+bytes of JSON, so that states in files of tensors alone have it too:
+
+    <module path>.deltas.<adapter>.settings         {"scale": 2.0}
+
+A state is loaded only where it has the same. Dropout is none of it, since that acts in training
+alone, and states of earlier versions, which have no settings, are loaded as they were.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -23,7 +35,7 @@ from torch import Tensor, nn
 
 from lorafold.core.layer import Layer
 from lorafold.core.rounding import rounded
-from lorafold.errors import NotMergeable
+from lorafold.errors import LorafoldError, NotMergeable, cut, listed
 
 
 class Gained(NamedTuple):
@@ -51,7 +63,7 @@ class Delta(nn.Module, ABC):
     # for each matrix of the layer; and of those of one dimension these, entries of matrices
     vector_names: tuple[str, ...] = ()
     entry_names: tuple[str, ...] = ()
-    # attributes besides its tensors that its change of the layer depends on (`core.settings`)
+    # attributes besides its tensors that its change of the layer depends on (`core.delta`)
     setting_names: tuple[str, ...] = ()
 
     @abstractmethod
@@ -219,3 +231,125 @@ def put(delta: Delta, name: str, value: Tensor) -> None:
         module._parameters[leaf] = nn.Parameter(value.clone(), requires_grad=old.requires_grad)
     else:
         module._buffers[leaf] = value.clone()
+
+
+class Upon(Layer):
+    """Abstract: a layer over another one."""
+
+    under: Layer
+
+    def op(self, x: Tensor, m: Tensor) -> Tensor:
+        return self.under.op(x, m)
+
+    def op_once(self, x: Tensor, m: Tensor) -> Tensor:
+        return self.under.op_once(x, m)
+
+    def reading_once(self) -> AbstractContextManager[object]:
+        return self.under.reading_once()
+
+    def drop(self, x: Tensor, p: float) -> Tensor:
+        return self.under.drop(x, p)
+
+    def branch(self, x: Tensor, down: Tensor, up: Tensor, p: float) -> Tensor:
+        return self.under.branch(x, down, up, p)
+
+    def scale(
+        self, y: Tensor, g: Tensor, c: Tensor | None = None, onto: Tensor | None = None
+    ) -> Tensor:
+        return self.under.scale(y, g, c, onto)
+
+    def each(self, v: Tensor) -> Tensor:
+        return self.under.each(v)
+
+    @property
+    def matrices(self) -> tuple[int, ...]:  # type: ignore[override]
+        """The number of matrices of the layer below."""
+        return self.under.matrices
+
+    @property
+    def window(self) -> int:  # type: ignore[override]
+        """The window of the layer below."""
+        return self.under.window
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.under.shape
+
+    @property
+    def takes_ids(self) -> bool:  # type: ignore[override]
+        """Whether the layer below takes ids."""
+        return self.under.takes_ids
+
+    @property
+    def takes_vectors(self) -> bool:
+        return self.under.takes_vectors
+
+    @property
+    def has_bias(self) -> bool:
+        return self.under.has_bias
+
+    @property
+    def module(self) -> nn.Module:  # type: ignore[override]
+        """The module at the bottom."""
+        return self.under.module
+
+
+@dataclass(eq=False)
+class Over(Upon):
+    """A layer with one delta attached."""
+
+    delta: Delta
+    under: Layer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.delta(self.under, *args, **kwargs)
+
+    def dense(self) -> tuple[Tensor, Tensor | None]:
+        return self.delta.fold(*self.under.dense())
+
+    def original(self) -> Tensor:
+        return self.delta.fold(self.under.original(), None)[0]
+
+    def sources(self) -> list[Tensor] | None:
+        return None
+
+
+SETTINGS = "settings"
+SHOWN = 200  # characters of a value in a message
+
+
+def written(delta: Delta) -> Tensor | None:  # (bytes,)
+    """The settings of a delta and of what it is made of, as JSON in uint8; None if it has none."""
+    found = {
+        f"{path}.{name}".removeprefix("."): getattr(module, name)
+        for path, module in delta.named_modules()
+        for name in getattr(module, "setting_names", ())
+    }
+    if not found:
+        return None
+    return torch.frombuffer(bytearray(json.dumps(found).encode()), dtype=torch.uint8)
+
+
+def check_settings(delta: Delta, given: Tensor, what: str) -> None:
+    """Raise LorafoldError if the settings in a state are not those of the delta.
+
+    Args:
+        given: what `written` gave, (bytes,).
+        what: the module and the adapter, for the message.
+    """
+    both = written(delta), given
+    own, there = ({} if t is None else json.loads(bytes(t.tolist())) for t in both)
+    if own != there:
+        told = [
+            f"found {name} {_shown(there.get(name))}, expected {_shown(own.get(name))}"
+            for name in sorted(own.keys() | there.keys())
+            if own.get(name) != there.get(name)
+        ]
+        raise LorafoldError(
+            f"{what}: the state to load is of another adapter: {listed(told, '; ')}; attach one"
+            " with the options of that one"
+        )
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else cut(json.dumps(value), SHOWN)

@@ -9,9 +9,10 @@
 A layer may have several matrices of one shape, of which each row of its input meets one: those of
 experts. Then W is (E, out, in), and so is whatever a delta has for each matrix.
 
-A layer under a delta is a layer (`over.Over`), and so is a layer whose output is known
+A layer under a delta is a layer (`delta.Over`), and so is a layer whose output is known
 (`combine.Given`). Therefore stacks and combinators need no special case. The layer at the bottom is
-the module itself (`core.base`).
+the module itself, frozen (`Base`). How a module stores its matrix is known only to the subclasses
+of `Base` in `lorafold.bases`.
 """
 
 from __future__ import annotations
@@ -41,6 +42,11 @@ class Layer(ABC):
     """Abstract: anything that a delta can be attached to."""
 
     __call__: Callable[..., Any]  # (x, onto=None) for a matrix, else as the module's own forward
+    module: nn.Module  # the module at the bottom
+    matrices: tuple[int, ...] = ()  # the number of matrices, (E,), or () for one
+    # the columns of W that belong to one input channel: the places of a convolution's window
+    window: int = 1
+    takes_ids: bool = False  # whether its inputs are ids, as an embedding's are
 
     @abstractmethod
     def op(self, x: Tensor, m: Tensor) -> Tensor:
@@ -87,18 +93,6 @@ class Layer(ABC):
         return v
 
     @property
-    def matrices(self) -> tuple[int, ...]:
-        """The number of matrices, (E,), or () for one."""
-        return ()
-
-    @property
-    def window(self) -> int:
-        """The columns of W that belong to one input channel: the places of a convolution's
-        window, 1 for any other layer.
-        """
-        return 1
-
-    @property
     def bias(self) -> Tensor | None:  # (*matrices, out)
         """The bias (*matrices, out) of `dense`, or None."""
         return self.dense()[1]
@@ -126,11 +120,6 @@ class Layer(ABC):
         """(out, in). Raises NotMergeable if the layer is no matrix."""
 
     @property
-    @abstractmethod
-    def module(self) -> nn.Module:
-        """The module at the bottom."""
-
-    @property
     def device(self) -> torch.device:
         """The device of the module, which the parameters of its deltas share: that of its
         parameters, or of its buffers if it has no parameter.
@@ -144,11 +133,6 @@ class Layer(ABC):
                 " with a tensor"
             )
         return first.device
-
-    @property
-    @abstractmethod
-    def takes_ids(self) -> bool:
-        """Whether its inputs are ids, as an embedding's are, and not activations."""
 
     @property
     def takes_vectors(self) -> bool:
@@ -224,3 +208,105 @@ class Layer(ABC):
             onto: a tensor (..., out) that is added before a bias, or None.
         """
         return self.built(x, lambda w: scatter_added(w, values, at), onto)
+
+
+def bare(module: nn.Module) -> nn.Module:
+    """The module as it is without deltas: an object of its own class with the same state, whose
+    `weight` and `bias` are the stored ones (`lorafold.core.served_weights`).
+    """
+    cls: type[nn.Module] | None = getattr(type(module), "base_class", None)
+    if cls is None or not ("weight" in module._parameters or "bias" in module._parameters):
+        return module
+    twin: nn.Module = object.__new__(cls)
+    if torch.compiler.is_compiling():  # torch before 2.13 can't trace that one dict is set
+        for name, value in module.__dict__.items():
+            object.__setattr__(twin, name, value)
+        return twin
+    object.__setattr__(twin, "__dict__", module.__dict__)
+    return twin
+
+
+class Base(Layer):
+    """Abstract: the module itself, frozen. `lorafold.bases` has one final subclass per storage."""
+
+    quantized = False  # whether it stores codes, which are dequantized for each use
+    linear = False  # whether it is a matrix applied to activations, as "all-linear" means it
+    mixes_rows = False  # whether rows of its input decide how the module itself computes others
+
+    def __init__(self, module: nn.Module, stored: Callable[[], Tensor] | None = None) -> None:
+        self.module, self.stored = module, stored  # `stored`: reads the weight from plain files
+        self.bare: Any = bare(module)
+
+    @property
+    def has_bias(self) -> bool:
+        return self.parameter("bias") is not None
+
+    def sources(self) -> list[Tensor] | None:
+        own = chain(self.module._parameters.values(), self.module._buffers.values())
+        return [tensor for tensor in own if tensor is not None]
+
+    def parameter(self, name: str) -> Any:
+        """The stored parameter, of any shape, whose name is "weight" or "bias"; None if there is
+        none.
+        """
+        return self.module._parameters.get(name)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's own forward, without any delta."""
+        cls = type(self.module)
+        return getattr(cls, "base_class", cls).forward(self.bare, *args, **kwargs)
+
+    @staticmethod
+    def called(layer: Layer, /, *args: Any, **kwargs: Any) -> Any:
+        """Run a layer over this one where the model calls the module.
+
+        Args:
+            *args: the inputs of the module's forward.
+            **kwargs: its inputs by name.
+        """
+        return layer(*args, **kwargs)
+
+    def encode(self, w: Tensor, b: Tensor | None) -> dict[str, Tensor]:
+        """The parameters that would store W (out, in) and b (out,) in the module, by name, in the
+        dtypes given. The module is not changed. Raises NotMergeable if it can't store them.
+        """
+        return {"weight": w} if b is None else {"weight": w, "bias": b}
+
+    @classmethod
+    def entered(cls, module: nn.Module) -> None:
+        """Do what a module needs when it gets its first delta."""
+        return None
+
+    @classmethod
+    def left(cls, module: nn.Module) -> None:
+        """Undo `entered`, when the last delta is detached."""
+        return None
+
+    def dense_like(self) -> tuple[Tensor, Tensor | None]:
+        """W (out, in) and b (out,) or None as `dense` gives them, on the meta device."""
+        w, b = self.dense()
+        return w.to("meta"), None if b is None else b.to("meta")
+
+    def plain(self) -> Base:
+        """The layer that this becomes by `dequantize`."""
+        return self
+
+    def write(self, w: Tensor, b: Tensor | None) -> None:
+        """Store W (out, in) and b (out,) in the module, rounded once to its dtype: in place where a
+        parameter has the same shape, else as a new parameter.
+
+        Raises NotMergeable if the module can't store them.
+        """
+        for name, value in self.encode(w, b).items():
+            old = getattr(self.bare, name, None)
+            if old is not None and old.shape == value.shape:
+                with torch.no_grad():
+                    old.copy_(value)
+                continue
+            like = self.bare.weight if old is None else old
+            new = nn.Parameter(value.detach().to(like.dtype, copy=True), like.requires_grad)
+            setattr(self.module, name, new)
+
+    def dequantize(self) -> None:
+        """Make a quantized module store its matrix in floating point, so that `write` works."""
+        return None

@@ -9,6 +9,10 @@ In `unchanged`, values that follow from parameters alone are computed once for a
 a step. A parameter's version would not do: fused optimizers and bitsandbytes' change parameters
 without changing it. A checkpointed block runs again inside the backward, perhaps in another thread,
 which does not know of the scope; no parameter changes there either.
+
+Fake tensors are torch's tensors with shape, dtype and device but no values. An estimate runs a step
+on them to find how much memory it takes (`lorafold.memory`); code that branches on values asks
+`is_fake`.
 """
 
 from __future__ import annotations
@@ -16,11 +20,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
+
+from lorafold.errors import LorafoldError
 
 
 @contextmanager
@@ -84,12 +92,12 @@ def recomputed(run: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
     return y
 
 
+@dataclass(eq=False)
 class Scope:
     """One `with` block of `unchanged`, which is open until it ends, and what is kept for it."""
 
-    def __init__(self) -> None:
-        self.open = True
-        self.kept: dict[Any, Any] = {}
+    open: bool = True
+    kept: dict[Any, Any] = field(default_factory=dict)
 
 
 _scope: ContextVar[Scope | None] = ContextVar("unchanged", default=None)
@@ -114,3 +122,35 @@ def scope() -> Scope | None:
 def in_backward() -> bool:
     """Whether this runs inside a backward, as a checkpointed block does when it is replayed."""
     return torch._C._current_graph_task_id() != -1
+
+
+def is_fake(x: Tensor) -> bool:
+    """Whether x, a tensor of any shape, is a fake tensor."""
+    return isinstance(x, FakeTensor)
+
+
+def keep_scale(model: nn.Module) -> None:
+    """Undo the division of weights that a model divides in place for inference and multiplies again
+    for training, and let it happen no more.
+
+    RWKV halves the hidden states every `rescale_every` blocks, and with them the two matrices of
+    each later block that add to them, so that float16 does not overflow. A delta would not be
+    divided with its matrix, and what is folded would be off by a power of two. Both ways compute
+    the same but for the epsilon of norms (2e-5 of the logits of a tiny model in fp32).
+
+    Raises LorafoldError where quantized weights were divided, which can't be undone.
+    """
+    for module in model.modules():
+        own: Any = module
+        if "layers_are_rescaled" not in vars(module) or not own.config.rescale_every:
+            continue
+        if own.layers_are_rescaled:
+            if any(hasattr(p, "quant_state") or hasattr(p, "SCB") for p in module.parameters()):
+                raise LorafoldError(
+                    f"{type(module).__name__}: its quantized weights were divided by a forward pass"
+                    " for inference; expected a model that was just loaded"
+                )
+            training, own.training = own.training, True
+            own._rescale_layers()
+            own.training = training
+        own.config.rescale_every = 0

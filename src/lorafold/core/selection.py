@@ -10,14 +10,26 @@ the forward and in the replay; the names are kept there, in the order in which m
 reentrant form (`use_reentrant=True`) has no such frame, nor has a checkpoint inside another one
 while that is replayed. There a replay is refused if modules ran under other names than the active
 ones since the last backward.
+
+The selection also holds what the random draws of a training step follow from:
+
+    with drawing(selection, Draws(key, names)):      names (B, T), of the tokens of the batch
+        loss(batch).backward()
+
+A token's name says of which row of the step it is, and where in it, so that a draw is the same for
+a row that is packed, padded, or alone. A checkpointed block, which may run again in another thread,
+finds them here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -47,30 +59,31 @@ class Origin:
 
 @dataclass(frozen=True, eq=False)
 class Draws:
-    """What random draws follow from (`core.draws`): a key of 63 bits, and the name of each token of
-    the batch that is computed, int64 (B, T).
+    """What random draws follow from: a key of 63 bits, and the name of each token of the batch that
+    is computed, int64 (B, T).
     """
 
     key: int
     names: Tensor
 
 
+@dataclass(eq=False)
 class OnlyBlock:
     """One `with only(...)` block: the names that it set, and those that were active before it."""
 
-    def __init__(self, names: Names, before: Names) -> None:
-        self.names, self.before = names, before
+    names: Names
+    before: Names
 
 
+@dataclass(eq=False)
 class Recorded:
     """The names that modules asked for in a checkpointed segment, in order, and how far the replay
     by one hook has come.
     """
 
-    def __init__(self) -> None:
-        self.names: list[Names] = []
-        self.hook: Any = None
-        self.at = 0
+    names: list[Names] = field(default_factory=list)
+    hook: Any = None
+    at: int = 0
 
     def again(self, hook: Any) -> Names | None:
         """The names of the next module in the replay by this hook; None if there are no more."""
@@ -80,15 +93,15 @@ class Recorded:
         return self.names[self.at - 1] if self.at <= len(self.names) else None
 
 
+@dataclass(eq=False)
 class Loading:
     """One `load_state_dict` of a model with adapters: which adapters the state has tensors of, and
     the keys of the others, which are taken out of `missing`.
     """
 
-    def __init__(self, missing: list[str]) -> None:
-        self.missing = missing
-        self.given: set[str] = set()
-        self.forgiven: dict[str, list[str]] = {}
+    missing: list[str]
+    given: set[str] = field(default_factory=set)
+    forgiven: dict[str, list[str]] = field(default_factory=dict)
 
     def passed(self, prefix: str, given: set[str]) -> None:
         """One module's deltas were loaded.
@@ -107,24 +120,24 @@ class Loading:
                 self.forgiven.setdefault(name, []).append(key)
 
 
+@dataclass(eq=False)
 class Selection:
     """The names of the adapters that are active in one model, lowest first, the files of each
     adapter on it by its name, the parameters that attaching froze, and what is drawn from.
     """
 
-    def __init__(self) -> None:
-        self.names: Names = ()
-        self.origins: dict[str, Origin] = {}
-        self.frozen: list[nn.Parameter] = []
-        self.draws: Draws | None = None
-        self.loading: Loading | None = None
-        self.referred: Names | None = None  # what the last reference of the model runs under
-        self._lock = Lock()
-        self._entries: list[OnlyBlock] = []
-        # what modules ran under that may be replayed, since the last replay without a record, and
-        # whether such a replay came after it
-        self._ran: set[Names] = set()
-        self._replayed = False
+    names: Names = ()
+    origins: dict[str, Origin] = field(default_factory=dict)
+    frozen: list[nn.Parameter] = field(default_factory=list)
+    draws: Draws | None = None
+    loading: Loading | None = None
+    referred: Names | None = None  # what the last reference of the model runs under
+    _lock: Lock = field(default_factory=Lock)
+    _entries: list[OnlyBlock] = field(default_factory=list)
+    # what modules ran under that may be replayed, since the last replay without a record, and
+    # whether such a replay came after it
+    _ran: set[Names] = field(default_factory=set)
+    _replayed: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {"names": self.names, "origins": self.origins, "frozen": self.frozen}
@@ -246,3 +259,67 @@ def _recorded(selection: Selection, hook: Any) -> tuple[Recorded | None, bool]:
             known: dict[Selection, Recorded] = vars(frame).setdefault("lorafold_names", {})
             return known.setdefault(selection, Recorded()), replaying
     return None, False
+
+
+BRANCH, SLOT = 32, 24  # the bits of a name: 23 row, 8 branch, 8 slot, 24 position
+
+
+class DrawSite(NamedTuple):
+    """What one draw follows from: the step's key, the names of the tokens (T,), and the number of
+    the module that draws.
+    """
+
+    key: int
+    names: Tensor
+    number: int
+
+
+@contextmanager
+def drawing(selection: Selection, draws: Draws) -> Iterator[None]:
+    """Let what is drawn in the selection's model follow from `draws` until the `with` block ends.
+    """
+    before, selection.draws = selection.draws, draws
+    try:
+        yield
+    finally:
+        selection.draws = before
+
+
+def named(rows: Tensor, positions: Tensor, branches: Tensor | int = 0) -> Tensor:
+    """The names of tokens (B, T), int64. The arguments broadcast to that shape.
+
+    Args:
+        rows: the row of each token, its place in the whole batch of the step.
+        positions: where in its row the token is.
+        branches: which of a row's continuations the token belongs to; 0 for those before them.
+    """
+    return (rows.long() << (BRANCH + 8)) + (torch.as_tensor(branches) << BRANCH) + positions
+
+
+def slots(names: Tensor, at: Tensor, k: int) -> Tensor:
+    """The names (S,) of rows that experts compute, each of a token and one of its k experts.
+
+    Args:
+        names: of the tokens (T,).
+        at: of each row its index (S,) in the tokens' experts (T, k).
+    """
+    return names[at // k] + (at % k << SLOT)
+
+
+def site_of(
+    module: nn.Module, tokens: int, of: Callable[[Tensor], Tensor] | None = None
+) -> DrawSite | None:
+    """What dropout in an adapted module follows from; None outside of `drawing`, and where what the
+    module computes are not the tokens of the batch, as under a head that sees some of them alone.
+
+    Args:
+        of: makes of the tokens' names (T,) those of the rows of its input (S,).
+    """
+    selection: Any = vars(module).get("selection")
+    if not isinstance(selection, Selection) or (draws := selection.draws) is None:
+        return None
+    names = draws.names.flatten()
+    if len(names) != tokens:
+        return None
+    names = names if of is None else of(names)
+    return DrawSite(draws.key, names, crc32(vars(module)["site"].encode()))

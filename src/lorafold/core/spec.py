@@ -28,6 +28,9 @@ class Spec(ABC):
         targets: the modules that the method adapts by default.
         lr: the default learning rate of its parameters.
         lr_b: that of its up factors; None is lr.
+        lr_whole: that of modules that are trained whole beside it; None is lr.
+        positions: how many positions of the model it takes before the first token of a row.
+        asks_losses: `prepare` asks for losses of rows, which a policy has none of before it draws.
         head_alone: it adapts the head over a text and nothing else.
         diagnostic: it measures a task, and is not meant for learning it.
         trains_base: it trains the base's own weights, which therefore can't be quantized.
@@ -38,26 +41,14 @@ class Spec(ABC):
     targets: ClassVar[str] = "all-linear"
     lr: ClassVar[float] = 2e-4
     lr_b: ClassVar[float | None] = None
+    lr_whole: ClassVar[float | None] = None
+    positions: ClassVar[int] = 0
+    asks_losses: ClassVar[bool] = False
     head_alone: ClassVar[bool] = False
     diagnostic: ClassVar[bool] = False
     trains_base: ClassVar[bool] = False
     modifies_architecture: ClassVar[bool] = False
     rank_is_dimension: ClassVar[bool] = True
-
-    @property
-    def lr_whole(self) -> float | None:
-        """The default learning rate of modules that are trained whole beside it (None: lr)."""
-        return None
-
-    @property
-    def positions(self) -> int:
-        """How many positions of the model it takes before the first token of a row."""
-        return 0
-
-    @property
-    def asks_losses(self) -> bool:
-        """Whether `prepare` asks for losses of rows, which a policy has none of before it draws."""
-        return False
 
     @abstractmethod
     def build(self, layer: Layer) -> Delta:

@@ -27,7 +27,7 @@ from lorafold.core.attach import Origin, adapted_modules, deltas_on, selection_o
 from lorafold.core.combine import Stack
 from lorafold.core.delta import Delta, Gained
 from lorafold.core.matrices import module_at
-from lorafold.core.twin import twin
+from lorafold.core.shells import twin
 from lorafold.engine.stacks import Factors, factors_of, low_rank
 from lorafold.engine.structure import Structure
 from lorafold.errors import LorafoldError

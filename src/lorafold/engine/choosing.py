@@ -6,7 +6,7 @@
 The order is that of transformers. What a row has of its own (`lorafold.engine.sampler`) is computed
 for those rows alone that have it; what follows is the same for each row whatever rows are beside
 it. A draw follows from the request's seed and the number of its token: Philox4x64-10 (Salmon et al.
-2011) as numpy has it, whose form in `lorafold.ops.philox` takes a hundred operations of torch.
+2011) as numpy has it, whose form in `lorafold.ops.dropout` takes a hundred operations of torch.
 """
 
 from __future__ import annotations

@@ -12,9 +12,7 @@ from torch import Tensor
 from lorafold.engine.steady import attend
 from lorafold.kernels.table import DECODING, use
 from lorafold.ops.decoding import ATTEND, LOW_RANK, STORED, WRITE
-from lorafold.ops.gated import GATED
-from lorafold.ops.norm import NORM
-from lorafold.ops.rotary import ROTARY
+from lorafold.ops.fused import GATED, NORM, ROTARY
 from lorafold.ops.scale import SCALE, scaled
 
 log = logging.getLogger(__name__)
@@ -46,7 +44,7 @@ class Operations:
         self._scale = SCALE.on(device)
 
     def rms_norm(self, x: Tensor, gain: Tensor, eps: float) -> Tensor:
-        """`lorafold.ops.norm.rms_norm`: x (..., d) normalized, times the gain (d,).
+        """`lorafold.ops.fused.rms_norm`: x (..., d) normalized, times the gain (d,).
 
         Args:
             x: the input (..., d).
@@ -71,7 +69,7 @@ class Operations:
         return z
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """`lorafold.ops.rotary.rotary`: x (..., D) rotated by halves.
+        """`lorafold.ops.fused.rotary`: x (..., D) rotated by halves.
 
         Args:
             x: the input (B, H, T, D).

@@ -4,7 +4,7 @@
     rollouts.open(prompt=64, slots=64)
     rollouts.draw(prompts, key)             a group of completions of each prompt
 
-The engine has a second shell of the model (`core.twin`), so that both stay open. What trains is
+The engine has a second shell of the model (`core.shells`), so that both stay open. What trains is
 adopted anew for each step: the engine copies its factors and keeps nothing of earlier ones.
 """
 
@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING
 from torch.autograd.graph import increment_version
 
 from lorafold.core.attach import only, selection_of
-from lorafold.core.twin import twin
+from lorafold.core.shells import twin
 from lorafold.engine import Engine, Request, Sampling, Stream, Token
 from lorafold.engine.steady import lacks, unsteady
 from lorafold.errors import LorafoldError
 from lorafold.generation import end_tokens, text_of
 from lorafold.machine.memory import free_bytes
-from lorafold.ops.philox import key_of
+from lorafold.ops.dropout import key_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

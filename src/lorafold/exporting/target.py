@@ -28,8 +28,8 @@ from torch import nn
 from lorafold.adapter import load
 from lorafold.bases import layer_of
 from lorafold.core.attach import adapted_modules
-from lorafold.core.base import Base as ModuleLayer
 from lorafold.core.delta import Delta, on_meta
+from lorafold.core.layer import Base as ModuleLayer
 from lorafold.errors import NotMergeable
 from lorafold.fold.as_trained import attach_round_trip
 from lorafold.fold.plan import deltas_of

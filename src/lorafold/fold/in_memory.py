@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lorafold.bases import layer_of
 from lorafold.core.anatomy import Anatomy
-from lorafold.core.base import bare
+from lorafold.core.layer import bare
 from lorafold.core.matrices import module_at
 from lorafold.errors import NotMergeable, as_one, listed
 from lorafold.fold.biases import switch_on

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorafold.core.anatomy import Anatomy
-from lorafold.core.base import bare
+from lorafold.core.layer import bare
 from lorafold.errors import NotMergeable
 
 

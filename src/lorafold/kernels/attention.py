@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafold.core.fake import is_fake
+from lorafold.core.modes import is_fake
 from lorafold.kernels.compiling import INT, F, Functions, N, P, taken
 from lorafold.ops.attention import Scores
 from lorafold.ops.documents import Documents

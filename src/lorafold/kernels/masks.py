@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from lorafold.errors import LorafoldError
-from lorafold.ops.dropout import source, threshold
-from lorafold.ops.philox import FACTORS, ROUNDS, STEPS, halves
+from lorafold.ops.dropout import FACTORS, ROUNDS, STEPS, halves, source, threshold
 
 CALLS = 128  # of Philox in a program, each for 8 elements
 CONSTANTS = {
@@ -54,7 +53,7 @@ def _masked(  # type: ignore[no-untyped-def]
     names, x, kept, where, width, limit, low, high, site, FIRST: tl.constexpr, SECOND: tl.constexpr,
     STEP: tl.constexpr, OTHER: tl.constexpr, ROUNDS: tl.constexpr, CALLS: tl.constexpr,
 ):  # fmt: skip
-    """One row of elements and CALLS calls of Philox a program (`ops.philox`)."""
+    """One row of elements and CALLS calls of Philox a program (`ops.dropout`)."""
     row = tl.program_id(0).to(tl.int64)
     calls = tl.program_id(1) * CALLS + tl.arange(0, CALLS)
     name = tl.load(names + row)

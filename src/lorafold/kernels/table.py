@@ -14,15 +14,15 @@ from importlib import import_module
 from typing import Any
 
 from lorafold.errors import LorafoldError
-from lorafold.ops import attention, decoding, dropout, gated, logits, norm, rotary, scale
+from lorafold.ops import attention, cross_entropy, decoding, dropout, fused, scale
 from lorafold.ops.operators import Operation
 
 FORMS: dict[Operation, dict[str, str]] = {
-    norm.NORM: {"cpu": "training"},
-    norm.BACKWARD: {"cpu": "training"},
-    gated.GATED: {"cpu": "training"},
-    gated.BACKWARD: {"cpu": "training"},
-    rotary.ROTARY: {"cpu": "training"},
+    fused.NORM: {"cpu": "training"},
+    fused.NORM_BACKWARD: {"cpu": "training"},
+    fused.GATED: {"cpu": "training"},
+    fused.GATED_BACKWARD: {"cpu": "training"},
+    fused.ROTARY: {"cpu": "training"},
     attention.SOFTMAX: {"cpu": "training"},
     attention.BACKWARD: {"cpu": "training"},
     attention.FORWARD: {"cpu": "attention"},
@@ -30,7 +30,7 @@ FORMS: dict[Operation, dict[str, str]] = {
     dropout.PLACES: {"cpu": "training"},
     dropout.MASKED: {"cuda": "masks"},
     dropout.EMPTY: {"cpu": "training"},
-    logits.LOSSES: {"cpu": "training"},
+    cross_entropy.LOSSES: {"cpu": "training"},
     scale.SCALE: {"cpu": "training", "cuda": "gains"},
     scale.BACKWARD: {"cpu": "training", "cuda": "gains"},
     decoding.STORED: {"cpu": "decoding"},
@@ -39,7 +39,7 @@ FORMS: dict[Operation, dict[str, str]] = {
     decoding.WRITE: {"cpu": "decoding"},
 }
 OF_PASSES = (decoding.STORED, decoding.LOW_RANK, decoding.ATTEND, decoding.WRITE)
-DECODING = (*OF_PASSES, norm.NORM, rotary.ROTARY, gated.GATED, scale.SCALE)
+DECODING = (*OF_PASSES, fused.NORM, fused.ROTARY, fused.GATED, scale.SCALE)
 TRAINING = tuple(operation for operation in FORMS if operation not in OF_PASSES)
 
 

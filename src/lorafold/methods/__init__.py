@@ -7,7 +7,7 @@ names too (`lf.LoRA`); the imports for type checkers say so to them. A method's 
 """
 
 import importlib
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -42,7 +42,8 @@ class Methods(MutableMapping[str, Callable[..., "Spec"]]):
     """Makers of specs by the names of methods.
 
     A row is `module.Class` in this package, or that with options, and is imported when it is first
-    used: the names are known without torch. A row may also be a spec's class itself.
+    used: the names are known without torch. A row may also be a spec's class, or a function that
+    makes a spec.
     """
 
     def __init__(self, rows: dict[str, Row]) -> None:
@@ -59,6 +60,12 @@ class Methods(MutableMapping[str, Callable[..., "Spec"]]):
         where, options = (row, {}) if isinstance(row, str) else row
         cls = _imported(where)
         return partial(cls, **options) if options else cls
+
+    def spec(self, name: str) -> "type[Spec]":
+        """The class of a method's specs."""
+        maker: Any = self[name]
+        cls = getattr(maker, "func", maker)
+        return cls if isinstance(cls, type) else type(maker())
 
     def __setitem__(self, name: str, row: Row) -> None:
         self._rows[name] = row
@@ -109,8 +116,16 @@ METHODS = Methods(
 def known_options(method: str, over: str | None = None) -> tuple[str, ...]:
     """The names of the options that `make_spec` takes for a method, where it lies over another one
     (`over`, a name; None: the method's own choice) those of that one too.
+
+    LorafoldError for an unknown name.
     """
-    return make_spec(method, **({} if over is None else {"over": over})).options()
+    if method not in METHODS:
+        raise LorafoldError(f"unknown method {method!r}; there are: {', '.join(METHODS)}")
+    default: Any = METHODS[method]
+    names = tuple(field.name for field in fields(METHODS.spec(method)))  # type: ignore[arg-type]
+    if "over" not in names:
+        return names
+    return (*names, *(known_options(over) if over else default().over.options()))
 
 
 def make_spec(method: str, **options: Any) -> "Spec":
@@ -123,26 +138,23 @@ def make_spec(method: str, **options: Any) -> "Spec":
     """
     from lorafold.core.spec import Spec
 
-    if method not in METHODS:
-        raise LorafoldError(f"unknown method {method!r}; there are: {', '.join(METHODS)}")
-    maker, default = METHODS[method], METHODS[method]()
-    own = [field.name for field in fields(default)]  # type: ignore[arg-type]
-    known: Sequence[str] = own
-    if "over" in own and not isinstance(options.get("over"), Spec):
-        name = options.pop("over", None)
-        lower: Spec = make_spec(name) if name else default.over  # type: ignore[attr-defined]
-        known = (*own, *lower.options())
+    over = options.get("over")
+    known = known_options(method, None if isinstance(over, Spec) else over)
+    maker: Any = METHODS[method]
+    if "over" in known and not isinstance(over, Spec):
+        lower = make_spec(over) if over else maker().over
         given = {option: options.pop(option) for option in lower.options() if option in options}
-        options["over"] = type(lower)(**given) if name is None else make_spec(name, **given)
+        options["over"] = make_spec(over, **given) if over else type(lower)(**given)
     if unknown := [option for option in options if option not in known]:
         raise LorafoldError(
             f"method {method} has no option {', '.join(unknown)}; it has:"
             f" {', '.join(known) or 'none'}"
         )
     try:
-        return maker(**options)
+        spec: Spec = maker(**options)
     except TypeError as e:
         raise LorafoldError(f"method {method}: {e}") from None
+    return spec
 
 
 def name_of(spec: "Spec") -> str:

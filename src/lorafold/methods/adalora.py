@@ -35,8 +35,7 @@ from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
 from lorafold.core.targets import pattern_matches
 from lorafold.errors import LorafoldError
-from lorafold.methods.parts.options import below_one, refuse, whole
-from lorafold.methods.parts.start import zeros
+from lorafold.methods.parts.options import check, zeros
 
 PARTS = ("P", "E", "Q")
 AVERAGES = ("sensitivity", "uncertainty")
@@ -128,13 +127,8 @@ class AdaLoRA(Spec):
             ),
             f"orth_reg: found {self.orth_reg!r}, expected 0 or more": self.orth_reg >= 0,
         }
-        refuse(
-            self,
-            whole("rank", self.rank),
-            below_one("dropout", self.dropout),
-            whole("delta_t", self.delta_t),
-            [what for what, right in checks.items() if not right],
-        )
+        wrong = [what for what, right in checks.items() if not right]
+        check(self, *wrong, whole=("rank", "delta_t"), below_one=("dropout",))
 
     def at(self, path: str) -> Self:
         return replace(

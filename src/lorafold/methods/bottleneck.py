@@ -21,7 +21,7 @@ from lorafold.bases import output_width
 from lorafold.core.delta import Opaque
 from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
-from lorafold.methods.parts.options import one_of, refuse, whole
+from lorafold.methods.parts.options import check
 
 Activation = Literal["gelu", "relu"]
 After = Literal["both", "mlp"]
@@ -79,9 +79,8 @@ class Bottleneck(Spec):
     modifies_architecture: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        activation = one_of("activation", self.activation, get_args(Activation))
-        after = one_of("after", self.after, get_args(After))
-        refuse(self, whole("size", self.size), activation, after)
+        choices = {"activation": get_args(Activation), "after": get_args(After)}
+        check(self, whole=("size",), one_of=choices)
 
     @property
     def targets(self) -> str:  # type: ignore[override]

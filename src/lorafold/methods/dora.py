@@ -144,7 +144,8 @@ class DoRA(Spec):
     lr_b: ClassVar[float] = 3e-3
 
     @property
-    def asks_losses(self) -> bool:
+    def asks_losses(self) -> bool:  # type: ignore[override]
+        """Whether the method that it lies over asks for them."""
         return self.over.asks_losses
 
     def options(self) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ from lorafold.core.layer import Layer
 from lorafold.core.rounding import rounded
 from lorafold.core.spec import Spec
 from lorafold.methods.full import Full
-from lorafold.methods.parts.options import refuse, whole
+from lorafold.methods.parts.options import check
 from lorafold.ops.walsh import halves, walsh
 
 
@@ -133,10 +133,11 @@ class Fastfood(Spec):
     def __post_init__(self) -> None:
         rate = isinstance(self.head_lr, float) and self.head_lr > 0
         wrong = [] if rate else [f"head_lr: found {self.head_lr!r}, expected a number above 0"]
-        refuse(self, whole("dimension", self.dimension), wrong)
+        check(self, *wrong, whole=("dimension",))
 
     @property
-    def lr_whole(self) -> float:
+    def lr_whole(self) -> float:  # type: ignore[override]
+        """That of the head."""
         return self.head_lr
 
     def build(self, layer: Layer) -> FastfoodDelta:

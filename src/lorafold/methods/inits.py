@@ -26,7 +26,7 @@ from lorafold.core.delta import LowRank
 from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
-from lorafold.methods.parts.options import below_one, refuse, whole
+from lorafold.methods.parts.options import check
 from lorafold.ops.svd import best_of_rank
 
 
@@ -62,7 +62,7 @@ class FromWeight(Spec):
     dropout: float
 
     def __post_init__(self) -> None:
-        refuse(self, whole("rank", self.rank), below_one("dropout", self.dropout))
+        check(self, whole=("rank",), below_one=("dropout",))
         object.__setattr__(self, "alpha", float(self.rank if self.alpha is None else self.alpha))
 
     @property

@@ -23,8 +23,7 @@ from lorafold.core.delta import Dense
 from lorafold.core.layer import Layer, add
 from lorafold.core.modes import recomputed
 from lorafold.core.spec import Spec
-from lorafold.methods.parts.options import refuse, whole
-from lorafold.methods.parts.start import kaiming, zeros
+from lorafold.methods.parts.options import check, kaiming, zeros
 from lorafold.ops.hadamard import hadamard
 
 
@@ -78,7 +77,7 @@ class LoHa(Spec):
     lr: ClassVar[float] = 5e-3
 
     def __post_init__(self) -> None:
-        refuse(self, whole("rank", self.rank))
+        check(self, whole=("rank",))
         object.__setattr__(self, "alpha", float(self.rank if self.alpha is None else self.alpha))
 
     def build(self, layer: Layer) -> LoHaDelta:

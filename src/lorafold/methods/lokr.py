@@ -21,8 +21,7 @@ from torch import Tensor
 from lorafold.core.delta import Additive
 from lorafold.core.layer import Layer, add
 from lorafold.core.spec import Spec
-from lorafold.methods.parts.options import refuse, whole
-from lorafold.methods.parts.start import kaiming, zeros
+from lorafold.methods.parts.options import check, kaiming, zeros
 
 
 def factorization(size: int, factor: int) -> tuple[int, int]:
@@ -113,7 +112,7 @@ class LoKr(Spec):
     def __post_init__(self) -> None:
         factor = self.decompose_factor
         told = f"decompose_factor: found {factor!r}, expected a whole number from 1, or -1"
-        refuse(self, whole("rank", self.rank), [] if factor == -1 or factor >= 1 else [told])
+        check(self, *[told] * (factor != -1 and factor < 1), whole=("rank",))
         object.__setattr__(self, "alpha", float(self.rank if self.alpha is None else self.alpha))
 
     def build(self, layer: Layer) -> LoKrDelta:

@@ -28,8 +28,7 @@ from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
 from lorafold.core.targets import pattern_matches
 from lorafold.errors import LorafoldError
-from lorafold.methods.parts.options import below_one, one_of, refuse, whole
-from lorafold.methods.parts.start import kaiming, zeros
+from lorafold.methods.parts.options import check, kaiming, zeros
 from lorafold.ops.svd import best_of_rank
 
 Init = Literal["kaiming", "gaussian", "loftq"]
@@ -92,9 +91,10 @@ class LoRA(Spec):
         object.__setattr__(
             self, "alpha", float(2 * self.rank if self.alpha is None else self.alpha)
         )
-        ranks = [whole("rank", rank) for rank in (self.rank, *self.rank_pattern.values())]
-        init = one_of("init", self.init, get_args(Init))
-        refuse(self, *ranks, below_one("dropout", self.dropout), init)
+        check(
+            self, whole=("rank", "rank_pattern"), below_one=("dropout",),
+            one_of={"init": get_args(Init)},
+        )  # fmt: skip
 
     @property
     def scale(self) -> float:

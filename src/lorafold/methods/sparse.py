@@ -27,7 +27,7 @@ from torch.optim import AdamW
 from lorafold.core.delta import Delta, Dense
 from lorafold.core.layer import Layer
 from lorafold.core.spec import Losses, Spec
-from lorafold.methods.parts.options import refuse, whole
+from lorafold.methods.parts.options import check
 
 
 class SparseDelta(Dense):
@@ -72,18 +72,18 @@ class _Sparse(Spec):
     density: float = 0.005
 
     lr: ClassVar[float] = 1e-3
+    asks_losses: ClassVar[bool] = True
 
-    @property
-    def asks_losses(self) -> bool:
-        return True
+    def check(self, *wrong: str, whole: str) -> None:
+        """Raise LorafoldError with all that is wrong with the options.
 
-    def __post_init__(self) -> None:
-        refuse(self, self.wrong())
-
-    def wrong(self) -> list[str]:
-        """What is wrong with the options, as an error message says it."""
-        found = f"density: found {self.density!r}, expected above 0, at most 1"
-        return [] if 0 < self.density <= 1 else [found]
+        Args:
+            wrong: what is wrong already.
+            whole: the option that is a whole number.
+        """
+        if not 0 < self.density <= 1:
+            wrong = (f"density: found {self.density!r}, expected above 0, at most 1", *wrong)
+        check(self, *wrong, whole=(whole,))
 
     def build(self, layer: Layer) -> SparseDelta:
         shape = (*layer.matrices, *layer.shape)
@@ -121,11 +121,9 @@ class LTSFT(_Sparse):
 
     lr: ClassVar[float] = 3e-3
 
-    def wrong(self) -> list[str]:
-        wrong = super().wrong() + whole("dense_steps", self.dense_steps)
-        if not self.dense_lr > 0:
-            wrong.append(f"dense_lr: found {self.dense_lr!r}, expected above 0")
-        return wrong
+    def __post_init__(self) -> None:
+        wrong = f"dense_lr: found {self.dense_lr!r}, expected above 0"
+        self.check(*[wrong] * (not self.dense_lr > 0), whole="dense_steps")
 
     def scores(self, deltas: list[SparseDelta], losses: Losses) -> list[Tensor]:
         values = [delta.values for delta in deltas]
@@ -148,8 +146,8 @@ class FishMask(_Sparse):
 
     samples: int = 128
 
-    def wrong(self) -> list[str]:
-        return super().wrong() + whole("samples", self.samples)
+    def __post_init__(self) -> None:
+        self.check(whole="samples")
 
     def scores(self, deltas: list[SparseDelta], losses: Losses) -> list[Tensor]:
         values = [delta.values for delta in deltas]

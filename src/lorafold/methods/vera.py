@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from lorafold.core.delta import Delta, LowRank
 from lorafold.core.layer import Layer, add
 from lorafold.core.spec import Spec
-from lorafold.methods.parts.options import below_one, refuse, whole
-from lorafold.methods.parts.start import zeros
+from lorafold.methods.parts.options import check, zeros
 from lorafold.ops.two_sided_scaling import scaled_product
 
 
@@ -104,7 +103,7 @@ class VeRA(Spec):
     lr: ClassVar[float] = 2e-2
 
     def __post_init__(self) -> None:
-        refuse(self, whole("rank", self.rank), below_one("dropout", self.dropout))
+        check(self, whole=("rank",), below_one=("dropout",))
 
     def build(self, layer: Layer) -> VeRADelta:
         return VeRADelta(layer, self.rank, self.d_initial, self.dropout)

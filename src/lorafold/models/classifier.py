@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from lorafold.core.anatomy import Anatomy, beneath
 from lorafold.core.attach import adapted_modules, lift
-from lorafold.core.twin import twin
+from lorafold.core.shells import twin
 from lorafold.errors import LorafoldError
 from lorafold.files.card import REWARD
 from lorafold.models.load_errors import check_complete, loading

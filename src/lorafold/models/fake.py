@@ -5,7 +5,7 @@ values and without memory for them.
         model = fake_model(config, Storage(torch.bfloat16), blocks=2)
 
 A fake model is of transformers' own class, so code that runs on a model also runs on its fake
-model, unless it asks for values (`core.fake`).
+model, unless it asks for values (`core.modes`).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from transformers.initialization import no_init_weights
 from lorafold.bases import layer_of
 from lorafold.bases.bitsandbytes import set_compute_dtype
 from lorafold.bases.expert_matrices import quantized
-from lorafold.core.fake import is_fake
 from lorafold.core.matrices import expert_parameters
+from lorafold.core.modes import is_fake
 from lorafold.errors import LorafoldError
 from lorafold.models.architecture import auto_class
 from lorafold.models.classifier import expect_poolers, widen_heads

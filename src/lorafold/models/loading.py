@@ -21,7 +21,7 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from lorafold.core.rescaled import keep_scale
+from lorafold.core.modes import keep_scale
 from lorafold.errors import LorafoldError, NoTokenizer, listed
 from lorafold.models.architecture import auto_class
 from lorafold.models.load_errors import check_complete, loading, tell_unread

@@ -43,7 +43,7 @@ from lorafold.objectives.drawing import Drawing, chosen
 from lorafold.objectives.laws import class_of
 from lorafold.objectives.objective import Asked, Objective, Packing
 from lorafold.ops.arithmetic import multiplying, widens
-from lorafold.ops.philox import key_of
+from lorafold.ops.dropout import key_of
 from lorafold.rewards import Rewards, digest_of
 from lorafold.rewards.naming import REWARDS, adapter_in, kind_of, parted
 from lorafold.step import policy_laws

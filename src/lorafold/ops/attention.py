@@ -23,6 +23,7 @@ tiles, and their gradients are added up in fp32. Six rows of 100 shared tokens a
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -138,11 +139,9 @@ class _DocumentAttention(Exact):
         ctx.docs, ctx.scores = docs, scores
         ctx.widened = arithmetic(q) != q.dtype
 
-        def attended() -> Tensor:
-            y: Tensor = FORWARD(q, k, v, docs, scores)
-            return y
-
-        return kept(attended) if max(docs.lens) >= LONG else attended()
+        run = partial(FORWARD, q, k, v, docs, scores)
+        y: Tensor = kept(run) if max(docs.lens) >= LONG else run()
+        return y
 
     @staticmethod
     @once_differentiable

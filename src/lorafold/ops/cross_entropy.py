@@ -11,6 +11,13 @@ Logits never exist for more positions than the CHUNK of them that is computed at
 - `head_losses`: the loss of each position under any head. The weights of the positions are known in
   the backward only, so that computes each chunk again.
 
+A chunk's logits z (m, V) get their gradient in the same memory:
+
+    loss_i = log sum_j exp(z_ij) - z_iy        y = targets_i
+    gu_ij  = scale (p_ij - [j = y]) (1 - (z_ij / cap)^2)
+                                               p = softmax(z), z = cap tanh(scale u / cap); without
+                                               a cap z = scale u, and the last factor is 1
+
 The kernel of the linear form, `torch.ops.lorafold.linear_cross_entropy`, gets its working memory as
 arguments, so that an estimate on fake tensors counts as much memory as a real step takes.
 
@@ -32,7 +39,6 @@ from torch.utils.checkpoint import checkpoint
 
 from lorafold.ops.arithmetic import arithmetic
 from lorafold.ops.autocast import Exact
-from lorafold.ops.logits import BLOCK, LOSSES, widened
 from lorafold.ops.operators import operator
 
 CHUNK = 256  # positions whose logits exist at a time
@@ -251,3 +257,57 @@ def linear_cross_entropy(h: Tensor, targets: Tensor, head: LinearHead) -> Tensor
     """
     losses: Tensor = _LinearCrossEntropy.apply(h, targets, head)
     return losses
+
+
+BLOCK = 32  # positions with probabilities in fp32 at a time: 32 x 49,152 of them stay in cache
+
+
+def widened(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that losses and their sums are computed in: fp32, or `dtype` if it is wider."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _losses(
+    z: Tensor,
+    targets: Tensor,
+    losses: Tensor,
+    block: Tensor,
+    scale: float,
+    cap: float | None,
+    gradient: bool,
+) -> None:
+    """Write the losses (m,) of logits z (m, V), and over z, if wanted, the gradient of W h + b.
+
+    Args:
+        targets: the targets (m,).
+        losses: the losses (m,), written.
+        block: memory (BLOCK, V), overwritten.
+        scale: the factor of W h + b.
+        cap: the cap of the logits, or None.
+    """
+    blocks = (x.split(BLOCK) for x in (z, targets[:, None], losses))
+    for z_block, y, loss in zip(*blocks, strict=True):
+        p = z_block if z.dtype is loss.dtype else block[: len(z_block)].copy_(z_block)
+        top, z_y = p.amax(-1), p.gather(1, y)[:, 0]
+        # the derivative of the cap, 1 - (z / cap)^2
+        slope = None if cap is None else (p / -cap).mul_(p).div_(cap).add_(1)
+        torch.softmax(p, -1, out=p)
+        # log sum exp(z) = top - log p(top), without another pass of exp
+        torch.sub(top - p.amax(-1).log(), z_y, out=loss)
+        if not gradient:
+            continue
+        p.scatter_add_(1, y, p.new_full(y.shape, -1.0))
+        if slope is not None:
+            p.mul_(slope)
+        if scale != 1.0:
+            p.mul_(scale)
+        if p is not z_block:
+            z_block.copy_(p)
+
+
+LOSSES = operator(
+    "cross_entropy_(Tensor(a!) z, Tensor targets, Tensor(b!) losses, Tensor(c!) block, float scale,"
+    " float? cap, bool gradient) -> ()",
+    _losses,
+    lambda *args: None,
+)

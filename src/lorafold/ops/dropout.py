@@ -4,10 +4,12 @@
     element (t, j) of x (T, in) is dropped where h < round(65536 p), h 16 bits of
     philox(counter = (call of j, position of t, row of t, site), key of the step)
 
-A call of Philox has 16 bits for each of 8 neighbours: the low and the high half of each of its four
-words, call 0 for the first 8 elements of a row. Tokens have names (`core.draws`), so what is
-dropped of a row depends neither on the batch that it is in nor on its neighbours, and nothing is
-kept for a replay or for a run that resumes. p is exact to 2^-17.
+Philox4x32-10 (Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3") gives four words
+of 32 bits for a counter under a key and keeps no state, so that any bits can be drawn at any time,
+in any order and on any device. A call of it has 16 bits for each of 8 neighbours: the low and the
+high half of each of its four words, call 0 for the first 8 elements of a row. Tokens have names
+(`core.selection`), so what is dropped of a row depends neither on the batch that it is in nor on
+its neighbours, and nothing is kept for a replay or for a run that resumes. p is exact to 2^-17.
 
 Where tokens have no names, because nobody said which step it is (`site` is None), each draw takes a
 key from torch's default generator of the CPU. torch.manual_seed governs it then, and checkpointing
@@ -32,10 +34,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from lorafold.core.draws import DrawSite
+from lorafold.core.selection import DrawSite
 from lorafold.ops.demands import kind_of
 from lorafold.ops.operators import operator
-from lorafold.ops.philox import WORD, halves, philox
 
 AT_ONCE = 1 << 16  # calls whose words are in memory together
 
@@ -234,3 +235,33 @@ def dropout(x: Tensor, p: float, site: DrawSite | None = None) -> Tensor:
         return x.masked_fill(torch.rand(x.shape, device=x.device) < p, 0) * keep_scale(p)
     kept: Tensor = _Kept.apply(x, *dropped(x, p, site))
     return kept * keep_scale(p)
+
+
+WORD = (1 << 32) - 1
+FACTORS = 0xD2511F53, 0xCD9E8D57
+STEPS = 0x9E3779B9, 0xBB67AE85
+ROUNDS = 10
+
+
+def philox(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[Any, ...]:
+    """The four words for a counter under a key."""
+    a, b, c, d = counter
+    k, m = key
+    for _ in range(ROUNDS):
+        # products of int64 tensors wrap around, which leaves their 64 bits right; b and d have more
+        # than 32 bits on the way
+        x, y = FACTORS[0] * a, FACTORS[1] * c
+        a, b, c, d = ((y >> 32) ^ b ^ k) & WORD, y, ((x >> 32) ^ d ^ m) & WORD, x
+        k, m = (k + STEPS[0]) & WORD, (m + STEPS[1]) & WORD
+    return a, b & WORD, c, d & WORD
+
+
+def halves(number: int) -> tuple[int, int]:
+    """The low and the high word of a number of 64 bits."""
+    return number & WORD, number >> 32 & WORD
+
+
+def key_of(seed: int, step: int) -> int:
+    """The key of a step of a run: 63 bits that look like any other's."""
+    low, high, *_ = philox((*halves(step), 0, 0), halves(seed))
+    return (high << 32 | low) >> 1

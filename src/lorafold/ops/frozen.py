@@ -1,5 +1,5 @@
 """A frozen linear whose matrix is read again in the backward, instead of being kept from the
-forward.
+forward; and the same plus a low-rank update, with one rounding in the forward and in the backward.
 
     y  = addmm(onto, x, W^T)        x (T, in), W (out, in), onto (T, out) or (out,): one sum in the
                                     GEMM's fp32 accumulator, rounded once
@@ -7,6 +7,16 @@ forward.
 
 `read` gives W in a dtype. A matrix stored in floating point costs nothing to read; a quantized one
 (NF4, int8) is dequantized for each use, so that a step never holds more than one of them.
+
+    u  = drop(x) A^T                         (T, r)
+    y  = addmm(u (k B)^T, x, W^T)           the GEMM starts from the small product in its fp32
+                                            accumulator and rounds once
+    gx = addmm(drop((g k B) A), g, W)       the same in the backward, with the same elements dropped
+
+A = down (r, in), B = up (out, r), drop sets elements of (T, in) to 0, and k is the update's scale
+times 1 / (1 - p). Only drop(x), u, the indices of the dropped elements and the small factors are
+kept. The specification is `reference.low_rank_linear`; for any other layer `Layer.low_rank` does
+the same.
 """
 
 from __future__ import annotations
@@ -18,8 +28,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorafold.ops.arithmetic import arithmetic
+from lorafold.ops.arithmetic import arithmetic, narrowed, product, transposed_product
 from lorafold.ops.autocast import Exact
+from lorafold.ops.dropout import Dropped, empty_
 
 Read = Callable[[torch.dtype], Tensor]  # dtype -> W (out, in)
 
@@ -54,3 +65,67 @@ def frozen_linear(x: Tensor, onto: Tensor | None, read: Read) -> Tensor:
         read: returns W (out, in) in a dtype.
     """
     return _FrozenLinear.apply(x, onto, read)
+
+
+class _LowRankLinear(Exact):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, read: Read, down: Tensor, up: Tensor, drop: Dropped | None, k: float
+    ) -> Tensor:
+        dtype = arithmetic(x)
+        xd, where, scale = branched(x, drop)
+        scale = scale * k
+        a, b = narrowed(down, 1.0, dtype), narrowed(up, scale, dtype)
+        wide = x.to(dtype)
+        u = (wide if where is None else xd.to(dtype)) @ a.t()
+        ctx.save_for_backward(xd, u, a, b, where)
+        ctx.read, ctx.scale, ctx.down, ctx.up = read, scale, down.dtype, up.dtype
+        return (u @ b.t()).addmm_(wide, read(dtype).t()).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        xd, u, a, b, where = ctx.saved_tensors
+        need_x, _, need_down, need_up, _, _ = ctx.needs_input_grad
+        wide = g.to(u.dtype)
+        v = wide @ b
+        gx = gdown = gup = None
+        if need_x:
+            gx = v @ a
+            gx = (
+                (gx if where is None else empty_(gx, where))
+                .addmm_(wide, ctx.read(wide.dtype))
+                .to(g.dtype)
+            )
+        if need_down:
+            gdown = product(v.t(), xd.to(v.dtype), ctx.down)
+        if need_up:
+            gup = transposed_product(u.t(), wide, ctx.up, ctx.scale)
+        return gx, None, gdown, gup, None, None
+
+
+def branched(x: Tensor, drop: Dropped | None) -> tuple[Tensor, Tensor | None, float]:
+    """The input of the branch (T, in), which elements of it are dropped, and the factor k.
+
+    Args:
+        x: the input (T, in).
+        drop: the same with dropped elements, or None.
+    """
+    return (x, None, 1.0) if drop is None else (drop.x.reshape(x.shape), drop.where, drop.scale)
+
+
+def low_rank_linear(
+    x: Tensor, read: Read, down: Tensor, up: Tensor, drop: Dropped | None = None, k: float = 1.0
+) -> Tensor:
+    """x W^T + k drop(x) down^T up^T (..., out), in x's dtype. Differentiable once.
+
+    Args:
+        x: the input (..., in).
+        read: returns the frozen W (out, in) in a dtype.
+        down: the down factor (r, in).
+        up: the up factor (out, r).
+        drop: x with dropped elements, the input of the branch (None: x).
+        k: a factor of the branch, which up is multiplied with before any rounding.
+    """
+    y: Tensor = _LowRankLinear.apply(x.reshape(-1, x.shape[-1]), read, down, up, drop, k)
+    return y.view(*x.shape[:-1], len(up))

@@ -2,11 +2,11 @@
 
     y_s = x_s M_e^T                     s a row of group e; x (S, in), M (E, k, in), y (S, k)
     y_s = W_e x_s + B_e A_e drop(x_s)   the same with a frozen W and a low-rank update, summed in
-                                        one accumulator and rounded once (`ops.lora` for one matrix)
+                                        one accumulator and rounded once (`ops.frozen`: one matrix)
 
 Rows of one group lie together. Only groups that have rows are computed, one product each, so a
 quantized W is read for those experts alone, one at a time. Backward passes keep what those of
-`ops.lora` keep, and read W again.
+`ops.frozen` keep, and read W again.
 
 `torch._grouped_mm` computes all groups in one call, but not onto an accumulator, so that the sum is
 rounded a second time, and not from codes. GPUs of compute capability 9 and 10 take it in bf16,
@@ -25,14 +25,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorafold.core.fake import is_fake
-from lorafold.ops.arithmetic import HALF, arithmetic
+from lorafold.core.modes import is_fake
+from lorafold.ops.arithmetic import HALF, arithmetic, narrowed
 from lorafold.ops.autocast import Exact
 from lorafold.ops.demands import GROUPED_UNIT
 from lorafold.ops.dropout import Dropped, empty_
+from lorafold.ops.frozen import branched
 from lorafold.ops.groups import Groups
-from lorafold.ops.lora import branched
-from lorafold.ops.narrowed import narrowed
 from lorafold.ops.scale import SCALE
 
 

@@ -18,7 +18,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lorafold.core.fake import is_fake
+from lorafold.core.modes import is_fake
 from lorafold.ops.demands import groups_at_once
 from lorafold.ops.host import sent
 

@@ -21,8 +21,8 @@ from typing import Any, get_type_hints
 
 from pydantic import PydanticUserError, TypeAdapter
 
-from lorafold.core.base import Base
 from lorafold.core.delta import Delta
+from lorafold.core.layer import Base
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.methods import METHODS
@@ -44,10 +44,10 @@ def methods(known: Collection[type[Spec]]) -> list[Method]:
     LorafoldError where two of them would have one name in files.
     """
     names: dict[type[Spec], str] = {}
-    for name, make in METHODS.items():
-        spec = make()
-        if type(spec) not in known and not spec.trains_base:
-            names.setdefault(type(spec), name)
+    for name in METHODS:
+        cls = METHODS.spec(name)
+        if cls not in known and not cls.trains_base:
+            names.setdefault(cls, name)
     rows: dict[str, tuple[str, Method]] = {}
     for cls, name in names.items():
         peft_type = PREFIX + re.sub(r"[^A-Z0-9]+", "_", name.upper())

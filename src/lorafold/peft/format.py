@@ -19,8 +19,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, TypeAdapter, ValidationError
 from torch import Tensor
 
-from lorafold.core.base import Base
 from lorafold.core.delta import Delta
+from lorafold.core.layer import Base
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.models.weights import Weights

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from lorafold.bases.convolution import Convolution
 from lorafold.bases.dense import Conv1D
-from lorafold.core.base import Base
 from lorafold.core.delta import Delta
+from lorafold.core.layer import Base
 from lorafold.errors import LorafoldError
 from lorafold.methods.adalora import AdaLoRA, AdaLoRADelta
 from lorafold.methods.inits import OffsetDelta, OLoRA, PiSSA

@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from lorafold.bases.convolution import Convolution
-from lorafold.core.base import Base
 from lorafold.core.delta import Delta
+from lorafold.core.layer import Base
 from lorafold.methods.ia3 import IA3, IA3Delta
 from lorafold.methods.loha import LoHa, LoHaDelta
 from lorafold.methods.lokr import LoKr, LoKrDelta

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafold.core.base import Base
 from lorafold.core.delta import Delta
+from lorafold.core.layer import Base
 from lorafold.methods.bitfit import BitFit
 from lorafold.methods.bottleneck import Bottleneck, BottleneckDelta
 from lorafold.methods.fastfood import Fastfood, FastfoodDelta, Subspace

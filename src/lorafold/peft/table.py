@@ -13,7 +13,7 @@ its code (`derived.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from lorafold.bases.convolution import Convolution
-from lorafold.core.base import Base
 from lorafold.core.delta import Delta
+from lorafold.core.layer import Base
 from lorafold.errors import LorafoldError
 from lorafold.methods.dora import DoRA, DoRADelta
 from lorafold.methods.ia3 import IA3
@@ -70,11 +70,11 @@ METHODS: tuple[Method, ...] = (
 )
 
 
-def methods() -> tuple[Method, ...]:
-    """Every row: those written out, and those of the other registered methods."""
-    known = {method.spec for method in METHODS} | {DoRA}
-    more = derived.methods(known)
-    return (*METHODS, *more, *map(dora_over, more))
+def methods() -> Iterator[Method]:
+    """Yield every row: those written out, and then those of the other registered methods."""
+    yield from METHODS
+    more = derived.methods({method.spec for method in METHODS} | {DoRA})
+    yield from (*more, *map(dora_over, more))
 
 
 def dora(delta: Delta, layer: type[Base]) -> list[Entry]:

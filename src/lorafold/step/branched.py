@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.core.attach import only, selection_of
-from lorafold.core.draws import named
+from lorafold.core.selection import named
 from lorafold.data.arrow import Array
 from lorafold.data.batches import collate, micro_batches
 from lorafold.data.branches import Branched

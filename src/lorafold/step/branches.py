@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ from lorafold.step.documents import (
 )
 
 
+@dataclass(eq=False)
 class Branching:
     """How far a model goes, and what tells its attention the layout of a batch.
 
@@ -54,13 +55,12 @@ class Branching:
         chunks, tokens after a border see none before it, shared or not, which no layout says.
     """
 
-    def __init__(
-        self, packs: bool, shares: bool, longest: int | None = None, across: bool = False
-    ) -> None:
-        self.packs, self.shares, self.longest = packs, shares, longest
-        self.across = across and shares
-        self._docs: Documents | None = None
-        self._used = False
+    packs: bool
+    shares: bool
+    longest: int | None = None
+    across: bool = False
+    _docs: Documents | None = None
+    _used: bool = False
 
     def shares_up_to(self, longest: int) -> bool:
         """Whether documents share tokens in a batch whose longest has so many."""
@@ -120,7 +120,11 @@ def branching(
     if not isolates(model):
         yield Branching(packs=False, shares=False)
         return
-    found = Branching(True, shares(model), chunk_of(model), across)
+    config = model.config.get_text_config()
+    chunked = "chunked_attention" in (getattr(config, "layer_types", None) or ())
+    chunk = config.attention_chunk_size if chunked else None  # in which attention stays: Llama 4
+    pays = shares(model)
+    found = Branching(True, pays, chunk, across and pays)
     with attending(model, found.mask, name=name):
         yield found
 
@@ -133,15 +137,6 @@ def may_share(config: PreTrainedConfig) -> bool:
     kinds = set(getattr(text, "layer_types", None) or ())
     attends = getattr(text, "num_attention_heads", None) is not None
     return attends and kinds <= {"full_attention", "sliding_attention"}
-
-
-def chunk_of(model: PreTrainedModel) -> int | None:
-    """The tokens of a chunk in which the model's attention stays, as that of Llama 4 does; None if
-    it has no chunks.
-    """
-    config = model.config.get_text_config()
-    chunked = "chunked_attention" in (getattr(config, "layer_types", None) or ())
-    return config.attention_chunk_size if chunked else None
 
 
 @contextmanager

@@ -15,6 +15,11 @@ gradient checkpointing work as usual.
 Some models let documents influence each other all the same: recurrent and convolutional ones, and
 those that ignore position_ids. `packed` tests the model first and yields False for these, which
 must train on padded batches.
+
+The masks that transformers derives from positions are found on the host, which sent the positions:
+to find packed documents transformers asks the device once for each mask, and we would ask three
+times more. The values that a mask's function reads are given to it in two forms: for indices on the
+host and for those on the device.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -32,6 +38,7 @@ from transformers import (
     AttentionMaskInterface,
     PreTrainedConfig,
     PreTrainedModel,
+    masking_utils,
 )
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
@@ -39,8 +46,8 @@ from lorafold.core.modes import evaluating
 from lorafold.errors import LorafoldError, cut
 from lorafold.ops.attention import document_attention
 from lorafold.ops.documents import Documents
+from lorafold.ops.host import on_host
 from lorafold.step.head_scores import at_head
-from lorafold.step.host_masks import indices, masks_by_host
 
 log = logging.getLogger(__name__)
 NAME = "lorafold_documents"
@@ -199,16 +206,10 @@ def document_mask(
         head = torch.zeros_like(b)
         if not mask_function(b, head, earlier, later).any():
             same = mask_function(b, head, later, earlier).expand(batch_size, q_length - 1)
-            begins = (
-                torch.cat([same.new_ones(batch_size, 1), ~same], 1)
-                .flatten()
-                .nonzero()[:, 0]
-                .tolist()
-            )
-            return Documents(
-                tuple(end - begin for begin, end in pairwise([*begins, batch_size * q_length])),
-                protocol.get("local_size"),
-            )
+            first = torch.cat([same.new_ones(batch_size, 1), ~same], 1).flatten()
+            begins = [*first.nonzero()[:, 0].tolist(), batch_size * q_length]
+            lens = tuple(end - begin for begin, end in pairwise(begins))
+            return Documents(lens, protocol.get("local_size"))
     return sdpa_mask(
         batch_size,
         q_length,
@@ -258,12 +259,8 @@ def attend(
             )
         if dropout == 0.0 and s_aux is None and position_bias is None:
             q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-            return (
-                document_attention(q, k, v, attention_mask, scale, softcap).unflatten(
-                    0, (len(query), -1)
-                ),
-                None,
-            )
+            y = document_attention(q, k, v, attention_mask, scale, softcap)
+            return y.unflatten(0, (len(query), -1)), None
         attention_mask = attention_mask.dense(len(query), query.device)
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     scores = query @ key.mT * scale
@@ -283,3 +280,78 @@ def attend(
         )
     p = torch.softmax(scores, -1, dtype=torch.float32)[..., : key.shape[2]].to(query.dtype)
     return (torch.dropout(p, dropout, module.training) @ value).transpose(1, 2).contiguous(), None
+
+
+HOST = torch.device("cpu")
+
+
+@dataclass
+class _Both:
+    """Values (B, T) that are known on the host, for indices there and on a device."""
+
+    here: Tensor
+    device: torch.device
+
+    def __getitem__(self, at: tuple[Tensor, ...]) -> Tensor:
+        there = any(i.device.type != "cpu" for i in at)
+        return (self.here.to(self.device) if there else self.here)[at]
+
+
+class _OnHost:
+    """transformers' functions that find documents, and how many `with` blocks have ours in their
+    place. The positions are those of the mask that is being made.
+    """
+
+    def __init__(self) -> None:
+        self.users, self.known = 0, _Both(torch.empty(0), HOST)
+        self.theirs: dict[str, Any] = {}
+        self.ours: dict[str, Callable[..., Any]] = {
+            "find_packed_sequence_indices": self._found,
+            "remap_positions_for_packed_sequence": self._remapped,
+        }
+
+    def use(self, more: int) -> None:
+        """Count a `with` block that begins (1) or ends (-1)."""
+        if not self.users:
+            self.theirs = {name: vars(masking_utils).get(name) for name in self.ours}
+        self.users += more
+        if None not in self.theirs.values():  # a version that has others goes on as it does
+            vars(masking_utils).update(self.ours if self.users else self.theirs)
+
+    def _found(self, position_ids: Tensor) -> Any:
+        self.known = _Both(on_host(position_ids), position_ids.device)
+        numbers = self.theirs["find_packed_sequence_indices"](self.known.here)
+        return None if numbers is None else _Both(numbers, position_ids.device)
+
+    def _remapped(self, mask: Callable[..., Any], position_ids: Tensor) -> Any:
+        return self.theirs["remap_positions_for_packed_sequence"](mask, self.known)
+
+
+_on_host = _OnHost()
+
+
+@contextmanager
+def masks_by_host() -> Iterator[None]:
+    """Have transformers find documents on the host until the `with` block ends."""
+    _on_host.use(1)
+    try:
+        yield
+    finally:
+        _on_host.use(-1)
+
+
+def indices(
+    mask: Callable[..., Any], rows: int, tokens: int, device: torch.device | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows (B, 1), and each token (1, T - 1) and the next (1, T - 1), that a mask is asked for:
+    on the host where it can say, else on the device.
+    """
+    for where in dict.fromkeys((HOST, torch.device(device or HOST))):
+        row = torch.arange(rows, device=where)[:, None]
+        earlier = torch.arange(tokens - 1, device=where)[None]
+        try:
+            mask(row, torch.zeros_like(row), earlier, earlier + 1)
+        except RuntimeError:  # it reads tensors of the device, as that of chunks does
+            continue
+        break
+    return row, earlier, earlier + 1

@@ -26,13 +26,10 @@ from torch import Tensor, nn
 from lorafold.bases import is_linear, layer_of
 from lorafold.core.anatomy import Anatomy, beneath
 from lorafold.core.attach import Adapted
-from lorafold.core.fake import is_fake
 from lorafold.core.matrices import expert_parameters
-from lorafold.core.modes import evaluating
+from lorafold.core.modes import evaluating, is_fake
 from lorafold.kernels.table import TRAINING, use
-from lorafold.ops.gated import ACTIVATIONS, gated
-from lorafold.ops.norm import rms_norm
-from lorafold.ops.rotary import rotary
+from lorafold.ops.fused import ACTIVATIONS, gated, rms_norm, rotary
 
 ROTARY = "apply_rotary_pos_emb"  # the function's name in the model files of transformers
 Forward = Callable[..., Any]
@@ -68,9 +65,9 @@ def fused(
 
     Args:
         linears: whether frozen linears and the head are among the parts.
-        norm: what computes `lorafold.ops.norm.rms_norm` (..., d).
-        rotate: what computes `lorafold.ops.rotary.rotary` (B, H, T, D).
-        gate: what computes `lorafold.ops.gated.gated` (..., k).
+        norm: what computes `lorafold.ops.fused.rms_norm` (..., d).
+        rotate: what computes `lorafold.ops.fused.rotary` (B, H, T, D).
+        gate: what computes `lorafold.ops.fused.gated` (..., k).
     """
     make: dict[str, Callable[[nn.Module], Forward | None]] = {
         "norms": partial(_fused_norm, norm),
@@ -88,7 +85,13 @@ def fused(
     with ExitStack() as stack:
         with evaluating(model):
             found = [
-                {part for module in block if _free(module) for part in _fuse(stack, module, make)}
+                {
+                    part
+                    for module in block
+                    if _free(module)
+                    for part, fuse in make.items()
+                    if _put(stack, module, "forward", fuse(module))
+                }
                 for block in inside
             ]
             for parts, block in zip(found, inside, strict=True):
@@ -97,7 +100,10 @@ def fused(
             if linears:
                 for module in (module for block in inside for module in block if _free(module)):
                     _put(stack, module, "forward", _linear(module))
-                _put(stack, *_head(model))
+                head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+                adapted = head is None or isinstance(head, Adapted)
+                if not adapted and "forward" not in vars(head):  # trained or not
+                    _put(stack, head, "forward", _linear(head))
             # the fused function for each of transformers'
             rotation = cache(partial(_fused_rotary, rotate))
             for parts, block in zip(found, inside, strict=True):
@@ -119,17 +125,6 @@ def _free(module: nn.Module) -> bool:
     own = not (trained or isinstance(module, Adapted) or "forward" in vars(module))
     # one input: some norms take a gate as well, which the fused norm does not
     return own and len(inspect.signature(module.forward).parameters) == 1
-
-
-def _fuse(
-    stack: ExitStack, module: nn.Module, make: dict[str, Callable[[nn.Module], Forward | None]]
-) -> Iterator[str]:
-    """Replace the module's forward by a fused one and yield the name of the part, if it is one.
-
-    Args:
-        make: what makes the fused forward of each part.
-    """
-    return (part for part, fuse in make.items() if _put(stack, module, "forward", fuse(module)))
 
 
 def _put(stack: ExitStack, owner: Any, name: str, forward: Forward | None) -> bool:
@@ -161,13 +156,6 @@ def _random(*shape: int, like: Tensor) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like)
 
 
-def _head(model: nn.Module) -> tuple[Any, str, Forward | None]:
-    """Return the arguments of `_put` for a head without a delta of its own, trained or not."""
-    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
-    bare = head is not None and not isinstance(head, Adapted) and "forward" not in vars(head)
-    return head, "forward", _linear(head) if bare else None
-
-
 def _linear(module: nn.Module) -> Forward | None:
     """Return the forward of a linear without a delta: that of its `Layer`, which multiplies in the
     dtype that is fastest on this processor, from any storage.
@@ -180,28 +168,21 @@ def _fused_norm(norm: Forward, module: nn.Module) -> Forward | None:
     """Return the fused forward of a root mean square norm whose gain is its weight, or 1 + its
     weight; None if the module is no such norm.
     """
-    weight, eps = (
-        module._parameters.get("weight"),
-        getattr(module, "variance_epsilon", getattr(module, "eps", None)),
-    )
-    if (
-        len(module._parameters) != 1
-        or weight is None
-        or weight.dim() != 1
-        or not isinstance(eps, float)
-    ):
+    weight = module._parameters.get("weight")
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    alone = len(module._parameters) == 1 and weight is not None and weight.dim() == 1
+    if weight is None or not alone or not isinstance(eps, float):
         return None
     # the second input is so small that eps matters
     inputs = _random(2, len(weight), like=weight) * torch.tensor([[1.0], [eps**0.5]]).to(weight)
-    for gain in (lambda: weight, lambda: 1 + weight.float()):
-        forward = partial(_normed, norm, gain, eps)
+    for offset in (False, True):
+
+        def forward(x: Tensor, offset: bool = offset) -> Any:
+            return norm(x, 1 + weight.float() if offset else weight, eps)
+
         if all(_agree(forward, module, x) for x in inputs):
             return forward
     return None
-
-
-def _normed(norm: Forward, gain: Callable[[], Tensor], eps: float, x: Tensor) -> Any:
-    return norm(x, gain(), eps)
 
 
 def _fused_mlp(gating: Forward, module: nn.Module) -> Forward | None:

@@ -24,6 +24,7 @@ each state of the head, because a GPU has to be waited for.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -35,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorafold.core.anatomy import Anatomy
-from lorafold.core.fake import is_fake
+from lorafold.core.modes import is_fake
 from lorafold.data.examples import NO_LOSS
 from lorafold.errors import LorafoldError
 from lorafold.ops.arithmetic import FEW
@@ -45,10 +46,9 @@ from lorafold.ops.cross_entropy import (
     head_cross_entropy,
     head_losses,
     linear_cross_entropy,
+    widened,
 )
 from lorafold.ops.host import on_host, rows_at, sent
-from lorafold.ops.logits import widened
-from lorafold.step.balancing import balancing_loss
 
 
 class _Known(NamedTuple):
@@ -58,9 +58,6 @@ class _Known(NamedTuple):
     weight: ref[Tensor]
     key: tuple[Any, ...]
     agree: bool
-
-    def is_of(self, model: Any, weight: Tensor, key: tuple[Any, ...]) -> bool:
-        return self.model() is model and self.weight() is weight and self.key == key
 
 
 _agreed: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
@@ -83,7 +80,8 @@ def linear_form(model: Any, logits: Tensor, h: Tensor) -> LinearHead | None:
             return linear if logits.shape == linear.logits(h).shape else None
         # the answer of the device is waited for once
         key, known = (w._version, linear.scale, linear.cap), _agreed.get(layer)
-        if known is None or not known.is_of(model, w, key):
+        same = known is not None and known.model() is model and known.weight() is w
+        if known is None or not same or known.key != key:
             agree = _agree(logits, linear.logits(h))
             _agreed[layer] = known = _Known(ref(model), ref(w), key, agree)
     return linear if known.agree else None
@@ -340,3 +338,46 @@ def _leaves(y: Tensor) -> list[Tensor]:
             found.append(node.variable)
         ahead.extend(parent for parent, _ in node.next_functions)
     return found
+
+
+def balances(model: Any) -> bool:
+    """Whether the model adds such a loss."""
+    config = getattr(model, "config", None)
+    return config is not None and getattr(config.get_text_config(), "output_router_logits", False)
+
+
+def weighs(model: Any) -> bool:
+    """Whether the loss can count a token as often as rows have it: transformers' function of it is
+    beside the model, and weights tokens by their mask.
+    """
+    return _own(model) is not None and hasattr(model, "num_experts_per_tok")
+
+
+def balancing_loss(model: Any, output: Any, rows: Tensor | None = None) -> Tensor | float:
+    """The loss (), times its coefficient; 0 if the model would add none.
+
+    Raises LorafoldError if its configuration asks for one that the model does not return.
+
+    Args:
+        rows: (B, T), how many rows have each token; None: one.
+    """
+    if not balances(model):
+        return 0.0
+    config = model.config.get_text_config()
+    aux, coefficient = (
+        getattr(output, "aux_loss", None),
+        getattr(config, "router_aux_loss_coef", None),
+    )
+    if aux is None or coefficient is None:
+        raise LorafoldError(
+            f"{type(model).__name__}: config.output_router_logits is set; found aux_loss {aux},"
+            f" router_aux_loss_coef {coefficient}; expected both. Set output_router_logits to false"
+            " to train without the router's loss"
+        )
+    if rows is not None and (function := _own(model)) is not None:
+        aux = function(output.router_logits, model.num_experts, model.num_experts_per_tok, rows)
+    return coefficient * aux
+
+
+def _own(model: Any) -> Callable[..., Any] | None:
+    return getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)

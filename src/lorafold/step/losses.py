@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lorafold.core.draws import named
+from lorafold.core.selection import named
 from lorafold.data.arrow import Array
 from lorafold.data.batches import collate, labelled, micro_batches
 from lorafold.data.examples import NO_LOSS, Example
@@ -21,9 +21,8 @@ from lorafold.data.forest import alike, forest, leaders, pays
 from lorafold.machine.processes import ALONE, Processes
 from lorafold.models.positions import sequence_of
 from lorafold.ops.host import all_sent, on_host, sent
-from lorafold.step.balancing import balances, weighs
 from lorafold.step.branches import Branching, over
-from lorafold.step.head import labelled_loss, row_losses, token_losses
+from lorafold.step.head import balances, labelled_loss, row_losses, token_losses, weighs
 
 
 class Loss(nn.Module, ABC):

@@ -158,7 +158,7 @@ def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
     """
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for i, p in enumerate(parameters(optimizer)):
+    for i, p in enumerate(parameters(optimizer.param_groups)):
         for name, value in optimizer.state.get(p, {}).items():
             if not isinstance(value, Tensor):
                 found[f"{i}.{name}"] = torch.tensor(value)
@@ -182,12 +182,12 @@ def restore_optimizer(
 
     Raises LorafoldError if the tensors are not those of such an optimizer.
     """
-    others = {str(i) for i, p in enumerate(parameters(optimizer)) if not updates(p)}
+    others = {str(i) for i, p in enumerate(parameters(optimizer.param_groups)) if not updates(p)}
     tensors = {key: t for key, t in tensors.items() if key.split(".")[0] not in others}
     owners = {int(key.split(".")[0]) for key in tensors}
     for group in optimizer.param_groups:
         group["lr"] = 0.0
-    for i, p in enumerate(parameters(optimizer)):
+    for i, p in enumerate(parameters(optimizer.param_groups)):
         p.grad = torch.zeros_like(p, dtype=p.grad_dtype) if i in owners else None
     optimizer.step()
     optimizer.zero_grad()
@@ -207,16 +207,16 @@ def restore_optimizer(
             f"the checkpoint's optimizer state is that of another optimizer:"
             f" {listed(told, '; ')}; resume with the optimizer that wrote it"
         )
-    for i, p in enumerate(parameters(optimizer)):
+    for i, p in enumerate(parameters(optimizer.param_groups)):
         state = optimizer.state.get(p, {})
         for name, value in state.items():
             if (stored := tensors.get(f"{i}.{name}")) is not None:
                 state[name] = value.copy_(stored) if isinstance(value, Tensor) else stored.item()
 
 
-def parameters(optimizer: Optimizer) -> list[nn.Parameter]:
-    """Return the parameters of all groups, in order."""
-    return [p for group in optimizer.param_groups for p in group["params"]]
+def parameters(groups: list[dict]) -> list[nn.Parameter]:
+    """Return the parameters of an optimizer's groups, in order."""
+    return [p for group in groups for p in group["params"]]
 
 
 def rng_state() -> dict[str, Tensor]:

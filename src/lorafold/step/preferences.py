@@ -22,9 +22,8 @@ from torch import Tensor, nn
 
 from lorafold.core.modes import evaluating
 from lorafold.data.branches import Branched
-from lorafold.ops.cross_entropy import chunks
+from lorafold.ops.cross_entropy import chunks, widened
 from lorafold.ops.host import all_sent, on_host, sent
-from lorafold.ops.logits import widened
 from lorafold.step.branched import BranchedLoss
 from lorafold.step.branches import Branching
 from lorafold.step.head import at_labels, document_losses, head_of, until_head

@@ -26,14 +26,13 @@ from torch.optim import Optimizer
 
 from lorafold.adapter import Adapter
 from lorafold.core.attach import selection_of
-from lorafold.core.draws import drawing
 from lorafold.core.modes import evaluating, unchanged
-from lorafold.core.selection import Draws
+from lorafold.core.selection import Draws, drawing
 from lorafold.data.feed import Feed
 from lorafold.errors import Interrupted, LorafoldError, RewardFailed, listed
 from lorafold.machine.cores import considerate
 from lorafold.objectives.objective import Data, Objective
-from lorafold.ops.philox import key_of
+from lorafold.ops.dropout import key_of
 from lorafold.recipe.recipe import Recipe
 from lorafold.step.losses import Loss
 from lorafold.step.optim import optimizer_tensors, rng_state, set_learning_rates, warm_steps

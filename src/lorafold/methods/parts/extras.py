@@ -13,8 +13,8 @@ from torch import nn
 
 from lorafold.core.anatomy import Anatomy
 from lorafold.core.attach import adapted_modules
-from lorafold.core.base import bare
 from lorafold.core.delta import Delta
+from lorafold.core.layer import bare
 from lorafold.core.matrices import module_at
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches

@@ -28,7 +28,7 @@ from lorafold.core.delta import Delta, LowRank, Opaque
 from lorafold.core.layer import Layer, add
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
-from lorafold.methods.parts.options import one_of, refuse
+from lorafold.methods.parts.options import check
 
 # the key in the file for the gates that all layers of an adapter share
 GATES = "base_model.mixture_gates"
@@ -132,8 +132,8 @@ class Mixture(Spec):
     lr: ClassVar[float] = 2e-2
 
     def __post_init__(self) -> None:
-        wrong = [] if self.adapters else ["adapters: found none, expected at least one"]
-        refuse(self, wrong, one_of("gates", self.gates, get_args(Gating)))
+        wrong = ["adapters: found none, expected at least one"] * (not self.adapters)
+        check(self, *wrong, one_of={"gates": get_args(Gating)})
 
     def build(self, layer: Layer) -> MixtureDelta | RoutedDelta:
         n = len(self.adapters)

@@ -1,32 +1,54 @@
-"""What the options of a method may be. Each check returns what is wrong, as an error says it, and
-`refuse` raises with all that is.
-"""
+"""What the options of a method may be, and how the factors of a fresh delta are filled."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
 
 from lorafold.errors import LorafoldError
 
 
-def whole(name: str, value: Any) -> list[str]:
-    """That an option is not a whole number from 1, or nothing."""
-    fine = isinstance(value, int) and value >= 1
-    return [] if fine else [f"{name}: found {value!r}, expected a whole number from 1"]
+def check(
+    spec: object,
+    *wrong: str,
+    whole: Sequence[str] = (),
+    below_one: Sequence[str] = (),
+    one_of: Mapping[str, Sequence[str]] | None = None,
+) -> None:
+    """Raise LorafoldError with all that is wrong with the options of a spec, if anything is.
 
-
-def below_one(name: str, value: float) -> list[str]:
-    """That an option is not a probability below 1, or nothing."""
-    return [] if 0 <= value < 1 else [f"{name}: found {value!r}, expected 0 or more, below 1"]
-
-
-def one_of(name: str, value: str, choices: tuple[str, ...]) -> list[str]:
-    """That an option is none of the choices, or nothing."""
-    wrong = f"{name}: found {value!r}, expected {' or '.join(choices)}"
-    return [] if value in choices else [wrong]
-
-
-def refuse(spec: object, *wrong: list[str]) -> None:
-    """Raise LorafoldError with all that is wrong with the options of a spec, if anything is."""
-    if found := [one for several in wrong for one in several]:
+    Args:
+        wrong: what is wrong already, as an error says it.
+        whole: the options that are whole numbers from 1; of a pattern, its values.
+        below_one: those that are probabilities below 1.
+        one_of: the choices of an option.
+    """
+    found = []
+    for name in whole:
+        value = getattr(spec, name)
+        for n in value.values() if isinstance(value, Mapping) else (value,):
+            if not isinstance(n, int) or n < 1:
+                found.append(f"{name}: found {n!r}, expected a whole number from 1")
+    for name in below_one:
+        if not 0 <= (value := getattr(spec, name)) < 1:
+            found.append(f"{name}: found {value!r}, expected 0 or more, below 1")
+    for name, choices in (one_of or {}).items():
+        if (value := getattr(spec, name)) not in choices:
+            found.append(f"{name}: found {value!r}, expected {' or '.join(choices)}")
+    if found := [*found, *wrong]:
         raise LorafoldError(f"{type(spec).__name__}: {'; '.join(found)}")
+
+
+def zeros(shape: tuple[int, ...], device: torch.device) -> nn.Parameter:
+    """A parameter of zeros of that shape, fp32."""
+    return nn.Parameter(torch.zeros(shape, device=device, dtype=torch.float32))
+
+
+def kaiming(factor: Tensor) -> None:
+    """Fill a factor (*matrices, k, in) with kaiming-uniform numbers, as PEFT does: between -b and
+    b, b the inverse root of `in`; each of its matrices by itself.
+    """
+    for matrix in factor.detach().view(-1, *factor.shape[-2:]):
+        nn.init.kaiming_uniform_(matrix, a=5**0.5)

@@ -32,9 +32,8 @@ from torch import Tensor, nn
 from lorafold.bases import is_linear, layer_class, layer_of
 from lorafold.core.anatomy import Anatomy, sharers
 from lorafold.core.attach import Adapted
-from lorafold.core.base import bare
 from lorafold.core.delta import Delta
-from lorafold.core.layer import Layer, add
+from lorafold.core.layer import Layer, add, bare
 from lorafold.core.targets import no_match
 from lorafold.errors import LorafoldError, as_one
 

