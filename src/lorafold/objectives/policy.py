@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from rich.console import Console
@@ -41,7 +41,7 @@ from lorafold.machine.processes import ALONE, Processes
 from lorafold.objectives import Declared
 from lorafold.objectives.drawing import Drawing, chosen
 from lorafold.objectives.laws import class_of
-from lorafold.objectives.objective import Asked, Objective, Packing
+from lorafold.objectives.objective import Asked, OnPolicy, Packing
 from lorafold.ops.arithmetic import multiplying, widens
 from lorafold.ops.philox import key_of
 from lorafold.rewards import Rewards, digest_of
@@ -89,10 +89,9 @@ class Playing(Policy):
 
 
 @dataclass(frozen=True)
-class PolicyObjective(Objective):
+class PolicyObjective(OnPolicy):
     """Learning from rewards, by a law."""
 
-    on_policy: ClassVar[bool] = True
     law: PolicyLaw
     drawing: Drawing
     given: tuple[Callable[..., Any], ...] = ()  # rewards that are functions of Python

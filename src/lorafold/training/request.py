@@ -181,16 +181,16 @@ def tokenized(
     """
     recipe, rendering = request.recipe, rendering_of(request.recipe)
 
+
     def data_of(name: str, rows: Sequence[Row]) -> Data:
         data = examples_of(objective, rows, tokenizer, recipe.max_length, console, rendering)
         console.print(f"{name}: {data.report}", highlight=False)
         return data
 
     if isinstance(request.rows, RowStream):
-        encoder = objective.encoder(tokenizer, rendering)
         feed: Feed = StreamFeed(
             partial(request.rows.rows, buffer=recipe.shuffle_buffer),
-            encoder,
+            objective.encoder(tokenizer, rendering),
             recipe.max_length,
             recipe.batch,
             recipe.total_steps(0),
