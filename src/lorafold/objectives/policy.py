@@ -33,19 +33,18 @@ from lorafold.data.to_complete import Prompt, PromptData, Prompts, prompt_data
 from lorafold.data.tokenizing import Encoder
 from lorafold.errors import LorafoldError, RewardFailed
 from lorafold.evaluation import Measured, RewardEvaluation, RewardSettings, evaluate_rewards
+from lorafold.evaluation.policy import Rewarded
 from lorafold.evaluation.reward_adapter import RewardAdapter, rewards_over
-from lorafold.evaluation.rewarded import Rewarded
 from lorafold.evaluation.rollouts import SLOTS, Completion, Rollouts, RolloutSize
 from lorafold.files.card import JUDGED_BY
 from lorafold.machine.processes import ALONE, Processes
 from lorafold.objectives import Declared
-from lorafold.objectives.drawing import Drawing, chosen
-from lorafold.objectives.laws import class_of
+from lorafold.objectives.laws import Drawing, chosen, class_of
 from lorafold.objectives.objective import Asked, OnPolicy, Packing
 from lorafold.ops.arithmetic import multiplying, widens
 from lorafold.ops.philox import key_of
 from lorafold.rewards import Rewards, digest_of
-from lorafold.rewards.naming import REWARDS, adapter_in, kind_of, parted
+from lorafold.rewards.judging import REWARDS, adapter_in, kind_of, parted
 from lorafold.step import policy_laws
 from lorafold.step.branches import Branching, branching
 from lorafold.step.policy import Policy, Rollout, StepRollouts
@@ -143,9 +142,7 @@ class PolicyObjective(OnPolicy):
     def data(self, table: pa.Table, rows: Rows, max_length: int) -> PromptData:
         return prompt_data(table, rows, max_length - self.drawing.max_new_tokens)
 
-    def updates(
-        self, examples: Sequence[Rollout], loss: Playing
-    ) -> Iterator[Sequence[Rollout]]:
+    def updates(self, examples: Sequence[Rollout], loss: Playing) -> Iterator[Sequence[Rollout]]:
         for update in range(self.drawing.updates):
             loss.begin(update)
             yield examples

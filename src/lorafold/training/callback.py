@@ -140,12 +140,13 @@ class AdapterCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._before_save(args, state, control)
+        """Write the adapter before the trainer writes the rest and removes older checkpoints."""
+        if control.should_save:
+            # the shorter the base is kept out the better: an evaluation may be interrupted
+            self._base_stays_out(not control.should_evaluate)
+            self._save(args, state)
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._before_save(args, state, control)
+    on_epoch_end = on_step_end
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -175,15 +176,6 @@ class AdapterCallback(TrainerCallback):
     def _base_stays_out(self, yes: bool) -> None:
         if self._kept_out is not None:
             self._kept_out.switch(yes)
-
-    def _before_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl
-    ) -> None:
-        """Writes the adapter before the trainer writes the rest and removes older checkpoints."""
-        if control.should_save:
-            # the shorter the base is kept out the better: an evaluation may be interrupted
-            self._base_stays_out(not control.should_evaluate)
-            self._save(args, state)
 
     def _save(self, args: TrainingArguments, state: TrainerState) -> None:
         if not args.should_save or self._saved_step == state.global_step:
@@ -321,9 +313,7 @@ def check_reference(adapter: Adapter, args: Any) -> None:
             f" model's name, expected the model under {', '.join(under)}, over which the adapter"
             f" {adapter.name!r} trains; give {how} (own_reference=True if yours is right)"
         )
-    logger.warning(
-        f"{config}: TRL loads the base once more as reference; {how} takes no memory."
-    )
+    logger.warning(f"{config}: TRL loads the base once more as reference; {how} takes no memory.")
 
 
 class BaseKeptOut:

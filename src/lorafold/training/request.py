@@ -181,7 +181,6 @@ def tokenized(
     """
     recipe, rendering = request.recipe, rendering_of(request.recipe)
 
-
     def data_of(name: str, rows: Sequence[Row]) -> Data:
         data = examples_of(objective, rows, tokenizer, recipe.max_length, console, rendering)
         console.print(f"{name}: {data.report}", highlight=False)

@@ -63,6 +63,7 @@ if TYPE_CHECKING:
 
 SHOWN = 40  # characters of a value
 
+
 @dataclass(frozen=True)
 class Setup:
     """The choices of a run that need no model; in `request` the storage of the base is settled."""

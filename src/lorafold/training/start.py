@@ -22,7 +22,7 @@ from lorafold.machine.processes import Processes
 from lorafold.objectives import OBJECTIVES
 from lorafold.objectives.objective import Data, OnPolicy
 from lorafold.recipe.recipe import FEW, STEPS, Recipe
-from lorafold.rewards.naming import REWARDS, adapter_in
+from lorafold.rewards.judging import REWARDS, adapter_in
 from lorafold.step.adamw import described, make_optimizer, pick
 from lorafold.step.losses import Loss
 from lorafold.step.optim import param_groups, rates, restore_optimizer, restore_rng, sum_in_fp32
@@ -35,12 +35,7 @@ LOOKED_AT = 8  # steps, for what their rows have in common
 
 
 def prepare(
-    setup: Setup,
-    adapter: Adapter,
-    loss: Loss,
-    feed: Feed,
-    held_out: Data | None,
-    console: Console,
+    setup: Setup, adapter: Adapter, loss: Loss, feed: Feed, held_out: Data | None, console: Console
 ) -> tuple[Plan, Progress]:
     """The plan of the steps, and how far they have come: a fresh run or a resumed one.
 
