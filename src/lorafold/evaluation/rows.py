@@ -29,10 +29,10 @@ from lorafold.data.rows import as_checked
 from lorafold.data.shapes import CONVERSATIONS, LABELS, PAIRS
 from lorafold.data.sources import Row
 from lorafold.data.stored import Rows
-from lorafold.errors import LorafoldError
-from lorafold.evaluation.held_out import by_row, progress_bar, row_losses
+from lorafold.evaluation.held_out import by_row, padding_of, progress_bar, row_losses
 from lorafold.evaluation.intervals import Interval, loss_interval, mean_loss, wilson
 from lorafold.evaluation.preferences import PreferenceFigures, preference_figures
+from lorafold.files.card import within
 from lorafold.files.shown import Shown
 from lorafold.generation import complete
 from lorafold.step.branches import branching
@@ -113,9 +113,6 @@ class Evaluation(Shown):
         return {name: getattr(self, name) for name in names} | preference
 
     def __str__(self) -> str:
-        def within(interval: Interval | None, form: str) -> str:
-            return f" (95%: {interval[0]:{form}} to {interval[1]:{form}})" if interval else ""
-
         text = (
             f"{self.n} rows: loss {self.loss:.4f}{within(self.loss_interval, '.4f')}, perplexity"
             f" {self.perplexity:.3f}"
@@ -150,12 +147,7 @@ def evaluate_classifier(
     data = encode_labelled(rows, tokenizer, max_length, classes)
     if console and data.report.truncated:
         console.print(str(data.report), highlight=False)
-    pad_id = model.config.get_text_config().pad_token_id
-    if pad_id is None:
-        raise LorafoldError(
-            "the model's config: field pad_token_id: found null, expected the id of the token that"
-            " pads short texts"
-        )
+    pad_id = padding_of(model)
 
     def measured(loss: Classification, some: Sequence[LabelledExample]) -> Sequence[Tensor]:
         arguments = loss.collate(some, loss.device)

@@ -43,9 +43,10 @@ from lorafold.data.rows import as_checked
 from lorafold.data.shapes import PAIRS
 from lorafold.data.sources import Row
 from lorafold.errors import LorafoldError, listed
-from lorafold.evaluation.held_out import progress_bar
+from lorafold.evaluation.held_out import padding_of, progress_bar
 from lorafold.evaluation.intervals import Interval, mean_interval, wilson
 from lorafold.files.atomic import write_text
+from lorafold.files.card import within
 from lorafold.files.shown import Shown
 from lorafold.step.branches import branching
 from lorafold.step.preference_laws import Reward
@@ -75,10 +76,9 @@ class Share:
         return cls(n, hits / n if n else None, wilson(hits, n) if n else None)
 
     def __str__(self) -> str:
-        if self.accuracy is None or self.accuracy_interval is None:
+        if self.accuracy is None:
             return "none"
-        low, high = self.accuracy_interval
-        return f"{self.accuracy:.1%} (95%: {low:.1%} to {high:.1%})"
+        return f"{self.accuracy:.1%}{within(self.accuracy_interval, '.1%')}"
 
 
 @dataclass(frozen=True)
@@ -128,11 +128,8 @@ class RewardFigures:
     @property
     def told(self) -> str:
         """Accuracy and margin, in one line."""
-        margin = f"margin {self.margin:.3f}"
-        if self.margin_interval is not None:
-            low, high = self.margin_interval
-            margin += f" (95%: {low:.3f} to {high:.3f})"
-        return f"accuracy {self.right}, {margin}"
+        interval = within(self.margin_interval, ".3f")
+        return f"accuracy {self.right}, margin {self.margin:.3f}{interval}"
 
     def __str__(self) -> str:
         correlation = self.length_correlation
@@ -283,10 +280,7 @@ class ScoredRows(Shown):
     def __str__(self) -> str:
         if self.figures is not None:
             return str(self.figures)
-        text = f"{self.n} rows: score {self.score:.4f}"
-        if self.score_interval is not None:
-            text += " (95%: {:.4f} to {:.4f})".format(*self.score_interval)
-        return text
+        return f"{self.n} rows: score {self.score:.4f}{within(self.score_interval, '.4f')}"
 
 
 def score_rows(
@@ -309,17 +303,12 @@ def score_rows(
     Raises LorafoldError for bad rows, for a model that is no reward model, and for scores that are
     not finite.
     """
-    text = model.config.get_text_config()
     if model.config.num_labels != 1 or model.get_output_embeddings() is not None:
         raise LorafoldError(
             f"{type(model).__name__} with {model.config.num_labels} outputs: expected a reward"
             " model, a sequence classifier with num_labels 1"
         )
-    if text.pad_token_id is None:
-        raise LorafoldError(
-            "the model's config: field pad_token_id: found null, expected the id of the token that"
-            " pads short texts"
-        )
+    pad_id = padding_of(model)
     rows = as_checked(rows, PAIRS)
     paired = rows.give(PAIRS)
     if paired:
@@ -332,7 +321,7 @@ def score_rows(
     if console and truncated:
         console.print(report, highlight=False)
     with branching(model, across=True) as how, progress_bar(console, "rows") as step:
-        loss = Preferences(model, BRADLEY_TERRY, how, text.pad_token_id)
+        loss = Preferences(model, BRADLEY_TERRY, how, pad_id)
         scores, tokens = scores_of(loss, examples, step)
     if bad := np.flatnonzero(~np.isfinite(scores).all(1)).tolist():
         raise LorafoldError(

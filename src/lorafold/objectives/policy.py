@@ -36,7 +36,7 @@ from lorafold.evaluation import Measured, RewardEvaluation, RewardSettings, eval
 from lorafold.evaluation.policy import Rewarded
 from lorafold.evaluation.reward_adapter import RewardAdapter, rewards_over
 from lorafold.evaluation.rollouts import SLOTS, Completion, Rollouts, RolloutSize
-from lorafold.files.card import JUDGED_BY
+from lorafold.files.card import JUDGED_BY, within
 from lorafold.machine.processes import ALONE, Processes
 from lorafold.objectives import Declared
 from lorafold.objectives.laws import Drawing, chosen, class_of
@@ -245,11 +245,11 @@ class PolicyObjective(OnPolicy):
         groups = rollouts.draw_held_out([prompt.ids for prompt in prompts], self.seed)
         found = Rewarded.of(prompts, groups, loss.rewards, at_once=SLOTS)
         reward, interval = found.figures["reward"], found.interval
-        within = "" if interval is None else f" (95%: {interval[0]:.3f} to {interval[1]:.3f})"
         # of a group of one all rewards are alike
         own = {k: v for k, v in found.figures.items() if k != "groups without signal"}
         figures = own | {"reward_interval": interval}
-        return Measured(-reward, figures, f", reward {reward:.3f}{within}", found.to_read)
+        told = f", reward {reward:.3f}{within(interval, '.3f')}"
+        return Measured(-reward, figures, told, found.to_read)
 
     def evaluate(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row],

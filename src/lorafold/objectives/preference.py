@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast, overload
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 import torch
@@ -95,12 +95,8 @@ class Comparing(Objective):
         packing: Packing,
         console: Console,
     ) -> Iterator[Preferences]:
-        pad = self.padding(tokenizer)
-        if not packing:
-            yield Preferences(model, self.law, None, pad)
-            return
-        with branching(model, across=packing == "auto") as how:
-            if not how.shares:
+        with branching(model, across=packing == "auto") if packing else nullcontext() as how:
+            if how is not None and not how.shares:
                 instead = (
                     "each completion has its prompt before it"
                     if how.packs
@@ -111,13 +107,13 @@ class Comparing(Objective):
                     f" {instead}",
                     highlight=False,
                 )
-            elif how.longest is not None:
+            elif how is not None and how.longest is not None:
                 console.print(
                     f"packing: in rows of more than {how.longest} tokens, a chunk of this model's"
                     " attention, each completion has its prompt before it",
                     highlight=False,
                 )
-            yield Preferences(model, self.law, how, pad)
+            yield Preferences(model, self.law, how, self.padding(tokenizer))
 
     def padding(self, tokenizer: PreTrainedTokenizerBase) -> int:
         """The token that fills short sequences, which the mask hides."""
@@ -133,11 +129,7 @@ class Referenced(Sequence[Branched]):
     def __len__(self) -> int:
         return len(self.examples)
 
-    @overload
-    def __getitem__(self, index: int) -> Branched: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Branched]: ...
-    def __getitem__(self, index: int | slice) -> Branched | list[Branched]:
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         return replace(self.examples[index], reference=tuple(self.logps[index].tolist()))

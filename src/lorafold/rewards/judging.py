@@ -20,10 +20,10 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol, Self, runtime_checkable
 
 from lorafold.data.conversations import Conversation
@@ -127,9 +127,8 @@ class SeparateReward:
             while len(found) < len(judged):
                 answer = json.loads(process.read(until))
                 if isinstance(answer, dict):
-                    at = answer["at"]
-                    about = judged if at is None else judged[at : at + 1]
-                    raise failure(self.name, answer["wrong"], about)
+                    wrong = Wrong(answer["wrong"], answer["at"])
+                    raise failure(self.name, wrong.told, wrong.of(judged))
                 found += answer
         except Late:
             self.close()
@@ -305,14 +304,13 @@ class DirectReward:
         try:
             return [reward for part in self._function.rewards(items) for reward in part]
         except Wrong as wrong:
-            about = judged if wrong.at is None else judged[wrong.at : wrong.at + 1]
-            raise failure(self.name, wrong.told, about) from None
+            raise failure(self.name, wrong.told, wrong.of(judged)) from None
 
     def close(self) -> None:
         """Nothing runs."""
 
 
-class Rewards:
+class Rewards(AbstractContextManager["Rewards"]):
     """Rewards of one run. A context, which closes them.
 
     Args:
@@ -383,15 +381,7 @@ class Rewards:
         for reward in self._rewards:
             reward.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
@@ -404,5 +394,4 @@ def _checked(reward: Reward, judged: Sequence[Judged]) -> list[float | None]:
     try:
         return [number(value, at) for at, value in enumerate(found)]
     except Wrong as wrong:
-        about = judged if wrong.at is None else judged[wrong.at : wrong.at + 1]
-        raise failure(reward.name, wrong.told, about) from None
+        raise failure(reward.name, wrong.told, wrong.of(judged)) from None

@@ -8,7 +8,6 @@ import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import monotonic
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -67,12 +66,7 @@ class Display:
             self.cell = display(HTML(self.drawing(self.before, "")), display_id=True)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.bar.stop()
         for tracker in self.trackers:
             tracker.finish()
