@@ -140,11 +140,6 @@ class Rewarded:
         return _interval(self.rewards)
 
     @property
-    def intervals(self) -> dict[str, Interval | None]:
-        """That of the mean of each reward, by its name."""
-        return {name: _interval(x) for name, x in self.each.items()}
-
-    @property
     def alike(self) -> Tensor:
         """Whether all rewards of a group are the same, (n,)."""
         high, low = self.rewards.nan_to_num(-math.inf), self.rewards.nan_to_num(math.inf)
@@ -291,34 +286,6 @@ class RewardEvaluation(Shown):
     prompt_rewards: tuple[float | None, ...]
     samples: tuple[Sample, ...]
 
-    @classmethod
-    def of(cls, found: Rewarded, max_new_tokens: int) -> RewardEvaluation:
-        """The figures of completions with their rewards.
-
-        Args:
-            max_new_tokens: The most tokens that a completion could have.
-        """
-        figures, group = found.figures, found.rewards.shape[1]
-        return cls(
-            reward=figures["reward"],
-            reward_interval=found.interval,
-            rewards={
-                name: MeanReward(float(x.nanmean()), found.intervals[name])
-                for name, x in found.each.items()
-            },
-            n=len(found.groups),
-            group=group,
-            max_new_tokens=max_new_tokens,
-            tokens_a_completion=figures["tokens a completion"],
-            cut_off=figures["cut off"],
-            entropy=figures["entropy"],
-            groups_without_signal=figures["groups without signal"] if group > 1 else None,
-            prompt_rewards=tuple(
-                None if math.isnan(mean) else mean for mean in found.rewards.nanmean(1).tolist()
-            ),
-            samples=tuple(found.samples(READ, READ)),
-        )
-
     def as_json(self) -> dict[str, Any]:
         """All figures and samples."""
         return asdict(self)
@@ -375,7 +342,23 @@ def evaluate_rewards(
         groups = rollouts.draw_held_out([one.ids for one in prompts], settings.seed, k, step)
     with progress_bar(console, "rewards") as step:
         found = Rewarded.of(prompts, groups, rewards, max(1, SLOTS // k), step)
-    return RewardEvaluation.of(found, settings.max_new_tokens)
+    figures, means = found.figures, found.rewards.nanmean(1).tolist()
+    return RewardEvaluation(
+        reward=figures["reward"],
+        reward_interval=found.interval,
+        rewards={
+            name: MeanReward(float(x.nanmean()), _interval(x)) for name, x in found.each.items()
+        },
+        n=len(found.groups),
+        group=k,
+        max_new_tokens=settings.max_new_tokens,
+        tokens_a_completion=figures["tokens a completion"],
+        cut_off=figures["cut off"],
+        entropy=figures["entropy"],
+        groups_without_signal=figures["groups without signal"] if k > 1 else None,
+        prompt_rewards=tuple(None if math.isnan(mean) else mean for mean in means),
+        samples=tuple(found.samples(READ, READ)),
+    )
 
 
 def _told(one: Sample) -> str:

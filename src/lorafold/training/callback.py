@@ -110,9 +110,7 @@ class AdapterCallback(TrainerCallback):
         }
         return str(steps[max(steps)]) if steps else None
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_init_end(self, *_: Any, **kwargs: Any) -> None:
         self._check_model(kwargs["model"])
         # a run that is resumed loads the empty weights before it begins
         self._kept_out = BaseKeptOut(kwargs["model"])
@@ -132,9 +130,7 @@ class AdapterCallback(TrainerCallback):
         if resumed:
             self._restore(self._checkpoint(args, state))
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, *_: Any, **kwargs: Any) -> None:
         self._base_stays_out(False)
 
     def on_step_end(

@@ -148,13 +148,16 @@ class RunDirectory:
         absent = [folder for folder in target.parents if not folder.exists()]
         file = target.with_name(f".{target.name}.lock")
         target.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(str(file), timeout=0)
+        lock, holder = FileLock(str(file), timeout=0), ""
         try:
             lock.acquire()
         except Timeout:
+            with suppress(OSError):
+                holder = file.read_text()
+            told = f" ({holder})" if holder.startswith(HOLDER) else ""
             raise LorafoldError(
-                f"{self.path}: a run is in progress in it{_holder(file)}; wait for it to end, stop"
-                " it, or choose another --out"
+                f"{self.path}: a run is in progress in it{told}; wait for it to end, stop it, or"
+                " choose another --out"
             ) from None
         try:
             if not (before := file.read_text()) or before.startswith(HOLDER):
@@ -286,13 +289,6 @@ class RunDirectory:
             load_file(path / "adapter.safetensors"),
             load_file(path / "optimizer.safetensors"),
         )
-
-
-def _holder(lock: Path) -> str:
-    with suppress(OSError):
-        if (told := lock.read_text()).startswith(HOLDER):
-            return f" ({told})"
-    return ""
 
 
 def _shown(value: Any) -> str:

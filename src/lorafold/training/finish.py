@@ -203,9 +203,15 @@ def write_adapter(
     if figures := progress.measured.get(step):
         record = record | {"figures": figures}
     targets = adapter.matches.paths
+    # in the card, the fields that are None have what the run took for them
+    taken = {name: getattr(spec, name, None) for name in (*OF_METHOD, "targets")}
+    names = {"": "lr", UP: "lr_b"}
+    groups = [group for group in plan.optimizer.param_groups if group["of"] in names]
+    taken |= {names[group["of"]]: group["peak"] for group in groups}
+    recipe = {k: taken.get(k) if v in (None, {}) else v for k, v in record["recipe"].items()}
     card = training_card(
         request.base.name,
-        record | {"recipe": settled(record["recipe"], plan)},
+        record | {"recipe": recipe},
         asdict(result) | result.pace | {"eval_loss": progress.evals.get(step)},
         whole=spec.trains_base,
         opened_by=opened_by_name(adapter.model),
@@ -220,21 +226,6 @@ def write_adapter(
         base=base,
     )
     read_back(adapter, path, base)
-
-
-def settled(recipe: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
-    """The fields of a recipe with what the run took for those that are None: of the method's
-    options, of its targets and of the peak learning rates.
-
-    Args:
-        recipe: Its fields by name.
-        plan: The finished steps.
-    """
-    spec = plan.adapter.spec
-    taken = {name: getattr(spec, name, None) for name in (*OF_METHOD, "targets")}
-    names = {"": "lr", UP: "lr_b"}
-    peaks = {names[g["of"]]: g["peak"] for g in plan.optimizer.param_groups if g["of"] in names}
-    return {k: (taken | peaks).get(k) if v in (None, {}) else v for k, v in recipe.items()}
 
 
 def mean_of_last(losses: Sequence[float]) -> float:
