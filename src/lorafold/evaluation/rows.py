@@ -218,15 +218,21 @@ def evaluate(
         console.print(str(data.report), highlight=False)
     with progress_bar(console, "loss") as step:
         losses = row_losses(model, data.examples, step)
-    by_row: dict[int, tuple[float, int]] = {}
+    of_row: dict[int, tuple[float, int]] = {}
     for i, row in enumerate(data.examples.rows.tolist()):
-        s, n = by_row.get(row, (0.0, 0))
-        by_row[row] = s + losses[i], n + labelled(data.examples[i])
-    sums = list(by_row.values())
+        s, n = of_row.get(row, (0.0, 0))
+        of_row[row] = s + losses[i], n + labelled(data.examples[i])
+    sums = list(of_row.values())
     answers: tuple[Answer, ...] = ()
     if settings.completions:
         answers = _completions(model, tokenizer, rows, settings.max_new_tokens, console)
-    hits = sum(answer.exact for answer in answers)
+    hits, preference = sum(answer.exact for answer in answers), None
+    if rows.give(PAIRS):
+        pairs = encode_preferred(rows, tokenizer, max_length, PAIRS).examples
+        with branching(model, across=True) as how, progress_bar(console, "preferences") as step:
+            loss = Preferences(model, settings.law, how, tokenizer.pad_token_id or 0)
+            # the reference is the model without its highest adapter
+            preference = preference_figures(loss, pairs, bool(selection_of(model).names), step)
     return Evaluation(
         loss=mean_loss(sums),
         loss_interval=loss_interval(sums),
@@ -234,27 +240,9 @@ def evaluate(
         exact_match_interval=wilson(hits, len(answers)) if answers else None,
         n=len(rows),
         rows=answers,
-        preference=_preference(model, tokenizer, rows, max_length, settings.law, console),
+        preference=preference,
         losses=tuple(sums),
     )
-
-
-def _preference(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Rows,
-    max_length: int,
-    law: Law,
-    console: Console | None,
-) -> PreferenceFigures | None:
-    """The figures of pairs, against the model without its highest adapter; None for other rows."""
-    if not rows.give(PAIRS):
-        return None
-    data = encode_preferred(rows, tokenizer, max_length, PAIRS)
-    with branching(model, across=True) as how, progress_bar(console, "preferences") as step:
-        loss = Preferences(model, law, how, tokenizer.pad_token_id or 0)
-        adapted = bool(selection_of(model).names)
-        return preference_figures(loss, data.examples, adapted, step)
 
 
 def _completions(

@@ -311,15 +311,23 @@ def score_rows(
     pad_id = padding_of(model)
     rows = as_checked(rows, PAIRS)
     paired = rows.give(PAIRS)
+    data: Any
     if paired:
         data = encode_preferred(rows, tokenizer, max_length, PAIRS, console)
         examples: Sequence[Branched] = data.examples
-        report, truncated = str(data.report), data.report.truncated
     else:
-        examples, report, truncated = whole_texts(rows, tokenizer, max_length, console)
+        data = encode(rows, tokenizer, max_length, console, WHOLE_CONVERSATION)
+        texts = dict(zip(data.examples.rows.tolist(), data.examples, strict=True))
+        if missing := [n + 1 for n in range(len(rows)) if n not in texts]:
+            raise LorafoldError(
+                f"data: rows {listed(missing)}: found no turn of the assistant within max_length"
+                f" {max_length}, expected one to score"
+            )
+        examples = [continued(texts[n]) for n in range(len(rows))]
     names = ("chosen", "rejected") if paired else ("score",)
+    truncated: int = data.report.truncated
     if console and truncated:
-        console.print(report, highlight=False)
+        console.print(str(data.report), highlight=False)
     with branching(model, across=True) as how, progress_bar(console, "rows") as step:
         loss = Preferences(model, BRADLEY_TERRY, how, pad_id)
         scores, tokens = scores_of(loss, examples, step)
@@ -339,29 +347,3 @@ def score_rows(
         bias = rank_correlation(scores[:, 0], tokens[:, 0])
         return ScoredRows(by_row, None, truncated, fmean(each), mean_interval(each), bias)
     return ScoredRows(by_row, reward_figures(scores, tokens), truncated)
-
-
-def whole_texts(
-    rows: Sequence[Row],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    console: Console | None,
-) -> tuple[list[Branched], str, int]:
-    """(one example a row with a single branch, the report, how many were cut).
-
-    Args:
-        rows: Conversations, prompts with completions, or text.
-        tokenizer: With a chat template.
-        max_length: To which longer texts are cut.
-
-    Raises LorafoldError for rows without a turn of the assistant within `max_length`.
-    """
-    data = encode(rows, tokenizer, max_length, console, WHOLE_CONVERSATION)
-    found = dict(zip(data.examples.rows.tolist(), data.examples, strict=True))
-    if missing := [n + 1 for n in range(len(rows)) if n not in found]:
-        raise LorafoldError(
-            f"data: rows {listed(missing)}: found no turn of the assistant within max_length"
-            f" {max_length}, expected one to score"
-        )
-    examples = [continued(found[n]) for n in range(len(rows))]
-    return examples, str(data.report), data.report.truncated

@@ -118,11 +118,13 @@ class PolicyObjective(OnPolicy):
 
     @property
     def reads(self) -> Sequence[tuple[str, Path]]:  # type: ignore[override]
+        """The adapters that judge."""
         found = [(name, saved) for name, one in self.adapters.items() for saved in one.stack]
         return [(f"for --reward {name}", saved.path) for name, saved in found]
 
     @property
     def identity(self) -> Mapping[str, Any]:  # type: ignore[override]
+        """The digests of what judges, by name."""
         # an object's own repr may have its address, which another process does not have
         names = [getattr(fn, "__qualname__", type(fn).__qualname__) for fn in self.given]
         files = {name: digest_of(name) for name in self.drawing.rewards}
@@ -229,8 +231,16 @@ class PolicyObjective(OnPolicy):
         if self.drawing.fill:
             figures["groups drawn again"] = again / len(planned)
         silent = "" if bool(learns.any()) else self._silent(found, loss)
-        groups = zip(planned, found.groups, advantages.tolist(), strict=True)
-        rollouts = [self._rollout(prompt, group, a) for prompt, group, a in groups]
+        rollouts = [
+            Rollout.of(
+                prompt.ids,
+                [one.tokens for one in group],
+                [one.logprobs for one in group],
+                own,
+                [self._counts(one) for one in group],
+            )
+            for prompt, group, own in zip(planned, found.groups, advantages.tolist(), strict=True)
+        ]
         if not silent:
             loss.counts.pop(SILENT, None)
         elif not step:
@@ -299,14 +309,6 @@ class PolicyObjective(OnPolicy):
             )
         counts = torch.tensor([[self._counts(one) for one in group] for group in found.groups])
         return advantages, (counts & (advantages != 0)).any(1)
-
-    def _rollout(
-        self, prompt: Prompt, group: Sequence[Completion], advantages: Sequence[float]
-    ) -> Rollout:
-        return Rollout.of(
-            prompt.ids, [one.tokens for one in group], [one.logprobs for one in group], advantages,
-            [self._counts(one) for one in group],
-        )  # fmt: skip
 
     def _counts(self, one: Completion) -> bool:
         return one.ended or self.drawing.truncated == "counted"

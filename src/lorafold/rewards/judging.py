@@ -130,18 +130,17 @@ class SeparateReward:
                     wrong = Wrong(answer["wrong"], answer["at"])
                     raise failure(self.name, wrong.told, wrong.of(judged))
                 found += answer
-        except Late:
+        except (Late, Died, KeyboardInterrupt) as error:
             self.close()
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            at_work = judged if self._batched else judged[len(found) : len(found) + 1]
+            if isinstance(error, Died):
+                raise failure(self.name, _end(error.code), at_work) from None
             done = "" if self._batched else f"{len(found)} done of "
             told = f"it took more than {self.limit:g} s ({done}{len(judged)} completions)"
             told += "; expected less, or a longer limit"
-            raise failure(self.name, told, self._at_work(judged, found)) from None
-        except Died as error:
-            self.close()
-            raise failure(self.name, _end(error.code), self._at_work(judged, found)) from None
-        except KeyboardInterrupt:
-            self.close()
-            raise
+            raise failure(self.name, told, at_work) from None
         return found
 
     def close(self) -> None:
@@ -154,19 +153,15 @@ class SeparateReward:
         try:
             process.write(packed(self._opening), until)
             answer = json.loads(process.read(until))
-        except Late:
+            if "wrong" in answer:
+                raise failure(self.name, answer["wrong"])
+        except BaseException as error:
             process.kill()
-            told = f"it was not loaded within {OPENING:g} s"
-            raise failure(self.name, told) from None
-        except Died as error:
-            process.kill()
-            raise failure(self.name, f"while it was loaded {_end(error.code)}") from None
-        except KeyboardInterrupt:
-            process.kill()
+            if isinstance(error, Late):
+                raise failure(self.name, f"it was not loaded within {OPENING:g} s") from None
+            if isinstance(error, Died):
+                raise failure(self.name, f"while it was loaded {_end(error.code)}") from None
             raise
-        if "wrong" in answer:
-            process.kill()
-            raise failure(self.name, answer["wrong"])
         self._batched: bool = answer["batched"]
         return process
 
@@ -176,10 +171,6 @@ class SeparateReward:
         except Exception as error:  # whatever a field's own way of being pickled raises
             told = f"its row can't be sent to another process: {error}"
             raise failure(self.name, told, [one]) from None
-
-    def _at_work(self, judged: Sequence[Judged], found: Sequence[Any]) -> Sequence[Judged]:
-        """What was judged when the process ended."""
-        return judged if self._batched else judged[len(found) : len(found) + 1]
 
 
 def _end(code: int) -> str:

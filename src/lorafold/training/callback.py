@@ -209,7 +209,8 @@ class AdapterCallback(TrainerCallback):
             found = TrainerState.load_from_json(str(path / TRAINER_STATE))
         except (OSError, ValueError, TypeError):
             found = None
-        if found is None or _progress(found) != _progress(state):
+        names = ("global_step", "epoch", "total_flos", "log_history")
+        if found is None or any(getattr(found, n) != getattr(state, n) for n in names):
             raise LorafoldError(
                 f"AdapterCallback: the trainer resumed another checkpoint than {path}; name it:"
                 " AdapterCallback(adapter, resume_from=...)"
@@ -268,10 +269,6 @@ def _check_method(adapter: Adapter) -> None:
             f"AdapterCallback: {name} {' and '.join(own)}, which a trainer leaves out; train it"
             " with lorafold's own loop (lorafold train)"
         )
-
-
-def _progress(state: TrainerState) -> tuple[Any, ...]:
-    return state.global_step, state.epoch, state.total_flos, state.log_history
 
 
 def _complete(checkpoint: Path) -> bool:
