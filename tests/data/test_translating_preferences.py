@@ -17,7 +17,7 @@ from trl.experimental.cpo import CPOConfig
 from trl.experimental.orpo import ORPOConfig
 
 from lorafold.errors import LorafoldError
-from lorafold.objectives.comparing import law_of
+from lorafold.objectives.laws import law_of
 from lorafold.opening import Base
 from lorafold.recipe.reading import load_recipe
 from lorafold.recipe.recipe import Recipe

@@ -21,7 +21,7 @@ from lorafold.core.attach import only
 from lorafold.data.to_complete import Prompt
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.rollouts import Completion, Rollouts
-from lorafold.objectives.drawing import Drawing
+from lorafold.objectives.laws import Drawing
 from lorafold.objectives.policy import PolicyObjective
 from lorafold.step.branches import branching
 from lorafold.step.policy import Policy, Rollout

@@ -33,7 +33,7 @@ from lorafold.errors import LorafoldError
 from lorafold.evaluation.preferences import preference_figures
 from lorafold.machine.processes import ALONE
 from lorafold.objectives import OBJECTIVES
-from lorafold.objectives.comparing import law_of
+from lorafold.objectives.laws import law_of
 from lorafold.objectives.preference import Referenced, digest, referenced
 from lorafold.step import preference_laws
 from lorafold.step.branches import branching

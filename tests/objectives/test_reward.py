@@ -29,8 +29,7 @@ from lorafold.data.examples import Example
 from lorafold.data.preferred import encode_preferred
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import wilson
-from lorafold.evaluation.rewards import reward_figures, scores_of
-from lorafold.evaluation.scoring import score_rows
+from lorafold.evaluation.scoring import reward_figures, score_rows, scores_of
 from lorafold.memory.measure import measure
 from lorafold.memory.terms import estimate
 from lorafold.memory.trace import Setting
@@ -40,7 +39,7 @@ from lorafold.models.fake import fake_model
 from lorafold.models.loading import load_tokenizer
 from lorafold.models.sources import resolve_model
 from lorafold.models.storage import Storage
-from lorafold.objectives.comparing import law_of
+from lorafold.objectives.laws import law_of
 from lorafold.opening import Base
 from lorafold.recipe.recipe import Recipe
 from lorafold.step.branches import Branching, branching

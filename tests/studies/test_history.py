@@ -16,7 +16,6 @@ from lorafold.cli import app
 from lorafold.errors import LorafoldError
 from lorafold.inspecting.history import History, observed
 from lorafold.inspecting.history_page import page
-from lorafold.step.losses import Generated
 from lorafold.training import loop
 from lorafold.training.checkpoint import Progress
 
@@ -103,13 +102,13 @@ def test_a_run_that_was_killed_has_the_same_record(
 
 
 def test_a_step_without_a_figure_has_none() -> None:
-    progress, nothing = Progress(), Generated()
+    progress = Progress()
     shown: list[dict[str, float]] = [{"a": 1.0}, {}, {"a": 2.0, "b": float("inf")}, {"b": 3.0}]
     for figures in shown:
         progress.step += 1
-        progress.stepped(figures, nothing, 5, 1.0)
+        progress.stepped(figures)
     assert progress.shown == {"a": [1.0, None, 2.0, None], "b": [None, None, None, 3.0]}
-    assert progress.pace == progress.rates == {}
+    assert progress.pace == {}
 
 
 def test_samples_of_steps_where_nothing_is_held_out(tiny_model_dir, tmp_path: Path) -> None:

@@ -26,9 +26,19 @@ from lorafold.methods.full import write_model
 from lorafold.models import container
 from lorafold.models.loading import load_model, load_tokenizer
 from lorafold.step.replicated import Replicated
+from lorafold.training import loop
 from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.run import train
-from training_cases import ROWS, beginning, command, killed, quiet, request, train_until_killed
+from training_cases import (
+    ROWS,
+    beginning,
+    command,
+    killed,
+    quiet,
+    request,
+    train_until_killed,
+    weights,
+)
 
 pytestmark = pytest.mark.usefixtures("unestimated")
 
@@ -134,6 +144,27 @@ def test_a_stop_is_asked_for_and_the_run_goes_on_later(
     step = int(re.search(r"stopped after step (\d+)", err).group(1))
     assert (tmp_path / "a.run" / f"step-{step:06d}" / "state.json").is_file()
     assert not (tmp_path / "a").exists()
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_starts_as_it_did(
+    tiny_model_dir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its method chooses the entries that it trains again: no checkpoint has them."""
+    fields = {"method": "fish", "steps": 2, "lr": 1e-2}
+    whole = train(request(tiny_model_dir("llama"), tmp_path / "whole", **fields), quiet())
+
+    def stopped(*of: Any) -> tuple[float, float]:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            train(request(tiny_model_dir("llama"), tmp_path / "a", **fields), quiet())
+    assert not RunDirectory(tmp_path / "a").checkpoints()
+    again = request(tiny_model_dir("llama"), tmp_path / "a", resume=True, **fields)
+    assert train(again, quiet()).losses == whole.losses
+    ours, theirs = weights(tmp_path / "a"), weights(tmp_path / "whole")
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
 def test_a_resumed_run_must_be_the_same_run(tiny_model_dir, tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from lorafold.data.sources import Row, source_from
 from lorafold.data.stored import Rows
 from lorafold.errors import LorafoldError, cut
 from lorafold.objectives import DEFAULT, OBJECTIVES, named
-from lorafold.recipe.trackers import check_trackers
-from lorafold.rewards.naming import check_there
+from lorafold.recipe.reading import check_trackers
+from lorafold.rewards.judging import check_there
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -111,7 +111,8 @@ def as_rewards(rewards: Rewarding) -> list[str | Callable[..., Any]]:
     if wrong := [each for each in given if not (isinstance(each, str) or callable(each))]:
         found = cut(repr(wrong[0]), 80)
         raise LorafoldError(f"rewards: found {found}, expected functions or names")
-    check_there(one for one in given if isinstance(one, str))
+    if names := [one for one in given if isinstance(one, str)]:
+        check_there(names)
     return given
 
 
@@ -206,7 +207,8 @@ def as_recipe(recipe: Recipe | None, default: Recipe) -> Recipe:
 def recipe_to_train(recipe: Recipe | None, default: Recipe) -> Recipe:
     """As `as_recipe`. Raises LorafoldError for trackers that there are not, too."""
     found = as_recipe(recipe, default)
-    check_trackers(found.trackers)
+    if found.trackers:
+        check_trackers(found.trackers)
     return found
 
 

@@ -31,7 +31,7 @@ from lorafold.opening import Base
 from lorafold.quickstart.story import RECIPE
 from lorafold.recipe.fitting import fitting, settled_length, spec_of, without
 from lorafold.recipe.recipe import Recipe
-from lorafold.rewards.naming import check_judges
+from lorafold.rewards.judging import check_judges
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -123,7 +123,7 @@ def evaluate(
     labels = rows.give(LABELS) and not judges
     length = length_for(asked, max_length, found, console, head=labels)
     if judges:
-        from lorafold.objectives.drawing import Drawing
+        from lorafold.objectives.laws import Drawing
         from lorafold.rewards import Rewards
 
         longest = Drawing.max_new_tokens if max_new_tokens is None else max_new_tokens
@@ -171,7 +171,7 @@ def law_of_adapters(adapters: Sequence[Saved]) -> Law:
     """The law of pairs that the last adapter was trained with, from its record; that of DPO if it
     was trained otherwise.
     """
-    from lorafold.objectives.comparing import law_of
+    from lorafold.objectives.laws import law_of
     from lorafold.step.preference_laws import Dpo
 
     recipe = adapters[-1].recipe if adapters else {}

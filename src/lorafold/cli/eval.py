@@ -10,7 +10,7 @@ import typer
 from lorafold.cli.columns import ColumnsOption, columns_of
 from lorafold.cli.common import Adapters, DataOption, JsonOption, Opening, emit, messages
 from lorafold.cli.groups import grouped
-from lorafold.rewards.naming import FORMS
+from lorafold.rewards.judging import FORMS
 
 REWARDS = "Rewards"
 EXAMPLES = (

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from lorafold.rewards.naming import ADAPTER
+from lorafold.rewards.judging import ADAPTER
 
 RewardOption = Annotated[
     list[str] | None,

@@ -2,12 +2,17 @@
 intervals.
 """
 
-from lorafold.evaluation.classifier import evaluate_classifier
 from lorafold.evaluation.held_out import held_out_loss
 from lorafold.evaluation.intervals import Interval, Z, loss_interval, wilson
 from lorafold.evaluation.policy import RewardEvaluation, RewardSettings, evaluate_rewards
-from lorafold.evaluation.result import Answer, Evaluation, Measured
-from lorafold.evaluation.rows import EvaluationSettings, evaluate
+from lorafold.evaluation.rows import (
+    Answer,
+    Evaluation,
+    EvaluationSettings,
+    Measured,
+    evaluate,
+    evaluate_classifier,
+)
 
 __all__ = [
     "Answer",

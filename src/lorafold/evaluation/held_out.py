@@ -10,6 +10,7 @@ from lorafold.core.modes import evaluating
 from lorafold.data.arrow import lengths_of
 from lorafold.data.examples import Example
 from lorafold.data.forest import WINDOW, alike, forest, pays
+from lorafold.errors import LorafoldError
 from lorafold.evaluation.intervals import mean_loss
 from lorafold.step.branches import Branching, branching
 from lorafold.step.fused import fused
@@ -62,9 +63,7 @@ def row_losses(
     def loss_of(how: Branching | None) -> Completions:
         return Completions(model, how is not None, 0, how)
 
-    return by_row(
-        model, examples, loss_of, lambda loss, some: loss.by_row(some).tolist(), step
-    )
+    return by_row(model, examples, loss_of, lambda loss, some: loss.by_row(some).tolist(), step)
 
 
 def by_row(
@@ -112,6 +111,17 @@ def alike_in(examples: Sequence[Any]) -> Iterator[Sequence[int]]:
             once = len(forest([window[i] for i in part]).ids)
             if pays(once, sum(lengths[i] for i in part)):
                 yield [first + i for i in part]
+
+
+def padding_of(model: PreTrainedModel) -> int:
+    """The token that pads short texts. Raises LorafoldError if the model's config names none."""
+    pad_id: int | None = model.config.get_text_config().pad_token_id
+    if pad_id is None:
+        raise LorafoldError(
+            "the model's config: field pad_token_id: found null, expected the id of the token that"
+            " pads short texts"
+        )
+    return pad_id
 
 
 @contextmanager

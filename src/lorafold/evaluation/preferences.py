@@ -26,6 +26,7 @@ from lorafold.core.modes import evaluating
 from lorafold.data.branches import Branched
 from lorafold.data.shapes import PAIRS
 from lorafold.evaluation.intervals import Interval, mean_interval, wilson
+from lorafold.files.card import within
 from lorafold.step.preference_laws import Scored, moved
 from lorafold.step.preferences import Preferences
 
@@ -62,21 +63,16 @@ class PreferenceFigures:
         return interval is not None and interval[1] < 0
 
     def __str__(self) -> str:
-        def share(name: str, value: float | None, interval: Interval | None) -> list[str]:
-            if value is None or interval is None:
-                return []
-            return [f"{name} {value:.1%} (95%: {interval[0]:.1%} to {interval[1]:.1%})"]
-
-        parts = [
-            *share("preference", self.preference_accuracy, self.preference_accuracy_interval),
-            *share("reward accuracy", self.reward_accuracy, self.reward_accuracy_interval),
-        ]
+        parts = []
+        if self.preference_accuracy is not None:
+            interval = within(self.preference_accuracy_interval, ".1%")
+            parts.append(f"preference {self.preference_accuracy:.1%}{interval}")
+        if self.reward_accuracy is not None:
+            interval = within(self.reward_accuracy_interval, ".1%")
+            parts.append(f"reward accuracy {self.reward_accuracy:.1%}{interval}")
         if self.reward_margin is not None:
-            margin = f"reward margin {self.reward_margin:.3f}"
-            if self.reward_margin_interval is not None:
-                low, high = self.reward_margin_interval
-                margin += f" (95%: {low:.3f} to {high:.3f})"
-            parts.append(margin)
+            interval = within(self.reward_margin_interval, ".3f")
+            parts.append(f"reward margin {self.reward_margin:.3f}{interval}")
         if self.chosen_change is not None and self.rejected_change is not None:
             parts.append(
                 f"log-probability minus the reference's: chosen {self.chosen_change:+.2f},"

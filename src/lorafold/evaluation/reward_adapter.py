@@ -29,8 +29,7 @@ from lorafold.data.messages import normalized
 from lorafold.data.render import ensure_chat_template
 from lorafold.data.shapes import PROMPT_ALONE, PROMPTS
 from lorafold.engine.adapters import found_below
-from lorafold.evaluation.rewards import scores_of
-from lorafold.evaluation.scoring import BRADLEY_TERRY, WHOLE_CONVERSATION
+from lorafold.evaluation.scoring import BRADLEY_TERRY, WHOLE_CONVERSATION, scores_of
 from lorafold.identity import joined, of_adapter
 from lorafold.models.classifier import head_paths, padding_id, scoring_shell
 from lorafold.models.originals import original_weights
@@ -40,8 +39,7 @@ from lorafold.opening import Base
 from lorafold.opening.kinds import REWARD_MODEL, kind_of
 from lorafold.peft.saved import Saved
 from lorafold.rewards import Judged, Reward, Rewards
-from lorafold.rewards.judged import failure
-from lorafold.rewards.naming import adapter_in, parted
+from lorafold.rewards.judging import adapter_in, failure, parted
 from lorafold.step.branches import Branching, branching
 from lorafold.step.preferences import Preferences
 

@@ -9,26 +9,34 @@ aside, and for a classifier its accuracy. Training measures the loss alone, with
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from lorafold.core.attach import selection_of
 from lorafold.data.batches import labelled
 from lorafold.data.examples import encode
+from lorafold.data.labelled import LabelledExample, encode_labelled
 from lorafold.data.preferred import encode_preferred
 from lorafold.data.references import references, without_reasoning
 from lorafold.data.rows import as_checked
 from lorafold.data.shapes import CONVERSATIONS, LABELS, PAIRS
 from lorafold.data.sources import Row
 from lorafold.data.stored import Rows
-from lorafold.evaluation.classifier import evaluate_classifier
-from lorafold.evaluation.held_out import progress_bar, row_losses
-from lorafold.evaluation.intervals import loss_interval, mean_loss, wilson
+from lorafold.evaluation.held_out import by_row, padding_of, progress_bar, row_losses
+from lorafold.evaluation.intervals import Interval, loss_interval, mean_loss, wilson
 from lorafold.evaluation.preferences import PreferenceFigures, preference_figures
-from lorafold.evaluation.result import Answer, Evaluation
+from lorafold.files.card import within
+from lorafold.files.shown import Shown
 from lorafold.generation import complete
 from lorafold.step.branches import branching
+from lorafold.step.classification import Classification
 from lorafold.step.preference_laws import Dpo, Law
 from lorafold.step.preferences import Preferences
 
@@ -38,6 +46,130 @@ if TYPE_CHECKING:
 
 DPO = Dpo()
 SPARE = 8  # tokens beyond the longest reference, so that a completion that goes on is seen as such
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a run measures on held-out rows: the loss in nats, further figures by name, how they are
+    told, and completions to read, as JSON.
+    """
+
+    loss: float
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    told: str = ""
+    samples: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """The figures that are numbers, as trackers take them."""
+        return {f"eval_{k}": v for k, v in self.figures.items() if isinstance(v, int | float)}
+
+    def __str__(self) -> str:
+        return f"held-out loss {self.loss:.4f}{self.told}"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One row: its last message before the completion (or its text), the reference, and the model's
+    completion (or class) in `answer`.
+    """
+
+    prompt: str
+    reference: str
+    answer: str
+
+    @property
+    def exact(self) -> bool:
+        """Whether the completion equals the reference, surrounding whitespace aside."""
+        return self.answer.strip() == self.reference.strip()
+
+
+@dataclass(frozen=True)
+class Evaluation(Shown):
+    """The loss in nats a labelled token (or a classified text), and exact match as a share of the n
+    rows. Exact match is None for rows without references, the loss interval for a single row.
+    Rows of preferences have both for their chosen completions, and `preference` besides. `losses`
+    has of each row its summed loss and the tokens that it is over.
+    """
+
+    loss: float
+    loss_interval: Interval | None
+    exact_match: float | None
+    exact_match_interval: Interval | None
+    n: int
+    rows: tuple[Answer, ...]
+    preference: PreferenceFigures | None = None
+    losses: tuple[tuple[float, int], ...] = ()
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(self.loss)
+
+    def as_json(self) -> dict[str, Any]:
+        """All figures, without the completions."""
+        names = ("loss", "perplexity", "exact_match", "n", "loss_interval", "exact_match_interval")
+        preference = {} if self.preference is None else self.preference.as_json()
+        return {name: getattr(self, name) for name in names} | preference
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.n} rows: loss {self.loss:.4f}{within(self.loss_interval, '.4f')}, perplexity"
+            f" {self.perplexity:.3f}"
+        )
+        if self.exact_match is not None:
+            text += (
+                f", exact match {self.exact_match:.1%}{within(self.exact_match_interval, '.1%')}"
+            )
+        return text if self.preference is None else f"{text}\n{self.preference}"
+
+
+def evaluate_classifier(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    max_length: int,
+    *,
+    console: Console | None = None,
+) -> Evaluation:
+    """`evaluate` for rows of text and label.
+
+    Args:
+        model: A sequence classifier whose config names the classes (`id2label`).
+        max_length: Longer texts are cut to this many tokens.
+        console: For progress and a report of what was cut; None is quiet.
+
+    Raises LorafoldError for a label that is not one of the model's classes, and for a model whose
+    config has no padding token.
+    """
+    names: dict[int, str] = model.config.id2label  # type: ignore[assignment]
+    classes = [names[number] for number in sorted(names)]
+    data = encode_labelled(rows, tokenizer, max_length, classes)
+    if console and data.report.truncated:
+        console.print(str(data.report), highlight=False)
+    pad_id = padding_of(model)
+
+    def measured(loss: Classification, some: Sequence[LabelledExample]) -> Sequence[Tensor]:
+        arguments = loss.collate(some, loss.device)
+        arguments.pop("labels")
+        return list(loss.logits(**arguments).cpu())
+
+    loss_of = partial(Classification, model, pad_id)
+    with progress_bar(console, "rows") as step:
+        found = by_row(model, data.examples, loss_of, measured, step)
+    logits = torch.stack(found)  # (n, C)
+    targets = torch.tensor([e.label for e in data.examples])  # (n,)
+    sums = [(value, 1) for value in F.cross_entropy(logits, targets, reduction="none").tolist()]
+    chosen = [classes[i] for i in logits.argmax(1).tolist()]
+    answers = tuple(
+        Answer(row["text"], str(row["label"]), name) for row, name in zip(rows, chosen, strict=True)
+    )
+    hits = int((logits.argmax(1) == targets).sum())
+    n = len(rows)
+    return Evaluation(
+        mean_loss(sums), loss_interval(sums), hits / n, wilson(hits, n), n, answers,
+        losses=tuple(sums),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -86,15 +218,21 @@ def evaluate(
         console.print(str(data.report), highlight=False)
     with progress_bar(console, "loss") as step:
         losses = row_losses(model, data.examples, step)
-    by_row: dict[int, tuple[float, int]] = {}
+    of_row: dict[int, tuple[float, int]] = {}
     for i, row in enumerate(data.examples.rows.tolist()):
-        s, n = by_row.get(row, (0.0, 0))
-        by_row[row] = s + losses[i], n + labelled(data.examples[i])
-    sums = list(by_row.values())
+        s, n = of_row.get(row, (0.0, 0))
+        of_row[row] = s + losses[i], n + labelled(data.examples[i])
+    sums = list(of_row.values())
     answers: tuple[Answer, ...] = ()
     if settings.completions:
         answers = _completions(model, tokenizer, rows, settings.max_new_tokens, console)
-    hits = sum(answer.exact for answer in answers)
+    hits, preference = sum(answer.exact for answer in answers), None
+    if rows.give(PAIRS):
+        pairs = encode_preferred(rows, tokenizer, max_length, PAIRS).examples
+        with branching(model, across=True) as how, progress_bar(console, "preferences") as step:
+            loss = Preferences(model, settings.law, how, tokenizer.pad_token_id or 0)
+            # the reference is the model without its highest adapter
+            preference = preference_figures(loss, pairs, bool(selection_of(model).names), step)
     return Evaluation(
         loss=mean_loss(sums),
         loss_interval=loss_interval(sums),
@@ -102,27 +240,9 @@ def evaluate(
         exact_match_interval=wilson(hits, len(answers)) if answers else None,
         n=len(rows),
         rows=answers,
-        preference=_preference(model, tokenizer, rows, max_length, settings.law, console),
+        preference=preference,
         losses=tuple(sums),
     )
-
-
-def _preference(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Rows,
-    max_length: int,
-    law: Law,
-    console: Console | None,
-) -> PreferenceFigures | None:
-    """The figures of pairs, against the model without its highest adapter; None for other rows."""
-    if not rows.give(PAIRS):
-        return None
-    data = encode_preferred(rows, tokenizer, max_length, PAIRS)
-    with branching(model, across=True) as how, progress_bar(console, "preferences") as step:
-        loss = Preferences(model, law, how, tokenizer.pad_token_id or 0)
-        adapted = bool(selection_of(model).names)
-        return preference_figures(loss, data.examples, adapted, step)
 
 
 def _completions(

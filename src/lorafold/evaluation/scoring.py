@@ -1,24 +1,40 @@
-"""The scores that a reward model gives rows, and how well it tells preferences.
+"""The scores that a reward model gives rows, and how well it tells chosen completions from rejected
+ones, from the scores of n pairs.
 
     found = score_rows(model, tokenizer, rows, max_length)
     found.rows[0].scores       {"chosen": 1.3, "rejected": -0.2}, or {"score": 1.3} of other rows
 
+    d = r(chosen) - r(rejected)         the margin of a pair
+    accuracy                            the share of pairs with d > 0
+    log loss, Brier score               the means of -log s(d) and (1 - s(d))^2, s the logistic
+                                        function: s(d) is the probability that the model gives to
+                                        the preference (Bradley and Terry 1952; Brier 1950)
+    calibration                         of the pairs that the model is sure of to c = s(|d|), the
+                                        share in which it is right: c, if it is calibrated
+    calibration error                   sum_b n_b / n |share_b - mean c_b| over bins b of c (Guo et
+                                        al. 2017, arXiv 1706.04599, eq. 3)
+    length correlation                  Spearman's, of the scores with the lengths of completions
+
 The text of a row is what supervised training makes of it: prompt and completion, or a whole
 conversation, as the chat template renders them. Each prompt of a pair is computed once, where the
-model allows that.
+model allows that. A model that prefers length gets pairs right where the chosen completion is the
+longer one, and wrong where it is the shorter one, so accuracy is given for both apart (Singhal et
+al. 2023, arXiv 2310.03716). Intervals are 95%.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lorafold.core.modes import evaluating
+from lorafold.data.arrow import Array
 from lorafold.data.branches import Branched, continued
 from lorafold.data.examples import encode
 from lorafold.data.preferred import encode_preferred
@@ -27,10 +43,10 @@ from lorafold.data.rows import as_checked
 from lorafold.data.shapes import PAIRS
 from lorafold.data.sources import Row
 from lorafold.errors import LorafoldError, listed
-from lorafold.evaluation.held_out import progress_bar
-from lorafold.evaluation.intervals import Interval, mean_interval
-from lorafold.evaluation.rewards import RewardFigures, rank_correlation, reward_figures, scores_of
+from lorafold.evaluation.held_out import padding_of, progress_bar
+from lorafold.evaluation.intervals import Interval, mean_interval, wilson
 from lorafold.files.atomic import write_text
+from lorafold.files.card import within
 from lorafold.files.shown import Shown
 from lorafold.step.branches import branching
 from lorafold.step.preference_laws import Reward
@@ -40,8 +56,178 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+BINS = 10  # of c, from a half to 1
 BRADLEY_TERRY = Reward()
 WHOLE_CONVERSATION = Rendering("last")  # up to the last turn of the assistant
+
+
+@dataclass(frozen=True)
+class Share:
+    """The share of n pairs that the model gets right; None for no pair."""
+
+    n: int
+    accuracy: float | None
+    accuracy_interval: Interval | None
+
+    @classmethod
+    def of(cls, right: Array) -> Share:
+        """Of pairs that the model gets right or not, (n,)."""
+        n, hits = len(right), int(right.sum())
+        return cls(n, hits / n if n else None, wilson(hits, n) if n else None)
+
+    def __str__(self) -> str:
+        if self.accuracy is None:
+            return "none"
+        return f"{self.accuracy:.1%}{within(self.accuracy_interval, '.1%')}"
+
+
+@dataclass(frozen=True)
+class Bin:
+    """The pairs that the model is sure of to between `low` and `high`: how many, how sure on
+    average, and the share that it gets right.
+    """
+
+    low: float
+    high: float
+    confidence: float
+    observed: Share
+
+    def as_json(self) -> dict[str, Any]:
+        """The bin in one object."""
+        return {"low": self.low, "high": self.high, "confidence": self.confidence} | asdict(
+            self.observed
+        )
+
+
+@dataclass(frozen=True)
+class RewardFigures:
+    """The figures of n pairs. A correlation is None where scores or lengths are all equal, an
+    interval where there is a single pair. `log_loss` is in nats.
+    """
+
+    right: Share
+    margin: float
+    margin_interval: Interval | None
+    chosen_score: float
+    rejected_score: float
+    log_loss: float
+    brier: float
+    calibration_error: float
+    calibration: tuple[Bin, ...]
+    length_correlation: float | None
+    chosen_longer: Share
+    chosen_shorter: Share
+
+    def as_json(self) -> dict[str, Any]:
+        """All figures, by name."""
+        found = asdict(self)
+        del found["right"]
+        found["calibration"] = [one.as_json() for one in self.calibration]
+        return asdict(self.right) | found
+
+    @property
+    def told(self) -> str:
+        """Accuracy and margin, in one line."""
+        interval = within(self.margin_interval, ".3f")
+        return f"accuracy {self.right}, margin {self.margin:.3f}{interval}"
+
+    def __str__(self) -> str:
+        correlation = self.length_correlation
+        lines = [
+            f"{self.right.n} pairs: {self.told}",
+            f"log loss {self.log_loss:.4f}, Brier score {self.brier:.4f}, calibration error"
+            f" {self.calibration_error:.4f}; sure of it, and right:",
+            *(
+                f"  {one.low:.2f} to {one.high:.2f}: {one.observed.n:5d} pairs, sure to"
+                f" {one.confidence:.1%}, right in {one.observed}"
+                for one in self.calibration
+            ),
+            "length: correlation with the score "
+            + ("none" if correlation is None else f"{correlation:+.3f}")
+            + f"; accuracy where the chosen completion is longer {self.chosen_longer} of"
+            f" {self.chosen_longer.n}, shorter {self.chosen_shorter} of {self.chosen_shorter.n}",
+        ]
+        return "\n".join(lines)
+
+
+def scores_of(
+    loss: Preferences,
+    examples: Sequence[Branched],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Array, Array]:
+    """The scores of the examples' documents, in fp32, and the tokens of their completions, both
+    (n, k).
+
+    Args:
+        loss: Has the model, with the adapters that are active on it.
+        progress: Is told how many examples are done, of how many.
+    """
+    shape, done = (len(examples), len(examples[0].branches)), 0
+    scores, tokens = np.zeros(shape, np.float32), np.zeros(shape, np.int64)
+    with evaluating(loss):
+        for group in loss.groups(examples):
+            found = loss.scored([examples[i] for i in group])
+            scores[group], tokens[group] = found.logps.cpu(), found.tokens.cpu()
+            progress(done := done + len(group), len(examples))
+    return scores, tokens
+
+
+def reward_figures(scores: Array, tokens: Array) -> RewardFigures:
+    """The figures of pairs whose first completion is the chosen one.
+
+    Args:
+        scores: Of both completions, (n, 2).
+        tokens: Of both completions, (n, 2).
+    """
+    chosen, rejected = scores.astype(np.float64).T
+    d, longer = chosen - rejected, tokens[:, 0] - tokens[:, 1]
+    right = d > 0
+    sure = 1 / (1 + np.exp(-np.abs(d)))
+    likely = np.where(d >= 0, sure, 1 - sure)  # s(d)
+    number = np.minimum(((sure - 0.5) * 2 * BINS).astype(int), BINS - 1)
+    bins = tuple(
+        Bin(0.5 + b / (2 * BINS), 0.5 + (b + 1) / (2 * BINS), float(sure[number == b].mean()),
+            Share.of(right[number == b]))
+        for b in np.unique(number).tolist()
+    )  # fmt: skip
+    return RewardFigures(
+        right=Share.of(right),
+        margin=float(d.mean()),
+        margin_interval=mean_interval(d.tolist()),
+        chosen_score=float(chosen.mean()),
+        rejected_score=float(rejected.mean()),
+        log_loss=float(np.logaddexp(0, -d).mean()),
+        brier=float(((1 - likely) ** 2).mean()),
+        calibration_error=calibration_error(bins),
+        calibration=bins,
+        length_correlation=rank_correlation(scores.ravel(), tokens.ravel()),
+        chosen_longer=Share.of(right[longer > 0]),
+        chosen_shorter=Share.of(right[longer < 0]),
+    )
+
+
+def calibration_error(bins: Sequence[Bin]) -> float:
+    """The mean distance of the share that is right from how sure the model is, over pairs."""
+    off = [one.observed.n * abs((one.observed.accuracy or 0.0) - one.confidence) for one in bins]
+    return sum(off) / sum(one.observed.n for one in bins)
+
+
+def rank_correlation(x: Array, y: Array) -> float | None:
+    """Spearman's rank correlation of x (n,) and y (n,), with mean ranks for equal values; None
+    where all values of either are equal.
+    """
+    a, b = ranks(x), ranks(y)
+    if not a.std() or not b.std():
+        return None
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def ranks(x: Array) -> Array:
+    """The ranks of x (n,), from 1; equal values have the mean of theirs."""
+    _, number, counts = np.unique(x, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    found: Array = (last - (counts - 1) / 2)[number]
+    return found
 
 
 @dataclass(frozen=True)
@@ -94,10 +280,7 @@ class ScoredRows(Shown):
     def __str__(self) -> str:
         if self.figures is not None:
             return str(self.figures)
-        text = f"{self.n} rows: score {self.score:.4f}"
-        if self.score_interval is not None:
-            text += " (95%: {:.4f} to {:.4f})".format(*self.score_interval)
-        return text
+        return f"{self.n} rows: score {self.score:.4f}{within(self.score_interval, '.4f')}"
 
 
 def score_rows(
@@ -120,30 +303,33 @@ def score_rows(
     Raises LorafoldError for bad rows, for a model that is no reward model, and for scores that are
     not finite.
     """
-    text = model.config.get_text_config()
     if model.config.num_labels != 1 or model.get_output_embeddings() is not None:
         raise LorafoldError(
             f"{type(model).__name__} with {model.config.num_labels} outputs: expected a reward"
             " model, a sequence classifier with num_labels 1"
         )
-    if text.pad_token_id is None:
-        raise LorafoldError(
-            "the model's config: field pad_token_id: found null, expected the id of the token that"
-            " pads short texts"
-        )
+    pad_id = padding_of(model)
     rows = as_checked(rows, PAIRS)
     paired = rows.give(PAIRS)
+    data: Any
     if paired:
         data = encode_preferred(rows, tokenizer, max_length, PAIRS, console)
         examples: Sequence[Branched] = data.examples
-        report, truncated = str(data.report), data.report.truncated
     else:
-        examples, report, truncated = whole_texts(rows, tokenizer, max_length, console)
+        data = encode(rows, tokenizer, max_length, console, WHOLE_CONVERSATION)
+        texts = dict(zip(data.examples.rows.tolist(), data.examples, strict=True))
+        if missing := [n + 1 for n in range(len(rows)) if n not in texts]:
+            raise LorafoldError(
+                f"data: rows {listed(missing)}: found no turn of the assistant within max_length"
+                f" {max_length}, expected one to score"
+            )
+        examples = [continued(texts[n]) for n in range(len(rows))]
     names = ("chosen", "rejected") if paired else ("score",)
+    truncated: int = data.report.truncated
     if console and truncated:
-        console.print(report, highlight=False)
+        console.print(str(data.report), highlight=False)
     with branching(model, across=True) as how, progress_bar(console, "rows") as step:
-        loss = Preferences(model, BRADLEY_TERRY, how, text.pad_token_id)
+        loss = Preferences(model, BRADLEY_TERRY, how, pad_id)
         scores, tokens = scores_of(loss, examples, step)
     if bad := np.flatnonzero(~np.isfinite(scores).all(1)).tolist():
         raise LorafoldError(
@@ -161,29 +347,3 @@ def score_rows(
         bias = rank_correlation(scores[:, 0], tokens[:, 0])
         return ScoredRows(by_row, None, truncated, fmean(each), mean_interval(each), bias)
     return ScoredRows(by_row, reward_figures(scores, tokens), truncated)
-
-
-def whole_texts(
-    rows: Sequence[Row],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    console: Console | None,
-) -> tuple[list[Branched], str, int]:
-    """(one example a row with a single branch, the report, how many were cut).
-
-    Args:
-        rows: Conversations, prompts with completions, or text.
-        tokenizer: With a chat template.
-        max_length: To which longer texts are cut.
-
-    Raises LorafoldError for rows without a turn of the assistant within `max_length`.
-    """
-    data = encode(rows, tokenizer, max_length, console, WHOLE_CONVERSATION)
-    found = dict(zip(data.examples.rows.tolist(), data.examples, strict=True))
-    if missing := [n + 1 for n in range(len(rows)) if n not in found]:
-        raise LorafoldError(
-            f"data: rows {listed(missing)}: found no turn of the assistant within max_length"
-            f" {max_length}, expected one to score"
-        )
-    examples = [continued(found[n]) for n in range(len(rows))]
-    return examples, str(data.report), data.report.truncated

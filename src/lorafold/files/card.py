@@ -170,9 +170,9 @@ def _rewards(record: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def within(interval: Sequence[float] | None) -> str:
+def within(interval: Sequence[float] | None, form: str = ".4g") -> str:
     """A 95% interval in parentheses; nothing for None."""
-    return f" (95%: {interval[0]:.4g} to {interval[1]:.4g})" if interval else ""
+    return f" (95%: {interval[0]:{form}} to {interval[1]:{form}})" if interval else ""
 
 
 def _loaded(below: Mapping[str, str]) -> tuple[str, str]:

@@ -33,7 +33,7 @@ from lorafold.memory.advice import changes_of
 from lorafold.memory.terms import Estimate, estimate
 from lorafold.memory.trace import Setting
 from lorafold.models.fake import fake_model, without_values
-from lorafold.objectives.objective import Objective
+from lorafold.objectives.objective import Objective, OnPolicy
 from lorafold.ops.arithmetic import CPU, widens
 from lorafold.ops.demands import place_of
 from lorafold.recipe.recipe import Recipe
@@ -67,7 +67,7 @@ def planned(
     """
     packed, outputs = bool(recipe.packing) and objective.packs, objective.outputs
     shares = shares and packed and recipe.packing == "auto"
-    draws = objective.draws(feed, held_out)
+    draws = objective.draws(feed, held_out) if isinstance(objective, OnPolicy) else None
     largest: Sequence[int] = ()
     most, count, whole, accumulating = -1, 0, 0, False
     capacity = recipe.max_length if packed else None

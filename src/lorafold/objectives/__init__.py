@@ -97,12 +97,10 @@ OBJECTIVES: dict[str, Declared] = {
     "orpo": Declared("preference.Preference", COMPLETIONS_COMPARED, PAIRS, law="Orpo"),
     "simpo": Declared("preference.Preference", COMPLETIONS_COMPARED, PAIRS, law="Simpo"),
     "reward": Declared("reward.RewardModel", "score completions", PAIRS, law="Reward", head=True),
-    "reinforce": Declared(POLICY, REWARDED, PROMPTS, law="Reinforce", compared=True, draws=True),
-    "rloo": Declared(POLICY, REWARDED, PROMPTS, law="Rloo", compared=True, draws=True),
-    "ppo": Declared(POLICY, REWARDED, PROMPTS, law="Ppo", compared=True, draws=True),
-    "grpo": Declared(POLICY, REWARDED, PROMPTS, law="Grpo", compared=True, draws=True),
-    "gspo": Declared(POLICY, REWARDED, PROMPTS, law="Gspo", compared=True, draws=True),
-    "cispo": Declared(POLICY, REWARDED, PROMPTS, law="Cispo", compared=True, draws=True),
+    **{
+        law.lower(): Declared(POLICY, REWARDED, PROMPTS, law=law, compared=True, draws=True)
+        for law in ("Reinforce", "Rloo", "Ppo", "Grpo", "Gspo", "Cispo")
+    },
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -73,6 +73,7 @@ class Classify(Objective):
 
     @property
     def outputs(self) -> int:  # type: ignore[override]
+        """The number of classes."""
         return len(self.classes)
 
     def set_up(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -106,10 +107,8 @@ class Classify(Objective):
         packing: Packing,
         console: Console,
     ) -> Iterator[Loss]:
-        if packing != "auto":
-            yield Classification(model, padding_id(tokenizer))
-            return
-        with branching(model, across=True) as how:
+        auto = packing == "auto"
+        with branching(model, across=True) if auto else nullcontext() as how:
             yield Classification(model, padding_id(tokenizer), how)
 
     def traced(self, model: Any, inputs: Mapping[str, Tensor], labelled: int) -> Tensor:

@@ -84,9 +84,6 @@ class Objective(ABC):
     """Abstract: one objective, from rows to a loss."""
 
     packs: ClassVar[bool] = True  # where the recipe asks for it and the model allows it
-    # it learns from completions that the model draws in each step: nothing is known of them before,
-    # and of several processes the first has them drawn and judged
-    on_policy: ClassVar[bool] = False
     outputs: int = 0  # of the head over a text; 0 for that of a language model
     # directories besides the model and the run's adapters, each after the option that names it
     reads: Sequence[tuple[str, Path]] = ()
@@ -142,15 +139,6 @@ class Objective(ABC):
     def updates(self, examples: Sequence[Any], loss: Any) -> Iterator[Sequence[Any]]:
         """The examples of each update of the weights in a step: all, once."""
         yield examples
-
-    def draws(self, feed: Feed, held_out: Any) -> RolloutSize | None:
-        """The completions that steps draw at a time, for which an engine is beside the model; None
-        if they draw none.
-
-        Args:
-            held_out: The `Data` to measure on, or None.
-        """
-        return None
 
     def trained(self, example: Any) -> Any:
         """What of an example a step computes with gradients."""
@@ -264,6 +252,22 @@ class Objective(ABC):
             max_length: Longer rows are cut to this many tokens, or refused.
         """
         return evaluate(model, tokenizer, rows, max_length)
+
+
+class OnPolicy(Objective):
+    """Abstract: an objective that learns from completions which the model draws in each step.
+
+    Nothing is known of them before the step. The engine that draws them has passes of its own, so
+    a model can't be divided among processes. Held-out rows are measured before the first step too.
+    """
+
+    @abstractmethod
+    def draws(self, feed: Feed, held_out: Any) -> RolloutSize:
+        """The completions that steps draw at a time, for which an engine is beside the model.
+
+        Args:
+            held_out: The `Data` to measure on, or None.
+        """
 
 
 def given_options(beta: float | None, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from rich.console import Console
@@ -33,19 +33,18 @@ from lorafold.data.to_complete import Prompt, PromptData, Prompts, prompt_data
 from lorafold.data.tokenizing import Encoder
 from lorafold.errors import LorafoldError, RewardFailed
 from lorafold.evaluation import Measured, RewardEvaluation, RewardSettings, evaluate_rewards
+from lorafold.evaluation.policy import Rewarded
 from lorafold.evaluation.reward_adapter import RewardAdapter, rewards_over
-from lorafold.evaluation.rewarded import Rewarded
 from lorafold.evaluation.rollouts import SLOTS, Completion, Rollouts, RolloutSize
-from lorafold.files.card import JUDGED_BY
+from lorafold.files.card import JUDGED_BY, within
 from lorafold.machine.processes import ALONE, Processes
 from lorafold.objectives import Declared
-from lorafold.objectives.drawing import Drawing, chosen
-from lorafold.objectives.laws import class_of
-from lorafold.objectives.objective import Asked, Objective, Packing
+from lorafold.objectives.laws import Drawing, chosen, class_of
+from lorafold.objectives.objective import Asked, OnPolicy, Packing
 from lorafold.ops.arithmetic import multiplying, widens
 from lorafold.ops.dropout import key_of
 from lorafold.rewards import Rewards, digest_of
-from lorafold.rewards.naming import REWARDS, adapter_in, kind_of, parted
+from lorafold.rewards.judging import REWARDS, adapter_in, kind_of, parted
 from lorafold.step import policy_laws
 from lorafold.step.branches import Branching, branching
 from lorafold.step.policy import Policy, Rollout, StepRollouts
@@ -89,10 +88,9 @@ class Playing(Policy):
 
 
 @dataclass(frozen=True)
-class PolicyObjective(Objective):
+class PolicyObjective(OnPolicy):
     """Learning from rewards, by a law."""
 
-    on_policy: ClassVar[bool] = True
     law: PolicyLaw
     drawing: Drawing
     given: tuple[Callable[..., Any], ...] = ()  # rewards that are functions of Python
@@ -120,11 +118,13 @@ class PolicyObjective(Objective):
 
     @property
     def reads(self) -> Sequence[tuple[str, Path]]:  # type: ignore[override]
+        """The adapters that judge."""
         found = [(name, saved) for name, one in self.adapters.items() for saved in one.stack]
         return [(f"for --reward {name}", saved.path) for name, saved in found]
 
     @property
     def identity(self) -> Mapping[str, Any]:  # type: ignore[override]
+        """The digests of what judges, by name."""
         # an object's own repr may have its address, which another process does not have
         names = [getattr(fn, "__qualname__", type(fn).__qualname__) for fn in self.given]
         files = {name: digest_of(name) for name in self.drawing.rewards}
@@ -144,9 +144,7 @@ class PolicyObjective(Objective):
     def data(self, table: pa.Table, rows: Rows, max_length: int) -> PromptData:
         return prompt_data(table, rows, max_length - self.drawing.max_new_tokens)
 
-    def updates(
-        self, examples: Sequence[Rollout], loss: Playing
-    ) -> Iterator[Sequence[Rollout]]:
+    def updates(self, examples: Sequence[Rollout], loss: Playing) -> Iterator[Sequence[Rollout]]:
         for update in range(self.drawing.updates):
             loss.begin(update)
             yield examples
@@ -233,8 +231,16 @@ class PolicyObjective(Objective):
         if self.drawing.fill:
             figures["groups drawn again"] = again / len(planned)
         silent = "" if bool(learns.any()) else self._silent(found, loss)
-        groups = zip(planned, found.groups, advantages.tolist(), strict=True)
-        rollouts = [self._rollout(prompt, group, a) for prompt, group, a in groups]
+        rollouts = [
+            Rollout.of(
+                prompt.ids,
+                [one.tokens for one in group],
+                [one.logprobs for one in group],
+                own,
+                [self._counts(one) for one in group],
+            )
+            for prompt, group, own in zip(planned, found.groups, advantages.tolist(), strict=True)
+        ]
         if not silent:
             loss.counts.pop(SILENT, None)
         elif not step:
@@ -249,11 +255,11 @@ class PolicyObjective(Objective):
         groups = rollouts.draw_held_out([prompt.ids for prompt in prompts], self.seed)
         found = Rewarded.of(prompts, groups, loss.rewards, at_once=SLOTS)
         reward, interval = found.figures["reward"], found.interval
-        within = "" if interval is None else f" (95%: {interval[0]:.3f} to {interval[1]:.3f})"
         # of a group of one all rewards are alike
         own = {k: v for k, v in found.figures.items() if k != "groups without signal"}
         figures = own | {"reward_interval": interval}
-        return Measured(-reward, figures, f", reward {reward:.3f}{within}", found.to_read)
+        told = f", reward {reward:.3f}{within(interval, '.3f')}"
+        return Measured(-reward, figures, told, found.to_read)
 
     def evaluate(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row],
@@ -303,14 +309,6 @@ class PolicyObjective(Objective):
             )
         counts = torch.tensor([[self._counts(one) for one in group] for group in found.groups])
         return advantages, (counts & (advantages != 0)).any(1)
-
-    def _rollout(
-        self, prompt: Prompt, group: Sequence[Completion], advantages: Sequence[float]
-    ) -> Rollout:
-        return Rollout.of(
-            prompt.ids, [one.tokens for one in group], [one.logprobs for one in group], advantages,
-            [self._counts(one) for one in group],
-        )  # fmt: skip
 
     def _counts(self, one: Completion) -> bool:
         return one.ended or self.drawing.truncated == "counted"

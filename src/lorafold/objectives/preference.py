@@ -1,4 +1,5 @@
-"""Objectives of preferences: the log-probabilities of completions, and a law over them.
+"""Objectives of preferences: examples of pairs or of judged completions, each prompt once, and a
+law over the log-probabilities of completions, or over what else they are measured by.
 
 The reference never changes, so its log-probabilities are computed once and cached under the
 identity of the examples, the model's files, its tensors except the trained adapter's, and the code.
@@ -8,13 +9,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, overload
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 import torch
@@ -22,20 +24,100 @@ from torch import nn
 
 from lorafold.core.attach import adapted_modules, selection_of
 from lorafold.data.arrow import Array
-from lorafold.data.branches import Branched, BranchedExamples
+from lorafold.data.branches import Branched, BranchedExamples, Branches
+from lorafold.data.examples import WHOLE, preview
 from lorafold.data.feed import Feed, StoredFeed
-from lorafold.data.preferred import PreferredData
+from lorafold.data.preferred import PreferredData, preferred
+from lorafold.data.render import Rendering
+from lorafold.data.shapes import PAIRS
+from lorafold.data.stored import Rows
+from lorafold.data.tokenizing import Encoder
 from lorafold.evaluation import Measured
 from lorafold.evaluation.preferences import preference_figures
 from lorafold.identity import COMPUTED_WITH, TRAINING, of_code
-from lorafold.objectives.comparing import Comparing
+from lorafold.objectives import Declared
+from lorafold.objectives.laws import class_of, law_of
+from lorafold.objectives.objective import Asked, Objective, Packing
+from lorafold.step import preference_laws
+from lorafold.step.branches import branching
+from lorafold.step.preference_laws import Law
 from lorafold.step.preferences import Preferences
 from lorafold.step.replicated import Replicated
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from rich.console import Console
+    from rich.text import Text
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FILE = "reference.npy"
+
+
+@dataclass(frozen=True)
+class Comparing(Objective):
+    """Abstract: an objective of preferences."""
+
+    law: Law
+
+    @classmethod
+    def of(cls, asked: Asked) -> Self:
+        """The objective with the law that its row of the table names, and its options."""
+        return cls(law_of(asked.name, asked.beta, asked.options))
+
+    @classmethod
+    def options(cls, declared: Declared) -> Mapping[str, Any]:
+        law = class_of(declared, preference_laws)
+        return {field.name: field.default for field in fields(law)}
+
+    def encoder(self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE) -> Encoder:
+        return Branches(tokenizer, self.law.kind, rendering)
+
+    def data(self, table: pa.Table, rows: Rows, max_length: int) -> PreferredData:
+        return preferred(table, rows, max_length, self.law.kind)
+
+    def trained(self, example: Branched) -> Branched:
+        return example.some(slice(self.law.trained))
+
+    def preview(self, example: Branched, tokenizer: PreTrainedTokenizerBase) -> Text:
+        from rich.text import Text
+
+        judged = "desirable" if example.desirable else "undesirable"
+        names = ("chosen", "rejected") if self.law.kind == PAIRS else (judged, "mismatched")
+        shown = zip(names, example.documents(), strict=True)
+        parts = [Text(f"{name}:\n").append(preview(of, tokenizer)) for name, of in shown]
+        return Text("\n").join(parts)
+
+    @contextmanager
+    def loss(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        packing: Packing,
+        console: Console,
+    ) -> Iterator[Preferences]:
+        with branching(model, across=packing == "auto") if packing else nullcontext() as how:
+            if how is not None and not how.shares:
+                instead = (
+                    "each completion has its prompt before it"
+                    if how.packs
+                    else "completions are padded"
+                )
+                console.print(
+                    "packing: this model does not compute a prompt once for several completions;"
+                    f" {instead}",
+                    highlight=False,
+                )
+            elif how is not None and how.longest is not None:
+                console.print(
+                    f"packing: in rows of more than {how.longest} tokens, a chunk of this model's"
+                    " attention, each completion has its prompt before it",
+                    highlight=False,
+                )
+            yield Preferences(model, self.law, how, self.padding(tokenizer))
+
+    def padding(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        """The token that fills short sequences, which the mask hides."""
+        return tokenizer.pad_token_id or 0
 
 
 class Referenced(Sequence[Branched]):
@@ -47,11 +129,7 @@ class Referenced(Sequence[Branched]):
     def __len__(self) -> int:
         return len(self.examples)
 
-    @overload
-    def __getitem__(self, index: int) -> Branched: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Branched]: ...
-    def __getitem__(self, index: int | slice) -> Branched | list[Branched]:
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         return replace(self.examples[index], reference=tuple(self.logps[index].tolist()))

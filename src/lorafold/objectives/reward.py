@@ -19,12 +19,12 @@ import torch
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import Measured
-from lorafold.evaluation.rewards import reward_figures, scores_of
+from lorafold.evaluation.scoring import reward_figures, scores_of
 from lorafold.files.card import REWARD
 from lorafold.models.classifier import load_reward_model, padding_id
 from lorafold.objectives.classify import class_loss, head_to_save
-from lorafold.objectives.comparing import Comparing
 from lorafold.objectives.objective import Asked
+from lorafold.objectives.preference import Comparing
 from lorafold.opening import Base
 from lorafold.opening.kinds import LANGUAGE_MODEL, REWARD_MODEL, kind_of, known_classes
 from lorafold.step.preference_laws import Reward, Scored

@@ -48,10 +48,10 @@ def spec_of(recipe: Recipe) -> Spec:
 
     Raises LorafoldError for an unknown method and for `options` that the method does not have.
     """
-    absent = left_out(recipe)
-    fields = {name: value for name, value in recipe.for_method().items() if name not in absent}
     known = known_options(recipe.method, recipe.options.get("over"))
-    if OBJECTIVES[recipe.objective].draws and "dropout" in known:
+    fields = {name: value for name, value in recipe.for_method().items() if name in known}
+    draws = OBJECTIVES[recipe.objective].draws
+    if draws and "dropout" in known:
         if given := recipe.options.get("dropout", recipe.dropout):
             raise LorafoldError(
                 f"dropout: found {given}, expected 0: the objective {recipe.objective}"
@@ -59,7 +59,7 @@ def spec_of(recipe: Recipe) -> Spec:
             )
         fields["dropout"] = 0.0
     spec = make_spec(recipe.method, **fields | recipe.options)
-    if OBJECTIVES[recipe.objective].draws and spec.asks_losses:
+    if draws and spec.asks_losses:
         raise LorafoldError(
             f"method: found {recipe.method}, which chooses what it trains by the losses of rows;"
             f" the objective {recipe.objective} has no loss before completions are drawn"

@@ -8,6 +8,7 @@ are merged first and checked then.
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from lorafold.recipe.recipe import UNWORDED, Recipe
 
 log = logging.getLogger(__name__)
 TRANSLATES = "lorafold recipe --from {} reads other tools' files"
+ALL = "all"  # accelerate's name for the trackers that are installed
+PACKAGES = {"comet_ml": "comet-ml"}  # of trackers that are not called as their package is
 MAPPINGS = [name for name, field in Recipe.model_fields.items() if field.default == {}]
 
 
@@ -148,3 +151,22 @@ def _read(config: Path) -> Mapping[str, Any]:
         return named_as_now(found)
     except LorafoldError as error:
         raise LorafoldError(f"{config}: {error}") from None
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise LorafoldError for a name that is no tracker's, with the nearest ones, and for a tracker
+    that is not installed, with its package: accelerate leaves these out in silence. Call it before
+    any work is done.
+    """
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    known = [*map(str, LOGGER_TYPE_TO_CLASS)]
+    for name in names:
+        if name not in (*known, ALL):
+            near = get_close_matches(name.lower(), known, n=1) or sorted(known)
+            raise LorafoldError(f"trackers: found {name!r:.80}, expected {' or '.join(near)}")
+        if name != ALL and name not in map(str, get_available_trackers()):
+            package = PACKAGES.get(name, name)
+            raise LorafoldError(
+                f"trackers: {name} is not installed; pip install {package}, or leave it out"
+            )

@@ -51,7 +51,7 @@ class Recipe(Fields):
         return value
 
     @model_validator(mode="after")
-    def _numbers_fit(self) -> Self:
+    def _fields_fit(self) -> Self:
         if self.batch % self.accumulate:
             raise ValueError(
                 f"accumulate: found {self.accumulate}, expected a divisor of batch, which is"
@@ -59,10 +59,6 @@ class Recipe(Fields):
             )
         if self.warmup_steps and self.warmup != type(self).model_fields["warmup"].default:
             raise ValueError("warmup_steps: found beside warmup, expected one of the two")
-        return self
-
-    @model_validator(mode="after")
-    def _can_stream(self) -> Self:
         if self.streaming and self.steps is None:
             raise ValueError("streaming: expected a number of steps, since the rows have no end")
         if self.streaming and self.eval_fraction:

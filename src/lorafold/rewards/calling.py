@@ -16,10 +16,11 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from lorafold.errors import cut
 
+J = TypeVar("J")
 ONE, ALL = {"prompt", "completion"}, {"prompts", "completions"}
 SHOWN = 300  # characters of a message or value
 LARGEST = 1e150  # of a reward: its square is still a number, and so are means and intervals
@@ -41,6 +42,10 @@ class Wrong(Exception):
     def __init__(self, told: str, at: int | None = None) -> None:
         super().__init__(told)
         self.told, self.at = told, at
+
+    def of(self, items: Sequence[J]) -> Sequence[J]:
+        """The item that it is about, or all."""
+        return items if self.at is None else items[self.at : self.at + 1]
 
 
 class Function:

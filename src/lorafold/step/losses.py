@@ -204,7 +204,8 @@ class Completions(RowsAlike):
         inputs = self.collate(examples, self.device)
         labels, lens = inputs.pop("labels"), inputs.pop("lens", None)
         if lens is None:
-            return self._apart(examples)
+            padded = all_sent(collate(examples, False, self.pad_id), self.device)
+            return row_losses(self.model, padded.pop("labels"), padded)
         for name in ("document", "counts", "rows"):
             inputs.pop(name, None)
         with over(self.how, lens, labels.device):
@@ -212,11 +213,6 @@ class Completions(RowsAlike):
         place = (on_host(labels)[0] != NO_LOSS).cumsum(0) - 1  # of a token among the labelled ones
         trained = forest(examples).trained
         return torch.stack([losses[place[torch.from_numpy(of)]].sum() for of in trained])
-
-    def _apart(self, examples: Sequence[Example]) -> Tensor:
-        padded = collate(examples, False, self.pad_id)
-        inputs = {name: tensor.to(self.device) for name, tensor in padded.items()}
-        return row_losses(self.model, inputs.pop("labels"), inputs)
 
 
 def next_token_loss(model: Any, inputs: Mapping[str, Tensor], labelled: int) -> Tensor:

@@ -110,9 +110,7 @@ class AdapterCallback(TrainerCallback):
         }
         return str(steps[max(steps)]) if steps else None
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_init_end(self, *_: Any, **kwargs: Any) -> None:
         self._check_model(kwargs["model"])
         # a run that is resumed loads the empty weights before it begins
         self._kept_out = BaseKeptOut(kwargs["model"])
@@ -132,20 +130,19 @@ class AdapterCallback(TrainerCallback):
         if resumed:
             self._restore(self._checkpoint(args, state))
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, *_: Any, **kwargs: Any) -> None:
         self._base_stays_out(False)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._before_save(args, state, control)
+        """Write the adapter before the trainer writes the rest and removes older checkpoints."""
+        if control.should_save:
+            # the shorter the base is kept out the better: an evaluation may be interrupted
+            self._base_stays_out(not control.should_evaluate)
+            self._save(args, state)
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._before_save(args, state, control)
+    on_epoch_end = on_step_end
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -175,15 +172,6 @@ class AdapterCallback(TrainerCallback):
     def _base_stays_out(self, yes: bool) -> None:
         if self._kept_out is not None:
             self._kept_out.switch(yes)
-
-    def _before_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl
-    ) -> None:
-        """Writes the adapter before the trainer writes the rest and removes older checkpoints."""
-        if control.should_save:
-            # the shorter the base is kept out the better: an evaluation may be interrupted
-            self._base_stays_out(not control.should_evaluate)
-            self._save(args, state)
 
     def _save(self, args: TrainingArguments, state: TrainerState) -> None:
         if not args.should_save or self._saved_step == state.global_step:
@@ -221,7 +209,8 @@ class AdapterCallback(TrainerCallback):
             found = TrainerState.load_from_json(str(path / TRAINER_STATE))
         except (OSError, ValueError, TypeError):
             found = None
-        if found is None or _progress(found) != _progress(state):
+        names = ("global_step", "epoch", "total_flos", "log_history")
+        if found is None or any(getattr(found, n) != getattr(state, n) for n in names):
             raise LorafoldError(
                 f"AdapterCallback: the trainer resumed another checkpoint than {path}; name it:"
                 " AdapterCallback(adapter, resume_from=...)"
@@ -282,10 +271,6 @@ def _check_method(adapter: Adapter) -> None:
         )
 
 
-def _progress(state: TrainerState) -> tuple[Any, ...]:
-    return state.global_step, state.epoch, state.total_flos, state.log_history
-
-
 def _complete(checkpoint: Path) -> bool:
     try:
         json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
@@ -321,9 +306,7 @@ def check_reference(adapter: Adapter, args: Any) -> None:
             f" model's name, expected the model under {', '.join(under)}, over which the adapter"
             f" {adapter.name!r} trains; give {how} (own_reference=True if yours is right)"
         )
-    logger.warning(
-        f"{config}: TRL loads the base once more as reference; {how} takes no memory."
-    )
+    logger.warning(f"{config}: TRL loads the base once more as reference; {how} takes no memory.")
 
 
 class BaseKeptOut:

@@ -59,7 +59,7 @@ class Progress:
     samples: dict[str, dict[str, Any]] = field(default_factory=dict)  # the first, and the last
     tokens: int = 0
     seconds: float = 0.0
-    # where completions are drawn: tokens and seconds by what they went to
+    # where completions are drawn: tokens, seconds and rates by what they went to
     pace: dict[str, float] = field(default_factory=dict)
     # after the last step, or the one that is kept: the loss beside that of guessing
     guessing: dict[str, Any] = field(default_factory=dict)
@@ -101,7 +101,7 @@ class Progress:
     def drew(
         self, rollouts: StepRollouts, tokens: int, seconds: float, read: bool
     ) -> dict[str, float]:
-        """Add what drawing the completions of a step took. Returns the rates so far.
+        """Add what drawing the completions of a step took. Returns its rates so far.
 
         Args:
             tokens: Those that the step learned from.
@@ -116,21 +116,16 @@ class Progress:
             self.pace[name] = self.pace.get(name, 0) + value
         if read:
             self.read(rollouts.samples)
-        return self.rates
+        rates = {"drawn tokens": "drawing seconds", "learned tokens": "learning seconds"}
+        found = {f"{n}/s": self.pace[n] / max(self.pace[s], 1e-9) for n, s in rates.items()}
+        self.pace |= found
+        return found
 
     def read(self, samples: Sequence[Mapping[str, Any]]) -> None:
         """Keep completions to read, of this step, as the last ones."""
         if samples:
             found = {"step": self.step, "samples": [*samples]}
             self.samples = {"first": found, **self.samples, "last": found}
-
-    @property
-    def rates(self) -> dict[str, float]:
-        """Tokens a second of drawing and of learning; empty where nothing is drawn."""
-        if not self.pace:
-            return {}
-        parts = {"drawn tokens": "drawing seconds", "learned tokens": "learning seconds"}
-        return {f"{n}/s": self.pace[n] / max(self.pace[s], 1e-9) for n, s in parts.items()}
 
 
 class RunDirectory:
@@ -153,13 +148,16 @@ class RunDirectory:
         absent = [folder for folder in target.parents if not folder.exists()]
         file = target.with_name(f".{target.name}.lock")
         target.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(str(file), timeout=0)
+        lock, holder = FileLock(str(file), timeout=0), ""
         try:
             lock.acquire()
         except Timeout:
+            with suppress(OSError):
+                holder = file.read_text()
+            told = f" ({holder})" if holder.startswith(HOLDER) else ""
             raise LorafoldError(
-                f"{self.path}: a run is in progress in it{_holder(file)}; wait for it to end, stop"
-                " it, or choose another --out"
+                f"{self.path}: a run is in progress in it{told}; wait for it to end, stop it, or"
+                " choose another --out"
             ) from None
         try:
             if not (before := file.read_text()) or before.startswith(HOLDER):
@@ -291,13 +289,6 @@ class RunDirectory:
             load_file(path / "adapter.safetensors"),
             load_file(path / "optimizer.safetensors"),
         )
-
-
-def _holder(lock: Path) -> str:
-    with suppress(OSError):
-        if (told := lock.read_text()).startswith(HOLDER):
-            return f" ({told})"
-    return ""
 
 
 def _shown(value: Any) -> str:

@@ -8,7 +8,6 @@ import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import monotonic
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -20,6 +19,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from lorafold.recipe.recipe import Recipe
 
 PAUSE = 0.5  # seconds between two drawings of a notebook's bar, at least
 
@@ -65,12 +66,7 @@ class Display:
             self.cell = display(HTML(self.drawing(self.before, "")), display_id=True)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.bar.stop()
         for tracker in self.trackers:
             tracker.finish()
@@ -132,25 +128,21 @@ class Display:
         return f"{bar} step {step}/{self.steps} {html.escape(told)}"
 
 
-def started(names: Sequence[str], logs: Path, settings: Mapping[str, Any]) -> list[Any]:
-    """Trackers of the accelerate library, of which there may be none.
+def started(recipe: Recipe, logs: Path) -> list[Any]:
+    """The recipe's trackers, which are told the recipe.
 
     Args:
-        names: As a recipe has them.
         logs: The directory of those that write files, which stays.
-        settings: Of the run, by name.
     """
-    if not names:
-        return []
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
 
     PartialState()  # which its trackers ask for the main process
     trackers: list[Any] = []
-    for name in filter_trackers([*names], str(logs)):
+    for name in filter_trackers([*recipe.trackers], str(logs)):
         kind = LOGGER_TYPE_TO_CLASS[str(name)]
         where = [str(logs)] if kind.requires_logging_directory else []
         trackers.append(tracker := kind("lorafold", *where))
         tracker.start()
-        tracker.store_init_configuration({k: str(v) for k, v in settings.items()})
+        tracker.store_init_configuration({k: str(v) for k, v in recipe.model_dump().items()})
     return trackers

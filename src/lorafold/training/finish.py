@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,14 +120,8 @@ def finish(setup: Setup, plan: Plan, progress: Progress, base: Weights | None) -
         base: The base's own weights, where the model has only quantized ones.
     """
     request, adapter, processes = setup.request, plan.adapter, plan.layout.processes
-    model, spec, run = adapter.model, adapter.spec, plan.run
-    about = setup.objective.record() | ({"new_tokens": ids} if (ids := setup.words.ids) else {})
-    if INIT_ADAPTER in setup.files:
-        about[INIT_ADAPTER] = setup.files[INIT_ADAPTER]
-    about[DEPENDS_ON] = depends_on(request, setup.objective)
-    about[BASE_IDENTITY] = setup.files["model"]["sha256"]
     if plan.layout.divides:
-        if spec.trains_base:
+        if adapter.spec.trains_base:
             plan.optimizer.state.clear()  # to make room for what is written
         else:
             base = base or request.base.in_files()
@@ -151,7 +146,7 @@ def finish(setup: Setup, plan: Plan, progress: Progress, base: Weights | None) -
         files=request.data.record.get("files", {}),
         data=setup.findings.as_json(),
         skipped=progress.skipped,
-        pace=progress.pace | progress.rates,
+        pace=progress.pace,
         guessing=progress.guessing,
     )
     if not processes.first:
@@ -159,41 +154,8 @@ def finish(setup: Setup, plan: Plan, progress: Progress, base: Weights | None) -
         return result
     check_trained(adapter, plan.optimizer)
     plan.optimizer.state.clear()  # to make room for what is written and read back
-    record = {
-        "recipe": request.recipe.model_dump(mode="json"),
-        "losses": [loss if math.isfinite(loss) else None for loss in progress.losses],
-        **({SKIPPED: progress.skipped} if progress.skipped else {}),
-        "evals": progress.evals,
-        **kept_figures(progress),
-        "data": {"source": request.source, **request.data.record},
-        GUESSING: result.guessing,
-        **about,
-        **recorded(adapter.over),
-    }
-    if (size := adapter.vocabulary) is not None:
-        record |= {VOCABULARY: size}
-    in_peft = not spec.trains_base and peft_reads(model, spec, adapter.matches.paths)
-    tokenizer = setup.tokenizer if setup.own_tokenizer or spec.trains_base else None
-
-    def write(path: Path, record: dict[str, Any]) -> None:
-        overwrite = request.overwrite or request.resume
-        step = record.get("step", progress.step)
-        own = {"eval_loss": progress.evals.get(step)}
-        if figures := progress.measured.get(step):
-            record = record | {"figures": figures}
-        card = training_card(
-            request.base.name,
-            record | {"recipe": settled(record["recipe"], plan)},
-            asdict(result) | result.pace | own,
-            whole=spec.trains_base,
-            opened_by=opened_by_name(model),
-            in_peft=in_peft,
-        )
-        adapter.save(
-            path, overwrite=overwrite, card=card, record=record, tokenizer=tokenizer, base=base
-        )
-        read_back(adapter, path, base)
-
+    record, run = record_of(setup, plan, progress), plan.run
+    write = partial(write_adapter, setup, plan, progress, result, base)
     with freed_blocks_returned():
         if kept == progress.step:
             write(request.out, record)
@@ -208,19 +170,62 @@ def finish(setup: Setup, plan: Plan, progress: Progress, base: Weights | None) -
     return result
 
 
-def settled(recipe: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
-    """The fields of a recipe with what the run took for those that are None: of the method's
-    options, of its targets and of the peak learning rates.
-
-    Args:
-        recipe: Its fields by name.
-        plan: The finished steps.
+def record_of(setup: Setup, plan: Plan, progress: Progress) -> dict[str, Any]:
+    """The adapter's record: how it was made, from what, and what the run has shown. It has no wall
+    times, so that a run which was killed and resumed has the same record.
     """
-    spec = plan.adapter.spec
+    request, files, size = setup.request, setup.files, plan.adapter.vocabulary
+    return {
+        "recipe": request.recipe.model_dump(mode="json"),
+        "losses": [loss if math.isfinite(loss) else None for loss in progress.losses],
+        **({SKIPPED: progress.skipped} if progress.skipped else {}),
+        "evals": progress.evals,
+        **kept_figures(progress),
+        "data": {"source": request.source, **request.data.record},
+        GUESSING: progress.guessing,
+        **setup.objective.record(),
+        **({"new_tokens": setup.words.ids} if setup.words.ids else {}),
+        **({INIT_ADAPTER: files[INIT_ADAPTER]} if INIT_ADAPTER in files else {}),
+        DEPENDS_ON: depends_on(request, setup.objective),
+        BASE_IDENTITY: files["model"]["sha256"],
+        **recorded(plan.adapter.over),
+        **({} if size is None else {VOCABULARY: size}),
+    }
+
+
+def write_adapter(
+    setup: Setup, plan: Plan, progress: Progress, result: Trained, base: Weights | None,
+    path: Path, record: dict[str, Any],
+) -> None:  # fmt: skip
+    """Write the adapter as it is, with its card and record, and read it back."""
+    request, adapter, spec = setup.request, plan.adapter, plan.adapter.spec
+    step = record.get("step", progress.step)
+    if figures := progress.measured.get(step):
+        record = record | {"figures": figures}
+    targets = adapter.matches.paths
+    # in the card, the fields that are None have what the run took for them
     taken = {name: getattr(spec, name, None) for name in (*OF_METHOD, "targets")}
     names = {"": "lr", UP: "lr_b"}
-    peaks = {names[g["of"]]: g["peak"] for g in plan.optimizer.param_groups if g["of"] in names}
-    return {k: (taken | peaks).get(k) if v in (None, {}) else v for k, v in recipe.items()}
+    groups = [group for group in plan.optimizer.param_groups if group["of"] in names]
+    taken |= {names[group["of"]]: group["peak"] for group in groups}
+    recipe = {k: taken.get(k) if v in (None, {}) else v for k, v in record["recipe"].items()}
+    card = training_card(
+        request.base.name,
+        record | {"recipe": recipe},
+        asdict(result) | result.pace | {"eval_loss": progress.evals.get(step)},
+        whole=spec.trains_base,
+        opened_by=opened_by_name(adapter.model),
+        in_peft=not spec.trains_base and peft_reads(adapter.model, spec, targets),
+    )
+    adapter.save(
+        path,
+        overwrite=request.overwrite or request.resume,
+        card=card,
+        record=record,
+        tokenizer=setup.tokenizer if setup.own_tokenizer or spec.trains_base else None,
+        base=base,
+    )
+    read_back(adapter, path, base)
 
 
 def mean_of_last(losses: Sequence[float]) -> float:
@@ -230,9 +235,7 @@ def mean_of_last(losses: Sequence[float]) -> float:
 
 
 def kept_figures(progress: Progress) -> dict[str, Any]:
-    """What a record has of the figures that a run has shown: no wall times, so that a run which was
-    killed and resumed has the same record.
-    """
+    """What a record has of the figures that a run has shown."""
     steps = sorted(progress.evals)
     names = {name: None for found in progress.measured.values() for name in found}
     held_out = {

@@ -31,7 +31,7 @@ from lorafold.core.selection import Draws, drawing
 from lorafold.data.feed import Feed
 from lorafold.errors import Interrupted, LorafoldError, RewardFailed, listed
 from lorafold.machine.cores import considerate
-from lorafold.objectives.objective import Data, Objective
+from lorafold.objectives.objective import Data, Objective, OnPolicy
 from lorafold.ops.dropout import key_of
 from lorafold.recipe.recipe import Recipe
 from lorafold.step.losses import Loss
@@ -91,7 +91,8 @@ def fit(plan: Plan, progress: Progress, display: Display) -> Progress:
     processes.tell_place(lambda: f"in step {progress.step + 1}; {kept(plan.run)}")
     save_every = recipe.checkpoint_interval(plan.feed.steps)
     eval_every = recipe.eval_every or save_every
-    unmeasured = progress.step not in progress.evals and (progress.step or objective.on_policy)
+    first_too = progress.step or isinstance(objective, OnPolicy)
+    unmeasured = plan.held_out is not None and progress.step not in progress.evals and first_too
     if unmeasured and (progress.step % eval_every == 0 or over(plan, progress)):
         measure(plan, progress, display)  # before the first step, or again after it failed
     with stop_signals() as stops:
@@ -106,7 +107,7 @@ def fit(plan: Plan, progress: Progress, display: Display) -> Progress:
             progress.step += 1
             note_step(plan, progress, display, examples, updates, time.perf_counter() - start)
             evaluate = progress.step % eval_every == 0 or over(plan, progress)
-            if evaluate:
+            if evaluate and plan.held_out is not None:
                 measure(plan, progress, display)
             looked_at = max(warm_steps(recipe, plan.feed.steps) + RECENT, plan.feed.steps // 4)
             if progress.step == looked_at and (told := no_better(guessed(plan, progress, first))):
@@ -227,9 +228,7 @@ def keeping(plan: Plan, progress: Progress, place: str) -> Iterator[None]:
 
 
 def measure(plan: Plan, progress: Progress, display: Display) -> None:
-    """Measure on held-out examples, if there are any."""
-    if plan.held_out is None:
-        return
+    """Measure on held-out examples."""
     measured = partial(plan.objective.measure, plan.loss, plan.held_out)
     with keeping(plan, progress, f"held-out rows after step {progress.step}"):
         found = measured() if plan.layout.divides else plan.layout.processes.once(measured)

@@ -98,7 +98,10 @@ def show(request: Request, console: Console, rows: int = 3, html: Path | None = 
         console.print(one.text)
     if html is not None:
         of_template = (section("The chat template") + notes(told)) * bool(told)
-        body = _of_data(findings) + of_template + LEGEND + "".join(map(_section, found))
+        roles = [(role, f"{n:,}", f"{t:,}") for role, (n, t) in findings.roles.items()]
+        counted = html_table(("role", "turns", "trained on"), roles) if roles else ""
+        of_data = notes(findings.lines or [findings.nothing]) + counted
+        body = of_data + of_template + LEGEND + "".join(map(_section, found))
         document(f"Preview of {request.source}", body, html)
         console.print(f"page: {html}", highlight=False, markup=False, soft_wrap=True)
     return findings
@@ -130,13 +133,6 @@ def _few(rows: Sequence[Row]) -> Sequence[Row]:
     if n >= len(rows):
         return rows
     return rows.select(np.arange(n)) if isinstance(rows, Rows) else rows[:n]
-
-
-def _of_data(findings: Findings) -> str:
-    """What was found in the rows, for the page."""
-    roles = [(role, f"{n:,}", f"{t:,}") for role, (n, t) in findings.roles.items()]
-    counted = html_table(("role", "turns", "trained on"), roles) if roles else ""
-    return notes(findings.lines or [findings.nothing]) + counted
 
 
 def _shown(

@@ -187,10 +187,9 @@ def tokenized(
         return data
 
     if isinstance(request.rows, RowStream):
-        encoder = objective.encoder(tokenizer, rendering)
         feed: Feed = StreamFeed(
             partial(request.rows.rows, buffer=recipe.shuffle_buffer),
-            encoder,
+            objective.encoder(tokenizer, rendering),
             recipe.max_length,
             recipe.batch,
             recipe.total_steps(0),

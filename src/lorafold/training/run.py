@@ -78,14 +78,14 @@ def _train(setup: Setup, console: Console) -> Trained:
                 feed, held_out = objective.refer(
                     loss, setup.feed, setup.held_out, setup.below, console, layout
                 )
-                if not objective.on_policy and (shared := in_common(loss, feed, recipe)):
+                if shared := in_common(setup, loss, feed):
                     console.print(shared, highlight=False)
                 plan, progress = prepare(setup, adapter, loss, feed, held_out, console)
 
             # the logs of trackers stay when the checkpoints are removed
             logs = request.out.with_name(request.out.name + ".logs")
-            names = recipe.trackers if layout.processes.first else ()
-            trackers = started(names, logs, recipe.model_dump())
+            reports = recipe.trackers and layout.processes.first
+            trackers = started(recipe, logs) if reports else []
             with Display(console, feed.steps, progress.step, trackers) as display:
                 fit(plan, progress, display)
 

@@ -37,7 +37,7 @@ from lorafold.methods.parts.token_rows import Tokens
 from lorafold.models.positions import positions_of
 from lorafold.models.tokenizer import Words
 from lorafold.models.weights import Weights
-from lorafold.objectives.objective import Data, Objective
+from lorafold.objectives.objective import Data, Objective, OnPolicy
 from lorafold.opening.kinds import check_language_model
 from lorafold.peft.saved import Saved, open_all
 from lorafold.peft.stack import mismatch, same
@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SHOWN = 40  # characters of a value
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -205,7 +206,7 @@ def set_up(request: Request, console: Console, processes: Processes = ALONE) -> 
         console.print(f"the chat template writes the date: {held}", highlight=False)
     feed, held_out, findings = tokenized(request, dated, objective, console)
     console.print(f"base: {base.held.why}", highlight=False)
-    if recipe.strategy != "ddp" and objective.on_policy:  # not all passes are of micro-batches
+    if recipe.strategy != "ddp" and isinstance(objective, OnPolicy):
         raise LorafoldError(
             f"strategy fsdp: found objective {recipe.objective}, expected one that draws no"
             " completions; or strategy ddp"

@@ -20,9 +20,9 @@ from lorafold.data.feed import Feed
 from lorafold.errors import LorafoldError
 from lorafold.machine.processes import Processes
 from lorafold.objectives import OBJECTIVES
-from lorafold.objectives.objective import Data
+from lorafold.objectives.objective import Data, OnPolicy
 from lorafold.recipe.recipe import FEW, STEPS, Recipe
-from lorafold.rewards.naming import REWARDS, adapter_in
+from lorafold.rewards.judging import REWARDS, adapter_in
 from lorafold.step.adamw import described, make_optimizer, pick
 from lorafold.step.losses import Loss
 from lorafold.step.optim import param_groups, rates, restore_optimizer, restore_rng, sum_in_fp32
@@ -35,12 +35,7 @@ LOOKED_AT = 8  # steps, for what their rows have in common
 
 
 def prepare(
-    setup: Setup,
-    adapter: Adapter,
-    loss: Loss,
-    feed: Feed,
-    held_out: Data | None,
-    console: Console,
+    setup: Setup, adapter: Adapter, loss: Loss, feed: Feed, held_out: Data | None, console: Console
 ) -> tuple[Plan, Progress]:
     """The plan of the steps, and how far they have come: a fresh run or a resumed one.
 
@@ -143,9 +138,13 @@ def take_first(adapter: Adapter, processes: Processes) -> None:
     processes.same([p.detach() for p in adapter.tensors()])
 
 
-def in_common(loss: Loss, feed: Feed, recipe: Recipe) -> str | None:
-    """What of the first steps is computed once for several rows, as a line; None if little is."""
-    once = apart = 0
+def in_common(setup: Setup, loss: Loss, feed: Feed) -> str | None:
+    """What of the first steps is computed once for several rows, as a line; None if little is, or
+    what is computed is not known yet.
+    """
+    once, apart, recipe = 0, 0, setup.request.recipe
+    if isinstance(setup.objective, OnPolicy):
+        return None
     for examples in islice(feed.after(0), min(LOOKED_AT, feed.foreseen)):
         apart += sum(loss.computed([example]) for example in examples)
         for part in loss.micro_batches(examples, recipe.accumulate, recipe.max_length):
@@ -202,7 +201,7 @@ def sample_losses(
 
     Raises LorafoldError for an objective that draws what it learns from.
     """
-    if OBJECTIVES[recipe.objective].kind.on_policy:
+    if issubclass(OBJECTIVES[recipe.objective].kind, OnPolicy):
         raise LorafoldError(
             f"method {recipe.method}: it asks for losses of rows before the first step, where the"
             f" objective {recipe.objective} has none, expected a spec that says so (asks_losses)"

@@ -14,8 +14,7 @@ from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_text
 from lorafold.files.record import read_object
 from lorafold.objectives import OBJECTIVES
-from lorafold.objectives.comparing import law_of
-from lorafold.objectives.drawing import chosen
+from lorafold.objectives.laws import chosen, law_of
 from lorafold.peft.config import CONFIG
 from lorafold.recipe.fitting import left_out, spec_of, trainable_storage
 from lorafold.recipe.reading import kind_of as in_words

@@ -1,0 +1,388 @@
+"""What judges completions: a reward by its name, which runs in a process of its own, a function
+that is called in this one, and several of them, summed with their weights.
+
+    FILE.py:fn             a Python function
+    regex:PATTERN          1 where the whole completion matches
+    schema:FILE.json       1 where the completion is JSON that fits
+    reasoning-gym:TASK     the verifier of a task
+    adapter:DIR            the score of a reward model: `lorafold.evaluation.reward_adapter`, which
+                           has the model that it needs
+    0.5*FILE.py:fn         any of them with a weight
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import re
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Protocol, Self, runtime_checkable
+
+from lorafold.data.conversations import Conversation
+from lorafold.errors import LorafoldError, RewardFailed, printable
+from lorafold.files.paths import beside
+from lorafold.machine.killable import Died, Killable, Late, packed
+from lorafold.rewards.calling import LARGEST, Function, Item, Wrong, number
+from lorafold.rewards.kinds import pattern
+
+LIMIT = 30.0  # seconds of a call
+OPENING = 120.0  # seconds in which what judges must be there, with all that it imports
+# a set's order is the same in each run, so that a run which goes on gives the same rewards
+ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONUNBUFFERED": "1"}
+NUMBER = r"[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|inf|nan)"
+FORMS = "FILE.py:fn, regex:PATTERN, schema:FILE.json, reasoning-gym:TASK or adapter:DIR"
+ADAPTER = "adapter:"
+REWARDS = "rewards"  # in the identity of a run: the digests of its rewards' files, by their names
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One completion to judge.
+
+    Attributes:
+        prompt: as its row has it: a text, or messages.
+        completion: what was generated, as text.
+        row: the other fields of the row.
+        where: what messages call it: "rows.jsonl row 7, completion 3".
+        conversation: the prompt as generation had it, for a reward that renders it; None for the
+            prompt alone.
+    """
+
+    prompt: str | list[dict[str, Any]]
+    completion: str
+    row: Mapping[str, Any]
+    where: str
+    conversation: Conversation | None = None
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """What gives each completion a number.
+
+    Attributes:
+        name: what it is called wherever it is shown.
+        weight: what it counts for in a sum.
+    """
+
+    name: str
+    weight: float
+
+    def __call__(self, judged: Sequence[Judged]) -> Sequence[float | None]:
+        """A finite number for each, or None where the reward does not apply. Raises LorafoldError,
+        which names the reward and the completion that it fails on.
+        """
+
+    def close(self) -> None:
+        """End what it runs. It may be called again, and then begins anew."""
+
+
+def failure(name: str, told: str, judged: Sequence[Judged] = ()) -> RewardFailed:
+    """The error of a reward.
+
+    Args:
+        told: what is wrong, and what was expected.
+        judged: the completions that it is about, in their order.
+    """
+    ends = list(dict.fromkeys(one.where for one in (*judged[:1], *judged[-1:])))
+    where = f"{' to '.join(ends)}: " if ends else ""
+    return RewardFailed(printable(f"reward {name}: {where}{told}"))
+
+
+class SeparateReward:
+    """A reward in a process of its own. One thread at a time may call it.
+
+    Args:
+        kind: of `kinds.KINDS`.
+        text: what of that kind.
+        limit: the seconds that a call may take; it may be set later.
+    """
+
+    def __init__(
+        self, name: str, kind: str, text: str, weight: float = 1.0, limit: float = LIMIT
+    ) -> None:
+        self.name, self.weight, self.limit = name, weight, limit
+        self._opening = json.dumps({"kind": kind, "text": text}).encode()
+        self._process = self._started()
+
+    def __call__(self, judged: Sequence[Judged]) -> list[float | None]:
+        """A finite number for each, or None. Raises LorafoldError."""
+        if not judged:
+            return []
+        message = packed(pickle.dumps([self._sent(one) for one in judged]))
+        if not self._process.lives:
+            self.close()
+            self._process = self._started()
+        process, found = self._process, list[float | None]()
+        until = time.monotonic() + self.limit
+        try:
+            process.write(message, until)
+            while len(found) < len(judged):
+                answer = json.loads(process.read(until))
+                if isinstance(answer, dict):
+                    wrong = Wrong(answer["wrong"], answer["at"])
+                    raise failure(self.name, wrong.told, wrong.of(judged))
+                found += answer
+        except (Late, Died, KeyboardInterrupt) as error:
+            self.close()
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            at_work = judged if self._batched else judged[len(found) : len(found) + 1]
+            if isinstance(error, Died):
+                raise failure(self.name, _end(error.code), at_work) from None
+            done = "" if self._batched else f"{len(found)} done of "
+            told = f"it took more than {self.limit:g} s ({done}{len(judged)} completions)"
+            told += "; expected less, or a longer limit"
+            raise failure(self.name, told, at_work) from None
+        return found
+
+    def close(self) -> None:
+        """End the process; a later call starts another."""
+        self._process.kill()
+
+    def _started(self) -> Killable:
+        process = Killable("lorafold.rewards.worker", ENVIRONMENT)
+        until = time.monotonic() + OPENING
+        try:
+            process.write(packed(self._opening), until)
+            answer = json.loads(process.read(until))
+            if "wrong" in answer:
+                raise failure(self.name, answer["wrong"])
+        except BaseException as error:
+            process.kill()
+            if isinstance(error, Late):
+                raise failure(self.name, f"it was not loaded within {OPENING:g} s") from None
+            if isinstance(error, Died):
+                raise failure(self.name, f"while it was loaded {_end(error.code)}") from None
+            raise
+        self._batched: bool = answer["batched"]
+        return process
+
+    def _sent(self, one: Judged) -> bytes:
+        try:
+            return pickle.dumps((one.prompt, one.completion, dict(one.row)))
+        except Exception as error:  # whatever a field's own way of being pickled raises
+            told = f"its row can't be sent to another process: {error}"
+            raise failure(self.name, told, [one]) from None
+
+
+def _end(code: int) -> str:
+    """How a process ended."""
+    if code >= 0:
+        return f"its process ended with exit code {code}"
+    known = {int(number): number.name for number in signal.Signals}
+    memory = ", perhaps for want of memory" if -code == signal.SIGKILL else ""
+    return f"its process was killed by {known.get(-code, f'signal {-code}')}{memory}"
+
+
+def parted(text: str) -> tuple[float, str]:
+    """The weight that a reward's name begins with, 1 where it begins with none, and the name.
+    Raises LorafoldError for a weight that is not finite.
+    """
+    found = re.match(rf"\s*({NUMBER})\s*\*\s*", text, re.IGNORECASE)
+    weight, name = (float(found[1]), text[found.end() :]) if found else (1.0, text)
+    if not math.isfinite(weight):
+        raise LorafoldError(f"reward {text}: found weight {weight}, expected a finite number")
+    return weight, name
+
+
+def adapter_in(text: str) -> str:
+    """The directory of the adapter that a reward's name stands for; empty if it stands for none."""
+    name = parted(text)[1]
+    return name.removeprefix(ADAPTER) if name.startswith(ADAPTER) else ""
+
+
+def kind_of(text: str) -> tuple[str, str]:
+    """The kind of `kinds.KINDS` that a reward's name, without a weight, is of, and what of it.
+    Raises LorafoldError for a name of no known form.
+    """
+    name = parted(text)[1]
+    kind, colon, rest = name.partition(":")
+    if colon and rest and kind in ("regex", "reasoning-gym"):
+        return kind, rest
+    if colon and rest and kind == "schema":
+        return kind, _whole(rest)
+    file, colon, function = name.rpartition(":")
+    if file.endswith(".py") and function.isidentifier():
+        return "file", f"{_whole(file)}:{function}"
+    raise LorafoldError(f"reward {text!r}: expected {FORMS}, with a weight as in 0.5* or without")
+
+
+def check_there(texts: Iterable[str]) -> None:
+    """Raise LorafoldError for names of no known form, of files that are not there, and for patterns
+    that are none: what can be known without running anything. Adapters are left out.
+    """
+    for text in texts:
+        kind, what = ("", "") if adapter_in(text) else kind_of(text)
+        file = Path(what.rpartition(":")[0] if kind == "file" else what)
+        if kind in ("file", "schema") and not file.is_file():
+            raise LorafoldError(f"reward {text}: found no file {file}, expected one{beside(file)}")
+        if kind == "regex":
+            try:
+                pattern(what)
+            except Wrong as error:
+                raise LorafoldError(f"reward {text}: {error}") from None
+
+
+def reward_of(text: str) -> Reward:
+    """The reward that a name stands for, which may begin with a weight: `0.5*`. It runs in a
+    process of its own from now on, until it is closed.
+
+    Raises LorafoldError for a name of no known form, for what can't judge, and for an adapter,
+    which needs a model.
+    """
+    weight, name = parted(text)
+    if adapter_in(name):
+        raise LorafoldError(
+            f"reward {text}: it scores with a base in memory, expected in a run that trains a"
+            " policy; lorafold score has the scores of rows"
+        )
+    return SeparateReward(name, *kind_of(text), weight)
+
+
+def check_judges(texts: Iterable[str]) -> None:
+    """Start what these names stand for, and end it again; adapters are left out. Raises
+    LorafoldError for what can't judge.
+    """
+    for text in texts:
+        if not adapter_in(text):
+            reward_of(text).close()
+
+
+def digest_of(text: str) -> str:
+    """The SHA-256 of the file that a name stands for; empty where it stands for none."""
+    _, name = parted(text)
+    kind, _, rest = name.partition(":")
+    if kind in ("regex", "reasoning-gym"):
+        return ""
+    path = Path(rest if kind == "schema" else name.rpartition(":")[0]).expanduser()
+    return sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
+def _whole(path: str) -> str:
+    """A path that stays the same when the process goes to another directory."""
+    return str(Path(path).expanduser().absolute())
+
+
+class DirectReward:
+    """A function as a reward.
+
+    Args:
+        function: as `calling.py` says.
+    """
+
+    def __init__(self, function: Callable[..., Any], weight: float = 1.0) -> None:
+        self.name = str(getattr(function, "__name__", type(function).__name__))
+        self.weight = weight
+        code = getattr(function, "__code__", None)
+        try:
+            self._function = Function(function, code and code.co_filename)
+        except Wrong as wrong:
+            raise failure(self.name, wrong.told) from None
+
+    def __call__(self, judged: Sequence[Judged]) -> list[float | None]:
+        """A finite number for each, or None. Raises LorafoldError."""
+        if not judged:
+            return []
+        items = [Item(one.prompt, one.completion, one.row) for one in judged]
+        try:
+            return [reward for part in self._function.rewards(items) for reward in part]
+        except Wrong as wrong:
+            raise failure(self.name, wrong.told, wrong.of(judged)) from None
+
+    def close(self) -> None:
+        """Nothing runs."""
+
+
+class Rewards(AbstractContextManager["Rewards"]):
+    """Rewards of one run. A context, which closes them.
+
+    Args:
+        rewards: each with a name of its own.
+        limit: the seconds that a call of one may take, where it runs in a process of its own.
+    """
+
+    def __init__(self, rewards: Sequence[Reward], limit: float = LIMIT) -> None:
+        names = [reward.name for reward in rewards]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise LorafoldError(f"rewards: found {', '.join(twice)} twice, expected each once")
+        if not names:
+            raise LorafoldError("rewards: found none, expected at least one")
+        if not isinstance(limit, int | float) or isinstance(limit, bool):
+            raise LorafoldError(f"rewards: found a limit of {limit!r}, expected seconds")
+        if not 0 < limit < math.inf:
+            raise LorafoldError(f"rewards: found a limit of {limit} s, expected more than 0")
+        self._rewards = tuple(rewards)
+        for reward in self._rewards:
+            if isinstance(reward, SeparateReward):
+                reward.limit = limit
+
+    @classmethod
+    def of(cls, *given: str | Callable[..., Any] | Reward, limit: float = LIMIT) -> Self:
+        """Rewards from what stands for them: names as `reward_of` reads them, functions, which run
+        in this process and without a limit, and rewards. Functions of one name are numbered.
+        """
+        made, names = list[Reward](), Counter[str]()
+        try:
+            for one in given:
+                found: Any = reward_of(one) if isinstance(one, str) else one
+                made.append(found := found if isinstance(found, Reward) else DirectReward(found))
+                names[found.name] += 1
+                if isinstance(found, DirectReward) and names[found.name] > 1:
+                    found.name += f" {names[found.name]}"  # two lambdas have one name
+            return cls(made, limit)
+        except BaseException:
+            for reward in made:
+                reward.close()
+            raise
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each, by its name."""
+        return {reward.name: reward.weight for reward in self._rewards}
+
+    def __call__(
+        self, judged: Sequence[Judged]
+    ) -> tuple[list[float | None], dict[str, list[float | None]]]:
+        """The weighted sum for each completion, and the numbers of each reward by its name; None
+        stands for a reward that does not apply, and for the sum where none does. Raises
+        LorafoldError, which names the reward and the completion that it fails on.
+        """
+        each = {reward.name: _checked(reward, judged) for reward in self._rewards}
+        weights, sums = self.weights.values(), list[float | None]()
+        for numbers in zip(*each.values(), strict=True):
+            applied = [w * x for w, x in zip(weights, numbers, strict=True) if x is not None]
+            sums.append(sum(applied) if applied else None)
+        for one, found in zip(judged, sums, strict=True):
+            if found is not None and not abs(found) <= LARGEST:
+                told = f"with weights it is {found:g}, expected at most {LARGEST:g} either way"
+                raise failure(" + ".join(each), told, [one])
+        return sums, each
+
+    def close(self) -> None:
+        """End what the rewards run."""
+        for reward in self._rewards:
+            reward.close()
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _checked(reward: Reward, judged: Sequence[Judged]) -> list[float | None]:
+    """The numbers of a reward, which may be one that others wrote."""
+    found = reward(judged)
+    if len(found) != len(judged):
+        told = f"it returned {len(found)} rewards, expected {len(judged)}, one a completion"
+        raise failure(reward.name, told, judged)
+    try:
+        return [number(value, at) for at, value in enumerate(found)]
+    except Wrong as wrong:
+        raise failure(reward.name, wrong.told, wrong.of(judged)) from None
