@@ -146,14 +146,14 @@ class Watched(Engine):
 
     def watch(self) -> None:
         self.seen: dict[str, list[T]] = defaultdict(list)  # (V,) a token
-        choose = self._loop._choose
+        choose = self._choose
 
         def spied(rows: Any, logits_BV: T) -> None:
             for b, row in rows:
                 self.seen[row.request.id].append(logits_BV[b].clone())
             choose(rows, logits_BV)
 
-        self._loop._choose = spied  # type: ignore[method-assign]
+        self._choose = spied  # type: ignore[method-assign]
 
 
 def asked(n: int) -> list[Request]:

@@ -125,7 +125,7 @@ def test_it_says_what_it_serves_and_drains(tiny_model_dir, adapters, tmp_path):
     options = ("--adapters", str(adapters), "--config", str(tmp_path / "serve.yaml"))
     with process(*options, "--storage", "fp32", "--json-logs") as (running, lines, port):
         told = "\n".join(lines)
-        own = kept(adapters / STATE, ServerState).base  # which it takes again, whatever comes meanwhile
+        own = kept(adapters / STATE, ServerState).base  # which it takes again, whatever comes
         assert own is not None
         assert own.name == str(tiny_model_dir("llama"))
         limits = resource.prlimit(running.pid, resource.RLIMIT_NOFILE)

@@ -3,10 +3,10 @@
     y_b = g (W x_b + up down x_b + bias) + c        of the place p(b) of row b's adapter
 
 What low-rank adapters add is accumulated by the base's own product before the one rounding. Their
-factors are in stacks (`engine.stacks`), and so are gains and offsets, if an adapter has any, so
-that a step gathers nothing (Chen et al. 2023, Punica, arXiv 2310.18547; Sheng et al. 2023, S-LoRA,
-arXiv 2311.03285). Requests of one adapter share its place. Adapters of other kinds compute their
-rows over the same output. Rows of the base are computed by nothing.
+factors are in `Stacks`, and so are gains and offsets, if an adapter has any, so that a step gathers
+nothing (Chen et al. 2023, Punica, arXiv 2310.18547; Sheng et al. 2023, S-LoRA, arXiv 2311.03285).
+Requests of one adapter share its place. Adapters of other kinds compute their rows over the same
+output. Rows of the base are computed by nothing.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lorafold.core.combine import Given
 from lorafold.core.delta import Delta, Opaque
 from lorafold.core.layer import Layer, add
-from lorafold.engine.adapters import LoadedAdapter
+from lorafold.engine.adapters import Factors, LoadedAdapter
 from lorafold.engine.operations import Operations
-from lorafold.engine.stacks import NOBODY, Stacks
 from lorafold.engine.steady import InBlocks, plain_products
-from lorafold.engine.structure import Structure
+from lorafold.engine.structure import Shape, Structure
 from lorafold.ops.arithmetic import FEW
 from lorafold.ops.decoding import Part, Product
 from lorafold.ops.host import sent
 
 log = logging.getLogger(__name__)
+NOBODY = 0  # the place of rows of the base, which stays zero
 
 
 class Plan:
@@ -252,3 +253,77 @@ class Products:
                 u = layer.op(x[b : b + 1], factors.down[k].t())
                 out[b] = torch.matmul(u.to(factors.up.dtype), factors.up[k])[0]
         return out
+
+
+class Stacks:
+    """What the adapter in each place has for the n matrices of one shape, side by side. It is
+    copied there when an adapter's first request gets its slot.
+    """
+
+    def __init__(self, shape: Shape, operations: Operations) -> None:
+        self.shape, self.operations = shape, operations
+        self.ranks = torch.zeros(NOBODY + 1, dtype=torch.long)
+        self.down: Tensor | None = None  # (n, places, r, in)
+        self.up: Tensor | None = None  # (n, places, r, out)
+        self.gains: Tensor | None = None  # (n, places, out), 1 where there is none
+        self.offsets: Tensor | None = None  # (n, places, out)
+
+    def place(self, place: int, factors: Factors) -> None:
+        """Copy an adapter's factors to a place, which is zero."""
+        rank = factors.down.shape[2]
+        if self.down is None or self.down.shape[2] < rank:
+            self._grow(rank, factors.down)
+        assert self.down is not None
+        assert self.up is not None
+        self.down[factors.at, place, :rank] = factors.down.mT.to(self.down.dtype)
+        self.up[factors.at, place, :rank] = factors.up.to(self.up.dtype)
+        self.ranks[place] = rank
+
+    def gain(self, place: int, index: int, g: Tensor, c: Tensor | None) -> None:
+        """Copy a gain and an offset (out,) to a place, for the matrix with that index."""
+        with torch.inference_mode(False):
+            shape = len(self.shape.paths), len(self.ranks), self.shape.out
+            if self.gains is None:
+                self.gains = g.new_ones(shape, dtype=torch.float32)
+            if self.offsets is None and c is not None:
+                self.offsets = g.new_zeros(shape, dtype=torch.float32)
+        self.gains[index, place] = g
+        if c is not None and self.offsets is not None:
+            self.offsets[index, place] = c
+
+    def clear(self, place: int) -> None:
+        """Have nothing in a place."""
+        for stack in (self.down, self.up, self.offsets):
+            if stack is not None:
+                stack[:, place] = 0
+        if self.gains is not None:
+            self.gains[:, place] = 1
+        self.ranks[place] = 0
+
+    def widen(self, places: int) -> None:
+        """Have so many places, which are more than there are."""
+        more = places - len(self.ranks)
+        self.ranks = pad(self.ranks, (0, more))
+        if self.down is not None:
+            self._grow(self.down.shape[2], self.down)
+        with torch.inference_mode(False):
+            if self.gains is not None:
+                self.gains = pad(self.gains, (0, 0, 0, more), value=1.0)
+            if self.offsets is not None:
+                self.offsets = pad(self.offsets, (0, 0, 0, more))
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all."""
+        stacks = self.down, self.up, self.gains, self.offsets
+        return sum(t.nbytes for t in stacks if t is not None)
+
+    def _grow(self, rank: int, like: Tensor) -> None:
+        n, places, old = len(self.shape.paths), len(self.ranks), (self.down, self.up)
+        with torch.inference_mode(False):
+            dtype = self.operations.stored(like)
+            self.down = like.new_zeros(n, places, rank, self.shape.inn, dtype=dtype)
+            self.up = like.new_zeros(n, places, rank, self.shape.out, dtype=dtype)
+        for new, t in zip((self.down, self.up), old, strict=True):
+            if t is not None:
+                new[:, : t.shape[1], : t.shape[2]] = t

@@ -3,10 +3,12 @@
 `SlotRunner` computes many rows in a pass. A pass that decodes one token a row runs over the slots
 from the first one on, as a view of the cache; slots in between that have nothing to decode are
 computed for nothing, at their own next position, which is written again before it is read. A slot
-whose request ended well is kept as it is (`lorafold.engine.prefix`), behind those that run. With
+whose request ended well is kept as it is (`lorafold.engine.slots`), behind those that run. With
 `each`, shapes are the same in every pass: all slots decode, prompts are read one row at a time in
 chunks of one size, and whole slots are read. Experts have other numbers of tokens in every pass, so
 rows of a model with some decode one at a time too.
+
+`SoloRunner` computes a row with the model's own cache, by transformers' `generate`.
 """
 
 from __future__ import annotations
@@ -21,11 +23,11 @@ from torch import Tensor
 
 from lorafold.engine.active_deltas import ActiveDeltas
 from lorafold.engine.adapters import LoadedAdapter
-from lorafold.engine.prefix import KeptPrefixes, common
+from lorafold.engine.operations import Operations
 from lorafold.engine.products import Plan, Products
 from lorafold.engine.row import Row
 from lorafold.engine.settings import EngineSettings
-from lorafold.engine.slots import SlotCache, SlotView
+from lorafold.engine.slots import KeptPrefixes, SlotCache, SlotView, common
 from lorafold.engine.steady import InBlocks
 from lorafold.engine.structure import Structure, run
 from lorafold.ops.arithmetic import FEW, multiplies_bf16, multiplying, widens
@@ -291,3 +293,47 @@ class SlotRunner(Runner):
 
 def _padded(tokens: list[int], width: int) -> list[int]:
     return tokens + tokens[-1:] * (width - len(tokens))
+
+
+class SoloRunner(Runner):
+    """One row at a time, with the model's own cache, for models that have no slots.
+
+    Args:
+        model: a causal language model whose generation config is greedy.
+    """
+
+    slots = 1
+
+    def __init__(self, model: Any, structure: Structure) -> None:
+        self.model = model
+        self.deltas = ActiveDeltas(model, Products(structure, 1, Operations()))
+
+    def admit(self, row: Row) -> None:
+        row.slot = 0
+        if row.held is not None:
+            self.deltas.hold(row.held)
+
+    def release(self, row: Row, well: bool) -> None:
+        row.slot, row.state = -1, None
+        if row.held is not None:
+            self.deltas.drop(row.held)
+
+    def forward(self, rows: Sequence[Row], counts: Sequence[int]) -> Tensor:
+        (row,) = rows
+        ids_1T = torch.tensor([row.tokens], device=self.model.device)
+        # transformers leaves out what a cache has seen, except where it holds states alone
+        states = [*getattr(row.state, "is_linear", ())]
+        seen = row.filled if states and all(states) else 0
+        context = self.deltas.alone(row.held) if row.held else self.deltas.mixed(Plan([None], {}))
+        with torch.no_grad(), context:
+            step = self.model.generate(
+                ids_1T[:, seen:],
+                attention_mask=torch.ones_like(ids_1T),
+                cache=row.state,
+                max_new_tokens=1,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+        row.state = step.cache
+        logits: Tensor = step.logits[0]
+        return logits

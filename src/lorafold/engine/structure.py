@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 from lorafold.bases import is_linear, layer_of
 from lorafold.core.anatomy import bare_modules
-from lorafold.core.attach import deltas_on, selection_of
+from lorafold.core.attach import Adapted, deltas_on, selection_of
 from lorafold.core.matrices import expert_parameters
 from lorafold.core.modes import evaluating
-from lorafold.engine.attention import slot_attention, slot_mask
-from lorafold.engine.operations import Operations
+from lorafold.engine.operations import Operations, slot_attention, slot_mask
 from lorafold.engine.slots import SlotCache, SlotView
+from lorafold.errors import LorafoldError
 from lorafold.step.documents import attending
 
 NAME = "lorafold_slots"
@@ -228,3 +228,38 @@ def _inputs_seen(model: nn.Module) -> Iterator[_Seen]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+# the attribute of a model that an engine has
+TAKEN = "lorafold_engine"
+
+
+def taken(model: Any, stack: ExitStack) -> None:
+    """Take a model for one engine, none of whose parameters asks for gradients then, until the
+    stack is closed. Raises LorafoldError if another one has it.
+    """
+    if TAKEN in vars(model):
+        raise LorafoldError(
+            "engine: found another one that has this model, expected that to be closed, or its"
+            " completion to be read to the end"
+        )
+    vars(model)[TAKEN] = True
+    stack.callback(vars(model).pop, TAKEN)
+    for p in model.parameters():
+        if p.requires_grad:
+            stack.callback(p.requires_grad_, True)
+            p.requires_grad_(False)
+
+
+def rows_apart(model: nn.Module, stack: ExitStack) -> None:
+    """Have every module of the model compute each row of its input apart, until the stack is
+    closed. bitsandbytes' int8 matmul chooses which inputs stay in 16 bits from all rows of a batch
+    (LLM.int8: Dettmers et al. 2022, arXiv 2208.07339, section 3.2); the engine multiplies by the
+    dequantized matrix instead, as training does under adapters.
+    """
+    for _, module in bare_modules(model):
+        layer: Any = layer_of(module)
+        apart = isinstance(module, Adapted)  # its own forward is that of the layer
+        if layer.mixes_rows and not apart and "forward" not in vars(module):
+            module.forward = layer
+            stack.callback(vars(module).pop, "forward", None)

@@ -57,7 +57,8 @@ def routes(app: FastAPI, server: Server) -> None:
     @app.post(f"{MESSAGES}/count_tokens")
     async def count(request: Request) -> Response:
         """How many tokens the conversation has."""
-        return answer({"input_tokens": await server.count(request, CountTokens, partial(turned, server))})
+        found = await server.count(request, CountTokens, partial(turned, server))
+        return answer({"input_tokens": found})
 
 
 class CountTokens(Body):
