@@ -15,9 +15,8 @@ import pytest
 import lorafold as lf
 from conftest import lorafold
 from lorafold.errors import LorafoldError
-from lorafold.serving.keys import Caller, Keys, TokenLimits, new_key, read_keys, until
+from lorafold.serving.keys import DAY, Caller, Keys, Spent, TokenLimits, new_key, read_keys, until
 from lorafold.serving.refusal import Refusal
-from lorafold.serving.spent import DAY, Spent
 from serving_cases import ADMIN, Running, running, saved
 from serving_cases import until as true
 

@@ -17,11 +17,10 @@ from lorafold.screening.screen import Screen
 from lorafold.serving.backend import Request, guidance
 from lorafold.serving.host import Host
 from lorafold.serving.job import Asked, CompletionJob, Prompted, Reply
-from lorafold.serving.keys import Caller
+from lorafold.serving.keys import Caller, Spent
 from lorafold.serving.refusal import FIELDS, Refusal, check_number, wrong
 from lorafold.serving.registry import Registry
 from lorafold.serving.rendering import Chosen
-from lorafold.serving.spent import Spent
 from lorafold.serving.wire.body import Completing
 
 LEAVING = 4  # times as many may be about to end as may wait: they end with the engine's next step

@@ -19,12 +19,11 @@ from typing import Any
 
 from lorafold.data.messages import Message
 from lorafold.serving.backend import Ended, Token
-from lorafold.serving.job import Asked, Prompted, Prompts, Reply
-from lorafold.serving.parts import Part, PartReader
+from lorafold.serving.job import Asked, Part, PartReader, Prompted, Prompts, Reply
 from lorafold.serving.refusal import wrong
 from lorafold.serving.rendering import Chosen, Renderer
 from lorafold.serving.server import Server
-from lorafold.serving.wire.answers import new_id
+from lorafold.serving.wire.body import new_id
 from lorafold.serving.wire.chat import Chat
 from lorafold.serving.wire.schema import check_founded, schema_of
 

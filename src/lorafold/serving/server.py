@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from threading import Lock
@@ -22,14 +22,12 @@ from lorafold.errors import STOPS
 from lorafold.serving.admission import Admission
 from lorafold.serving.host import Host
 from lorafold.serving.job import Asked, Reply
-from lorafold.serving.keys import Caller, Keys
+from lorafold.serving.keys import Caller, Keys, Spent
 from lorafold.serving.metrics import Metrics
 from lorafold.serving.refusal import MESSAGES, Refusal, naming
 from lorafold.serving.registry import Registry
 from lorafold.serving.settings import Settings
-from lorafold.serving.spent import Spent
-from lorafold.serving.wire.answers import event, new_id
-from lorafold.serving.wire.body import B, read_body
+from lorafold.serving.wire.body import B, event, new_id, read_body
 
 T = TypeVar("T")
 SMALL = 8192  # bytes of a body that the event loop reads itself
@@ -206,13 +204,20 @@ class Server:
                 record.outcome = "client_left"
             self.admission.drop(reply)
 
+        return self.streaming(guarded(), left)
+
+    def streaming(
+        self, events: AsyncIterator[bytes], left: Callable[[object], Awaitable[None]]
+    ) -> Response:
+        """A response of events.
+
+        Args:
+            left: called when the client leaves, or reads too slowly.
+        """
         return EventSourceResponse(
-            guarded(),
-            ping=15,
-            sep="\n",
-            send_timeout=self.settings.limits.send_seconds,
+            events, ping=15, sep="\n", send_timeout=self.settings.limits.send_seconds,
             client_close_handler_callable=left,
-        )
+        )  # fmt: skip
 
 
 def record_of(request: Request) -> Record:

@@ -10,13 +10,12 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 
 from lorafold.serving.backend import Token
-from lorafold.serving.job import Reply
+from lorafold.serving.job import CONTENT, Reply
 from lorafold.serving.next_turn import AllSaid, NextTurn
-from lorafold.serving.parts import CONTENT
 from lorafold.serving.refusal import naming
 from lorafold.serving.routes.completions import Choices
 from lorafold.serving.server import Server
-from lorafold.serving.wire.answers import finish
+from lorafold.serving.wire.body import finish
 from lorafold.serving.wire.chat import Chat
 
 

@@ -15,13 +15,11 @@ from fastapi import FastAPI, Request, Response
 from pydantic import Field
 
 from lorafold.serving.backend import Ended
-from lorafold.serving.job import Reply
+from lorafold.serving.job import REASONING, Reply
 from lorafold.serving.next_turn import AllSaid, NextTurn
-from lorafold.serving.parts import REASONING
 from lorafold.serving.refusal import MESSAGES, naming, unsupported, wrong
 from lorafold.serving.server import Dialect, Server, answer
-from lorafold.serving.wire.answers import event
-from lorafold.serving.wire.body import Body, Listed
+from lorafold.serving.wire.body import Body, Listed, event
 from lorafold.serving.wire.chat import Chat, chat_of, check_call
 
 Block = dict[str, Any]
@@ -86,19 +84,20 @@ class CountTokens(Body):
             raise wrong("thinking", f"found {kind!r:.80}, expected disabled, or no such field")
         given = list(self._conversation())
         tools = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(self.tools)]
-        names = NAMES | {f"messages[{i}]": where for i, (where, _) in enumerate(given)}
-        for i in range(len(tools)):
-            names[f"tools[{i}].function"] = f"tools[{i}]"
-            names[f"tools[{i}].function.parameters"] = f"tools[{i}].input_schema"
-        asked: dict[str, Any] = {
-            "model": self.model,
-            "messages": [message for _, message in given],
-            "tools": tools,
-            "tool_choice": self._choice(),
-            "parallel_tool_calls": not self.tool_choice.get("disable_parallel_tool_use"),
-            "response_format": self._format(),
+        names = {
+            f"tools[{i}].function.parameters": f"tools[{i}].input_schema"
+            for i in range(len(tools))
         }
-        return chat_of(asked | self._about_the_answer(), names), names
+        return chat_of(
+            given,
+            tools,
+            NAMES | names,
+            model=self.model,
+            tool_choice=self._choice(),
+            parallel_tool_calls=not self.tool_choice.get("disable_parallel_tool_use"),
+            response_format=self._format(),
+            **self._about_the_answer(),
+        )
 
     def _about_the_answer(self) -> dict[str, Any]:
         return {}

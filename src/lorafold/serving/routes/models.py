@@ -18,15 +18,14 @@ from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
-from sse_starlette import EventSourceResponse
 
 from lorafold.errors import STOPS
 from lorafold.serving.backend import Found
-from lorafold.serving.gauges import state_of
 from lorafold.serving.keys import Caller
+from lorafold.serving.metrics import state_of
 from lorafold.serving.refusal import Refusal
 from lorafold.serving.server import Server, answer, authorization, record_of
-from lorafold.serving.wire.answers import event
+from lorafold.serving.wire.body import event
 
 K = TypeVar("K")
 log = logging.getLogger(__name__)
@@ -37,7 +36,7 @@ OURS = ""  # the name of no tenant, as which the feed thinks
 def routes(app: FastAPI, server: Server) -> None:
     """Add them."""
     feed, held, registry = Feed(server), Counter[str](), server.registry
-    limits = server.settings.limits
+    most = server.settings.limits.tenant_streams
 
     def may_listen(request: Request) -> tuple[Caller, bool]:
         """Who listens, and whether it is the administrator. Raises Refusal as any route does."""
@@ -55,9 +54,9 @@ def routes(app: FastAPI, server: Server) -> None:
         record.tenant = caller.tenant
         if server.host.draining:
             raise Refusal(503, "not_ready", server.host.ready, retry_after=1)
-        if held[caller.tenant] >= limits.tenant_streams:
+        if held[caller.tenant] >= most:
             told = f"{held[caller.tenant]} such streams are open, expected at most"
-            raise Refusal(429, "too_many_streams", f"{told} {limits.tenant_streams} with this one")
+            raise Refusal(429, "too_many_streams", f"{told} {most} with this one")
         if record.method == "HEAD":
             return Response(media_type="text/event-stream")
         held[caller.tenant] += 1
@@ -81,10 +80,7 @@ def routes(app: FastAPI, server: Server) -> None:
                 await stream.aclose()
                 await end()
 
-        return EventSourceResponse(
-            following(), ping=15, sep="\n", send_timeout=limits.send_seconds,
-            client_close_handler_callable=end,
-        )  # fmt: skip
+        return server.streaming(following(), end)
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:

@@ -15,13 +15,11 @@ from pydantic import Field
 
 from lorafold.data.messages import without_nulls
 from lorafold.serving.backend import Token
-from lorafold.serving.job import Reply
+from lorafold.serving.job import CONTENT, REASONING, Reply
 from lorafold.serving.next_turn import AllSaid, NextTurn
-from lorafold.serving.parts import CONTENT, REASONING
 from lorafold.serving.refusal import naming, wrong
 from lorafold.serving.server import Dialect, Server, answer
-from lorafold.serving.wire.answers import event, new_id
-from lorafold.serving.wire.body import Body, Listed, StreamOptions
+from lorafold.serving.wire.body import Body, Listed, StreamOptions, event, new_id
 from lorafold.serving.wire.chat import Chat, chat_of, check_call
 
 Item = dict[str, Any]
@@ -91,19 +89,18 @@ class InputTokens(Body):
                 raise wrong(f"tools[{i}].type", f"found {tool.get('type')!r}, expected function")
             kept = ("name", "description", "parameters", "strict")
             tools.append({"type": "function", "function": {k: tool[k] for k in kept if k in tool}})
-        names = NAMES | {f"messages[{i}]": where for i, (where, _) in enumerate(given)}
-        names |= {f"tools[{i}].function": f"tools[{i}]" for i in range(len(tools))}
-        asked: dict[str, Any] = {
-            "model": self.model,
-            "messages": [message for _, message in given],
-            "tools": tools,
-            "tool_choice": self.tool_choice,
-            "parallel_tool_calls": self.parallel_tool_calls,
-            "response_format": self.text.get("format") or {"type": "text"},
-            "reasoning_effort": self.reasoning.get("effort"),
-            "verbosity": self.text.get("verbosity"),
-        }
-        return chat_of(asked | self._about_the_answer(), names), names
+        return chat_of(
+            given,
+            tools,
+            NAMES,
+            model=self.model,
+            tool_choice=self.tool_choice,
+            parallel_tool_calls=self.parallel_tool_calls,
+            response_format=self.text.get("format") or {"type": "text"},
+            reasoning_effort=self.reasoning.get("effort"),
+            verbosity=self.text.get("verbosity"),
+            **self._about_the_answer(),
+        )
 
     def _about_the_answer(self) -> dict[str, Any]:
         return {}

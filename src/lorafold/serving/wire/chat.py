@@ -140,10 +140,26 @@ def _check(problems: Iterator[str]) -> None:
         raise wrong(field, told)
 
 
-def chat_of(asked: Mapping[str, Any], names: Mapping[str, str]) -> Chat:
-    """What another dialect asks for. Raises Refusal under the names that its fields have there."""
+def chat_of(
+    given: Sequence[tuple[str, dict[str, Any]]],
+    tools: Sequence[dict[str, Any]],
+    names: Mapping[str, str],
+    **asked: Any,
+) -> tuple[Chat, dict[str, str]]:
+    """What another dialect asks for, and the names that a chat's fields have there. Raises Refusal
+    under these.
+
+    Args:
+        given: the messages, each with the field that it comes from.
+        asked: all other fields.
+    """
+    names = {
+        **names,
+        **{f"messages[{i}]": where for i, (where, _) in enumerate(given)},
+        **{f"tools[{i}].function": f"tools[{i}]" for i in range(len(tools))},
+    }
     try:
-        return Chat(**asked)
+        return Chat(messages=[message for _, message in given], tools=[*tools], **asked), names
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         found = wrong(".".join(map(str, first["loc"])), first["msg"].lower())
