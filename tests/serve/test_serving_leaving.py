@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 import lorafold as lf
-from lorafold.serving.admission import LEAVING
-from lorafold.serving.host import TURNS
+from lorafold.serving.host import LEAVING, TURNS
 from serving_cases import Running, running, saved, stream_of, until
 
 MOST = 4

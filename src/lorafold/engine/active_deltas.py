@@ -69,7 +69,7 @@ class ActiveDeltas:
         """A pass whose rows have the adapters of the plan."""
         self.products.plan, self.mixing = plan, True
         try:
-            with self._active(plan.paths, *(() if plan.empty else (OWN,))):
+            with self._active(plan.paths, *((OWN,) if plan.paths else ())):
                 yield
         finally:
             self.mixing = False

@@ -102,7 +102,7 @@ class Engine:
                     stack.enter_context(fused(model))
                 elif settings.fast:
                     deltas = self._runner.deltas
-                    stack.enter_context(fast_path(model, self.structure, deltas, operations, slots))
+                    fast_path(model, self.structure, deltas, operations, slots, stack)
             else:
                 from transformers import GenerationConfig
 

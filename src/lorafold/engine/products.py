@@ -33,6 +33,7 @@ from lorafold.ops.decoding import Part, Product
 from lorafold.ops.host import sent
 
 log = logging.getLogger(__name__)
+FILLS = {"down": 0.0, "up": 0.0, "gains": 1.0, "offsets": 0.0}  # stacks, and what is in no place
 NOBODY = 0  # the place of rows of the base, which stays zero
 
 
@@ -56,6 +57,7 @@ class Plan:
         self.products = frozenset().union(*(h.products for h in found))
         self.gains = frozenset().union(*(h.gains.keys() for h in found))
         self.others = frozenset().union(*(h.deltas.keys() for h in found))
+        self.paths = self.products | self.gains | self.others  # all that an adapter changes
         self.each = each
         self._with_others = [b for b in range(len(held)) if (h := held[b]) is not None and h.deltas]
         self._by_path: dict[str, list[tuple[Delta, Tensor]]] = {}
@@ -63,16 +65,6 @@ class Plan:
         self.places = torch.tensor([NOBODY if h is None else places.get(h, NOBODY) for h in held])
         self.one: dict[tuple[str, ...], Product] = {}  # by paths
         self._at: int | slice | Tensor | None = None
-
-    @property
-    def empty(self) -> bool:
-        """Whether every row is the base's."""
-        return not self.paths
-
-    @property
-    def paths(self) -> frozenset[str]:
-        """The paths of all modules that an adapter changes."""
-        return self.products.union(self.gains, self.others)
 
     def deltas_at(self, path: str, device: torch.device) -> list[tuple[Delta, Tensor]]:
         """The deltas at a module that are no products, each with its rows (n,), on the device."""
@@ -293,24 +285,20 @@ class Stacks:
 
     def clear(self, place: int) -> None:
         """Have nothing in a place."""
-        for stack in (self.down, self.up, self.offsets):
-            if stack is not None:
-                stack[:, place] = 0
-        if self.gains is not None:
-            self.gains[:, place] = 1
+        for name, fill in FILLS.items():
+            if (stack := getattr(self, name)) is not None:
+                stack[:, place] = fill
         self.ranks[place] = 0
 
     def widen(self, places: int) -> None:
         """Have so many places, which are more than there are."""
         more = places - len(self.ranks)
         self.ranks = pad(self.ranks, (0, more))
-        if self.down is not None:
-            self._grow(self.down.shape[2], self.down)
         with torch.inference_mode(False):
-            if self.gains is not None:
-                self.gains = pad(self.gains, (0, 0, 0, more), value=1.0)
-            if self.offsets is not None:
-                self.offsets = pad(self.offsets, (0, 0, 0, more))
+            for name, fill in FILLS.items():
+                if (stack := getattr(self, name)) is not None:
+                    wider = (*[0] * (2 * stack.dim() - 4), 0, more)
+                    setattr(self, name, pad(stack, wider, value=fill))
 
     @property
     def nbytes(self) -> int:

@@ -64,15 +64,16 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        numbers: dict[str, tuple[float, ...]] = {n: (getattr(self, n),) for n in NUMBERS}
-        numbers["logit_bias"] = tuple(self.logit_bias.values())
-        checks = {
-            f"{name}: found {x!r:.40}, expected a finite number of float32": _holds(x)
-            for name, values in numbers.items()
-            for x in values
-        }
-        if wrong := [what for what, right in checks.items() if not right]:
-            raise LorafoldError("; ".join(wrong))
+        numbers = [(name, getattr(self, name)) for name in NUMBERS]
+        numbers += [("logit_bias", x) for x in self.logit_bias.values()]
+        _require(
+            {
+                f"{name}: found {x!r:.40}, expected a finite number of float32": (
+                    isinstance(x, int | float) and abs(x) <= LARGEST
+                )
+                for name, x in numbers
+            }
+        )
         checks = {
             f"temperature: found {self.temperature}, expected 0 or more": self.temperature >= 0,
             f"top_k: found {self.top_k}, expected 0 or more": self.top_k >= 0,
@@ -89,8 +90,7 @@ class Sampling:
             ),
             "stop: found an empty text, expected at least one character": all(self.stop),
         }
-        if wrong := [what for what, right in checks.items() if not right]:
-            raise LorafoldError("; ".join(wrong))
+        _require(checks)
 
     @property
     def grammar(self) -> tuple[str, str] | None:
@@ -109,8 +109,10 @@ class Sampling:
         )
 
 
-def _holds(x: object) -> bool:
-    return isinstance(x, int | float) and abs(x) <= LARGEST
+def _require(checks: Mapping[str, bool]) -> None:
+    """Raise LorafoldError with what is wrong unless all is right."""
+    if wrong := [what for what, right in checks.items() if not right]:
+        raise LorafoldError("; ".join(wrong))
 
 
 @dataclass(frozen=True)
@@ -190,15 +192,15 @@ class Stream:
         self.began: float | None = None  # when it got a slot, by time.monotonic
         self.prompt: tuple[Token, ...] = ()
         self._events: list[Token | Ended] = []
-        self._ended: Ended | None = None
+        self.ended: Ended | None = None  # the last event, once the request does not run
         self._more = threading.Condition()
 
     def put(self, event: Token | Ended) -> None:
         """Add an event; the engine alone does so."""
         with self._more:
-            assert self._ended is None, f"{self.request.id}: an event after the last"
+            assert self.ended is None, f"{self.request.id}: an event after the last"
             if isinstance(event, Ended):
-                self._ended = event
+                self.ended = event
             self._events.append(event)
             self._more.notify_all()
 
@@ -206,11 +208,6 @@ class Stream:
         """The events that are there, from the one of that number on."""
         with self._more:
             return self._events[start:]
-
-    @property
-    def ended(self) -> Ended | None:
-        """The last event, or None while the request runs."""
-        return self._ended
 
     def __iter__(self) -> Iterator[Token | Ended]:
         read = 0
@@ -227,9 +224,9 @@ class Stream:
     def result(self) -> Ended:
         """Wait for the last event and return it."""
         with self._more:
-            while self._ended is None:
+            while self.ended is None:
                 self._more.wait()
-            return self._ended
+            return self.ended
 
 
 def check(
@@ -250,29 +247,24 @@ def check(
         texts: whether the engine has a tokenizer.
         solo: why requests run one at a time, empty if they share passes.
     """
-    prompt, n, sampling = request.prompt, request.max_new_tokens, request.sampling
-    wrong = []
-    if request.id in running:
-        wrong.append(f"id: found {request.id!r}, which is running, expected another")
-    if not prompt:
-        wrong.append("prompt: found no tokens, expected at least one")
-    k = request.prompt_logprobs
-    if n < (1 if k is None else 0):
-        wrong.append(f"max_new_tokens: found {n}, expected 1 or more, or 0 with prompt_logprobs")
-    elif len(prompt) + n > length:
-        wrong.append(
-            f"prompt and max_new_tokens: found {len(prompt)} + {n} tokens, expected at most"
-            f" {length}"
-        )
-    for name, ids in {"prompt": prompt, "logit_bias": tuple(sampling.logit_bias)}.items():
-        outside = [i for i in ids if not (isinstance(i, int) and 0 <= i < vocabulary)]
-        if outside:
-            wrong.append(f"{name}: found token {outside[0]!r}, expected 0 to {vocabulary - 1}")
-    if k is not None and not 0 <= k <= 20:
-        wrong.append(f"prompt_logprobs: found {k}, expected 0 to 20, or None")
-    if k is not None and solo:
-        wrong.append(f"prompt_logprobs: found {k}, expected None for this model, since {solo}")
-    if sampling.stop and not texts:
-        wrong.append("stop: found a text, expected none, since the engine has no tokenizer")
-    if wrong:
-        raise LorafoldError("; ".join(wrong))
+    prompt, n, k = request.prompt, request.max_new_tokens, request.prompt_logprobs
+    least, full = 1 if k is None else 0, len(prompt) + n > length
+    checks = {
+        f"id: found {request.id!r}, which is running, expected another": request.id not in running,
+        "prompt: found no tokens, expected at least one": bool(prompt),
+        f"max_new_tokens: found {n}, expected 1 or more, or 0 with prompt_logprobs": n >= least,
+        f"prompt and max_new_tokens: found {len(prompt)} + {n} tokens, expected at most {length}": (
+            n < least or not full
+        ),
+    }
+    for name, ids in {"prompt": prompt, "logit_bias": tuple(request.sampling.logit_bias)}.items():
+        for i in ids:
+            if not (isinstance(i, int) and 0 <= i < vocabulary):
+                checks[f"{name}: found token {i!r}, expected 0 to {vocabulary - 1}"] = False
+                break
+    found = f"prompt_logprobs: found {k}, expected"
+    checks[f"{found} 0 to 20, or None"] = k is None or 0 <= k <= 20
+    checks[f"{found} None for this model, since {solo}"] = k is None or not solo
+    told = "stop: found a text, expected none, since the engine has no tokenizer"
+    checks[told] = texts or not request.sampling.stop
+    _require(checks)

@@ -96,29 +96,24 @@ class Sampler:
             logits_V.copy_(changed_V)
 
     def _penalized(self, logits_V: Tensor) -> Tensor:
+        """Logits after them; what overflows is the largest number of float32."""
         own = self.sampling
         if own.repetition_penalty != 1:
             ids = torch.tensor(sorted(self.seen | set(self.tokens)))
             found = logits_V[ids]
             rate = own.repetition_penalty
-            logits_V = logits_V.index_copy(
-                0, ids, finite(torch.where(found > 0, found / rate, found * rate))
-            )
+            changed = torch.where(found > 0, found / rate, found * rate).nan_to_num()
+            logits_V = logits_V.index_copy(0, ids, changed)
         if (own.presence_penalty or own.frequency_penalty) and self.tokens:
             counts = Counter(self.tokens)
             ids, n = torch.tensor(list(counts)), torch.tensor(list(counts.values()))
-            down = own.presence_penalty + own.frequency_penalty * n
-            logits_V = finite(logits_V.index_add(0, ids, -finite(down.float())))
+            down = (own.presence_penalty + own.frequency_penalty * n).float().nan_to_num()
+            logits_V = logits_V.index_add(0, ids, -down).nan_to_num()
         if own.logit_bias:
             ids = torch.tensor(list(own.logit_bias))
             biases = torch.tensor([*map(float, own.logit_bias.values())])
-            logits_V = finite(logits_V.index_add(0, ids, biases))
+            logits_V = logits_V.index_add(0, ids, biases).nan_to_num()
         return logits_V
-
-
-def finite(logits_V: Tensor) -> Tensor:
-    """Logits in which what overflowed is the largest number of float32."""
-    return logits_V.nan_to_num()
 
 
 def chosen(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[Choice | Exception]:
@@ -161,7 +156,11 @@ def _chosen(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[Choice | Exc
     logp_BV = torch.zeros(0)
     if drawn:
         own = [samplers[b] for b in drawn]
-        kept_nV = filtered(_scaled(changed_BV[drawn], own), [one.sampling for one in own])
+        # below it all but the likeliest would overflow, above it no two differ
+        rates = [min(max(one.sampling.temperature, 1e-30), 1e30) for one in own]
+        least_nV = changed_BV[drawn] - changed_BV[drawn].amax(-1, keepdim=True)
+        scaled_nV = least_nV / torch.tensor(rates)[:, None]
+        kept_nV = filtered(scaled_nV, [one.sampling for one in own])
         places = [(one.sampling.seed, len(one.tokens)) for one in own]
         noise_nV = torch.stack([noise(*place, kept_nV.shape[1]) for place in places])
         tokens_B[drawn] = (torch.softmax(kept_nV, -1) / noise_nV).argmax(-1)
@@ -171,12 +170,6 @@ def _chosen(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[Choice | Exc
             row = logp_BV[drawn.index(b)] if b in drawn else None
             found[b] = _reported(samplers[b].sampling.logprobs, logits_BV[b], row, token)
     return [one for one in found if one is not None]
-
-
-def _scaled(logits_BV: Tensor, samplers: Sequence[Sampler]) -> Tensor:
-    # below it all but the likeliest would overflow, above it no two differ
-    rates = [min(max(one.sampling.temperature, 1e-30), 1e30) for one in samplers]
-    return (logits_BV - logits_BV.amax(-1, keepdim=True)) / torch.tensor(rates)[:, None]
 
 
 def _reported(n: int | None, logits_V: Tensor, drawn_V: Tensor | None, token: int) -> Choice:

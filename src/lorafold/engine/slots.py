@@ -97,10 +97,6 @@ class SlotCache:
         for buffer in self._buffers():
             buffer[[a, b], :, :tokens] = buffer[[b, a], :, :tokens]
 
-    def is_zero(self, slot: int, after: int = 0) -> bool:
-        """Whether a slot holds nothing after its first tokens."""
-        return not any(buffer[slot, :, after:].any() for buffer in self._buffers())
-
     def is_finite(self, slot: int) -> bool:
         """Whether all that a slot holds are finite numbers."""
         return all(bool(buffer[slot].isfinite().all()) for buffer in self._buffers())

@@ -14,8 +14,7 @@ counts itself, an attention of its own) computes one request at a time.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -132,7 +131,8 @@ def probe(model: Any) -> Structure:
             ]
         ).float()
         try:
-            with _inputs_seen(model) as seen, slotted(model, Operations()):
+            with ExitStack() as stack, slotted(model, Operations()):
+                seen = _inputs_seen(model, stack)
                 together = _in_slots(model, prompts).float()
         except Exception as error:
             return Structure(f"it can't run in slots ({type(error).__name__}: {error})")
@@ -203,9 +203,8 @@ class _Seen:
         return tuple(found)
 
 
-@contextmanager
-def _inputs_seen(model: nn.Module) -> Iterator[_Seen]:
-    """Yield what the modules with a matrix read."""
+def _inputs_seen(model: nn.Module, stack: ExitStack) -> _Seen:
+    """What the modules with a matrix read, until the stack is closed."""
     seen = _Seen()
 
     def hook(path: str, ids: bool) -> Any:
@@ -218,16 +217,12 @@ def _inputs_seen(model: nn.Module) -> Iterator[_Seen]:
 
         return look
 
-    handles = [
-        module.register_forward_pre_hook(hook(path, layer.takes_ids), with_kwargs=True)
-        for path, module in bare_modules(model)
-        if (layer := layer_of(module)).linear or layer.takes_ids
-    ]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
+    for path, module in bare_modules(model):
+        layer = layer_of(module)
+        if layer.linear or layer.takes_ids:
+            own = hook(path, layer.takes_ids)
+            stack.callback(module.register_forward_pre_hook(own, with_kwargs=True).remove)
+    return seen
 
 
 # the attribute of a model that an engine has

@@ -157,11 +157,6 @@ class Renderer:
             with suppress(LorafoldError):
                 look()
 
-    def marks(self) -> int:
-        """How many letters the template writes around reasoning and calls."""
-        block, grammar = block_of(self.tokenizer), grammar_of(self.tokenizer)
-        return len(block.opening + block.closing) + (len(repr(grammar)) if grammar else 0)
-
     def chat(
         self, messages: Sequence[Message], tools: Sequence[Tool], variables: Mapping[str, Any]
     ) -> str:
@@ -283,18 +278,14 @@ class Renderers:
         ends = end_tokens(model, tokenizer)
         self.base = Renderer(tokenizer, ends, variables_of(tokenizer))
         self.base.probe()
-        self._known: dict[str, Renderer] = {}
-
-    def known(self, digest: str) -> Renderer | None:
-        """The renderer of files with that digest, if they were opened before."""
-        return self._known.get(digest)
+        self.known: dict[str, Renderer] = {}  # by the digest of the files
 
     def of(self, files: Contents) -> Renderer:
         """The renderer of a tokenizer's files, without any code of theirs. Raises LorafoldError if
         they can't be read, or give a token of the base another number.
         """
-        found = self._known.get(files.named) or self._opened(files)
-        return self._known.setdefault(files.named, found)
+        found = self.known.get(files.named) or self._opened(files)
+        return self.known.setdefault(files.named, found)
 
     def _opened(self, files: Contents) -> Renderer:
         tokenizer = self._screen.open(files)
@@ -304,7 +295,9 @@ class Renderers:
         found = Renderer(tokenizer, ends, tokenizer.variables)
         found.probe()
         tokenizer.probed()
-        if (size := found.marks()) > MARKS:
+        block, grammar = block_of(cast(Any, tokenizer)), grammar_of(cast(Any, tokenizer))
+        size = len(block.opening + block.closing) + (len(repr(grammar)) if grammar else 0)
+        if size > MARKS:
             raise LorafoldError(
                 f"{files.path}: its chat template writes reasoning and calls with {size:,} letters"
                 f" around them, expected at most {MARKS:,}"

@@ -36,10 +36,9 @@ from lorafold.opening import Base
 from lorafold.peft.own_base import OwnBase
 from lorafold.screening.screen import Screen
 from lorafold.serving import logs
-from lorafold.serving.admission import Admission
 from lorafold.serving.app import application, bounded
 from lorafold.serving.directory import Directory
-from lorafold.serving.host import Host
+from lorafold.serving.host import Admission, Host
 from lorafold.serving.in_process import InProcess
 from lorafold.serving.keys import Keys, Spent, beside
 from lorafold.serving.metrics import Gauges, Metrics

@@ -19,8 +19,7 @@ from sse_starlette import EventSourceResponse
 from starlette.datastructures import Headers
 
 from lorafold.errors import STOPS
-from lorafold.serving.admission import Admission
-from lorafold.serving.host import Host
+from lorafold.serving.host import Admission, Host
 from lorafold.serving.job import Asked, Reply
 from lorafold.serving.keys import Caller, Keys, Spent
 from lorafold.serving.metrics import Metrics

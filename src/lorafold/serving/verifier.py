@@ -179,7 +179,7 @@ class Verifier:
         """
         if found.words is None:
             return self._renderers.base
-        if (renderer := self._renderers.known(found.tokenizer)) is not None:
+        if (renderer := self._renderers.known.get(found.tokenizer)) is not None:
             return renderer
         files = self.directory.tokenizer(found.words)
         if files.named != found.tokenizer:
@@ -227,36 +227,35 @@ class Verifier:
         if (most := _largest_rank(spec)) > verified.widest and _inner(spec).rank_is_dimension:
             raise LorafoldError(f"r: found {most:,}, which no tensor of its file has")
         words = next((at for at in (path, *reversed(below)) if SETTINGS in stack[at].files), None)
+        other = ""  # that it was trained on another base, where it is served all the same
+        if self._weights is not None:
+            other = OwnBase.of(path, small.object(CONFIG), small.record).other(self._weights)
         made_on, here, told = TrainedOn.of(small.record), self._storage, ""
         if made_on and made_on.storage != here and {made_on.storage, here} & {*MADE}:
             stored = cut(made_on.storage, 20)
             told = f"it was trained on {stored} weights: over {here} ones it is another model"
             log.warning("%s: %s", name, told)
+        # each as `lorafold.identity.of_adapter` has it of the files
+        each = [stack[at] for at in (*below, path)]
+        identities = [one.digest_of(one.files.keys() - {MANIFEST}) for one in each]
         base = "" if "base" in small.record else config.get("base_model_name_or_path")
         found = Found(
-            name=name, path=path, digest=joined([_identity(stack[at]) for at in (*below, path)]),
+            name=name, path=path, digest=joined(identities),
             old=verified.digest_of((*FILES, MANIFEST)), manifest=MANIFEST in verified.files,
             over=tuple(below),
-            stack=tuple(stack[at].digest_of(FILES) for at in (*below, path)),
-            sizes=tuple(stack[at].bytes_of(FILES) for at in (*below, path)),
+            stack=tuple(one.digest_of(FILES) for one in each),
+            sizes=tuple(one.bytes_of(FILES) for one in each),
             method=name_of(spec), rank=getattr(_inner(spec), "rank", None),
             base=cut(str(base or ""), NAMED), words=words,
-            other_base=self._other(path, small), other_storage=told,
+            other_base=cut(other, TOLD_MOST), other_storage=told,
             tokenizer="" if words is None else self._opened(words, stack[words]),
-            form=joined([stack[at].form for at in (*below, path)]),
+            form=joined([one.form for one in each]),
         )  # fmt: skip
         linked = [n for at, one in stack.items() for n in self.directory.linked(at, one.files)]
         before = self.seen.adapters.get(name)
         if linked and (before is None or before.found.digest != found.digest):
             raise LorafoldError(f"{linked[0]}: found more than one link, expected one; copy it")
         return found
-
-    def _other(self, path: Path, contents: Contents) -> str:
-        """That it was trained on another base, where it is served all the same."""
-        if self._weights is None:
-            return ""
-        own = OwnBase.of(path, contents.object(CONFIG), contents.record)
-        return cut(own.other(self._weights), TOLD_MOST)
 
     def _opened(self, path: Path, verified: Verified) -> str:
         """The digest of an adapter's tokenizer, opened from the bytes that were verified."""
@@ -275,11 +274,6 @@ class Verifier:
         note = f"{told} fits" if found.base and theirs != ours else found.other_base
         notes = filter(None, (note, found.other_storage))
         return found.model_copy(update={"note": "; ".join(notes)})
-
-
-def _identity(verified: Verified) -> str:
-    """An adapter's, as `lorafold.identity.of_adapter` has it of the files."""
-    return verified.digest_of(verified.files.keys() - {MANIFEST})
 
 
 def _inner(spec: Spec) -> Spec:

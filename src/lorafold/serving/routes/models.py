@@ -229,17 +229,12 @@ class View:
         self.listeners, self.n, self.last, self.ended = 0, 0, b"", False
         self.next = asyncio.Event()
 
-    def tell(self, data: bytes) -> None:
-        """Tell an event."""
-        self.n, self.last = self.n + 1, data
-        self._wake()
-
-    def end(self) -> None:
-        """Let all listeners end."""
-        self.ended = True
-        self._wake()
-
-    def _wake(self) -> None:
+    def tell(self, data: bytes | None) -> None:
+        """Tell an event, or that none follows."""
+        if data is None:
+            self.ended = True
+        else:
+            self.n, self.last = self.n + 1, data
         self.next.set()
         self.next = asyncio.Event()
 
@@ -310,7 +305,7 @@ class Feed:
             self._task = None
             self._begun.set()
             for view in self._views.values():
-                view.end()
+                view.tell(None)
             self._views.clear()
 
     def _changes(self, before: Look, views: list[View]) -> tuple[Look, list[tuple[View, bytes]]]:
