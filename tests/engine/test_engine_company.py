@@ -15,8 +15,7 @@ import torch
 import lorafold as lf
 from engine_cases import METHODS, prompt, sampling, save_adapters
 from lorafold.engine import Engine, Request
-from lorafold.engine.operations import Operations
-from lorafold.engine.steady import ROWS, InBlocks
+from lorafold.engine.operations import ROWS, InBlocks, Operations
 from lorafold.kernels.table import DECODING, use
 from lorafold.ops.decoding import STORED, Part
 from lorafold.ops.gated import ACTIVATIONS

@@ -26,9 +26,8 @@ from torch import Tensor, nn
 from lorafold.bases import is_linear, layer_of
 from lorafold.core.anatomy import bare_modules
 from lorafold.core.attach import deltas_on
-from lorafold.engine.active_deltas import ActiveDeltas
-from lorafold.engine.operations import Operations
-from lorafold.engine.steady import random_rows, steady
+from lorafold.engine.operations import Operations, random_rows, steady
+from lorafold.engine.products import ActiveDeltas
 from lorafold.engine.structure import Structure
 from lorafold.ops.arithmetic import FEW, HALF, multiplies_bf16
 from lorafold.step.fused import fused

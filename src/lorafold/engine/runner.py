@@ -21,14 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafold.engine.active_deltas import ActiveDeltas
 from lorafold.engine.adapters import LoadedAdapter
-from lorafold.engine.operations import Operations
-from lorafold.engine.products import Plan, Products
+from lorafold.engine.operations import InBlocks, Operations
+from lorafold.engine.products import ActiveDeltas, Plan, Products
 from lorafold.engine.row import Row
 from lorafold.engine.settings import EngineSettings
 from lorafold.engine.slots import KeptPrefixes, SlotCache, SlotView, common
-from lorafold.engine.steady import InBlocks
 from lorafold.engine.structure import Structure, run
 from lorafold.ops.arithmetic import FEW, multiplies_bf16, multiplying, widens
 from lorafold.ops.host import picked, sent

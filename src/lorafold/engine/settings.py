@@ -30,7 +30,7 @@ class EngineSettings:
             table of them.
         invariant: keep the shapes of all passes the same, so that a request's logits are the same
             bits whatever shares the batch, without the faster parts (experts: one at a time).
-        as_trained: compute training's numbers, bit by bit (`engine.steady`), with its own fused
+        as_trained: compute training's numbers, bit by bit (`engine.operations`), with its own fused
             parts in place of those of `fast`.
         prefix_reuse: start from what a request of the same tenant and adapter has or left in a
             slot, where the prompt begins the same; never where `invariant`. What is being read is

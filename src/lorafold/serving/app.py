@@ -34,6 +34,8 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from lorafold.errors import STOPS, LorafoldError, cut
 from lorafold.machine.memory import give_back
 from lorafold.serving import logs
+from lorafold.serving.body import Body
+from lorafold.serving.next_turn import Chat
 from lorafold.serving.refusal import Refusal, wrong
 from lorafold.serving.routes import admin, chat, completions, messages, models, page, responses
 from lorafold.serving.server import (
@@ -46,8 +48,6 @@ from lorafold.serving.server import (
     refused,
 )
 from lorafold.serving.settings import Limits
-from lorafold.serving.wire.body import Body
-from lorafold.serving.wire.chat import Chat
 
 BODIES: dict[str, type[Body]] = {
     "/v1/chat/completions": Chat,

@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Literal
 
 from lorafold.engine import Ended, Request, Sampling, Token
-from lorafold.engine.grammar import guidance
 from lorafold.engine.row import Text
-from lorafold.engine.sampler import NOT_FINITE
+from lorafold.engine.sampler import NOT_FINITE, guidance
 from lorafold.serving.json_file import Strict
 
 __all__ = [

@@ -30,6 +30,7 @@ from lorafold.errors import LorafoldError, passes, place
 from lorafold.machine.threads import alone, stacks
 from lorafold.screening.screen import Screen
 from lorafold.serving.backend import NOT_FINITE, Backend, Ended, News, Request, guidance
+from lorafold.serving.body import Completing
 from lorafold.serving.job import Asked, CompletionJob, Prompted, Reply
 from lorafold.serving.keys import Caller, Spent
 from lorafold.serving.metrics import Metrics
@@ -37,7 +38,6 @@ from lorafold.serving.refusal import FIELDS, Refusal, check_number, wrong
 from lorafold.serving.registry import Registry
 from lorafold.serving.rendering import Chosen
 from lorafold.serving.settings import Settings
-from lorafold.serving.wire.body import Completing
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)

@@ -28,10 +28,10 @@ from lorafold.data.messages import Tool
 from lorafold.data.reasoning import block_of
 from lorafold.errors import LorafoldError
 from lorafold.serving.backend import LOST, NOT_FINITE, Ended, Request, Sampling, Token
+from lorafold.serving.body import Completing
 from lorafold.serving.refusal import FIELDS, Refusal, wrong
 from lorafold.serving.rendering import Chosen, Renderer
 from lorafold.serving.settings import Limits
-from lorafold.serving.wire.body import Completing
 
 REASONING, CONTENT = "reasoning_content", "content"
 Part = tuple[str, str]  # the field of a message, and what is added to it

@@ -31,7 +31,7 @@ from lorafold.screening.fingerprints import variables_of
 from lorafold.screening.screen import Screen
 from lorafold.serving.backend import Text, Token
 from lorafold.serving.refusal import Refusal, wrong
-from lorafold.serving.wire.schema import Compiles, check, held
+from lorafold.serving.schema import Compiles, check, held
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

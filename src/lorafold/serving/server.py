@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mappi
 from contextlib import suppress
 from dataclasses import dataclass, field
 from threading import Lock
-from types import MappingProxyType
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
@@ -19,6 +18,7 @@ from sse_starlette import EventSourceResponse
 from starlette.datastructures import Headers
 
 from lorafold.errors import STOPS
+from lorafold.serving.body import B, event, new_id, read_body
 from lorafold.serving.host import Admission, Host
 from lorafold.serving.job import Asked, Reply
 from lorafold.serving.keys import Caller, Keys, Spent
@@ -26,7 +26,6 @@ from lorafold.serving.metrics import Metrics
 from lorafold.serving.refusal import MESSAGES, Refusal, naming
 from lorafold.serving.registry import Registry
 from lorafold.serving.settings import Settings
-from lorafold.serving.wire.body import B, event, new_id, read_body
 
 T = TypeVar("T")
 SMALL = 8192  # bytes of a body that the event loop reads itself
@@ -57,14 +56,14 @@ class Dialect(ABC):
     is written.
 
     Args:
-        streamed: whether the client wants events.
+        body: what the client sent.
         names: our names of fields with the client's.
     """
 
     def __init__(
-        self, asked: Asked, streamed: bool, names: Mapping[str, str] = MappingProxyType({})
+        self, body: Any, asked: Asked, names: Mapping[str, str] | None = None
     ) -> None:
-        self.asked, self.streamed, self.names = asked, streamed, names
+        self.body, self.asked, self.names = body, asked, names or {}
 
     @abstractmethod
     async def whole(self, reply: Reply) -> dict[str, Any]:
@@ -162,7 +161,7 @@ class Server:
             record.version = chosen.key or chosen.name
             if self.settings.log_texts:
                 record.texts["prompt"] = reply.prompted.text
-            if dialect.streamed:
+            if dialect.body.stream:
                 return self._stream(request, reply, dialect.events(reply))
             try:
                 return answer(await unless_left(request, dialect.whole(reply)))

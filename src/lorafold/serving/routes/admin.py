@@ -14,12 +14,12 @@ from pydantic import Field
 
 from lorafold.errors import LorafoldError, cut
 from lorafold.serving.backend import Found
+from lorafold.serving.body import Body
 from lorafold.serving.keys import ADMIN
 from lorafold.serving.refusal import Refusal, wrong
 from lorafold.serving.registry import REASON, Registry, Target
 from lorafold.serving.routes.models import Look
 from lorafold.serving.server import Server, answer
-from lorafold.serving.wire.body import Body
 
 T = TypeVar("T")
 ACTS = ("pin", "unpin", "quarantine")

@@ -10,13 +10,12 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 
 from lorafold.serving.backend import Token
+from lorafold.serving.body import finish
 from lorafold.serving.job import CONTENT, Reply
-from lorafold.serving.next_turn import AllSaid, NextTurn
+from lorafold.serving.next_turn import AllSaid, Chat, NextTurn
 from lorafold.serving.refusal import naming
 from lorafold.serving.routes.completions import Choices
 from lorafold.serving.server import Server
-from lorafold.serving.wire.body import finish
-from lorafold.serving.wire.chat import Chat
 
 
 def routes(app: FastAPI, server: Server) -> None:
@@ -36,8 +35,8 @@ class Answer(Choices):
 
     def __init__(self, server: Server, body: Chat) -> None:
         with naming(body.names):
-            self.turn, self.body = NextTurn(server, body), body
-        super().__init__(self.turn, body.stream, body.names)
+            self.turn = NextTurn(server, body)
+        super().__init__(body, self.turn, body.names)
 
     async def whole(self, reply: Reply) -> dict[str, Any]:
         found = await super().whole(reply)

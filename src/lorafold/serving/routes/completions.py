@@ -15,13 +15,13 @@ from fastapi import FastAPI, Request, Response
 from pydantic import Field
 
 from lorafold.serving.backend import Token
+from lorafold.serving.body import DONE, Body, Completing, Listed, as_json, event, finish
 from lorafold.serving.job import Asked, Prompted, Prompts, Reply
 from lorafold.serving.keys import Caller
+from lorafold.serving.next_turn import Chat
 from lorafold.serving.refusal import Refusal, check_number, wrong
 from lorafold.serving.rendering import Chosen, Renderer
 from lorafold.serving.server import Dialect, Server, answer, unless_left
-from lorafold.serving.wire.body import DONE, Body, Completing, Listed, as_json, event, finish
-from lorafold.serving.wire.chat import Chat
 
 Ids = Listed[int]
 
@@ -198,8 +198,8 @@ class Answer(Choices):
     body: Completion
 
     def __init__(self, server: Server, body: Completion) -> None:
-        self.prompts, self.body = PlainPrompts(server, body), body
-        super().__init__(self.prompts, body.stream)
+        self.prompts = PlainPrompts(server, body)
+        super().__init__(body, self.prompts)
 
     async def choices(self, reply: Reply) -> list[dict[str, Any]]:
         tokens: list[list[Token]] = [[] for _ in reply.jobs]

@@ -15,12 +15,11 @@ from fastapi import FastAPI, Request, Response
 from pydantic import Field
 
 from lorafold.serving.backend import Ended
+from lorafold.serving.body import Body, Listed, event
 from lorafold.serving.job import REASONING, Reply
-from lorafold.serving.next_turn import AllSaid, NextTurn
+from lorafold.serving.next_turn import AllSaid, Chat, NextTurn, chat_of, check_call
 from lorafold.serving.refusal import MESSAGES, naming, unsupported, wrong
 from lorafold.serving.server import Dialect, Server, answer
-from lorafold.serving.wire.body import Body, Listed, event
-from lorafold.serving.wire.chat import Chat, chat_of, check_call
 
 Block = dict[str, Any]
 NAMES = {"stop": "stop_sequences", "response_format": "output_config.format"}
@@ -156,10 +155,11 @@ def turned(server: Server, body: CountTokens) -> tuple[NextTurn, dict[str, str]]
 class Answer(Dialect):
     """A turn as messages have it."""
 
+    body: Ask
+
     def __init__(self, server: Server, body: Ask) -> None:
         self.turn, names = turned(server, body)
-        self.body = body
-        super().__init__(self.turn, body.stream, names)
+        super().__init__(body, self.turn, names)
 
     async def whole(self, reply: Reply) -> dict[str, Any]:
         """The whole answer."""

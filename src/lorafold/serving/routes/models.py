@@ -21,11 +21,11 @@ from fastapi import FastAPI, Request, Response
 
 from lorafold.errors import STOPS
 from lorafold.serving.backend import Found
+from lorafold.serving.body import event
 from lorafold.serving.keys import Caller
 from lorafold.serving.metrics import state_of
 from lorafold.serving.refusal import Refusal
 from lorafold.serving.server import Server, answer, authorization, record_of
-from lorafold.serving.wire.body import event
 
 K = TypeVar("K")
 log = logging.getLogger(__name__)

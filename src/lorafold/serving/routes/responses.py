@@ -15,12 +15,11 @@ from pydantic import Field
 
 from lorafold.data.messages import without_nulls
 from lorafold.serving.backend import Token
+from lorafold.serving.body import Body, Listed, StreamOptions, event, new_id
 from lorafold.serving.job import CONTENT, REASONING, Reply
-from lorafold.serving.next_turn import AllSaid, NextTurn
+from lorafold.serving.next_turn import AllSaid, Chat, NextTurn, chat_of, check_call
 from lorafold.serving.refusal import naming, wrong
 from lorafold.serving.server import Dialect, Server, answer
-from lorafold.serving.wire.body import Body, Listed, StreamOptions, event, new_id
-from lorafold.serving.wire.chat import Chat, chat_of, check_call
 
 Item = dict[str, Any]
 PARTS = ("input_text", "output_text", "text", "reasoning_text")
@@ -152,10 +151,12 @@ def turned(server: Server, body: InputTokens) -> tuple[NextTurn, dict[str, str]]
 class Answer(Dialect):
     """A turn as responses have it."""
 
+    body: Respond
+
     def __init__(self, server: Server, body: Respond) -> None:
         self.turn, names = turned(server, body)
-        super().__init__(self.turn, body.stream, names)
-        self.body, self._number = body, 0
+        super().__init__(body, self.turn, names)
+        self._number = 0
         self._unsaid: list[Token] = []  # of a message, whose text is not yet there
 
     async def whole(self, reply: Reply) -> dict[str, Any]:
