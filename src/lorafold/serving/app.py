@@ -346,10 +346,7 @@ def bounded(limits: Limits) -> type[HttpToolsProtocol]:
 
         def _trim(self) -> None:
             if not trims or trims[-1].when() < self.loop.time():
-                trims[:] = [self.loop.call_later(1, self._give_back)]
-
-        def _give_back(self) -> None:
-            self.loop.run_in_executor(None, give_back)
+                trims[:] = [self.loop.call_later(1, self.loop.run_in_executor, None, give_back)]
 
         def _refuse(self, status: int, code: str, told: str) -> None:
             """Close the connection, with an answer if a request has begun that has none yet."""

@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Literal
 
 from lorafold.engine import Ended, Request, Sampling, Token
+from lorafold.engine.request import NUMBERS
 from lorafold.engine.row import Text
 from lorafold.engine.sampler import NOT_FINITE, guidance
 from lorafold.serving.json_file import Strict
 
 __all__ = [
-    "LOST", "NOT_FINITE", "Backend", "Ended", "Found", "News", "Request", "Sampling", "States",
-    "Text", "Token", "Until", "guidance",
+    "LOST", "NOT_FINITE", "NUMBERS", "Backend", "Ended", "Found", "News", "Request", "Sampling",
+    "States", "Text", "Token", "Until", "guidance",
 ]  # fmt: skip
 
 LOST = "the engine stopped"  # the message of an end, as NOT_FINITE is one

@@ -15,7 +15,7 @@ from pydantic import FailFast, Field, ValidationError
 from pydantic_core import from_json, to_json
 
 from lorafold.errors import LorafoldError
-from lorafold.serving.backend import Ended, Sampling
+from lorafold.serving.backend import NUMBERS, Ended, Sampling
 from lorafold.serving.json_file import Strict
 from lorafold.serving.refusal import Refusal, unsupported, wrong
 
@@ -30,9 +30,7 @@ NEUTRAL = {
 DONE = b"data: [DONE]\n\n"
 PIECE = 16384  # elements of a list that are written at a time
 ENTRIES = 8192  # of an object in a field; each may be an error of its own
-SAMPLING = (
-    "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
-)  # fmt: skip
+
 
 
 E = TypeVar("E")
@@ -93,7 +91,7 @@ class Completing(Body):
             biases = {int(token): value for token, value in self.logit_bias.items()}
         except ValueError:
             raise wrong("logit_bias", "found a key that is no token, expected numbers") from None
-        given = {name: getattr(self, name) for name in SAMPLING}
+        given = {name: getattr(self, name) for name in NUMBERS}
         try:
             return Sampling(
                 **given, top_k=max(0, self.top_k), logit_bias=biases, stop=self.stops, **more

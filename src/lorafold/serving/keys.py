@@ -137,7 +137,7 @@ class Keys:
         """Who sent a request with this header. Raises Refusal for a key that is not known, or that
         has expired.
         """
-        hashed = _hash(_bearer(authorization))
+        hashed = _sent(authorization)
         if self._is_admin(hashed):
             return Caller(ADMIN)
         if self.file is None:
@@ -157,7 +157,7 @@ class Keys:
         if not self._admin:
             told = "administration is closed: the server has no --admin-key-file"
             raise Refusal(403, "admin_closed", told)
-        if not self._is_admin(_hash(_bearer(authorization))):
+        if not self._is_admin(_sent(authorization)):
             raise Refusal(401, "invalid_api_key", "found no key for administration, expected it")
         return Caller(ADMIN)
 
@@ -167,7 +167,7 @@ class Keys:
         """
         if self.file is None and not self._metrics:
             return
-        hashed = _hash(_bearer(authorization))
+        hashed = _sent(authorization)
         if not hmac.compare_digest(self._metrics or "-" * 64, hashed):
             if not (self._admin or self._metrics):
                 told = "the metrics are closed: the server has no --metrics-key-file"
@@ -260,9 +260,10 @@ def _own(file: Path | None) -> str:
     return _hash(key)
 
 
-def _bearer(authorization: str | None) -> str:
+def _sent(authorization: str | None) -> str:
+    """The hash of the key in a header."""
     scheme, _, key = (authorization or "").partition(" ")
-    return key.strip() if scheme.lower() == "bearer" else ""
+    return _hash(key.strip() if scheme.lower() == "bearer" else "")
 
 
 class Tally(Strict, frozen=False):

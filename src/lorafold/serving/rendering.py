@@ -87,7 +87,7 @@ class Tokens:
             found[i], unwritten = piece[unwritten:], max(0, unwritten - len(piece))
         return found
 
-    def chat(self, tokens: Sequence[Token], top: int) -> dict[str, Any]:
+    def chat(self, tokens: Sequence[Token], top: int) -> list[dict[str, Any]]:
         """Log probabilities as chat completions have them.
 
         Args:
@@ -99,12 +99,10 @@ class Tokens:
                 "token": self.text(token), "logprob": logprob, "bytes": list(self.bytes(token)),
             }  # fmt: skip
 
-        return {
-            "content": [
-                one(t.token, t.logprob or 0.0) | {"top_logprobs": [one(*x) for x in t.top[:top]]}
-                for t in tokens
-            ]
-        }
+        return [
+            one(t.token, t.logprob or 0.0) | {"top_logprobs": [one(*x) for x in t.top[:top]]}
+            for t in tokens
+        ]
 
     def legacy(self, tokens: Sequence[Token], top: int, offset: int) -> dict[str, Any]:
         """Log probabilities as completions have them.

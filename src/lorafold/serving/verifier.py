@@ -20,8 +20,8 @@ import logging
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pydantic import Field
@@ -292,7 +292,7 @@ def _largest_rank(spec: Spec) -> int:
 
 
 class Sweep:
-    """The threads that do it.
+    """A thread that looks what there is to verify, again and again, and those that verify it.
 
     Args:
         names: gives the names that there are to verify.
@@ -305,25 +305,19 @@ class Sweep:
         save: Callable[[], None],
     ) -> None:
         self._names, self._verify, self._save = names, verify, save
-        self._left: deque[str] = deque()
-        self._busy = 0
-        self._changed, self._closing = threading.Condition(), threading.Event()
-        self._threads: list[threading.Thread] = []
+        self._closing, self._idle = threading.Event(), threading.Event()
+        self._idle.set()
+        self._pool = ThreadPoolExecutor(SIDE_BY_SIDE, "lorafold-verifying", initializer=alone)
+        self._thread = threading.Thread(None, self._run, "lorafold-sweep", daemon=True)
 
     def begin(self) -> None:
         """Begin with what there is now."""
-        self._left.extend(sorted(self._names()))
-        for at in range(SIDE_BY_SIDE):
-            thread = threading.Thread(
-                None, self._run, f"lorafold-verifying-{at}", (at == 0,), daemon=True
-            )
-            thread.start()
-            self._threads.append(thread)
+        self._idle.clear()
+        self._thread.start()
 
     def settled(self, timeout: float | None = None) -> bool:
         """Wait until nothing is left to verify; False if that takes longer than so many seconds."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not (self._left or self._busy), timeout)
+        return self._idle.wait(timeout)
 
     def end(self) -> None:
         """Begin with no other one."""
@@ -332,51 +326,36 @@ class Sweep:
     def close(self) -> None:
         """End the threads, after what they do now."""
         self.end()
-        for thread in self._threads:
-            thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
+        self._pool.shutdown()
 
-    def _run(self, watching: bool) -> None:
-        alone()
-        self._sweep()
-        saved = time.monotonic()
-        while watching and not self._closing.wait(LOOK):
-            try:
-                new = sorted(self._names())
-            except Exception:
-                log.exception("the directory can't be read")
-                continue
-            with self._changed:
-                self._left.extend(new)
-            self._sweep()
-            if time.monotonic() - saved > SAVE:
-                saved = time.monotonic()
-                self._kept()
-
-    def _kept(self) -> None:
-        try:
-            self._save()
-        except Exception:
-            log.exception("what was verified can't be kept")
-
-    def _sweep(self) -> None:
-        begun, n = time.monotonic(), 0
+    def _run(self) -> None:
+        saved, n = time.monotonic(), 0
         while not self._closing.is_set():
-            with self._changed:
-                if not self._left:
-                    break
-                name = self._left.popleft()
-                self._busy += 1
             try:
-                self._verify(name)
-                n += 1
-            except Busy as error:
-                log.warning("%s", error)
+                begun, names = time.monotonic(), sorted(self._names())
+                if names:
+                    self._idle.clear()
+                    n = sum(self._pool.map(self._verified, names))
+                    log.info("%d adapters looked at in %.1f s", n, time.monotonic() - begun)
+                if n or time.monotonic() - saved > SAVE:
+                    saved, n = time.monotonic(), 0
+                    self._save()
             except Exception:
-                log.exception("%s can't be verified", name)
-            finally:
-                with self._changed:
-                    self._busy -= 1
-                    self._changed.notify_all()
-        if n:
-            self._kept()
-            log.info("%d adapters looked at in %.1f s", n, time.monotonic() - begun)
+                log.exception("the adapters can't be looked at, or what was found not be kept")
+            self._idle.set()
+            self._closing.wait(LOOK)
+
+    def _verified(self, name: str) -> bool:
+        """Verify an adapter, and return whether that was possible now."""
+        try:
+            if self._closing.is_set():
+                return False
+            self._verify(name)
+            return True
+        except Busy as error:
+            log.warning("%s", error)
+        except Exception:
+            log.exception("%s can't be verified", name)
+        return False

@@ -85,4 +85,4 @@ class Answer(Choices):
 
     def _logprobs(self, reply: Reply, tokens: list[Token]) -> dict[str, Any] | None:
         top, shown = self.body.top_logprobs or 0, reply.prompted.chosen.renderer.shown
-        return shown.chat(tokens, top) if self.body.logprobs else None
+        return {"content": shown.chat(tokens, top)} if self.body.logprobs else None

@@ -216,10 +216,8 @@ class Answer(Dialect):
         return new
 
     def _logprobs(self, reply: Reply, tokens: list[Token]) -> list[Any]:
-        if not self.body.logprobs:
-            return []
-        found = reply.prompted.chosen.renderer.shown.chat(tokens, self.body.top_logprobs)["content"]
-        return list(found)
+        shown = reply.prompted.chosen.renderer.shown
+        return shown.chat(tokens, self.body.top_logprobs) if self.body.logprobs else []
 
     def _closed(self, reply: Reply, items: list[Item]) -> Iterator[bytes]:
         """End the last item, if there is one."""
