@@ -21,9 +21,8 @@ import pytest
 import lorafold as lf
 from conftest import lorafold
 from lorafold.errors import LorafoldError
-from lorafold.serving.json_file import kept
 from lorafold.serving.registry import STATE, ServerState
-from lorafold.serving.settings import read_settings
+from lorafold.serving.settings import kept, read_settings
 from serving_cases import saved
 
 HARD = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

@@ -200,26 +200,21 @@ class SlotRunner(Runner):
     def forward(self, rows: Sequence[Row], counts: Sequence[int]) -> Tensor:
         held = together(rows[0])
         decoding = max(counts) == 1
+        at: slice | list[int]
         if decoding and held is None and not self.single:
             last = self.slots if self.each else max(row.slot for row in rows) + 1
-            at = slice(0, last)
-            taken: list[Row | None] = [None] * last
-            for row in rows:
-                taken[row.slot] = row
+            by_slot, at, ns = {row.slot: row for row in rows}, slice(0, last), [1] * last
+            taken = [by_slot.get(slot) for slot in range(last)]
             starts = [
                 self.kept.length(slot) if r is None else r.filled
                 for slot, r in enumerate(self.rows[:last])
             ]
-            ns = [1] * last
         else:
-            order = sorted(range(len(rows)), key=lambda i: rows[i].slot)
-            taken = [rows[i] for i in order]
-            ns = [counts[i] for i in order]
-            first = rows[order[0]].slot
-            follow = all(rows[i].slot == first + k for k, i in enumerate(order))
-            own = [rows[i].slot for i in order]
-            at = slice(first, first + len(rows)) if follow else own  # type: ignore[assignment]
-            starts = [rows[i].filled for i in order]
+            ordered = sorted(zip(rows, counts, strict=True), key=lambda one: one[0].slot)
+            taken, ns = [row for row, _ in ordered], [n for _, n in ordered]
+            starts, own = [row.filled for row, _ in ordered], [row.slot for row, _ in ordered]
+            first, behind = own[0], own[0] + len(own)
+            at = slice(first, behind) if own == [*range(first, behind)] else own
         width = self.chunk if self.each and not decoding else max(ns)
         width = max(width, min(self.chunk, -(-self._least(held) // len(taken))))
         # one arithmetic, however many rows there are

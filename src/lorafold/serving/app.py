@@ -37,7 +37,7 @@ from lorafold.serving import logs
 from lorafold.serving.body import Body
 from lorafold.serving.next_turn import Chat
 from lorafold.serving.refusal import Refusal, wrong
-from lorafold.serving.routes import admin, chat, completions, messages, models, page, responses
+from lorafold.serving.routes import admin, completions, messages, models, page, responses
 from lorafold.serving.server import (
     Record,
     Server,
@@ -92,7 +92,7 @@ def application(server: Server) -> FastAPI:
 
     app = FastAPI(title="lorafold", lifespan=running, openapi_url=None, redirect_slashes=False)
     for routes in (
-        chat.routes, completions.routes, responses.routes, messages.routes, models.routes,
+        completions.routes, responses.routes, messages.routes, models.routes,
         completions.tokens, admin.routes, operations, page.routes,
     ):  # fmt: skip
         routes(app, server)

@@ -23,7 +23,7 @@ from lorafold.engine import Ended, Request, Sampling, Token
 from lorafold.engine.request import NUMBERS
 from lorafold.engine.row import Text
 from lorafold.engine.sampler import NOT_FINITE, guidance
-from lorafold.serving.json_file import Strict
+from lorafold.serving.settings import Strict
 
 __all__ = [
     "LOST", "NOT_FINITE", "NUMBERS", "Backend", "Ended", "Found", "News", "Request", "Sampling",

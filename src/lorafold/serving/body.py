@@ -16,8 +16,8 @@ from pydantic_core import from_json, to_json
 
 from lorafold.errors import LorafoldError
 from lorafold.serving.backend import NUMBERS, Ended, Sampling
-from lorafold.serving.json_file import Strict
 from lorafold.serving.refusal import Refusal, unsupported, wrong
+from lorafold.serving.settings import Strict
 
 HARMLESS = {
     "user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key",

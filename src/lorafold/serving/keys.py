@@ -39,8 +39,8 @@ from pydantic import AwareDatetime, BeforeValidator, Field, NonNegativeInt, Posi
 
 from lorafold.errors import LorafoldError, why_unread
 from lorafold.files.atomic import write_text
-from lorafold.serving.json_file import Strict, content_of, kept, parsed, read
 from lorafold.serving.refusal import Refusal
+from lorafold.serving.settings import Strict, content_of, kept, parsed, read
 
 log = logging.getLogger(__name__)
 TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")

@@ -35,10 +35,10 @@ from lorafold.files.atomic import write_text
 from lorafold.peft.own_base import OwnBase
 from lorafold.serving.backend import Backend, Found
 from lorafold.serving.directory import NAME, Directory
-from lorafold.serving.json_file import Strict, kept
 from lorafold.serving.keys import Caller
 from lorafold.serving.refusal import Refusal, wrong
 from lorafold.serving.rendering import Chosen
+from lorafold.serving.settings import Strict, kept
 from lorafold.serving.verifier import Sweep, Verifier
 
 V = TypeVar("V")

@@ -47,8 +47,8 @@ from lorafold.peft.stack import not_found, parse
 from lorafold.screening.screen import Screen, Verified
 from lorafold.serving.backend import Backend, Found
 from lorafold.serving.directory import Directory
-from lorafold.serving.json_file import Strict, read
 from lorafold.serving.rendering import Renderer, Renderers
+from lorafold.serving.settings import Strict, read
 
 log = logging.getLogger(__name__)
 OVERS = 16  # adapters below one
@@ -331,16 +331,16 @@ class Sweep:
         self._pool.shutdown()
 
     def _run(self) -> None:
-        saved, n = time.monotonic(), 0
+        saved = time.monotonic()
         while not self._closing.is_set():
             try:
                 begun, names = time.monotonic(), sorted(self._names())
                 if names:
                     self._idle.clear()
-                    n = sum(self._pool.map(self._verified, names))
+                if n := sum(self._pool.map(self._verified, names)):
                     log.info("%d adapters looked at in %.1f s", n, time.monotonic() - begun)
                 if n or time.monotonic() - saved > SAVE:
-                    saved, n = time.monotonic(), 0
+                    saved = time.monotonic()
                     self._save()
             except Exception:
                 log.exception("the adapters can't be looked at, or what was found not be kept")
