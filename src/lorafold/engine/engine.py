@@ -378,11 +378,9 @@ class Engine:
     def _choose(self, rows: list[tuple[int, Row]], logits_BV: Tensor) -> None:
         for _, row in rows:
             self._guarded(row, row.show_prompt)
-        rows = [(b, row) for b, row in rows if row.stream.ended is None]
-        for _, row in rows:
-            if not row.request.max_new_tokens:
+            if row.stream.ended is None and not row.request.max_new_tokens:
                 self._end(row, "length")
-        rows = [(b, row) for b, row in rows if row.request.max_new_tokens]
+        rows = [(b, row) for b, row in rows if row.stream.ended is None]
         choices = chosen([row.sampler for _, row in rows], picked(logits_BV, [b for b, _ in rows]))
         for (_, row), choice in zip(rows, choices, strict=True):
 

@@ -115,10 +115,7 @@ class Residency:
                 return self._start(known)
             entry = KnownAdapter(name, Path(path), found, next(self._generations))
             self._states[entry] = State(references=1)  # until it has its name
-            future = self._start(entry)
-        done: Future[None] = Future()
-        future.add_done_callback(lambda f: self._name(entry, f, done))
-        return done
+            return self._start(entry, naming=True)
 
     def know(self, name: str, path: str | Path, stack: Sequence[Verified]) -> None:
         """Make an adapter known without reading it, which a request will.
@@ -127,9 +124,8 @@ class Residency:
             stack: what is read for it must be this, as `KnownAdapter` has it.
         """
         with self._lock:
-            self._put(
-                KnownAdapter(name, Path(path), tuple(stack), next(self._generations)), State()
-            )
+            entry = KnownAdapter(name, Path(path), tuple(stack), next(self._generations))
+            self._put(entry, State())
 
     def adopt(self, name: str, make: Callable[[KnownAdapter], LoadedAdapter]) -> None:
         """Make an adapter without files known under a name; it stays in memory until `unload`."""
@@ -287,17 +283,20 @@ class Residency:
         if old is not None:
             self._forget(old)
 
-    def _start(self, entry: KnownAdapter, reserve: bool = False) -> Future[None]:
+    def _start(
+        self, entry: KnownAdapter, reserve: bool = False, naming: bool = False
+    ) -> Future[None]:
         state = self._states[entry]
         state.reserved |= reserve and state.held is None
         if state.future is None and state.held is None:
             state.error = None
-            state.future = self._worker.submit(self._work, entry)
+            state.future = self._worker.submit(self._work, entry, naming)
         done: Future[None] = Future()
         done.set_result(None)
         return state.future or done
 
-    def _work(self, entry: KnownAdapter) -> None:
+    def _work(self, entry: KnownAdapter, naming: bool) -> None:
+        """Read an adapter, and let its name stand for it, if that is what it is read for."""
         state = self._states[entry]
         try:
             held = self._read(entry)
@@ -312,16 +311,20 @@ class Residency:
                         f"adapter {entry.name!r}: found {held.nbytes:,} bytes, expected at most"
                         f" {self.budget:,} in all, with those that are pinned"
                     )
+                old = self._names.get(entry.name)
+                if naming and (old is None or old.generation < entry.generation):
+                    self._put(entry, state)
         except Exception as error:
             known = isinstance(error, LorafoldError)
             told = error if known else LorafoldError(f"adapter {entry.name!r}: {error}")
             with self._lock:
-                state.error = told if state.references else None  # type: ignore[assignment]
+                wanted = state.references and not naming
+                state.error = told if wanted else None  # type: ignore[assignment]
             raise told from None
         finally:
             with self._lock:
                 state.future = None
-                self._forget(entry)
+                (self.unbind if naming else self._forget)(entry)
             self._changed()
 
     def _make_room(self, nbytes: int) -> bool:
@@ -343,20 +346,6 @@ class Residency:
         pinned = entry.name in self._pinned and self._names.get(entry.name) == entry
         pinned |= entry.path is None  # it could not be read again
         return state.held is not None and not (state.leases or state.reserved or pinned)
-
-    def _name(self, entry: KnownAdapter, future: Future[None], done: Future[None]) -> None:
-        error = future.exception()
-        with self._lock:
-            old = self._names.get(entry.name)
-            if error is None and (old is None or old.generation < entry.generation):
-                self._names[entry.name] = entry
-            else:
-                self._states[entry].error = None
-            if old is not None and error is None:
-                self._forget(old)
-            self.unbind(entry)
-        self._changed()
-        done.set_exception(error) if error else done.set_result(None)
 
     def _forget(self, entry: KnownAdapter) -> None:
         """Drop an entry that no name stands for and nothing refers to."""

@@ -15,15 +15,13 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorafold.engine import Ended, Engine, EngineSettings, Request, Stream, Token
 from lorafold.engine.adapters import KnownAdapter, Verified
 from lorafold.serving.backend import LOST, Backend, Found, News, States, Until
 from lorafold.serving.settings import Settings
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 WATCH = 0.25  # seconds between two looks at the thread

@@ -317,14 +317,13 @@ class Spent:
     def check(self, caller: Caller) -> None:
         """Raise Refusal if the caller's tenant was given all that the key allows."""
         found, now = self._found.tenants.get(caller.tenant, Tenant()), self._now()
-        for code, what, most, count, seconds in (
-            ("token_limit_day", "day", caller.limits.tokens_per_day, found.day, DAY),
-            ("token_limit_minute", "minute", caller.limits.tokens_per_minute, found.minute, MINUTE),
-        ):
+        for what, seconds in (("day", DAY), ("minute", MINUTE)):
+            most = getattr(caller.limits, f"tokens_per_{what}")
+            count: Tally = getattr(found, what)
             if most is not None and count.at == now // seconds and count.tokens >= most:
                 told = f"{count.tokens:,} tokens were used this {what}, the key allows {most:,}"
-                left = math.ceil((count.at + 1) * seconds - now)
-                raise Refusal(429, code, told, retry_after=max(1, left))
+                left = max(1, math.ceil((count.at + 1) * seconds - now))
+                raise Refusal(429, f"token_limit_{what}", told, retry_after=left)
 
     async def keep(self) -> None:
         """Write the file again and again."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 from bisect import bisect_left
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -182,17 +182,36 @@ def chat_of(
         raise found.sent_as(names) from None
 
 
-def check_call(function: Mapping[str, Any], where: str, arguments: str = "arguments") -> None:
-    """Raise Refusal for a call that is none.
+def call_of(
+    id: Any, name: Any, arguments: Any, where: str, field: str = "arguments"
+) -> dict[str, Any]:
+    """A call in OpenAI's form. Raises Refusal for one that is none.
 
     Args:
-        function: its name and its arguments, in OpenAI's form.
         where: where it stands in the request.
-        arguments: the name of the arguments there.
+        field: the name of the arguments there.
     """
+    function = {"name": name, "arguments": arguments}
     for problem in call_problems("calls", [function]):
-        field, _, told = problem.removeprefix("field calls[0].").partition(": ")
-        raise wrong(f"{where}.{arguments if field == 'arguments' else field}", told)
+        found, _, told = problem.removeprefix("field calls[0].").partition(": ")
+        raise wrong(f"{where}.{field if found == 'arguments' else found}", told)
+    return {"id": str(id), "type": "function", "function": function}
+
+
+def text_of(parts: Sequence[Any], kinds: Collection[str], where: str, told: str) -> str:
+    """Parts of text joined. Raises Refusal for any other part.
+
+    Args:
+        kinds: the types of parts that are texts.
+        where: where they stand in the request; `{}` is the number of one.
+        told: what is said of another one; `{}` is its type.
+    """
+    for i, part in enumerate(parts):
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind not in kinds or not isinstance(part.get("text"), str):
+            raise wrong(where.format(i), told.format(f"{kind!r:.80}"))
+    return "".join(part["text"] for part in parts)
+
 
 
 def shortened(messages: list[Message], fits: Callable[[list[Message]], bool]) -> list[Message]:

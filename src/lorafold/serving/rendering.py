@@ -11,8 +11,9 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from lorafold.data.calls import parse_calls
@@ -32,9 +33,6 @@ from lorafold.screening.screen import Screen
 from lorafold.serving.backend import Text, Token
 from lorafold.serving.refusal import Refusal, wrong
 from lorafold.serving.schema import Compiles, check, held
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # in the text of a part of a character
 BYTE = re.compile("<0x([0-9A-F]{2})>")  # as SentencePiece writes a token of one byte

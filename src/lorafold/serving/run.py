@@ -20,9 +20,10 @@ from collections.abc import Callable, Iterator
 from hashlib import sha256
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import uvicorn
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorafold.core.anatomy import bare_modules
 from lorafold.data.allowed_tokens import allow
@@ -49,10 +50,6 @@ from lorafold.serving.server import Server
 from lorafold.serving.settings import Settings
 from lorafold.serving.verifier import Seen, Verifier
 
-if TYPE_CHECKING:
-    from rich.console import Console
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 # what an adapter that was verified once is known for, beside its files and the base
 ROOMS = (
     "adapter", "bases", "core", "data", "engine", "files", "identity", "methods", "models", "ops",
@@ -66,7 +63,7 @@ PACKAGES = ("safetensors", "tokenizers", "torch", "transformers")
 
 
 # what loads a base and its tokenizer
-Load = Callable[[Base], tuple["PreTrainedModel", "PreTrainedTokenizerBase"]]
+Load = Callable[[Base], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
 
 def listening(settings: Settings) -> socket.socket:

@@ -17,7 +17,7 @@ from pydantic import Field
 from lorafold.serving.backend import Ended
 from lorafold.serving.body import Body, Listed, event
 from lorafold.serving.job import REASONING, Reply
-from lorafold.serving.next_turn import AllSaid, Chat, NextTurn, chat_of, check_call
+from lorafold.serving.next_turn import AllSaid, Chat, NextTurn, call_of, chat_of, text_of
 from lorafold.serving.refusal import MESSAGES, naming, unsupported, wrong
 from lorafold.serving.server import Dialect, Server, answer
 
@@ -33,6 +33,7 @@ BLOCKS = {
     "tool_result": {"tool_use_id", "content", "is_error"} | HINTS,
     "thinking": {"thinking", "signature"} | HINTS,
 }
+NO_TEXT = "found a block of type {}, expected text"
 ABOUT = ("max_tokens", "temperature", "top_p", "top_k", "stream")  # of a chat, too
 STOPS = {"end": "end_turn", "length": "max_tokens", "stop": "stop_sequence"}
 # of each kind of block: the type of what is added to it, and the field that grows
@@ -266,7 +267,8 @@ def _turn(role: str, content: Any, where: str, names: dict[str, str]) -> Iterato
         if isinstance(kind, str) and kind in BLOCKS:
             _known(block, BLOCKS[kind], at)
         if kind == "text":
-            said["content"] = said.get("content", "") + _text([block], where, i)
+            text = text_of([block], ("text",), at, NO_TEXT)
+            said["content"] = said.get("content", "") + text
         elif kind == "tool_result" and role == "user":
             if said:
                 yield {"role": role} | said
@@ -275,11 +277,9 @@ def _turn(role: str, content: Any, where: str, names: dict[str, str]) -> Iterato
             told = {"tool_call_id": id, "name": names.get(id, "")}
             yield {"role": "tool"} | told | {"content": _text(found, f"{at}.content")}
         elif kind == "tool_use" and role == "assistant":
-            id, name = str(block.get("id")), block.get("name")
-            function = {"name": name, "arguments": block.get("input")}
-            check_call(function, at, "input")
-            names[id] = str(name)
-            call = {"id": id, "type": "function", "function": function}
+            name = block.get("name")
+            call = call_of(block.get("id"), name, block.get("input"), at, "input")
+            names[call["id"]] = str(name)
             said.setdefault("tool_calls", []).append(call)
         elif kind == "thinking" and role == "assistant":
             said["reasoning_content"] = block.get("thinking")
@@ -299,17 +299,13 @@ def _tool(tool: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {"type": "function", "function": function | told}
 
 
-def _text(content: Any, where: str, first: int = 0) -> str:
+def _text(content: Any, where: str) -> str:
     """A text, or blocks of text joined."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
         raise wrong(where, "expected text or a list of blocks")
-    for i, block in enumerate(content, first):
-        kind = block.get("type") if isinstance(block, Mapping) else None
-        if kind != "text" or not isinstance(block.get("text"), str):
-            raise wrong(f"{where}[{i}]", f"found a block of type {kind!r:.80}, expected text")
-    return "".join(block["text"] for block in content)
+    return text_of(content, ("text",), where + "[{}]", NO_TEXT)
 
 
 def _known(given: Mapping[str, Any], keys: set[str], where: str) -> None:

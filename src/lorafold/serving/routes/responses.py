@@ -6,7 +6,7 @@ Nothing is kept between requests, so that fields that name an earlier response a
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from lorafold.data.messages import without_nulls
 from lorafold.serving.backend import Token
 from lorafold.serving.body import Body, Listed, StreamOptions, event, new_id
 from lorafold.serving.job import CONTENT, REASONING, Reply
-from lorafold.serving.next_turn import AllSaid, Chat, NextTurn, chat_of, check_call
+from lorafold.serving.next_turn import AllSaid, Chat, NextTurn, call_of, chat_of, text_of
 from lorafold.serving.refusal import naming, wrong
 from lorafold.serving.server import Dialect, Server, answer
 
@@ -357,12 +357,10 @@ def _messages(items: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]
             text = _text(item.get("content"), f"input[{i}].content")
             yield f"input[{i}]", {"role": item.get("role"), "content": text}
         elif kind == "function_call":
-            name, id = item.get("name"), str(item.get("call_id"))
-            names[id] = str(name)
-            function = {"name": name, "arguments": item.get("arguments")}
-            check_call(function, f"input[{i}]")
-            calls = turn.setdefault("tool_calls", [])
-            calls.append({"id": id, "type": "function", "function": function})
+            name, id = item.get("name"), item.get("call_id")
+            call = call_of(id, name, item.get("arguments"), f"input[{i}]")
+            names[call["id"]] = str(name)
+            turn.setdefault("tool_calls", []).append(call)
         elif kind == "function_call_output":
             id = str(item.get("call_id"))
             text = _text(item.get("output"), f"input[{i}].output")
@@ -383,8 +381,4 @@ def _text(content: Any, where: str) -> Any:
     """Parts of text joined; what is no list is checked as a message is."""
     if not isinstance(content, list):
         return content
-    for i, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind not in PARTS or not isinstance(part.get("text"), str):
-            raise wrong(f"{where}[{i}]", f"found a part of type {kind!r}, expected text alone")
-    return "".join(part["text"] for part in content)
+    return text_of(content, PARTS, where + "[{}]", "found a part of type {}, expected text alone")
