@@ -31,27 +31,6 @@ AT_ONCE = 32  # tokens whose log probabilities over the vocabulary are in memory
 Score = tuple[float, tuple[tuple[int, float], ...]]
 
 
-def scored(logits_TV: Tensor, tokens: Sequence[int], k: int) -> list[Score]:
-    """The score of each token.
-
-    Args:
-        logits_TV: the logits in whose place each token stands.
-        tokens: as many tokens.
-        k: how many of the most likely ones each has beside it.
-    """
-    found: list[Score] = []
-    for logits_nV in logits_TV.split(AT_ONCE):
-        own = tokens[len(found) : len(found) + len(logits_nV)]
-        logp_nV = torch.log_softmax(logits_nV.float(), -1)
-        ids_n1 = torch.tensor(own, device=logp_nV.device)[:, None]
-        logprobs = logp_nV.gather(1, ids_n1)[:, 0].tolist()
-        best = logp_nV.topk(k)
-        tops = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        pairs = [tuple(zip(*top, strict=True)) for top in tops]
-        found += zip(logprobs, pairs, strict=True)
-    return found
-
-
 class Row:
     """One request: its tokens, how many of them the cache holds, its adapter and its slot.
 
@@ -117,10 +96,16 @@ class Row:
         Args:
             logits_TV: the logits in whose place they stand.
         """
-        first = self.filled + 1
-        tokens = self.tokens[first : first + len(logits_TV)]
-        k = self.request.prompt_logprobs or 0
-        self.scores[self.filled :] = scored(logits_TV, tokens, k)
+        del self.scores[self.filled :]
+        for logits_nV in logits_TV.split(AT_ONCE):
+            first = len(self.scores) + 1
+            own = self.tokens[first : first + len(logits_nV)]
+            logp_nV = torch.log_softmax(logits_nV.float(), -1)
+            ids_n1 = torch.tensor(own, device=logp_nV.device)[:, None]
+            best = logp_nV.topk(self.request.prompt_logprobs or 0)
+            tops = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            pairs = [tuple(zip(*top, strict=True)) for top in tops]
+            self.scores += zip(logp_nV.gather(1, ids_n1)[:, 0].tolist(), pairs, strict=True)
 
     def show_prompt(self) -> None:
         """Put the scores of the prompt, if they are wanted. Raises NotFinite."""
@@ -221,22 +206,10 @@ class Text:
         if found:
             self.stopped, text, self._held = True, text[: min(found)], ""
         else:
-            n = 0 if last else self._may_begin(text)
+            n = 0 if last else may_begin(text, self._stop)
             text, self._held = text[: len(text) - n], text[len(text) - n :]
         self.text += text
         return text
-
-    def _may_begin(self, text: str) -> int:
-        """How many characters at the end of the text may be the beginning of a stop text."""
-        longest = max(map(len, self._stop), default=1) - 1
-        return next(
-            (
-                n
-                for n in range(min(longest, len(text)), 0, -1)
-                if any(stop.startswith(text[len(text) - n :]) for stop in self._stop)
-            ),
-            0,
-        )
 
     def _decode(self, ids: list[int]) -> str:
         return str(
@@ -244,3 +217,10 @@ class Text:
                 ids, skip_special_tokens=not self._special, clean_up_tokenization_spaces=False
             )
         )
+
+
+def may_begin(text: str, marks: Sequence[str]) -> int:
+    """How many characters at the end of a text may be the beginning of one of some marks."""
+    longest = min(max(map(len, marks), default=1) - 1, len(text))
+    ends = range(longest, 0, -1)
+    return next((n for n in ends if any(mark.startswith(text[-n:]) for mark in marks)), 0)

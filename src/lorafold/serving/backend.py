@@ -21,13 +21,13 @@ from typing import Literal
 
 from lorafold.engine import Ended, Request, Sampling, Token
 from lorafold.engine.request import NUMBERS
-from lorafold.engine.row import Text
+from lorafold.engine.row import Text, may_begin
 from lorafold.engine.sampler import NOT_FINITE, guidance
 from lorafold.serving.settings import Strict
 
 __all__ = [
     "LOST", "NOT_FINITE", "NUMBERS", "Backend", "Ended", "Found", "News", "Request", "Sampling",
-    "States", "Text", "Token", "Until", "guidance",
+    "States", "Text", "Token", "Until", "guidance", "may_begin",
 ]  # fmt: skip
 
 LOST = "the engine stopped"  # the message of an end, as NOT_FINITE is one

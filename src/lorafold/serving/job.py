@@ -27,7 +27,7 @@ from lorafold.data.grammar import grammar_of, special_words
 from lorafold.data.messages import Tool
 from lorafold.data.reasoning import block_of
 from lorafold.errors import LorafoldError
-from lorafold.serving.backend import LOST, NOT_FINITE, Ended, Request, Sampling, Token
+from lorafold.serving.backend import LOST, NOT_FINITE, Ended, Request, Sampling, Token, may_begin
 from lorafold.serving.body import Completing
 from lorafold.serving.refusal import FIELDS, Refusal, wrong
 from lorafold.serving.rendering import Chosen, Renderer
@@ -276,10 +276,7 @@ class PartReader:
         if not mark:
             self._held = ""
             return text
-        n = next(
-            (n for n in range(min(len(mark) - 1, len(text)), 0, -1) if mark.startswith(text[-n:])),
-            0,
-        )
+        n = may_begin(text, [mark])
         said = text[: len(text) - n].rstrip()
         self._held = text[len(said) :]
         return said

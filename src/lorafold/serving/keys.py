@@ -37,10 +37,10 @@ from typing import Annotated
 from filelock import FileLock
 from pydantic import AwareDatetime, BeforeValidator, Field, NonNegativeInt, PositiveInt
 
-from lorafold.errors import LorafoldError, why_unread
+from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_text
 from lorafold.serving.refusal import Refusal
-from lorafold.serving.settings import Strict, content_of, kept, parsed, read
+from lorafold.serving.settings import Strict, content_of, kept, parsed, read, read_text
 
 log = logging.getLogger(__name__)
 TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -251,10 +251,7 @@ def _own(file: Path | None) -> str:
     """The hash of the one key in a file, empty without a file."""
     if file is None:
         return ""
-    try:
-        key = file.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise LorafoldError(f"{file}: can't be read ({why_unread(error)})") from None
+    key = read_text(file).strip()
     if len(key) < 16:
         raise LorafoldError(f"{file}: found a key of {len(key)} characters, expected 16")
     return _hash(key)

@@ -184,15 +184,13 @@ def over_http(server: Server) -> uvicorn.Config:
 
 async def _run(server: Server, at: socket.socket) -> None:
     http = Http(over_http(server))
-    loop, signals = asyncio.get_running_loop(), 0
+    loop, drains = asyncio.get_running_loop(), list[asyncio.Task[None]]()
 
     def ask() -> None:
-        nonlocal signals
-        signals += 1
-        if signals > 1:
+        if drains:
             os._exit(128 + signal.SIGTERM)
         server.host.draining = True
-        loop.create_task(_drain(server, http))
+        drains.append(loop.create_task(_drain(server, http)))
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ask)

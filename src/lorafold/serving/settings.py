@@ -102,11 +102,7 @@ def read_settings(file: Path | None, options: Mapping[str, Any]) -> Settings:
     """
     found: Any = {}
     if file is not None:
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise LorafoldError(f"{file}: can't be read ({why_unread(error)})") from None
-        found = parse_yaml(text, str(file)) or {}
+        found = parse_yaml(read_text(file), str(file)) or {}
         if not isinstance(found, dict):
             raise LorafoldError(f"{file}: found {type(found).__name__}, expected settings by name")
     given = {name: value for name, value in options.items() if value is not None}
@@ -115,6 +111,14 @@ def read_settings(file: Path | None, options: Mapping[str, Any]) -> Settings:
     except ValidationError as error:
         told = "; ".join(map(_told, error.errors()))
         raise LorafoldError(f"{file or 'options'}: {told}") from None
+
+
+def read_text(file: Path) -> str:
+    """The text of a file. Raises LorafoldError, in one line, for one that can't be read."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise LorafoldError(f"{file}: can't be read ({why_unread(error)})") from None
 
 
 def _told(error: Any) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from functools import partial
 from typing import Any, TypeVar
@@ -35,7 +35,8 @@ OURS = ""  # the name of no tenant, as which the feed thinks
 
 def routes(app: FastAPI, server: Server) -> None:
     """Add them."""
-    feed, held, registry = Feed(server), Counter[str](), server.registry
+    feed, registry = Feed(server), server.registry
+    held = defaultdict[str, set[str]](set)  # the streams that are open, by tenant
     most = server.settings.limits.tenant_streams
 
     def may_listen(request: Request) -> tuple[Caller, bool]:
@@ -54,18 +55,15 @@ def routes(app: FastAPI, server: Server) -> None:
         record.tenant = caller.tenant
         if server.host.draining:
             raise Refusal(503, "not_ready", server.host.ready, retry_after=1)
-        if held[caller.tenant] >= most:
-            told = f"{held[caller.tenant]} such streams are open, expected at most"
+        if (n := len(held[caller.tenant])) >= most:
+            told = f"{n} such streams are open, expected at most"
             raise Refusal(429, "too_many_streams", f"{told} {most} with this one")
         if record.method == "HEAD":
             return Response(media_type="text/event-stream")
-        held[caller.tenant] += 1
-        ended = False
+        held[caller.tenant].add(record.id)
 
         async def end(_: object = None) -> None:  # perhaps before the first event
-            nonlocal ended
-            held[caller.tenant] -= not ended
-            ended = True
+            held[caller.tenant].discard(record.id)
 
         async def following() -> AsyncIterator[bytes]:
             stream = feed.events(*who)
