@@ -34,6 +34,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from lorafold.errors import STOPS, LorafoldError, cut
 from lorafold.machine.memory import give_back
 from lorafold.serving import logs
+from lorafold.serving.backend import while_open
 from lorafold.serving.body import Body
 from lorafold.serving.next_turn import Chat
 from lorafold.serving.refusal import Refusal, wrong
@@ -81,12 +82,8 @@ def application(server: Server) -> FastAPI:
     async def running(app: FastAPI) -> AsyncIterator[None]:
         asyncio.get_running_loop().set_exception_handler(logs.unhandled)
         try:
-            async with server.host.computing():
-                keeping = asyncio.create_task(server.spent.keep())
-                try:
-                    yield
-                finally:
-                    keeping.cancel()
+            async with server.host.computing(), while_open(server.spent.keep()):
+                yield
         finally:
             await server.spent.save()
 

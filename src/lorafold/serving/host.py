@@ -29,7 +29,7 @@ from typing import TypeVar
 from lorafold.errors import LorafoldError, passes, place
 from lorafold.machine.threads import alone, stacks
 from lorafold.screening.screen import Screen
-from lorafold.serving.backend import NOT_FINITE, Backend, Ended, News, Request, guidance
+from lorafold.serving.backend import NOT_FINITE, Backend, Ended, News, Request, guidance, while_open
 from lorafold.serving.body import Completing
 from lorafold.serving.job import Asked, CompletionJob, Prompted, Reply
 from lorafold.serving.keys import Caller, Spent
@@ -69,13 +69,10 @@ class Host:
         with stacks(), self.pool:
             async with self.backend.events(self._deliver):
                 self._registry.sweep.begin()
-                watching = asyncio.create_task(self._watch())
                 try:
-                    yield
+                    async with while_open(self._watch()):
+                        yield
                 finally:
-                    watching.cancel()
-                    with suppress(asyncio.CancelledError):
-                        await watching
                     await asyncio.to_thread(self._registry.close)
 
     @property

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorafold.engine import Ended, Engine, EngineSettings, Request, Stream, Token
 from lorafold.engine.adapters import KnownAdapter, Verified
-from lorafold.serving.backend import LOST, Backend, Found, News, States, Until
+from lorafold.serving.backend import LOST, Backend, Found, News, States, Until, while_open
 from lorafold.serving.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -106,13 +106,10 @@ class InProcess(Backend):
     async def events(self, take: Callable[[Sequence[News]], None]) -> AsyncIterator[None]:
         self._loop, self._take = asyncio.get_running_loop(), take
         self.engine.start(self._hand_over)
-        watching = asyncio.create_task(self._watch())
         try:
-            yield
+            async with while_open(self._watch()):
+                yield
         finally:
-            watching.cancel()
-            with suppress(asyncio.CancelledError):
-                await watching
             await asyncio.to_thread(self.engine.close)
 
     def submit(self, request: Request) -> None:

@@ -40,7 +40,6 @@ class Record:
     method: str
     path: str
     sent: str  # the path as the client wrote it
-    read: int = 0  # bytes of the body
     started: float = field(default_factory=time.monotonic)
     tenant: str = ""
     adapter: str = ""
@@ -116,7 +115,6 @@ class Server:
             raise Refusal(415, "unsupported_media_type", told)
         with self.host.counted(caller.tenant):  # those that are half sent take memory, too
             content = await request.body()
-        record_of(request).read = len(content)
 
         def made() -> T:
             with self.reading:

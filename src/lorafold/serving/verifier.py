@@ -9,9 +9,6 @@ differ in nothing but their values fit the base if one of them does.
 as long as every file of the adapter, and of those below it, has the marks that it had
 (`lorafold.files.digests`), for one base by its identity, whatever its name, and for the code that
 verified it. Whoever reads an adapter compares its digest all the same.
-
-`Sweep` verifies the directory's adapters while the server serves, and looks for new ones. A request
-under an adapter that has not come to its turn yet verifies that one first.
 """
 
 from __future__ import annotations
@@ -19,9 +16,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import time
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import Field
@@ -34,7 +29,6 @@ from lorafold.files.contents import Contents
 from lorafold.files.digests import Marks
 from lorafold.files.record import RECORD, TRAINED_ON
 from lorafold.identity import joined
-from lorafold.machine.threads import alone
 from lorafold.methods import name_of
 from lorafold.models.storages import MADE
 from lorafold.models.tokenizer import CONFIG as SETTINGS
@@ -56,8 +50,6 @@ TOLD_MOST = 1000  # letters of how the bases differ
 NAMED = 300  # letters of the base's name that are kept
 # fields of the record that say how to read an adapter
 TOLD = ("base", OVER, DROPOUT, VOCABULARY, TRAINED_ON)
-SIDE_BY_SIDE = 2  # adapters that are verified at a time
-LOOK, SAVE = 1.0, 5.0  # seconds between two looks at the directory, and two writes
 
 
 class SeenAdapter(Strict):
@@ -289,73 +281,3 @@ def _largest_rank(spec: Spec) -> int:
     inner = _inner(spec)
     ranks = [getattr(inner, "rank", 0), *getattr(inner, "rank_pattern", {}).values()]
     return max((rank for rank in ranks if isinstance(rank, int)), default=0)
-
-
-class Sweep:
-    """A thread that looks what there is to verify, again and again, and those that verify it.
-
-    Args:
-        names: gives the names that there are to verify.
-    """
-
-    def __init__(
-        self,
-        names: Callable[[], Iterable[str]],
-        verify: Callable[[str], object],
-        save: Callable[[], None],
-    ) -> None:
-        self._names, self._verify, self._save = names, verify, save
-        self._closing, self._idle = threading.Event(), threading.Event()
-        self._idle.set()
-        self._pool = ThreadPoolExecutor(SIDE_BY_SIDE, "lorafold-verifying", initializer=alone)
-        self._thread = threading.Thread(None, self._run, "lorafold-sweep", daemon=True)
-
-    def begin(self) -> None:
-        """Begin with what there is now."""
-        self._idle.clear()
-        self._thread.start()
-
-    def settled(self, timeout: float | None = None) -> bool:
-        """Wait until nothing is left to verify; False if that takes longer than so many seconds."""
-        return self._idle.wait(timeout)
-
-    def end(self) -> None:
-        """Begin with no other one."""
-        self._closing.set()
-
-    def close(self) -> None:
-        """End the threads, after what they do now."""
-        self.end()
-        if self._thread.ident is not None:
-            self._thread.join()
-        self._pool.shutdown()
-
-    def _run(self) -> None:
-        saved = time.monotonic()
-        while not self._closing.is_set():
-            try:
-                begun, names = time.monotonic(), sorted(self._names())
-                if names:
-                    self._idle.clear()
-                if n := sum(self._pool.map(self._verified, names)):
-                    log.info("%d adapters looked at in %.1f s", n, time.monotonic() - begun)
-                if n or time.monotonic() - saved > SAVE:
-                    saved = time.monotonic()
-                    self._save()
-            except Exception:
-                log.exception("the adapters can't be looked at, or what was found not be kept")
-            self._idle.set()
-            self._closing.wait(LOOK)
-
-    def _verified(self, name: str) -> bool:
-        """Verify an adapter, and return whether that was possible now."""
-        try:
-            if self._closing.is_set():
-                return False
-            self._verify(name)
-            return True
-        except Busy as error:
-            log.warning("%s", error)
-        except Exception:
-            log.exception("%s can't be verified", name)
-        return False
