@@ -35,13 +35,12 @@ from lorafold.core.modes import evaluation_mode
 from lorafold.engine.adapters import KnownAdapter, Reader, Verified, attached, parts_of
 from lorafold.engine.fast_path import fast_path
 from lorafold.engine.operations import Operations, available
-from lorafold.engine.request import Reason, Request, Stream, check
+from lorafold.engine.request import EngineSettings, Reason, Request, Stream, check
 from lorafold.engine.residency import Residency
 from lorafold.engine.row import Row
 from lorafold.engine.runner import Runner, SlotRunner, SoloRunner
 from lorafold.engine.sampler import Choice, Grammars, NotFinite, Unfit, chosen
 from lorafold.engine.scheduler import Batch, Scheduler
-from lorafold.engine.settings import EngineSettings
 from lorafold.engine.slots import SlotCache
 from lorafold.engine.structure import Structure, rows_apart, slotted, structure_of, taken
 from lorafold.errors import STOPS, LorafoldError, place

@@ -166,11 +166,6 @@ class Products:
         for i in {*held.factors, *(self.where[path][0] for path in held.gains)}:
             self.stacks[i].clear(place)
 
-    @property
-    def nbytes(self) -> int:
-        """The bytes of all stacks."""
-        return sum(stacks.nbytes for stacks in self.stacks)
-
     def product(self, paths: tuple[str, ...], x: Tensor, layers: Sequence[Layer]) -> Tensor:
         """What the low-rank adapters of the plan add at matrices that read the same tensor, side by
         side: (B, T, out + ...).
@@ -308,12 +303,6 @@ class Stacks:
                 if (stack := getattr(self, name)) is not None:
                     wider = (*[0] * (2 * stack.dim() - 4), 0, more)
                     setattr(self, name, pad(stack, wider, value=fill))
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes of all."""
-        stacks = self.down, self.up, self.gains, self.offsets
-        return sum(t.nbytes for t in stacks if t is not None)
 
     def _grow(self, rank: int, like: Tensor) -> None:
         n, places, old = len(self.shape.paths), len(self.ranks), (self.down, self.up)

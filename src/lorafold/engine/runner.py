@@ -24,8 +24,8 @@ from torch import Tensor
 from lorafold.engine.adapters import LoadedAdapter
 from lorafold.engine.operations import InBlocks, Operations
 from lorafold.engine.products import ActiveDeltas, Plan, Products
+from lorafold.engine.request import EngineSettings
 from lorafold.engine.row import Row
-from lorafold.engine.settings import EngineSettings
 from lorafold.engine.slots import KeptPrefixes, SlotCache, SlotView, common
 from lorafold.engine.structure import Structure, run
 from lorafold.ops.arithmetic import FEW, multiplies_bf16, multiplying, widens

@@ -92,13 +92,10 @@ def set_up(as_json: bool, texts: bool = False) -> None:
     """
     handler = Folding()
     handler.setFormatter(Lines(as_json, texts))
-    for name, level in (
-        ("lorafold", logging.INFO), ("uvicorn", logging.WARNING), ("asyncio", logging.WARNING),
-        ("sse_starlette", logging.WARNING),
-    ):  # fmt: skip
+    for name in ("lorafold", "uvicorn", "asyncio", "sse_starlette"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(level)
+        logger.setLevel(logging.INFO if name == "lorafold" else logging.WARNING)
     threading.excepthook = _ended
     sys.unraisablehook = _unraisable
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -110,18 +111,15 @@ class Tokens:
             top: how many of the most likely ones are listed beside each.
             offset: where in the text the first one begins.
         """
-        texts, offsets = [self.name(t.token) for t in tokens], []
-        for t in tokens:
-            offsets.append(offset)
-            offset += len(t.text)
+        offsets = [*accumulate((len(t.text) for t in tokens), initial=offset)]
         return {
-            "tokens": texts,
+            "tokens": [self.name(t.token) for t in tokens],
             "token_logprobs": [t.logprob for t in tokens],
             "top_logprobs": [
                 None if t.logprob is None else {self.name(i): p for i, p in t.top[:top]}
                 for t in tokens
             ],
-            "text_offset": offsets,
+            "text_offset": offsets[:-1],
         }
 
 
