@@ -29,9 +29,9 @@ def server(tiny_model_dir: Any, tmp_path: Any) -> Iterator[Running]:
 @pytest.fixture
 def go(server: Running) -> Iterator[threading.Event]:
     """Until it is set, the engine makes no step."""
-    event, loop = threading.Event(), server.engine._loop
-    step = loop.step
-    loop.step = lambda cancelled: event.wait(20) and step(cancelled)  # type: ignore[method-assign]
+    event, engine = threading.Event(), server.engine
+    step = engine.step
+    engine.step = lambda: event.wait(20) and step()  # type: ignore[method-assign]
     yield event
     event.set()
 
