@@ -140,19 +140,14 @@ def probe(model: Any) -> Structure:
     if not (together - alone).norm() <= eps * alone.norm():
         return Structure("in slots it computes other logits than alone")
     rowwise = frozenset(path for path, fits in seen.rows.items() if fits)
-    found = shapes(model, rowwise)
+    sizes: dict[tuple[int, int], list[str]] = defaultdict(list)  # of matrices at these paths
+    for path, module in bare_modules(model):
+        if path in rowwise and is_linear(module):
+            sizes[layer_of(module).shape].append(path)
+    found = tuple(Shape(*size, tuple(paths)) for size, paths in sizes.items())
     matrices = {path for shape in found for path in shape.paths}
     routed = any(expert_parameters(module) for _, module in bare_modules(model))
     return Structure("", rowwise, found, seen.groups(matrices), routed)
-
-
-def shapes(model: nn.Module, rowwise: frozenset[str]) -> tuple[Shape, ...]:
-    """The matrices at these paths, by their shapes."""
-    found: dict[tuple[int, int], list[str]] = defaultdict(list)
-    for path, module in bare_modules(model):
-        if path in rowwise and is_linear(module):
-            found[layer_of(module).shape].append(path)
-    return tuple(Shape(*shape, tuple(paths)) for shape, paths in found.items())
 
 
 def _in_slots(model: Any, prompts: list[Tensor]) -> Tensor:  # (B, V)

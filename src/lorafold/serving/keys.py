@@ -32,7 +32,7 @@ from datetime import UTC, datetime, timedelta
 from fnmatch import fnmatchcase
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from filelock import FileLock
 from pydantic import AwareDatetime, BeforeValidator, Field, NonNegativeInt, PositiveInt
@@ -50,6 +50,7 @@ ADMIN = "admin"
 HINT = "new-key writes it"
 EVERY = 1.0  # seconds between two times that the file is written
 MINUTE, DAY = 60, 86400
+PERIODS: dict[Literal["day", "minute"], int] = {"day": DAY, "minute": MINUTE}
 
 
 class TokenLimits(Strict):
@@ -274,17 +275,10 @@ class Tally(Strict, frozen=False):
         self.at, self.tokens = at, tokens + (self.tokens if at == self.at else 0)
 
 
-class Tenant(Strict):
-    """What one tenant was given."""
-
-    minute: Tally = Field(default_factory=Tally)
-    day: Tally = Field(default_factory=Tally)
-
-
 class SpentFile(Strict):
-    """The whole file."""
+    """What each tenant was given, in the last minute and on the last day in which it was any."""
 
-    tenants: dict[str, Tenant] = Field({})
+    tenants: dict[str, dict[Literal["day", "minute"], Tally]] = Field({})
 
 
 class Spent:
@@ -306,17 +300,16 @@ class Spent:
     def add(self, tenant: str, tokens: int) -> None:
         """Tally tokens that a tenant was given now."""
         if tokens:
-            found, now = self._found.tenants.setdefault(tenant, Tenant()), int(self._now())
-            found.minute.add(tokens, now // MINUTE)
-            found.day.add(tokens, now // DAY)
+            found, now = self._found.tenants.setdefault(tenant, {}), int(self._now())
+            for what, seconds in PERIODS.items():
+                found.setdefault(what, Tally()).add(tokens, now // seconds)
             self._changed = True
 
     def check(self, caller: Caller) -> None:
         """Raise Refusal if the caller's tenant was given all that the key allows."""
-        found, now = self._found.tenants.get(caller.tenant, Tenant()), self._now()
-        for what, seconds in (("day", DAY), ("minute", MINUTE)):
-            most = getattr(caller.limits, f"tokens_per_{what}")
-            count: Tally = getattr(found, what)
+        found, now = self._found.tenants.get(caller.tenant, {}), self._now()
+        for what, seconds in PERIODS.items():
+            most, count = getattr(caller.limits, f"tokens_per_{what}"), found.get(what, Tally())
             if most is not None and count.at == now // seconds and count.tokens >= most:
                 told = f"{count.tokens:,} tokens were used this {what}, the key allows {most:,}"
                 left = max(1, math.ceil((count.at + 1) * seconds - now))
@@ -332,8 +325,8 @@ class Spent:
         """Write the file, beside the event loop, if it is needed and anything changed."""
         if not (self._changed and self._needed()):
             return
-        today = int(self._now()) // DAY
-        tenants = {name: one for name, one in self._found.tenants.items() if one.day.at == today}
+        today, found = int(self._now()) // DAY, self._found.tenants.items()
+        tenants = {name: one for name, one in found if one.get("day", Tally()).at == today}
         content, self._changed = SpentFile(tenants=tenants).model_dump_json() + "\n", False
         try:
             await asyncio.to_thread(write_text, self._file, content)

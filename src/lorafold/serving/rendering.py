@@ -278,13 +278,11 @@ class Renderers:
         """The renderer of a tokenizer's files, without any code of theirs. Raises LorafoldError if
         they can't be read, or give a token of the base another number.
         """
-        found = self.known.get(files.named) or self._opened(files)
-        return self.known.setdefault(files.named, found)
-
-    def _opened(self, files: Contents) -> Renderer:
+        if files.named in self.known:
+            return self.known[files.named]
         tokenizer = self._screen.open(files)
         if tokenizer is None:
-            return self.base
+            return self.known.setdefault(files.named, self.base)
         ends = end_tokens(self._model, cast(Any, tokenizer))
         found = Renderer(tokenizer, ends, tokenizer.variables)
         found.probe()
@@ -296,4 +294,4 @@ class Renderers:
                 f"{files.path}: its chat template writes reasoning and calls with {size:,} letters"
                 f" around them, expected at most {MARKS:,}"
             )
-        return found
+        return self.known.setdefault(files.named, found)
