@@ -38,7 +38,7 @@ from lorafold.serving.backend import while_open
 from lorafold.serving.body import Body
 from lorafold.serving.next_turn import Chat
 from lorafold.serving.refusal import Refusal, wrong
-from lorafold.serving.routes import admin, completions, messages, models, page, responses
+from lorafold.serving.routes import completions, messages, models, page, responses
 from lorafold.serving.server import (
     Record,
     Server,
@@ -59,9 +59,9 @@ BODIES: dict[str, type[Body]] = {
     "/v1/messages/count_tokens": messages.CountTokens,
     "/tokenize": completions.Tokenize,
     "/detokenize": completions.Detokenize,
-    "/v1/load_lora_adapter": admin.Loaded,
-    "/v1/unload_lora_adapter": admin.Named,
-    "/admin/aliases/{name}": admin.Pointed,
+    "/v1/load_lora_adapter": models.Loaded,
+    "/v1/unload_lora_adapter": models.Named,
+    "/admin/aliases/{name}": models.Pointed,
 }
 KEY = {"key": {"type": "http", "scheme": "bearer"}}
 QUIET = ("/livez", "/readyz", "/health", "/metrics", *page.FILES)
@@ -90,7 +90,7 @@ def application(server: Server) -> FastAPI:
     app = FastAPI(title="lorafold", lifespan=running, openapi_url=None, redirect_slashes=False)
     for routes in (
         completions.routes, responses.routes, messages.routes, models.routes,
-        completions.tokens, admin.routes, operations, page.routes,
+        completions.tokens, models.administration, operations, page.routes,
     ):  # fmt: skip
         routes(app, server)
 

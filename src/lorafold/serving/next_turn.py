@@ -71,11 +71,6 @@ class Chat(Completing):
         found = {name: value for name, value in given.items() if value is not None}
         return found | self.chat_template_kwargs
 
-    @property
-    def wishes(self) -> dict[str, Any]:
-        """Variables of the chat template that ask for nothing where it does not know them."""
-        return {} if self.verbosity is None else {"verbosity": self.verbosity}
-
     def conversation(self, limits: Limits) -> list[Message]:
         """The messages in one form. Raises Refusal for what is wrong with them."""
         check_number("messages", len(self.messages), limits.messages)
@@ -300,7 +295,8 @@ class NextTurn(Asked):
     ) -> None:
         newer = body.max_completion_tokens
         super().__init__(body, field, body.max_tokens if newer is None else newer)
-        self._wishes, self._shorten = {**body.wishes, **(wishes or {})}, shorten
+        verbosity = {} if body.verbosity is None else {"verbosity": body.verbosity}
+        self._wishes, self._shorten = {**verbosity, **(wishes or {})}, shorten
         self._length, limits = server.host.backend.length, server.settings.limits
         self._compiles = server.admission.compiles
         server.admission.check(body)

@@ -70,11 +70,6 @@ class CountTokens(Body):
     thinking: dict[str, Any] = Field(default_factory=dict)
     output_config: dict[str, Any] = Field(default_factory=dict)
 
-    @property
-    def wishes(self) -> dict[str, Any]:
-        """Variables of the chat template that ask for nothing where it does not know them."""
-        return {"enable_thinking": False} if self.thinking else {}
-
     def chat(self) -> tuple[Chat, dict[str, str]]:
         """The same as a chat completion, and the names of its fields here. Raises Refusal for what
         is not supported.
@@ -88,14 +83,16 @@ class CountTokens(Body):
             f"tools[{i}].function.parameters": f"tools[{i}].input_schema"
             for i in range(len(tools))
         }
+        choice = self._choice()
+        _known(self.output_config, {"format"}, "output_config")
         return chat_of(
             given,
             tools,
             NAMES | names,
             model=self.model,
-            tool_choice=self._choice(),
+            tool_choice=choice,
             parallel_tool_calls=not self.tool_choice.get("disable_parallel_tool_use"),
-            response_format=self._format(),
+            response_format=self.output_config.get("format") or {"type": "text"},
             **self._about_the_answer(),
         )
 
@@ -127,10 +124,6 @@ class CountTokens(Body):
             raise wrong("tool_choice.type", f"found {kind!r:.80}, expected auto, any, tool or none")
         return CHOICES[kind]
 
-    def _format(self) -> dict[str, Any]:
-        _known(self.output_config, {"format"}, "output_config")
-        return self.output_config.get("format") or {"type": "text"}
-
 
 class Ask(CountTokens):
     """The body of `POST /v1/messages`."""
@@ -150,7 +143,9 @@ def turned(server: Server, body: CountTokens) -> tuple[NextTurn, dict[str, str]]
     """The turn that a body asks for, and the names of its fields there."""
     chat, names = body.chat()
     with naming(names):
-        return NextTurn(server, chat, wishes=body.wishes), names
+        # for a template that knows it
+        wishes = {"enable_thinking": False} if body.thinking else None
+        return NextTurn(server, chat, wishes=wishes), names
 
 
 class Answer(Dialect):
