@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -252,11 +253,7 @@ class InBlocks(TorchDispatchMode):
         if func is aten.addmm.default and args[0].dim() == 2 and len(args[0]) == len(args[1]):
             return self._blocks(torch.addmm, args[:2], args[2:], kwargs)
         if func is aten.addmm.default:
-
-            def added(x: Tensor, *rest: Any, **options: Any) -> Tensor:
-                return torch.addmm(args[0], x, *rest, **options)
-
-            return self._blocks(added, args[1:2], args[2:], kwargs)
+            return self._blocks(partial(torch.addmm, args[0]), args[1:2], args[2:], kwargs)
         if func is aten.addmm_.default:
             return args[0].copy_(self._blocks(torch.addmm, args[:2], args[2:], kwargs))
         return func(*args, **kwargs)

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import defaultdict
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -184,6 +184,13 @@ class _Seen:
         self.rows: dict[str, bool] = {}
         self.calls: list[tuple[str, Any, int]] = []  # the input of each call and its version
 
+    def look(self, path: str, dims: int, _: nn.Module, args: Any, kwargs: Any) -> None:
+        """See what the module at a path reads, which has so many dimensions if it has rows."""
+        x = args[0] if len(args) == 1 and not kwargs else None
+        fits = isinstance(x, Tensor) and x.dim() == dims and len(x) == len(LENGTHS)
+        self.rows[path] = self.rows.get(path, True) and fits
+        self.calls.append((path, x, x._version if isinstance(x, Tensor) else 0))
+
     def groups(self, paths: set[str]) -> tuple[tuple[str, ...], ...]:
         """Those of the paths that read the same tensor, in the order of the first pass."""
         found: list[tuple[str, ...]] = []
@@ -201,22 +208,11 @@ class _Seen:
 def _inputs_seen(model: nn.Module, stack: ExitStack) -> _Seen:
     """What the modules with a matrix read, until the stack is closed."""
     seen = _Seen()
-
-    def hook(path: str, ids: bool) -> Any:
-        def look(_: nn.Module, args: Any, kwargs: Any) -> None:
-            x = args[0] if len(args) == 1 and not kwargs else None
-            dims = 2 if ids else 3
-            fits = isinstance(x, Tensor) and x.dim() == dims and len(x) == len(LENGTHS)
-            seen.rows[path] = seen.rows.get(path, True) and fits
-            seen.calls.append((path, x, x._version if isinstance(x, Tensor) else 0))
-
-        return look
-
     for path, module in bare_modules(model):
         layer = layer_of(module)
         if layer.linear or layer.takes_ids:
-            own = hook(path, layer.takes_ids)
-            stack.callback(module.register_forward_pre_hook(own, with_kwargs=True).remove)
+            look = partial(seen.look, path, 2 if layer.takes_ids else 3)
+            stack.callback(module.register_forward_pre_hook(look, with_kwargs=True).remove)
     return seen
 
 

@@ -164,8 +164,9 @@ class Host:
             job.prompt = news.prompt or job.prompt
             job.put(news.events)
             self.metrics.arrived(job, news.events)
-            if (why := job.unread(self.settings.limits)) is not None:
-                self.cancel(job, why)
+            if (n := len(job.events)) > self.settings.limits.unread_tokens:
+                told = f"the client left {n} tokens unread"
+                self.cancel(job, Refusal(408, "slow_reader", told))
             if job.end is not None:
                 self._ended(job, job.end)
 

@@ -134,12 +134,6 @@ class CompletionJob:
             return Refusal(504, "total_timeout", f"not complete after {limits.total_seconds:g} s")
         return None
 
-    def unread(self, limits: Limits) -> Refusal | None:
-        """Why it should end now, if its client is too far behind."""
-        if len(self.events) <= limits.unread_tokens:
-            return None
-        return Refusal(408, "slow_reader", f"the client left {len(self.events)} tokens unread")
-
     @property
     def failed(self) -> Refusal | None:
         """Why it has no completion, if it ended without."""

@@ -401,18 +401,22 @@ class Sweep:
     def _run(self) -> None:
         saved = time.monotonic()
         while not self._closing.is_set():
+            begun, names = time.monotonic(), list[str]()
             try:
-                begun, names = time.monotonic(), sorted(self._registry.unseen())
-                if names:
-                    self._idle.clear()
-                if n := sum(self._pool.map(self._verified, names)):
-                    log.info("%d adapters looked at in %.1f s", n, time.monotonic() - begun)
-                if n or time.monotonic() - saved > SAVE:
-                    saved = time.monotonic()
-                    self._registry.verifier.seen.save()
+                names = sorted(self._registry.unseen())
             except Exception:
-                log.exception("the adapters can't be looked at, or what was found not be kept")
+                log.exception("the directory can't be read")
+            if names:
+                self._idle.clear()
+            if n := sum(self._pool.map(self._verified, names)):
+                log.info("%d adapters looked at in %.1f s", n, time.monotonic() - begun)
             self._idle.set()
+            if n or time.monotonic() - saved > SAVE:
+                saved = time.monotonic()
+                try:
+                    self._registry.verifier.seen.save()
+                except Exception:
+                    log.exception("what was verified can't be kept")
             self._closing.wait(LOOK)
 
     def _verified(self, name: str) -> bool:
