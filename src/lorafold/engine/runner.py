@@ -264,7 +264,11 @@ class SlotRunner(Runner):
         if self.as_trained:  # the head is a product too
             lasts = sorted({*lasts, *range(-(-FEW // len(ns)))})
         keep = sent(torch.tensor(lasts), device)
-        context = self.deltas.alone(held) if held else self.deltas.mixed(self._planned(taken))
+        helds = [None if row is None else row.held for row in taken]
+        key = [id(one) for one in helds]
+        if held is None and self._plan[0] != key:
+            self._plan = (key, Plan(helds, self.products.places, self.each))
+        context = self.deltas.alone(held) if held else self.deltas.mixed(self._plan[1])
         ids_BT, counts_B = sent(torch.tensor(ids), device), sent(torch.tensor(ns), device)
         with context:
             logits = run(self.model, view, ids_BT, counts_B, keep)  # (B, len(lasts), V)
@@ -275,13 +279,6 @@ class SlotRunner(Runner):
             return logits[:, 0]
         at = sent(torch.tensor([lasts.index(n - 1) for n in ns]), device)
         return logits[torch.arange(len(ns), device=device), at]
-
-    def _planned(self, taken: Sequence[Row | None]) -> Plan:
-        helds = [None if row is None else row.held for row in taken]
-        key = [id(h) for h in helds]
-        if self._plan[0] != key:
-            self._plan = (key, Plan(helds, self.products.places, self.each))
-        return self._plan[1]
 
 
 def _padded(tokens: list[int], width: int) -> list[int]:

@@ -114,11 +114,6 @@ class SlotCache:
         fresh.keys, fresh.values = {}, {}
         return fresh
 
-    @property
-    def nbytes(self) -> int:
-        """The bytes of all buffers."""
-        return sum(buffer.nbytes for buffer in self._buffers())
-
 
 def columns(tokens: int) -> int:
     """How many columns so many tokens take."""

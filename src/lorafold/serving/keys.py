@@ -211,7 +211,7 @@ def new_key(file: Path, tenant: str, adapters: Sequence[str], **more: object) ->
     key = f"lf-{secrets.token_urlsafe(32)}"
     try:
         with FileLock(f"{file}.lock"):
-            known = read_keys(file).keys if file.exists() else ()
+            known = read(file, KeyFile, HINT).keys if file.exists() else ()
             entry = {"tenant": tenant, "adapters": tuple(adapters), "sha256": _hash(key)}
             added = Key.model_validate(entry | more)
             content = KeyFile(keys=(*known, added)).model_dump(mode="json", exclude_unset=True)
@@ -237,11 +237,6 @@ def until(text: str) -> datetime:
             " the last day as 2026-12-31"
         )
     return end
-
-
-def read_keys(file: Path) -> KeyFile:
-    """The content of a key file. Raises LorafoldError if it is not one."""
-    return read(file, KeyFile, HINT)
 
 
 def _hash(key: str) -> str:

@@ -95,9 +95,8 @@ class Metrics:
         if job.end is not None:
             tenant = self.label("tenant", job.request.tenant)
             use.requests += 1
-            counts = Counter(prompt=len(job.request.prompt), completion=len(job.end.tokens))
-            counts["cached"] = job.end.cached
-            for kind, n in counts.items():
+            prompt, new = len(job.request.prompt), len(job.end.tokens)
+            for kind, n in (("prompt", prompt), ("completion", new), ("cached", job.end.cached)):
                 self.tokens.labels(tenant, kind).inc(n)
                 self.adapter_tokens.labels(adapter, kind).inc(n)
             self.whole.observe(waited)

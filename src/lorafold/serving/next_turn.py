@@ -346,7 +346,10 @@ class NextTurn(Asked):
                 continue
             parts = readers[i].add(event.text[readers[i].length :])
             rest, calls = await asyncio.to_thread(readers[i].finish)
-            yield Said(i, joined([*parts, *rest]), "", None, event, self._called(calls))
+            texts = dict(parts)
+            for name, text in rest:
+                texts[name] = texts.get(name, "") + text
+            yield Said(i, list(texts.items()), "", None, event, self._called(calls))
 
     async def all_said(self, reply: Reply) -> list[AllSaid]:
         """All that is said in each completion. Raises Refusal for one that fails."""
@@ -379,11 +382,3 @@ class NextTurn(Asked):
             }
             for function in (functions if self.body.parallel_tool_calls else functions[:1])
         ]
-
-
-def joined(parts: list[Part]) -> list[Part]:
-    """The parts with each field once."""
-    texts: dict[str, str] = {}
-    for name, text in parts:
-        texts[name] = texts.get(name, "") + text
-    return list(texts.items())

@@ -115,7 +115,7 @@ class Registry:
 
     def close(self) -> None:
         """Verify nothing more, and do not wait for what is being read."""
-        self.sweep.end()
+        self.sweep.closing.set()
         self.verifier.close()
         self.sweep.close()
 
@@ -159,16 +159,16 @@ class Registry:
         if model == self.base and caller.base:
             return self.plain
         alias = self.kept.aliases.get(model) if caller.may(model) else None
+        found: Found | None
         if alias is None:
             found = self.version(caller, model)
         else:
             weights = [target.weight for target in alias.targets]
             target = random.choices(alias.targets, weights)[0]
-            pointed = self.ready(target.adapter)
-            if pointed is None or not self.fits(pointed, target.digest or ""):
+            found = self.ready(target.adapter)
+            if found is None or not self.fits(found, target.digest or ""):
                 told = f"model: {model!r} stands for nothing now"
                 raise Refusal(404, "model_not_found", told, "model")
-            found = pointed
         name = found.name
         if name in self.kept.quarantined:
             why = self.kept.quarantined[name][1]
@@ -373,7 +373,7 @@ class Sweep:
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
-        self._closing, self._idle = threading.Event(), threading.Event()
+        self.closing, self._idle = threading.Event(), threading.Event()
         self._idle.set()
         self._pool = ThreadPoolExecutor(SIDE_BY_SIDE, "lorafold-verifying", initializer=alone)
         self._thread = threading.Thread(None, self._run, "lorafold-sweep", daemon=True)
@@ -387,20 +387,16 @@ class Sweep:
         """Wait until nothing is left to verify; False if that takes longer than so many seconds."""
         return self._idle.wait(timeout)
 
-    def end(self) -> None:
-        """Begin with no other one."""
-        self._closing.set()
-
     def close(self) -> None:
         """End the threads, after what they do now."""
-        self.end()
+        self.closing.set()
         if self._thread.ident is not None:
             self._thread.join()
         self._pool.shutdown()
 
     def _run(self) -> None:
         saved = time.monotonic()
-        while not self._closing.is_set():
+        while not self.closing.is_set():
             begun, names = time.monotonic(), list[str]()
             try:
                 names = sorted(self._registry.unseen())
@@ -417,12 +413,12 @@ class Sweep:
                     self._registry.verifier.seen.save()
                 except Exception:
                     log.exception("what was verified can't be kept")
-            self._closing.wait(LOOK)
+            self.closing.wait(LOOK)
 
     def _verified(self, name: str) -> bool:
         """Verify an adapter, and return whether that was possible now."""
         try:
-            if self._closing.is_set():
+            if self.closing.is_set():
                 return False
             self._registry.ready(name)
             return True

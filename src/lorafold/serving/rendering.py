@@ -250,13 +250,6 @@ class Chosen:
     renderer: Renderer
     base: str
 
-    @property
-    def fingerprint(self) -> str:
-        """What computes its answer: NAME@DIGEST of the adapter, or the base's name, and the first
-        digits of the base's identity.
-        """
-        return f"{self.key or self.name}+{self.base[:12]}"
-
 
 class Renderers:
     """Makes renderers. Any thread may call it.

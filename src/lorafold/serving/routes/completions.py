@@ -105,15 +105,6 @@ class Completion(Completing):
     echo: bool = False
     add_special_tokens: bool = True
 
-    def prompts(self) -> list[str | Ids]:
-        """The prompts, each a text or tokens."""
-        given = self.prompt
-        if isinstance(given, str):
-            return [given]
-        if not given or isinstance(given[0], int):
-            return [cast(Ids, given)]
-        return [*cast(list[str] | list[Ids], given)]
-
 
 class Tokenize(Body):
     """The body of `POST /tokenize`: a text, or a conversation."""
@@ -141,7 +132,9 @@ class PlainPrompts(Asked):
     def __init__(self, server: Server, body: Completion) -> None:
         super().__init__(body, "prompt", body.max_tokens)
         server.admission.check(body)
-        self.given = body.prompts()
+        given = body.prompt
+        one = isinstance(given, str) or not given or isinstance(given[0], int)
+        self.given = cast(list[str | Ids], [given] if one else given)  # each a text or tokens
         check_number("prompt", len(self.given), server.settings.limits.choices)
         self._sampling = body.sampling(logprobs=body.logprobs)
 
@@ -188,12 +181,14 @@ class Choices(Dialect):
         yield DONE
 
     def _head(self, reply: Reply, kind: str) -> dict[str, Any]:
+        chosen = reply.prompted.chosen
         return {
             "id": reply.id,
             "object": kind,
             "created": reply.created,
             "model": self.body.model,
-            "system_fingerprint": reply.prompted.chosen.fingerprint,
+            # what computes the answer
+            "system_fingerprint": f"{chosen.key or chosen.name}+{chosen.base[:12]}",
         }
 
 

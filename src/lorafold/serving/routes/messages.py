@@ -14,7 +14,6 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from pydantic import Field
 
-from lorafold.serving.backend import Ended
 from lorafold.serving.body import Body, Listed, event
 from lorafold.serving.job import REASONING, Reply
 from lorafold.serving.next_turn import AllSaid, Chat, NextTurn, call_of, chat_of, text_of
@@ -206,19 +205,15 @@ class Answer(Dialect):
 
     def _end(self, reply: Reply, message: AllSaid) -> dict[str, Any]:
         assert message.end is not None
-        end, prompt = message.end, len(reply.jobs[0].request.prompt)
+        end, prompt, stop = message.end, len(reply.jobs[0].request.prompt), None
+        if end.reason == "stop":  # by the text that follows
+            after = reply.prompted.chosen.renderer.text(end.tokens)[len(end.text) :]
+            stop = next((one for one in self.body.stop_sequences if after.startswith(one)), None)
         return {
             "stop_reason": "tool_use" if message.calls else STOPS[end.reason],
-            "stop_sequence": self._stopped(reply, end),
+            "stop_sequence": stop,
             "usage": _usage(prompt - end.cached, end.cached, len(end.tokens)),
         }
-
-    def _stopped(self, reply: Reply, end: Ended) -> str | None:
-        """The stop text that ended the completion: the one that follows its text."""
-        if end.reason != "stop":
-            return None
-        after = reply.prompted.chosen.renderer.text(end.tokens)[len(end.text) :]
-        return next((stop for stop in self.body.stop_sequences if after.startswith(stop)), None)
 
 
 def _spoken(name: str, text: str) -> Block:
