@@ -170,8 +170,7 @@ class Gate:
         record = Record(f"req-{secrets.token_hex(8)}", method, path, sent)
         scope["record"] = record
         # what answers a HEAD as a GET is sent without its body, by the server of the protocol
-        verb = "GET" if method == "HEAD" else scope["method"]
-        scope = {**scope, "path": path, "method": verb}
+        scope = {**scope, "path": path, "method": "GET" if method == "HEAD" else scope["method"]}
         read, begun = 0, False
 
         async def bounded() -> Message:

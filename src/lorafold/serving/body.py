@@ -32,7 +32,6 @@ PIECE = 16384  # elements of a list that are written at a time
 ENTRIES = 8192  # of an object in a field; each may be an error of its own
 
 
-
 E = TypeVar("E")
 
 
@@ -120,9 +119,7 @@ def read_body(kind: type[B], content: bytes) -> B:
     given = {}
     for name, value in found.items():
         known = name in kind.model_fields
-        if value is None or (
-            not known and (name in HARMLESS or value in NEUTRAL.get(name, ()))
-        ):
+        if value is None or (not known and (name in HARMLESS or value in NEUTRAL.get(name, ()))):
             continue
         if not known:
             raise unsupported(name[:80], ", and the answer may change without it")

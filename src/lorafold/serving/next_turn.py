@@ -41,6 +41,7 @@ from lorafold.serving.settings import Limits
 FIELDS = {"role", "content", "name", "tool_calls", "tool_call_id", "annotations", *REASONING}
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
+
 class Chat(Completing):
     """The body of `POST /v1/chat/completions`."""
 
@@ -206,7 +207,6 @@ def text_of(parts: Sequence[Any], kinds: Collection[str], where: str, told: str)
         if kind not in kinds or not isinstance(part.get("text"), str):
             raise wrong(where.format(i), told.format(f"{kind!r:.80}"))
     return "".join(part["text"] for part in parts)
-
 
 
 def shortened(messages: list[Message], fits: Callable[[list[Message]], bool]) -> list[Message]:

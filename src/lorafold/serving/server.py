@@ -59,9 +59,7 @@ class Dialect(ABC):
         names: our names of fields with the client's.
     """
 
-    def __init__(
-        self, body: Any, asked: Asked, names: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, body: Any, asked: Asked, names: Mapping[str, str] | None = None) -> None:
         self.body, self.asked, self.names = body, asked, names or {}
 
     @abstractmethod

@@ -233,9 +233,7 @@ class Answer(Choices):
             else:
                 yield _choice(i, one.text[lengths[i] :], None, finish(one))
 
-    def _told(
-        self, reply: Reply, i: int, tokens: list[Token]
-    ) -> tuple[str, dict[str, Any] | None]:
+    def _told(self, reply: Reply, i: int, tokens: list[Token]) -> tuple[str, dict[str, Any] | None]:
         """The text of a completion's prompt, if it is wanted, and the log probabilities of its
         tokens and of those of the completion. It takes its time.
         """

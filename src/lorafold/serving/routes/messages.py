@@ -73,14 +73,12 @@ class CountTokens(Body):
         """The same as a chat completion, and the names of its fields here. Raises Refusal for what
         is not supported.
         """
-        if self.thinking and self.thinking.get("type") != "disabled":
-            kind = self.thinking.get("type")
+        if self.thinking and (kind := self.thinking.get("type")) != "disabled":
             raise wrong("thinking", f"found {kind!r:.80}, expected disabled, or no such field")
         given = list(self._conversation())
         tools = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(self.tools)]
         names = {
-            f"tools[{i}].function.parameters": f"tools[{i}].input_schema"
-            for i in range(len(tools))
+            f"tools[{i}].function.parameters": f"tools[{i}].input_schema" for i in range(len(tools))
         }
         choice = self._choice()
         _known(self.output_config, {"format"}, "output_config")
