@@ -308,7 +308,8 @@ class Spent:
             if most is not None and count.at == now // seconds and count.tokens >= most:
                 told = f"{count.tokens:,} tokens were used this {what}, the key allows {most:,}"
                 left = max(1, math.ceil((count.at + 1) * seconds - now))
-                raise Refusal(429, f"token_limit_{what}", told, retry_after=left)
+                code = "token_limit_day" if what == "day" else "token_limit_minute"
+                raise Refusal(429, code, told, retry_after=left)
 
     async def keep(self) -> None:
         """Write the file again and again."""
