@@ -33,7 +33,7 @@ from lib.short import parsed
 
 import lorafold as lf
 from lorafold.engine import Engine, Request, Sampling, Stream
-from lorafold.engine.choosing import filtered, noise
+from lorafold.engine.sampler import filtered, noise
 from lorafold.opening import Base
 from lorafold.serving.app import application
 from lorafold.serving.directory import Directory
@@ -96,14 +96,14 @@ class Watched(Engine):
 
     def watch(self) -> None:
         self.seen: dict[str, list[torch.Tensor]] = defaultdict(list)  # (V,) a token
-        choose = self._loop._choose
+        choose = self._choose
 
         def spied(rows: Any, logits_BV: torch.Tensor) -> None:
             for b, row in rows:
                 self.seen[row.request.id].append(logits_BV[b].clone())
             choose(rows, logits_BV)
 
-        self._loop._choose = spied  # type: ignore[method-assign]
+        self._choose = spied  # type: ignore[method-assign]
 
     def company(self, requests: Sequence[Request], seed: int) -> dict[str, Stream]:
         """The streams of these requests, and of as many that go on after them, all ended."""

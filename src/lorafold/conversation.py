@@ -20,8 +20,8 @@ import sys
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import chain, count
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from lorafold.core.attach import only
@@ -100,12 +100,7 @@ class Chat:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def reset(self) -> None:
@@ -226,10 +221,7 @@ def unique_names(paths: Sequence[str | Path]) -> list[str]:
     """
     names: list[str] = []
     for path in paths:
-        own = name = os.path.basename(os.path.abspath(Path(path).expanduser()))
-        number = 1
-        while name in (*names, BASE, NONE, ALL):
-            number += 1
-            name = f"{own}-{number}"
-        names.append(name)
+        own = os.path.basename(os.path.abspath(Path(path).expanduser()))
+        numbered = chain([own], (f"{own}-{n}" for n in count(2)))
+        names.append(next(name for name in numbered if name not in (*names, BASE, NONE, ALL)))
     return names

@@ -248,9 +248,7 @@ def _sound(ended: Ended) -> Ended:
 
 def text_of(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
     """The text of the tokens of a completion, without special ones."""
-    text = tokenizer.decode(
-        [*ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
+    text = tokenizer.decode([*ids], skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return str(text)
 
 

@@ -10,8 +10,7 @@ from transformers import TopPLogitsWarper
 
 from engine_cases import choose, sampling
 from lorafold.engine import Sampling
-from lorafold.engine.choosing import chosen, filtered, noise
-from lorafold.engine.sampler import NotFinite, Sampler
+from lorafold.engine.sampler import NotFinite, Sampler, chosen, filtered, noise
 
 V = 60
 PROMPT = (3, 7, 7, 11)

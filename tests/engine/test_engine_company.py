@@ -15,8 +15,7 @@ import torch
 import lorafold as lf
 from engine_cases import METHODS, prompt, sampling, save_adapters
 from lorafold.engine import Engine, Request
-from lorafold.engine.operations import Operations
-from lorafold.engine.steady import ROWS, InBlocks
+from lorafold.engine.operations import ROWS, InBlocks, Operations
 from lorafold.kernels.table import DECODING, use
 from lorafold.ops.decoding import STORED, Part
 from lorafold.ops.fused import ACTIVATIONS
@@ -146,14 +145,14 @@ class Watched(Engine):
 
     def watch(self) -> None:
         self.seen: dict[str, list[T]] = defaultdict(list)  # (V,) a token
-        choose = self._loop._choose
+        choose = self._choose
 
         def spied(rows: Any, logits_BV: T) -> None:
             for b, row in rows:
                 self.seen[row.request.id].append(logits_BV[b].clone())
             choose(rows, logits_BV)
 
-        self._loop._choose = spied  # type: ignore[method-assign]
+        self._choose = spied  # type: ignore[method-assign]
 
 
 def asked(n: int) -> list[Request]:

@@ -15,10 +15,9 @@ import lorafold as lf
 from engine_cases import METHODS, prompt, save_adapters, together
 from lorafold.bases import layer_of
 from lorafold.engine import Engine, Request, Sampling
-from lorafold.engine.active_deltas import ActiveDeltas
 from lorafold.engine.fast_path import Packed, packable
 from lorafold.engine.operations import Operations
-from lorafold.engine.products import Products
+from lorafold.engine.products import ActiveDeltas, Products
 from lorafold.engine.structure import Structure, probe
 from lorafold.models.loading import load_model
 from lorafold.models.storage import Storage

@@ -29,7 +29,7 @@ import lorafold as lf
 from conftest import GPT2_SIZE, SIZE
 from engine_cases import generated, prompt, together
 from lorafold.engine import Engine, Request, Sampling, Token, structure
-from lorafold.engine.choosing import noise
+from lorafold.engine.sampler import noise
 from lorafold.errors import LorafoldError
 
 NO_HEAD_DIM = {k: v for k, v in SIZE.items() if k != "head_dim"}

@@ -19,8 +19,8 @@ import lorafold as lf
 from engine_cases import alone, prompt, save_adapters
 from lorafold.engine import Engine, Request, Stream
 from lorafold.engine.adapters import KnownAdapter, LoadedAdapter
-from lorafold.engine.prefix import common
 from lorafold.engine.residency import Residency
+from lorafold.engine.slots import common
 from lorafold.errors import LorafoldError
 
 SPECS = {

@@ -14,9 +14,8 @@ import torch
 from conftest import make_tokenizer
 from engine_cases import choose, processors, prompt, sampling
 from lorafold.engine import Engine, Request, Sampling
-from lorafold.engine.choosing import filtered, noise
-from lorafold.engine.sampler import NotFinite, Sampler, Unfit
-from lorafold.engine.text import Text
+from lorafold.engine.row import Text
+from lorafold.engine.sampler import NotFinite, Sampler, Unfit, filtered, noise
 from lorafold.errors import LorafoldError
 
 V = 60

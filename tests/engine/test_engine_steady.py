@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorafold.engine.steady import ROWS, InBlocks, plain_products, random_rows, steady
+from lorafold.engine.operations import ROWS, InBlocks, plain_products, random_rows, steady
 from lorafold.ops.arithmetic import FEW, multiplying
 
 

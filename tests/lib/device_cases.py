@@ -23,7 +23,6 @@ from lorafold.bases.expert_matrices import quantized
 from lorafold.core.matrices import expert_parameters
 from lorafold.data.examples import Example
 from lorafold.engine import residency as engine_residency
-from lorafold.engine import state as engine_state
 from lorafold.machine.processes import ALONE
 from lorafold.methods import make_spec
 from lorafold.models.experts import route_quantized
@@ -162,7 +161,7 @@ def checksum(held: Any) -> int:
 def engines_know_shadows(patch: pytest.MonkeyPatch) -> None:
     """Have engines work in their caller's thread, and sum shadows by their values."""
     patch.setattr(engine_residency, "ThreadPoolExecutor", Here)
-    patch.setattr(engine_state, "checksum", checksum)
+    patch.setattr(engine_residency, "checksum", checksum)
 
 
 def away_from_start(adapter: Any, scale: float = 0.02) -> None:

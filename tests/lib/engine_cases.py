@@ -22,8 +22,7 @@ from transformers import (
 
 import lorafold as lf
 from lorafold.engine import Engine, Request, Sampling
-from lorafold.engine.choosing import chosen
-from lorafold.engine.sampler import Choice, Sampler
+from lorafold.engine.sampler import Choice, Sampler, chosen
 
 METHODS: dict[str, Any] = {
     "lora": lf.LoRA(rank=4),

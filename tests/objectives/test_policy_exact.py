@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lorafold as lf
 from conftest import SIZE
 from lorafold.engine import Engine, Request
-from lorafold.engine.steady import unsteady
+from lorafold.engine.operations import unsteady
 from lorafold.errors import LorafoldError
 from lorafold.step.head import token_losses
 

@@ -297,8 +297,8 @@ def test_while_the_engine_is_away_requests_are_told(server: Running, monkeypatch
 def test_deadlines_end_what_takes_too_long(base_dir, folder, limit, code):
     with running(base_dir, folder, slots=1, limits={limit: 0.2}) as server:
         engine = server.engine
-        step = engine._loop.step
-        engine._loop.step = lambda cancelled: time.sleep(0.1) or step(cancelled)
+        step = engine.step
+        engine.step = lambda: time.sleep(0.1) or step()
         with ThreadPoolExecutor(2) as pool:
             asked = [pool.submit(server.complete, "a", "The", max_tokens=20) for _ in range(2)]
             codes = [one.result() for one in asked]

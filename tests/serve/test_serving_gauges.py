@@ -77,9 +77,9 @@ def test_many_adapters_share_a_label(server: Running, monkeypatch: pytest.Monkey
 
 def test_routers_read_which_adapters_have_requests(server: Running) -> None:
     assert list(sampled(server, "vllm:lora_requests_info")) == [("2", "", "")]
-    base, loop = server.parts.registry.base, server.engine._loop
-    step = loop.step
-    loop.step = lambda cancelled: time.sleep(0.01) or step(cancelled)  # type: ignore[method-assign]
+    base, engine = server.parts.registry.base, server.engine
+    step = engine.step
+    engine.step = lambda: time.sleep(0.01) or step()  # type: ignore[method-assign]
     with ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(server.complete, m, "The", max_tokens=90) for m in ("b", base)]
         until(lambda: server.parts.host.running() == 2)

@@ -241,7 +241,7 @@ def test_large_bodies_are_read_and_answered_beside_the_event_loop(
 ) -> None:
     """The event loop's thread never has a text of so many bytes in its hands."""
     from lorafold.serving import server as module
-    from lorafold.serving.routes import tokens
+    from lorafold.serving.routes import completions
 
     read, by = module.read_body, set[tuple[str, bool]]()
 
@@ -250,7 +250,7 @@ def test_large_bodies_are_read_and_answered_beside_the_event_loop(
         return read(kind, content)
 
     monkeypatch.setattr(module, "read_body", noted)
-    monkeypatch.setattr(tokens, "answer", None)  # only for small answers
+    monkeypatch.setattr(completions, "answer", None)  # only for small answers
     text = "hello " * 2000
     for prompt in ("x", text):
         body = {"model": "a", "prompt": prompt, "return_token_strs": True}

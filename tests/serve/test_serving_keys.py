@@ -18,8 +18,9 @@ import lorafold as lf
 from conftest import lorafold
 from lorafold.errors import LorafoldError
 from lorafold.serving.directory import Directory
-from lorafold.serving.keys import Keys, new_key, read_keys
+from lorafold.serving.keys import HINT, KeyFile, Keys, new_key
 from lorafold.serving.refusal import Refusal
+from lorafold.serving.settings import read
 from serving_cases import ADMIN, Running, running, saved
 
 ATTACKS = [
@@ -282,7 +283,7 @@ def test_the_command_prints_a_key_once(tmp_path):
     assert key.startswith("lf-")
     assert len(key) > 40
     assert Keys(file, None).caller(f"Bearer {key}").adapters == ("acme-*",)
-    assert [entry.tenant for entry in read_keys(file).keys] == ["acme"]
+    assert [entry.tenant for entry in read(file, KeyFile, HINT).keys] == ["acme"]
     for tenant in ("", "admin", "../x", "a b"):
         assert lorafold("serve", "new-key", tenant, "--keys", str(file)).returncode == 2
 

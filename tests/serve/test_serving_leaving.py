@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 import lorafold as lf
-from lorafold.serving.admission import LEAVING
-from lorafold.serving.host import TURNS
+from lorafold.serving.host import LEAVING, TURNS
 from serving_cases import Running, running, saved, stream_of, until
 
 MOST = 4
@@ -30,9 +29,9 @@ def server(tiny_model_dir: Any, tmp_path: Any) -> Iterator[Running]:
 @pytest.fixture
 def go(server: Running) -> Iterator[threading.Event]:
     """Until it is set, the engine makes no step."""
-    event, loop = threading.Event(), server.engine._loop
-    step = loop.step
-    loop.step = lambda cancelled: event.wait(20) and step(cancelled)  # type: ignore[method-assign]
+    event, engine = threading.Event(), server.engine
+    step = engine.step
+    engine.step = lambda: event.wait(20) and step()  # type: ignore[method-assign]
     yield event
     event.set()
 

@@ -15,9 +15,19 @@ import pytest
 import lorafold as lf
 from conftest import lorafold
 from lorafold.errors import LorafoldError
-from lorafold.serving.keys import Caller, Keys, TokenLimits, new_key, read_keys, until
+from lorafold.serving.keys import (
+    DAY,
+    HINT,
+    Caller,
+    KeyFile,
+    Keys,
+    Spent,
+    TokenLimits,
+    new_key,
+    until,
+)
 from lorafold.serving.refusal import Refusal
-from lorafold.serving.spent import DAY, Spent
+from lorafold.serving.settings import read
 from serving_cases import ADMIN, Running, running, saved
 from serving_cases import until as true
 
@@ -226,7 +236,7 @@ def test_old_files_of_keys_stay_readable_and_as_they_were(tmp_path: Path) -> Non
     assert second["limits"] == {"tokens_per_minute": 100, "tokens_per_day": 1000}
     caller = Keys(file, None).caller(f"Bearer {done.stdout.strip()}")
     assert (caller.base, caller.limits.tokens_per_day) == (False, 1000)
-    assert read_keys(file).keys[1].expires == datetime.fromisoformat(second["expires"])
+    assert read(file, KeyFile, HINT).keys[1].expires == datetime.fromisoformat(second["expires"])
     plain = lorafold("serve", "new-key", "plain", "--keys", str(file))
     assert plain.returncode == 0
     assert json.loads(file.read_text())["keys"][2].keys() == old.keys()
@@ -235,4 +245,4 @@ def test_old_files_of_keys_stay_readable_and_as_they_were(tmp_path: Path) -> Non
     assert re.search(r"--expires: found 'soon', expected", wrong.stderr)
     file.write_text(json.dumps({"keys": [old | {"expires": "2026-12-31T10:00:00"}]}))
     with pytest.raises(LorafoldError, match=r"keys.0.expires: .*timezone"):
-        read_keys(file)
+        read(file, KeyFile, HINT)

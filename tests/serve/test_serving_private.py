@@ -18,8 +18,8 @@ import pytest
 from starlette.responses import PlainTextResponse
 
 import lorafold as lf
+from lorafold.engine.row import Text
 from lorafold.engine.runner import SlotRunner
-from lorafold.engine.text import Text
 from lorafold.serving import logs
 from lorafold.serving.app import Gate
 from serving_cases import ADMIN, Running, raw, running, saved, until
@@ -199,7 +199,7 @@ def test_the_death_of_the_engine_and_lost_tasks_are_told_without_messages(
     host._loop.call_soon_threadsafe(lambda: host._loop.create_task(lost()) and None)
     until(lambda: "on the event loop" in written.getvalue())
     engine = server.engine
-    monkeypatch.setattr(engine._loop, "step", boom)
+    monkeypatch.setattr(engine, "step", boom)
     engine.wake()
     until(lambda: server.engine is not engine and not host.ready)
     text = check_private(written)

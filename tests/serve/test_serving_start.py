@@ -25,7 +25,8 @@ from lorafold.errors import Busy
 from lorafold.screening import processes
 from lorafold.serving import verifier
 from lorafold.serving.backend import Found
-from lorafold.serving.verifier import Seen, Sweep
+from lorafold.serving.registry import Sweep
+from lorafold.serving.verifier import Seen
 from serving_cases import ADMIN, counted, running, saved, until
 
 

@@ -16,7 +16,7 @@ from conftest import make_model_dir, unestimating
 from lorafold.data.allowed_tokens import without_note
 from lorafold.models.loading import load_tokenizer
 from lorafold.models.tokenizer import set_template, write_tokenizer
-from lorafold.serving.parts import CONTENT, REASONING, PartReader
+from lorafold.serving.job import CONTENT, REASONING, PartReader
 from lorafold.serving.refusal import Refusal
 from lorafold.serving.registry import Target
 from lorafold.serving.rendering import Renderer

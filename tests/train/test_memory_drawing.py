@@ -39,7 +39,8 @@ def setting(dtype: torch.dtype, drawn: RolloutSize | None = DRAWN, **changes: An
 def cached(rollouts: Rollouts) -> int:
     runner = rollouts.engine._runner
     assert isinstance(runner, SlotRunner)
-    return runner.cache.nbytes
+    buffers = (*runner.cache.keys.values(), *runner.cache.values.values())
+    return sum(buffer.nbytes for buffer in buffers)
 
 
 def opaque(rollouts: Rollouts) -> int:

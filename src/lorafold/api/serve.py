@@ -100,8 +100,8 @@ def own_bases(
         console: Is told of a base that was taken before.
     """
     from lorafold.serving.directory import Directory
-    from lorafold.serving.json_file import kept as kept_in
     from lorafold.serving.registry import STATE, ServerState
+    from lorafold.serving.settings import kept as kept_in
 
     directory, found = Directory(adapters), list[OwnBase]()
     file = state or directory.beside / STATE

@@ -28,8 +28,7 @@ from lorafold.core.combine import Stack
 from lorafold.core.delta import Delta, Gained
 from lorafold.core.matrices import module_at
 from lorafold.core.shells import twin
-from lorafold.engine.stacks import Factors, factors_of, low_rank
-from lorafold.engine.structure import Structure
+from lorafold.engine.structure import Shape, Structure
 from lorafold.errors import LorafoldError
 from lorafold.files.contents import Contents
 from lorafold.files.header import check_numbers
@@ -43,6 +42,8 @@ from lorafold.peft.saved import FILES
 from lorafold.peft.stack import beside, digest_of, not_found, parse
 
 BESIDE = 8 << 20  # bytes of a manifest, which an identity leaves out
+# Products of a larger rank take longer than the base's own, whose rows they would all have to pad
+RANK = 64
 
 
 class Verified(NamedTuple):
@@ -74,6 +75,18 @@ class KnownAdapter:
     def key(self) -> str:
         """What sets this entry apart from every other, as a name of deltas."""
         return f"{self.generation}-{self.digest[:12]}"
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Low-rank updates of n matrices of one shape: their indices among the shape's paths (n,), down
+    (n, in, r) and up (n, r, out), which has every scale in it, zero beyond a matrix's own rank.
+    """
+
+    at: Tensor
+    down: Tensor
+    up: Tensor
+    index: Mapping[int, int]  # from an index among the shape's paths to that among the n
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,7 +264,11 @@ class Reader:
         gained = {} if apart else self._gained(deltas)
         products = {p: gained[p].under if p in gained else d for p, d in deltas.items()}
         matrices = {} if apart else {p: products[p] for p in self.structure.where if p in products}
-        pairs = {p: f for p, d in matrices.items() if d is not None and (f := low_rank(d))}
+        pairs = {
+            p: f
+            for p, d in matrices.items()
+            if d is not None and (f := d.factors()) is not None and len(f[1]) <= RANK
+        }
         gains = {p: one[1:] for p, one in gained.items() if p in pairs or one.under is None}
         factors = {}
         for i, shape in enumerate(self.structure.shapes):
@@ -281,3 +298,22 @@ class Reader:
             if path in self.structure.where
         }
         return {path: one for path, one in found.items() if one is not None}
+
+
+def factors_of(
+    shape: Shape, found: Sequence[tuple[int, Tensor, Tensor]], dtype: torch.dtype
+) -> Factors:
+    """Factors in a dtype from the index, the up factor (out, r) and the down factor (r, in) of each
+    of some matrices of a shape.
+    """
+    rank = max(len(down) for _, _, down in found)
+    like = found[0][1]
+    # as files have them, since transposing takes six times as long as this copy
+    down = like.new_zeros(len(found), rank, shape.inn, dtype=dtype)
+    up = like.new_zeros(len(found), shape.out, rank, dtype=dtype)
+    for k, (_, u, d) in enumerate(found):
+        down[k, : len(d)] = d
+        up[k, :, : len(d)] = u
+    at = [at for at, _, _ in found]
+    index = {at: k for k, at in enumerate(at)}
+    return Factors(torch.tensor(at, device=like.device), down.mT, up.mT, index)

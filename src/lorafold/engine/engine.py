@@ -8,43 +8,47 @@
 
 A step takes what came in, gives free slots to waiting requests, decodes one token of every running
 one, and reads some of the prompts (`lorafold.engine.scheduler`). Yu et al. 2022, Orca (OSDI). Each
-request computes what it computes alone, and fails alone (`lorafold.engine.loop`).
+request computes what it computes alone.
+
+What fails fails alone: a pass that raises is halved until the requests are found that it raises
+for. Nothing that the others have is lost by it, since a row counts its tokens as computed only once
+their pass is over, and what it wrote before is written again.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
+from torch import Tensor
 
 from lorafold.core.attach import only
 from lorafold.core.modes import evaluation_mode
 from lorafold.engine.adapters import KnownAdapter, Reader, Verified, attached, parts_of
 from lorafold.engine.fast_path import fast_path
-from lorafold.engine.grammar import Grammars
-from lorafold.engine.loop import Loop
-from lorafold.engine.model_state import greedy, rows_apart, taken, untrained
 from lorafold.engine.operations import Operations, available
-from lorafold.engine.request import Request, Stream, check
+from lorafold.engine.request import EngineSettings, Reason, Request, Stream, check
 from lorafold.engine.residency import Residency
 from lorafold.engine.row import Row
-from lorafold.engine.runner import Runner, SlotRunner
-from lorafold.engine.scheduler import Scheduler
-from lorafold.engine.settings import EngineSettings
+from lorafold.engine.runner import Runner, SlotRunner, SoloRunner
+from lorafold.engine.sampler import Choice, Grammars, NotFinite, Unfit, chosen
+from lorafold.engine.scheduler import Batch, Scheduler
 from lorafold.engine.slots import SlotCache
-from lorafold.engine.solo import SoloRunner
-from lorafold.engine.structure import Structure, slotted, structure_of
-from lorafold.errors import LorafoldError
+from lorafold.engine.structure import Structure, rows_apart, slotted, structure_of, taken
+from lorafold.errors import STOPS, LorafoldError, place
 from lorafold.machine.cores import considerate
 from lorafold.machine.threads import disband, stacks
 from lorafold.methods.parts.extras import vocabulary
 from lorafold.models.positions import positions_of
+from lorafold.ops.host import picked
 from lorafold.step.fused import fused
 
 if TYPE_CHECKING:
@@ -77,8 +81,9 @@ class Engine:
         table = positions_of(model).table
         settings, self.length = replace(settings, **changes).fitted(positions, table)
         with ExitStack() as stack:
-            for own in (taken(model), evaluation_mode(model), untrained(model), considerate()):
-                stack.enter_context(own)
+            taken(model, stack)
+            stack.enter_context(evaluation_mode(model))
+            stack.enter_context(considerate())
             self.structure: Structure = structure_of(model)
             dtype = model.dtype if model.dtype.is_floating_point else torch.bfloat16
             room = settings.adapter_bytes
@@ -88,16 +93,20 @@ class Engine:
                 device, alike = model.device.type, settings.as_trained
                 operations = available(device, alike) if settings.fast else Operations()
                 stack.enter_context(slotted(model, operations))
-                stack.enter_context(rows_apart(model))
+                rows_apart(model, stack)
                 cache = SlotCache(slots, self.length, chunk, operations, whole)
                 self._runner: Runner = SlotRunner(model, self.structure, cache, settings)
                 if alike:
                     stack.enter_context(fused(model))
                 elif settings.fast:
                     deltas = self._runner.deltas
-                    stack.enter_context(fast_path(model, self.structure, deltas, operations, slots))
+                    fast_path(model, self.structure, deltas, operations, slots, stack)
             else:
-                stack.enter_context(greedy(model))
+                from transformers import GenerationConfig
+
+                stack.callback(setattr, model, "generation_config", model.generation_config)
+                greedy = GenerationConfig(do_sample=False, eos_token_id=None, pad_token_id=0)
+                model.generation_config = greedy
                 self._runner = SoloRunner(model, self.structure)
                 settings = replace(settings, slots=1, chunk=self.length)
             self._stack = stack.pop_all()
@@ -106,7 +115,6 @@ class Engine:
         self._scheduler = Scheduler(settings, settings.invariant and self.structure.routed)
         self._wake, self._lock = threading.Event(), threading.RLock()
         self.adapters = Residency(self._reader, room, self._wake.set, settings.strikes)
-        self._loop = Loop(self._runner, self._scheduler, self.adapters, self._gone)
         self._rows: dict[str, Row] = {}
         self._grammars = Grammars(tokenizer, self.vocabulary)
         self._inbox: deque[Row] = deque()
@@ -208,13 +216,20 @@ class Engine:
             while self._inbox:
                 self._scheduler.waiting.add(self._inbox.popleft())
             cancelled = [row for row in self._rows.values() if row.cancelled]
-        return self._loop.step(cancelled)
-
-    def _gone(self, row: Row) -> None:
-        with self._lock:
-            if row in self._inbox:
-                self._inbox.remove(row)
-            del self._rows[row.request.id]
+        for row in cancelled:
+            self._end(row, "cancelled")
+        for row in self._scheduler.admitted(self._ready):
+            row.stream.began = time.monotonic()
+            self._scheduler.join(row)
+            self._guarded(row, partial(self._runner.admit, row))
+        self._runner.compact()
+        decoding = self._scheduler.decoding()
+        for batch in decoding:
+            self._pass(batch)
+        reading = self._scheduler.reading()
+        for batch in reading:
+            self._pass(batch)
+        return bool(cancelled or decoding or reading)
 
     def run(self, after: Callable[[], None] = lambda: None) -> None:
         """Step until no request waits or runs, and call `after` after every step."""
@@ -260,7 +275,7 @@ class Engine:
             self._thread.join()
         with self._stack:
             for row in list(self._rows.values()):
-                self._loop.end(row, "cancelled")
+                self._end(row, "cancelled")
             self.adapters.close()
             self._runner.deltas.close()
 
@@ -272,7 +287,14 @@ class Engine:
 
     def check(self) -> None:
         """Raise AssertionError if, between steps, it does not hold what its requests need."""
-        self._loop.check(self._rows, self._inbox)
+        running, waiting = self._scheduler.running, self._scheduler.waiting
+        ids = [row.request.id for row in (*running, *waiting, *self._inbox)]
+        assert sorted(ids) == sorted(self._rows), "every request waits or runs once"
+        assert len({row.slot for row in running}) == len(running) <= self._runner.slots
+        assert all(row.stream.ended is None for row in self._rows.values())
+        assert all(row.reader is None or row.reader in running for row in running)
+        self._runner.check(running)
+        self.adapters.check()
 
     def _serve(self, after: Callable[[], None]) -> None:
         while not self._closing:
@@ -281,3 +303,100 @@ class Engine:
             after()
             if not worked and not self._wake.wait(1.0) and not self._rows:
                 self.adapters.look()
+
+    def _fail(self, row: Row, error: BaseException) -> None:
+        """End a request that an error was raised for."""
+        ours = isinstance(error, LorafoldError)
+        message = str(error) if ours else f"{type(error).__name__}: {error}"
+        setting = error.setting if isinstance(error, Unfit) else ""
+        fault = f"its {setting} admits no more" if setting else message if ours else place(error)
+        self._end(row, "failed", message, fault, setting)
+
+    def _end(
+        self, row: Row, reason: Reason, message: str = "", fault: str = "", setting: str = ""
+    ) -> None:
+        """Free what a request holds, and put its last event.
+
+        Args:
+            fault: the same in words that have nothing of the request's texts.
+            setting: the setting that it follows from.
+        """
+        if row in self._scheduler.running:
+            self._scheduler.leave(row)
+            self._runner.release(row, well=reason in ("end", "length", "stop"))
+        elif row in self._scheduler.waiting:
+            self._scheduler.waiting.remove(row)
+        if row.entry is not None:
+            if row.held is not None:
+                self.adapters.release(row.entry)
+            self.adapters.unbind(row.entry)
+        with self._lock:
+            if row in self._inbox:
+                self._inbox.remove(row)
+            del self._rows[row.request.id]
+        row.end(reason, message, fault, setting)
+
+    def _ready(self, row: Row) -> bool:
+        if row.entry is None:
+            return True
+        try:
+            row.held = self.adapters.lease(row.entry)
+        except LorafoldError as error:
+            self._fail(row, error)
+        return row.held is not None
+
+    def _pass(self, batch: Batch) -> None:
+        """Compute a batch, or, if that raises, both halves of it. A half that was computed has
+        moved on, so that the other half writes behind it.
+        """
+        rows, counts = batch
+        try:
+            logits_BV = self._runner.forward(rows, counts)
+        except Exception as error:
+            if len(rows) == 1:
+                self._fail(rows[0], error)
+                return
+            n = len(rows) // 2
+            self._pass(Batch(rows[:n], counts[:n]))
+            self._pass(Batch(rows[n:], counts[n:]))
+            if all(row.stream.ended for row in rows):  # the fault is no request's
+                self._runner.rebuild()
+                for row in self._scheduler.running:
+                    row.filled = row.cached = 0
+                    row.state = None
+            return
+        for row, n in zip(rows, counts, strict=True):
+            row.filled += n
+        done = [(b, row) for b, row in enumerate(rows) if not row.pending]
+        for b, row in tuple(done):
+            if others := self._scheduler.joined(row):
+                self._guarded(row, partial(self._runner.share, row, others))
+                done += [(b, other) for other in others if not other.pending]
+        self._choose([(b, row) for b, row in done if row.stream.ended is None], logits_BV)
+
+    def _choose(self, rows: list[tuple[int, Row]], logits_BV: Tensor) -> None:
+        for _, row in rows:
+            self._guarded(row, row.show_prompt)
+            if row.stream.ended is None and not row.request.max_new_tokens:
+                self._end(row, "length")
+        rows = [(b, row) for b, row in rows if row.stream.ended is None]
+        choices = chosen([row.sampler for _, row in rows], picked(logits_BV, [b for b, _ in rows]))
+        for (_, row), choice in zip(rows, choices, strict=True):
+
+            def take(row: Row = row, choice: Choice | Exception = choice) -> None:
+                if isinstance(choice, Exception):
+                    raise choice
+                if (reason := row.take(choice)) is not None:
+                    self._end(row, reason)
+
+            self._guarded(row, take)
+
+    def _guarded(self, row: Row, do: Callable[[], None]) -> None:
+        try:
+            do()
+        except STOPS:
+            raise
+        except BaseException as error:  # a panic in a tokenizer is no Exception
+            if isinstance(error, NotFinite) and row.entry is not None:
+                self.adapters.strike(row.entry)
+            self._fail(row, error)

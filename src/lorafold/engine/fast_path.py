@@ -1,6 +1,6 @@
 """The fast path: the model's own classes with faster parts, recognized by what they compute.
 
-    with fast_path(model, structure, deltas, operations, rows=16): ...
+    fast_path(model, structure, deltas, operations, rows=16, stack=stack)
 
 Norms, rotary embeddings and gated MLPs are those of training (`lorafold.step.fused`). Matrices of
 16 bits on a CPU are kept once more in the order that oneDNN's kernel wants, in bf16 where the
@@ -14,8 +14,8 @@ its own code, so the plain path stays the specification.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import partial
 from math import prod
 from typing import Any
@@ -26,9 +26,8 @@ from torch import Tensor, nn
 from lorafold.bases import is_linear, layer_of
 from lorafold.core.anatomy import Anatomy
 from lorafold.core.attach import deltas_on
-from lorafold.engine.active_deltas import ActiveDeltas
-from lorafold.engine.operations import Operations
-from lorafold.engine.steady import random_rows, steady
+from lorafold.engine.operations import Operations, random_rows, steady
+from lorafold.engine.products import ActiveDeltas
 from lorafold.engine.structure import Structure
 from lorafold.ops.arithmetic import FEW, HALF, multiplies_bf16
 from lorafold.step.fused import fused
@@ -36,37 +35,39 @@ from lorafold.step.fused import fused
 log = logging.getLogger(__name__)
 
 
-@contextmanager
 def fast_path(
-    model: Any, structure: Structure, deltas: ActiveDeltas, operations: Operations, rows: int
-) -> Iterator[None]:
-    """Replace what can be replaced until the `with` block ends.
+    model: Any,
+    structure: Structure,
+    deltas: ActiveDeltas,
+    operations: Operations,
+    rows: int,
+    stack: ExitStack,
+) -> None:
+    """Replace what can be replaced until the stack is closed.
 
     Args:
         model: the model, frozen, in evaluation mode.
         operations: those of its norms and rotary embeddings.
         rows: how many rows a pass usually has.
     """
-    with ExitStack() as stack:
-        stack.enter_context(
-            fused(model, False, operations.rms_norm, operations.rotary, operations.gated)
-        )
-        known: dict[Any, int] = {}
-        for group in structure.groups:
-            found = {path: model.get_submodule(path) for path in group}
-            fits = {
-                path: module
-                for path, module in found.items()
-                if packable(module) and not deltas_on(module, deltas.base)
-            }
-            if not fits:
-                continue
-            packed = Packed(fits, deltas, rows, known)
-            for path, module in fits.items():
-                module.forward = partial(packed, path)
-                deltas.aware.add(path)
-                stack.callback(vars(module).pop, "forward", None)
-        yield
+    stack.enter_context(
+        fused(model, False, operations.rms_norm, operations.rotary, operations.gated)
+    )
+    known: dict[Any, int] = {}
+    for group in structure.groups:
+        found = {path: model.get_submodule(path) for path in group}
+        fits = {
+            path: module
+            for path, module in found.items()
+            if packable(module) and not deltas_on(module, deltas.base)
+        }
+        if not fits:
+            continue
+        packed = Packed(fits, deltas, rows, known)
+        for path, module in fits.items():
+            module.forward = partial(packed, path)
+            deltas.aware.add(path)
+            stack.callback(vars(module).pop, "forward", None)
 
 
 def product_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,21 +1,56 @@
 """The operations of a pass: those of `ops.decoding`, and norms, rotations and gates without
 gradients, by their forms on one kind of device (`kernels.table`).
+
+Masks and attention are for rows that are at different positions:
+
+    o_t = sum_j p_tj v_j,   p_t = softmax_j(scale q_t k_j + m_tj),   m_tj = 0 where the model's own
+                            predicate lets position start + t see position j, else -inf
+
+q (B, H, T, D), k (B, Hk, K, D), v (B, Hk, K, Dv) -> (B, T, H, Dv). transformers asks a function of
+its registry for a model's mask and gives it a predicate on positions (causal, sliding, chunked);
+here that is evaluated at each row's own positions. `Operations.attend` computes with it.
+
+From how many rows on a product of this processor sums in one order, whatever their number:
+
+    least = steady(kernel, x)       kernel(x[:n]) has the bits of kernel(x)[:n] for n >= least
+    with InBlocks(16): ...          every product of matrices takes 16 rows at a time, so that it
+                                    has the same bits where no number of rows is steady
+
+A kernel has its own order of summation for few rows, where the processor's vectors would be half
+empty, so that a request would compute other bits alone than in company. It is measured, since it
+follows from the kernel, the shape and the processor together.
+
+`as_trained` makes the engine's numbers bit-identical to training's: attention runs the kernel of
+packed documents, so a query sums over its keys in a document's order.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from lorafold.engine.steady import attend
-from lorafold.kernels.table import DECODING, use
+from lorafold.kernels.table import DECODING, TRAINING, use
+from lorafold.ops.arithmetic import FEW, arithmetic
+from lorafold.ops.attention import FORWARD, Scores
 from lorafold.ops.decoding import ATTEND, LOW_RANK, STORED, WRITE
+from lorafold.ops.documents import Documents
 from lorafold.ops.fused import GATED, NORM, ROTARY
 from lorafold.ops.scale import SCALE, scaled
+from lorafold.step.documents import attend
 
 log = logging.getLogger(__name__)
+# a block has FEW rows where no number of them has an order of its own. Each number up to it is
+# tried: a kernel of blocks of 4 rows may sum 8 as it sums 12, and 9 otherwise
+ROWS = (*range(1, FEW + 2), 40, 64, 100, 256)
+WIDE = 4096  # rows of a matrix that are enough to tell: a head has many times as many
 
 # by device, the operations whose numbers for a row are the same bits whatever rows and tokens are
 # beside it, which is what a request's answer rests on
@@ -39,7 +74,7 @@ class Operations:
         self.stored, self.low_rank = STORED.on(device), LOW_RANK.on(device)
         self.attend, self.write, self.gated = ATTEND.on(device), WRITE.on(device), GATED.on(device)
         if as_trained:
-            self.attend = attend
+            self.attend = attend_as_trained
         self._norm, self._turned = NORM.on(device), ROTARY.on(device)
         self._scale = SCALE.on(device)
 
@@ -89,3 +124,183 @@ def available(device: str, as_trained: bool = False) -> Operations:
     if why := use(DECODING, device):
         log.info("the engine's operations run in torch: %s", why)
     return Operations("" if why else device, as_trained)
+
+
+def slot_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    **protocol: Any,
+) -> Tensor | None:
+    """The mask (B, 1, T, K) that is added to the scores, where the offset has a number for each
+    row; else transformers' boolean mask. A function of transformers' mask protocol.
+
+    Args:
+        batch_size: B, the number of rows.
+        q_length, kv_length: T and K, the numbers of queries and keys.
+        q_offset: the position of the first query, one for each row (B,).
+        mask_function: called as mask_function(b, head, i, j) on index tensors, it tells whether
+            query i of row b may see key j.
+        protocol: the position of the first key (`kv_offset`), padding (`attention_mask`), whether
+            mask_function takes single numbers only (`use_vmap`), the device and the dtype of the
+            mask, and what other masks take.
+    """
+    if not isinstance(q_offset, Tensor) or q_offset.dim() == 0:
+        others: dict[str, Any] = protocol | {"q_offset": q_offset, "allow_is_causal_skip": False}
+        return sdpa_mask(batch_size, q_length, kv_length, mask_function=mask_function, **others)
+    if protocol.get("use_vmap") or protocol.get("attention_mask") is not None:
+        raise NotImplementedError("a mask that is no predicate on the positions of all rows")
+    device, kv_offset = protocol.get("device", "cpu"), protocol.get("kv_offset", 0)
+    b = torch.arange(batch_size, device=device)[:, None, None, None]
+    i = (q_offset[:, None] + torch.arange(q_length, device=device))[:, None, :, None]
+    j = torch.arange(kv_offset, kv_offset + kv_length, device=device)[None, None, None]
+    seen = mask_function(b, torch.zeros_like(b), i, j)
+    masked = torch.zeros(seen.shape, dtype=protocol.get("dtype", torch.float32), device=device)
+    return masked.masked_fill_(~seen, float("-inf"))
+
+
+def slot_attention(operations: Operations) -> Callable[..., tuple[Tensor, None]]:
+    """A function of transformers' attention protocol, which computes (B, T, H, Dv) of query
+    (B, H, T, D), key (B, Hk, K, D) and value (B, Hk, K, Dv), under a mask (B, 1, T, K) that is
+    added to the scores, a boolean one, or none. The general attention computes what has a softcap,
+    sinks or a position bias. Nothing trains here, so that nothing is dropped.
+    """
+
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        **protocol: Any,
+    ) -> tuple[Tensor, None]:
+        special = any(protocol.get(n) is not None for n in ("softcap", "s_aux", "position_bias"))
+        if attention_mask is None or attention_mask.dtype == torch.bool or special:
+            others = protocol | {"dropout": 0.0}
+            return attend(module, query, key, value, attention_mask, scaling, **others)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        mask = attention_mask
+        if mask.shape[-1] != key.shape[2]:  # else it is the one that all layers are given
+            mask = mask[..., : key.shape[2]]
+        return operations.attend(query, key, value, mask, scale), None
+
+    return attention
+
+
+def steady(kernel: Callable[..., Tensor], *given: Tensor) -> int:
+    """The least number of rows; the last of ROWS if there is none.
+
+    Args:
+        kernel: computes rows (n, ...) from those of each of the inputs.
+        given: the inputs, with as many rows as the last of ROWS.
+    """
+    whole, least = kernel(*given), ROWS[-1]
+    for n in reversed(ROWS[:-1]):
+        starts = range(0, max(FEW - n + 1, 1), n)
+        for s in starts:
+            if not torch.equal(kernel(*(t[s : s + n] for t in given)), whole[s : s + n]):
+                return least
+        least = n
+    return least
+
+
+def random_rows(width: int, dtype: torch.dtype) -> Tensor:
+    """As many random rows (n, width) as `steady` takes, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(ROWS[-1], width, generator=generator).to(dtype)
+
+
+def plain_products(shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> int:
+    """The same for torch's own products with matrices (out, in) of these shapes, in the dtype and
+    in the one in which `lorafold.ops.arithmetic` multiplies it.
+    """
+    found = 1
+    for out, inn in shapes:
+        x = random_rows(inn, dtype)
+        for each in {dtype, arithmetic(x)}:
+            m = random_rows(inn, each).repeat(-(-out // ROWS[-1]), 1)[:out]
+            wide = x.to(each)
+            # 16 bits hide most differences of a sum, but not those of what rounding takes away
+            left = -F.linear(wide, m)
+            kernels = (lambda x, _, m=m: F.linear(x, m)), (lambda x, y, m=m: y.addmm(x, m.t()))
+            found = max(found, *(steady(kernel, wide, left) for kernel in kernels))
+    return found
+
+
+class InBlocks(TorchDispatchMode):
+    """Products of matrices (n, k) with (k, m) in the `with` block are computed so many rows at a
+    time, the last ones with their first row repeated.
+    """
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows = rows
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] = {}
+    ) -> Any:
+        aten, kwargs = torch.ops.aten, dict(kwargs or {})
+        if func in (aten.linear.default, aten.matmul.default):
+            with self:  # in inference mode they are seen before they are taken apart
+                return func.decompose(*args, **kwargs)
+        if func is aten.mm.default:
+            return self._blocks(torch.mm, args[:1], args[1:], kwargs)
+        if func is aten.addmm.default and args[0].dim() == 2 and len(args[0]) == len(args[1]):
+            return self._blocks(torch.addmm, args[:2], args[2:], kwargs)
+        if func is aten.addmm.default:
+            return self._blocks(partial(torch.addmm, args[0]), args[1:2], args[2:], kwargs)
+        if func is aten.addmm_.default:
+            return args[0].copy_(self._blocks(torch.addmm, args[:2], args[2:], kwargs))
+        return func(*args, **kwargs)
+
+    def _blocks(
+        self, product: Callable[..., Tensor], of_rows: Any, rest: Any, options: Any
+    ) -> Tensor:
+        n = len(of_rows[0])
+        more = -n % self.rows
+        blocks = [
+            torch.cat([t, t[:1].expand(more, -1)]).split(self.rows) if more else t.split(self.rows)
+            for t in of_rows
+        ]
+        parts = [product(*block, *rest, **options) for block in zip(*blocks, strict=True)]
+        return torch.cat(parts)[:n] if len(parts) > 1 or more else parts[0]
+
+
+def lacks(device: str) -> str:
+    """Why passes on a kind of device can't have training's numbers, or nothing."""
+    return use(TRAINING) if device == "cpu" else f"found a model on {device}, expected one on a CPU"
+
+
+def unsteady(shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> bool:
+    """Whether products with matrices (out, in) of these shapes depend on the number of rows on this
+    processor, even where that is FEW.
+    """
+    return plain_products({(min(out, WIDE), inn) for out, inn in shapes}, dtype) > FEW
+
+
+def attend_as_trained(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Attention (B, T, H, Dv) of slots, in the order of documents. What sees other keys than all up
+    to its own, as in a window, is computed by `lorafold.ops.decoding.ATTEND`.
+
+    Args:
+        q: the queries (B, H, T, D).
+        k, v: the keys and values (B, Hk, K, D) and (B, Hk, K, Dv).
+        mask: (B, 1, T, K), 0 or -inf, which is added to the scores.
+        scale: the factor of the scores.
+    """
+    rows, heads, tokens, _ = q.shape
+    at = torch.arange(k.shape[2])
+    lens = (mask[:, 0] == 0).sum(-1)  # (B, T)
+    causal = torch.equal(mask[:, 0] == 0, at < lens[..., None])
+    if not causal or not torch.equal(lens, lens[:, :1] + torch.arange(tokens)):
+        y: Tensor = ATTEND.on(q.device.type)(q, k, v, mask, scale)
+        return y
+    starts, ends = (lens[:, 0] - 1).tolist(), lens[:, -1].tolist()
+    row, key = (at < lens[:, -1:]).nonzero(as_tuple=True)
+    docs = Documents(tuple(ends), None, tuple(starts))
+    flat = q.transpose(1, 2).reshape(rows * tokens, heads, -1)
+    out: Tensor = FORWARD(flat, k[row, :, key], v[row, :, key], docs, Scores(scale, None))
+    return out.view(rows, tokens, heads, -1)

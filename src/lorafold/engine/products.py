@@ -3,36 +3,47 @@
     y_b = g (W x_b + up down x_b + bias) + c        of the place p(b) of row b's adapter
 
 What low-rank adapters add is accumulated by the base's own product before the one rounding. Their
-factors are in stacks (`engine.stacks`), and so are gains and offsets, if an adapter has any, so
-that a step gathers nothing (Chen et al. 2023, Punica, arXiv 2310.18547; Sheng et al. 2023, S-LoRA,
-arXiv 2311.03285). Requests of one adapter share its place. Adapters of other kinds compute their
-rows over the same output. Rows of the base are computed by nothing.
+factors are in `Stacks`, and so are gains and offsets, if an adapter has any, so that a step gathers
+nothing (Chen et al. 2023, Punica, arXiv 2310.18547; Sheng et al. 2023, S-LoRA, arXiv 2311.03285).
+Requests of one adapter share its place. Adapters of other kinds compute their rows over the same
+output. Rows of the base are computed by nothing.
+
+A pass of rows of one adapter that can't be mixed runs under that adapter's deltas themselves, which
+are on the model while one of its requests runs; so any method works there, also where a model reads
+folded weights. `ActiveDeltas` lays both on the model's modules, the engine's own deltas when the
+first adapter comes that changes a module.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import count
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import pad
 
+from lorafold.bases import layer_class
+from lorafold.core.attach import Adapted, lay, lift, selection_of
 from lorafold.core.combine import Given
 from lorafold.core.delta import Delta, Opaque
 from lorafold.core.layer import Layer, add
-from lorafold.engine.adapters import LoadedAdapter
-from lorafold.engine.operations import Operations
-from lorafold.engine.stacks import NOBODY, Stacks
-from lorafold.engine.steady import InBlocks, plain_products
-from lorafold.engine.structure import Structure
+from lorafold.core.matrices import module_at
+from lorafold.engine.adapters import Factors, LoadedAdapter
+from lorafold.engine.operations import InBlocks, Operations, plain_products
+from lorafold.engine.structure import Shape, Structure
 from lorafold.ops.arithmetic import FEW
 from lorafold.ops.decoding import Part, Product
 from lorafold.ops.host import sent
 
 log = logging.getLogger(__name__)
+OWN = "lorafold-engine"
+FILLS = {"down": 0.0, "up": 0.0, "gains": 1.0, "offsets": 0.0}  # stacks, and what is in no place
+NOBODY = 0  # the place of rows of the base, which stays zero
 
 
 class Plan:
@@ -55,6 +66,7 @@ class Plan:
         self.products = frozenset().union(*(h.products for h in found))
         self.gains = frozenset().union(*(h.gains.keys() for h in found))
         self.others = frozenset().union(*(h.deltas.keys() for h in found))
+        self.paths = self.products | self.gains | self.others  # all that an adapter changes
         self.each = each
         self._with_others = [b for b in range(len(held)) if (h := held[b]) is not None and h.deltas]
         self._by_path: dict[str, list[tuple[Delta, Tensor]]] = {}
@@ -62,16 +74,6 @@ class Plan:
         self.places = torch.tensor([NOBODY if h is None else places.get(h, NOBODY) for h in held])
         self.one: dict[tuple[str, ...], Product] = {}  # by paths
         self._at: int | slice | Tensor | None = None
-
-    @property
-    def empty(self) -> bool:
-        """Whether every row is the base's."""
-        return not self.paths
-
-    @property
-    def paths(self) -> frozenset[str]:
-        """The paths of all modules that an adapter changes."""
-        return self.products.union(self.gains, self.others)
 
     def deltas_at(self, path: str, device: torch.device) -> list[tuple[Delta, Tensor]]:
         """The deltas at a module that are no products, each with its rows (n,), on the device."""
@@ -164,11 +166,6 @@ class Products:
         for i in {*held.factors, *(self.where[path][0] for path in held.gains)}:
             self.stacks[i].clear(place)
 
-    @property
-    def nbytes(self) -> int:
-        """The bytes of all stacks."""
-        return sum(stacks.nbytes for stacks in self.stacks)
-
     def product(self, paths: tuple[str, ...], x: Tensor, layers: Sequence[Layer]) -> Tensor:
         """What the low-rank adapters of the plan add at matrices that read the same tensor, side by
         side: (B, T, out + ...).
@@ -252,3 +249,161 @@ class Products:
                 u = layer.op(x[b : b + 1], factors.down[k].t())
                 out[b] = torch.matmul(u.to(factors.up.dtype), factors.up[k])[0]
         return out
+
+
+class Stacks:
+    """What the adapter in each place has for the n matrices of one shape, side by side. It is
+    copied there when an adapter's first request gets its slot.
+    """
+
+    def __init__(self, shape: Shape, operations: Operations) -> None:
+        self.shape, self.operations = shape, operations
+        self.ranks = torch.zeros(NOBODY + 1, dtype=torch.long)
+        self.down: Tensor | None = None  # (n, places, r, in)
+        self.up: Tensor | None = None  # (n, places, r, out)
+        self.gains: Tensor | None = None  # (n, places, out), 1 where there is none
+        self.offsets: Tensor | None = None  # (n, places, out)
+
+    def place(self, place: int, factors: Factors) -> None:
+        """Copy an adapter's factors to a place, which is zero."""
+        rank = factors.down.shape[2]
+        if self.down is None or self.down.shape[2] < rank:
+            self._grow(rank, factors.down)
+        assert self.down is not None
+        assert self.up is not None
+        self.down[factors.at, place, :rank] = factors.down.mT.to(self.down.dtype)
+        self.up[factors.at, place, :rank] = factors.up.to(self.up.dtype)
+        self.ranks[place] = rank
+
+    def gain(self, place: int, index: int, g: Tensor, c: Tensor | None) -> None:
+        """Copy a gain and an offset (out,) to a place, for the matrix with that index."""
+        with torch.inference_mode(False):
+            shape = len(self.shape.paths), len(self.ranks), self.shape.out
+            if self.gains is None:
+                self.gains = g.new_ones(shape, dtype=torch.float32)
+            if self.offsets is None and c is not None:
+                self.offsets = g.new_zeros(shape, dtype=torch.float32)
+        self.gains[index, place] = g
+        if c is not None and self.offsets is not None:
+            self.offsets[index, place] = c
+
+    def clear(self, place: int) -> None:
+        """Have nothing in a place."""
+        for name, fill in FILLS.items():
+            if (stack := getattr(self, name)) is not None:
+                stack[:, place] = fill
+        self.ranks[place] = 0
+
+    def widen(self, places: int) -> None:
+        """Have so many places, which are more than there are."""
+        more = places - len(self.ranks)
+        self.ranks = pad(self.ranks, (0, more))
+        with torch.inference_mode(False):
+            for name, fill in FILLS.items():
+                if (stack := getattr(self, name)) is not None:
+                    wider = (*[0] * (2 * stack.dim() - 4), 0, more)
+                    setattr(self, name, pad(stack, wider, value=fill))
+
+    def _grow(self, rank: int, like: Tensor) -> None:
+        n, places, old = len(self.shape.paths), len(self.ranks), (self.down, self.up)
+        with torch.inference_mode(False):
+            dtype = self.operations.stored(like)
+            self.down = like.new_zeros(n, places, rank, self.shape.inn, dtype=dtype)
+            self.up = like.new_zeros(n, places, rank, self.shape.out, dtype=dtype)
+        for new, t in zip((self.down, self.up), old, strict=True):
+            if t is not None:
+                new[:, : t.shape[1], : t.shape[2]] = t
+
+
+class ActiveDeltas:
+    """The engine's deltas on one model.
+
+    Args:
+        model: the model; adapters that are active on it now belong to the base.
+        products: the factors of the running adapters.
+    """
+
+    def __init__(self, model: nn.Module, products: Products) -> None:
+        self.model, self.products = model, products
+        self.selection = selection_of(model)
+        self.base = self.selection.names
+        self.mixing = False  # whether a pass under the plan runs
+        self.aware: set[str] = set()  # modules whose own fast forward looks at the plan
+        self._sites: set[str] = set()
+        self._fused: dict[str, Any] = {}  # modules with deltas whose fast forward knows of none
+        self._apart: Counter[LoadedAdapter] = Counter()
+
+    def hold(self, held: LoadedAdapter) -> None:
+        """Make ready for passes with this adapter, until `drop`."""
+        if held.apart:
+            self._apart[held] += 1
+            if self._apart[held] == 1:
+                for path, delta in held.deltas.items():
+                    self._lay(path, held.entry.key, delta)
+            return
+        for path in sorted(held.paths - self._sites):
+            self._lay(path, OWN, EngineDelta(self.products, path))
+            self._sites.add(path)
+
+    def drop(self, held: LoadedAdapter) -> None:
+        """Undo one `hold`."""
+        if held.apart:
+            self._apart[held] -= 1
+            if not self._apart[held]:
+                del self._apart[held]
+                for path in held.deltas:
+                    self._lift(path, held.entry.key)
+
+    @contextmanager
+    def mixed(self, plan: Plan) -> Iterator[None]:
+        """A pass whose rows have the adapters of the plan."""
+        self.products.plan, self.mixing = plan, True
+        try:
+            with self._active(plan.paths, *((OWN,) if plan.paths else ())):
+                yield
+        finally:
+            self.mixing = False
+
+    @contextmanager
+    def alone(self, held: LoadedAdapter) -> Iterator[None]:
+        """A pass whose rows all have this adapter, which can't be mixed."""
+        with self._active(held.paths, held.entry.key):
+            yield
+
+    def close(self) -> None:
+        """Take everything off the model."""
+        for held in list(self._apart):
+            self._apart[held] = 1
+            self.drop(held)
+        for path in self._sites:
+            self._lift(path, OWN)
+        self._sites.clear()
+
+    @contextmanager
+    def _active(self, paths: frozenset[str], *names: str) -> Iterator[None]:
+        before = self.selection.names
+        hidden = {
+            path: vars(module).pop("forward")
+            for path, module in self._fused.items()
+            if path in paths
+        }
+        self.selection.names = (*self.base, *names)
+        try:
+            yield
+        finally:
+            self.selection.names = before
+            for path, forward in hidden.items():
+                self._fused[path].forward = forward
+
+    def _lay(self, path: str, name: str, delta: Delta) -> None:
+        module = module_at(self.model, path)
+        if path not in self.aware and "forward" in vars(module):
+            self._fused[path] = module
+        lay(module, layer_class(module), name, delta.eval(), self.selection, path)
+
+    def _lift(self, path: str, name: str) -> None:
+        module = module_at(self.model, path)
+        if isinstance(module, Adapted) and name in module.deltas:
+            lift(module, name)
+        if not isinstance(module, Adapted):
+            self._fused.pop(path, None)

@@ -4,21 +4,25 @@
     Ended       the last event of a request: every request has exactly one, whatever happens
 
 A request's `sampling` is a value: the tokens follow from the model, the adapter, the prompt and
-these settings, and never from the requests that share the batch.
+these settings, and never from the requests that share the batch. `EngineSettings` says what an
+engine holds at a time, how it computes, and what it refuses.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal, Self
 
 from lorafold.errors import LorafoldError
+from lorafold.ops.arithmetic import FEW
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+LONGEST = 2048  # tokens of a request, unless more are asked for
 LARGEST = 3.4028234663852886e38  # of float32
 NUMBERS = (
     "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
@@ -64,15 +68,16 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        numbers: dict[str, tuple[float, ...]] = {n: (getattr(self, n),) for n in NUMBERS}
-        numbers["logit_bias"] = tuple(self.logit_bias.values())
-        checks = {
-            f"{name}: found {x!r:.40}, expected a finite number of float32": _holds(x)
-            for name, values in numbers.items()
-            for x in values
-        }
-        if wrong := [what for what, right in checks.items() if not right]:
-            raise LorafoldError("; ".join(wrong))
+        numbers = [(name, getattr(self, name)) for name in NUMBERS]
+        numbers += [("logit_bias", x) for x in self.logit_bias.values()]
+        _require(
+            {
+                f"{name}: found {x!r:.40}, expected a finite number of float32": (
+                    isinstance(x, int | float) and abs(x) <= LARGEST
+                )
+                for name, x in numbers
+            }
+        )
         checks = {
             f"temperature: found {self.temperature}, expected 0 or more": self.temperature >= 0,
             f"top_k: found {self.top_k}, expected 0 or more": self.top_k >= 0,
@@ -89,8 +94,7 @@ class Sampling:
             ),
             "stop: found an empty text, expected at least one character": all(self.stop),
         }
-        if wrong := [what for what, right in checks.items() if not right]:
-            raise LorafoldError("; ".join(wrong))
+        _require(checks)
 
     @property
     def grammar(self) -> tuple[str, str] | None:
@@ -109,8 +113,10 @@ class Sampling:
         )
 
 
-def _holds(x: object) -> bool:
-    return isinstance(x, int | float) and abs(x) <= LARGEST
+def _require(checks: Mapping[str, bool]) -> None:
+    """Raise LorafoldError with what is wrong unless all is right."""
+    if wrong := [what for what, right in checks.items() if not right]:
+        raise LorafoldError("; ".join(wrong))
 
 
 @dataclass(frozen=True)
@@ -190,15 +196,15 @@ class Stream:
         self.began: float | None = None  # when it got a slot, by time.monotonic
         self.prompt: tuple[Token, ...] = ()
         self._events: list[Token | Ended] = []
-        self._ended: Ended | None = None
+        self.ended: Ended | None = None  # the last event, once the request does not run
         self._more = threading.Condition()
 
     def put(self, event: Token | Ended) -> None:
         """Add an event; the engine alone does so."""
         with self._more:
-            assert self._ended is None, f"{self.request.id}: an event after the last"
+            assert self.ended is None, f"{self.request.id}: an event after the last"
             if isinstance(event, Ended):
-                self._ended = event
+                self.ended = event
             self._events.append(event)
             self._more.notify_all()
 
@@ -206,11 +212,6 @@ class Stream:
         """The events that are there, from the one of that number on."""
         with self._more:
             return self._events[start:]
-
-    @property
-    def ended(self) -> Ended | None:
-        """The last event, or None while the request runs."""
-        return self._ended
 
     def __iter__(self) -> Iterator[Token | Ended]:
         read = 0
@@ -227,9 +228,9 @@ class Stream:
     def result(self) -> Ended:
         """Wait for the last event and return it."""
         with self._more:
-            while self._ended is None:
+            while self.ended is None:
                 self._more.wait()
-            return self._ended
+            return self.ended
 
 
 def check(
@@ -250,29 +251,96 @@ def check(
         texts: whether the engine has a tokenizer.
         solo: why requests run one at a time, empty if they share passes.
     """
-    prompt, n, sampling = request.prompt, request.max_new_tokens, request.sampling
-    wrong = []
-    if request.id in running:
-        wrong.append(f"id: found {request.id!r}, which is running, expected another")
-    if not prompt:
-        wrong.append("prompt: found no tokens, expected at least one")
-    k = request.prompt_logprobs
-    if n < (1 if k is None else 0):
-        wrong.append(f"max_new_tokens: found {n}, expected 1 or more, or 0 with prompt_logprobs")
-    elif len(prompt) + n > length:
-        wrong.append(
-            f"prompt and max_new_tokens: found {len(prompt)} + {n} tokens, expected at most"
-            f" {length}"
-        )
-    for name, ids in {"prompt": prompt, "logit_bias": tuple(sampling.logit_bias)}.items():
-        outside = [i for i in ids if not (isinstance(i, int) and 0 <= i < vocabulary)]
-        if outside:
-            wrong.append(f"{name}: found token {outside[0]!r}, expected 0 to {vocabulary - 1}")
-    if k is not None and not 0 <= k <= 20:
-        wrong.append(f"prompt_logprobs: found {k}, expected 0 to 20, or None")
-    if k is not None and solo:
-        wrong.append(f"prompt_logprobs: found {k}, expected None for this model, since {solo}")
-    if sampling.stop and not texts:
-        wrong.append("stop: found a text, expected none, since the engine has no tokenizer")
-    if wrong:
-        raise LorafoldError("; ".join(wrong))
+    prompt, n, k = request.prompt, request.max_new_tokens, request.prompt_logprobs
+    least, full = 1 if k is None else 0, len(prompt) + n > length
+    checks = {
+        f"id: found {request.id!r}, which is running, expected another": request.id not in running,
+        "prompt: found no tokens, expected at least one": bool(prompt),
+        f"max_new_tokens: found {n}, expected 1 or more, or 0 with prompt_logprobs": n >= least,
+        f"prompt and max_new_tokens: found {len(prompt)} + {n} tokens, expected at most {length}": (
+            n < least or not full
+        ),
+    }
+    for name, ids in {"prompt": prompt, "logit_bias": tuple(request.sampling.logit_bias)}.items():
+        for i in ids:
+            if not (isinstance(i, int) and 0 <= i < vocabulary):
+                checks[f"{name}: found token {i!r}, expected 0 to {vocabulary - 1}"] = False
+                break
+    found = f"prompt_logprobs: found {k}, expected"
+    checks[f"{found} 0 to 20, or None"] = k is None or 0 <= k <= 20
+    checks[f"{found} None for this model, since {solo}"] = k is None or not solo
+    told = "stop: found a text, expected none, since the engine has no tokenizer"
+    checks[told] = texts or not request.sampling.stop
+    _require(checks)
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """The settings of an engine.
+
+    Args:
+        slots: how many requests run at a time.
+        length: the most tokens of a request (None: what the model has positions for, at most
+            LONGEST).
+        chunk: the most tokens of a prompt that are read in one pass.
+        budget: the most tokens of prompts that are read in a step.
+        adapter_bytes: the most bytes of adapters in memory, or None.
+        fast: replace parts of the model by faster ones that compute the same, as
+            `engine.fast_path` does; the matrices then take their memory twice.
+        beyond: accept a length beyond the positions that the model was made for, but not beyond a
+            table of them.
+        invariant: keep the shapes of all passes the same, so that a request's logits are the same
+            bits whatever shares the batch, without the faster parts (experts: one at a time).
+        as_trained: compute training's numbers, bit by bit (`engine.operations`), with its own fused
+            parts in place of those of `fast`.
+        prefix_reuse: start from what a request of the same tenant and adapter has or left in a
+            slot, where the prompt begins the same; never where `invariant`. What is being read is
+            read once for all requests with that prompt, whatever is set here.
+        strikes: requests that fail by logits that are not finite before an adapter is refused.
+        tenant_slots: how many requests of a tenant run at a time; half of the slots, if that is
+            less, while other tenants are there. Rows that run beside it make each of a tenant's
+            steps longer, and slots that are free let the next one begin at once. None: there is no
+            such limit.
+        weights: the shares of tenants in what is computed; 1 for one that is not named.
+        allow_other_base: accept adapters that were trained on another base.
+    """
+
+    slots: int = 16
+    length: int | None = None
+    chunk: int = 256
+    budget: int = 512
+    adapter_bytes: int | None = None
+    fast: bool = True
+    beyond: bool = False
+    invariant: bool = False
+    as_trained: bool = False
+    prefix_reuse: bool = True
+    strikes: int = 3
+    tenant_slots: int | None = None
+    weights: Mapping[str, float] | None = None
+    allow_other_base: bool = False
+
+    def fitted(self, positions: int | None, table: int | None) -> tuple[Self, int]:
+        """The settings for a model, and the length. Raises LorafoldError for sizes that are too
+        small, and for a length that the model has no positions for.
+
+        Args:
+            positions: those that the model was made for (None: as many as LONGEST).
+            table: those of its table of positions, if it has one.
+        """
+        positions = min(positions or LONGEST, table or sys.maxsize)
+        most = sys.maxsize if self.beyond and table is None else positions
+        length = min(positions, LONGEST) if self.length is None else self.length
+        sizes = {"slots": (self.slots, 1), "length": (length, 2), "chunk": (self.chunk, 2)}
+        sizes["tenant_slots"] = (self.tenant_slots or 1, 1)
+        wrong = [
+            f"{name}: found {n}, expected {m} or more" for name, (n, m) in sizes.items() if n < m
+        ]
+        if not wrong and length > most:
+            wrong = [f"length: found {length}, expected at most {most} positions"]
+        if wrong:
+            raise LorafoldError(f"engine: {'; '.join(wrong)}")
+        reuse, fast = (asked and not self.invariant for asked in (self.prefix_reuse, self.fast))
+        # a pass of training's numbers has FEW tokens or more
+        chunk = max(min(self.chunk, length), FEW if self.as_trained else 0)
+        return replace(self, length=length, chunk=chunk, prefix_reuse=reuse, fast=fast), length

@@ -1,7 +1,10 @@
 """A request while it runs.
 
 Log-probabilities of prompt tokens come from the logits of the passes that read them, a few at a
-time.
+time. `Text` is the text of a completion while its tokens arrive, in pieces that are never taken
+back: a piece is held back while a character is incomplete, and while what stands at the end may be
+the beginning of a stop text. Only the tokens since the last complete character are decoded again,
+with as many before them as the decoder needs to know that they do not begin a text.
 """
 
 from __future__ import annotations
@@ -14,39 +17,18 @@ import torch
 from torch import Tensor
 
 from lorafold.engine.adapters import KnownAdapter, LoadedAdapter
-from lorafold.engine.prefix import Prefix
 from lorafold.engine.request import Ended, Reason, Request, Stream, Token
 from lorafold.engine.sampler import NOT_FINITE, Allowed, Choice, NotFinite, Sampler
-from lorafold.engine.text import Text
+from lorafold.engine.slots import Prefix
 from lorafold.errors import STOPS, place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 AT_ONCE = 32  # tokens whose log probabilities over the vocabulary are in memory together
 # the log probability of a token, and those of the most likely ones in its place
 Score = tuple[float, tuple[tuple[int, float], ...]]
-
-
-def scored(logits_TV: Tensor, tokens: Sequence[int], k: int) -> list[Score]:
-    """The score of each token.
-
-    Args:
-        logits_TV: the logits in whose place each token stands.
-        tokens: as many tokens.
-        k: how many of the most likely ones each has beside it.
-    """
-    found: list[Score] = []
-    for logits_nV in logits_TV.split(AT_ONCE):
-        own = tokens[len(found) : len(found) + len(logits_nV)]
-        logp_nV = torch.log_softmax(logits_nV.float(), -1)
-        ids_n1 = torch.tensor(own, device=logp_nV.device)[:, None]
-        logprobs = logp_nV.gather(1, ids_n1)[:, 0].tolist()
-        best = logp_nV.topk(k)
-        tops = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        pairs = [tuple(zip(*top, strict=True)) for top in tops]
-        found += zip(logprobs, pairs, strict=True)
-    return found
 
 
 class Row:
@@ -114,10 +96,16 @@ class Row:
         Args:
             logits_TV: the logits in whose place they stand.
         """
-        first = self.filled + 1
-        tokens = self.tokens[first : first + len(logits_TV)]
-        k = self.request.prompt_logprobs or 0
-        self.scores[self.filled :] = scored(logits_TV, tokens, k)
+        del self.scores[self.filled :]
+        for logits_nV in logits_TV.split(AT_ONCE):
+            first = len(self.scores) + 1
+            own = self.tokens[first : first + len(logits_nV)]
+            logp_nV = torch.log_softmax(logits_nV.float(), -1)
+            ids_n1 = torch.tensor(own, device=logp_nV.device)[:, None]
+            best = logp_nV.topk(self.request.prompt_logprobs or 0)
+            tops = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            pairs = [tuple(zip(*top, strict=True)) for top in tops]
+            self.scores += zip(logp_nV.gather(1, ids_n1)[:, 0].tolist(), pairs, strict=True)
 
     def show_prompt(self) -> None:
         """Put the scores of the prompt, if they are wanted. Raises NotFinite."""
@@ -174,3 +162,65 @@ class Row:
                 self.request.id, reason, self.completion, text, message, self.cached, fault, setting
             )
         )
+
+
+class Text:
+    """The text of one completion.
+
+    Args:
+        stop: texts before which the completion ends.
+        special: show special tokens too, as of a prompt.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), special: bool = False
+    ) -> None:
+        self._tokenizer, self._stop, self._special = tokenizer, tuple(stop), special
+        self._ids: list[int] = []
+        self._from, self._read = 0, 0  # decoded from here; what lies before this has been read
+        self._held = ""
+        self.text, self.stopped = "", False
+
+    def add(self, token: int) -> str:
+        """The piece of text that the token adds; sets `stopped` where a stop text is complete."""
+        self._ids.append(token)
+        before = self._decode(self._ids[self._from : self._read])
+        after = self._decode(self._ids[self._from :])
+        if after.endswith(INCOMPLETE) or len(after) <= len(before):
+            return ""
+        self._from, self._read = self._read, len(self._ids)
+        return self._release(after[len(before) :], last=False)
+
+    def finish(self) -> str:
+        """The rest of the text, once no token follows."""
+        if self.stopped:
+            return ""
+        before = self._decode(self._ids[self._from : self._read])
+        rest = self._decode(self._ids[self._from :])[len(before) :]
+        self._read = len(self._ids)
+        return self._release(rest, last=True)
+
+    def _release(self, new: str, last: bool) -> str:
+        text = self._held + new
+        found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped, text, self._held = True, text[: min(found)], ""
+        else:
+            n = 0 if last else may_begin(text, self._stop)
+            text, self._held = text[: len(text) - n], text[len(text) - n :]
+        self.text += text
+        return text
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(
+            self._tokenizer.decode(
+                ids, skip_special_tokens=not self._special, clean_up_tokenization_spaces=False
+            )
+        )
+
+
+def may_begin(text: str, marks: Sequence[str]) -> int:
+    """How many characters at the end of a text may be the beginning of one of some marks."""
+    longest = min(max(map(len, marks), default=1) - 1, len(text))
+    ends = range(longest, 0, -1)
+    return next((n for n in ends if any(mark.startswith(text[-n:]) for mark in marks)), 0)

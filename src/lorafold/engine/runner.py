@@ -3,10 +3,12 @@
 `SlotRunner` computes many rows in a pass. A pass that decodes one token a row runs over the slots
 from the first one on, as a view of the cache; slots in between that have nothing to decode are
 computed for nothing, at their own next position, which is written again before it is read. A slot
-whose request ended well is kept as it is (`lorafold.engine.prefix`), behind those that run. With
+whose request ended well is kept as it is (`lorafold.engine.slots`), behind those that run. With
 `each`, shapes are the same in every pass: all slots decode, prompts are read one row at a time in
 chunks of one size, and whole slots are read. Experts have other numbers of tokens in every pass, so
 rows of a model with some decode one at a time too.
+
+`SoloRunner` computes a row with the model's own cache, by transformers' `generate`.
 """
 
 from __future__ import annotations
@@ -19,14 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafold.engine.active_deltas import ActiveDeltas
 from lorafold.engine.adapters import LoadedAdapter
-from lorafold.engine.prefix import KeptPrefixes, common
-from lorafold.engine.products import Plan, Products
+from lorafold.engine.operations import InBlocks, Operations
+from lorafold.engine.products import ActiveDeltas, Plan, Products
+from lorafold.engine.request import EngineSettings
 from lorafold.engine.row import Row
-from lorafold.engine.settings import EngineSettings
-from lorafold.engine.slots import SlotCache, SlotView
-from lorafold.engine.steady import InBlocks
+from lorafold.engine.slots import KeptPrefixes, SlotCache, SlotView, common
 from lorafold.engine.structure import Structure, run
 from lorafold.ops.arithmetic import FEW, multiplies_bf16, multiplying, widens
 from lorafold.ops.host import picked, sent
@@ -200,26 +200,21 @@ class SlotRunner(Runner):
     def forward(self, rows: Sequence[Row], counts: Sequence[int]) -> Tensor:
         held = together(rows[0])
         decoding = max(counts) == 1
+        at: slice | list[int]
         if decoding and held is None and not self.single:
             last = self.slots if self.each else max(row.slot for row in rows) + 1
-            at = slice(0, last)
-            taken: list[Row | None] = [None] * last
-            for row in rows:
-                taken[row.slot] = row
+            by_slot, at, ns = {row.slot: row for row in rows}, slice(0, last), [1] * last
+            taken = [by_slot.get(slot) for slot in range(last)]
             starts = [
                 self.kept.length(slot) if r is None else r.filled
                 for slot, r in enumerate(self.rows[:last])
             ]
-            ns = [1] * last
         else:
-            order = sorted(range(len(rows)), key=lambda i: rows[i].slot)
-            taken = [rows[i] for i in order]
-            ns = [counts[i] for i in order]
-            first = rows[order[0]].slot
-            follow = all(rows[i].slot == first + k for k, i in enumerate(order))
-            own = [rows[i].slot for i in order]
-            at = slice(first, first + len(rows)) if follow else own  # type: ignore[assignment]
-            starts = [rows[i].filled for i in order]
+            ordered = sorted(zip(rows, counts, strict=True), key=lambda one: one[0].slot)
+            taken, ns = [row for row, _ in ordered], [n for _, n in ordered]
+            starts, own = [row.filled for row, _ in ordered], [row.slot for row, _ in ordered]
+            first, behind = own[0], own[0] + len(own)
+            at = slice(first, behind) if own == [*range(first, behind)] else own
         width = self.chunk if self.each and not decoding else max(ns)
         width = max(width, min(self.chunk, -(-self._least(held) // len(taken))))
         # one arithmetic, however many rows there are
@@ -269,7 +264,11 @@ class SlotRunner(Runner):
         if self.as_trained:  # the head is a product too
             lasts = sorted({*lasts, *range(-(-FEW // len(ns)))})
         keep = sent(torch.tensor(lasts), device)
-        context = self.deltas.alone(held) if held else self.deltas.mixed(self._planned(taken))
+        helds = [None if row is None else row.held for row in taken]
+        key = [id(one) for one in helds]
+        if held is None and self._plan[0] != key:
+            self._plan = (key, Plan(helds, self.products.places, self.each))
+        context = self.deltas.alone(held) if held else self.deltas.mixed(self._plan[1])
         ids_BT, counts_B = sent(torch.tensor(ids), device), sent(torch.tensor(ns), device)
         with context:
             logits = run(self.model, view, ids_BT, counts_B, keep)  # (B, len(lasts), V)
@@ -281,13 +280,50 @@ class SlotRunner(Runner):
         at = sent(torch.tensor([lasts.index(n - 1) for n in ns]), device)
         return logits[torch.arange(len(ns), device=device), at]
 
-    def _planned(self, taken: Sequence[Row | None]) -> Plan:
-        helds = [None if row is None else row.held for row in taken]
-        key = [id(h) for h in helds]
-        if self._plan[0] != key:
-            self._plan = (key, Plan(helds, self.products.places, self.each))
-        return self._plan[1]
-
 
 def _padded(tokens: list[int], width: int) -> list[int]:
     return tokens + tokens[-1:] * (width - len(tokens))
+
+
+class SoloRunner(Runner):
+    """One row at a time, with the model's own cache, for models that have no slots.
+
+    Args:
+        model: a causal language model whose generation config is greedy.
+    """
+
+    slots = 1
+
+    def __init__(self, model: Any, structure: Structure) -> None:
+        self.model = model
+        self.deltas = ActiveDeltas(model, Products(structure, 1, Operations()))
+
+    def admit(self, row: Row) -> None:
+        row.slot = 0
+        if row.held is not None:
+            self.deltas.hold(row.held)
+
+    def release(self, row: Row, well: bool) -> None:
+        row.slot, row.state = -1, None
+        if row.held is not None:
+            self.deltas.drop(row.held)
+
+    def forward(self, rows: Sequence[Row], counts: Sequence[int]) -> Tensor:
+        (row,) = rows
+        ids_1T = torch.tensor([row.tokens], device=self.model.device)
+        # transformers leaves out what a cache has seen, except where it holds states alone
+        states = [*getattr(row.state, "is_linear", ())]
+        seen = row.filled if states and all(states) else 0
+        context = self.deltas.alone(row.held) if row.held else self.deltas.mixed(Plan([None], {}))
+        with torch.no_grad(), context:
+            step = self.model.generate(
+                ids_1T[:, seen:],
+                attention_mask=torch.ones_like(ids_1T),
+                cache=row.state,
+                max_new_tokens=1,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+        row.state = step.cache
+        logits: Tensor = step.logits[0]
+        return logits

@@ -1,24 +1,50 @@
-"""What the choice of the next token of one request follows from, beside its logits.
+"""The next tokens of all rows of a step, in one pass over their logits (B, V).
+
+    l -> penalties -> + bias -> grammar -> / temperature -> top-k -> top-p -> min-p -> softmax
+    token = argmax_i p_i / e_i,   e_i exponential, from philox(key = seed and position)
+
+The order is that of transformers. What a row has of its own (`Sampler`) is computed for those rows
+alone that have it; what follows is the same for each row whatever rows are beside it. A draw
+follows from the request's seed and the number of its token: Philox4x64-10 (Salmon et al. 2011) as
+numpy has it, whose form in `lorafold.ops.philox` takes a hundred operations of torch.
 
 Logits that are not finite raise `NotFinite`, and a grammar that admits nothing `Unfit`, which end
-that request alone. `lorafold.engine.choosing` has the choice itself, for many rows at a time.
+that request alone.
+
+Structured output: which tokens may follow, so that a completion fits a schema, regex or grammar.
+
+    grammars = Grammars(tokenizer, vocabulary)
+    allowed = grammars.start(Sampling(schema='{"type": "object"}'))
+    mask_V = allowed([12, 7])               # after these tokens
+
+The automata are those of llguidance (`pip install lorafold[serve]`), which reads the tokenizer once
+and computes a mask in well under a millisecond. The end token is allowed where the text may end,
+and nothing else is where it must.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from lorafold.engine.request import Sampling
-from lorafold.errors import LorafoldError, cut
+from lorafold.errors import STOPS, LorafoldError, cut
+from lorafold.ops.host import picked
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # the tokens so far -> the tokens that may follow, boolean (V,), or None for any
 Allowed = Callable[[Sequence[int]], Tensor | None]
+AT_ONCE = 4  # rows that are computed with together: 16 leave a processor's cache, at half the speed
+FEW = 1024  # top-p looks among so many first, since all take five times as long to sort
+LOW = float("-inf")
 NOT_FINITE = "the model's logits hold NaN or infinity"
 
 
@@ -63,7 +89,7 @@ class Sampler:
     ) -> None:
         self.sampling, self.allowed = sampling, allowed
         self.plain = sampling.plain and allowed is None
-        self.tokens: list[int] = []
+        self.tokens: list[int] = []  # of the completion
         self.seen = set(prompt) if sampling.repetition_penalty != 1 else set()
 
     def change_(self, logits_V: Tensor) -> None:
@@ -82,31 +108,230 @@ class Sampler:
         if changed_V is not logits_V:
             logits_V.copy_(changed_V)
 
-    def record(self, token: int) -> None:
-        """Count a token of the completion."""
-        self.tokens.append(token)
-
     def _penalized(self, logits_V: Tensor) -> Tensor:
+        """Logits after them; what overflows is the largest number of float32."""
         own = self.sampling
         if own.repetition_penalty != 1:
             ids = torch.tensor(sorted(self.seen | set(self.tokens)))
             found = logits_V[ids]
             rate = own.repetition_penalty
-            logits_V = logits_V.index_copy(
-                0, ids, finite(torch.where(found > 0, found / rate, found * rate))
-            )
+            changed = torch.where(found > 0, found / rate, found * rate).nan_to_num()
+            logits_V = logits_V.index_copy(0, ids, changed)
         if (own.presence_penalty or own.frequency_penalty) and self.tokens:
             counts = Counter(self.tokens)
             ids, n = torch.tensor(list(counts)), torch.tensor(list(counts.values()))
-            down = own.presence_penalty + own.frequency_penalty * n
-            logits_V = finite(logits_V.index_add(0, ids, -finite(down.float())))
+            down = (own.presence_penalty + own.frequency_penalty * n).float().nan_to_num()
+            logits_V = logits_V.index_add(0, ids, -down).nan_to_num()
         if own.logit_bias:
             ids = torch.tensor(list(own.logit_bias))
             biases = torch.tensor([*map(float, own.logit_bias.values())])
-            logits_V = finite(logits_V.index_add(0, ids, biases))
+            logits_V = logits_V.index_add(0, ids, biases).nan_to_num()
         return logits_V
 
 
-def finite(logits_V: Tensor) -> Tensor:
-    """Logits in which what overflowed is the largest number of float32."""
-    return logits_V.nan_to_num()
+def chosen(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[Choice | Exception]:
+    """The token that follows in each row, which is recorded, or the error that ends the row.
+
+    Args:
+        samplers: one for each row.
+        logits_BV: the rows' logits.
+    """
+    found: dict[int, Choice | Exception] = {}
+    plain = [b for b, sampler in enumerate(samplers) if sampler.plain]
+    others = [b for b, sampler in enumerate(samplers) if not sampler.plain]
+    if plain:
+        logits_nV = picked(logits_BV, plain).float()
+        both = torch.stack([logits_nV.argmax(-1), torch.isfinite(logits_nV.sum(-1)).long()])
+        for b, token, well in zip(plain, *both.tolist(), strict=True):
+            found[b] = Choice(token) if well else NotFinite(NOT_FINITE)
+    for start in range(0, len(others), AT_ONCE):
+        some = others[start : start + AT_ONCE]
+        logits_nV = picked(logits_BV, some).to("cpu", torch.float32)
+        found |= zip(some, _chosen([samplers[b] for b in some], logits_nV), strict=True)
+    for b, choice in found.items():
+        if isinstance(choice, Choice):
+            samplers[b].tokens.append(choice.token)
+    return [found[b] for b in range(len(samplers))]
+
+
+def _chosen(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[Choice | Exception]:
+    found: list[Choice | Exception | None] = [None] * len(samplers)
+    changed_BV, well = logits_BV.clone(), torch.isfinite(logits_BV.sum(-1)).tolist()
+    for b, sampler in enumerate(samplers):
+        try:
+            if not well[b]:
+                raise NotFinite(NOT_FINITE)
+            sampler.change_(changed_BV[b])
+        except Exception as error:
+            found[b], changed_BV[b] = error, 0
+    tokens_B = changed_BV.argmax(-1)
+    drawn = [b for b, sampler in enumerate(samplers) if sampler.sampling.temperature]
+    logp_BV = torch.zeros(0)
+    if drawn:
+        own = [samplers[b] for b in drawn]
+        # below it all but the likeliest would overflow, above it no two differ
+        rates = [min(max(one.sampling.temperature, 1e-30), 1e30) for one in own]
+        least_nV = changed_BV[drawn] - changed_BV[drawn].amax(-1, keepdim=True)
+        scaled_nV = least_nV / torch.tensor(rates)[:, None]
+        kept_nV = filtered(scaled_nV, [one.sampling for one in own])
+        places = [(one.sampling.seed, len(one.tokens)) for one in own]
+        noise_nV = torch.stack([noise(*place, kept_nV.shape[1]) for place in places])
+        tokens_B[drawn] = (torch.softmax(kept_nV, -1) / noise_nV).argmax(-1)
+        logp_BV = kept_nV
+    for b, token in enumerate(tokens_B.tolist()):
+        if found[b] is None:
+            row = logp_BV[drawn.index(b)] if b in drawn else None
+            found[b] = _reported(samplers[b].sampling.logprobs, logits_BV[b], row, token)
+    return [one for one in found if one is not None]
+
+
+def _reported(n: int | None, logits_V: Tensor, drawn_V: Tensor | None, token: int) -> Choice:
+    if n is None:
+        return Choice(token)
+    logp_V = torch.log_softmax(logits_V, -1)
+    best = logp_V.topk(n) if n else None
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True) if best else ()
+    drawn = 0.0 if drawn_V is None else float(torch.log_softmax(drawn_V, -1)[token])
+    return Choice(token, float(logp_V[token]), tuple(pairs), drawn)
+
+
+def noise(seed: int, position: int, vocabulary: int) -> Tensor:  # (V,)
+    """Exponential draws, one for each token, as they are at a position of a completion under a
+    seed.
+    """
+    words = np.random.Philox(key=[seed % (1 << 64), position]).random_raw(-(-vocabulary // 2))
+    u_V = torch.from_numpy(words.view(np.uint32)[:vocabulary].astype(np.float32))
+    return u_V.add_(0.5).mul_(-(2.0**-32)).log1p_().neg_().clamp_(max=100)
+
+
+def filtered(logits_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+    """The logits (B, V) with those that top-k, top-p and min-p leave out at minus infinity.
+
+    Args:
+        logits_BV: the logits over the temperature.
+        samplings: the settings of each row.
+    """
+    out_BV, vocabulary = logits_BV.clone(), logits_BV.shape[1]
+    ks = {b: s.top_k for b, s in enumerate(samplings) if 0 < s.top_k < vocabulary}
+    if ks:
+        own, at = out_BV[[*ks]], torch.tensor([*ks.values()])[:, None] - 1
+        least = own.topk(max(ks.values())).values.gather(1, at)
+        out_BV[[*ks]] = own.masked_fill(own < least, LOW)
+    ps = {b: s.top_p for b, s in enumerate(samplings) if s.top_p < 1}
+    if ps:
+        _top_p_(out_BV, ps, min(FEW, vocabulary))
+    ms = {b: s.min_p for b, s in enumerate(samplings) if s.min_p > 0}
+    if ms:
+        p_nV = torch.softmax(out_BV[[*ms]], -1)
+        least = torch.tensor([*ms.values()])[:, None] * p_nV.amax(-1, keepdim=True)
+        out_BV[[*ms]] = out_BV[[*ms]].masked_fill(p_nV < least, LOW)
+    return out_BV
+
+
+def _top_p_(out_BV: Tensor, ps: dict[int, float], few: int) -> None:
+    """Leave out of rows what is beyond their top-p, looking among a few tokens first."""
+    p_nV, sums = torch.softmax(out_BV[[*ps]], -1), torch.tensor([*ps.values()])[:, None]
+    values, ids = p_nV.topk(few)
+    before = values.cumsum(-1) - values  # of the likelier ones
+    kept = (before < sums).index_fill(1, torch.tensor([0]), True)
+    enough = (~kept[:, -1] | torch.tensor(few == out_BV.shape[1])).tolist()
+    in_nV = torch.zeros_like(p_nV, dtype=torch.bool).scatter(1, ids, kept)
+    for i, b in enumerate(ps):
+        if enough[i]:
+            out_BV[b].masked_fill_(~in_nV[i], LOW)
+    if left := {b: p for (b, p), well in zip(ps.items(), enough, strict=True) if not well}:
+        _top_p_(out_BV, left, out_BV.shape[1])
+
+
+class Grammars:
+    """The grammars of one tokenizer.
+
+    Args:
+        tokenizer: the model's, or None, with which there are no grammars.
+        vocabulary: the number of tokens that the model knows.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, vocabulary: int) -> None:
+        self._tokenizer, self._vocabulary = tokenizer, vocabulary
+        self._read: Any = None
+
+    def start(self, sampling: Sampling) -> Allowed | None:
+        """A fresh state of the grammar that the settings ask for, None if they ask for none.
+
+        Raises LorafoldError without llguidance, a fast tokenizer with an end token, or a grammar
+        that can be read.
+        """
+        if sampling.grammar is None:
+            return None
+        name = sampling.grammar[0]
+        try:
+            from llguidance import LLMatcher
+        except ImportError:
+            raise LorafoldError(
+                f"{name}: found no llguidance, expected it; install lorafold[serve]"
+            ) from None
+        tokens = self._tokens(name)
+        try:
+            matcher = LLMatcher(tokens, guidance(sampling.grammar), log_level=0)
+        except STOPS:
+            raise
+        except BaseException as error:  # a panic in a library is no Exception
+            raise LorafoldError(f"{name}: it can't be read ({cut(str(error), 300)})") from None
+        if matcher.is_error():
+            raise LorafoldError(f"{name}: it can't be read ({_why(matcher)})")
+        return _State(matcher, name)
+
+    def ends(self, sampling: Sampling) -> frozenset[int]:
+        """The token that ends a text of the grammar, if the settings ask for one."""
+        end = None if self._tokenizer is None else self._tokenizer.eos_token_id
+        return frozenset([end] if sampling.grammar and isinstance(end, int) else [])
+
+    def _tokens(self, name: str) -> Any:
+        if self._read is None:
+            from llguidance.hf import from_tokenizer
+
+            if self._tokenizer is None or self._tokenizer.eos_token_id is None:
+                raise LorafoldError(f"{name}: found no tokenizer with an end token, expected one")
+            try:
+                known: Any = self._tokenizer
+                self._read = from_tokenizer(known, n_vocab=self._vocabulary)
+            except ValueError as error:
+                raise LorafoldError(f"{name}: {error}") from None
+        return self._read
+
+
+def guidance(grammar: tuple[str, str]) -> str:
+    """A setting and its text as llguidance has grammars, which nothing has read yet."""
+    from llguidance import LLMatcher
+
+    name, text = grammar
+    if name == "schema":
+        return str(LLMatcher.grammar_from_json_schema(text))
+    return str(LLMatcher.grammar_from_regex(text) if name == "regex" else text)
+
+
+class _State:
+    """Where one completion stands in its grammar."""
+
+    def __init__(self, matcher: Any, setting: str) -> None:
+        self._matcher, self._setting, self._consumed = matcher, setting, 0
+
+    def __call__(self, tokens: Sequence[int]) -> Tensor:  # (V,)
+        try:
+            for token in tokens[self._consumed :]:
+                self._matcher.consume_token(token)
+            self._consumed = len(tokens)
+            mask = bytearray(self._matcher.compute_logit_bias())
+        except STOPS:
+            raise
+        except BaseException as error:  # a panic in a library is no Exception
+            raise Unfit(self._setting, str(error)) from None
+        if self._matcher.is_error():
+            raise Unfit(self._setting, _why(self._matcher))
+        return torch.frombuffer(mask, dtype=torch.uint8) != 0
+
+
+def _why(matcher: Any) -> str:
+    """What is wrong with a grammar, without the dump of the parser's state."""
+    told = str(matcher.get_error()).partition("<state>")[0]
+    return cut(" ".join(told.split()), 300)

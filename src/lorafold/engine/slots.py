@@ -5,16 +5,23 @@
 
 A request has a slot, that is a row of the buffers. A view is what one forward pass gets in place
 of transformers' cache: it writes T tokens of each of its rows from that row's own position on, and
-reads the rows up to the longest. What a row may see is for the mask (`lorafold.engine.attention`),
+reads the rows up to the longest. What a row may see is for the mask (`lorafold.engine.operations`),
 which finds the rows' positions in `get_query_offset`. A slot is zeroed before it is used again,
 since 0 times a stale NaN in a masked position would be NaN.
+
+`KeptPrefixes` knows what free slots still hold, so that a request whose prompt begins the same goes
+on from there. Keys and values follow from the base, the adapter and the tokens before. Tokens alone
+would give one adapter's cache to another (vLLM #30931), and names that of files which were replaced
+(#42125); so a beginning is found under its own `Prefix` only. The last token of a prompt is always
+computed, since its logits are needed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from copy import copy
-from itertools import chain
+from dataclasses import dataclass
+from itertools import chain, count
 from typing import Any
 
 import torch
@@ -90,10 +97,6 @@ class SlotCache:
         for buffer in self._buffers():
             buffer[[a, b], :, :tokens] = buffer[[b, a], :, :tokens]
 
-    def is_zero(self, slot: int, after: int = 0) -> bool:
-        """Whether a slot holds nothing after its first tokens."""
-        return not any(buffer[slot, :, after:].any() for buffer in self._buffers())
-
     def is_finite(self, slot: int) -> bool:
         """Whether all that a slot holds are finite numbers."""
         return all(bool(buffer[slot].isfinite().all()) for buffer in self._buffers())
@@ -110,11 +113,6 @@ class SlotCache:
         fresh = copy(self)
         fresh.keys, fresh.values = {}, {}
         return fresh
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes of all buffers."""
-        return sum(buffer.nbytes for buffer in self._buffers())
 
 
 def columns(tokens: int) -> int:
@@ -177,3 +175,77 @@ class SlotView(Cache):
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return self.of.length
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What keys and values were computed with, beside their tokens and the engine's one base. No
+    name is part of it.
+
+    Args:
+        digest: the digest of the adapter's files, "" for the base.
+        generation: the number of the call that made the adapter known, 0 for the base.
+        tenant: on whose behalf; nobody's slot serves another.
+    """
+
+    digest: str
+    generation: int
+    tenant: str
+
+
+@dataclass(frozen=True)
+class _Slot:
+    prefix: Prefix
+    tokens: tuple[int, ...]
+    since: int
+
+
+class KeptPrefixes:
+    """The free slots that hold something, by their number."""
+
+    def __init__(self) -> None:
+        self.slots: dict[int, _Slot] = {}
+        self._clock = count(1)
+
+    def keep(self, slot: int, prefix: Prefix, tokens: Sequence[int]) -> None:
+        """Remember what a slot holds.
+
+        Args:
+            slot: the slot, which is free now.
+            prefix: what it was computed with.
+            tokens: the tokens whose keys and values it has.
+        """
+        self.slots[slot] = _Slot(prefix, tuple(tokens), next(self._clock))
+
+    def find(self, prefix: Prefix, prompt: Sequence[int]) -> tuple[int, int]:
+        """The slot that has most of the prompt's first tokens, and how many; (-1, 0) if none has
+        any.
+        """
+        best, most = -1, 0
+        for slot, kept in self.slots.items():
+            if kept.prefix == prefix and (n := common(kept.tokens, prompt[:-1])) > most:
+                best, most = slot, n
+        return best, most
+
+    def age(self, slot: int) -> int:
+        """The larger, the later a free slot was kept; 0 if it holds nothing."""
+        return self.slots[slot].since if slot in self.slots else 0
+
+    def length(self, slot: int) -> int:
+        """How many tokens a free slot holds."""
+        return len(self.slots[slot].tokens) if slot in self.slots else 0
+
+    def moved(self, source: int, target: int) -> None:
+        """A slot's content, if it holds any, is in another free slot now."""
+        if source in self.slots:
+            self.slots[target] = self.slots.pop(source)
+
+
+def common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences have in common at their beginning."""
+    n = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        n += 1
+    return n

@@ -14,10 +14,9 @@ counts itself, an attention of its own) computes one request at a time.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -25,12 +24,12 @@ from torch import Tensor, nn
 
 from lorafold.bases import is_linear, layer_of
 from lorafold.core.anatomy import Anatomy
-from lorafold.core.attach import deltas_on, selection_of
+from lorafold.core.attach import Adapted, deltas_on, selection_of
 from lorafold.core.matrices import Matrices
 from lorafold.core.modes import evaluating
-from lorafold.engine.attention import slot_attention, slot_mask
-from lorafold.engine.operations import Operations
+from lorafold.engine.operations import Operations, slot_attention, slot_mask
 from lorafold.engine.slots import SlotCache, SlotView
+from lorafold.errors import LorafoldError
 from lorafold.step.documents import attending
 
 NAME = "lorafold_slots"
@@ -132,7 +131,8 @@ def probe(model: Any) -> Structure:
             ]
         ).float()
         try:
-            with _inputs_seen(model) as seen, slotted(model, Operations()):
+            with ExitStack() as stack, slotted(model, Operations()):
+                seen = _inputs_seen(model, stack)
                 together = _in_slots(model, prompts).float()
         except Exception as error:
             return Structure(f"it can't run in slots ({type(error).__name__}: {error})")
@@ -140,19 +140,14 @@ def probe(model: Any) -> Structure:
     if not (together - alone).norm() <= eps * alone.norm():
         return Structure("in slots it computes other logits than alone")
     rowwise = frozenset(path for path, fits in seen.rows.items() if fits)
-    found = shapes(model, rowwise)
+    sizes: dict[tuple[int, int], list[str]] = defaultdict(list)  # of matrices at these paths
+    for path, module in Anatomy.of(model).modules:
+        if path in rowwise and is_linear(module):
+            sizes[layer_of(module).shape].append(path)
+    found = tuple(Shape(*size, tuple(paths)) for size, paths in sizes.items())
     matrices = {path for shape in found for path in shape.paths}
     routed = any(isinstance(module, Matrices) for _, module in Anatomy.of(model).modules)
     return Structure("", rowwise, found, seen.groups(matrices), routed)
-
-
-def shapes(model: nn.Module, rowwise: frozenset[str]) -> tuple[Shape, ...]:
-    """The matrices at these paths, by their shapes."""
-    found: dict[tuple[int, int], list[str]] = defaultdict(list)
-    for path, module in Anatomy.of(model).modules:
-        if path in rowwise and is_linear(module):
-            found[layer_of(module).shape].append(path)
-    return tuple(Shape(*shape, tuple(paths)) for shape, paths in found.items())
 
 
 def _in_slots(model: Any, prompts: list[Tensor]) -> Tensor:  # (B, V)
@@ -189,6 +184,13 @@ class _Seen:
         self.rows: dict[str, bool] = {}
         self.calls: list[tuple[str, Any, int]] = []  # the input of each call and its version
 
+    def look(self, path: str, dims: int, _: nn.Module, args: Any, kwargs: Any) -> None:
+        """See what the module at a path reads, which has so many dimensions if it has rows."""
+        x = args[0] if len(args) == 1 and not kwargs else None
+        fits = isinstance(x, Tensor) and x.dim() == dims and len(x) == len(LENGTHS)
+        self.rows[path] = self.rows.get(path, True) and fits
+        self.calls.append((path, x, x._version if isinstance(x, Tensor) else 0))
+
     def groups(self, paths: set[str]) -> tuple[tuple[str, ...], ...]:
         """Those of the paths that read the same tensor, in the order of the first pass."""
         found: list[tuple[str, ...]] = []
@@ -203,28 +205,47 @@ class _Seen:
         return tuple(found)
 
 
-@contextmanager
-def _inputs_seen(model: nn.Module) -> Iterator[_Seen]:
-    """Yield what the modules with a matrix read."""
+def _inputs_seen(model: nn.Module, stack: ExitStack) -> _Seen:
+    """What the modules with a matrix read, until the stack is closed."""
     seen = _Seen()
+    for path, module in Anatomy.of(model).modules:
+        layer = layer_of(module)
+        if layer.linear or layer.takes_ids:
+            look = partial(seen.look, path, 2 if layer.takes_ids else 3)
+            stack.callback(module.register_forward_pre_hook(look, with_kwargs=True).remove)
+    return seen
 
-    def hook(path: str, ids: bool) -> Any:
-        def look(_: nn.Module, args: Any, kwargs: Any) -> None:
-            x = args[0] if len(args) == 1 and not kwargs else None
-            dims = 2 if ids else 3
-            fits = isinstance(x, Tensor) and x.dim() == dims and len(x) == len(LENGTHS)
-            seen.rows[path] = seen.rows.get(path, True) and fits
-            seen.calls.append((path, x, x._version if isinstance(x, Tensor) else 0))
 
-        return look
+# the attribute of a model that an engine has
+TAKEN = "lorafold_engine"
 
-    handles = [
-        module.register_forward_pre_hook(hook(path, layer.takes_ids), with_kwargs=True)
-        for path, module in Anatomy.of(model).modules
-        if (layer := layer_of(module)).linear or layer.takes_ids
-    ]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
+
+def taken(model: Any, stack: ExitStack) -> None:
+    """Take a model for one engine, none of whose parameters asks for gradients then, until the
+    stack is closed. Raises LorafoldError if another one has it.
+    """
+    if TAKEN in vars(model):
+        raise LorafoldError(
+            "engine: found another one that has this model, expected that to be closed, or its"
+            " completion to be read to the end"
+        )
+    vars(model)[TAKEN] = True
+    stack.callback(vars(model).pop, TAKEN)
+    for p in model.parameters():
+        if p.requires_grad:
+            stack.callback(p.requires_grad_, True)
+            p.requires_grad_(False)
+
+
+def rows_apart(model: nn.Module, stack: ExitStack) -> None:
+    """Have every module of the model compute each row of its input apart, until the stack is
+    closed. bitsandbytes' int8 matmul chooses which inputs stay in 16 bits from all rows of a batch
+    (LLM.int8: Dettmers et al. 2022, arXiv 2208.07339, section 3.2); the engine multiplies by the
+    dequantized matrix instead, as training does under adapters.
+    """
+    for _, module in Anatomy.of(model).modules:
+        layer: Any = layer_of(module)
+        apart = isinstance(module, Adapted)  # its own forward is that of the layer
+        if layer.mixes_rows and not apart and "forward" not in vars(module):
+            module.forward = layer
+            stack.callback(vars(module).pop, "forward", None)

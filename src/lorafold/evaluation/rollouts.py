@@ -20,7 +20,7 @@ from torch.autograd.graph import increment_version
 from lorafold.core.attach import only, selection_of
 from lorafold.core.shells import twin
 from lorafold.engine import Engine, Request, Sampling, Stream, Token
-from lorafold.engine.steady import lacks, unsteady
+from lorafold.engine.operations import lacks, unsteady
 from lorafold.errors import LorafoldError
 from lorafold.generation import end_tokens, text_of
 from lorafold.machine.memory import free_bytes

@@ -14,7 +14,7 @@ import torch
 from lorafold.core.attach import selection_of
 from lorafold.engine.adapters import attached
 from lorafold.engine.fast_path import packed_bytes
-from lorafold.engine.settings import EngineSettings
+from lorafold.engine.request import EngineSettings
 from lorafold.engine.slots import columns
 from lorafold.evaluation.rollouts import RolloutSize
 from lorafold.memory.ledger import Ledger

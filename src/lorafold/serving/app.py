@@ -2,6 +2,9 @@
 
 A request gets a name, its body is bounded before anything reads it, and once it has ended it is
 counted and logged. Whatever goes wrong is answered in OpenAI's shape.
+
+uvicorn waits for the rest of a request for ever, and keeps headers of any size; so each has a
+deadline and a size (`bounded`), and connections are counted.
 """
 
 from __future__ import annotations
@@ -17,20 +20,25 @@ from urllib.parse import urlsplit
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
-from prometheus_client import CONTENT_TYPE_LATEST
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic.json_schema import models_json_schema
+from pydantic_core import to_json
 from sse_starlette.sse import SendTimeoutError
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from lorafold.errors import STOPS, LorafoldError, cut
+from lorafold.machine.memory import give_back
 from lorafold.serving import logs
+from lorafold.serving.backend import while_open
+from lorafold.serving.body import Body
+from lorafold.serving.next_turn import Chat
 from lorafold.serving.refusal import Refusal, wrong
-from lorafold.serving.routes import admin, chat, completions, messages, models, page, responses
-from lorafold.serving.routes import tokens as tokenizing
+from lorafold.serving.routes import completions, messages, models, page, responses
 from lorafold.serving.server import (
     Record,
     Server,
@@ -40,8 +48,7 @@ from lorafold.serving.server import (
     record_of,
     refused,
 )
-from lorafold.serving.wire.body import Body
-from lorafold.serving.wire.chat import Chat
+from lorafold.serving.settings import Limits
 
 BODIES: dict[str, type[Body]] = {
     "/v1/chat/completions": Chat,
@@ -50,11 +57,11 @@ BODIES: dict[str, type[Body]] = {
     "/v1/responses/input_tokens": responses.InputTokens,
     "/v1/messages": messages.Ask,
     "/v1/messages/count_tokens": messages.CountTokens,
-    "/tokenize": tokenizing.Tokenize,
-    "/detokenize": tokenizing.Detokenize,
-    "/v1/load_lora_adapter": admin.Loaded,
-    "/v1/unload_lora_adapter": admin.Named,
-    "/admin/aliases/{name}": admin.Pointed,
+    "/tokenize": completions.Tokenize,
+    "/detokenize": completions.Detokenize,
+    "/v1/load_lora_adapter": models.Loaded,
+    "/v1/unload_lora_adapter": models.Named,
+    "/admin/aliases/{name}": models.Pointed,
 }
 KEY = {"key": {"type": "http", "scheme": "bearer"}}
 QUIET = ("/livez", "/readyz", "/health", "/metrics", *page.FILES)
@@ -64,6 +71,7 @@ METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", 
 ADDRESS = re.compile(r"^[^/?]*://[^/]*")
 ALLOWED = ("GET", "POST", "PUT", "DELETE")  # of pages of other origins
 SHOWN = ("X-Request-Id", "Retry-After")  # headers that such a page may read
+HEAD = 1 << 16  # bytes of an address and headers
 HERE = ("localhost", "127.0.0.1", "::1")
 
 
@@ -74,20 +82,17 @@ def application(server: Server) -> FastAPI:
     async def running(app: FastAPI) -> AsyncIterator[None]:
         asyncio.get_running_loop().set_exception_handler(logs.unhandled)
         try:
-            async with server.host.computing():
-                keeping = asyncio.create_task(server.spent.keep())
-                try:
-                    yield
-                finally:
-                    keeping.cancel()
+            async with server.host.computing(), while_open(server.spent.keep()):
+                yield
         finally:
             await server.spent.save()
 
     app = FastAPI(title="lorafold", lifespan=running, openapi_url=None, redirect_slashes=False)
-    for group in (chat, completions, responses, messages, models, tokenizing, admin):
-        group.routes(app, server)
-    _operations(app, server)
-    page.routes(app, server)
+    for routes in (
+        completions.routes, responses.routes, messages.routes, models.routes,
+        completions.tokens, models.administration, operations, page.routes,
+    ):  # fmt: skip
+        routes(app, server)
 
     @app.get("/openapi.json")
     async def schema(request: Request) -> Response:
@@ -107,7 +112,7 @@ def application(server: Server) -> FastAPI:
     return app
 
 
-def _operations(app: FastAPI, server: Server) -> None:
+def operations(app: FastAPI, server: Server) -> None:
     """Add the routes that keep a server running."""
 
     @app.get("/livez")
@@ -128,7 +133,7 @@ def _operations(app: FastAPI, server: Server) -> None:
     async def metrics(request: Request) -> Response:
         """Counters in Prometheus's format; they name tenants, so that keys close them."""
         server.keys.check_metrics(request.headers.get("authorization"))
-        return Response(server.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(server.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
 def described(routes: list[Any]) -> dict[str, Any]:
@@ -165,8 +170,7 @@ class Gate:
         record = Record(f"req-{secrets.token_hex(8)}", method, path, sent)
         scope["record"] = record
         # what answers a HEAD as a GET is sent without its body, by the server of the protocol
-        verb = "GET" if method == "HEAD" else scope["method"]
-        scope = {**scope, "path": path, "method": verb}
+        scope = {**scope, "path": path, "method": "GET" if method == "HEAD" else scope["method"]}
         read, begun = 0, False
 
         async def bounded() -> Message:
@@ -258,3 +262,96 @@ async def _no_route(request: Request, error: Any) -> Response:
     status, detail = getattr(error, "status_code", 404), getattr(error, "detail", "not found")
     told = f"{request.method} {request.url.path[:200]!a}: {str(detail).lower()}"
     return await _refused(request, Refusal(status, "no_route", told))
+
+
+def bounded(limits: Limits) -> type[HttpToolsProtocol]:
+    """uvicorn's protocol under limits."""
+    arriving: dict[Bounded, asyncio.TimerHandle] = {}  # the one that takes longest first
+    trims: list[asyncio.TimerHandle] = []  # the last one, for all that were late or large meanwhile
+
+    class Bounded(HttpToolsProtocol):
+        """One connection, whose next request is awaited from the start, and from its first byte."""
+
+        read, head = 0, True  # bytes of a request, and whether they are of its head
+
+        def connection_made(self, transport: Any) -> None:
+            """Wait for a request, in the place of another connection if there are too many."""
+            super().connection_made(transport)
+            self._wait()
+            if len(self.connections) > limits.connections:
+                next(iter(arriving))._refuse(503, "too_many_connections", "try again later")
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            """Wait no longer."""
+            self._arrived()
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            """Take some bytes, and no more if there are too many; chunks and trailers count."""
+            super().data_received(data)
+            self.read += len(data)
+            most = HEAD + (0 if self.head else 2 * limits.body_bytes)
+            if self in arriving and self.read > most:
+                told = f"expected at most {most:,} bytes"
+                self._refuse(431 if self.head else 413, "request_too_large", told)
+
+        def on_message_begin(self) -> None:
+            """Begin to count."""
+            self.read, self.head = 0, True
+            self._wait()
+            super().on_message_begin()
+
+        def on_headers_complete(self) -> None:
+            """Allow a body."""
+            self.head = False
+            super().on_headers_complete()
+
+        def on_message_complete(self) -> None:
+            """Wait no longer."""
+            self._arrived()
+            super().on_message_complete()
+
+        def on_response_complete(self) -> None:
+            """Forget the part of a body that nobody asked for, and what was made of a large one."""
+            if self.read > HEAD:
+                self._trim()
+            if not self.pipeline:
+                self.cycle.body = bytearray()
+            super().on_response_complete()
+
+        @property
+        def _busy(self) -> bool:
+            """Whether the request before this one is still being answered."""
+            return self.head and self.cycle is not None and not self.cycle.response_complete
+
+        def _wait(self) -> None:
+            self._arrived()
+            arriving[self] = self.loop.call_later(limits.receive_seconds, self._late)
+
+        def _arrived(self) -> None:
+            if (timer := arriving.pop(self, None)) is not None:
+                timer.cancel()
+
+        def _late(self) -> None:
+            if self.flow.read_paused or self._busy:  # here nobody reads
+                self._wait()
+            else:
+                told = f"expected the whole request within {limits.receive_seconds:g} s"
+                self._refuse(408, "request_timeout", told)
+                self._trim()
+
+        def _trim(self) -> None:
+            if not trims or trims[-1].when() < self.loop.time():
+                trims[:] = [self.loop.call_later(1, self.loop.run_in_executor, None, give_back)]
+
+        def _refuse(self, status: int, code: str, told: str) -> None:
+            """Close the connection, with an answer if a request has begun that has none yet."""
+            self._arrived()
+            if self.read and not self._busy and (self.head or not self.cycle.response_started):
+                content = to_json(Refusal(status, code, f"request: {told}").body)
+                about = f"content-type: application/json\r\ncontent-length: {len(content)}\r\n"
+                end = b"connection: close\r\n\r\n"
+                self.transport.write(STATUS_LINE[status] + about.encode() + end + content)
+            self.transport.close()
+
+    return Bounded

@@ -12,22 +12,23 @@ answer at once.
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lorafold.engine import Ended, Request, Sampling, Token
-from lorafold.engine.grammar import guidance
-from lorafold.engine.sampler import NOT_FINITE
-from lorafold.engine.text import Text
-from lorafold.serving.json_file import Strict
+from lorafold.engine.request import NUMBERS
+from lorafold.engine.row import Text, may_begin
+from lorafold.engine.sampler import NOT_FINITE, guidance
+from lorafold.serving.settings import Strict
 
 __all__ = [
-    "LOST", "NOT_FINITE", "Backend", "Ended", "Found", "News", "Request", "Sampling", "States",
-    "Text", "Token", "Until", "guidance",
+    "LOST", "NOT_FINITE", "NUMBERS", "Backend", "Ended", "Found", "News", "Request", "Sampling",
+    "States", "Text", "Token", "Until", "guidance", "may_begin", "while_open",
 ]  # fmt: skip
 
 LOST = "the engine stopped"  # the message of an end, as NOT_FINITE is one
@@ -165,3 +166,15 @@ class Backend(ABC):
     @abstractmethod
     def states(self) -> States:
         """Where the adapters are now."""
+
+
+@asynccontextmanager
+async def while_open(doing: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Do something beside the block, for as long as that runs."""
+    task = asyncio.create_task(doing)
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task

@@ -1,34 +1,49 @@
-"""What is computed, as the event loop has it: the jobs, their deadlines, and the threads beside it.
+"""What is computed, as the event loop has it: the jobs, their deadlines, and the threads beside it;
+and what a request must fulfil before the engine gets it.
 
     async with host.computing():
         found = await host.think(do, tenant)    what takes its time, beside the event loop
         host.submit(job)                        its events come to the job, at most a step later
         host.cancel(job, why)
+        reply = await admission.admit(...)      limits, the queue; choose, render and submit
+
+Where the queue is full, a request is refused at once, with the seconds after which it is likely not
+to be. Adapters are verified, and conversations, tokens and grammars made, by a few threads beside
+the engine's, so that neither the engine nor the event loop waits for them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 from lorafold.errors import LorafoldError, passes, place
 from lorafold.machine.threads import alone, stacks
-from lorafold.serving.backend import NOT_FINITE, Backend, Ended, News
-from lorafold.serving.job import CompletionJob
+from lorafold.screening.screen import Screen
+from lorafold.serving.backend import NOT_FINITE, Backend, Ended, News, Request, guidance, while_open
+from lorafold.serving.body import Completing
+from lorafold.serving.job import Asked, CompletionJob, Prompted, Reply
+from lorafold.serving.keys import Caller, Spent
 from lorafold.serving.metrics import Metrics
-from lorafold.serving.refusal import Refusal
+from lorafold.serving.refusal import FIELDS, Refusal, check_number, wrong
 from lorafold.serving.registry import Registry
+from lorafold.serving.rendering import Chosen
 from lorafold.serving.settings import Settings
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 THREADS, TURNS = 4, 2  # that think, and of them one tenant's
+LEAVING = 4  # times as many may be about to end as may wait: they end with the engine's next step
+RETRIES = 3  # an adapter's version may be replaced between its choice and its use
 WATCH = 0.25  # seconds between two looks at deadlines
 
 
@@ -54,13 +69,10 @@ class Host:
         with stacks(), self.pool:
             async with self.backend.events(self._deliver):
                 self._registry.sweep.begin()
-                watching = asyncio.create_task(self._watch())
                 try:
-                    yield
+                    async with while_open(self._watch()):
+                        yield
                 finally:
-                    watching.cancel()
-                    with suppress(asyncio.CancelledError):
-                        await watching
                     await asyncio.to_thread(self._registry.close)
 
     @property
@@ -152,8 +164,9 @@ class Host:
             job.prompt = news.prompt or job.prompt
             job.put(news.events)
             self.metrics.arrived(job, news.events)
-            if (why := job.unread(self.settings.limits)) is not None:
-                self.cancel(job, why)
+            if (n := len(job.events)) > self.settings.limits.unread_tokens:
+                told = f"the client left {n} tokens unread"
+                self.cancel(job, Refusal(408, "slow_reader", told))
             if job.end is not None:
                 self._ended(job, job.end)
 
@@ -183,3 +196,162 @@ class Host:
             for job in list(self.jobs.values()):
                 if job.why is None and (why := job.late(now, self.settings.limits)) is not None:
                     self.cancel(job, why)
+
+
+class Admission:
+    """Where requests are admitted.
+
+    Args:
+        spent: the tokens that tenants were given.
+    """
+
+    def __init__(self, host: Host, registry: Registry, spent: Spent, screen: Screen) -> None:
+        self.host, self.registry, self.spent, self._screen = host, registry, spent, screen
+        self.limits = host.settings.limits
+
+    def check(self, body: Completing) -> None:
+        """Raise Refusal for a body that asks for more than anybody may."""
+        if not 1 <= body.n <= self.limits.choices:
+            raise wrong("n", f"found {body.n}, expected 1 to {self.limits.choices}")
+        check_number("stop", len(body.stops), self.limits.stops)
+        check_number("logit_bias", len(body.logit_bias), self.limits.biases)
+
+    async def admit(self, caller: Caller, id: str, since: float, asked: Asked) -> Reply:
+        """The reply to a request, whose completions are on their way. Raises Refusal, and then
+        nothing is computed.
+
+        Args:
+            id: the name of the reply.
+            since: when the request came, by time.monotonic.
+        """
+        self.check_caller(caller, asked.body.n)
+        reply = Reply(id)
+        submit = partial(self._submit, caller, since, asked, reply)
+        try:
+            reply.prompted = await self.host.think(submit, caller.tenant)
+        except BaseException:
+            self.drop(reply)
+            raise
+        for job in reply.jobs:
+            job.admitted = True
+        self.spent.add(caller.tenant, sum(map(len, reply.prompted.prompts)))
+        return reply
+
+    def _submit(self, caller: Caller, since: float, asked: Asked, reply: Reply) -> Prompted:
+        """Choose, render and submit. It takes its time, and calls nothing of the event loop."""
+        count = partial(self.spent.add, caller.tenant)
+        for _ in range(RETRIES):
+            chosen = self.registry.choose(caller, asked.body.model)
+            prompted = asked.prompted(chosen)
+            n = asked.body.n * len(prompted.prompts)
+            if n > self.limits.choices:
+                told = f"found {len(prompted.prompts)} prompts and n {asked.body.n}"
+                told = f"{told}, expected at most {self.limits.choices} completions"
+                raise wrong(asked.field, told)
+            self.check_room(caller.tenant, n - 1)  # it is counted as one that is thought about
+            if grammar := prompted.sampling.grammar:
+                try:
+                    self.compiles(grammar)
+                except LorafoldError as error:
+                    raise wrong(grammar[0], f"it can't be read ({error})").sent_as(FIELDS) from None
+            try:
+                for request in self._requests(reply.id, caller.tenant, asked, prompted):
+                    job = CompletionJob(request, chosen.name, since, reply.arrived, count)
+                    self.host.submit(job)
+                    reply.jobs.append(job)
+                return prompted
+            except LorafoldError as error:
+                self.drop(reply)
+                reply.jobs.clear()
+                if self.registry.serves(chosen):
+                    raise self._refusal(error, asked, chosen) from None
+        told = f"{asked.body.model} is being replaced"
+        raise Refusal(503, "adapter_changed", told, retry_after=1)
+
+    def _requests(
+        self, id: str, tenant: str, asked: Asked, prompted: Prompted
+    ) -> Iterator[Request]:
+        """The requests to the engine. Raises Refusal for a prompt that leaves no room."""
+        body, renderer = asked.body, prompted.chosen.renderer
+        seed = secrets.randbits(48) if body.seed is None else body.seed
+        ends = frozenset[int]() if body.ignore_eos else renderer.ends
+        for i, prompt in enumerate(p for p in prompted.prompts for _ in range(body.n)):
+            sampling = replace(prompted.sampling, seed=(seed + i) % (1 << 63))
+            scores = prompted.prompt_logprobs
+            new = self._new_tokens(asked, prompt, 1 if scores is None else 0)
+            yield Request(
+                f"{id}.{i}", prompt, new,
+                prompted.chosen.key, sampling, ends, tenant, renderer.tokenizer,
+                prompt_logprobs=scores,
+            )  # fmt: skip
+
+    def compiles(self, grammar: tuple[str, str]) -> None:
+        """Raise LorafoldError for a setting and its text that no engine could compile safely."""
+        self._screen.compile(guidance(grammar))
+
+    async def count(self, caller: Caller, asked: Asked) -> int:
+        """The tokens of a request's prompts. Raises Refusal as `admit` does."""
+        self.check_room(caller.tenant, 1)
+
+        def counted() -> int:
+            renderer = self.registry.choose(caller, asked.body.model).renderer
+            return sum(map(len, asked.rendered(renderer)[1]))
+
+        return await self.host.think(counted, caller.tenant)
+
+    def drop(self, reply: Reply) -> None:
+        """End the completions of a reply that nobody waits for any more."""
+        for job in reply.jobs:
+            if job.end is None:
+                self.host.cancel(job, Refusal(499, "client_left", "the client left"))
+
+    def check_caller(self, caller: Caller, n: int) -> None:
+        """Raise Refusal as `check_room`, and if its tenant was given all that the key allows."""
+        self.check_room(caller.tenant, n)
+        self.spent.check(caller)
+
+    def check_room(self, tenant: str, n: int) -> None:
+        """Raise Refusal unless a tenant's completions may wait, or nothing is computed now.
+
+        Args:
+            n: how many completions there are.
+        """
+        if why := self.host.ready:
+            raise Refusal(503, "not_ready", why, retry_after=1)
+        host, most, own = self.host, self.limits.queue, self.limits.tenant_queue
+        for limit, found, what, code in (
+            (most, host.waiting(), "wait", "queue_full"),
+            (own, host.waiting(tenant), "wait", "tenant_queue_full"),
+            (LEAVING * own, host.leaving(tenant), "end", "tenant_queue_full"),
+        ):
+            if found + n > limit:
+                told = f"{found} completions {what} already, expected at most {limit} with these"
+                raise Refusal(429, code, told, retry_after=host.seconds_to_wait)
+
+    def _new_tokens(self, asked: Asked, prompt: Sequence[int], least: int) -> int:
+        length = self.host.backend.length
+        if not prompt:
+            raise wrong(asked.field, "found no tokens, expected at least one")
+        left = length - len(prompt)
+        new = left if asked.max_new_tokens is None else asked.max_new_tokens
+        if new < least <= left:
+            raise wrong("max_tokens", f"found {new}, expected {least} or more")
+        if left < least or new > left:
+            wanted = max(new, least)  # the first words are those by which clients know this error
+            told = (
+                f"This model's maximum context length is {length} tokens. However, you requested"
+                f" {len(prompt) + wanted} tokens ({len(prompt)} in the {asked.field}, {wanted} in"
+                " the completion); shorten the one or ask for less of the other"
+            )
+            raise Refusal(400, "context_length_exceeded", told, asked.field)
+        return new
+
+    def _refusal(self, error: LorafoldError, asked: Asked, chosen: Chosen) -> Refusal:
+        if why := self.host.ready:
+            return Refusal(503, "not_ready", why, retry_after=1)
+        told = str(error).partition(": ")[2]  # without the request's name
+        if chosen.key and self.host.backend.states().refuses(chosen.key):
+            return Refusal(423, "adapter_quarantined", told, "model")
+        field = told.partition(":")[0]
+        named = FIELDS | {"prompt": asked.field}
+        return Refusal(400, "invalid_value", told, field).sent_as(named)

@@ -15,15 +15,13 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorafold.engine import Ended, Engine, EngineSettings, Request, Stream, Token
 from lorafold.engine.adapters import KnownAdapter, Verified
-from lorafold.serving.backend import LOST, Backend, Found, News, States, Until
+from lorafold.serving.backend import LOST, Backend, Found, News, States, Until, while_open
 from lorafold.serving.settings import Settings
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 WATCH = 0.25  # seconds between two looks at the thread
@@ -108,13 +106,10 @@ class InProcess(Backend):
     async def events(self, take: Callable[[Sequence[News]], None]) -> AsyncIterator[None]:
         self._loop, self._take = asyncio.get_running_loop(), take
         self.engine.start(self._hand_over)
-        watching = asyncio.create_task(self._watch())
         try:
-            yield
+            async with while_open(self._watch()):
+                yield
         finally:
-            watching.cancel()
-            with suppress(asyncio.CancelledError):
-                await watching
             await asyncio.to_thread(self.engine.close)
 
     def submit(self, request: Request) -> None:

@@ -1,4 +1,14 @@
-"""One completion, and all those of one request, as the event loop sees them."""
+"""One completion, and all those of one request, as the event loop sees them.
+
+What a completion says is told apart as it comes: reasoning, content, calls of tools.
+
+    reader = PartReader(tokenizer, prompt, tools)
+    reader.add("Let me see. <tool_")        [("content", "Let me see.")]
+    reader.finish()                         the rest, and the calls
+
+Text is held back while it may be the beginning of a mark, and from the first call on, so that
+nothing is ever taken back. A call that can't be read is content.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +17,24 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
-from lorafold.serving.backend import LOST, NOT_FINITE, Ended, Request, Sampling, Token
-from lorafold.serving.parts import PartReader
+from transformers import PreTrainedTokenizerBase
+
+from lorafold.data.calls import parse_calls
+from lorafold.data.grammar import grammar_of, special_words
+from lorafold.data.messages import Tool
+from lorafold.data.reasoning import block_of
+from lorafold.errors import LorafoldError
+from lorafold.serving.backend import LOST, NOT_FINITE, Ended, Request, Sampling, Token, may_begin
+from lorafold.serving.body import Completing
 from lorafold.serving.refusal import FIELDS, Refusal, wrong
 from lorafold.serving.rendering import Chosen, Renderer
 from lorafold.serving.settings import Limits
-from lorafold.serving.wire.body import Completing
 
+REASONING, CONTENT = "reasoning_content", "content"
+Part = tuple[str, str]  # the field of a message, and what is added to it
 Prompts = tuple[tuple[int, ...], ...]
 
 
@@ -60,6 +79,7 @@ class Asked(ABC):
         """What the engine is asked for. It may take its time. Raises Refusal."""
 
 
+@dataclass(eq=False)
 class CompletionJob:
     """One completion: what was asked of the backend, and what came back so far. All times are by
     time.monotonic.
@@ -71,32 +91,27 @@ class CompletionJob:
         count: called with the number of tokens that arrive.
     """
 
-    def __init__(
-        self,
-        request: Request,
-        adapter: str,
-        asked: float,
-        arrived: asyncio.Event,
-        count: Callable[[int], None],
-    ) -> None:
-        self.request, self.adapter, self.asked = request, adapter, asked
-        self._arrived, self._count = arrived, count
-        self.began: float | None = None  # when it got a slot
-        self.admitted = False  # until then its request is one that is thought about
-        self.prompt: Sequence[Token] = ()  # with log probabilities, if they were asked for
-        self.tokens = 0  # that arrived
-        self.events: deque[Token | Ended] = deque()
-        self.end: Ended | None = None
-        self.why: Refusal | None = None  # the server's reason to end it
-        self.before: float | None = None  # when events arrived before the last ones
-        self.times: list[float] = []  # of the first token and the last
+    request: Request
+    adapter: str
+    asked: float
+    arrived: asyncio.Event
+    count: Callable[[int], None]
+    began: float | None = None  # when it got a slot
+    admitted: bool = False  # until then its request is one that is thought about
+    prompt: Sequence[Token] = ()  # with log probabilities, if they were asked for
+    tokens: int = 0  # that arrived
+    events: deque[Token | Ended] = field(default_factory=deque)
+    end: Ended | None = None
+    why: Refusal | None = None  # the server's reason to end it
+    before: float | None = None  # when events arrived before the last ones
+    times: Sequence[float] = ()  # of the first token and the last
 
     def put(self, events: Sequence[Token | Ended]) -> None:
         """Take what arrived."""
         now, new = time.monotonic(), sum(isinstance(event, Token) for event in events)
         self.events.extend(events)
         self.tokens += new
-        self._count(new)
+        self.count(new)
         last = events[-1]
         self.end = last if isinstance(last, Ended) else None
         if self.end is not None and self.end.message == LOST:
@@ -104,7 +119,7 @@ class CompletionJob:
         self.before = self.times[-1] if self.times else None
         if isinstance(events[0], Token):
             self.times = [*self.times[:1], now]
-        self._arrived.set()
+        self.arrived.set()
 
     def late(self, now: float, limits: Limits) -> Refusal | None:
         """Why it should end now, if it took longer than it may."""
@@ -118,12 +133,6 @@ class CompletionJob:
         if waited > limits.total_seconds:
             return Refusal(504, "total_timeout", f"not complete after {limits.total_seconds:g} s")
         return None
-
-    def unread(self, limits: Limits) -> Refusal | None:
-        """Why it should end now, if its client is too far behind."""
-        if len(self.events) <= limits.unread_tokens:
-            return None
-        return Refusal(408, "slow_reader", f"the client left {len(self.events)} tokens unread")
 
     @property
     def failed(self) -> Refusal | None:
@@ -185,3 +194,83 @@ class Reply:
             "total_tokens": prompts + new,
             "prompt_tokens_details": {"cached_tokens": sum(e.cached for e in ends[::each])},
         }
+
+
+class PartReader:
+    """One completion.
+
+    Args:
+        tokenizer: the model's, whose chat template has the marks.
+        prompt: the rendered prompt, which may open the reasoning.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, prompt: str, tools: Sequence[Tool]
+    ) -> None:
+        self._tokenizer, self._tools, self._held = tokenizer, tools, ""
+        self.length = 0  # of what was added
+        block = block_of(tokenizer)
+        self._opening, self._closing = block.opening, block.closing
+        opened = prompt.rstrip().endswith(block.opening)
+        self._state = "thinking" if opened else "start" if block.shown else "saying"
+        grammar = grammar_of(tokenizer) if tools else None
+        words = special_words(tokenizer)
+        self._call = grammar.without(words).before.strip() if grammar else ""
+        self._all = bool(grammar) and not self._call  # calls have no mark: all may be one
+
+    @property
+    def field(self) -> str:
+        """The field of the message that is being said, empty for calls."""
+        if self._state == "calling":
+            return ""
+        return REASONING if self._state == "thinking" else CONTENT
+
+    def add(self, piece: str) -> list[Part]:
+        """The parts that a piece of text completes."""
+        self._held += piece
+        self.length += len(piece)
+        parts: list[Part] = []
+        if self._state == "start":
+            text = self._held.lstrip()
+            if text.startswith(self._opening):
+                self._state, self._held = "thinking", text[len(self._opening) :].lstrip()
+            elif text and not self._opening.startswith(text):
+                self._state = "saying"
+        if self._state == "thinking":
+            before, found, after = self._held.partition(self._closing)
+            if found:
+                parts.append((REASONING, before.rstrip()))
+                self._state, self._held = "saying", after.lstrip()
+            else:
+                parts.append((REASONING, self._take(self._closing)))
+        if self._state == "saying" and not self._all:
+            at = self._held.find(self._call) if self._call else -1
+            if at >= 0:
+                parts.append((CONTENT, self._held[:at].rstrip()))
+                self._state, self._held = "calling", self._held[at:]
+            else:
+                parts.append((CONTENT, self._take(self._call)))
+        return [part for part in parts if part[1]]
+
+    def finish(self) -> tuple[list[Part], list[dict[str, Any]]]:
+        """The parts that are left, and the calls, in OpenAI's form with arguments as objects."""
+        calls: list[dict[str, Any]] = []
+        if self._state == "calling" or self._all:
+            try:
+                calls = parse_calls(self._held, self._tokenizer, self._tools)
+            except (LorafoldError, RecursionError, MemoryError):  # nested without end
+                calls = []
+        if calls or not self._held:
+            return [], calls
+        return [(REASONING if self._state == "thinking" else CONTENT, self._held)], []
+
+    def _take(self, mark: str) -> str:
+        """What can't be the beginning of a mark any more, nor whitespace before one."""
+        text = self._held
+        if not mark:
+            self._held = ""
+            return text
+        n = may_begin(text, [mark])
+        said = text[: len(text) - n].rstrip()
+        self._held = text[len(said) :]
+        return said

@@ -9,37 +9,48 @@ with every request, since a file's times and size don't show every change, so th
 by deleting its entry. While the file can't be read, the keys are those of the last time. All but
 the first three entries may be left out: a key then holds for good, may use the base, and has no
 limit.
+
+`Spent` counts the tokens that tenants were given in this minute and on this day, by UTC. A tenant's
+prompts and completions count, whichever of its keys asked. A key's limit is looked at before a
+request begins, and what has begun may end: so a tenant may get more than its limit, by what it had
+running. The counts are kept in a file, so that a restart gives nobody new tokens.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import logging
+import math
 import re
 import secrets
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from fnmatch import fnmatchcase
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from filelock import FileLock
-from pydantic import AwareDatetime, BeforeValidator, Field, PositiveInt
+from pydantic import AwareDatetime, BeforeValidator, Field, NonNegativeInt, PositiveInt
 
-from lorafold.errors import LorafoldError, why_unread
+from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_text
-from lorafold.serving.json_file import Strict, content_of, parsed, read
 from lorafold.serving.refusal import Refusal
+from lorafold.serving.settings import Strict, content_of, kept, parsed, read, read_text
 
 log = logging.getLogger(__name__)
 TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-DAY, UNITS = re.compile(r"\d{4}-\d{2}-\d{2}"), {"d": "days", "h": "hours"}
+DATE, UNITS = re.compile(r"\d{4}-\d{2}-\d{2}"), {"d": "days", "h": "hours"}
 LOCAL = "local"  # the tenant of all requests where there is no key file
 ADMIN = "admin"
 HINT = "new-key writes it"
+EVERY = 1.0  # seconds between two times that the file is written
+MINUTE, DAY = 60, 86400
+PERIODS: dict[Literal["day", "minute"], int] = {"day": DAY, "minute": MINUTE}
 
 
 class TokenLimits(Strict):
@@ -53,7 +64,7 @@ UNLIMITED = TokenLimits()
 
 
 def _end_of_day(value: object) -> object:
-    day = isinstance(value, str) and DAY.fullmatch(value)
+    day = isinstance(value, str) and DATE.fullmatch(value)
     try:
         return datetime.fromisoformat(f"{value}T00:00:00Z") + timedelta(days=1) if day else value
     except ValueError:
@@ -127,7 +138,7 @@ class Keys:
         """Who sent a request with this header. Raises Refusal for a key that is not known, or that
         has expired.
         """
-        hashed = _hash(_bearer(authorization))
+        hashed = _sent(authorization)
         if self._is_admin(hashed):
             return Caller(ADMIN)
         if self.file is None:
@@ -147,7 +158,7 @@ class Keys:
         if not self._admin:
             told = "administration is closed: the server has no --admin-key-file"
             raise Refusal(403, "admin_closed", told)
-        if not self._is_admin(_hash(_bearer(authorization))):
+        if not self._is_admin(_sent(authorization)):
             raise Refusal(401, "invalid_api_key", "found no key for administration, expected it")
         return Caller(ADMIN)
 
@@ -157,7 +168,7 @@ class Keys:
         """
         if self.file is None and not self._metrics:
             return
-        hashed = _hash(_bearer(authorization))
+        hashed = _sent(authorization)
         if not hmac.compare_digest(self._metrics or "-" * 64, hashed):
             if not (self._admin or self._metrics):
                 told = "the metrics are closed: the server has no --metrics-key-file"
@@ -200,7 +211,7 @@ def new_key(file: Path, tenant: str, adapters: Sequence[str], **more: object) ->
     key = f"lf-{secrets.token_urlsafe(32)}"
     try:
         with FileLock(f"{file}.lock"):
-            known = read_keys(file).keys if file.exists() else ()
+            known = read(file, KeyFile, HINT).keys if file.exists() else ()
             entry = {"tenant": tenant, "adapters": tuple(adapters), "sha256": _hash(key)}
             added = Key.model_validate(entry | more)
             content = KeyFile(keys=(*known, added)).model_dump(mode="json", exclude_unset=True)
@@ -228,11 +239,6 @@ def until(text: str) -> datetime:
     return end
 
 
-def read_keys(file: Path) -> KeyFile:
-    """The content of a key file. Raises LorafoldError if it is not one."""
-    return read(file, KeyFile, HINT)
-
-
 def _hash(key: str) -> str:
     return sha256(key.encode()).hexdigest()
 
@@ -241,15 +247,93 @@ def _own(file: Path | None) -> str:
     """The hash of the one key in a file, empty without a file."""
     if file is None:
         return ""
-    try:
-        key = file.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise LorafoldError(f"{file}: can't be read ({why_unread(error)})") from None
+    key = read_text(file).strip()
     if len(key) < 16:
         raise LorafoldError(f"{file}: found a key of {len(key)} characters, expected 16")
     return _hash(key)
 
 
-def _bearer(authorization: str | None) -> str:
+def _sent(authorization: str | None) -> str:
+    """The hash of the key in a header."""
     scheme, _, key = (authorization or "").partition(" ")
-    return key.strip() if scheme.lower() == "bearer" else ""
+    return _hash(key.strip() if scheme.lower() == "bearer" else "")
+
+
+class Tally(Strict, frozen=False):
+    """Tokens in one minute or on one day, which is numbered from 1970 on."""
+
+    at: NonNegativeInt = 0
+    tokens: NonNegativeInt = 0
+
+    def add(self, tokens: int, at: int) -> None:
+        """Tally tokens of the time with that number."""
+        self.at, self.tokens = at, tokens + (self.tokens if at == self.at else 0)
+
+
+class SpentFile(Strict):
+    """What each tenant was given, in the last minute and on the last day in which it was any."""
+
+    tenants: dict[str, dict[Literal["day", "minute"], Tally]] = Field({})
+
+
+class Spent:
+    """The counts of one server; the event loop alone calls it. Raises LorafoldError for a file that
+    can't be read.
+
+    Args:
+        needed: whether any key has a limit; else nothing is written.
+        now: the time, in seconds since 1970.
+    """
+
+    def __init__(
+        self, file: Path, needed: Callable[[], bool], now: Callable[[], float] = time.time
+    ) -> None:
+        self._file, self._needed, self._now = file, needed, now
+        self._found = kept(file, SpentFile)
+        self._changed = self._told = False
+
+    def add(self, tenant: str, tokens: int) -> None:
+        """Tally tokens that a tenant was given now."""
+        if tokens:
+            found, now = self._found.tenants.setdefault(tenant, {}), int(self._now())
+            for what, seconds in PERIODS.items():
+                found.setdefault(what, Tally()).add(tokens, now // seconds)
+            self._changed = True
+
+    def check(self, caller: Caller) -> None:
+        """Raise Refusal if the caller's tenant was given all that the key allows."""
+        found, now = self._found.tenants.get(caller.tenant, {}), self._now()
+        for what, seconds in PERIODS.items():
+            most, count = getattr(caller.limits, f"tokens_per_{what}"), found.get(what, Tally())
+            if most is not None and count.at == now // seconds and count.tokens >= most:
+                told = f"{count.tokens:,} tokens were used this {what}, the key allows {most:,}"
+                left = max(1, math.ceil((count.at + 1) * seconds - now))
+                code = "token_limit_day" if what == "day" else "token_limit_minute"
+                raise Refusal(429, code, told, retry_after=left)
+
+    async def keep(self) -> None:
+        """Write the file again and again."""
+        while True:
+            await asyncio.sleep(EVERY)
+            await self.save()
+
+    async def save(self) -> None:
+        """Write the file, beside the event loop, if it is needed and anything changed."""
+        if not (self._changed and self._needed()):
+            return
+        today, found = int(self._now()) // DAY, self._found.tenants.items()
+        tenants = {name: one for name, one in found if one.get("day", Tally()).at == today}
+        content, self._changed = SpentFile(tenants=tenants).model_dump_json() + "\n", False
+        try:
+            await asyncio.to_thread(write_text, self._file, content)
+            self._told = False
+        except LorafoldError as error:
+            self._changed = True
+            if not self._told:
+                log.error("the tokens of tenants can't be kept: %s", error)
+            self._told = True
+
+
+def beside(state: Path) -> Path:
+    """The file of the counts, which lies beside the state file."""
+    return state.with_name(f"{state.stem}-tokens.json")

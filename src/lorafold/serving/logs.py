@@ -27,50 +27,35 @@ EACH = 5.0  # seconds in which a line is written once
 
 
 class Lines(logging.Formatter):
-    """Lines for people.
+    """Lines for people, or one JSON object a line.
 
     Args:
         texts: show the messages of errors.
     """
 
-    def __init__(self, texts: bool) -> None:
+    def __init__(self, as_json: bool, texts: bool) -> None:
         super().__init__()
-        self._texts = texts
+        self._json, self._texts = as_json, texts
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line of a record."""
-        line = f"{self.formatTime(record, '%H:%M:%S')} {self.told(record)}"
-        return "\n".join([line, *filter(None, [self.error(record)])])
-
-    def told(self, record: logging.LogRecord) -> str:
-        """The message of a record."""
-        told = record.getMessage()
-        return told if self._texts else cut(told, MOST)
-
-    def error(self, record: logging.LogRecord) -> str:
-        """The error that a record is about, and where it was raised; empty if there is none."""
-        error = record.exc_info[1] if record.exc_info else None
-        if error is None:
-            return ""
-        if self._texts:
-            return "".join(traceback.format_exception(error)).rstrip()
-        return "\n".join(places(error))
-
-
-class Json(Lines):
-    """One JSON object a line."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """The line of a record."""
+        """The line of a record, and of the error that it is about, where that was raised."""
+        told, error = record.getMessage(), record.exc_info[1] if record.exc_info else None
+        told, where = told if self._texts else cut(told, MOST), ""
+        if error is not None and self._texts:
+            where = "".join(traceback.format_exception(error)).rstrip()
+        elif error is not None:
+            where = "\n".join(places(error))
+        if not self._json:
+            line = f"{self.formatTime(record, '%H:%M:%S')} {told}"
+            return f"{line}\n{where}" if where else line
         found = {
             "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
             "level": record.levelname.lower(),
-            "message": self.told(record),
+            "message": told,
             **getattr(record, "fields", {}),
         }
-        if error := self.error(record):
-            found["error"] = error
-        return json.dumps(found, ensure_ascii=False, default=str)
+        error_of = {"error": where} if where else {}
+        return json.dumps(found | error_of, ensure_ascii=False, default=str)
 
 
 class Folding(logging.StreamHandler[TextIO]):
@@ -106,14 +91,11 @@ def set_up(as_json: bool, texts: bool = False) -> None:
         texts: show the messages of errors, which may quote what clients sent.
     """
     handler = Folding()
-    handler.setFormatter(Json(texts) if as_json else Lines(texts))
-    for name, level in (
-        ("lorafold", logging.INFO), ("uvicorn", logging.WARNING), ("asyncio", logging.WARNING),
-        ("sse_starlette", logging.WARNING),
-    ):  # fmt: skip
+    handler.setFormatter(Lines(as_json, texts))
+    for name in ("lorafold", "uvicorn", "asyncio", "sse_starlette"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(level)
+        logger.setLevel(logging.INFO if name == "lorafold" else logging.WARNING)
     threading.excepthook = _ended
     sys.unraisablehook = _unraisable
 

@@ -2,20 +2,35 @@
 
 Labels are the tenants of the key file, the adapters of the directory, and the codes of refusals: no
 caller can make a new one. Those beyond MOST of a kind share the label `other`.
+
+`Gauges` shows what is as it is when it is asked for: the state of every adapter, and the gauges of
+vLLM by which routers choose a server. The gateway API inference extension of Kubernetes reads, by
+these names: how many requests wait and run, how full the cache is, and which adapters have
+requests. The last one is a gauge whose labels list them and whose value is the time, since the
+newest of several sets of labels is the one that holds. Adapters take slots as the base does, so
+that as many as there are slots run at a time.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from statistics import median
+from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client import Counter as Count
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
-from lorafold.serving.backend import Ended, Token
+from lorafold.serving.backend import Ended, Found, States, Token
 from lorafold.serving.job import CompletionJob
+from lorafold.serving.keys import Keys
+
+if TYPE_CHECKING:
+    from lorafold.serving.host import Host
+    from lorafold.serving.registry import Registry
 
 MOST = 200
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -28,16 +43,12 @@ class Use:
 
     def __init__(self) -> None:
         self.requests = self.tokens = 0
-        self._firsts: deque[float] = deque(maxlen=64)
-
-    def first(self, seconds: float) -> None:
-        """Count a first token after so many seconds."""
-        self._firsts.append(seconds)
+        self.firsts: deque[float] = deque(maxlen=64)  # seconds to the first token
 
     @property
     def first_token_ms(self) -> float | None:
         """The median time to the first token, in milliseconds."""
-        return round(1000 * median(self._firsts), 1) if self._firsts else None
+        return round(1000 * median(self.firsts), 1) if self.firsts else None
 
 
 class Metrics:
@@ -64,20 +75,17 @@ class Metrics:
         self.between = self._seconds("between_tokens", "Between two tokens of a request", BETWEEN)
         self.whole = self._seconds("request", "From a request's arrival to its end")
 
-    def gauge(self, name: str, about: str, value: Callable[[], float]) -> None:
-        """Show a value as it is when it is asked for."""
-        Gauge(f"lorafold_{name}", about, registry=self.registry).set_function(value)
-
     def arrived(self, job: CompletionJob, events: Sequence[Token | Ended]) -> None:
         """Count what arrived of a job, after `Job.put`."""
         use = self.uses.setdefault(job.adapter, Use())
         adapter = self.label("adapter", job.adapter)
         new = sum(isinstance(event, Token) for event in events)
         now = time.monotonic()
+        waited = now - job.asked
         if new and job.before is None:
-            self.first.observe(now - job.asked)
-            self.adapter_first.labels(adapter).observe(now - job.asked)
-            use.first(now - job.asked)
+            self.first.observe(waited)
+            self.adapter_first.labels(adapter).observe(waited)
+            use.firsts.append(waited)
             if job.began is not None:
                 self.queue.observe(job.began - job.asked)
         elif job.before is not None:
@@ -87,12 +95,11 @@ class Metrics:
         if job.end is not None:
             tenant = self.label("tenant", job.request.tenant)
             use.requests += 1
-            counts = Counter(prompt=len(job.request.prompt), completion=len(job.end.tokens))
-            counts["cached"] = job.end.cached
-            for kind, n in counts.items():
+            prompt, new = len(job.request.prompt), len(job.end.tokens)
+            for kind, n in (("prompt", prompt), ("completion", new), ("cached", job.end.cached)):
                 self.tokens.labels(tenant, kind).inc(n)
                 self.adapter_tokens.labels(adapter, kind).inc(n)
-            self.whole.observe(now - job.asked)
+            self.whole.observe(waited)
 
     def ended(self, tenant: str, adapter: str, outcome: str) -> None:
         """Count a request.
@@ -121,10 +128,6 @@ class Metrics:
         shown = taken.union(free)
         return {name: name if name in shown else "other" for name in names}
 
-    def text(self) -> bytes:
-        """All of it, in Prometheus's format."""
-        return generate_latest(self.registry)
-
     def _count(self, name: str, about: str, labels: Sequence[str] = ()) -> Count:
         return Count(f"lorafold_{name}", about, labels, registry=self.registry)
 
@@ -133,3 +136,85 @@ class Metrics:
     ) -> Histogram:
         named = f"lorafold_{name}_seconds"
         return Histogram(named, about, labels, registry=self.registry, buckets=tuple(buckets))
+
+
+class Gauges(Collector):
+    """The gauges of one server.
+
+    Args:
+        metrics: bounds the labels.
+    """
+
+    def __init__(self, metrics: Metrics, host: Host, registry: Registry, keys: Keys) -> None:
+        self._metrics, self._host, self._registry, self._keys = metrics, host, registry, keys
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: no other collector has these names."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        """The values as they are now."""
+        host, now, jobs = self._host, self._host.backend.states(), list(self._host.jobs.values())
+        slots, waiting, running = host.settings.slots, host.waiting(), host.running()
+        for name, told, value in (
+            ("keys_outdated", "Whether the key file can't be read, so that the keys are those of"
+             " before", self._keys.refresh()),
+            ("ready", "Whether requests are computed", not host.ready),
+            ("waiting", "Completions that wait for a slot", waiting),
+            ("running", "Completions that run", running),
+            ("slots", "Completions that may run at a time", slots),
+            ("adapter_bytes", "Bytes of adapters in memory", now.nbytes),
+            ("adapter_reads", "Adapters that were read", now.reads),
+            ("adapter_evictions", "Adapters that made room", now.evictions),
+            ("adapters_damaged", "Adapters that changed there", now.damaged),
+        ):  # fmt: skip
+            yield GaugeMetricFamily(f"lorafold_{name}", told, value=value)
+        yield from self._adapters(now)
+        slots = 1 if now.alone else slots
+        held = sum(len(job.request.prompt) + job.tokens for job in jobs if job.began)
+        for name, told, share in (
+            ("num_requests_waiting", "Completions that wait for a slot", waiting),
+            ("num_requests_running", "Completions that run", running),
+            ("kv_cache_usage_perc", "The part of all slots' positions that running completions"
+             " take, 0 to 1", min(1.0, held / (slots * host.backend.length))),
+        ):  # fmt: skip
+            yield GaugeMetricFamily(f"vllm:{name}", told, value=share)
+        shown = [str(slots)]
+        for runs in (True, False):
+            own = {job.adapter for job in jobs if bool(job.began) == runs} - {self._registry.base}
+            shown.append(",".join(sorted(own)[:MOST]))
+        names = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
+        told = "The time, with the adapters of requests"
+        info = GaugeMetricFamily("vllm:lora_requests_info", told, labels=names)
+        info.add_metric(shown, time.time())
+        yield info
+
+    def _adapters(self, now: States) -> Iterator[Metric]:
+        states, seconds = Counter[tuple[str, str]](), dict[str, float]()
+        all_found = sorted(self._registry.found.values(), key=lambda found: found.name)
+        labels = self._metrics.labels("adapter", [found.name for found in all_found])
+        for found in all_found:
+            name = labels[found.name]
+            states[name, state_of(self._registry, found, now)[0]] += 1
+            if (took := now.seconds.get(found.key)) is not None:
+                seconds[name] = max(took, seconds.get(name, 0.0))
+        told = "Adapters in this state, one where the adapter has a label of its own"
+        state = GaugeMetricFamily("lorafold_adapter_state", told, labels=("adapter", "state"))
+        for one, n in states.items():
+            state.add_metric(one, n)
+        yield state
+        told = "How long it took to read and check the adapter the last time"
+        load = GaugeMetricFamily("lorafold_adapter_load_seconds", told, labels=("adapter",))
+        for name, took in seconds.items():
+            load.add_metric((name,), took)
+        yield load
+
+
+def state_of(registry: Registry, found: Found, now: States) -> tuple[str, int]:
+    """Where an adapter is, `cold`, `loading`, `resident` or `quarantined`, and its bytes in memory.
+
+    Args:
+        now: where those are that are not cold.
+    """
+    state, nbytes = now.adapters.get(found.key, ("cold", 0))
+    return ("quarantined" if found.name in registry.kept.quarantined else state), nbytes

@@ -14,6 +14,9 @@ restart.
 Digests are compared in today's form, and until lorafold 0.3 in the old one, which covers
 configuration, weights, record and manifest but no tokenizer. A version without a manifest has no
 old form of its own, so such a digest matches nothing; a quarantine holds.
+
+`Sweep` verifies the directory's adapters while the server serves, and looks for new ones. A request
+under an adapter that has not come to its turn yet verifies that one first.
 """
 
 from __future__ import annotations
@@ -24,26 +27,30 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import Field
 
-from lorafold.errors import LorafoldError, cut, printable
+from lorafold.errors import Busy, LorafoldError, cut, printable
 from lorafold.files.atomic import write_text
+from lorafold.machine.threads import alone
 from lorafold.peft.own_base import OwnBase
 from lorafold.serving.backend import Backend, Found
 from lorafold.serving.directory import NAME, Directory
-from lorafold.serving.json_file import Strict, kept
 from lorafold.serving.keys import Caller
 from lorafold.serving.refusal import Refusal, wrong
 from lorafold.serving.rendering import Chosen
-from lorafold.serving.verifier import Sweep, Verifier
+from lorafold.serving.settings import Strict, kept
+from lorafold.serving.verifier import Verifier
 
 V = TypeVar("V")
 log = logging.getLogger(__name__)
 STATE = ".lorafold-serve.json"  # beside the adapters, unless the settings name another
+SIDE_BY_SIDE = 2  # adapters that are verified at a time
+LOOK, SAVE = 1.0, 5.0  # seconds between two looks at the directory, and two writes
 WARM = 16  # adapters that are read into memory before they are asked for
 REASON = 2000  # characters of why an adapter is wrong
 SHOWN = 12  # digits of a digest in a line of the log
@@ -97,7 +104,7 @@ class Registry:
         self.found: dict[str, Found] = {}
         self.wrong: dict[str, str] = {}
         self._marks: dict[str, object] = {}  # of the files of those that are wrong
-        self.sweep = Sweep(self._unseen, self.ready, verifier.seen.save)
+        self.sweep = Sweep(self)
         self.lock = threading.RLock()
         self._turns: defaultdict[str, threading.RLock] = defaultdict(threading.RLock)
 
@@ -108,7 +115,7 @@ class Registry:
 
     def close(self) -> None:
         """Verify nothing more, and do not wait for what is being read."""
-        self.sweep.end()
+        self.sweep.closing.set()
         self.verifier.close()
         self.sweep.close()
 
@@ -117,7 +124,7 @@ class Registry:
         """The names that are still to be verified."""
         return sorted(self.names() - self.found.keys() - self.wrong.keys())
 
-    def _unseen(self) -> list[str]:
+    def unseen(self) -> list[str]:
         """The names that are still to be verified, or were wrong and have other files now."""
         for name, marks in [*self._marks.items()]:  # threads add to it meanwhile
             if name in self.wrong and self.directory.touch(name) != marks:
@@ -152,16 +159,16 @@ class Registry:
         if model == self.base and caller.base:
             return self.plain
         alias = self.kept.aliases.get(model) if caller.may(model) else None
+        found: Found | None
         if alias is None:
             found = self.version(caller, model)
         else:
             weights = [target.weight for target in alias.targets]
             target = random.choices(alias.targets, weights)[0]
-            pointed = self.ready(target.adapter)
-            if pointed is None or not self.fits(pointed, target.digest or ""):
+            found = self.ready(target.adapter)
+            if found is None or not self.fits(found, target.digest or ""):
                 told = f"model: {model!r} stands for nothing now"
                 raise Refusal(404, "model_not_found", told, "model")
-            found = pointed
         name = found.name
         if name in self.kept.quarantined:
             why = self.kept.quarantined[name][1]
@@ -355,3 +362,68 @@ class Registry:
 def without(some: Mapping[str, V], name: str) -> dict[str, V]:
     """All but the one of that name."""
     return {n: one for n, one in some.items() if n != name}
+
+
+class Sweep:
+    """A thread that looks what there is to verify, again and again, and those that verify it.
+
+    Args:
+        registry: the names.
+    """
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self.closing, self._idle = threading.Event(), threading.Event()
+        self._idle.set()
+        self._pool = ThreadPoolExecutor(SIDE_BY_SIDE, "lorafold-verifying", initializer=alone)
+        self._thread = threading.Thread(None, self._run, "lorafold-sweep", daemon=True)
+
+    def begin(self) -> None:
+        """Begin with what there is now."""
+        self._idle.clear()
+        self._thread.start()
+
+    def settled(self, timeout: float | None = None) -> bool:
+        """Wait until nothing is left to verify; False if that takes longer than so many seconds."""
+        return self._idle.wait(timeout)
+
+    def close(self) -> None:
+        """End the threads, after what they do now."""
+        self.closing.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+        self._pool.shutdown()
+
+    def _run(self) -> None:
+        saved = time.monotonic()
+        while not self.closing.is_set():
+            begun, names = time.monotonic(), list[str]()
+            try:
+                names = sorted(self._registry.unseen())
+            except Exception:
+                log.exception("the directory can't be read")
+            if names:
+                self._idle.clear()
+            if n := sum(self._pool.map(self._verified, names)):
+                log.info("%d adapters looked at in %.1f s", n, time.monotonic() - begun)
+            self._idle.set()
+            if n or time.monotonic() - saved > SAVE:
+                saved = time.monotonic()
+                try:
+                    self._registry.verifier.seen.save()
+                except Exception:
+                    log.exception("what was verified can't be kept")
+            self.closing.wait(LOOK)
+
+    def _verified(self, name: str) -> bool:
+        """Verify an adapter, and return whether that was possible now."""
+        try:
+            if self.closing.is_set():
+                return False
+            self._registry.ready(name)
+            return True
+        except Busy as error:
+            log.warning("%s", error)
+        except Exception:
+            log.exception("%s can't be verified", name)
+        return False

@@ -7,10 +7,15 @@ base's. Their tokens have to mean the same as the base's; new ones belong to the
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from itertools import accumulate
+from typing import Any, cast
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from lorafold.data.calls import parse_calls
 from lorafold.data.control_tokens import as_text, ids_of, tokens_of
@@ -26,14 +31,96 @@ from lorafold.files.contents import Contents
 from lorafold.generation import end_tokens
 from lorafold.screening.fingerprints import variables_of
 from lorafold.screening.screen import Screen
+from lorafold.serving.backend import Text, Token
 from lorafold.serving.refusal import Refusal, wrong
-from lorafold.serving.wire.answers import Tokens
-from lorafold.serving.wire.schema import Compiles, check, held
+from lorafold.serving.schema import Compiles, check, held
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # in the text of a part of a character
+BYTE = re.compile("<0x([0-9A-F]{2})>")  # as SentencePiece writes a token of one byte
+BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # as byte-level BPE
 MARKS = 2048  # letters with which a template writes reasoning and calls, which texts are sought for
+
+
+class Tokens:
+    """Tokens as texts, for log probabilities."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer, self._texts = tokenizer, dict[int, str]()  # at most the vocabulary's
+
+    def text(self, token: int) -> str:
+        """A token's text; a part of a character has the replacement character."""
+        if (found := self._texts.get(token)) is None:
+            found = str(self._tokenizer.decode([token], clean_up_tokenization_spaces=False))
+            self._texts[token] = found
+        return found
+
+    def bytes(self, token: int) -> bytes:
+        """A token's bytes, also where they are a part of a character."""
+        text, piece = self.text(token), str(self._tokenizer.convert_ids_to_tokens(token))
+        if INCOMPLETE not in text:
+            return text.encode()
+        if hexadecimal := BYTE.fullmatch(piece):
+            return bytes.fromhex(hexadecimal[1])
+        known = all(character in BYTES for character in piece)
+        return bytes(BYTES[character] for character in piece) if known else text.encode()
+
+    def name(self, token: int) -> str:
+        """A token's text, or its bytes where they are a part of a character, so that no two tokens
+        are named alike.
+        """
+        text = self.text(token)
+        return f"bytes:{str(self.bytes(token))[2:-1]}" if INCOMPLETE in text else text
+
+    def pieces(self, tokens: Sequence[int], text: str | None) -> list[str]:
+        """The text that each token of a prompt adds.
+
+        Args:
+            text: the text of them all, which has no words for tokens at its beginning that nobody
+                wrote; None: what they are decoded to.
+        """
+        reader = Text(self._tokenizer, special=True)
+        found = [reader.add(token) for token in tokens]
+        found[-1] += reader.finish()
+        unwritten = len(reader.text) - len(text) if text and reader.text.endswith(text) else 0
+        for i, piece in enumerate(found):
+            found[i], unwritten = piece[unwritten:], max(0, unwritten - len(piece))
+        return found
+
+    def chat(self, tokens: Sequence[Token], top: int) -> list[dict[str, Any]]:
+        """Log probabilities as chat completions have them.
+
+        Args:
+            top: how many of the most likely ones are listed beside each.
+        """
+
+        def one(token: int, logprob: float) -> dict[str, Any]:
+            return {
+                "token": self.text(token), "logprob": logprob, "bytes": list(self.bytes(token)),
+            }  # fmt: skip
+
+        return [
+            one(t.token, t.logprob or 0.0) | {"top_logprobs": [one(*x) for x in t.top[:top]]}
+            for t in tokens
+        ]
+
+    def legacy(self, tokens: Sequence[Token], top: int, offset: int) -> dict[str, Any]:
+        """Log probabilities as completions have them.
+
+        Args:
+            tokens: of which the first one of a prompt has none.
+            top: how many of the most likely ones are listed beside each.
+            offset: where in the text the first one begins.
+        """
+        offsets = [*accumulate((len(t.text) for t in tokens), initial=offset)]
+        return {
+            "tokens": [self.name(t.token) for t in tokens],
+            "token_logprobs": [t.logprob for t in tokens],
+            "top_logprobs": [
+                None if t.logprob is None else {self.name(i): p for i, p in t.top[:top]}
+                for t in tokens
+            ],
+            "text_offset": offsets[:-1],
+        }
 
 
 class Renderer:
@@ -63,11 +150,6 @@ class Renderer:
         ):
             with suppress(LorafoldError):
                 look()
-
-    def marks(self) -> int:
-        """How many letters the template writes around reasoning and calls."""
-        block, grammar = block_of(self.tokenizer), grammar_of(self.tokenizer)
-        return len(block.opening + block.closing) + (len(repr(grammar)) if grammar else 0)
 
     def chat(
         self, messages: Sequence[Message], tools: Sequence[Tool], variables: Mapping[str, Any]
@@ -168,13 +250,6 @@ class Chosen:
     renderer: Renderer
     base: str
 
-    @property
-    def fingerprint(self) -> str:
-        """What computes its answer: NAME@DIGEST of the adapter, or the base's name, and the first
-        digits of the base's identity.
-        """
-        return f"{self.key or self.name}+{self.base[:12]}"
-
 
 class Renderers:
     """Makes renderers. Any thread may call it.
@@ -190,30 +265,26 @@ class Renderers:
         ends = end_tokens(model, tokenizer)
         self.base = Renderer(tokenizer, ends, variables_of(tokenizer))
         self.base.probe()
-        self._known: dict[str, Renderer] = {}
-
-    def known(self, digest: str) -> Renderer | None:
-        """The renderer of files with that digest, if they were opened before."""
-        return self._known.get(digest)
+        self.known: dict[str, Renderer] = {}  # by the digest of the files
 
     def of(self, files: Contents) -> Renderer:
         """The renderer of a tokenizer's files, without any code of theirs. Raises LorafoldError if
         they can't be read, or give a token of the base another number.
         """
-        found = self._known.get(files.named) or self._opened(files)
-        return self._known.setdefault(files.named, found)
-
-    def _opened(self, files: Contents) -> Renderer:
+        if files.named in self.known:
+            return self.known[files.named]
         tokenizer = self._screen.open(files)
         if tokenizer is None:
-            return self.base
+            return self.known.setdefault(files.named, self.base)
         ends = end_tokens(self._model, cast(Any, tokenizer))
         found = Renderer(tokenizer, ends, tokenizer.variables)
         found.probe()
         tokenizer.probed()
-        if (size := found.marks()) > MARKS:
+        block, grammar = block_of(cast(Any, tokenizer)), grammar_of(cast(Any, tokenizer))
+        size = len(block.opening + block.closing) + (len(repr(grammar)) if grammar else 0)
+        if size > MARKS:
             raise LorafoldError(
                 f"{files.path}: its chat template writes reasoning and calls with {size:,} letters"
                 f" around them, expected at most {MARKS:,}"
             )
-        return found
+        return self.known.setdefault(files.named, found)

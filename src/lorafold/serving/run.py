@@ -20,9 +20,10 @@ from collections.abc import Callable, Iterator
 from hashlib import sha256
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import uvicorn
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorafold.core.anatomy import Anatomy
 from lorafold.data.allowed_tokens import allow
@@ -36,26 +37,18 @@ from lorafold.opening import Base
 from lorafold.peft.own_base import OwnBase
 from lorafold.screening.screen import Screen
 from lorafold.serving import logs
-from lorafold.serving.admission import Admission
-from lorafold.serving.app import application
-from lorafold.serving.arrival import bounded
+from lorafold.serving.app import application, bounded
 from lorafold.serving.directory import Directory
-from lorafold.serving.gauges import Gauges
-from lorafold.serving.host import Host
+from lorafold.serving.host import Admission, Host
 from lorafold.serving.in_process import InProcess
-from lorafold.serving.keys import Keys
-from lorafold.serving.metrics import Metrics
+from lorafold.serving.keys import Keys, Spent, beside
+from lorafold.serving.metrics import Gauges, Metrics
 from lorafold.serving.refusal import Refusal
 from lorafold.serving.registry import STATE, Registry
 from lorafold.serving.rendering import Chosen, Renderers
 from lorafold.serving.server import Server
 from lorafold.serving.settings import Settings
-from lorafold.serving.spent import Spent, beside
 from lorafold.serving.verifier import Seen, Verifier
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # what an adapter that was verified once is known for, beside its files and the base
 ROOMS = (
@@ -70,7 +63,7 @@ PACKAGES = ("safetensors", "tokenizers", "torch", "transformers")
 
 
 # what loads a base and its tokenizer
-Load = Callable[[Base], tuple["PreTrainedModel", "PreTrainedTokenizerBase"]]
+Load = Callable[[Base], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
 
 def listening(settings: Settings) -> socket.socket:
@@ -171,8 +164,7 @@ def server_of(
     registry = Registry(plain, directory, state, verifier, backend)
     host = Host(backend, registry, settings, metrics)
     spent = Spent(beside(state), lambda: keys.limited)
-    _show_gauges(metrics, host, keys)
-    metrics.registry.register(Gauges(metrics, host, registry))
+    metrics.registry.register(Gauges(metrics, host, registry, keys))
     return Server(
         settings, keys, registry, host, Admission(host, registry, spent, screen), metrics, spent
     )
@@ -196,15 +188,13 @@ def over_http(server: Server) -> uvicorn.Config:
 
 async def _run(server: Server, at: socket.socket) -> None:
     http = Http(over_http(server))
-    loop, signals = asyncio.get_running_loop(), 0
+    loop, drains = asyncio.get_running_loop(), list[asyncio.Task[None]]()
 
     def ask() -> None:
-        nonlocal signals
-        signals += 1
-        if signals > 1:
+        if drains:
             os._exit(128 + signal.SIGTERM)
         server.host.draining = True
-        loop.create_task(_drain(server, http))
+        drains.append(loop.create_task(_drain(server, http)))
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ask)
@@ -248,22 +238,6 @@ def _is_here(host: str) -> bool:
         return host == "localhost" or ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def _show_gauges(metrics: Metrics, host: Host, keys: Keys) -> None:
-    def adapters(name: str) -> float:
-        return float(getattr(host.backend.states(), name))
-
-    told = "Whether the key file can't be read, so that the keys are those of before"
-    metrics.gauge("keys_outdated", told, keys.refresh)
-    metrics.gauge("ready", "Whether requests are computed", lambda: not host.ready)
-    metrics.gauge("waiting", "Completions that wait for a slot", host.waiting)
-    metrics.gauge("running", "Completions that run", host.running)
-    metrics.gauge("slots", "Completions that may run at a time", lambda: host.settings.slots)
-    metrics.gauge("adapter_bytes", "Bytes of adapters in memory", lambda: adapters("nbytes"))
-    metrics.gauge("adapter_reads", "Adapters that were read", lambda: adapters("reads"))
-    metrics.gauge("adapter_evictions", "Adapters that made room", lambda: adapters("evictions"))
-    metrics.gauge("adapters_damaged", "Adapters that changed there", lambda: adapters("damaged"))
 
 
 def _tell(server: Server, address: str, console: Console) -> None:

@@ -6,11 +6,10 @@ import asyncio
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from threading import Lock
-from types import MappingProxyType
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
@@ -19,17 +18,14 @@ from sse_starlette import EventSourceResponse
 from starlette.datastructures import Headers
 
 from lorafold.errors import STOPS
-from lorafold.serving.admission import Admission
-from lorafold.serving.host import Host
+from lorafold.serving.body import B, event, new_id, read_body
+from lorafold.serving.host import Admission, Host
 from lorafold.serving.job import Asked, Reply
-from lorafold.serving.keys import Caller, Keys
+from lorafold.serving.keys import Caller, Keys, Spent
 from lorafold.serving.metrics import Metrics
 from lorafold.serving.refusal import MESSAGES, Refusal, naming
 from lorafold.serving.registry import Registry
 from lorafold.serving.settings import Settings
-from lorafold.serving.spent import Spent
-from lorafold.serving.wire.answers import event, new_id
-from lorafold.serving.wire.body import B, read_body
 
 T = TypeVar("T")
 SMALL = 8192  # bytes of a body that the event loop reads itself
@@ -44,7 +40,6 @@ class Record:
     method: str
     path: str
     sent: str  # the path as the client wrote it
-    read: int = 0  # bytes of the body
     started: float = field(default_factory=time.monotonic)
     tenant: str = ""
     adapter: str = ""
@@ -60,14 +55,12 @@ class Dialect(ABC):
     is written.
 
     Args:
-        streamed: whether the client wants events.
+        body: what the client sent.
         names: our names of fields with the client's.
     """
 
-    def __init__(
-        self, asked: Asked, streamed: bool, names: Mapping[str, str] = MappingProxyType({})
-    ) -> None:
-        self.asked, self.streamed, self.names = asked, streamed, names
+    def __init__(self, body: Any, asked: Asked, names: Mapping[str, str] | None = None) -> None:
+        self.body, self.asked, self.names = body, asked, names or {}
 
     @abstractmethod
     async def whole(self, reply: Reply) -> dict[str, Any]:
@@ -120,7 +113,6 @@ class Server:
             raise Refusal(415, "unsupported_media_type", told)
         with self.host.counted(caller.tenant):  # those that are half sent take memory, too
             content = await request.body()
-        record_of(request).read = len(content)
 
         def made() -> T:
             with self.reading:
@@ -165,7 +157,7 @@ class Server:
             record.version = chosen.key or chosen.name
             if self.settings.log_texts:
                 record.texts["prompt"] = reply.prompted.text
-            if dialect.streamed:
+            if dialect.body.stream:
                 return self._stream(request, reply, dialect.events(reply))
             try:
                 return answer(await unless_left(request, dialect.whole(reply)))
@@ -206,13 +198,20 @@ class Server:
                 record.outcome = "client_left"
             self.admission.drop(reply)
 
+        return self.streaming(guarded(), left)
+
+    def streaming(
+        self, events: AsyncIterator[bytes], left: Callable[[object], Awaitable[None]]
+    ) -> Response:
+        """A response of events.
+
+        Args:
+            left: called when the client leaves, or reads too slowly.
+        """
         return EventSourceResponse(
-            guarded(),
-            ping=15,
-            sep="\n",
-            send_timeout=self.settings.limits.send_seconds,
+            events, ping=15, sep="\n", send_timeout=self.settings.limits.send_seconds,
             client_close_handler_callable=left,
-        )
+        )  # fmt: skip
 
 
 def record_of(request: Request) -> Record:

@@ -1,17 +1,27 @@
-"""The settings of a server: the defaults, `serve.yaml` over them, the command's options over both.
+"""The settings of a server: the defaults, `serve.yaml` over them, the command's options over both;
+and files of the server's own, in JSON, read whole and checked.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
 from lorafold.errors import LorafoldError, why_unread
+from lorafold.files.contents import opened
 from lorafold.recipe.reading import parse_yaml
-from lorafold.serving.json_file import Strict
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class Strict(BaseModel):
+    """What is read from a file, or from a request: a value in which unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Limits(Strict):
@@ -92,11 +102,7 @@ def read_settings(file: Path | None, options: Mapping[str, Any]) -> Settings:
     """
     found: Any = {}
     if file is not None:
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise LorafoldError(f"{file}: can't be read ({why_unread(error)})") from None
-        found = parse_yaml(text, str(file)) or {}
+        found = parse_yaml(read_text(file), str(file)) or {}
         if not isinstance(found, dict):
             raise LorafoldError(f"{file}: found {type(found).__name__}, expected settings by name")
     given = {name: value for name, value in options.items() if value is not None}
@@ -107,9 +113,51 @@ def read_settings(file: Path | None, options: Mapping[str, Any]) -> Settings:
         raise LorafoldError(f"{file or 'options'}: {told}") from None
 
 
+def read_text(file: Path) -> str:
+    """The text of a file. Raises LorafoldError, in one line, for one that can't be read."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise LorafoldError(f"{file}: can't be read ({why_unread(error)})") from None
+
+
 def _told(error: Any) -> str:
     name = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
         kind: type[Strict] = Limits if name.startswith("limits.") else Settings
         return f"{name}: unknown, expected one of {', '.join(kind.model_fields)}"
     return f"{name}: found {error['input']!r}, {error['msg'][:1].lower()}{error['msg'][1:]}"
+
+
+def kept(file: Path, kind: type[M]) -> M:
+    """The content of a file that the server writes, empty if there is none. Raises as `read`."""
+    return read(file, kind, "move it away") if os.path.lexists(file) else kind()
+
+
+def read(file: Path, kind: type[M], hint: str) -> M:
+    """The content of a file. Raises LorafoldError, in one line, if it can't be read or is none.
+
+    Args:
+        hint: what to do about a wrong one.
+    """
+    return parsed(file, content_of(file), kind, hint)
+
+
+def content_of(file: Path) -> bytes:
+    """The bytes of a file. Raises LorafoldError for one that can't be read, or would be waited for.
+    """
+    try:
+        with opened(file) as (content, _):
+            return content.read()
+    except OSError as error:
+        raise LorafoldError(f"{file}: can't be read ({error.strerror})") from None
+
+
+def parsed(file: Path, content: bytes, kind: type[M], hint: str) -> M:
+    """What the content of a file says. Raises LorafoldError as `read` does."""
+    try:
+        return kind.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        where = ".".join(map(str, first["loc"])) or "file"
+        raise LorafoldError(f"{file}: {where}: {first['msg']}; {hint}") from None

@@ -9,9 +9,6 @@ differ in nothing but their values fit the base if one of them does.
 as long as every file of the adapter, and of those below it, has the marks that it had
 (`lorafold.files.digests`), for one base by its identity, whatever its name, and for the code that
 verified it. Whoever reads an adapter compares its digest all the same.
-
-`Sweep` verifies the directory's adapters while the server serves, and looks for new ones. A request
-under an adapter that has not come to its turn yet verifies that one first.
 """
 
 from __future__ import annotations
@@ -19,9 +16,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import time
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import Field
@@ -34,7 +29,6 @@ from lorafold.files.contents import Contents
 from lorafold.files.digests import Marks
 from lorafold.files.record import RECORD, TRAINED_ON
 from lorafold.identity import joined
-from lorafold.machine.threads import alone
 from lorafold.methods import name_of
 from lorafold.models.storages import MADE
 from lorafold.models.tokenizer import CONFIG as SETTINGS
@@ -47,8 +41,8 @@ from lorafold.peft.stack import not_found, parse
 from lorafold.screening.screen import Screen, Verified
 from lorafold.serving.backend import Backend, Found
 from lorafold.serving.directory import Directory
-from lorafold.serving.json_file import Strict, read
 from lorafold.serving.rendering import Renderer, Renderers
+from lorafold.serving.settings import Strict, read
 
 log = logging.getLogger(__name__)
 OVERS = 16  # adapters below one
@@ -56,8 +50,6 @@ TOLD_MOST = 1000  # letters of how the bases differ
 NAMED = 300  # letters of the base's name that are kept
 # fields of the record that say how to read an adapter
 TOLD = ("base", OVER, DROPOUT, VOCABULARY, TRAINED_ON)
-SIDE_BY_SIDE = 2  # adapters that are verified at a time
-LOOK, SAVE = 1.0, 5.0  # seconds between two looks at the directory, and two writes
 
 
 class SeenAdapter(Strict):
@@ -179,7 +171,7 @@ class Verifier:
         """
         if found.words is None:
             return self._renderers.base
-        if (renderer := self._renderers.known(found.tokenizer)) is not None:
+        if (renderer := self._renderers.known.get(found.tokenizer)) is not None:
             return renderer
         files = self.directory.tokenizer(found.words)
         if files.named != found.tokenizer:
@@ -227,36 +219,35 @@ class Verifier:
         if (most := _largest_rank(spec)) > verified.widest and _inner(spec).rank_is_dimension:
             raise LorafoldError(f"r: found {most:,}, which no tensor of its file has")
         words = next((at for at in (path, *reversed(below)) if SETTINGS in stack[at].files), None)
+        other = ""  # that it was trained on another base, where it is served all the same
+        if self._weights is not None:
+            other = OwnBase.of(path, small.object(CONFIG), small.record).other(self._weights)
         made_on, here, told = TrainedOn.of(small.record), self._storage, ""
         if made_on and made_on.storage != here and {made_on.storage, here} & {*MADE}:
             stored = cut(made_on.storage, 20)
             told = f"it was trained on {stored} weights: over {here} ones it is another model"
             log.warning("%s: %s", name, told)
+        # each as `lorafold.identity.of_adapter` has it of the files
+        each = [stack[at] for at in (*below, path)]
+        identities = [one.digest_of(one.files.keys() - {MANIFEST}) for one in each]
         base = "" if "base" in small.record else config.get("base_model_name_or_path")
         found = Found(
-            name=name, path=path, digest=joined([_identity(stack[at]) for at in (*below, path)]),
+            name=name, path=path, digest=joined(identities),
             old=verified.digest_of((*FILES, MANIFEST)), manifest=MANIFEST in verified.files,
             over=tuple(below),
-            stack=tuple(stack[at].digest_of(FILES) for at in (*below, path)),
-            sizes=tuple(stack[at].bytes_of(FILES) for at in (*below, path)),
+            stack=tuple(one.digest_of(FILES) for one in each),
+            sizes=tuple(one.bytes_of(FILES) for one in each),
             method=name_of(spec), rank=getattr(_inner(spec), "rank", None),
             base=cut(str(base or ""), NAMED), words=words,
-            other_base=self._other(path, small), other_storage=told,
+            other_base=cut(other, TOLD_MOST), other_storage=told,
             tokenizer="" if words is None else self._opened(words, stack[words]),
-            form=joined([stack[at].form for at in (*below, path)]),
+            form=joined([one.form for one in each]),
         )  # fmt: skip
         linked = [n for at, one in stack.items() for n in self.directory.linked(at, one.files)]
         before = self.seen.adapters.get(name)
         if linked and (before is None or before.found.digest != found.digest):
             raise LorafoldError(f"{linked[0]}: found more than one link, expected one; copy it")
         return found
-
-    def _other(self, path: Path, contents: Contents) -> str:
-        """That it was trained on another base, where it is served all the same."""
-        if self._weights is None:
-            return ""
-        own = OwnBase.of(path, contents.object(CONFIG), contents.record)
-        return cut(own.other(self._weights), TOLD_MOST)
 
     def _opened(self, path: Path, verified: Verified) -> str:
         """The digest of an adapter's tokenizer, opened from the bytes that were verified."""
@@ -277,11 +268,6 @@ class Verifier:
         return found.model_copy(update={"note": "; ".join(notes)})
 
 
-def _identity(verified: Verified) -> str:
-    """An adapter's, as `lorafold.identity.of_adapter` has it of the files."""
-    return verified.digest_of(verified.files.keys() - {MANIFEST})
-
-
 def _inner(spec: Spec) -> Spec:
     """The method that has the rank, which another one may lie around."""
     inner: Spec = getattr(spec, "over", spec)
@@ -295,94 +281,3 @@ def _largest_rank(spec: Spec) -> int:
     inner = _inner(spec)
     ranks = [getattr(inner, "rank", 0), *getattr(inner, "rank_pattern", {}).values()]
     return max((rank for rank in ranks if isinstance(rank, int)), default=0)
-
-
-class Sweep:
-    """The threads that do it.
-
-    Args:
-        names: gives the names that there are to verify.
-    """
-
-    def __init__(
-        self,
-        names: Callable[[], Iterable[str]],
-        verify: Callable[[str], object],
-        save: Callable[[], None],
-    ) -> None:
-        self._names, self._verify, self._save = names, verify, save
-        self._left: deque[str] = deque()
-        self._busy = 0
-        self._changed, self._closing = threading.Condition(), threading.Event()
-        self._threads: list[threading.Thread] = []
-
-    def begin(self) -> None:
-        """Begin with what there is now."""
-        self._left.extend(sorted(self._names()))
-        for at in range(SIDE_BY_SIDE):
-            thread = threading.Thread(
-                None, self._run, f"lorafold-verifying-{at}", (at == 0,), daemon=True
-            )
-            thread.start()
-            self._threads.append(thread)
-
-    def settled(self, timeout: float | None = None) -> bool:
-        """Wait until nothing is left to verify; False if that takes longer than so many seconds."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not (self._left or self._busy), timeout)
-
-    def end(self) -> None:
-        """Begin with no other one."""
-        self._closing.set()
-
-    def close(self) -> None:
-        """End the threads, after what they do now."""
-        self.end()
-        for thread in self._threads:
-            thread.join()
-
-    def _run(self, watching: bool) -> None:
-        alone()
-        self._sweep()
-        saved = time.monotonic()
-        while watching and not self._closing.wait(LOOK):
-            try:
-                new = sorted(self._names())
-            except Exception:
-                log.exception("the directory can't be read")
-                continue
-            with self._changed:
-                self._left.extend(new)
-            self._sweep()
-            if time.monotonic() - saved > SAVE:
-                saved = time.monotonic()
-                self._kept()
-
-    def _kept(self) -> None:
-        try:
-            self._save()
-        except Exception:
-            log.exception("what was verified can't be kept")
-
-    def _sweep(self) -> None:
-        begun, n = time.monotonic(), 0
-        while not self._closing.is_set():
-            with self._changed:
-                if not self._left:
-                    break
-                name = self._left.popleft()
-                self._busy += 1
-            try:
-                self._verify(name)
-                n += 1
-            except Busy as error:
-                log.warning("%s", error)
-            except Exception:
-                log.exception("%s can't be verified", name)
-            finally:
-                with self._changed:
-                    self._busy -= 1
-                    self._changed.notify_all()
-        if n:
-            self._kept()
-            log.info("%d adapters looked at in %.1f s", n, time.monotonic() - begun)

@@ -134,7 +134,7 @@ class Policy(BranchedLoss):
         how: How far the model goes with packed documents; None pads.
         pad_id: The token that fills short sequences.
         longest: The most tokens of a completion.
-        exact: Completions have the bits that this computes (`lorafold.engine.steady`).
+        exact: Completions have the bits that this computes (`lorafold.engine.operations`).
     """
 
     def __init__(

@@ -14,15 +14,11 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from pydantic import Field
 
-from lorafold.serving.backend import Ended
-from lorafold.serving.job import Reply
-from lorafold.serving.next_turn import AllSaid, NextTurn
-from lorafold.serving.parts import REASONING
+from lorafold.serving.body import Body, Listed, event
+from lorafold.serving.job import REASONING, Reply
+from lorafold.serving.next_turn import AllSaid, Chat, NextTurn, call_of, chat_of, text_of
 from lorafold.serving.refusal import MESSAGES, naming, unsupported, wrong
 from lorafold.serving.server import Dialect, Server, answer
-from lorafold.serving.wire.answers import event
-from lorafold.serving.wire.body import Body, Listed
-from lorafold.serving.wire.chat import Chat, chat_of, check_call
 
 Block = dict[str, Any]
 NAMES = {"stop": "stop_sequences", "response_format": "output_config.format"}
@@ -36,6 +32,7 @@ BLOCKS = {
     "tool_result": {"tool_use_id", "content", "is_error"} | HINTS,
     "thinking": {"thinking", "signature"} | HINTS,
 }
+NO_TEXT = "found a block of type {}, expected text"
 ABOUT = ("max_tokens", "temperature", "top_p", "top_k", "stream")  # of a chat, too
 STOPS = {"end": "end_turn", "length": "max_tokens", "stop": "stop_sequence"}
 # of each kind of block: the type of what is added to it, and the field that grows
@@ -57,8 +54,8 @@ def routes(app: FastAPI, server: Server) -> None:
     @app.post(f"{MESSAGES}/count_tokens")
     async def count(request: Request) -> Response:
         """How many tokens the conversation has."""
-        count = await server.count(request, CountTokens, partial(turned, server))
-        return answer({"input_tokens": count})
+        found = await server.count(request, CountTokens, partial(turned, server))
+        return answer({"input_tokens": found})
 
 
 class CountTokens(Body):
@@ -72,33 +69,29 @@ class CountTokens(Body):
     thinking: dict[str, Any] = Field(default_factory=dict)
     output_config: dict[str, Any] = Field(default_factory=dict)
 
-    @property
-    def wishes(self) -> dict[str, Any]:
-        """Variables of the chat template that ask for nothing where it does not know them."""
-        return {"enable_thinking": False} if self.thinking else {}
-
     def chat(self) -> tuple[Chat, dict[str, str]]:
         """The same as a chat completion, and the names of its fields here. Raises Refusal for what
         is not supported.
         """
-        if self.thinking and self.thinking.get("type") != "disabled":
-            kind = self.thinking.get("type")
+        if self.thinking and (kind := self.thinking.get("type")) != "disabled":
             raise wrong("thinking", f"found {kind!r:.80}, expected disabled, or no such field")
         given = list(self._conversation())
         tools = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(self.tools)]
-        names = NAMES | {f"messages[{i}]": where for i, (where, _) in enumerate(given)}
-        for i in range(len(tools)):
-            names[f"tools[{i}].function"] = f"tools[{i}]"
-            names[f"tools[{i}].function.parameters"] = f"tools[{i}].input_schema"
-        asked: dict[str, Any] = {
-            "model": self.model,
-            "messages": [message for _, message in given],
-            "tools": tools,
-            "tool_choice": self._choice(),
-            "parallel_tool_calls": not self.tool_choice.get("disable_parallel_tool_use"),
-            "response_format": self._format(),
+        names = {
+            f"tools[{i}].function.parameters": f"tools[{i}].input_schema" for i in range(len(tools))
         }
-        return chat_of(asked | self._about_the_answer(), names), names
+        choice = self._choice()
+        _known(self.output_config, {"format"}, "output_config")
+        return chat_of(
+            given,
+            tools,
+            NAMES | names,
+            model=self.model,
+            tool_choice=choice,
+            parallel_tool_calls=not self.tool_choice.get("disable_parallel_tool_use"),
+            response_format=self.output_config.get("format") or {"type": "text"},
+            **self._about_the_answer(),
+        )
 
     def _about_the_answer(self) -> dict[str, Any]:
         return {}
@@ -128,10 +121,6 @@ class CountTokens(Body):
             raise wrong("tool_choice.type", f"found {kind!r:.80}, expected auto, any, tool or none")
         return CHOICES[kind]
 
-    def _format(self) -> dict[str, Any]:
-        _known(self.output_config, {"format"}, "output_config")
-        return self.output_config.get("format") or {"type": "text"}
-
 
 class Ask(CountTokens):
     """The body of `POST /v1/messages`."""
@@ -151,16 +140,19 @@ def turned(server: Server, body: CountTokens) -> tuple[NextTurn, dict[str, str]]
     """The turn that a body asks for, and the names of its fields there."""
     chat, names = body.chat()
     with naming(names):
-        return NextTurn(server, chat, wishes=body.wishes), names
+        # for a template that knows it
+        wishes = {"enable_thinking": False} if body.thinking else None
+        return NextTurn(server, chat, wishes=wishes), names
 
 
 class Answer(Dialect):
     """A turn as messages have it."""
 
+    body: Ask
+
     def __init__(self, server: Server, body: Ask) -> None:
         self.turn, names = turned(server, body)
-        self.body = body
-        super().__init__(self.turn, body.stream, names)
+        super().__init__(body, self.turn, names)
 
     async def whole(self, reply: Reply) -> dict[str, Any]:
         """The whole answer."""
@@ -211,19 +203,15 @@ class Answer(Dialect):
 
     def _end(self, reply: Reply, message: AllSaid) -> dict[str, Any]:
         assert message.end is not None
-        end, prompt = message.end, len(reply.jobs[0].request.prompt)
+        end, prompt, stop = message.end, len(reply.jobs[0].request.prompt), None
+        if end.reason == "stop":  # by the text that follows
+            after = reply.prompted.chosen.renderer.text(end.tokens)[len(end.text) :]
+            stop = next((one for one in self.body.stop_sequences if after.startswith(one)), None)
         return {
             "stop_reason": "tool_use" if message.calls else STOPS[end.reason],
-            "stop_sequence": self._stopped(reply, end),
+            "stop_sequence": stop,
             "usage": _usage(prompt - end.cached, end.cached, len(end.tokens)),
         }
-
-    def _stopped(self, reply: Reply, end: Ended) -> str | None:
-        """The stop text that ended the completion: the one that follows its text."""
-        if end.reason != "stop":
-            return None
-        after = reply.prompted.chosen.renderer.text(end.tokens)[len(end.text) :]
-        return next((stop for stop in self.body.stop_sequences if after.startswith(stop)), None)
 
 
 def _spoken(name: str, text: str) -> Block:
@@ -267,7 +255,8 @@ def _turn(role: str, content: Any, where: str, names: dict[str, str]) -> Iterato
         if isinstance(kind, str) and kind in BLOCKS:
             _known(block, BLOCKS[kind], at)
         if kind == "text":
-            said["content"] = said.get("content", "") + _text([block], where, i)
+            text = text_of([block], ("text",), at, NO_TEXT)
+            said["content"] = said.get("content", "") + text
         elif kind == "tool_result" and role == "user":
             if said:
                 yield {"role": role} | said
@@ -276,11 +265,9 @@ def _turn(role: str, content: Any, where: str, names: dict[str, str]) -> Iterato
             told = {"tool_call_id": id, "name": names.get(id, "")}
             yield {"role": "tool"} | told | {"content": _text(found, f"{at}.content")}
         elif kind == "tool_use" and role == "assistant":
-            id, name = str(block.get("id")), block.get("name")
-            function = {"name": name, "arguments": block.get("input")}
-            check_call(function, at, "input")
-            names[id] = str(name)
-            call = {"id": id, "type": "function", "function": function}
+            name = block.get("name")
+            call = call_of(block.get("id"), name, block.get("input"), at, "input")
+            names[call["id"]] = str(name)
             said.setdefault("tool_calls", []).append(call)
         elif kind == "thinking" and role == "assistant":
             said["reasoning_content"] = block.get("thinking")
@@ -300,17 +287,13 @@ def _tool(tool: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {"type": "function", "function": function | told}
 
 
-def _text(content: Any, where: str, first: int = 0) -> str:
+def _text(content: Any, where: str) -> str:
     """A text, or blocks of text joined."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
         raise wrong(where, "expected text or a list of blocks")
-    for i, block in enumerate(content, first):
-        kind = block.get("type") if isinstance(block, Mapping) else None
-        if kind != "text" or not isinstance(block.get("text"), str):
-            raise wrong(f"{where}[{i}]", f"found a block of type {kind!r:.80}, expected text")
-    return "".join(block["text"] for block in content)
+    return text_of(content, ("text",), where + "[{}]", NO_TEXT)
 
 
 def _known(given: Mapping[str, Any], keys: set[str], where: str) -> None:

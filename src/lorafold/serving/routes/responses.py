@@ -6,7 +6,7 @@ Nothing is kept between requests, so that fields that name an earlier response a
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from typing import Any, Literal
 
@@ -15,14 +15,11 @@ from pydantic import Field
 
 from lorafold.data.messages import without_nulls
 from lorafold.serving.backend import Token
-from lorafold.serving.job import Reply
-from lorafold.serving.next_turn import AllSaid, NextTurn
-from lorafold.serving.parts import CONTENT, REASONING
+from lorafold.serving.body import Body, Listed, StreamOptions, event, new_id
+from lorafold.serving.job import CONTENT, REASONING, Reply
+from lorafold.serving.next_turn import AllSaid, Chat, NextTurn, call_of, chat_of, text_of
 from lorafold.serving.refusal import naming, wrong
 from lorafold.serving.server import Dialect, Server, answer
-from lorafold.serving.wire.answers import event, new_id
-from lorafold.serving.wire.body import Body, Listed, StreamOptions
-from lorafold.serving.wire.chat import Chat, chat_of, check_call
 
 Item = dict[str, Any]
 PARTS = ("input_text", "output_text", "text", "reasoning_text")
@@ -91,19 +88,18 @@ class InputTokens(Body):
                 raise wrong(f"tools[{i}].type", f"found {tool.get('type')!r}, expected function")
             kept = ("name", "description", "parameters", "strict")
             tools.append({"type": "function", "function": {k: tool[k] for k in kept if k in tool}})
-        names = NAMES | {f"messages[{i}]": where for i, (where, _) in enumerate(given)}
-        names |= {f"tools[{i}].function": f"tools[{i}]" for i in range(len(tools))}
-        asked: dict[str, Any] = {
-            "model": self.model,
-            "messages": [message for _, message in given],
-            "tools": tools,
-            "tool_choice": self.tool_choice,
-            "parallel_tool_calls": self.parallel_tool_calls,
-            "response_format": self.text.get("format") or {"type": "text"},
-            "reasoning_effort": self.reasoning.get("effort"),
-            "verbosity": self.text.get("verbosity"),
-        }
-        return chat_of(asked | self._about_the_answer(), names), names
+        return chat_of(
+            given,
+            tools,
+            NAMES,
+            model=self.model,
+            tool_choice=self.tool_choice,
+            parallel_tool_calls=self.parallel_tool_calls,
+            response_format=self.text.get("format") or {"type": "text"},
+            reasoning_effort=self.reasoning.get("effort"),
+            verbosity=self.text.get("verbosity"),
+            **self._about_the_answer(),
+        )
 
     def _about_the_answer(self) -> dict[str, Any]:
         return {}
@@ -155,10 +151,12 @@ def turned(server: Server, body: InputTokens) -> tuple[NextTurn, dict[str, str]]
 class Answer(Dialect):
     """A turn as responses have it."""
 
+    body: Respond
+
     def __init__(self, server: Server, body: Respond) -> None:
         self.turn, names = turned(server, body)
-        super().__init__(self.turn, body.stream, names)
-        self.body, self._number = body, 0
+        super().__init__(body, self.turn, names)
+        self._number = 0
         self._unsaid: list[Token] = []  # of a message, whose text is not yet there
 
     async def whole(self, reply: Reply) -> dict[str, Any]:
@@ -218,10 +216,8 @@ class Answer(Dialect):
         return new
 
     def _logprobs(self, reply: Reply, tokens: list[Token]) -> list[Any]:
-        if not self.body.logprobs:
-            return []
-        found = reply.prompted.chosen.renderer.shown.chat(tokens, self.body.top_logprobs)["content"]
-        return list(found)
+        shown = reply.prompted.chosen.renderer.shown
+        return shown.chat(tokens, self.body.top_logprobs) if self.body.logprobs else []
 
     def _closed(self, reply: Reply, items: list[Item]) -> Iterator[bytes]:
         """End the last item, if there is one."""
@@ -361,12 +357,10 @@ def _messages(items: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]
             text = _text(item.get("content"), f"input[{i}].content")
             yield f"input[{i}]", {"role": item.get("role"), "content": text}
         elif kind == "function_call":
-            name, id = item.get("name"), str(item.get("call_id"))
-            names[id] = str(name)
-            function = {"name": name, "arguments": item.get("arguments")}
-            check_call(function, f"input[{i}]")
-            calls = turn.setdefault("tool_calls", [])
-            calls.append({"id": id, "type": "function", "function": function})
+            name, id = item.get("name"), item.get("call_id")
+            call = call_of(id, name, item.get("arguments"), f"input[{i}]")
+            names[call["id"]] = str(name)
+            turn.setdefault("tool_calls", []).append(call)
         elif kind == "function_call_output":
             id = str(item.get("call_id"))
             text = _text(item.get("output"), f"input[{i}].output")
@@ -387,8 +381,4 @@ def _text(content: Any, where: str) -> Any:
     """Parts of text joined; what is no list is checked as a message is."""
     if not isinstance(content, list):
         return content
-    for i, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind not in PARTS or not isinstance(part.get("text"), str):
-            raise wrong(f"{where}[{i}]", f"found a part of type {kind!r}, expected text alone")
-    return "".join(part["text"] for part in content)
+    return text_of(content, PARTS, where + "[{}]", "found a part of type {}, expected text alone")

@@ -1,4 +1,5 @@
-"""The body of a request: what all that ask for a completion share, and how a body is read.
+"""The body of a request, what all that ask for a completion share, and how a body is read; and what
+the bodies of answers share.
 
 A field that is not known is refused by its name, since it may change the answer. Those in HARMLESS
 never do, and are left out; those in NEUTRAL are accepted with the value that asks for nothing.
@@ -6,15 +7,17 @@ never do, and are left out; those in NEUTRAL are accepted with the value that as
 
 from __future__ import annotations
 
+import secrets
+from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
 from pydantic import FailFast, Field, ValidationError
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 
 from lorafold.errors import LorafoldError
-from lorafold.serving.backend import Sampling
-from lorafold.serving.json_file import Strict
+from lorafold.serving.backend import NUMBERS, Ended, Sampling
 from lorafold.serving.refusal import Refusal, unsupported, wrong
+from lorafold.serving.settings import Strict
 
 HARMLESS = {
     "user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key",
@@ -24,10 +27,9 @@ NEUTRAL = {
     "store": (False,), "modalities": (["text"],), "echo": (False,), "best_of": (1,),
     "background": (False,), "functions": ([],),
 }  # fmt: skip
+DONE = b"data: [DONE]\n\n"
+PIECE = 16384  # elements of a list that are written at a time
 ENTRIES = 8192  # of an object in a field; each may be an error of its own
-SAMPLING = (
-    "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
-)  # fmt: skip
 
 
 E = TypeVar("E")
@@ -88,7 +90,7 @@ class Completing(Body):
             biases = {int(token): value for token, value in self.logit_bias.items()}
         except ValueError:
             raise wrong("logit_bias", "found a key that is no token, expected numbers") from None
-        given = {name: getattr(self, name) for name in SAMPLING}
+        given = {name: getattr(self, name) for name in NUMBERS}
         try:
             return Sampling(
                 **given, top_k=max(0, self.top_k), logit_bias=biases, stop=self.stops, **more
@@ -117,9 +119,7 @@ def read_body(kind: type[B], content: bytes) -> B:
     given = {}
     for name, value in found.items():
         known = name in kind.model_fields
-        if value is None or (
-            not known and (name in HARMLESS or value in NEUTRAL.get(name, ()))
-        ):
+        if value is None or (not known and (name in HARMLESS or value in NEUTRAL.get(name, ()))):
             continue
         if not known:
             raise unsupported(name[:80], ", and the answer may change without it")
@@ -134,3 +134,38 @@ def read_body(kind: type[B], content: bytes) -> B:
         if first["type"] == "missing":
             raise Refusal(400, "missing_parameter", f"{where}: expected a value", where) from None
         raise wrong(where, f"{first['msg'][:1].lower()}{first['msg'][1:]}") from None
+
+
+def new_id(kind: str) -> str:
+    """A name that nothing else has, such as `chatcmpl-...`."""
+    return f"{kind}-{secrets.token_hex(12)}"
+
+
+def event(value: Mapping[str, Any], name: str | None = None) -> bytes:
+    """One event of a stream.
+
+    Args:
+        name: its type, where there is one.
+    """
+    named = f"event: {name}\n" if name else ""
+    return named.encode() + b"data: " + to_json(value) + b"\n\n"
+
+
+def as_json(value: Mapping[str, Any]) -> bytes:
+    """JSON of an answer with long lists. They are written in pieces: no other thread runs while one
+    is written.
+    """
+
+    def written(field: Any) -> bytes:
+        if not isinstance(field, list | tuple) or len(field) <= PIECE:
+            return to_json(field)
+        pieces = [to_json(field[i : i + PIECE])[1:-1] for i in range(0, len(field), PIECE)]
+        return b"[" + b",".join(pieces) + b"]"
+
+    fields = [to_json(name) + b":" + written(field) for name, field in value.items()]
+    return b"{" + b",".join(fields) + b"}"
+
+
+def finish(end: Ended) -> str:
+    """Why a completion ends, in OpenAI's words."""
+    return "stop" if end.reason == "end" else end.reason
