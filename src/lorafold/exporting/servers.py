@@ -1,7 +1,5 @@
 """Exports for PEFT and for servers that take its plain LoRA: one rank, one alpha, no patterns.
 
-Exports for PEFT and for servers that take its plain LoRA: one rank, one alpha, no patterns.
-
 Exports for vLLM: canonical PEFT, and the line that serves it.
 
     experts     PEFT's stacked factors; of models that vLLM has other layers for, the request says
