@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any, NamedTuple
 
 from lorafold.comparing.measure import BASE, Measurement
@@ -30,7 +29,7 @@ from lorafold.evaluation.intervals import Interval
 from lorafold.files import plots
 from lorafold.files.page import document, grid, html_table, markdown_table, notes, section
 from lorafold.files.plots import distinct, number
-from lorafold.files.terminal import paragraph, text_table
+from lorafold.files.terminal import NOTHING, mean_of, paragraph, spread, text_table
 
 SMALLEST = 1e-6  # of what a logarithmic axis shows
 INTERVALS = "Lines are 95% intervals."
@@ -49,16 +48,16 @@ class Quality:
     @classmethod
     def of(cls, measurements: Sequence[Measurement]) -> Quality:
         """The held-out loss or reward."""
-        methods = tuned(measurements)
+        methods, lower = tuned(measurements), lower_is_better(measurements)
         shared = held_out(measurements)
         intervals = [shared[seeds[0].name].interval for seeds in methods]
-        bare = [[r for r in measurements if r.method == BASE]]
-        if lower_is_better(measurements):
-            label, [before] = "held-out loss (lower is better)", means(bare, lambda r: r.loss)
-            return cls(label, means(methods, lambda r: r.loss), intervals, before)
-        [before] = means(bare, lambda r: r.reward)
-        label = "held-out reward (higher is better)"
-        return cls(label, means(methods, lambda r: r.reward), intervals, before, False)
+        bare = [r for r in measurements if r.method == BASE]
+
+        def value(r: Measurement) -> float | None:
+            return r.loss if lower else r.reward
+
+        label = f"held-out {'loss (lower' if lower else 'reward (higher'} is better)"
+        return cls(label, means(methods, value), intervals, mean_of(map(value, bare)), lower)
 
     @property
     def scale(self) -> str:
@@ -106,8 +105,7 @@ def means(
     methods: Sequence[Sequence[Measurement]], value: Callable[[Measurement], float | None]
 ) -> list[float | None]:
     """The mean of a figure over the seeds of each method; None where it has none."""
-    known = [[v for r in seeds if (v := value(r)) is not None] for seeds in methods]
-    return [fmean(values) if values else None for values in known]
+    return [mean_of(map(value, seeds)) for seeds in methods]
 
 
 def plots_of(measurements: Sequence[Measurement]) -> Iterator[str]:
@@ -216,7 +214,7 @@ def latencies(title: str, names: Sequence[str], both: dict[str, list[float | Non
 
 
 Value = Callable[[Measurement], float | None]
-LOSS, EXACT, REWARD, OVER_BASE, NOTHING = "loss", "exact", "reward", "over base", "–"
+LOSS, EXACT, REWARD, OVER_BASE = "loss", "exact", "reward", "over base"
 WITHIN = " 95%"  # after a figure's heading: its interval
 COLUMNS: dict[str, tuple[Value, str]] = {  # heading: value, format
     "trainable": (lambda r: r.trainable_parameters, ",.0f"),
@@ -248,7 +246,7 @@ def columns(measurements: Sequence[Measurement]) -> dict[str, list[str]]:
     methods, found = by_method(measurements), dict[str, list[str]]()
     found["method"] = [seeds[0].name for seeds in methods]
     for heading, (value, form) in COLUMNS.items():
-        found[heading] = [cell([value(r) for r in seeds], form) for seeds in methods]
+        found[heading] = [spread((value(r) for r in seeds), form) for seeds in methods]
         if heading in (LOSS, REWARD) and any(value(r) is not None for r in measurements):
             found |= _beside(heading, form, measurements)
         if heading == EXACT:
@@ -267,10 +265,10 @@ def _beside(heading: str, form: str, measurements: Sequence[Measurement]) -> dic
     names = list(measurements[0].rewards)
     return {
         heading + WITHIN: [within(one, form) if one else NOTHING for one in intervals],
-        "validation": [cell([r.validation for r in seeds], form) for seeds in methods],
+        "validation": [spread((r.validation for r in seeds), form) for seeds in methods],
         OVER_BASE: [str(gains.get(seeds[0].name, NOTHING)) for seeds in methods],
         **{
-            f"reward {name}": [cell([r.rewards[name] for r in seeds], ".4g") for seeds in methods]
+            f"reward {name}": [spread((r.rewards[name] for r in seeds), ".4g") for seeds in methods]
             for name in names
             if len(names) > 1
         },
@@ -286,15 +284,6 @@ def _of_one(seeds: Sequence[Measurement]) -> str:
 def lines(found: dict[str, list[str]]) -> list[list[str]]:
     """The lines of columns, one for each method."""
     return [list(line) for line in zip(*found.values(), strict=True)]
-
-
-def cell(values: Sequence[float | None], form: str) -> str:
-    """The mean of formatted values, with their range if they differ; a dash without values."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return NOTHING
-    lowest, mean, highest = (f"{value:{form}}" for value in (min(known), fmean(known), max(known)))
-    return mean if lowest == highest else f"{mean} ({lowest} to {highest})"
 
 
 def answer(values: Sequence[bool | None]) -> str:
@@ -325,7 +314,7 @@ def deciding(measurements: Sequence[Measurement]) -> str:
             for seeds in methods
         ],
         **{
-            heading: [average([value(r) for r in seeds], form) for seeds in methods]
+            heading: [spread((value(r) for r in seeds), form, False) for seeds in methods]
             for heading, (value, form) in SHORT.items()
         },
         "trained": [
@@ -358,12 +347,6 @@ def plus_minus(found: Difference, form: str) -> str:
         return f"{found.mean:{form}}"
     half = (found.interval[1] - found.interval[0]) / 2
     return f"{found.mean:{form}} ±{half:{form.lstrip('+')}}"
-
-
-def average(values: Sequence[float | None], form: str) -> str:
-    """The formatted mean of values; a dash without values."""
-    known = [value for value in values if value is not None]
-    return f"{fmean(known):{form}}" if known else NOTHING
 
 
 def markdown(measurements: Sequence[Measurement]) -> str:

@@ -16,33 +16,12 @@ from typing import Any
 
 from lorafold.files.page import cards, document, grid, html_table, notes, section
 from lorafold.files.page import table as marked_up
-from lorafold.files.terminal import text_table
+from lorafold.files.terminal import NOTHING, mean_of, shown, spread, text_table
 from lorafold.inspecting import plots
 from lorafold.inspecting.against import by_kind, kind_of
-from lorafold.inspecting.updates import largest, site_of
+from lorafold.inspecting.updates import largest, of_experts, site_of
 
 Figures = Mapping[str, Any]
-
-
-def average(values: Sequence[float | None]) -> float | None:
-    """The mean of the values that are known, or None."""
-    known = [value for value in values if value is not None]
-    return fmean(known) if known else None
-
-
-def spread(values: Sequence[float | None], form: str, ranged: bool = True) -> str:
-    """The mean of figures as text, a dash for none.
-
-    Args:
-        values: The figures.
-        form: Their format.
-        ranged: Whether the lowest and the highest follow.
-    """
-    if (mean := average(values)) is None:
-        return "–"
-    known = [value for value in values if value is not None]
-    ends = f" ({min(known):{form}} to {max(known):{form}})" if ranged else ""
-    return f"{mean:{form}}{ends}"
 
 
 def experts(sites: Mapping[str, Figures], overlaps: Figures) -> Iterator[str]:
@@ -52,10 +31,6 @@ def experts(sites: Mapping[str, Figures], overlaps: Figures) -> Iterator[str]:
         sites: The figures of each matrix.
         overlaps: phi of their top directions by site, where one side is in the residual stream.
     """
-    own = defaultdict[str, list[Figures]](list)
-    for name, site in sites.items():
-        if site_of(name) != name:
-            own[site_of(name)].append(site)
     yield section(
         "Experts",
         "Means over the experts of a module, with the lowest and the highest value. An expert is"
@@ -63,16 +38,16 @@ def experts(sites: Mapping[str, Figures], overlaps: Figures) -> Iterator[str]:
         " every two experts, on the side in the residual stream.",
     )
     lines = []
-    for path, of in own.items():
+    for path, of in of_experts(sites).items():
         phi = overlaps.get(path)
         lines.append(
             [
                 path,
                 f"{sum(site['numerical_rank'] > 0 for site in of)} of {len(of)}",
-                spread([site["relative_norm"] for site in of], ".2%"),
-                spread([site["effective_rank_95"] for site in of], ".1f"),
-                spread([site["stable_rank"] for site in of], ".2f"),
-                "–"
+                spread((site["relative_norm"] for site in of), ".2%", True),
+                spread((site["effective_rank_95"] for site in of), ".1f", True),
+                spread((site["stable_rank"] for site in of), ".2f", True),
+                NOTHING
                 if phi is None
                 else f"{phi['phi']:.2f} ({phi['phi_lowest']:.2f} to {phi['phi_highest']:.2f})",
             ]
@@ -249,7 +224,7 @@ def sections(found: Figures) -> Iterator[str]:
     yield cards(
         {
             "sites": f"{whole['sites']}",
-            "nominal rank": "–" if whole["rank"] is None else f"{whole['rank']}",
+            "nominal rank": shown(whole["rank"], ""),
             "mean rank for 90%": f"{whole['effective_rank_90']:.1f}",
             "for 95%": f"{whole['effective_rank_95']:.1f}",
             "for 99%": f"{whole['effective_rank_99']:.1f}",
@@ -321,11 +296,6 @@ def alike(phi: Sequence[Sequence[float]]) -> str:
     return f"Blocks {j} and {i} have the most in common, {phi[i][j]:.2f}; the mean is {mean:.2f}."
 
 
-def shown(value: float | None, form: str) -> str:
-    """The formatted value, or a dash for None."""
-    return "–" if value is None else f"{value:{form}}"
-
-
 def layer_map(sites: Mapping[str, Figures], name: str, form: str) -> str:
     """A table of one figure, with blocks down and kinds of module across, as a heat map. Of experts
     it shows the mean.
@@ -338,7 +308,7 @@ def layer_map(sites: Mapping[str, Figures], name: str, form: str) -> str:
     every = defaultdict[tuple[str, int | None], list[float | None]](list)
     for path, site in sites.items():
         every[kind_of(path)].append(site.get(name))
-    values = {at: average(found) for at, found in every.items()}
+    values = {at: mean_of(found) for at, found in every.items()}
     most = max((value for value in values.values() if value is not None), default=0) or 1
     layers = sorted({layer for _, layer in values}, key=lambda layer: (layer is None, layer))
 

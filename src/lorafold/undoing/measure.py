@@ -73,12 +73,6 @@ class State:
     kl: float
     loss: float | None
 
-    @staticmethod
-    def of_stored(stored: dict[str, Any]) -> State:
-        """The figures that a file has."""
-        pairs = {k: tuple(v) for k, v in stored.items() if k.endswith("_interval") and v}
-        return State(**stored | pairs)
-
 
 @dataclass(frozen=True)
 class Probe:

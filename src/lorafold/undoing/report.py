@@ -16,11 +16,11 @@ from statistics import fmean
 from typing import Any
 
 from lorafold.comparing.paired import Difference
-from lorafold.comparing.report import NOTHING, average, cell, plus_minus
+from lorafold.comparing.report import plus_minus
 from lorafold.evaluation.intervals import Interval
 from lorafold.files.page import document, grid, html_table, markdown_table, notes, section
 from lorafold.files.plots import FAINT, End, at_ends, drawing, scaled, series
-from lorafold.files.terminal import paragraph, text_table
+from lorafold.files.terminal import NOTHING, paragraph, shown, spread, text_table
 from lorafold.undoing.defences import DEFENCES
 from lorafold.undoing.measure import State
 from lorafold.undoing.result import Before, Curve, Fragility, Point, Way
@@ -57,13 +57,8 @@ def line(points: Sequence[Point]) -> list[str]:
     """The cells of points that differ in nothing but the seed."""
     way = points[0].way
     ids = [way.stack, way.defence, shown(way.rank, "d"), shown(way.lr, "g")]
-    figures = (cell([value(p) for p in points], form) for value, form in FIGURES.values())
+    figures = (spread(map(value, points), form) for value, form in FIGURES.values())
     return [*ids, shown(points[0].examples, "d"), *figures]
-
-
-def shown(value: Any, form: str) -> str:
-    """The formatted value, or a dash for None."""
-    return NOTHING if value is None else f"{value:{form}}"
 
 
 def last_points(found: Fragility) -> list[list[Point]]:
@@ -114,7 +109,7 @@ def deciding(found: Fragility) -> str:
         [
             " ".join(part for part, differs in zip(way, varied, strict=True) if part and differs),
             _log_odds(points),
-            *(average([value(p) for p in points], form) for value, form in figures.values()),
+            *(spread(map(value, points), form, False) for value, form in figures.values()),
         ]
         for way, points in zip(ways, every, strict=True)
     ]
@@ -136,7 +131,7 @@ def _log_odds(points: Sequence[Point]) -> str:
     """The log-odds, with the interval over the prompts of a single seed."""
     value, form = FIGURES["log-odds"]
     if len(points) > 1:
-        return average([value(p) for p in points], form)
+        return spread(map(value, points), form, False)
     one = points[0].measured
     return plus_minus(Difference(one.log_odds, one.log_odds_interval), form)
 
