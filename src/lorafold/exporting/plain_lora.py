@@ -16,9 +16,8 @@ The best LoRA of a rank for adapters of any method, what it costs, and which ran
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -169,10 +168,6 @@ class Cut(Shown):
     kl: float | None
     share: float | None
     enough: int | None
-
-    def as_json(self) -> dict[str, Any]:
-        """All fields."""
-        return asdict(self)
 
     def __str__(self) -> str:
         line = f"cut to rank {self.rank}: {self.error:.2%} of the update's norm is lost"

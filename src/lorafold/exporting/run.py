@@ -110,8 +110,8 @@ class Exported(Shown):
             "files": list(self.written.files),
             "launch": list(self.launch),
             "notes": list(self.written.notes),
-            "as_lora": None if self.cut is None else self.cut.as_json(),
-            "proof": None if self.proof is None else self.proof.as_json(),
+            "as_lora": self.cut and asdict(self.cut),
+            "proof": self.proof and self.proof.as_json(),
             "unproved": self.unproved,
             "trained_on": self.into.base and self.into.base.as_json(),
             "into": self.into.target,
@@ -133,21 +133,16 @@ class Exported(Shown):
         lines = [f"exported: {self.out} for {self.to} ({', '.join(self.written.files)})"]
         lines += [f"  {note}" for note in self.written.notes]
         if self.adapters:
-            lines.append(f"  {self._compared()}")
+            alone = "the adapters over the base that the engine loads"
+            here = "this file" if TARGETS[self.to].merged else alone
+            far = self.into.compared(self.model, here, self.away, self.from_original)
+            lines.append(f"  {far}")
         if self.cut is not None:
             lines.append(f"  {self.cut}")
-        if self.proof is not None:
-            lines.append(f"  proved in {self.proof}")
-        else:
-            lines.append(f"  not proved: {self.unproved}")
+        proved = f"proved in {self.proof}" if self.proof else f"not proved: {self.unproved}"
+        lines.append(f"  {proved}")
         lines += [f"  {name}: {found}" for name, found in self.beside.items()]
         return "\n".join([*lines, "use it so:", *(f"  {line}" for line in self.launch)])
-
-
-    def _compared(self) -> str:
-        alone = "the adapters over the base that the engine loads"
-        here = "this file" if target_of(self.to).merged else alone
-        return self.into.compared(self.model, here, self.away, self.from_original)
 
 
 def export(

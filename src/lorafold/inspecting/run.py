@@ -399,7 +399,10 @@ def kept_of(site: Site, svd: Svd) -> Svd:
 
 
 def of_vectors(
-    sides: Mapping[str, reads.Side], svds: Mapping[str, Svd], names: Sequence[str], vectors: torch.Tensor
+    sides: Mapping[str, reads.Side],
+    svds: Mapping[str, Svd],
+    names: Sequence[str],
+    vectors: torch.Tensor,
 ) -> dict[str, Figures]:
     """The user's vectors (n, d) nearest to each side in the residual stream, and those with the
     largest shares of its update, by module path.
