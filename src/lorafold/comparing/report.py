@@ -27,7 +27,7 @@ from lorafold.comparing.paired import (
 )
 from lorafold.evaluation.intervals import Interval
 from lorafold.files import plots
-from lorafold.files.page import document, grid, html_table, markdown_table, notes, section
+from lorafold.files.page import document, markdown_table, rendered
 from lorafold.files.plots import distinct, number
 from lorafold.files.terminal import NOTHING, mean_of, paragraph, spread, text_table
 
@@ -356,23 +356,6 @@ def markdown(measurements: Sequence[Measurement]) -> str:
     return markdown_table([*found], lines(found)) + below
 
 
-ABOUT = """Every method was trained on the same rows, with the same model and recipe but for the
-settings beside its name, and where the recipe sets no learning rate with its own. The first line is
-the base, before anything is trained."""
-LOSSES = """Loss and exact match are measured on held-out rows. Intervals say how far the result
-would differ on other rows and, from three seeds on, with other seeds; those of what is over the
-base are of rows in pairs."""
-REWARDS = """Each step drew as many completions. The reward is what completions of held-out prompts
-are worth, as many of each prompt as a step draws. Intervals say how far the result would differ on
-other prompts and, from three seeds on, with other seeds; those of what is over the base are of
-prompts in pairs."""
-BESIDES = """Of methods, with three seeds or more, those are told apart whose difference is not 0 at
-5% by Holm's correction over all pairs. Where settings vary and there are enough rows, a random half
-of the rows, the validation rows, chooses the best setting, and the other half, the test rows, gives
-the loss or the reward; all other figures are of all rows. Forgetting is measured on text outside
-the task, in nats a token: the KL divergence from the base, and the increase of the loss. Latencies
-at batch 1 are ratios to those of the base, with all models timed in turn. A method is mergeable if
-the folded model had the same logits. New modules remain in the forward pass."""
 
 
 def page(measurements: Sequence[Measurement], title: str, path: Path) -> None:
@@ -384,12 +367,12 @@ def page(measurements: Sequence[Measurement], title: str, path: Path) -> None:
         path: The file to write.
     """
     found, told = columns(measurements), verdict(measurements)
-    about = (ABOUT, LOSSES if measurements[0].reward is None else REWARDS, BESIDES)
-    parts = (
-        notes([f"{told}."] if told else []),
-        grid(plots_of(measurements), "flow"),
-        section("All figures"),
-        html_table([*found], lines(found)),
-        section("How it was measured", " ".join(about)),
+    content = rendered(
+        "comparing/compare.html",
+        verdict=f"{told}." if told else "",
+        plots=plots_of(measurements),
+        head=[*found],
+        lines=lines(found),
+        rewards=measurements[0].reward is not None,
     )
-    document(title, "\n".join(parts), path)
+    document(title, content, path)
