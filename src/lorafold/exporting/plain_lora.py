@@ -54,9 +54,7 @@ def of_one_rank(factors: Mapping[str, Factors], rank: int) -> dict[str, Factors]
     }
 
 
-def write_canonical(
-    base: Base, factors: Mapping[str, Factors], out: Path, overwrite: bool = False
-) -> Saved:
+def write_canonical(base: Base, factors: Mapping[str, Factors], out: Path) -> Saved:
     """Write the directory of an adapter over the bare base, and open it.
 
     Args:
@@ -67,7 +65,7 @@ def write_canonical(
     rank = max(down.shape[-2] for _, down in factors.values())
     model = base.mapped().model
     adapter = lora_of(model, of_one_rank(factors, rank), NAME)
-    adapter.save(out, overwrite=overwrite, record={"exported": {"rank": rank}, TRAINED_ON: None})
+    adapter.save(out, record={"exported": {"rank": rank}, TRAINED_ON: None})
     return Saved.open(out)
 
 

@@ -156,7 +156,12 @@ class ToMlx(Target):
         if doras := _doras(subject):
             update = Update({path: pair for path, (pair, _) in doras.items()})
         found = only_products(update, "mlx-lm's form")
-        found += _layers(subject)
+        config = subject.config
+        if config.model_type == GEMMA and period_of(config.layer_types) is None:
+            found.append(
+                "the base: mlx-lm computes Gemma 3 with attention to all positions in each Nth"
+                " layer alone; the layers of this one lie in another way"
+            )
         return found + [line for path in update.factors if (line := _unnamed(subject, path))]
 
     def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
@@ -250,17 +255,6 @@ def _doras(subject: Subject) -> Mapping[str, tuple[Factors, Tensor]]:
             return {}
         found[path] = ((pair[0].float(), pair[1].float()), one.magnitude.float())
     return found
-
-
-def _layers(subject: Subject) -> list[str]:
-    """Why mlx-lm has no such layers, a line, or nothing."""
-    config = subject.config
-    if config.model_type != GEMMA or period_of(config.layer_types) is not None:
-        return []
-    return [
-        "the base: mlx-lm computes Gemma 3 with attention to all positions in each Nth layer alone;"
-        " the layers of this one lie in another way"
-    ]
 
 
 def _unnamed(subject: Subject, path: str) -> str:

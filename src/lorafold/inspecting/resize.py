@@ -202,10 +202,11 @@ def extract(
     paths = match(one.model, LoRA.targets, is_linear).paths
     theirs = dict(other.model.named_parameters(remove_duplicate=False))
     own = dict(one.model.named_parameters(remove_duplicate=False))
+    shapes = {name: list(p.shape) for name, p in theirs.items()}
     if problems := [
-        f"{name}: found {_shape(theirs.get(name)) or 'none'}, expected {list(p.shape)}"
+        f"{name}: found {shapes.get(name) or 'none'}, expected {list(p.shape)}"
         for name, p in own.items()
-        if _shape(theirs.get(name)) != list(p.shape)
+        if shapes.get(name) != list(p.shape)
     ]:
         raise LorafoldError(
             f"{tuned.name}: expected a fine-tuned {base.name}, found other modules:"
@@ -228,7 +229,8 @@ def extract(
     left_out = {
         name: change
         for name, p in own.items()
-        if name not in extracted and (change := _relative(theirs[name], p))
+        if name not in extracted
+        and (change := _root(_squares(theirs[name].float() - p.float()), _squares(p)))
     }
     result = resized(cuts, out, left_out)
     about = {"from": tuned.name, "rank": rank, "error": result.error, "left_out": left_out}
@@ -268,16 +270,8 @@ def as_lora(adapter: Adapter, factors: Mapping[str, Factors]) -> Adapter:
     return Adapter(adapter.model, adapter.name, chosen, adapter.over)
 
 
-def _shape(p: Tensor | None) -> list[int] | None:
-    return None if p is None else list(p.shape)
-
-
 def _squares(x: Tensor) -> float:
     return float(torch.linalg.vector_norm(x, dtype=torch.float64).square())
-
-
-def _relative(tuned: Tensor, base: Tensor) -> float:
-    return _root(_squares(tuned.float() - base.float()), _squares(base))
 
 
 def _root(part: float, whole: float) -> float:
