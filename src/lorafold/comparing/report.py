@@ -250,7 +250,9 @@ def columns(measurements: Sequence[Measurement]) -> dict[str, list[str]]:
         if heading in (LOSS, REWARD) and any(value(r) is not None for r in measurements):
             found |= _beside(heading, form, measurements)
         if heading == EXACT:
-            found[EXACT + WITHIN] = [_of_one(seeds) for seeds in methods]
+            # of a single seed; several have their range
+            alone = [s[0].exact_match_interval if len(s) == 1 else None for s in methods]
+            found[EXACT + WITHIN] = [within(one, ".1%") if one else NOTHING for one in alone]
     for heading, flag in FLAGS.items():
         found[heading] = [answer([flag(r) for r in seeds]) for seeds in methods]
     return {heading: cells for heading, cells in found.items() if {*cells} != {NOTHING}}
@@ -273,12 +275,6 @@ def _beside(heading: str, form: str, measurements: Sequence[Measurement]) -> dic
             if len(names) > 1
         },
     }
-
-
-def _of_one(seeds: Sequence[Measurement]) -> str:
-    """The interval of the exact match of a single seed; several have their range."""
-    interval = seeds[0].exact_match_interval
-    return NOTHING if interval is None or len(seeds) > 1 else within(interval, ".1%")
 
 
 def lines(found: dict[str, list[str]]) -> list[list[str]]:

@@ -22,9 +22,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from lorafold.adapter import load
@@ -32,9 +33,6 @@ from lorafold.composing.job import Composed, Job
 from lorafold.composing.updates import Change, Updates, dense, inner, trim
 from lorafold.core.attach import only
 from lorafold.evaluation import Evaluation, EvaluationSettings, evaluate
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 LARGEST = 0.2  # the share of entries whose signs are compared, as in TIES
 

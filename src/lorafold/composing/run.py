@@ -9,9 +9,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from rich.console import Console
 
 from lorafold.composing.interference import Interference, measure
 from lorafold.composing.job import Composed, Job, Opened, Request
@@ -23,9 +24,6 @@ from lorafold.files.atomic import atomic_directory, check_out
 from lorafold.files.paths import check_kept
 from lorafold.files.shown import Shown
 from lorafold.opening.kinds import check_language_model
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 COMPOSITIONS: dict[str, Callable[[Job, Path], Composed]] = {
     **{rule: partial(arithmetic, rule) for rule in RULES},

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from shutil import rmtree
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from rich.console import Console
 from torch import Tensor
 
 from lorafold.errors import LorafoldError, NoTokenizer, as_one
@@ -33,9 +34,6 @@ from lorafold.models.storage import stored_in_files
 from lorafold.opening import Base
 from lorafold.opening.kinds import check_language_model
 from lorafold.peft.saved import Saved
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 TARGETS: dict[str, Target] = {
     target.name: target

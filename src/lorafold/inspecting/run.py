@@ -55,14 +55,16 @@ def sentences(found: Figures) -> list[str]:
     sites = [site for site in found["sites"].values() if site["numerical_rank"]]
     if not sites:
         return ["The update is zero everywhere: this adapter changes nothing."]
+    whole, every = found["whole"], found["sites"]
     parts = [
-        of_rank(found["whole"]),
-        of_base(found["whole"], sites),
+        f"Over all sites together, {advice(whole['rank'], whole)}. A single site needs"
+        f" {whole['effective_rank_95']:.1f} directions for 95% on average.",
+        of_base(whole, sites),
         of_strength(sites),
         of_tokens(sites, found["chance_cosine"]),
+        of_evenness(every),
+        of_heads(every),
     ]
-    parts.append(of_evenness(found["sites"]))
-    parts.append(of_heads(found["sites"]))
     if "position_read" in sites[0]:
         parts += [of_position(sites), of_intruders(sites)]
     if "against" in found:
@@ -70,22 +72,10 @@ def sentences(found: Figures) -> list[str]:
     return [part for part in parts if part]
 
 
-def of_rank(whole: Figures) -> str:
-    """The rank that would be enough (`spectra`)."""
-    text = advice(whole["rank"], whole)
-    return (
-        f"Over all sites together, {text}. A single site needs {whole['effective_rank_95']:.1f}"
-        " directions for 95% on average."
-    )
-
-
 def of_base(whole: Figures, sites: list[Figures]) -> str:
     """The size of the update relative to the base (`subspaces`)."""
-    known = [
-        site["projection"] / site["random_projection"]
-        for site in sites
-        if site["random_projection"]
-    ]
+    pairs = [(site["projection"], site["random_projection"]) for site in sites]
+    known = [own / random for own, random in pairs if random]
     if not known or whole["amplification"] is None:
         return "The base's weights are zero at the sites of this adapter."
     return (
@@ -106,13 +96,9 @@ def of_strength(sites: list[Figures]) -> str:
     )
 
     def kind(strength: float) -> str:
-        return (
-            "no preference"
-            if abs(strength - 1) < INDIFFERENT
-            else "weak directions"
-            if strength < 1
-            else "strong directions"
-        )
+        if abs(strength - 1) < INDIFFERENT:
+            return "no preference"
+        return "weak directions" if strength < 1 else "strong directions"
 
     return (
         "Strength of the base in the update's directions: its energy is"
