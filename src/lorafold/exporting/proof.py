@@ -5,7 +5,7 @@
     distance    the same from ours with the adapters to ours without: what there is to lose
     share       kl / distance
     tied        the prompts in which the engine takes another of two experts that are as good as
-                equal (`ties`); kl is then from ours with the same experts, measured from ours
+                equal (`exchanged`); kl is then from ours with the same experts, measured from ours
     alone       kl of the two without adapters: how the engine rounds the base
     changed     the same from theirs with the adapters to theirs without; 0 where the engine took
                 the files and changed nothing
@@ -219,7 +219,7 @@ class Ours:
         return {**asdict(self.prompts), "greedy": GREEDY, "ends": ends, **placed}
 
     def exchanged(self, prompt: int) -> Iterator[Tensor]:
-        """Yield answers (vocabulary,) with two close experts exchanged (`ties.exchanged`)."""
+        """Yield answers (vocabulary,) with two close experts exchanged."""
         return exchanged(self.model, self.prompts.ids[prompt])
 
     def margin(self, prompt: int, at: int) -> float:

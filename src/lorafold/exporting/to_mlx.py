@@ -7,7 +7,7 @@
 mlx-lm (0.32.2, tuner/utils.py) has one rank and one scale for a file, so smaller ranks are filled
 with zeros. It builds its layers at all paths that `keys` has; what the file has no tensors for
 stays as it is without a word, so the keys are those of the tensors and no others. A base whose
-positions it would misread (`older`) is written beside the adapter.
+positions it would misread (`write_older`) is written beside the adapter.
 
 Transformers 5 writes rope_parameters and num_local_experts; mlx-lm 0.32 reads rope_theta,
 rope_scaling and num_experts in most of its models, and silently uses a base of 10,000 if rope_theta
