@@ -342,9 +342,9 @@ def proof(
     gap = float(gaps.abs().max())
     pairs = [*zip(ours.greedy, theirs.greedy, strict=True)]
     parted = {n: parting(own, other) for n, (own, other) in enumerate(pairs) if own != other}
+    own = ("engine", "version", "unused", "other_tokens", "other_texts")
     return Proof(
-        engine=theirs.engine,
-        version=theirs.version,
+        **{name: getattr(theirs, name) for name in own},
         prompts=len(kls),
         kl=float(kls.mean()),
         kl_largest=float(kls.max()),
@@ -357,9 +357,6 @@ def proof(
         gap=gap,
         greedy=len(pairs) - len(parted),
         near=sum(margin(n, at) <= 2 * gap for n, at in parted.items()),
-        unused=theirs.unused,
-        other_tokens=theirs.other_tokens,
-        other_texts=theirs.other_texts,
     )
 
 

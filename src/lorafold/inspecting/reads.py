@@ -49,14 +49,18 @@ class Near:
     top: tuple[Tensor, Tensor]
     bottom: tuple[Tensor, Tensor]
 
-    def named(self, direction: int, name: Callable[[int], str]) -> dict[str, list[dict[str, Any]]]:
-        """The two ends of a direction, with the name of each index; the values are cosines."""
+    def named(self, name: Callable[[int], str]) -> list[dict[str, list[dict[str, Any]]]]:
+        """The two ends of each direction, with the name of each index; the values are cosines."""
 
-        def end(values: Tensor, indices: Tensor) -> list[dict[str, Any]]:
-            pairs = zip(indices[:, direction].tolist(), values[:, direction].tolist(), strict=True)
-            return [{"name": name(i), "cosine": value} for i, value in pairs]
+        def end(values: Tensor, indices: Tensor) -> list[list[dict[str, Any]]]:
+            pairs = zip(indices.t().tolist(), values.t().tolist(), strict=True)
+            return [
+                [{"name": name(i), "cosine": value} for i, value in zip(*pair, strict=True)]
+                for pair in pairs
+            ]
 
-        return {"positive": end(*self.top), "negative": end(*self.bottom)}
+        both = zip(end(*self.top), end(*self.bottom), strict=True)
+        return [{"positive": top, "negative": bottom} for top, bottom in both]
 
 
 def nearest(vectors: Tensor, directions: Tensor, shown: int = SHOWN) -> Near:
@@ -153,21 +157,17 @@ def tables(
     """
     top = {path: side.directions[:, :DIRECTIONS] for path, side in sides.items()}
     found = {
-        path: _named(extremes(top[path]), name) for path, side in sides.items() if side.of_tokens
+        path: extremes(top[path]).named(name) for path, side in sides.items() if side.of_tokens
     }
     streams = {path: directions for path, directions in top.items() if path not in found}
     if streams:
         together = torch.cat(list(streams.values()), 1)
         scaled = together if through is None else through[:, None] * together
-        named = iter(_named(nearest(vectors, scaled), name))
+        named = iter(nearest(vectors, scaled).named(name))
         found |= {
             path: list(islice(named, directions.shape[1])) for path, directions in streams.items()
         }
     return found
-
-
-def _named(near: Near, name: Callable[[int], str]) -> list[dict[str, Any]]:
-    return [near.named(i, name) for i in range(near.top[0].shape[1])]
 
 
 def read_vectors(path: str | Path, size: int) -> tuple[list[str], Tensor]:

@@ -41,10 +41,13 @@ WAY = ("stack", "defence", "rank", "rate")
 
 def line(points: Sequence[Point]) -> list[str]:
     """The cells of points that differ in nothing but the seed."""
-    way = points[0].way
-    ids = [way.stack, way.defence, shown(way.rank, "d"), shown(way.lr, "g")]
     figures = (spread(map(value, points), form) for value, form in FIGURES.values())
-    return [*ids, shown(points[0].examples, "d"), *figures]
+    return [*ids(points[0].way), shown(points[0].examples, "d"), *figures]
+
+
+def ids(way: Way) -> list[str]:
+    """What the points of a curve have in common, as cells."""
+    return [way.stack, way.defence, shown(way.rank, "d"), shown(way.lr, "g")]
 
 
 def last_points(found: Fragility) -> list[list[Point]]:
@@ -108,9 +111,10 @@ def deciding(found: Fragility) -> str:
 
 def _parts(one: Point) -> tuple[str, ...]:
     """The way of a point in words, empty where it has none."""
-    named = {"rank ": shown(one.way.rank, "d"), "rate ": shown(one.way.lr, "g")}
-    numbers = ["" if value == NOTHING else what + value for what, value in named.items()]
-    return one.way.stack, one.way.defence, *numbers, f"{one.examples} examples" * bool(one.examples)
+    stack, defence, *numbers = ids(one.way)
+    named = zip(("rank ", "rate "), numbers, strict=True)
+    told = ["" if value == NOTHING else what + value for what, value in named]
+    return stack, defence, *told, f"{one.examples} examples" * bool(one.examples)
 
 
 def _log_odds(points: Sequence[Point]) -> str:
@@ -124,10 +128,7 @@ def _log_odds(points: Sequence[Point]) -> str:
 
 def markdown(found: Fragility) -> str:
     """Where each curve is halved, and the table, in Markdown."""
-    halved = [
-        [*(shown(v, "g") if isinstance(v, float) else str(v) for v in curve.way), curve.halved]
-        for curve in found.curves
-    ]
+    halved = [[*ids(curve.way), curve.halved] for curve in found.curves]
     tables = [markdown_table((*WAY, "log-odds"), halved)] if halved else []
     return "\n".join([*tables, markdown_table(HEAD, lines(found))])
 
