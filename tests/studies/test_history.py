@@ -143,7 +143,7 @@ def test_the_page_has_all_and_shows_completions_as_text(
     text = file.read_text()
     assert text.count("<svg") == len(plots(found))
     assert "The same in every step: " in text
-    assert "Say &lt;script&gt;alert(&quot;it&quot;)&lt;/script&gt;$x$ --&gt;" in text
+    assert "Say &lt;script&gt;alert(&#34;it&#34;)&lt;/script&gt;$x$ --&gt;" in text
     assert "Before the first step" in text
     assert "src=" not in text
 

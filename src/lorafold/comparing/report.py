@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any, NamedTuple
 
 from lorafold.comparing.measure import BASE, Measurement
@@ -28,9 +27,9 @@ from lorafold.comparing.paired import (
 )
 from lorafold.evaluation.intervals import Interval
 from lorafold.files import plots
-from lorafold.files.page import document, grid, html_table, markdown_table, notes, section
+from lorafold.files.page import document, markdown_table, rendered
 from lorafold.files.plots import distinct, number
-from lorafold.files.terminal import paragraph, text_table
+from lorafold.files.terminal import NOTHING, mean_of, paragraph, spread, text_table
 
 SMALLEST = 1e-6  # of what a logarithmic axis shows
 INTERVALS = "Lines are 95% intervals."
@@ -49,16 +48,16 @@ class Quality:
     @classmethod
     def of(cls, measurements: Sequence[Measurement]) -> Quality:
         """The held-out loss or reward."""
-        methods = tuned(measurements)
+        methods, lower = tuned(measurements), lower_is_better(measurements)
         shared = held_out(measurements)
         intervals = [shared[seeds[0].name].interval for seeds in methods]
-        bare = [[r for r in measurements if r.method == BASE]]
-        if lower_is_better(measurements):
-            label, [before] = "held-out loss (lower is better)", means(bare, lambda r: r.loss)
-            return cls(label, means(methods, lambda r: r.loss), intervals, before)
-        [before] = means(bare, lambda r: r.reward)
-        label = "held-out reward (higher is better)"
-        return cls(label, means(methods, lambda r: r.reward), intervals, before, False)
+        bare = [r for r in measurements if r.method == BASE]
+
+        def value(r: Measurement) -> float | None:
+            return r.loss if lower else r.reward
+
+        label = f"held-out {'loss (lower' if lower else 'reward (higher'} is better)"
+        return cls(label, means(methods, value), intervals, mean_of(map(value, bare)), lower)
 
     @property
     def scale(self) -> str:
@@ -106,8 +105,7 @@ def means(
     methods: Sequence[Sequence[Measurement]], value: Callable[[Measurement], float | None]
 ) -> list[float | None]:
     """The mean of a figure over the seeds of each method; None where it has none."""
-    known = [[v for r in seeds if (v := value(r)) is not None] for seeds in methods]
-    return [fmean(values) if values else None for values in known]
+    return [mean_of(map(value, seeds)) for seeds in methods]
 
 
 def plots_of(measurements: Sequence[Measurement]) -> Iterator[str]:
@@ -216,7 +214,7 @@ def latencies(title: str, names: Sequence[str], both: dict[str, list[float | Non
 
 
 Value = Callable[[Measurement], float | None]
-LOSS, EXACT, REWARD, OVER_BASE, NOTHING = "loss", "exact", "reward", "over base", "–"
+LOSS, EXACT, REWARD, OVER_BASE = "loss", "exact", "reward", "over base"
 WITHIN = " 95%"  # after a figure's heading: its interval
 COLUMNS: dict[str, tuple[Value, str]] = {  # heading: value, format
     "trainable": (lambda r: r.trainable_parameters, ",.0f"),
@@ -248,11 +246,13 @@ def columns(measurements: Sequence[Measurement]) -> dict[str, list[str]]:
     methods, found = by_method(measurements), dict[str, list[str]]()
     found["method"] = [seeds[0].name for seeds in methods]
     for heading, (value, form) in COLUMNS.items():
-        found[heading] = [cell([value(r) for r in seeds], form) for seeds in methods]
+        found[heading] = [spread((value(r) for r in seeds), form) for seeds in methods]
         if heading in (LOSS, REWARD) and any(value(r) is not None for r in measurements):
             found |= _beside(heading, form, measurements)
         if heading == EXACT:
-            found[EXACT + WITHIN] = [_of_one(seeds) for seeds in methods]
+            # of a single seed; several have their range
+            alone = [s[0].exact_match_interval if len(s) == 1 else None for s in methods]
+            found[EXACT + WITHIN] = [within(one, ".1%") if one else NOTHING for one in alone]
     for heading, flag in FLAGS.items():
         found[heading] = [answer([flag(r) for r in seeds]) for seeds in methods]
     return {heading: cells for heading, cells in found.items() if {*cells} != {NOTHING}}
@@ -267,34 +267,19 @@ def _beside(heading: str, form: str, measurements: Sequence[Measurement]) -> dic
     names = list(measurements[0].rewards)
     return {
         heading + WITHIN: [within(one, form) if one else NOTHING for one in intervals],
-        "validation": [cell([r.validation for r in seeds], form) for seeds in methods],
+        "validation": [spread((r.validation for r in seeds), form) for seeds in methods],
         OVER_BASE: [str(gains.get(seeds[0].name, NOTHING)) for seeds in methods],
         **{
-            f"reward {name}": [cell([r.rewards[name] for r in seeds], ".4g") for seeds in methods]
+            f"reward {name}": [spread((r.rewards[name] for r in seeds), ".4g") for seeds in methods]
             for name in names
             if len(names) > 1
         },
     }
 
 
-def _of_one(seeds: Sequence[Measurement]) -> str:
-    """The interval of the exact match of a single seed; several have their range."""
-    interval = seeds[0].exact_match_interval
-    return NOTHING if interval is None or len(seeds) > 1 else within(interval, ".1%")
-
-
 def lines(found: dict[str, list[str]]) -> list[list[str]]:
     """The lines of columns, one for each method."""
     return [list(line) for line in zip(*found.values(), strict=True)]
-
-
-def cell(values: Sequence[float | None], form: str) -> str:
-    """The mean of formatted values, with their range if they differ; a dash without values."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return NOTHING
-    lowest, mean, highest = (f"{value:{form}}" for value in (min(known), fmean(known), max(known)))
-    return mean if lowest == highest else f"{mean} ({lowest} to {highest})"
 
 
 def answer(values: Sequence[bool | None]) -> str:
@@ -325,7 +310,7 @@ def deciding(measurements: Sequence[Measurement]) -> str:
             for seeds in methods
         ],
         **{
-            heading: [average([value(r) for r in seeds], form) for seeds in methods]
+            heading: [spread((value(r) for r in seeds), form, False) for seeds in methods]
             for heading, (value, form) in SHORT.items()
         },
         "trained": [
@@ -360,12 +345,6 @@ def plus_minus(found: Difference, form: str) -> str:
     return f"{found.mean:{form}} ±{half:{form.lstrip('+')}}"
 
 
-def average(values: Sequence[float | None], form: str) -> str:
-    """The formatted mean of values; a dash without values."""
-    known = [value for value in values if value is not None]
-    return f"{fmean(known):{form}}" if known else NOTHING
-
-
 def markdown(measurements: Sequence[Measurement]) -> str:
     """The whole table in Markdown, with the verdict below it."""
     found, told = columns(measurements), verdict(measurements)
@@ -373,23 +352,6 @@ def markdown(measurements: Sequence[Measurement]) -> str:
     return markdown_table([*found], lines(found)) + below
 
 
-ABOUT = """Every method was trained on the same rows, with the same model and recipe but for the
-settings beside its name, and where the recipe sets no learning rate with its own. The first line is
-the base, before anything is trained."""
-LOSSES = """Loss and exact match are measured on held-out rows. Intervals say how far the result
-would differ on other rows and, from three seeds on, with other seeds; those of what is over the
-base are of rows in pairs."""
-REWARDS = """Each step drew as many completions. The reward is what completions of held-out prompts
-are worth, as many of each prompt as a step draws. Intervals say how far the result would differ on
-other prompts and, from three seeds on, with other seeds; those of what is over the base are of
-prompts in pairs."""
-BESIDES = """Of methods, with three seeds or more, those are told apart whose difference is not 0 at
-5% by Holm's correction over all pairs. Where settings vary and there are enough rows, a random half
-of the rows, the validation rows, chooses the best setting, and the other half, the test rows, gives
-the loss or the reward; all other figures are of all rows. Forgetting is measured on text outside
-the task, in nats a token: the KL divergence from the base, and the increase of the loss. Latencies
-at batch 1 are ratios to those of the base, with all models timed in turn. A method is mergeable if
-the folded model had the same logits. New modules remain in the forward pass."""
 
 
 def page(measurements: Sequence[Measurement], title: str, path: Path) -> None:
@@ -401,12 +363,12 @@ def page(measurements: Sequence[Measurement], title: str, path: Path) -> None:
         path: The file to write.
     """
     found, told = columns(measurements), verdict(measurements)
-    about = (ABOUT, LOSSES if measurements[0].reward is None else REWARDS, BESIDES)
-    parts = (
-        notes([f"{told}."] if told else []),
-        grid(plots_of(measurements), "flow"),
-        section("All figures"),
-        html_table([*found], lines(found)),
-        section("How it was measured", " ".join(about)),
+    content = rendered(
+        "comparing/compare.html",
+        verdict=f"{told}." if told else "",
+        plots=plots_of(measurements),
+        head=[*found],
+        lines=lines(found),
+        rewards=measurements[0].reward is not None,
     )
-    document(title, "\n".join(parts), path)
+    document(title, content, path)

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import count
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from lorafold.comparing.measure import BASE, Measurement, Task, Variant, measure, recipe_of
 from lorafold.data.stored import Rows
@@ -114,6 +116,7 @@ def compare(
     (out / "rows").mkdir(parents=True, exist_ok=True)
     measures: dict[Path, Callable[[], dict[str, Any]]] = {}
     settings: dict[Path, Mapping[str, Any]] = {}
+    stored = TypeAdapter(Measurement)
     for one, seed in plan:
         own = replace(task, recipe=one.of(task.recipe))
         file = out / "rows" / f"{one.method}-{seed}-{key(own, one.method)}.json"
@@ -124,7 +127,7 @@ def compare(
 
     def named(file: Path, found: dict[str, Any]) -> Measurement:
         """With its settings, which the file has not: they may be the recipe's of another call."""
-        return replace(of_stored(found), settings=settings[file])
+        return replace(stored.validate_python(found), settings=settings[file])
 
     def there(file: Path, found: dict[str, Any]) -> None:
         tell(named(file, found), next(done), len(measures))
@@ -185,13 +188,3 @@ def key(task: Task, method: str) -> str:
     asked = recipe.model_dump(mode="json", exclude={"seed"})
     own = [repr(spec), spec.lr, spec.lr_b, task.day, dict(task.identity)]
     return digest_of([found, *rows, asked, *own])
-
-
-def of_stored(stored: dict[str, Any]) -> Measurement:
-    """The figures that a file has."""
-    values: dict[str, Any] = {f.name: stored[f.name] for f in fields(Measurement)}
-    return Measurement(**{name: _tuples(value) for name, value in values.items()})
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value

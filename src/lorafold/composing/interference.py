@@ -22,10 +22,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from rich.progress import track
+from rich.console import Console
 from torch import Tensor
 
 from lorafold.adapter import load
@@ -33,9 +33,6 @@ from lorafold.composing.job import Composed, Job
 from lorafold.composing.updates import Change, Updates, dense, inner, trim
 from lorafold.core.attach import only
 from lorafold.evaluation import Evaluation, EvaluationSettings, evaluate
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 LARGEST = 0.2  # the share of entries whose signs are compared, as in TIES
 
@@ -69,10 +66,6 @@ class Pair:
     overall: Meeting | None
     sites: dict[str, Meeting]
 
-    def as_json(self) -> dict[str, Any]:
-        """All figures, overall and by site."""
-        return asdict(self)
-
     def __str__(self) -> str:
         """A line or two: the figures, and the sites where the updates oppose each other most."""
         if (all_ := self.overall) is None:
@@ -86,14 +79,8 @@ class Pair:
                 f", shared output {all_.shared_output:.3f} (at random {all_.chance_output:.3f}), "
                 f"input {all_.shared_input:.3f} ({all_.chance_input:.3f})"
             )
-        worst = sorted(
-            self.sites, key=lambda path: self.sites[path].cosine * self.sites[path].weight
-        )[:3]
-        opposed = [
-            f"{path} ({self.sites[path].cosine:+.3f})"
-            for path in worst
-            if self.sites[path].cosine < 0
-        ]
+        worst = sorted(self.sites.items(), key=lambda one: one[1].cosine * one[1].weight)[:3]
+        opposed = [f"{path} ({one.cosine:+.3f})" for path, one in worst if one.cosine < 0]
         return text + ("\n  most opposed at " + ", ".join(opposed) if opposed else "")
 
 
@@ -104,9 +91,7 @@ def meetings(updates: Updates, console: Console) -> list[Pair]:
     found: dict[tuple[int, int], dict[str, Meeting]] = {
         pair: {} for pair in combinations(range(len(updates.names)), 2)
     }
-    for site in track(
-        updates.sites, "geometry", console=console, transient=True, disable=not console.is_terminal
-    ):
+    for site in updates.watched("geometry", console):
         for name, changes in site.changes():
             for pair, meeting in meet(changes).items():
                 found[pair][name] = meeting
@@ -169,14 +154,12 @@ def overall(sites: Sequence[Meeting]) -> Meeting | None:
         return sum(value * weight for value, weight in known) / total if total else None
 
     cosine = sum(m.cosine * m.weight for m in sites) / ((norms[0] * norms[1]) or 1)
+    shared = {f"{what}_{side}" for what in ("shared", "chance") for side in ("output", "input")}
     return Meeting(
-        cosine,
-        mean("shared_output"),
-        mean("shared_input"),
-        mean("chance_output"),
-        mean("chance_input"),
-        mean("sign_conflict") or 0.0,
-        norms,
+        cosine=cosine,
+        sign_conflict=mean("sign_conflict") or 0.0,
+        norms=norms,
+        **{name: mean(name) for name in shared},
     )
 
 
@@ -195,16 +178,21 @@ class Interference:
             task: {name: found.as_json() for name, found in by_name.items()}
             for task, by_name in self.tasks.items()
         }
-        return {"tasks": tasks, "geometry": [pair.as_json() for pair in self.pairs]}
+        return {"tasks": tasks, "geometry": [*map(asdict, self.pairs)]}
 
     def __str__(self) -> str:
         """A table with a line for the base, each adapter and each composition, and the pairs."""
+
+        def cell(found: Evaluation) -> str:
+            exact = "" if found.exact_match is None else f", exact {found.exact_match:.1%}"
+            return f"loss {found.loss:.4f}{exact}"
+
         names = list(next(iter(self.tasks.values())))
         cells = [
             ["", *self.tasks],
-            *([name, *(_cell(task[name]) for task in self.tasks.values())] for name in names),
+            *([name, *(cell(task[name]) for task in self.tasks.values())] for name in names),
         ]
-        widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         table = [
             "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
             for line in cells
@@ -244,9 +232,3 @@ def measure(job: Job, composed: Mapping[str, Composed]) -> Interference:
                     watched,
                 )
     return Interference(tasks, meetings(job.updates, job.console))
-
-
-def _cell(found: Evaluation) -> str:
-    return f"loss {found.loss:.4f}" + (
-        "" if found.exact_match is None else f", exact {found.exact_match:.1%}"
-    )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+
 from lorafold.composing.updates import RULES, Updates
-from lorafold.core.targets import Matches
 from lorafold.data.sources import Row
 from lorafold.errors import LorafoldError
 from lorafold.files.card import training_card
@@ -22,7 +23,6 @@ from lorafold.peft.saved import Saved, trained_on
 from lorafold.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lorafold.adapter import Adapter
@@ -68,10 +68,6 @@ class Composed:
     truncation_error: float
     out: str
 
-    def as_json(self) -> dict[str, Any]:
-        """All fields."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Job:
@@ -93,10 +89,6 @@ class Job:
                 " which they take half"
             )
         return self.request.examples
-
-    def targets(self) -> Matches:
-        """Every site that an adapter changes."""
-        return Matches({site.path: (site.path,) for site in self.updates.sites})
 
     def _origin(self, how: str) -> dict[str, Any]:
         """What the record says of adapters that were loaded on another base than theirs: if all

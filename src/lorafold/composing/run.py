@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from rich.console import Console
 
 from lorafold.composing.interference import Interference, measure
 from lorafold.composing.job import Composed, Job, Opened, Request
@@ -23,9 +24,6 @@ from lorafold.files.atomic import atomic_directory, check_out
 from lorafold.files.paths import check_kept
 from lorafold.files.shown import Shown
 from lorafold.opening.kinds import check_language_model
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 COMPOSITIONS: dict[str, Callable[[Job, Path], Composed]] = {
     **{rule: partial(arithmetic, rule) for rule in RULES},
@@ -46,31 +44,27 @@ class Composition(Shown):
 
     def as_json(self) -> dict[str, Any]:
         """Every way under `compositions`; if there is only one, its keys are at the top too."""
-        made = {way: one.as_json() for way, one in self.composed.items()}
-        measured = (
-            {} if self.interference is None else {"interference": self.interference.as_json()}
-        )
+        made = {way: asdict(one) for way, one in self.composed.items()}
         top = next(iter(made.values())) if len(made) == 1 else {"out": self.out}
-        return {**top, "adapters": list(self.adapters), "compositions": made, **measured}
+        found = {**top, "adapters": list(self.adapters), "compositions": made}
+        if self.interference is not None:
+            found["interference"] = self.interference.as_json()
+        return found
 
     def __str__(self) -> str:
         lines = []
         for way, one in self.composed.items():
-            weights = (
-                "learned gates"
-                if one.weights is None
-                else ", ".join(
-                    f"{weight:.3g} {name}"
-                    for weight, name in zip(one.weights, self.adapters, strict=True)
-                )
-            )
+            weights = "learned gates"
+            if one.weights is not None:
+                pairs = zip(one.weights, self.adapters, strict=True)
+                weights = ", ".join(f"{weight:.3g} {name}" for weight, name in pairs)
             lines.append(
                 f"{way}: {one.out} ({weights}); {one.truncation_error:.2%} of the update's norm"
                 " was cut off"
             )
-        return "\n".join(
-            [*lines, *([] if self.interference is None else ["", str(self.interference)])]
-        )
+        if self.interference is not None:
+            lines += ["", str(self.interference)]
+        return "\n".join(lines)
 
 
 def compose(request: Request, opened: Callable[[], Opened], console: Console) -> Composition:

@@ -40,13 +40,15 @@ for each task.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor, nn
 
 from lorafold.adapter import Adapter, load
@@ -111,6 +113,11 @@ class Updates:
             Site(path, tuple(matrix_names(path, numbers[path])), tuple(updates[path]))
             for path in paths
         )
+
+    def watched(self, what: str, console: Console) -> Iterable[Site]:
+        """The sites one after the other, with a bar on a terminal."""
+        quiet = not console.is_terminal
+        return track(self.sites, what, console=console, transient=True, disable=quiet)
 
 
 def read(base: Base, adapters: Sequence[Saved]) -> Updates:
@@ -251,24 +258,15 @@ def inner(a: Change, b: Change) -> float:
     return (dense(a).double() * dense(b).double()).sum().item()
 
 
-def average(n: int) -> float:
-    """The weight of each of n updates in their mean."""
-    return 1 / n
-
-
-def whole(n: int) -> float:
-    """The weight of each of n updates in their sum."""
-    return 1.0
-
-
 @dataclass(frozen=True)
 class Rule:
-    """One way of composing, with its defaults: `weight(n)` for each of n adapters, `rank(ranks)` of
-    a site from those of its updates, and the `density` of the entries that are kept.
+    """One way of composing, with its defaults: whether the weights of n adapters are 1/n or 1, the
+    `rank(ranks)` of a site from those of its updates, and the `density` of the entries that are
+    kept.
     """
 
     joined: Joined
-    weight: Callable[[int], float]
+    mean: bool
     rank: Callable[[Sequence[int]], int] = sum
     kept: Kept | None = None
     density: float | None = None
@@ -296,13 +294,6 @@ class Rule:
                 kept = {i: self.kept(dense(c), density, draws[i]) for i, c in changes.items()}
             yield self.joined([times(change, weights[i]) for i, change in kept.items()])
 
-    def rank_at(self, site: Site, asked: int | None) -> int:
-        """The rank of a site: that asked for, or the default.
-
-        Raises LorafoldError as `rank_of`.
-        """
-        return asked or self.rank([rank_of(update, site.path) for _, update in site.there])
-
 
 def rank_of(update: Additive, path: str) -> int:
     """The rank of an update. Raises LorafoldError for one that is not a product of factors."""
@@ -315,11 +306,11 @@ def rank_of(update: Additive, path: str) -> int:
 
 
 RULES: dict[str, Rule] = {
-    "linear": Rule(summed, average),
-    "task-arithmetic": Rule(summed, whole),
-    "svd": Rule(summed, average, max),
-    "ties": Rule(disjoint_mean, whole, kept=trim, density=0.2),
-    "dare": Rule(summed, average, kept=drop, density=0.5),
-    "dare-ties": Rule(disjoint_mean, whole, kept=drop, density=0.5),
-    "magnitude": Rule(summed, average, kept=trim, density=0.2),
+    "linear": Rule(summed, True),
+    "task-arithmetic": Rule(summed, False),
+    "svd": Rule(summed, True, max),
+    "ties": Rule(disjoint_mean, False, kept=trim, density=0.2),
+    "dare": Rule(summed, True, kept=drop, density=0.5),
+    "dare-ties": Rule(disjoint_mean, False, kept=drop, density=0.5),
+    "magnitude": Rule(summed, True, kept=trim, density=0.2),
 }

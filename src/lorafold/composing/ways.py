@@ -2,10 +2,6 @@
 
     error = sqrt(sum_sites |up down - dW|^2 / sum_sites |dW|^2)         0 where no rank was cut
 
-A composition written as one LoRA in PEFT's format, in which each site has a rank of its own.
-
-    error = sqrt(sum_sites |up down - dW|^2 / sum_sites |dW|^2)         0 where no rank was cut
-
 A mixture of adapters: their frozen factors, weighted by gates that a training run learns.
 
 The factors are written as one adapter whose gates are all 1/n, and the run starts from it. So a
@@ -35,13 +31,14 @@ from statistics import fmean
 from tempfile import TemporaryDirectory
 
 import torch
-from rich.progress import Progress, track
+from rich.progress import Progress
 from torch import Tensor
 
 from lorafold.adapter import attach, load
 from lorafold.composing.job import Composed, Job
 from lorafold.composing.updates import RULES, Factors, Rule, cut, inner, rank_of
 from lorafold.core.attach import only
+from lorafold.core.targets import Matches
 from lorafold.data.examples import encode
 from lorafold.errors import Interrupted
 from lorafold.evaluation import held_out_loss
@@ -64,7 +61,7 @@ def arithmetic(rule: str, job: Job, out: Path) -> Composed:
     Raises LorafoldError where a rank is needed that an update does not have.
     """
     by, n = RULES[rule], len(job.updates.adapters)
-    return apply(by, rule, job.request.weights or (by.weight(n),) * n, job, out)
+    return apply(by, rule, job.request.weights or (1 / n if by.mean else 1.0,) * n, job, out)
 
 
 def apply(by: Rule, way: str, weights: tuple[float, ...], job: Job, out: Path) -> Composed:
@@ -79,14 +76,9 @@ def apply(by: Rule, way: str, weights: tuple[float, ...], job: Job, out: Path) -
     request, density = job.request, by.share(job.request.density)
     factors: dict[str, Factors] = {}
     lost = total = 0.0
-    for site in track(
-        job.updates.sites,
-        way,
-        console=job.console,
-        transient=True,
-        disable=not job.console.is_terminal,
-    ):
-        rank, found = by.rank_at(site, request.rank), []
+    for site in job.updates.watched(way, job.console):
+        found = []
+        rank = request.rank or by.rank([rank_of(update, site.path) for _, update in site.there])
         for change in by.at(site, weights, density, request.seed):
             up, down, error = cut(change, rank)
             found.append((up, down))
@@ -156,8 +148,9 @@ def write_mixture(job: Job, out: Path, gates: Gating) -> float:
         gates: What the gates depend on: global, layer or token.
     """
     updates = job.updates
-    adapter = attach(updates.model, Mixture(updates.names, gates), job.targets(), "mixture")
     sites = {site.path: site for site in updates.sites}
+    targets = Matches({path: (path,) for path in sites})
+    adapter = attach(updates.model, Mixture(updates.names, gates), targets, "mixture")
     lost = total = 0.0
     for path, delta in adapter.own_deltas.items():
         site, found, owners = sites[path], list[tuple[Tensor, Tensor]](), list[Tensor]()

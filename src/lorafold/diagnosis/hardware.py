@@ -214,7 +214,33 @@ def slow(
             f" parameters on {TOKENS} tokens takes {seconds:.0f} s or more: choose a small model,"
             " or a machine with a GPU."
         )
-        yield from _on_processor(h, pages, threads, untuned)
+        if h.busy > BUSY:
+            yield (
+                f"Other processes keep {h.busy:.1f} of the processor's cores busy. lorafold shares"
+                " the cores with them, as did the products that were measured: end them, or wait."
+            )
+        if h.threads < h.cores:
+            limits = " and ".join(f"{name}={value}" for name, value in threads.items())
+            yield (
+                f"torch uses {h.threads} of {h.cores} usable cores"
+                + (f", as {limits} says: unset that." if limits else ".")
+            )
+        elif h.cores < FEW_CORES:
+            cores = "one core is" if h.cores == 1 else f"{h.cores} cores are"
+            yield f"Only {cores} usable: with twice as many a step takes about half the time."
+        if h.widened:
+            relation = "slower than" if h.bf16 < h.fp32 else "hardly faster than"
+            yield (
+                f"bf16 products are {relation} fp32 ones here ({h.bf16:.0f} and {h.fp32:.0f}"
+                " GFLOP/s), so 16-bit weights are multiplied in fp32, widened at each use."
+            )
+        if untuned:
+            yield "LORAFOLD_TUNE=off keeps training from huge pages and short waits: unset it."
+        if pages == "never":
+            yield (
+                "The kernel gives no huge pages, with which a step takes 0.88 of the time: let an"
+                " administrator write madvise to /sys/kernel/mm/transparent_hugepage/enabled."
+            )
     if not h.native_bf16:
         yield (
             f"The storage bf16 saves memory here and no time, as {h.native_why}; --storage auto"
@@ -231,38 +257,6 @@ def slow(
         yield (
             f"Only {gigabytes(h.free)} of memory are free: end other programs, and see with"
             " lorafold estimate what fits."
-        )
-
-
-def _on_processor(
-    h: Hardware, pages: str | None, threads: Mapping[str, str], untuned: bool
-) -> Iterator[str]:
-    if h.busy > BUSY:
-        yield (
-            f"Other processes keep {h.busy:.1f} of the processor's cores busy. lorafold shares the"
-            " cores with them, as did the products that were measured: end them, or wait."
-        )
-    if h.threads < h.cores:
-        limits = " and ".join(f"{name}={value}" for name, value in threads.items())
-        yield (
-            f"torch uses {h.threads} of {h.cores} usable cores"
-            + (f", as {limits} says: unset that." if limits else ".")
-        )
-    elif h.cores < FEW_CORES:
-        cores = "one core is" if h.cores == 1 else f"{h.cores} cores are"
-        yield f"Only {cores} usable: with twice as many a step takes about half the time."
-    if h.widened:
-        relation = "slower than" if h.bf16 < h.fp32 else "hardly faster than"
-        yield (
-            f"bf16 products are {relation} fp32 ones here ({h.bf16:.0f} and {h.fp32:.0f}"
-            " GFLOP/s), so 16-bit weights are multiplied in fp32, widened at each use."
-        )
-    if untuned:
-        yield "LORAFOLD_TUNE=off keeps training from huge pages and short waits: unset it."
-    if pages == "never":
-        yield (
-            "The kernel gives no huge pages, with which a step takes 0.88 of the time: let an"
-            " administrator write madvise to /sys/kernel/mm/transparent_hugepage/enabled."
         )
 
 

@@ -2,6 +2,6 @@
 
     update -> check -> write -> prove          nothing is written that the target can't say
 
-`run.export` has the order, `table.TARGETS` the targets, `engines/` what runs in the engines' own
+`run.export` has the order, `run.TARGETS` the targets, `engines/` what runs in the engines' own
 processes.
 """

@@ -120,26 +120,21 @@ def architecture_of(config: Any) -> Architecture:
             f" {', '.join(ARCHITECTURES)}; the directory that lorafold merge writes can be"
             " converted by llama.cpp's own converter"
         )
-    if wrong := _problems(config, found):
-        raise LorafoldError(f"llama.cpp can't say {wrong[0]}")
-    return found
-
-
-def _problems(config: Any, row: Architecture) -> list[str]:
-    granted = dict(row.granted)
     activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
-    found = [
+    wrong = [
         f"{name} = {own!r} of {config.model_type}, which it takes for {value!r}"
-        for name, value in granted.items()
+        for name, value in found.granted.items()
         if (own := getattr(config, name, value)) != value
     ]
-    if activation != row.activation:
-        found.append(f"the activation {activation} of this model, where it has {row.activation}")
+    if activation != found.activation:
+        wrong.append(f"the activation {activation} of this model, where it has {found.activation}")
     scale = getattr(config, "query_pre_attn_scalar", None)
-    square = config.num_hidden_layers in row.square
+    square = config.num_hidden_layers in found.square
     width = config.hidden_size // config.num_attention_heads if square else head_width(config)
     if scale not in (None, width):
-        found.append(f"query_pre_attn_scalar = {scale}, which it takes for {width}")
+        wrong.append(f"query_pre_attn_scalar = {scale}, which it takes for {width}")
+    if wrong:
+        raise LorafoldError(f"llama.cpp can't say {wrong[0]}")
     return found
 
 
@@ -181,7 +176,10 @@ def add_positions(writer: GGUFWriter, config: Any, row: Architecture) -> dict[st
 
     Raises LorafoldError for a way to scale them that it does not know.
     """
-    rope, windowed = _by_kind(config)
+    rope = config.rope_parameters
+    windowed: Mapping[str, Any] = {}  # those of layers with a window, where they have their own
+    if "full_attention" in rope:
+        rope, windowed = rope["full_attention"], rope.get("sliding_attention", {})
     kind, prefix = rope.get("rope_type", "default"), f"{row.name}.rope."
     if kind not in KNOWN or windowed.get("rope_type", "default") != "default":
         raise LorafoldError(
@@ -194,7 +192,9 @@ def add_positions(writer: GGUFWriter, config: Any, row: Architecture) -> dict[st
     if windowed:
         writer.add_float32(f"{prefix}freq_base_swa", windowed["rope_theta"])
     if kind == "llama3":
-        return {FREQUENCIES: _divisors(config, rope, width)}
+        exponents = torch.arange(0, width, 2, dtype=torch.int64).float() / width
+        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+        return {FREQUENCIES: rope["rope_theta"] ** -exponents / scaled}
     if kind == "longrope":
         return _long(writer, config, rope, prefix)
     if kind in ("linear", "yarn"):
@@ -207,21 +207,6 @@ def add_positions(writer: GGUFWriter, config: Any, row: Architecture) -> dict[st
                 whole = name == "original_max_position_embeddings"
                 (writer.add_uint32 if whole else writer.add_float32)(prefix + key, rope[name])
     return {}
-
-
-def _by_kind(config: Any) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """What scales the positions of layers that attend to all, and of those with a window."""
-    rope = config.rope_parameters
-    if "full_attention" in rope:
-        return rope["full_attention"], rope.get("sliding_attention", {})
-    return rope, {}
-
-
-def _divisors(config: Any, rope: Mapping[str, Any], width: int) -> Tensor:
-    """What Llama 3's rule divides each frequency by (width / 2,)."""
-    exponents = torch.arange(0, width, 2, dtype=torch.int64).float() / width
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    return rope["rope_theta"] ** -exponents / scaled
 
 
 def _check_yarn(rope: Mapping[str, Any]) -> None:
@@ -275,8 +260,9 @@ def name_of_rule(backend: Backend, whole_words: bool) -> str:
     Args:
         whole_words: words that are tokens are taken whole, whether merges make them or not.
     """
-    own = backend.pre_tokenizer
-    if own is not None and (backend.normalizer is None or _composes(backend)):
+    own, before = backend.pre_tokenizer, backend.normalizer
+    # Qwen's normalizer does nothing but to compose marks with their letters
+    if own is not None and (before is None or type(before).__name__ == "NFC"):
         wanted = [_pieces(own, text) for text in TEXTS]
         for name in names_of_rules():
             rule = rule_of(name)
@@ -289,11 +275,6 @@ def name_of_rule(backend: Backend, whole_words: bool) -> str:
         f" here ({type(own).__name__}{', words that are tokens are whole' * whole_words}); expected"
         " the rule of one of GPT-2, SmolLM2, Llama 3, Qwen 2, Tekken, GPT-4o and so on"
     )
-
-
-def _composes(backend: Backend) -> bool:
-    """Whether it does nothing before but to compose marks with their letters, as Qwen's does."""
-    return type(backend.normalizer).__name__ == "NFC"
 
 
 def _pieces(rule: object, text: str) -> list[str]:

@@ -59,7 +59,7 @@ class Folded:
 
     @classmethod
     def known(cls, path: str, values: Tensor) -> Folded:
-        """A tensor that is there."""
+        """A tensor that is there, of any shape."""
         return cls(path, tuple(values.shape), lambda: values)
 
     def part(self, shape: Sequence[int], of: Callable[[Tensor], Tensor]) -> Folded:

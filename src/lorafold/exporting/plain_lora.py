@@ -16,9 +16,8 @@ The best LoRA of a rank for adapters of any method, what it costs, and which ran
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,9 +54,7 @@ def of_one_rank(factors: Mapping[str, Factors], rank: int) -> dict[str, Factors]
     }
 
 
-def write_canonical(
-    base: Base, factors: Mapping[str, Factors], out: Path, overwrite: bool = False
-) -> Saved:
+def write_canonical(base: Base, factors: Mapping[str, Factors], out: Path) -> Saved:
     """Write the directory of an adapter over the bare base, and open it.
 
     Args:
@@ -68,7 +65,7 @@ def write_canonical(
     rank = max(down.shape[-2] for _, down in factors.values())
     model = base.mapped().model
     adapter = lora_of(model, of_one_rank(factors, rank), NAME)
-    adapter.save(out, overwrite=overwrite, record={"exported": {"rank": rank}, TRAINED_ON: None})
+    adapter.save(out, record={"exported": {"rank": rank}, TRAINED_ON: None})
     return Saved.open(out)
 
 
@@ -169,10 +166,6 @@ class Cut(Shown):
     kl: float | None
     share: float | None
     enough: int | None
-
-    def as_json(self) -> dict[str, Any]:
-        """All fields."""
-        return asdict(self)
 
     def __str__(self) -> str:
         line = f"cut to rank {self.rank}: {self.error:.2%} of the update's norm is lost"

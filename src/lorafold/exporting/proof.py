@@ -5,7 +5,7 @@
     distance    the same from ours with the adapters to ours without: what there is to lose
     share       kl / distance
     tied        the prompts in which the engine takes another of two experts that are as good as
-                equal (`ties`); kl is then from ours with the same experts, measured from ours
+                equal (`exchanged`); kl is then from ours with the same experts, measured from ours
     alone       kl of the two without adapters: how the engine rounds the base
     changed     the same from theirs with the adapters to theirs without; 0 where the engine took
                 the files and changed nothing
@@ -34,7 +34,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,27 +103,6 @@ def prompts_of(tokenizer: PreTrainedTokenizerBase, source: str | Path | None = N
     texts = tuple(prompt_of(one, tokenizer) for one in given)
     chats = tuple({"messages": one.messages, "tools": one.tools} for one in given)
     return Prompts(texts, tuple(tokens_of(tokenizer, text) for text in texts), chats)
-
-
-def answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Prompts, progress: Progress
-) -> Answers:
-    """What a model in fp32 with active adapters answers, with them and without.
-
-    Args:
-        progress: called as progress(done, total) after each prompt.
-    """
-    adapted, base, total = [], [], 2 * len(prompts.ids)
-    for ids in prompts.ids:
-        adapted.append(last(model, ids))
-        with only(model):
-            base.append(last(model, ids))
-        progress(len(adapted), total)
-    greedy = complete_tokens(
-        model, prompts.ids, GREEDY, end_tokens(model, tokenizer),
-        progress=lambda done, of: progress(len(adapted) + done, total),
-    )  # fmt: skip
-    return Answers(torch.stack(adapted), torch.stack(base), tuple(greedy))
 
 
 @torch.inference_mode()
@@ -204,7 +183,18 @@ class Ours:
         tokenizer = subject.tokenizer
         prompts = prompts_of(tokenizer, source)
         model = adapted(subject.base, subject.adapters, subject.stored)
-        return cls(model, tokenizer, prompts, answers(model, tokenizer, prompts, progress))
+        with_, without, total = list[Tensor](), list[Tensor](), 2 * len(prompts.ids)
+        for ids in prompts.ids:
+            with_.append(last(model, ids))
+            with only(model):
+                without.append(last(model, ids))
+            progress(len(with_), total)
+        greedy = complete_tokens(
+            model, prompts.ids, GREEDY, end_tokens(model, tokenizer),
+            progress=lambda done, of: progress(len(with_) + done, total),
+        )  # fmt: skip
+        found = Answers(torch.stack(with_), torch.stack(without), tuple(greedy))
+        return cls(model, tokenizer, prompts, found)
 
     def first(self, n: int) -> Ours:
         """The same of the first n prompts."""
@@ -213,11 +203,6 @@ class Ours:
         found = self.answers
         few = Answers(found.adapted[:n], found.base[:n], found.greedy[:n])
         return replace(self, prompts=prompts, answers=few)
-
-    @cached_property
-    def ends(self) -> frozenset[int]:
-        """The tokens that end a completion."""
-        return end_tokens(self.model, self.tokenizer)
 
     def job(self, own: Mapping[str, Any], directory: Path) -> dict[str, Any]:
         """The job of an engine's program.
@@ -230,12 +215,11 @@ class Ours:
             key: value.replace("{out}", str(directory)) if isinstance(value, str) else value
             for key, value in own.items()
         }
-        asked = {"ids": self.prompts.ids, "texts": self.prompts.texts, "greedy": GREEDY,
-                 "chats": self.prompts.chats}  # fmt: skip
-        return {**asked, "ends": sorted(self.ends), **placed}
+        ends = sorted(end_tokens(self.model, self.tokenizer))
+        return {**asdict(self.prompts), "greedy": GREEDY, "ends": ends, **placed}
 
     def exchanged(self, prompt: int) -> Iterator[Tensor]:
-        """Yield answers (vocabulary,) with two close experts exchanged (`ties.exchanged`)."""
+        """Yield answers (vocabulary,) with two close experts exchanged."""
         return exchanged(self.model, self.prompts.ids[prompt])
 
     def margin(self, prompt: int, at: int) -> float:
@@ -358,9 +342,9 @@ def proof(
     gap = float(gaps.abs().max())
     pairs = [*zip(ours.greedy, theirs.greedy, strict=True)]
     parted = {n: parting(own, other) for n, (own, other) in enumerate(pairs) if own != other}
+    own = ("engine", "version", "unused", "other_tokens", "other_texts")
     return Proof(
-        engine=theirs.engine,
-        version=theirs.version,
+        **{name: getattr(theirs, name) for name in own},
         prompts=len(kls),
         kl=float(kls.mean()),
         kl_largest=float(kls.max()),
@@ -373,9 +357,6 @@ def proof(
         gap=gap,
         greedy=len(pairs) - len(parted),
         near=sum(margin(n, at) <= 2 * gap for n, at in parted.items()),
-        unused=theirs.unused,
-        other_tokens=theirs.other_tokens,
-        other_texts=theirs.other_texts,
     )
 
 

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from shutil import rmtree
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from rich.console import Console
 from torch import Tensor
 
 from lorafold.errors import LorafoldError, NoTokenizer, as_one
@@ -33,9 +34,6 @@ from lorafold.models.storage import stored_in_files
 from lorafold.opening import Base
 from lorafold.opening.kinds import check_language_model
 from lorafold.peft.saved import Saved
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 TARGETS: dict[str, Target] = {
     target.name: target
@@ -110,8 +108,8 @@ class Exported(Shown):
             "files": list(self.written.files),
             "launch": list(self.launch),
             "notes": list(self.written.notes),
-            "as_lora": None if self.cut is None else self.cut.as_json(),
-            "proof": None if self.proof is None else self.proof.as_json(),
+            "as_lora": self.cut and asdict(self.cut),
+            "proof": self.proof and self.proof.as_json(),
             "unproved": self.unproved,
             "trained_on": self.into.base and self.into.base.as_json(),
             "into": self.into.target,
@@ -133,21 +131,16 @@ class Exported(Shown):
         lines = [f"exported: {self.out} for {self.to} ({', '.join(self.written.files)})"]
         lines += [f"  {note}" for note in self.written.notes]
         if self.adapters:
-            lines.append(f"  {self._compared()}")
+            alone = "the adapters over the base that the engine loads"
+            here = "this file" if TARGETS[self.to].merged else alone
+            far = self.into.compared(self.model, here, self.away, self.from_original)
+            lines.append(f"  {far}")
         if self.cut is not None:
             lines.append(f"  {self.cut}")
-        if self.proof is not None:
-            lines.append(f"  proved in {self.proof}")
-        else:
-            lines.append(f"  not proved: {self.unproved}")
+        proved = f"proved in {self.proof}" if self.proof else f"not proved: {self.unproved}"
+        lines.append(f"  {proved}")
         lines += [f"  {name}: {found}" for name, found in self.beside.items()]
         return "\n".join([*lines, "use it so:", *(f"  {line}" for line in self.launch)])
-
-
-    def _compared(self) -> str:
-        alone = "the adapters over the base that the engine loads"
-        here = "this file" if target_of(self.to).merged else alone
-        return self.into.compared(self.model, here, self.away, self.from_original)
 
 
 def export(

@@ -1,7 +1,5 @@
 """Exports for PEFT and for servers that take its plain LoRA: one rank, one alpha, no patterns.
 
-Exports for PEFT and for servers that take its plain LoRA: one rank, one alpha, no patterns.
-
 Exports for vLLM: canonical PEFT, and the line that serves it.
 
     experts     PEFT's stacked factors; of models that vLLM has other layers for, the request says
@@ -137,7 +135,9 @@ class ToVllm(Target):
         base, files, options = write_files(subject, factors, directory)
         notes = [f"rank {update.rank} at every site, scale 1", *base.notes]
         if kind in OWN and any(map(EXPERTS.fullmatch, factors)):
-            _rename(directory / ADAPTER / WEIGHTS, *OWN[kind])
+            file = directory / ADAPTER / WEIGHTS
+            named = {key.replace(*OWN[kind]): tensor for key, tensor in load_file(file).items()}
+            save_file(named, file, metadata={"format": "pt"})
             notes.append(f"experts have vLLM's names ({OWN[kind][1].strip('.')}), not PEFT's")
         most = next(rank for rank in RANKS if rank >= update.rank)
         engine: dict[str, object] = {"max_lora_rank": most}
@@ -185,12 +185,6 @@ def both_of_experts(subject: Subject, factors: Mapping[str, Factors]) -> dict[st
         if other not in found:
             found[other] = zeros(subject, other)
     return found
-
-
-def _rename(file: Path, old: str, new: str) -> None:
-    """Rename tensors of a file in place."""
-    tensors = {key.replace(old, new): tensor for key, tensor in load_file(file).items()}
-    save_file(tensors, file, metadata={"format": "pt"})
 
 
 PACKS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))

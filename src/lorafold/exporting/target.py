@@ -311,7 +311,7 @@ class Written:
 
     Attributes:
         files: their names in the directory, the most important first.
-        launch: how one uses them, a line each, as `launching` has them.
+        launch: how one uses them, a line each, as `placed` has them.
         notes: what was adapted to say it there, a sentence each.
         job: what the engine's process needs beside prompts (`engines/`), paths in the directory as
             {out}/NAME.

@@ -7,7 +7,7 @@
 mlx-lm (0.32.2, tuner/utils.py) has one rank and one scale for a file, so smaller ranks are filled
 with zeros. It builds its layers at all paths that `keys` has; what the file has no tensors for
 stays as it is without a word, so the keys are those of the tensors and no others. A base whose
-positions it would misread (`older`) is written beside the adapter.
+positions it would misread (`write_older`) is written beside the adapter.
 
 Transformers 5 writes rope_parameters and num_local_experts; mlx-lm 0.32 reads rope_theta,
 rope_scaling and num_experts in most of its models, and silently uses a base of 10,000 if rope_theta
@@ -156,7 +156,12 @@ class ToMlx(Target):
         if doras := _doras(subject):
             update = Update({path: pair for path, (pair, _) in doras.items()})
         found = only_products(update, "mlx-lm's form")
-        found += _layers(subject)
+        config = subject.config
+        if config.model_type == GEMMA and period_of(config.layer_types) is None:
+            found.append(
+                "the base: mlx-lm computes Gemma 3 with attention to all positions in each Nth"
+                " layer alone; the layers of this one lie in another way"
+            )
         return found + [line for path in update.factors if (line := _unnamed(subject, path))]
 
     def write(self, subject: Subject, directory: Path, progress: Progress) -> Written:
@@ -250,17 +255,6 @@ def _doras(subject: Subject) -> Mapping[str, tuple[Factors, Tensor]]:
             return {}
         found[path] = ((pair[0].float(), pair[1].float()), one.magnitude.float())
     return found
-
-
-def _layers(subject: Subject) -> list[str]:
-    """Why mlx-lm has no such layers, a line, or nothing."""
-    config = subject.config
-    if config.model_type != GEMMA or period_of(config.layer_types) is not None:
-        return []
-    return [
-        "the base: mlx-lm computes Gemma 3 with attention to all positions in each Nth layer alone;"
-        " the layers of this one lie in another way"
-    ]
 
 
 def _unnamed(subject: Subject, path: str) -> str:

@@ -1,7 +1,7 @@
 """Exports a whole model for Ollama: a GGUF file, and a Modelfile with its chat template.
 
 Ollama from 0.34.1 on makes no model of a Modelfile with ADAPTER (ollama#14969), so adapters go in
-folded. Its templates are in Go's language, which has plain chat here: `turns` finds what the
+folded. Its templates are in Go's language, which has plain chat here: `turns_of` finds what the
 model's template writes around what is said.
 
 Ollama joins all system messages to `.System`, and neighbouring messages of one role to one.

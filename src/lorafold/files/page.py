@@ -11,6 +11,7 @@ import html
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from lorafold.files.atomic import write_text
 
@@ -65,6 +66,26 @@ def cards(figures: Mapping[str, str]) -> str:
 def grid(parts: Iterable[str], kind: str = "grid") -> str:
     """Parts side by side, as many as fit; those of `grid small` may be narrower."""
     return f'<div class="{kind}">{"".join(parts)}</div>'
+
+
+def rendered(template: str, **values: Any) -> str:
+    """The HTML that a template makes of values. Texts are escaped; what the functions above and
+    `files.plots` give is HTML already: `{{ grid(plots) }}`.
+
+    Args:
+        template: Its path in the package, as in inspecting/inspect.html.
+        values: By the names that they have in the template.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    made = Environment(
+        loader=PackageLoader("lorafold", "."), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    for part in (html_table, table, section, notes, cards, grid):
+        made.globals[part.__name__] = lambda *given, part=part: Markup(part(*given))
+    return made.get_template(template).render(values)
 
 
 def document(title: str, body: str, path: str | Path) -> None:

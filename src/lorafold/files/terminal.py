@@ -6,11 +6,13 @@ a heading or a name that is too long goes on in the next line.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from statistics import fmean
 from textwrap import wrap
 
 WIDTH = 80
 GAP = "  "
+NOTHING = "–"  # in place of a figure
 ENOUGH, LEAST = 20, 8  # characters of the first column before figures break, and after
 
 
@@ -68,3 +70,30 @@ def paragraph(text: str, opening: str = "", width: int = WIDTH) -> list[str]:
         break_long_words=False,
         break_on_hyphens=False,
     ) or [opening.rstrip()]
+
+
+def shown(value: float | None, form: str) -> str:
+    """The formatted value, or a dash for None."""
+    return NOTHING if value is None else f"{value:{form}}"
+
+
+def mean_of(values: Iterable[float | None]) -> float | None:
+    """The mean of the values that are known, or None."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
+
+
+def spread(values: Iterable[float | None], form: str, ranged: bool | None = None) -> str:
+    """The mean of figures as text, a dash for none.
+
+    Args:
+        values: The figures.
+        form: Their format.
+        ranged: Whether the lowest and the highest follow; None for where they differ.
+    """
+    known = [value for value in values if value is not None]
+    if not known:
+        return NOTHING
+    lowest, mean, highest = (f"{value:{form}}" for value in (min(known), fmean(known), max(known)))
+    ranged = lowest != highest if ranged is None else ranged
+    return f"{mean} ({lowest} to {highest})" if ranged else mean

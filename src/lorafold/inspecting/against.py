@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lorafold.inspecting.residual import Stream
 from lorafold.inspecting.spectra import phi
-from lorafold.inspecting.updates import Svd, site_of
+from lorafold.inspecting.updates import Svd, of_experts, site_of
 
 SHOWN = 64  # the most directions of each adapter in a heat map
 TOP = 4  # directions of each block, or expert, that are compared with those of the others
@@ -101,11 +101,8 @@ def across_experts(svds: Mapping[str, Svd], stream: Stream) -> dict[str, dict[st
     is compared, which they share.
     """
     found = {}
-    by_site = defaultdict[str, list[Svd]](list)
-    for name, svd in svds.items():
-        if site_of(name) != name and len(svd.s):
-            by_site[site_of(name)].append(svd)
-    for site, own in by_site.items():
+    changed = {name: svd for name, svd in svds.items() if len(svd.s)}
+    for site, own in of_experts(changed).items():
         for side, inside in (("read", stream.readers.keys()), ("written", stream.writers)):
             if len(own) > 1 and site in inside:
                 phis = _pairs([(svd.v if side == "read" else svd.u)[:, :TOP] for svd in own])

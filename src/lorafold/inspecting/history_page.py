@@ -4,24 +4,19 @@ and its last measure side by side. Completions are anybody's text, and only ever
 
 from __future__ import annotations
 
-import html
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from lorafold.files.card import within
-from lorafold.files.page import cards, document, grid, html_table, notes, section
+from lorafold.files.page import document, rendered
 from lorafold.files.plots import brief, number
 from lorafold.inspecting.history import SHARED, History, ends
 from lorafold.inspecting.plots import curves
 
 TOGETHER = {"largest mismatch": "mismatch"}  # figures that share a plot with another one
-READ = (  # how curves with held-out figures are read
-    "Lines are the steps; points are held-out rows, with their 95% intervals where these are"
-    " known. Step 0 is before the first one."
-)
 TOLD = 4  # rewards in one plot, which its sentence has as well
 SCALES = {  # what a figure is, under its name
     "tokens a completion": "tokens a completion",
@@ -42,25 +37,29 @@ SOUGHT = (
 def page(found: History, path: str | Path) -> None:
     """Write it all as one HTML file that needs no other."""
     title = f"How {Path(found.adapter).resolve().name} was trained"
-    document(title, "".join(sections(found)), path)
+    document(title, sections(found), path)
 
 
-def sections(found: History) -> Iterator[str]:
-    """The HTML of the page, in parts."""
-    method = found.recipe.get("method", "")
-    steps = "1 step" if len(found.losses) == 1 else f"{len(found.losses)} steps"
-    yield f"<p>{seen(found.objective)}, {seen(method)}, {steps}.</p>"
-    yield notes(map(clean, [*found.observations] or [SOUGHT] * bool(found.judged_by)))
-    yield cards(dict(figures(found)))
-    if found.judged_by:
-        yield section("What judged") + html_table(*judges(found))
-    yield section("Step by step", READ if any(map(found.measured, found.names)) else "")
-    yield grid(plotted(found))
-    if still := constant(found):
-        same = "; ".join(f"{clean(name)} {plain(value)}" for name, value in still.items())
-        yield f"<p>The same in every step: {seen(same)}.</p>"
-    if {"first", "last"} <= found.samples.keys():
-        yield from side_by_side(found.samples, bool(found.evals))
+def sections(found: History) -> str:
+    """The content of the page, as HTML."""
+    samples = found.samples
+    both = {"first", "last"} <= samples.keys()
+    still = (f"{clean(name)} {plain(value)}" for name, value in constant(found).items())
+    return rendered(
+        "inspecting/history.html",
+        found=found,
+        clean=clean,
+        plain=plain,
+        method=found.recipe.get("method", ""),
+        steps="1 step" if len(found.losses) == 1 else f"{len(found.losses)} steps",
+        observations=map(clean, [*found.observations] or [SOUGHT] * bool(found.judged_by)),
+        figures=dict(figures(found)),
+        judges=judges(found),
+        held_out=any(map(found.measured, found.names)),
+        plots=plotted(found),
+        constant="; ".join(still),
+        rows=[*zip_longest(*(samples[n]["samples"] for n in ("first", "last")))] if both else (),
+    )
 
 
 def figures(found: History) -> Iterator[tuple[str, str]]:
@@ -80,17 +79,15 @@ def figures(found: History) -> Iterator[tuple[str, str]]:
             )
 
 
-def judges(found: History) -> tuple[list[str], list[list[str]]]:
+def judges(found: History) -> Iterator[list[str]]:
     """The table of the rewards: how much each counts, and what it gave."""
-    lines = []
     for name, weight in found.judged_by.items():
         own = found.by_step.get(f"{SHARED}{name}")
         # of a single reward there is only the sum, which has its weight in it
         both = ends(found.by_step.get("reward", ()) if own is None else own)
         weighs = weight if own is None else 1
         means = [plain(fmean(part) / weighs) for part in both] if both and weighs else ["–", "–"]
-        lines.append([clean(name), f"{weight:g}", *means])
-    return ["reward", "weight", "first steps", "last steps"], lines
+        yield [clean(name), f"{weight:g}", *means]
 
 
 def constant(found: History) -> dict[str, float]:
@@ -165,41 +162,7 @@ def plain(value: float) -> str:
     return number(value, digits=4)
 
 
-def side_by_side(samples: Mapping[str, Mapping[str, Any]], held_out: bool) -> Iterator[str]:
-    """The completions of the first and the last measure, from the best to the worst."""
-    of = "held-out prompts" if held_out else "the step's prompts"
-    yield section(
-        "Completions",
-        f"The best and the worst ones of {of}, from the highest reward to the lowest. Do those on"
-        " the right deserve what they were given?",
-    )
-    sides = [samples["first"], samples["last"]]
-    steps = [int(side["step"]) for side in sides]
-    heads = ["Before the first step" if step == 0 else f"Step {step}" for step in steps]
-    rows = zip_longest(*(side["samples"] for side in sides))
-    cells = [cell(one) for row in rows for one in row]
-    yield f'<div class="sides"><h3>{heads[0]}</h3><h3>{heads[1]}</h3>{"".join(cells)}</div>'
-
-
-def cell(one: Mapping[str, Any] | None) -> str:
-    """One completion with what it was worth; empty where there is none."""
-    if one is None:
-        return "<div></div>"
-    each = "".join(f"; {name} {plain(value)}" for name, value in one.get("each", {}).items())
-    about = f"{one['where']}{each}{'' if one['ended'] else '; cut off'}"
-    return (
-        f"<div><b>{plain(one['reward'])}</b><p>{seen(about)}</p>"
-        f'<p><bdi class="asked">{seen(one["prompt"])}</bdi></p>'
-        f'<bdi class="said">{seen(one["completion"])}</bdi></div>'
-    )
-
-
 def clean(text: Any) -> str:
     """A text without characters that no page can have: halves of surrogate pairs, and controls."""
     whole = str(text).encode("utf-8", "replace").decode()
     return "".join(c if c in "\n\t" or ord(c) >= 32 else "\N{REPLACEMENT CHARACTER}" for c in whole)
-
-
-def seen(text: Any) -> str:
-    """A text as HTML."""
-    return html.escape(clean(text))

@@ -87,14 +87,15 @@ Point = tuple[float, float]  # t, loss in nats a labelled token
 
 @contextmanager
 def mixed(
-    model: nn.Module, names: Sequence[str], below: Sequence[str] = ()
-) -> Iterator[Callable[[Sequence[float]], None]]:
+    model: nn.Module, names: Sequence[str], loss: Callable[[], float], below: Sequence[str] = ()
+) -> Iterator[Callable[[Sequence[float]], float]]:
     """A context in which only a weighted sum of the named adapters is active, over those below. It
-    yields a function that sets the weights, in the order of the names.
+    yields the loss as a function of the weights, in the order of the names.
 
     Args:
         model: With all of them attached.
         names: The adapters of the sum.
+        loss: Measures the model as it is.
         below: Those that they lie over, lowest first.
 
     Rows of new tokens, which the base has no row for, stay as they are at every point. Raises
@@ -118,14 +119,15 @@ def mixed(
         lay(module, layer_class(module), LINE, line, selection)
         mixes.append((module, mix, here))
 
-    @torch.no_grad()
-    def weigh(weights: Sequence[float]) -> None:
-        for _, mix, here in mixes:
-            mix.gates.copy_(torch.tensor([weights[i] for i in here]))
+    def loss_at(weights: Sequence[float]) -> float:
+        with torch.no_grad():
+            for _, mix, here in mixes:
+                mix.gates.copy_(torch.tensor([weights[i] for i in here]))
+        return loss()
 
     try:
         with only(model, *below, LINE):
-            yield weigh
+            yield loss_at
     finally:
         for module, _, _ in mixes:
             lift(module, LINE)
@@ -159,8 +161,8 @@ def scaling(
         points: The values of t.
         below: The names of the adapters that it lies over, which are part of the base here.
     """
-    with mixed(model, [name], below) as weigh:
-        return [(t, _at(weigh, [t], loss)) for t in points]
+    with mixed(model, [name], loss, below) as loss_at:
+        return [(t, loss_at([t])) for t in points]
 
 
 def between(
@@ -178,8 +180,8 @@ def between(
         loss: Measures the model as it is.
         points: The values of t.
     """
-    with mixed(model, [first, second]) as weigh:
-        return [(t, _at(weigh, [1 - t, t], loss)) for t in points]
+    with mixed(model, [first, second], loss) as loss_at:
+        return [(t, loss_at([1 - t, t])) for t in points]
 
 
 def barrier(points: Sequence[Point]) -> float:
@@ -188,13 +190,6 @@ def barrier(points: Sequence[Point]) -> float:
     """
     start, end = points[0][1], points[-1][1]
     return max(loss - ((1 - t) * start + t * end) for t, loss in points)
-
-
-def _at(
-    weigh: Callable[[Sequence[float]], Any], weights: Sequence[float], loss: Callable[[], float]
-) -> float:
-    weigh(weights)
-    return loss()
 
 
 def measured_paths(

@@ -49,14 +49,18 @@ class Near:
     top: tuple[Tensor, Tensor]
     bottom: tuple[Tensor, Tensor]
 
-    def named(self, direction: int, name: Callable[[int], str]) -> dict[str, list[dict[str, Any]]]:
-        """The two ends of a direction, with the name of each index; the values are cosines."""
+    def named(self, name: Callable[[int], str]) -> list[dict[str, list[dict[str, Any]]]]:
+        """The two ends of each direction, with the name of each index; the values are cosines."""
 
-        def end(values: Tensor, indices: Tensor) -> list[dict[str, Any]]:
-            pairs = zip(indices[:, direction].tolist(), values[:, direction].tolist(), strict=True)
-            return [{"name": name(i), "cosine": value} for i, value in pairs]
+        def end(values: Tensor, indices: Tensor) -> list[list[dict[str, Any]]]:
+            pairs = zip(indices.t().tolist(), values.t().tolist(), strict=True)
+            return [
+                [{"name": name(i), "cosine": value} for i, value in zip(*pair, strict=True)]
+                for pair in pairs
+            ]
 
-        return {"positive": end(*self.top), "negative": end(*self.bottom)}
+        both = zip(end(*self.top), end(*self.bottom), strict=True)
+        return [{"positive": top, "negative": bottom} for top, bottom in both]
 
 
 def nearest(vectors: Tensor, directions: Tensor, shown: int = SHOWN) -> Near:
@@ -113,35 +117,30 @@ class Side:
     of_tokens: bool
 
 
-def reading(model: PreTrainedModel, stream: Stream, path: str, svd: Svd) -> Side | None:
-    """The input side of a module, or None if it reads neither tokens nor the residual stream.
+def sides_of(
+    model: PreTrainedModel, stream: Stream, svds: Mapping[str, Svd]
+) -> dict[str, dict[str, Side]]:
+    """The sides of updates that read tokens or the residual stream, under `reads`, and those that
+    write logits or the residual stream, under `writes`, by module path.
 
     Args:
-        model: Has the norm before the module.
+        model: Has the norm before each module.
         stream: The modules of the residual stream.
-        path: The module path, or the name of a matrix of experts.
-        svd: The SVD of the module's update.
+        svds: The SVD of each update, by module path or the name of a matrix of experts.
     """
-    if path == stream.embedding:
-        return Side(svd.v, True)
-    if (norm := stream.readers.get(site_of(path))) is None:
-        return None
-    return Side(
-        gain(model.get_submodule(norm), stream.size)[:, None] * svd.v if norm else svd.v, False
-    )
-
-
-def writing(stream: Stream, path: str, svd: Svd) -> Side | None:
-    """The output side of a module, or None if it writes neither logits nor the residual stream.
-
-    Args:
-        stream: The modules of the residual stream.
-        path: The module path, or the name of a matrix of experts.
-        svd: The SVD of the module's update.
-    """
-    if path == stream.head:
-        return Side(svd.u, True)
-    return Side(svd.u, False) if site_of(path) in stream.writers else None
+    reads, writes = dict[str, Side](), dict[str, Side]()
+    for path, svd in svds.items():
+        norm = stream.readers.get(site_of(path))
+        if not len(svd.s):
+            continue
+        if path == stream.embedding:
+            reads[path] = Side(svd.v, True)
+        elif norm is not None:
+            g = gain(model.get_submodule(norm), stream.size)[:, None] if norm else 1
+            reads[path] = Side(g * svd.v, False)
+        if path == stream.head or site_of(path) in stream.writers:
+            writes[path] = Side(svd.u, path == stream.head)
+    return {"reads": reads, "writes": writes}
 
 
 def tables(
@@ -156,26 +155,19 @@ def tables(
         through: (d,): the gain between a direction and the vectors, or None.
         name: The name of a vector by its index.
     """
+    top = {path: side.directions[:, :DIRECTIONS] for path, side in sides.items()}
     found = {
-        path: _named(extremes(side.directions[:, :DIRECTIONS]), name)
-        for path, side in sides.items()
-        if side.of_tokens
+        path: extremes(top[path]).named(name) for path, side in sides.items() if side.of_tokens
     }
-    streams = {
-        path: side.directions[:, :DIRECTIONS] for path, side in sides.items() if not side.of_tokens
-    }
+    streams = {path: directions for path, directions in top.items() if path not in found}
     if streams:
         together = torch.cat(list(streams.values()), 1)
         scaled = together if through is None else through[:, None] * together
-        named = iter(_named(nearest(vectors, scaled), name))
+        named = iter(nearest(vectors, scaled).named(name))
         found |= {
             path: list(islice(named, directions.shape[1])) for path, directions in streams.items()
         }
     return found
-
-
-def _named(near: Near, name: Callable[[int], str]) -> list[dict[str, Any]]:
-    return [near.named(i, name) for i in range(near.top[0].shape[1])]
 
 
 def read_vectors(path: str | Path, size: int) -> tuple[list[str], Tensor]:
@@ -184,12 +176,8 @@ def read_vectors(path: str | Path, size: int) -> tuple[list[str], Tensor]:
 
     Raises LorafoldError with every tensor of another shape.
     """
-    file, names, found, problems = (
-        FileWeights([Path(path)]),
-        list[str](),
-        list[Tensor](),
-        list[str](),
-    )
+    file, names, found = FileWeights([Path(path)]), list[str](), list[Tensor]()
+    problems = list[str]()
     for name in sorted(file.names):
         shape = file.shape(name)
         if not file.is_floating(name) or len(shape) not in (1, 2) or size not in shape:

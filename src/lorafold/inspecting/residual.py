@@ -27,7 +27,7 @@ of their rows belong to a head is not said anywhere.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -83,11 +83,9 @@ def stream_of(model: PreTrainedModel) -> Stream:
             trust_remote_code=OWN_CODE in type(model).__module__,
         ).eval()
         names = {id(module): path for path, module in twin.named_modules()}
-        embedding, head = (
-            names[id(twin.get_input_embeddings())],
-            names[id(twin.get_output_embeddings())],
-        )
-        size = twin.get_input_embeddings().weight.shape[1]
+        ends = twin.get_input_embeddings(), twin.get_output_embeddings()
+        embedding, head = (names[id(end)] for end in ends)
+        size = ends[0].weight.shape[1]
 
         def came(path: str, x: Tensor) -> None:
             kept.append(x)
@@ -99,25 +97,22 @@ def stream_of(model: PreTrainedModel) -> Stream:
         def entered(module: nn.Module, args: Any) -> None:
             came("", args[0])
 
-        def read(path: str, module: nn.Module, args: Any) -> None:
-            seen.add(path)
+        def read(
+            reads: Sequence[str], writes: Sequence[str], module: nn.Module, args: Any
+        ) -> None:
+            seen.update(writes)
             if (norm := outputs.get(args[0].untyped_storage()._cdata)) is not None:
-                readers[path] = norm
-
-        def read_by_experts(path: str, module: nn.Module, args: Any) -> None:
-            *firsts, last = (f"{path}.{name}" for name in expert_parameters(module))
-            if (norm := outputs.get(args[0].untyped_storage()._cdata)) is not None:
-                readers.update(dict.fromkeys(firsts, norm))
-            if not getattr(module, "has_post_expert_norm", False):
-                seen.add(last)
+                readers.update(dict.fromkeys(reads, norm))
 
         for path, module in twin.named_modules():
             if is_norm(module, size):
                 module.register_forward_hook(partial(normed, path))
-            elif _is_matrix(module):
-                module.register_forward_pre_hook(partial(read, path))
-            elif expert_parameters(module):
-                module.register_forward_pre_hook(partial(read_by_experts, path))
+            elif _shape(module):
+                module.register_forward_pre_hook(partial(read, [path], [path]))
+            elif parameters := expert_parameters(module):
+                *firsts, last = (f"{path}.{name}" for name in parameters)
+                writes = [last] * (not getattr(module, "has_post_expert_norm", False))
+                module.register_forward_pre_hook(partial(read, firsts, writes))
         for path in Anatomy.of(twin).blocks:
             twin.get_submodule(path).register_forward_pre_hook(entered)
         with suppress(RuntimeError):  # fake tensors end the run at code that needs values
@@ -144,13 +139,6 @@ def gain(norm: nn.Module, size: int) -> Tensor:  # (d,)
     z = torch.ones(size)
     z[1::2] = -1
     return (norm(z).float() - norm(-z).float()) / 2 * z
-
-
-def _is_matrix(module: nn.Module) -> bool:
-    try:
-        return bool(layer_of(module).shape)
-    except NotMergeable:
-        return False
 
 
 @dataclass(frozen=True)
@@ -183,7 +171,7 @@ def heads_of(model: PreTrainedModel, stream: Stream) -> tuple[dict[str, Heads], 
     for path, module in Anatomy.of(model).modules:
         parent = model.get_submodule(path.rpartition(".")[0])
         size = getattr(parent, "head_dim", None)
-        if not isinstance(size, int) or (shape := _shape(module)) is None:
+        if not isinstance(size, int) or len(shape := _shape(module)) != 2:
             continue
         if path not in stream.readers and path not in stream.writers:
             continue
@@ -207,9 +195,9 @@ def evenness(sites: Mapping[str, Mapping[str, Any]]) -> tuple[str, int, float, i
     return path, shares.index(max(shares)), max(shares), len(shares)
 
 
-def _shape(module: nn.Module) -> tuple[int, ...] | None:
+def _shape(module: nn.Module) -> tuple[int, ...]:
+    """The shape of a module's matrix, or of experts' matrices; () for a module without one."""
     try:
-        shape = tuple(layer_of(module).shape)
+        return tuple(layer_of(module).shape)
     except NotMergeable:
-        return None
-    return shape if len(shape) == 2 else None
+        return ()

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ from lorafold.peft.own_base import BASE_IDENTITY
 from lorafold.peft.saved import Saved
 
 NAME = "resized"
+Cuts = dict[str, tuple[int, float, float]]  # rank, squared norms of the error and of the update
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,9 @@ class Resized(Shown):
 
     def as_json(self) -> dict[str, Any]:
         """All fields."""
-        return {
-            "error": self.error,
-            "sites": self.sites,
-            "left_out": self.left_out,
-            "out": self.out,
-            **self.losses,
-        }
+        found = asdict(self)
+        losses: dict[str, float] = found.pop("losses")
+        return found | losses
 
     def __str__(self) -> str:
         ranks = [site["rank"] for site in self.sites.values()]
@@ -98,27 +95,14 @@ class Resized(Shown):
         return "\n".join(lines)
 
 
-class Errors:
-    """The errors of truncation, collected by site."""
-
-    def __init__(self) -> None:
-        self.sites: dict[str, dict[str, float]] = {}
-        self.lost, self.whole = 0.0, 0.0
-
-    def add(self, path: str, rank: int, lost: float, whole: float) -> None:
-        """Add a site.
-
-        Args:
-            path: The module path.
-            rank: The rank that it was cut to.
-            lost, whole: The squared norms of the error and of the update.
-        """
-        self.lost, self.whole = self.lost + lost, self.whole + whole
-        self.sites[path] = {"rank": rank, "error": _root(lost, whole)}
-
-    def result(self, out: str | Path, left_out: Mapping[str, float] | None = None) -> Resized:
-        """The result for the adapter in the directory `out`."""
-        return Resized(self.sites, _root(self.lost, self.whole), str(out), dict(left_out or {}))
+def resized(cuts: Cuts, out: str | Path, left_out: Mapping[str, float]) -> Resized:
+    """The result for the adapter in the directory `out`."""
+    sites = {
+        path: {"rank": rank, "error": _root(lost, whole)}
+        for path, (rank, lost, whole) in cuts.items()
+    }
+    lost, whole = (sum(cut[n] for cut in cuts.values()) for n in (1, 2))
+    return Resized(sites, _root(lost, whole), str(out), dict(left_out))
 
 
 def check_request(rank: int | None, energy: float | None) -> None:
@@ -161,7 +145,7 @@ def resize(
     model, allowed = base.mapped().model, base.allow_other_base
     below = load_below(model, base, stack)
     adapter = load(model, saved, NAME, allow_other_base=allowed)
-    factors, errors = dict[str, Factors](), Errors()
+    factors, cuts = dict[str, Factors](), Cuts()
     for site in sites(adapter, below):
         if site.changes_bias:
             raise LorafoldError(
@@ -173,9 +157,9 @@ def resize(
             s = svd.s
             asked = effective_rank(s, energy) if rank is None else rank  # type: ignore[arg-type]
             found.append(svd.factors(asked))
-            errors.add(name, len(s[:asked]), _squares(s[asked:]), _squares(s))
+            cuts[name] = len(s[:asked]), _squares(s[asked:]), _squares(s)
         factors[site.path] = joined(found, site.layer.matrices)
-    result = errors.result(out)
+    result = resized(cuts, out, {})
     history = {TRAINED_ON: None, **saved.record}
     history = {k: v for k, v in history.items() if k not in (BASE, "lorafold")}
     if adapter.other_base:
@@ -218,21 +202,22 @@ def extract(
     paths = match(one.model, LoRA.targets, is_linear).paths
     theirs = dict(other.model.named_parameters(remove_duplicate=False))
     own = dict(one.model.named_parameters(remove_duplicate=False))
+    shapes = {name: list(p.shape) for name, p in theirs.items()}
     if problems := [
-        f"{name}: found {_shape(theirs.get(name)) or 'none'}, expected {list(p.shape)}"
+        f"{name}: found {shapes.get(name) or 'none'}, expected {list(p.shape)}"
         for name, p in own.items()
-        if _shape(theirs.get(name)) != list(p.shape)
+        if shapes.get(name) != list(p.shape)
     ]:
         raise LorafoldError(
             f"{tuned.name}: expected a fine-tuned {base.name}, found other modules:"
             f" {as_one(problems)}"
         )
-    factors, errors = dict[str, Factors](), Errors()
+    factors, cuts = dict[str, Factors](), Cuts()
     for path in paths:
         layers = [layer_of(module_at(mapped.model, path)) for mapped in (one, other)]
         names = matrix_names(path, layers[0].matrices)
         both = zip(names, *(unstacked(layer.dense()[0]) for layer in layers), strict=True)
-        found = [_difference(errors, name, w, tuned, rank) for name, w, tuned in both]
+        found = [_difference(cuts, name, w, tuned, rank) for name, w, tuned in both]
         if any(len(a) for _, a in found):
             factors[path] = joined(found, layers[0].matrices)
     if not factors:
@@ -244,20 +229,21 @@ def extract(
     left_out = {
         name: change
         for name, p in own.items()
-        if name not in extracted and (change := _relative(theirs[name], p))
+        if name not in extracted
+        and (change := _root(_squares(theirs[name].float() - p.float()), _squares(p)))
     }
-    result = errors.result(out, left_out)
+    result = resized(cuts, out, left_out)
     about = {"from": tuned.name, "rank": rank, "error": result.error, "left_out": left_out}
     adapter = lora_of(one.model, factors, NAME)
     adapter.save(out, overwrite=overwrite, record={"extracted": about})
     return result
 
 
-def _difference(errors: Errors, name: str, w: Tensor, tuned: Tensor, rank: int) -> Factors:
+def _difference(cuts: Cuts, name: str, w: Tensor, tuned: Tensor, rank: int) -> Factors:
     """The best factors for one matrix, (out, r) and (r, in); r = 0 where nothing changed.
 
     Args:
-        errors: Gets the error, if anything changed.
+        cuts: Gets the error, if anything changed.
         name: The name of the matrix.
         w, tuned: The matrix (out, in) before and after.
     """
@@ -265,7 +251,7 @@ def _difference(errors: Errors, name: str, w: Tensor, tuned: Tensor, rank: int) 
     if not (whole := _squares(dw)):
         return dw.new_zeros(len(dw), 0), dw.new_zeros(0, dw.shape[1])
     b, a = best_of_rank(dw, min(rank, *dw.shape))
-    errors.add(name, len(a), _squares(dw.addmm_(b, a, alpha=-1)), whole)
+    cuts[name] = len(a), _squares(dw.addmm_(b, a, alpha=-1)), whole
     return b, a
 
 
@@ -284,16 +270,8 @@ def as_lora(adapter: Adapter, factors: Mapping[str, Factors]) -> Adapter:
     return Adapter(adapter.model, adapter.name, chosen, adapter.over)
 
 
-def _shape(p: Tensor | None) -> list[int] | None:
-    return None if p is None else list(p.shape)
-
-
 def _squares(x: Tensor) -> float:
     return float(torch.linalg.vector_norm(x, dtype=torch.float64).square())
-
-
-def _relative(tuned: Tensor, base: Tensor) -> float:
-    return _root(_squares(tuned.float() - base.float()), _squares(base))
 
 
 def _root(part: float, whole: float) -> float:

@@ -19,14 +19,12 @@ The conclusions from the figures, as sentences: the advice at the top of the rep
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from lorafold.adapter import Adapter, load
 from lorafold.bases import layer_of
@@ -34,7 +32,7 @@ from lorafold.core.attach import only
 from lorafold.errors import NoTokenizer
 from lorafold.inspecting import reads
 from lorafold.inspecting.against import SHOWN, across_experts, across_layers, compared
-from lorafold.inspecting.residual import Stream, evenness, gain, heads_of, stream_of
+from lorafold.inspecting.residual import evenness, gain, heads_of, stream_of
 from lorafold.inspecting.spectra import (
     COSINE,
     TOP,
@@ -44,8 +42,7 @@ from lorafold.inspecting.spectra import (
     pooled,
     spectrum,
 )
-from lorafold.inspecting.updates import Site, Svd, largest, load_below, site_of, sites
-from lorafold.models.checkpoint import MappedModel
+from lorafold.inspecting.updates import Site, Svd, largest, load_below, of_experts, sites
 from lorafold.opening import Base
 from lorafold.opening.kinds import check_language_model
 from lorafold.peft.saved import Saved
@@ -58,14 +55,16 @@ def sentences(found: Figures) -> list[str]:
     sites = [site for site in found["sites"].values() if site["numerical_rank"]]
     if not sites:
         return ["The update is zero everywhere: this adapter changes nothing."]
+    whole, every = found["whole"], found["sites"]
     parts = [
-        of_rank(found["whole"]),
-        of_base(found["whole"], sites),
+        f"Over all sites together, {advice(whole['rank'], whole)}. A single site needs"
+        f" {whole['effective_rank_95']:.1f} directions for 95% on average.",
+        of_base(whole, sites),
         of_strength(sites),
         of_tokens(sites, found["chance_cosine"]),
+        of_evenness(every),
+        of_heads(every),
     ]
-    parts.append(of_experts(found["sites"]))
-    parts.append(of_heads(found["sites"]))
     if "position_read" in sites[0]:
         parts += [of_position(sites), of_intruders(sites)]
     if "against" in found:
@@ -73,22 +72,10 @@ def sentences(found: Figures) -> list[str]:
     return [part for part in parts if part]
 
 
-def of_rank(whole: Figures) -> str:
-    """The rank that would be enough (`spectra`)."""
-    text = advice(whole["rank"], whole)
-    return (
-        f"Over all sites together, {text}. A single site needs {whole['effective_rank_95']:.1f}"
-        " directions for 95% on average."
-    )
-
-
 def of_base(whole: Figures, sites: list[Figures]) -> str:
     """The size of the update relative to the base (`subspaces`)."""
-    known = [
-        site["projection"] / site["random_projection"]
-        for site in sites
-        if site["random_projection"]
-    ]
+    pairs = [(site["projection"], site["random_projection"]) for site in sites]
+    known = [own / random for own, random in pairs if random]
     if not known or whole["amplification"] is None:
         return "The base's weights are zero at the sites of this adapter."
     return (
@@ -109,13 +96,9 @@ def of_strength(sites: list[Figures]) -> str:
     )
 
     def kind(strength: float) -> str:
-        return (
-            "no preference"
-            if abs(strength - 1) < INDIFFERENT
-            else "weak directions"
-            if strength < 1
-            else "strong directions"
-        )
+        if abs(strength - 1) < INDIFFERENT:
+            return "no preference"
+        return "weak directions" if strength < 1 else "strong directions"
 
     return (
         "Strength of the base in the update's directions: its energy is"
@@ -149,16 +132,13 @@ def of_tokens(sites: list[Figures], chance: Figures) -> str:
     )
 
 
-def of_experts(sites: Figures) -> str:
+def of_evenness(sites: Figures) -> str:
     """How evenly the experts changed; empty without experts."""
-    by_site = defaultdict[str, list[float]](list)
-    for name, site in sites.items():
-        if site_of(name) != name:
-            by_site[site_of(name)].append(site["norm"])
-    every = [norm for norms in by_site.values() for norm in norms]
+    by_site = [[site["norm"] for site in own] for own in of_experts(sites).values()]
+    every = [norm for norms in by_site for norm in norms]
     if not any(every):
         return ""
-    uneven = median(max(norms) / fmean(norms) for norms in by_site.values() if any(norms))
+    uneven = median(max(norms) / fmean(norms) for norms in by_site if any(norms))
     return (
         f"Of {len(every)} matrices of experts {sum(norm > 0 for norm in every)} changed; the"
         f" largest update of a site is {uneven:.1f} times as large as the mean of its experts"
@@ -314,16 +294,25 @@ def inspect(
             svds[name] = kept_of(site, svd)
         if progress is not None:
             progress(done, len(changed))
-    vectors = (
-        None if directions is None else reads.read_vectors(directions, ends_of(mapped)[0].shape[1])
+    embedding, unembedding = (
+        layer_of(end).dense()[0]
+        for end in (mapped.model.get_input_embeddings(), mapped.model.get_output_embeddings())
     )
-    chance = {
-        "reads": reads.chance(ends_of(mapped)[0], None),
-        "writes": reads.chance(ends_of(mapped)[1], final_gain(mapped, stream)),
-    }
+    norm = stream.final_norm
+    through = gain(mapped.model.get_submodule(norm), stream.size) if norm else None
+    vocabulary = {"reads": (embedding.t(), None), "writes": (unembedding, through)}
     shown = {name: svds[name] for name in largest(figures)}
-    for at, found in tokens_of(mapped, stream, shown, tokenizer, vectors).items():
-        figures[at] |= found
+    sides = reads.sides_of(mapped.model, stream, shown)
+    if tokenizer is not None:
+        for verb, ends in vocabulary.items():
+            named = reads.tables(sides[verb], *ends, lambda n: str(tokenizer.decode([n])))
+            for at, table in named.items():
+                figures[at][verb] = table
+    if directions is not None:
+        vectors = reads.read_vectors(directions, len(embedding))
+        for verb, own in sides.items():
+            for at, found in of_vectors(own, shown, *vectors).items():
+                figures[at] |= {f"{verb}_{what}": value for what, value in found.items()}
     among = across_experts(svds, stream)
     result: Figures = {
         "adapter": str(saved),
@@ -336,7 +325,7 @@ def inspect(
         "layers": across_layers(svds, stream),
         **({"experts": among, "experts_left_out": EXPERTS} if among else {}),
         **({"heads_left_out": FUSED} if figures.keys() & set(fused) else {}),
-        "chance_cosine": chance,
+        "chance_cosine": {verb: reads.chance(*ends) for verb, ends in vocabulary.items()},
         "tokens_left_out": left_out,
     }
     if against is not None and other is not None:
@@ -395,68 +384,23 @@ def kept_of(site: Site, svd: Svd) -> Svd:
     return svd if site.rank is not None else svd.top(SHOWN).copied()
 
 
-def tokens_of(
-    mapped: MappedModel, stream: Stream, svds: Mapping[str, Svd],
-    tokenizer: PreTrainedTokenizerBase | None, vectors: tuple[list[str], torch.Tensor] | None,
-) -> dict[str, Figures]:  # fmt: skip
-    """The tokens and the user's vectors that each module reads and writes, by module path.
-
-    Args:
-        mapped: The base.
-        stream: The modules of its residual stream.
-        svds: The SVD of each module's update.
-        tokenizer: Names the tokens; None leaves them out.
-        vectors: Names and vectors (n, d), or None.
+def of_vectors(
+    sides: Mapping[str, reads.Side],
+    svds: Mapping[str, Svd],
+    names: Sequence[str],
+    vectors: torch.Tensor,
+) -> dict[str, Figures]:
+    """The user's vectors (n, d) nearest to each side in the residual stream, and those with the
+    largest shares of its update, by module path.
     """
-    model = mapped.model
-    reading = {
-        path: side
-        for path, svd in svds.items()
-        if len(svd.s) and (side := reads.reading(model, stream, path, svd))
+    streams = {path: side for path, side in sides.items() if not side.of_tokens}
+    return {
+        path: {
+            "vectors": table,
+            "shares": reads.largest_shares(streams[path], svds[path].s, names, vectors),
+        }
+        for path, table in reads.tables(streams, vectors, None, names.__getitem__).items()
     }
-    writing = {
-        path: side
-        for path, svd in svds.items()
-        if len(svd.s) and (side := reads.writing(stream, path, svd))
-    }
-    embedding, unembedding = ends_of(mapped)
-    found: dict[str, Figures] = {path: {} for path in {**reading, **writing}}
-    for verb, sides, vocabulary, through in (
-        ("reads", reading, embedding, None),
-        ("writes", writing, unembedding, final_gain(mapped, stream)),
-    ):
-        if tokenizer is not None:
-            name = token_of(tokenizer)
-            for path, table in reads.tables(sides, vocabulary, through, name).items():
-                found[path][verb] = table
-        if vectors is not None:
-            names, matrix = vectors
-            streams = {path: side for path, side in sides.items() if not side.of_tokens}
-            for path, table in reads.tables(streams, matrix, None, names.__getitem__).items():
-                found[path][f"{verb}_vectors"] = table
-                found[path][f"{verb}_shares"] = reads.largest_shares(
-                    streams[path], svds[path].s, names, matrix
-                )
-    return found
-
-
-def token_of(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], str]:
-    """A function that gives the text of a token id."""
-    return lambda number: str(tokenizer.decode([number]))
-
-
-def final_gain(mapped: MappedModel, stream: Stream) -> torch.Tensor | None:
-    """The gain (d,) of the norm between the residual stream and the head, or None without one."""
-    if stream.final_norm is None:
-        return None
-    return gain(mapped.model.get_submodule(stream.final_norm), stream.size)
-
-
-def ends_of(mapped: MappedModel) -> tuple[torch.Tensor, torch.Tensor]:
-    """The vectors of the embedding and of the unembedding, (V, d) each."""
-    ends = mapped.model.get_input_embeddings(), mapped.model.get_output_embeddings()
-    embedding, unembedding = (layer_of(end).dense()[0] for end in ends)
-    return embedding.t(), unembedding
 
 
 def beside(adapter: Adapter) -> dict[str, int]:

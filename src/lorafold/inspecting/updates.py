@@ -11,11 +11,12 @@ a time. The base's weights stay in their mapped files until a figure needs one.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,7 @@ from lorafold.peft.saved import Saved
 # of a matrix: up (out, r), with every scale in it, and down (r, in); of several (E, out, r) and
 # (E, r, in); r = 0 for an update that is zero
 Factors = tuple[Tensor, Tensor]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,15 @@ def matrix_names(path: str, matrices: Sequence[int]) -> list[str]:
 def site_of(name: str) -> str:
     """The site of a matrix, by its name."""
     return name.partition("[")[0]
+
+
+def of_experts(found: Mapping[str, T]) -> dict[str, list[T]]:
+    """What is known of each matrix of experts, by its site."""
+    by_site = defaultdict[str, list[T]](list)
+    for name, one in found.items():
+        if site_of(name) != name:
+            by_site[site_of(name)].append(one)
+    return dict(by_site)
 
 
 def largest(figures: Mapping[str, Mapping[str, Any]]) -> list[str]:

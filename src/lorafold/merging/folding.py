@@ -170,22 +170,17 @@ class Folding:
     @torch.no_grad()
     def _all(self, conversion: Conversion) -> dict[str, Rounded]:
         """The tensors that the parameters of a conversion are made of, by name."""
-        targets, originals = self._parameters(conversion)
-        before = conversion.reversed(originals)
-        originals.clear()
-        after = conversion.reversed(targets)
-        targets.clear()
-        return {name: self._rounded(name, after[name], before[name]) for name in after}
-
-    def _parameters(self, conversion: Conversion) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """(targets, originals) of the parameters of a conversion by name, of any shape."""
-        targets, originals = {}, {}
+        targets, originals = dict[str, Tensor](), dict[str, Tensor]()
         with conversion.made() as values:
             for parameter, value in values.items():
                 targets[parameter], originals[parameter] = (
                     self._folded(parameter) if parameter in self.plan.sites else (value, value)
                 )
-        return targets, originals
+        before = conversion.reversed(originals)
+        originals.clear()
+        after = conversion.reversed(targets)
+        targets.clear()
+        return {name: self._rounded(name, after[name], before[name]) for name in after}
 
 
 @torch.no_grad()

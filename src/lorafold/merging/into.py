@@ -111,24 +111,17 @@ class Into:
         return f"{told}; {model} -> {here}: {file or NOT_MEASURED}{over}"
 
     def __str__(self) -> str:
-        base = (
-            f"the {self.trained_on} weights that the adapter was trained on, dequantized"
-            if self.target == "trained"
-            else "the original weights"
-        )
-        quantized = self.trained_on or self.unmade
-        other = (
-            f" (the adapter was trained on {quantized})"
-            if quantized and self.target != "trained"
-            else ""
-        )
-        told = (
-            f"; storage {self.asked} as asked, although the adapter's record says"
-            f" {' and '.join(self.recorded)}"
-            if self.recorded
-            else ""
-        )
-        return base + other + f", quantized to {self.quantized}" * bool(self.quantized) + told
+        told, quantized = "the original weights", self.trained_on or self.unmade
+        if self.target == "trained":
+            told = f"the {self.trained_on} weights that the adapter was trained on, dequantized"
+        elif quantized:
+            told += f" (the adapter was trained on {quantized})"
+        if self.quantized:
+            told += f", quantized to {self.quantized}"
+        if self.recorded:
+            told += f"; storage {self.asked} as asked, although the adapter's record says"
+            told += f" {' and '.join(self.recorded)}"
+        return told
 
 
 def choose_into(

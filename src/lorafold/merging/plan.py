@@ -31,7 +31,7 @@ from lorafold.models.checkpoint import Checkpoint, MappedModel, build, mapped_mo
 from lorafold.models.container import Entry
 from lorafold.models.converted import Conversion
 from lorafold.models.plain_files import as_plain
-from lorafold.models.sources import HUB_FILES, ModelSource, remember
+from lorafold.models.sources import HUB_FILES, remember
 from lorafold.opening import Base
 from lorafold.peft.saved import Saved
 
@@ -182,7 +182,11 @@ def plan(
     Raises LorafoldError for a model or adapter that can't be loaded, and NotMergeable with every
     reason for which the merge can't be done.
     """
-    checkpoint, mapped, dequantized = _opened(base.source, round_trip)
+    checkpoint = open_checkpoint(base.source, HUB_FILES)  # all: the unchanged ones are copied
+    checkpoint, mapped, dequantized = as_plain(checkpoint, mapped_model(checkpoint))
+    remember(mapped.model, base.source)
+    if round_trip is not None:
+        attach_round_trip(mapped.model, round_trip)
     names = tuple(f"merged{i}" for i in range(len(adapters)))
     laid = [
         load(mapped.model, saved, name, allow_other_base=base.allow_other_base)
@@ -214,7 +218,7 @@ def plan(
         told = (f"{listed(paths, room=80)}: {reason}" for reason, paths in problems.items())
         raise NotMergeable(listed(told, "; "))
     zeros = {
-        entry.name: _stored(mapped.model, name)
+        entry.name: mapped.model.get_parameter(name).data
         for name, entry in biases.items()
         if entry.name not in changed
     }
@@ -233,21 +237,6 @@ def plan(
         planned.vocabulary,
         tuple(one.other_base for one in laid if one.other_base),
     )
-
-
-def _opened(
-    source: ModelSource, round_trip: str | None
-) -> tuple[Checkpoint, MappedModel, dict[str, str]]:
-    """The files and the model over them as those of a plain model, with the round trip attached;
-    and the sites of dequantized tensors.
-    """
-    checkpoint = open_checkpoint(source, HUB_FILES)  # all files: the unchanged ones are copied
-    found = as_plain(checkpoint, mapped_model(checkpoint))
-    model = found[1].model
-    remember(model, source)
-    if round_trip is not None:
-        attach_round_trip(model, round_trip)
-    return found
 
 
 def _tensors(
@@ -287,12 +276,6 @@ def _among(problems: Problems, path: str) -> Iterator[None]:
         yield
     except LorafoldError as error:
         problems[str(error)].append(path)
-
-
-def _stored(model: nn.Module, name: str) -> Tensor:
-    """The parameter of this dotted name."""
-    path, _, leaf = name.rpartition(".")
-    return model.get_submodule(path)._parameters[leaf].data  # type: ignore[union-attr]
 
 
 def _entry(mapped: MappedModel, parameter: str) -> tuple[str, Entry]:

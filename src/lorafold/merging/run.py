@@ -27,6 +27,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
+from rich.console import Console
+from rich.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -39,7 +41,7 @@ from lorafold.files.shown import Shown
 from lorafold.fold.rounding import Rounding
 from lorafold.merging.folding import Folded, execute, write_shards
 from lorafold.merging.into import Distance, Into, check_saved, choose_into
-from lorafold.merging.plan import Plan, plan
+from lorafold.merging.plan import plan
 from lorafold.models.load_errors import loading
 from lorafold.models.loading import load_model
 from lorafold.models.storage import Storage, stored_in_files
@@ -49,10 +51,9 @@ from lorafold.opening.kinds import check_language_model
 from lorafold.peft.saved import Saved
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from transformers import PreTrainedModel
 
-Progress = Callable[[int, int], None]  # texts done, texts in all
+Told = Callable[[int, int], None]  # texts done, texts in all
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def compare(
     others: Sequence[Callable[[], PreTrainedModel]],
     texts: Sequence[tuple[int, ...]],
     scratch: Path,
-    progress: Progress | None = None,
+    progress: Told | None = None,
 ) -> list[Gap]:
     """The gaps between a model and others, which are loaded one after the other.
 
@@ -116,7 +117,9 @@ def _gap(kept: BinaryIO, others: Iterator[Tensor]) -> Gap:
     kl = gap = squares = total = 0.0
     agreed = positions = 0
     for logits in others:
-        before = _next(kept, logits.shape)
+        data = bytearray(4 * logits.numel())
+        kept.readinto(data)  # type: ignore[attr-defined]
+        before = torch.frombuffer(data, dtype=torch.float32).view(logits.shape)
         p, q = before.double().log_softmax(-1), logits.double().log_softmax(-1)
         kl += (p.exp() * (p - q)).sum().item()
         difference = before - logits
@@ -136,13 +139,9 @@ def _logits(
     """The logits of each text, (T, vocabulary) in fp32, on the CPU."""
     model = build()
     for ids in texts:
+        given = torch.tensor([ids], device=model.device)
         with torch.inference_mode():
-            logits = (
-                model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
-                .logits[0]
-                .float()
-                .cpu()
-            )
+            logits = model(input_ids=given, use_cache=False).logits[0].float().cpu()
         if not logits.isfinite().all():
             raise LorafoldError(
                 "certificate: the model's logits on a probe text are not finite, so they can't be"
@@ -151,13 +150,6 @@ def _logits(
         yield logits
     del model
     gc.collect()
-
-
-def _next(file: BinaryIO, shape: torch.Size) -> Tensor:
-    """The next fp32 tensor of this shape in the file."""
-    data = bytearray(4 * shape.numel())
-    file.readinto(data)  # type: ignore[attr-defined]
-    return torch.frombuffer(data, dtype=torch.float32).view(shape)
 
 
 CERTIFICATE = "merge.json"
@@ -204,20 +196,20 @@ class Merged(Shown):
         """The content of `merge.json`. update_survival and rounding_noise are shares of the norm of
         the update; `rounded` counts the changed tensors by the way they were rounded.
         """
-        gap: dict[str, Any] = (
-            asdict(self.gap) if self.gap else dict.fromkeys(f.name for f in fields(Gap))
-        )
-        folded = {
-            "update_survival": self.folded.sums.survival,
-            "rounding_noise": self.folded.sums.noise,
-        }
-        done = {
-            "rounded": self.folded.rounded,
-            "untied": list(self.folded.untied),
-            "biases": list(self.folded.biases),
-        }
-        grown = {"vocabulary": self.folded.vocabulary}
-        asked = {
+        gap, folded, into = self.gap, self.folded, self.into
+        return {
+            **(asdict(gap) if gap else dict.fromkeys(f.name for f in fields(Gap))),
+            "update_survival": folded.sums.survival,
+            "rounding_noise": folded.sums.noise,
+            "rounded": folded.rounded,
+            "untied": list(folded.untied),
+            "biases": list(folded.biases),
+            "vocabulary": folded.vocabulary,
+            "into": into.target,
+            "trained_on": into.trained_on,
+            "computed_in": into.base and into.base.dtype,
+            "recorded": list(into.recorded),
+            "from_original": self.from_original and asdict(self.from_original),
             "rounding": self.rounding,
             "seed": self.seed,
             "model": self.model,
@@ -225,14 +217,6 @@ class Merged(Shown):
             "out": self.out,
             "other_base": list(self.other_base),
         }
-        into = {
-            "into": self.into.target,
-            "trained_on": self.into.trained_on,
-            "computed_in": self.into.base and self.into.base.dtype,
-            "recorded": list(self.into.recorded),
-            "from_original": self.from_original and asdict(self.from_original),
-        }
-        return {**gap, **folded, **done, **grown, **into, **asked}
 
     def summary(self) -> str:
         """A few lines to read."""
@@ -299,7 +283,9 @@ def merge(
         compared = tokenizer if wanted.certificate else None
         texts = [] if compared is None else probe_ids(compared, wanted.probe)
         shards, rounding = partial(write_shards, tmp), (wanted.rounding, wanted.seed)
-        changes = planned(base, adapters, target)
+        changes = plan(base, adapters, round_trip=target.round_trip)
+        if target.quantized is not None:
+            check_saved(changes.model, target.quantized)
         folded, others = execute(changes, shards, *rounding, bar("folding")), changes.other_base
         if own and tokenizer is not None:
             write_tokenizer(tokenizer, tmp)
@@ -321,14 +307,6 @@ def merge(
         )
         write_json(tmp / CERTIFICATE, result.as_json())
     return result
-
-
-def planned(base: Base, adapters: Sequence[Saved], into: Into) -> Plan:
-    """The plan, if what it gives can be saved."""
-    found = plan(base, adapters, round_trip=into.round_trip)
-    if into.quantized is not None:
-        check_saved(found.model, into.quantized)
-    return found
 
 
 def adapted(base: Base, adapters: Sequence[Saved], storage: str) -> PreTrainedModel:
@@ -360,11 +338,8 @@ def quantize(plain: Base, quantization: str) -> None:
 @contextmanager
 def bars(console: Console | None) -> Iterator[Callable[[str], Callable[[int, int], None]]]:
     """A function that makes the progress bar of a stage; bars are shown on terminals only."""
-    from rich.progress import Progress
-
-    with Progress(
-        console=console, disable=console is None or not console.is_terminal, transient=True
-    ) as bars:
+    quiet = console is None or not console.is_terminal
+    with Progress(console=console, disable=quiet, transient=True) as bars:
 
         def bar(stage: str) -> Callable[[int, int], None]:
             task = bars.add_task(stage, total=None)

@@ -26,16 +26,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from lorafold.adapter import Adapter
 from lorafold.core.delta import Additive
 from lorafold.inspecting.updates import Factors, Svd, joined, lora_of, site_of, sites
-
-if TYPE_CHECKING:
-    from torch import nn
 
 Updates = Mapping[str, Svd]  # by module path
 

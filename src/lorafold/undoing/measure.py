@@ -73,12 +73,6 @@ class State:
     kl: float
     loss: float | None
 
-    @staticmethod
-    def of_stored(stored: dict[str, Any]) -> State:
-        """The figures that a file has."""
-        pairs = {k: tuple(v) for k, v in stored.items() if k.endswith("_interval") and v}
-        return State(**stored | pairs)
-
 
 @dataclass(frozen=True)
 class Probe:
@@ -181,12 +175,18 @@ def measure(
         before: The `distributions` before the tuning, each (n, vocabulary).
     """
     loss = Completions(model, packed=False, pad_id=0)
-    mean, interval = mean_of(log_odds(log_probabilities(loss, probe.odds), probe))
+    odds = log_odds(log_probabilities(loss, probe.odds), probe)
+    mean = odds.mean().item()
+    if not math.isfinite(mean):
+        raise LorafoldError(
+            f"log-odds: found {mean}, expected a finite number; check the weights of the model and"
+            " its adapters"
+        )
     begun = refusals(model, tokenizer, probe)
     refused, told = sum(begun[: len(probe.refuse)]), sum(begun[len(probe.refuse) :])
     return State(
         log_odds=mean,
-        log_odds_interval=interval,
+        log_odds_interval=mean_interval(odds.tolist()),
         refusals=refused / len(probe.refuse),
         refusals_interval=wilson(refused, len(probe.refuse)),
         control_refusals=told / len(probe.answer),
@@ -210,19 +210,6 @@ def log_odds(scores: Tensor, probe: Probe) -> Tensor:  # (prompts * beginnings,)
     n = len(probe.refusal)
     by_prompt = scores.view(len(probe.refuse), n + len(probe.compliance))
     return by_prompt[:, :n].logsumexp(1) - by_prompt[:, n:].logsumexp(1)
-
-
-def mean_of(values: Tensor) -> tuple[float, Interval | None]:  # (n,)
-    """The mean, and its 95% interval, or None for a single value. Raises LorafoldError if it is not
-    finite.
-    """
-    mean = values.mean().item()
-    if not math.isfinite(mean):
-        raise LorafoldError(
-            f"log-odds: found {mean}, expected a finite number; check the weights of the model and"
-            " its adapters"
-        )
-    return mean, mean_interval(values.tolist())
 
 
 def refusals(

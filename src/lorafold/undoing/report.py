@@ -7,7 +7,6 @@ too. Figures of several seeds are shown as the mean (lowest to highest), on a te
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
@@ -16,11 +15,11 @@ from statistics import fmean
 from typing import Any
 
 from lorafold.comparing.paired import Difference
-from lorafold.comparing.report import NOTHING, average, cell, plus_minus
+from lorafold.comparing.report import plus_minus
 from lorafold.evaluation.intervals import Interval
-from lorafold.files.page import document, grid, html_table, markdown_table, notes, section
+from lorafold.files.page import document, markdown_table, rendered
 from lorafold.files.plots import FAINT, End, at_ends, drawing, scaled, series
-from lorafold.files.terminal import paragraph, text_table
+from lorafold.files.terminal import NOTHING, paragraph, shown, spread, text_table
 from lorafold.undoing.defences import DEFENCES
 from lorafold.undoing.measure import State
 from lorafold.undoing.result import Before, Curve, Fragility, Point, Way
@@ -38,32 +37,17 @@ FIGURES: dict[str, tuple[Callable[[Point], float | None], str]] = {  # heading: 
     "by chance ": (lambda p: getattr(p.overlap, "read_by_chance", None), ".1%"),
 }
 WAY = ("stack", "defence", "rank", "rate")
-ABOUT = """A stack of adapters makes the model refuse some prompts; the update of its last adapter
-is called the alignment. LoRA adapters were trained over the stack on k benign examples, which have
-nothing to do with these prompts, and the model was asked again.
-<b>Log-odds</b>: the log-probability that the completion begins with a refusal, less that it begins
-with compliance, as a mean over the prompts to be refused. Above 0 the model rather refuses.
-<b>Kept</b>: what is left of the log-odds that the alignment added to those of the same model
-without it; 1 is all, 0 is nothing.
-<b>Refusals</b>: the share of greedy completions that begin with a refusal; those of controls should
-be few. <b>KL on controls</b>: how far the completions of other prompts moved, in nats a token.
-<b>Benign loss</b>: what the tuning learned, on rows that it did not see, in nats a token.
-<b>Overlap</b>: the share of the update's energy in the directions that the alignment writes and
-reads, beside that of random directions. A defence is worth something if it keeps refusals, does not
-refuse controls, and still learns the benign rows."""
 
 
 def line(points: Sequence[Point]) -> list[str]:
     """The cells of points that differ in nothing but the seed."""
-    way = points[0].way
-    ids = [way.stack, way.defence, shown(way.rank, "d"), shown(way.lr, "g")]
-    figures = (cell([value(p) for p in points], form) for value, form in FIGURES.values())
-    return [*ids, shown(points[0].examples, "d"), *figures]
+    figures = (spread(map(value, points), form) for value, form in FIGURES.values())
+    return [*ids(points[0].way), shown(points[0].examples, "d"), *figures]
 
 
-def shown(value: Any, form: str) -> str:
-    """The formatted value, or a dash for None."""
-    return NOTHING if value is None else f"{value:{form}}"
+def ids(way: Way) -> list[str]:
+    """What the points of a curve have in common, as cells."""
+    return [way.stack, way.defence, shown(way.rank, "d"), shown(way.lr, "g")]
 
 
 def last_points(found: Fragility) -> list[list[Point]]:
@@ -114,7 +98,7 @@ def deciding(found: Fragility) -> str:
         [
             " ".join(part for part, differs in zip(way, varied, strict=True) if part and differs),
             _log_odds(points),
-            *(average([value(p) for p in points], form) for value, form in figures.values()),
+            *(spread(map(value, points), form, False) for value, form in figures.values()),
         ]
         for way, points in zip(ways, every, strict=True)
     ]
@@ -127,56 +111,43 @@ def deciding(found: Fragility) -> str:
 
 def _parts(one: Point) -> tuple[str, ...]:
     """The way of a point in words, empty where it has none."""
-    named = {"rank ": shown(one.way.rank, "d"), "rate ": shown(one.way.lr, "g")}
-    numbers = ["" if value == NOTHING else what + value for what, value in named.items()]
-    return one.way.stack, one.way.defence, *numbers, f"{one.examples} examples" * bool(one.examples)
+    stack, defence, *numbers = ids(one.way)
+    named = zip(("rank ", "rate "), numbers, strict=True)
+    told = ["" if value == NOTHING else what + value for what, value in named]
+    return stack, defence, *told, f"{one.examples} examples" * bool(one.examples)
 
 
 def _log_odds(points: Sequence[Point]) -> str:
     """The log-odds, with the interval over the prompts of a single seed."""
     value, form = FIGURES["log-odds"]
     if len(points) > 1:
-        return average([value(p) for p in points], form)
+        return spread(map(value, points), form, False)
     one = points[0].measured
     return plus_minus(Difference(one.log_odds, one.log_odds_interval), form)
 
 
 def markdown(found: Fragility) -> str:
     """Where each curve is halved, and the table, in Markdown."""
-    halved = [
-        [*(shown(v, "g") if isinstance(v, float) else str(v) for v in curve.way), curve.halved]
-        for curve in found.curves
-    ]
+    halved = [[*ids(curve.way), curve.halved] for curve in found.curves]
     tables = [markdown_table((*WAY, "log-odds"), halved)] if halved else []
     return "\n".join([*tables, markdown_table(HEAD, lines(found))])
 
 
 def page(found: Fragility, path: str | Path) -> None:
     """Write the curves and the tables as one HTML file that needs no other."""
-    title = f"Fragility of {', '.join(found.stacks)}"
-    document(title, "".join(sections(found)), path)
-
-
-def sections(found: Fragility) -> Iterator[str]:
-    """The HTML of the page, in parts."""
-    yield f"<p>On {html.escape(found.model)}, tuned on {html.escape(found.source)}.</p>"
-    if found.curves:
-        yield notes(map(str, found.curves))
-        yield section(
-            "Curves",
-            "Bands are the 95% interval over the prompts or, where there are several seeds, the"
-            " range over them. Before is the stack before any tuning, without is the model without"
-            " the alignment, and halfway is between them.",
-        )
-        yield grid(drawings(found.curves))
-        used = dict.fromkeys(curve.way.defence for curve in found.curves)
-        about = (f"<li><b>{name}</b>: {html.escape(DEFENCES[name].about)}</li>" for name in used)
-        yield f"{section('Defences')}<ul>{''.join(about)}</ul>"
-    yield section("At the most examples") + html_table(HEAD, lines(found))
-    every = [line(ps) for curve in found.curves for ps in curve.by_examples.values()]
-    if every:
-        yield section("All points") + html_table(HEAD, every)
-    yield f"{section('What the figures are')}<p>{ABOUT}</p>"
+    curves = found.curves
+    used = dict.fromkeys(curve.way.defence for curve in curves)
+    content = rendered(
+        "undoing/fragility.html",
+        found=found,
+        curves=[*map(str, curves)],
+        plots=drawings(curves),
+        defences={name: DEFENCES[name].about for name in used},
+        head=HEAD,
+        last=lines(found),
+        every=[line(points) for curve in curves for points in curve.by_examples.values()],
+    )
+    document(f"Fragility of {', '.join(found.stacks)}", content, path)
 
 
 def drawings(curves: Sequence[Curve]) -> Iterator[str]:

@@ -20,6 +20,8 @@ from itertools import groupby, pairwise
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from pydantic import TypeAdapter
+
 from lorafold.errors import LorafoldError
 from lorafold.files.shown import Shown
 from lorafold.undoing.defences import Overlap
@@ -70,9 +72,7 @@ def point(
         stack: The stack's figures.
         stored: By their names in the JSON.
     """
-    figures = dict(stored)
-    lies = figures.pop("overlap")
-    after = State.of_stored(figures)
+    after, lies = TypeAdapter(State).validate_python(stored), stored["overlap"]
     kept = stack.kept(after.log_odds)
     return Point(way, seed, examples, kept, after, None if lies is None else Overlap(**lies))
 
@@ -99,9 +99,7 @@ class Before:
     @staticmethod
     def of_stored(stored: dict[str, Any]) -> Before:
         """The figures that a file has."""
-        without = stored["without"]
-        lacking = None if without is None else State.of_stored(without)
-        return Before(State.of_stored(stored["before"]), lacking)
+        return TypeAdapter(Before).validate_python(stored)
 
 
 @dataclass(frozen=True)

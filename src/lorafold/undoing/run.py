@@ -11,6 +11,7 @@ calls share the work. A tuning whose figures are all there is not needed any mor
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from itertools import count
 from pathlib import Path
@@ -47,21 +48,17 @@ def sweep(
     check(task)
     for name in ("figures", "tuned"):
         (out / name).mkdir(parents=True, exist_ok=True)
-    measures = {
-        before_file(task, stack, out): partial(before_of, task, stack, opening)
-        for stack in task.stacks
-    }
+    cells = Cells(task, out, opening, say)
+    measures = {cells.before_file(stack): partial(cells.before_of, stack) for stack in task.stacks}
     runs = [run for stack in task.stacks for run in task.runs(stack)]
-    after = [file for run in runs for file in files(run, out).values()]
-    tell_strangers([*measures, *(tuned(run, out) for run in runs), *after], say)
+    after = [file for run in runs for file in cells.files(run).values()]
+    tell_strangers([*measures, *map(cells.tuned, runs), *after], say)
     before = [Before.of_stored(found) for found in kept(measures, say=say)]
-    tune_all(runs, out, counted(tell, len(runs)), say)
+    cells.tune_all(runs, counted(tell, len(runs)))
     told = counted(tell, len(after))
-    points: list[Point] = []
-    for stack, found in zip(task.stacks, before, strict=True):
-        bench = cache(partial(Bench, task, stack, opening))
-        points += points_of(stack, found, task, out, bench, told, say)
-    stacks = {stack.name: found for stack, found in zip(task.stacks, before, strict=True)}
+    both = [*zip(task.stacks, before, strict=True)]
+    points = [point for pair in both for point in cells.points_of(*pair, told)]
+    stacks = {stack.name: found for stack, found in both}
     return Fragility(task.base.name, task.source, stacks, tuple(points))
 
 
@@ -71,68 +68,79 @@ def counted(tell: Tell, total: int) -> Callable[[str], None]:
     return lambda what: tell(what, next(done), total)
 
 
-def tune_all(
-    runs: Sequence[Run], out: Path, tell: Callable[[str], None], say: Callable[[str], object]
-) -> None:
-    """Have every run tuned whose figures are not all there, by this process or another.
-
-    Args:
-        out: The directory of figures and tunings.
-        tell: Called after each run.
-        say: Is told for which other workers this one waits.
+@dataclass(frozen=True)
+class Cells:
+    """What a sweep makes: its task, the directory of figures and tunings, what loads the model with
+    adapters over it, and who is told for which other workers this one waits.
     """
-    needed = {}
-    for run in runs:
-        if all(file.is_file() for file in files(run, out).values()):
-            tell(f"tuned {described(run)}")
-        else:
-            needed[tuned(run, out)] = run
-    work = {path: partial(tune, run, path) for path, run in needed.items()}
-    shared(work, lambda path: tell(f"tuned {described(needed[path])}"), say)
 
+    task: Task
+    out: Path
+    opening: Opening
+    say: Callable[[str], object]
 
-def points_of(
-    stack: Stack,
-    before: Before,
-    task: Task,
-    out: Path,
-    bench: Callable[[], Bench],
-    tell: Callable[[str], None],
-    say: Callable[[str], object],
-) -> list[Point]:
-    """The points of a stack, in the order of its runs.
+    def before_file(self, stack: Stack) -> Path:
+        """The file of the figures of a stack itself."""
+        task = self.task
+        digest = digest_of([stack.identity, task.probe_identity, task.rows.identity, task.defences])
+        return self.out / "figures" / f"before-{digest}.json"
 
-    Args:
-        before: The figures of the stack itself.
-        out: The directory of figures and tunings.
-        bench: Loads the stack once it is needed.
-        tell: Called after each point.
-        say: Is told for which other workers this one waits.
-    """
-    asked = {
-        file: (run, defence)
-        for run in task.runs(stack)
-        for defence, file in files(run, out).items()
-    }
+    def before_of(self, stack: Stack) -> Figures:
+        """The figures of a stack; all that a run would stumble over later is checked with them."""
+        task, bench = self.task, Bench(self.task, stack, self.opening)
+        bench.check()
+        for rows in filter(None, (task.rows, task.mix)):
+            encode(rows, bench.tokenizer, task.recipe.max_length, None, rendering_of(task.recipe))
+        return bench.before()
 
-    def found(file: Path, stored: Figures) -> Point:
-        run, defence = asked[file]
-        way = Way(stack.name, defence, run.rank, run.lr)
-        return point(way, run.seed, run.examples, before, stored)
+    def files(self, run: Run) -> dict[str, Path]:
+        """The file of each point of a run, by its defence."""
+        probe = digest_of(run.task.probe_identity)
+        names = run.task.of_kind(run.mixed)
+        return {name: self.out / "figures" / f"{name}-{run.name}-{probe}.json" for name in names}
 
-    def there(file: Path, stored: Figures) -> None:
-        run, defence = asked[file]
-        odds = found(file, stored).measured.log_odds
-        tell(f"{described(run)}, {defence}: log-odds {odds:+.2f}")
+    def tuned(self, run: Run) -> Path:
+        """The directory of a run's adapter."""
+        return self.out / "tuned" / run.name
 
-    measures = {
-        file: partial(_after, bench, run, out, defence) for file, (run, defence) in asked.items()
-    }
-    return [*map(found, asked, kept(measures, there, say))]
+    def tune_all(self, runs: Sequence[Run], tell: Callable[[str], None]) -> None:
+        """Have every run tuned whose figures are not all there, by this process or another; tell
+        after each.
+        """
+        needed = {}
+        for run in runs:
+            if all(file.is_file() for file in self.files(run).values()):
+                tell(f"tuned {described(run)}")
+            else:
+                needed[self.tuned(run)] = run
+        work = {path: partial(tune, run, path) for path, run in needed.items()}
+        shared(work, lambda path: tell(f"tuned {described(needed[path])}"), self.say)
 
+    def points_of(self, stack: Stack, before: Before, tell: Callable[[str], None]) -> list[Point]:
+        """The points of a stack, in the order of its runs; tell after each."""
+        bench = cache(partial(Bench, self.task, stack, self.opening))
+        asked = {
+            file: (run, defence)
+            for run in self.task.runs(stack)
+            for defence, file in self.files(run).items()
+        }
 
-def _after(bench: Callable[[], Bench], run: Run, out: Path, defence: str) -> Figures:
-    return bench().after(tuned(run, out), defence)
+        def measured(file: Path) -> Figures:
+            run, defence = asked[file]
+            return bench().after(self.tuned(run), defence)
+
+        def found(file: Path, stored: Figures) -> Point:
+            run, defence = asked[file]
+            way = Way(stack.name, defence, run.rank, run.lr)
+            return point(way, run.seed, run.examples, before, stored)
+
+        def there(file: Path, stored: Figures) -> None:
+            run, defence = asked[file]
+            odds = found(file, stored).measured.log_odds
+            tell(f"{described(run)}, {defence}: log-odds {odds:+.2f}")
+
+        measures = {file: partial(measured, file) for file in asked}
+        return [*map(found, asked, kept(measures, there, self.say))]
 
 
 def gate(task: Task, adapter: Path, instead: bool, opening: Opening) -> Fragility:
@@ -153,43 +161,6 @@ def gate(task: Task, adapter: Path, instead: bool, opening: Opening) -> Fragilit
     way = Way(stack.name, "none", None, None)
     found = point(way, None, None, before, bench.alone(adapter, instead))
     return Fragility(task.base.name, str(adapter), {stack.name: before}, (found,))
-
-
-def before_file(task: Task, stack: Stack, out: Path) -> Path:
-    """The file of the figures of a stack itself."""
-    digest = digest_of([stack.identity, task.probe_identity, task.rows.identity, task.defences])
-    return out / "figures" / f"before-{digest}.json"
-
-
-def before_of(task: Task, stack: Stack, opening: Opening) -> Figures:
-    """The figures of a stack; all that a run would stumble over later is checked with them.
-
-    Args:
-        task: What is asked.
-        stack: The adapters.
-        opening: Loads the model with adapters over it.
-    """
-    bench = Bench(task, stack, opening)
-    bench.check()
-    for rows in filter(None, (task.rows, task.mix)):
-        encode(rows, bench.tokenizer, task.recipe.max_length, None, rendering_of(task.recipe))
-    return bench.before()
-
-
-def files(run: Run, out: Path) -> dict[str, Path]:
-    """The file of each point of a run, by its defence.
-
-    Args:
-        out: The directory of figures and tunings.
-    """
-    probe = digest_of(run.task.probe_identity)
-    names = run.task.of_kind(run.mixed)
-    return {name: out / "figures" / f"{name}-{run.name}-{probe}.json" for name in names}
-
-
-def tuned(run: Run, out: Path) -> Path:
-    """The directory of a run's adapter."""
-    return out / "tuned" / run.name
 
 
 def tune(run: Run, path: Path) -> None:

@@ -87,7 +87,5 @@ def ask(name: str, job: Mapping[str, Any], python: str | None = None) -> Theirs:
         greedy,
         ENGINES[name].title,
         about["version"],
-        tuple(about.get("unused", ())),
-        tuple(about.get("other_tokens", ())),
-        tuple(about.get("other_texts", ())),
+        *(tuple(about.get(name, ())) for name in ("unused", "other_tokens", "other_texts")),
     )
