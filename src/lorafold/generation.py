@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from lorafold.core.attach import only, selection_of
 from lorafold.data.control_tokens import ids_of
-from lorafold.data.endings import ending_of
+from lorafold.data.templates import ending_of
 from lorafold.engine import Ended, Engine, Request, Sampling, Stream
 from lorafold.engine.adapters import attached, parts_of
 from lorafold.errors import LorafoldError

@@ -13,9 +13,9 @@ import pytest
 
 import lorafold as lf
 from families import embedded
-from lorafold.data.endings import ending_of
 from lorafold.data.examples import NO_LOSS, encode_row
 from lorafold.data.render import Rendering
+from lorafold.data.templates import ending_of
 from lorafold.generation import end_tokens
 from template_cases import CASES, EOS, tokenizer_of
 

@@ -32,9 +32,8 @@ from large_cases import N, row, train, written
 from lorafold.data import rows as reading
 from lorafold.data import stored, tokenizing
 from lorafold.data.batches import Batches, epoch_size
-from lorafold.data.completions import Completions, in_pieces
 from lorafold.data.control_tokens import ids_of
-from lorafold.data.examples import encode
+from lorafold.data.examples import Completions, encode, in_pieces
 from lorafold.data.labelled import encode_labelled
 from lorafold.data.render import ensure_chat_template, prompts, render_trained
 from lorafold.data.rows import read_rows
@@ -429,7 +428,7 @@ def kill(*args, **fields):
     import time; time.sleep(1)
 parent = os.getpid()
 if where == "tokenizing":
-    from lorafold.data.completions import Completions, in_pieces
+    from lorafold.data.examples import Completions, in_pieces
     whole = Completions.encode
     def encode(self, rows, first):
         open(os.path.join(pids, str(os.getpid())), "w").close()

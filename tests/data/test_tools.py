@@ -32,13 +32,12 @@ from families import as_taken, embedded, names, tokenizer_of
 from lorafold.api.arguments import as_rows
 from lorafold.cli import app
 from lorafold.data.calls import parse_calls
-from lorafold.data.conversations import Compared, Conversation
 from lorafold.data.examples import NO_LOSS, encode, encode_row
 from lorafold.data.messages import normalized, tools_of
 from lorafold.data.render import prompts, render
 from lorafold.data.rows import read_rows
-from lorafold.data.shapes import PAIRS, shape_of
-from lorafold.data.template_forms import Form, call, form_of
+from lorafold.data.shapes import PAIRS, Compared, Conversation, shape_of
+from lorafold.data.templates import Form, call, form_of
 from lorafold.engine import Ended
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import EvaluationSettings, evaluate
@@ -397,7 +396,7 @@ def test_a_reference_is_the_call_as_the_template_writes_it(with_tools: Any) -> N
 def test_an_answer_counts_without_its_reasoning(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that thinks says more than the reference."""
     tokenizer = tokenizer_of("qwen3")
-    from lorafold.data.references import without_reasoning
+    from lorafold.data.prompts import without_reasoning
 
     [(prompt, reference)] = prompts([ROWS["thinking"]], tokenizer)
     assert reference == "I do not know."

@@ -21,8 +21,8 @@ from transformers import AddedToken
 
 import lorafold as lf
 from lorafold.data.calls import parse_calls
-from lorafold.data.reasoning import block_of
 from lorafold.data.render import render
+from lorafold.data.templates import block_of
 from lorafold.errors import Busy, LorafoldError
 from lorafold.files.contents import Contents
 from lorafold.identity import of_adapter

@@ -11,8 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from lorafold.data.checking import renamed
-from lorafold.data.rows import check_rows, read_rows
+from lorafold.data.rows import check_rows, read_rows, renamed
 from lorafold.data.shapes import PAIRS
 from lorafold.data.sources import Row, source_from
 from lorafold.data.stored import Rows

@@ -30,7 +30,7 @@ from lorafold.comparing.latency import NEW, latencies
 from lorafold.comparing.variants import Variant
 from lorafold.data.probes import probe_ids
 from lorafold.data.sources import Row
-from lorafold.data.template_forms import on_day
+from lorafold.data.templates import on_day
 from lorafold.errors import NotMergeable
 from lorafold.evaluation import Evaluation, Interval, RewardEvaluation
 from lorafold.opening import Base

@@ -6,7 +6,16 @@ Of a pair, branch 1 is the chosen completion and branch 2 the rejected one. A br
 last token that both documents have in common before the first trained one, so that each position
 predicts one token. What `shared` + `branch` holds is what supervised training makes of the row with
 that completion: the ids before a trained turn are those that generation starts from.
+
+Turns rows of preferences into examples, with a report.
+
+    data = encode_preferred(rows, tokenizer, 1024, "pairs", console)
+
+`"pairs"` have a chosen and a rejected completion, `"judged"` rows one completion with a label (or
+both of a pair, the chosen one labelled true).
 """
+
+from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,17 +37,21 @@ from lorafold.data.arrow import (
     numbers,
     texts,
 )
-from lorafold.data.completions import Completions
-from lorafold.data.conversations import Compared
-from lorafold.data.examples import NO_LOSS, Example, example_of
+from lorafold.data.control_tokens import told_of
+from lorafold.data.examples import NO_LOSS, WHOLE, Completions, Example, example_of
 from lorafold.data.parsing import kind_of
 from lorafold.data.render import Rendering
-from lorafold.data.tokenizing import Encoder
+from lorafold.data.rows import as_checked
+from lorafold.data.shapes import JUDGED, PAIRS, Compared
+from lorafold.data.sources import Row
+from lorafold.data.stored import Part, Rows, named, parts_of
+from lorafold.data.tokenizing import Encoder, tokenized
+from lorafold.errors import LISTED, LorafoldError, listed
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from rich.console import Console
     from transformers import PreTrainedTokenizerBase
-
 
 @dataclass(frozen=True)
 class Branched:
@@ -70,7 +83,7 @@ class Branched:
         first, *others = (len(branch.ids) for branch in self.branches)
         return (len(self.shared) + first, *others)
 
-    def some(self, chosen: slice) -> "Branched":
+    def some(self, chosen: slice) -> Branched:
         """The row with these of its branches."""
         return replace(self, branches=self.branches[chosen], reference=self.reference[chosen])
 
@@ -96,7 +109,7 @@ class Branches(Encoder):
     of the prompt once, and `problem`.
     """
 
-    tokenizer: "PreTrainedTokenizerBase"
+    tokenizer: PreTrainedTokenizerBase
     kind: str
     rendering: Rendering = field(default_factory=Rendering)
 
@@ -114,7 +127,7 @@ class Branches(Encoder):
         return {**self.completions.identity, "kind": self.kind}
 
     @property
-    def schema(self) -> "pa.Schema":
+    def schema(self) -> pa.Schema:
         import pyarrow as pa
 
         many = pa.list_(pa.int32())
@@ -122,7 +135,7 @@ class Branches(Encoder):
         told = {"marked": pa.bool_(), TURNS: pa.string(), "problem": pa.string()}
         return pa.schema({**columns, "desirable": pa.bool_(), **told})
 
-    def encode(self, given: Sequence[Sequence[Compared]], first: int) -> "pa.RecordBatch":
+    def encode(self, given: Sequence[Sequence[Compared]], first: int) -> pa.RecordBatch:
         import pyarrow as pa
 
         compared = [(number, one) for number, row in enumerate(given, first) for one in row]
@@ -198,7 +211,7 @@ class BranchedExamples(TableExamples[Branched]):
     for each, `whole` (n, k) those of its documents.
     """
 
-    def __init__(self, table: "pa.Table", max_length: int) -> None:
+    def __init__(self, table: pa.Table, max_length: int) -> None:
         super().__init__(table, max_length, np.arange(len(table)))
         self._starts, self._spans = Lists(table.column("starts")), Lists(table.column("spans"))
         self._desirable: list[bool] = table.column("desirable").to_pylist()
@@ -266,7 +279,7 @@ class MismatchedExamples(BranchedExamples):
     before (that of the last one for the first), which KTO measures its divergence on.
     """
 
-    def __init__(self, table: "pa.Table", max_length: int) -> None:
+    def __init__(self, table: pa.Table, max_length: int) -> None:
         super().__init__(table, max_length)
         other = np.roll(self.own, 1, axis=0)
         self.own = np.hstack([self.own, np.minimum(other, max_length - self.shared[:, None])])
@@ -285,3 +298,138 @@ class MismatchedExamples(BranchedExamples):
         [branch], [strange], length = own.branches, other.branches, int(self.own[entry, 1])
         ids = (branch.ids[:1] + strange.ids[1:])[:length]
         return replace(own, branches=(branch, Example(ids, strange.labels[:length])))
+
+
+EXAMPLES: dict[str, type[BranchedExamples]] = {PAIRS: BranchedExamples, JUDGED: MismatchedExamples}
+
+
+@dataclass(frozen=True)
+class PreferenceReport:
+    """What `encode_preferred` made of the rows; `str` gives it as lines of text.
+
+    `tokens` are those that a step computes, with each prompt once, and `apart` those of the
+    documents if every completion had a prompt of its own. `means` are the mean lengths of the
+    completions in tokens, those of the chosen and the rejected ones. `longest` is the length of the
+    longest document before cutting, and `truncated` rows were cut. `marked` have control tokens in
+    their contents, which are text.
+    """
+
+    rows: int
+    tokens: int
+    apart: int
+    means: dict[str, float]
+    longest: int
+    max_length: int
+    truncated: int
+    marked: int = 0
+
+    def __str__(self) -> str:
+        lengths = ", ".join(f"{name} {mean:.1f}" for name, mean in self.means.items())
+        text = (
+            f"{self.rows} rows, {self.tokens} tokens ({self.apart} if each completion had its own"
+            f" prompt); completions have on average {lengths} tokens; the longest document has"
+            f" {self.longest}"
+        )
+        if self.truncated:
+            text += f"\n{self.truncated} rows were cut at {self.max_length} tokens"
+        return text + told_of(self.marked)
+
+
+@dataclass(frozen=True)
+class PreferredData:
+    """The examples in the order of their rows, the report, and how many examples are from each
+    source.
+    """
+
+    examples: Sequence[Branched]
+    report: PreferenceReport
+    parts: tuple[Part, ...]
+
+
+def encode_preferred(
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    kind: str,
+    console: Console | None = None,
+    rendering: Rendering = WHOLE,
+) -> PreferredData:
+    """Tokenize rows of preferences, each prompt once.
+
+    Raises LorafoldError that lists the bad rows: those that the chat template refuses, that have no
+    token to train on, or whose completions are equal, also within `max_length`.
+
+    Args:
+        rows: The user's rows, of a shape that suits `kind`.
+        tokenizer: A fast tokenizer with a chat template.
+        max_length: Longer documents (a prompt with one completion) are cut to this many tokens.
+        kind: pairs or judged.
+        console: For progress; None is quiet.
+        rendering: What of a completion is trained on.
+    """
+    rows = as_checked(rows, kind)
+    return preferred(
+        tokenized(rows, Branches(tokenizer, kind, rendering), console), rows, max_length, kind
+    )
+
+
+def preferred(table: pa.Table, rows: Rows, max_length: int, kind: str) -> PreferredData:
+    """The examples of a table that `Branches` made.
+
+    Args:
+        table: The ids of prompts and completions.
+        rows: What it was made of.
+        max_length: Longer documents are cut to this many tokens.
+        kind: pairs or judged.
+
+    Raises LorafoldError for rows of which nothing is left to compare within `max_length`.
+    """
+    examples = EXAMPLES[kind](table, max_length)
+    cut: Array = np.any(examples.whole > max_length, axis=1)
+    refuse_cut(rows, examples, max_length, cut)
+    of = np.array(_names(table, examples.whole.shape[1]))  # (n, k), the name of each completion
+    own = examples.own[:, : of.shape[1]]
+    report = PreferenceReport(
+        len(rows),
+        int(examples.lengths.sum()),
+        int((examples.shared[:, None] + examples.own).sum()),
+        {name: float(own[of == name].mean()) - 1 for name in dict.fromkeys(of.flatten().tolist())},
+        int(examples.whole.max()),
+        max_length,
+        len(np.unique(examples.rows[cut])),
+        examples.marked,
+    )
+    return PreferredData(examples, report, parts_of(examples.rows, rows.parts))
+
+
+def refuse_cut(rows: Rows, examples: BranchedExamples, max_length: int, cut: Array) -> None:
+    """Raise LorafoldError for rows of which nothing is left to compare.
+
+    Args:
+        rows: What the examples were made of.
+        max_length: To which they are cut.
+        cut: Which of them are cut, (n,).
+    """
+    bad: dict[int, str] = {}
+    for n in np.flatnonzero(cut).tolist():
+        example, row = examples[n], int(examples.rows[n])
+        own = example.branches[: examples.whole.shape[1]]
+        if any(set(branch.labels) == {-100} for branch in own):
+            bad[row] = "no token of a completion is left"
+        elif len(own) == 2 and own[0] == own[1]:
+            bad[row] = "chosen and rejected are equal"
+    if bad:
+        first = zip(named(rows.origins.places([*bad][:LISTED])), bad.values(), strict=False)
+        told = listed((f"{name}: {what}" for name, what in first), "; ", count=len(bad))
+        raise LorafoldError(
+            f"data: within max_length {max_length}: {told}; raise max_length, or leave"
+            " these rows out"
+        )
+
+
+def _names(table: pa.Table, k: int) -> list[list[str]]:
+    """The name of each of the k completions of every example."""
+    if k == 2:
+        return [["chosen", "rejected"]] * len(table)
+    judged = table.column("desirable").to_pylist()
+    return [["desirable" if good else "undesirable"] for good in judged]

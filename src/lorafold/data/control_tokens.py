@@ -1,4 +1,12 @@
-"""Control tokens inside the contents of messages, which are read as text.
+"""Which control tokens the contents of messages may have as tokens, written in the chat template.
+
+    {# control tokens in contents: ["<|user|>"] #}        or true, for all of them
+
+A comment, so that every program renders the same, and whatever keeps, compares or sends the
+template has it. Tokens that it does not name are read as text (`data.control_tokens`). A template
+that joins contents as they stand has no turns that one could forge: it allows all.
+
+Control tokens inside the contents of messages, which are read as text.
 
     as_text(conversation, tokenizer)     the conversation with each of them between two marks
     ids_of(text, tokenizer)              the ids of a rendered text; what is marked is split as text
@@ -11,24 +19,93 @@ of pieces. The assistant writes some of the latter itself, such as <tool_call>: 
 only special ones are text, but for those that enclose its reasoning.
 """
 
+from __future__ import annotations
+
+import json
 import re
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
 
-from lorafold.data.allowed_tokens import allowed, written_by
-from lorafold.data.conversations import Conversation
 from lorafold.data.messages import Message, Tool
-from lorafold.data.reasoning import block_of
-from lorafold.data.template_forms import KNOWN, template_of
+from lorafold.data.shapes import Conversation
+from lorafold.data.templates import ASKED, KNOWN, VALUE, attempt, block_of, form_of, template_of
 from lorafold.errors import LorafoldError
+from lorafold.models.built_in_templates import JOINED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+NOTE = re.compile(r"\A\{# control tokens in contents: (.*?) #\}\n")
+ALL = None  # in place of words
+
+
+def allow(tokenizer: PreTrainedTokenizerBase, words: Iterable[str] | None = ALL) -> None:
+    """Let contents have these tokens, besides those that they may have already, and without those
+    that the template writes.
+
+    Args:
+        tokenizer: With its chat template, or with several; without one nothing is to be said.
+        words: The texts of the tokens; None allows all.
+    """
+    if not (template := tokenizer.chat_template):
+        return
+    named = template if isinstance(template, dict) else {"": template}
+    if words is not None:
+        words = frozenset(words)
+        if words:
+            words -= written_by("".join(named.values()), tokenizer, words)
+        if not words:
+            return
+    noted = {name: _noted(text, words) for name, text in named.items()}
+    tokenizer.chat_template = noted if isinstance(template, dict) else noted[""]
+
+
+def written_by(
+    template: str, tokenizer: PreTrainedTokenizerBase, words: Iterable[str]
+) -> frozenset[str]:
+    """Those of some words that a chat template writes itself, of pieces (as <|user|>) or as a word.
+
+    Args:
+        tokenizer: With this template, which probes of each role show.
+    """
+    form, system = form_of(tokenizer), {"role": "system", "content": VALUE}
+    said: list[Message] = [ASKED, {"role": "assistant", "content": VALUE}, ASKED]
+    texts = [
+        attempt(form.of(messages), tokenizer, for_generation=True)
+        for messages in (said, [system, *said], [*said[:2], {"role": "tool", "content": VALUE}])
+    ]
+    text = "".join([without_note(template), *texts])
+    return frozenset(word for word in words if word in text)
+
+
+def allowed(template: str) -> frozenset[str] | None:
+    """The tokens that contents may have under a chat template; None for all."""
+    if template.endswith(JOINED):
+        return ALL
+    found = NOTE.match(template)
+    words = json.loads(found[1]) if found else []
+    return ALL if words is True else frozenset(words)
+
+
+def without_note(template: str) -> str:
+    """A chat template without what this module wrote in it."""
+    return NOTE.sub("", template)
+
+
+def _noted(template: str, words: Iterable[str] | None) -> str:
+    before = allowed(template)
+    given = ALL if words is None or before is None else sorted({*before, *words})
+    if template.endswith(JOINED):
+        return template
+    # a comment ends with #}, which no word may write
+    said = json.dumps(True if given is None else given).replace("#", "\\u0023")
+    return f"{{# control tokens in contents: {said} #}}\n{without_note(template)}"
+
 
 OPENING, CLOSING = mark_control_tokens("x", re.compile("x")).split("x")
 IN_PROMPT = (
@@ -48,7 +125,7 @@ class Found(NamedTuple):
     first: tuple[str, ...]
 
 
-def as_text(conversation: Conversation, tokenizer: "PreTrainedTokenizerBase") -> Conversation:
+def as_text(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Conversation:
     """The conversation with the control tokens of its contents and tools marked; the same one if
     there are none.
 
@@ -66,7 +143,7 @@ def as_text(conversation: Conversation, tokenizer: "PreTrainedTokenizerBase") ->
 
 
 def variables_as_text(
-    variables: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase", tools: Sequence[Tool]
+    variables: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, tools: Sequence[Tool]
 ) -> Mapping[str, Any]:
     """Variables of the chat template that renders with these tools, with the control tokens in them
     marked.
@@ -75,13 +152,13 @@ def variables_as_text(
     return variables if found is None else _mark(variables, found.all, found)
 
 
-def _found(tokenizer: "PreTrainedTokenizerBase", tools: Sequence[Tool]) -> Found | None:
+def _found(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Tool]) -> Found | None:
     """What finds control tokens; None where contents may have all of them."""
     return _found_by(template_of(tokenizer, tools), tokenizer, len(tokenizer))
 
 
 @lru_cache(maxsize=KNOWN)
-def _found_by(template: str, tokenizer: "PreTrainedTokenizerBase", _size: int) -> Found | None:
+def _found_by(template: str, tokenizer: PreTrainedTokenizerBase, _size: int) -> Found | None:
     free = allowed(template)
     if free is None:
         return None
@@ -143,7 +220,7 @@ def told_of(marked: int) -> str:
     )
 
 
-def ids_of(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+def ids_of(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token ids of a rendered text. Raises LorafoldError for a control token that the tokenizer
     can't read as text.
     """
@@ -160,7 +237,7 @@ def ids_of(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     return list(found.input_ids)
 
 
-def tokens_of(text: str, tokenizer: "PreTrainedTokenizerBase", special: bool = False) -> list[int]:
+def tokens_of(text: str, tokenizer: PreTrainedTokenizerBase, special: bool = False) -> list[int]:
     """`tokenizer(text, add_special_tokens=special).input_ids`. Without offsets and masks this takes
     0.3 of the time, and other threads run meanwhile (574 kB of text: 66 ms at a time without it).
     """
@@ -207,7 +284,7 @@ class Pieces:
         return self.offsets[token]
 
 
-def encoded(text: str, tokenizer: "PreTrainedTokenizerBase") -> Pieces:
+def encoded(text: str, tokenizer: PreTrainedTokenizerBase) -> Pieces:
     """The tokens of a rendered text, as `encode_marked_chat` of transformers has them; those of a
     marked token share its characters.
 
@@ -230,14 +307,14 @@ def encoded(text: str, tokenizer: "PreTrainedTokenizerBase") -> Pieces:
 
 
 @lru_cache(maxsize=KNOWN)
-def _marks(tokenizer: "PreTrainedTokenizerBase", _size: int) -> re.Pattern[str]:
+def _marks(tokenizer: PreTrainedTokenizerBase, _size: int) -> re.Pattern[str]:
     """What matches a marked token, or a mark alone: a template may cut a content at a token."""
     words = _any_of({*tokenizer.added_tokens_encoder}).pattern
     return re.compile(f"{OPENING}({words}){CLOSING}|[{OPENING}{CLOSING}]")
 
 
 def _pieces(
-    texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase"
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[list[int], list[tuple[int, int]]]]:
     """The tokens of pieces of one text with their characters; those of all but the first as they
     are after a line break: some tokenizers put a space before the beginning of a text.
@@ -259,7 +336,7 @@ def _pieces(
 
 
 @lru_cache(maxsize=256)
-def _as_text(word: str, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
+def _as_text(word: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     try:
         return tuple(encode_marked_chat(tokenizer, f"{OPENING}{word}{CLOSING}"))
     except ValueError as error:

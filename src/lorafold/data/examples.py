@@ -1,32 +1,311 @@
-"""Examples: the token ids of a row, with labels that say which tokens are trained on.
+"""The encoder of conversations, prompts with completions, and plain text: token ids, and the spans
+of tokens to train on.
+
+A row has one example, or several (`data.trained_spans`). A text is tokenized once. If a token would
+span the border between a prompt and its turn, the turn has an example of its own, which is
+tokenized in two pieces, so that the ids before the turn are the ones that generation sees. To tell,
+the end of the prompt is tokenized alone, from its last added token on: tokenizers split a text at
+added tokens before all else, so what comes before has the same ids in both. That end is mostly the
+opening of an assistant turn, and is tokenized once for all rows.
+
+Examples: the token ids of a row, with labels that say which tokens are trained on.
 
 Tokens inside a trained span are their own labels; all others are labelled -100. An example is made
 of its table when it is asked for, so that a million take no memory of their own.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import groupby
-from typing import TYPE_CHECKING
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from itertools import groupby, pairwise
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorafold.data.arrow import Array, Lists, TableExamples, column, digests
-from lorafold.data.completions import Completions
-from lorafold.data.control_tokens import told_of
-from lorafold.data.render import Rendering, Trained
+from lorafold.data.arrow import (
+    TURNS,
+    Array,
+    Lists,
+    TableExamples,
+    column,
+    digests,
+    flags,
+    lists,
+    numbers,
+    texts,
+)
+from lorafold.data.control_tokens import Pieces, encoded, is_marked, told_of
+from lorafold.data.render import Rendered, Rendering, Trained, render_trained
 from lorafold.data.rows import as_checked
-from lorafold.data.shapes import CONVERSATIONS
+from lorafold.data.shapes import CONVERSATIONS, Conversation
 from lorafold.data.sources import Row
 from lorafold.data.stored import Part, Rows, parts_of
-from lorafold.data.tokenizing import tokenized
+from lorafold.data.templates import day_of
+from lorafold.data.tokenizing import Encoder, tokenized
 from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from rich.console import Console
     from rich.text import Text
+    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
+
+TRAINED, EMPTY = ":trained", ":empty"  # a turn that is trained on; one that says nothing, too
+SAID = ("tool_calls", "reasoning_content")  # what a message may say besides its content
+OPENINGS = 1000  # ends of prompts whose ids are kept
+Spans = list[tuple[int, int]]  # [start, end), of characters or of tokens
+
+
+@dataclass
+class Piece:
+    """One example in the making: the text of a row with its trained spans of characters, or of a
+    row of plain text; then its token ids with the spans of tokens.
+    """
+
+    row: int
+    left_out: int = 0
+    hidden: int = 0
+    marked: bool = False
+    turns: str = ""
+    problem: str = ""
+    rendered: Rendered | None = None
+    text: str = ""
+    ids: Sequence[int] = ()
+    spans: Spans = field(default_factory=list)
+
+
+@dataclass(frozen=True, eq=False)
+class Completions(Encoder):
+    """Makes examples whose completions are trained on.
+
+    Columns: `row`, `ids` (T,), `spans` (2n,) the starts and ends of n trained spans of tokens,
+    `left_out` the row's assistant turns that are not trained on, `hidden` those whose reasoning the
+    chat template leaves out, `marked` whether control tokens in its contents are text, `turns` the
+    role of each message, a line each, with what becomes of it (`TRAINED`, `EMPTY`), and `problem`,
+    why the row can't be used. All between `spans` and it are with the row's first example. A row
+    has one example or several; one with a problem has an empty one.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    rendering: Rendering = field(default_factory=Rendering)
+    _openings: dict[str, list[int]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.tokenizer.is_fast:
+            raise LorafoldError(
+                f"tokenizer: found {type(self.tokenizer).__name__}, which gives no character"
+                " offsets; expected a fast tokenizer (one with a tokenizer.json)"
+            )
+
+    @property
+    def takes(self) -> str:
+        return CONVERSATIONS
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        about = {"kind": "completions", "rendering": asdict(self.rendering)}
+        return about | identity_of(self.tokenizer)
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        import pyarrow as pa
+
+        many = pa.list_(pa.int32())
+        columns = {"row": pa.int32(), "ids": many, "spans": many, "left_out": pa.int32()}
+        told = {"marked": pa.bool_(), TURNS: pa.string(), "problem": pa.string()}
+        return pa.schema({**columns, "hidden": pa.int32(), **told})
+
+    def encode(self, given: Sequence[Conversation], first: int) -> pa.RecordBatch:
+        import pyarrow as pa
+
+        pieces = [piece for n, one in enumerate(given, first) for piece in self._pieces(one, n)]
+        rendered = [piece for piece in pieces if piece.rendered]
+        plain = [piece for piece in pieces if not piece.rendered and not piece.problem]
+        made: dict[int, list[Piece]] = {}  # by the place among the pieces
+        tokens = iter(self._tokens(rendered, False))
+        for n, piece in enumerate(pieces):
+            made[n] = self._marked(piece, next(tokens)) if piece.rendered else [piece]
+        for piece, encoding in zip(plain, self._tokens(plain, True), strict=True):
+            end = self.tokenizer.eos_token_id
+            ended = end is None or encoding.ids[-1:] == [end]
+            piece.ids = encoding.ids if ended else [*encoding.ids, end]
+            piece.spans = [(0, len(piece.ids))]
+        pieces = [piece for n in range(len(pieces)) for piece in made[n]]
+        columns = [
+            numbers([piece.row for piece in pieces]),
+            lists([piece.ids for piece in pieces]),
+            lists([[at for span in piece.spans for at in span] for piece in pieces]),
+            numbers([piece.left_out for piece in pieces]),
+            numbers([piece.hidden for piece in pieces]),
+            flags([piece.marked for piece in pieces]),
+            texts([piece.turns for piece in pieces]),
+            texts([piece.problem for piece in pieces]),
+        ]
+        return pa.record_batch(columns, self.schema)
+
+    def _pieces(self, given: Conversation, number: int) -> list[Piece]:
+        if not given.messages:
+            turns = f"text{TRAINED if given.text.strip() else EMPTY}"
+            return [Piece(number, turns=turns, text=given.text)]
+        try:
+            trained = render_trained(given, self.tokenizer, self.rendering)
+        except LorafoldError as error:
+            return [Piece(number, problem=str(error))]
+        pieces = [Piece(number, rendered=found, text=found.text) for found in trained.renderings]
+        pieces[0].left_out, pieces[0].hidden = trained.left_out, trained.hidden
+        pieces[0].marked = any(is_marked(piece.text) for piece in pieces)
+        pieces[0].turns = turns_of(given, trained)
+        return pieces
+
+    def _tokens(self, pieces: Sequence[Piece], special: bool) -> Sequence[Encoding | Pieces]:
+        if not pieces:
+            return []
+        texts = [piece.text for piece in pieces]
+        found = self.tokenizer(
+            texts, add_special_tokens=special, return_attention_mask=False, verbose=False
+        )
+        encodings = found.encodings
+        assert encodings is not None  # of a fast tokenizer
+        if special:
+            return encodings
+        return [
+            encoded(text, self.tokenizer) if is_marked(text) else one
+            for text, one in zip(texts, encodings, strict=True)
+        ]
+
+    def _marked(self, piece: Piece, encoding: Encoding | Pieces) -> list[Piece]:
+        """The examples of a rendered piece, with their ids and trained spans: one, and one more for
+        each turn before which a token would span the border.
+        """
+        assert piece.rendered is not None
+        rendered, text, together = piece.rendered, piece.text, Spans()
+        apart: list[Piece] = []
+        ids = encoding.ids
+        for border, following in pairwise([*rendered.turns, len(text) + 1]):
+            at = first_token(encoding, border, text)
+            spans = [span for span in rendered.spans if border <= span[0] < following]
+            if self._is_prompt(text[:border], encoding, ids[:at]):
+                together += spans
+                continue
+            last = following > len(text)
+            cut = Rendered(text if last else text[: spans[-1][1]], tuple(spans), (border,))
+            apart.append(Piece(piece.row))
+            apart[-1].ids, apart[-1].spans = in_pieces(cut, self.tokenizer)
+        if together or not apart:
+            spans = [
+                (first_token(encoding, a, text, spaced=True), first_token(encoding, b, text))
+                for a, b in together
+            ]
+            apart.append(Piece(piece.row, ids=ids, spans=spans))
+        first, left_out, hidden = apart[0], piece.left_out, piece.hidden
+        told = replace(first, left_out=left_out, hidden=hidden, turns=piece.turns)
+        return [replace(told, marked=piece.marked), *apart[1:]]
+
+    def _is_prompt(self, prompt: str, encoding: Encoding | Pieces, ids: list[int]) -> bool:
+        """Tell whether the first ids of an encoding are those of the prompt alone."""
+        last = next((i for i in reversed(range(len(ids))) if ids[i] in self._added), 0)
+        start = start_of(encoding, last) if last else 0
+        ending = prompt[start:]
+        if ending not in self._openings:
+            if len(self._openings) > OPENINGS:
+                self._openings.clear()
+            self._openings[ending] = tokens_of(ending, self.tokenizer)[0]
+        return self._openings[ending] == ids[last:]
+
+    @cached_property
+    def _added(self) -> frozenset[int]:
+        return frozenset(self.tokenizer.added_tokens_decoder)
+
+
+def turns_of(given: Conversation, trained: Trained) -> str:
+    """The messages of a conversation as the column `turns` has them."""
+    lines = []
+    for n, message in enumerate(given.messages):
+        said = any(message.get(part) for part in SAID) or (message.get("content") or "").strip()
+        became = "" if n not in trained.turns else TRAINED if said else EMPTY
+        lines.append(" ".join(message["role"].split()) + became)
+    return "\n".join(lines)
+
+
+def turns_in(text: str) -> Iterator[tuple[str, str]]:
+    """(role, what becomes of it) of each message, as the column `turns` has them."""
+    for line in text.splitlines():
+        became = next((end for end in (TRAINED, EMPTY) if line.endswith(end)), "")
+        yield line.removesuffix(became), became
+
+
+def identity_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What the ids of a text depend on: the tokenizer and its template, and the day where that one
+    asks for it.
+    """
+    return {
+        "day": day_of(tokenizer),
+        "tokenizer": tokenizer.backend_tokenizer.to_str(),
+        "template": str(tokenizer.chat_template),
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+    }
+
+
+def first_token(
+    encoding: Encoding | Pieces, character: int, text: str, spaced: bool = False
+) -> int:
+    """The first token that starts at or after a character.
+
+    Args:
+        encoding: Of the text.
+        character: Its number, from 0.
+        spaced: A token with the character counts that has nothing but white space before it.
+    """
+    if character >= len(text):
+        return len(encoding)
+    at = encoding.char_to_token(character)
+    if at is None:  # no token has this character
+        return bisect_left([start for start, _ in encoding.offsets], character)
+    while at < len(encoding) and (start := start_of(encoding, at)) < character:
+        if spaced and not text[start:character].strip():
+            break
+        at += 1  # the token spans the border
+    return at
+
+
+def start_of(encoding: Encoding | Pieces, token: int) -> int:
+    """The character at which a token starts."""
+    characters = encoding.token_to_chars(token)
+    assert characters is not None  # texts are tokenized without special tokens of their own
+    return characters[0]
+
+
+def in_pieces(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], Spans]:
+    """(token ids, trained spans of tokens) of a text with one turn, cut where the turn begins."""
+    [border] = rendered.turns
+    ids, starts = tokens_of(rendered.text[:border], tokenizer)
+    rest, rest_starts = tokens_of(rendered.text[border:], tokenizer, border)
+    ids, starts = ids + rest, [min(start, border - 1) for start in starts] + rest_starts
+    spans = []
+    for a, b in rendered.spans:
+        first = bisect_left(starts, a)
+        before = starts[first - 1] if first and starts[first : first + 1] != [a] else border - 1
+        inside = before >= border and not rendered.text[before:a].strip()
+        spans.append((first - inside, bisect_left(starts, b)))
+    return ids, spans
+
+
+def tokens_of(
+    text: str, tokenizer: PreTrainedTokenizerBase, at: int = 0
+) -> tuple[list[int], list[int]]:
+    """(token ids, the character at which each starts).
+
+    Args:
+        tokenizer: A fast tokenizer.
+        at: The number of the text's first character.
+    """
+    found = encoded(text, tokenizer)
+    return found.ids, [at + begin for begin, _ in found.offsets]
+
 
 NO_LOSS = -100  # torch's ignore_index
 WHOLE = Rendering()  # every turn of the assistant, with its reasoning
@@ -100,7 +379,7 @@ class Encoded:
     rows, and how many examples are from each source.
     """
 
-    examples: "Examples"
+    examples: Examples
     report: Report
     parts: tuple[Part, ...]
 
@@ -108,7 +387,7 @@ class Encoded:
 class Examples(TableExamples[Example]):
     """The examples of a table that have a token to train on; `Completions` made the table."""
 
-    def __init__(self, table: "pa.Table", max_length: int) -> None:
+    def __init__(self, table: pa.Table, max_length: int) -> None:
         self._spans = Lists(table.column("spans"))
         lengths = np.minimum(Lists(table.column("ids")).lengths, max_length)
         found = labelled_counts(self._spans, lengths)
@@ -160,9 +439,9 @@ def labelled_counts(spans: Lists, lengths: Array) -> Array:
 
 def encode(
     rows: Sequence[Row],
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-    console: "Console | None" = None,
+    console: Console | None = None,
     rendering: Rendering = WHOLE,
 ) -> Encoded:
     """Tokenize rows of conversations, prompts with completions, or plain text.
@@ -182,7 +461,7 @@ def encode(
     return encoded(tokenized(rows, Completions(tokenizer, rendering), console), rows, max_length)
 
 
-def encoded(table: "pa.Table", rows: Rows, max_length: int) -> Encoded:
+def encoded(table: pa.Table, rows: Rows, max_length: int) -> Encoded:
     """The examples of a table that `Completions` made.
 
     Args:
@@ -221,7 +500,7 @@ def encoded(table: "pa.Table", rows: Rows, max_length: int) -> Encoded:
 
 
 def encode_row(
-    row: Row, tokenizer: "PreTrainedTokenizerBase", rendering: Rendering = WHOLE
+    row: Row, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE
 ) -> tuple[list[Example], Trained]:
     """The examples of one row, whole, and how many of its turns are left out or lack reasoning.
 
@@ -241,7 +520,7 @@ def encode_row(
     return examples, Trained((), *counts)
 
 
-def preview(example: Example, tokenizer: "PreTrainedTokenizerBase") -> "Text":
+def preview(example: Example, tokenizer: PreTrainedTokenizerBase) -> Text:
     """Return the example's text as the model sees it.
 
     Tokens that are trained on are bold and stand in ⟦ ⟧, which shows them without colour too.

@@ -1,4 +1,13 @@
-"""What there is to know of the rows of a run before its first step, found in their tokens.
+"""What a chat template does with a conversation that its user can't see in a row: said before it is
+used.
+
+    account = account_of(tokenizer)
+    account.line                    one line, for the beginning of a run
+    account.lines                   the same in full, a line each
+
+All of it is found by rendering probes (`data.endings`, `data.reasoning`, `data.template_forms`).
+
+What there is to know of the rows of a run before its first step, found in their tokens.
 
     found = look(train.examples, rows, max_length, (held_out.examples, held_out_rows))
     found.lines                    one line for each thing that was found
@@ -17,17 +26,193 @@ Rows are compared by digests of tokens that are there anyway (`TableExamples`). 
 has is told too, and a file of which no turn of the assistant is trained on.
 """
 
+from __future__ import annotations
+
+import copy
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lorafold.data.arrow import Array, TableExamples
-from lorafold.data.completions import EMPTY, turns_in
-from lorafold.data.origins import Place, named
-from lorafold.data.stored import Rows
+from lorafold.data.examples import EMPTY, turns_in
+from lorafold.data.messages import Message
+from lorafold.data.render import render_trained, shows_calls, shows_tools
+from lorafold.data.shapes import Conversation
+from lorafold.data.stored import Place, Rows, named
+from lorafold.data.templates import (
+    ASKED,
+    KEY,
+    NAME,
+    NOWHERE,
+    VALUE,
+    WITH_TURN,
+    attempt,
+    block_of,
+    call,
+    ending_of,
+    form_of,
+    is_dated,
+    specials_of,
+    template_of,
+)
+from lorafold.errors import LorafoldError
+from lorafold.models.template_variables import set_variables, variables_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BESIDE, OTHER = "probe beside", "probe other value"
+ROLES = {"", "system", "user", "assistant", "model", "human"}
+WORDS = re.compile(r"[^\W\d_]{2,}")
+LEFT_OUT = "turns without reasoning are left out, since generation would begin them otherwise"
+QUOTED = 60  # characters of a text that the template supplies
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a template does.
+
+    end: What ends a turn; empty if nothing does.
+    ended: With what the end is written, as `Ending.written`.
+    prompt: What the generation prompt adds of reasoning: it opens a block, has an empty one, or
+        nothing.
+    system: The words that the template puts before a conversation without a system message.
+    dated: It writes the date of the day.
+    hides: The parts of a conversation that it does not show.
+    plain: Why plain turns can't be trained; empty if they can.
+    """
+
+    end: str
+    ended: str
+    prompt: str
+    system: str
+    dated: bool
+    hides: tuple[str, ...]
+    plain: str = ""
+
+    @property
+    def lines(self) -> list[str]:
+        """What there is to know, a line each."""
+        end = f"a turn ends with {self.end}"
+        if self.ended == NOWHERE:
+            end = (
+                f"it ends no turn: {self.end} is trained after each (not with --end-of-turn none)"
+                if self.end
+                else "it ends no turn, and the tokenizer has no end token: a model never stops"
+            )
+        elif self.ended != WITH_TURN:
+            end += ", which it writes before the next message only"
+        found = [end]
+        if self.prompt:
+            found.append(f"the prompt {self.prompt}")
+        if self.system:
+            found.append(f"without a system message it writes {self.system!r}")
+        if self.dated:
+            found.append("it writes the date of the day")
+        if self.hides:
+            found.append(f"it does not show {', '.join(self.hides)}")
+        if self.plain:
+            found.append(self.plain)
+        return found
+
+    @property
+    def line(self) -> str:
+        """The same as one line."""
+        return f"chat template: {'; '.join(self.lines)}"
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields by name."""
+        return asdict(self)
+
+
+def account_of(tokenizer: PreTrainedTokenizerBase) -> Account:
+    """What the tokenizer's chat template does.
+
+    Args:
+        tokenizer: A tokenizer with a chat template.
+    """
+    ending = ending_of(tokenizer)
+    return Account(
+        ending.text.strip(),
+        ending.written,
+        _of_prompt(tokenizer),
+        _system(tokenizer),
+        is_dated(tokenizer),
+        tuple(_hidden(tokenizer)),
+        _plain(tokenizer),
+    )
+
+
+def _plain(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Why turns without reasoning can't be trained, and which variable of the template helps."""
+    if not (told := _untrained(tokenizer)):
+        return ""
+    with suppress(LorafoldError):
+        for name in sorted(variables_of(tokenizer)):
+            for value in (False, True):
+                with_value = copy.copy(tokenizer)
+                set_variables(with_value, {name: value})
+                if not _untrained(with_value):
+                    return f"{told}; --template-kwargs {name}={str(value).lower()} helps"
+    return told
+
+
+def _untrained(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Why a plain turn can't be trained; empty if it can."""
+    said: Message = {"role": "assistant", "content": VALUE}
+    try:
+        found = render_trained(Conversation([ASKED, said]), tokenizer)
+    except LorafoldError as error:
+        return f"a plain conversation is refused ({error})"
+    return LEFT_OUT * found.left_out
+
+
+def _of_prompt(tokenizer: PreTrainedTokenizerBase) -> str:
+    form, block = form_of(tokenizer), block_of(tokenizer)
+    asked = form.of([ASKED])
+    bare = attempt(asked, tokenizer).rstrip()
+    added = attempt(asked, tokenizer, for_generation=True).removeprefix(bare).strip()
+    if added.endswith(block.opening):
+        return f"opens a block of reasoning ({block.opening})"
+    if block.opening in added and block.closing in added:
+        return f"has an empty block of reasoning ({block.opening}{block.closing})"
+    return ""
+
+
+def _system(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The words before the first message that are no role's."""
+    text = attempt(form_of(tokenizer).of([ASKED]), tokenizer)
+    before = specials_of(tokenizer).sub("\n", text.partition(str(ASKED["content"]))[0])
+    lines = (line.strip() for line in before.splitlines())
+    said = " ".join(line for line in lines if line.strip("#: ").lower() not in ROLES)
+    if len(WORDS.findall(said)) < 3:
+        return ""
+    return said if len(said) <= QUOTED else f"{said[:QUOTED].rstrip()}..."
+
+
+def _hidden(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    template, form = template_of(tokenizer), form_of(tokenizer)
+    system: Message = {"role": "system", "content": VALUE}
+    found = [] if VALUE in attempt(form.of([system, ASKED]), tokenizer) else ["system messages"]
+    if not shows_tools(template_of(tokenizer, [call(NAME, {})]), tokenizer):
+        found.append("tools")
+    if not shows_calls(template, tokenizer):
+        found.append("calls")
+    else:
+        calls = [call(NAME, {KEY: value}) | {"id": f"probe000{n}"}
+                 for n, value in enumerate((VALUE, OTHER))]  # fmt: skip
+        said: Message = {"role": "assistant", "content": BESIDE, "tool_calls": calls[:1]}
+        text = attempt(form.of([ASKED, said]), tokenizer)
+        found += ["what is said beside a call"] * (BESIDE not in text)
+        both: Message = {"role": "assistant", "content": "", "tool_calls": calls}
+        found += ["a second call"] * (OTHER not in attempt(form.of([ASKED, both]), tokenizer))
+    return found + ["reasoning"] * (not block_of(tokenizer).shown)
+
 
 Pairs = tuple[Array, Array | None]  # ascending indices of rows, and of those they are compared with
 SHOWN = 5  # rows that one line names
@@ -180,7 +365,7 @@ class Looked:
         later = first != np.arange(len(first))
         return _ascending(self.of[order[later]], self.of[order[first[later]]])
 
-    def shared(self, others: "Looked") -> Pairs:
+    def shared(self, others: Looked) -> Pairs:
         """The rows that are among others too, and which they are there."""
         order = np.argsort(others.digests, kind="stable")
         at = np.searchsorted(others.digests[order], self.digests)

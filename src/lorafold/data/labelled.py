@@ -26,12 +26,9 @@ from lorafold.data.arrow import (
     numbers,
     texts,
 )
-from lorafold.data.checking import check_given
-from lorafold.data.completions import identity_of
-from lorafold.data.conversations import Labelled
-from lorafold.data.examples import NO_LOSS
-from lorafold.data.rows import as_checked
-from lorafold.data.shapes import LABELS
+from lorafold.data.examples import NO_LOSS, identity_of
+from lorafold.data.rows import as_checked, check_given
+from lorafold.data.shapes import LABELS, Labelled
 from lorafold.data.sources import Row
 from lorafold.data.stored import Part, Rows
 from lorafold.data.tokenizing import Encoder, tokenized

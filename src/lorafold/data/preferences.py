@@ -13,9 +13,16 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from lorafold.data.messages import Message, message_problems, normalized, text_problems
+from lorafold.data.messages import (
+    Message,
+    message_problems,
+    normalized,
+    text_problems,
+    turn_problems,
+    turns_problems,
+    turns_to_messages,
+)
 from lorafold.data.parsing import Row
-from lorafold.data.sharegpt import turn_problems, turns_problems, turns_to_messages
 
 TURN = re.compile(r"\n\n(Human|Assistant): ?")
 SPOKEN = {"Human": "user", "Assistant": "assistant"}

@@ -1,4 +1,27 @@
-"""Renders conversations with the model's chat template: whole, as prompts, and for training.
+"""Refuses a conversation of which the chat template leaves out a part: its tools, a call, the
+content of a message.
+
+Nearly always every part is found in the text as it stands. Where one is not, it is rendered once
+more with a probe in its place, since a template may trim, quote or spell a part in its own way.
+
+What of a conversation is trained on: the texts of its examples, and the spans in them.
+
+    prompt(i) = render(messages[:i], with the generation prompt)
+    after(i)  = render(messages[:i + 1]) = prompt(i) + what the model shall generate
+
+**The law**: the ids before a trained turn are those that generation starts from, and nothing that
+the template supplies is trained on. So a trained turn begins where its prompt ends. Turns whose
+`after` is a prefix of a longer text are spans of that text; a template that rewrites earlier turns
+(drops their reasoning, say) has an example of its own for each turn. Where `after` does not begin
+with the prompt, `data.prompt_mismatch` looks for the form that generation has; a turn without one
+is left out and counted. If the template marks its own spans with {% generation %}, what lies
+outside them is not trained on.
+
+A turn ends with a token at which generation stops (`data.endings`). Where the template writes it
+with the next message, `after` goes on through it; where it writes none, the tokenizer's own stands
+there, and each turn has an example of its own, since no later prompt has that token.
+
+Renders conversations with the model's chat template: whole, as prompts, and for training.
 
     render(messages, tokenizer, for_generation=True, tools=tools)     one text
     prompts(rows, tokenizer)                                          (prompt, reference) of rows
@@ -6,23 +29,405 @@
 `data.trained_spans` finds what of a conversation is trained on.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any, Literal
+
+from jinja2.exceptions import TemplateError
 
 from lorafold.data.control_tokens import as_text, variables_as_text
 from lorafold.data.messages import Message, Tool
-from lorafold.data.omissions import check_able, check_shown
-from lorafold.data.references import references
+from lorafold.data.prompt_mismatch import after_block, after_rewriting
+from lorafold.data.prompts import references
 from lorafold.data.shapes import CONVERSATIONS, Conversation
 from lorafold.data.sources import Row
 from lorafold.data.stored import Rows
-from lorafold.data.template_forms import NONE, apply, form_of
-from lorafold.data.trained_spans import Rendered, Rendering, Trained, render_trained
+from lorafold.data.templates import (
+    ASKED,
+    KEY,
+    KNOWN,
+    NAME,
+    NONE,
+    PROBE_TOOL,
+    VALUE,
+    WITH_NEXT,
+    WITH_TURN,
+    apply,
+    attempt,
+    block_of,
+    call,
+    ending_of,
+    form_of,
+    specials_of,
+    template_of,
+    through_special,
+)
 from lorafold.errors import LorafoldError
 from lorafold.models.built_in_templates import opening
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+HELP = "--chat-template FILE takes another template, and --chat-template tools one with tools"
+
+
+def check_shown(
+    conversation: Conversation,
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    turns: Mapping[int, str] | None = None,
+) -> None:
+    """Raise LorafoldError if the text lacks a part of the conversation.
+
+    Args:
+        text: Its rendering.
+        tokenizer: The tokenizer whose chat template rendered it.
+        turns: What the template adds for a message with calls, by its number, where that is known.
+    """
+    for part, probed, probe in _missing(conversation, text, turns or {}):
+        form = form_of(tokenizer, probed.tools)
+        try:
+            again = apply(form.of(probed.messages), tokenizer, probed.tools)
+        except LorafoldError:
+            again = ""
+        if probe not in again:
+            raise LorafoldError(
+                f"the chat template does not show {part}, so it would be lost; {HELP}"
+            )
+
+
+def check_able(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise LorafoldError if the conversation has tools, or calls, and the chat template shows none
+    in any conversation.
+    """
+    called = any("tool_calls" in message for message in conversation.messages)
+    if not conversation.tools and not called:
+        return
+    template = template_of(tokenizer, conversation.tools)
+    if conversation.tools and not shows_tools(template, tokenizer):
+        raise LorafoldError(f"the chat template does not show the row's tools; {HELP}")
+    if called and not shows_calls(template, tokenizer):
+        raise LorafoldError(f"the chat template does not show calls (tool_calls); {HELP}")
+
+
+@lru_cache(maxsize=KNOWN)
+def shows_tools(template: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the template shows a probe tool, with a system message or without."""
+    form, system = form_of(tokenizer, [PROBE_TOOL]), {"role": "system", "content": VALUE}
+    asked = (form.of([ASKED]), form.of([system, ASKED]))
+    return any(KEY in attempt(m, tokenizer, [PROBE_TOOL], for_generation=True) for m in asked)
+
+
+@lru_cache(maxsize=KNOWN)
+def shows_calls(template: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the template shows a probe call, as the last message or in an earlier one."""
+    said: list[Message] = [
+        {"role": "assistant", "tool_calls": [call(NAME, {KEY: VALUE}) | {"id": "probe0000"}]},
+        {"role": "tool", "content": VALUE, "name": NAME, "tool_call_id": "probe0000"},
+        {"role": "assistant", "content": VALUE},
+    ]
+    form = form_of(tokenizer)
+    texts = (attempt(form.of([ASKED, *said[:n]]), tokenizer) for n in (1, 3))
+    return any(NAME in text.replace(VALUE, "") for text in texts)
+
+
+def _missing(
+    conversation: Conversation, text: str, turns: Mapping[int, str]
+) -> Iterator[tuple[str, Conversation, str]]:
+    """(a part that is not in the text, the conversation with a probe in its place, the probe)."""
+    messages, trained, tools = conversation.messages, conversation.trained, conversation.tools
+
+    def at(index: int, **changed: Any) -> Conversation:
+        probed = [*messages[:index], messages[index] | changed, *messages[index + 1 :]]
+        return Conversation(probed, trained, tools)
+
+    for index, message in enumerate(messages):
+        content = message.get("content")
+        if message["role"] != "assistant" and content and content.strip() not in text:
+            what = f"messages[{index}].content ({message['role']})"
+            yield what, at(index, content=VALUE), VALUE
+        for number, given in enumerate(message.get("tool_calls", ())):
+            where = f"messages[{index}].tool_calls[{number}]"
+            if not _has_call(turns.get(index, text), given):
+                calls = list(message["tool_calls"])
+                calls[number] = given | call(NAME, {KEY: VALUE})
+                for what, probe in ((f"{where}: its name", NAME), (f"{where}: arguments", VALUE)):
+                    yield what, at(index, tool_calls=calls), probe
+    if tools and not all(_has_tool(text, tool) for tool in tools):
+        probed = Conversation(messages, trained, (*tools, PROBE_TOOL))
+        yield "the row's tools", probed, KEY
+
+
+def _has_tool(text: str, tool: dict[str, Any]) -> bool:
+    """Whether the text has a tool's name and its description, or that of its first argument."""
+    function = tool["function"]
+    parameters = function.get("parameters")
+    properties = parameters.get("properties") if isinstance(parameters, dict) else None
+    named = properties if isinstance(properties, dict) else ()
+    said = [part for part in (function.get("description"), *named) if part][:1]
+    return bool(said) and all(_has_text(text, value) for value in (function["name"], *said))
+
+
+def _has_call(text: str, given: dict[str, Any]) -> bool:
+    function = given["function"]
+    return function["name"] in text and all(
+        key in text and (not isinstance(value, str) or _has_text(text, value.strip()))
+        for key, value in function["arguments"].items()
+    )
+
+
+def _has_text(text: str, value: Any) -> bool:
+    """Whether a text stands in another one, as it is or as in JSON."""
+    value = str(value)
+    return (
+        value in text
+        or json.dumps(value, ensure_ascii=False)[1:-1] in text
+        or json.dumps(value)[1:-1] in text
+    )
+
+
+def hidden(messages: list[Message], index: int, turn: str) -> bool:
+    """Whether the turn's text lacks the reasoning that its message has, or what it says beside its
+    calls.
+
+    Args:
+        index: The turn's message.
+    """
+    message = messages[index]
+    thought, said = (str(message.get(k) or "").strip() for k in ("reasoning_content", "content"))
+    beside = said if message.get("tool_calls") else ""
+    return thought not in turn or not _has_text(turn, beside)
+
+
+OWN_SPANS = re.compile(r"\{%[-+]?\s*generation\b")
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """What of a conversation is trained on: all turns of the assistant or the last, with their
+    reasoning or without, and with an end that the template does not write with the turn (auto) or
+    without (none).
+    """
+
+    train_on: Literal["all", "last"] = "all"
+    mask_reasoning: bool = False
+    end_of_turn: Literal["auto", "none"] = "auto"
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """The text of one example and its trained character spans [start, end). `turns` are the
+    characters at which its trained turns begin: the text before one is what generation starts from,
+    so that the tokens are to be cut there.
+    """
+
+    text: str
+    spans: tuple[Span, ...]
+    turns: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The examples of one conversation. `left_out` assistant turns are not trained on, and the
+    text of `hidden` trained turns lacks their reasoning, or what they say beside a call, since the
+    template leaves it out. `turns` are the indices of the messages that are trained on.
+    """
+
+    renderings: tuple[Rendered, ...]
+    left_out: int = 0
+    hidden: int = 0
+    turns: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class TrainedTurn:
+    """One assistant turn: a text that ends with it, where it starts and ends in that text, and the
+    spans that the template marks, or None if it marks none anywhere.
+    """
+
+    text: str
+    start: int
+    end: int
+    marks: tuple[Span, ...] | None
+
+    @property
+    def said(self) -> str:
+        """What generation makes of it."""
+        return self.text[self.start : self.end]
+
+
+@lru_cache(maxsize=KNOWN)
+def marks_own(template: str) -> bool:
+    """Whether a chat template marks its own spans."""
+    return bool(OWN_SPANS.search(template))
+
+
+class Drawing:
+    """The renderings of one conversation."""
+
+    def __init__(self, conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer, self.tools = tokenizer, conversation.tools
+        self.messages = conversation.messages
+        self.form = form_of(tokenizer, self.tools)
+        self.formed = self.form.of(self.messages)
+        self.marks_own = marks_own(template_of(tokenizer, self.tools))
+
+    @cached_property
+    def whole(self) -> tuple[str, tuple[Span, ...] | None]:
+        """The text of all messages, and the template's own marks in it."""
+        return self._draw(self.formed)
+
+    def prompt(self, i: int) -> str:
+        """The text that the generation of turn i starts from."""
+        return apply(self.formed[:i], self.tokenizer, self.tools, for_generation=True)
+
+    def turn(self, i: int) -> TrainedTurn | None:
+        """Turn i as generation would have it, or None where the template has no such form."""
+        if i == 0:
+            return None  # the first message has no prompt before it
+        prompt, message = self.prompt(i), self.formed[i]
+        text, marks = self.whole if i == len(self.formed) - 1 else self._draw(self.formed[: i + 1])
+        if text.startswith(prompt):
+            return _turn(text, prompt, marks)
+        if message.get("reasoning_content"):
+            bare = {k: v for k, v in message.items() if k != "reasoning_content"}
+            plain, plain_marks = self._draw([*self.formed[:i], bare])
+            if plain.startswith(prompt):
+                return _turn(plain, prompt, plain_marks)
+        reasoning = message.get("reasoning_content", "")
+        said = self.messages[i].get("content", "")
+        block, specials = block_of(self.tokenizer), specials_of(self.tokenizer)
+        joined = after_block(prompt, text, (reasoning, said), block, specials)
+        if joined is None:
+            before = attempt(self.formed[:i], self.tokenizer, self.tools)
+            joined = after_rewriting(prompt, text, before, said)
+        if joined is None or marks == ():
+            return None
+        return _turn(joined, prompt, None if marks is None else ((len(prompt), len(joined)),))
+
+    def ended(self, i: int, turn: TrainedTurn) -> TrainedTurn:
+        """Turn i with its end."""
+        text, ending = turn.text[: turn.end], ending_of(self.tokenizer)
+        if ending.written == WITH_TURN:
+            return turn
+        end = ending.text
+        if ending.written == WITH_NEXT:
+            follows = [m for m in self.formed[i + 1 : i + 2] if m["role"] in ("user", "tool")]
+            [next_one] = follows or self.form.of([ASKED])
+            longer = attempt([*self.formed[: i + 1], next_one], self.tokenizer, self.tools)
+            if longer.startswith(text):
+                end = through_special(longer[len(text) :], self.tokenizer) or end
+        marks = turn.marks
+        if marks is not None and any(last > turn.start for _, last in marks):
+            marks = (*marks, (len(text), len(text) + len(end)))
+        return TrainedTurn(text + end, turn.start, len(text) + len(end), marks)
+
+    def _draw(self, messages: list[Message]) -> tuple[str, tuple[Span, ...] | None]:
+        if not self.marks_own:
+            return apply(messages, self.tokenizer, self.tools), None
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        special: Any = self.tokenizer.special_tokens_map
+        try:
+            found: Any = render_jinja_template(
+                [messages],
+                tools=list(self.tools) or None,
+                chat_template=template_of(self.tokenizer, self.tools),
+                return_assistant_tokens_mask=True,
+                add_generation_prompt=False,
+                **special,
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            apply(messages, self.tokenizer, self.tools)  # tells what is wrong in one line
+            raise LorafoldError(f"the model's chat template: {error}") from error
+        [text], [marks] = found
+        return text, tuple((start, end) for start, end in marks)
+
+
+def render_trained(
+    conversation: Conversation,
+    tokenizer: PreTrainedTokenizerBase,
+    rendering: Rendering = Rendering(),
+) -> Trained:
+    """Render a conversation and find the spans of its trained assistant turns.
+
+    A conversation of which nothing is trained on gives its whole text, without spans.
+
+    Args:
+        conversation: The messages, and from which on they are trained on.
+        tokenizer: A tokenizer with a chat template.
+        rendering: What of them is trained on.
+
+    Raises LorafoldError if the template refuses the conversation, or does not show its tools, a
+    call, or what is said by anyone but the assistant.
+    """
+    check_able(conversation, tokenizer)
+    conversation = as_text(conversation, tokenizer)
+    drawing, messages = Drawing(conversation, tokenizer), conversation.messages
+    whole, _ = drawing.whole
+    turns = conversation.turns
+    turns = turns[-1:] if rendering.train_on == "last" else turns
+    called = [i for i, message in enumerate(messages) if message.get("tool_calls")]
+    drawn = {i: drawing.turn(i) for i in {*turns, *called}}
+    calls = {i: turn.said for i in called if (turn := drawn[i]) is not None}
+    check_shown(conversation, whole, tokenizer, calls)
+    found: list[tuple[str, list[Span], list[int]]] = [(whole, [], [])]  # the longest text first
+    left_out = lost = 0
+    kept = set[int]()
+    for i in reversed(turns):
+        turn = drawn[i]
+        if turn is None:
+            left_out += 1
+            continue
+        lost += hidden(messages, i, turn.said)
+        turn = turn if rendering.end_of_turn == "none" else drawing.ended(i, turn)
+        spans = _spans(turn, rendering, tokenizer)
+        if not spans:
+            left_out += 1
+            continue
+        home = next((entry for entry in found if entry[0].startswith(turn.text)), None)
+        if home is None:
+            home = (turn.text, [], [])
+            if turn.text.startswith(whole):  # and has its end
+                found[0] = home
+            else:
+                found.append(home)
+        kept.add(i)
+        home[1].extend(spans)
+        home[2].append(turn.start)
+    renderings = [
+        Rendered(text, tuple(sorted(spans)), tuple(sorted(starts)))
+        for text, spans, starts in found
+        if spans
+    ]
+    shown = tuple(renderings[::-1]) or (Rendered(whole, ()),)
+    return Trained(shown, left_out, lost, frozenset(kept))
+
+
+def _turn(text: str, prompt: str, marks: tuple[Span, ...] | None) -> TrainedTurn:
+    # whitespace after the token that ends a turn is the template's
+    return TrainedTurn(text, len(prompt), max(len(prompt), len(text.rstrip())), marks)
+
+
+def _spans(
+    turn: TrainedTurn, rendering: Rendering, tokenizer: PreTrainedTokenizerBase
+) -> list[Span]:
+    """The trained spans of a turn."""
+    start, end = turn.start, turn.end
+    if rendering.mask_reasoning:
+        start += block_of(tokenizer).end(turn.text[start:end], turn.text[:start])
+    if turn.marks is None:
+        return [(start, end)] if start < end else []
+    # a mark may go on to the end of the line, behind the token that ends the turn
+    cut = ((max(start, first), min(len(turn.text), last)) for first, last in turn.marks)
+    return [(first, last) for first, last in cut if first < last]
+
 
 __all__ = ["Rendered", "Rendering", "Trained", "render_trained"]
 
@@ -34,7 +439,7 @@ PLAIN_TEMPLATE = """\
 {%- if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif -%}"""
 
 
-def ensure_chat_template(tokenizer: "PreTrainedTokenizerBase") -> str | None:
+def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Give a tokenizer without a chat template a plain one; return the notice to print, or None if
     it has a template already.
 
@@ -58,7 +463,7 @@ def ensure_chat_template(tokenizer: "PreTrainedTokenizerBase") -> str | None:
 
 def render(
     messages: Sequence[Message],
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     for_generation: bool = False,
     tools: Sequence[Tool] = (),
     variables: Mapping[str, Any] = NONE,
@@ -80,7 +485,7 @@ def render(
 
 def prompt_of(
     conversation: Conversation,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     variables: Mapping[str, Any] = NONE,
 ) -> str:
     """The prompt for the next turn of a conversation, as `data.control_tokens` has texts.
@@ -100,7 +505,7 @@ def prompt_of(
 
 def _applied(
     given: Conversation,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     for_generation: bool,
     variables: Mapping[str, Any],
 ) -> str:
@@ -110,7 +515,7 @@ def _applied(
     return apply(formed, tokenizer, given.tools, for_generation, variables)
 
 
-def prompts(rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase") -> list[tuple[str, str]]:
+def prompts(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
     """Return (prompt text ready for generation, reference completion) for each row, as
     `data.references` has them.
     """

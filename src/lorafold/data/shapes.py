@@ -1,4 +1,6 @@
-"""The shapes that a user's rows may have.
+"""What shapes give of rows and encoders take: conversations, completions to compare, labels.
+
+The shapes that a user's rows may have.
 
 | shape | row |
 |---|---|
@@ -20,31 +22,33 @@ which most is asked: `shapes_for`. What a shape gives of its rows is what encode
 itself goes no further.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from typing import Any
 
-from lorafold.data.conversations import Compared, Conversation, Labelled
-from lorafold.data.instructions import (
-    instruction,
-    instruction_problems,
-    query,
-    query_problems,
-    system_of,
-    system_problems,
-)
 from lorafold.data.messages import (
+    CALLERS,
     REASONING,
     Message,
     Tool,
     asks,
+    instruction,
+    instruction_problems,
     message_problems,
     normalized,
+    query,
+    query_problems,
     role_of,
+    system_of,
+    system_problems,
     text_problems,
     tool_problems,
     tools_of,
+    turns_problems,
+    turns_to_messages,
 )
 from lorafold.data.parsing import Row, kind_of
 from lorafold.data.preferences import (
@@ -57,7 +61,60 @@ from lorafold.data.preferences import (
     turns_preference,
     turns_preference_problems,
 )
-from lorafold.data.sharegpt import CALLERS, turns_problems, turns_to_messages
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """The messages of one row, in the form of `data.messages`, and the tools that it offers. The
+    assistant turns from index `trained` on are trained on, but for those of `left`. Plain text is
+    one without messages.
+    """
+
+    messages: list[Message]
+    trained: int = 0
+    tools: tuple[Tool, ...] = ()
+    text: str = ""
+
+    @property
+    def left(self) -> frozenset[int]:
+        """The indices of the messages that are not trained on, as their row says."""
+        return frozenset(n for n, one in enumerate(self.messages) if one.get("weight") == 0)
+
+    @property
+    def turns(self) -> list[int]:
+        """The indices of the assistant turns that are trained on."""
+        left, messages = self.left, enumerate(self.messages)
+        said = [n for n, one in messages if one["role"] == "assistant" and n not in left]
+        return [n for n in said if n >= self.trained]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What one example of preferences is made of: a prompt, its completions by the name of their
+    field, the tools, and the judgement of a single completion, which has yet to be checked.
+    """
+
+    prompt: list[Message]
+    completions: dict[str, list[Message]]
+    tools: tuple[Tool, ...] = ()
+    desirable: Any = True
+
+    def conversations(self) -> list[Conversation]:
+        """Each completion after the prompt."""
+        before = self.prompt
+        return [
+            Conversation([*before, *said], len(before), self.tools)
+            for said in self.completions.values()
+        ]
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A text and its label, text or a whole number."""
+
+    text: str
+    label: str | int
+
 
 # What a shape may give of its rows, each row once.
 CONVERSATIONS = "conversations"  # a Conversation

@@ -1,9 +1,18 @@
-"""A user's rows after they are checked: in a list, or as JSON text in an Arrow file.
+"""Where rows are from, so that one is named as its user finds it: by its file and its number.
+
+    origins.places([0, 17])      [Place("a.jsonl", 1), Place("b.jsonl", 5)]
+
+What is kept are the runs of rows that follow one another in a file: one for most files, and one
+more after each blank line.
+
+A user's rows after they are checked: in a list, or as JSON text in an Arrow file.
 
 A file is memory-mapped: rows are parsed when they are asked for and take no memory of their own.
 `Rows` adds to either what a run must know of them all: their digest, and how many are from each
 source.
 """
+
+from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,14 +21,76 @@ from functools import cached_property
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, NamedTuple, TypeVar, overload
 
 import numpy as np
 
 from lorafold.data.arrow import Array, open_table
-from lorafold.data.origins import Origins
 from lorafold.data.parsing import Row
 from lorafold.data.shapes import Shape, shape_of, shapes_for
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class Place(NamedTuple):
+    """A row: the name of its file, empty for rows given in Python, and its number there, from 1."""
+
+    file: str
+    row: int
+
+    def __str__(self) -> str:
+        return f"{self.file}: row {self.row}" if self.file else f"row {self.row}"
+
+
+def named(places: Iterable[Place]) -> Iterator[str]:
+    """How places are called one after another: the file of the one before is not named again."""
+    before = None
+    for place in places:
+        yield f"row {place.row}" if place.file == before else str(place)
+        before = place.file
+
+
+@dataclass(frozen=True)
+class Origins:
+    """Where each row is from. `runs` are the name of a file, the number of a row in it, and how
+    many rows follow one another from there on; rows without any are numbered as they come. `chosen`
+    are the indices of the rows that were selected of all, (n,).
+    """
+
+    runs: tuple[tuple[str, int, int], ...] = ()
+    chosen: Array | None = field(default=None, compare=False)
+
+    def select(self, indices: Array) -> Origins:
+        """Those of the rows with these indices."""
+        return replace(self, chosen=indices if self.chosen is None else self.chosen[indices])
+
+    def places(self, rows: Iterable[int]) -> list[Place]:
+        """The places of the rows with these indices."""
+        at = self._at(np.fromiter(rows, np.int64))
+        if not self.runs:
+            return [Place("", n + 1) for n in at.tolist()]
+        run, after = self._run(at)
+        starts = [self.runs[n] for n in run.tolist()]
+        return [Place(s[0], s[1] + n) for s, n in zip(starts, after.tolist(), strict=True)]
+
+    def files(self, n: int) -> tuple[list[str], Array]:
+        """The names of the files, and the number of that which each of n rows is from, (n,)."""
+        if not self.runs:
+            return [""], np.zeros(n, np.int64)
+        numbers = dict[str, int]()
+        of_run = [numbers.setdefault(name, len(numbers)) for name, *_ in self.runs]
+        run, _ = self._run(self._at(np.arange(n)))
+        return [*numbers], np.array(of_run)[run]
+
+    def _at(self, rows: Array) -> Array:
+        return rows if self.chosen is None else self.chosen[rows]
+
+    def _run(self, at: Array) -> tuple[Array, Array]:
+        """The number of the run of each of some rows, and how far it is after its beginning."""
+        starts = np.cumsum([0, *(count for *_, count in self.runs)])
+        run = np.searchsorted(starts, at, "right") - 1
+        return run, at - starts[run]
+
 
 T = TypeVar("T")
 
@@ -45,7 +116,7 @@ class ArrowRows(Sequence[Row]):
     def __init__(self, path: Path, chosen: Array | None = None) -> None:
         self._path, self._chosen, self._text = path, chosen, open_table(path).column("row")
 
-    def __reduce__(self) -> tuple[type["ArrowRows"], tuple[Any, ...]]:
+    def __reduce__(self) -> tuple[type[ArrowRows], tuple[Any, ...]]:
         # another process opens the file itself
         return ArrowRows, (self._path, self._chosen)
 
@@ -74,7 +145,7 @@ class ArrowRows(Sequence[Row]):
         for chunk in self._text.chunks:
             yield from chunk.to_pylist()
 
-    def select(self, indices: Array) -> "ArrowRows":
+    def select(self, indices: Array) -> ArrowRows:
         """The rows with these indices."""
         return ArrowRows(self._path, indices if self._chosen is None else self._chosen[indices])
 
@@ -97,7 +168,7 @@ class Rows(Sequence[Row]):
     origins: Origins = field(default_factory=Origins, repr=False)
 
     @staticmethod
-    def of(rows: Sequence[Row], wanted: str = "") -> "Rows":
+    def of(rows: Sequence[Row], wanted: str = "") -> Rows:
         """Rows of one source; those that are `Rows` already stay as they are."""
         return rows if isinstance(rows, Rows) else Rows(rows, (Part(len(rows)),), wanted=wanted)
 
@@ -190,7 +261,7 @@ class Rows(Sequence[Row]):
         """The rows as JSON text."""
         return self.rows.texts() if isinstance(self.rows, ArrowRows) else map(AS_IT_IS.encode, self)
 
-    def select(self, indices: Array) -> "Rows":
+    def select(self, indices: Array) -> Rows:
         """The rows with these indices, which ascend."""
         parts, origins = parts_of(indices, self.parts), self.origins.select(indices)
         of = replace(self, parts=parts, origins=origins)

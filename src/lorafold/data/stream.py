@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from lorafold.data.arrow import Lists
-from lorafold.data.checking import check_given, checked, renamed
+from lorafold.data.batches import Feed
 from lorafold.data.control_tokens import told_of
 from lorafold.data.examples import Examples
-from lorafold.data.feed import Feed
-from lorafold.data.noticed import Noticed
 from lorafold.data.parsing import Row
+from lorafold.data.rows import Noticed, check_given, checked, renamed
 from lorafold.data.shapes import Shape, shapes_for
 from lorafold.data.sources import Source, source_from
 from lorafold.data.tokenizing import Encoder

@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lorafold.data.arrow import Array, TableExamples, digests, flags, lists, numbers, texts
-from lorafold.data.completions import identity_of
 from lorafold.data.control_tokens import ids_of, is_marked, told_of
-from lorafold.data.conversations import Conversation
+from lorafold.data.examples import identity_of
 from lorafold.data.render import prompt_of
-from lorafold.data.shapes import PROMPTS, Shape, shape_of, shapes_for
+from lorafold.data.shapes import PROMPTS, Conversation, Shape, shape_of, shapes_for
 from lorafold.data.stored import Part, Rows
 from lorafold.data.tokenizing import Encoder
 from lorafold.errors import LorafoldError

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafold.data.arrow import open_table
-from lorafold.data.checking import check_given
-from lorafold.data.origins import named
+from lorafold.data.rows import check_given
 from lorafold.data.sources import Row
-from lorafold.data.stored import CHUNK, Rows, in_chunks
+from lorafold.data.stored import CHUNK, Rows, in_chunks, named
 from lorafold.errors import LISTED, LorafoldError, listed
 from lorafold.files.cache import cached
 from lorafold.machine.workers import workers

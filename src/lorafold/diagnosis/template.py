@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lorafold.data.account import account_of
+from lorafold.data.findings import account_of
 from lorafold.diagnosis.finding import Finding
 from lorafold.opening.base import Base
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorafold.core.modes import evaluating
 from lorafold.data.arrow import lengths_of
+from lorafold.data.batches import WINDOW, alike, forest, pays
 from lorafold.data.examples import Example
-from lorafold.data.forest import WINDOW, alike, forest, pays
 from lorafold.evaluation.intervals import mean_loss
 from lorafold.step.branches import Branching, branching
 from lorafold.step.fused import fused

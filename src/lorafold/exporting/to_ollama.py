@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from lorafold.data.endings import ending_of
 from lorafold.data.render import ensure_chat_template
+from lorafold.data.templates import ending_of
 from lorafold.errors import LorafoldError
 from lorafold.exporting.gguf_model import FILE_TYPES
 from lorafold.exporting.target import Progress, Subject, Target, Written

@@ -24,10 +24,8 @@ from rich.console import Console
 from transformers import PreTrainedConfig
 
 from lorafold.adapter import attach
-from lorafold.data.batches import labelled, micro_batches, tokens_in
+from lorafold.data.batches import Feed, alike, forest, labelled, micro_batches, pays, tokens_in
 from lorafold.data.branches import Branched
-from lorafold.data.feed import Feed
-from lorafold.data.forest import alike, forest, pays
 from lorafold.errors import LorafoldError, NoTarget
 from lorafold.memory.advice import changes_of
 from lorafold.memory.terms import Estimate, estimate

@@ -9,10 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Self
 
-from lorafold.data.account import account_of
-from lorafold.data.branches import Branched, Branches
+from lorafold.data.branches import Branched, Branches, PreferredData, preferred
 from lorafold.data.examples import WHOLE, preview
-from lorafold.data.preferred import PreferredData, preferred
+from lorafold.data.findings import account_of
 from lorafold.data.render import Rendering, ensure_chat_template
 from lorafold.data.shapes import PAIRS
 from lorafold.data.stored import Rows

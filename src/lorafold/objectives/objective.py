@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 from lorafold.core.spec import Spec
+from lorafold.data.batches import Feed
 from lorafold.data.examples import WHOLE
-from lorafold.data.feed import Feed
 from lorafold.data.render import Rendering
 from lorafold.data.rows import as_checked
 from lorafold.data.sources import Row

@@ -19,10 +19,10 @@ import torch
 from rich.console import Console
 
 from lorafold.core.modes import undropped
-from lorafold.data.account import account_of
 from lorafold.data.arrow import lengths_of
+from lorafold.data.batches import Feed, StoredFeed
 from lorafold.data.examples import WHOLE
-from lorafold.data.feed import Feed, StoredFeed
+from lorafold.data.findings import account_of
 from lorafold.data.render import Rendering, ensure_chat_template
 from lorafold.data.rows import as_checked
 from lorafold.data.shapes import PROMPTS

@@ -22,9 +22,8 @@ from torch import nn
 
 from lorafold.core.attach import adapted_modules, selection_of
 from lorafold.data.arrow import Array
-from lorafold.data.branches import Branched, BranchedExamples
-from lorafold.data.feed import Feed, StoredFeed
-from lorafold.data.preferred import PreferredData
+from lorafold.data.batches import Feed, StoredFeed
+from lorafold.data.branches import Branched, BranchedExamples, PreferredData
 from lorafold.evaluation import Measured
 from lorafold.evaluation.preferences import preference_figures
 from lorafold.identity import COMPUTED_WITH, TRAINING, of_code

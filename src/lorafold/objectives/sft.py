@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from lorafold.data.account import account_of
-from lorafold.data.completions import Completions
-from lorafold.data.examples import WHOLE, Encoded, Example, encoded, preview
+from lorafold.data.examples import WHOLE, Completions, Encoded, Example, encoded, preview
+from lorafold.data.findings import account_of
 from lorafold.data.render import Rendering, ensure_chat_template
 from lorafold.data.stored import Rows
 from lorafold.data.tokenizing import Encoder

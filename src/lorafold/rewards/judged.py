@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from lorafold.data.conversations import Conversation
+from lorafold.data.shapes import Conversation
 from lorafold.errors import RewardFailed, printable
 
 

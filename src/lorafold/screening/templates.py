@@ -13,8 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypedDict
 
-from lorafold.data.allowed_tokens import ALL, allow
-from lorafold.data.control_tokens import ids_of
+from lorafold.data.control_tokens import ALL, allow, ids_of
 from lorafold.data.render import ensure_chat_template
 from lorafold.errors import LorafoldError
 from lorafold.files.contents import Contents

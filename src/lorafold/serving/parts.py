@@ -15,10 +15,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lorafold.data.calls import parse_calls
-from lorafold.data.grammar import grammar_of, special_words
+from lorafold.data.calls import grammar_of, parse_calls, special_words
 from lorafold.data.messages import Tool
-from lorafold.data.reasoning import block_of
+from lorafold.data.templates import block_of
 from lorafold.errors import LorafoldError
 
 REASONING, CONTENT = "reasoning_content", "content"

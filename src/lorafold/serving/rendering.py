@@ -12,15 +12,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from lorafold.data.calls import parse_calls
+from lorafold.data.calls import grammar_of, parse_calls, special_words
 from lorafold.data.control_tokens import as_text, ids_of, tokens_of
-from lorafold.data.grammar import grammar_of, special_words
 from lorafold.data.messages import Message, Tool
-from lorafold.data.omissions import HELP, check_able
-from lorafold.data.reasoning import block_of
-from lorafold.data.render import prompt_of
+from lorafold.data.render import HELP, check_able, prompt_of
 from lorafold.data.shapes import Conversation
-from lorafold.data.template_forms import ASKED, KEY, NAME, PROBE_TOOL, VALUE, call
+from lorafold.data.templates import ASKED, KEY, NAME, PROBE_TOOL, VALUE, block_of, call
 from lorafold.errors import LorafoldError
 from lorafold.files.contents import Contents
 from lorafold.generation import end_tokens

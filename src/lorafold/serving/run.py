@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from lorafold.core.anatomy import bare_modules
-from lorafold.data.allowed_tokens import allow
+from lorafold.data.control_tokens import allow
 from lorafold.errors import LorafoldError, listed
 from lorafold.identity import joined, of_code
 from lorafold.machine.collection import all_set_aside

@@ -16,9 +16,18 @@ from torch import Tensor, nn
 
 from lorafold.core.draws import named
 from lorafold.data.arrow import Array
-from lorafold.data.batches import collate, ids_in, labelled, micro_batches, tokens_in
+from lorafold.data.batches import (
+    alike,
+    collate,
+    forest,
+    ids_in,
+    labelled,
+    leaders,
+    micro_batches,
+    pays,
+    tokens_in,
+)
 from lorafold.data.examples import NO_LOSS, Example
-from lorafold.data.forest import alike, forest, leaders, pays
 from lorafold.models.positions import sequence_of
 from lorafold.ops.host import all_sent, on_host, sent
 from lorafold.step.balancing import balances, weighs

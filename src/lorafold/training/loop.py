@@ -25,7 +25,7 @@ from lorafold.core.attach import selection_of
 from lorafold.core.draws import drawing
 from lorafold.core.modes import evaluating, unchanged
 from lorafold.core.selection import Draws
-from lorafold.data.feed import Feed
+from lorafold.data.batches import Feed
 from lorafold.errors import Interrupted, LorafoldError, RewardFailed, listed
 from lorafold.evaluation import Measured
 from lorafold.machine.cores import considerate

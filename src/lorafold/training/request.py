@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from lorafold.data.allowed_tokens import ALL, allow
-from lorafold.data.batches import epoch_size, split
-from lorafold.data.feed import Feed, StoredFeed, by_row
+from lorafold.data.batches import Feed, StoredFeed, by_row, epoch_size, split
+from lorafold.data.control_tokens import ALL, allow
 from lorafold.data.findings import STREAMED, Findings, look
 from lorafold.data.render import Rendering
 from lorafold.data.sources import Row

@@ -20,10 +20,10 @@ from lorafold.adapter import Adapter, attach, load
 from lorafold.core.attach import Adapted, Origin
 from lorafold.core.matrices import module_at
 from lorafold.core.spec import Spec
+from lorafold.data.batches import Feed
 from lorafold.data.branches import Branched
-from lorafold.data.feed import Feed
 from lorafold.data.findings import Findings
-from lorafold.data.template_forms import day_of, is_dated, on_day
+from lorafold.data.templates import day_of, is_dated, on_day
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import check_out
 from lorafold.files.paths import check_name

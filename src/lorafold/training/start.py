@@ -17,8 +17,8 @@ from torch import Tensor
 
 from lorafold.adapter import Adapter
 from lorafold.core.delta import put
-from lorafold.data.allowed_tokens import without_note
-from lorafold.data.feed import Feed
+from lorafold.data.batches import Feed
+from lorafold.data.control_tokens import without_note
 from lorafold.data.stored import Rows
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import Measured

@@ -19,7 +19,7 @@ from lorafold.adapter import Adapter, load
 from lorafold.core.attach import only, selection_of
 from lorafold.data.examples import NO_LOSS, encode
 from lorafold.data.prompts import prompts_of
-from lorafold.data.template_forms import on_day
+from lorafold.data.templates import on_day
 from lorafold.errors import LorafoldError
 from lorafold.inspecting.updates import of_factors
 from lorafold.peft.saved import Saved
