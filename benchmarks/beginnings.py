@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 import lorafold as lf
 from lorafold.core.modes import evaluating
-from lorafold.data import batches
+from lorafold.data import batches as sharing
 from lorafold.data.branches import Branched
 from lorafold.data.examples import NO_LOSS, Example
 from lorafold.evaluation.held_out import batches, row_losses
@@ -176,7 +176,7 @@ def one(what: str, way: int, dropout: float) -> None:
 
 def rows(asked: argparse.Namespace) -> Iterator[dict]:
     if asked.pays:
-        batches.PAYS = 0.0
+        sharing.PAYS = 0.0
     for what in PAYS if asked.pays else (*SFT, PAIRS, OWN, CHOICE):
         if not any(word in what for word in asked.only):
             continue

@@ -15,7 +15,7 @@ from lorafold.data import templates
 from lorafold.data.examples import NO_LOSS, Example, encode, encode_row
 from lorafold.data.render import Rendering, Trained, render_trained
 from lorafold.data.shapes import shape_of
-from lorafold.data.templates import block_of
+from lorafold.data.templates import template_of
 from lorafold.errors import LorafoldError
 
 MARKING = {name for name in names() if name.endswith("_training")} | {
@@ -153,7 +153,7 @@ def test_what_a_family_does_with_tools_thinking_and_history(name: str) -> None:
         found.append(str(len(trained.renderings)))
         hidden = trained.hidden if kind == "thinking" else hidden
     line = f"{' '.join(found)}, hidden {hidden}"
-    print(f"{name:20} plain tools thinking both: {line}; {block_of(tokenizer_of(name))}")
+    print(f"{name:20} plain tools thinking both: {line}; {template_of(tokenizer_of(name)).block}")
     assert line == FAMILIES[name]
 
 

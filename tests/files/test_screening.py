@@ -22,7 +22,7 @@ from transformers import AddedToken
 import lorafold as lf
 from lorafold.data.calls import parse_calls
 from lorafold.data.render import render
-from lorafold.data.templates import block_of
+from lorafold.data.templates import template_of
 from lorafold.errors import Busy, LorafoldError
 from lorafold.files.contents import Contents
 from lorafold.identity import of_adapter
@@ -183,7 +183,7 @@ def test_reading_an_answer_back_asks_no_process(screen, base, tmp_path) -> None:
     said = '<tool_call>\n{"name": "look", "arguments": {"x": "y"}}\n</tool_call>'
     (call,) = parse_calls(said, found)  # type: ignore[arg-type]
     assert call["function"] == {"name": "look", "arguments": {"x": "y"}}
-    assert block_of(found).closing == "</think>"  # type: ignore[arg-type]
+    assert template_of(found).block.closing == "</think>"  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,7 @@ def rows_to_train(
     told += [*_dropped(columns), *declared.told(stream.shapes)]
     told += [f"the first rows: {text}" for text in noticed.told]
     if noticed.ignored:
-        told.append(_ignored(noticed.ignored))
+        told.append(_ignored([*noticed.ignored]))
     if console is not None:
         for text in told:
             line = f"{source_of(data)}: {text}"

@@ -1,16 +1,12 @@
 """Batches: which examples each optimizer step trains on, which rows are held out, which examples
 are packed into one sequence (best fit decreasing), and the tensors made of them.
 
-`Batches` depends on nothing but its arguments, so a resumed run computes its batches again and a
-checkpoint stores none.
+    for examples in feed.after(step): ...        a `Feed`: the examples of each step, from any on
 
-The feed of a run: the examples of each optimizer step, from any step on.
+`Batches` and feeds depend on nothing but their arguments, so a resumed run computes its batches
+again and a checkpoint stores none.
 
-    for examples in feed.after(step): ...
-
-A feed depends on nothing but its arguments: a resumed run goes on where the stopped one was.
-
-Rows that begin alike, as a forest: what several have in common is one path, to any depth.
+Rows that begin alike are a forest: what several have in common is one path, to any depth.
 
     rows     a b c d         tokens   a b c d  e  f       each node once, depth first
              a b e           lens     4  3  1             of the rows, in that order
@@ -30,7 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
-from typing import Any, Protocol, TypeVar, overload
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -69,13 +65,7 @@ class Batches(Sequence[list[int]]):
     def __len__(self) -> int:
         return self._steps
 
-    @overload
-    def __getitem__(self, index: int) -> list[int]: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[list[int]]: ...
-    def __getitem__(self, index: int | slice) -> list[int] | list[list[int]]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def __getitem__(self, index: int) -> list[int]:  # type: ignore[override]
         if not 0 <= index < self._steps:
             raise IndexError(index)
         size, start = sum(self._taken), index * self._batch
@@ -85,26 +75,21 @@ class Batches(Sequence[list[int]]):
         """The indices of an epoch's examples in the order of training, (size,)."""
         first, pool = 0, []
         for number, (part, taken) in enumerate(zip(self._parts, self._taken, strict=True)):
-            pool.append(first + self._next(number, part.size, taken, epoch * taken))
+            own = np.arange(part.size, dtype=np.int32)
+            if taken != part.size:
+                # the next ones, in an order that is drawn anew each time the source is through
+                turn, at = divmod(epoch * taken, part.size)
+                drawn = list[int]()
+                while len(drawn) < at + taken:
+                    rng = random.Random(f"{self._seed}/source {number}/{turn}")
+                    drawn += rng.sample(range(part.size), part.size)
+                    turn += 1
+                own = np.sort(np.array(drawn[at : at + taken], np.int32))
+            pool.append(first + own)
             first += part.size
         found = np.concatenate(pool)
         rng = random.Random(f"{self._seed}/{epoch}")
         return found[rng.sample(range(len(found)), len(found))]
-
-    def _next(self, number: int, size: int, taken: int, start: int) -> Array:
-        """The indices, within the source with this number, of the examples that an epoch takes,
-        which ascend; before it, epochs took `start`.
-        """
-        if taken == size:
-            return np.arange(size, dtype=np.int32)
-        found: list[Array] = []
-        while taken:
-            turn, at = divmod(start, size)
-            rng = random.Random(f"{self._seed}/source {number}/{turn}")
-            order = np.array(rng.sample(range(size), size), np.int32)[at : at + taken]
-            found.append(order)
-            taken, start = taken - len(order), start + len(order)
-        return np.sort(np.concatenate(found or [np.zeros(0, np.int32)]))
 
 
 def epoch_size(parts: Sequence[Part]) -> int:
@@ -197,22 +182,11 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return [sorted(indices) for indices in sequences]
 
 
-def ids_in(example: Any) -> Sequence[int]:
-    """The ids of an example, (T,)."""
-    found: Sequence[int] = example.ids
-    return found
-
-
-def tokens_in(example: Any) -> int:
-    """The tokens of an example."""
-    return len(example.ids)
-
-
 def micro_batches(
     examples: Sequence[Any],
     n: int,
     capacity: int | None = None,
-    size: Callable[[Any], int] = tokens_in,
+    size: Callable[[Any], int] | None = None,
 ) -> list[Sequence[Any]]:
     """Divide the examples of an optimizer step into micro-batches.
 
@@ -221,7 +195,7 @@ def micro_batches(
         n: The number of micro-batches; packing may make more of them.
         capacity: The tokens that a packed sequence may have; each sequence is then a micro-batch.
             None: the examples are padded.
-        size: The tokens that an example takes of a packed sequence.
+        size: The tokens that an example takes of a packed sequence; None: those of its `ids`.
     """
     share = ceil(len(examples) / n)
     runs = [examples[i : i + share] for i in range(0, len(examples), share)]
@@ -230,7 +204,7 @@ def micro_batches(
     return [
         [run[i] for i in sequence]
         for run in runs
-        for sequence in best_fit([size(e) for e in run], capacity)
+        for sequence in best_fit([size(e) if size else len(e.ids) for e in run], capacity)
     ]
 
 
@@ -304,7 +278,7 @@ class StoredFeed(Feed):
         return changed
 
     def after(self, step: int) -> Iterator[Sequence[Any]]:
-        for i in range(step, len(self._batches)):
+        for i in range(step, self.steps):
             yield self._of(self._batches[i])
 
     def drawn(self, n: int, size: int, seed: int) -> Iterator[Sequence[Any]]:
@@ -441,7 +415,7 @@ def alike(
     n: int,
     capacity: int,
     beginning: Callable[[R], Sequence[int]],
-    size: Callable[[R], int],
+    size: Callable[[R], int] | None = None,
 ) -> list[Sequence[R]]:
     """Divide the rows of an optimizer step into micro-batches in which those that begin alike meet.
 
@@ -449,18 +423,19 @@ def alike(
         n: the number of micro-batches; there are more where their tokens would exceed the capacity.
         capacity: the tokens that a packed sequence may have. A longer row has one of its own.
         beginning: the ids that a row may have in common with others.
-        size: the tokens of a row.
+        size: the tokens of a row; None: as many as it begins with.
     """
     found: list[list[R]] = []
     tokens, share, ids = 0, ceil(len(rows) / n), np.zeros(0, np.int64)
     for place, row in enumerate(sorted(rows, key=lambda row: tuple(beginning(row)))):
         before, ids = ids, np.array(beginning(row))
+        own = size(row) if size else len(ids)
         common = _common(before, before, ids, ids)
         # where both go on, the last may predict another token in each, and then is in both
-        tokens += size(row) - max(0, common - (common < min(len(before), len(ids))))
+        tokens += own - max(0, common - (common < min(len(before), len(ids))))
         if place % share == 0 or tokens > capacity:
             found.append([])
-            tokens = size(row)
+            tokens = own
         found[-1].append(row)
     return list(found)
 

@@ -1,18 +1,16 @@
 """Examples of preferences: the tokens of a prompt once, and those of the completions after it.
 
+    data = encode_preferred(rows, tokenizer, 1024, "pairs", console)
+
+`"pairs"` have a chosen and a rejected completion, `"judged"` rows one completion with a label (or
+both of a pair, the chosen one labelled true).
+
     ids = shared (s,) + branch 1 (b1,) + branch 2 (b2,)       position s + t for token t of a branch
 
 Of a pair, branch 1 is the chosen completion and branch 2 the rejected one. A branch begins with the
 last token that both documents have in common before the first trained one, so that each position
 predicts one token. What `shared` + `branch` holds is what supervised training makes of the row with
 that completion: the ids before a trained turn are those that generation starts from.
-
-Turns rows of preferences into examples, with a report.
-
-    data = encode_preferred(rows, tokenizer, 1024, "pairs", console)
-
-`"pairs"` have a chosen and a rejected completion, `"judged"` rows one completion with a label (or
-both of a pair, the chosen one labelled true).
 """
 
 from __future__ import annotations
@@ -25,24 +23,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorafold.data.arrow import (
-    TURNS,
-    Array,
-    Judged,
-    Lists,
-    TableExamples,
-    digests,
-    flags,
-    lists,
-    numbers,
-    texts,
-)
+from lorafold.data.arrow import TURNS, Array, Judged, Lists, TableExamples, batch_of, digests
 from lorafold.data.control_tokens import told_of
 from lorafold.data.examples import NO_LOSS, WHOLE, Completions, Example, example_of
 from lorafold.data.parsing import kind_of
 from lorafold.data.render import Rendering
 from lorafold.data.rows import as_checked
-from lorafold.data.shapes import JUDGED, PAIRS, Compared
+from lorafold.data.shapes import JUDGED, PAIRS, Compared, Conversation
 from lorafold.data.sources import Row
 from lorafold.data.stored import Part, Rows, named, parts_of
 from lorafold.data.tokenizing import Encoder, tokenized
@@ -100,9 +87,9 @@ def continued(example: Example) -> Branched:
     return Branched(example.ids[:at], (Example(example.ids[at:], example.labels[at:]),))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Branches(Encoder):
-    """Makes examples of preferences; `kind` is `data.shapes.PAIRS` or `JUDGED`.
+    """Makes examples of preferences; it takes `data.shapes.PAIRS` or `JUDGED`.
 
     Columns: `row`, `ids` (T,), `starts` (k,) where each branch begins in them, `spans` (2n,) the
     starts and ends of trained spans in them, `desirable`, `turns` as `Completions` has them, those
@@ -110,51 +97,44 @@ class Branches(Encoder):
     """
 
     tokenizer: PreTrainedTokenizerBase
-    kind: str
+    takes: str
     rendering: Rendering = field(default_factory=Rendering)
 
-    @property
-    def completions(self) -> Completions:
-        """What makes the ids of a prompt with one completion."""
-        return Completions(self.tokenizer, self.rendering)
-
-    @property
-    def takes(self) -> str:
-        return self.kind
+    def __post_init__(self) -> None:
+        # what makes the ids of a prompt with one completion
+        self._completions = Completions(self.tokenizer, self.rendering)
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {**self.completions.identity, "kind": self.kind}
-
-    @property
-    def schema(self) -> pa.Schema:
-        import pyarrow as pa
-
-        many = pa.list_(pa.int32())
-        columns = {"row": pa.int32(), "ids": many, "starts": many, "spans": many}
-        told = {"marked": pa.bool_(), TURNS: pa.string(), "problem": pa.string()}
-        return pa.schema({**columns, "desirable": pa.bool_(), **told})
+        return {**self._completions.identity, "kind": self.takes}
 
     def encode(self, given: Sequence[Sequence[Compared]], first: int) -> pa.RecordBatch:
-        import pyarrow as pa
-
         compared = [(number, one) for number, row in enumerate(given, first) for one in row]
-        documents = [document for _, one in compared for document in one.conversations()]
-        found = self.completions.encode(documents, 0).to_pylist()
+        documents = [
+            Conversation([*one.prompt, *said], len(one.prompt), one.tools)
+            for _, one in compared
+            for said in one.completions.values()
+        ]
+        found = self._completions.encode(documents, 0).to_pylist()
         by_document = iter([list(of) for _, of in groupby(found, key=lambda entry: entry["row"])])
         gave = [[next(by_document) for _ in one.completions] for _, one in compared]
         made = [self._made(one, of) for (_, one), of in zip(compared, gave, strict=True)]
-        columns = [
-            numbers([number for number, _ in compared]),
-            lists([ids for ids, *_ in made]),
-            lists([starts for _, starts, *_ in made]),
-            lists([spans for _, _, spans, *_ in made]),
-            flags([one.desirable is True for _, one in compared]),
-            flags([any(entries[0]["marked"] for entries in of) for of in gave]),
-            texts([turns for *_, turns, _ in made]),
-            texts([problem for *_, problem in made]),
-        ]  # fmt: skip
-        return pa.record_batch(columns, self.schema)
+        return batch_of(
+            {"row": [number for number, _ in compared]},
+            {
+                "ids": [ids for ids, *_ in made],
+                "starts": [starts for _, starts, *_ in made],
+                "spans": [spans for _, _, spans, *_ in made],
+            },
+            {
+                "desirable": [one.desirable is True for _, one in compared],
+                "marked": [any(entries[0]["marked"] for entries in of) for of in gave],
+            },
+            {
+                TURNS: [turns for *_, turns, _ in made],
+                "problem": [problem for *_, problem in made],
+            },
+        )
 
     def _made(
         self, one: Compared, documents: list[list[dict[str, Any]]]
@@ -287,11 +267,9 @@ class MismatchedExamples(BranchedExamples):
 
     def judged(self) -> Judged:
         contrary = "have the prompt and the answer of an earlier one, and the other label"
-        return Judged(digests(self._ids), np.array(self._desirable), contrary)
-
-    def labels(self) -> dict[str, int]:
         true = sum(self._desirable)
-        return {"true": true, "false": len(self) - true}
+        labels = {"true": true, "false": len(self) - true}
+        return Judged(digests(self._ids), np.array(self._desirable), contrary, labels)
 
     def _example(self, entry: int) -> Branched:
         own, other = super()._example(entry), super()._example((entry or len(self)) - 1)
@@ -387,7 +365,11 @@ def preferred(table: pa.Table, rows: Rows, max_length: int, kind: str) -> Prefer
     examples = EXAMPLES[kind](table, max_length)
     cut: Array = np.any(examples.whole > max_length, axis=1)
     refuse_cut(rows, examples, max_length, cut)
-    of = np.array(_names(table, examples.whole.shape[1]))  # (n, k), the name of each completion
+    names = [["chosen", "rejected"]] * len(table)  # of the completions of each example, (n, k)
+    if examples.whole.shape[1] == 1:
+        judged = table.column("desirable").to_pylist()
+        names = [["desirable" if good else "undesirable"] for good in judged]
+    of = np.array(names)
     own = examples.own[:, : of.shape[1]]
     report = PreferenceReport(
         len(rows),
@@ -425,11 +407,3 @@ def refuse_cut(rows: Rows, examples: BranchedExamples, max_length: int, cut: Arr
             f"data: within max_length {max_length}: {told}; raise max_length, or leave"
             " these rows out"
         )
-
-
-def _names(table: pa.Table, k: int) -> list[list[str]]:
-    """The name of each of the k completions of every example."""
-    if k == 2:
-        return [["chosen", "rejected"]] * len(table)
-    judged = table.column("desirable").to_pylist()
-    return [["desirable" if good else "undesirable"] for good in judged]

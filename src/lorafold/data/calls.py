@@ -1,19 +1,18 @@
-"""How a chat template writes calls, read off its rendering of probe calls.
+"""Calls in a generated text, read back the way the chat template writes them.
 
-    <tool_call>\n{"name": "       the text before a name
-    ", "arguments": {...}         between the name and the arguments, which are JSON
-    city: <|"|>Rome<|"|>,         or they are keys and values, with what stands between and around
-
-Two probe calls in one turn show what stands between calls; numbers beside texts show the quotes.
-
-Calls in a generated text, read back the way the chat template writes them.
-
-    parse_calls('<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>',
+    parse_calls('<tool_call>\\n{"name": "weather", "arguments": {"city": "Rome"}}\\n</tool_call>',
                 tokenizer)
     [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}]
 
-`data.grammar` finds out how the template writes them. Runs of whitespace may differ, and special
-tokens may be left out of the text, as `lf.generate` leaves them out.
+How the template writes them is read off its rendering of probe calls: two in one turn show what
+stands between calls, numbers beside texts show the quotes.
+
+    <tool_call>\\n{"name": "       the text before a name
+    ", "arguments": {...}         between the name and the arguments, which are JSON
+    city: <|"|>Rome<|"|>,         or they are keys and values, with what stands between and around
+
+Runs of whitespace may differ, and special tokens may be left out of the text, as `lf.generate`
+leaves them out.
 """
 
 from __future__ import annotations
@@ -28,16 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafold.data.messages import Message, Tool, tool_problems
-from lorafold.data.templates import (
-    ASKED,
-    KNOWN,
-    attempt,
-    block_of,
-    call,
-    common,
-    form_of,
-    template_of,
-)
+from lorafold.data.templates import ASKED, KNOWN, Template, attempt, call, common, template_of
 from lorafold.errors import LorafoldError, as_one
 
 if TYPE_CHECKING:
@@ -47,6 +37,8 @@ NAMES = ("probe_first", "probe_second")
 KEYS = ("probe_key", "probe_other")
 TEXTS = ("probe value", "probe text")
 NUMBERS = (7131, 8242)
+# of bounded length: else a text without an end of the name is tried from each of its characters on
+NAME = r"(?P<name>[\w.:-]{1,256}?)"
 
 
 @dataclass(frozen=True)
@@ -98,25 +90,25 @@ class Grammar:
 
 def grammar_of(tokenizer: PreTrainedTokenizerBase) -> Grammar | None:
     """How the tokenizer's chat template writes calls; None if it writes none."""
-    return _grammar_of(template_of(tokenizer), tokenizer)
+    return _grammar_of(template_of(tokenizer))
 
 
 @lru_cache(maxsize=KNOWN)
-def _grammar_of(template: str, tokenizer: PreTrainedTokenizerBase) -> Grammar | None:
+def _grammar_of(template: Template) -> Grammar | None:
+    tokenizer = template.tokenizer
     texts, numbers = dict(zip(KEYS, TEXTS, strict=True)), dict(zip(KEYS, NUMBERS, strict=True))
     one, two = _said([texts], tokenizer), _said([texts, texts], tokenizer)
     before, found, rest = one.partition(NAMES[0])
     if not found:
         return None
     between = None
-    end = _after(one, KEYS, TEXTS)[-1]
-    if NAMES[1] in two and end is not None:
-        head, _, tail = two.partition(NAMES[1])
-        between = _json_end(head, texts) or str(_after(head, KEYS, TEXTS)[-1])
-        end = str(_after(tail, KEYS, TEXTS)[-1]) if _json_end(rest, texts) is None else end
+    if NAMES[1] in two and _after(one, KEYS, TEXTS)[-1] is not None:
+        head = two.partition(NAMES[1])[0]
+        _, between = _json_at(head, texts) or (0, "")
+        between = between or str(_after(head, KEYS, TEXTS)[-1])
     bare = _said([{}], tokenizer).partition(NAMES[0])[2]
-    if (after := _json_start(rest, texts)) is not None:
-        follows = _json_end(rest, texts) or ""
+    if as_json := _json_at(rest, texts):
+        after, follows = as_json
         ends = [follows.find(word) for word in special_words(tokenizer) if word in follows]
         alone = follows[: min(ends, default=len(follows))]
         closes = (alone if between is None else common(follows, between)).rstrip()
@@ -154,11 +146,11 @@ def _said(arguments: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBas
     """What the template adds to a generation prompt for a turn of calls with these arguments."""
     calls = [call(name, given) for name, given in zip(NAMES, arguments, strict=False)]
     turn: Message = {"role": "assistant", "tool_calls": calls}
-    form = form_of(tokenizer)
+    form = template_of(tokenizer).form
     prompt = attempt(form.of([ASKED]), tokenizer, for_generation=True)
     text = attempt(form.of([ASKED, turn]), tokenizer)
     said = text[len(common(prompt, text)) :]
-    return said[block_of(tokenizer).end(said, prompt) :]
+    return said[template_of(tokenizer).block.end(said, prompt) :]
 
 
 def _after(
@@ -177,26 +169,16 @@ def _after(
     return before, equals, comma, after
 
 
-def _json_start(text: str, wanted: dict[str, Any]) -> int | None:
-    """Where the wanted JSON object begins, or None."""
-    decoder = json.JSONDecoder()
+def _json_at(text: str, wanted: dict[str, Any]) -> tuple[int, str] | None:
+    """Where the wanted JSON object begins, and what follows it; None without one."""
     for at in (i for i, character in enumerate(text) if character == "{"):
         try:
-            if decoder.raw_decode(text, at)[0] == wanted:
-                return at
+            found, end = json.JSONDecoder().raw_decode(text, at)
         except json.JSONDecodeError:
             continue
+        if found == wanted:
+            return at, text[end:]
     return None
-
-
-def _json_end(text: str, wanted: dict[str, Any]) -> str | None:
-    """What follows the wanted JSON object, or None without one."""
-    at = _json_start(text, wanted)
-    return None if at is None else text[json.JSONDecoder().raw_decode(text, at)[1] :]
-
-
-# of bounded length: else a text without an end of the name is tried from each of its characters on
-NAME = r"(?P<name>[\w.:-]{1,256}?)"
 
 
 def parse_calls(
@@ -217,8 +199,8 @@ def parse_calls(
         raise LorafoldError(
             "the chat template does not show calls (tool_calls), so none can be read back"
         )
-    prompt = attempt(form_of(tokenizer).of([ASKED]), tokenizer, for_generation=True)
-    text = text[block_of(tokenizer).end(text, prompt) :].rstrip()
+    prompt = attempt(template_of(tokenizer).form.of([ASKED]), tokenizer, for_generation=True)
+    text = text[template_of(tokenizer).block.end(text, prompt) :].rstrip()
     for form in (grammar, grammar.without(special_words(tokenizer))):
         if found := list(_calls(text, form, tools)):
             return found

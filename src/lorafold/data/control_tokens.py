@@ -1,22 +1,22 @@
-"""Which control tokens the contents of messages may have as tokens, written in the chat template.
-
-    {# control tokens in contents: ["<|user|>"] #}        or true, for all of them
-
-A comment, so that every program renders the same, and whatever keeps, compares or sends the
-template has it. Tokens that it does not name are read as text (`data.control_tokens`). A template
-that joins contents as they stand has no turns that one could forge: it allows all.
-
-Control tokens inside the contents of messages, which are read as text.
+"""Control tokens inside the contents of messages, which are read as text.
 
     as_text(conversation, tokenizer)     the conversation with each of them between two marks
     ids_of(text, tokenizer)              the ids of a rendered text; what is marked is split as text
-    encoded(text, tokenizer)             with the characters of each
+    pieces_of(text, tokenizer)           with the characters of each
 
 Else `<|im_end|>` in a question would end the user's turn, and what follows would be another one's.
 The marks are those of `sanitize_control_tokens` in transformers, and so is what counts as a control
 token: special tokens, and added ones that the chat template writes, here also those that it makes
 of pieces. The assistant writes some of the latter itself, such as <tool_call>: in its own contents
 only special ones are text, but for those that enclose its reasoning.
+
+Which of them the contents may have as tokens is written in the chat template:
+
+    {# control tokens in contents: ["<|user|>"] #}        or true, for all of them
+
+A comment, so that every program renders the same, and whatever keeps, compares or sends the
+template has it. Tokens that it does not name are read as text. A template that joins contents as
+they stand has no turns that one could forge: it allows all.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from transformers.utils.chat_template_utils import encode_marked_chat, mark_cont
 
 from lorafold.data.messages import Message, Tool
 from lorafold.data.shapes import Conversation
-from lorafold.data.templates import ASKED, KNOWN, VALUE, attempt, block_of, form_of, template_of
+from lorafold.data.templates import ASKED, KNOWN, SYSTEM, VALUE, Template, attempt, template_of
 from lorafold.errors import LorafoldError
 from lorafold.models.built_in_templates import JOINED
 
@@ -42,6 +42,12 @@ if TYPE_CHECKING:
 
 NOTE = re.compile(r"\A\{# control tokens in contents: (.*?) #\}\n")
 ALL = None  # in place of words
+OPENING, CLOSING = mark_control_tokens("x", re.compile("x")).split("x")
+IN_PROMPT = (
+    "the prompt has control tokens, which are read as text; --allow-control-tokens lets them be"
+    " tokens"
+)
+SAID = ("content", "reasoning_content")  # what the assistant writes itself
 
 
 def allow(tokenizer: PreTrainedTokenizerBase, words: Iterable[str] | None = ALL) -> None:
@@ -61,7 +67,15 @@ def allow(tokenizer: PreTrainedTokenizerBase, words: Iterable[str] | None = ALL)
             words -= written_by("".join(named.values()), tokenizer, words)
         if not words:
             return
-    noted = {name: _noted(text, words) for name, text in named.items()}
+    noted = dict(named)
+    for name, text in named.items():
+        if text.endswith(JOINED):
+            continue
+        before = allowed(text)
+        given = True if words is None or before is None else sorted({*before, *words})
+        # a comment ends with #}, which no word may write
+        said = json.dumps(given).replace("#", "\\u0023")
+        noted[name] = f"{{# control tokens in contents: {said} #}}\n{without_note(text)}"
     tokenizer.chat_template = noted if isinstance(template, dict) else noted[""]
 
 
@@ -73,11 +87,11 @@ def written_by(
     Args:
         tokenizer: With this template, which probes of each role show.
     """
-    form, system = form_of(tokenizer), {"role": "system", "content": VALUE}
+    form, result = template_of(tokenizer).form, {"role": "tool", "content": VALUE}
     said: list[Message] = [ASKED, {"role": "assistant", "content": VALUE}, ASKED]
     texts = [
         attempt(form.of(messages), tokenizer, for_generation=True)
-        for messages in (said, [system, *said], [*said[:2], {"role": "tool", "content": VALUE}])
+        for messages in (said, [SYSTEM, *said], [*said[:2], result])
     ]
     text = "".join([without_note(template), *texts])
     return frozenset(word for word in words if word in text)
@@ -97,24 +111,6 @@ def without_note(template: str) -> str:
     return NOTE.sub("", template)
 
 
-def _noted(template: str, words: Iterable[str] | None) -> str:
-    before = allowed(template)
-    given = ALL if words is None or before is None else sorted({*before, *words})
-    if template.endswith(JOINED):
-        return template
-    # a comment ends with #}, which no word may write
-    said = json.dumps(True if given is None else given).replace("#", "\\u0023")
-    return f"{{# control tokens in contents: {said} #}}\n{without_note(template)}"
-
-
-OPENING, CLOSING = mark_control_tokens("x", re.compile("x")).split("x")
-IN_PROMPT = (
-    "the prompt has control tokens, which are read as text; --allow-control-tokens lets them be"
-    " tokens"
-)
-SAID = ("content", "reasoning_content")  # what the assistant writes itself
-
-
 class Found(NamedTuple):
     """What finds the control tokens in the contents of all roles but the assistant's, and in its
     own. `first` are the characters with which they begin.
@@ -132,10 +128,22 @@ def as_text(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> C
     Args:
         tokenizer: With the chat template that is to render it.
     """
-    found = _found(tokenizer, conversation.tools)
+    found = _found(template_of(tokenizer, conversation.tools))
     if found is None:
         return conversation
-    messages = [_message(message, found) for message in conversation.messages]
+    messages = [
+        {
+            key: value
+            if key in ("role", "weight")
+            else _mark(
+                value,
+                found.own if key in SAID and message["role"] == "assistant" else found.all,
+                found,
+            )
+            for key, value in message.items()
+        }
+        for message in conversation.messages
+    ]
     tools = tuple(_mark(tool, found.all, found) for tool in conversation.tools)
     if messages == conversation.messages and tools == conversation.tools:
         return conversation
@@ -148,27 +156,23 @@ def variables_as_text(
     """Variables of the chat template that renders with these tools, with the control tokens in them
     marked.
     """
-    found = _found(tokenizer, tools)
+    found = _found(template_of(tokenizer, tools))
     return variables if found is None else _mark(variables, found.all, found)
 
 
-def _found(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Tool]) -> Found | None:
-    """What finds control tokens; None where contents may have all of them."""
-    return _found_by(template_of(tokenizer, tools), tokenizer, len(tokenizer))
-
-
 @lru_cache(maxsize=KNOWN)
-def _found_by(template: str, tokenizer: PreTrainedTokenizerBase, _size: int) -> Found | None:
-    free = allowed(template)
+def _found(template: Template) -> Found | None:
+    """What finds control tokens; None where contents may have all of them."""
+    free, tokenizer = allowed(template.text), template.tokenizer
     if free is None:
         return None
     added = {one.content: one.special for one in tokenizer.added_tokens_decoder.values()}
     listed = getattr(tokenizer, "chat_control_tokens", None)
-    written = {word for word in written_by(template, tokenizer, added) if not word.isspace()}
+    written = {word for word in written_by(template.text, tokenizer, added) if not word.isspace()}
     free -= written  # with which a turn could be forged
     special = {word for word, is_special in added.items() if is_special} - free
     words = special | (written if listed is None else added.keys() & listed - free)
-    block = block_of(tokenizer)
+    block = template_of(tokenizer).block
     own = special - {word for word in (block.opening, block.closing) if word in added}
     return Found(_any_of(words), _any_of(own), tuple({word[:1] for word in words}))
 
@@ -178,31 +182,20 @@ def _any_of(words: set[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
-def _message(message: Message, found: Found) -> Message:
-    own = message["role"] == "assistant"
-    return {
-        key: value
-        if key in ("role", "weight")
-        else _mark(value, found.own if own and key in SAID else found.all, found)
-        for key, value in message.items()
-    }
-
-
 def _mark(value: Any, words: re.Pattern[str], found: Found) -> Any:
     if isinstance(value, str):
         if not any(character in value for character in (OPENING, CLOSING, *found.first)):
             return value  # as nearly all are
         return mark_control_tokens(value, words)
     if isinstance(value, Mapping):
-        return {_key(k, found): _mark(v, words, found) for k, v in value.items()}
+        # keys are marked as templates write them of arguments, but for names, which they look up
+        return {
+            _mark(k, found.all, found)
+            if isinstance(k, str) and not k.isidentifier()
+            else k: _mark(v, words, found)
+            for k, v in value.items()
+        }
     return [_mark(one, words, found) for one in value] if isinstance(value, list | tuple) else value
-
-
-def _key(key: Any, found: Found) -> Any:
-    """A key, as a template writes it of arguments and of parameters. One that is a name stays: the
-    template looks it up.
-    """
-    return _mark(key, found.all, found) if isinstance(key, str) and not key.isidentifier() else key
 
 
 def is_marked(text: str) -> bool:
@@ -226,7 +219,7 @@ def ids_of(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """
     marked = is_marked(text)
     if marked and tokenizer.is_fast:
-        return encoded(text, tokenizer).ids
+        return pieces_of(text, tokenizer).ids
     if not marked:
         return tokens_of(text, tokenizer)
     options: Any = {"sanitize_control_tokens": True}
@@ -284,7 +277,7 @@ class Pieces:
         return self.offsets[token]
 
 
-def encoded(text: str, tokenizer: PreTrainedTokenizerBase) -> Pieces:
+def pieces_of(text: str, tokenizer: PreTrainedTokenizerBase) -> Pieces:
     """The tokens of a rendered text, as `encode_marked_chat` of transformers has them; those of a
     marked token share its characters.
 

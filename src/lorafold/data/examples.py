@@ -1,43 +1,32 @@
-"""The encoder of conversations, prompts with completions, and plain text: token ids, and the spans
-of tokens to train on.
+"""Examples: the token ids of a row, with labels that say which tokens are trained on.
 
-A row has one example, or several (`data.trained_spans`). A text is tokenized once. If a token would
-span the border between a prompt and its turn, the turn has an example of its own, which is
-tokenized in two pieces, so that the ids before the turn are the ones that generation sees. To tell,
-the end of the prompt is tokenized alone, from its last added token on: tokenizers split a text at
-added tokens before all else, so what comes before has the same ids in both. That end is mostly the
-opening of an assistant turn, and is tokenized once for all rows.
-
-Examples: the token ids of a row, with labels that say which tokens are trained on.
+    table = tokenized(rows, Completions(tokenizer))     ids, and the spans of tokens to train on
+    encoded(table, rows, 1024).examples[3]              an `Example`, made when it is asked for
 
 Tokens inside a trained span are their own labels; all others are labelled -100. An example is made
 of its table when it is asked for, so that a million take no memory of their own.
+
+A row of a conversation, a prompt with its completion, or plain text has one example, or several
+(`data.render`). A text is tokenized once. If a token would span the border between a prompt and its
+turn, the turn has an example of its own, which is tokenized in two pieces, so that the ids before
+the turn are the ones that generation sees. To tell, the end of the prompt is tokenized alone, from
+its last added token on: tokenizers split a text at added tokens before all else, so what comes
+before has the same ids in both. That end is mostly the opening of an assistant turn, and is
+tokenized once for all rows.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorafold.data.arrow import (
-    TURNS,
-    Array,
-    Lists,
-    TableExamples,
-    column,
-    digests,
-    flags,
-    lists,
-    numbers,
-    texts,
-)
-from lorafold.data.control_tokens import Pieces, encoded, is_marked, told_of
+from lorafold.data.arrow import TURNS, Array, Lists, TableExamples, batch_of, column, digests
+from lorafold.data.control_tokens import Pieces, is_marked, pieces_of, told_of
 from lorafold.data.render import Rendered, Rendering, Trained, render_trained
 from lorafold.data.rows import as_checked
 from lorafold.data.shapes import CONVERSATIONS, Conversation
@@ -54,6 +43,8 @@ if TYPE_CHECKING:
     from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
+NO_LOSS = -100  # torch's ignore_index
+WHOLE = Rendering()  # every turn of the assistant, with its reasoning
 TRAINED, EMPTY = ":trained", ":empty"  # a turn that is trained on; one that says nothing, too
 SAID = ("tool_calls", "reasoning_content")  # what a message may say besides its content
 OPENINGS = 1000  # ends of prompts whose ids are kept
@@ -78,7 +69,7 @@ class Piece:
     spans: Spans = field(default_factory=list)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Completions(Encoder):
     """Makes examples whose completions are trained on.
 
@@ -92,7 +83,7 @@ class Completions(Encoder):
 
     tokenizer: PreTrainedTokenizerBase
     rendering: Rendering = field(default_factory=Rendering)
-    _openings: dict[str, list[int]] = field(default_factory=dict, repr=False)
+    takes = CONVERSATIONS
 
     def __post_init__(self) -> None:
         if not self.tokenizer.is_fast:
@@ -100,52 +91,41 @@ class Completions(Encoder):
                 f"tokenizer: found {type(self.tokenizer).__name__}, which gives no character"
                 " offsets; expected a fast tokenizer (one with a tokenizer.json)"
             )
-
-    @property
-    def takes(self) -> str:
-        return CONVERSATIONS
+        self._openings = dict[str, list[int]]()  # the ids of ends of prompts
+        self._added = frozenset(self.tokenizer.added_tokens_decoder)
 
     @property
     def identity(self) -> dict[str, Any]:
         about = {"kind": "completions", "rendering": asdict(self.rendering)}
         return about | identity_of(self.tokenizer)
 
-    @cached_property
-    def schema(self) -> pa.Schema:
-        import pyarrow as pa
-
-        many = pa.list_(pa.int32())
-        columns = {"row": pa.int32(), "ids": many, "spans": many, "left_out": pa.int32()}
-        told = {"marked": pa.bool_(), TURNS: pa.string(), "problem": pa.string()}
-        return pa.schema({**columns, "hidden": pa.int32(), **told})
-
     def encode(self, given: Sequence[Conversation], first: int) -> pa.RecordBatch:
-        import pyarrow as pa
-
         pieces = [piece for n, one in enumerate(given, first) for piece in self._pieces(one, n)]
         rendered = [piece for piece in pieces if piece.rendered]
         plain = [piece for piece in pieces if not piece.rendered and not piece.problem]
-        made: dict[int, list[Piece]] = {}  # by the place among the pieces
         tokens = iter(self._tokens(rendered, False))
-        for n, piece in enumerate(pieces):
-            made[n] = self._marked(piece, next(tokens)) if piece.rendered else [piece]
         for piece, encoding in zip(plain, self._tokens(plain, True), strict=True):
             end = self.tokenizer.eos_token_id
             ended = end is None or encoding.ids[-1:] == [end]
             piece.ids = encoding.ids if ended else [*encoding.ids, end]
             piece.spans = [(0, len(piece.ids))]
-        pieces = [piece for n in range(len(pieces)) for piece in made[n]]
-        columns = [
-            numbers([piece.row for piece in pieces]),
-            lists([piece.ids for piece in pieces]),
-            lists([[at for span in piece.spans for at in span] for piece in pieces]),
-            numbers([piece.left_out for piece in pieces]),
-            numbers([piece.hidden for piece in pieces]),
-            flags([piece.marked for piece in pieces]),
-            texts([piece.turns for piece in pieces]),
-            texts([piece.problem for piece in pieces]),
-        ]
-        return pa.record_batch(columns, self.schema)
+        made = [one for p in pieces for one in (self._cut(p, next(tokens)) if p.rendered else [p])]
+        return batch_of(
+            {
+                "row": [piece.row for piece in made],
+                "left_out": [piece.left_out for piece in made],
+                "hidden": [piece.hidden for piece in made],
+            },
+            {
+                "ids": [piece.ids for piece in made],
+                "spans": [[at for span in piece.spans for at in span] for piece in made],
+            },
+            {"marked": [piece.marked for piece in made]},
+            {
+                TURNS: [piece.turns for piece in made],
+                "problem": [piece.problem for piece in made],
+            },
+        )
 
     def _pieces(self, given: Conversation, number: int) -> list[Piece]:
         if not given.messages:
@@ -156,9 +136,14 @@ class Completions(Encoder):
         except LorafoldError as error:
             return [Piece(number, problem=str(error))]
         pieces = [Piece(number, rendered=found, text=found.text) for found in trained.renderings]
+        became_of = []
+        for n, message in enumerate(given.messages):
+            said = any(message.get(part) for part in SAID) or (message.get("content") or "").strip()
+            became = "" if n not in trained.turns else TRAINED if said else EMPTY
+            became_of.append(" ".join(message["role"].split()) + became)
         pieces[0].left_out, pieces[0].hidden = trained.left_out, trained.hidden
         pieces[0].marked = any(is_marked(piece.text) for piece in pieces)
-        pieces[0].turns = turns_of(given, trained)
+        pieces[0].turns = "\n".join(became_of)
         return pieces
 
     def _tokens(self, pieces: Sequence[Piece], special: bool) -> Sequence[Encoding | Pieces]:
@@ -173,11 +158,11 @@ class Completions(Encoder):
         if special:
             return encodings
         return [
-            encoded(text, self.tokenizer) if is_marked(text) else one
+            pieces_of(text, self.tokenizer) if is_marked(text) else one
             for text, one in zip(texts, encodings, strict=True)
         ]
 
-    def _marked(self, piece: Piece, encoding: Encoding | Pieces) -> list[Piece]:
+    def _cut(self, piece: Piece, encoding: Encoding | Pieces) -> list[Piece]:
         """The examples of a rendered piece, with their ids and trained spans: one, and one more for
         each turn before which a token would span the border.
         """
@@ -208,34 +193,13 @@ class Completions(Encoder):
     def _is_prompt(self, prompt: str, encoding: Encoding | Pieces, ids: list[int]) -> bool:
         """Tell whether the first ids of an encoding are those of the prompt alone."""
         last = next((i for i in reversed(range(len(ids))) if ids[i] in self._added), 0)
-        start = start_of(encoding, last) if last else 0
-        ending = prompt[start:]
+        span = encoding.token_to_chars(last) if last else None
+        ending = prompt[span[0] if span else 0 :]
         if ending not in self._openings:
             if len(self._openings) > OPENINGS:
                 self._openings.clear()
-            self._openings[ending] = tokens_of(ending, self.tokenizer)[0]
+            self._openings[ending] = pieces_of(ending, self.tokenizer).ids
         return self._openings[ending] == ids[last:]
-
-    @cached_property
-    def _added(self) -> frozenset[int]:
-        return frozenset(self.tokenizer.added_tokens_decoder)
-
-
-def turns_of(given: Conversation, trained: Trained) -> str:
-    """The messages of a conversation as the column `turns` has them."""
-    lines = []
-    for n, message in enumerate(given.messages):
-        said = any(message.get(part) for part in SAID) or (message.get("content") or "").strip()
-        became = "" if n not in trained.turns else TRAINED if said else EMPTY
-        lines.append(" ".join(message["role"].split()) + became)
-    return "\n".join(lines)
-
-
-def turns_in(text: str) -> Iterator[tuple[str, str]]:
-    """(role, what becomes of it) of each message, as the column `turns` has them."""
-    for line in text.splitlines():
-        became = next((end for end in (TRAINED, EMPTY) if line.endswith(end)), "")
-        yield line.removesuffix(became), became
 
 
 def identity_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -265,50 +229,27 @@ def first_token(
     at = encoding.char_to_token(character)
     if at is None:  # no token has this character
         return bisect_left([start for start, _ in encoding.offsets], character)
-    while at < len(encoding) and (start := start_of(encoding, at)) < character:
-        if spaced and not text[start:character].strip():
+    while at < len(encoding) and (span := encoding.token_to_chars(at)) and span[0] < character:
+        if spaced and not text[span[0] : character].strip():
             break
         at += 1  # the token spans the border
     return at
 
 
-def start_of(encoding: Encoding | Pieces, token: int) -> int:
-    """The character at which a token starts."""
-    characters = encoding.token_to_chars(token)
-    assert characters is not None  # texts are tokenized without special tokens of their own
-    return characters[0]
-
-
 def in_pieces(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], Spans]:
     """(token ids, trained spans of tokens) of a text with one turn, cut where the turn begins."""
     [border] = rendered.turns
-    ids, starts = tokens_of(rendered.text[:border], tokenizer)
-    rest, rest_starts = tokens_of(rendered.text[border:], tokenizer, border)
-    ids, starts = ids + rest, [min(start, border - 1) for start in starts] + rest_starts
+    before = pieces_of(rendered.text[:border], tokenizer)
+    rest = pieces_of(rendered.text[border:], tokenizer)
+    starts = [min(start, border - 1) for start, _ in before.offsets]
+    starts += [border + start for start, _ in rest.offsets]
     spans = []
     for a, b in rendered.spans:
         first = bisect_left(starts, a)
-        before = starts[first - 1] if first and starts[first : first + 1] != [a] else border - 1
-        inside = before >= border and not rendered.text[before:a].strip()
+        last = starts[first - 1] if first and starts[first : first + 1] != [a] else border - 1
+        inside = last >= border and not rendered.text[last:a].strip()
         spans.append((first - inside, bisect_left(starts, b)))
-    return ids, spans
-
-
-def tokens_of(
-    text: str, tokenizer: PreTrainedTokenizerBase, at: int = 0
-) -> tuple[list[int], list[int]]:
-    """(token ids, the character at which each starts).
-
-    Args:
-        tokenizer: A fast tokenizer.
-        at: The number of the text's first character.
-    """
-    found = encoded(text, tokenizer)
-    return found.ids, [at + begin for begin, _ in found.offsets]
-
-
-NO_LOSS = -100  # torch's ignore_index
-WHOLE = Rendering()  # every turn of the assistant, with its reasoning
+    return before.ids + rest.ids, spans
 
 
 @dataclass(frozen=True)
@@ -398,7 +339,11 @@ class Examples(TableExamples[Example]):
         return digests(self._ids, self._spans)[self._chosen]
 
     def ends_lost(self) -> Array:
-        return self._spans.lasts[self._chosen] > self._max_length
+        last = [
+            np.where(np.diff(ends) > 0, np.append(values, np.int32(0))[ends[1:] - 1], 0)
+            for ends, values in zip(self._spans.ends, self._spans.values, strict=True)
+        ]
+        return np.concatenate([np.zeros(0, np.int32), *last])[self._chosen] > self._max_length
 
     def _example(self, entry: int) -> Example:
         return example_of(self._cut(entry), self._spans[entry].tolist())

@@ -1,17 +1,12 @@
-"""What a chat template does with a conversation that its user can't see in a row: said before it is
-used.
+"""What there is to know before the first step of a run: what the chat template does with a
+conversation that its user can't see in a row, and what the tokens of the rows show.
 
     account = account_of(tokenizer)
-    account.line                    one line, for the beginning of a run
-    account.lines                   the same in full, a line each
-
-All of it is found by rendering probes (`data.endings`, `data.reasoning`, `data.template_forms`).
-
-What there is to know of the rows of a run before its first step, found in their tokens.
+    account.lines                   found by rendering probes, a line each
 
     found = look(train.examples, rows, max_length, (held_out.examples, held_out_rows))
-    found.lines                    one line for each thing that was found
-    found.as_json()                the figures, also of what was not found
+    found.lines                     one line for each thing that was found
+    found.as_json()                 the figures, also of what was not found
 
 | finding | rows that |
 |---|---|
@@ -31,17 +26,17 @@ from __future__ import annotations
 import copy
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorafold.data.arrow import Array, TableExamples
-from lorafold.data.examples import EMPTY, turns_in
+from lorafold.data.arrow import TURNS, Array, TableExamples, column
+from lorafold.data.examples import EMPTY, TRAINED
 from lorafold.data.messages import Message
-from lorafold.data.render import render_trained, shows_calls, shows_tools
+from lorafold.data.render import render_trained
 from lorafold.data.shapes import Conversation
 from lorafold.data.stored import Place, Rows, named
 from lorafold.data.templates import (
@@ -49,15 +44,12 @@ from lorafold.data.templates import (
     KEY,
     NAME,
     NOWHERE,
+    SYSTEM,
     VALUE,
     WITH_TURN,
     attempt,
-    block_of,
     call,
-    ending_of,
-    form_of,
     is_dated,
-    specials_of,
     template_of,
 )
 from lorafold.errors import LorafoldError
@@ -66,6 +58,22 @@ from lorafold.models.template_variables import set_variables, variables_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Pairs = tuple[Array, Array | None]  # ascending indices of rows, and of those they are compared with
+SHOWN = 5  # rows that one line names
+HELD_OUT = "held_out_in_training"
+SAID = {
+    "duplicates": "are the same as an earlier one",
+    HELD_OUT: "are trained on too, so the figures of held-out rows tell less",
+    "empty_answers": "have an empty answer to train on",
+    "contradictions": "{}",
+    "ends_lost": "lose the end of an answer at max_length {}",
+    "untrained": "have no token to train on",
+}
+STREAMED = (
+    "rows are read while it trains, so that duplicates, held-out rows among them, empty answers,"
+    " contradictions and lost ends were not looked for"
+)
+UNKNOWN = "these examples are of no table, so that nothing was looked for in them"
 BESIDE, OTHER = "probe beside", "probe other value"
 ROLES = {"", "system", "user", "assistant", "model", "human"}
 WORDS = re.compile(r"[^\W\d_]{2,}")
@@ -136,30 +144,57 @@ def account_of(tokenizer: PreTrainedTokenizerBase) -> Account:
     Args:
         tokenizer: A tokenizer with a chat template.
     """
-    ending = ending_of(tokenizer)
-    return Account(
-        ending.text.strip(),
-        ending.written,
-        _of_prompt(tokenizer),
-        _system(tokenizer),
-        is_dated(tokenizer),
-        tuple(_hidden(tokenizer)),
-        _plain(tokenizer),
-    )
+    template, asked = template_of(tokenizer), ASKED["content"]
+    form, block, ending = template.form, template.block, template.ending
+    bare = attempt(form.of([ASKED]), tokenizer)
+    added = attempt(form.of([ASKED]), tokenizer, for_generation=True)
+    added, prompt = added.removeprefix(bare.rstrip()).strip(), ""
+    if added.endswith(block.opening):
+        prompt = f"opens a block of reasoning ({block.opening})"
+    elif block.opening in added and block.closing in added:
+        prompt = f"has an empty block of reasoning ({block.opening}{block.closing})"
+    # the words before the first message that are no role's
+    before = template.specials.sub("\n", bare.partition(str(asked))[0])
+    lines = (line.strip() for line in before.splitlines())
+    said = " ".join(line for line in lines if line.strip("#: ").lower() not in ROLES)
+    if len(WORDS.findall(said)) < 3:
+        said = ""
+    elif len(said) > QUOTED:
+        said = f"{said[:QUOTED].rstrip()}..."
+    hides = [] if VALUE in attempt(form.of([SYSTEM, ASKED]), tokenizer) else ["system messages"]
+    if not template_of(tokenizer, [call(NAME, {})]).shows_tools:
+        hides.append("tools")
+    if not template.shows_calls:
+        hides.append("calls")
+    else:
+        calls = [call(NAME, {KEY: value}) | {"id": f"probe000{n}"}
+                 for n, value in enumerate((VALUE, OTHER))]  # fmt: skip
+        turns = ({"content": BESIDE, "tool_calls": calls[:1]}, {"content": "", "tool_calls": calls})
+        one, both = (
+            attempt(form.of([ASKED, {"role": "assistant", **turn}]), tokenizer) for turn in turns
+        )
+        hides += ["what is said beside a call"] * (BESIDE not in one)
+        hides += ["a second call"] * (OTHER not in both)
+    hides += ["reasoning"] * (not block.shown)
+    plain = _untrained(tokenizer)
+    if plain:
+        with suppress(LorafoldError):
+            plain += _helps(tokenizer)
+    dated = is_dated(tokenizer)
+    return Account(ending.text.strip(), ending.written, prompt, said, dated, tuple(hides), plain)
 
 
-def _plain(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Why turns without reasoning can't be trained, and which variable of the template helps."""
-    if not (told := _untrained(tokenizer)):
-        return ""
-    with suppress(LorafoldError):
-        for name in sorted(variables_of(tokenizer)):
-            for value in (False, True):
-                with_value = copy.copy(tokenizer)
-                set_variables(with_value, {name: value})
-                if not _untrained(with_value):
-                    return f"{told}; --template-kwargs {name}={str(value).lower()} helps"
-    return told
+def _helps(tokenizer: PreTrainedTokenizerBase) -> str:
+    """After a semicolon, the variable of the template with which plain turns can be trained; empty
+    for none.
+    """
+    for name in sorted(variables_of(tokenizer)):
+        for value in (False, True):
+            with_value = copy.copy(tokenizer)
+            set_variables(with_value, {name: value})
+            if not _untrained(with_value):
+                return f"; --template-kwargs {name}={str(value).lower()} helps"
+    return ""
 
 
 def _untrained(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -170,66 +205,6 @@ def _untrained(tokenizer: PreTrainedTokenizerBase) -> str:
     except LorafoldError as error:
         return f"a plain conversation is refused ({error})"
     return LEFT_OUT * found.left_out
-
-
-def _of_prompt(tokenizer: PreTrainedTokenizerBase) -> str:
-    form, block = form_of(tokenizer), block_of(tokenizer)
-    asked = form.of([ASKED])
-    bare = attempt(asked, tokenizer).rstrip()
-    added = attempt(asked, tokenizer, for_generation=True).removeprefix(bare).strip()
-    if added.endswith(block.opening):
-        return f"opens a block of reasoning ({block.opening})"
-    if block.opening in added and block.closing in added:
-        return f"has an empty block of reasoning ({block.opening}{block.closing})"
-    return ""
-
-
-def _system(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The words before the first message that are no role's."""
-    text = attempt(form_of(tokenizer).of([ASKED]), tokenizer)
-    before = specials_of(tokenizer).sub("\n", text.partition(str(ASKED["content"]))[0])
-    lines = (line.strip() for line in before.splitlines())
-    said = " ".join(line for line in lines if line.strip("#: ").lower() not in ROLES)
-    if len(WORDS.findall(said)) < 3:
-        return ""
-    return said if len(said) <= QUOTED else f"{said[:QUOTED].rstrip()}..."
-
-
-def _hidden(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    template, form = template_of(tokenizer), form_of(tokenizer)
-    system: Message = {"role": "system", "content": VALUE}
-    found = [] if VALUE in attempt(form.of([system, ASKED]), tokenizer) else ["system messages"]
-    if not shows_tools(template_of(tokenizer, [call(NAME, {})]), tokenizer):
-        found.append("tools")
-    if not shows_calls(template, tokenizer):
-        found.append("calls")
-    else:
-        calls = [call(NAME, {KEY: value}) | {"id": f"probe000{n}"}
-                 for n, value in enumerate((VALUE, OTHER))]  # fmt: skip
-        said: Message = {"role": "assistant", "content": BESIDE, "tool_calls": calls[:1]}
-        text = attempt(form.of([ASKED, said]), tokenizer)
-        found += ["what is said beside a call"] * (BESIDE not in text)
-        both: Message = {"role": "assistant", "content": "", "tool_calls": calls}
-        found += ["a second call"] * (OTHER not in attempt(form.of([ASKED, both]), tokenizer))
-    return found + ["reasoning"] * (not block_of(tokenizer).shown)
-
-
-Pairs = tuple[Array, Array | None]  # ascending indices of rows, and of those they are compared with
-SHOWN = 5  # rows that one line names
-HELD_OUT = "held_out_in_training"
-SAID = {
-    "duplicates": "are the same as an earlier one",
-    HELD_OUT: "are trained on too, so the figures of held-out rows tell less",
-    "empty_answers": "have an empty answer to train on",
-    "contradictions": "{}",
-    "ends_lost": "lose the end of an answer at max_length {}",
-    "untrained": "have no token to train on",
-}
-STREAMED = (
-    "rows are read while it trains, so that duplicates, held-out rows among them, empty answers,"
-    " contradictions and lost ends were not looked for"
-)
-UNKNOWN = "these examples are of no table, so that nothing was looked for in them"
 
 
 @dataclass(frozen=True)
@@ -245,13 +220,11 @@ class Finding:
 
     def __str__(self) -> str:
         more = f" and {self.count - len(self.first):,} more" if self.count > len(self.first) else ""
-        return f"{self.count:,} of {self.of:,} rows {self.said}: {', '.join(self._named())}{more}"
-
-    def _named(self) -> Iterator[str]:
-        names = named(one for one, _ in self.first)
-        for name, (one, other) in zip(names, self.first, strict=True):
+        rows = []
+        for name, (one, other) in zip(named(p for p, _ in self.first), self.first, strict=True):
             _, like = ("", "") if other is None else named([one, other])
-            yield f"{name} (as {like})" if like else name
+            rows.append(f"{name} (as {like})" if like else name)
+        return f"{self.count:,} of {self.of:,} rows {self.said}: {', '.join(rows)}{more}"
 
     def as_json(self) -> dict[str, Any]:
         """The figures, and the first rows by file and number."""
@@ -332,18 +305,21 @@ def look(
     if held_out is not None and isinstance(held_out[0], TableExamples):
         other = Looked(held_out[0], held_out[1])
         found[HELD_OUT] = other.finding(HELD_OUT, other.shared(train), like=rows)
-    turns = Turns(examples, rows)
-    if turns.roles:
-        found["empty_answers"] = train.finding("empty_answers", (turns.empty, None))
+    roles, silent, empty = turns_of(examples, rows)
+    if roles:
+        found["empty_answers"] = train.finding("empty_answers", (empty, None))
     if judged := examples.judged():
-        contrary = _contrary(examples.rows, judged.subjects, judged.verdicts)
+        # those whose verdict on a subject is not that of the first row that judges it
+        order, first = _alike(judged.subjects)
+        other = judged.verdicts[order] != judged.verdicts[first]
+        contrary = _by_row(examples.rows[order[other]], examples.rows[first[other]])
         found["contradictions"] = train.finding("contradictions", contrary, judged.contrary)
     if (lost := examples.ends_lost()) is not None:
         cut = np.unique(examples.rows[lost])
         found["ends_lost"] = train.finding("ends_lost", (cut, None), max_length)
     untrained = np.setdiff1d(np.arange(len(rows)), train.of)
     found["untrained"] = train.finding("untrained", (untrained, None))
-    return Findings(len(rows), found, examples.labels(), turns.roles, turns.silent)
+    return Findings(len(rows), found, judged.labels if judged else {}, roles, silent)
 
 
 class Looked:
@@ -360,10 +336,9 @@ class Looked:
 
     def repeated(self) -> Pairs:
         """The rows that are the same as an earlier one, and the first that is."""
-        order = np.argsort(self.digests, kind="stable")
-        first = _firsts(self.digests[order])
-        later = first != np.arange(len(first))
-        return _ascending(self.of[order[later]], self.of[order[first[later]]])
+        order, first = _alike(self.digests)
+        later = first != order
+        return _by_row(self.of[order[later]], self.of[first[later]])
 
     def shared(self, others: Looked) -> Pairs:
         """The rows that are among others too, and which they are there."""
@@ -391,50 +366,47 @@ class Looked:
         return Finding(len(rows), len(self.rows), SAID[name].format(told), pairs)
 
 
-class Turns:
+def turns_of(
+    examples: TableExamples[Any], rows: Rows
+) -> tuple[dict[str, tuple[int, int]], dict[str, int], Array]:
     """What becomes of the turns of rows: `roles` and `silent` as `Findings` has them, and the
-    indices of rows with an `empty` answer.
+    indices of rows with an empty answer.
     """
-
-    def __init__(self, examples: TableExamples[Any], rows: Rows) -> None:
-        kinds, of, kind_of = dict[str, int](), list[int](), list[int]()
-        for row, text in examples.turns():
-            of.append(row)
-            kind_of.append(kinds.setdefault(text, len(kinds)))
-        index, kind = np.array(of, np.int64), np.array(kind_of, np.int64)
-        turns, trained, empty = Counter[str](), Counter[str](), set[int]()
-        answers = np.zeros((len(kinds), 2))  # turns of the assistant, and those trained on
-        for (text, number), count in zip(kinds.items(), np.bincount(kind).tolist(), strict=True):
-            for role, became in turns_in(text):
-                turns[role] += count
-                trained[role] += count * bool(became)
-                if became == EMPTY:
-                    empty.add(number)
-                if role == "assistant":
-                    answers[number] += 1, bool(became)
-        self.roles = {role: (n, trained[role]) for role, n in turns.items()}
-        self.empty = np.unique(index[np.isin(kind, [*empty])])
-        names, file = rows.origins.files(len(rows))
-        said, kept = (np.bincount(file[index], answers[kind, n], len(names)) for n in (0, 1))
-        silent = [n for n in range(len(names)) if said[n] and not kept[n]]
-        self.silent = {names[n]: int(said[n]) for n in silent if len(names) > 1}
-
-
-def _contrary(rows: Array, subjects: Array, verdicts: Array) -> Pairs:
-    """The rows whose verdict on a subject is not that of the first row that judges it."""
-    order = np.argsort(subjects, kind="stable")
-    first = order[_firsts(subjects[order])]
-    contrary = verdicts[order] != verdicts[first]
-    return _ascending(rows[order[contrary]], rows[first[contrary]])
+    texts, of = list[str](), np.zeros(0, np.int64)
+    if TURNS in examples.table.column_names:
+        chunks, of = examples.table.column(TURNS).chunks, column(examples.table, "row")
+        texts = [text for chunk in chunks for text in chunk.to_pylist()]
+    kinds = dict[str, int]()
+    kind = np.array([kinds.setdefault(text, len(kinds)) for text in texts], np.int64)
+    turns, trained, empty = Counter[str](), Counter[str](), set[int]()
+    answers = np.zeros((len(kinds), 2))  # turns of the assistant, and those trained on
+    for (text, number), count in zip(kinds.items(), np.bincount(kind).tolist(), strict=True):
+        for line in text.splitlines():
+            became = next((end for end in (TRAINED, EMPTY) if line.endswith(end)), "")
+            role = line.removesuffix(became)
+            turns[role] += count
+            trained[role] += count * bool(became)
+            if became == EMPTY:
+                empty.add(number)
+            if role == "assistant":
+                answers[number] += 1, bool(became)
+    roles = {role: (n, trained[role]) for role, n in turns.items()}
+    names, file = rows.origins.files(len(rows))
+    said, kept = (np.bincount(file[of], answers[kind, n], len(names)) for n in (0, 1))
+    silent = [n for n in range(len(names)) if len(names) > 1 and said[n] and not kept[n]]
+    found = {names[n]: int(said[n]) for n in silent}
+    return roles, found, np.unique(of[np.isin(kind, [*empty])])
 
 
-def _firsts(values: Array) -> Array:
-    """The index of the first of those that are equal to each of some sorted values, (n,)."""
-    starts = np.flatnonzero(np.append(True, values[1:] != values[:-1])[: len(values)])
-    return np.repeat(starts, np.diff([*starts, len(values)]))
+def _alike(values: Array) -> tuple[Array, Array]:
+    """The indices of values in their order, (n,), and of the first one that is equal to each."""
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])[: len(values)])
+    return order, order[np.repeat(starts, np.diff([*starts, len(values)]))]
 
 
-def _ascending(rows: Array, others: Array) -> Pairs:
+def _by_row(rows: Array, others: Array) -> Pairs:
     """The same pairs by row, each row once."""
     found, at = np.unique(rows, return_index=True)
     return found, others[at]

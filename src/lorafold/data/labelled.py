@@ -15,17 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorafold.data.arrow import (
-    Array,
-    Judged,
-    Lists,
-    TableExamples,
-    column,
-    digests,
-    lists,
-    numbers,
-    texts,
-)
+from lorafold.data.arrow import Array, Judged, Lists, TableExamples, batch_of, column, digests
 from lorafold.data.examples import NO_LOSS, identity_of
 from lorafold.data.rows import as_checked, check_given
 from lorafold.data.shapes import LABELS, Labelled
@@ -117,39 +107,26 @@ class Labels(Encoder):
 
     tokenizer: "PreTrainedTokenizerBase"
     classes: tuple[str, ...]
-
-    @property
-    def takes(self) -> str:
-        return LABELS
+    takes = LABELS
 
     @property
     def identity(self) -> dict[str, Any]:
         return {"kind": "labels", "classes": self.classes, **identity_of(self.tokenizer)}
 
-    @property
-    def schema(self) -> "pa.Schema":
-        import pyarrow as pa
-
-        columns = {"row": pa.int32(), "ids": pa.list_(pa.int32()), "closing": pa.int32()}
-        return pa.schema({**columns, "label": pa.int32(), "problem": pa.string()})
-
     def encode(self, given: Sequence[Labelled], first: int) -> "pa.RecordBatch":
-        import pyarrow as pa
-
-        number_of = {name: number for number, name in enumerate(self.classes)}
-        labels = [str(one.label) for one in given]
         found = self.tokenizer(
             [one.text for one in given], verbose=False, return_special_tokens_mask=True
         )
-        ids = found.input_ids
-        columns = [
-            numbers(range(first, first + len(given))),
-            lists(ids),
-            numbers(list(map(closing, found["special_tokens_mask"]))),
-            numbers([number_of.get(label, -1) for label in labels]),
-            texts(list(map(self._problem, given, ids))),
-        ]
-        return pa.record_batch(columns, self.schema)
+        number_of = {name: number for number, name in enumerate(self.classes)}
+        return batch_of(
+            {
+                "row": range(first, first + len(given)),
+                "closing": list(map(closing, found["special_tokens_mask"])),
+                "label": [number_of.get(str(one.label), -1) for one in given],
+            },
+            {"ids": found.input_ids},
+            texts={"problem": list(map(self._problem, given, found.input_ids))},
+        )
 
     def _problem(self, given: Labelled, ids: Sequence[int]) -> str:
         if not ids:
@@ -171,19 +148,17 @@ class LabelledExamples(TableExamples[LabelledExample]):
 
     def __init__(self, table: "pa.Table", max_length: int, classes: Sequence[str]) -> None:
         super().__init__(table, max_length, np.arange(len(table)))
-        self._labels, self._classes = column(table, "label"), classes  # (n,), (k,)
+        self._labels = column(table, "label")  # (n,)
         self._closing = column(table, "closing")  # (n,)
+        counts = np.bincount(self._labels, minlength=len(classes)).tolist()
+        self.counts = dict(zip(classes, counts, strict=True))  # the examples of each class
 
     def digests(self) -> Array:
         return digests(self._ids, self._labels.tolist())
 
     def judged(self) -> Judged:
         contrary = "have the text of an earlier one, and another label"
-        return Judged(digests(self._ids), self._labels, contrary)
-
-    def labels(self) -> dict[str, int]:
-        counts = np.bincount(self._labels, minlength=len(self._classes)).tolist()
-        return dict(zip(self._classes, counts, strict=True))
+        return Judged(digests(self._ids), self._labels, contrary, self.counts)
 
     def _example(self, entry: int) -> LabelledExample:
         return LabelledExample(self._cut(entry), int(self._labels[entry]))
@@ -236,7 +211,7 @@ def labelled(
         int(whole.max()),
         max_length,
         int((whole > max_length).sum()),
-        examples.labels(),
+        examples.counts,
     )
     return LabelledData(examples, report, rows.parts)
 

@@ -10,16 +10,10 @@ on. Rows may also have arguments as JSON text, flat calls {"name", "arguments"},
 value is null counts as absent, in tools and arguments too, since Arrow and Parquet fill rows up
 with nulls; JSON text keeps its nulls.
 
-ShareGPT's turns: {"from": "human", "value": text}, and calls of functions as JSON in a turn.
-
-    {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Rome"}}'}
-    {"from": "observation", "value": '{"degrees": 21}'}
-
-What stands in a row beside messages, or in place of them: a system message, instructions with
-their answers, and questions answered by calls.
-
-    {"instruction": "Add.", "input": "1, 2", "output": "3"}             Alpaca's
-    {"instruction": "Add.", "context": "1, 2", "response": "3"}         Dolly's
+    {"from": "human", "value": text}                                    a turn of ShareGPT
+    {"from": "function_call", "value": '{"name": ..., "arguments": ...}'}       with a call, as JSON
+    {"instruction": "Add.", "input": "1, 2", "output": "3"}             a row of Alpaca
+    {"instruction": "Add.", "context": "1, 2", "response": "3"}         a row of Dolly
     {"query": "Add 1 and 2.", "answers": calls, "tools": [...]}         calls as a list, or its JSON
 """
 
@@ -32,6 +26,8 @@ from lorafold.data.parsing import Row, kind_of, parsed
 
 Message = dict[str, Any]
 Tool = dict[str, Any]
+# the messages of a prompt, and those of each completion, by the name of its field
+Said = tuple[list[Message], dict[str, list[Message]]]
 REASONING = ("reasoning_content", "reasoning", "thinking")
 ASKING = ("weight", "train", "training", "loss")  # whether to train on a turn
 FORM = frozenset(("role", "content", "tool_calls", "name", "tool_call_id"))
@@ -42,6 +38,9 @@ ROLES = {  # the names that others have for roles
     **dict.fromkeys(("function", "observation", "function_response"), "tool"),
     **{name: name for name in ("system", "user", "assistant", "tool", "developer")},
 }
+CALLERS = ("function_call", "tool_call")  # whose turns are calls, as JSON
+SPEAKERS = (*ROLES, *CALLERS)
+TURN_KEYS = {"from", "value", *ASKING}
 
 
 def text_problems(name: str, value: Any) -> Iterator[str]:
@@ -188,17 +187,33 @@ def tool_problems(value: Any) -> Iterator[str]:
             yield from text_problems(f"tools[{index}].name", function.get("name"))
 
 
+def said_by(role: str, value: Any) -> list[Message]:
+    """Messages, or a text as the message of a role."""
+    return [{"role": role, "content": value}] if isinstance(value, str) else value
+
+
 def normalized(messages: list[Message]) -> list[Message]:
     """The messages of a checked row in one form; those that have it already are not copied."""
-    return [_normalized(message) if _unusual(message) else message for message in messages]
+    return [
+        message
+        if isinstance(message.get("content"), str)
+        and "tool_calls" not in message
+        and FORM.issuperset(message)
+        and ROLES.get(message["role"]) == message["role"]
+        and None not in message.values()
+        else _normalized(message)
+        for message in messages
+    ]
 
 
 def tools_of(value: Any) -> tuple[Tool, ...]:
     """The tools of a checked row in OpenAI's form: {"type": "function", "function": {...}}."""
+    if not value:
+        return ()
     if isinstance(value, str):
         tools = parsed(value) if value.strip() else []
     else:
-        tools = without_nulls(value or [])
+        tools = without_nulls(value)
     return tuple(
         {"type": "function", "function": tool} if "function" not in tool else tool for tool in tools
     )
@@ -219,17 +234,6 @@ def without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _unusual(message: Message) -> bool:
-    """Whether a message is not in the one form yet, has more than text, or lacks a value."""
-    return (
-        not isinstance(message.get("content"), str)
-        or "tool_calls" in message
-        or not FORM.issuperset(message)
-        or ROLES.get(message["role"]) != message["role"]
-        or None in message.values()
-    )
 
 
 def _normalized(message: Message) -> Message:
@@ -261,11 +265,6 @@ def _other(text: str, kind: type) -> str:
         reason = str(error)
         return "no JSON" if "not JSON" in reason else f"JSON of which can't be used: {reason}"
     return "" if isinstance(value, kind) else f"JSON of {kind_of(value)}"
-
-
-CALLERS = ("function_call", "tool_call")  # whose turns are calls, as JSON
-SPEAKERS = (*ROLES, *CALLERS)
-TURN_KEYS = {"from", "value", *ASKING}
 
 
 def turns_problems(row: Row) -> Iterator[str]:
@@ -300,17 +299,17 @@ def turn_problems(name: str, turn: Any) -> Iterator[str]:
 
 def turns_to_messages(turns: list[dict[str, Any]]) -> list[Message]:
     """The messages of checked turns."""
-    return normalized([_message(turn) for turn in turns])
-
-
-def _message(turn: dict[str, Any]) -> Message:
-    speaker, value = turn["from"], turn["value"]
-    asking = {key: turn[key] for key in ASKING if key in turn}
-    if speaker not in CALLERS:
-        return {"role": role_of(speaker), "content": value} | asking
-    calls = parsed(value)
-    calls = calls if isinstance(calls, list) else [calls]
-    return {"role": "assistant", "tool_calls": [call_of(call) for call in calls]} | asking
+    found = list[Message]()
+    for turn in turns:
+        speaker, value = turn["from"], turn["value"]
+        if speaker in CALLERS:
+            calls = parsed(value)
+            calls = calls if isinstance(calls, list) else [calls]
+            said = {"role": "assistant", "tool_calls": [call_of(call) for call in calls]}
+        else:
+            said = {"role": role_of(speaker), "content": value}
+        found.append(said | {key: turn[key] for key in ASKING if key in turn})
+    return normalized(found)
 
 
 def instruction_problems(answered: str, beside: str, row: Row) -> Iterator[str]:
@@ -325,11 +324,10 @@ def instruction_problems(answered: str, beside: str, row: Row) -> Iterator[str]:
         yield from text_problems(key, row[key])
 
 
-def instruction(answered: str, beside: str, row: Row) -> list[Message]:
+def instruction(answered: str, beside: str, row: Row) -> Said:
     """The messages of a checked row of an instruction, whose keys are those of its problems."""
     asked = "\n".join(filter(None, (row["instruction"], row.get(beside))))
-    answer = {"role": "assistant", "content": row[answered]}
-    return [{"role": "user", "content": asked}, answer]
+    return said_by("user", asked), {answered: said_by("assistant", row[answered])}
 
 
 def query_problems(row: Row) -> Iterator[str]:
@@ -341,10 +339,10 @@ def query_problems(row: Row) -> Iterator[str]:
         yield f"field answers: found no JSON ({error}), expected that of a list of calls"
 
 
-def query(row: Row) -> list[Message]:
+def query(row: Row) -> Said:
     """The messages of a checked row of a question that calls answer."""
     calls = [call_of(call) for call in _answers(row)]
-    return [{"role": "user", "content": row["query"]}, {"role": "assistant", "tool_calls": calls}]
+    return said_by("user", row["query"]), {"answers": [{"role": "assistant", "tool_calls": calls}]}
 
 
 def system_problems(row: Row, wrong: bool) -> Iterator[str]:

@@ -6,7 +6,7 @@
 Half of a surrogate pair, which JSON may hold and UTF-8 can't, numbers of thousands of digits, and
 values that lie too deep are refused wherever they stand, since rows are kept as they are.
 
-Rows as other tools write them, with the keys and lists by which `data.shapes` knows them.
+Rows have the keys and lists of other tools too, and get those by which `data.shapes` knows them:
 
 | found | becomes |
 |---|---|
@@ -30,6 +30,8 @@ DEEPEST = 100  # lists and objects around a value
 TOO_DEEP = f"found a value inside more than {DEEPEST} lists and objects, expected fewer"
 HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair
 ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
+CONVERSED = ("messages", "conversations")
+SPOKEN = (*CONVERSED, "prompt", "completion", "chosen", "rejected")  # which may hold messages
 
 
 def decoded(text: bytes) -> str:
@@ -148,10 +150,6 @@ def _whole(digits: str) -> int:
     return int(digits) if len(digits) <= _digits() else 10 ** len(digits)
 
 
-CONVERSED = ("messages", "conversations")
-SPOKEN = (*CONVERSED, "prompt", "completion", "chosen", "rejected")  # which may hold messages
-
-
 def as_known(row: Any) -> Found:
     """The row with the keys and lists that shapes know, or the reason why it can't be read."""
     if not isinstance(row, dict):
@@ -173,14 +171,10 @@ def as_known(row: Any) -> Found:
                 return f"field {key}: found {many}, expected as many of each"
             columns = zip(*value.values(), strict=True)
             found = found | {key: [dict(zip(value, one, strict=True)) for one in columns]}
-    return _renamed(found)
-
-
-def _renamed(row: Row) -> Row:
-    turns = row.get("conversations")
+    turns = found.get("conversations")
     if isinstance(turns, list) and turns and isinstance(turns[0], dict) and "role" in turns[0]:
-        row = _moved(row, "conversations", "messages")
-    return _moved(row, "functions", "tools") if "messages" in row else row
+        found = _moved(found, "conversations", "messages")
+    return _moved(found, "functions", "tools") if "messages" in found else found
 
 
 def _moved(row: Row, key: str, name: str) -> Row:

@@ -1,7 +1,4 @@
-"""What generation is measured against: of each row the prompt of its last assistant turn, and the
-turn as the reference.
-
-Prompts, of rows that need not have a completion.
+"""Prompts of rows, and the references that generation is measured against.
 
     {"prompt": text or messages}        or a row of any shape that is a conversation
 
@@ -28,11 +25,14 @@ from lorafold.data.shapes import (
     shape_of,
 )
 from lorafold.data.sources import Row
-from lorafold.data.templates import block_of
+from lorafold.data.templates import template_of
 from lorafold.errors import LorafoldError, listed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+ASKING = tuple(shape for shape in (*SHAPES, PROMPT_ALONE) if PROMPTS in shape.gives)
+
 
 class Reference(NamedTuple):
     """The content of the message before a turn, the rendered prompt and the turn's own text."""
@@ -48,11 +48,11 @@ def references(
     """The prompt and the reference of each conversation, which is a row of its own.
 
     The reference of a conversation is its last assistant turn, but for those that its row leaves
-    out of training: the content or, where the turn has
-    calls, the text that the template renders for it, without special tokens and reasoning. The
-    prompt has the row's tools, and the template's special tokens: tokenize it with
-    add_special_tokens=False. Raises LorafoldError for plain text, for conversations without
-    an assistant turn after a prompt, and for those that the template does not show whole.
+    out of training: the content or, where the turn has calls, the text that the template renders
+    for it, without special tokens and reasoning. The prompt has the row's tools, and the template's
+    special tokens: tokenize it with add_special_tokens=False. Raises LorafoldError for plain text,
+    for conversations without an assistant turn after a prompt, and for those that the template does
+    not show whole.
     """
     found: list[Reference] = []
     bad: list[str] = []
@@ -83,7 +83,7 @@ def without_reasoning(text: str, prompt: str, tokenizer: PreTrainedTokenizerBase
     """
     if tokenizer.chat_template is None:
         return text
-    return text[block_of(tokenizer).end(text, prompt) :]
+    return text[template_of(tokenizer).block.end(text, prompt) :]
 
 
 def reference_of(
@@ -127,16 +127,12 @@ class Prompt(NamedTuple):
     reference: str | None
 
 
-ASKING = tuple(shape for shape in (*SHAPES, PROMPT_ALONE) if PROMPTS in shape.gives)
-
-
 def _asked(row: Row) -> Conversation:
     """The conversation of a row; one without messages where it asks nothing."""
     shape = shape_of(row, ASKING)
     if shape is None:
         return Conversation([])
-    read = shape.gives.get(CONVERSATIONS, shape.gives[PROMPTS])
-    found: Conversation = read(row)
+    found: Conversation = shape.given(PROMPTS if shape is PROMPT_ALONE else CONVERSATIONS, row)
     return found
 
 
@@ -183,18 +179,16 @@ def prompts_of(
     found = []
     for number, row in enumerate(rows, 1):
         try:
-            found.append(_prompt(row, tokenizer))
+            given = _asked(row)
+            last = len(given.messages) - 1
+            if given.messages[last]["role"] != "assistant":
+                found.append(Prompt(prompt_of(given, tokenizer), None))
+                continue
+            if not last:
+                what = "found no message before the assistant's turn, expected a prompt"
+                raise LorafoldError(what)
+            reference = reference_of(given, last, tokenizer)
+            found.append(Prompt(reference.prompt, reference.text))
         except LorafoldError as error:
             raise LorafoldError(f"{name}: row {number}: {error}") from error
     return found
-
-
-def _prompt(row: Row, tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    given = _asked(row)
-    last = len(given.messages) - 1
-    if given.messages[last]["role"] == "assistant":
-        if not last:
-            raise LorafoldError("found no message before the assistant's turn, expected a prompt")
-        reference = reference_of(given, last, tokenizer)
-        return Prompt(reference.prompt, reference.text)
-    return Prompt(prompt_of(given, tokenizer), None)

@@ -1,18 +1,14 @@
-"""The bytes of a file of rows as UTF-8, and what a file is that is no text of rows.
+"""Reads the rows of a file: JSON lines, JSON, CSV, Parquet, Arrow, and those of text compressed.
 
-    as_utf8(file, windows, tell)     UTF-8 unchanged, UTF-16 with its byte order mark as UTF-8
-
-Excel saves CSV in Windows-1252 unless it is asked for UTF-8. Such a file is read as that where it
-is allowed (`windows`) and can only be that: all before the first byte that is no UTF-8 is ASCII,
-what follows has no control characters, and no four letters outside of ASCII in a row, which text in
-other code pages has. It is said, with a word by which a wrong guess shows.
-
-Reads the rows of a file: JSON lines, JSON, CSV, Parquet, Arrow, and those of text compressed.
-
-    numbered(Path("rows.jsonl.gz"))     (1, row), (2, row), ...
+    numbered(Path("rows.jsonl.gz"), tell)     (1, row), (2, row), ...
 
 A row that can't be read is handed on as the reason, so that all bad rows are told together. Rows
 are numbered from 1: by line in a file of JSON lines, by record after the header in a CSV file.
+
+Text is UTF-8, or UTF-16 with its byte order mark. Excel saves CSV in Windows-1252 unless it is
+asked for UTF-8: such a file is read as that if it can only be that: all before the first byte that
+is no UTF-8 is ASCII, what follows has no control characters, and no four letters outside of ASCII
+in a row, which text in other code pages has. It is said, with a word by which a wrong guess shows.
 """
 
 from __future__ import annotations
@@ -35,6 +31,12 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Tell = Callable[[str], None]
+Numbered = Iterator[tuple[int, Found]]
+BOM = b"\xef\xbb\xbf"
+DELIMITERS = ",;\t|"
+AT_ONCE = 1000  # rows of a table that are made into objects together
+MAGIC = {"gzip": b"\x1f\x8b", "bz2": b"BZh", "zstd": b"\x28\xb5\x2f\xfd"}
+LONGEST = 2**31 - 1  # bytes of a field of CSV
 PIECE = 1 << 16  # bytes
 WINDOWS = "cp1252"
 WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -151,14 +153,6 @@ def _check(text: str) -> None:
         raise Unreadable("not text; expected CSV in UTF-8, or in UTF-16 with its byte order mark")
     if FOREIGN.search(text):
         raise Unreadable(NEITHER)
-
-
-Numbered = Iterator[tuple[int, Found]]
-BOM = b"\xef\xbb\xbf"
-DELIMITERS = ",;\t|"
-AT_ONCE = 1000  # rows of a table that are made into objects together
-MAGIC = {"gzip": b"\x1f\x8b", "bz2": b"BZh", "zstd": b"\x28\xb5\x2f\xfd"}
-LONGEST = 2**31 - 1  # bytes of a field of CSV
 
 
 class Kind(NamedTuple):

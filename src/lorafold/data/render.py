@@ -1,10 +1,7 @@
-"""Refuses a conversation of which the chat template leaves out a part: its tools, a call, the
-content of a message.
+"""Renders conversations with the model's chat template: whole, as prompts, and for training.
 
-Nearly always every part is found in the text as it stands. Where one is not, it is rendered once
-more with a probe in its place, since a template may trim, quote or spell a part in its own way.
-
-What of a conversation is trained on: the texts of its examples, and the spans in them.
+    render(messages, tokenizer, for_generation=True, tools=tools)     one text
+    render_trained(conversation, tokenizer)     the texts of its examples, and the spans in them
 
     prompt(i) = render(messages[:i], with the generation prompt)
     after(i)  = render(messages[:i + 1]) = prompt(i) + what the model shall generate
@@ -17,40 +14,34 @@ with the prompt, `data.prompt_mismatch` looks for the form that generation has; 
 is left out and counted. If the template marks its own spans with {% generation %}, what lies
 outside them is not trained on.
 
-A turn ends with a token at which generation stops (`data.endings`). Where the template writes it
+A turn ends with a token at which generation stops (`Template.ending`). Where the template writes it
 with the next message, `after` goes on through it; where it writes none, the tokenizer's own stands
 there, and each turn has an example of its own, since no later prompt has that token.
 
-Renders conversations with the model's chat template: whole, as prompts, and for training.
-
-    render(messages, tokenizer, for_generation=True, tools=tools)     one text
-    prompts(rows, tokenizer)                                          (prompt, reference) of rows
-
-`data.trained_spans` finds what of a conversation is trained on.
+A conversation of which the template leaves out a part is refused: its tools, a call, the content of
+a message. Nearly always every part is found in the text as it stands. Where one is not, it is
+rendered once more with a probe in its place, since a template may trim, quote or spell a part in
+its own way.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2.exceptions import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from lorafold.data.control_tokens import as_text, variables_as_text
 from lorafold.data.messages import Message, Tool
 from lorafold.data.prompt_mismatch import after_block, after_rewriting
-from lorafold.data.prompts import references
-from lorafold.data.shapes import CONVERSATIONS, Conversation
-from lorafold.data.sources import Row
-from lorafold.data.stored import Rows
+from lorafold.data.shapes import Conversation
 from lorafold.data.templates import (
     ASKED,
     KEY,
-    KNOWN,
     NAME,
     NONE,
     PROBE_TOOL,
@@ -59,13 +50,8 @@ from lorafold.data.templates import (
     WITH_TURN,
     apply,
     attempt,
-    block_of,
     call,
-    ending_of,
-    form_of,
-    specials_of,
     template_of,
-    through_special,
 )
 from lorafold.errors import LorafoldError
 from lorafold.models.built_in_templates import opening
@@ -73,6 +59,13 @@ from lorafold.models.built_in_templates import opening
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Span = tuple[int, int]
+PLAIN_TEMPLATE = """\
+{%- for message in messages -%}
+{{ '### ' + message['role'] | capitalize + ':\\n' + message['content'] }}
+{%- if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif -%}"""
 HELP = "--chat-template FILE takes another template, and --chat-template tools one with tools"
 
 
@@ -90,7 +83,7 @@ def check_shown(
         turns: What the template adds for a message with calls, by its number, where that is known.
     """
     for part, probed, probe in _missing(conversation, text, turns or {}):
-        form = form_of(tokenizer, probed.tools)
+        form = template_of(tokenizer, probed.tools).form
         try:
             again = apply(form.of(probed.messages), tokenizer, probed.tools)
         except LorafoldError:
@@ -109,31 +102,10 @@ def check_able(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -
     if not conversation.tools and not called:
         return
     template = template_of(tokenizer, conversation.tools)
-    if conversation.tools and not shows_tools(template, tokenizer):
+    if conversation.tools and not template.shows_tools:
         raise LorafoldError(f"the chat template does not show the row's tools; {HELP}")
-    if called and not shows_calls(template, tokenizer):
+    if called and not template.shows_calls:
         raise LorafoldError(f"the chat template does not show calls (tool_calls); {HELP}")
-
-
-@lru_cache(maxsize=KNOWN)
-def shows_tools(template: str, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the template shows a probe tool, with a system message or without."""
-    form, system = form_of(tokenizer, [PROBE_TOOL]), {"role": "system", "content": VALUE}
-    asked = (form.of([ASKED]), form.of([system, ASKED]))
-    return any(KEY in attempt(m, tokenizer, [PROBE_TOOL], for_generation=True) for m in asked)
-
-
-@lru_cache(maxsize=KNOWN)
-def shows_calls(template: str, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the template shows a probe call, as the last message or in an earlier one."""
-    said: list[Message] = [
-        {"role": "assistant", "tool_calls": [call(NAME, {KEY: VALUE}) | {"id": "probe0000"}]},
-        {"role": "tool", "content": VALUE, "name": NAME, "tool_call_id": "probe0000"},
-        {"role": "assistant", "content": VALUE},
-    ]
-    form = form_of(tokenizer)
-    texts = (attempt(form.of([ASKED, *said[:n]]), tokenizer) for n in (1, 3))
-    return any(NAME in text.replace(VALUE, "") for text in texts)
 
 
 def _missing(
@@ -204,10 +176,6 @@ def hidden(messages: list[Message], index: int, turn: str) -> bool:
     return thought not in turn or not _has_text(turn, beside)
 
 
-OWN_SPANS = re.compile(r"\{%[-+]?\s*generation\b")
-Span = tuple[int, int]
-
-
 @dataclass(frozen=True)
 class Rendering:
     """What of a conversation is trained on: all turns of the assistant or the last, with their
@@ -245,27 +213,16 @@ class Trained:
     turns: frozenset[int] = frozenset()
 
 
-@dataclass(frozen=True)
 class TrainedTurn:
     """One assistant turn: a text that ends with it, where it starts and ends in that text, and the
     spans that the template marks, or None if it marks none anywhere.
     """
 
-    text: str
-    start: int
-    end: int
-    marks: tuple[Span, ...] | None
-
-    @property
-    def said(self) -> str:
-        """What generation makes of it."""
-        return self.text[self.start : self.end]
-
-
-@lru_cache(maxsize=KNOWN)
-def marks_own(template: str) -> bool:
-    """Whether a chat template marks its own spans."""
-    return bool(OWN_SPANS.search(template))
+    def __init__(self, text: str, prompt: str, marks: tuple[Span, ...] | None) -> None:
+        self.text, self.start, self.marks = text, len(prompt), marks
+        # whitespace after the token that ends a turn is the template's
+        self.end = max(self.start, len(text.rstrip()))
+        self.said = text[self.start : self.end]  # what generation makes of it
 
 
 class Drawing:
@@ -274,9 +231,8 @@ class Drawing:
     def __init__(self, conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer, self.tools = tokenizer, conversation.tools
         self.messages = conversation.messages
-        self.form = form_of(tokenizer, self.tools)
-        self.formed = self.form.of(self.messages)
-        self.marks_own = marks_own(template_of(tokenizer, self.tools))
+        self.template, self.own = template_of(tokenizer, self.tools), template_of(tokenizer)
+        self.formed = self.template.form.of(self.messages)
 
     @cached_property
     def whole(self) -> tuple[str, tuple[Span, ...] | None]:
@@ -294,51 +250,47 @@ class Drawing:
         prompt, message = self.prompt(i), self.formed[i]
         text, marks = self.whole if i == len(self.formed) - 1 else self._draw(self.formed[: i + 1])
         if text.startswith(prompt):
-            return _turn(text, prompt, marks)
+            return TrainedTurn(text, prompt, marks)
         if message.get("reasoning_content"):
             bare = {k: v for k, v in message.items() if k != "reasoning_content"}
             plain, plain_marks = self._draw([*self.formed[:i], bare])
             if plain.startswith(prompt):
-                return _turn(plain, prompt, plain_marks)
+                return TrainedTurn(plain, prompt, plain_marks)
         reasoning = message.get("reasoning_content", "")
         said = self.messages[i].get("content", "")
-        block, specials = block_of(self.tokenizer), specials_of(self.tokenizer)
+        block, specials = self.own.block, self.own.specials
         joined = after_block(prompt, text, (reasoning, said), block, specials)
         if joined is None:
             before = attempt(self.formed[:i], self.tokenizer, self.tools)
             joined = after_rewriting(prompt, text, before, said)
         if joined is None or marks == ():
             return None
-        return _turn(joined, prompt, None if marks is None else ((len(prompt), len(joined)),))
+        marks = None if marks is None else ((len(prompt), len(joined)),)
+        return TrainedTurn(joined, prompt, marks)
 
-    def ended(self, i: int, turn: TrainedTurn) -> TrainedTurn:
-        """Turn i with its end."""
-        text, ending = turn.text[: turn.end], ending_of(self.tokenizer)
+    def end(self, i: int, turn: TrainedTurn) -> str | None:
+        """The end of turn i, which its text lacks; None where the template writes it with the turn.
+        """
+        ending, text = self.own.ending, turn.text[: turn.end]
         if ending.written == WITH_TURN:
-            return turn
-        end = ending.text
+            return None
         if ending.written == WITH_NEXT:
             follows = [m for m in self.formed[i + 1 : i + 2] if m["role"] in ("user", "tool")]
-            [next_one] = follows or self.form.of([ASKED])
+            [next_one] = follows or self.template.form.of([ASKED])
             longer = attempt([*self.formed[: i + 1], next_one], self.tokenizer, self.tools)
             if longer.startswith(text):
-                end = through_special(longer[len(text) :], self.tokenizer) or end
-        marks = turn.marks
-        if marks is not None and any(last > turn.start for _, last in marks):
-            marks = (*marks, (len(text), len(text) + len(end)))
-        return TrainedTurn(text + end, turn.start, len(text) + len(end), marks)
+                return self.own.through_special(longer[len(text) :]) or ending.text
+        return ending.text
 
     def _draw(self, messages: list[Message]) -> tuple[str, tuple[Span, ...] | None]:
-        if not self.marks_own:
+        if not self.template.marks_own:
             return apply(messages, self.tokenizer, self.tools), None
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         special: Any = self.tokenizer.special_tokens_map
         try:
             found: Any = render_jinja_template(
                 [messages],
                 tools=list(self.tools) or None,
-                chat_template=template_of(self.tokenizer, self.tools),
+                chat_template=self.template.text,
                 return_assistant_tokens_mask=True,
                 add_generation_prompt=False,
                 **special,
@@ -386,15 +338,24 @@ def render_trained(
             left_out += 1
             continue
         lost += hidden(messages, i, turn.said)
-        turn = turn if rendering.end_of_turn == "none" else drawing.ended(i, turn)
-        spans = _spans(turn, rendering, tokenizer)
-        if not spans:
+        text, start, end, marks = turn.text, turn.start, turn.end, turn.marks
+        if rendering.end_of_turn == "auto" and (written := drawing.end(i, turn)) is not None:
+            text = text[:end] + written
+            if marks is not None and any(last > start for _, last in marks):
+                marks = (*marks, (end, len(text)))
+            end = len(text)
+        if rendering.mask_reasoning:
+            start += drawing.own.block.end(text[start:end], text[:start])
+        # a mark may go on to the end of the line, behind the token that ends the turn
+        marks = ((start, end),) if marks is None else marks
+        cut = ((max(start, first), min(len(text), last)) for first, last in marks)
+        if not (spans := [(first, last) for first, last in cut if first < last]):
             left_out += 1
             continue
-        home = next((entry for entry in found if entry[0].startswith(turn.text)), None)
+        home = next((entry for entry in found if entry[0].startswith(text)), None)
         if home is None:
-            home = (turn.text, [], [])
-            if turn.text.startswith(whole):  # and has its end
+            home = (text, [], [])
+            if text.startswith(whole):  # and has its end
                 found[0] = home
             else:
                 found.append(home)
@@ -402,41 +363,12 @@ def render_trained(
         home[1].extend(spans)
         home[2].append(turn.start)
     renderings = [
-        Rendered(text, tuple(sorted(spans)), tuple(sorted(starts)))
-        for text, spans, starts in found
+        Rendered(of, tuple(sorted(spans)), tuple(sorted(starts)))
+        for of, spans, starts in found
         if spans
     ]
     shown = tuple(renderings[::-1]) or (Rendered(whole, ()),)
     return Trained(shown, left_out, lost, frozenset(kept))
-
-
-def _turn(text: str, prompt: str, marks: tuple[Span, ...] | None) -> TrainedTurn:
-    # whitespace after the token that ends a turn is the template's
-    return TrainedTurn(text, len(prompt), max(len(prompt), len(text.rstrip())), marks)
-
-
-def _spans(
-    turn: TrainedTurn, rendering: Rendering, tokenizer: PreTrainedTokenizerBase
-) -> list[Span]:
-    """The trained spans of a turn."""
-    start, end = turn.start, turn.end
-    if rendering.mask_reasoning:
-        start += block_of(tokenizer).end(turn.text[start:end], turn.text[:start])
-    if turn.marks is None:
-        return [(start, end)] if start < end else []
-    # a mark may go on to the end of the line, behind the token that ends the turn
-    cut = ((max(start, first), min(len(turn.text), last)) for first, last in turn.marks)
-    return [(first, last) for first, last in cut if first < last]
-
-
-__all__ = ["Rendered", "Rendering", "Trained", "render_trained"]
-
-PLAIN_TEMPLATE = """\
-{%- for message in messages -%}
-{{ '### ' + message['role'] | capitalize + ':\\n' + message['content'] }}
-{%- if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}
-{%- endfor -%}
-{%- if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif -%}"""
 
 
 def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -509,15 +441,7 @@ def _applied(
     for_generation: bool,
     variables: Mapping[str, Any],
 ) -> str:
-    formed = form_of(tokenizer, given.tools).of(given.messages)
+    formed = template_of(tokenizer, given.tools).form.of(given.messages)
     if variables:
         variables = variables_as_text(variables, tokenizer, given.tools)
     return apply(formed, tokenizer, given.tools, for_generation, variables)
-
-
-def prompts(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
-    """Return (prompt text ready for generation, reference completion) for each row, as
-    `data.references` has them.
-    """
-    given = Rows.of(list(rows)).given(CONVERSATIONS)
-    return [(found.prompt, found.text) for found in references(given, tokenizer)]

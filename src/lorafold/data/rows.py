@@ -1,12 +1,4 @@
-"""What there is to say of rows that are good: which keys are ignored, also inside messages, which
-roles are read as others, and how many turns are not trained on, as the rows say themselves.
-
-The check that rows are well-formed, of one shape, and give what is asked of them.
-
-`proposed` suggests `--columns` for rows with unknown columns: known names first, else the first and
-the last column of text, marked as a guess.
-
-Reads a user's rows, and checks that those of one file are well-formed and of one shape.
+"""Reads a user's rows, and checks that those of one file are well-formed and of one shape.
 
     rows = read_rows(["mine.jsonl", "other.jsonl:0.3"])       an epoch takes 0.3 of the second
 
@@ -23,19 +15,34 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lorafold.data.messages import KEYS, TURN_KEYS, asks, role_of
 from lorafold.data.parsing import SPOKEN, Row, as_known, as_row
-from lorafold.data.shapes import PROMPTS, SHAPES, Shape, shape_of, shapes_for
+from lorafold.data.preferences import as_turns
+from lorafold.data.shapes import PAIRS, PROMPTS, SHAPES, Shape, shape_of, shapes_for
 from lorafold.data.sources import Source, source_from
 from lorafold.data.stored import LARGE, ArrowRows, Origins, Part, Rows, write_rows
 from lorafold.errors import LorafoldError, listed
 from lorafold.files.atomic import write_json
 from lorafold.files.cache import cached
 
+log = logging.getLogger(__name__)
+Notice = Callable[[str], None]
+ASKED = {
+    *("prompt", "question", "query", "instruction", "input", "user", "q"),
+    *("frage", "eingabe", "anfrage"),
+}
+SAID = {
+    *("completion", "answer", "response", "output", "reply", "assistant", "a"),
+    *("antwort", "ausgabe"),
+}
+WORDED = re.compile(r"[^\W\d_]")  # a text with a letter is no number or date
+GUESS = " (a guess by their order, if the file begins with names)"
 PLAIN = {"system", "user", "assistant", "tool", "developer"}
 SHOWN = 5  # roles that one line names
 # what databases, spreadsheets and pandas write where there is nothing, or a wrong formula
@@ -52,35 +59,46 @@ OTHERS = "turns that rows want trained are not of the assistant, and are not tra
 AS_THEY_ARE = "messages go to the chat template with roles of their own, and are not trained on"
 
 
+@dataclass
 class Noticed:
-    """Gathers what there is to say, row by row."""
+    """Gathers what there is to say of rows that are good, row by row: `ignored` are the keys that
+    are no part of shapes, as they appear (messages[].id for one inside), and `told` all else.
 
-    def __init__(self, wanted: str = "") -> None:
-        self._answers = wanted != PROMPTS  # are needed
-        self._first: dict[str, str] = {}
-        self._ignored: dict[str, None] = {}
-        self._counts: Counter[str] = Counter()
-        self._roles: dict[str, Counter[str]] = {}  # by what becomes of them
+    wanted: What is asked of the rows, of what shapes give.
+    """
 
-    def blank(self, row: Any, place: str) -> bool:
-        """Whether a row has nothing in any of its fields, as spreadsheets have them."""
-        values = row.values() if isinstance(row, dict) else [row]
-        filled = (x.strip() if isinstance(x, str) else x is not None for x in values)
-        return not any(filled) and self._left_out(BLANK, place)
+    wanted: str = ""
+    ignored: dict[str, None] = field(default_factory=dict)
+    _first: dict[str, str] = field(default_factory=dict)
+    _counts: Counter[str] = field(default_factory=Counter)
+    _roles: dict[str, Counter[str]] = field(default_factory=dict)  # by what becomes of them
 
-    def add(self, shape: Shape, row: Row, place: str) -> bool:
-        """Look at one more row. Returns whether it is to be used.
+    def left_out(self, row: Any, place: str, shape: Shape | None = None) -> bool:
+        """Whether a row is left out: it has nothing in any of its fields, as spreadsheets have
+        them, or an empty answer where answers are needed.
 
         Args:
             place: Where it is, for messages.
+            shape: The shape of a checked row.
         """
-        if self._answers and not shape.answered(row):
-            return not self._left_out(UNANSWERED, place)
+        if shape is None:
+            values = row.values() if isinstance(row, dict) else [row]
+            filled = (x.strip() if isinstance(x, str) else x is not None for x in values)
+            why, out = BLANK, not any(filled)
+        else:
+            why, out = UNANSWERED, self.wanted != PROMPTS and not shape.answered(row)
+        if out:
+            self._counts[why] += 1
+            self._first.setdefault(why, f"; the first: {place}")
+        return out
+
+    def add(self, shape: Shape, row: Row) -> None:
+        """Look at one more row that is used."""
         for key, value in row.items():
             if value is None:
                 continue
             if key not in shape.known:
-                self._ignored[key] = None
+                self.ignored[key] = None
             elif isinstance(value, str):
                 if len(value) <= LONGEST and value in NOTHING and key != "label":
                     self._counts[f"texts of {key} are {value!r} alone, {AS_WORD}"] += 1
@@ -89,26 +107,10 @@ class Noticed:
                     self._look(f"{key}[]", message)
             elif key in SPOKEN and isinstance(value, dict):
                 self._look(key, value)
-        if shape.remark and (remark := shape.remark(row)):
+        if PAIRS in shape.gives and (remark := as_turns(row)):
             self._counts[remark] += 1
-        return True
 
-    @property
-    def ignored(self) -> tuple[str, ...]:
-        """The keys that are no part of shapes, as they appear; messages[].id for one inside."""
-        return tuple(self._ignored)
-
-    @property
-    def told(self) -> tuple[str, ...]:
-        """What else there is to say, in one line each."""
-        return tuple(self._lines())
-
-    def _left_out(self, why: str, place: str) -> bool:
-        self._counts[why] += 1
-        self._first.setdefault(why, f"; the first: {place}")
-        return True
-
-    def _look(self, field: str, message: dict[str, Any]) -> None:
+    def _look(self, name: str, message: dict[str, Any]) -> None:
         turn = "from" in message
         role = message["from" if turn else "role"]
         content = message.get("content")
@@ -117,11 +119,11 @@ class Noticed:
         known = TURN_KEYS if turn else KEYS
         for key, value in message.items():
             if key not in known and value is not None:
-                self._ignored[f"{field}.{key}"] = None
+                self.ignored[f"{name}.{key}"] = None
         for part in content if isinstance(content, list) else ():
             for key in sorted(part.keys() - {"type", "text"}):
                 if part[key] is not None:
-                    self._ignored[f"{field}.content[].{key}"] = None
+                    self.ignored[f"{name}.content[].{key}"] = None
         meant, asked = role_of(role), asks(message)
         if meant == "assistant" and asked is False:
             self._counts[LEFT] += 1
@@ -131,48 +133,34 @@ class Noticed:
             what = f"messages are read as those of {meant}" if meant in PLAIN else AS_THEY_ARE
             self._roles.setdefault(what, Counter())[role] += 1
 
-    def _lines(self) -> Iterator[str]:
-        for what, count in self._counts.items():
-            yield f"{count:,} {what}{self._first.get(what, '')}"
+    @property
+    def told(self) -> tuple[str, ...]:
+        """What else there is to say, in one line each."""
+        counts = self._counts.items()
+        found = [f"{count:,} {what}{self._first.get(what, '')}" for what, count in counts]
         for what, roles in self._roles.items():
             named = ", ".join(map(repr, list(roles)[:SHOWN]))
             more = f" and {len(roles) - SHOWN} more" if len(roles) > SHOWN else ""
-            yield f"{roles.total():,} {what}: {named}{more}"
-
-
-ASKED = {
-    *("prompt", "question", "query", "instruction", "input", "user", "q"),
-    *("frage", "eingabe", "anfrage"),
-}
-SAID = {
-    *("completion", "answer", "response", "output", "reply", "assistant", "a"),
-    *("antwort", "ausgabe"),
-}
-WORDED = re.compile(r"[^\W\d_]")  # a text with a letter is no number or date
+            found.append(f"{roles.total():,} {what}: {named}{more}")
+        return tuple(found)
 
 
 def proposed(row: Row) -> str:
-    """The options to try for a row of no known shape; empty where there is no plain guess."""
+    """The option `--columns` to try for a row of no known shape: known names first, else the first
+    and the last column of text, marked as a guess. Empty where there is no plain guess.
+    """
     texts = [key for key, value in row.items() if isinstance(value, str) and WORDED.search(value)]
-    asked, said = _named(texts, ASKED), _named(texts, SAID)
-    if len(asked) == len(said) == 1:
-        return _columns({"prompt": asked[0], "completion": said[0]})
-    if len(texts) == 2:
-        found = _columns({"prompt": texts[0], "completion": texts[1]})
-        return f"{found} (a guess by their order, if the file begins with names)" * bool(found)
-    return ""
-
-
-def _named(keys: Sequence[str], names: set[str]) -> list[str]:
-    return [key for key in keys if key.strip().lower() in names]
-
-
-def _columns(names: dict[str, str]) -> str:
-    """The option, with which `columns_of` reads these names; empty if it could not."""
+    asked, said = ([k for k in texts if k.strip().lower() in names] for names in (ASKED, SAID))
+    guess = ""
+    if not len(asked) == len(said) == 1:
+        if len(texts) != 2:
+            return ""
+        (asked, said), guess = (texts[:1], texts[1:]), GUESS
+    names = {"prompt": asked[0], "completion": said[0]}
     pairs = [f"{name}={column}" for name, column in names.items() if name != column]
     if any("," in pair or pair != pair.strip() for pair in pairs) or not pairs:
-        return ""
-    return f"did you mean --columns {shlex.quote(','.join(pairs))}"
+        return ""  # `columns_of` could not read them
+    return f"did you mean --columns {shlex.quote(','.join(pairs))}{guess}"
 
 
 def renamed(
@@ -245,14 +233,14 @@ def checked(
     first: tuple[int, Shape] | None = None
     used = False  # of any row
     for number, given in numbered:
-        if noticed and noticed.blank(given, f"{source}: row {number}"):
+        place = f"{source}: row {number}"
+        if noticed and noticed.left_out(given, place):
             continue
         row = as_known(given)
-        shape = None if isinstance(row, str) else shape_of(row, shapes)
         if isinstance(row, str):
             problems = [row]
-        elif shape is None:
-            problems = list(_shapeless(row, shapes))
+        elif (shape := shape_of(row, shapes)) is None:
+            problems = [*_shapeless(row, shapes)]
         else:
             first = first or (number, shape)
             problems = list(shape.problems(row))
@@ -261,17 +249,23 @@ def checked(
                 problems += _null(nulls, first[1])
             elif shape is not first[1]:
                 problems.append(f"shape {shape}, but row {first[0]} has {first[1]}")
+            if not (problems or bad or (noticed and noticed.left_out(row, place, shape))):
+                if noticed:
+                    noticed.add(shape, row)
+                used = True
+                yield number, shape, row
         for problem in problems:
             bad.setdefault(problem, []).append(number)
         if bad and at_once:
             break
-        if bad or shape is None or isinstance(row, str):
-            continue
-        if noticed is None or noticed.add(shape, row, f"{source}: row {number}"):
-            used = True
-            yield number, shape, row
+    told = []
+    for problem, numbers in bad.items():
+        one, last = numbers[0], numbers[-1]
+        rows = f"{len(numbers)} rows from {one} to {last}"
+        if last - one == len(numbers) - 1:
+            rows = f"row {one}" if one == last else f"rows {one} to {last}"
+        told.append(f"{rows}: {problem}")
     if bad:
-        told = [f"{_numbers(numbers)}: {problem}" for problem, numbers in bad.items()]
         raise LorafoldError(f"{source}: {listed(told, '; ')}")
     if not used and not none:
         out = "".join(f"; {text}" for text in noticed.told) if noticed else ""
@@ -300,22 +294,12 @@ def _null(keys: Iterable[str], shape: Shape) -> Iterator[str]:
         yield f"field {key}: found null, expected a value, as rows of {shape} have one"
 
 
-def _numbers(numbers: Sequence[int]) -> str:
-    """The rows that one problem is told of, as a person would name them."""
-    first, last = numbers[0], numbers[-1]
-    if len(numbers) == 1:
-        return f"row {first}"
-    if last - first == len(numbers) - 1:
-        return f"rows {first} to {last}"
-    return f"{len(numbers)} rows from {first} to {last}"
-
-
 def check_given(shapes: Iterable[Shape | None], what: str) -> None:
     """Raise LorafoldError if one of the shapes does not give what is taken of its rows.
 
     Args:
         shapes: One for each source; None for rows of no known shape.
-        what: A key of `Shape.gives`.
+        what: One of what shapes give.
     """
     for shape in shapes:
         if shape is None or what not in shape.gives:
@@ -323,62 +307,46 @@ def check_given(shapes: Iterable[Shape | None], what: str) -> None:
             raise LorafoldError(f"data: found rows of {shape}, expected rows of {expected}")
 
 
-log = logging.getLogger(__name__)
-Notice = Callable[[str], None]
+def _reading(
+    sources: Sequence[Source],
+    columns: Mapping[str, str],
+    wanted: str,
+    notice: Notice,
+    about: dict[str, Any],
+) -> Iterator[Row]:
+    """The rows of sources as they are read. LorafoldError for bad ones, and for a source without
+    any.
 
-
-class Reading:
-    """The rows of sources as they are read, and what is known of them afterwards: `parts` and
-    `files` as pairs of the number of a source and a count of rows, and the `runs` of `Origins` with
-    the number of a file, of those of all sources.
+    Args:
+        about: Gets what is known of the rows after the last one, as JSON: `parts` and `files` as
+            pairs of the number of a source and a count of rows, the `runs` of `Origins` with the
+            number of a file, `ignored` and `told` as `Rows` has them, and what was `guessed` of
+            files.
     """
-
-    def __init__(
-        self, sources: Sequence[Source], columns: Mapping[str, str], wanted: str, notice: Notice
-    ) -> None:
-        self._sources, self._columns = sources, columns
-        self._shapes, self._notice, self._noticed = shapes_for(wanted), notice, Noticed(wanted)
-        self._parts, self._files = list[list[int]](), list[list[int]]()
-        self._runs, self._guessed = list[list[int]](), list[str]()
-
-    def __iter__(self) -> Iterator[Row]:
-        """The rows. LorafoldError for bad ones, and for a source without any."""
-        for number, source in enumerate(self._sources):
-            last = None
-            for file in source.files:
-                self._files.append([number, 0])
-                begins = True
-                for place, shape, row in self._checked(file, source.several):
-                    if shape is not last:  # files of one source and one shape are one part
-                        self._parts.append([number, 0])
-                        last = shape
-                    if begins or place != sum(self._runs[-1][1:]):
-                        self._runs.append([len(self._files) - 1, place, 0])
-                        begins = False
-                    self._runs[-1][2] += 1
-                    self._parts[-1][1] += 1
-                    self._files[-1][1] += 1
-                    if self._files[-1][1] % 100_000 == 0:
-                        self._notice(f"{file.name}: {self._files[-1][1]:,} rows read")
-                    yield row
-            if last is None:
-                raise LorafoldError(f"{source.name}: no rows found, expected at least one")
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """What is known of the rows after the last one, as JSON."""
-        noticed = self._noticed
-        found = {"ignored": noticed.ignored, "told": noticed.told, "runs": self._runs}
-        found["guessed"] = self._guessed
-        return {"parts": self._parts, "files": self._files, **found}
-
-    def _checked(self, file: Source, none: bool) -> Iterator[tuple[int, Shape, Row]]:
-        def tell(text: str) -> None:
-            self._guessed.append(f"{file.name}: {text}")
-
-        numbered = renamed(file.numbered(tell), self._columns)
-        noticed = self._noticed
-        return checked(numbered, file.name, shapes=self._shapes, none=none, noticed=noticed)
+    parts, files, runs = list[list[int]](), list[list[int]](), list[list[int]]()
+    noticed, shapes, guessed = Noticed(wanted), shapes_for(wanted), list[str]()
+    for number, source in enumerate(sources):
+        last = None
+        for file in source.files:
+            files.append([number, 0])
+            begins, none = True, source.several
+            numbered = renamed(file.numbered(guessed.append), columns)
+            for place, shape, row in checked(numbered, file.name, False, shapes, none, noticed):
+                if shape is not last:  # files of one source and one shape are one part
+                    parts.append([number, 0])
+                    last = shape
+                if begins or place != sum(runs[-1][1:]):
+                    runs.append([len(files) - 1, place, 0])
+                    begins = False
+                for count in (runs[-1], parts[-1], files[-1]):
+                    count[-1] += 1
+                if files[-1][1] % 100_000 == 0:
+                    notice(f"{file.name}: {files[-1][1]:,} rows read")
+                yield row
+        if last is None:
+            raise LorafoldError(f"{source.name}: no rows found, expected at least one")
+    about |= {"parts": parts, "files": files, "runs": runs, "guessed": guessed}
+    about |= {"ignored": [*noticed.ignored], "told": noticed.told}
 
 
 def read_rows(
@@ -403,20 +371,19 @@ def read_rows(
     the first ten listed).
     """
     named = [source_from(text) for text in ([sources] if isinstance(sources, str) else sources)]
-    columns = columns or {}
+    columns, about, known = columns or {}, dict[str, Any](), None
     size = sum(source.size for source in named)
+    reading = partial(_reading, named, columns, wanted, notice)
     if size <= LARGE:
-        reading = Reading(named, columns, wanted, notice)
-        rows: Sequence[Row] = list(reading)
-        about, known = reading.about, None
+        rows: Sequence[Row] = list(reading(about))
     else:
 
         def write(directory: Path) -> None:
             notice(f"reading {size / 1e9:.2f} GB of rows; they are kept in {directory.parent}")
-            reading = Reading(named, columns, wanted, notice)
-            digest = write_rows(reading, directory / "rows.arrow")
-            known = {"sha256": digest.sha256, "bytes": digest.bytes}
-            write_json(directory / "about.json", reading.about | known)
+            about = dict[str, Any]()
+            sha256, written = write_rows(reading(about), directory / "rows.arrow")
+            known = {"sha256": sha256, "bytes": written}
+            write_json(directory / "about.json", about | known)
 
         from lorafold.identity import of_code  # which loads torch
 
@@ -427,7 +394,6 @@ def read_rows(
         about = json.loads((path / "about.json").read_text(encoding="utf-8"))
         rows, known = ArrowRows(path / "rows.arrow"), (about["sha256"], about["bytes"])
     parts = tuple(Part(count, named[n].weight) for n, count in about["parts"])
-    ignored, told = tuple(about["ignored"]), tuple(about["told"])
     for guessed in about["guessed"]:
         log.warning(guessed)
     counts = [count for _, count in about["files"]]
@@ -440,6 +406,7 @@ def read_rows(
             files |= of
     names = [file.name for source in named for file in source.files]
     origins = Origins(tuple((names[n], first, count) for n, first, count in about["runs"]))
+    ignored, told = tuple(about["ignored"]), tuple(about["told"])
     return Rows(rows, parts, ignored, known, wanted, told, files, origins)
 
 
@@ -464,4 +431,5 @@ def check_rows(numbered: Iterable[tuple[int, Any]], source: str, wanted: str = "
             runs.append([place, 0])
         runs[-1][1] += 1
     parts, origins = (Part(len(found)),), Origins(tuple(("", first, n) for first, n in runs))
-    return Rows(found, parts, noticed.ignored, None, wanted, noticed.told, origins=origins)
+    ignored = tuple(noticed.ignored)
+    return Rows(found, parts, ignored, None, wanted, noticed.told, origins=origins)

@@ -1,11 +1,10 @@
-"""Which files a directory or a pattern such as `data/*.jsonl` stands for, and which it leaves out.
-
-Files are taken in the order of their names, with numbers by size: part-2 comes before part-10. If
-names say that files are of the split `train`, those of other splits are left out, as hubs have
-them: `train` and the like are whole words of a file's name or of a folder's.
-
-Where rows come from: a file, all files of a directory or that match a pattern, or a dataset of
+"""Where rows come from: a file, all files of a directory or that match a pattern, or a dataset of
 the Hugging Face hub or that `datasets` saved.
+
+Files of a directory or a pattern such as `data/*.jsonl` are taken in the order of their names, with
+numbers by size: part-2 comes before part-10. If names say that files are of the split `train`,
+those of other splits are left out, as hubs have them: `train` and the like are whole words of a
+file's name or of a folder's.
 """
 
 from __future__ import annotations
@@ -20,12 +19,17 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lorafold.data.parsing import Found, Row
-from lorafold.data.readers import AS_CSV, KINDS, Tell, kind_of_file, numbered
+from lorafold.data.parsing import Row
+from lorafold.data.readers import AS_CSV, KINDS, Numbered, Tell, kind_of_file, numbered
 from lorafold.errors import LorafoldError, listed, shortened
 from lorafold.files.paths import beside
 from lorafold.machine.hub import asked_once
 
+__all__ = ["Row", "Source", "source_from"]
+
+log = logging.getLogger(__name__)
+SPREADSHEETS = (".xlsx", ".xls", ".xlsm", ".ods")
+NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|[-+]?inf|nan"
 SHOWN = 10  # files that one line names
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -132,13 +136,6 @@ def _natural(path: Path) -> tuple[list[str | int], str]:
     return [int(p) if n % 2 else p for n, p in enumerate(pieces)], str(path)
 
 
-__all__ = ["Row", "Source", "source_from"]
-
-log = logging.getLogger(__name__)
-SPREADSHEETS = (".xlsx", ".xls", ".xlsm", ".ods")
-NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|[-+]?inf|nan"
-
-
 @dataclass(frozen=True)
 class Source:
     """Where rows come from, and how often an epoch goes through them."""
@@ -199,26 +196,18 @@ class Source:
         kind = "".join(self._path.suffixes[-2:]).lower()
         return f"{kind} {of_file(self._path)[1]}" if self._is_file else self._dataset._fingerprint
 
-    def numbered(self, tell: Tell | None = None) -> Iterable[tuple[int, Found]]:
+    def numbered(self, tell: Tell = log.warning, streaming: bool = False) -> Numbered:
         """The numbered rows of a file or dataset, unchecked. LorafoldError where they can't be
         read.
 
         Args:
-            tell: Is told in which encoding a file is, where that was guessed; None: the log is.
+            tell: Is told in which encoding a file is, where that was guessed.
+            streaming: Make no copy of a dataset.
         """
         if self._is_file:
-            return numbered(self._path, tell or self._log)
-        return enumerate(self._dataset, 1)
-
-    def streamed(self) -> Iterable[tuple[int, Found]]:
-        """The numbered rows, without a copy of a dataset. LorafoldError where they can't be read.
-        """
-        if self._is_file:
-            return numbered(self._path, self._log)
-        return enumerate(_dataset(self.name, self._path, streaming=True), 1)
-
-    def _log(self, told: str) -> None:
-        log.warning("%s: %s", self.name, told)
+            return numbered(self._path, lambda text: tell(f"{self.name}: {text}"))
+        found = _dataset(self.name, self._path, True) if streaming else self._dataset
+        return enumerate(found, 1)
 
     @property
     def _path(self) -> Path:

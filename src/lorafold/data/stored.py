@@ -1,15 +1,10 @@
-"""Where rows are from, so that one is named as its user finds it: by its file and its number.
+"""A user's rows after they are checked: in a list, or as JSON text in an Arrow file.
 
-    origins.places([0, 17])      [Place("a.jsonl", 1), Place("b.jsonl", 5)]
-
-What is kept are the runs of rows that follow one another in a file: one for most files, and one
-more after each blank line.
-
-A user's rows after they are checked: in a list, or as JSON text in an Arrow file.
+    rows.origins.places([0, 17])      [Place("a.jsonl", 1), Place("b.jsonl", 5)]
 
 A file is memory-mapped: rows are parsed when they are asked for and take no memory of their own.
-`Rows` adds to either what a run must know of them all: their digest, and how many are from each
-source.
+`Rows` adds to either what a run must know of them all: their digest, how many are from each source,
+and where each is from, so that it is named as its user finds it.
 """
 
 from __future__ import annotations
@@ -29,7 +24,12 @@ from lorafold.data.arrow import Array, open_table
 from lorafold.data.parsing import Row
 from lorafold.data.shapes import Shape, shape_of, shapes_for
 
-Array = np.ndarray[Any, np.dtype[Any]]
+T = TypeVar("T")
+
+CHUNK = 1000  # rows of an Arrow record batch
+AS_IT_IS = json.JSONEncoder(ensure_ascii=False, default=str)
+SORTED = json.JSONEncoder(ensure_ascii=False, default=str, sort_keys=True)
+LARGE = 16_000_000  # bytes of rows or of a file, from which on they are kept in Arrow files
 
 
 class Place(NamedTuple):
@@ -54,7 +54,8 @@ def named(places: Iterable[Place]) -> Iterator[str]:
 class Origins:
     """Where each row is from. `runs` are the name of a file, the number of a row in it, and how
     many rows follow one another from there on; rows without any are numbered as they come. `chosen`
-    are the indices of the rows that were selected of all, (n,).
+    are the indices of the rows that were selected of all, (n,). What is kept are the runs of rows
+    that follow one another: one for most files, and one more after each blank line.
     """
 
     runs: tuple[tuple[str, int, int], ...] = ()
@@ -66,10 +67,9 @@ class Origins:
 
     def places(self, rows: Iterable[int]) -> list[Place]:
         """The places of the rows with these indices."""
-        at = self._at(np.fromiter(rows, np.int64))
+        run, after = self._runs(np.fromiter(rows, np.int64))
         if not self.runs:
-            return [Place("", n + 1) for n in at.tolist()]
-        run, after = self._run(at)
+            return [Place("", n + 1) for n in after.tolist()]
         starts = [self.runs[n] for n in run.tolist()]
         return [Place(s[0], s[1] + n) for s, n in zip(starts, after.tolist(), strict=True)]
 
@@ -79,25 +79,14 @@ class Origins:
             return [""], np.zeros(n, np.int64)
         numbers = dict[str, int]()
         of_run = [numbers.setdefault(name, len(numbers)) for name, *_ in self.runs]
-        run, _ = self._run(self._at(np.arange(n)))
-        return [*numbers], np.array(of_run)[run]
+        return [*numbers], np.array(of_run)[self._runs(np.arange(n))[0]]
 
-    def _at(self, rows: Array) -> Array:
-        return rows if self.chosen is None else self.chosen[rows]
-
-    def _run(self, at: Array) -> tuple[Array, Array]:
+    def _runs(self, rows: Array) -> tuple[Array, Array]:
         """The number of the run of each of some rows, and how far it is after its beginning."""
+        at = rows if self.chosen is None else self.chosen[rows]
         starts = np.cumsum([0, *(count for *_, count in self.runs)])
         run = np.searchsorted(starts, at, "right") - 1
         return run, at - starts[run]
-
-
-T = TypeVar("T")
-
-CHUNK = 1000  # rows of an Arrow record batch
-AS_IT_IS = json.JSONEncoder(ensure_ascii=False, default=str)
-SORTED = json.JSONEncoder(ensure_ascii=False, default=str, sort_keys=True)
-LARGE = 16_000_000  # bytes of rows or of a file, from which on they are kept in Arrow files
 
 
 @dataclass(frozen=True)
@@ -195,7 +184,7 @@ class Rows(Sequence[Row]):
     @property
     def sha256(self) -> str:
         """The SHA-256 of the rows as JSON, so the same rows have one digest in every format."""
-        return (self.known or self._measured)[0]
+        return self.measured[0]
 
     @property
     def identity(self) -> str:
@@ -212,33 +201,30 @@ class Rows(Sequence[Row]):
         return found | ({"files": dict(self.files)} if self.files else {})
 
     @property
-    def bytes(self) -> int:
-        """The size of the rows as JSON."""
-        return (self.known or self._measured)[1]
-
-    @property
     def large(self) -> bool:
         """Whether what is made of the rows is worth keeping for a second run."""
-        return self.bytes > LARGE
+        return self.measured[1] > LARGE
 
     @cached_property
-    def _measured(self) -> tuple[str, int]:
-        digest = Digest()
+    def measured(self) -> tuple[str, int]:
+        """The digest of the rows, and their size as JSON in bytes."""
+        if self.known:
+            return self.known
+        digest, size = sha256(), 0
         for chunk in in_chunks(self.rows):
-            digest.add(sorted_json(chunk))
-        return digest.sha256, digest.bytes
-
-    def firsts(self) -> list[Row]:
-        """The first row of each source."""
-        starts = np.cumsum([0, *(part.size for part in self.parts)])
-        return [self[int(n)] for n, p in zip(starts, self.parts, strict=False) if p.size]
+            text = as_sorted(chunk)
+            digest.update(text)
+            size += len(text)
+        return digest.hexdigest(), size
 
     @cached_property
     def shapes(self) -> tuple[Shape | None, ...]:
         """The shape of the rows of each source that has any; None for rows that are not checked and
         have none.
         """
-        return tuple(shape_of(row, shapes_for(self.wanted)) for row in self.firsts())
+        starts = np.cumsum([0, *(part.size for part in self.parts)]).tolist()
+        firsts = [self[n] for n, p in zip(starts, self.parts, strict=False) if p.size]
+        return tuple(shape_of(row, shapes_for(self.wanted)) for row in firsts)
 
     def give(self, what: str) -> bool:
         """Whether the rows of the first source give this, a key of `Shape.gives`."""
@@ -254,8 +240,8 @@ class Rows(Sequence[Row]):
         rows = self if some is None else some
         ends = np.cumsum([part.size for part in self.parts if part.size])
         source = np.searchsorted(ends, np.arange(first, first + len(rows)), "right").tolist()
-        gives = [shape.gives[what] for shape in self.shapes if shape is not None]
-        return [gives[n](row) for n, row in zip(source, rows, strict=True)]
+        shapes = [shape for shape in self.shapes if shape is not None]
+        return [shapes[n].given(what, row) for n, row in zip(source, rows, strict=True)]
 
     def texts(self) -> Iterator[str]:
         """The rows as JSON text."""
@@ -269,7 +255,7 @@ class Rows(Sequence[Row]):
             return replace(of, rows=[self.rows[i] for i in indices])
         # the rows themselves are not read again for the digest of some of them
         digest = sha256(self.sha256.encode() + indices.astype(np.int64).tobytes()).hexdigest()
-        size = self.bytes * len(indices) // len(self.rows)
+        size = self.measured[1] * len(indices) // len(self.rows)
         return replace(of, rows=self.rows.select(indices), known=(digest, size))
 
 
@@ -285,24 +271,7 @@ def parts_of(rows: Array, parts: Sequence[Part]) -> tuple[Part, ...]:
     return tuple(Part(int(n), p.weight) for n, p in zip(sizes, parts, strict=True))
 
 
-class Digest:
-    """The SHA-256 and the size of rows as JSON, row by row."""
-
-    def __init__(self) -> None:
-        self._hash, self.bytes = sha256(), 0
-
-    def add(self, data: bytes) -> None:
-        """Count more rows, as `sorted_json` writes them."""
-        self._hash.update(data)
-        self.bytes += len(data)
-
-    @property
-    def sha256(self) -> str:
-        """The digest of the rows so far, in hexadecimal."""
-        return self._hash.hexdigest()
-
-
-def sorted_json(rows: Iterable[Mapping[str, Any]]) -> bytes:
+def as_sorted(rows: Iterable[Mapping[str, Any]]) -> bytes:
     """The JSON of rows with sorted keys, end to end, of which their digest is made."""
     return "".join(map(SORTED.encode, rows)).encode()
 
@@ -314,15 +283,18 @@ def in_chunks(items: Iterable[T], size: int = CHUNK) -> Iterator[list[T]]:
         yield chunk
 
 
-def write_rows(rows: Iterable[Row], path: Path) -> Digest:
-    """Write rows to an Arrow file as JSON text, whose keys keep their order; return their digest.
+def write_rows(rows: Iterable[Row], path: Path) -> tuple[str, int]:
+    """Write rows to an Arrow file as JSON text, whose keys keep their order; return what they are
+    `measured`.
     """
     import pyarrow as pa
 
-    schema, digest = pa.schema([("row", pa.large_string())]), Digest()
+    schema, digest, size = pa.schema([("row", pa.large_string())]), sha256(), 0
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         for chunk in in_chunks(rows):
-            digest.add(sorted_json(chunk))
+            text = as_sorted(chunk)
+            digest.update(text)
+            size += len(text)
             texts = pa.array(map(AS_IT_IS.encode, chunk), pa.large_string())
             writer.write_batch(pa.record_batch([texts], schema))
-    return digest
+    return digest.hexdigest(), size

@@ -50,7 +50,6 @@ class RowStream:
         local = [s.identity if s.several or Path(s.name).exists() else "" for s in self.sources]
         return " ".join(f"{s} {of}".strip() for s, of in zip(self.sources, local, strict=True))
 
-
     @property
     def record(self) -> dict[str, Any]:
         """What an adapter's record says of them."""
@@ -65,13 +64,17 @@ class RowStream:
 
         Raises LorafoldError for the first bad row that is read, and for sources that can't be read.
         """
-        rng = random.Random(f"{seed}/stream")
-        rows = self._drawn(random.Random(f"{seed}/sources"))
-        waiting = list(islice(rows, buffer))
-        for row in rows:
-            place = rng.randrange(len(waiting))
-            yield waiting[place]
-            waiting[place] = row
+        rng, sources = random.Random(f"{seed}/stream"), random.Random(f"{seed}/sources")
+        readers = [self._endless(source) for source in self.sources]
+        weights = [source.weight for source in self.sources]
+        waiting = list[Named]()
+        while True:
+            [reader] = sources.choices(readers, weights)
+            waiting.append(next(reader))
+            if len(waiting) > buffer:
+                place = rng.randrange(buffer)
+                waiting[place], waiting[-1] = waiting[-1], waiting[place]
+                yield waiting.pop()
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
@@ -86,28 +89,18 @@ class RowStream:
                 pass
         return found
 
-    def _drawn(self, rng: random.Random) -> Iterator[Named]:
-        readers = [self._endless(source) for source in self.sources]
-        weights = [source.weight for source in self.sources]
-        while True:
-            [reader] = rng.choices(readers, weights)
-            yield next(reader)
-
     def _endless(self, source: Source, noticed: Noticed | None = None) -> Iterator[Named]:
-        noticed = noticed or Noticed(self.wanted)
+        noticed, shapes = noticed or Noticed(self.wanted), shapes_for(self.wanted)
         while True:
             found = None
             for file in source.files:
-                for found in self._named(file, source.several, noticed):
+                rows = renamed(file.numbered(streaming=True), self.columns)
+                good = checked(rows, file.name, True, shapes, source.several, noticed)
+                for number, shape, row in good:
+                    found = f"{file.name}: row {number}", row, shape
                     yield found
             if found is None:
                 raise LorafoldError(f"{source.name}: no rows found, expected at least one")
-
-    def _named(self, file: Source, none: bool, noticed: Noticed) -> Iterator[Named]:
-        numbered, shapes = renamed(file.streamed(), self.columns), shapes_for(self.wanted)
-        rows = checked(numbered, file.name, True, shapes, none, noticed)
-        for number, shape, row in rows:
-            yield f"{file.name}: row {number}", row, shape
 
 
 def stream_of(
@@ -179,7 +172,7 @@ class StreamFeed(Feed):
         chunk = list(islice(rows, n))
         takes = self._encoder.takes
         check_given((shape for *_, shape in chunk), takes)
-        batch = self._encoder.encode([shape.gives[takes](row) for _, row, shape in chunk], 0)
+        batch = self._encoder.encode([shape.given(takes, row) for _, row, shape in chunk], 0)
         for entry in batch.select(["row", "problem"]).to_pylist():
             if entry["problem"]:
                 raise LorafoldError(f"{chunk[entry['row']][0]}: {entry['problem']}")

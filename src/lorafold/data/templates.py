@@ -1,21 +1,19 @@
-"""What chat templates take differently, found out by rendering a probe once per template.
+"""What a chat template does with a conversation, found out by rendering probes once per template.
+
+    template = template_of(tokenizer, tools)
+    template.form         how it takes messages: arguments of calls as an object or as text, say
+    template.block        how it encloses reasoning, as in <think> and </think>
+    template.ending       how it ends a turn of the assistant
 
 Some take a call's arguments as an object, others as JSON text; some a message of calls without
 content, others with an empty one; some content as text, others as a list of parts. The first form
 is taken whose rendering has the arguments, and not as Python prints them or quoted twice.
 
-The reasoning block of an assistant turn: how a chat template encloses it, where it is in a text.
+A template that shows no reasoning is taken to have <think> and </think>, which rows may have in
+their contents.
 
-    block = block_of(tokenizer)                 its opening and closing, as in <think> and </think>
-    block.end(text, prompt)                     where the block ends that the text begins with, or 0
-
-The block is found by rendering a probe with reasoning and without. A template that shows none is
-taken to have <think> and </think>, which rows may have in their contents.
-
-How a chat template ends a turn of the assistant, found by rendering a probe once per template.
-
-    with the turn               ... answer<end>\n
-    with the next message       ... answer<user>\nnext          what opens that one ends it
+    with the turn               ... answer<end>\\n
+    with the next message       ... answer<user>\\nnext          what opens that one ends it
     not at all                  ... answer
 
 A model stops at a token, so an end is the special token behind the answer, the last one if several
@@ -32,8 +30,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
-from functools import lru_cache
-from itertools import product
+from functools import cached_property, lru_cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -47,11 +44,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NONE: Mapping[str, Any] = MappingProxyType({})
-KNOWN = 16  # templates whose form is remembered
+KNOWN = 16  # templates that are remembered
 DATE = "strftime_now"  # what transformers gives templates to ask with
 DATED = re.compile(rf"{DATE}\s*\(")
 ASKING = re.compile(rf"""{DATE}\s*\(\s*(["'])(.*?)\1\s*\)""")
 NAME, KEY, VALUE = "probe_function", "probe_key", "probe value"
+THOUGHT, WORD, NEXT = "probe thought", "probe answer", "probe next"
 PROBE_TOOL: Tool = {
     "type": "function",
     "function": {
@@ -65,6 +63,14 @@ PROBE_TOOL: Tool = {
     },
 }
 ASKED: Message = {"role": "user", "content": "probe question"}
+SAID: Message = {"role": "assistant", "content": WORD}
+SYSTEM: Message = {"role": "system", "content": VALUE}
+OWN_SPANS = re.compile(r"\{%[-+]?\s*generation\b")
+OPENED = re.compile(r"([<\[])(\w+)([>\]])\s*\Z")  # a tag that the generation prompt leaves open
+CUT = re.compile(r"[<\[][^>\]\s]*\Z")  # the beginning of a tag, which others have in common
+WITH_TURN: Final = "with the turn"
+WITH_NEXT: Final = "with the next message"
+NOWHERE: Final = "not at all"
 
 
 @dataclass(frozen=True)
@@ -79,21 +85,207 @@ class Form:
 
     def of(self, messages: Sequence[Message]) -> list[Message]:
         """The messages, as `data.messages` has them, in this form."""
-        return [self._of(message) for message in messages]
+        formed = []
+        for message in messages:
+            if calls := message.get("tool_calls"):
+                message = dict(message)
+                if self.empty:
+                    message.setdefault("content", "")
+                if self.text:
+                    message["tool_calls"] = [_with_text(call) for call in calls]
+            if self.parts and isinstance(message.get("content"), str):
+                message = message | {"content": [{"type": "text", "text": message["content"]}]}
+            formed.append(message)
+        return formed
 
-    def _of(self, message: Message) -> Message:
-        calls = message.get("tool_calls")
-        if not calls and not self.parts:
-            return message
-        found = dict(message)
-        if calls:
-            if self.empty:
-                found.setdefault("content", "")
-            if self.text:
-                found["tool_calls"] = [_with_text(call) for call in calls]
-        if self.parts and isinstance(found.get("content"), str):
-            found["content"] = [{"type": "text", "text": found["content"]}]
-        return found
+
+@dataclass(frozen=True)
+class Block:
+    """What stands before and after the reasoning of a turn, without surrounding whitespace.
+
+    `shown` is whether the chat template shows the reasoning of the last turn, `spaced` whether the
+    whitespace after the closing belongs to the block; `lead` and `between` are what stands before
+    the reasoning and behind it, the opening left out.
+    """
+
+    opening: str
+    closing: str
+    shown: bool
+    spaced: bool
+    lead: str
+    between: str
+
+    @classmethod
+    def of_tags(cls, opening: str, closing: str) -> Block:
+        """The block of a template that shows no reasoning, with tags on lines of their own."""
+        return cls(opening, closing, False, True, "\n", f"\n{closing}\n\n")
+
+    def end(self, text: str, prompt: str) -> int:
+        """The length of the block at the beginning of a turn, with whitespace after it; 0 without
+        one. The opening may stand at the end of the prompt.
+        """
+        start = len(text) - len(text.lstrip())
+        if text.startswith(self.opening, start):
+            start += len(self.opening)
+        elif not prompt.rstrip().endswith(self.opening):
+            return 0
+        at = text.find(self.closing, start)
+        if at < 0:
+            return 0
+        end = at + len(self.closing)
+        return end + (len(text[end:]) - len(text[end:].lstrip())) * self.spaced
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Where a template ends a turn.
+
+    written: With what the end is written.
+    text: The end; where nothing writes one, the tokenizer's end token, empty if it has none.
+    tokens: The ids of the special tokens that end a turn, whoever speaks next.
+    """
+
+    written: Literal["with the turn", "with the next message", "not at all"]
+    text: str
+    tokens: frozenset[int]
+
+
+@dataclass(frozen=True, eq=False)
+class Template:
+    """The text of a chat template, the tokenizer that renders it, and what probes show of it."""
+
+    text: str
+    tokenizer: PreTrainedTokenizerBase
+    size: int  # of the tokenizer
+
+    @cached_property
+    def form(self) -> Form:
+        """The form in which it takes messages."""
+        asked = str(ASKED["content"])
+        shown = [asked in attempt(Form(parts=p).of([ASKED]), self.tokenizer) for p in (False, True)]
+        parts = shown == [False, True]
+        if "tool_calls" in self.text:
+            arguments = {KEY: VALUE}
+            message = {"role": "assistant", "tool_calls": [call(NAME, arguments)]}
+            quoted = json.dumps(json.dumps(arguments))[1:-1]
+            for form in (Form(n > 1, n % 2 > 0, parts) for n in range(4)):
+                text = attempt(form.of([ASKED, message]), self.tokenizer, [PROBE_TOOL])
+                after = text.rpartition(NAME)[2]
+                odd = quoted in after or str(arguments) in after
+                if KEY in after and VALUE in after and not odd:
+                    return form
+        return Form(parts=parts)
+
+    @cached_property
+    def block(self) -> Block:
+        """How it encloses reasoning."""
+        usual = Block.of_tags("<think>", "</think>")
+        form = Form(parts=template_of(self.tokenizer).form.parts)
+        texts = [
+            attempt(form.of([ASKED, turn]), self.tokenizer)
+            for turn in (SAID | {"reasoning_content": THOUGHT}, SAID)
+        ]
+        prompt = attempt(form.of([ASKED]), self.tokenizer, for_generation=True)
+        if THOUGHT not in texts[0] or WORD not in texts[0]:
+            return usual
+        header = CUT.sub("", common(*texts, prompt))
+        # a tag that the prompt leaves open is part of the block
+        if opened := OPENED.search(header):
+            header = header[: opened.start()]
+        thoughtful, plain = (text[len(header) :] for text in texts)
+        # the answer may have a header of its own, which belongs to no block
+        without = thoughtful.removesuffix(plain) if plain else thoughtful
+        for block in (without, thoughtful.partition(WORD)[0]):
+            opening, _, closing = block.partition(THOUGHT)
+            if opening.strip() and closing.strip() and WORD not in block:
+                lead = opening[len(opening.rstrip()) :]
+                spaced = closing != closing.rstrip()
+                return Block(opening.strip(), closing.strip(), True, spaced, lead, closing)
+        return usual
+
+    @cached_property
+    def specials(self) -> re.Pattern[str]:
+        """What matches the special tokens of the tokenizer in a text."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        named = {token.content for token in added if token.special}
+        named.add(str(self.tokenizer.special_tokens_map.get("eos_token") or ""))
+        known = sorted(filter(None, named), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, known)) or r"(?!)")
+
+    @cached_property
+    def ending(self) -> Ending:
+        """How it ends a turn."""
+        tokenizer, form = self.tokenizer, template_of(self.tokenizer).form
+        said = form.of([ASKED, SAID])
+        behind = attempt(said, tokenizer).rpartition(WORD)[2]
+        at = 0
+        for found in self.specials.finditer(behind):
+            if at and behind[at : found.start()].strip():
+                break
+            at = found.end()  # through all special tokens that follow upon the first
+        if at:
+            return Ending(WITH_TURN, behind[:at], self._ids(behind[:at]))
+        following = attempt([*said, *form.of([{"role": "user", "content": NEXT}])], tokenizer)
+        between = following.rpartition(NEXT)[0].rpartition(WORD)[2]
+        if end := self.through_special(between):
+            return Ending(WITH_NEXT, end, self._ids(end, self._before_result()))
+        end = str(tokenizer.special_tokens_map.get("eos_token") or "")
+        return Ending(NOWHERE, end, self._ids(end))
+
+    @cached_property
+    def marks_own(self) -> bool:
+        """Whether it marks spans of its own."""
+        return bool(OWN_SPANS.search(self.text))
+
+    @cached_property
+    def shows_tools(self) -> bool:
+        """Whether it shows a probe tool, with a system message or without."""
+        form = template_of(self.tokenizer, [PROBE_TOOL]).form
+        asked = (form.of([ASKED]), form.of([SYSTEM, ASKED]))
+        return any(KEY in attempt(m, self.tokenizer, [PROBE_TOOL], True) for m in asked)
+
+    @cached_property
+    def shows_calls(self) -> bool:
+        """Whether it shows a probe call, as the last message or in an earlier one."""
+        said: list[Message] = [
+            {"role": "assistant", "tool_calls": [call(NAME, {KEY: VALUE}) | {"id": "probe0000"}]},
+            {"role": "tool", "content": VALUE, "name": NAME, "tool_call_id": "probe0000"},
+            {"role": "assistant", "content": VALUE},
+        ]
+        form = template_of(self.tokenizer).form
+        texts = (attempt(form.of([ASKED, *said[:n]]), self.tokenizer) for n in (1, 3))
+        return any(NAME in text.replace(VALUE, "") for text in texts)
+
+    def through_special(self, text: str) -> str:
+        """The beginning of a text up to its first special token, and that token; empty without one.
+        """
+        found = self.specials.search(text)
+        return text[: found.end()] if found else ""
+
+    def _before_result(self) -> str:
+        """What ends a call where its result comes next; empty if it shows no such thing."""
+        calls = [call(NAME, {KEY: VALUE}) | {"id": "probe0000"}]
+        result = {"role": "tool", "content": NEXT, "name": NAME, "tool_call_id": "probe0000"}
+        form = template_of(self.tokenizer, [PROBE_TOOL]).form
+        called = form.of([ASKED, {"role": "assistant", "tool_calls": calls}])
+        text = attempt(called, self.tokenizer, [PROBE_TOOL]).rstrip()
+        longer = attempt([*called, *form.of([result])], self.tokenizer, [PROBE_TOOL])
+        follows = longer[len(text) :] if longer.startswith(text) and text else ""
+        return self.through_special(follows.partition(NEXT)[0])
+
+    def _ids(self, *ends: str) -> frozenset[int]:
+        """The ids of the last tokens of ends."""
+        each = [self.tokenizer(end, add_special_tokens=False).input_ids for end in ends if end]
+        return frozenset(int(ids[-1]) for ids in each if len(ids))
+
+
+_known = lru_cache(maxsize=KNOWN)(Template)
+
+
+def template_of(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Tool] = ()) -> Template:
+    """The chat template that renders with these tools."""
+    text = str(tokenizer.get_chat_template(tools=list(tools) or None))
+    return _known(text, tokenizer, len(tokenizer))
 
 
 def call(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -101,9 +293,10 @@ def call(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def template_of(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Tool] = ()) -> str:
-    """The text of the chat template that renders with these tools."""
-    return str(tokenizer.get_chat_template(tools=list(tools) or None))
+def _with_text(given: dict[str, Any]) -> dict[str, Any]:
+    function = given["function"]
+    text = json.dumps(function["arguments"], ensure_ascii=False)
+    return given | {"function": function | {"arguments": text}}
 
 
 def apply(
@@ -123,8 +316,28 @@ def apply(
 
     Raises LorafoldError if the template refuses the messages.
     """
+    given: Any = list(tools) or None
     try:
-        return _rendered(list(messages), tokenizer, list(tools) or None, for_generation, variables)
+        if not tokenizer.is_fast:  # it may have a way of its own
+            text = tokenizer.apply_chat_template(
+                list(messages),
+                tools=given,
+                tokenize=False,
+                add_generation_prompt=for_generation,
+                **variables,
+            )
+            return str(text)
+        # what apply_chat_template calls, without the checks that `data.messages` has done: two
+        # thirds of the time
+        special: Any = tokenizer.special_tokens_map
+        rendered: Any = render_jinja_template(
+            [list(messages)],
+            tools=given,
+            chat_template=tokenizer.get_chat_template(tools=given),
+            add_generation_prompt=for_generation,
+            **special | dict(variables),
+        )
+        return str(rendered[0][0])
     except TemplateError as error:
         raise LorafoldError(
             f"the model's chat template refuses this conversation: {error}"
@@ -136,44 +349,13 @@ def apply(
         ) from error
 
 
-def _rendered(
-    messages: list[Message],
-    tokenizer: PreTrainedTokenizerBase,
-    tools: Any,
-    for_generation: bool,
-    variables: Mapping[str, Any],
-) -> str:
-    if not tokenizer.is_fast:  # it may have a way of its own
-        text = tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=for_generation, **variables
-        )
-        return str(text)
-    # what apply_chat_template calls, without the checks that `data.messages` has done: two thirds
-    # of the time
-    special: Any = tokenizer.special_tokens_map
-    rendered: Any = render_jinja_template(
-        [messages],
-        tools=tools,
-        chat_template=tokenizer.get_chat_template(tools=tools),
-        add_generation_prompt=for_generation,
-        **special | dict(variables),
-    )
-    return str(rendered[0][0])
-
-
 def attempt(
     messages: Sequence[Message],
     tokenizer: PreTrainedTokenizerBase,
     tools: Sequence[Tool] = (),
     for_generation: bool = False,
 ) -> str:
-    """As `apply`, with an empty text where the template refuses the messages.
-
-    Args:
-        tokenizer: A tokenizer with a chat template.
-        tools: The tools that the conversation offers.
-        for_generation: Append the generation prompt.
-    """
+    """As `apply`, with an empty text where the template refuses the messages."""
     try:
         return apply(messages, tokenizer, tools, for_generation)
     except LorafoldError:
@@ -211,215 +393,8 @@ def on_day(tokenizer: PreTrainedTokenizerBase, day: str) -> PreTrainedTokenizerB
     return fixed
 
 
-def form_of(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Tool] = ()) -> Form:
-    """The form in which the tokenizer's chat template takes messages."""
-    return _form_of(template_of(tokenizer, tools), tokenizer)
-
-
-@lru_cache(maxsize=KNOWN)
-def _form_of(template: str, tokenizer: PreTrainedTokenizerBase) -> Form:
-    parts = _needs_parts(tokenizer)
-    if "tool_calls" not in template:
-        return Form(parts=parts)
-    message = {"role": "assistant", "tool_calls": [call(NAME, {KEY: VALUE})]}
-    forms = [Form(text, empty, parts) for text, empty in product((False, True), repeat=2)]
-    shown = (_shown(attempt(form.of([ASKED, message]), tokenizer, [PROBE_TOOL])) for form in forms)
-    return next((form for form, good in zip(forms, shown, strict=True) if good), Form(parts=parts))
-
-
-def _needs_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the template shows content as a list of parts only."""
-    text = str(ASKED["content"])
-    shown = (text in attempt(Form(parts=p).of([ASKED]), tokenizer) for p in (False, True))
-    return tuple(shown) == (False, True)
-
-
-def _shown(text: str) -> bool:
-    """Whether the text has the probe's arguments, not as Python prints them or as a quoted text."""
-    arguments = {KEY: VALUE}
-    after = text.rpartition(NAME)[2]
-    odd = json.dumps(json.dumps(arguments))[1:-1] in after or str(arguments) in after
-    return KEY in after and VALUE in after and not odd
-
-
 def common(*texts: str) -> str:
     """The beginning that texts have in common."""
     columns = zip(*texts, strict=False)
     length = next((n for n, found in enumerate(columns) if len(set(found)) > 1), None)
     return min(texts, key=len) if length is None else texts[0][:length]
-
-
-def _with_text(given: dict[str, Any]) -> dict[str, Any]:
-    function = given["function"]
-    text = json.dumps(function["arguments"], ensure_ascii=False)
-    return given | {"function": function | {"arguments": text}}
-
-
-THOUGHT, WORD = "probe thought", "probe answer"
-OPENED = re.compile(r"([<\[])(\w+)([>\]])\s*\Z")  # a tag that the generation prompt leaves open
-
-CUT = re.compile(r"[<\[][^>\]\s]*\Z")  # the beginning of a tag, which others have in common
-
-
-@dataclass(frozen=True)
-class Block:
-    """What stands before and after the reasoning of a turn, without surrounding whitespace.
-
-    `shown` is whether the chat template shows the reasoning of the last turn, `spaced` whether the
-    whitespace after the closing belongs to the block; `lead` and `between` are what stands before
-    the reasoning and behind it, the opening left out.
-    """
-
-    opening: str
-    closing: str
-    shown: bool
-    spaced: bool
-    lead: str
-    between: str
-
-    @classmethod
-    def of_tags(cls, opening: str, closing: str) -> Block:
-        """The block of a template that shows no reasoning, with tags on lines of their own."""
-        return cls(opening, closing, False, True, "\n", f"\n{closing}\n\n")
-
-    def end(self, text: str, prompt: str) -> int:
-        """The length of the block at the beginning of a turn, with whitespace after it; 0 without
-        one. The opening may stand at the end of the prompt.
-        """
-        start = len(text) - len(text.lstrip())
-        if text.startswith(self.opening, start):
-            start += len(self.opening)
-        elif not prompt.rstrip().endswith(self.opening):
-            return 0
-        at = text.find(self.closing, start)
-        if at < 0:
-            return 0
-        end = at + len(self.closing)
-        if not self.spaced:
-            return end
-        return end + len(text[end:]) - len(text[end:].lstrip())
-
-
-def block_of(tokenizer: PreTrainedTokenizerBase) -> Block:
-    """How the tokenizer's chat template encloses reasoning."""
-    return _block_of(template_of(tokenizer), tokenizer)
-
-
-@lru_cache(maxsize=KNOWN)
-def _block_of(template: str, tokenizer: PreTrainedTokenizerBase) -> Block:
-    usual = Block.of_tags("<think>", "</think>")
-    form = Form(parts=form_of(tokenizer).parts)
-    said = {"role": "assistant", "content": WORD}
-    texts = [
-        attempt(form.of([ASKED, turn]), tokenizer)
-        for turn in (said | {"reasoning_content": THOUGHT}, said)
-    ]
-    prompt = attempt(form.of([ASKED]), tokenizer, for_generation=True)
-    if THOUGHT not in texts[0] or WORD not in texts[0]:
-        return usual
-    header = CUT.sub("", common(*texts, prompt))
-    # a tag that the prompt leaves open is part of the block
-    if opened := OPENED.search(header):
-        header = header[: opened.start()]
-    thoughtful, plain = (text[len(header) :] for text in texts)
-    # the answer may have a header of its own, which belongs to no block
-    without = thoughtful.removesuffix(plain) if plain else thoughtful
-    for block in (without, thoughtful.partition(WORD)[0]):
-        opening, _, closing = block.partition(THOUGHT)
-        if opening.strip() and closing.strip() and WORD not in block:
-            lead = opening[len(opening.rstrip()) :]
-            spaced = closing != closing.rstrip()
-            return Block(opening.strip(), closing.strip(), True, spaced, lead, closing)
-    return usual
-
-
-WORD, NEXT = "probe answer", "probe next"
-CALL = "probe0000"
-WITH_TURN: Final = "with the turn"
-WITH_NEXT: Final = "with the next message"
-NOWHERE: Final = "not at all"
-
-
-@dataclass(frozen=True)
-class Ending:
-    """Where a template ends a turn.
-
-    written: With what the end is written.
-    text: The end; where nothing writes one, the tokenizer's end token, empty if it has none.
-    tokens: The ids of the special tokens that end a turn, whoever speaks next.
-    """
-
-    written: Literal["with the turn", "with the next message", "not at all"]
-    text: str
-    tokens: frozenset[int]
-
-
-def ending_of(tokenizer: PreTrainedTokenizerBase) -> Ending:
-    """How the tokenizer's chat template ends a turn."""
-    return _ending_of(template_of(tokenizer), tokenizer, len(tokenizer))
-
-
-def specials_of(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """What matches the special tokens of a tokenizer in a text."""
-    return _specials(tokenizer, len(tokenizer))
-
-
-def through_special(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The beginning of a text up to its first special token, and that token; empty without one."""
-    found = specials_of(tokenizer).search(text)
-    return text[: found.end()] if found else ""
-
-
-def _through_all(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The same through all special tokens that follow upon the first, with or without white space.
-    """
-    end = 0
-    for found in specials_of(tokenizer).finditer(text):
-        if end and text[end : found.start()].strip():
-            break
-        end = found.end()
-    return text[:end]
-
-
-@lru_cache(maxsize=KNOWN)
-def _ending_of(template: str, tokenizer: PreTrainedTokenizerBase, size: int) -> Ending:
-    form = form_of(tokenizer)
-    said = form.of([ASKED, {"role": "assistant", "content": WORD}])
-    behind = attempt(said, tokenizer).rpartition(WORD)[2]
-    if end := _through_all(behind, tokenizer):
-        return Ending(WITH_TURN, end, _ids([end], tokenizer))
-    following = attempt([*said, *form.of([{"role": "user", "content": NEXT}])], tokenizer)
-    between = following.rpartition(NEXT)[0].rpartition(WORD)[2]
-    if end := through_special(between, tokenizer):
-        return Ending(WITH_NEXT, end, _ids([end, _before_result(tokenizer)], tokenizer))
-    end = _own_end(tokenizer)
-    return Ending(NOWHERE, end, _ids([end], tokenizer))
-
-
-def _before_result(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What ends a call where its result comes next; empty if the template shows no such thing."""
-    calls = [call(NAME, {KEY: VALUE}) | {"id": CALL}]
-    result: Message = {"role": "tool", "content": NEXT, "name": NAME, "tool_call_id": CALL}
-    form = form_of(tokenizer, [PROBE_TOOL])
-    called = form.of([ASKED, {"role": "assistant", "tool_calls": calls}])
-    text = attempt(called, tokenizer, [PROBE_TOOL]).rstrip()
-    longer = attempt([*called, *form.of([result])], tokenizer, [PROBE_TOOL])
-    between = longer[len(text) :].partition(NEXT)[0] if longer.startswith(text) and text else ""
-    return through_special(between, tokenizer)
-
-
-def _own_end(tokenizer: PreTrainedTokenizerBase) -> str:
-    return str(tokenizer.special_tokens_map.get("eos_token") or "")
-
-
-def _ids(ends: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    last = (tokenizer(end, add_special_tokens=False).input_ids[-1:] for end in ends if end)
-    return frozenset(int(i) for ids in last for i in ids)
-
-
-@lru_cache(maxsize=KNOWN)
-def _specials(tokenizer: PreTrainedTokenizerBase, size: int) -> re.Pattern[str]:
-    added = tokenizer.added_tokens_decoder.values()
-    named = {token.content for token in added if token.special} | {_own_end(tokenizer)}
-    known = sorted(filter(None, named), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, known)) or r"(?!)")

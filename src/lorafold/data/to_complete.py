@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorafold.data.arrow import Array, TableExamples, digests, flags, lists, numbers, texts
+from lorafold.data.arrow import Array, TableExamples, batch_of, digests
 from lorafold.data.control_tokens import ids_of, is_marked, told_of
 from lorafold.data.examples import identity_of
 from lorafold.data.render import prompt_of
@@ -50,7 +50,7 @@ class Prompt:
     @property
     def conversation(self) -> Conversation:
         """The prompt as messages, with the tools of its row."""
-        found: Conversation = self._shape.gives[PROMPTS](dict(self.row))
+        found: Conversation = self._shape.given(PROMPTS, dict(self.row))
         return found
 
     @property
@@ -104,33 +104,20 @@ class Prompts(Encoder):
     """
 
     tokenizer: PreTrainedTokenizerBase
-
-    @property
-    def takes(self) -> str:
-        return PROMPTS
+    takes = PROMPTS
 
     @property
     def identity(self) -> dict[str, Any]:
         return {"kind": "prompts", **identity_of(self.tokenizer)}
 
-    @property
-    def schema(self) -> pa.Schema:
-        import pyarrow as pa
-
-        columns = {"row": pa.int32(), "ids": pa.list_(pa.int32())}
-        return pa.schema({**columns, "marked": pa.bool_(), "problem": pa.string()})
-
     def encode(self, given: Sequence[Conversation], first: int) -> pa.RecordBatch:
-        import pyarrow as pa
-
         found = [self._prompt(one) for one in given]
-        columns = [
-            numbers(range(first, first + len(given))),
-            lists([ids for ids, _, _ in found]),
-            flags([marked for _, marked, _ in found]),
-            texts([problem for _, _, problem in found]),
-        ]
-        return pa.record_batch(columns, self.schema)
+        return batch_of(
+            {"row": range(first, first + len(given))},
+            {"ids": [ids for ids, _, _ in found]},
+            {"marked": [marked for _, marked, _ in found]},
+            {"problem": [problem for _, _, problem in found]},
+        )
 
     def _prompt(self, given: Conversation) -> tuple[list[int], bool, str]:
         if not given.messages:
@@ -155,12 +142,8 @@ class PromptExamples(TableExamples[Prompt]):
 
     def _example(self, entry: int) -> Prompt:
         number = int(self.rows[entry])
-        return Prompt(self._cut(entry), self._rows[number], where(self._rows, number))
-
-
-def where(rows: Rows, number: int) -> str:
-    """Where the row of an index is, as its user finds it."""
-    return str(rows.origins.places([number])[0])
+        [place] = self._rows.origins.places([number])
+        return Prompt(self._cut(entry), self._rows[number], str(place))
 
 
 def prompt_data(table: pa.Table, rows: Rows, most: int) -> PromptData:

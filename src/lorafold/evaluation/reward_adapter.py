@@ -195,7 +195,7 @@ def _answered(one: Judged) -> Conversation:
     """A completion as the assistant's turn after its prompt."""
     asked = one.conversation
     if asked is None:
-        asked = PROMPT_ALONE.gives[PROMPTS]({**one.row, "prompt": one.prompt})
+        asked = PROMPT_ALONE.given(PROMPTS, {**one.row, "prompt": one.prompt})
     said = normalized([{"role": "assistant", "content": one.completion}])
     return Conversation([*asked.messages, *said], len(asked.messages), asked.tools)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from lorafold.data.render import ensure_chat_template
-from lorafold.data.templates import ending_of
+from lorafold.data.templates import template_of
 from lorafold.errors import LorafoldError
 from lorafold.exporting.gguf_model import FILE_TYPES
 from lorafold.exporting.target import Progress, Subject, Target, Written
@@ -104,7 +104,7 @@ def without_first(turns: Turns, tokenizer: PreTrainedTokenizerBase) -> Turns:
 
 def stops_of(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The texts that end a completion."""
-    ending = ending_of(tokenizer)
+    ending = template_of(tokenizer).ending
     ids = [*sorted(ending.tokens), tokenizer.eos_token_id]
     texts = [str(tokenizer.convert_ids_to_tokens(i)) for i in ids if i is not None]
     if not ending.tokens and ending.text.strip():

@@ -24,7 +24,7 @@ from rich.console import Console
 from transformers import PreTrainedConfig
 
 from lorafold.adapter import attach
-from lorafold.data.batches import Feed, alike, forest, labelled, micro_batches, pays, tokens_in
+from lorafold.data.batches import Feed, alike, forest, labelled, micro_batches, pays
 from lorafold.data.branches import Branched
 from lorafold.errors import LorafoldError, NoTarget
 from lorafold.memory.advice import changes_of
@@ -77,7 +77,8 @@ def planned(
         steps = nlargest(LOOKED_AT, steps, key=lambda own: sum(documents(own)))
     for own in steps:
         if once := shares and in_common(own):
-            parts = alike(own, recipe.accumulate, recipe.max_length, beginning, tokens_in)
+            n, most = recipe.accumulate, recipe.max_length
+            parts = alike(own, n, most, beginning, lambda example: len(example.ids))
         else:
             parts = micro_batches(own, recipe.accumulate, capacity)
         accumulating = accumulating or len(parts) > 1

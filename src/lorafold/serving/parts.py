@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lorafold.data.calls import grammar_of, parse_calls, special_words
 from lorafold.data.messages import Tool
-from lorafold.data.templates import block_of
+from lorafold.data.templates import template_of
 from lorafold.errors import LorafoldError
 
 REASONING, CONTENT = "reasoning_content", "content"
@@ -37,7 +37,7 @@ class PartReader:
     ) -> None:
         self._tokenizer, self._tools, self._held = tokenizer, tools, ""
         self.length = 0  # of what was added
-        block = block_of(tokenizer)
+        block = template_of(tokenizer).block
         self._opening, self._closing = block.opening, block.closing
         opened = prompt.rstrip().endswith(block.opening)
         self._state = "thinking" if opened else "start" if block.shown else "saying"

@@ -17,7 +17,7 @@ from lorafold.data.control_tokens import as_text, ids_of, tokens_of
 from lorafold.data.messages import Message, Tool
 from lorafold.data.render import HELP, check_able, prompt_of
 from lorafold.data.shapes import Conversation
-from lorafold.data.templates import ASKED, KEY, NAME, PROBE_TOOL, VALUE, block_of, call
+from lorafold.data.templates import ASKED, KEY, NAME, PROBE_TOOL, VALUE, call, template_of
 from lorafold.errors import LorafoldError
 from lorafold.files.contents import Contents
 from lorafold.generation import end_tokens
@@ -54,7 +54,7 @@ class Renderer:
         asked = Conversation([ASKED, called], 0, (PROBE_TOOL,))
         for look in (
             lambda: check_able(asked, self.tokenizer),
-            lambda: block_of(self.tokenizer),
+            lambda: template_of(self.tokenizer).block,
             lambda: as_text(asked, self.tokenizer),
             lambda: parse_calls(VALUE, self.tokenizer),
         ):
@@ -63,7 +63,7 @@ class Renderer:
 
     def marks(self) -> int:
         """How many letters the template writes around reasoning and calls."""
-        block, grammar = block_of(self.tokenizer), grammar_of(self.tokenizer)
+        block, grammar = template_of(self.tokenizer).block, grammar_of(self.tokenizer)
         return len(block.opening + block.closing) + (len(repr(grammar)) if grammar else 0)
 
     def chat(

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -16,17 +17,7 @@ from torch import Tensor, nn
 
 from lorafold.core.draws import named
 from lorafold.data.arrow import Array
-from lorafold.data.batches import (
-    alike,
-    collate,
-    forest,
-    ids_in,
-    labelled,
-    leaders,
-    micro_batches,
-    pays,
-    tokens_in,
-)
+from lorafold.data.batches import alike, collate, forest, labelled, leaders, micro_batches, pays
 from lorafold.data.examples import NO_LOSS, Example
 from lorafold.models.positions import sequence_of
 from lorafold.ops.host import all_sent, on_host, sent
@@ -217,11 +208,13 @@ class RowsAlike(Loss):
     def micro_batches(self, examples: Sequence[Any], n: int, tokens: int) -> list[Sequence[Any]]:
         capacity = within(self.model, tokens)
         if self.shared_in(examples):
-            return alike(examples, n, capacity, ids_in, tokens_in)
+            return alike(examples, n, capacity, attrgetter("ids"))
         return micro_batches(examples, n, capacity if self.packed else None)
 
     def rows_of(self, examples: Sequence[Any]) -> list[Array]:
-        return super().rows_of(examples) if self.how is None else leaders([*map(ids_in, examples)])
+        if self.how is None:
+            return super().rows_of(examples)
+        return leaders([example.ids for example in examples])
 
 
 class Completions(RowsAlike):

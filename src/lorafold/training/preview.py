@@ -122,7 +122,7 @@ def _found(
 
 def _few(rows: Sequence[Row]) -> Sequence[Row]:
     """As many of the first rows as a preview looks at."""
-    n = max(1, len(rows) * SOME // max(1, Rows.of(rows).bytes))
+    n = max(1, len(rows) * SOME // max(1, Rows.of(rows).measured[1]))
     if n >= len(rows):
         return rows
     return rows.select(np.arange(n)) if isinstance(rows, Rows) else rows[:n]
