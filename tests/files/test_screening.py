@@ -32,7 +32,6 @@ from lorafold.screening import processes
 from lorafold.screening.opened import DEATHS, Opened
 from lorafold.screening.processes import Processes, Refused
 from lorafold.screening.screen import SECONDS, Screen, Verified
-from lorafold.screening.words import Words
 from lorafold.serving.rendering import Renderer
 from serving_cases import TOOL_TEMPLATE, saved
 
@@ -252,7 +251,8 @@ def test_words_are_those_of_a_tokenizer_that_has_them(base):
     new = [(first + i, text, i % 2 == 0) for i, text in enumerate(texts)]
     library = deepcopy(base)
     library.add_tokens([AddedToken(t, special=s, normalized=False) for _, t, s in new])
-    words = Words(base, base.added_tokens_decoder, new)
+    about = {"template": "", "special": {}, "eos": None, "variables": []}
+    words = Opened(about | {"new": new}, base, base.added_tokens_decoder, print)
     assert (len(words), words.get_vocab()) == (len(library), library.get_vocab())
     draw = random.Random(0)
     for skip in (False, True):
@@ -263,7 +263,7 @@ def test_words_are_those_of_a_tokenizer_that_has_them(base):
                 ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False
             )
     with pytest.raises(LorafoldError, match=f"expected {first}"):
-        Words(base, {}, [(first + 1, "<|late|>", True)])
+        Opened(about | {"new": [(first + 1, "<|late|>", True)]}, base, {}, print)
 
 
 @pytest.mark.parametrize(

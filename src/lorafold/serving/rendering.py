@@ -21,8 +21,8 @@ from lorafold.data.templates import ASKED, KEY, NAME, PROBE_TOOL, VALUE, call, t
 from lorafold.errors import LorafoldError
 from lorafold.files.contents import Contents
 from lorafold.generation import end_tokens
-from lorafold.screening.fingerprints import variables_of
 from lorafold.screening.screen import Screen
+from lorafold.screening.templates import variables_of
 from lorafold.serving.refusal import Refusal, wrong
 from lorafold.serving.wire.answers import Tokens
 from lorafold.serving.wire.schema import Compiles, check, held
