@@ -63,8 +63,9 @@ def as_rows(
     if (sources := sources_in(data)) is not None:
         rows = read_rows(sources, columns, notice, wanted)
     else:
-        numbered = enumerate(cast(Sequence[Row], data), 1)
-        rows = check_rows(renamed(numbered, columns or {}), source_of(data), wanted)
+        numbered: Iterable[tuple[int, Any]] = enumerate(cast(Sequence[Row], data), 1)
+        numbered = renamed(numbered, columns) if columns else numbered
+        rows = check_rows(numbered, source_of(data), wanted)
     if not weighted and any(part.weight != 1 for part in rows.parts):
         raise LorafoldError(f"{source_of(data)}: found a weight, which only training rows may have")
     read = () if declared is None else declared.keys

@@ -37,25 +37,25 @@ def batch_of(
     """
     import pyarrow as pa
 
-    def array(kind: "pa.DataType", n: int, *buffers: Any, of: Any = ()) -> "pa.Array":
-        held = [None, *map(pa.py_buffer, buffers)]
-        return pa.Array.from_buffers(kind, n, held, children=list(of))
-
-    made = {
-        name: array(pa.int32(), len(of), np.asarray(of, np.int32)) for name, of in numbers.items()
-    }
-    for name, entries in lists.items():
-        flat = np.concatenate([np.zeros(0, np.int32), *(np.asarray(e, np.int32) for e in entries)])
-        ends = np.cumsum([0, *map(len, entries)], dtype=np.int32)
-        inner = array(pa.int32(), len(flat), flat)
-        made[name] = array(pa.list_(pa.int32()), len(entries), ends, of=[inner])
+    number, made = pa.int32(), dict[str, pa.Array]()
+    for name, of in numbers.items():
+        data = pa.py_buffer(np.asarray(of, np.int32))
+        made[name] = pa.Array.from_buffers(number, len(of), [None, data])
+    for name, of in lists.items():
+        flat = np.concatenate([np.zeros(0, np.int32), *(np.asarray(one, np.int32) for one in of)])
+        inner = pa.Array.from_buffers(number, len(flat), [None, pa.py_buffer(flat)])
+        ends = pa.py_buffer(np.cumsum([0, *map(len, of)], dtype=np.int32))
+        made[name] = pa.Array.from_buffers(
+            pa.list_(number), len(of), [None, ends], children=[inner]
+        )
     for name, of in (flags or {}).items():
-        bits = np.packbits(np.asarray(of, bool), bitorder="little")
-        made[name] = array(pa.bool_(), len(of), bits)
+        bits = pa.py_buffer(np.packbits(np.asarray(of, bool), bitorder="little"))
+        made[name] = pa.Array.from_buffers(pa.bool_(), len(of), [None, bits])
     for name, of in (texts or {}).items():
         encoded = [text.encode() for text in of]
-        ends = np.cumsum([0, *map(len, encoded)], dtype=np.int32)
-        made[name] = array(pa.string(), len(of), ends, b"".join(encoded))
+        ends = pa.py_buffer(np.cumsum([0, *map(len, encoded)], dtype=np.int32))
+        data = pa.py_buffer(b"".join(encoded))
+        made[name] = pa.Array.from_buffers(pa.string(), len(of), [None, ends, data])
     return pa.record_batch([*made.values()], names=[*made])
 
 
@@ -137,10 +137,6 @@ class TableExamples(Sequence[E]):
     @abstractmethod
     def _example(self, entry: int) -> E:
         """The example of one entry of the table."""
-
-    def _cut(self, entry: int) -> tuple[int, ...]:
-        """The ids of one entry of the table, cut to the longest length."""
-        return tuple(self._ids[entry][: self._max_length].tolist())
 
     def __len__(self) -> int:
         return len(self._chosen)

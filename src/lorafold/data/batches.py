@@ -222,6 +222,7 @@ class Feed(ABC):
 
     foreseen: int
     steps: int
+    told = ""  # what is worth telling after the last step
 
     @abstractmethod
     def after(self, step: int) -> Iterator[Sequence[Any]]:
@@ -237,10 +238,6 @@ class Feed(ABC):
             seed: The seed of their order.
         """
 
-    def __str__(self) -> str:
-        """What is worth telling after the last step; empty for nothing."""
-        return ""
-
 
 class StoredFeed(Feed):
     """Examples that are all at hand; `passes` is how often each comes in a run."""
@@ -254,7 +251,6 @@ class StoredFeed(Feed):
         batch: int,
         steps: int,
         seed: int,
-        firsts: Array | None = None,
     ) -> None:
         """Plan the steps.
 
@@ -263,11 +259,11 @@ class StoredFeed(Feed):
             batch: Rows of an optimizer step.
             steps: The number of optimizer steps.
             seed: The seed of the order.
-            firsts: The first example of each row, ascending; None: each row has one.
         """
         self.examples, self.steps, self.batch = examples, steps, batch
-        n = len(examples)
-        self._borders = np.arange(n + 1) if firsts is None else np.append(firsts, n)
+        # where the examples of each row begin; each has one, unless the examples know their rows
+        rows = getattr(examples, "rows", np.arange(len(examples)))
+        self._borders = np.append(np.flatnonzero(np.diff(rows, prepend=-1)), len(examples))
         self._batches = Batches(parts, batch, steps, seed)
         self.passes = steps * batch / max(1, len(self._borders) - 1)
 
@@ -288,20 +284,6 @@ class StoredFeed(Feed):
         """The examples of rows."""
         ends = ((int(self._borders[n]), int(self._borders[n + 1])) for n in rows)
         return [self.examples[i] for start, end in ends for i in range(start, end)]
-
-
-def by_row(examples: Sequence[Any], parts: Sequence[Part]) -> tuple[Array, tuple[Part, ...]] | None:
-    """The first example of each row, and how many rows are from each source; None if each row has
-    one example.
-
-    Args:
-        parts: How many examples are from each source.
-    """
-    rows = getattr(examples, "rows", None)
-    if rows is None or len(firsts := np.flatnonzero(np.diff(rows, prepend=-1))) == len(rows):
-        return None
-    sizes = np.diff(np.searchsorted(firsts, np.cumsum([0, *(part.size for part in parts)])))
-    return firsts, tuple(Part(int(n), p.weight) for n, p in zip(sizes, parts, strict=True))
 
 
 R = TypeVar("R")

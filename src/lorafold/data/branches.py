@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lorafold.data.arrow import TURNS, Array, Judged, Lists, TableExamples, batch_of, digests
-from lorafold.data.control_tokens import told_of
+from lorafold.data.control_tokens import MARKED
 from lorafold.data.examples import NO_LOSS, WHOLE, Completions, Example, example_of
 from lorafold.data.parsing import kind_of
 from lorafold.data.render import Rendering
@@ -310,12 +310,14 @@ class PreferenceReport:
         )
         if self.truncated:
             text += f"\n{self.truncated} rows were cut at {self.max_length} tokens"
-        return text + told_of(self.marked)
+        if self.marked:
+            text += f"\n{self.marked} {MARKED}"
+        return text
 
 
 @dataclass(frozen=True)
 class PreferredData:
-    """The examples in the order of their rows, the report, and how many examples are from each
+    """The examples in the order of their rows, the report, and how many rows are from each
     source.
     """
 
@@ -381,7 +383,7 @@ def preferred(table: pa.Table, rows: Rows, max_length: int, kind: str) -> Prefer
         len(np.unique(examples.rows[cut])),
         examples.marked,
     )
-    return PreferredData(examples, report, parts_of(examples.rows, rows.parts))
+    return PreferredData(examples, report, parts_of(np.unique(examples.rows), rows.parts))
 
 
 def refuse_cut(rows: Rows, examples: BranchedExamples, max_length: int, cut: Array) -> None:

@@ -47,6 +47,10 @@ IN_PROMPT = (
     "the prompt has control tokens, which are read as text; --allow-control-tokens lets them be"
     " tokens"
 )
+MARKED = (
+    "rows have control tokens in their contents, which are read as text; --allow-control-tokens"
+    " lets them be tokens"
+)
 SAID = ("content", "reasoning_content")  # what the assistant writes itself
 
 
@@ -203,25 +207,14 @@ def is_marked(text: str) -> bool:
     return OPENING in text
 
 
-def told_of(marked: int) -> str:
-    """A line about so many rows, after a line break; empty for none."""
-    if not marked:
-        return ""
-    return (
-        f"\n{marked} rows have control tokens in their contents, which are read as text;"
-        " --allow-control-tokens lets them be tokens"
-    )
-
-
 def ids_of(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token ids of a rendered text. Raises LorafoldError for a control token that the tokenizer
     can't read as text.
     """
-    marked = is_marked(text)
-    if marked and tokenizer.is_fast:
-        return pieces_of(text, tokenizer).ids
-    if not marked:
+    if OPENING not in text:
         return tokens_of(text, tokenizer)
+    if tokenizer.is_fast:
+        return pieces_of(text, tokenizer).ids
     options: Any = {"sanitize_control_tokens": True}
     try:
         found: Any = tokenizer(text, add_special_tokens=False, verbose=False, **options)
@@ -279,17 +272,29 @@ class Pieces:
 
 def pieces_of(text: str, tokenizer: PreTrainedTokenizerBase) -> Pieces:
     """The tokens of a rendered text, as `encode_marked_chat` of transformers has them; those of a
-    marked token share its characters.
+    marked token share its characters. All pieces but the first are tokenized as they are after a
+    line break: some tokenizers put a space before the beginning of a text.
 
     Args:
         tokenizer: A fast tokenizer.
     """
     cuts = [*_marks(tokenizer, len(tokenizer)).finditer(text)]
     starts, ends = [0, *(m.end() for m in cuts)], [*(m.start() for m in cuts), len(text)]
-    pieces = _pieces([text[a:b] for a, b in zip(starts, ends, strict=True)], tokenizer)
+    options = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
+    [line] = tokenizer(["\n"], **options).input_ids
+    given = ["\n" * (start > 0) + text[start:end] for start, end in zip(starts, ends, strict=True)]
+    each = [*dict.fromkeys(given)]  # a content may repeat itself
+    found: Any = tokenizer(each, **options)
+    tokens = dict(zip(each, zip(found.input_ids, found.offset_mapping, strict=True), strict=True))
     ids: list[int] = []
     offsets: list[tuple[int, int]] = []
-    for at, (some, where), cut in zip(starts, pieces, [*cuts, None], strict=True):
+    for start, piece, cut in zip(starts, given, [*cuts, None], strict=True):
+        (some, where), at = tokens[piece], start - (start > 0)
+        if start and some[: len(line)] == line:
+            some, where = some[len(line) :], where[len(line) :]
+        elif start:
+            alone: Any = tokenizer(piece[1:], **options)
+            some, where, at = alone.input_ids, alone.offset_mapping, start
         ids += some
         offsets += [(at + first, at + last) for first, last in where]
         if cut is not None and (word := cut[1]):
@@ -304,28 +309,6 @@ def _marks(tokenizer: PreTrainedTokenizerBase, _size: int) -> re.Pattern[str]:
     """What matches a marked token, or a mark alone: a template may cut a content at a token."""
     words = _any_of({*tokenizer.added_tokens_encoder}).pattern
     return re.compile(f"{OPENING}({words}){CLOSING}|[{OPENING}{CLOSING}]")
-
-
-def _pieces(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase
-) -> list[tuple[list[int], list[tuple[int, int]]]]:
-    """The tokens of pieces of one text with their characters; those of all but the first as they
-    are after a line break: some tokenizers put a space before the beginning of a text.
-    """
-    options = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
-    [line] = tokenizer(["\n"], **options).input_ids
-    given = [texts[0], *("\n" + text for text in texts[1:])]
-    each = [*dict.fromkeys(given)]  # a content may repeat itself
-    found: Any = tokenizer(each, **options)
-    tokens = dict(zip(each, zip(found.input_ids, found.offset_mapping, strict=True), strict=True))
-    pieces = [tokens[text] for text in given]
-    for n, (ids, where) in enumerate(pieces[1:], 1):
-        if ids[: len(line)] == line:
-            pieces[n] = ids[len(line) :], [(a - 1, b - 1) for a, b in where[len(line) :]]
-        else:
-            alone: Any = tokenizer(texts[n], **options)
-            pieces[n] = alone.input_ids, alone.offset_mapping
-    return pieces
 
 
 @lru_cache(maxsize=256)

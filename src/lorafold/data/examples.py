@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lorafold.data.arrow import TURNS, Array, Lists, TableExamples, batch_of, column, digests
-from lorafold.data.control_tokens import Pieces, is_marked, pieces_of, told_of
+from lorafold.data.control_tokens import MARKED, OPENING, Pieces, ids_of, pieces_of
 from lorafold.data.render import Rendered, Rendering, Trained, render_trained
 from lorafold.data.rows import as_checked
 from lorafold.data.shapes import CONVERSATIONS, Conversation
@@ -101,15 +101,17 @@ class Completions(Encoder):
 
     def encode(self, given: Sequence[Conversation], first: int) -> pa.RecordBatch:
         pieces = [piece for n, one in enumerate(given, first) for piece in self._pieces(one, n)]
-        rendered = [piece for piece in pieces if piece.rendered]
-        plain = [piece for piece in pieces if not piece.rendered and not piece.problem]
-        tokens = iter(self._tokens(rendered, False))
-        for piece, encoding in zip(plain, self._tokens(plain, True), strict=True):
-            end = self.tokenizer.eos_token_id
-            ended = end is None or encoding.ids[-1:] == [end]
-            piece.ids = encoding.ids if ended else [*encoding.ids, end]
-            piece.spans = [(0, len(piece.ids))]
-        made = [one for p in pieces for one in (self._cut(p, next(tokens)) if p.rendered else [p])]
+        made = list[Piece]()
+        for piece, encoding in zip(pieces, self._encodings(pieces), strict=True):
+            if encoding is None:
+                made.append(piece)
+            elif piece.rendered:
+                made += self._examples(piece, encoding)
+            else:
+                end = self.tokenizer.eos_token_id
+                ended = end is None or encoding.ids[-1:] == [end]
+                ids = encoding.ids if ended else [*encoding.ids, end]
+                made.append(replace(piece, ids=ids, spans=[(0, len(ids))]))
         return batch_of(
             {
                 "row": [piece.row for piece in made],
@@ -142,27 +144,30 @@ class Completions(Encoder):
             became = "" if n not in trained.turns else TRAINED if said else EMPTY
             became_of.append(" ".join(message["role"].split()) + became)
         pieces[0].left_out, pieces[0].hidden = trained.left_out, trained.hidden
-        pieces[0].marked = any(is_marked(piece.text) for piece in pieces)
+        pieces[0].marked = any(OPENING in piece.text for piece in pieces)
         pieces[0].turns = "\n".join(became_of)
         return pieces
 
-    def _tokens(self, pieces: Sequence[Piece], special: bool) -> Sequence[Encoding | Pieces]:
-        if not pieces:
-            return []
-        texts = [piece.text for piece in pieces]
-        found = self.tokenizer(
-            texts, add_special_tokens=special, return_attention_mask=False, verbose=False
-        )
-        encodings = found.encodings
-        assert encodings is not None  # of a fast tokenizer
-        if special:
-            return encodings
-        return [
-            pieces_of(text, self.tokenizer) if is_marked(text) else one
-            for text, one in zip(texts, encodings, strict=True)
-        ]
+    def _encodings(self, pieces: Sequence[Piece]) -> list[Encoding | Pieces | None]:
+        """What the text of each piece is tokenized to; None where it has a problem."""
+        found: list[Encoding | Pieces | None] = [None] * len(pieces)
+        for plain in (False, True):
+            some = [n for n, p in enumerate(pieces) if not p.problem and (not p.rendered) is plain]
+            if not some:
+                continue
+            encodings = self.tokenizer(
+                [pieces[n].text for n in some],
+                add_special_tokens=plain,
+                return_attention_mask=False,
+                verbose=False,
+            ).encodings
+            assert encodings is not None  # of a fast tokenizer
+            for n, encoding in zip(some, encodings, strict=True):
+                marked = not plain and OPENING in pieces[n].text
+                found[n] = pieces_of(pieces[n].text, self.tokenizer) if marked else encoding
+        return found
 
-    def _cut(self, piece: Piece, encoding: Encoding | Pieces) -> list[Piece]:
+    def _examples(self, piece: Piece, encoding: Encoding | Pieces) -> list[Piece]:
         """The examples of a rendered piece, with their ids and trained spans: one, and one more for
         each turn before which a token would span the border.
         """
@@ -186,9 +191,8 @@ class Completions(Encoder):
                 for a, b in together
             ]
             apart.append(Piece(piece.row, ids=ids, spans=spans))
-        first, left_out, hidden = apart[0], piece.left_out, piece.hidden
-        told = replace(first, left_out=left_out, hidden=hidden, turns=piece.turns)
-        return [replace(told, marked=piece.marked), *apart[1:]]
+        first = apart[0]
+        return [replace(piece, ids=first.ids, spans=first.spans), *apart[1:]]
 
     def _is_prompt(self, prompt: str, encoding: Encoding | Pieces, ids: list[int]) -> bool:
         """Tell whether the first ids of an encoding are those of the prompt alone."""
@@ -198,7 +202,7 @@ class Completions(Encoder):
         if ending not in self._openings:
             if len(self._openings) > OPENINGS:
                 self._openings.clear()
-            self._openings[ending] = pieces_of(ending, self.tokenizer).ids
+            self._openings[ending] = ids_of(ending, self.tokenizer)
         return self._openings[ending] == ids[last:]
 
 
@@ -311,13 +315,15 @@ class Report:
                 f"\n{self.reasoning_hidden} assistant turns are trained on without their reasoning,"
                 " or without what they say beside a call: the chat template leaves it out"
             )
-        return text + told_of(self.marked)
+        if self.marked:
+            text += f"\n{self.marked} {MARKED}"
+        return text
 
 
 @dataclass(frozen=True)
 class Encoded:
     """The examples that have a token to train on, in the order of their rows, the report over all
-    rows, and how many examples are from each source.
+    rows, and how many rows with examples are from each source.
     """
 
     examples: Examples
@@ -331,7 +337,16 @@ class Examples(TableExamples[Example]):
     def __init__(self, table: pa.Table, max_length: int) -> None:
         self._spans = Lists(table.column("spans"))
         lengths = np.minimum(Lists(table.column("ids")).lengths, max_length)
-        found = labelled_counts(self._spans, lengths)
+        counts, first = [np.zeros(0, np.int64)], 0
+        for ends, values in zip(self._spans.ends, self._spans.values, strict=True):
+            border = (ends - ends[0]) // 2  # (n + 1,), where the spans of each example end
+            start, end = values[ends[0] : ends[-1]].reshape(-1, 2).T
+            length = np.repeat(lengths[first : first + len(border) - 1], np.diff(border))
+            # the first token does not count, because nothing comes before it
+            counted = np.maximum(0, np.minimum(end, length) - np.maximum(start, 1))
+            counts.append(np.diff(np.concatenate([[0], np.cumsum(counted)])[border]))
+            first += len(border) - 1
+        found = np.concatenate(counts)
         super().__init__(table, max_length, np.flatnonzero(found))
         self.labelled = found[self._chosen]  # (n,), tokens that the loss counts
 
@@ -346,7 +361,8 @@ class Examples(TableExamples[Example]):
         return np.concatenate([np.zeros(0, np.int32), *last])[self._chosen] > self._max_length
 
     def _example(self, entry: int) -> Example:
-        return example_of(self._cut(entry), self._spans[entry].tolist())
+        ids = self._ids[entry][: self._max_length].tolist()
+        return example_of(ids, self._spans[entry].tolist())
 
 
 def example_of(ids: Sequence[int], spans: Sequence[int]) -> Example:
@@ -361,25 +377,6 @@ def example_of(ids: Sequence[int], spans: Sequence[int]) -> Example:
     for start, end in zip(spans[::2], spans[1::2], strict=True):
         labels[start:end] = ids[start:end]
     return Example(tuple(ids), (NO_LOSS, *labels[1:]))
-
-
-def labelled_counts(spans: Lists, lengths: Array) -> Array:
-    """How many tokens of each example the loss counts, (n,). The first token is none of them,
-    because nothing comes before it.
-
-    Args:
-        spans: The starts and ends of the trained spans of each example, as lists of even length.
-        lengths: The length to which each example is cut, (n,).
-    """
-    counts, first = [np.zeros(0, np.int64)], 0
-    for ends, values in zip(spans.ends, spans.values, strict=True):
-        border = (ends - ends[0]) // 2  # (n + 1,), where the spans of each example end
-        start, end = values[ends[0] : ends[-1]].reshape(-1, 2).T
-        length = np.repeat(lengths[first : first + len(border) - 1], np.diff(border))
-        counted = np.maximum(0, np.minimum(end, length) - np.maximum(start, 1))
-        counts.append(np.diff(np.concatenate([[0], np.cumsum(counted)])[border]))
-        first += len(border) - 1
-    return np.concatenate(counts)
 
 
 def encode(
@@ -441,7 +438,7 @@ def encoded(table: pa.Table, rows: Rows, max_length: int) -> Encoded:
         int(column(table, "hidden").sum()),
         examples.marked,
     )
-    return Encoded(examples, report, parts_of(examples.rows, rows.parts))
+    return Encoded(examples, report, parts_of(np.unique(examples.rows), rows.parts))
 
 
 def encode_row(

@@ -44,12 +44,13 @@ from lorafold.data.templates import (
     KEY,
     NAME,
     NOWHERE,
+    PROBE_TOOL,
     SYSTEM,
     VALUE,
     WITH_TURN,
     attempt,
     call,
-    is_dated,
+    day_of,
     template_of,
 )
 from lorafold.errors import LorafoldError
@@ -75,6 +76,7 @@ STREAMED = (
 )
 UNKNOWN = "these examples are of no table, so that nothing was looked for in them"
 BESIDE, OTHER = "probe beside", "probe other value"
+CALLS = [call(NAME, {KEY: v}) | {"id": f"probe000{n}"} for n, v in enumerate((VALUE, OTHER))]
 ROLES = {"", "system", "user", "assistant", "model", "human"}
 WORDS = re.compile(r"[^\W\d_]{2,}")
 LEFT_OUT = "turns without reasoning are left out, since generation would begin them otherwise"
@@ -162,14 +164,15 @@ def account_of(tokenizer: PreTrainedTokenizerBase) -> Account:
     elif len(said) > QUOTED:
         said = f"{said[:QUOTED].rstrip()}..."
     hides = [] if VALUE in attempt(form.of([SYSTEM, ASKED]), tokenizer) else ["system messages"]
-    if not template_of(tokenizer, [call(NAME, {})]).shows_tools:
+    if not template_of(tokenizer, [PROBE_TOOL]).shows_tools:
         hides.append("tools")
     if not template.shows_calls:
         hides.append("calls")
     else:
-        calls = [call(NAME, {KEY: value}) | {"id": f"probe000{n}"}
-                 for n, value in enumerate((VALUE, OTHER))]  # fmt: skip
-        turns = ({"content": BESIDE, "tool_calls": calls[:1]}, {"content": "", "tool_calls": calls})
+        turns = (
+            {"content": BESIDE, "tool_calls": CALLS[:1]},
+            {"content": "", "tool_calls": CALLS},
+        )
         one, both = (
             attempt(form.of([ASKED, {"role": "assistant", **turn}]), tokenizer) for turn in turns
         )
@@ -180,7 +183,7 @@ def account_of(tokenizer: PreTrainedTokenizerBase) -> Account:
     if plain:
         with suppress(LorafoldError):
             plain += _helps(tokenizer)
-    dated = is_dated(tokenizer)
+    dated = bool(day_of(tokenizer))
     return Account(ending.text.strip(), ending.written, prompt, said, dated, tuple(hides), plain)
 
 
@@ -216,7 +219,7 @@ class Finding:
     count: int
     of: int
     said: str
-    first: tuple[tuple[Place, Place | None], ...]
+    first: tuple[tuple[Place, Place | None], ...] = ()
 
     def __str__(self) -> str:
         more = f" and {self.count - len(self.first):,} more" if self.count > len(self.first) else ""
@@ -225,14 +228,6 @@ class Finding:
             _, like = ("", "") if other is None else named([one, other])
             rows.append(f"{name} (as {like})" if like else name)
         return f"{self.count:,} of {self.of:,} rows {self.said}: {', '.join(rows)}{more}"
-
-    def as_json(self) -> dict[str, Any]:
-        """The figures, and the first rows by file and number."""
-        first = [
-            one._asdict() | ({} if other is None else {"as": other._asdict()})
-            for one, other in self.first
-        ]
-        return {"rows": self.count, "of": self.of, "first": first}
 
 
 @dataclass(frozen=True)
@@ -258,7 +253,8 @@ class Findings:
         """One line for each thing that was found, and for what was not looked at."""
         told = [f"data: {self.unseen}"] * bool(self.unseen)
         for name, one in self.found.items():
-            told += [f"{'held out' if name == HELD_OUT else 'data'}: {one}"] * bool(one.count)
+            if one.count:
+                told.append(f"{'held out' if name == HELD_OUT else 'data'}: {one}")
         if missing := [label for label, count in self.labels.items() if not count]:
             there = ", ".join(f"{label} {n:,}" for label, n in self.labels.items() if n)
             told.append(f"data: no row has the label {' or '.join(missing)} ({there})")
@@ -274,9 +270,16 @@ class Findings:
 
     def as_json(self) -> dict[str, Any]:
         """All by name; null stands for what was not looked for."""
+        found: dict[str, Any] = dict.fromkeys(SAID)
+        for name, of in self.found.items():
+            first = [
+                one._asdict() | ({} if other is None else {"as": other._asdict()})
+                for one, other in of.first
+            ]
+            found[name] = {"rows": of.count, "of": of.of, "first": first}
         return {
             "rows": self.rows,
-            **{name: f.as_json() if (f := self.found.get(name)) else None for name in SAID},
+            **found,
             "labels": dict(self.labels),
             "roles": {role: {"turns": n, "trained": t} for role, (n, t) in self.roles.items()},
             "untrained_files": dict(self.silent),
@@ -301,7 +304,10 @@ def look(
     if not isinstance(examples, TableExamples):
         return Findings(len(rows), unseen=UNKNOWN)
     train = Looked(examples, rows)
-    found = {"duplicates": train.finding("duplicates", train.repeated())}
+    order, first = _alike(train.digests)
+    later = first != order
+    repeated = _by_row(train.of[order[later]], train.of[first[later]])
+    found = {"duplicates": train.finding("duplicates", repeated)}
     if held_out is not None and isinstance(held_out[0], TableExamples):
         other = Looked(held_out[0], held_out[1])
         found[HELD_OUT] = other.finding(HELD_OUT, other.shared(train), like=rows)
@@ -334,12 +340,6 @@ class Looked:
         weighted = examples.digests().astype(np.uint64) * (2 * place + 1).astype(np.uint64)
         self.of, self.digests = examples.rows[starts], np.add.reduceat(weighted, starts)
 
-    def repeated(self) -> Pairs:
-        """The rows that are the same as an earlier one, and the first that is."""
-        order, first = _alike(self.digests)
-        later = first != order
-        return _by_row(self.of[order[later]], self.of[first[later]])
-
     def shared(self, others: Looked) -> Pairs:
         """The rows that are among others too, and which they are there."""
         order = np.argsort(others.digests, kind="stable")
@@ -357,13 +357,15 @@ class Looked:
             told: What stands in its words.
             like: The rows that they are compared with; None: the same.
         """
-        rows, others = found
+        (rows, others), said = found, SAID[name].format(told)
+        if not len(rows):
+            return Finding(0, len(self.rows), said)
         first = self.rows.origins.places(rows[:SHOWN])
         compared: list[Place | None] = [None] * len(first)
         if others is not None:
             compared = [*(like or self.rows).origins.places(others[:SHOWN])]
         pairs = tuple(zip(first, compared, strict=True))
-        return Finding(len(rows), len(self.rows), SAID[name].format(told), pairs)
+        return Finding(len(rows), len(self.rows), said, pairs)
 
 
 def turns_of(
@@ -391,11 +393,12 @@ def turns_of(
             if role == "assistant":
                 answers[number] += 1, bool(became)
     roles = {role: (n, trained[role]) for role, n in turns.items()}
-    names, file = rows.origins.files(len(rows))
-    said, kept = (np.bincount(file[of], answers[kind, n], len(names)) for n in (0, 1))
-    silent = [n for n in range(len(names)) if len(names) > 1 and said[n] and not kept[n]]
-    found = {names[n]: int(said[n]) for n in silent}
-    return roles, found, np.unique(of[np.isin(kind, [*empty])])
+    silent = dict[str, int]()
+    if len({name for name, *_ in rows.origins.runs}) > 1:
+        names, file = rows.origins.files(len(rows))
+        said, kept = (np.bincount(file[of], answers[kind, n], len(names)) for n in (0, 1))
+        silent = {name: int(n) for name, n, k in zip(names, said, kept, strict=True) if n and not k}
+    return roles, silent, np.unique(of[np.isin(kind, [*empty])])
 
 
 def _alike(values: Array) -> tuple[Array, Array]:

@@ -161,13 +161,11 @@ class LabelledExamples(TableExamples[LabelledExample]):
         return Judged(digests(self._ids), self._labels, contrary, self.counts)
 
     def _example(self, entry: int) -> LabelledExample:
-        return LabelledExample(self._cut(entry), int(self._labels[entry]))
-
-    def _cut(self, entry: int) -> tuple[int, ...]:
-        """The text is cut before the special tokens that end it, which stay."""
+        # the text is cut before the special tokens that end it, which stay
         ids, most = self._ids[entry].tolist(), self._max_length
         end = min(int(self._closing[entry]), most) if len(ids) > most else 0
-        return (*ids[: most - end], *ids[len(ids) - end :])
+        cut = (*ids[: most - end], *ids[len(ids) - end :])
+        return LabelledExample(cut, int(self._labels[entry]))
 
 
 def encode_labelled(

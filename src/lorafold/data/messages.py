@@ -188,8 +188,8 @@ def tool_problems(value: Any) -> Iterator[str]:
 
 
 def said_by(role: str, value: Any) -> list[Message]:
-    """Messages, or a text as the message of a role."""
-    return [{"role": role, "content": value}] if isinstance(value, str) else value
+    """Checked messages in one form, or a text as the message of a role."""
+    return [{"role": role, "content": value}] if isinstance(value, str) else normalized(value)
 
 
 def normalized(messages: list[Message]) -> list[Message]:

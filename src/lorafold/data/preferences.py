@@ -82,9 +82,7 @@ def preference(row: Row) -> Said:
     prompt = _asked(text) if isinstance(text, str) else normalized(text)
     if prompt[0]["content"] != text and isinstance(text, str):
         answers = [said.removeprefix(" ") if isinstance(said, str) else said for said in answers]
-    chosen, rejected = (
-        normalized(said_by("assistant", said)) for said in answers
-    )
+    chosen, rejected = (said_by("assistant", said) for said in answers)
     shared = chosen[: _shared(chosen, rejected)]
     if isinstance(text, str) and {chosen[0]["role"], rejected[0]["role"]} != {"assistant"}:
         # the text is one of the messages with which both answers begin

@@ -173,7 +173,7 @@ def hidden(messages: list[Message], index: int, turn: str) -> bool:
     message = messages[index]
     thought, said = (str(message.get(k) or "").strip() for k in ("reasoning_content", "content"))
     beside = said if message.get("tool_calls") else ""
-    return thought not in turn or not _has_text(turn, beside)
+    return thought not in turn or (bool(beside) and not _has_text(turn, beside))
 
 
 @dataclass(frozen=True)
@@ -213,16 +213,17 @@ class Trained:
     turns: frozenset[int] = frozenset()
 
 
+@dataclass(frozen=True)
 class TrainedTurn:
-    """One assistant turn: a text that ends with it, where it starts and ends in that text, and the
-    spans that the template marks, or None if it marks none anywhere.
+    """One assistant turn: a text that ends with it, where it starts and ends in that text, what
+    generation makes of it, and the spans that the template marks, None if it marks none anywhere.
     """
 
-    def __init__(self, text: str, prompt: str, marks: tuple[Span, ...] | None) -> None:
-        self.text, self.start, self.marks = text, len(prompt), marks
-        # whitespace after the token that ends a turn is the template's
-        self.end = max(self.start, len(text.rstrip()))
-        self.said = text[self.start : self.end]  # what generation makes of it
+    text: str
+    start: int
+    end: int
+    said: str
+    marks: tuple[Span, ...] | None
 
 
 class Drawing:
@@ -249,24 +250,26 @@ class Drawing:
             return None  # the first message has no prompt before it
         prompt, message = self.prompt(i), self.formed[i]
         text, marks = self.whole if i == len(self.formed) - 1 else self._draw(self.formed[: i + 1])
-        if text.startswith(prompt):
-            return TrainedTurn(text, prompt, marks)
-        if message.get("reasoning_content"):
+        found = text
+        if not text.startswith(prompt) and message.get("reasoning_content"):
             bare = {k: v for k, v in message.items() if k != "reasoning_content"}
             plain, plain_marks = self._draw([*self.formed[:i], bare])
             if plain.startswith(prompt):
-                return TrainedTurn(plain, prompt, plain_marks)
-        reasoning = message.get("reasoning_content", "")
-        said = self.messages[i].get("content", "")
-        block, specials = self.own.block, self.own.specials
-        joined = after_block(prompt, text, (reasoning, said), block, specials)
-        if joined is None:
-            before = attempt(self.formed[:i], self.tokenizer, self.tools)
-            joined = after_rewriting(prompt, text, before, said)
-        if joined is None or marks == ():
-            return None
-        marks = None if marks is None else ((len(prompt), len(joined)),)
-        return TrainedTurn(joined, prompt, marks)
+                found, marks = plain, plain_marks
+        if not found.startswith(prompt):
+            reasoning = message.get("reasoning_content", "")
+            said = self.messages[i].get("content", "")
+            block, specials = self.own.block, self.own.specials
+            joined = after_block(prompt, text, (reasoning, said), block, specials)
+            if joined is None:
+                before = attempt(self.formed[:i], self.tokenizer, self.tools)
+                joined = after_rewriting(prompt, text, before, said)
+            if joined is None or marks == ():
+                return None
+            found, marks = joined, marks and ((len(prompt), len(joined)),)
+        # whitespace after the token that ends a turn is the template's
+        start, end = len(prompt), max(len(prompt), len(found.rstrip()))
+        return TrainedTurn(found, start, end, found[start:end], marks)
 
     def end(self, i: int, turn: TrainedTurn) -> str | None:
         """The end of turn i, which its text lacks; None where the template writes it with the turn.

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafold.data.messages import KEYS, TURN_KEYS, asks, role_of
-from lorafold.data.parsing import SPOKEN, Row, as_known, as_row
+from lorafold.data.parsing import SPOKEN, Row, as_known, unusable
 from lorafold.data.preferences import as_turns
 from lorafold.data.shapes import PAIRS, PROMPTS, SHAPES, Shape, shape_of, shapes_for
 from lorafold.data.sources import Source, source_from
@@ -424,7 +424,7 @@ def check_rows(numbered: Iterable[tuple[int, Any]], source: str, wanted: str = "
         wanted: What is asked of the rows, as for `read_rows`.
     """
     noticed, found, runs = Noticed(wanted), list[Row](), list[list[int]]()
-    usable = ((number, as_row(row) if isinstance(row, dict) else row) for number, row in numbered)
+    usable = ((n, (unusable(row) or row) if isinstance(row, dict) else row) for n, row in numbered)
     for place, _, row in checked(usable, source, shapes=shapes_for(wanted), noticed=noticed):
         found.append(row)
         if not runs or place != sum(runs[-1]):

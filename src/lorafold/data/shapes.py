@@ -234,8 +234,7 @@ def _pair_problems(row: Row) -> Iterator[str]:
 
 
 def _pair(row: Row) -> Said:
-    prompt, said = said_by("user", row["prompt"]), said_by("assistant", row["completion"])
-    return normalized(prompt), {"completion": normalized(said)}
+    return said_by("user", row["prompt"]), {"completion": said_by("assistant", row["completion"])}
 
 
 def _label_problems(row: Row) -> Iterator[str]:
@@ -256,7 +255,7 @@ TWO = (*CHAT, PAIRS, JUDGED)
 PROMPT_ALONE = Shape(  # elsewhere such a row lacks a completion
     ("prompt",),
     _prompt_problems,
-    lambda row: (normalized(said_by("user", row["prompt"])), {}),
+    lambda row: (said_by("user", row["prompt"]), {}),
     (PROMPTS,),
 )
 SHAPES = (

@@ -191,13 +191,13 @@ class Rows(Sequence[Row]):
         """The digest, with the weights of the sources where an epoch does not take all rows once.
         """
         if all(part.weight == 1 for part in self.parts):
-            return self.sha256
-        return f"{self.sha256} {' '.join(f'{p.size}*{p.weight:g}' for p in self.parts)}"
+            return self.measured[0]
+        return f"{self.measured[0]} {' '.join(f'{p.size}*{p.weight:g}' for p in self.parts)}"
 
     @property
     def record(self) -> dict[str, Any]:
         """What an adapter's record says of them."""
-        found = {"rows": len(self), "sha256": self.sha256}
+        found = {"rows": len(self.rows), "sha256": self.measured[0]}
         return found | ({"files": dict(self.files)} if self.files else {})
 
     @property
@@ -212,7 +212,7 @@ class Rows(Sequence[Row]):
             return self.known
         digest, size = sha256(), 0
         for chunk in in_chunks(self.rows):
-            text = as_sorted(chunk)
+            text = "".join(map(SORTED.encode, chunk)).encode()
             digest.update(text)
             size += len(text)
         return digest.hexdigest(), size
@@ -223,7 +223,7 @@ class Rows(Sequence[Row]):
         have none.
         """
         starts = np.cumsum([0, *(part.size for part in self.parts)]).tolist()
-        firsts = [self[n] for n, p in zip(starts, self.parts, strict=False) if p.size]
+        firsts = [self.rows[n] for n, p in zip(starts, self.parts, strict=False) if p.size]
         return tuple(shape_of(row, shapes_for(self.wanted)) for row in firsts)
 
     def give(self, what: str) -> bool:
@@ -237,7 +237,7 @@ class Rows(Sequence[Row]):
             some: Some of the rows, as they follow each other; None takes all.
             first: The index of the first of them.
         """
-        rows = self if some is None else some
+        rows = self.rows if some is None else some
         ends = np.cumsum([part.size for part in self.parts if part.size])
         source = np.searchsorted(ends, np.arange(first, first + len(rows)), "right").tolist()
         shapes = [shape for shape in self.shapes if shape is not None]
@@ -271,11 +271,6 @@ def parts_of(rows: Array, parts: Sequence[Part]) -> tuple[Part, ...]:
     return tuple(Part(int(n), p.weight) for n, p in zip(sizes, parts, strict=True))
 
 
-def as_sorted(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    """The JSON of rows with sorted keys, end to end, of which their digest is made."""
-    return "".join(map(SORTED.encode, rows)).encode()
-
-
 def in_chunks(items: Iterable[T], size: int = CHUNK) -> Iterator[list[T]]:
     """The items in lists of `size`, the last of which may be shorter."""
     remaining = iter(items)
@@ -292,7 +287,7 @@ def write_rows(rows: Iterable[Row], path: Path) -> tuple[str, int]:
     schema, digest, size = pa.schema([("row", pa.large_string())]), sha256(), 0
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         for chunk in in_chunks(rows):
-            text = as_sorted(chunk)
+            text = "".join(map(SORTED.encode, chunk)).encode()
             digest.update(text)
             size += len(text)
             texts = pa.array(map(AS_IT_IS.encode, chunk), pa.large_string())

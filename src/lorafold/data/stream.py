@@ -19,7 +19,7 @@ from typing import Any
 
 from lorafold.data.arrow import Lists
 from lorafold.data.batches import Feed
-from lorafold.data.control_tokens import told_of
+from lorafold.data.control_tokens import MARKED
 from lorafold.data.examples import Examples
 from lorafold.data.parsing import Row
 from lorafold.data.rows import Noticed, check_given, checked, renamed
@@ -154,13 +154,16 @@ class StreamFeed(Feed):
         for _ in range(n):
             yield self._examples(rows, size)
 
-    def __str__(self) -> str:
+    @property
+    def told(self) -> str:  # type: ignore[override]
         text = f"stream: {self._read:,} rows read"
         if self._cut:
             text += f"; {self._cut:,} were cut at {self._max_length} tokens"
         if self._unlabelled:
             text += f"; {self._unlabelled:,} have no token to train on"
-        return text + told_of(self._marked)
+        if self._marked:
+            text += f"\n{self._marked} {MARKED}"
+        return text
 
     def _examples(self, rows: Iterator[Named], n: int) -> Sequence[Any]:
         """The examples of the next n rows.

@@ -73,6 +73,17 @@ WITH_NEXT: Final = "with the next message"
 NOWHERE: Final = "not at all"
 
 
+def call(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """A call in OpenAI's form."""
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+CALLED: Message = {
+    "role": "assistant",
+    "tool_calls": [call(NAME, {KEY: VALUE}) | {"id": "probe0000"}],
+}
+
+
 @dataclass(frozen=True)
 class Form:
     """How a template takes messages: `text`: arguments as JSON text; `empty`: an empty content
@@ -136,6 +147,9 @@ class Block:
         return end + (len(text[end:]) - len(text[end:].lstrip())) * self.spaced
 
 
+USUAL = Block.of_tags("<think>", "</think>")
+
+
 @dataclass(frozen=True)
 class Ending:
     """Where a template ends a turn.
@@ -150,13 +164,22 @@ class Ending:
     tokens: frozenset[int]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Template:
     """The text of a chat template, the tokenizer that renders it, and what probes show of it."""
 
     text: str
     tokenizer: PreTrainedTokenizerBase
     size: int  # of the tokenizer
+
+    def __post_init__(self) -> None:
+        added = self.tokenizer.added_tokens_decoder.values()
+        named = {token.content for token in added if token.special}
+        self.eos = str(self.tokenizer.special_tokens_map.get("eos_token") or "")
+        known = sorted(filter(None, {*named, self.eos}), key=len, reverse=True)
+        # what matches the special tokens of the tokenizer in a text
+        self.specials = re.compile("|".join(map(re.escape, known)) or r"(?!)")
+        self.marks_own = bool(OWN_SPANS.search(self.text))  # whether it marks spans itself
 
     @cached_property
     def form(self) -> Form:
@@ -179,7 +202,6 @@ class Template:
     @cached_property
     def block(self) -> Block:
         """How it encloses reasoning."""
-        usual = Block.of_tags("<think>", "</think>")
         form = Form(parts=template_of(self.tokenizer).form.parts)
         texts = [
             attempt(form.of([ASKED, turn]), self.tokenizer)
@@ -187,7 +209,7 @@ class Template:
         ]
         prompt = attempt(form.of([ASKED]), self.tokenizer, for_generation=True)
         if THOUGHT not in texts[0] or WORD not in texts[0]:
-            return usual
+            return USUAL
         header = CUT.sub("", common(*texts, prompt))
         # a tag that the prompt leaves open is part of the block
         if opened := OPENED.search(header):
@@ -201,16 +223,7 @@ class Template:
                 lead = opening[len(opening.rstrip()) :]
                 spaced = closing != closing.rstrip()
                 return Block(opening.strip(), closing.strip(), True, spaced, lead, closing)
-        return usual
-
-    @cached_property
-    def specials(self) -> re.Pattern[str]:
-        """What matches the special tokens of the tokenizer in a text."""
-        added = self.tokenizer.added_tokens_decoder.values()
-        named = {token.content for token in added if token.special}
-        named.add(str(self.tokenizer.special_tokens_map.get("eos_token") or ""))
-        known = sorted(filter(None, named), key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, known)) or r"(?!)")
+        return USUAL
 
     @cached_property
     def ending(self) -> Ending:
@@ -223,19 +236,16 @@ class Template:
             if at and behind[at : found.start()].strip():
                 break
             at = found.end()  # through all special tokens that follow upon the first
-        if at:
-            return Ending(WITH_TURN, behind[:at], self._ids(behind[:at]))
-        following = attempt([*said, *form.of([{"role": "user", "content": NEXT}])], tokenizer)
-        between = following.rpartition(NEXT)[0].rpartition(WORD)[2]
-        if end := self.through_special(between):
-            return Ending(WITH_NEXT, end, self._ids(end, self._before_result()))
-        end = str(tokenizer.special_tokens_map.get("eos_token") or "")
-        return Ending(NOWHERE, end, self._ids(end))
-
-    @cached_property
-    def marks_own(self) -> bool:
-        """Whether it marks spans of its own."""
-        return bool(OWN_SPANS.search(self.text))
+        written: Literal["with the turn", "with the next message", "not at all"] = WITH_TURN
+        ends = [behind[:at]]
+        if not at:
+            following = attempt([*said, *form.of([{"role": "user", "content": NEXT}])], tokenizer)
+            between = following.rpartition(NEXT)[0].rpartition(WORD)[2]
+            written, ends = NOWHERE, [self.eos]
+            if end := self.through_special(between):
+                written, ends = WITH_NEXT, [end, self._before_result()]
+        each = [tokenizer(end, add_special_tokens=False).input_ids for end in ends if end]
+        return Ending(written, ends[0], frozenset(int(ids[-1]) for ids in each if len(ids)))
 
     @cached_property
     def shows_tools(self) -> bool:
@@ -248,7 +258,7 @@ class Template:
     def shows_calls(self) -> bool:
         """Whether it shows a probe call, as the last message or in an earlier one."""
         said: list[Message] = [
-            {"role": "assistant", "tool_calls": [call(NAME, {KEY: VALUE}) | {"id": "probe0000"}]},
+            CALLED,
             {"role": "tool", "content": VALUE, "name": NAME, "tool_call_id": "probe0000"},
             {"role": "assistant", "content": VALUE},
         ]
@@ -264,19 +274,13 @@ class Template:
 
     def _before_result(self) -> str:
         """What ends a call where its result comes next; empty if it shows no such thing."""
-        calls = [call(NAME, {KEY: VALUE}) | {"id": "probe0000"}]
         result = {"role": "tool", "content": NEXT, "name": NAME, "tool_call_id": "probe0000"}
         form = template_of(self.tokenizer, [PROBE_TOOL]).form
-        called = form.of([ASKED, {"role": "assistant", "tool_calls": calls}])
+        called = form.of([ASKED, CALLED])
         text = attempt(called, self.tokenizer, [PROBE_TOOL]).rstrip()
         longer = attempt([*called, *form.of([result])], self.tokenizer, [PROBE_TOOL])
         follows = longer[len(text) :] if longer.startswith(text) and text else ""
         return self.through_special(follows.partition(NEXT)[0])
-
-    def _ids(self, *ends: str) -> frozenset[int]:
-        """The ids of the last tokens of ends."""
-        each = [self.tokenizer(end, add_special_tokens=False).input_ids for end in ends if end]
-        return frozenset(int(ids[-1]) for ids in each if len(ids))
 
 
 _known = lru_cache(maxsize=KNOWN)(Template)
@@ -286,11 +290,6 @@ def template_of(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Tool] = ()) 
     """The chat template that renders with these tools."""
     text = str(tokenizer.get_chat_template(tools=list(tools) or None))
     return _known(text, tokenizer, len(tokenizer))
-
-
-def call(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """A call in OpenAI's form."""
-    return {"type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def _with_text(given: dict[str, Any]) -> dict[str, Any]:
@@ -364,12 +363,12 @@ def attempt(
 
 def is_dated(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the chat template asks for the date, so that it renders otherwise tomorrow."""
-    return bool(DATED.search(str(tokenizer.chat_template)))
+    return bool(day_of(tokenizer))
 
 
 def day_of(tokenizer: PreTrainedTokenizerBase) -> str:
     """The date of today, as 2026-11-28, where the chat template asks for it; else empty."""
-    return date.today().isoformat() if is_dated(tokenizer) else ""
+    return date.today().isoformat() if DATED.search(str(tokenizer.chat_template)) else ""
 
 
 def on_day(tokenizer: PreTrainedTokenizerBase, day: str) -> PreTrainedTokenizerBase:

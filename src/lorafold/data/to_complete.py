@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lorafold.data.arrow import Array, TableExamples, batch_of, digests
-from lorafold.data.control_tokens import ids_of, is_marked, told_of
+from lorafold.data.control_tokens import MARKED, ids_of, is_marked
 from lorafold.data.examples import identity_of
 from lorafold.data.render import prompt_of
 from lorafold.data.shapes import PROMPTS, Conversation, Shape, shape_of, shapes_for
@@ -83,9 +83,8 @@ class PromptReport:
     marked: int
 
     def __str__(self) -> str:
-        return (
-            f"{self.rows} prompts; the longest has {self.longest} tokens{told_of(self.marked)}"
-        )
+        marked = f"\n{self.marked} {MARKED}" if self.marked else ""
+        return f"{self.rows} prompts; the longest has {self.longest} tokens{marked}"
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ class PromptExamples(TableExamples[Prompt]):
     def _example(self, entry: int) -> Prompt:
         number = int(self.rows[entry])
         [place] = self._rows.origins.places([number])
-        return Prompt(self._cut(entry), self._rows[number], str(place))
+        return Prompt(tuple(self._ids[entry].tolist()), self._rows[number], str(place))
 
 
 def prompt_data(table: pa.Table, rows: Rows, most: int) -> PromptData:

@@ -71,7 +71,7 @@ def tokenized(rows: Rows, encoder: Encoder, console: Console | None = None) -> p
 
     check_given(rows.shapes, encoder.takes)
     if not rows.large:
-        with closing(_counted(in_chunks(rows), len(rows), console)) as chunks:
+        with closing(_counted(in_chunks(rows.rows), len(rows), console)) as chunks:
             batches = [_encoded(rows, encoder, *chunk) for chunk in chunks]
         table = pa.Table.from_batches(batches or [encoder.encode([], 0)])
         refuse_problems(table, rows)

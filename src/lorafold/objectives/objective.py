@@ -48,7 +48,7 @@ class Data(Protocol):
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """How many examples are from each source."""
+        """How many rows with examples are from each source."""
 
 
 @dataclass(frozen=True)

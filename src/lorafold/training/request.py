@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from lorafold.data.batches import Feed, StoredFeed, by_row, epoch_size, split
+from lorafold.data.batches import Feed, StoredFeed, epoch_size, split
 from lorafold.data.control_tokens import ALL, allow
 from lorafold.data.findings import STREAMED, Findings, look
 from lorafold.data.render import Rendering
@@ -209,9 +209,8 @@ def tokenized(
         return feed, measured, told(Findings(0, unseen=STREAMED))
     rows, held_out = sides(request)
     train = data_of("data", rows)
-    firsts, parts = by_row(train.examples, train.parts) or (None, train.parts)
-    steps = recipe.total_steps(epoch_size(parts))
-    feed = StoredFeed(train.examples, parts, recipe.batch, steps, recipe.seed, firsts)
+    steps = recipe.total_steps(epoch_size(train.parts))
+    feed = StoredFeed(train.examples, train.parts, recipe.batch, steps, recipe.seed)
     of, measured, compared = Rows.of(rows), None, None
     if held_out is not None:
         measured = data_of("held out", held_out)

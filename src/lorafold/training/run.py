@@ -109,8 +109,8 @@ def _trained(setup: Setup, console: Console) -> Trained:
         with Display(console, job.steps, progress.step) as display:
             fit(job, progress, display)
         stack.close()
-        if told := str(setup.feed):
-            console.print(told, highlight=False)
+        if setup.feed.told:
+            console.print(setup.feed.told, highlight=False)
         if report := adapter.spec.report(adapter.own_deltas):
             console.print(report, highlight=False)
         saved = tokenizer if setup.own_tokenizer or adapter.spec.trains_base else None
