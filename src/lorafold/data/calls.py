@@ -21,10 +21,9 @@ import ast
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorafold.data.messages import Message, Tool, tool_problems
 from lorafold.data.templates import ASKED, KNOWN, Template, attempt, call, common, template_of
@@ -41,20 +40,19 @@ NUMBERS = (7131, 8242)
 NAME = r"(?P<name>[\w.:-]{1,256}?)"
 
 
-@dataclass(frozen=True)
-class Pairs:
+class Pairs(NamedTuple):
     """Arguments as keys and values: what stands between a key and its value, between a value and
-    the next key, what closes a call, and the quotes of a text.
+    the next key, what closes a call, and the quotes before and after a text.
     """
 
     equals: str
     comma: str
     closing: str
-    quotes: tuple[str, str]
+    opening: str
+    ending: str
 
 
-@dataclass(frozen=True)
-class Grammar:
+class Grammar(NamedTuple):
     """The text before the first name, between two calls up to the second name (None if a turn has
     one call at most), after a name up to the arguments, after the name of a call without arguments,
     and the arguments as pairs, or None for JSON, which `closing` follows. NAMES[0] stands for a
@@ -71,21 +69,14 @@ class Grammar:
     def without(self, words: Sequence[str]) -> Grammar:
         """The same where these words are left out of texts, as special tokens are."""
 
-        def bare(text: str) -> str:
-            for word in words:
-                text = text.replace(word, "")
-            return text
+        def bare(part: Any) -> Any:
+            if isinstance(part, Pairs):
+                return Pairs(*map(bare, part))
+            for word in words if part else ():
+                part = part.replace(word, "")
+            return part
 
-        pairs = self.pairs and Pairs(
-            bare(self.pairs.equals),
-            bare(self.pairs.comma),
-            bare(self.pairs.closing),
-            (bare(self.pairs.quotes[0]), bare(self.pairs.quotes[1])),
-        )
-        between = None if self.between is None else bare(self.between)
-        return Grammar(
-            bare(self.before), between, bare(self.named), bare(self.bare), pairs, bare(self.closing)
-        )
+        return Grammar(*map(bare, self))
 
 
 def grammar_of(tokenizer: PreTrainedTokenizerBase) -> Grammar | None:
@@ -133,7 +124,7 @@ def _grammar_of(template: Template) -> Grammar | None:
     between = None if between is None else between.removeprefix(ending).removeprefix(plain_close)
     return Grammar(
         before, between, named, bare.rstrip(),
-        Pairs(plain, plain_comma or "", plain_close, (opening, ending)),
+        Pairs(plain, plain_comma or "", plain_close, opening, ending),
     )  # fmt: skip
 
 
@@ -235,7 +226,13 @@ def _calls(text: str, grammar: Grammar, tools: Sequence[Tool]) -> Iterator[dict[
     while match is not None:
         name, at = match["name"], match.end()
         if grammar.pairs is None:
-            arguments, at = _json(text, at, name)
+            try:
+                arguments, at = json.JSONDecoder().raw_decode(text, at)
+            except json.JSONDecodeError as error:
+                why = f"arguments that are no JSON: {error.msg}"
+                raise LorafoldError(f"the call of {name}: {why}") from error
+            if not isinstance(arguments, dict):
+                raise LorafoldError(f"the call of {name}: arguments that are no JSON object")
         elif match.groupdict().get("bare") is not None:
             arguments = {}
         else:
@@ -244,21 +241,10 @@ def _calls(text: str, grammar: Grammar, tools: Sequence[Tool]) -> Iterator[dict[
         match = (further.match(text, at) if further else None) or begin.search(text, at)
 
 
-def _json(text: str, at: int, name: str) -> tuple[dict[str, Any], int]:
-    try:
-        found, end = json.JSONDecoder().raw_decode(text, at)
-    except json.JSONDecodeError as error:
-        why = f"arguments that are no JSON: {error.msg}"
-        raise LorafoldError(f"the call of {name}: {why}") from error
-    if not isinstance(found, dict):
-        raise LorafoldError(f"the call of {name}: arguments that are no JSON object")
-    return found, end
-
-
 def _pairs(text: str, at: int, pairs: Pairs, types: dict[str, str]) -> tuple[dict[str, Any], int]:
     """The keys and values from a character on, and where they end."""
     found: dict[str, Any] = {}
-    opening, ending = (re.escape(quote) for quote in pairs.quotes)
+    opening, ending = map(re.escape, (pairs.opening, pairs.ending))
     key_re = re.compile(r"(.+?)" + _regex(pairs.equals), re.DOTALL)
     after = f"(?:(?P<more>{_regex(pairs.comma)})|{_regex(pairs.closing)}|\\Z)"
     after_re = re.compile(after)
@@ -274,7 +260,7 @@ def _pairs(text: str, at: int, pairs: Pairs, types: dict[str, str]) -> tuple[dic
             break
         value = match["value"] if quoted else text[key.end() : match.start()]
         is_text = quoted is not None or types.get(key[1].strip()) == "string"
-        found[key[1].strip()] = value if is_text else _value(value, pairs.quotes)
+        found[key[1].strip()] = value if is_text else _value(value, pairs)
         at = match.end()
         if match["more"] is None:
             break
@@ -288,10 +274,10 @@ def _closed(value: str) -> bool:
     return all(value.count(a) == value.count(b) for a, b in ("[]", "{}"))
 
 
-def _value(text: str, quotes: tuple[str, str]) -> Any:
+def _value(text: str, pairs: Pairs) -> Any:
     """A value that is not said to be text: as JSON or Python writes it, else as text."""
     plain = text
-    for quote in filter(None, quotes):
+    for quote in filter(None, (pairs.opening, pairs.ending)):
         plain = plain.replace(quote, '"')
     named = re.sub(r"([{,]\s*)([\w.-]+)\s*:", r'\1"\2":', plain)  # keys without quotes
     readings = ((json.loads, plain), (ast.literal_eval, text), (json.loads, named))

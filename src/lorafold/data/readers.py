@@ -19,6 +19,7 @@ import io
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -64,12 +65,6 @@ WORD = re.compile(r"\w*[^\x00-\x7f]\w*")
 
 class Unreadable(ValueError):
     """What is wrong with a file as a whole, in one line."""
-
-
-def other_than_rows(begins: bytes) -> str:
-    """What a file is that begins so, and what to do; empty for what may be text of rows."""
-    start = begins.lstrip().lower()
-    return next((told for sign, told in SIGNS.items() if start.startswith(sign.lower())), "")
 
 
 def as_utf8(file: io.BufferedReader, windows: bool, tell: Tell) -> io.BufferedReader:
@@ -183,10 +178,11 @@ def numbered(path: Path, tell: Tell) -> Numbered:
     try:
         with path.open("rb") as plain, _expanded(plain, kind.compression) as file:
             begins = file.peek(64)[:64]
-            of_text = kind.read in TEXT.values()
-            if (told := other_than_rows(begins)) and (of_text or begins.startswith(b"version")):
-                raise Unreadable(f"found {told}")
-            windows = kind.read in (_csv, _tsv)
+            of_text, start = kind.read in TEXT.values(), begins.lstrip().lower()
+            for sign, what in SIGNS.items() if of_text or begins.startswith(b"version") else ():
+                if start.startswith(sign.lower()):
+                    raise Unreadable(f"found {what}")
+            windows = kind.read in (TEXT[".csv"], TEXT[".tsv"])
             yield from kind.read(as_utf8(file, windows, tell) if of_text else file)
     except FileNotFoundError as error:
         several = "; one --data names one file, a directory or a pattern" * ("," in path.name)
@@ -253,9 +249,10 @@ def _csv(file: io.BufferedReader, delimiter: str = "") -> Numbered:
             header = lines.readline()
             if told := re.fullmatch(r"sep=(.)\s*", header):  # as Excel begins such a file
                 delimiter, header = told[1], lines.readline()
-            records = csv.reader(
-                chain([header], lines), strict=True, delimiter=delimiter or _delimiter(header)
-            )
+            # the one that the header has most often outside of quotes, the earlier of equals
+            bare = re.sub(r'"[^"]*"', "", header)
+            delimiter = delimiter or max(DELIMITERS, key=bare.count)
+            records = csv.reader(chain([header], lines), strict=True, delimiter=delimiter)
             names = next(records, [])
             names = [name if name.strip() else f"column {n}" for n, name in enumerate(names, 1)]
             if twice := [name for name, count in Counter(names).items() if count > 1]:
@@ -278,18 +275,6 @@ def _csv(file: io.BufferedReader, delimiter: str = "") -> Numbered:
             what = str(error)
             reason = "a quote is not closed" if "unexpected end" in what else what
             raise Unreadable(f"not CSV after line {last or 1}: {reason}") from error
-
-
-def _delimiter(header: str) -> str:
-    """What divides the fields: of comma, semicolon, tab and bar the one that the header has most
-    often outside of quotes, the earlier of equals.
-    """
-    bare = re.sub(r'"[^"]*"', "", header)
-    return max(DELIMITERS, key=bare.count)
-
-
-def _tsv(file: io.BufferedReader) -> Numbered:
-    return _csv(file, "\t")
 
 
 def _parquet(file: io.BufferedReader) -> Numbered:
@@ -322,7 +307,7 @@ TEXT: dict[str, Callable[[io.BufferedReader], Numbered]] = {
     ".ndjson": _lines,
     ".json": _json,
     ".csv": _csv,
-    ".tsv": _tsv,
+    ".tsv": partial(_csv, delimiter="\t"),
 }
 READERS = TEXT | {".parquet": _parquet, ".arrow": _arrow}
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
