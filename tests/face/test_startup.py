@@ -75,7 +75,9 @@ def test_columns_are_those_that_pyarrow_makes_of_python_values(n):
     values, marks = [i - 5 for i in range(n)], [i % 3 == 1 for i in range(n)]
     words = ["ü" * (i % 4) for i in range(n)]
     nested = [values[:i] for i in range(n)]
-    columns = batch_of({"n": values}, {"l": nested}, {"f": marks}, {"t": words})
+    each = zip(values, nested, marks, words, strict=True)
+    entries = [{"n": v, "l": of, "f": m, "t": w} for v, of, m, w in each]
+    columns = batch_of(entries, ["n"], ["l"], ["f"], ["t"])
     for made, expected in zip(
         columns,
         (
@@ -88,7 +90,7 @@ def test_columns_are_those_that_pyarrow_makes_of_python_values(n):
     ):
         made.validate(full=True)
         assert made.equals(expected)
-    table = pa.Table.from_batches([batch_of({"n": values[i:]}, {}) for i in (0, 2)])
+    table = pa.Table.from_batches([batch_of(entries[i:], ["n"]) for i in (0, 2)])
     assert column(table, "n").tolist() == values + values[2:]
 
 

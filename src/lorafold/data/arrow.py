@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 TURNS = "turns"
 E = TypeVar("E")
 Array = np.ndarray[Any, np.dtype[Any]]
-Columns = Mapping[str, Sequence[Any]]
 
 
 def open_table(path: Path) -> "pa.Table":
@@ -30,32 +29,37 @@ def open_table(path: Path) -> "pa.Table":
 
 
 def batch_of(
-    numbers: Columns, lists: Columns, flags: Columns | None = None, texts: Columns | None = None
+    entries: Sequence[Mapping[str, Any]],
+    numbers: Iterable[str] = (),
+    lists: Iterable[str] = (),
+    flags: Iterable[str] = (),
+    texts: Iterable[str] = (),
 ) -> "pa.RecordBatch":
-    """A record batch of columns, by their names: int32 (n,), lists of int32, booleans, texts. They
-    are made of buffers, since `pa.array` would import pandas, which takes 0.4 s.
+    """A record batch of entries, with the names of its columns of int32, of lists of int32, of
+    booleans and of texts. It is made of buffers: `pa.array` would import pandas, which takes 0.4 s.
     """
     import pyarrow as pa
 
-    number, made = pa.int32(), dict[str, pa.Array]()
-    for name, of in numbers.items():
-        data = pa.py_buffer(np.asarray(of, np.int32))
-        made[name] = pa.Array.from_buffers(number, len(of), [None, data])
-    for name, of in lists.items():
-        flat = np.concatenate([np.zeros(0, np.int32), *(np.asarray(one, np.int32) for one in of)])
-        inner = pa.Array.from_buffers(number, len(flat), [None, pa.py_buffer(flat)])
-        ends = pa.py_buffer(np.cumsum([0, *map(len, of)], dtype=np.int32))
-        made[name] = pa.Array.from_buffers(
-            pa.list_(number), len(of), [None, ends], children=[inner]
-        )
-    for name, of in (flags or {}).items():
-        bits = pa.py_buffer(np.packbits(np.asarray(of, bool), bitorder="little"))
-        made[name] = pa.Array.from_buffers(pa.bool_(), len(of), [None, bits])
-    for name, of in (texts or {}).items():
-        encoded = [text.encode() for text in of]
+    n, made = len(entries), dict[str, pa.Array]()
+    for name in numbers:
+        data = pa.py_buffer(np.array([entry[name] for entry in entries], np.int32))
+        made[name] = pa.Array.from_buffers(pa.int32(), n, [None, data])
+    for name in lists:
+        each = [np.asarray(entry[name], np.int32) for entry in entries]
+        flat = np.concatenate([np.zeros(0, np.int32), *each])
+        inner = pa.Array.from_buffers(pa.int32(), len(flat), [None, pa.py_buffer(flat)])
+        ends = pa.py_buffer(np.cumsum([0, *map(len, each)], dtype=np.int32))
+        kind = pa.list_(pa.int32())
+        made[name] = pa.Array.from_buffers(kind, n, [None, ends], children=[inner])
+    for name in flags:
+        marks = np.array([entry[name] for entry in entries], bool)
+        bits = pa.py_buffer(np.packbits(marks, bitorder="little"))
+        made[name] = pa.Array.from_buffers(pa.bool_(), n, [None, bits])
+    for name in texts:
+        encoded = [entry[name].encode() for entry in entries]
         ends = pa.py_buffer(np.cumsum([0, *map(len, encoded)], dtype=np.int32))
         data = pa.py_buffer(b"".join(encoded))
-        made[name] = pa.Array.from_buffers(pa.string(), len(of), [None, ends, data])
+        made[name] = pa.Array.from_buffers(pa.string(), n, [None, ends, data])
     return pa.record_batch([*made.values()], names=[*made])
 
 

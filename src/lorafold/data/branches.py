@@ -109,37 +109,24 @@ class Branches(Encoder):
         return {**self._completions.identity, "kind": self.takes}
 
     def encode(self, given: Sequence[Sequence[Compared]], first: int) -> pa.RecordBatch:
-        compared = [(number, one) for number, row in enumerate(given, first) for one in row]
         documents = [
             Conversation([*one.prompt, *said], len(one.prompt), one.tools)
-            for _, one in compared
+            for row in given
+            for one in row
             for said in one.completions.values()
         ]
         found = self._completions.encode(documents, 0).to_pylist()
         by_document = iter([list(of) for _, of in groupby(found, key=lambda entry: entry["row"])])
-        gave = [[next(by_document) for _ in one.completions] for _, one in compared]
-        made = [self._made(one, of) for (_, one), of in zip(compared, gave, strict=True)]
-        return batch_of(
-            {"row": [number for number, _ in compared]},
-            {
-                "ids": [ids for ids, *_ in made],
-                "starts": [starts for _, starts, *_ in made],
-                "spans": [spans for _, _, spans, *_ in made],
-            },
-            {
-                "desirable": [one.desirable is True for _, one in compared],
-                "marked": [any(entries[0]["marked"] for entries in of) for of in gave],
-            },
-            {
-                TURNS: [turns for *_, turns, _ in made],
-                "problem": [problem for *_, problem in made],
-            },
-        )
+        entries = [
+            {"row": n} | self._made(one, [next(by_document) for _ in one.completions])
+            for n, row in enumerate(given, first)
+            for one in row
+        ]
+        lists, flags = ("ids", "starts", "spans"), ("desirable", "marked")
+        return batch_of(entries, ("row",), lists, flags, (TURNS, "problem"))
 
-    def _made(
-        self, one: Compared, documents: list[list[dict[str, Any]]]
-    ) -> tuple[list[int], list[int], list[int], str, str]:
-        """(ids, starts, spans, turns, problem) of one example.
+    def _made(self, one: Compared, documents: list[list[dict[str, Any]]]) -> dict[str, Any]:
+        """The columns of one example.
 
         Args:
             documents: What each completion gave: its entries in the table of `Completions`.
@@ -163,8 +150,13 @@ class Branches(Encoder):
         ids = [entries[0]["ids"] for entries in documents]
         if not problem and len(ids) == 2 and ids[0] == ids[1]:
             problem = "fields chosen and rejected: found the same text, expected two that differ"
+        about = {
+            "desirable": one.desirable is True,
+            "marked": any(entries[0]["marked"] for entries in documents),
+            "problem": problem,
+        }
         if problem:
-            return [], [], [], "", problem
+            return {"ids": [], "starts": [], "spans": [], TURNS: "", **about}
         spans = [entries[0]["spans"] for entries in documents]
         shared = max(0, min(common(ids), *(of[0] for of in spans)) - 1)
         at, starts, moved = shared, list[int](), list[int]()
@@ -175,7 +167,8 @@ class Branches(Encoder):
         together = ids[0][:shared] + [token for document in ids for token in document[shared:]]
         asked, *turns = (entries[0][TURNS] for entries in documents)
         own = (turn for of in turns for turn in of.splitlines()[len(one.prompt) :])
-        return together, starts, moved, "\n".join([asked, *own]), ""
+        turns_of_both = "\n".join([asked, *own])
+        return {"ids": together, "starts": starts, "spans": moved, TURNS: turns_of_both, **about}
 
 
 def common(documents: Sequence[Sequence[int]]) -> int:

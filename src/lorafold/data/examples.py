@@ -27,7 +27,7 @@ import numpy as np
 
 from lorafold.data.arrow import TURNS, Array, Lists, TableExamples, batch_of, column, digests
 from lorafold.data.control_tokens import MARKED, OPENING, Pieces, ids_of, pieces_of
-from lorafold.data.render import Rendered, Rendering, Trained, render_trained
+from lorafold.data.render import Rendered, Rendering, Span, Trained, render_trained
 from lorafold.data.rows import as_checked
 from lorafold.data.shapes import CONVERSATIONS, Conversation
 from lorafold.data.sources import Row
@@ -48,13 +48,12 @@ WHOLE = Rendering()  # every turn of the assistant, with its reasoning
 TRAINED, EMPTY = ":trained", ":empty"  # a turn that is trained on; one that says nothing, too
 SAID = ("tool_calls", "reasoning_content")  # what a message may say besides its content
 OPENINGS = 1000  # ends of prompts whose ids are kept
-Spans = list[tuple[int, int]]  # [start, end), of characters or of tokens
 
 
 @dataclass
 class Piece:
     """One example in the making: the text of a row with its trained spans of characters, or of a
-    row of plain text; then its token ids with the spans of tokens.
+    row of plain text; then its token ids, with the starts and ends of the spans of tokens.
     """
 
     row: int
@@ -66,7 +65,7 @@ class Piece:
     rendered: Rendered | None = None
     text: str = ""
     ids: Sequence[int] = ()
-    spans: Spans = field(default_factory=list)
+    spans: Sequence[int] = ()
 
 
 @dataclass(eq=False)
@@ -111,23 +110,10 @@ class Completions(Encoder):
                 end = self.tokenizer.eos_token_id
                 ended = end is None or encoding.ids[-1:] == [end]
                 ids = encoding.ids if ended else [*encoding.ids, end]
-                made.append(replace(piece, ids=ids, spans=[(0, len(ids))]))
-        return batch_of(
-            {
-                "row": [piece.row for piece in made],
-                "left_out": [piece.left_out for piece in made],
-                "hidden": [piece.hidden for piece in made],
-            },
-            {
-                "ids": [piece.ids for piece in made],
-                "spans": [[at for span in piece.spans for at in span] for piece in made],
-            },
-            {"marked": [piece.marked for piece in made]},
-            {
-                TURNS: [piece.turns for piece in made],
-                "problem": [piece.problem for piece in made],
-            },
-        )
+                made.append(replace(piece, ids=ids, spans=[0, len(ids)]))
+        entries = [vars(piece) for piece in made]
+        numbers, lists = ("row", "left_out", "hidden"), ("ids", "spans")
+        return batch_of(entries, numbers, lists, ("marked",), (TURNS, "problem"))
 
     def _pieces(self, given: Conversation, number: int) -> list[Piece]:
         if not given.messages:
@@ -172,7 +158,7 @@ class Completions(Encoder):
         each turn before which a token would span the border.
         """
         assert piece.rendered is not None
-        rendered, text, together = piece.rendered, piece.text, Spans()
+        rendered, text, together = piece.rendered, piece.text, list[Span]()
         apart: list[Piece] = []
         ids = encoding.ids
         for border, following in pairwise([*rendered.turns, len(text) + 1]):
@@ -186,11 +172,12 @@ class Completions(Encoder):
             apart.append(Piece(piece.row))
             apart[-1].ids, apart[-1].spans = in_pieces(cut, self.tokenizer)
         if together or not apart:
-            spans = [
-                (first_token(encoding, a, text, spaced=True), first_token(encoding, b, text))
-                for a, b in together
+            places = [
+                first_token(encoding, at, text, spaced=not n)
+                for span in together
+                for n, at in enumerate(span)
             ]
-            apart.append(Piece(piece.row, ids=ids, spans=spans))
+            apart.append(Piece(piece.row, ids=ids, spans=places))
         first = apart[0]
         return [replace(piece, ids=first.ids, spans=first.spans), *apart[1:]]
 
@@ -240,19 +227,23 @@ def first_token(
     return at
 
 
-def in_pieces(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], Spans]:
-    """(token ids, trained spans of tokens) of a text with one turn, cut where the turn begins."""
+def in_pieces(
+    rendered: Rendered, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[int]]:
+    """(token ids, starts and ends of trained spans of tokens) of a text with one turn, cut where
+    the turn begins.
+    """
     [border] = rendered.turns
     before = pieces_of(rendered.text[:border], tokenizer)
     rest = pieces_of(rendered.text[border:], tokenizer)
     starts = [min(start, border - 1) for start, _ in before.offsets]
     starts += [border + start for start, _ in rest.offsets]
-    spans = []
+    spans = list[int]()
     for a, b in rendered.spans:
         first = bisect_left(starts, a)
         last = starts[first - 1] if first and starts[first : first + 1] != [a] else border - 1
         inside = last >= border and not rendered.text[last:a].strip()
-        spans.append((first - inside, bisect_left(starts, b)))
+        spans += first - inside, bisect_left(starts, b)
     return before.ids + rest.ids, spans
 
 

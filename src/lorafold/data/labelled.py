@@ -118,15 +118,19 @@ class Labels(Encoder):
             [one.text for one in given], verbose=False, return_special_tokens_mask=True
         )
         number_of = {name: number for number, name in enumerate(self.classes)}
-        return batch_of(
+        each = zip(given, found.input_ids, found["special_tokens_mask"], strict=True)
+        entries = [
             {
-                "row": range(first, first + len(given)),
-                "closing": list(map(closing, found["special_tokens_mask"])),
-                "label": [number_of.get(str(one.label), -1) for one in given],
-            },
-            {"ids": found.input_ids},
-            texts={"problem": list(map(self._problem, given, found.input_ids))},
-        )
+                "row": n,
+                "ids": ids,
+                # how many tokens at the end of the text are special
+                "closing": next((at for at, own in enumerate(reversed(special)) if not own), 0),
+                "label": number_of.get(str(one.label), -1),
+                "problem": self._problem(one, ids),
+            }
+            for n, (one, ids, special) in enumerate(each, first)
+        ]
+        return batch_of(entries, ("row", "closing", "label"), ("ids",), texts=("problem",))
 
     def _problem(self, given: Labelled, ids: Sequence[int]) -> str:
         if not ids:
@@ -136,11 +140,6 @@ class Labels(Encoder):
             found = shortened(repr(str(given.label)), 80)
             return f"field label: found {found}, expected one of {expected}"
         return ""
-
-
-def closing(special: Sequence[int]) -> int:
-    """How many tokens at the end of a text are special, by a mask (T,) with 1 for them."""
-    return next((n for n, own in enumerate(reversed(special)) if not own), 0)
 
 
 class LabelledExamples(TableExamples[LabelledExample]):

@@ -110,23 +110,21 @@ class Prompts(Encoder):
         return {"kind": "prompts", **identity_of(self.tokenizer)}
 
     def encode(self, given: Sequence[Conversation], first: int) -> pa.RecordBatch:
-        found = [self._prompt(one) for one in given]
-        return batch_of(
-            {"row": range(first, first + len(given))},
-            {"ids": [ids for ids, _, _ in found]},
-            {"marked": [marked for _, marked, _ in found]},
-            {"problem": [problem for _, _, problem in found]},
-        )
+        entries = [{"row": n} | self._prompt(one) for n, one in enumerate(given, first)]
+        return batch_of(entries, ("row",), ("ids",), ("marked",), ("problem",))
 
-    def _prompt(self, given: Conversation) -> tuple[list[int], bool, str]:
-        if not given.messages:
-            return [], False, "found no message before the assistant's turn, expected a prompt"
+    def _prompt(self, given: Conversation) -> dict[str, Any]:
+        text, ids, problem = "", list[int](), ""
         try:
+            if not given.messages:
+                what = "found no message before the assistant's turn, expected a prompt"
+                raise LorafoldError(what)
             text = prompt_of(given, self.tokenizer)
             ids = ids_of(text, self.tokenizer)
+            problem = "" if ids else "found a prompt without tokens"
         except LorafoldError as error:
-            return [], False, str(error)
-        return ids, is_marked(text), "" if ids else "found a prompt without tokens"
+            text, problem = "", str(error)
+        return {"ids": ids, "marked": is_marked(text), "problem": problem}
 
 
 class PromptExamples(TableExamples[Prompt]):
