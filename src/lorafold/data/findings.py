@@ -59,7 +59,7 @@ from lorafold.models.template_variables import set_variables, variables_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Pairs = tuple[Array, Array | None]  # ascending indices of rows, and of those they are compared with
+Pairs = tuple[Array, Array | None]  # indices of rows, and of those that they are compared with
 SHOWN = 5  # rows that one line names
 HELD_OUT = "held_out_in_training"
 SAID = {
@@ -306,7 +306,7 @@ def look(
     train = Looked(examples, rows)
     order, first = _alike(train.digests)
     later = first != order
-    repeated = _by_row(train.of[order[later]], train.of[first[later]])
+    repeated = train.of[order[later]], train.of[first[later]]
     found = {"duplicates": train.finding("duplicates", repeated)}
     if held_out is not None and isinstance(held_out[0], TableExamples):
         other = Looked(held_out[0], held_out[1])
@@ -318,11 +318,11 @@ def look(
         # those whose verdict on a subject is not that of the first row that judges it
         order, first = _alike(judged.subjects)
         other = judged.verdicts[order] != judged.verdicts[first]
-        contrary = _by_row(examples.rows[order[other]], examples.rows[first[other]])
+        contrary = examples.rows[order[other]], examples.rows[first[other]]
         found["contradictions"] = train.finding("contradictions", contrary, judged.contrary)
     if (lost := examples.ends_lost()) is not None:
-        cut = np.unique(examples.rows[lost])
-        found["ends_lost"] = train.finding("ends_lost", (cut, None), max_length)
+        cut = examples.rows[lost], None
+        found["ends_lost"] = train.finding("ends_lost", cut, max_length)
     untrained = np.setdiff1d(np.arange(len(rows)), train.of)
     found["untrained"] = train.finding("untrained", (untrained, None))
     return Findings(len(rows), found, judged.labels if judged else {}, roles, silent)
@@ -357,13 +357,14 @@ class Looked:
             told: What stands in its words.
             like: The rows that they are compared with; None: the same.
         """
-        (rows, others), said = found, SAID[name].format(told)
+        (all_rows, others), said = found, SAID[name].format(told)
+        rows, at = np.unique(all_rows, return_index=True)  # each once
         if not len(rows):
             return Finding(0, len(self.rows), said)
         first = self.rows.origins.places(rows[:SHOWN])
         compared: list[Place | None] = [None] * len(first)
         if others is not None:
-            compared = [*(like or self.rows).origins.places(others[:SHOWN])]
+            compared = [*(like or self.rows).origins.places(others[at[:SHOWN]])]
         pairs = tuple(zip(first, compared, strict=True))
         return Finding(len(rows), len(self.rows), said, pairs)
 
@@ -398,7 +399,7 @@ def turns_of(
         names, file = rows.origins.files(len(rows))
         said, kept = (np.bincount(file[of], answers[kind, n], len(names)) for n in (0, 1))
         silent = {name: int(n) for name, n, k in zip(names, said, kept, strict=True) if n and not k}
-    return roles, silent, np.unique(of[np.isin(kind, [*empty])])
+    return roles, silent, of[np.isin(kind, [*empty])]
 
 
 def _alike(values: Array) -> tuple[Array, Array]:
@@ -407,9 +408,3 @@ def _alike(values: Array) -> tuple[Array, Array]:
     ordered = values[order]
     starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])[: len(values)])
     return order, order[np.repeat(starts, np.diff([*starts, len(values)]))]
-
-
-def _by_row(rows: Array, others: Array) -> Pairs:
-    """The same pairs by row, each row once."""
-    found, at = np.unique(rows, return_index=True)
-    return found, others[at]

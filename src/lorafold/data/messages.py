@@ -208,12 +208,10 @@ def normalized(messages: list[Message]) -> list[Message]:
 
 def tools_of(value: Any) -> tuple[Tool, ...]:
     """The tools of a checked row in OpenAI's form: {"type": "function", "function": {...}}."""
-    if not value:
-        return ()
     if isinstance(value, str):
         tools = parsed(value) if value.strip() else []
     else:
-        tools = without_nulls(value)
+        tools = without_nulls(value or [])
     return tuple(
         {"type": "function", "function": tool} if "function" not in tool else tool for tool in tools
     )
@@ -359,9 +357,8 @@ def system_problems(row: Row, wrong: bool) -> Iterator[str]:
 
 def system_of(row: Row) -> list[Message]:
     """The system message that stands beside what is said in a checked row, unless that has it."""
-    if not row.get("system") or _own_system(row) is not None:
-        return []
-    return [{"role": "system", "content": row["system"]}]
+    own = _own_system(row)
+    return [] if own is not None else [{"role": "system", "content": row["system"]}]
 
 
 def _own_system(row: Row) -> str | None:

@@ -25,7 +25,7 @@ from lorafold.data.shapes import (
     shape_of,
 )
 from lorafold.data.sources import Row
-from lorafold.data.templates import template_of
+from lorafold.data.templates import apply, template_of
 from lorafold.errors import LorafoldError, listed
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def reference_of(
     check_able(conversation, tokenizer)
     given = as_text(Conversation(messages, 0, conversation.tools), tokenizer)
     drawing = Drawing(given, tokenizer)
-    prompt, message = drawing.prompt(last), messages[last]
+    prompt, message = apply(drawing.formed[:last], tokenizer, given.tools, True), messages[last]
     asked = messages[last - 1].get("content", "")
     if not message.get("tool_calls"):
         check_shown(replace(given, messages=given.messages[:last]), prompt, tokenizer)
@@ -112,7 +112,7 @@ def reference_of(
             f"messages[{last}]: the chat template renders this turn differently at generation"
         )
     check_shown(given, turn.text, tokenizer)
-    said = without_reasoning(turn.text[turn.start : turn.end], prompt, tokenizer)
+    said = without_reasoning(turn.said, prompt, tokenizer)
     ids = ids_of(said, tokenizer)
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return Reference(asked, prompt, str(text))

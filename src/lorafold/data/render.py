@@ -29,7 +29,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2.exceptions import TemplateError
@@ -60,6 +59,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Span = tuple[int, int]
+Drawn = tuple[str, tuple[Span, ...] | None]
 PLAIN_TEMPLATE = """\
 {%- for message in messages -%}
 {{ '### ' + message['role'] | capitalize + ':\\n' + message['content'] }}
@@ -235,25 +235,42 @@ class Drawing:
         self.template, self.own = template_of(tokenizer, self.tools), template_of(tokenizer)
         self.formed = self.template.form.of(self.messages)
 
-    @cached_property
-    def whole(self) -> tuple[str, tuple[Span, ...] | None]:
-        """The text of all messages, and the template's own marks in it."""
-        return self._draw(self.formed)
+    def draw(self, messages: list[Message]) -> Drawn:
+        """The text of messages, and the template's own marks in it, None if it marks none."""
+        if not self.template.marks_own:
+            return apply(messages, self.tokenizer, self.tools), None
+        special: Any = self.tokenizer.special_tokens_map
+        try:
+            found: Any = render_jinja_template(
+                [messages],
+                tools=list(self.tools) or None,
+                chat_template=self.template.text,
+                return_assistant_tokens_mask=True,
+                add_generation_prompt=False,
+                **special,
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            apply(messages, self.tokenizer, self.tools)  # tells what is wrong in one line
+            raise LorafoldError(f"the model's chat template: {error}") from error
+        [text], [marks] = found
+        return text, tuple((start, end) for start, end in marks)
 
-    def prompt(self, i: int) -> str:
-        """The text that the generation of turn i starts from."""
-        return apply(self.formed[:i], self.tokenizer, self.tools, for_generation=True)
+    def turn(self, i: int, whole: Drawn | None = None) -> TrainedTurn | None:
+        """Turn i as generation would have it, or None where the template has no such form.
 
-    def turn(self, i: int) -> TrainedTurn | None:
-        """Turn i as generation would have it, or None where the template has no such form."""
+        Args:
+            whole: All messages, if they are drawn.
+        """
         if i == 0:
             return None  # the first message has no prompt before it
-        prompt, message = self.prompt(i), self.formed[i]
-        text, marks = self.whole if i == len(self.formed) - 1 else self._draw(self.formed[: i + 1])
+        message, last = self.formed[i], i == len(self.formed) - 1
+        # the text that the generation of the turn starts from
+        prompt = apply(self.formed[:i], self.tokenizer, self.tools, for_generation=True)
+        text, marks = whole if whole and last else self.draw(self.formed[: i + 1])
         found = text
         if not text.startswith(prompt) and message.get("reasoning_content"):
             bare = {k: v for k, v in message.items() if k != "reasoning_content"}
-            plain, plain_marks = self._draw([*self.formed[:i], bare])
+            plain, plain_marks = self.draw([*self.formed[:i], bare])
             if plain.startswith(prompt):
                 found, marks = plain, plain_marks
         if not found.startswith(prompt):
@@ -285,25 +302,6 @@ class Drawing:
                 return self.own.through_special(longer[len(text) :]) or ending.text
         return ending.text
 
-    def _draw(self, messages: list[Message]) -> tuple[str, tuple[Span, ...] | None]:
-        if not self.template.marks_own:
-            return apply(messages, self.tokenizer, self.tools), None
-        special: Any = self.tokenizer.special_tokens_map
-        try:
-            found: Any = render_jinja_template(
-                [messages],
-                tools=list(self.tools) or None,
-                chat_template=self.template.text,
-                return_assistant_tokens_mask=True,
-                add_generation_prompt=False,
-                **special,
-            )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            apply(messages, self.tokenizer, self.tools)  # tells what is wrong in one line
-            raise LorafoldError(f"the model's chat template: {error}") from error
-        [text], [marks] = found
-        return text, tuple((start, end) for start, end in marks)
-
 
 def render_trained(
     conversation: Conversation,
@@ -325,11 +323,11 @@ def render_trained(
     check_able(conversation, tokenizer)
     conversation = as_text(conversation, tokenizer)
     drawing, messages = Drawing(conversation, tokenizer), conversation.messages
-    whole, _ = drawing.whole
+    drawn_whole = whole, _ = drawing.draw(drawing.formed)
     turns = conversation.turns
     turns = turns[-1:] if rendering.train_on == "last" else turns
     called = [i for i, message in enumerate(messages) if message.get("tool_calls")]
-    drawn = {i: drawing.turn(i) for i in {*turns, *called}}
+    drawn = {i: drawing.turn(i, drawn_whole) for i in {*turns, *called}}
     calls = {i: turn.said for i in called if (turn := drawn[i]) is not None}
     check_shown(conversation, whole, tokenizer, calls)
     found: list[tuple[str, list[Span], list[int]]] = [(whole, [], [])]  # the longest text first

@@ -155,7 +155,8 @@ class Shape:
             found = Conversation([], text=row["text"])
             return Labelled(row["text"], row["label"]) if what == LABELS else found
         asked, answers = self.read(row)
-        before, tools = [*system_of(row), *asked], tools_of(row.get("tools"))
+        before = [*system_of(row), *asked] if row.get("system") else asked
+        tools = tools_of(row["tools"]) if row.get("tools") else ()
         if what == PAIRS:
             return [Compared(before, answers, tools)]
         if what == JUDGED:
