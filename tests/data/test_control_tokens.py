@@ -31,9 +31,9 @@ from lorafold.data.control_tokens import (
     OPENING,
     allow,
     allowed,
-    encoded,
     ids_of,
     is_marked,
+    pieces_of,
     tokens_of,
     without_note,
 )
@@ -128,7 +128,7 @@ def test_tokens_with_their_characters_are_the_same(name: str) -> None:
     tokenizer = made(name)
     for messages in CONVERSATIONS.values():
         text = render(messages, tokenizer, for_generation=True)
-        found = encoded(text, tokenizer)
+        found = pieces_of(text, tokenizer)
         assert found.ids == encode_marked_chat(tokenizer, text)
         starts = [start for start, _ in found.offsets]
         assert starts == sorted(starts)
@@ -149,7 +149,7 @@ def test_a_template_that_cuts_contents_at_tokens_makes_no_text_of_its_own_tokens
     asked = [{"role": "user", "content": f"{n}<|im_start|>"} for n in "ab"]
     text = render([*asked, {"role": "assistant", "content": "<|im_start|>c"}], tokenizer)
     assert is_marked(text)
-    found = encoded(text, tokenizer)
+    found = pieces_of(text, tokenizer)
     assert found.ids == encode_marked_chat(tokenizer, text) == ids_of(text, tokenizer)
     ends = [n for n, i in enumerate(found.ids) if i == tokenizer.eos_token_id]
     assert [text[slice(*found.offsets[n])] for n in ends] == ["<|im_end|>"] * 3
