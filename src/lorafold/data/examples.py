@@ -32,7 +32,7 @@ from lorafold.data.rows import as_checked
 from lorafold.data.shapes import CONVERSATIONS, Conversation
 from lorafold.data.sources import Row
 from lorafold.data.stored import Part, Rows, parts_of
-from lorafold.data.templates import day_of
+from lorafold.data.templates import day_of, template_of
 from lorafold.data.tokenizing import Encoder, tokenized
 from lorafold.errors import LorafoldError
 
@@ -82,16 +82,8 @@ class Completions(Encoder):
 
     tokenizer: PreTrainedTokenizerBase
     rendering: Rendering = field(default_factory=Rendering)
+    _openings: dict[str, list[int]] = field(default_factory=dict, repr=False)
     takes = CONVERSATIONS
-
-    def __post_init__(self) -> None:
-        if not self.tokenizer.is_fast:
-            raise LorafoldError(
-                f"tokenizer: found {type(self.tokenizer).__name__}, which gives no character"
-                " offsets; expected a fast tokenizer (one with a tokenizer.json)"
-            )
-        self._openings = dict[str, list[int]]()  # the ids of ends of prompts
-        self._added = frozenset(self.tokenizer.added_tokens_decoder)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -147,7 +139,11 @@ class Completions(Encoder):
                 return_attention_mask=False,
                 verbose=False,
             ).encodings
-            assert encodings is not None  # of a fast tokenizer
+            if encodings is None:
+                raise LorafoldError(
+                    f"tokenizer: found {type(self.tokenizer).__name__}, which gives no character"
+                    " offsets; expected a fast tokenizer (one with a tokenizer.json)"
+                )
             for n, encoding in zip(some, encodings, strict=True):
                 marked = not plain and OPENING in pieces[n].text
                 found[n] = pieces_of(pieces[n].text, self.tokenizer) if marked else encoding
@@ -183,7 +179,8 @@ class Completions(Encoder):
 
     def _is_prompt(self, prompt: str, encoding: Encoding | Pieces, ids: list[int]) -> bool:
         """Tell whether the first ids of an encoding are those of the prompt alone."""
-        last = next((i for i in reversed(range(len(ids))) if ids[i] in self._added), 0)
+        added = template_of(self.tokenizer).added
+        last = next((i for i in reversed(range(len(ids))) if ids[i] in added), 0)
         span = encoding.token_to_chars(last) if last else None
         ending = prompt[span[0] if span else 0 :]
         if ending not in self._openings:

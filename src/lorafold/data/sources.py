@@ -70,22 +70,36 @@ def files_of(name: str) -> Files:
         names = {path: path.relative_to(directory).as_posix() for path in directory.rglob("*")}
         # of what is hidden, such as .git, only rows are worth a word
         names = {p: n for p, n in names.items() if not _hidden(n) or kind_of_file(p)}
-    paths, left_out = list[Path](), dict[str, str]()
+    splits, left_out = dict[Path, str](), dict[str, str]()
     if matched and "**" not in name:
         left_out = {n: "a directory" for path, n in names.items() if path.is_dir()}
     for path in sorted(filter(Path.is_file, names), key=_natural):
-        if reason := _reason(path, "" if matched else names[path]):
-            left_out[names[path]] = reason
+        file = names[path]
+        if not matched and _hidden(file):
+            left_out[file] = "hidden"
+        elif path.name in ABOUT:
+            left_out[file] = "about a dataset"
+        elif not kind_of_file(path):
+            left_out[file] = "of no kind that is read"
         else:
-            paths.append(path)
-    if not matched:
-        paths, others = _for_training(name, {path: names[path] for path in paths})
-        left_out |= others
-    if not paths:
+            words = () if matched else re.split(r"[^a-z]+", file.lower())
+            found = [SPLITS[word] for word in words if word in SPLITS]
+            splits[path] = "train" if "train" in found else (found or [""])[0]
+    known = sorted({*splits.values()})
+    if "train" in known:
+        others = [path for path, split in splits.items() if split not in ("train", "")]
+        left_out |= {names[path]: "of another split; name a file to take it" for path in others}
+        splits = {path: split for path, split in splits.items() if path not in others}
+    elif len(known) > 1 and "" not in known:
+        raise LorafoldError(
+            f"{name}: found the splits {listed(known)}; expected only one, or one named"
+            f" train; a pattern such as {directory / f'*{known[0]}*'} takes one"
+        )
+    if not splits:
         beside = f" ({Files([], left_out)})" if left_out else ""
         what = "no file that matches" if matched else "no file of rows"
         raise LorafoldError(f"{name}: found {what}{beside}, expected {KINDS}")
-    return Files(paths, left_out)
+    return Files([*splits], left_out)
 
 
 def shown(names: Iterable[str]) -> str:
@@ -95,39 +109,8 @@ def shown(names: Iterable[str]) -> str:
     return ", ".join(first[:SHOWN]) + more
 
 
-def _reason(path: Path, name: str) -> str:
-    """Why a file of this name within a directory is none of rows; empty if it may be one."""
-    if _hidden(name):
-        return "hidden"
-    if path.name in ABOUT:
-        return "about a dataset"
-    return "" if kind_of_file(path) else "of no kind that is read"
-
-
 def _hidden(name: str) -> bool:
     return any(part.startswith((".", "__")) for part in name.split("/"))
-
-
-def _for_training(name: str, files: dict[Path, str]) -> tuple[list[Path], dict[str, str]]:
-    """(the files to train on, the others with the reason)."""
-    splits = {path: _split(file) for path, file in files.items()}
-    if "train" not in splits.values():
-        known = sorted(set(splits.values()))
-        if len(known) > 1 and "" not in known:
-            raise LorafoldError(
-                f"{name}: found the splits {listed(known)}; expected only one, or one named"
-                f" train; a pattern such as {Path(name) / f'*{known[0]}*'} takes one"
-            )
-        return list(files), {}
-    taken = [path for path, split in splits.items() if split in ("train", "")]
-    reason = "of another split; name a file to take it"
-    return taken, {files[path]: reason for path in files if path not in taken}
-
-
-def _split(name: str) -> str:
-    """The split that a path within a directory names: train, validation, test, or none."""
-    found = [SPLITS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in SPLITS]
-    return "train" if "train" in found else (found or [""])[0]
 
 
 def _natural(path: Path) -> tuple[list[str | int], str]:
@@ -149,7 +132,10 @@ class Source:
     @property
     def several(self) -> bool:
         """Whether it is made of files that the user did not name one by one."""
-        return is_pattern(self.name) or (self._path.is_dir() and not _saved(self._path))
+        saved = ("state.json", "dataset_dict.json")  # by which `save_to_disk` is known
+        return is_pattern(self.name) or (
+            self._path.is_dir() and not any((self._path / name).exists() for name in saved)
+        )
 
     @cached_property
     def files(self) -> tuple[Source, ...]:
@@ -276,8 +262,3 @@ def _dataset(source: str, path: Path, streaming: bool = False) -> Any:
             f"{source}: found the splits {', '.join(found)}; expected only one, or one named train"
         )
     return found["train"] if "train" in found else next(iter(found.values()))
-
-
-def _saved(path: Path) -> bool:
-    """Whether `save_to_disk` wrote a directory."""
-    return (path / "state.json").exists() or (path / "dataset_dict.json").exists()

@@ -116,41 +116,34 @@ def stream_of(
     return stream
 
 
+@dataclass(eq=False)
 class StreamFeed(Feed):
-    """The examples of rows that are read as they are needed; `batch` rows a step."""
+    """The examples of rows that are read as they are needed; `batch` rows a step.
 
+    rows: All rows without end, in the order of a seed, as `RowStream.rows` gives them.
+    max_length: Longer examples are cut to this many tokens, at their end.
+    batch: Rows of an optimizer step.
+    steps: The number of optimizer steps.
+    seed: The seed of the order.
+    """
+
+    rows: Callable[[int], Iterator[Named]]
+    encoder: Encoder
+    max_length: int
+    batch: int
+    steps: int
+    seed: int
     foreseen = 50
-
-    def __init__(
-        self,
-        rows: Callable[[int], Iterator[Named]],
-        encoder: Encoder,
-        max_length: int,
-        batch: int,
-        steps: int,
-        seed: int,
-    ) -> None:
-        """Read nothing yet.
-
-        Args:
-            rows: All rows without end, in the order of a seed, as `RowStream.rows` gives them.
-            max_length: Longer examples are cut to this many tokens, at their end.
-            batch: Rows of an optimizer step.
-            steps: The number of optimizer steps.
-            seed: The seed of the order.
-        """
-        self.steps, self._rows, self._encoder = steps, rows, encoder
-        self._max_length, self._batch, self._seed = max_length, batch, seed
-        self._read = self._cut = self._unlabelled = self._marked = 0
+    _read = _cut = _unlabelled = _marked = 0
 
     def after(self, step: int) -> Iterator[Sequence[Any]]:
         self._read = self._cut = self._unlabelled = self._marked = 0
-        rows = islice(self._rows(self._seed), step * self._batch, None)
+        rows = islice(self.rows(self.seed), step * self.batch, None)
         for _ in range(step, self.steps):
-            yield self._examples(rows, self._batch)
+            yield self._examples(rows, self.batch)
 
     def drawn(self, n: int, size: int, seed: int) -> Iterator[Sequence[Any]]:
-        rows = self._rows(seed)
+        rows = self.rows(seed)
         for _ in range(n):
             yield self._examples(rows, size)
 
@@ -158,7 +151,7 @@ class StreamFeed(Feed):
     def told(self) -> str:  # type: ignore[override]
         text = f"stream: {self._read:,} rows read"
         if self._cut:
-            text += f"; {self._cut:,} were cut at {self._max_length} tokens"
+            text += f"; {self._cut:,} were cut at {self.max_length} tokens"
         if self._unlabelled:
             text += f"; {self._unlabelled:,} have no token to train on"
         if self._marked:
@@ -173,21 +166,21 @@ class StreamFeed(Feed):
         import pyarrow as pa
 
         chunk = list(islice(rows, n))
-        takes = self._encoder.takes
+        takes = self.encoder.takes
         check_given((shape for *_, shape in chunk), takes)
-        batch = self._encoder.encode([shape.given(takes, row) for _, row, shape in chunk], 0)
+        batch = self.encoder.encode([shape.given(takes, row) for _, row, shape in chunk], 0)
         for entry in batch.select(["row", "problem"]).to_pylist():
             if entry["problem"]:
                 raise LorafoldError(f"{chunk[entry['row']][0]}: {entry['problem']}")
         table = pa.Table.from_batches([batch])
-        examples = Examples(table, self._max_length)
+        examples = Examples(table, self.max_length)
         if not examples:
             raise LorafoldError(
                 f"stream: none of {n} rows from {chunk[0][0]} on has a token to train on within"
-                f" max_length {self._max_length}"
+                f" max_length {self.max_length}"
             )
         self._read += n
-        self._cut += int((Lists(table.column("ids")).lengths > self._max_length).sum())
+        self._cut += int((Lists(table.column("ids")).lengths > self.max_length).sum())
         self._unlabelled += n - len(set(examples.rows.tolist()))
         self._marked += examples.marked
         return examples

@@ -173,8 +173,9 @@ class Template:
     size: int  # of the tokenizer
 
     def __post_init__(self) -> None:
-        added = self.tokenizer.added_tokens_decoder.values()
-        named = {token.content for token in added if token.special}
+        added = self.tokenizer.added_tokens_decoder
+        self.added = frozenset(added)  # the ids of added tokens
+        named = {token.content for token in added.values() if token.special}
         self.eos = str(self.tokenizer.special_tokens_map.get("eos_token") or "")
         known = sorted(filter(None, {*named, self.eos}), key=len, reverse=True)
         # what matches the special tokens of the tokenizer in a text
