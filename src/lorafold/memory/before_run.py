@@ -77,8 +77,9 @@ def planned(
         steps = nlargest(LOOKED_AT, steps, key=lambda own: sum(documents(own)))
     for own in steps:
         if once := shares and in_common(own):
-            n, most = recipe.accumulate, recipe.max_length
-            parts = alike(own, n, most, beginning, lambda example: len(example.ids))
+            parts = alike(
+                own, recipe.accumulate, recipe.max_length, beginning, lambda e: len(e.ids)
+            )
         else:
             parts = micro_batches(own, recipe.accumulate, capacity)
         accumulating = accumulating or len(parts) > 1
