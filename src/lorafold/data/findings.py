@@ -303,70 +303,61 @@ def look(
     """
     if not isinstance(examples, TableExamples):
         return Findings(len(rows), unseen=UNKNOWN)
-    train = Looked(examples, rows)
-    order, first = _alike(train.digests)
+    of, digests = _compared(examples)
+    order, first = _alike(digests)
     later = first != order
-    repeated = train.of[order[later]], train.of[first[later]]
-    found = {"duplicates": train.finding("duplicates", repeated)}
+    found = {"duplicates": _finding("duplicates", rows, (of[order[later]], of[first[later]]))}
     if held_out is not None and isinstance(held_out[0], TableExamples):
-        other = Looked(held_out[0], held_out[1])
-        found[HELD_OUT] = other.finding(HELD_OUT, other.shared(train), like=rows)
+        theirs, others = _compared(held_out[0])
+        at = order[np.minimum(np.searchsorted(digests[order], others), len(order) - 1)]
+        there = digests[at] == others
+        shared = theirs[there], of[at[there]]
+        found[HELD_OUT] = _finding(HELD_OUT, held_out[1], shared, like=rows)
     roles, silent, empty = turns_of(examples, rows)
     if roles:
-        found["empty_answers"] = train.finding("empty_answers", (empty, None))
+        found["empty_answers"] = _finding("empty_answers", rows, (empty, None))
     if judged := examples.judged():
         # those whose verdict on a subject is not that of the first row that judges it
         order, first = _alike(judged.subjects)
         other = judged.verdicts[order] != judged.verdicts[first]
         contrary = examples.rows[order[other]], examples.rows[first[other]]
-        found["contradictions"] = train.finding("contradictions", contrary, judged.contrary)
+        found["contradictions"] = _finding("contradictions", rows, contrary, judged.contrary)
     if (lost := examples.ends_lost()) is not None:
         cut = examples.rows[lost], None
-        found["ends_lost"] = train.finding("ends_lost", cut, max_length)
-    untrained = np.setdiff1d(np.arange(len(rows)), train.of)
-    found["untrained"] = train.finding("untrained", (untrained, None))
+        found["ends_lost"] = _finding("ends_lost", rows, cut, max_length)
+    untrained = np.setdiff1d(np.arange(len(rows)), of)
+    found["untrained"] = _finding("untrained", rows, (untrained, None))
     return Findings(len(rows), found, judged.labels if judged else {}, roles, silent)
 
 
-class Looked:
-    """Rows as they are compared: `of` (n,) are the indices of those that have an example, which
-    ascend, and `digests` (n,) theirs.
+def _compared(examples: TableExamples[Any]) -> tuple[Array, Array]:
+    """The indices of the rows that have an example, which ascend, (n,), and a digest of each."""
+    starts = np.flatnonzero(np.diff(examples.rows, prepend=-1))
+    place = np.arange(len(examples)) - np.repeat(starts, np.diff([*starts, len(examples)]))
+    weighted = examples.digests().astype(np.uint64) * (2 * place + 1).astype(np.uint64)
+    return examples.rows[starts], np.add.reduceat(weighted, starts)
+
+
+def _finding(
+    name: str, rows: Rows, found: Pairs, told: Any = "", like: Rows | None = None
+) -> Finding:
+    """What was found of some of the rows.
+
+    Args:
+        name: In SAID.
+        found: The indices of the rows, and of those that they are compared with.
+        told: What stands in its words.
+        like: The rows that they are compared with; None: the same.
     """
-
-    def __init__(self, examples: TableExamples[Any], rows: Rows) -> None:
-        self.rows = rows
-        starts = np.flatnonzero(np.diff(examples.rows, prepend=-1))
-        place = np.arange(len(examples)) - np.repeat(starts, np.diff([*starts, len(examples)]))
-        weighted = examples.digests().astype(np.uint64) * (2 * place + 1).astype(np.uint64)
-        self.of, self.digests = examples.rows[starts], np.add.reduceat(weighted, starts)
-
-    def shared(self, others: Looked) -> Pairs:
-        """The rows that are among others too, and which they are there."""
-        order = np.argsort(others.digests, kind="stable")
-        at = np.searchsorted(others.digests[order], self.digests)
-        at = order[np.minimum(at, len(order) - 1)]
-        there = others.digests[at] == self.digests
-        return self.of[there], others.of[at[there]]
-
-    def finding(self, name: str, found: Pairs, told: Any = "", like: Rows | None = None) -> Finding:
-        """What was found of some of the rows.
-
-        Args:
-            name: In SAID.
-            found: The indices of the rows, and of those that they are compared with.
-            told: What stands in its words.
-            like: The rows that they are compared with; None: the same.
-        """
-        (all_rows, others), said = found, SAID[name].format(told)
-        rows, at = np.unique(all_rows, return_index=True)  # each once
-        if not len(rows):
-            return Finding(0, len(self.rows), said)
-        first = self.rows.origins.places(rows[:SHOWN])
-        compared: list[Place | None] = [None] * len(first)
-        if others is not None:
-            compared = [*(like or self.rows).origins.places(others[at[:SHOWN]])]
-        pairs = tuple(zip(first, compared, strict=True))
-        return Finding(len(rows), len(self.rows), said, pairs)
+    said, others = SAID[name].format(told), found[1]
+    chosen, at = np.unique(found[0], return_index=True)  # each once
+    if not len(chosen):
+        return Finding(0, len(rows), said)
+    first = rows.origins.places(chosen[:SHOWN])
+    compared: list[Place | None] = [None] * len(first)
+    if others is not None:
+        compared = [*(like or rows).origins.places(others[at[:SHOWN]])]
+    return Finding(len(chosen), len(rows), said, tuple(zip(first, compared, strict=True)))
 
 
 def turns_of(
