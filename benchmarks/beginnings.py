@@ -6,7 +6,7 @@ SmolLM2-135M in this machine's own storage, LoRA of rank 16 on all linears, ids 
 random. Both ways take turns in one process after a warm-up, and the medians are compared; memory is
 that of a process of its own each. `bound` is what operations alone would allow, of the blocks and
 the head. `--pays` looks for the share in common from which on it is faster: a run computes less
-than `data.forest.PAYS` apart.
+than `data.batches.PAYS` apart.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 import lorafold as lf
 from lorafold.core.modes import evaluating
-from lorafold.data import forest
+from lorafold.data import batches as sharing
 from lorafold.data.branches import Branched
 from lorafold.data.examples import NO_LOSS, Example
 from lorafold.evaluation.held_out import batches, row_losses
@@ -177,7 +177,7 @@ def one(what: str, way: int, dropout: float) -> None:
 
 def rows(asked: argparse.Namespace) -> Iterator[dict]:
     if asked.pays:
-        forest.PAYS = 0.0
+        sharing.PAYS = 0.0
     for what in PAYS if asked.pays else (*SFT, PAIRS, OWN, CHOICE):
         if not any(word in what for word in asked.only):
             continue

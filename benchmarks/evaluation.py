@@ -26,7 +26,7 @@ from lib.short import parsed
 from rich.console import Console
 
 import lorafold as lf
-from lorafold.data.references import references
+from lorafold.data.prompts import references
 from lorafold.data.shapes import CONVERSATIONS
 from lorafold.data.stored import Rows
 from lorafold.evaluation.rows import SPARE

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from lorafold.core.attach import only, selection_of
 from lorafold.data.control_tokens import ids_of
-from lorafold.data.endings import ending_of
+from lorafold.data.templates import template_of
 from lorafold.engine import Ended, Engine, Request, Sampling, Stream
 from lorafold.engine.adapters import attached, parts_of
 from lorafold.errors import LorafoldError
@@ -258,5 +258,5 @@ def end_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -
     """
     named = model.generation_config.eos_token_id
     ends = named if isinstance(named, list) else [named]
-    turn = () if tokenizer.chat_template is None else ending_of(tokenizer).tokens
+    turn = () if tokenizer.chat_template is None else template_of(tokenizer).ending.tokens
     return frozenset(end for end in (*ends, tokenizer.eos_token_id, *turn) if end is not None)

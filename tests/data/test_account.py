@@ -14,10 +14,9 @@ import pytest
 from conversation_cases import WEATHER
 from families import embedded
 from families import tokenizer_of as family
-from lorafold.data.account import account_of
-from lorafold.data.completions import identity_of
-from lorafold.data.examples import encode, encode_row
-from lorafold.data.template_forms import is_dated, on_day
+from lorafold.data.examples import encode, encode_row, identity_of
+from lorafold.data.findings import account_of
+from lorafold.data.templates import is_dated, on_day
 from lorafold.diagnosis.hardware import template as looked_at
 from lorafold.errors import LorafoldError
 from lorafold.training.checkpoint import RunDirectory
@@ -143,11 +142,11 @@ def test_a_run_keeps_the_day_on_which_it_began(
     recipe: dict[str, Any] = {"chat_template": str(file)}
 
 
-    monkeypatch.setattr("lorafold.data.template_forms.date", Day)
+    monkeypatch.setattr("lorafold.data.templates.date", Day)
     setup = set_up(request(model, tmp_path / "a", **recipe), quiet())
     began = RunDirectory(tmp_path / "a")
     began.start({"day": setup.day})
-    monkeypatch.setattr("lorafold.data.template_forms.date", date)
+    monkeypatch.setattr("lorafold.data.templates.date", date)
     again = set_up(request(model, tmp_path / "a", resume=True, **recipe), quiet())
     assert setup.day == again.day == "2024-02-03"
     for run in (setup, again):

@@ -9,13 +9,13 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from conversation_cases import prompts
 from lorafold.api.arguments import as_rows
 from lorafold.data.batches import Batches, split
-from lorafold.data.conversations import Conversation
 from lorafold.data.examples import NO_LOSS, encode, preview
-from lorafold.data.render import ensure_chat_template, prompts
+from lorafold.data.render import ensure_chat_template
 from lorafold.data.rows import read_rows
-from lorafold.data.shapes import shape_of
+from lorafold.data.shapes import Conversation, shape_of
 from lorafold.errors import LorafoldError
 
 CHAT = {

@@ -13,9 +13,9 @@ import pytest
 
 import lorafold as lf
 from families import embedded
-from lorafold.data.endings import ending_of
 from lorafold.data.examples import NO_LOSS, encode_row
 from lorafold.data.render import Rendering
+from lorafold.data.templates import template_of
 from lorafold.generation import end_tokens
 from template_cases import CASES, EOS, tokenizer_of
 
@@ -49,7 +49,7 @@ def test_every_turn_is_trained_with_its_end(name: str) -> None:
     said = ["It is warm." + case.end, "I do not know." + case.end]
     assert sorted(trained(ROW, tokenizer)) == sorted(said)
     [last] = tokenizer(case.end, add_special_tokens=False).input_ids[-1:]
-    assert last in ending_of(tokenizer).tokens
+    assert last in template_of(tokenizer).ending.tokens
 
 
 @pytest.mark.parametrize("name", ["glm", "apertus", "falcon-instruct"])

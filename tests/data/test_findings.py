@@ -19,8 +19,7 @@ from lorafold.cli import app
 from lorafold.data import rows as reading
 from lorafold.data import stored
 from lorafold.data.findings import Findings, look
-from lorafold.data.origins import Origins, Place
-from lorafold.data.stored import Rows
+from lorafold.data.stored import Origins, Place, Rows
 from lorafold.errors import LorafoldError
 from lorafold.opening import Base
 from lorafold.recipe.recipe import Recipe

@@ -28,15 +28,15 @@ from rich.console import Console
 
 import lorafold as lf
 from conftest import lorafold, make_tokenizer
+from conversation_cases import prompts
 from large_cases import N, row, train, written
 from lorafold.data import rows as reading
 from lorafold.data import stored, tokenizing
 from lorafold.data.batches import Batches, epoch_size
-from lorafold.data.completions import Completions, in_pieces
 from lorafold.data.control_tokens import ids_of
-from lorafold.data.examples import encode
+from lorafold.data.examples import Completions, encode, in_pieces
 from lorafold.data.labelled import encode_labelled
-from lorafold.data.render import ensure_chat_template, prompts, render_trained
+from lorafold.data.render import ensure_chat_template, render_trained
 from lorafold.data.rows import read_rows
 from lorafold.data.shapes import CONVERSATIONS, shape_of
 from lorafold.data.sources import source_from
@@ -70,7 +70,7 @@ def test_large_rows_and_tokens_are_those_of_small_data(large: Path) -> None:
     assert rows == plain
     assert list(rows[0]) == ["completion", "prompt"], "keys keep their order"
     assert (rows[5], rows[-1], rows[2:4]) == (plain[5], plain[-1], plain[2:4])
-    assert (rows.sha256, rows.bytes) == (plain.sha256, plain.bytes)
+    assert rows.measured == plain.measured
 
     tokenizer = make_tokenizer()
     kept = encode(rows, tokenizer, 75)
@@ -106,8 +106,7 @@ def test_prompts_that_are_tokenized_with_their_completions_have_the_ids_of_gener
         alone = ids_of(prompt, tokenizer)
         assert example["ids"][: example["spans"][0]] == alone
         [rendered] = render_trained(shape_of(data).conversation(data), tokenizer).renderings  # type: ignore[union-attr, misc]
-        ids, spans = in_pieces(rendered, tokenizer)
-        assert (example["ids"], example["spans"]) == (ids, [at for span in spans for at in span])
+        assert (example["ids"], example["spans"]) == in_pieces(rendered, tokenizer)
 
 
 def test_labelled_rows_are_kept_too(large: Path) -> None:
@@ -429,7 +428,7 @@ def kill(*args, **fields):
     import time; time.sleep(1)
 parent = os.getpid()
 if where == "tokenizing":
-    from lorafold.data.completions import Completions, in_pieces
+    from lorafold.data.examples import Completions, in_pieces
     whole = Completions.encode
     def encode(self, rows, first):
         open(os.path.join(pids, str(os.getpid())), "w").close()

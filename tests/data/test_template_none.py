@@ -12,9 +12,10 @@ from tokenizers import processors
 
 import lorafold as lf
 from conftest import make_tokenizer
+from conversation_cases import prompts
 from fresh_models import fresh_model
 from lorafold.data.examples import NO_LOSS, encode
-from lorafold.data.render import ensure_chat_template, prompts
+from lorafold.data.render import ensure_chat_template
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import EvaluationSettings, evaluate
 from lorafold.generation import complete, end_tokens

@@ -11,11 +11,11 @@ import pytest
 
 from conversation_cases import HOW, ROME, ROWS, said, starting_points
 from families import as_taken, names, tokenizer_of
-from lorafold.data import template_forms
+from lorafold.data import templates
 from lorafold.data.examples import NO_LOSS, Example, encode, encode_row
-from lorafold.data.reasoning import block_of
 from lorafold.data.render import Rendering, Trained, render_trained
 from lorafold.data.shapes import shape_of
+from lorafold.data.templates import template_of
 from lorafold.errors import LorafoldError
 
 MARKING = {name for name in names() if name.endswith("_training")} | {
@@ -153,7 +153,7 @@ def test_what_a_family_does_with_tools_thinking_and_history(name: str) -> None:
         found.append(str(len(trained.renderings)))
         hidden = trained.hidden if kind == "thinking" else hidden
     line = f"{' '.join(found)}, hidden {hidden}"
-    print(f"{name:20} plain tools thinking both: {line}; {block_of(tokenizer_of(name))}")
+    print(f"{name:20} plain tools thinking both: {line}; {template_of(tokenizer_of(name)).block}")
     assert line == FAMILIES[name]
 
 
@@ -241,14 +241,14 @@ def test_a_simple_row_is_rendered_twice(monkeypatch: pytest.MonkeyPatch) -> None
     tokenizer, count = tokenizer_of("qwen2_5"), 0
     row = {"prompt": "Hi", "completion": "Yo"}
     encode_row(row, tokenizer)  # once a template its form is found out
-    real = template_forms.render_jinja_template
+    real = templates.render_jinja_template
 
     def counting(*args: Any, **kwargs: Any) -> Any:
         nonlocal count
         count += 1
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(template_forms, "render_jinja_template", counting)
+    monkeypatch.setattr(templates, "render_jinja_template", counting)
     encode_row(row, tokenizer)
     assert count == 2
 

@@ -24,6 +24,7 @@ from conversation_cases import (
     SYSTEM,
     WEATHER,
     called,
+    prompts,
     said,
     starting_points,
     user,
@@ -32,13 +33,12 @@ from families import as_taken, embedded, names, tokenizer_of
 from lorafold.api.arguments import as_rows
 from lorafold.cli import app
 from lorafold.data.calls import parse_calls
-from lorafold.data.conversations import Compared, Conversation
 from lorafold.data.examples import NO_LOSS, encode, encode_row
 from lorafold.data.messages import normalized, tools_of
-from lorafold.data.render import prompts, render
+from lorafold.data.render import render
 from lorafold.data.rows import read_rows
-from lorafold.data.shapes import PAIRS, shape_of
-from lorafold.data.template_forms import Form, call, form_of
+from lorafold.data.shapes import PAIRS, Compared, Conversation, shape_of
+from lorafold.data.templates import Form, call, template_of
 from lorafold.engine import Ended
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import EvaluationSettings, evaluate
@@ -267,7 +267,7 @@ def test_a_template_may_trim_quote_and_escape() -> None:
 def test_the_form_of_a_template_is_found_by_rendering(template: str, form: Form) -> None:
     tokenizer = copy.deepcopy(embedded())
     tokenizer.chat_template = template
-    assert form_of(tokenizer) == form
+    assert template_of(tokenizer).form == form
 
 
 # the built-in template
@@ -397,7 +397,7 @@ def test_a_reference_is_the_call_as_the_template_writes_it(with_tools: Any) -> N
 def test_an_answer_counts_without_its_reasoning(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that thinks says more than the reference."""
     tokenizer = tokenizer_of("qwen3")
-    from lorafold.data.references import without_reasoning
+    from lorafold.data.prompts import without_reasoning
 
     [(prompt, reference)] = prompts([ROWS["thinking"]], tokenizer)
     assert reference == "I do not know."
@@ -577,7 +577,7 @@ def test_preferences_have_one_form_and_sft_trains_on_the_chosen() -> None:
     for row in rows:
         shape = shape_of(row)
         assert shape is not None
-        [pair] = shape.gives[PAIRS](row)
+        [pair] = shape.given(PAIRS, row)
         assert pair == Compared(prompt, {"chosen": good, "rejected": bad})
         assert conversation(row) == Conversation(prompt + good, 1)
         console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115

@@ -8,7 +8,7 @@ import sys
 import pyarrow as pa
 import pytest
 
-from lorafold.data.arrow import column, flags, lists, numbers, texts
+from lorafold.data.arrow import batch_of, column
 
 
 def said(script: str) -> str:
@@ -75,15 +75,22 @@ def test_columns_are_those_that_pyarrow_makes_of_python_values(n):
     values, marks = [i - 5 for i in range(n)], [i % 3 == 1 for i in range(n)]
     words = ["ü" * (i % 4) for i in range(n)]
     nested = [values[:i] for i in range(n)]
-    for made, expected in (
-        (numbers(values), pa.array(values, pa.int32())),
-        (flags(marks), pa.array(marks, pa.bool_())),
-        (texts(words), pa.array(words, pa.string())),
-        (lists(nested), pa.array(nested, pa.list_(pa.int32()))),
+    each = zip(values, nested, marks, words, strict=True)
+    entries = [{"n": v, "l": of, "f": m, "t": w} for v, of, m, w in each]
+    columns = batch_of(entries, ["n"], ["l"], ["f"], ["t"])
+    for made, expected in zip(
+        columns,
+        (
+            pa.array(values, pa.int32()),
+            pa.array(nested, pa.list_(pa.int32())),
+            pa.array(marks, pa.bool_()),
+            pa.array(words, pa.string()),
+        ),
+        strict=True,
     ):
         made.validate(full=True)
         assert made.equals(expected)
-    table = pa.Table.from_batches([pa.record_batch([numbers(values[i:])], ["n"]) for i in (0, 2)])
+    table = pa.Table.from_batches([batch_of(entries[i:], ["n"]) for i in (0, 2)])
     assert column(table, "n").tolist() == values + values[2:]
 
 

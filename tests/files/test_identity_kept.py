@@ -24,7 +24,7 @@ import lorafold as lf
 from lorafold.comparing import measure
 from lorafold.comparing.run import key
 from lorafold.data import rows as reading
-from lorafold.data import stored, template_forms, tokenizing
+from lorafold.data import stored, templates, tokenizing
 from lorafold.data.examples import encode
 from lorafold.data.rows import read_rows
 from lorafold.errors import LorafoldError
@@ -274,7 +274,7 @@ class Tomorrow(date):
 
 
 def day(world: World) -> None:
-    world.patch.setattr(template_forms, "date", Tomorrow)
+    world.patch.setattr(templates, "date", Tomorrow)
 
 
 CHANGES: dict[str, tuple[Callable[[World], None] | None, set[str]]] = {

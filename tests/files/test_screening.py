@@ -21,8 +21,8 @@ from transformers import AddedToken
 
 import lorafold as lf
 from lorafold.data.calls import parse_calls
-from lorafold.data.reasoning import block_of
 from lorafold.data.render import render
+from lorafold.data.templates import template_of
 from lorafold.errors import Busy, LorafoldError
 from lorafold.files.contents import Contents
 from lorafold.identity import of_adapter
@@ -32,7 +32,6 @@ from lorafold.screening import processes
 from lorafold.screening.opened import DEATHS, Opened
 from lorafold.screening.processes import Processes, Refused
 from lorafold.screening.screen import SECONDS, Screen, Verified
-from lorafold.screening.words import Words
 from lorafold.serving.rendering import Renderer
 from serving_cases import TOOL_TEMPLATE, saved
 
@@ -183,7 +182,7 @@ def test_reading_an_answer_back_asks_no_process(screen, base, tmp_path) -> None:
     said = '<tool_call>\n{"name": "look", "arguments": {"x": "y"}}\n</tool_call>'
     (call,) = parse_calls(said, found)  # type: ignore[arg-type]
     assert call["function"] == {"name": "look", "arguments": {"x": "y"}}
-    assert block_of(found).closing == "</think>"  # type: ignore[arg-type]
+    assert template_of(found).block.closing == "</think>"  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -252,7 +251,8 @@ def test_words_are_those_of_a_tokenizer_that_has_them(base):
     new = [(first + i, text, i % 2 == 0) for i, text in enumerate(texts)]
     library = deepcopy(base)
     library.add_tokens([AddedToken(t, special=s, normalized=False) for _, t, s in new])
-    words = Words(base, base.added_tokens_decoder, new)
+    about = {"template": "", "special": {}, "eos": None, "variables": []}
+    words = Opened(about | {"new": new}, base, base.added_tokens_decoder, print)
     assert (len(words), words.get_vocab()) == (len(library), library.get_vocab())
     draw = random.Random(0)
     for skip in (False, True):
@@ -263,7 +263,7 @@ def test_words_are_those_of_a_tokenizer_that_has_them(base):
                 ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False
             )
     with pytest.raises(LorafoldError, match=f"expected {first}"):
-        Words(base, {}, [(first + 1, "<|late|>", True)])
+        Opened(about | {"new": [(first + 1, "<|late|>", True)]}, base, {}, print)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from families import as_taken, tokenizer_of
+from lorafold.data.prompts import references
+from lorafold.data.shapes import CONVERSATIONS
+from lorafold.data.stored import Rows
 
 WEATHER = {
     "type": "function",
@@ -74,3 +77,9 @@ def starting_points(name: str, row: dict[str, Any]) -> dict[int, list[int]]:
         for i, message in enumerate(messages)
         if message["role"] == "assistant"
     }
+
+
+def prompts(rows: list[dict[str, Any]], tokenizer: Any) -> list[tuple[str, str]]:
+    """(prompt ready for generation, reference completion) of each row."""
+    given = Rows.of(rows).given(CONVERSATIONS)
+    return [(found.prompt, found.text) for found in references(given, tokenizer)]

@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 import lorafold as lf
 from conftest import make_tokenizer
 from lorafold.cli import app
-from lorafold.data.feed import StoredFeed
+from lorafold.data.batches import StoredFeed
 from lorafold.data.shapes import CONVERSATIONS, PAIRS
 from lorafold.data.stored import Part
 from lorafold.errors import LorafoldError
@@ -60,7 +60,7 @@ from statistics import fmean
 import torch
 
 from lorafold.core.modes import evaluating
-from lorafold.data.completions import Completions
+from lorafold.data.examples import Completions
 from lorafold.data.examples import WHOLE, encoded, preview
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import Measured

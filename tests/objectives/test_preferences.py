@@ -26,9 +26,8 @@ import lorafold as lf
 from conftest import lorafold
 from lorafold.core.attach import selection_of
 from lorafold.core.modes import evaluating
-from lorafold.data.branches import MismatchedExamples
+from lorafold.data.branches import MismatchedExamples, encode_preferred
 from lorafold.data.examples import encode
-from lorafold.data.preferred import encode_preferred
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.preferences import preference_figures
 from lorafold.machine.processes import ALONE

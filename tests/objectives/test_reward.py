@@ -24,9 +24,8 @@ import lorafold as lf
 from conftest import lorafold
 from lorafold.api.merge import merge
 from lorafold.core.modes import evaluating
-from lorafold.data.branches import Branched
+from lorafold.data.branches import Branched, encode_preferred
 from lorafold.data.examples import Example
-from lorafold.data.preferred import encode_preferred
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import wilson
 from lorafold.evaluation.scoring import reward_figures, score_rows, scores_of

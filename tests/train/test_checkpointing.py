@@ -22,8 +22,8 @@ from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
 import lorafold as lf
+from lorafold.data.batches import StoredFeed
 from lorafold.data.examples import encode
-from lorafold.data.feed import StoredFeed
 from lorafold.errors import LorafoldError
 from lorafold.methods import METHODS, known_options, make_spec
 from lorafold.models.loading import load_tokenizer

@@ -15,8 +15,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from lorafold.cli import app
+from lorafold.data.batches import StoredFeed
 from lorafold.data.examples import Example
-from lorafold.data.feed import StoredFeed
 from lorafold.data.stored import Part
 from lorafold.memory.before_run import planned, settle
 from lorafold.memory.measure import measure

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import lorafold as lf
+from conversation_cases import prompts
 from lorafold.cli.eval import command as eval_command
 from lorafold.cli.generate import command as generate_command
 from lorafold.data.examples import encode
-from lorafold.data.render import prompts
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import (
     Evaluation,

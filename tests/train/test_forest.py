@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorafold as lf
+from lorafold.data.batches import alike, forest
 from lorafold.data.branches import Branched
 from lorafold.data.examples import NO_LOSS, Example
-from lorafold.data.forest import alike, forest
 from lorafold.data.labelled import LabelledExample
 from lorafold.step.activations import recompute
 from lorafold.step.branches import branching

@@ -18,8 +18,8 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 import lorafold as lf
+from lorafold.data.batches import StoredFeed
 from lorafold.data.examples import Example
-from lorafold.data.feed import StoredFeed
 from lorafold.data.stored import Part
 from lorafold.machine.memory import freed_blocks_kept, freed_blocks_returned, limited
 from lorafold.memory.before_run import planned, settle

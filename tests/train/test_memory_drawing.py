@@ -11,7 +11,7 @@ import transformers as tf
 
 import lorafold as lf
 from conftest import make_tokenizer
-from lorafold.data.feed import StoredFeed
+from lorafold.data.batches import StoredFeed
 from lorafold.data.stored import Part
 from lorafold.data.to_complete import Prompt
 from lorafold.engine.fast_path import Packed

@@ -11,8 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from lorafold.data.checking import renamed
-from lorafold.data.rows import check_rows, read_rows
+from lorafold.data.rows import check_rows, read_rows, renamed
 from lorafold.data.shapes import PAIRS
 from lorafold.data.sources import Row, source_from
 from lorafold.data.stored import Rows
@@ -64,8 +63,9 @@ def as_rows(
     if (sources := sources_in(data)) is not None:
         rows = read_rows(sources, columns, notice, wanted)
     else:
-        numbered = enumerate(cast(Sequence[Row], data), 1)
-        rows = check_rows(renamed(numbered, columns or {}), source_of(data), wanted)
+        numbered: Iterable[tuple[int, Any]] = enumerate(cast(Sequence[Row], data), 1)
+        numbered = renamed(numbered, columns) if columns else numbered
+        rows = check_rows(numbered, source_of(data), wanted)
     if not weighted and any(part.weight != 1 for part in rows.parts):
         raise LorafoldError(f"{source_of(data)}: found a weight, which only training rows may have")
     read = () if declared is None else declared.keys
@@ -161,7 +161,7 @@ def rows_to_train(
     told += [*_dropped(columns), *declared.told(stream.shapes)]
     told += [f"the first rows: {text}" for text in noticed.told]
     if noticed.ignored:
-        told.append(_ignored(noticed.ignored))
+        told.append(_ignored([*noticed.ignored]))
     if console is not None:
         for text in told:
             line = f"{source_of(data)}: {text}"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lorafold.api.arguments import Paths, as_paths
 from lorafold.api.opened import opened
 from lorafold.conversation import Chat, unique_names
-from lorafold.data.allowed_tokens import allow
+from lorafold.data.control_tokens import allow
 from lorafold.engine import Sampling
 from lorafold.opening import base_for
 from lorafold.peft.saved import open_all

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorafold.api.arguments import Paths, as_paths, missing
 from lorafold.api.opened import at_hand, opened
-from lorafold.data.allowed_tokens import allow
+from lorafold.data.control_tokens import allow
 from lorafold.data.messages import tool_problems, tools_of
 from lorafold.data.render import prompt_of
 from lorafold.data.shapes import Conversation

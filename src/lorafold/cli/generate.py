@@ -41,9 +41,8 @@ def command(
     from lorafold import engine
     from lorafold.api.generate import rendered
     from lorafold.api.opened import opened
-    from lorafold.data.allowed_tokens import allow
     from lorafold.data.calls import parse_calls, read_tools
-    from lorafold.data.control_tokens import IN_PROMPT, is_marked
+    from lorafold.data.control_tokens import IN_PROMPT, allow, is_marked
     from lorafold.data.messages import tools_of
     from lorafold.generation import stream
     from lorafold.opening import base_for

@@ -40,7 +40,7 @@ from lorafold.adapter import Adapter, load
 from lorafold.bases import parameter_count
 from lorafold.data.probes import probe_ids
 from lorafold.data.sources import Row
-from lorafold.data.template_forms import on_day
+from lorafold.data.templates import on_day
 from lorafold.errors import LorafoldError, NotMergeable, listed
 from lorafold.evaluation import Evaluation, Interval, RewardEvaluation
 from lorafold.methods import known_options

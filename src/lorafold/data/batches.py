@@ -1,15 +1,32 @@
 """Batches: which examples each optimizer step trains on, which rows are held out, which examples
 are packed into one sequence (best fit decreasing), and the tensors made of them.
 
-`Batches` depends on nothing but its arguments, so a resumed run computes its batches again and a
-checkpoint stores none.
+    for examples in feed.after(step): ...        a `Feed`: the examples of each step, from any on
+
+`Batches` and feeds depend on nothing but their arguments, so a resumed run computes its batches
+again and a checkpoint stores none.
+
+Rows that begin alike are a forest: what several have in common is one path, to any depth.
+
+    rows     a b c d         tokens   a b c d  e  f       each node once, depth first
+             a b e           lens     4  3  1             of the rows, in that order
+             f               starts   0  2  0             the tokens that the row before has too
+
+A token is computed once and counts for every row that trains on it. It can predict one token only:
+where rows go on with different ones and train on both, the token before is in each of them. A row
+that another goes on from is a part of it, and equal rows are one.
 """
 
+from __future__ import annotations
+
+import copy
 import random
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
-from typing import Any, Protocol, overload
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -48,13 +65,7 @@ class Batches(Sequence[list[int]]):
     def __len__(self) -> int:
         return self._steps
 
-    @overload
-    def __getitem__(self, index: int) -> list[int]: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[list[int]]: ...
-    def __getitem__(self, index: int | slice) -> list[int] | list[list[int]]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def __getitem__(self, index: int) -> list[int]:  # type: ignore[override]
         if not 0 <= index < self._steps:
             raise IndexError(index)
         size, start = sum(self._taken), index * self._batch
@@ -64,26 +75,21 @@ class Batches(Sequence[list[int]]):
         """The indices of an epoch's examples in the order of training, (size,)."""
         first, pool = 0, []
         for number, (part, taken) in enumerate(zip(self._parts, self._taken, strict=True)):
-            pool.append(first + self._next(number, part.size, taken, epoch * taken))
+            own = np.arange(part.size, dtype=np.int32)
+            if taken != part.size:
+                # the next ones, in an order that is drawn anew each time the source is through
+                turn, at = divmod(epoch * taken, part.size)
+                drawn = list[int]()
+                while len(drawn) < at + taken:
+                    rng = random.Random(f"{self._seed}/source {number}/{turn}")
+                    drawn += rng.sample(range(part.size), part.size)
+                    turn += 1
+                own = np.sort(np.array(drawn[at : at + taken], np.int32))
+            pool.append(first + own)
             first += part.size
         found = np.concatenate(pool)
         rng = random.Random(f"{self._seed}/{epoch}")
         return found[rng.sample(range(len(found)), len(found))]
-
-    def _next(self, number: int, size: int, taken: int, start: int) -> Array:
-        """The indices, within the source with this number, of the examples that an epoch takes,
-        which ascend; before it, epochs took `start`.
-        """
-        if taken == size:
-            return np.arange(size, dtype=np.int32)
-        found: list[Array] = []
-        while taken:
-            turn, at = divmod(start, size)
-            rng = random.Random(f"{self._seed}/source {number}/{turn}")
-            order = np.array(rng.sample(range(size), size), np.int32)[at : at + taken]
-            found.append(order)
-            taken, start = taken - len(order), start + len(order)
-        return np.sort(np.concatenate(found or [np.zeros(0, np.int32)]))
 
 
 def epoch_size(parts: Sequence[Part]) -> int:
@@ -176,16 +182,11 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return [sorted(indices) for indices in sequences]
 
 
-def tokens_in(example: Any) -> int:
-    """The tokens of an example."""
-    return len(example.ids)
-
-
 def micro_batches(
     examples: Sequence[Any],
     n: int,
     capacity: int | None = None,
-    size: Callable[[Any], int] = tokens_in,
+    size: Callable[[Any], int] | None = None,
 ) -> list[Sequence[Any]]:
     """Divide the examples of an optimizer step into micro-batches.
 
@@ -194,7 +195,7 @@ def micro_batches(
         n: The number of micro-batches; packing may make more of them.
         capacity: The tokens that a packed sequence may have; each sequence is then a micro-batch.
             None: the examples are padded.
-        size: The tokens that an example takes of a packed sequence.
+        size: The tokens that an example takes of a packed sequence; None: those of its `ids`.
     """
     share = ceil(len(examples) / n)
     runs = [examples[i : i + share] for i in range(0, len(examples), share)]
@@ -203,7 +204,7 @@ def micro_batches(
     return [
         [run[i] for i in sequence]
         for run in runs
-        for sequence in best_fit([size(e) for e in run], capacity)
+        for sequence in best_fit([size(e) if size else len(e.ids) for e in run], capacity)
     ]
 
 
@@ -212,3 +213,224 @@ def labelled(example: Example) -> int:
     nothing comes before it.
     """
     return sum(label != -100 for label in example.labels[1:])
+
+
+class Feed(ABC):
+    """Abstract: the examples of each of `steps` optimizer steps. `foreseen` is how many of them can
+    be looked at in advance at little cost.
+    """
+
+    foreseen: int
+    steps: int
+    told = ""  # what is worth telling after the last step
+
+    @abstractmethod
+    def after(self, step: int) -> Iterator[Sequence[Any]]:
+        """The examples of the steps after the first `step`, which are at most `batch` rows each."""
+
+    @abstractmethod
+    def drawn(self, n: int, size: int, seed: int) -> Iterator[Sequence[Any]]:
+        """Examples that no step depends on.
+
+        Args:
+            n: How many batches.
+            size: Rows of a batch.
+            seed: The seed of their order.
+        """
+
+
+class StoredFeed(Feed):
+    """Examples that are all at hand; `passes` is how often each comes in a run."""
+
+    foreseen = 1000
+
+    def __init__(
+        self,
+        examples: Sequence[Any],
+        parts: Sequence[Part],
+        batch: int,
+        steps: int,
+        seed: int,
+    ) -> None:
+        """Plan the steps.
+
+        Args:
+            parts: How many rows are from each source.
+            batch: Rows of an optimizer step.
+            steps: The number of optimizer steps.
+            seed: The seed of the order.
+        """
+        self.examples, self.steps, self.batch = examples, steps, batch
+        # where the examples of each row begin; each has one, unless the examples know their rows
+        rows = getattr(examples, "rows", np.arange(len(examples)))
+        self._borders = np.append(np.flatnonzero(np.diff(rows, prepend=-1)), len(examples))
+        self._batches = Batches(parts, batch, steps, seed)
+        self.passes = steps * batch / max(1, len(self._borders) - 1)
+
+    def with_examples(self, change: Callable[[Any], Sequence[Any]]) -> StoredFeed:
+        """A feed of the same steps, whose examples are what `change` makes of these, in order."""
+        changed = copy.copy(self)
+        changed.examples = change(self.examples)
+        return changed
+
+    def after(self, step: int) -> Iterator[Sequence[Any]]:
+        for i in range(step, self.steps):
+            yield self._of(self._batches[i])
+
+    def drawn(self, n: int, size: int, seed: int) -> Iterator[Sequence[Any]]:
+        yield from map(self._of, Batches(len(self._borders) - 1, size, n, seed))
+
+    def _of(self, rows: Sequence[int]) -> list[Any]:
+        """The examples of rows."""
+        ends = ((int(self._borders[n]), int(self._borders[n + 1])) for n in rows)
+        return [self.examples[i] for start, end in ends for i in range(start, end)]
+
+
+R = TypeVar("R")
+PAYS = 0.05  # of the tokens; a smaller part in common costs more than it saves
+WINDOW = 1024  # rows among which those that begin alike are looked for, where nothing is trained
+
+
+@dataclass(frozen=True)
+class Forest:
+    """Of each token (T,): its id, position, target (-100 for none), how many rows train on it, and
+    the first row that it is of. `places` are those of each row's tokens, `trained` of those that it
+    trains on. `lens` and `starts` are as `ops.documents.Documents` has them.
+    """
+
+    ids: Array
+    positions: Array
+    targets: Array
+    counts: Array
+    first: Array
+    places: tuple[Array, ...]
+    trained: tuple[Array, ...]
+    lens: tuple[int, ...]
+    starts: tuple[int, ...]
+
+    def rows(self) -> Tensor:
+        """How many rows have each token, (1, T)."""
+        return torch.from_numpy(np.bincount(np.concatenate(self.places)))[None]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """input_ids, position_ids, labels, counts and document, each (1, T), and lens (n, 2)."""
+        tokens = {
+            "input_ids": self.ids, "position_ids": self.positions, "labels": self.targets,
+            "counts": self.counts, "document": self.first,
+        }  # fmt: skip
+        found = {name: torch.from_numpy(array)[None] for name, array in tokens.items()}
+        return found | {"lens": torch.tensor([self.lens, self.starts]).t()}
+
+
+def forest(
+    rows: Sequence[WithLabels],
+    limits: Sequence[int] | None = None,
+    groups: Sequence[int] | None = None,
+) -> Forest:
+    """The forest of tokenized rows with unshifted labels.
+
+    Args:
+        limits: the most tokens that each may share; None: all.
+        groups: which of them may share with each other, ascending; None: all. Those of a group have
+            the first tokens in common, up to their limits.
+    """
+    size = sum(len(row.ids) for row in rows)
+    ids, positions, first, counts = (np.zeros(size, np.int64) for _ in range(4))
+    targets = np.full(size, NO_LOSS, np.int64)
+    lens, starts = list[int](), list[int]()
+    places, of_rows = ([np.zeros(0, np.int64)] * len(rows) for _ in range(2))
+    path, limit, end = np.zeros(0, np.int64), size, 0  # of the row before; the tokens so far
+    group, order = None, range(len(rows))
+    for n in order if groups else sorted(order, key=lambda n: tuple(rows[n].ids)):
+        own, wanted = np.array(rows[n].ids), np.array([*rows[n].labels[1:], NO_LOSS])
+        before, limit = limit, size if limits is None else limits[n]
+        shared = min(_common(ids[path], targets[path], own, wanted), before, limit)
+        if groups:
+            shared, group = shared * (groups[n] == group), groups[n]
+        if lens and shared == len(path):
+            lens[-1] = len(own)
+        else:
+            lens.append(len(own))
+            starts.append(shared)
+        new = np.arange(end, end := end + len(own) - shared)
+        ids[new], positions[new], first[new] = own[shared:], np.arange(shared, len(own)), n
+        path = np.concatenate([path[:shared], new])
+        trained = wanted != NO_LOSS
+        places[n], of_rows[n] = path, path[trained]
+        targets[of_rows[n]] = wanted[trained]
+        counts[of_rows[n]] += 1
+        first[path] = np.minimum(first[path], n)
+    return Forest(
+        ids[:end], positions[:end], targets[:end], counts[:end], first[:end], tuple(places),
+        tuple(of_rows), tuple(lens), tuple(starts),
+    )  # fmt: skip
+
+
+def leaders(rows: Sequence[Sequence[int]]) -> list[Array]:
+    """Of each token of each row, (t,): the first row that begins with the same tokens up to it.
+
+    Args:
+        rows: the ids of what each may have in common with others.
+    """
+    first = np.full(sum(map(len, rows)), len(rows), np.int64)  # of each node
+    of_rows, path, ids, end = [first[:0]] * len(rows), first[:0], first[:0], 0
+    for n in sorted(range(len(rows)), key=lambda n: tuple(rows[n])):
+        before, ids = ids, np.array(rows[n], np.int64)
+        shared = _common(before, before, ids, ids)
+        path = np.concatenate([path[:shared], np.arange(end, end := end + len(ids) - shared)])
+        of_rows[n] = path
+        first[path] = np.minimum(first[path], n)
+    return [first[path] for path in of_rows]
+
+
+def pays(once: int, apart: int) -> bool:
+    """Whether rows are computed faster as a forest than apart.
+
+    Args:
+        once, apart: the tokens that are computed so.
+    """
+    return once <= (1 - PAYS) * apart
+
+
+def alike(
+    rows: Sequence[R],
+    n: int,
+    capacity: int,
+    beginning: Callable[[R], Sequence[int]],
+    size: Callable[[R], int] | None = None,
+) -> list[Sequence[R]]:
+    """Divide the rows of an optimizer step into micro-batches in which those that begin alike meet.
+
+    Args:
+        n: the number of micro-batches; there are more where their tokens would exceed the capacity.
+        capacity: the tokens that a packed sequence may have. A longer row has one of its own.
+        beginning: the ids that a row may have in common with others.
+        size: the tokens of a row; None: as many as it begins with.
+    """
+    found: list[list[R]] = []
+    tokens, share, ids = 0, ceil(len(rows) / n), np.zeros(0, np.int64)
+    for place, row in enumerate(sorted(rows, key=lambda row: tuple(beginning(row)))):
+        before, ids = ids, np.array(beginning(row))
+        own = size(row) if size else len(ids)
+        common = _common(before, before, ids, ids)
+        # where both go on, the last may predict another token in each, and then is in both
+        tokens += own - max(0, common - (common < min(len(before), len(ids))))
+        if place % share == 0 or tokens > capacity:
+            found.append([])
+            tokens = own
+        found[-1].append(row)
+    return list(found)
+
+
+def _common(ids: Array, targets: Array, own: Array, wanted: Array) -> int:
+    """How many tokens a row has in common with the one before, up to one that predicts another.
+
+    Args:
+        ids, targets: of the row before, (t,).
+        own, wanted: of the row, (u,).
+    """
+    n = min(len(ids), len(own))
+    targets, wanted = targets[:n], wanted[:n]
+    either = (targets == wanted) | (targets == NO_LOSS) | (wanted == NO_LOSS)
+    same = (ids[:n] == own[:n]) & either
+    return n if same.all() else int(same.argmin())

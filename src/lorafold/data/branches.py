@@ -1,5 +1,10 @@
 """Examples of preferences: the tokens of a prompt once, and those of the completions after it.
 
+    data = encode_preferred(rows, tokenizer, 1024, "pairs", console)
+
+`"pairs"` have a chosen and a rejected completion, `"judged"` rows one completion with a label (or
+both of a pair, the chosen one labelled true).
+
     ids = shared (s,) + branch 1 (b1,) + branch 2 (b2,)       position s + t for token t of a branch
 
 Of a pair, branch 1 is the chosen completion and branch 2 the rejected one. A branch begins with the
@@ -7,6 +12,8 @@ last token that both documents have in common before the first trained one, so t
 predicts one token. What `shared` + `branch` holds is what supervised training makes of the row with
 that completion: the ids before a trained turn are those that generation starts from.
 """
+
+from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,29 +23,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorafold.data.arrow import (
-    TURNS,
-    Array,
-    Judged,
-    Lists,
-    TableExamples,
-    digests,
-    flags,
-    lists,
-    numbers,
-    texts,
-)
-from lorafold.data.completions import Completions
-from lorafold.data.conversations import Compared
-from lorafold.data.examples import NO_LOSS, Example, example_of
+from lorafold.data.arrow import TURNS, Array, Judged, Lists, TableExamples, batch_of, digests
+from lorafold.data.control_tokens import MARKED
+from lorafold.data.examples import NO_LOSS, WHOLE, Completions, Example, example_of
 from lorafold.data.parsing import kind_of
 from lorafold.data.render import Rendering
-from lorafold.data.tokenizing import Encoder
+from lorafold.data.rows import as_checked
+from lorafold.data.shapes import JUDGED, PAIRS, Compared, Conversation
+from lorafold.data.sources import Row
+from lorafold.data.stored import Part, Rows, named, parts_of
+from lorafold.data.tokenizing import Encoder, tokenized
+from lorafold.errors import LISTED, LorafoldError, listed
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from rich.console import Console
     from transformers import PreTrainedTokenizerBase
-
 
 @dataclass(frozen=True)
 class Branched:
@@ -70,7 +70,7 @@ class Branched:
         first, *others = (len(branch.ids) for branch in self.branches)
         return (len(self.shared) + first, *others)
 
-    def some(self, chosen: slice) -> "Branched":
+    def some(self, chosen: slice) -> Branched:
         """The row with these of its branches."""
         return replace(self, branches=self.branches[chosen], reference=self.reference[chosen])
 
@@ -87,66 +87,46 @@ def continued(example: Example) -> Branched:
     return Branched(example.ids[:at], (Example(example.ids[at:], example.labels[at:]),))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Branches(Encoder):
-    """Makes examples of preferences; `kind` is `data.shapes.PAIRS` or `JUDGED`.
+    """Makes examples of preferences; it takes `data.shapes.PAIRS` or `JUDGED`.
 
     Columns: `row`, `ids` (T,), `starts` (k,) where each branch begins in them, `spans` (2n,) the
     starts and ends of trained spans in them, `desirable`, `turns` as `Completions` has them, those
     of the prompt once, and `problem`.
     """
 
-    tokenizer: "PreTrainedTokenizerBase"
-    kind: str
+    tokenizer: PreTrainedTokenizerBase
+    takes: str
     rendering: Rendering = field(default_factory=Rendering)
 
-    @property
-    def completions(self) -> Completions:
-        """What makes the ids of a prompt with one completion."""
-        return Completions(self.tokenizer, self.rendering)
-
-    @property
-    def takes(self) -> str:
-        return self.kind
+    def __post_init__(self) -> None:
+        # what makes the ids of a prompt with one completion
+        self._completions = Completions(self.tokenizer, self.rendering)
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {**self.completions.identity, "kind": self.kind}
+        return {**self._completions.identity, "kind": self.takes}
 
-    @property
-    def schema(self) -> "pa.Schema":
-        import pyarrow as pa
-
-        many = pa.list_(pa.int32())
-        columns = {"row": pa.int32(), "ids": many, "starts": many, "spans": many}
-        told = {"marked": pa.bool_(), TURNS: pa.string(), "problem": pa.string()}
-        return pa.schema({**columns, "desirable": pa.bool_(), **told})
-
-    def encode(self, given: Sequence[Sequence[Compared]], first: int) -> "pa.RecordBatch":
-        import pyarrow as pa
-
-        compared = [(number, one) for number, row in enumerate(given, first) for one in row]
-        documents = [document for _, one in compared for document in one.conversations()]
-        found = self.completions.encode(documents, 0).to_pylist()
+    def encode(self, given: Sequence[Sequence[Compared]], first: int) -> pa.RecordBatch:
+        documents = [
+            Conversation([*one.prompt, *said], len(one.prompt), one.tools)
+            for row in given
+            for one in row
+            for said in one.completions.values()
+        ]
+        found = self._completions.encode(documents, 0).to_pylist()
         by_document = iter([list(of) for _, of in groupby(found, key=lambda entry: entry["row"])])
-        gave = [[next(by_document) for _ in one.completions] for _, one in compared]
-        made = [self._made(one, of) for (_, one), of in zip(compared, gave, strict=True)]
-        columns = [
-            numbers([number for number, _ in compared]),
-            lists([ids for ids, *_ in made]),
-            lists([starts for _, starts, *_ in made]),
-            lists([spans for _, _, spans, *_ in made]),
-            flags([one.desirable is True for _, one in compared]),
-            flags([any(entries[0]["marked"] for entries in of) for of in gave]),
-            texts([turns for *_, turns, _ in made]),
-            texts([problem for *_, problem in made]),
-        ]  # fmt: skip
-        return pa.record_batch(columns, self.schema)
+        entries = [
+            {"row": n} | self._made(one, [next(by_document) for _ in one.completions])
+            for n, row in enumerate(given, first)
+            for one in row
+        ]
+        lists, flags = ("ids", "starts", "spans"), ("desirable", "marked")
+        return batch_of(entries, ("row",), lists, flags, (TURNS, "problem"))
 
-    def _made(
-        self, one: Compared, documents: list[list[dict[str, Any]]]
-    ) -> tuple[list[int], list[int], list[int], str, str]:
-        """(ids, starts, spans, turns, problem) of one example.
+    def _made(self, one: Compared, documents: list[list[dict[str, Any]]]) -> dict[str, Any]:
+        """The columns of one example.
 
         Args:
             documents: What each completion gave: its entries in the table of `Completions`.
@@ -170,8 +150,13 @@ class Branches(Encoder):
         ids = [entries[0]["ids"] for entries in documents]
         if not problem and len(ids) == 2 and ids[0] == ids[1]:
             problem = "fields chosen and rejected: found the same text, expected two that differ"
+        about = {
+            "desirable": one.desirable is True,
+            "marked": any(entries[0]["marked"] for entries in documents),
+            "problem": problem,
+        }
         if problem:
-            return [], [], [], "", problem
+            return {"ids": [], "starts": [], "spans": [], TURNS: "", **about}
         spans = [entries[0]["spans"] for entries in documents]
         shared = max(0, min(common(ids), *(of[0] for of in spans)) - 1)
         at, starts, moved = shared, list[int](), list[int]()
@@ -182,7 +167,8 @@ class Branches(Encoder):
         together = ids[0][:shared] + [token for document in ids for token in document[shared:]]
         asked, *turns = (entries[0][TURNS] for entries in documents)
         own = (turn for of in turns for turn in of.splitlines()[len(one.prompt) :])
-        return together, starts, moved, "\n".join([asked, *own]), ""
+        turns_of_both = "\n".join([asked, *own])
+        return {"ids": together, "starts": starts, "spans": moved, TURNS: turns_of_both, **about}
 
 
 def common(documents: Sequence[Sequence[int]]) -> int:
@@ -198,7 +184,7 @@ class BranchedExamples(TableExamples[Branched]):
     for each, `whole` (n, k) those of its documents.
     """
 
-    def __init__(self, table: "pa.Table", max_length: int) -> None:
+    def __init__(self, table: pa.Table, max_length: int) -> None:
         super().__init__(table, max_length, np.arange(len(table)))
         self._starts, self._spans = Lists(table.column("starts")), Lists(table.column("spans"))
         self._desirable: list[bool] = table.column("desirable").to_pylist()
@@ -266,7 +252,7 @@ class MismatchedExamples(BranchedExamples):
     before (that of the last one for the first), which KTO measures its divergence on.
     """
 
-    def __init__(self, table: "pa.Table", max_length: int) -> None:
+    def __init__(self, table: pa.Table, max_length: int) -> None:
         super().__init__(table, max_length)
         other = np.roll(self.own, 1, axis=0)
         self.own = np.hstack([self.own, np.minimum(other, max_length - self.shared[:, None])])
@@ -274,14 +260,145 @@ class MismatchedExamples(BranchedExamples):
 
     def judged(self) -> Judged:
         contrary = "have the prompt and the answer of an earlier one, and the other label"
-        return Judged(digests(self._ids), np.array(self._desirable), contrary)
-
-    def labels(self) -> dict[str, int]:
         true = sum(self._desirable)
-        return {"true": true, "false": len(self) - true}
+        labels = {"true": true, "false": len(self) - true}
+        return Judged(digests(self._ids), np.array(self._desirable), contrary, labels)
 
     def _example(self, entry: int) -> Branched:
         own, other = super()._example(entry), super()._example((entry or len(self)) - 1)
         [branch], [strange], length = own.branches, other.branches, int(self.own[entry, 1])
         ids = (branch.ids[:1] + strange.ids[1:])[:length]
         return replace(own, branches=(branch, Example(ids, strange.labels[:length])))
+
+
+EXAMPLES: dict[str, type[BranchedExamples]] = {PAIRS: BranchedExamples, JUDGED: MismatchedExamples}
+
+
+@dataclass(frozen=True)
+class PreferenceReport:
+    """What `encode_preferred` made of the rows; `str` gives it as lines of text.
+
+    `tokens` are those that a step computes, with each prompt once, and `apart` those of the
+    documents if every completion had a prompt of its own. `means` are the mean lengths of the
+    completions in tokens, those of the chosen and the rejected ones. `longest` is the length of the
+    longest document before cutting, and `truncated` rows were cut. `marked` have control tokens in
+    their contents, which are text.
+    """
+
+    rows: int
+    tokens: int
+    apart: int
+    means: dict[str, float]
+    longest: int
+    max_length: int
+    truncated: int
+    marked: int = 0
+
+    def __str__(self) -> str:
+        lengths = ", ".join(f"{name} {mean:.1f}" for name, mean in self.means.items())
+        text = (
+            f"{self.rows} rows, {self.tokens} tokens ({self.apart} if each completion had its own"
+            f" prompt); completions have on average {lengths} tokens; the longest document has"
+            f" {self.longest}"
+        )
+        if self.truncated:
+            text += f"\n{self.truncated} rows were cut at {self.max_length} tokens"
+        if self.marked:
+            text += f"\n{self.marked} {MARKED}"
+        return text
+
+
+@dataclass(frozen=True)
+class PreferredData:
+    """The examples in the order of their rows, the report, and how many rows are from each
+    source.
+    """
+
+    examples: Sequence[Branched]
+    report: PreferenceReport
+    parts: tuple[Part, ...]
+
+
+def encode_preferred(
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    kind: str,
+    console: Console | None = None,
+    rendering: Rendering = WHOLE,
+) -> PreferredData:
+    """Tokenize rows of preferences, each prompt once.
+
+    Raises LorafoldError that lists the bad rows: those that the chat template refuses, that have no
+    token to train on, or whose completions are equal, also within `max_length`.
+
+    Args:
+        rows: The user's rows, of a shape that suits `kind`.
+        tokenizer: A fast tokenizer with a chat template.
+        max_length: Longer documents (a prompt with one completion) are cut to this many tokens.
+        kind: pairs or judged.
+        console: For progress; None is quiet.
+        rendering: What of a completion is trained on.
+    """
+    rows = as_checked(rows, kind)
+    return preferred(
+        tokenized(rows, Branches(tokenizer, kind, rendering), console), rows, max_length, kind
+    )
+
+
+def preferred(table: pa.Table, rows: Rows, max_length: int, kind: str) -> PreferredData:
+    """The examples of a table that `Branches` made.
+
+    Args:
+        table: The ids of prompts and completions.
+        rows: What it was made of.
+        max_length: Longer documents are cut to this many tokens.
+        kind: pairs or judged.
+
+    Raises LorafoldError for rows of which nothing is left to compare within `max_length`.
+    """
+    examples = EXAMPLES[kind](table, max_length)
+    cut: Array = np.any(examples.whole > max_length, axis=1)
+    refuse_cut(rows, examples, max_length, cut)
+    names = [["chosen", "rejected"]] * len(table)  # of the completions of each example, (n, k)
+    if examples.whole.shape[1] == 1:
+        judged = table.column("desirable").to_pylist()
+        names = [["desirable" if good else "undesirable"] for good in judged]
+    of = np.array(names)
+    own = examples.own[:, : of.shape[1]]
+    report = PreferenceReport(
+        len(rows),
+        int(examples.lengths.sum()),
+        int((examples.shared[:, None] + examples.own).sum()),
+        {name: float(own[of == name].mean()) - 1 for name in dict.fromkeys(of.flatten().tolist())},
+        int(examples.whole.max()),
+        max_length,
+        len(np.unique(examples.rows[cut])),
+        examples.marked,
+    )
+    return PreferredData(examples, report, parts_of(np.unique(examples.rows), rows.parts))
+
+
+def refuse_cut(rows: Rows, examples: BranchedExamples, max_length: int, cut: Array) -> None:
+    """Raise LorafoldError for rows of which nothing is left to compare.
+
+    Args:
+        rows: What the examples were made of.
+        max_length: To which they are cut.
+        cut: Which of them are cut, (n,).
+    """
+    bad: dict[int, str] = {}
+    for n in np.flatnonzero(cut).tolist():
+        example, row = examples[n], int(examples.rows[n])
+        own = example.branches[: examples.whole.shape[1]]
+        if any(set(branch.labels) == {-100} for branch in own):
+            bad[row] = "no token of a completion is left"
+        elif len(own) == 2 and own[0] == own[1]:
+            bad[row] = "chosen and rejected are equal"
+    if bad:
+        first = zip(named(rows.origins.places([*bad][:LISTED])), bad.values(), strict=False)
+        told = listed((f"{name}: {what}" for name, what in first), "; ", count=len(bad))
+        raise LorafoldError(
+            f"data: within max_length {max_length}: {told}; raise max_length, or leave"
+            " these rows out"
+        )

@@ -4,32 +4,176 @@
                 tokenizer)
     [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}]
 
-`data.grammar` finds out how the template writes them. Runs of whitespace may differ, and special
-tokens may be left out of the text, as `lf.generate` leaves them out.
+How the template writes them is read off its rendering of probe calls: two in one turn show what
+stands between calls, numbers beside texts show the quotes.
+
+    <tool_call>\\n{"name": "       the text before a name
+    ", "arguments": {...}         between the name and the arguments, which are JSON
+    city: <|"|>Rome<|"|>,         or they are keys and values, with what stands between and around
+
+Runs of whitespace may differ, and special tokens may be left out of the text, as `lf.generate`
+leaves them out.
 """
+
+from __future__ import annotations
 
 import ast
 import json
 import re
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lorafold.data.grammar import NAMES, Grammar, Pairs, grammar_of, special_words
-from lorafold.data.messages import Tool, tool_problems
-from lorafold.data.reasoning import block_of
-from lorafold.data.template_forms import ASKED, attempt, call, form_of
+from lorafold.data.messages import Message, Tool, tool_problems
+from lorafold.data.templates import ASKED, KNOWN, Template, attempt, call, common, template_of
 from lorafold.errors import LorafoldError, as_one
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+NAMES = ("probe_first", "probe_second")
+KEYS = ("probe_key", "probe_other")
+TEXTS = ("probe value", "probe text")
+NUMBERS = (7131, 8242)
 # of bounded length: else a text without an end of the name is tried from each of its characters on
 NAME = r"(?P<name>[\w.:-]{1,256}?)"
 
 
+class Pairs(NamedTuple):
+    """Arguments as keys and values: what stands between a key and its value, between a value and
+    the next key, what closes a call, and the quotes before and after a text.
+    """
+
+    equals: str
+    comma: str
+    closing: str
+    opening: str
+    ending: str
+
+
+class Grammar(NamedTuple):
+    """The text before the first name, between two calls up to the second name (None if a turn has
+    one call at most), after a name up to the arguments, after the name of a call without arguments,
+    and the arguments as pairs, or None for JSON, which `closing` follows. NAMES[0] stands for a
+    name that is repeated.
+    """
+
+    before: str
+    between: str | None
+    named: str
+    bare: str
+    pairs: Pairs | None
+    closing: str = ""
+
+    def without(self, words: Sequence[str]) -> Grammar:
+        """The same where these words are left out of texts, as special tokens are."""
+
+        def bare(part: Any) -> Any:
+            if isinstance(part, Pairs):
+                return Pairs(*map(bare, part))
+            for word in words if part else ():
+                part = part.replace(word, "")
+            return part
+
+        return Grammar(*map(bare, self))
+
+
+def grammar_of(tokenizer: PreTrainedTokenizerBase) -> Grammar | None:
+    """How the tokenizer's chat template writes calls; None if it writes none."""
+    return _grammar_of(template_of(tokenizer))
+
+
+@lru_cache(maxsize=KNOWN)
+def _grammar_of(template: Template) -> Grammar | None:
+    tokenizer = template.tokenizer
+    texts, numbers = dict(zip(KEYS, TEXTS, strict=True)), dict(zip(KEYS, NUMBERS, strict=True))
+    one, two = _said([texts], tokenizer), _said([texts, texts], tokenizer)
+    before, found, rest = one.partition(NAMES[0])
+    if not found:
+        return None
+    between = None
+    if NAMES[1] in two and _after(one, KEYS, TEXTS)[-1] is not None:
+        head = two.partition(NAMES[1])[0]
+        _, between = _json_at(head, texts) or (0, "")
+        between = between or str(_after(head, KEYS, TEXTS)[-1])
+    bare = _said([{}], tokenizer).partition(NAMES[0])[2]
+    if as_json := _json_at(rest, texts):
+        after, follows = as_json
+        ends = [follows.find(word) for word in special_words(tokenizer) if word in follows]
+        alone = follows[: min(ends, default=len(follows))]
+        closes = (alone if between is None else common(follows, between)).rstrip()
+        return Grammar(before, between, rest[:after], "", None, closes)
+    named, equals, comma, closing = _after(rest, KEYS, TEXTS)
+    _, plain, plain_comma, plain_end = _after(
+        _said([numbers], tokenizer).partition(NAMES[0])[2], KEYS, NUMBERS
+    )
+    if named is None or equals is None or comma is None or plain is None or closing is None:
+        return None
+    opening = equals[len(plain) :] if equals.startswith(plain) else ""
+    ending = comma[: len(comma) - len(plain_comma or "")] if opening else ""
+    plain_close = plain_end or ""
+    if between is not None:
+        two_numbers = _said([numbers, numbers], tokenizer).partition(NAMES[1])[0]
+        shared = common(str(_after(two_numbers, KEYS, NUMBERS)[-1]), plain_close)
+        plain_close = re.sub(r"<[^<>]*\Z", "", shared).rstrip()  # half a tag is no closing
+    else:
+        words = (word for word in special_words(tokenizer) if word in plain_close)
+        at = min(map(plain_close.find, words), default=0)
+        plain_close = plain_close[:at] if at else plain_close
+    between = None if between is None else between.removeprefix(ending).removeprefix(plain_close)
+    return Grammar(
+        before, between, named, bare.rstrip(),
+        Pairs(plain, plain_comma or "", plain_close, opening, ending),
+    )  # fmt: skip
+
+
+def special_words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The special tokens, which are left out of completions."""
+    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+
+
+def _said(arguments: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the template adds to a generation prompt for a turn of calls with these arguments."""
+    calls = [call(name, given) for name, given in zip(NAMES, arguments, strict=False)]
+    turn: Message = {"role": "assistant", "tool_calls": calls}
+    form = template_of(tokenizer).form
+    prompt = attempt(form.of([ASKED]), tokenizer, for_generation=True)
+    text = attempt(form.of([ASKED, turn]), tokenizer)
+    said = text[len(common(prompt, text)) :]
+    return said[template_of(tokenizer).block.end(said, prompt) :]
+
+
+def _after(
+    text: str, keys: Sequence[str], values: Sequence[Any]
+) -> tuple[str | None, str | None, str | None, str | None]:
+    """What stands before the first key, between it and its value, between that and the next key,
+    and after the last value; None for what is not found.
+    """
+    parts = re.split(
+        "({})".format("|".join(re.escape(str(part)) for part in (*keys, *values))), text
+    )
+    wanted = [str(keys[0]), str(values[0]), str(keys[1]), str(values[1])]
+    if parts[1::2][-4:] != wanted:
+        return None, None, None, None
+    before, equals, comma, _, after = parts[0::2][-5:]
+    return before, equals, comma, after
+
+
+def _json_at(text: str, wanted: dict[str, Any]) -> tuple[int, str] | None:
+    """Where the wanted JSON object begins, and what follows it; None without one."""
+    for at in (i for i, character in enumerate(text) if character == "{"):
+        try:
+            found, end = json.JSONDecoder().raw_decode(text, at)
+        except json.JSONDecodeError:
+            continue
+        if found == wanted:
+            return at, text[end:]
+    return None
+
+
 def parse_calls(
-    text: str, tokenizer: "PreTrainedTokenizerBase", tools: Sequence[Tool] = ()
+    text: str, tokenizer: PreTrainedTokenizerBase, tools: Sequence[Tool] = ()
 ) -> list[dict[str, Any]]:
     """The calls in a completion, in OpenAI's form, with arguments as an object; [] without calls.
 
@@ -46,8 +190,8 @@ def parse_calls(
         raise LorafoldError(
             "the chat template does not show calls (tool_calls), so none can be read back"
         )
-    prompt = attempt(form_of(tokenizer).of([ASKED]), tokenizer, for_generation=True)
-    text = text[block_of(tokenizer).end(text, prompt) :].rstrip()
+    prompt = attempt(template_of(tokenizer).form.of([ASKED]), tokenizer, for_generation=True)
+    text = text[template_of(tokenizer).block.end(text, prompt) :].rstrip()
     for form in (grammar, grammar.without(special_words(tokenizer))):
         if found := list(_calls(text, form, tools)):
             return found
@@ -82,7 +226,13 @@ def _calls(text: str, grammar: Grammar, tools: Sequence[Tool]) -> Iterator[dict[
     while match is not None:
         name, at = match["name"], match.end()
         if grammar.pairs is None:
-            arguments, at = _json(text, at, name)
+            try:
+                arguments, at = json.JSONDecoder().raw_decode(text, at)
+            except json.JSONDecodeError as error:
+                why = f"arguments that are no JSON: {error.msg}"
+                raise LorafoldError(f"the call of {name}: {why}") from error
+            if not isinstance(arguments, dict):
+                raise LorafoldError(f"the call of {name}: arguments that are no JSON object")
         elif match.groupdict().get("bare") is not None:
             arguments = {}
         else:
@@ -91,21 +241,10 @@ def _calls(text: str, grammar: Grammar, tools: Sequence[Tool]) -> Iterator[dict[
         match = (further.match(text, at) if further else None) or begin.search(text, at)
 
 
-def _json(text: str, at: int, name: str) -> tuple[dict[str, Any], int]:
-    try:
-        found, end = json.JSONDecoder().raw_decode(text, at)
-    except json.JSONDecodeError as error:
-        why = f"arguments that are no JSON: {error.msg}"
-        raise LorafoldError(f"the call of {name}: {why}") from error
-    if not isinstance(found, dict):
-        raise LorafoldError(f"the call of {name}: arguments that are no JSON object")
-    return found, end
-
-
 def _pairs(text: str, at: int, pairs: Pairs, types: dict[str, str]) -> tuple[dict[str, Any], int]:
     """The keys and values from a character on, and where they end."""
     found: dict[str, Any] = {}
-    opening, ending = (re.escape(quote) for quote in pairs.quotes)
+    opening, ending = map(re.escape, (pairs.opening, pairs.ending))
     key_re = re.compile(r"(.+?)" + _regex(pairs.equals), re.DOTALL)
     after = f"(?:(?P<more>{_regex(pairs.comma)})|{_regex(pairs.closing)}|\\Z)"
     after_re = re.compile(after)
@@ -121,7 +260,7 @@ def _pairs(text: str, at: int, pairs: Pairs, types: dict[str, str]) -> tuple[dic
             break
         value = match["value"] if quoted else text[key.end() : match.start()]
         is_text = quoted is not None or types.get(key[1].strip()) == "string"
-        found[key[1].strip()] = value if is_text else _value(value, pairs.quotes)
+        found[key[1].strip()] = value if is_text else _value(value, pairs)
         at = match.end()
         if match["more"] is None:
             break
@@ -135,10 +274,10 @@ def _closed(value: str) -> bool:
     return all(value.count(a) == value.count(b) for a, b in ("[]", "{}"))
 
 
-def _value(text: str, quotes: tuple[str, str]) -> Any:
+def _value(text: str, pairs: Pairs) -> Any:
     """A value that is not said to be text: as JSON or Python writes it, else as text."""
     plain = text
-    for quote in filter(None, quotes):
+    for quote in filter(None, (pairs.opening, pairs.ending)):
         plain = plain.replace(quote, '"')
     named = re.sub(r"([{,]\s*)([\w.-]+)\s*:", r'\1"\2":', plain)  # keys without quotes
     readings = ((json.loads, plain), (ast.literal_eval, text), (json.loads, named))

@@ -2,40 +2,117 @@
 
     as_text(conversation, tokenizer)     the conversation with each of them between two marks
     ids_of(text, tokenizer)              the ids of a rendered text; what is marked is split as text
-    encoded(text, tokenizer)             with the characters of each
+    pieces_of(text, tokenizer)           with the characters of each
 
 Else `<|im_end|>` in a question would end the user's turn, and what follows would be another one's.
 The marks are those of `sanitize_control_tokens` in transformers, and so is what counts as a control
 token: special tokens, and added ones that the chat template writes, here also those that it makes
 of pieces. The assistant writes some of the latter itself, such as <tool_call>: in its own contents
 only special ones are text, but for those that enclose its reasoning.
+
+Which of them the contents may have as tokens is written in the chat template:
+
+    {# control tokens in contents: ["<|user|>"] #}        or true, for all of them
+
+A comment, so that every program renders the same, and whatever keeps, compares or sends the
+template has it. Tokens that it does not name are read as text. A template that joins contents as
+they stand has no turns that one could forge: it allows all.
 """
 
+from __future__ import annotations
+
+import json
 import re
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
 
-from lorafold.data.allowed_tokens import allowed, written_by
-from lorafold.data.conversations import Conversation
 from lorafold.data.messages import Message, Tool
-from lorafold.data.reasoning import block_of
-from lorafold.data.template_forms import KNOWN, template_of
+from lorafold.data.shapes import Conversation
+from lorafold.data.templates import ASKED, KNOWN, SYSTEM, VALUE, Template, attempt, template_of
 from lorafold.errors import LorafoldError
+from lorafold.models.built_in_templates import JOINED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+NOTE = re.compile(r"\A\{# control tokens in contents: (.*?) #\}\n")
+ALL = None  # in place of words
 OPENING, CLOSING = mark_control_tokens("x", re.compile("x")).split("x")
 IN_PROMPT = (
     "the prompt has control tokens, which are read as text; --allow-control-tokens lets them be"
     " tokens"
 )
+MARKED = (
+    "rows have control tokens in their contents, which are read as text; --allow-control-tokens"
+    " lets them be tokens"
+)
 SAID = ("content", "reasoning_content")  # what the assistant writes itself
+
+
+def allow(tokenizer: PreTrainedTokenizerBase, words: Iterable[str] | None = ALL) -> None:
+    """Let contents have these tokens, besides those that they may have already, and without those
+    that the template writes.
+
+    Args:
+        tokenizer: With its chat template, or with several; without one nothing is to be said.
+        words: The texts of the tokens; None allows all.
+    """
+    if not (template := tokenizer.chat_template):
+        return
+    named = template if isinstance(template, dict) else {"": template}
+    if words is not None:
+        words = frozenset(words)
+        if words:
+            words -= written_by("".join(named.values()), tokenizer, words)
+        if not words:
+            return
+    noted = dict(named)
+    for name, text in named.items():
+        if text.endswith(JOINED):
+            continue
+        before = allowed(text)
+        given = True if words is None or before is None else sorted({*before, *words})
+        # a comment ends with #}, which no word may write
+        said = json.dumps(given).replace("#", "\\u0023")
+        noted[name] = f"{{# control tokens in contents: {said} #}}\n{without_note(text)}"
+    tokenizer.chat_template = noted if isinstance(template, dict) else noted[""]
+
+
+def written_by(
+    template: str, tokenizer: PreTrainedTokenizerBase, words: Iterable[str]
+) -> frozenset[str]:
+    """Those of some words that a chat template writes itself, of pieces (as <|user|>) or as a word.
+
+    Args:
+        tokenizer: With this template, which probes of each role show.
+    """
+    form, result = template_of(tokenizer).form, {"role": "tool", "content": VALUE}
+    said: list[Message] = [ASKED, {"role": "assistant", "content": VALUE}, ASKED]
+    texts = [
+        attempt(form.of(messages), tokenizer, for_generation=True)
+        for messages in (said, [SYSTEM, *said], [*said[:2], result])
+    ]
+    text = "".join([without_note(template), *texts])
+    return frozenset(word for word in words if word in text)
+
+
+def allowed(template: str) -> frozenset[str] | None:
+    """The tokens that contents may have under a chat template; None for all."""
+    if template.endswith(JOINED):
+        return ALL
+    found = NOTE.match(template)
+    words = json.loads(found[1]) if found else []
+    return ALL if words is True else frozenset(words)
+
+
+def without_note(template: str) -> str:
+    """A chat template without what this module wrote in it."""
+    return NOTE.sub("", template)
 
 
 class Found(NamedTuple):
@@ -48,17 +125,29 @@ class Found(NamedTuple):
     first: tuple[str, ...]
 
 
-def as_text(conversation: Conversation, tokenizer: "PreTrainedTokenizerBase") -> Conversation:
+def as_text(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Conversation:
     """The conversation with the control tokens of its contents and tools marked; the same one if
     there are none.
 
     Args:
         tokenizer: With the chat template that is to render it.
     """
-    found = _found(tokenizer, conversation.tools)
+    found = _found(template_of(tokenizer, conversation.tools))
     if found is None:
         return conversation
-    messages = [_message(message, found) for message in conversation.messages]
+    messages = [
+        {
+            key: value
+            if key in ("role", "weight")
+            else _mark(
+                value,
+                found.own if key in SAID and message["role"] == "assistant" else found.all,
+                found,
+            )
+            for key, value in message.items()
+        }
+        for message in conversation.messages
+    ]
     tools = tuple(_mark(tool, found.all, found) for tool in conversation.tools)
     if messages == conversation.messages and tools == conversation.tools:
         return conversation
@@ -66,32 +155,28 @@ def as_text(conversation: Conversation, tokenizer: "PreTrainedTokenizerBase") ->
 
 
 def variables_as_text(
-    variables: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase", tools: Sequence[Tool]
+    variables: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, tools: Sequence[Tool]
 ) -> Mapping[str, Any]:
     """Variables of the chat template that renders with these tools, with the control tokens in them
     marked.
     """
-    found = _found(tokenizer, tools)
+    found = _found(template_of(tokenizer, tools))
     return variables if found is None else _mark(variables, found.all, found)
 
 
-def _found(tokenizer: "PreTrainedTokenizerBase", tools: Sequence[Tool]) -> Found | None:
-    """What finds control tokens; None where contents may have all of them."""
-    return _found_by(template_of(tokenizer, tools), tokenizer, len(tokenizer))
-
-
 @lru_cache(maxsize=KNOWN)
-def _found_by(template: str, tokenizer: "PreTrainedTokenizerBase", _size: int) -> Found | None:
-    free = allowed(template)
+def _found(template: Template) -> Found | None:
+    """What finds control tokens; None where contents may have all of them."""
+    free, tokenizer = allowed(template.text), template.tokenizer
     if free is None:
         return None
     added = {one.content: one.special for one in tokenizer.added_tokens_decoder.values()}
     listed = getattr(tokenizer, "chat_control_tokens", None)
-    written = {word for word in written_by(template, tokenizer, added) if not word.isspace()}
+    written = {word for word in written_by(template.text, tokenizer, added) if not word.isspace()}
     free -= written  # with which a turn could be forged
     special = {word for word, is_special in added.items() if is_special} - free
     words = special | (written if listed is None else added.keys() & listed - free)
-    block = block_of(tokenizer)
+    block = template_of(tokenizer).block
     own = special - {word for word in (block.opening, block.closing) if word in added}
     return Found(_any_of(words), _any_of(own), tuple({word[:1] for word in words}))
 
@@ -101,31 +186,20 @@ def _any_of(words: set[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
-def _message(message: Message, found: Found) -> Message:
-    own = message["role"] == "assistant"
-    return {
-        key: value
-        if key in ("role", "weight")
-        else _mark(value, found.own if own and key in SAID else found.all, found)
-        for key, value in message.items()
-    }
-
-
 def _mark(value: Any, words: re.Pattern[str], found: Found) -> Any:
     if isinstance(value, str):
         if not any(character in value for character in (OPENING, CLOSING, *found.first)):
             return value  # as nearly all are
         return mark_control_tokens(value, words)
     if isinstance(value, Mapping):
-        return {_key(k, found): _mark(v, words, found) for k, v in value.items()}
+        # keys are marked as templates write them of arguments, but for names, which they look up
+        return {
+            _mark(k, found.all, found)
+            if isinstance(k, str) and not k.isidentifier()
+            else k: _mark(v, words, found)
+            for k, v in value.items()
+        }
     return [_mark(one, words, found) for one in value] if isinstance(value, list | tuple) else value
-
-
-def _key(key: Any, found: Found) -> Any:
-    """A key, as a template writes it of arguments and of parameters. One that is a name stays: the
-    template looks it up.
-    """
-    return _mark(key, found.all, found) if isinstance(key, str) and not key.isidentifier() else key
 
 
 def is_marked(text: str) -> bool:
@@ -133,25 +207,14 @@ def is_marked(text: str) -> bool:
     return OPENING in text
 
 
-def told_of(marked: int) -> str:
-    """A line about so many rows, after a line break; empty for none."""
-    if not marked:
-        return ""
-    return (
-        f"\n{marked} rows have control tokens in their contents, which are read as text;"
-        " --allow-control-tokens lets them be tokens"
-    )
-
-
-def ids_of(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+def ids_of(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token ids of a rendered text. Raises LorafoldError for a control token that the tokenizer
     can't read as text.
     """
-    marked = is_marked(text)
-    if marked and tokenizer.is_fast:
-        return encoded(text, tokenizer).ids
-    if not marked:
+    if OPENING not in text:
         return tokens_of(text, tokenizer)
+    if tokenizer.is_fast:
+        return pieces_of(text, tokenizer).ids
     options: Any = {"sanitize_control_tokens": True}
     try:
         found: Any = tokenizer(text, add_special_tokens=False, verbose=False, **options)
@@ -160,7 +223,7 @@ def ids_of(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     return list(found.input_ids)
 
 
-def tokens_of(text: str, tokenizer: "PreTrainedTokenizerBase", special: bool = False) -> list[int]:
+def tokens_of(text: str, tokenizer: PreTrainedTokenizerBase, special: bool = False) -> list[int]:
     """`tokenizer(text, add_special_tokens=special).input_ids`. Without offsets and masks this takes
     0.3 of the time, and other threads run meanwhile (574 kB of text: 66 ms at a time without it).
     """
@@ -207,19 +270,31 @@ class Pieces:
         return self.offsets[token]
 
 
-def encoded(text: str, tokenizer: "PreTrainedTokenizerBase") -> Pieces:
+def pieces_of(text: str, tokenizer: PreTrainedTokenizerBase) -> Pieces:
     """The tokens of a rendered text, as `encode_marked_chat` of transformers has them; those of a
-    marked token share its characters.
+    marked token share its characters. All pieces but the first are tokenized as they are after a
+    line break: some tokenizers put a space before the beginning of a text.
 
     Args:
         tokenizer: A fast tokenizer.
     """
     cuts = [*_marks(tokenizer, len(tokenizer)).finditer(text)]
     starts, ends = [0, *(m.end() for m in cuts)], [*(m.start() for m in cuts), len(text)]
-    pieces = _pieces([text[a:b] for a, b in zip(starts, ends, strict=True)], tokenizer)
+    options = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
+    [line] = tokenizer(["\n"], **options).input_ids
+    given = ["\n" * (start > 0) + text[start:end] for start, end in zip(starts, ends, strict=True)]
+    each = [*dict.fromkeys(given)]  # a content may repeat itself
+    found: Any = tokenizer(each, **options)
+    tokens = dict(zip(each, zip(found.input_ids, found.offset_mapping, strict=True), strict=True))
     ids: list[int] = []
     offsets: list[tuple[int, int]] = []
-    for at, (some, where), cut in zip(starts, pieces, [*cuts, None], strict=True):
+    for start, piece, cut in zip(starts, given, [*cuts, None], strict=True):
+        (some, where), at = tokens[piece], start - (start > 0)
+        if start and some[: len(line)] == line:
+            some, where = some[len(line) :], where[len(line) :]
+        elif start:
+            alone: Any = tokenizer(piece[1:], **options)
+            some, where, at = alone.input_ids, alone.offset_mapping, start
         ids += some
         offsets += [(at + first, at + last) for first, last in where]
         if cut is not None and (word := cut[1]):
@@ -230,36 +305,14 @@ def encoded(text: str, tokenizer: "PreTrainedTokenizerBase") -> Pieces:
 
 
 @lru_cache(maxsize=KNOWN)
-def _marks(tokenizer: "PreTrainedTokenizerBase", _size: int) -> re.Pattern[str]:
+def _marks(tokenizer: PreTrainedTokenizerBase, _size: int) -> re.Pattern[str]:
     """What matches a marked token, or a mark alone: a template may cut a content at a token."""
     words = _any_of({*tokenizer.added_tokens_encoder}).pattern
     return re.compile(f"{OPENING}({words}){CLOSING}|[{OPENING}{CLOSING}]")
 
 
-def _pieces(
-    texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase"
-) -> list[tuple[list[int], list[tuple[int, int]]]]:
-    """The tokens of pieces of one text with their characters; those of all but the first as they
-    are after a line break: some tokenizers put a space before the beginning of a text.
-    """
-    options = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
-    [line] = tokenizer(["\n"], **options).input_ids
-    given = [texts[0], *("\n" + text for text in texts[1:])]
-    each = [*dict.fromkeys(given)]  # a content may repeat itself
-    found: Any = tokenizer(each, **options)
-    tokens = dict(zip(each, zip(found.input_ids, found.offset_mapping, strict=True), strict=True))
-    pieces = [tokens[text] for text in given]
-    for n, (ids, where) in enumerate(pieces[1:], 1):
-        if ids[: len(line)] == line:
-            pieces[n] = ids[len(line) :], [(a - 1, b - 1) for a, b in where[len(line) :]]
-        else:
-            alone: Any = tokenizer(texts[n], **options)
-            pieces[n] = alone.input_ids, alone.offset_mapping
-    return pieces
-
-
 @lru_cache(maxsize=256)
-def _as_text(word: str, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
+def _as_text(word: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     try:
         return tuple(encode_marked_chat(tokenizer, f"{OPENING}{word}{CLOSING}"))
     except ValueError as error:

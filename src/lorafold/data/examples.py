@@ -1,35 +1,247 @@
 """Examples: the token ids of a row, with labels that say which tokens are trained on.
 
+    table = tokenized(rows, Completions(tokenizer))     ids, and the spans of tokens to train on
+    encoded(table, rows, 1024).examples[3]              an `Example`, made when it is asked for
+
 Tokens inside a trained span are their own labels; all others are labelled -100. An example is made
 of its table when it is asked for, so that a million take no memory of their own.
+
+A row of a conversation, a prompt with its completion, or plain text has one example, or several
+(`data.render`). A text is tokenized once. If a token would span the border between a prompt and its
+turn, the turn has an example of its own, which is tokenized in two pieces, so that the ids before
+the turn are the ones that generation sees. To tell, the end of the prompt is tokenized alone, from
+its last added token on: tokenizers split a text at added tokens before all else, so what comes
+before has the same ids in both. That end is mostly the opening of an assistant turn, and is
+tokenized once for all rows.
 """
 
+from __future__ import annotations
+
+from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import groupby
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby, pairwise
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorafold.data.arrow import Array, Lists, TableExamples, column, digests
-from lorafold.data.completions import Completions
-from lorafold.data.control_tokens import told_of
-from lorafold.data.render import Rendering, Trained
+from lorafold.data.arrow import TURNS, Array, Lists, TableExamples, batch_of, column, digests
+from lorafold.data.control_tokens import MARKED, OPENING, Pieces, ids_of, pieces_of
+from lorafold.data.render import Rendered, Rendering, Span, Trained, render_trained
 from lorafold.data.rows import as_checked
-from lorafold.data.shapes import CONVERSATIONS
+from lorafold.data.shapes import CONVERSATIONS, Conversation
 from lorafold.data.sources import Row
 from lorafold.data.stored import Part, Rows, parts_of
-from lorafold.data.tokenizing import tokenized
+from lorafold.data.templates import day_of, template_of
+from lorafold.data.tokenizing import Encoder, tokenized
 from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from rich.console import Console
     from rich.text import Text
+    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
 NO_LOSS = -100  # torch's ignore_index
 WHOLE = Rendering()  # every turn of the assistant, with its reasoning
+TRAINED, EMPTY = ":trained", ":empty"  # a turn that is trained on; one that says nothing, too
+SAID = ("tool_calls", "reasoning_content")  # what a message may say besides its content
+OPENINGS = 1000  # ends of prompts whose ids are kept
+
+
+@dataclass
+class Piece:
+    """One example in the making: the text of a row with its trained spans of characters, or of a
+    row of plain text; then its token ids, with the starts and ends of the spans of tokens.
+    """
+
+    row: int
+    left_out: int = 0
+    hidden: int = 0
+    marked: bool = False
+    turns: str = ""
+    problem: str = ""
+    rendered: Rendered | None = None
+    text: str = ""
+    ids: Sequence[int] = ()
+    spans: Sequence[int] = ()
+
+
+@dataclass(eq=False)
+class Completions(Encoder):
+    """Makes examples whose completions are trained on.
+
+    Columns: `row`, `ids` (T,), `spans` (2n,) the starts and ends of n trained spans of tokens,
+    `left_out` the row's assistant turns that are not trained on, `hidden` those whose reasoning the
+    chat template leaves out, `marked` whether control tokens in its contents are text, `turns` the
+    role of each message, a line each, with what becomes of it (`TRAINED`, `EMPTY`), and `problem`,
+    why the row can't be used. All between `spans` and it are with the row's first example. A row
+    has one example or several; one with a problem has an empty one.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    rendering: Rendering = field(default_factory=Rendering)
+    _openings: dict[str, list[int]] = field(default_factory=dict, repr=False)
+    takes = CONVERSATIONS
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        about = {"kind": "completions", "rendering": asdict(self.rendering)}
+        return about | identity_of(self.tokenizer)
+
+    def encode(self, given: Sequence[Conversation], first: int) -> pa.RecordBatch:
+        pieces = [piece for n, one in enumerate(given, first) for piece in self._pieces(one, n)]
+        made = list[Piece]()
+        for piece, encoding in zip(pieces, self._encodings(pieces), strict=True):
+            if encoding is None:
+                made.append(piece)
+            elif piece.rendered:
+                made += self._examples(piece, encoding)
+            else:
+                end = self.tokenizer.eos_token_id
+                ended = end is None or encoding.ids[-1:] == [end]
+                ids = encoding.ids if ended else [*encoding.ids, end]
+                made.append(replace(piece, ids=ids, spans=[0, len(ids)]))
+        entries = [vars(piece) for piece in made]
+        numbers, lists = ("row", "left_out", "hidden"), ("ids", "spans")
+        return batch_of(entries, numbers, lists, ("marked",), (TURNS, "problem"))
+
+    def _pieces(self, given: Conversation, number: int) -> list[Piece]:
+        if not given.messages:
+            turns = f"text{TRAINED if given.text.strip() else EMPTY}"
+            return [Piece(number, turns=turns, text=given.text)]
+        try:
+            trained = render_trained(given, self.tokenizer, self.rendering)
+        except LorafoldError as error:
+            return [Piece(number, problem=str(error))]
+        pieces = [Piece(number, rendered=found, text=found.text) for found in trained.renderings]
+        became_of = []
+        for n, message in enumerate(given.messages):
+            said = any(message.get(part) for part in SAID) or (message.get("content") or "").strip()
+            became = "" if n not in trained.turns else TRAINED if said else EMPTY
+            became_of.append(" ".join(message["role"].split()) + became)
+        pieces[0].left_out, pieces[0].hidden = trained.left_out, trained.hidden
+        pieces[0].marked = any(OPENING in piece.text for piece in pieces)
+        pieces[0].turns = "\n".join(became_of)
+        return pieces
+
+    def _encodings(self, pieces: Sequence[Piece]) -> list[Encoding | Pieces | None]:
+        """What the text of each piece is tokenized to; None where it has a problem."""
+        found: list[Encoding | Pieces | None] = [None] * len(pieces)
+        for plain in (False, True):
+            some = [n for n, p in enumerate(pieces) if not p.problem and (not p.rendered) is plain]
+            if not some:
+                continue
+            encodings = self.tokenizer(
+                [pieces[n].text for n in some],
+                add_special_tokens=plain,
+                return_attention_mask=False,
+                verbose=False,
+            ).encodings
+            if encodings is None:
+                raise LorafoldError(
+                    f"tokenizer: found {type(self.tokenizer).__name__}, which gives no character"
+                    " offsets; expected a fast tokenizer (one with a tokenizer.json)"
+                )
+            for n, encoding in zip(some, encodings, strict=True):
+                marked = not plain and OPENING in pieces[n].text
+                found[n] = pieces_of(pieces[n].text, self.tokenizer) if marked else encoding
+        return found
+
+    def _examples(self, piece: Piece, encoding: Encoding | Pieces) -> list[Piece]:
+        """The examples of a rendered piece, with their ids and trained spans: one, and one more for
+        each turn before which a token would span the border.
+        """
+        assert piece.rendered is not None
+        rendered, text, together = piece.rendered, piece.text, list[Span]()
+        apart: list[Piece] = []
+        ids = encoding.ids
+        for border, following in pairwise([*rendered.turns, len(text) + 1]):
+            at = first_token(encoding, border, text)
+            spans = [span for span in rendered.spans if border <= span[0] < following]
+            if self._is_prompt(text[:border], encoding, ids[:at]):
+                together += spans
+                continue
+            last = following > len(text)
+            cut = Rendered(text if last else text[: spans[-1][1]], tuple(spans), (border,))
+            apart.append(Piece(piece.row))
+            apart[-1].ids, apart[-1].spans = in_pieces(cut, self.tokenizer)
+        if together or not apart:
+            places = [
+                first_token(encoding, at, text, spaced=not n)
+                for span in together
+                for n, at in enumerate(span)
+            ]
+            apart.append(Piece(piece.row, ids=ids, spans=places))
+        first = apart[0]
+        return [replace(piece, ids=first.ids, spans=first.spans), *apart[1:]]
+
+    def _is_prompt(self, prompt: str, encoding: Encoding | Pieces, ids: list[int]) -> bool:
+        """Tell whether the first ids of an encoding are those of the prompt alone."""
+        added = template_of(self.tokenizer).added
+        last = next((i for i in reversed(range(len(ids))) if ids[i] in added), 0)
+        span = encoding.token_to_chars(last) if last else None
+        ending = prompt[span[0] if span else 0 :]
+        if ending not in self._openings:
+            if len(self._openings) > OPENINGS:
+                self._openings.clear()
+            self._openings[ending] = ids_of(ending, self.tokenizer)
+        return self._openings[ending] == ids[last:]
+
+
+def identity_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What the ids of a text depend on: the tokenizer and its template, and the day where that one
+    asks for it.
+    """
+    return {
+        "day": day_of(tokenizer),
+        "tokenizer": tokenizer.backend_tokenizer.to_str(),
+        "template": str(tokenizer.chat_template),
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+    }
+
+
+def first_token(
+    encoding: Encoding | Pieces, character: int, text: str, spaced: bool = False
+) -> int:
+    """The first token that starts at or after a character.
+
+    Args:
+        encoding: Of the text.
+        character: Its number, from 0.
+        spaced: A token with the character counts that has nothing but white space before it.
+    """
+    if character >= len(text):
+        return len(encoding)
+    at = encoding.char_to_token(character)
+    if at is None:  # no token has this character
+        return bisect_left([start for start, _ in encoding.offsets], character)
+    while at < len(encoding) and (span := encoding.token_to_chars(at)) and span[0] < character:
+        if spaced and not text[span[0] : character].strip():
+            break
+        at += 1  # the token spans the border
+    return at
+
+
+def in_pieces(
+    rendered: Rendered, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[int]]:
+    """(token ids, starts and ends of trained spans of tokens) of a text with one turn, cut where
+    the turn begins.
+    """
+    [border] = rendered.turns
+    before = pieces_of(rendered.text[:border], tokenizer)
+    rest = pieces_of(rendered.text[border:], tokenizer)
+    starts = [min(start, border - 1) for start, _ in before.offsets]
+    starts += [border + start for start, _ in rest.offsets]
+    spans = list[int]()
+    for a, b in rendered.spans:
+        first = bisect_left(starts, a)
+        last = starts[first - 1] if first and starts[first : first + 1] != [a] else border - 1
+        inside = last >= border and not rendered.text[last:a].strip()
+        spans += first - inside, bisect_left(starts, b)
+    return before.ids + rest.ids, spans
 
 
 @dataclass(frozen=True)
@@ -91,16 +303,18 @@ class Report:
                 f"\n{self.reasoning_hidden} assistant turns are trained on without their reasoning,"
                 " or without what they say beside a call: the chat template leaves it out"
             )
-        return text + told_of(self.marked)
+        if self.marked:
+            text += f"\n{self.marked} {MARKED}"
+        return text
 
 
 @dataclass(frozen=True)
 class Encoded:
     """The examples that have a token to train on, in the order of their rows, the report over all
-    rows, and how many examples are from each source.
+    rows, and how many rows with examples are from each source.
     """
 
-    examples: "Examples"
+    examples: Examples
     report: Report
     parts: tuple[Part, ...]
 
@@ -108,10 +322,19 @@ class Encoded:
 class Examples(TableExamples[Example]):
     """The examples of a table that have a token to train on; `Completions` made the table."""
 
-    def __init__(self, table: "pa.Table", max_length: int) -> None:
+    def __init__(self, table: pa.Table, max_length: int) -> None:
         self._spans = Lists(table.column("spans"))
         lengths = np.minimum(Lists(table.column("ids")).lengths, max_length)
-        found = labelled_counts(self._spans, lengths)
+        counts, first = [np.zeros(0, np.int64)], 0
+        for ends, values in zip(self._spans.ends, self._spans.values, strict=True):
+            border = (ends - ends[0]) // 2  # (n + 1,), where the spans of each example end
+            start, end = values[ends[0] : ends[-1]].reshape(-1, 2).T
+            length = np.repeat(lengths[first : first + len(border) - 1], np.diff(border))
+            # the first token does not count, because nothing comes before it
+            counted = np.maximum(0, np.minimum(end, length) - np.maximum(start, 1))
+            counts.append(np.diff(np.concatenate([[0], np.cumsum(counted)])[border]))
+            first += len(border) - 1
+        found = np.concatenate(counts)
         super().__init__(table, max_length, np.flatnonzero(found))
         self.labelled = found[self._chosen]  # (n,), tokens that the loss counts
 
@@ -119,10 +342,15 @@ class Examples(TableExamples[Example]):
         return digests(self._ids, self._spans)[self._chosen]
 
     def ends_lost(self) -> Array:
-        return self._spans.lasts[self._chosen] > self._max_length
+        last = [
+            np.where(np.diff(ends) > 0, np.append(values, np.int32(0))[ends[1:] - 1], 0)
+            for ends, values in zip(self._spans.ends, self._spans.values, strict=True)
+        ]
+        return np.concatenate([np.zeros(0, np.int32), *last])[self._chosen] > self._max_length
 
     def _example(self, entry: int) -> Example:
-        return example_of(self._cut(entry), self._spans[entry].tolist())
+        ids = self._ids[entry][: self._max_length].tolist()
+        return example_of(ids, self._spans[entry].tolist())
 
 
 def example_of(ids: Sequence[int], spans: Sequence[int]) -> Example:
@@ -139,30 +367,11 @@ def example_of(ids: Sequence[int], spans: Sequence[int]) -> Example:
     return Example(tuple(ids), (NO_LOSS, *labels[1:]))
 
 
-def labelled_counts(spans: Lists, lengths: Array) -> Array:
-    """How many tokens of each example the loss counts, (n,). The first token is none of them,
-    because nothing comes before it.
-
-    Args:
-        spans: The starts and ends of the trained spans of each example, as lists of even length.
-        lengths: The length to which each example is cut, (n,).
-    """
-    counts, first = [np.zeros(0, np.int64)], 0
-    for ends, values in zip(spans.ends, spans.values, strict=True):
-        border = (ends - ends[0]) // 2  # (n + 1,), where the spans of each example end
-        start, end = values[ends[0] : ends[-1]].reshape(-1, 2).T
-        length = np.repeat(lengths[first : first + len(border) - 1], np.diff(border))
-        counted = np.maximum(0, np.minimum(end, length) - np.maximum(start, 1))
-        counts.append(np.diff(np.concatenate([[0], np.cumsum(counted)])[border]))
-        first += len(border) - 1
-    return np.concatenate(counts)
-
-
 def encode(
     rows: Sequence[Row],
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-    console: "Console | None" = None,
+    console: Console | None = None,
     rendering: Rendering = WHOLE,
 ) -> Encoded:
     """Tokenize rows of conversations, prompts with completions, or plain text.
@@ -182,7 +391,7 @@ def encode(
     return encoded(tokenized(rows, Completions(tokenizer, rendering), console), rows, max_length)
 
 
-def encoded(table: "pa.Table", rows: Rows, max_length: int) -> Encoded:
+def encoded(table: pa.Table, rows: Rows, max_length: int) -> Encoded:
     """The examples of a table that `Completions` made.
 
     Args:
@@ -217,11 +426,11 @@ def encoded(table: "pa.Table", rows: Rows, max_length: int) -> Encoded:
         int(column(table, "hidden").sum()),
         examples.marked,
     )
-    return Encoded(examples, report, parts_of(examples.rows, rows.parts))
+    return Encoded(examples, report, parts_of(np.unique(examples.rows), rows.parts))
 
 
 def encode_row(
-    row: Row, tokenizer: "PreTrainedTokenizerBase", rendering: Rendering = WHOLE
+    row: Row, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = WHOLE
 ) -> tuple[list[Example], Trained]:
     """The examples of one row, whole, and how many of its turns are left out or lack reasoning.
 
@@ -241,7 +450,7 @@ def encode_row(
     return examples, Trained((), *counts)
 
 
-def preview(example: Example, tokenizer: "PreTrainedTokenizerBase") -> "Text":
+def preview(example: Example, tokenizer: PreTrainedTokenizerBase) -> Text:
     """Return the example's text as the model sees it.
 
     Tokens that are trained on are bold and stand in ⟦ ⟧, which shows them without colour too.

@@ -1,8 +1,12 @@
-"""What there is to know of the rows of a run before its first step, found in their tokens.
+"""What there is to know before the first step of a run: what the chat template does with a
+conversation that its user can't see in a row, and what the tokens of the rows show.
+
+    account = account_of(tokenizer)
+    account.lines                   found by rendering probes, a line each
 
     found = look(train.examples, rows, max_length, (held_out.examples, held_out_rows))
-    found.lines                    one line for each thing that was found
-    found.as_json()                the figures, also of what was not found
+    found.lines                     one line for each thing that was found
+    found.as_json()                 the figures, also of what was not found
 
 | finding | rows that |
 |---|---|
@@ -17,19 +21,45 @@ Rows are compared by digests of tokens that are there anyway (`TableExamples`). 
 has is told too, and a file of which no turn of the assistant is trained on.
 """
 
+from __future__ import annotations
+
+import copy
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorafold.data.arrow import Array, TableExamples
-from lorafold.data.completions import EMPTY, turns_in
-from lorafold.data.origins import Place, named
-from lorafold.data.stored import Rows
+from lorafold.data.arrow import TURNS, Array, TableExamples, column
+from lorafold.data.examples import EMPTY, TRAINED
+from lorafold.data.messages import Message
+from lorafold.data.render import render_trained
+from lorafold.data.shapes import Conversation
+from lorafold.data.stored import Place, Rows, named
+from lorafold.data.templates import (
+    ASKED,
+    KEY,
+    NAME,
+    NOWHERE,
+    PROBE_TOOL,
+    SYSTEM,
+    VALUE,
+    WITH_TURN,
+    attempt,
+    call,
+    day_of,
+    template_of,
+)
+from lorafold.errors import LorafoldError
+from lorafold.models.template_variables import set_variables, variables_of
 
-Pairs = tuple[Array, Array | None]  # ascending indices of rows, and of those they are compared with
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Pairs = tuple[Array, Array | None]  # indices of rows, and of those that they are compared with
 SHOWN = 5  # rows that one line names
 HELD_OUT = "held_out_in_training"
 SAID = {
@@ -45,6 +75,139 @@ STREAMED = (
     " contradictions and lost ends were not looked for"
 )
 UNKNOWN = "these examples are of no table, so that nothing was looked for in them"
+BESIDE, OTHER = "probe beside", "probe other value"
+CALLS = [call(NAME, {KEY: v}) | {"id": f"probe000{n}"} for n, v in enumerate((VALUE, OTHER))]
+ROLES = {"", "system", "user", "assistant", "model", "human"}
+WORDS = re.compile(r"[^\W\d_]{2,}")
+LEFT_OUT = "turns without reasoning are left out, since generation would begin them otherwise"
+QUOTED = 60  # characters of a text that the template supplies
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a template does.
+
+    end: What ends a turn; empty if nothing does.
+    ended: With what the end is written, as `Ending.written`.
+    prompt: What the generation prompt adds of reasoning: it opens a block, has an empty one, or
+        nothing.
+    system: The words that the template puts before a conversation without a system message.
+    dated: It writes the date of the day.
+    hides: The parts of a conversation that it does not show.
+    plain: Why plain turns can't be trained; empty if they can.
+    """
+
+    end: str
+    ended: str
+    prompt: str
+    system: str
+    dated: bool
+    hides: tuple[str, ...]
+    plain: str = ""
+
+    @property
+    def lines(self) -> list[str]:
+        """What there is to know, a line each."""
+        end = f"a turn ends with {self.end}"
+        if self.ended == NOWHERE:
+            end = (
+                f"it ends no turn: {self.end} is trained after each (not with --end-of-turn none)"
+                if self.end
+                else "it ends no turn, and the tokenizer has no end token: a model never stops"
+            )
+        elif self.ended != WITH_TURN:
+            end += ", which it writes before the next message only"
+        found = [end]
+        if self.prompt:
+            found.append(f"the prompt {self.prompt}")
+        if self.system:
+            found.append(f"without a system message it writes {self.system!r}")
+        if self.dated:
+            found.append("it writes the date of the day")
+        if self.hides:
+            found.append(f"it does not show {', '.join(self.hides)}")
+        if self.plain:
+            found.append(self.plain)
+        return found
+
+    @property
+    def line(self) -> str:
+        """The same as one line."""
+        return f"chat template: {'; '.join(self.lines)}"
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields by name."""
+        return asdict(self)
+
+
+def account_of(tokenizer: PreTrainedTokenizerBase) -> Account:
+    """What the tokenizer's chat template does.
+
+    Args:
+        tokenizer: A tokenizer with a chat template.
+    """
+    template, asked = template_of(tokenizer), ASKED["content"]
+    form, block, ending = template.form, template.block, template.ending
+    bare = attempt(form.of([ASKED]), tokenizer)
+    added = attempt(form.of([ASKED]), tokenizer, for_generation=True)
+    added, prompt = added.removeprefix(bare.rstrip()).strip(), ""
+    if added.endswith(block.opening):
+        prompt = f"opens a block of reasoning ({block.opening})"
+    elif block.opening in added and block.closing in added:
+        prompt = f"has an empty block of reasoning ({block.opening}{block.closing})"
+    # the words before the first message that are no role's
+    before = template.specials.sub("\n", bare.partition(str(asked))[0])
+    lines = (line.strip() for line in before.splitlines())
+    said = " ".join(line for line in lines if line.strip("#: ").lower() not in ROLES)
+    if len(WORDS.findall(said)) < 3:
+        said = ""
+    elif len(said) > QUOTED:
+        said = f"{said[:QUOTED].rstrip()}..."
+    hides = [] if VALUE in attempt(form.of([SYSTEM, ASKED]), tokenizer) else ["system messages"]
+    if not template_of(tokenizer, [PROBE_TOOL]).shows_tools:
+        hides.append("tools")
+    if not template.shows_calls:
+        hides.append("calls")
+    else:
+        turns = (
+            {"content": BESIDE, "tool_calls": CALLS[:1]},
+            {"content": "", "tool_calls": CALLS},
+        )
+        one, both = (
+            attempt(form.of([ASKED, {"role": "assistant", **turn}]), tokenizer) for turn in turns
+        )
+        hides += ["what is said beside a call"] * (BESIDE not in one)
+        hides += ["a second call"] * (OTHER not in both)
+    hides += ["reasoning"] * (not block.shown)
+    plain = _untrained(tokenizer)
+    if plain:
+        with suppress(LorafoldError):
+            plain += _helps(tokenizer)
+    dated = bool(day_of(tokenizer))
+    return Account(ending.text.strip(), ending.written, prompt, said, dated, tuple(hides), plain)
+
+
+def _helps(tokenizer: PreTrainedTokenizerBase) -> str:
+    """After a semicolon, the variable of the template with which plain turns can be trained; empty
+    for none.
+    """
+    for name in sorted(variables_of(tokenizer)):
+        for value in (False, True):
+            with_value = copy.copy(tokenizer)
+            set_variables(with_value, {name: value})
+            if not _untrained(with_value):
+                return f"; --template-kwargs {name}={str(value).lower()} helps"
+    return ""
+
+
+def _untrained(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Why a plain turn can't be trained; empty if it can."""
+    said: Message = {"role": "assistant", "content": VALUE}
+    try:
+        found = render_trained(Conversation([ASKED, said]), tokenizer)
+    except LorafoldError as error:
+        return f"a plain conversation is refused ({error})"
+    return LEFT_OUT * found.left_out
 
 
 @dataclass(frozen=True)
@@ -56,25 +219,15 @@ class Finding:
     count: int
     of: int
     said: str
-    first: tuple[tuple[Place, Place | None], ...]
+    first: tuple[tuple[Place, Place | None], ...] = ()
 
     def __str__(self) -> str:
         more = f" and {self.count - len(self.first):,} more" if self.count > len(self.first) else ""
-        return f"{self.count:,} of {self.of:,} rows {self.said}: {', '.join(self._named())}{more}"
-
-    def _named(self) -> Iterator[str]:
-        names = named(one for one, _ in self.first)
-        for name, (one, other) in zip(names, self.first, strict=True):
+        rows = []
+        for name, (one, other) in zip(named(p for p, _ in self.first), self.first, strict=True):
             _, like = ("", "") if other is None else named([one, other])
-            yield f"{name} (as {like})" if like else name
-
-    def as_json(self) -> dict[str, Any]:
-        """The figures, and the first rows by file and number."""
-        first = [
-            one._asdict() | ({} if other is None else {"as": other._asdict()})
-            for one, other in self.first
-        ]
-        return {"rows": self.count, "of": self.of, "first": first}
+            rows.append(f"{name} (as {like})" if like else name)
+        return f"{self.count:,} of {self.of:,} rows {self.said}: {', '.join(rows)}{more}"
 
 
 @dataclass(frozen=True)
@@ -100,7 +253,8 @@ class Findings:
         """One line for each thing that was found, and for what was not looked at."""
         told = [f"data: {self.unseen}"] * bool(self.unseen)
         for name, one in self.found.items():
-            told += [f"{'held out' if name == HELD_OUT else 'data'}: {one}"] * bool(one.count)
+            if one.count:
+                told.append(f"{'held out' if name == HELD_OUT else 'data'}: {one}")
         if missing := [label for label, count in self.labels.items() if not count]:
             there = ", ".join(f"{label} {n:,}" for label, n in self.labels.items() if n)
             told.append(f"data: no row has the label {' or '.join(missing)} ({there})")
@@ -116,9 +270,16 @@ class Findings:
 
     def as_json(self) -> dict[str, Any]:
         """All by name; null stands for what was not looked for."""
+        found: dict[str, Any] = dict.fromkeys(SAID)
+        for name, of in self.found.items():
+            first = [
+                one._asdict() | ({} if other is None else {"as": other._asdict()})
+                for one, other in of.first
+            ]
+            found[name] = {"rows": of.count, "of": of.of, "first": first}
         return {
             "rows": self.rows,
-            **{name: f.as_json() if (f := self.found.get(name)) else None for name in SAID},
+            **found,
             "labels": dict(self.labels),
             "roles": {role: {"turns": n, "trained": t} for role, (n, t) in self.roles.items()},
             "untrained_files": dict(self.silent),
@@ -142,114 +303,99 @@ def look(
     """
     if not isinstance(examples, TableExamples):
         return Findings(len(rows), unseen=UNKNOWN)
-    train = Looked(examples, rows)
-    found = {"duplicates": train.finding("duplicates", train.repeated())}
+    of, digests = _compared(examples)
+    order, first = _alike(digests)
+    later = first != order
+    found = {"duplicates": _finding("duplicates", rows, (of[order[later]], of[first[later]]))}
     if held_out is not None and isinstance(held_out[0], TableExamples):
-        other = Looked(held_out[0], held_out[1])
-        found[HELD_OUT] = other.finding(HELD_OUT, other.shared(train), like=rows)
-    turns = Turns(examples, rows)
-    if turns.roles:
-        found["empty_answers"] = train.finding("empty_answers", (turns.empty, None))
+        theirs, others = _compared(held_out[0])
+        at = order[np.minimum(np.searchsorted(digests[order], others), len(order) - 1)]
+        there = digests[at] == others
+        shared = theirs[there], of[at[there]]
+        found[HELD_OUT] = _finding(HELD_OUT, held_out[1], shared, like=rows)
+    roles, silent, empty = turns_of(examples, rows)
+    if roles:
+        found["empty_answers"] = _finding("empty_answers", rows, (empty, None))
     if judged := examples.judged():
-        contrary = _contrary(examples.rows, judged.subjects, judged.verdicts)
-        found["contradictions"] = train.finding("contradictions", contrary, judged.contrary)
+        # those whose verdict on a subject is not that of the first row that judges it
+        order, first = _alike(judged.subjects)
+        other = judged.verdicts[order] != judged.verdicts[first]
+        contrary = examples.rows[order[other]], examples.rows[first[other]]
+        found["contradictions"] = _finding("contradictions", rows, contrary, judged.contrary)
     if (lost := examples.ends_lost()) is not None:
-        cut = np.unique(examples.rows[lost])
-        found["ends_lost"] = train.finding("ends_lost", (cut, None), max_length)
-    untrained = np.setdiff1d(np.arange(len(rows)), train.of)
-    found["untrained"] = train.finding("untrained", (untrained, None))
-    return Findings(len(rows), found, examples.labels(), turns.roles, turns.silent)
+        cut = examples.rows[lost], None
+        found["ends_lost"] = _finding("ends_lost", rows, cut, max_length)
+    untrained = np.setdiff1d(np.arange(len(rows)), of)
+    found["untrained"] = _finding("untrained", rows, (untrained, None))
+    return Findings(len(rows), found, judged.labels if judged else {}, roles, silent)
 
 
-class Looked:
-    """Rows as they are compared: `of` (n,) are the indices of those that have an example, which
-    ascend, and `digests` (n,) theirs.
+def _compared(examples: TableExamples[Any]) -> tuple[Array, Array]:
+    """The indices of the rows that have an example, which ascend, (n,), and a digest of each."""
+    starts = np.flatnonzero(np.diff(examples.rows, prepend=-1))
+    place = np.arange(len(examples)) - np.repeat(starts, np.diff([*starts, len(examples)]))
+    weighted = examples.digests().astype(np.uint64) * (2 * place + 1).astype(np.uint64)
+    return examples.rows[starts], np.add.reduceat(weighted, starts)
+
+
+def _finding(
+    name: str, rows: Rows, found: Pairs, told: Any = "", like: Rows | None = None
+) -> Finding:
+    """What was found of some of the rows.
+
+    Args:
+        name: In SAID.
+        found: The indices of the rows, and of those that they are compared with.
+        told: What stands in its words.
+        like: The rows that they are compared with; None: the same.
     """
-
-    def __init__(self, examples: TableExamples[Any], rows: Rows) -> None:
-        self.rows = rows
-        starts = np.flatnonzero(np.diff(examples.rows, prepend=-1))
-        place = np.arange(len(examples)) - np.repeat(starts, np.diff([*starts, len(examples)]))
-        weighted = examples.digests().astype(np.uint64) * (2 * place + 1).astype(np.uint64)
-        self.of, self.digests = examples.rows[starts], np.add.reduceat(weighted, starts)
-
-    def repeated(self) -> Pairs:
-        """The rows that are the same as an earlier one, and the first that is."""
-        order = np.argsort(self.digests, kind="stable")
-        first = _firsts(self.digests[order])
-        later = first != np.arange(len(first))
-        return _ascending(self.of[order[later]], self.of[order[first[later]]])
-
-    def shared(self, others: "Looked") -> Pairs:
-        """The rows that are among others too, and which they are there."""
-        order = np.argsort(others.digests, kind="stable")
-        at = np.searchsorted(others.digests[order], self.digests)
-        at = order[np.minimum(at, len(order) - 1)]
-        there = others.digests[at] == self.digests
-        return self.of[there], others.of[at[there]]
-
-    def finding(self, name: str, found: Pairs, told: Any = "", like: Rows | None = None) -> Finding:
-        """What was found of some of the rows.
-
-        Args:
-            name: In SAID.
-            found: The indices of the rows, and of those that they are compared with.
-            told: What stands in its words.
-            like: The rows that they are compared with; None: the same.
-        """
-        rows, others = found
-        first = self.rows.origins.places(rows[:SHOWN])
-        compared: list[Place | None] = [None] * len(first)
-        if others is not None:
-            compared = [*(like or self.rows).origins.places(others[:SHOWN])]
-        pairs = tuple(zip(first, compared, strict=True))
-        return Finding(len(rows), len(self.rows), SAID[name].format(told), pairs)
+    said, others = SAID[name].format(told), found[1]
+    chosen, at = np.unique(found[0], return_index=True)  # each once
+    if not len(chosen):
+        return Finding(0, len(rows), said)
+    first = rows.origins.places(chosen[:SHOWN])
+    compared: list[Place | None] = [None] * len(first)
+    if others is not None:
+        compared = [*(like or rows).origins.places(others[at[:SHOWN]])]
+    return Finding(len(chosen), len(rows), said, tuple(zip(first, compared, strict=True)))
 
 
-class Turns:
+def turns_of(
+    examples: TableExamples[Any], rows: Rows
+) -> tuple[dict[str, tuple[int, int]], dict[str, int], Array]:
     """What becomes of the turns of rows: `roles` and `silent` as `Findings` has them, and the
-    indices of rows with an `empty` answer.
+    indices of rows with an empty answer.
     """
-
-    def __init__(self, examples: TableExamples[Any], rows: Rows) -> None:
-        kinds, of, kind_of = dict[str, int](), list[int](), list[int]()
-        for row, text in examples.turns():
-            of.append(row)
-            kind_of.append(kinds.setdefault(text, len(kinds)))
-        index, kind = np.array(of, np.int64), np.array(kind_of, np.int64)
-        turns, trained, empty = Counter[str](), Counter[str](), set[int]()
-        answers = np.zeros((len(kinds), 2))  # turns of the assistant, and those trained on
-        for (text, number), count in zip(kinds.items(), np.bincount(kind).tolist(), strict=True):
-            for role, became in turns_in(text):
-                turns[role] += count
-                trained[role] += count * bool(became)
-                if became == EMPTY:
-                    empty.add(number)
-                if role == "assistant":
-                    answers[number] += 1, bool(became)
-        self.roles = {role: (n, trained[role]) for role, n in turns.items()}
-        self.empty = np.unique(index[np.isin(kind, [*empty])])
+    texts, of = list[str](), np.zeros(0, np.int64)
+    if TURNS in examples.table.column_names:
+        chunks, of = examples.table.column(TURNS).chunks, column(examples.table, "row")
+        texts = [text for chunk in chunks for text in chunk.to_pylist()]
+    kinds = dict[str, int]()
+    kind = np.array([kinds.setdefault(text, len(kinds)) for text in texts], np.int64)
+    turns, trained, empty = Counter[str](), Counter[str](), set[int]()
+    answers = np.zeros((len(kinds), 2))  # turns of the assistant, and those trained on
+    for (text, number), count in zip(kinds.items(), np.bincount(kind).tolist(), strict=True):
+        for line in text.splitlines():
+            became = next((end for end in (TRAINED, EMPTY) if line.endswith(end)), "")
+            role = line.removesuffix(became)
+            turns[role] += count
+            trained[role] += count * bool(became)
+            if became == EMPTY:
+                empty.add(number)
+            if role == "assistant":
+                answers[number] += 1, bool(became)
+    roles = {role: (n, trained[role]) for role, n in turns.items()}
+    silent = dict[str, int]()
+    if len({name for name, *_ in rows.origins.runs}) > 1:
         names, file = rows.origins.files(len(rows))
-        said, kept = (np.bincount(file[index], answers[kind, n], len(names)) for n in (0, 1))
-        silent = [n for n in range(len(names)) if said[n] and not kept[n]]
-        self.silent = {names[n]: int(said[n]) for n in silent if len(names) > 1}
+        said, kept = (np.bincount(file[of], answers[kind, n], len(names)) for n in (0, 1))
+        silent = {name: int(n) for name, n, k in zip(names, said, kept, strict=True) if n and not k}
+    return roles, silent, of[np.isin(kind, [*empty])]
 
 
-def _contrary(rows: Array, subjects: Array, verdicts: Array) -> Pairs:
-    """The rows whose verdict on a subject is not that of the first row that judges it."""
-    order = np.argsort(subjects, kind="stable")
-    first = order[_firsts(subjects[order])]
-    contrary = verdicts[order] != verdicts[first]
-    return _ascending(rows[order[contrary]], rows[first[contrary]])
-
-
-def _firsts(values: Array) -> Array:
-    """The index of the first of those that are equal to each of some sorted values, (n,)."""
-    starts = np.flatnonzero(np.append(True, values[1:] != values[:-1])[: len(values)])
-    return np.repeat(starts, np.diff([*starts, len(values)]))
-
-
-def _ascending(rows: Array, others: Array) -> Pairs:
-    """The same pairs by row, each row once."""
-    found, at = np.unique(rows, return_index=True)
-    return found, others[at]
+def _alike(values: Array) -> tuple[Array, Array]:
+    """The indices of values in their order, (n,), and of the first one that is equal to each."""
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])[: len(values)])
+    return order, order[np.repeat(starts, np.diff([*starts, len(values)]))]

@@ -15,23 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorafold.data.arrow import (
-    Array,
-    Judged,
-    Lists,
-    TableExamples,
-    column,
-    digests,
-    lists,
-    numbers,
-    texts,
-)
-from lorafold.data.checking import check_given
-from lorafold.data.completions import identity_of
-from lorafold.data.conversations import Labelled
-from lorafold.data.examples import NO_LOSS
-from lorafold.data.rows import as_checked
-from lorafold.data.shapes import LABELS
+from lorafold.data.arrow import Array, Judged, Lists, TableExamples, batch_of, column, digests
+from lorafold.data.examples import NO_LOSS, identity_of
+from lorafold.data.rows import as_checked, check_given
+from lorafold.data.shapes import LABELS, Labelled
 from lorafold.data.sources import Row
 from lorafold.data.stored import Part, Rows
 from lorafold.data.tokenizing import Encoder, tokenized
@@ -120,39 +107,30 @@ class Labels(Encoder):
 
     tokenizer: "PreTrainedTokenizerBase"
     classes: tuple[str, ...]
-
-    @property
-    def takes(self) -> str:
-        return LABELS
+    takes = LABELS
 
     @property
     def identity(self) -> dict[str, Any]:
         return {"kind": "labels", "classes": self.classes, **identity_of(self.tokenizer)}
 
-    @property
-    def schema(self) -> "pa.Schema":
-        import pyarrow as pa
-
-        columns = {"row": pa.int32(), "ids": pa.list_(pa.int32()), "closing": pa.int32()}
-        return pa.schema({**columns, "label": pa.int32(), "problem": pa.string()})
-
     def encode(self, given: Sequence[Labelled], first: int) -> "pa.RecordBatch":
-        import pyarrow as pa
-
-        number_of = {name: number for number, name in enumerate(self.classes)}
-        labels = [str(one.label) for one in given]
         found = self.tokenizer(
             [one.text for one in given], verbose=False, return_special_tokens_mask=True
         )
-        ids = found.input_ids
-        columns = [
-            numbers(range(first, first + len(given))),
-            lists(ids),
-            numbers(list(map(closing, found["special_tokens_mask"]))),
-            numbers([number_of.get(label, -1) for label in labels]),
-            texts(list(map(self._problem, given, ids))),
+        number_of = {name: number for number, name in enumerate(self.classes)}
+        each = zip(given, found.input_ids, found["special_tokens_mask"], strict=True)
+        entries = [
+            {
+                "row": n,
+                "ids": ids,
+                # how many tokens at the end of the text are special
+                "closing": next((at for at, own in enumerate(reversed(special)) if not own), 0),
+                "label": number_of.get(str(one.label), -1),
+                "problem": self._problem(one, ids),
+            }
+            for n, (one, ids, special) in enumerate(each, first)
         ]
-        return pa.record_batch(columns, self.schema)
+        return batch_of(entries, ("row", "closing", "label"), ("ids",), texts=("problem",))
 
     def _problem(self, given: Labelled, ids: Sequence[int]) -> str:
         if not ids:
@@ -164,38 +142,29 @@ class Labels(Encoder):
         return ""
 
 
-def closing(special: Sequence[int]) -> int:
-    """How many tokens at the end of a text are special, by a mask (T,) with 1 for them."""
-    return next((n for n, own in enumerate(reversed(special)) if not own), 0)
-
-
 class LabelledExamples(TableExamples[LabelledExample]):
     """The examples of a table that `Labels` made; the classes are by number."""
 
     def __init__(self, table: "pa.Table", max_length: int, classes: Sequence[str]) -> None:
         super().__init__(table, max_length, np.arange(len(table)))
-        self._labels, self._classes = column(table, "label"), classes  # (n,), (k,)
+        self._labels = column(table, "label")  # (n,)
         self._closing = column(table, "closing")  # (n,)
+        counts = np.bincount(self._labels, minlength=len(classes)).tolist()
+        self.counts = dict(zip(classes, counts, strict=True))  # the examples of each class
 
     def digests(self) -> Array:
         return digests(self._ids, self._labels.tolist())
 
     def judged(self) -> Judged:
         contrary = "have the text of an earlier one, and another label"
-        return Judged(digests(self._ids), self._labels, contrary)
-
-    def labels(self) -> dict[str, int]:
-        counts = np.bincount(self._labels, minlength=len(self._classes)).tolist()
-        return dict(zip(self._classes, counts, strict=True))
+        return Judged(digests(self._ids), self._labels, contrary, self.counts)
 
     def _example(self, entry: int) -> LabelledExample:
-        return LabelledExample(self._cut(entry), int(self._labels[entry]))
-
-    def _cut(self, entry: int) -> tuple[int, ...]:
-        """The text is cut before the special tokens that end it, which stay."""
+        # the text is cut before the special tokens that end it, which stay
         ids, most = self._ids[entry].tolist(), self._max_length
         end = min(int(self._closing[entry]), most) if len(ids) > most else 0
-        return (*ids[: most - end], *ids[len(ids) - end :])
+        cut = (*ids[: most - end], *ids[len(ids) - end :])
+        return LabelledExample(cut, int(self._labels[entry]))
 
 
 def encode_labelled(
@@ -239,7 +208,7 @@ def labelled(
         int(whole.max()),
         max_length,
         int((whole > max_length).sum()),
-        examples.labels(),
+        examples.counts,
     )
     return LabelledData(examples, report, rows.parts)
 

@@ -9,15 +9,25 @@ on. Rows may also have arguments as JSON text, flat calls {"name", "arguments"},
 `reasoning` or `thinking`, `train: false`, and the names that others have for roles. A key whose
 value is null counts as absent, in tools and arguments too, since Arrow and Parquet fill rows up
 with nulls; JSON text keeps its nulls.
+
+    {"from": "human", "value": text}                                    a turn of ShareGPT
+    {"from": "function_call", "value": '{"name": ..., "arguments": ...}'}       with a call, as JSON
+    {"instruction": "Add.", "input": "1, 2", "output": "3"}             a row of Alpaca
+    {"instruction": "Add.", "context": "1, 2", "response": "3"}         a row of Dolly
+    {"query": "Add 1 and 2.", "answers": calls, "tools": [...]}         calls as a list, or its JSON
 """
+
+from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-from lorafold.data.parsing import kind_of, parsed
+from lorafold.data.parsing import Row, kind_of, parsed
 
 Message = dict[str, Any]
 Tool = dict[str, Any]
+# the messages of a prompt, and those of each completion, by the name of its field
+Said = tuple[list[Message], dict[str, list[Message]]]
 REASONING = ("reasoning_content", "reasoning", "thinking")
 ASKING = ("weight", "train", "training", "loss")  # whether to train on a turn
 FORM = frozenset(("role", "content", "tool_calls", "name", "tool_call_id"))
@@ -28,6 +38,9 @@ ROLES = {  # the names that others have for roles
     **dict.fromkeys(("function", "observation", "function_response"), "tool"),
     **{name: name for name in ("system", "user", "assistant", "tool", "developer")},
 }
+CALLERS = ("function_call", "tool_call")  # whose turns are calls, as JSON
+SPEAKERS = (*ROLES, *CALLERS)
+TURN_KEYS = {"from", "value", *ASKING}
 
 
 def text_problems(name: str, value: Any) -> Iterator[str]:
@@ -174,9 +187,23 @@ def tool_problems(value: Any) -> Iterator[str]:
             yield from text_problems(f"tools[{index}].name", function.get("name"))
 
 
+def said_by(role: str, value: Any) -> list[Message]:
+    """Checked messages in one form, or a text as the message of a role."""
+    return [{"role": role, "content": value}] if isinstance(value, str) else normalized(value)
+
+
 def normalized(messages: list[Message]) -> list[Message]:
     """The messages of a checked row in one form; those that have it already are not copied."""
-    return [_normalized(message) if _unusual(message) else message for message in messages]
+    return [
+        message
+        if isinstance(message.get("content"), str)
+        and "tool_calls" not in message
+        and FORM.issuperset(message)
+        and ROLES.get(message["role"]) == message["role"]
+        and None not in message.values()
+        else _normalized(message)
+        for message in messages
+    ]
 
 
 def tools_of(value: Any) -> tuple[Tool, ...]:
@@ -205,17 +232,6 @@ def without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _unusual(message: Message) -> bool:
-    """Whether a message is not in the one form yet, has more than text, or lacks a value."""
-    return (
-        not isinstance(message.get("content"), str)
-        or "tool_calls" in message
-        or not FORM.issuperset(message)
-        or ROLES.get(message["role"]) != message["role"]
-        or None in message.values()
-    )
 
 
 def _normalized(message: Message) -> Message:
@@ -247,3 +263,114 @@ def _other(text: str, kind: type) -> str:
         reason = str(error)
         return "no JSON" if "not JSON" in reason else f"JSON of which can't be used: {reason}"
     return "" if isinstance(value, kind) else f"JSON of {kind_of(value)}"
+
+
+def turns_problems(row: Row) -> Iterator[str]:
+    """What is wrong with the turns of a row, under `conversations`."""
+    turns = row["conversations"]
+    if any(wrong := list(list_problems("conversations", turns, "turns"))):
+        yield from wrong
+        return
+    for index, turn in enumerate(turns):
+        yield from turn_problems(f"conversations[{index}]", turn)
+
+
+def turn_problems(name: str, turn: Any) -> Iterator[str]:
+    """What is wrong with one turn, whose field has that name."""
+    if not isinstance(turn, dict):
+        yield f"field {name}: found {kind_of(turn)}, expected an object with from and value"
+        return
+    speaker, value = turn.get("from"), turn.get("value")
+    yield from asking_problems(name, turn)
+    if speaker not in CALLERS and role_of(speaker) not in ROLES:
+        yield f"field {name}.from: found {speaker!r}, expected one of {', '.join(SPEAKERS)}"
+    if not isinstance(value, str) or speaker not in CALLERS:
+        yield from text_problems(f"{name}.value", value)
+        return
+    try:
+        calls = parsed(value)
+    except ValueError as error:
+        yield f"field {name}.value: found no JSON ({error}), expected that of a call"
+        return
+    yield from call_problems(f"{name}.value", calls if isinstance(calls, list) else [calls])
+
+
+def turns_to_messages(turns: list[dict[str, Any]]) -> list[Message]:
+    """The messages of checked turns."""
+    found = list[Message]()
+    for turn in turns:
+        speaker, value = turn["from"], turn["value"]
+        if speaker in CALLERS:
+            calls = parsed(value)
+            calls = calls if isinstance(calls, list) else [calls]
+            said = {"role": "assistant", "tool_calls": [call_of(call) for call in calls]}
+        else:
+            said = {"role": role_of(speaker), "content": value}
+        found.append(said | {key: turn[key] for key in ASKING if key in turn})
+    return normalized(found)
+
+
+def instruction_problems(answered: str, beside: str, row: Row) -> Iterator[str]:
+    """What is wrong with a row of an instruction.
+
+    Args:
+        answered: The key of the answer.
+        beside: That of what the instruction is about, which may be absent.
+        row: Has the instruction and the answer.
+    """
+    for key in ("instruction", answered, *([beside] if row.get(beside) is not None else [])):
+        yield from text_problems(key, row[key])
+
+
+def instruction(answered: str, beside: str, row: Row) -> Said:
+    """The messages of a checked row of an instruction, whose keys are those of its problems."""
+    asked = "\n".join(filter(None, (row["instruction"], row.get(beside))))
+    return said_by("user", asked), {answered: said_by("assistant", row[answered])}
+
+
+def query_problems(row: Row) -> Iterator[str]:
+    """What is wrong with a row of a question that calls answer."""
+    yield from text_problems("query", row["query"])
+    try:
+        yield from call_problems("answers", _answers(row))
+    except ValueError as error:
+        yield f"field answers: found no JSON ({error}), expected that of a list of calls"
+
+
+def query(row: Row) -> Said:
+    """The messages of a checked row of a question that calls answer."""
+    calls = [call_of(call) for call in _answers(row)]
+    return said_by("user", row["query"]), {"answers": [{"role": "assistant", "tool_calls": calls}]}
+
+
+def system_problems(row: Row, wrong: bool) -> Iterator[str]:
+    """What is wrong with the system message that stands beside what is said in a row.
+
+    Args:
+        row: The row, which has one.
+        wrong: Whether something is wrong with the rest of it.
+    """
+    yield from text_problems("system", row["system"])
+    if not wrong and row["system"] and _own_system(row) not in (None, row["system"]):
+        yield "field system: found beside another system message, expected one of the two"
+
+
+def system_of(row: Row) -> list[Message]:
+    """The system message that stands beside what is said in a checked row, unless that has it."""
+    own = _own_system(row)
+    return [] if own is not None else [{"role": "system", "content": row["system"]}]
+
+
+def _own_system(row: Row) -> str | None:
+    """The system message with which the messages of a row begin."""
+    for key in ("messages", "conversations", "prompt", "chosen"):
+        first = row[key][0] if isinstance(row.get(key), list) and row[key] else None
+        if isinstance(first, dict) and "system" in (first.get("role"), first.get("from")):
+            return str(first.get("content", first.get("value")))
+    return None
+
+
+def _answers(row: Row) -> list[dict[str, object]]:
+    """The calls of a row. ValueError where they are no JSON."""
+    answers = row["answers"]
+    return parsed(answers) if isinstance(answers, str) else answers

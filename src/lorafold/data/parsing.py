@@ -5,7 +5,18 @@
 
 Half of a surrogate pair, which JSON may hold and UTF-8 can't, numbers of thousands of digits, and
 values that lie too deep are refused wherever they stand, since rows are kept as they are.
+
+Rows have the keys and lists of other tools too, and get those by which `data.shapes` knows them:
+
+| found | becomes |
+|---|---|
+| `messages` or `conversations` as JSON text | the list |
+| lists of messages by columns: `{"role": [...], "content": [...]}` | a list of messages |
+| `conversations` whose turns have `role` | `messages` |
+| `functions` beside messages | `tools` |
 """
+
+from __future__ import annotations
 
 import json
 import re
@@ -19,6 +30,8 @@ DEEPEST = 100  # lists and objects around a value
 TOO_DEEP = f"found a value inside more than {DEEPEST} lists and objects, expected fewer"
 HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair
 ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
+CONVERSED = ("messages", "conversations")
+SPOKEN = (*CONVERSED, "prompt", "completion", "chosen", "rejected")  # which may hold messages
 
 
 def decoded(text: bytes) -> str:
@@ -135,3 +148,37 @@ def _digits() -> int:
 def _whole(digits: str) -> int:
     """A whole number, or in place of one that is too long the power of ten above it."""
     return int(digits) if len(digits) <= _digits() else 10 ** len(digits)
+
+
+def as_known(row: Any) -> Found:
+    """The row with the keys and lists that shapes know, or the reason why it can't be read."""
+    if not isinstance(row, dict):
+        return row if isinstance(row, str) else as_row(row)
+    found: Row = row
+    for key in SPOKEN:
+        value = row.get(key)
+        if isinstance(value, str) and key in CONVERSED and value.lstrip()[:1] in ("[", "{"):
+            try:
+                value = parsed(value)
+            except ValueError as error:
+                what = f"found text that is no JSON of messages ({error})"
+                return f"field {key}: {what}, expected a list of messages"
+            found = found | {key: value}
+        if isinstance(value, dict) and value and all(isinstance(v, list) for v in value.values()):
+            lengths = {name: len(column) for name, column in value.items()}
+            if len(set(lengths.values())) > 1:
+                many = ", ".join(f"{n} of {name}" for name, n in lengths.items())
+                return f"field {key}: found {many}, expected as many of each"
+            columns = zip(*value.values(), strict=True)
+            found = found | {key: [dict(zip(value, one, strict=True)) for one in columns]}
+    turns = found.get("conversations")
+    if isinstance(turns, list) and turns and isinstance(turns[0], dict) and "role" in turns[0]:
+        found = _moved(found, "conversations", "messages")
+    return _moved(found, "functions", "tools") if "messages" in found else found
+
+
+def _moved(row: Row, key: str, name: str) -> Row:
+    """The row with the value of one key under another name, unless that has a value too."""
+    if row.get(key) is None or row.get(name) is not None:
+        return row
+    return {name if k == key else k: v for k, v in row.items() if k != name}

@@ -6,28 +6,30 @@
 
 Two conversations may be texts of turns too, as "\\n\\nHuman: Hi\\n\\nAssistant: Yes", and so may a
 prompt that ends with "\\n\\nAssistant:". Where answers begin with the messages of the prompt, what
-follows is taken. Each form has a function that gives its messages.
+follows is taken. Each form has a function that gives its messages: those of the prompt, and those
+of its two answers by name.
 """
 
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
-from lorafold.data.messages import Message, message_problems, normalized, text_problems
+from lorafold.data.messages import (
+    Message,
+    Said,
+    message_problems,
+    normalized,
+    said_by,
+    text_problems,
+    turn_problems,
+    turns_problems,
+    turns_to_messages,
+)
 from lorafold.data.parsing import Row
-from lorafold.data.sharegpt import turn_problems, turns_problems, turns_to_messages
 
 TURN = re.compile(r"\n\n(Human|Assistant): ?")
 SPOKEN = {"Human": "user", "Assistant": "assistant"}
 AS_TURNS = "rows have texts that are read as turns of Human and Assistant"
-
-
-class Preference(NamedTuple):
-    """The messages of a prompt, and those of its two answers."""
-
-    prompt: list[Message]
-    chosen: list[Message]
-    rejected: list[Message]
 
 
 def preference_problems(row: Row) -> Iterator[str]:
@@ -38,7 +40,7 @@ def preference_problems(row: Row) -> Iterator[str]:
         problems += check(name, row[name])
     yield from problems
     lists = isinstance(row["chosen"], list) or isinstance(row["rejected"], list)
-    if not problems and lists and not preference(row).prompt:
+    if not problems and lists and not preference(row)[0]:
         yield (
             "fields prompt, chosen and rejected: found conversations that do not begin with the"
             " prompt, expected answers to it"
@@ -74,15 +76,13 @@ def turns_preference_problems(row: Row) -> Iterator[str]:
         yield from turn_problems(name, row[name])
 
 
-def preference(row: Row) -> Preference:
+def preference(row: Row) -> Said:
     """The messages of a checked row of prompt, chosen and rejected."""
     text, answers = row["prompt"], [row["chosen"], row["rejected"]]
     prompt = _asked(text) if isinstance(text, str) else normalized(text)
     if prompt[0]["content"] != text and isinstance(text, str):
         answers = [said.removeprefix(" ") if isinstance(said, str) else said for said in answers]
-    chosen, rejected = (
-        _said("assistant", said) if isinstance(said, str) else normalized(said) for said in answers
-    )
+    chosen, rejected = (said_by("assistant", said) for said in answers)
     shared = chosen[: _shared(chosen, rejected)]
     if isinstance(text, str) and {chosen[0]["role"], rejected[0]["role"]} != {"assistant"}:
         # the text is one of the messages with which both answers begin
@@ -90,14 +90,14 @@ def preference(row: Row) -> Preference:
         prompt = shared if asked else []
     if shared[: len(prompt)] == prompt and len(prompt) < min(len(chosen), len(rejected)):
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-    return Preference(prompt, chosen, rejected)
+    return prompt, {"chosen": chosen, "rejected": rejected}
 
 
-def implicit_preference(row: Row) -> Preference:
+def implicit_preference(row: Row) -> Said:
     """The messages of a checked row of two conversations."""
     chosen, rejected = normalized(_said_in(row["chosen"])), normalized(_said_in(row["rejected"]))
     shared = _shared(chosen, rejected)
-    return Preference(chosen[:shared], chosen[shared:], rejected[shared:])
+    return chosen[:shared], {"chosen": chosen[shared:], "rejected": rejected[shared:]}
 
 
 def as_turns(row: Row) -> str:
@@ -106,21 +106,17 @@ def as_turns(row: Row) -> str:
     return AS_TURNS if any(isinstance(t, str) and TURN.match(t) for t in texts) else ""
 
 
-def turns_preference(row: Row) -> Preference:
+def turns_preference(row: Row) -> Said:
     """The messages of a checked row of ShareGPT's turns with two last turns."""
     prompt = turns_to_messages(row["conversations"])
     chosen, rejected = (turns_to_messages([row[name]]) for name in ("chosen", "rejected"))
-    return Preference(prompt, chosen, rejected)
+    return prompt, {"chosen": chosen, "rejected": rejected}
 
 
 def _shared(chosen: list[Any], rejected: list[Any]) -> int:
     """How many messages the two have in common at their beginning."""
     pairs = enumerate(zip(chosen, rejected, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
-
-
-def _said(role: str, text: str) -> list[Message]:
-    return [{"role": role, "content": text}]
 
 
 def _said_in(said: Any) -> list[Message]:
@@ -133,12 +129,12 @@ def _turns(text: str) -> list[Message]:
     before, *pieces = TURN.split(text)
     if before.strip():
         return []
-    speakers = [SPOKEN[name] for name in pieces[::2]]
-    return [m for s, t in zip(speakers, pieces[1::2], strict=True) for m in _said(s, t)]
+    turns = zip(pieces[::2], pieces[1::2], strict=True)
+    return [{"role": SPOKEN[name], "content": said} for name, said in turns]
 
 
 def _asked(prompt: str) -> list[Message]:
     """The messages of a prompt: one, or its turns before the one that is opened at its end."""
     turns = _turns(prompt)
     opened = bool(turns) and turns[-1]["role"] == "assistant" and not turns[-1]["content"].strip()
-    return turns[:-1] if opened and len(turns) > 1 else _said("user", prompt)
+    return turns[:-1] if opened and len(turns) > 1 else said_by("user", prompt)

@@ -11,8 +11,7 @@ rewrite earlier messages when the turn is there. The text found begins with the 
 import re
 from typing import NamedTuple
 
-from lorafold.data.reasoning import OPENED, Block
-from lorafold.data.template_forms import common
+from lorafold.data.templates import OPENED, Block, common
 
 CLOSED = re.compile(r"([<\[])(\w+)([>\]])\s*\1/\2\3\s*\Z")  # an empty block at a prompt's end
 SEEN = 24  # characters of the message before the turn by which it is found again

@@ -1,4 +1,4 @@
-"""Prompts, of rows that need not have a completion.
+"""Prompts of rows, and the references that generation is measured against.
 
     {"prompt": text or messages}        or a row of any shape that is a conversation
 
@@ -6,20 +6,116 @@ The prompt of a conversation is all that comes before its last assistant turn, i
 that turn is then the reference. Use it where a model is asked and not trained.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from lorafold.data.checking import checked, renamed
-from lorafold.data.conversations import Conversation
-from lorafold.data.references import reference_of
-from lorafold.data.render import prompt_of
-from lorafold.data.shapes import CONVERSATIONS, PROMPT_ALONE, PROMPTS, SHAPES, shape_of
+from lorafold.data.control_tokens import as_text, ids_of
+from lorafold.data.render import Drawing, check_able, check_shown, prompt_of
+from lorafold.data.rows import checked, renamed
+from lorafold.data.shapes import (
+    CONVERSATIONS,
+    PROMPT_ALONE,
+    PROMPTS,
+    SHAPES,
+    Conversation,
+    shape_of,
+)
 from lorafold.data.sources import Row
-from lorafold.errors import LorafoldError
+from lorafold.data.templates import apply, template_of
+from lorafold.errors import LorafoldError, listed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+ASKING = tuple(shape for shape in (*SHAPES, PROMPT_ALONE) if PROMPTS in shape.gives)
+
+
+class Reference(NamedTuple):
+    """The content of the message before a turn, the rendered prompt and the turn's own text."""
+
+    asked: str
+    prompt: str
+    text: str
+
+
+def references(
+    conversations: Iterable[Conversation], tokenizer: PreTrainedTokenizerBase
+) -> list[Reference]:
+    """The prompt and the reference of each conversation, which is a row of its own.
+
+    The reference of a conversation is its last assistant turn, but for those that its row leaves
+    out of training: the content or, where the turn has calls, the text that the template renders
+    for it, without special tokens and reasoning. The prompt has the row's tools, and the template's
+    special tokens: tokenize it with add_special_tokens=False. Raises LorafoldError for plain text,
+    for conversations without an assistant turn after a prompt, and for those that the template does
+    not show whole.
+    """
+    found: list[Reference] = []
+    bad: list[str] = []
+    for number, given in enumerate(conversations, 1):
+        turns = replace(given, trained=0).turns
+        if not turns or not turns[-1]:
+            what = "no assistant turn after a prompt" if given.messages else "plain text"
+            bad.append(f"row {number}: found {what}")
+            continue
+        try:
+            found.append(reference_of(given, turns[-1], tokenizer))
+        except LorafoldError as error:
+            raise LorafoldError(f"data: row {number}: {error}") from error
+    if bad:
+        raise LorafoldError(
+            "data: evaluation by generation needs rows with a prompt and a reference completion:"
+            f" {listed(bad, '; ')}"
+        )
+    return found
+
+
+def without_reasoning(text: str, prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A completion without the block of reasoning that it begins with, if it has one.
+
+    Args:
+        prompt: The prompt that it completes, which may open the block.
+        tokenizer: Its chat template says how reasoning is enclosed.
+    """
+    if tokenizer.chat_template is None:
+        return text
+    return text[template_of(tokenizer).block.end(text, prompt) :]
+
+
+def reference_of(
+    conversation: Conversation, last: int, tokenizer: PreTrainedTokenizerBase
+) -> Reference:
+    """The prompt of one assistant turn, and the turn.
+
+    Args:
+        last: The turn's index, from 1.
+        tokenizer: With the chat template.
+
+    Raises LorafoldError for what the template refuses or does not show whole.
+    """
+    messages = conversation.messages[: last + 1]
+    check_able(conversation, tokenizer)
+    given = as_text(Conversation(messages, 0, conversation.tools), tokenizer)
+    drawing = Drawing(given, tokenizer)
+    prompt, message = apply(drawing.formed[:last], tokenizer, given.tools, True), messages[last]
+    asked = messages[last - 1].get("content", "")
+    if not message.get("tool_calls"):
+        check_shown(replace(given, messages=given.messages[:last]), prompt, tokenizer)
+        return Reference(asked, prompt, message.get("content", ""))
+    turn = drawing.turn(last)
+    if turn is None:
+        raise LorafoldError(
+            f"messages[{last}]: the chat template renders this turn differently at generation"
+        )
+    check_shown(given, turn.text, tokenizer)
+    said = without_reasoning(turn.said, prompt, tokenizer)
+    ids = ids_of(said, tokenizer)
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return Reference(asked, prompt, str(text))
 
 
 class Prompt(NamedTuple):
@@ -31,16 +127,12 @@ class Prompt(NamedTuple):
     reference: str | None
 
 
-ASKING = tuple(shape for shape in (*SHAPES, PROMPT_ALONE) if PROMPTS in shape.gives)
-
-
 def _asked(row: Row) -> Conversation:
     """The conversation of a row; one without messages where it asks nothing."""
     shape = shape_of(row, ASKING)
     if shape is None:
         return Conversation([])
-    read = shape.gives.get(CONVERSATIONS, shape.gives[PROMPTS])
-    found: Conversation = read(row)
+    found: Conversation = shape.given(PROMPTS if shape is PROMPT_ALONE else CONVERSATIONS, row)
     return found
 
 
@@ -74,7 +166,7 @@ def asked_in(row: Row) -> list[str]:
 
 
 def prompts_of(
-    rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", name: str
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, name: str
 ) -> list[Prompt]:
     """The rendered prompts of rows that `read_prompts` checked.
 
@@ -87,18 +179,16 @@ def prompts_of(
     found = []
     for number, row in enumerate(rows, 1):
         try:
-            found.append(_prompt(row, tokenizer))
+            given = _asked(row)
+            last = len(given.messages) - 1
+            if given.messages[last]["role"] != "assistant":
+                found.append(Prompt(prompt_of(given, tokenizer), None))
+                continue
+            if not last:
+                what = "found no message before the assistant's turn, expected a prompt"
+                raise LorafoldError(what)
+            reference = reference_of(given, last, tokenizer)
+            found.append(Prompt(reference.prompt, reference.text))
         except LorafoldError as error:
             raise LorafoldError(f"{name}: row {number}: {error}") from error
     return found
-
-
-def _prompt(row: Row, tokenizer: "PreTrainedTokenizerBase") -> Prompt:
-    given = _asked(row)
-    last = len(given.messages) - 1
-    if given.messages[last]["role"] == "assistant":
-        if not last:
-            raise LorafoldError("found no message before the assistant's turn, expected a prompt")
-        reference = reference_of(given, last, tokenizer)
-        return Prompt(reference.prompt, reference.text)
-    return Prompt(prompt_of(given, tokenizer), None)

@@ -1,34 +1,153 @@
 """Reads the rows of a file: JSON lines, JSON, CSV, Parquet, Arrow, and those of text compressed.
 
-    numbered(Path("rows.jsonl.gz"))     (1, row), (2, row), ...
+    numbered(Path("rows.jsonl.gz"), tell)     (1, row), (2, row), ...
 
 A row that can't be read is handed on as the reason, so that all bad rows are told together. Rows
 are numbered from 1: by line in a file of JSON lines, by record after the header in a CSV file.
+
+Text is UTF-8, or UTF-16 with its byte order mark. Excel saves CSV in Windows-1252 unless it is
+asked for UTF-8: such a file is read as that if it can only be that: all before the first byte that
+is no UTF-8 is ASCII, what follows has no control characters, and no four letters outside of ASCII
+in a row, which text in other code pages has. It is said, with a word by which a wrong guess shows.
 """
 
+from __future__ import annotations
+
+import codecs
 import csv
 import io
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorafold.data.parsing import Found, as_row, decoded, loaded, row_of, suspect
-from lorafold.data.text import Tell, Unreadable, as_utf8, other_than_rows
 from lorafold.errors import LorafoldError
 from lorafold.files.paths import beside
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+Tell = Callable[[str], None]
 Numbered = Iterator[tuple[int, Found]]
 BOM = b"\xef\xbb\xbf"
 DELIMITERS = ",;\t|"
 AT_ONCE = 1000  # rows of a table that are made into objects together
 MAGIC = {"gzip": b"\x1f\x8b", "bz2": b"BZh", "zstd": b"\x28\xb5\x2f\xfd"}
 LONGEST = 2**31 - 1  # bytes of a field of CSV
+PIECE = 1 << 16  # bytes
+WINDOWS = "cp1252"
+WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+AS_CSV = "save it as CSV in UTF-8, or: pandas.read_excel(FILE).to_csv('rows.csv', index=False)"
+NEITHER = "neither UTF-8 nor Windows-1252; save it as UTF-8: iconv -f ENCODING -t utf-8 FILE"
+# what a file is, by its first bytes
+SIGNS = {
+    b"PK\x03\x04": f"a spreadsheet or another zip file, expected rows; {AS_CSV}",
+    b"\xd0\xcf\x11\xe0": f"a spreadsheet, expected rows; {AS_CSV}",
+    b"%PDF": "a PDF, expected rows; write its text into a file of rows",
+    b"\x1f\x8b": "what gzip compressed; expected a name that ends with .gz",
+    b"BZh": "what bzip2 compressed; expected a name that ends with .bz2",
+    b"\x28\xb5\x2f\xfd": "what zstd compressed; expected a name that ends with .zst",
+    b"PAR1": "Parquet; expected a name that ends with .parquet",
+    b"ARROW1": "Arrow; expected a name that ends with .arrow",
+    b"version https://git-lfs": "what git-lfs keeps in place of the file: git lfs pull fetches it",
+    b"<!doctype": "a web page, expected rows; what was fetched is not the file itself",
+    b"<html": "a web page, expected rows; what was fetched is not the file itself",
+}
+CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
+FOREIGN = re.compile(r"[^\W\d_a-zA-Z]{4}")  # letters of another alphabet, read as Windows-1252
+LETTERS = re.compile(r"\w*[^\W\d_a-zA-Z]\w*")
+WORD = re.compile(r"\w*[^\x00-\x7f]\w*")
+
+
+class Unreadable(ValueError):
+    """What is wrong with a file as a whole, in one line."""
+
+
+def as_utf8(file: io.BufferedReader, windows: bool, tell: Tell) -> io.BufferedReader:
+    """The file with its text in UTF-8; what is neither that nor known stays as it is.
+
+    Args:
+        windows: Whether it may be in Windows-1252.
+        tell: Is told where it is.
+    """
+    begins = file.peek(2)[:2]
+    if not windows and begins not in WIDE:
+        return file
+    stream: io.RawIOBase = _Utf8(file, begins in WIDE, tell)
+    return io.BufferedReader(stream, PIECE)
+
+
+class _Utf8(io.RawIOBase):
+    """Final: another file's text in UTF-8, as it is read."""
+
+    def __init__(self, file: io.BufferedReader, wide: bool, tell: Tell) -> None:
+        self._file, self._tell = file, tell
+        self._codec = "utf-16" if wide else "utf-8"
+        self._decoder = codecs.getincrementaldecoder(self._codec)()
+        self._plain = not wide  # so far there is ASCII alone
+        self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, into: memoryview) -> int:  # type: ignore[override]
+        more = True
+        while more and not self._ready:
+            piece = self._file.read1(PIECE)
+            more = bool(piece)
+            self._ready = self._read(piece)
+        count = min(len(into), len(self._ready))
+        into[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
+
+    def _read(self, piece: bytes) -> bytes:
+        """A piece of the file in UTF-8, or as it is. Raises Unreadable for what is no text."""
+        if not self._codec or (self._plain and piece.isascii()):
+            return piece
+        waiting = b"" if self._codec == WINDOWS else self._decoder.getstate()[0]
+        try:
+            text = self._decoder.decode(piece, final=not piece)
+        except UnicodeDecodeError as error:
+            whole = waiting + piece
+            if self._codec == "utf-16":
+                raise Unreadable("no UTF-16, as its first bytes say; save it as UTF-8") from error
+            if self._codec == WINDOWS:
+                raise Unreadable(NEITHER) from error
+            if not (self._plain and whole[: error.start].isascii()):
+                self._codec = ""  # whoever reads the rows says which of them is no text
+                return whole
+            return self._switched(whole)
+        if self._codec == WINDOWS:
+            _check(text)
+        self._plain = self._plain and text.isascii()
+        return text.encode()
+
+    def _switched(self, piece: bytes) -> bytes:
+        """The piece in which the first byte stands that is no UTF-8."""
+        self._codec, self._decoder = WINDOWS, codecs.getincrementaldecoder(WINDOWS)()
+        try:
+            text = self._decoder.decode(piece)
+        except UnicodeDecodeError as error:
+            raise Unreadable(NEITHER) from error
+        _check(text)
+        found = LETTERS.search(text) or WORD.search(text)
+        self._tell(
+            f"no UTF-8, so it is read as Windows-1252, as Excel saves CSV: {found and found[0]!r};"
+            " where that is wrong, save it as UTF-8"
+        )
+        return text.encode()
+
+
+def _check(text: str) -> None:
+    """Raise Unreadable for what can't have been text in Windows-1252."""
+    if CONTROLS.search(text):
+        raise Unreadable("not text; expected CSV in UTF-8, or in UTF-16 with its byte order mark")
+    if FOREIGN.search(text):
+        raise Unreadable(NEITHER)
 
 
 class Kind(NamedTuple):
@@ -59,10 +178,11 @@ def numbered(path: Path, tell: Tell) -> Numbered:
     try:
         with path.open("rb") as plain, _expanded(plain, kind.compression) as file:
             begins = file.peek(64)[:64]
-            of_text = kind.read in TEXT.values()
-            if (told := other_than_rows(begins)) and (of_text or begins.startswith(b"version")):
-                raise Unreadable(f"found {told}")
-            windows = kind.read in (_csv, _tsv)
+            of_text, start = kind.read in TEXT.values(), begins.lstrip().lower()
+            for sign, what in SIGNS.items() if of_text or begins.startswith(b"version") else ():
+                if start.startswith(sign.lower()):
+                    raise Unreadable(f"found {what}")
+            windows = kind.read in (TEXT[".csv"], TEXT[".tsv"])
             yield from kind.read(as_utf8(file, windows, tell) if of_text else file)
     except FileNotFoundError as error:
         several = "; one --data names one file, a directory or a pattern" * ("," in path.name)
@@ -129,9 +249,10 @@ def _csv(file: io.BufferedReader, delimiter: str = "") -> Numbered:
             header = lines.readline()
             if told := re.fullmatch(r"sep=(.)\s*", header):  # as Excel begins such a file
                 delimiter, header = told[1], lines.readline()
-            records = csv.reader(
-                chain([header], lines), strict=True, delimiter=delimiter or _delimiter(header)
-            )
+            # the one that the header has most often outside of quotes, the earlier of equals
+            bare = re.sub(r'"[^"]*"', "", header)
+            delimiter = delimiter or max(DELIMITERS, key=bare.count)
+            records = csv.reader(chain([header], lines), strict=True, delimiter=delimiter)
             names = next(records, [])
             names = [name if name.strip() else f"column {n}" for n, name in enumerate(names, 1)]
             if twice := [name for name, count in Counter(names).items() if count > 1]:
@@ -156,18 +277,6 @@ def _csv(file: io.BufferedReader, delimiter: str = "") -> Numbered:
             raise Unreadable(f"not CSV after line {last or 1}: {reason}") from error
 
 
-def _delimiter(header: str) -> str:
-    """What divides the fields: of comma, semicolon, tab and bar the one that the header has most
-    often outside of quotes, the earlier of equals.
-    """
-    bare = re.sub(r'"[^"]*"', "", header)
-    return max(DELIMITERS, key=bare.count)
-
-
-def _tsv(file: io.BufferedReader) -> Numbered:
-    return _csv(file, "\t")
-
-
 def _parquet(file: io.BufferedReader) -> Numbered:
     import pyarrow.parquet as pq
 
@@ -188,7 +297,7 @@ def _arrow(file: io.BufferedReader) -> Numbered:
     yield from _rows(found.get_batch(n) for n in range(found.num_record_batches))
 
 
-def _rows(batches: "Iterable[pa.RecordBatch]") -> Numbered:
+def _rows(batches: Iterable[pa.RecordBatch]) -> Numbered:
     few = (b.slice(at, AT_ONCE) for b in batches for at in range(0, len(b), AT_ONCE))
     return enumerate((row for batch in few for row in batch.to_pylist()), 1)
 
@@ -198,7 +307,7 @@ TEXT: dict[str, Callable[[io.BufferedReader], Numbered]] = {
     ".ndjson": _lines,
     ".json": _json,
     ".csv": _csv,
-    ".tsv": _tsv,
+    ".tsv": partial(_csv, delimiter="\t"),
 }
 READERS = TEXT | {".parquet": _parquet, ".arrow": _arrow}
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}

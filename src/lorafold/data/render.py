@@ -1,40 +1,378 @@
 """Renders conversations with the model's chat template: whole, as prompts, and for training.
 
     render(messages, tokenizer, for_generation=True, tools=tools)     one text
-    prompts(rows, tokenizer)                                          (prompt, reference) of rows
+    render_trained(conversation, tokenizer)     the texts of its examples, and the spans in them
 
-`data.trained_spans` finds what of a conversation is trained on.
+    prompt(i) = render(messages[:i], with the generation prompt)
+    after(i)  = render(messages[:i + 1]) = prompt(i) + what the model shall generate
+
+**The law**: the ids before a trained turn are those that generation starts from, and nothing that
+the template supplies is trained on. So a trained turn begins where its prompt ends. Turns whose
+`after` is a prefix of a longer text are spans of that text; a template that rewrites earlier turns
+(drops their reasoning, say) has an example of its own for each turn. Where `after` does not begin
+with the prompt, `data.prompt_mismatch` looks for the form that generation has; a turn without one
+is left out and counted. If the template marks its own spans with {% generation %}, what lies
+outside them is not trained on.
+
+A turn ends with a token at which generation stops (`Template.ending`). Where the template writes it
+with the next message, `after` goes on through it; where it writes none, the tokenizer's own stands
+there, and each turn has an example of its own, since no later prompt has that token.
+
+A conversation of which the template leaves out a part is refused: its tools, a call, the content of
+a message. Nearly always every part is found in the text as it stands. Where one is not, it is
+rendered once more with a probe in its place, since a template may trim, quote or spell a part in
+its own way.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from jinja2.exceptions import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from lorafold.data.control_tokens import as_text, variables_as_text
 from lorafold.data.messages import Message, Tool
-from lorafold.data.omissions import check_able, check_shown
-from lorafold.data.references import references
-from lorafold.data.shapes import CONVERSATIONS, Conversation
-from lorafold.data.sources import Row
-from lorafold.data.stored import Rows
-from lorafold.data.template_forms import NONE, apply, form_of
-from lorafold.data.trained_spans import Rendered, Rendering, Trained, render_trained
+from lorafold.data.prompt_mismatch import after_block, after_rewriting
+from lorafold.data.shapes import Conversation
+from lorafold.data.templates import (
+    ASKED,
+    KEY,
+    NAME,
+    NONE,
+    PROBE_TOOL,
+    VALUE,
+    WITH_NEXT,
+    WITH_TURN,
+    apply,
+    attempt,
+    call,
+    template_of,
+)
 from lorafold.errors import LorafoldError
 from lorafold.models.built_in_templates import opening
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Rendered", "Rendering", "Trained", "render_trained"]
-
+Span = tuple[int, int]
+Drawn = tuple[str, tuple[Span, ...] | None]
 PLAIN_TEMPLATE = """\
 {%- for message in messages -%}
 {{ '### ' + message['role'] | capitalize + ':\\n' + message['content'] }}
 {%- if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}
 {%- endfor -%}
 {%- if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif -%}"""
+HELP = "--chat-template FILE takes another template, and --chat-template tools one with tools"
 
 
-def ensure_chat_template(tokenizer: "PreTrainedTokenizerBase") -> str | None:
+def check_shown(
+    conversation: Conversation,
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    turns: Mapping[int, str] | None = None,
+) -> None:
+    """Raise LorafoldError if the text lacks a part of the conversation.
+
+    Args:
+        text: Its rendering.
+        tokenizer: The tokenizer whose chat template rendered it.
+        turns: What the template adds for a message with calls, by its number, where that is known.
+    """
+    for part, probed, probe in _missing(conversation, text, turns or {}):
+        form = template_of(tokenizer, probed.tools).form
+        try:
+            again = apply(form.of(probed.messages), tokenizer, probed.tools)
+        except LorafoldError:
+            again = ""
+        if probe not in again:
+            raise LorafoldError(
+                f"the chat template does not show {part}, so it would be lost; {HELP}"
+            )
+
+
+def check_able(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise LorafoldError if the conversation has tools, or calls, and the chat template shows none
+    in any conversation.
+    """
+    called = any("tool_calls" in message for message in conversation.messages)
+    if not conversation.tools and not called:
+        return
+    template = template_of(tokenizer, conversation.tools)
+    if conversation.tools and not template.shows_tools:
+        raise LorafoldError(f"the chat template does not show the row's tools; {HELP}")
+    if called and not template.shows_calls:
+        raise LorafoldError(f"the chat template does not show calls (tool_calls); {HELP}")
+
+
+def _missing(
+    conversation: Conversation, text: str, turns: Mapping[int, str]
+) -> Iterator[tuple[str, Conversation, str]]:
+    """(a part that is not in the text, the conversation with a probe in its place, the probe)."""
+    messages, trained, tools = conversation.messages, conversation.trained, conversation.tools
+
+    def at(index: int, **changed: Any) -> Conversation:
+        probed = [*messages[:index], messages[index] | changed, *messages[index + 1 :]]
+        return Conversation(probed, trained, tools)
+
+    for index, message in enumerate(messages):
+        content = message.get("content")
+        if message["role"] != "assistant" and content and content.strip() not in text:
+            what = f"messages[{index}].content ({message['role']})"
+            yield what, at(index, content=VALUE), VALUE
+        for number, given in enumerate(message.get("tool_calls", ())):
+            where = f"messages[{index}].tool_calls[{number}]"
+            if not _has_call(turns.get(index, text), given):
+                calls = list(message["tool_calls"])
+                calls[number] = given | call(NAME, {KEY: VALUE})
+                for what, probe in ((f"{where}: its name", NAME), (f"{where}: arguments", VALUE)):
+                    yield what, at(index, tool_calls=calls), probe
+    if tools and not all(_has_tool(text, tool) for tool in tools):
+        probed = Conversation(messages, trained, (*tools, PROBE_TOOL))
+        yield "the row's tools", probed, KEY
+
+
+def _has_tool(text: str, tool: dict[str, Any]) -> bool:
+    """Whether the text has a tool's name and its description, or that of its first argument."""
+    function = tool["function"]
+    parameters = function.get("parameters")
+    properties = parameters.get("properties") if isinstance(parameters, dict) else None
+    named = properties if isinstance(properties, dict) else ()
+    said = [part for part in (function.get("description"), *named) if part][:1]
+    return bool(said) and all(_has_text(text, value) for value in (function["name"], *said))
+
+
+def _has_call(text: str, given: dict[str, Any]) -> bool:
+    function = given["function"]
+    return function["name"] in text and all(
+        key in text and (not isinstance(value, str) or _has_text(text, value.strip()))
+        for key, value in function["arguments"].items()
+    )
+
+
+def _has_text(text: str, value: Any) -> bool:
+    """Whether a text stands in another one, as it is or as in JSON."""
+    value = str(value)
+    return (
+        value in text
+        or json.dumps(value, ensure_ascii=False)[1:-1] in text
+        or json.dumps(value)[1:-1] in text
+    )
+
+
+def hidden(messages: list[Message], index: int, turn: str) -> bool:
+    """Whether the turn's text lacks the reasoning that its message has, or what it says beside its
+    calls.
+
+    Args:
+        index: The turn's message.
+    """
+    message = messages[index]
+    thought, said = (str(message.get(k) or "").strip() for k in ("reasoning_content", "content"))
+    beside = said if message.get("tool_calls") else ""
+    return thought not in turn or (bool(beside) and not _has_text(turn, beside))
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """What of a conversation is trained on: all turns of the assistant or the last, with their
+    reasoning or without, and with an end that the template does not write with the turn (auto) or
+    without (none).
+    """
+
+    train_on: Literal["all", "last"] = "all"
+    mask_reasoning: bool = False
+    end_of_turn: Literal["auto", "none"] = "auto"
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """The text of one example and its trained character spans [start, end). `turns` are the
+    characters at which its trained turns begin: the text before one is what generation starts from,
+    so that the tokens are to be cut there.
+    """
+
+    text: str
+    spans: tuple[Span, ...]
+    turns: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The examples of one conversation. `left_out` assistant turns are not trained on, and the
+    text of `hidden` trained turns lacks their reasoning, or what they say beside a call, since the
+    template leaves it out. `turns` are the indices of the messages that are trained on.
+    """
+
+    renderings: tuple[Rendered, ...]
+    left_out: int = 0
+    hidden: int = 0
+    turns: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class TrainedTurn:
+    """One assistant turn: a text that ends with it, where it starts and ends in that text, what
+    generation makes of it, and the spans that the template marks, None if it marks none anywhere.
+    """
+
+    text: str
+    start: int
+    end: int
+    said: str
+    marks: tuple[Span, ...] | None
+
+
+class Drawing:
+    """The renderings of one conversation."""
+
+    def __init__(self, conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer, self.tools = tokenizer, conversation.tools
+        self.messages = conversation.messages
+        self.template, self.own = template_of(tokenizer, self.tools), template_of(tokenizer)
+        self.formed = self.template.form.of(self.messages)
+
+    def draw(self, messages: list[Message]) -> Drawn:
+        """The text of messages, and the template's own marks in it, None if it marks none."""
+        if not self.template.marks_own:
+            return apply(messages, self.tokenizer, self.tools), None
+        special: Any = self.tokenizer.special_tokens_map
+        try:
+            found: Any = render_jinja_template(
+                [messages],
+                tools=list(self.tools) or None,
+                chat_template=self.template.text,
+                return_assistant_tokens_mask=True,
+                add_generation_prompt=False,
+                **special,
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            apply(messages, self.tokenizer, self.tools)  # tells what is wrong in one line
+            raise LorafoldError(f"the model's chat template: {error}") from error
+        [text], [marks] = found
+        return text, tuple((start, end) for start, end in marks)
+
+    def turn(self, i: int, whole: Drawn | None = None) -> TrainedTurn | None:
+        """Turn i as generation would have it, or None where the template has no such form.
+
+        Args:
+            whole: All messages, if they are drawn.
+        """
+        if i == 0:
+            return None  # the first message has no prompt before it
+        message, last = self.formed[i], i == len(self.formed) - 1
+        # the text that the generation of the turn starts from
+        prompt = apply(self.formed[:i], self.tokenizer, self.tools, for_generation=True)
+        text, marks = whole if whole and last else self.draw(self.formed[: i + 1])
+        found = text
+        if not text.startswith(prompt) and message.get("reasoning_content"):
+            bare = {k: v for k, v in message.items() if k != "reasoning_content"}
+            plain, plain_marks = self.draw([*self.formed[:i], bare])
+            if plain.startswith(prompt):
+                found, marks = plain, plain_marks
+        if not found.startswith(prompt):
+            reasoning = message.get("reasoning_content", "")
+            said = self.messages[i].get("content", "")
+            block, specials = self.own.block, self.own.specials
+            joined = after_block(prompt, text, (reasoning, said), block, specials)
+            if joined is None:
+                before = attempt(self.formed[:i], self.tokenizer, self.tools)
+                joined = after_rewriting(prompt, text, before, said)
+            if joined is None or marks == ():
+                return None
+            found, marks = joined, marks and ((len(prompt), len(joined)),)
+        # whitespace after the token that ends a turn is the template's
+        start, end = len(prompt), max(len(prompt), len(found.rstrip()))
+        return TrainedTurn(found, start, end, found[start:end], marks)
+
+    def end(self, i: int, turn: TrainedTurn) -> str | None:
+        """The end of turn i, which its text lacks; None where the template writes it with the turn.
+        """
+        ending, text = self.own.ending, turn.text[: turn.end]
+        if ending.written == WITH_TURN:
+            return None
+        if ending.written == WITH_NEXT:
+            follows = [m for m in self.formed[i + 1 : i + 2] if m["role"] in ("user", "tool")]
+            [next_one] = follows or self.template.form.of([ASKED])
+            longer = attempt([*self.formed[: i + 1], next_one], self.tokenizer, self.tools)
+            if longer.startswith(text):
+                return self.own.through_special(longer[len(text) :]) or ending.text
+        return ending.text
+
+
+def render_trained(
+    conversation: Conversation,
+    tokenizer: PreTrainedTokenizerBase,
+    rendering: Rendering = Rendering(),
+) -> Trained:
+    """Render a conversation and find the spans of its trained assistant turns.
+
+    A conversation of which nothing is trained on gives its whole text, without spans.
+
+    Args:
+        conversation: The messages, and from which on they are trained on.
+        tokenizer: A tokenizer with a chat template.
+        rendering: What of them is trained on.
+
+    Raises LorafoldError if the template refuses the conversation, or does not show its tools, a
+    call, or what is said by anyone but the assistant.
+    """
+    check_able(conversation, tokenizer)
+    conversation = as_text(conversation, tokenizer)
+    drawing, messages = Drawing(conversation, tokenizer), conversation.messages
+    drawn_whole = whole, _ = drawing.draw(drawing.formed)
+    turns = conversation.turns
+    turns = turns[-1:] if rendering.train_on == "last" else turns
+    called = [i for i, message in enumerate(messages) if message.get("tool_calls")]
+    drawn = {i: drawing.turn(i, drawn_whole) for i in {*turns, *called}}
+    calls = {i: turn.said for i in called if (turn := drawn[i]) is not None}
+    check_shown(conversation, whole, tokenizer, calls)
+    found: list[tuple[str, list[Span], list[int]]] = [(whole, [], [])]  # the longest text first
+    left_out = lost = 0
+    kept = set[int]()
+    for i in reversed(turns):
+        turn = drawn[i]
+        if turn is None:
+            left_out += 1
+            continue
+        lost += hidden(messages, i, turn.said)
+        text, start, end, marks = turn.text, turn.start, turn.end, turn.marks
+        if rendering.end_of_turn == "auto" and (written := drawing.end(i, turn)) is not None:
+            text = text[:end] + written
+            if marks is not None and any(last > start for _, last in marks):
+                marks = (*marks, (end, len(text)))
+            end = len(text)
+        if rendering.mask_reasoning:
+            start += drawing.own.block.end(text[start:end], text[:start])
+        # a mark may go on to the end of the line, behind the token that ends the turn
+        marks = ((start, end),) if marks is None else marks
+        cut = ((max(start, first), min(len(text), last)) for first, last in marks)
+        if not (spans := [(first, last) for first, last in cut if first < last]):
+            left_out += 1
+            continue
+        home = next((entry for entry in found if entry[0].startswith(text)), None)
+        if home is None:
+            home = (text, [], [])
+            if text.startswith(whole):  # and has its end
+                found[0] = home
+            else:
+                found.append(home)
+        kept.add(i)
+        home[1].extend(spans)
+        home[2].append(turn.start)
+    renderings = [
+        Rendered(of, tuple(sorted(spans)), tuple(sorted(starts)))
+        for of, spans, starts in found
+        if spans
+    ]
+    shown = tuple(renderings[::-1]) or (Rendered(whole, ()),)
+    return Trained(shown, left_out, lost, frozenset(kept))
+
+
+def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Give a tokenizer without a chat template a plain one; return the notice to print, or None if
     it has a template already.
 
@@ -58,7 +396,7 @@ def ensure_chat_template(tokenizer: "PreTrainedTokenizerBase") -> str | None:
 
 def render(
     messages: Sequence[Message],
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     for_generation: bool = False,
     tools: Sequence[Tool] = (),
     variables: Mapping[str, Any] = NONE,
@@ -80,7 +418,7 @@ def render(
 
 def prompt_of(
     conversation: Conversation,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     variables: Mapping[str, Any] = NONE,
 ) -> str:
     """The prompt for the next turn of a conversation, as `data.control_tokens` has texts.
@@ -100,19 +438,11 @@ def prompt_of(
 
 def _applied(
     given: Conversation,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     for_generation: bool,
     variables: Mapping[str, Any],
 ) -> str:
-    formed = form_of(tokenizer, given.tools).of(given.messages)
+    formed = template_of(tokenizer, given.tools).form.of(given.messages)
     if variables:
         variables = variables_as_text(variables, tokenizer, given.tools)
     return apply(formed, tokenizer, given.tools, for_generation, variables)
-
-
-def prompts(rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase") -> list[tuple[str, str]]:
-    """Return (prompt text ready for generation, reference completion) for each row, as
-    `data.references` has them.
-    """
-    given = Rows.of(list(rows)).given(CONVERSATIONS)
-    return [(found.prompt, found.text) for found in references(given, tokenizer)]

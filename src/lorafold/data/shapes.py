@@ -1,4 +1,5 @@
-"""The shapes that a user's rows may have.
+"""The shapes that a user's rows may have, and what they give of a row: conversations, completions
+to compare, labels.
 
 | shape | row |
 |---|---|
@@ -20,36 +21,38 @@ which most is asked: `shapes_for`. What a shape gives of its rows is what encode
 itself goes no further.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from typing import Any
 
-from lorafold.data.conversations import Compared, Conversation, Labelled
-from lorafold.data.instructions import (
-    instruction,
-    instruction_problems,
-    query,
-    query_problems,
-    system_of,
-    system_problems,
-)
 from lorafold.data.messages import (
+    CALLERS,
     REASONING,
     Message,
+    Said,
     Tool,
     asks,
+    instruction,
+    instruction_problems,
     message_problems,
     normalized,
+    query,
+    query_problems,
     role_of,
+    said_by,
+    system_of,
+    system_problems,
     text_problems,
     tool_problems,
     tools_of,
+    turns_problems,
+    turns_to_messages,
 )
 from lorafold.data.parsing import Row, kind_of
 from lorafold.data.preferences import (
-    Preference,
-    as_turns,
     implicit_preference,
     implicit_problems,
     preference,
@@ -57,7 +60,6 @@ from lorafold.data.preferences import (
     turns_preference,
     turns_preference_problems,
 )
-from lorafold.data.sharegpt import CALLERS, turns_problems, turns_to_messages
 
 # What a shape may give of its rows, each row once.
 CONVERSATIONS = "conversations"  # a Conversation
@@ -73,37 +75,122 @@ SAID = ("content", "value", "tool_calls", "function_call", *REASONING)  # of a m
 
 
 @dataclass(frozen=True)
+class Conversation:
+    """The messages of one row, in the form of `data.messages`, and the tools that it offers. The
+    assistant turns from index `trained` on are trained on, but for those whose row says not to.
+    Plain text is one without messages.
+    """
+
+    messages: list[Message]
+    trained: int = 0
+    tools: tuple[Tool, ...] = ()
+    text: str = ""
+
+    @property
+    def turns(self) -> list[int]:
+        """The indices of the assistant turns that are trained on."""
+        return [
+            n
+            for n, one in enumerate(self.messages)
+            if n >= self.trained and one["role"] == "assistant" and one.get("weight") != 0
+        ]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What one example of preferences is made of: a prompt, its completions by the name of their
+    field, the tools, and the judgement of a single completion, which has yet to be checked.
+    """
+
+    prompt: list[Message]
+    completions: dict[str, list[Message]]
+    tools: tuple[Tool, ...] = ()
+    desirable: Any = True
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A text and its label, text or a whole number."""
+
+    text: str
+    label: str | int
+
+
+@dataclass(frozen=True)
 class Shape:
     """One shape of rows: the keys by which it is recognized, a function that lists what is wrong
-    with a row, what it gives of a checked row, the keys that a row may have besides, and what there
-    is to say of how a checked row is read; empty for nothing.
+    with them in a row, one that reads a checked row, what is given of it, and the keys that a row
+    may have besides.
+
+    `read` gives the messages of a prompt and those of each completion, by the name of its field; a
+    shape without it is of a text.
     """
 
     keys: tuple[str, ...]
-    problems: Callable[[Row], Iterator[str]]
-    gives: Mapping[str, Callable[[Row], Any]]
-    optional: tuple[str, ...] = ()
-    remark: Callable[[Row], str] | None = None
+    wrong: Callable[[Row], Iterator[str]]
+    read: Callable[[Row], Said] | None
+    gives: tuple[str, ...]
+    optional: tuple[str, ...] = ("system", "tools")
 
     def __str__(self) -> str:
         return "{" + ", ".join(self.keys) + "}"
-
-    def conversation(self, row: Row) -> Conversation:
-        """The conversation of a row; one without messages where the shape gives none."""
-        found: Conversation = self.gives.get(CONVERSATIONS, _none)(row)
-        return found
 
     @cached_property
     def known(self) -> frozenset[str]:
         """The keys that are part of the shape."""
         return frozenset((*self.keys, *self.optional))
 
+    def problems(self, row: Row) -> Iterator[str]:
+        """What is wrong with a row that has the keys."""
+        wrong = list(self.wrong(row))
+        yield from wrong
+        if "system" in self.optional and row.get("system") is not None:
+            yield from system_problems(row, bool(wrong))
+        if "tools" in self.optional and row.get("tools") is not None:
+            yield from tool_problems(row["tools"])
+
+    def given(self, what: str, row: Row) -> Any:
+        """One of what the shape `gives`, of a checked row."""
+        if self.read is None:
+            found = Conversation([], text=row["text"])
+            return Labelled(row["text"], row["label"]) if what == LABELS else found
+        asked, answers = self.read(row)
+        before = [*system_of(row), *asked] if row.get("system") else asked
+        tools = tools_of(row["tools"]) if row.get("tools") else ()
+        if what == PAIRS:
+            return [Compared(before, answers, tools)]
+        if what == JUDGED:
+            good = {"chosen": True, "rejected": False, "completion": row.get("label")}
+            return [Compared(before, {of: said}, tools, good[of]) for of, said in answers.items()]
+        said = next(iter(answers.values()), [])
+        if what == PROMPTS:
+            # what comes before the last turn of the assistant, or all where that is not the last
+            own = not asked and bool(said) and said[-1]["role"] == "assistant"
+            said = [] if asked else said[: len(said) - own]
+            return Conversation([*before, *said], tools=tools)
+        return Conversation([*before, *said], len(before) if asked else 0, tools)
+
+    def conversation(self, row: Row) -> Conversation:
+        """The conversation of a row; one without messages where the shape gives none."""
+        found = self.given(CONVERSATIONS, row) if CONVERSATIONS in self.gives else None
+        return found or Conversation([])
+
     def answered(self, row: Row) -> bool:
         """Whether every answer of a checked row says something, or is to be trained on all the same
-        (`weight: 1`).
+        (`weight: 1`). Of messages and turns, one of the assistant's has to.
         """
-        answers = [key for key in self.keys if key in ANSWERS] or self.keys[:1]
-        return all(_says(row[key], key in COMPARED) for key in answers)
+        for key in [key for key in self.keys if key in ANSWERS] or self.keys[:1]:
+            value = row[key]
+            if isinstance(value, str):
+                if not value.strip():
+                    return False
+                continue
+            turns = [value] if isinstance(value, dict) else value if isinstance(value, list) else []
+            own = [t for t in turns if role_of(t.get("role", t.get("from"))) in SPEAKERS]
+            said = [asks(t) or any(str(t.get(k) or "").strip() for k in SAID) for t in own]
+            if own and not any(said[-1:] if key in COMPARED else said):
+                return False
+        return True
 
 
 @lru_cache
@@ -121,170 +208,34 @@ def shape_of(row: Row, shapes: Sequence[Shape] | None = None) -> Shape | None:
     """Return the first shape whose keys the row has (a key with the value null counts as absent),
     or None if there is none. The shapes are SHAPES, or those that are given.
     """
-    table = SHAPES if shapes is None else shapes
-    return next(
-        (shape for shape in table if all(row.get(key) is not None for key in shape.keys)), None
-    )
+    for shape in SHAPES if shapes is None else shapes:
+        if all(row.get(key) is not None for key in shape.keys):
+            return shape
+    return None
 
 
-def _says(value: Any, last: bool) -> bool:
-    """Whether an answer says something: a text, or one of the turns of the assistant in a list.
-
-    Args:
-        last: Only the last one of these counts.
-    """
-    if isinstance(value, str):
-        return bool(value.strip())
-    turns = [value] if isinstance(value, dict) else value if isinstance(value, list) else []
-    own = [turn for turn in turns if role_of(turn.get("role", turn.get("from"))) in SPEAKERS]
-    said = [asks(turn) or any(str(turn.get(key) or "").strip() for key in SAID) for turn in own]
-    return not own or any(said[-last:])
-
-
-def _none(row: Row) -> Conversation:
-    return Conversation([])
-
-
-def _messages(row: Row) -> Iterator[str]:
-    yield from message_problems("messages", row["messages"])
-
-
-def _messages_conversation(row: Row) -> Conversation:
-    messages = [*system_of(row), *normalized(row["messages"])]
-    return Conversation(messages, tools=tools_of(row.get("tools")))
-
-
-def _pair(row: Row) -> Iterator[str]:
-    prompt, completion = row["prompt"], row["completion"]
-    check = message_problems if isinstance(prompt, list) else text_problems
-    if (
-        isinstance(prompt, str | list)
-        and isinstance(completion, str | list)
-        and type(prompt) is not type(completion)
-    ):
-        yield (
-            f"fields prompt and completion: found {kind_of(prompt)} and {kind_of(completion)},"
-            " expected both text or both lists of messages"
-        )
-        return
-    yield from check("prompt", prompt)
-    yield from check("completion", completion)
-
-
-def _pair_conversation(row: Row) -> Conversation:
-    prompt, completion = row["prompt"], row["completion"]
-    if isinstance(prompt, str):
-        prompt, completion = (
-            [{"role": "user", "content": prompt}],
-            [{"role": "assistant", "content": completion}],
-        )
-    before, said = [*system_of(row), *normalized(prompt)], normalized(completion)
-    return Conversation([*before, *said], trained=len(before), tools=tools_of(row.get("tools")))
-
-
-def _prompt(row: Row) -> Iterator[str]:
+def _prompt_problems(row: Row) -> Iterator[str]:
     check = message_problems if isinstance(row["prompt"], list) else text_problems
     return check("prompt", row["prompt"])
 
 
-def _prompt_conversation(row: Row) -> Conversation:
-    prompt = row["prompt"]
-    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return Conversation([*system_of(row), *normalized(asked)], tools=tools_of(row.get("tools")))
+def _pair_problems(row: Row) -> Iterator[str]:
+    kinds = [type(row[key]) for key in ("prompt", "completion")]
+    if {*kinds} == {str, list}:
+        found = " and ".join(kind_of(row[key]) for key in ("prompt", "completion"))
+        yield (
+            f"fields prompt and completion: found {found},"
+            " expected both text or both lists of messages"
+        )
+        return
+    # of a prompt that is no list of messages, neither is the completion
+    check = message_problems if kinds[0] is list else text_problems
+    yield from check("prompt", row["prompt"])
+    yield from check("completion", row["completion"])
 
 
-def _before(read: Callable[[Row], Conversation], row: Row) -> Conversation:
-    """What comes before the last turn of the assistant, or all where that is not the last turn."""
-    found = read(row)
-    own = any(message["role"] == "assistant" for message in found.messages[-1:])
-    before = found.messages[: found.trained or len(found.messages) - own]
-    return Conversation(before, tools=found.tools)
-
-
-def _judged(row: Row) -> list[Compared]:
-    given = _pair_conversation(row)
-    before, said = given.messages[: given.trained], given.messages[given.trained :]
-    return [Compared(before, {"completion": said}, given.tools, row.get("label"))]
-
-
-def _read(read: Callable[[Row], Preference], row: Row) -> tuple[Preference, tuple[Tool, ...]]:
-    found = read(row)
-    before = [*system_of(row), *found.prompt]
-    return found._replace(prompt=before), tools_of(row.get("tools"))
-
-
-def _chosen(read: Callable[[Row], Preference], row: Row) -> Conversation:
-    pair, tools = _read(read, row)
-    return Conversation([*pair.prompt, *pair.chosen], trained=len(pair.prompt), tools=tools)
-
-
-def _both(read: Callable[[Row], Preference], row: Row) -> list[Compared]:
-    (prompt, chosen, rejected), tools = _read(read, row)
-    return [Compared(prompt, {"chosen": chosen, "rejected": rejected}, tools)]
-
-
-def _each(read: Callable[[Row], Preference], row: Row) -> list[Compared]:
-    (prompt, chosen, rejected), tools = _read(read, row)
-    return [
-        Compared(prompt, {"chosen": chosen}, tools, True),
-        Compared(prompt, {"rejected": rejected}, tools, False),
-    ]
-
-
-def _preference(
-    keys: tuple[str, ...],
-    problems: Callable[[Row], Iterator[str]],
-    read: Callable[[Row], Preference],
-) -> Shape:
-    gives: dict[str, Callable[[Row], Any]] = {
-        CONVERSATIONS: partial(_chosen, read),
-        PAIRS: partial(_both, read),
-        JUDGED: partial(_each, read),
-    }
-    return _conversed(keys, problems, gives, as_turns)
-
-
-def _conversed(
-    keys: tuple[str, ...],
-    problems: Callable[[Row], Iterator[str]],
-    gives: Mapping[str, Callable[[Row], Any]],
-    remark: Callable[[Row], str] | None = None,
-    beside: str = "",
-) -> Shape:
-    """A shape of conversations, which may have a system message and tools beside them."""
-    optional = (*filter(None, [beside]), "system", "tools")
-    gives = {PROMPTS: partial(_before, gives[CONVERSATIONS]), **gives}
-    return Shape(keys, _with_tools(problems), gives, optional, remark)
-
-
-def _with_tools(problems: Callable[[Row], Iterator[str]]) -> Callable[[Row], Iterator[str]]:
-    def both(row: Row) -> Iterator[str]:
-        wrong = list(problems(row))
-        yield from wrong
-        if row.get("system") is not None:
-            yield from system_problems(row, bool(wrong))
-        if row.get("tools") is not None:
-            yield from tool_problems(row["tools"])
-
-    return both
-
-
-def _turns_conversation(row: Row) -> Conversation:
-    messages = [*system_of(row), *turns_to_messages(row["conversations"])]
-    return Conversation(messages, tools=tools_of(row.get("tools")))
-
-
-def _alpaca(answered: str, beside: str) -> Shape:
-    """A shape of an instruction, what it is about, and an answer, all text."""
-    keys = ("instruction", answered)
-    gives = {CONVERSATIONS: partial(_answered, partial(instruction, answered, beside))}
-    return _conversed(keys, partial(instruction_problems, answered, beside), gives, beside=beside)
-
-
-def _answered(read: Callable[[Row], list[Message]], row: Row) -> Conversation:
-    *asked, said = read(row)
-    before = [*system_of(row), *asked]
-    return Conversation([*before, said], len(before), tools_of(row.get("tools")))
+def _pair(row: Row) -> Said:
+    return said_by("user", row["prompt"]), {"completion": said_by("assistant", row["completion"])}
 
 
 def _label_problems(row: Row) -> Iterator[str]:
@@ -293,37 +244,41 @@ def _label_problems(row: Row) -> Iterator[str]:
         yield f"field label: found {kind_of(row['label'])}, expected text or a whole number"
 
 
-def _labelled(row: Row) -> Labelled:
-    return Labelled(row["text"], row["label"])
+def _instruction(answered: str, beside: str) -> Shape:
+    """A shape of an instruction, what it is about, and an answer, all text."""
+    wrong = partial(instruction_problems, answered, beside)
+    read, keys = partial(instruction, answered, beside), ("instruction", answered)
+    return Shape(keys, wrong, read, CHAT, (beside, "system", "tools"))
 
 
-def _plain(row: Row) -> Iterator[str]:
-    yield from text_problems("text", row["text"])
-
-
-def _text(row: Row) -> Conversation:
-    return Conversation([], text=row["text"])
-
-
-PLAIN_TEXT = Shape(("text",), _plain, {CONVERSATIONS: _text})
-ALONE = {PROMPTS: _prompt_conversation}  # elsewhere such a row lacks a completion
-PROMPT_ALONE = Shape(("prompt",), _with_tools(_prompt), ALONE, ("system", "tools"))
+CHAT = (CONVERSATIONS, PROMPTS)
+TWO = (*CHAT, PAIRS, JUDGED)
+PROMPT_ALONE = Shape(  # elsewhere such a row lacks a completion
+    ("prompt",),
+    _prompt_problems,
+    lambda row: (said_by("user", row["prompt"]), {}),
+    (PROMPTS,),
+)
 SHAPES = (
-    _conversed(("messages",), _messages, {CONVERSATIONS: _messages_conversation}),
-    _conversed(
-        ("prompt", "completion"), _pair, {CONVERSATIONS: _pair_conversation, JUDGED: _judged}
+    Shape(
+        ("messages",),
+        lambda row: message_problems("messages", row["messages"]),
+        lambda row: ([], {"messages": normalized(row["messages"])}),
+        CHAT,
     ),
-    _preference(("prompt", "chosen", "rejected"), preference_problems, preference),
-    _preference(
-        ("conversations", "chosen", "rejected"), turns_preference_problems, turns_preference
+    Shape(("prompt", "completion"), _pair_problems, _pair, (*CHAT, JUDGED)),
+    Shape(("prompt", *COMPARED), preference_problems, preference, TWO),
+    Shape(("conversations", *COMPARED), turns_preference_problems, turns_preference, TWO),
+    Shape(COMPARED, implicit_problems, implicit_preference, TWO),
+    Shape(
+        ("conversations",),
+        turns_problems,
+        lambda row: ([], {"conversations": turns_to_messages(row["conversations"])}),
+        CHAT,
     ),
-    _preference(("chosen", "rejected"), implicit_problems, implicit_preference),
-    _conversed(("conversations",), turns_problems, {CONVERSATIONS: _turns_conversation}),
-    _alpaca("output", "input"),
-    _alpaca("response", "context"),
-    _conversed(
-        ("query", "answers", "tools"), query_problems, {CONVERSATIONS: partial(_answered, query)}
-    ),
-    Shape(("text", "label"), _label_problems, {LABELS: _labelled}),
-    PLAIN_TEXT,
+    _instruction("output", "input"),
+    _instruction("response", "context"),
+    Shape(("query", "answers", "tools"), query_problems, query, CHAT),
+    Shape(("text", "label"), _label_problems, None, (LABELS,), ()),
+    Shape(("text",), lambda row: text_problems("text", row["text"]), None, (CONVERSATIONS,), ()),
 )

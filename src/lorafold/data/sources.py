@@ -1,6 +1,13 @@
 """Where rows come from: a file, all files of a directory or that match a pattern, or a dataset of
 the Hugging Face hub or that `datasets` saved.
+
+Files of a directory or a pattern such as `data/*.jsonl` are taken in the order of their names, with
+numbers by size: part-2 comes before part-10. If names say that files are of the split `train`,
+those of other splits are left out, as hubs have them: `train` and the like are whole words of a
+file's name or of a folder's.
 """
+
+from __future__ import annotations
 
 import logging
 import os
@@ -8,14 +15,13 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from glob import glob, has_magic
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from lorafold.data.folders import Files, files_of, is_pattern, shown
-from lorafold.data.parsing import Found, Row
-from lorafold.data.readers import KINDS, kind_of_file, numbered
-from lorafold.data.text import AS_CSV, Tell
-from lorafold.errors import LorafoldError, shortened
+from lorafold.data.parsing import Row
+from lorafold.data.readers import AS_CSV, KINDS, Numbered, Tell, kind_of_file, numbered
+from lorafold.errors import LorafoldError, listed, shortened
 from lorafold.files.paths import beside
 from lorafold.machine.hub import asked_once
 
@@ -24,6 +30,93 @@ __all__ = ["Row", "Source", "source_from"]
 log = logging.getLogger(__name__)
 SPREADSHEETS = (".xlsx", ".xls", ".xlsm", ".ods")
 NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|[-+]?inf|nan"
+SHOWN = 10  # files that one line names
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+ABOUT = ("dataset_info.json", "dataset_infos.json")  # which `datasets` writes beside rows
+
+
+class Files(NamedTuple):
+    """The files of rows, and the reasons why others, by name, are none of them."""
+
+    paths: list[Path]
+    left_out: dict[str, str]
+
+    def __str__(self) -> str:
+        """What is left out, and why; empty for nothing."""
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.left_out.items():
+            by_reason.setdefault(reason, []).append(name)
+        return "; ".join(f"{shown(names)} ({reason})" for reason, names in by_reason.items())
+
+
+def is_pattern(name: str) -> bool:
+    """Whether a name stands for all files that match it."""
+    return has_magic(name) and not Path(name).exists()
+
+
+def files_of(name: str) -> Files:
+    """The files of rows that a directory or a pattern stands for.
+
+    Raises LorafoldError if there is none, and for splits of which none is for training.
+    """
+    directory, matched = Path(name), is_pattern(name)
+    if matched:
+        names = {Path(path): path for path in glob(name, recursive=True)}
+    else:
+        names = {path: path.relative_to(directory).as_posix() for path in directory.rglob("*")}
+        # of what is hidden, such as .git, only rows are worth a word
+        names = {p: n for p, n in names.items() if not _hidden(n) or kind_of_file(p)}
+    splits, left_out = dict[Path, str](), dict[str, str]()
+    if matched and "**" not in name:
+        left_out = {n: "a directory" for path, n in names.items() if path.is_dir()}
+    for path in sorted(filter(Path.is_file, names), key=_natural):
+        file = names[path]
+        if not matched and _hidden(file):
+            left_out[file] = "hidden"
+        elif path.name in ABOUT:
+            left_out[file] = "about a dataset"
+        elif not kind_of_file(path):
+            left_out[file] = "of no kind that is read"
+        else:
+            words = () if matched else re.split(r"[^a-z]+", file.lower())
+            found = [SPLITS[word] for word in words if word in SPLITS]
+            splits[path] = "train" if "train" in found else (found or [""])[0]
+    known = sorted({*splits.values()})
+    if "train" in known:
+        others = [path for path, split in splits.items() if split not in ("train", "")]
+        left_out |= {names[path]: "of another split; name a file to take it" for path in others}
+        splits = {path: split for path, split in splits.items() if path not in others}
+    elif len(known) > 1 and "" not in known:
+        raise LorafoldError(
+            f"{name}: found the splits {listed(known)}; expected only one, or one named"
+            f" train; a pattern such as {directory / f'*{known[0]}*'} takes one"
+        )
+    if not splits:
+        beside = f" ({Files([], left_out)})" if left_out else ""
+        what = "no file that matches" if matched else "no file of rows"
+        raise LorafoldError(f"{name}: found {what}{beside}, expected {KINDS}")
+    return Files([*splits], left_out)
+
+
+def shown(names: Iterable[str]) -> str:
+    """The first of some names, and how many more there are."""
+    first = list(names)
+    more = f" and {len(first) - SHOWN:,} more" if len(first) > SHOWN else ""
+    return ", ".join(first[:SHOWN]) + more
+
+
+def _hidden(name: str) -> bool:
+    return any(part.startswith((".", "__")) for part in name.split("/"))
+
+
+def _natural(path: Path) -> tuple[list[str | int], str]:
+    """By which paths are sorted: text without case, and numbers by size."""
+    pieces = re.split(r"([0-9]+)", path.as_posix().casefold())
+    return [int(p) if n % 2 else p for n, p in enumerate(pieces)], str(path)
 
 
 @dataclass(frozen=True)
@@ -39,10 +132,13 @@ class Source:
     @property
     def several(self) -> bool:
         """Whether it is made of files that the user did not name one by one."""
-        return is_pattern(self.name) or (self._path.is_dir() and not _saved(self._path))
+        saved = ("state.json", "dataset_dict.json")  # by which `save_to_disk` is known
+        return is_pattern(self.name) or (
+            self._path.is_dir() and not any((self._path / name).exists() for name in saved)
+        )
 
     @cached_property
-    def files(self) -> "tuple[Source, ...]":
+    def files(self) -> tuple[Source, ...]:
         """The files that it is made of, in their order; itself, if it is one file or a dataset.
 
         Raises LorafoldError for a directory or a pattern without files of rows.
@@ -86,26 +182,18 @@ class Source:
         kind = "".join(self._path.suffixes[-2:]).lower()
         return f"{kind} {of_file(self._path)[1]}" if self._is_file else self._dataset._fingerprint
 
-    def numbered(self, tell: Tell | None = None) -> Iterable[tuple[int, Found]]:
+    def numbered(self, tell: Tell = log.warning, streaming: bool = False) -> Numbered:
         """The numbered rows of a file or dataset, unchecked. LorafoldError where they can't be
         read.
 
         Args:
-            tell: Is told in which encoding a file is, where that was guessed; None: the log is.
+            tell: Is told in which encoding a file is, where that was guessed.
+            streaming: Make no copy of a dataset.
         """
         if self._is_file:
-            return numbered(self._path, tell or self._log)
-        return enumerate(self._dataset, 1)
-
-    def streamed(self) -> Iterable[tuple[int, Found]]:
-        """The numbered rows, without a copy of a dataset. LorafoldError where they can't be read.
-        """
-        if self._is_file:
-            return numbered(self._path, self._log)
-        return enumerate(_dataset(self.name, self._path, streaming=True), 1)
-
-    def _log(self, told: str) -> None:
-        log.warning("%s: %s", self.name, told)
+            return numbered(self._path, lambda text: tell(f"{self.name}: {text}"))
+        found = _dataset(self.name, self._path, True) if streaming else self._dataset
+        return enumerate(found, 1)
 
     @property
     def _path(self) -> Path:
@@ -174,8 +262,3 @@ def _dataset(source: str, path: Path, streaming: bool = False) -> Any:
             f"{source}: found the splits {', '.join(found)}; expected only one, or one named train"
         )
     return found["train"] if "train" in found else next(iter(found.values()))
-
-
-def _saved(path: Path) -> bool:
-    """Whether `save_to_disk` wrote a directory."""
-    return (path / "state.json").exists() or (path / "dataset_dict.json").exists()

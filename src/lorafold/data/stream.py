@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from lorafold.data.arrow import Lists
-from lorafold.data.checking import check_given, checked, renamed
-from lorafold.data.control_tokens import told_of
+from lorafold.data.batches import Feed
+from lorafold.data.control_tokens import MARKED
 from lorafold.data.examples import Examples
-from lorafold.data.feed import Feed
-from lorafold.data.noticed import Noticed
 from lorafold.data.parsing import Row
+from lorafold.data.rows import Noticed, check_given, checked, renamed
 from lorafold.data.shapes import Shape, shapes_for
 from lorafold.data.sources import Source, source_from
 from lorafold.data.tokenizing import Encoder
@@ -51,7 +50,6 @@ class RowStream:
         local = [s.identity if s.several or Path(s.name).exists() else "" for s in self.sources]
         return " ".join(f"{s} {of}".strip() for s, of in zip(self.sources, local, strict=True))
 
-
     @property
     def record(self) -> dict[str, Any]:
         """What an adapter's record says of them."""
@@ -66,13 +64,17 @@ class RowStream:
 
         Raises LorafoldError for the first bad row that is read, and for sources that can't be read.
         """
-        rng = random.Random(f"{seed}/stream")
-        rows = self._drawn(random.Random(f"{seed}/sources"))
-        waiting = list(islice(rows, buffer))
-        for row in rows:
-            place = rng.randrange(len(waiting))
-            yield waiting[place]
-            waiting[place] = row
+        rng, sources = random.Random(f"{seed}/stream"), random.Random(f"{seed}/sources")
+        readers = [self._endless(source) for source in self.sources]
+        weights = [source.weight for source in self.sources]
+        waiting = list[Named]()
+        while True:
+            [reader] = sources.choices(readers, weights)
+            waiting.append(next(reader))
+            if len(waiting) > buffer:
+                place = rng.randrange(buffer)
+                waiting[place], waiting[-1] = waiting[-1], waiting[place]
+                yield waiting.pop()
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
@@ -87,28 +89,18 @@ class RowStream:
                 pass
         return found
 
-    def _drawn(self, rng: random.Random) -> Iterator[Named]:
-        readers = [self._endless(source) for source in self.sources]
-        weights = [source.weight for source in self.sources]
-        while True:
-            [reader] = rng.choices(readers, weights)
-            yield next(reader)
-
     def _endless(self, source: Source, noticed: Noticed | None = None) -> Iterator[Named]:
-        noticed = noticed or Noticed(self.wanted)
+        noticed, shapes = noticed or Noticed(self.wanted), shapes_for(self.wanted)
         while True:
             found = None
             for file in source.files:
-                for found in self._named(file, source.several, noticed):
+                rows = renamed(file.numbered(streaming=True), self.columns)
+                good = checked(rows, file.name, True, shapes, source.several, noticed)
+                for number, shape, row in good:
+                    found = f"{file.name}: row {number}", row, shape
                     yield found
             if found is None:
                 raise LorafoldError(f"{source.name}: no rows found, expected at least one")
-
-    def _named(self, file: Source, none: bool, noticed: Noticed) -> Iterator[Named]:
-        numbered, shapes = renamed(file.streamed(), self.columns), shapes_for(self.wanted)
-        rows = checked(numbered, file.name, True, shapes, none, noticed)
-        for number, shape, row in rows:
-            yield f"{file.name}: row {number}", row, shape
 
 
 def stream_of(
@@ -124,51 +116,47 @@ def stream_of(
     return stream
 
 
+@dataclass(eq=False)
 class StreamFeed(Feed):
-    """The examples of rows that are read as they are needed; `batch` rows a step."""
+    """The examples of rows that are read as they are needed; `batch` rows a step.
 
+    rows: All rows without end, in the order of a seed, as `RowStream.rows` gives them.
+    max_length: Longer examples are cut to this many tokens, at their end.
+    batch: Rows of an optimizer step.
+    steps: The number of optimizer steps.
+    seed: The seed of the order.
+    """
+
+    rows: Callable[[int], Iterator[Named]]
+    encoder: Encoder
+    max_length: int
+    batch: int
+    steps: int
+    seed: int
     foreseen = 50
-
-    def __init__(
-        self,
-        rows: Callable[[int], Iterator[Named]],
-        encoder: Encoder,
-        max_length: int,
-        batch: int,
-        steps: int,
-        seed: int,
-    ) -> None:
-        """Read nothing yet.
-
-        Args:
-            rows: All rows without end, in the order of a seed, as `RowStream.rows` gives them.
-            max_length: Longer examples are cut to this many tokens, at their end.
-            batch: Rows of an optimizer step.
-            steps: The number of optimizer steps.
-            seed: The seed of the order.
-        """
-        self.steps, self._rows, self._encoder = steps, rows, encoder
-        self._max_length, self._batch, self._seed = max_length, batch, seed
-        self._read = self._cut = self._unlabelled = self._marked = 0
+    _read = _cut = _unlabelled = _marked = 0
 
     def after(self, step: int) -> Iterator[Sequence[Any]]:
         self._read = self._cut = self._unlabelled = self._marked = 0
-        rows = islice(self._rows(self._seed), step * self._batch, None)
+        rows = islice(self.rows(self.seed), step * self.batch, None)
         for _ in range(step, self.steps):
-            yield self._examples(rows, self._batch)
+            yield self._examples(rows, self.batch)
 
     def drawn(self, n: int, size: int, seed: int) -> Iterator[Sequence[Any]]:
-        rows = self._rows(seed)
+        rows = self.rows(seed)
         for _ in range(n):
             yield self._examples(rows, size)
 
-    def __str__(self) -> str:
+    @property
+    def told(self) -> str:  # type: ignore[override]
         text = f"stream: {self._read:,} rows read"
         if self._cut:
-            text += f"; {self._cut:,} were cut at {self._max_length} tokens"
+            text += f"; {self._cut:,} were cut at {self.max_length} tokens"
         if self._unlabelled:
             text += f"; {self._unlabelled:,} have no token to train on"
-        return text + told_of(self._marked)
+        if self._marked:
+            text += f"\n{self._marked} {MARKED}"
+        return text
 
     def _examples(self, rows: Iterator[Named], n: int) -> Sequence[Any]:
         """The examples of the next n rows.
@@ -178,21 +166,21 @@ class StreamFeed(Feed):
         import pyarrow as pa
 
         chunk = list(islice(rows, n))
-        takes = self._encoder.takes
+        takes = self.encoder.takes
         check_given((shape for *_, shape in chunk), takes)
-        batch = self._encoder.encode([shape.gives[takes](row) for _, row, shape in chunk], 0)
+        batch = self.encoder.encode([shape.given(takes, row) for _, row, shape in chunk], 0)
         for entry in batch.select(["row", "problem"]).to_pylist():
             if entry["problem"]:
                 raise LorafoldError(f"{chunk[entry['row']][0]}: {entry['problem']}")
         table = pa.Table.from_batches([batch])
-        examples = Examples(table, self._max_length)
+        examples = Examples(table, self.max_length)
         if not examples:
             raise LorafoldError(
                 f"stream: none of {n} rows from {chunk[0][0]} on has a token to train on within"
-                f" max_length {self._max_length}"
+                f" max_length {self.max_length}"
             )
         self._read += n
-        self._cut += int((Lists(table.column("ids")).lengths > self._max_length).sum())
+        self._cut += int((Lists(table.column("ids")).lengths > self.max_length).sum())
         self._unlabelled += n - len(set(examples.rows.tolist()))
         self._marked += examples.marked
         return examples

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorafold.data.arrow import Array, TableExamples, digests, flags, lists, numbers, texts
-from lorafold.data.completions import identity_of
-from lorafold.data.control_tokens import ids_of, is_marked, told_of
-from lorafold.data.conversations import Conversation
+from lorafold.data.arrow import Array, TableExamples, batch_of, digests
+from lorafold.data.control_tokens import MARKED, ids_of, is_marked
+from lorafold.data.examples import identity_of
 from lorafold.data.render import prompt_of
-from lorafold.data.shapes import PROMPTS, Shape, shape_of, shapes_for
+from lorafold.data.shapes import PROMPTS, Conversation, Shape, shape_of, shapes_for
 from lorafold.data.stored import Part, Rows
 from lorafold.data.tokenizing import Encoder
 from lorafold.errors import LorafoldError
@@ -51,7 +50,7 @@ class Prompt:
     @property
     def conversation(self) -> Conversation:
         """The prompt as messages, with the tools of its row."""
-        found: Conversation = self._shape.gives[PROMPTS](dict(self.row))
+        found: Conversation = self._shape.given(PROMPTS, dict(self.row))
         return found
 
     @property
@@ -84,9 +83,8 @@ class PromptReport:
     marked: int
 
     def __str__(self) -> str:
-        return (
-            f"{self.rows} prompts; the longest has {self.longest} tokens{told_of(self.marked)}"
-        )
+        marked = f"\n{self.marked} {MARKED}" if self.marked else ""
+        return f"{self.rows} prompts; the longest has {self.longest} tokens{marked}"
 
 
 @dataclass(frozen=True)
@@ -105,43 +103,28 @@ class Prompts(Encoder):
     """
 
     tokenizer: PreTrainedTokenizerBase
-
-    @property
-    def takes(self) -> str:
-        return PROMPTS
+    takes = PROMPTS
 
     @property
     def identity(self) -> dict[str, Any]:
         return {"kind": "prompts", **identity_of(self.tokenizer)}
 
-    @property
-    def schema(self) -> pa.Schema:
-        import pyarrow as pa
-
-        columns = {"row": pa.int32(), "ids": pa.list_(pa.int32())}
-        return pa.schema({**columns, "marked": pa.bool_(), "problem": pa.string()})
-
     def encode(self, given: Sequence[Conversation], first: int) -> pa.RecordBatch:
-        import pyarrow as pa
+        entries = [{"row": n} | self._prompt(one) for n, one in enumerate(given, first)]
+        return batch_of(entries, ("row",), ("ids",), ("marked",), ("problem",))
 
-        found = [self._prompt(one) for one in given]
-        columns = [
-            numbers(range(first, first + len(given))),
-            lists([ids for ids, _, _ in found]),
-            flags([marked for _, marked, _ in found]),
-            texts([problem for _, _, problem in found]),
-        ]
-        return pa.record_batch(columns, self.schema)
-
-    def _prompt(self, given: Conversation) -> tuple[list[int], bool, str]:
-        if not given.messages:
-            return [], False, "found no message before the assistant's turn, expected a prompt"
+    def _prompt(self, given: Conversation) -> dict[str, Any]:
+        text, ids, problem = "", list[int](), ""
         try:
+            if not given.messages:
+                what = "found no message before the assistant's turn, expected a prompt"
+                raise LorafoldError(what)
             text = prompt_of(given, self.tokenizer)
             ids = ids_of(text, self.tokenizer)
+            problem = "" if ids else "found a prompt without tokens"
         except LorafoldError as error:
-            return [], False, str(error)
-        return ids, is_marked(text), "" if ids else "found a prompt without tokens"
+            text, problem = "", str(error)
+        return {"ids": ids, "marked": is_marked(text), "problem": problem}
 
 
 class PromptExamples(TableExamples[Prompt]):
@@ -156,12 +139,8 @@ class PromptExamples(TableExamples[Prompt]):
 
     def _example(self, entry: int) -> Prompt:
         number = int(self.rows[entry])
-        return Prompt(self._cut(entry), self._rows[number], where(self._rows, number))
-
-
-def where(rows: Rows, number: int) -> str:
-    """Where the row of an index is, as its user finds it."""
-    return str(rows.origins.places([number])[0])
+        [place] = self._rows.origins.places([number])
+        return Prompt(tuple(self._ids[entry].tolist()), self._rows[number], str(place))
 
 
 def prompt_data(table: pa.Table, rows: Rows, most: int) -> PromptData:

@@ -7,20 +7,21 @@ the digest of the rows and all that the encoder depends on. `datasets.map` is no
 killed run would leave its workers and its manager behind, which would keep their memory.
 """
 
+from __future__ import annotations
+
 import json
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafold.data.arrow import open_table
-from lorafold.data.checking import check_given
-from lorafold.data.origins import named
+from lorafold.data.rows import check_given
 from lorafold.data.sources import Row
-from lorafold.data.stored import CHUNK, Rows, in_chunks
+from lorafold.data.stored import CHUNK, Rows, in_chunks, named
 from lorafold.errors import LISTED, LorafoldError, listed
 from lorafold.files.cache import cached
 from lorafold.machine.workers import workers
@@ -32,39 +33,32 @@ if TYPE_CHECKING:
 TOKENS = "tokens.arrow"
 ROOMS = ("data", "models/built_in_templates")  # that make tokens
 PACKAGES = ("jinja2", "tokenizers", "transformers")
-Chunks = Iterator[tuple[int, list[Any]]]  # (index of the first row, rows)
 
 
 class Encoder(ABC):
-    """Abstract: what makes examples of rows. It is copied into worker processes."""
+    """Abstract: what makes examples of rows. It is copied into worker processes.
 
-    @property
-    @abstractmethod
-    def takes(self) -> str:
-        """What it makes examples of, a key of `Shape.gives`."""
+    takes: What it makes examples of, one of what shapes give.
+    """
+
+    takes: str
 
     @property
     @abstractmethod
     def identity(self) -> dict[str, Any]:
         """Everything but the rows that the examples depend on, as JSON."""
 
-    @property
     @abstractmethod
-    def schema(self) -> "pa.Schema":
-        """The columns of the table. `row` is the row's index, `ids` (T,) are its token ids, and
-        `problem` says why the row can't be used.
-        """
-
-    @abstractmethod
-    def encode(self, given: Sequence[Any], first: int) -> "pa.RecordBatch":
-        """The examples of some rows, of which the first has the index `first`.
+    def encode(self, given: Sequence[Any], first: int) -> pa.RecordBatch:
+        """The examples of some rows, of which the first has the index `first`: `row` is the row's
+        index, `ids` (T,) are its token ids, and `problem` says why the row can't be used.
 
         Args:
             given: What the shape of each row gives, as `takes` names it.
         """
 
 
-def tokenized(rows: Rows, encoder: Encoder, console: "Console | None" = None) -> "pa.Table":
+def tokenized(rows: Rows, encoder: Encoder, console: Console | None = None) -> pa.Table:
     """Return the table of all examples, in the order of the rows.
 
     Args:
@@ -77,9 +71,9 @@ def tokenized(rows: Rows, encoder: Encoder, console: "Console | None" = None) ->
 
     check_given(rows.shapes, encoder.takes)
     if not rows.large:
-        with _progress(len(rows), console) as counted:
-            batches = [_encoded(rows, encoder, *chunk) for chunk in counted(numbered(rows))]
-        table = pa.Table.from_batches(batches, encoder.schema)
+        with closing(_counted(in_chunks(rows.rows), len(rows), console)) as chunks:
+            batches = [_encoded(rows, encoder, *chunk) for chunk in chunks]
+        table = pa.Table.from_batches(batches or [encoder.encode([], 0)])
         refuse_problems(table, rows)
         return table
 
@@ -88,20 +82,26 @@ def tokenized(rows: Rows, encoder: Encoder, console: "Console | None" = None) ->
             console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def write(directory: Path) -> None:
-        first = rows[:CHUNK]
-        size = _encoded(rows, encoder, 0, first).nbytes * len(rows) // len(first)
-        _check_room(size, directory)
+        first = _encoded(rows, encoder, 0, rows[:CHUNK])
+        size = first.nbytes * len(rows) // min(CHUNK, len(rows))
+        free = shutil.disk_usage(directory).free
+        if free < size:
+            raise LorafoldError(
+                f"{directory.parent}: found {free / 1e9:.2f} GB free, expected about"
+                f" {size / 1e9:.2f} GB for the tokens of the rows; LORAFOLD_CACHE names another"
+                " directory"
+            )
         notice(
             f"tokens: about {size / 1e9:.2f} GB will be kept in {directory.parent} for the next"
             " run; lorafold cache clears it"
         )
         with (
             pa.OSFile(str(directory / TOKENS), "wb") as file,
-            pa.ipc.new_stream(file, encoder.schema) as writer,
-            workers(partial(_parsed, rows, encoder)) as mapped,
-            _progress(len(rows), console) as counted,
+            pa.ipc.new_stream(file, first.schema) as writer,
+            workers(partial(_encoded, rows, encoder)) as mapped,
+            closing(_counted(in_chunks(rows.texts()), len(rows), console)) as chunks,
         ):
-            for batch in mapped(counted(numbered(rows.texts()))):
+            for batch in mapped(chunks):
                 writer.write_batch(batch)
 
     from lorafold.identity import of_code  # which loads torch
@@ -113,7 +113,7 @@ def tokenized(rows: Rows, encoder: Encoder, console: "Console | None" = None) ->
     return table
 
 
-def refuse_problems(table: "pa.Table", rows: Rows) -> None:
+def refuse_problems(table: pa.Table, rows: Rows) -> None:
     """Raise LorafoldError that lists the first rows with a `problem`, and counts the rest."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -130,42 +130,27 @@ def refuse_problems(table: "pa.Table", rows: Rows) -> None:
     raise LorafoldError(f"{source}{listed(told, '; ', count=len(bad))}")
 
 
-def numbered(rows: Iterable[Any]) -> Chunks:
-    """(index of the first, rows) of each chunk."""
-    return ((i * CHUNK, chunk) for i, chunk in enumerate(in_chunks(rows)))
+def _encoded(
+    rows: Rows, encoder: Encoder, first: int, chunk: Sequence[Row | str]
+) -> pa.RecordBatch:
+    """The examples of some rows, of which the first has the index `first`; also of JSON texts."""
+    read = [json.loads(one) if isinstance(one, str) else one for one in chunk]
+    return encoder.encode(rows.given(encoder.takes, read, first), first)
 
 
-def _encoded(rows: Rows, encoder: Encoder, first: int, chunk: Sequence[Row]) -> "pa.RecordBatch":
-    return encoder.encode(rows.given(encoder.takes, chunk, first), first)
-
-
-def _parsed(rows: Rows, encoder: Encoder, first: int, texts: list[str]) -> "pa.RecordBatch":
-    return _encoded(rows, encoder, first, list(map(json.loads, texts)))
-
-
-def _check_room(expected: int, directory: Path) -> None:
-    free = shutil.disk_usage(directory).free
-    if free < expected:
-        raise LorafoldError(
-            f"{directory.parent}: found {free / 1e9:.2f} GB free, expected about"
-            f" {expected / 1e9:.2f} GB for the tokens of the rows; LORAFOLD_CACHE names another"
-            " directory"
-        )
-
-
-@contextmanager
-def _progress(total: int, console: "Console | None") -> Iterator[Callable[[Chunks], Chunks]]:
-    """A progress bar with the time left; it yields a function that counts chunks as they pass."""
+def _counted(
+    chunks: Iterable[list[Any]], total: int, console: Console | None
+) -> Generator[tuple[int, list[Any]]]:
+    """Each chunk of rows after the index of its first row, while a progress bar shows how many have
+    passed, and the time left.
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     columns = ("tokenizing", BarColumn(), MofNCompleteColumn(), "rows", TimeRemainingColumn())
-    quiet = console is None or not console.is_terminal
+    quiet, first = console is None or not console.is_terminal, 0
     with Progress(*columns, console=console, transient=True, disable=quiet) as bar:
         task = bar.add_task("", total=total)
-
-        def counted(chunks: Chunks) -> Chunks:
-            for first, chunk in chunks:
-                yield first, chunk
-                bar.update(task, completed=first + len(chunk))
-
-        yield counted
+        for chunk in chunks:
+            yield first, chunk
+            first += len(chunk)
+            bar.update(task, completed=first)

@@ -318,7 +318,7 @@ def template(model: str, **how: Any) -> Iterator[Finding]:
         model: Its tokenizer is read.
         how: How it is opened, as fields of `opening.base.Base`.
     """
-    from lorafold.data.account import account_of
+    from lorafold.data.findings import account_of
     from lorafold.opening.base import Base
 
     tokenizer = Base(model, **how).tokenizer()

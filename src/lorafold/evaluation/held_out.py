@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorafold.core.modes import evaluating
 from lorafold.data.arrow import lengths_of
+from lorafold.data.batches import WINDOW, alike, forest, pays
 from lorafold.data.examples import Example
-from lorafold.data.forest import WINDOW, alike, forest, pays
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.intervals import mean_loss
 from lorafold.step.branches import Branching, branching
@@ -107,7 +107,7 @@ def alike_in(examples: Sequence[Any]) -> Iterator[Sequence[int]]:
         window = examples[first : first + WINDOW]
         ids = [example.ids for example in window]
         lengths = [len(of) for of in ids]
-        for part in alike(range(len(ids)), 1, TOKENS, ids.__getitem__, lengths.__getitem__):
+        for part in alike(range(len(ids)), 1, TOKENS, ids.__getitem__):
             once = len(forest([window[i] for i in part]).ids)
             if pays(once, sum(lengths[i] for i in part)):
                 yield [first + i for i in part]

@@ -22,12 +22,10 @@ from typing import TYPE_CHECKING, Any, Self
 from lorafold.adapter import load
 from lorafold.core.attach import Adapted
 from lorafold.data.branches import Branched, continued
-from lorafold.data.completions import Completions
-from lorafold.data.conversations import Conversation
-from lorafold.data.examples import example_of
+from lorafold.data.examples import Completions, example_of
 from lorafold.data.messages import normalized
 from lorafold.data.render import ensure_chat_template
-from lorafold.data.shapes import PROMPT_ALONE, PROMPTS
+from lorafold.data.shapes import PROMPT_ALONE, PROMPTS, Conversation
 from lorafold.engine.adapters import found_below
 from lorafold.evaluation.scoring import BRADLEY_TERRY, WHOLE_CONVERSATION, scores_of
 from lorafold.identity import joined, of_adapter
@@ -195,7 +193,7 @@ def _answered(one: Judged) -> Conversation:
     """A completion as the assistant's turn after its prompt."""
     asked = one.conversation
     if asked is None:
-        asked = PROMPT_ALONE.gives[PROMPTS]({**one.row, "prompt": one.prompt})
+        asked = PROMPT_ALONE.given(PROMPTS, {**one.row, "prompt": one.prompt})
     said = normalized([{"role": "assistant", "content": one.completion}])
     return Conversation([*asked.messages, *said], len(asked.messages), asked.tools)
 

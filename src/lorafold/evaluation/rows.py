@@ -21,10 +21,10 @@ from torch import Tensor
 
 from lorafold.core.attach import selection_of
 from lorafold.data.batches import labelled
+from lorafold.data.branches import encode_preferred
 from lorafold.data.examples import encode
 from lorafold.data.labelled import LabelledExample, encode_labelled
-from lorafold.data.preferred import encode_preferred
-from lorafold.data.references import references, without_reasoning
+from lorafold.data.prompts import references, without_reasoning
 from lorafold.data.rows import as_checked
 from lorafold.data.shapes import CONVERSATIONS, LABELS, PAIRS
 from lorafold.data.sources import Row

@@ -35,9 +35,8 @@ import numpy as np
 
 from lorafold.core.modes import evaluating
 from lorafold.data.arrow import Array
-from lorafold.data.branches import Branched, continued
+from lorafold.data.branches import Branched, continued, encode_preferred
 from lorafold.data.examples import encode
-from lorafold.data.preferred import encode_preferred
 from lorafold.data.render import Rendering
 from lorafold.data.rows import as_checked
 from lorafold.data.shapes import PAIRS

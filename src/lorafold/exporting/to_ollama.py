@@ -27,9 +27,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lorafold.data.endings import ending_of
 from lorafold.data.messages import Message
 from lorafold.data.render import ensure_chat_template, render
+from lorafold.data.templates import template_of
 from lorafold.errors import LorafoldError, shortened
 from lorafold.exporting.target import Progress, Subject, Written
 from lorafold.exporting.to_gguf import GgufModel, file_of, write_gguf
@@ -251,7 +251,7 @@ def without_first(turns: Turns, tokenizer: PreTrainedTokenizerBase) -> Turns:
 
 def stops_of(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The texts that end a completion."""
-    ending = ending_of(tokenizer)
+    ending = template_of(tokenizer).ending
     ids = [*sorted(ending.tokens), tokenizer.eos_token_id]
     texts = [str(tokenizer.convert_ids_to_tokens(i)) for i in ids if i is not None]
     if not ending.tokens and ending.text.strip():

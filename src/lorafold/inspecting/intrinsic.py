@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 
 from lorafold.data.stored import Rows
-from lorafold.data.template_forms import on_day
+from lorafold.data.templates import on_day
 from lorafold.errors import Interrupted, LorafoldError
 from lorafold.files.atomic import write_json
 from lorafold.files.claims import TOKEN, Figures, kept, shared, silent

@@ -24,10 +24,8 @@ from rich.console import Console
 from transformers import PreTrainedConfig
 
 from lorafold.adapter import attach
-from lorafold.data.batches import labelled, micro_batches, tokens_in
+from lorafold.data.batches import Feed, alike, forest, labelled, micro_batches, pays
 from lorafold.data.branches import Branched
-from lorafold.data.feed import Feed
-from lorafold.data.forest import alike, forest, pays
 from lorafold.errors import LorafoldError, NoTarget
 from lorafold.memory.advice import changes_of
 from lorafold.memory.terms import Estimate, estimate
@@ -79,7 +77,9 @@ def planned(
         steps = nlargest(LOOKED_AT, steps, key=lambda own: sum(documents(own)))
     for own in steps:
         if once := shares and in_common(own):
-            parts = alike(own, recipe.accumulate, recipe.max_length, beginning, tokens_in)
+            parts = alike(
+                own, recipe.accumulate, recipe.max_length, beginning, lambda e: len(e.ids)
+            )
         else:
             parts = micro_batches(own, recipe.accumulate, capacity)
         accumulating = accumulating or len(parts) > 1

@@ -10,9 +10,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 from lorafold.core.spec import Spec
-from lorafold.data.account import account_of
+from lorafold.data.batches import Feed
 from lorafold.data.examples import WHOLE
-from lorafold.data.feed import Feed
+from lorafold.data.findings import account_of
 from lorafold.data.render import Rendering, ensure_chat_template
 from lorafold.data.rows import as_checked
 from lorafold.data.sources import Row
@@ -50,7 +50,7 @@ class Data(Protocol):
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """How many examples are from each source."""
+        """How many rows with examples are from each source."""
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from rich.console import Console
 
 from lorafold.core.modes import undropped
 from lorafold.data.arrow import lengths_of
+from lorafold.data.batches import Feed, StoredFeed
 from lorafold.data.examples import WHOLE
-from lorafold.data.feed import Feed, StoredFeed
 from lorafold.data.render import Rendering
 from lorafold.data.rows import as_checked
 from lorafold.data.shapes import PROMPTS

@@ -24,10 +24,9 @@ from torch import nn
 
 from lorafold.core.attach import adapted_modules, selection_of
 from lorafold.data.arrow import Array
-from lorafold.data.branches import Branched, BranchedExamples, Branches
+from lorafold.data.batches import Feed, StoredFeed
+from lorafold.data.branches import Branched, BranchedExamples, Branches, PreferredData, preferred
 from lorafold.data.examples import WHOLE, preview
-from lorafold.data.feed import Feed, StoredFeed
-from lorafold.data.preferred import PreferredData, preferred
 from lorafold.data.render import Rendering
 from lorafold.data.shapes import PAIRS
 from lorafold.data.stored import Rows

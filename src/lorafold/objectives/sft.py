@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from lorafold.data.completions import Completions
-from lorafold.data.examples import WHOLE, Encoded, Example, encoded, preview
+from lorafold.data.examples import WHOLE, Completions, Encoded, Example, encoded, preview
 from lorafold.data.render import Rendering
 from lorafold.data.stored import Rows
 from lorafold.data.tokenizing import Encoder

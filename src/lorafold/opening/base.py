@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lorafold.data.allowed_tokens import allow
+from lorafold.data.control_tokens import allow
 from lorafold.errors import LorafoldError, shortened
 from lorafold.identity import of_model
 from lorafold.machine.devices import choose_device, native_bf16

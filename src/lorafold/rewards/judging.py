@@ -26,7 +26,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol, Self, runtime_checkable
 
-from lorafold.data.conversations import Conversation
+from lorafold.data.shapes import Conversation
 from lorafold.errors import LorafoldError, RewardFailed, printable
 from lorafold.files.paths import beside
 from lorafold.machine.killable import Died, Killable, Late, packed

@@ -12,7 +12,6 @@ processes that can be killed.
     templates.py     the tokenizers of adapters, in a process
     screen.py        what the server asks for
     opened.py        the tokenizer of an adapter, as the server has it
-    words.py         its tokens as texts
 
 A schema or a configuration may be nested until a parser's stack ends, a pattern may backtrack for
 minutes, a template may loop for ever or double a text until memory ends. Each of these ends a

@@ -2,8 +2,9 @@
 files decide is asked of a process.
 
 Texts of tokens come from the base's own tokenizer, to which the adapter's new tokens are added,
-since a token has to mean what it means in the base. Templates, and the splitting of texts, are the
-adapter's: they run where they can be ended.
+since a token has to mean what it means in the base. It is not copied, which for a large vocabulary
+takes a good part of a second, in which nothing else of the server runs. Templates, and the
+splitting of texts, are the adapter's: they run where they can be ended.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from jinja2 import TemplateError
 
 from lorafold.errors import LorafoldError
 from lorafold.screening.processes import Refused
-from lorafold.screening.words import Words
 
 PROBES, SHOWN = 256, 1 << 16  # renderings of probes that are kept, and the letters of each
 DEATHS, MINUTE = 3, 60.0  # processes that one tokenizer may end in so many seconds
@@ -30,7 +30,9 @@ class Opened:
     """A tokenizer, with what `lorafold.data` and the engine ask of one.
 
     Args:
-        about: what the process says of it.
+        about: what the process says of it. `new` are the number and the text of each token that
+            the base has not, and whether it is special. Raises LorafoldError unless the numbers
+            follow the base's.
         known: the base's added tokens, by number.
         call: asks a process for an act with this tokenizer.
     """
@@ -41,6 +43,8 @@ class Opened:
         self, about: Mapping[str, Any], base: Any, known: Mapping[int, Any],
         call: Callable[..., Any],
     ) -> None:  # fmt: skip
+        from transformers import AddedToken
+
         self._ask, self._probing = call, True
         self._deaths: deque[float] = deque([-math.inf] * DEATHS, DEATHS)  # when the last ones were
         self._probes: dict[str, str | TemplateError] = {}
@@ -48,13 +52,25 @@ class Opened:
         self.special_tokens_map: Mapping[str, Any] = about["special"]
         self.eos_token_id: int | None = about["eos"]
         self.variables = frozenset(about["variables"])
-        self._words = Words(base, known, about["new"])
+        new: Sequence[Sequence[Any]] = about["new"]
+        self._base, self._texts = base, {number: text for number, text, _ in new}
+        own = {n: AddedToken(text, special=s, normalized=False) for n, text, s in new}
+        self.added_tokens_decoder = {**known, **own}
+        self._special = {t.content for t in self.added_tokens_decoder.values() if t.special}
+        self._numbers = {text: number for number, text in self._texts.items()}
+        first = len(base)
+        self._size = first + len(new)
+        for expected, (number, text, _) in enumerate(new, first):
+            if number != expected:
+                raise LorafoldError(
+                    f"it numbers the new token {text!r:.80} {number}, expected {expected}"
+                )
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._words, name)
+        return getattr(self._base, name)
 
     def __len__(self) -> int:
-        return len(self._words)
+        return self._size
 
     def __call__(
         self, text: str, add_special_tokens: bool = True, sanitize_control_tokens: bool = False,
@@ -72,6 +88,44 @@ class Opened:
         if not all(isinstance(i, int) and 0 <= i < known for i in found):
             raise LorafoldError("its tokenizer gives tokens that there are not")
         return SimpleNamespace(input_ids=found)
+
+    def get_vocab(self) -> dict[str, int]:
+        """The number of each token by its text."""
+        return self._base.get_vocab() | self._numbers
+
+    def convert_ids_to_tokens(self, ids: Any) -> Any:
+        """The token of a number, or the list of those of several."""
+        if isinstance(ids, int):
+            return self._texts.get(ids) or self._base.convert_ids_to_tokens(ids)
+        return [self.convert_ids_to_tokens(number) for number in ids]
+
+    def convert_tokens_to_ids(self, tokens: Any) -> Any:
+        """The number of a token, or the list of those of several."""
+        if isinstance(tokens, str):
+            return self._numbers.get(tokens) or self._base.convert_tokens_to_ids(tokens)
+        return [self.convert_tokens_to_ids(token) for token in tokens]
+
+    def decode(
+        self, ids: Sequence[int], skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool = False,
+    ) -> str:  # fmt: skip
+        """The text of tokens, as the library makes it of a tokenizer that has them all.
+
+        Args:
+            clean_up_tokenization_spaces: False; the text is left as it is.
+        """
+        if self._texts.keys().isdisjoint(ids):
+            return str(
+                self._base.decode(
+                    ids, skip_special_tokens=skip_special_tokens,
+                    clean_up_tokenization_spaces=clean_up_tokenization_spaces,
+                )
+            )  # fmt: skip
+        tokens = [token for token in self.convert_ids_to_tokens(ids) if token is not None]
+        if skip_special_tokens:
+            tokens = [token for token in tokens if token not in self._special]
+        decoder = self._base.backend_tokenizer.decoder
+        return " ".join(tokens) if decoder is None else str(decoder.decode(tokens))
 
     def get_chat_template(self, chat_template: str | None = None, tools: Any = None) -> str:
         """The text of the template that renders with these tools."""

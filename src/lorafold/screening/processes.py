@@ -60,7 +60,11 @@ class Process:
             self.kill()
             if isinstance(error, Late):
                 raise Busy(f"the machine is busy: no answer within {seconds:.0f} s") from None
-            if (why := _refused(error)) is not None:
+            if isinstance(error, Large):
+                raise Refused(f"it makes an answer of {error.size:,} bytes") from None
+            if isinstance(error, Died):
+                late = error.code == -signal.SIGPROF
+                why = "it takes too long" if late else "the process that read it died"
                 raise Refused(why) from None
             raise
         return json.loads(content)
@@ -72,15 +76,6 @@ class Process:
     def kill(self) -> None:
         """End the process, for which nobody waits any more."""
         self._process.kill()
-
-
-def _refused(error: BaseException) -> str | None:
-    """Why a process gave no answer, None for errors that are not its own."""
-    if isinstance(error, Large):
-        return f"it makes an answer of {error.size:,} bytes"
-    if isinstance(error, Died) and error.code == -signal.SIGPROF:
-        return "it takes too long"
-    return "the process that read it died" if isinstance(error, Died) else None
 
 
 class Processes:

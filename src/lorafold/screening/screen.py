@@ -14,9 +14,9 @@ from typing import Any
 
 from lorafold.errors import LorafoldError, cut
 from lorafold.files.contents import Contents, digest
-from lorafold.screening.fingerprints import backend_of
 from lorafold.screening.opened import Opened
 from lorafold.screening.processes import Processes, Refused
+from lorafold.screening.templates import backend_of, write
 
 # processes of each kind: two for what is verified in the background, one for what a request waits
 # for
@@ -99,7 +99,10 @@ class Screen:
         """The tokenizer of these files; None if it is the base's. Raises LorafoldError for one that
         can't be read or used.
         """
-        path = self._copied(contents)
+        # a copy stays as it is whatever becomes of the adapter's files: a process reads it again
+        # where another one died
+        path = Path(self._copies.name) / contents.named
+        write(contents, path)
         files = {"path": str(path), "names": list(contents.names), "digest": contents.named}
         call, base = partial(self._call, files), self._tokenizer
         try:
@@ -147,17 +150,6 @@ class Screen:
         self._rendering.close()
         self._compiling.close()
         self._copies.cleanup()
-
-    def _copied(self, contents: Contents) -> Path:
-        """Where a copy of these files is, which stays as it is whatever becomes of the adapter's: a
-        process reads it again where another one died.
-        """
-        path = Path(self._copies.name) / contents.named
-        for name in contents.names:
-            if (content := contents.files.get(name)) is not None:
-                (path / name).parent.mkdir(parents=True, exist_ok=True)
-                (path / name).write_bytes(content)
-        return path
 
     def _call(self, files: Mapping[str, Any], do: str, **arguments: Any) -> Any:
         limits = [(SECONDS[step], BYTES[step]) for step in dict.fromkeys(("open", do))]

@@ -9,17 +9,22 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypedDict
 
-from lorafold.data.allowed_tokens import ALL, allow
-from lorafold.data.control_tokens import ids_of
+from jinja2 import Environment, TemplateError, meta
+
+from lorafold.data.control_tokens import ALL, allow, ids_of
 from lorafold.data.render import ensure_chat_template
 from lorafold.errors import LorafoldError
 from lorafold.files.contents import Contents
-from lorafold.screening.fingerprints import backend_of, variables_of
 
+# variables that transformers itself gives to a template
+OURS = {"messages", "tools", "documents", "add_generation_prompt", "chat_template",
+        "raise_exception", "strftime_now"}  # fmt: skip
+SETTINGS = ("truncation", "padding")  # of calls, not of the tokenizer
 KEPT = 8  # tokenizers
 LETTERS, TOKENS = 2 << 20, 1 << 19  # of a text that a template makes, and of any text
 TEMPLATE = 1 << 20  # letters of all templates
@@ -148,15 +153,20 @@ class Templates:
         return tokenizer
 
 
+def write(contents: Contents, folder: Path) -> None:
+    """Write the files of a tokenizer to a folder."""
+    for name in contents.names:
+        if (content := contents.files.get(name)) is not None:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+
+
 def _read(contents: Contents) -> Any:
     """The tokenizer of these very bytes, wherever they came from."""
     from transformers import AutoTokenizer
 
     with TemporaryDirectory(prefix="lorafold-tokenizer-") as folder:
-        for name, content in contents.files.items():
-            if name in contents.names:
-                (Path(folder) / name).parent.mkdir(exist_ok=True)
-                (Path(folder) / name).write_bytes(content)
+        write(contents, Path(folder))
         try:
             return AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True
@@ -164,3 +174,24 @@ def _read(contents: Contents) -> Any:
         except (Exception, RecursionError) as error:
             why = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise LorafoldError(f"its tokenizer can't be read ({why[:300]})") from None
+
+
+def backend_of(tokenizer: Any) -> str:
+    """The digest of how a fast tokenizer splits texts; empty for one that is not."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return ""
+    parts = json.loads(backend.to_str())
+    kept = {name: part for name, part in parts.items() if name not in SETTINGS}
+    return sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def variables_of(tokenizer: Any) -> frozenset[str]:
+    """The variables that a caller may set for the tokenizer's chat template."""
+    try:
+        tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
+            str(tokenizer.get_chat_template())
+        )
+    except TemplateError:  # tags of transformers' own
+        return frozenset()
+    return meta.find_undeclared_variables(tree) - OURS - tokenizer.special_tokens_map.keys()

@@ -14,6 +14,7 @@ import math
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,8 @@ def verified(
         if file.is_file() and (size := file.stat().st_size) > TEXT:
             raise LorafoldError(f"{name}: found {size:,} bytes, expected at most {TEXT:,}")
     if numbers is not None and (directory / WEIGHTS).is_file():
-        check_numbers(directory / WEIGHTS, numbers, TEXT, _json_header)
+        header_of = partial(_json, "header", most=VALUES)
+        check_numbers(directory / WEIGHTS, numbers, TEXT, header_of)
     contents = Contents(directory, files)
     contents.check_intact()
     if config not in contents.files:
@@ -108,10 +110,6 @@ def _json(name: str, content: bytes | bytearray, most: int) -> dict[str, Any]:
         if wrong := _wrong(inner):
             raise LorafoldError(f"{name}: {where!r:.200}: {wrong}")
     return value
-
-
-def _json_header(content: bytes) -> dict[str, Any]:
-    return _json("header", content, VALUES)
 
 
 def _wrong(value: Any) -> str:
@@ -200,7 +198,7 @@ def _header(content: bytearray) -> tuple[str, int]:
         told = f"found a header of {size:,} bytes, expected {TEXT:,} at most"
         raise LorafoldError(f"{WEIGHTS}: {told}")
     try:
-        found = places(content, _json_header)
+        found = places(content, partial(_json, "header", most=VALUES))
     except LorafoldError as error:
         raise LorafoldError(f"{WEIGHTS}: not readable as safetensors: {error}") from None
     data = memoryview(content)

@@ -22,10 +22,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lorafold.data.calls import parse_calls
-from lorafold.data.grammar import grammar_of, special_words
+from lorafold.data.calls import grammar_of, parse_calls, special_words
 from lorafold.data.messages import Tool
-from lorafold.data.reasoning import block_of
+from lorafold.data.templates import template_of
 from lorafold.errors import LorafoldError
 from lorafold.serving.backend import LOST, NOT_FINITE, Ended, Request, Sampling, Token, may_begin
 from lorafold.serving.body import Completing
@@ -209,7 +208,7 @@ class PartReader:
     ) -> None:
         self._tokenizer, self._tools, self._held = tokenizer, tools, ""
         self.length = 0  # of what was added
-        block = block_of(tokenizer)
+        block = template_of(tokenizer).block
         self._opening, self._closing = block.opening, block.closing
         opened = prompt.rstrip().endswith(block.opening)
         self._state = "thinking" if opened else "start" if block.shown else "saying"

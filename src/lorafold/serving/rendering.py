@@ -17,20 +17,17 @@ from typing import Any, cast
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from lorafold.data.calls import parse_calls
+from lorafold.data.calls import grammar_of, parse_calls, special_words
 from lorafold.data.control_tokens import as_text, ids_of, tokens_of
-from lorafold.data.grammar import grammar_of, special_words
 from lorafold.data.messages import Message, Tool
-from lorafold.data.omissions import HELP, check_able
-from lorafold.data.reasoning import block_of
-from lorafold.data.render import prompt_of
+from lorafold.data.render import HELP, check_able, prompt_of
 from lorafold.data.shapes import Conversation
-from lorafold.data.template_forms import ASKED, KEY, NAME, PROBE_TOOL, VALUE, call
+from lorafold.data.templates import ASKED, KEY, NAME, PROBE_TOOL, VALUE, call, template_of
 from lorafold.errors import LorafoldError
 from lorafold.files.contents import Contents
 from lorafold.generation import end_tokens
-from lorafold.screening.fingerprints import variables_of
 from lorafold.screening.screen import Screen
+from lorafold.screening.templates import variables_of
 from lorafold.serving.backend import Text, Token
 from lorafold.serving.refusal import Refusal, wrong
 from lorafold.serving.schema import Compiles, check, held
@@ -144,7 +141,7 @@ class Renderer:
         asked = Conversation([ASKED, called], 0, (PROBE_TOOL,))
         for look in (
             lambda: check_able(asked, self.tokenizer),
-            lambda: block_of(self.tokenizer),
+            lambda: template_of(self.tokenizer).block,
             lambda: as_text(asked, self.tokenizer),
             lambda: parse_calls(VALUE, self.tokenizer),
         ):
@@ -280,7 +277,7 @@ class Renderers:
         found = Renderer(tokenizer, ends, tokenizer.variables)
         found.probe()
         tokenizer.probed()
-        block, grammar = block_of(cast(Any, tokenizer)), grammar_of(cast(Any, tokenizer))
+        block, grammar = template_of(cast(Any, tokenizer)).block, grammar_of(cast(Any, tokenizer))
         size = len(block.opening + block.closing) + (len(repr(grammar)) if grammar else 0)
         if size > MARKS:
             raise LorafoldError(

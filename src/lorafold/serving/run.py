@@ -26,7 +26,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorafold.core.anatomy import Anatomy
-from lorafold.data.allowed_tokens import allow
+from lorafold.data.control_tokens import allow
 from lorafold.errors import LorafoldError, listed
 from lorafold.identity import joined, of_code
 from lorafold.machine.collection import all_set_aside

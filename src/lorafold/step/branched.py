@@ -17,10 +17,18 @@ from torch import Tensor, nn
 from lorafold.core.attach import only, selection_of
 from lorafold.core.selection import named
 from lorafold.data.arrow import Array
-from lorafold.data.batches import collate, micro_batches
+from lorafold.data.batches import (
+    WINDOW,
+    Forest,
+    alike,
+    collate,
+    forest,
+    leaders,
+    micro_batches,
+    pays,
+)
 from lorafold.data.branches import Branched
 from lorafold.data.examples import NO_LOSS
-from lorafold.data.forest import WINDOW, Forest, alike, forest, leaders, pays
 from lorafold.models.positions import sequence_of
 from lorafold.ops.host import on_host, sent
 from lorafold.step.branches import Branching, over

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorafold.data.forest import forest
+from lorafold.data.batches import forest
 from lorafold.data.labelled import LabelledExample
 from lorafold.ops.host import all_sent
 from lorafold.step.branches import Branching, over

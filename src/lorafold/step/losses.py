@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from lorafold.core.selection import named
 from lorafold.data.arrow import Array
-from lorafold.data.batches import collate, labelled, micro_batches
+from lorafold.data.batches import alike, collate, forest, labelled, leaders, micro_batches, pays
 from lorafold.data.examples import NO_LOSS, Example
-from lorafold.data.forest import alike, forest, leaders, pays
 from lorafold.machine.processes import ALONE, Processes
 from lorafold.models.positions import sequence_of
 from lorafold.ops.host import all_sent, on_host, sent
@@ -171,7 +170,7 @@ class RowsAlike(Loss):
         rows, lengths = range(len(ids)), [*map(len, ids)]
         capacity = min(tokens, sequence_of(self.model) or tokens)
         if self.shared_in(examples):
-            return alike(rows, n, capacity, ids.__getitem__, lengths.__getitem__)
+            return alike(rows, n, capacity, ids.__getitem__)
         return micro_batches(rows, n, capacity if self.packed else None, lengths.__getitem__)
 
     def rows_of(self, examples: Sequence[Any]) -> list[Array]:

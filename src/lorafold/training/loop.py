@@ -28,7 +28,7 @@ from lorafold.adapter import Adapter
 from lorafold.core.attach import selection_of
 from lorafold.core.modes import evaluating, unchanged
 from lorafold.core.selection import Draws, drawing
-from lorafold.data.feed import Feed
+from lorafold.data.batches import Feed
 from lorafold.errors import Interrupted, LorafoldError, RewardFailed, listed
 from lorafold.machine.cores import considerate
 from lorafold.objectives.objective import Data, Objective, OnPolicy

@@ -17,12 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.console import Console
 
-from lorafold.data.account import account_of
-from lorafold.data.conversations import Conversation
 from lorafold.data.examples import NO_LOSS, Encoded, Example, encode_row
-from lorafold.data.findings import Findings
+from lorafold.data.findings import Findings, account_of
 from lorafold.data.messages import Message, Tool
-from lorafold.data.shapes import CONVERSATIONS
+from lorafold.data.shapes import CONVERSATIONS, Conversation
 from lorafold.data.sources import Row
 from lorafold.data.stored import Rows
 from lorafold.data.stream import RowStream
@@ -129,7 +127,7 @@ def _found(
 
 def _few(rows: Sequence[Row]) -> Sequence[Row]:
     """As many of the first rows as a preview looks at."""
-    n = max(1, len(rows) * SOME // max(1, Rows.of(rows).bytes))
+    n = max(1, len(rows) * SOME // max(1, Rows.of(rows).measured[1]))
     if n >= len(rows):
         return rows
     return rows.select(np.arange(n)) if isinstance(rows, Rows) else rows[:n]

@@ -13,15 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from lorafold.data.allowed_tokens import ALL, allow
-from lorafold.data.batches import epoch_size, split
-from lorafold.data.feed import Feed, StoredFeed, by_row
+from lorafold.data.batches import Feed, StoredFeed, epoch_size, split
+from lorafold.data.control_tokens import ALL, allow
 from lorafold.data.findings import STREAMED, Findings, look
 from lorafold.data.render import Rendering
 from lorafold.data.sources import Row
 from lorafold.data.stored import Rows
 from lorafold.data.stream import RowStream, StreamFeed
-from lorafold.data.template_forms import day_of
+from lorafold.data.templates import day_of
 from lorafold.files.digests import of_file
 from lorafold.identity import COMPUTED_WITH, TRAINING, of_code
 from lorafold.models.template_variables import set_variables
@@ -200,9 +199,8 @@ def tokenized(
     else:
         rows, held_out = sides(request)
         train = data_of("data", rows)
-        firsts, parts = by_row(train.examples, train.parts) or (None, train.parts)
-        steps = recipe.total_steps(epoch_size(parts))
-        feed = StoredFeed(train.examples, parts, recipe.batch, steps, recipe.seed, firsts)
+        steps = recipe.total_steps(epoch_size(train.parts))
+        feed = StoredFeed(train.examples, train.parts, recipe.batch, steps, recipe.seed)
         measured, compared = None, None
         if held_out is not None:
             measured = data_of("held out", held_out)

@@ -23,10 +23,10 @@ from lorafold.adapter.reach import strays, text_alone
 from lorafold.core.attach import Adapted, Origin
 from lorafold.core.matrices import module_at
 from lorafold.core.spec import Spec
+from lorafold.data.batches import Feed
 from lorafold.data.branches import Branched
-from lorafold.data.feed import Feed
 from lorafold.data.findings import Findings
-from lorafold.data.template_forms import day_of, is_dated, on_day
+from lorafold.data.templates import day_of, is_dated, on_day
 from lorafold.errors import LorafoldError, listed, shortened
 from lorafold.files.atomic import check_out
 from lorafold.identity import COMPUTED_WITH, TRAINING, of_adapter, of_code

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lorafold.adapter import Adapter
 from lorafold.core.delta import put
-from lorafold.data.allowed_tokens import without_note
-from lorafold.data.feed import Feed
+from lorafold.data.batches import Feed
+from lorafold.data.control_tokens import without_note
 from lorafold.errors import LorafoldError
 from lorafold.machine.processes import Processes
 from lorafold.objectives import OBJECTIVES

@@ -36,7 +36,7 @@ from lorafold.core.attach import only, selection_of
 from lorafold.core.modes import evaluating
 from lorafold.data.examples import NO_LOSS, Example, encode
 from lorafold.data.prompts import Prompt, prompts_of
-from lorafold.data.template_forms import on_day
+from lorafold.data.templates import on_day
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.held_out import batches, held_out_loss
 from lorafold.evaluation.intervals import Interval, mean_interval, wilson

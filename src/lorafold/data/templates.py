@@ -1,0 +1,400 @@
+"""What a chat template does with a conversation, found out by rendering probes once per template.
+
+    template = template_of(tokenizer, tools)
+    template.form         how it takes messages: arguments of calls as an object or as text, say
+    template.block        how it encloses reasoning, as in <think> and </think>
+    template.ending       how it ends a turn of the assistant
+
+Some take a call's arguments as an object, others as JSON text; some a message of calls without
+content, others with an empty one; some content as text, others as a list of parts. The first form
+is taken whose rendering has the arguments, and not as Python prints them or quoted twice.
+
+A template that shows no reasoning is taken to have <think> and </think>, which rows may have in
+their contents.
+
+    with the turn               ... answer<end>\\n
+    with the next message       ... answer<user>\\nnext          what opens that one ends it
+    not at all                  ... answer
+
+A model stops at a token, so an end is the special token behind the answer, the last one if several
+follow upon each other. Where a template writes none with the turn, its rendering lacks what
+generation has to produce: the token that the next message begins with is trained as the end, or the
+tokenizer's own end token.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date, datetime
+from functools import cached_property, lru_cache
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from jinja2.exceptions import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from lorafold.data.messages import Message, Tool
+from lorafold.errors import LorafoldError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NONE: Mapping[str, Any] = MappingProxyType({})
+KNOWN = 16  # templates that are remembered
+DATE = "strftime_now"  # what transformers gives templates to ask with
+DATED = re.compile(rf"{DATE}\s*\(")
+ASKING = re.compile(rf"""{DATE}\s*\(\s*(["'])(.*?)\1\s*\)""")
+NAME, KEY, VALUE = "probe_function", "probe_key", "probe value"
+THOUGHT, WORD, NEXT = "probe thought", "probe answer", "probe next"
+PROBE_TOOL: Tool = {
+    "type": "function",
+    "function": {
+        "name": NAME,
+        "description": "A probe.",
+        "parameters": {
+            "type": "object",
+            "properties": {KEY: {"type": "string", "description": "Some text."}},
+            "required": [KEY],
+        },
+    },
+}
+ASKED: Message = {"role": "user", "content": "probe question"}
+SAID: Message = {"role": "assistant", "content": WORD}
+SYSTEM: Message = {"role": "system", "content": VALUE}
+OWN_SPANS = re.compile(r"\{%[-+]?\s*generation\b")
+OPENED = re.compile(r"([<\[])(\w+)([>\]])\s*\Z")  # a tag that the generation prompt leaves open
+CUT = re.compile(r"[<\[][^>\]\s]*\Z")  # the beginning of a tag, which others have in common
+WITH_TURN: Final = "with the turn"
+WITH_NEXT: Final = "with the next message"
+NOWHERE: Final = "not at all"
+
+
+def call(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """A call in OpenAI's form."""
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+CALLED: Message = {
+    "role": "assistant",
+    "tool_calls": [call(NAME, {KEY: VALUE}) | {"id": "probe0000"}],
+}
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a template takes messages: `text`: arguments as JSON text; `empty`: an empty content
+    beside calls; `parts`: content as a list of parts.
+    """
+
+    text: bool = False
+    empty: bool = False
+    parts: bool = False
+
+    def of(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages, as `data.messages` has them, in this form."""
+        formed = []
+        for message in messages:
+            if calls := message.get("tool_calls"):
+                message = dict(message)
+                if self.empty:
+                    message.setdefault("content", "")
+                if self.text:
+                    message["tool_calls"] = [_with_text(call) for call in calls]
+            if self.parts and isinstance(message.get("content"), str):
+                message = message | {"content": [{"type": "text", "text": message["content"]}]}
+            formed.append(message)
+        return formed
+
+
+@dataclass(frozen=True)
+class Block:
+    """What stands before and after the reasoning of a turn, without surrounding whitespace.
+
+    `shown` is whether the chat template shows the reasoning of the last turn, `spaced` whether the
+    whitespace after the closing belongs to the block; `lead` and `between` are what stands before
+    the reasoning and behind it, the opening left out.
+    """
+
+    opening: str
+    closing: str
+    shown: bool
+    spaced: bool
+    lead: str
+    between: str
+
+    @classmethod
+    def of_tags(cls, opening: str, closing: str) -> Block:
+        """The block of a template that shows no reasoning, with tags on lines of their own."""
+        return cls(opening, closing, False, True, "\n", f"\n{closing}\n\n")
+
+    def end(self, text: str, prompt: str) -> int:
+        """The length of the block at the beginning of a turn, with whitespace after it; 0 without
+        one. The opening may stand at the end of the prompt.
+        """
+        start = len(text) - len(text.lstrip())
+        if text.startswith(self.opening, start):
+            start += len(self.opening)
+        elif not prompt.rstrip().endswith(self.opening):
+            return 0
+        at = text.find(self.closing, start)
+        if at < 0:
+            return 0
+        end = at + len(self.closing)
+        return end + (len(text[end:]) - len(text[end:].lstrip())) * self.spaced
+
+
+USUAL = Block.of_tags("<think>", "</think>")
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Where a template ends a turn.
+
+    written: With what the end is written.
+    text: The end; where nothing writes one, the tokenizer's end token, empty if it has none.
+    tokens: The ids of the special tokens that end a turn, whoever speaks next.
+    """
+
+    written: Literal["with the turn", "with the next message", "not at all"]
+    text: str
+    tokens: frozenset[int]
+
+
+@dataclass(eq=False)
+class Template:
+    """The text of a chat template, the tokenizer that renders it, and what probes show of it."""
+
+    text: str
+    tokenizer: PreTrainedTokenizerBase
+    size: int  # of the tokenizer
+
+    def __post_init__(self) -> None:
+        added = self.tokenizer.added_tokens_decoder
+        self.added = frozenset(added)  # the ids of added tokens
+        named = {token.content for token in added.values() if token.special}
+        self.eos = str(self.tokenizer.special_tokens_map.get("eos_token") or "")
+        known = sorted(filter(None, {*named, self.eos}), key=len, reverse=True)
+        # what matches the special tokens of the tokenizer in a text
+        self.specials = re.compile("|".join(map(re.escape, known)) or r"(?!)")
+        self.marks_own = bool(OWN_SPANS.search(self.text))  # whether it marks spans itself
+
+    @cached_property
+    def form(self) -> Form:
+        """The form in which it takes messages."""
+        asked = str(ASKED["content"])
+        shown = [asked in attempt(Form(parts=p).of([ASKED]), self.tokenizer) for p in (False, True)]
+        parts = shown == [False, True]
+        if "tool_calls" in self.text:
+            arguments = {KEY: VALUE}
+            message = {"role": "assistant", "tool_calls": [call(NAME, arguments)]}
+            quoted = json.dumps(json.dumps(arguments))[1:-1]
+            for form in (Form(n > 1, n % 2 > 0, parts) for n in range(4)):
+                text = attempt(form.of([ASKED, message]), self.tokenizer, [PROBE_TOOL])
+                after = text.rpartition(NAME)[2]
+                odd = quoted in after or str(arguments) in after
+                if KEY in after and VALUE in after and not odd:
+                    return form
+        return Form(parts=parts)
+
+    @cached_property
+    def block(self) -> Block:
+        """How it encloses reasoning."""
+        form = Form(parts=template_of(self.tokenizer).form.parts)
+        texts = [
+            attempt(form.of([ASKED, turn]), self.tokenizer)
+            for turn in (SAID | {"reasoning_content": THOUGHT}, SAID)
+        ]
+        prompt = attempt(form.of([ASKED]), self.tokenizer, for_generation=True)
+        if THOUGHT not in texts[0] or WORD not in texts[0]:
+            return USUAL
+        header = CUT.sub("", common(*texts, prompt))
+        # a tag that the prompt leaves open is part of the block
+        if opened := OPENED.search(header):
+            header = header[: opened.start()]
+        thoughtful, plain = (text[len(header) :] for text in texts)
+        # the answer may have a header of its own, which belongs to no block
+        without = thoughtful.removesuffix(plain) if plain else thoughtful
+        for block in (without, thoughtful.partition(WORD)[0]):
+            opening, _, closing = block.partition(THOUGHT)
+            if opening.strip() and closing.strip() and WORD not in block:
+                lead = opening[len(opening.rstrip()) :]
+                spaced = closing != closing.rstrip()
+                return Block(opening.strip(), closing.strip(), True, spaced, lead, closing)
+        return USUAL
+
+    @cached_property
+    def ending(self) -> Ending:
+        """How it ends a turn."""
+        tokenizer, form = self.tokenizer, template_of(self.tokenizer).form
+        said = form.of([ASKED, SAID])
+        behind = attempt(said, tokenizer).rpartition(WORD)[2]
+        at = 0
+        for found in self.specials.finditer(behind):
+            if at and behind[at : found.start()].strip():
+                break
+            at = found.end()  # through all special tokens that follow upon the first
+        written: Literal["with the turn", "with the next message", "not at all"] = WITH_TURN
+        ends = [behind[:at]]
+        if not at:
+            following = attempt([*said, *form.of([{"role": "user", "content": NEXT}])], tokenizer)
+            between = following.rpartition(NEXT)[0].rpartition(WORD)[2]
+            written, ends = NOWHERE, [self.eos]
+            if end := self.through_special(between):
+                written, ends = WITH_NEXT, [end, self._before_result()]
+        each = [tokenizer(end, add_special_tokens=False).input_ids for end in ends if end]
+        return Ending(written, ends[0], frozenset(int(ids[-1]) for ids in each if len(ids)))
+
+    @cached_property
+    def shows_tools(self) -> bool:
+        """Whether it shows a probe tool, with a system message or without."""
+        form = template_of(self.tokenizer, [PROBE_TOOL]).form
+        asked = (form.of([ASKED]), form.of([SYSTEM, ASKED]))
+        return any(KEY in attempt(m, self.tokenizer, [PROBE_TOOL], True) for m in asked)
+
+    @cached_property
+    def shows_calls(self) -> bool:
+        """Whether it shows a probe call, as the last message or in an earlier one."""
+        said: list[Message] = [
+            CALLED,
+            {"role": "tool", "content": VALUE, "name": NAME, "tool_call_id": "probe0000"},
+            {"role": "assistant", "content": VALUE},
+        ]
+        form = template_of(self.tokenizer).form
+        texts = (attempt(form.of([ASKED, *said[:n]]), self.tokenizer) for n in (1, 3))
+        return any(NAME in text.replace(VALUE, "") for text in texts)
+
+    def through_special(self, text: str) -> str:
+        """The beginning of a text up to its first special token, and that token; empty without one.
+        """
+        found = self.specials.search(text)
+        return text[: found.end()] if found else ""
+
+    def _before_result(self) -> str:
+        """What ends a call where its result comes next; empty if it shows no such thing."""
+        result = {"role": "tool", "content": NEXT, "name": NAME, "tool_call_id": "probe0000"}
+        form = template_of(self.tokenizer, [PROBE_TOOL]).form
+        called = form.of([ASKED, CALLED])
+        text = attempt(called, self.tokenizer, [PROBE_TOOL]).rstrip()
+        longer = attempt([*called, *form.of([result])], self.tokenizer, [PROBE_TOOL])
+        follows = longer[len(text) :] if longer.startswith(text) and text else ""
+        return self.through_special(follows.partition(NEXT)[0])
+
+
+_known = lru_cache(maxsize=KNOWN)(Template)
+
+
+def template_of(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Tool] = ()) -> Template:
+    """The chat template that renders with these tools."""
+    text = str(tokenizer.get_chat_template(tools=list(tools) or None))
+    return _known(text, tokenizer, len(tokenizer))
+
+
+def _with_text(given: dict[str, Any]) -> dict[str, Any]:
+    function = given["function"]
+    text = json.dumps(function["arguments"], ensure_ascii=False)
+    return given | {"function": function | {"arguments": text}}
+
+
+def apply(
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    tools: Sequence[Tool] = (),
+    for_generation: bool = False,
+    variables: Mapping[str, Any] = NONE,
+) -> str:
+    """The text of messages that are in the template's form.
+
+    Args:
+        tokenizer: A tokenizer with a chat template.
+        tools: The tools that the conversation offers.
+        for_generation: Append the generation prompt, which opens the assistant's next turn.
+        variables: Further variables of the template, such as enable_thinking.
+
+    Raises LorafoldError if the template refuses the messages.
+    """
+    given: Any = list(tools) or None
+    try:
+        if not tokenizer.is_fast:  # it may have a way of its own
+            text = tokenizer.apply_chat_template(
+                list(messages),
+                tools=given,
+                tokenize=False,
+                add_generation_prompt=for_generation,
+                **variables,
+            )
+            return str(text)
+        # what apply_chat_template calls, without the checks that `data.messages` has done: two
+        # thirds of the time
+        special: Any = tokenizer.special_tokens_map
+        rendered: Any = render_jinja_template(
+            [list(messages)],
+            tools=given,
+            chat_template=tokenizer.get_chat_template(tools=given),
+            add_generation_prompt=for_generation,
+            **special | dict(variables),
+        )
+        return str(rendered[0][0])
+    except TemplateError as error:
+        raise LorafoldError(
+            f"the model's chat template refuses this conversation: {error}"
+        ) from error
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+        raise LorafoldError(
+            f"the model's chat template can't render this conversation: {type(error).__name__}:"
+            f" {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+        ) from error
+
+
+def attempt(
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    tools: Sequence[Tool] = (),
+    for_generation: bool = False,
+) -> str:
+    """As `apply`, with an empty text where the template refuses the messages."""
+    try:
+        return apply(messages, tokenizer, tools, for_generation)
+    except LorafoldError:
+        return ""
+
+
+def is_dated(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template asks for the date, so that it renders otherwise tomorrow."""
+    return bool(day_of(tokenizer))
+
+
+def day_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The date of today, as 2026-11-28, where the chat template asks for it; else empty."""
+    return date.today().isoformat() if DATED.search(str(tokenizer.chat_template)) else ""
+
+
+def on_day(tokenizer: PreTrainedTokenizerBase, day: str) -> PreTrainedTokenizerBase:
+    """The tokenizer with a chat template that writes one date, where the template itself has the
+    form of the date: it `is_dated` still where a form is a variable.
+
+    Args:
+        tokenizer: It stays as it is.
+        day: The date, as 2026-11-28; empty where the template asks for none.
+    """
+
+    def written(found: re.Match[str]) -> str:
+        return json.dumps(datetime.fromisoformat(day).strftime(found[2]))
+
+    if not day:
+        return tokenizer
+    fixed, template = copy.copy(tokenizer), tokenizer.chat_template
+    named = template if isinstance(template, dict) else {"": template}
+    texts = {name: ASKING.sub(written, text) for name, text in named.items()}
+    fixed.chat_template = texts if isinstance(template, dict) else texts[""]
+    return fixed
+
+
+def common(*texts: str) -> str:
+    """The beginning that texts have in common."""
+    columns = zip(*texts, strict=False)
+    length = next((n for n, found in enumerate(columns) if len(set(found)) > 1), None)
+    return min(texts, key=len) if length is None else texts[0][:length]
