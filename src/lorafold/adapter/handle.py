@@ -27,9 +27,8 @@ from lorafold.models.container import write_whole
 from lorafold.models.sources import forget, known
 from lorafold.models.storage import recorded_storage
 from lorafold.models.weights import ModelWeights, Weights
-from lorafold.peft.directory import Chosen, write
-from lorafold.peft.own_base import BASE_IDENTITY
-from lorafold.peft.stack import digest_written, listed, recorded
+from lorafold.peft.provenance import BASE_IDENTITY, digest_written, listed, recorded
+from lorafold.peft.saved import Chosen, write
 
 
 def joined(path: str, name: str) -> str:

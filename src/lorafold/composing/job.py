@@ -17,8 +17,8 @@ from lorafold.files.record import BASE, OTHER_BASE, TRAINED_ON
 from lorafold.methods.parts.mixture import Gating
 from lorafold.models.architecture import opened_by_name
 from lorafold.opening import Base
-from lorafold.peft.form import peft_reads
-from lorafold.peft.own_base import BASE_IDENTITY, TrainedOn
+from lorafold.peft.form import form_of
+from lorafold.peft.provenance import BASE_IDENTITY, TrainedOn
 from lorafold.peft.saved import Saved, trained_on
 from lorafold.recipe.recipe import Recipe
 
@@ -151,7 +151,7 @@ class Job:
                 {"recipe": {"adapters": ", ".join(self.updates.names), **about}},
                 {},
                 opened_by=opened_by_name(adapter.model),
-                in_peft=peft_reads(adapter.model, adapter.spec, adapter.matches.paths),
+                in_peft=form_of(adapter.model, adapter.spec, adapter.matches.paths).in_peft,
             ),
         )
         adapter.detach()

@@ -39,8 +39,8 @@ from lorafold.methods.parts.extras import vocabulary
 from lorafold.methods.parts.token_rows import TokenRows
 from lorafold.models.weights import ModelWeights
 from lorafold.peft.config import CONFIG, WEIGHTS
+from lorafold.peft.provenance import beside, digest_of, not_found, parse
 from lorafold.peft.saved import FILES
-from lorafold.peft.stack import beside, digest_of, not_found, parse
 
 BESIDE = 8 << 20  # bytes of a manifest, which an identity leaves out
 

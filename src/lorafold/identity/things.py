@@ -17,8 +17,7 @@ from lorafold.files.digests import of_file, of_files
 from lorafold.models.loading import TOKENIZER_FILES, VOCABULARIES
 from lorafold.models.sources import ModelSource
 from lorafold.models.weights import INDEX, MODEL_FILES, model_files
-from lorafold.peft.absent import no_adapter
-from lorafold.peft.config import CONFIG
+from lorafold.peft.config import CONFIG, no_adapter
 from lorafold.peft.saved import FILES, Saved
 
 WORDS = (*TOKENIZER_FILES, *VOCABULARIES)

@@ -38,7 +38,7 @@ from lorafold.methods.lora import LoRA, of_ranks
 from lorafold.opening import Base
 from lorafold.opening.kinds import check_language_model
 from lorafold.ops.svd import best_of_rank
-from lorafold.peft.own_base import BASE_IDENTITY
+from lorafold.peft.provenance import BASE_IDENTITY
 from lorafold.peft.saved import Saved
 
 # B (*matrices, out, r), A (*matrices, r, in); r = 0 for an update that is zero

@@ -27,7 +27,7 @@ from lorafold.models.storage import (
 )
 from lorafold.models.storages import MADE, PLAIN, STORAGES
 from lorafold.models.tokenizer import tokenizer_of
-from lorafold.peft.own_base import OwnBase
+from lorafold.peft.provenance import OwnBase
 from lorafold.peft.saved import Saved, trained_on
 from lorafold.peft.tokens import all_of
 

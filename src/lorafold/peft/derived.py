@@ -21,12 +21,10 @@ from typing import Any, get_type_hints
 
 from pydantic import PydanticUserError, TypeAdapter
 
-from lorafold.core.base import Base
-from lorafold.core.delta import Delta
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.methods import METHODS
-from lorafold.peft.format import Entry, Field, Method
+from lorafold.peft.format import Entry, Field, Method, Site
 
 PREFIX = "LORAFOLD_"
 
@@ -60,8 +58,9 @@ def methods(known: Collection[type[Spec]]) -> list[Method]:
     return [row for _, row in rows.values()]
 
 
-def entries(delta: Delta, layer: type[Base]) -> list[Entry]:
+def entries(site: Site) -> list[Entry]:
     """The tensors of a delta that has no row."""
+    delta = site.delta
     prefix = type(delta).__name__.lower().removesuffix("delta")
     names = [name for name in delta.state_dict() if name not in delta.run_names]
     return [Entry(name, f"{{at}}.{prefix}_{name}") for name in names]

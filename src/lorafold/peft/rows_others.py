@@ -14,8 +14,6 @@ from typing import Any
 
 from torch import Tensor
 
-from lorafold.bases.convolution import Convolution
-from lorafold.core.base import Base
 from lorafold.core.delta import Delta
 from lorafold.methods.ia3 import IA3, IA3Delta
 from lorafold.methods.loha import LoHa, LoHaDelta
@@ -52,15 +50,15 @@ LOKR = Method(
 
 def prefixed(prefix: str) -> Entries:
     """Describe a delta whose keys are its parameters' names with a prefix."""
-    return lambda delta, layer: [
-        Entry(name, f"{{at}}.{prefix}_{name}") for name, _ in delta.named_parameters()
+    return lambda site: [
+        Entry(name, f"{{at}}.{prefix}_{name}") for name, _ in site.delta.named_parameters()
     ]
 
 
-def lokr(delta: Delta, layer: type[Base]) -> list[Entry]:
+def lokr(site: Site) -> list[Entry]:
     """Describe the factors of LoKr; at a convolution a whole D is a kernel."""
-    entries = prefixed("lokr")(delta, layer)
-    if not issubclass(layer, Convolution):
+    entries = prefixed("lokr")(site)
+    if not site.window:
         return entries
     return [
         replace(e, to_file=whole, from_file=flat, misfit=not_whole) if e.attribute == "w2" else e
@@ -102,13 +100,13 @@ IA3_ROW = Method(
 )
 
 
-def ia3(delta: Delta, layer: type[Base]) -> list[Entry]:
+def ia3(site: Site) -> list[Entry]:
     """Describe IA3's vector, which PEFT stores as a matrix, or in the form of an output; those of
     experts are a matrix already.
     """
-    if issubclass(layer, Convolution):
+    if site.window:
         return [Entry("l", "{at}.ia3_l", as_channels, all_flat)]
-    if delta.l.dim() > 1:  # type: ignore[operator]
+    if site.delta.l.dim() > 1:  # type: ignore[operator]
         return [Entry("l", "{at}.ia3_l")]
 
     def to_file(v: Tensor, site: Site) -> Tensor:

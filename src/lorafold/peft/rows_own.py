@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafold.core.base import Base
 from lorafold.core.delta import Delta
 from lorafold.methods.bitfit import BitFit
 from lorafold.methods.bottleneck import Bottleneck, BottleneckDelta
@@ -76,7 +75,7 @@ def not_values(values: Tensor, site: Site, file: Mapping[str, Tensor]) -> str | 
     return None
 
 
-def sparse(delta: Delta, layer: type[Base]) -> list[Entry]:
+def sparse(site: Site) -> list[Entry]:
     """The tensors of a sparse delta: positions and values."""
     return [
         Entry("at", "{at}.sparse_at", misfit=not_positions),
@@ -84,13 +83,10 @@ def sparse(delta: Delta, layer: type[Base]) -> list[Entry]:
     ]
 
 
-def subspace(delta: Delta, layer: type[Base]) -> list[Entry]:
+def subspace(site: Site) -> list[Entry]:
     """The tensors of a Fastfood delta: its scale and, at the first module, the shared vector."""
-    vector = (
-        [Entry("subspace.vector", "{at}.fastfood_vector")]
-        if isinstance(delta.subspace, Subspace)
-        else []
-    )
+    own = isinstance(site.delta.subspace, Subspace)
+    vector = [Entry("subspace.vector", "{at}.fastfood_vector")] * own
     return [Entry("scale", "{at}.fastfood_scale"), *vector]
 
 
@@ -132,7 +128,7 @@ def not_frozen(dim: int) -> Callable[[Tensor, Site, Mapping[str, Tensor]], str |
     return misfit
 
 
-def mixture(delta: Delta, layer: type[Base]) -> list[Entry]:
+def mixture(site: Site) -> list[Entry]:
     """The frozen factors of a mixture, and which adapter each column belongs to."""
     return [
         Entry("up", "{at}.mixture_up", misfit=not_frozen(-1)),
@@ -141,16 +137,17 @@ def mixture(delta: Delta, layer: type[Base]) -> list[Entry]:
     ]
 
 
-def gated(delta: Delta, layer: type[Base]) -> list[Entry]:
+def gated(site: Site) -> list[Entry]:
     """The tensors of a mixture with gates, which are in the file once if they are shared."""
+    delta = site.delta
     key = GATES if delta.gates.shared else "{at}.mixture_gates"  # type: ignore[union-attr]
     # shared ones are there once
-    return [*mixture(delta, layer), *[Entry("gates.values", key)] * ("gates" in delta._modules)]
+    return [*mixture(site), *[Entry("gates.values", key)] * ("gates" in delta._modules)]
 
 
-def routed(delta: Delta, layer: type[Base]) -> list[Entry]:
+def routed(site: Site) -> list[Entry]:
     """The tensors of a mixture with a router."""
-    return [*mixture(delta, layer), Entry("router", "{at}.mixture_router")]
+    return [*mixture(site), Entry("router", "{at}.mixture_router")]
 
 
 TENSORS: dict[type[Delta], Entries] = {

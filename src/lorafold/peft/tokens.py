@@ -13,7 +13,7 @@ the base's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -23,10 +23,9 @@ from torch import Tensor, nn
 from lorafold.bases import layer_class
 from lorafold.core.anatomy import bare_modules, sharers, vocabulary_ends
 from lorafold.errors import LorafoldError, listed
-from lorafold.methods.parts.token_rows import TokenRows
 from lorafold.models import fingerprint
 from lorafold.models.weights import Weights
-from lorafold.peft.format import ROOT, Site
+from lorafold.peft.format import ROOT
 
 INDICES = "trainable_token_indices"
 ROWS = "token_adapter.trainable_tokens_delta"
@@ -35,17 +34,10 @@ ByPath = Mapping[str, tuple[int, ...]]
 Ids = tuple[int, ...] | ByPath
 
 
-def describe(model: nn.Module, sites: Sequence[Site]) -> dict[str, Any]:
-    """Return the config's key for the token vectors at these sites: a list of ids if only the input
-    embedding has vectors of its own, else lists by module name.
+def describe(model: nn.Module, own: Mapping[str, list[int]]) -> dict[str, Any]:
+    """Return the config's key for token vectors of these ids, by module path: a list if only the
+    input embedding has vectors of its own, else lists by module name.
     """
-    own = {
-        site.path: list(site.delta.ids)
-        for site in sites
-        if isinstance(site.delta, TokenRows) and site.delta.twin is None
-    }
-    if not own:
-        return {}
     if [*own] == vocabulary_ends(model)[:1]:
         return {INDICES: next(iter(own.values()))}
     return {INDICES: {_name(model, path): ids for path, ids in own.items()}}
@@ -61,9 +53,7 @@ def resolve(model: nn.Module, ids: Ids) -> ByPath:
     if not isinstance(ids, Mapping):
         # PEFT looks for embed_tokens if the model does not name its embedding
         embedding, *_ = *vocabulary_ends(model), "embed_tokens"
-        ids = {embedding: ids} if ids else {}
-    if not ids:
-        return {}
+        ids = {embedding: ids}
     paths = [path for path, _ in bare_modules(model) if path]
     found = {name: [p for p in paths if p.endswith(name)] for name in ids}
     if missing := [name for name, hits in found.items() if not hits]:
@@ -116,8 +106,6 @@ def completed(
         ids: The config's ids by module path.
         file: The tensors of the file.
     """
-    if not ids:
-        return {}, file
     found, hidden, rows = dict(ids), set[str](), dict[str, Tensor]()
     trained = {i for some in ids.values() for i in some}
     for path in dict.fromkeys([*ids, *vocabulary_ends(model)]):

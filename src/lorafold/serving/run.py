@@ -33,7 +33,7 @@ from lorafold.machine.memory import free_bytes
 from lorafold.models.storage import recorded_storage
 from lorafold.models.weights import ModelWeights
 from lorafold.opening import Base
-from lorafold.peft.own_base import OwnBase
+from lorafold.peft.provenance import OwnBase
 from lorafold.screening.screen import Screen
 from lorafold.serving import logs
 from lorafold.serving.admission import Admission

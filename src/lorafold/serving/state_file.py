@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from lorafold.files.atomic import write_text
-from lorafold.peft.own_base import OwnBase
+from lorafold.peft.provenance import OwnBase
 from lorafold.serving.json_file import read
 
 STATE = ".lorafold-serve.json"  # beside the adapters, unless the settings name another

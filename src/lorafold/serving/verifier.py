@@ -26,9 +26,8 @@ from lorafold.models.tokenizer import CONFIG as SETTINGS
 from lorafold.models.weights import Weights
 from lorafold.peft.config import CONFIG, WEIGHTS, read_config
 from lorafold.peft.form import DROPOUT
-from lorafold.peft.own_base import OwnBase, TrainedOn
+from lorafold.peft.provenance import OwnBase, TrainedOn, not_found, parse
 from lorafold.peft.saved import FILES
-from lorafold.peft.stack import not_found, parse
 from lorafold.screening.screen import Screen, Verified
 from lorafold.serving.backend import Backend
 from lorafold.serving.directory import Directory

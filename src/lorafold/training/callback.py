@@ -32,8 +32,8 @@ from lorafold.files.atomic import atomic_directory, check_out, verify, write_jso
 from lorafold.files.record import read_object
 from lorafold.models.sources import called
 from lorafold.models.weights import ModelWeights
+from lorafold.peft.provenance import mismatch, same
 from lorafold.peft.saved import Saved
-from lorafold.peft.stack import mismatch, same
 from lorafold.training.base_kept_out import BaseKeptOut, write_empty_weights
 from lorafold.training.compared import check_reference
 

@@ -17,8 +17,8 @@ from lorafold.files.shown import Shown
 from lorafold.machine.memory import freed_blocks_returned, peak_bytes
 from lorafold.models.architecture import opened_by_name
 from lorafold.models.weights import Weights
-from lorafold.peft.form import peft_reads
-from lorafold.peft.stack import recorded
+from lorafold.peft.form import form_of
+from lorafold.peft.provenance import recorded
 from lorafold.recipe.fields import OF_METHOD
 from lorafold.step.optim import UP
 from lorafold.training.checkpoint import Progress
@@ -149,7 +149,7 @@ def finish(
     if (size := job.adapter.vocabulary) is not None:
         record |= {VOCABULARY: size}
     model, spec = job.adapter.model, job.adapter.spec
-    in_peft = not spec.trains_base and peft_reads(model, spec, job.adapter.matches.paths)
+    in_peft = not spec.trains_base and form_of(model, spec, job.adapter.matches.paths).in_peft
 
     def write(path: Path, record: dict[str, Any]) -> None:
         overwrite = request.overwrite or request.resume

@@ -18,9 +18,8 @@ from lorafold.errors import LorafoldError, listed, shortened
 from lorafold.files.atomic import check_intact
 from lorafold.files.record import RECORD, named_as_now, read_object
 from lorafold.identity import of_adapter
-from lorafold.peft.own_base import BASE_IDENTITY
+from lorafold.peft.provenance import BASE_IDENTITY, parse
 from lorafold.peft.saved import Saved, open_all
-from lorafold.peft.stack import parse
 from lorafold.recipe.recipe import Recipe
 from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.finish import GUESSING, INIT_ADAPTER, SKIPPED, Trained, mean_of_last

@@ -14,9 +14,8 @@ from lorafold.core.attach import base_state
 from lorafold.errors import LorafoldError, listed
 from lorafold.models.container import check_finite
 from lorafold.models.weights import FileWeights, ModelWeights, Weights, model_files
-from lorafold.peft.paths import within
 from lorafold.peft.saved import Saved
-from lorafold.peft.tensors import saved_tensors
+from lorafold.peft.tensors import saved_tensors, sites_of
 
 MOMENTS = ("exp_avg", "absmax1", "state1")  # of a gradient, as optimizers call it
 
@@ -56,11 +55,11 @@ def read_back(adapter: Adapter, path: Path, base: Weights | None) -> None:
         wrong = [key for key in shared if not whole.get(key).equal(state[key].cpu())]
     else:
         base = base or ModelWeights(model)
-        _, saved = within(Saved.open(path), model).token_rows(model, base)
+        _, saved = Saved.open(path).within(model).token_rows(model, base)
         parts = {site: [*delta.parts()] for site, delta in adapter.deltas.items()}
         targets, names = adapter.matches.paths, set(saved.weights.names)
         wrong = [*set(targets).symmetric_difference(saved.targets(model).paths)]
-        for key, own in saved_tensors(model, parts, targets, base).items():
+        for key, own in saved_tensors(sites_of(model, parts, targets, base)).items():
             if key not in names or not saved.weights.get(key).equal(own.encoded().cpu()):
                 wrong.append(key)
     if wrong:

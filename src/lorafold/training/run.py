@@ -19,7 +19,7 @@ from lorafold.files.paths import check_name
 from lorafold.machine.memory import freed_blocks_kept
 from lorafold.machine.processes import ALONE, Processes
 from lorafold.objectives import OBJECTIVES
-from lorafold.peft.own_base import BASE_IDENTITY
+from lorafold.peft.provenance import BASE_IDENTITY
 from lorafold.step.activations import recompute
 from lorafold.step.fused import fused
 from lorafold.training.agreement import check_alike
