@@ -139,7 +139,7 @@ def lorafold(case: Case, stack: ExitStack) -> Training:
     from lorafold.data.labelled import LabelledExample
     from lorafold.machine.memory import freed_blocks_kept
     from lorafold.methods import make_spec
-    from lorafold.models.loading import load_tokenizer
+    from lorafold.models.tokenizer import load_tokenizer
     from lorafold.objectives.classify import Classify
     from lorafold.objectives.objective import Objective
     from lorafold.objectives.sft import Sft

@@ -11,7 +11,7 @@ from lorafold.exporting.answers import last, prompts_of
 from lorafold.exporting.engines import ask
 from lorafold.exporting.gguf_model import write_model
 from lorafold.exporting.proof import parting
-from lorafold.models.loading import load_tokenizer
+from lorafold.models.tokenizer import load_tokenizer
 from serving_cases import running
 
 pytestmark = pytest.mark.slow

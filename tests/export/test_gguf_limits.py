@@ -23,7 +23,7 @@ from lorafold.exporting.gguf_metadata import architecture_of
 from lorafold.exporting.gguf_model import write_model
 from lorafold.exporting.gguf_tensors import BLOCKS, type_of
 from lorafold.exporting.gguf_tokenizer import name_of_rule
-from lorafold.models.gguf_words import PREFERRED, WHOLE_WORDS, rule_of
+from lorafold.models.gguf_rules import PREFERRED, WHOLE_WORDS, rule_of
 
 WATCHED = """
 import sys, threading, time

@@ -24,7 +24,7 @@ def test_training_rows_are_tokenized_without_pandas():
 import sys
 from lorafold.data.examples import encode
 from lorafold.data.rows import check_rows
-from lorafold.models.loading import load_tokenizer
+from lorafold.models.tokenizer import load_tokenizer
 rows = check_rows([(1, {"prompt": "two", "completion": "three"})], "rows")
 found = encode(rows, load_tokenizer("smollm2"), 64)
 print(len(found.examples), "pandas" in sys.modules)

@@ -25,8 +25,7 @@ from lorafold.engine import residency as engine_residency
 from lorafold.engine import state as engine_state
 from lorafold.machine.processes import ALONE
 from lorafold.methods import make_spec
-from lorafold.models.experts import route_quantized
-from lorafold.models.quantizing import packable
+from lorafold.models.quantizing import packable, route_quantized
 from lorafold.models.storages import MADE, STORAGES
 from lorafold.step.activations import recompute
 from lorafold.step.adamw import make_optimizer

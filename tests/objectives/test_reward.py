@@ -35,11 +35,10 @@ from lorafold.memory.measure import measure
 from lorafold.memory.terms import estimate
 from lorafold.memory.trace import Setting
 from lorafold.models.classifier import head_paths, load_classifier, load_reward_model
-from lorafold.models.configuration import configuration
 from lorafold.models.fake import fake_model
-from lorafold.models.loading import load_tokenizer
-from lorafold.models.sources import resolve_model
-from lorafold.models.storage import Storage
+from lorafold.models.sources import configuration, resolve_model
+from lorafold.models.storages import Storage
+from lorafold.models.tokenizer import load_tokenizer
 from lorafold.objectives.comparing import law_of
 from lorafold.opening import Base
 from lorafold.recipe.recipe import Recipe

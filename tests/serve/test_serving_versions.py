@@ -20,8 +20,7 @@ from engine_cases import save_adapters
 from fresh_models import fresh_model
 from lorafold.errors import LorafoldError
 from lorafold.identity import joined, of_adapter
-from lorafold.models.loading import load_tokenizer
-from lorafold.models.tokenizer import write_tokenizer
+from lorafold.models.tokenizer import load_tokenizer, write_tokenizer
 from lorafold.screening.screen import Screen
 from serving_cases import ADMIN, Running, counted, running, saved
 

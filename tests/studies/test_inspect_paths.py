@@ -10,7 +10,7 @@ from lorafold.errors import LorafoldError
 from lorafold.inspecting.loss import loss_on, losses_of
 from lorafold.inspecting.paths import barrier, between, measured_paths, scaling
 from lorafold.methods import make_spec
-from lorafold.models.loading import load_tokenizer
+from lorafold.models.tokenizer import load_tokenizer
 
 ROWS = [
     {"text": "Book a table for four at the Copper Lantern"},

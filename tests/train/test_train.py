@@ -24,7 +24,8 @@ from lorafold.errors import LorafoldError
 from lorafold.machine.processes import ALONE
 from lorafold.methods.full import write_model
 from lorafold.models import container
-from lorafold.models.loading import load_model, load_tokenizer
+from lorafold.models.loading import load_model
+from lorafold.models.tokenizer import load_tokenizer
 from lorafold.step.replicated import Replicated
 from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.run import train

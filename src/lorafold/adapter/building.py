@@ -35,7 +35,7 @@ from lorafold.methods.parts.replace import ReplaceDelta, leaves
 from lorafold.methods.parts.token_rows import Tokens
 from lorafold.models.classifier import new_heads
 from lorafold.models.sources import called
-from lorafold.models.weights import ModelWeights, Weights
+from lorafold.models.weights import InMemory, Weights
 from lorafold.peft.provenance import ALLOWED, MOST, OTHER, loading_advice, mismatch, same
 from lorafold.peft.saved import Chosen, Saved
 
@@ -170,7 +170,7 @@ def read(
     saved = (path if isinstance(path, Saved) else Saved.open(path)).within(model)
     if saved.over:  # one of those replaces the head that was drawn for this model
         saved = replace(saved, own_base=saved.own_base.without(new_heads(model)))
-    base, problems = base or ModelWeights(model), []
+    base, problems = base or InMemory.of_model(model), []
     below = selection_of(model).active if below is None else tuple(below)
     fits = same(saved.over, below)
     if not (allow_other_base or fits):

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from lorafold.adapter import load
 from lorafold.api.arguments import or_quiet
 from lorafold.errors import LorafoldError
-from lorafold.models.loading import load_tokenizer
 from lorafold.models.positions import positions_of
 from lorafold.models.sources import ModelSource
+from lorafold.models.tokenizer import load_tokenizer
 from lorafold.objectives.classify import Classify
 from lorafold.objectives.objective import Objective
 from lorafold.objectives.reward import RewardModel

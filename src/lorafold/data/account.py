@@ -32,7 +32,7 @@ from lorafold.data.template_forms import (
 )
 from lorafold.data.trained_spans import render_trained
 from lorafold.errors import LorafoldError
-from lorafold.models.template_variables import set_variables, variables_of
+from lorafold.models.templates import set_variables, variables_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from lorafold.data.messages import Message
 from lorafold.data.template_forms import ASKED, VALUE, attempt, form_of
-from lorafold.models.built_in_templates import JOINED
+from lorafold.models.templates import JOINED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

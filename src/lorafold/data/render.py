@@ -19,7 +19,7 @@ from lorafold.data.stored import Rows
 from lorafold.data.template_forms import NONE, apply, form_of
 from lorafold.data.trained_spans import Rendered, Rendering, Trained, render_trained
 from lorafold.errors import LorafoldError
-from lorafold.models.built_in_templates import opening
+from lorafold.models.templates import opening
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,7 +7,7 @@
 llama.cpp has rules of splitting by name; the one is taken that splits texts as the tokenizer does.
 Rows of the embedding without a token get a filler.
 
-The rule of splitting is the one of `models.gguf_words` that gives the same pieces for all `TEXTS`.
+The rule of splitting is the one of `models.gguf_rules` that gives the same pieces for all `TEXTS`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lorafold.errors import LorafoldError, listed
-from lorafold.models.gguf_words import WHOLE_WORDS, names_of_rules, rule_of
+from lorafold.models.gguf_rules import WHOLE_WORDS, names_of_rules, rule_of
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

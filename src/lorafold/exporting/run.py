@@ -25,7 +25,7 @@ from lorafold.files.paths import check_kept
 from lorafold.files.shown import Shown
 from lorafold.merging.into import ALIAS, Distance, Into, choose_into
 from lorafold.merging.run import bars
-from lorafold.models.storage import stored_in_files
+from lorafold.models.loading import stored_in_files
 from lorafold.opening import Base
 from lorafold.opening.kinds import check_language_model
 from lorafold.peft.saved import Saved

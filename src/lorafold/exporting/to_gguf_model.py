@@ -17,7 +17,7 @@ from lorafold.errors import LorafoldError, shortened
 from lorafold.exporting.gguf_model import FILE_TYPES, Content, described, write_content
 from lorafold.exporting.gguf_tensors import PLAIN
 from lorafold.exporting.target import Progress, Subject, Target, Written
-from lorafold.models.storage import stored_in_files
+from lorafold.models.loading import stored_in_files
 
 QUANTIZER = "llama-quantize"
 MIXED = ("Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_M", "Q2_K", "IQ4_NL", "IQ4_XS")

@@ -14,8 +14,8 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 
 from lorafold.files.digests import of_file, of_files
-from lorafold.models.loading import TOKENIZER_FILES, VOCABULARIES
 from lorafold.models.sources import ModelSource
+from lorafold.models.tokenizer import TOKENIZER_FILES, VOCABULARIES
 from lorafold.models.weights import INDEX, MODEL_FILES, model_files
 from lorafold.peft.config import CONFIG, no_adapter
 from lorafold.peft.saved import FILES, Saved

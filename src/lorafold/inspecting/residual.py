@@ -31,7 +31,7 @@ from lorafold.core.anatomy import blocks
 from lorafold.core.matrices import expert_parameters, module_at
 from lorafold.errors import NotMergeable
 from lorafold.models.fake import fake_model, without_values
-from lorafold.models.storage import Storage
+from lorafold.models.storages import Storage
 
 OWN_CODE = "transformers_modules"  # where transformers imports the Python files of a model from
 

@@ -27,7 +27,7 @@ from lorafold.memory.sharing import FSDP
 from lorafold.memory.traced import Traced
 from lorafold.models.fake import fake_model, without_values
 from lorafold.models.load_errors import one_line
-from lorafold.models.storage import Storage
+from lorafold.models.storages import Storage
 from lorafold.objectives.classify import class_loss
 from lorafold.ops.arithmetic import multiplying
 from lorafold.ops.demands import Place, as_on

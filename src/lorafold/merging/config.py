@@ -14,7 +14,7 @@ from lorafold.core.anatomy import tied_parameters
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.fold.biases import Switches, switch_on
 from lorafold.models.checkpoint import MappedModel, build
-from lorafold.models.container import Entry
+from lorafold.models.weights import Entry
 
 
 def untied_config(

@@ -27,8 +27,8 @@ from lorafold.merging.into import Distance, Into, check_saved, choose_into
 from lorafold.merging.plan import Plan, plan
 from lorafold.merging.shards import write_shards
 from lorafold.models.load_errors import loading
-from lorafold.models.loading import load_model
-from lorafold.models.storage import Storage, stored_in_files
+from lorafold.models.loading import load_model, stored_in_files
+from lorafold.models.storages import Storage
 from lorafold.models.tokenizer import write_tokenizer
 from lorafold.opening import Base
 from lorafold.opening.kinds import check_language_model

@@ -14,8 +14,7 @@ from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_json
 from lorafold.merging.execute import Values, Written
 from lorafold.merging.plan import Plan
-from lorafold.models.container import write_container
-from lorafold.models.weights import INDEX
+from lorafold.models.weights import INDEX, write_container
 
 
 def write_shards(out: Path, plan: Plan, values: Values, written: Written) -> None:

@@ -4,6 +4,15 @@ The architecture is built on the meta device, and every parameter is replaced by
 which is memory-mapped and not read. So attaching adapters takes only the memory of the adapters.
 transformers' own rules turn names in the files into names in the model, and tensors of the files
 into parameters where it does not take them as they are (`converted`).
+
+`original_weights` are those of a quantized base under the names of its parameters:
+
+    block_sparse_moe.gate.weight                    ->  mlp.gate.weight
+    experts.0.w1.weight, experts.0.w3.weight, ...   ->  experts.gate_up_proj
+
+Where transformers computes parameters from several tensors, so the fingerprint of a base, and a
+method that starts from its weights, find the experts by the names that the model has for them. The
+files of other models are read as they are, since their names are the model's but for a prefix.
 """
 
 from __future__ import annotations
@@ -17,7 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    get_model_conversion_mapping,
+)
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
@@ -27,16 +39,27 @@ from transformers.core_model_loading import (
 )
 
 from lorafold.core.anatomy import tied_parameters
-from lorafold.errors import LorafoldError, as_one
+from lorafold.errors import LorafoldError, as_one, listed
 from lorafold.files.atomic import MANIFEST
 from lorafold.files.record import read_object
 from lorafold.models.architecture import auto_class
-from lorafold.models.container import Container, Entry, read_container, read_tensors
 from lorafold.models.converted import Conversion, Source
 from lorafold.models.in_files import as_in_files, check_quantized, make_quantized, readable
 from lorafold.models.load_errors import loading, one_line
 from lorafold.models.sources import ModelSource, remember
-from lorafold.models.weights import INDEX, MODEL_FILES, SINGLE, model_files
+from lorafold.models.weights import (
+    INDEX,
+    MODEL_FILES,
+    SINGLE,
+    Container,
+    Entry,
+    FileWeights,
+    InMemory,
+    Weights,
+    model_files,
+    read_container,
+    read_tensors,
+)
 
 WEIGHTS = (
     ".safetensors",
@@ -294,3 +317,30 @@ def _place(
         if name in parameters and parameters[name].shape == buffer.shape:
             path, _, leaf = name.rpartition(".")
             model.get_submodule(path)._buffers[leaf] = parameters[name].data
+
+
+def original_weights(source: ModelSource) -> Weights:
+    """The weights in the files of a model.
+
+    Raises LorafoldError if transformers can't compute a parameter from them.
+
+    Args:
+        source: The model, whose files must have been checked.
+    """
+    settings = source.config()
+    kinds = {settings.get("model_type"), settings.get("text_config", {}).get("model_type")}
+    rules = [rule for kind in kinds for rule in get_checkpoint_conversion_mapping(kind) or ()]
+    if not any(isinstance(rule, WeightConverter) for rule in rules):
+        return FileWeights(model_files(source.path))
+    with loading(f"model {source.name}"):
+        trusted = source.trust_remote_code
+        config = AutoConfig.from_pretrained(source.path, trust_remote_code=trusted)
+        model = build(config, trusted)
+    entries = entries_of(source.path)
+    tensors = mapped_tensors(entries.values())
+    found, parts = by_parameter(model, entries)
+    converted, problems = conversions(model, parts, tensors)
+    if problems:
+        raise LorafoldError(f"model {source.name}: {listed(problems.values(), '; ')}")
+    own = {name: tensors[entry.name] for name, entry in found.items()}
+    return InMemory(own | {name: c.parameter(name) for name, c in converted.items()})

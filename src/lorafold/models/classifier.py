@@ -33,7 +33,7 @@ from lorafold.files.card import REWARD
 from lorafold.models.load_errors import check_complete, loading
 from lorafold.models.loading import read_weights
 from lorafold.models.sources import ModelSource, known, remember
-from lorafold.models.storage import Storage
+from lorafold.models.storages import Storage
 from lorafold.models.weights import FileWeights, Weights, model_files
 
 if TYPE_CHECKING:

@@ -23,19 +23,13 @@ from lorafold.bases.compressed import Codes, CompressedLinear
 from lorafold.bases.dense import Linear
 from lorafold.core.anatomy import bare_modules
 from lorafold.errors import LorafoldError
-from lorafold.models.container import Entry
 from lorafold.models.load_errors import one_line
 from lorafold.models.storages import IN_CODES, STORAGES, of_codes, of_method
+from lorafold.models.weights import DTYPES, NAMES, Entry
 from lorafold.ops.float8 import is_nan
 
 COMPRESSED, PACKED = "compressed-tensors", "pack-quantized"  # a quant_method, and a format of it
-DTYPES = {
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.int8: "I8",
-    torch.int32: "I32",
-    torch.int64: "I64",
-}
-FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = ("F32", "F16", "BF16")
 # the last parts of tensors' names that only quantized weights have
 PARTS = ("weight_packed", "weight_scale", "weight_scale_inv", "weight_zero_point", "weight_g_idx")
 
@@ -129,7 +123,7 @@ def scales_as_in_files(model: nn.Module, entries: Mapping[str, Entry]) -> None:
     """
     for path, module in _compressed(model):
         entry = entries[f"{path}.{module.codes.scale}"]
-        empty = torch.empty(entry.shape, dtype=FLOATS[entry.dtype], device="meta")
+        empty = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
         module._parameters[module.codes.scale] = nn.Parameter(empty, requires_grad=False)
 
 
@@ -176,7 +170,7 @@ def misfits(model: nn.Module, entries: Mapping[str, Entry]) -> Iterator[str]:
             if name == "bias" or parameter is None:
                 continue
             entry, scales = entries.get(f"{path}.{name}"), name == module.codes.scale
-            kinds = [*FLOATS] if scales else [DTYPES[parameter.dtype]]
+            kinds = [*FLOATS] if scales else [NAMES[parameter.dtype]]
             expected = f"{' or '.join(kinds)} {list(parameter.shape)}"
             if entry is None:
                 yield f"{path}.{name}: found in no weight file, expected {expected}"

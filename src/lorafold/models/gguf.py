@@ -29,8 +29,7 @@ from lorafold.files.cache import cache_directory
 from lorafold.files.contents import digest
 from lorafold.files.digests import of_file
 from lorafold.models.gguf_files import SUFFIX, join, read, value
-from lorafold.models.gguf_rope import FREQUENCIES, SCALED, scale_positions
-from lorafold.models.gguf_words import split_as_learned
+from lorafold.models.gguf_rules import FREQUENCIES, SCALED, scale_positions, split_as_learned
 from lorafold.models.load_errors import check_complete, loading, tell_unread
 
 if TYPE_CHECKING:

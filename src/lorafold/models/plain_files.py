@@ -22,9 +22,9 @@ from lorafold.bases.expert_matrices import BLOCKS, held
 from lorafold.core.anatomy import bare_modules
 from lorafold.core.matrices import Matrices
 from lorafold.models.checkpoint import Checkpoint, MappedModel
-from lorafold.models.container import Container, Entry
+from lorafold.models.weights import NAMES, Container, Entry
 
-DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+PLAIN = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def as_plain(
@@ -40,7 +40,7 @@ def as_plain(
         mapped: The model over them.
     """
     dtype = mapped.model.config.dtype
-    dtype = dtype if dtype in DTYPES else torch.bfloat16
+    dtype = dtype if dtype in PLAIN else torch.bfloat16
     entries, by_file = dict(mapped.entries), {e.name: e for e in checkpoint.entries.values()}
     paths: dict[str, str] = {}
     for path, module, parameter, own, shape in _quantized(mapped):
@@ -48,7 +48,7 @@ def as_plain(
         name = codes.name.removesuffix("_packed").removesuffix(BLOCKS)
         plain = Entry(
             name,
-            DTYPES[dtype],
+            NAMES[dtype],
             shape,
             codes.file,
             codes.offset,

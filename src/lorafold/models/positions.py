@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lorafold.core.anatomy import input_embedding
 from lorafold.core.presets import own_modules
 from lorafold.errors import LorafoldError
-from lorafold.models.storage import Storage
+from lorafold.models.storages import Storage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -14,18 +14,10 @@ from lorafold.data.allowed_tokens import allow
 from lorafold.errors import LorafoldError, shortened
 from lorafold.identity import of_model
 from lorafold.machine.devices import choose_device, native_bf16
-from lorafold.models.configuration import configuration
-from lorafold.models.loading import load_model
+from lorafold.models.loading import default_storage, load_model, weights_of
 from lorafold.models.positions import Positions, positions_in
-from lorafold.models.sources import ModelSource, resolve_model
-from lorafold.models.storage import (
-    Storage,
-    check_storage,
-    choose_storage,
-    default_storage,
-    weights_of,
-)
-from lorafold.models.storages import MADE, PLAIN, STORAGES
+from lorafold.models.sources import ModelSource, configuration, resolve_model
+from lorafold.models.storages import MADE, PLAIN, STORAGES, Storage, check_storage, choose_storage
 from lorafold.models.tokenizer import tokenizer_of
 from lorafold.peft.provenance import OwnBase
 from lorafold.peft.saved import Saved, trained_on
@@ -175,7 +167,7 @@ class Base:
         """Its weights as the files have them, of which nothing is read yet, before it is loaded;
         None if they are quantized there.
         """
-        from lorafold.models.originals import original_weights
+        from lorafold.models.checkpoint import original_weights
 
         quantized = self.source.config().get("quantization_config")
         return None if quantized else original_weights(self.source)

@@ -46,7 +46,7 @@ from lorafold.models.classifier import new_heads
 from lorafold.models.fingerprint import Fingerprint
 from lorafold.models.storages import PLAIN
 from lorafold.models.tokenizer import has_tokenizer
-from lorafold.models.weights import LoadedWeights, Weights
+from lorafold.models.weights import InMemory, Weights
 from lorafold.peft import tokens
 from lorafold.peft.config import CONFIG, WEIGHTS, no_adapter, read_config, write_config
 from lorafold.peft.convolution import CORES, in_matrix_form
@@ -84,7 +84,7 @@ class Saved:
     spec: Spec
     bias: Bias
     selection: Selection
-    weights: Weights
+    weights: InMemory
     own_base: OwnBase  # what it says of the base that it was trained on
     over: tuple[Origin, ...]  # what it was trained over
     record: Mapping[str, Any]  # how it was made; empty if PEFT wrote it
@@ -176,7 +176,7 @@ class Saved:
         names = {old: renamed(old, whole.inward) for old in self.weights.names}
         moved = {new: self.weights.get(old) for old, new in names.items() if new != old}
         hidden = {old for old, new in names.items() if new != old}
-        weights = tokens.Completed(self.weights, hidden, moved)
+        weights = self.weights.with_others(hidden, moved)
         return replace(self, selection=self.selection.under(whole.paths), weights=weights)
 
     def targets(self, model: nn.Module) -> Matches:
@@ -298,7 +298,7 @@ def write(
     shown = {k: v for k, v in record.items() if k in (OVER, VOCABULARY)} | {
         "recipe": {"method": type(spec).__name__, **vars(spec)}
     }
-    own_card = training_card(
+    card = beside.card or training_card(
         config["base_model_name_or_path"] or "",
         shown,
         {},
@@ -311,7 +311,7 @@ def write(
         write_json(directory / RECORD, about)
         if beside.tokenizer is not None:
             beside.tokenizer.save_pretrained(directory)
-        (directory / CARD).write_text(beside.card or own_card, encoding="utf-8")
+        (directory / CARD).write_text(card, encoding="utf-8")
     tell(form, path)
     return Path(path)
 
@@ -360,9 +360,9 @@ def _attempt(problems: list[str], do: Callable[[], T]) -> T | None:
         return None
 
 
-def _weights(contents: Contents) -> Weights:
+def _weights(contents: Contents) -> InMemory:
     if WEIGHTS in contents.files:
-        file = LoadedWeights(contents.files[WEIGHTS], contents.path / WEIGHTS)
+        file = InMemory.read(contents.files[WEIGHTS], contents.path / WEIGHTS)
         return in_matrix_form(file) if any(n.endswith(CORES) for n in file.names) else file
     pickles = sorted(p.name for p in contents.path.glob("adapter_model.*"))
     reason = (

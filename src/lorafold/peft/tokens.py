@@ -13,7 +13,7 @@ the base's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
@@ -24,7 +24,7 @@ from lorafold.bases import layer_class
 from lorafold.core.anatomy import bare_modules, sharers, vocabulary_ends
 from lorafold.errors import LorafoldError, listed
 from lorafold.models import fingerprint
-from lorafold.models.weights import Weights
+from lorafold.models.weights import InMemory, Weights
 from lorafold.peft.format import ROOT
 
 INDICES = "trainable_token_indices"
@@ -61,43 +61,9 @@ def resolve(model: nn.Module, ids: Ids) -> ByPath:
     return {path: ids[name] for name, hits in found.items() for path in hits}
 
 
-class Completed(Weights):
-    """The tensors of a file without the `hidden` ones, and with token vectors that were joined from
-    several tensors.
-    """
-
-    def __init__(self, file: Weights, hidden: set[str], rows: Mapping[str, Tensor]) -> None:
-        self._file, self._rows = file, rows
-        self._names = dict.fromkeys([*(n for n in file.names if n not in hidden), *rows])
-
-    @property
-    def names(self) -> Iterable[str]:
-        return self._names.keys()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._rows[name].shape) if name in self._rows else self._file.shape(name)
-
-    def is_floating(self, name: str) -> bool:
-        return (
-            self._rows[name].is_floating_point()
-            if name in self._rows
-            else self._file.is_floating(name)
-        )
-
-    def at(self, name: str, where: Tensor) -> Tensor:
-        return (
-            self._rows[name][tuple(where.unbind(1))]
-            if name in self._rows
-            else self._file.at(name, where)
-        )
-
-    def get(self, name: str) -> Tensor:
-        return self._rows[name] if name in self._rows else self._file.get(name)
-
-
 def completed(
-    model: nn.Module, ids: ByPath, file: Weights, base: Weights
-) -> tuple[ByPath, Weights]:
+    model: nn.Module, ids: ByPath, file: InMemory, base: Weights
+) -> tuple[ByPath, InMemory]:
     """Return the ids by module path and the file's tensors, with the token vectors of resized
     matrices added to both.
 
@@ -135,7 +101,7 @@ def completed(
         if more and owner is None and all(t.shape[1:] == file.shape(matrix)[1:] for t in given):
             found[path] = (*ids.get(path, ()), *more)
             rows[key] = torch.cat([t.float() for t in (*given, file.get(matrix)[more])])
-    return found, Completed(file, hidden, rows)
+    return found, file.with_others(hidden, rows)
 
 
 def _owner(model: nn.Module, path: str, ids: ByPath) -> str | None:

@@ -31,7 +31,7 @@ from lorafold.errors import LorafoldError, as_one, listed
 from lorafold.files.atomic import atomic_directory, check_out, verify, write_json
 from lorafold.files.record import read_object
 from lorafold.models.sources import called
-from lorafold.models.weights import ModelWeights
+from lorafold.models.weights import InMemory
 from lorafold.peft.provenance import mismatch, same
 from lorafold.peft.saved import Saved
 from lorafold.training.base_kept_out import BaseKeptOut, write_empty_weights
@@ -240,7 +240,7 @@ class AdapterCallback(TrainerCallback):
                 )
         saved = Saved.open(checkpoint / ADAPTER)
         model = self.adapter.model
-        wrong = saved.own_base.problems(ModelWeights(model), called(model))
+        wrong = saved.own_base.problems(InMemory.of_model(model), called(model))
         if not same(saved.over, self.adapter.over):
             wrong.append(mismatch(saved.over, self.adapter.over))
         about, spec = read_object(checkpoint / STATE / ABOUT), repr(self.adapter.spec)

@@ -33,7 +33,7 @@ from lorafold.files.atomic import (
     verify,
 )
 from lorafold.files.record import named_as_now
-from lorafold.models.container import Piece, write_pieces
+from lorafold.models.weights import Piece, write_pieces
 from lorafold.step.losses import Generated
 
 PATIENCE = 3  # measures in a row without a better one

@@ -12,8 +12,7 @@ from torch.optim import Optimizer
 from lorafold.adapter import Adapter
 from lorafold.core.attach import base_state
 from lorafold.errors import LorafoldError, listed
-from lorafold.models.container import check_finite
-from lorafold.models.weights import FileWeights, ModelWeights, Weights, model_files
+from lorafold.models.weights import FileWeights, InMemory, Weights, check_finite, model_files
 from lorafold.peft.saved import Saved
 from lorafold.peft.tensors import saved_tensors, sites_of
 
@@ -54,7 +53,7 @@ def read_back(adapter: Adapter, path: Path, base: Weights | None) -> None:
         shared = state.keys() & {*whole.names}
         wrong = [key for key in shared if not whole.get(key).equal(state[key].cpu())]
     else:
-        base = base or ModelWeights(model)
+        base = base or InMemory.of_model(model)
         _, saved = Saved.open(path).within(model).token_rows(model, base)
         parts = {site: [*delta.parts()] for site, delta in adapter.deltas.items()}
         targets, names = adapter.matches.paths, set(saved.weights.names)
