@@ -303,7 +303,7 @@ def serve(peer: str, case: Case) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "lorafold":
-        from lorafold.machine.restart import restart_tuned
+        from lorafold.machine.tuning import restart_tuned
 
         restart_tuned()  # as the command does
     serve(sys.argv[1], Case(**json.loads(sys.argv[2])))

@@ -89,7 +89,7 @@ def test_columns_are_those_that_pyarrow_makes_of_python_values(n):
 
 SET_ASIDE = """
 import gc, sys, types, weakref
-from lorafold.machine.collection import existing_set_aside, imports_set_aside
+from lorafold.machine.tuning import existing_set_aside, imports_set_aside
 
 class Cycle:
     def __init__(self):
@@ -132,7 +132,7 @@ def test_an_interrupt_that_comes_in_a_callback_of_the_collector_is_not_lost():
     """While a command imports, every third Ctrl-C was told and passed over."""
     assert said("""
 import gc, signal, time
-from lorafold.machine.collection import imports_set_aside
+from lorafold.machine.tuning import imports_set_aside
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background has not
 def late(phase, about):
     gc.callbacks.remove(late)

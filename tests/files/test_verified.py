@@ -23,7 +23,7 @@ from lorafold.cli import main
 from lorafold.errors import LorafoldError
 from lorafold.files import atomic, contents
 from lorafold.files.atomic import MANIFEST, verify
-from lorafold.files.cache import cache_directory
+from lorafold.files.paths import cache_directory
 from lorafold.inspecting.base_svd import cached_svd
 from lorafold.inspecting.resize import extract
 from lorafold.models import fingerprint

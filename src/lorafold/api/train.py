@@ -77,7 +77,7 @@ def train(
     Raises LorafoldError for anything wrong with the arguments, if possible before weights are
     loaded, and Interrupted after SIGINT or SIGTERM, once a checkpoint is written.
     """
-    from lorafold.machine.launched import launched
+    from lorafold.machine.processes import launched
 
     console, here = or_shown(console), launched()
     recipe, functions = with_rewards(recipe_to_train(recipe, Recipe()), rewards)

@@ -10,7 +10,7 @@ from lorafold.diagnosis.finding import Finding
 from lorafold.errors import LorafoldError
 from lorafold.machine.cores import usable_cores
 from lorafold.machine.devices import gpus
-from lorafold.machine.launched import launched
+from lorafold.machine.processes import launched
 
 HF_HOME = "~/.cache/huggingface"
 CONFIG = "accelerate/default_config.yaml"

@@ -100,7 +100,7 @@ def _machine() -> tuple[tuple[Finding, ...], tuple[str, ...] | None]:
         from lorafold.diagnosis.hardware import examine, findings
         from lorafold.diagnosis.slow import slow
         from lorafold.diagnosis.tuning import set_threads, switched_off
-        from lorafold.machine.restart import huge_pages
+        from lorafold.machine.tuning import huge_pages
 
         hardware = examine()
         sentences = slow(hardware, huge_pages(), set_threads(), switched_off())

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lorafold.diagnosis.finding import Finding, gigabytes
 from lorafold.files.atomic import MANIFEST
-from lorafold.files.cache import cache_directory
+from lorafold.files.paths import cache_directory
 from lorafold.models.sources import EMBEDDED, EMBEDDED_PACKAGE
 
 SCARCE = 1e9  # bytes; the embedded model takes 0.3 GB once it is unpacked

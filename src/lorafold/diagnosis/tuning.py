@@ -1,5 +1,5 @@
 """The environment of the process, which the commands that train begin again with if it lacks
-something (`lorafold.machine.restart`).
+something (`lorafold.machine.tuning`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import platform
 from collections.abc import Iterator, Mapping
 
 from lorafold.diagnosis.finding import Finding
-from lorafold.machine.restart import SWITCH, WISHES, huge_pages, wishes
+from lorafold.machine.tuning import SWITCH, WISHES, huge_pages, wishes
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 

@@ -41,8 +41,7 @@ from lorafold.engine.slots import SlotCache
 from lorafold.engine.solo import SoloRunner
 from lorafold.engine.structure import Structure, slotted, structure_of
 from lorafold.errors import LorafoldError
-from lorafold.machine.cores import considerate
-from lorafold.machine.threads import disband, stacks
+from lorafold.machine.cores import considerate, disband, stacks
 from lorafold.methods.parts.extras import vocabulary
 from lorafold.models.positions import positions_of
 from lorafold.step.fused import fused

@@ -23,7 +23,7 @@ from pathlib import Path
 from lorafold.engine.adapters import KnownAdapter, LoadedAdapter, Reader, Verified
 from lorafold.engine.state import State, Status, balanced, evict, look, warm
 from lorafold.errors import LorafoldError
-from lorafold.machine.threads import alone
+from lorafold.machine.cores import alone
 
 
 class Residency:

@@ -40,8 +40,7 @@ from lorafold.exporting.target import (
     told,
 )
 from lorafold.exporting.update import Factors, Update, apart
-from lorafold.files.atomic import write_json
-from lorafold.files.record import read_object
+from lorafold.files.atomic import read_object, write_json
 from lorafold.fold.plan import deltas_of
 from lorafold.methods.dora import DoRADelta
 

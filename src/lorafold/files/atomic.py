@@ -121,6 +121,22 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The content of a JSON file. Raises LorafoldError if it is not a JSON object."""
+    return as_object(path.read_bytes(), path)
+
+
+def as_object(content: bytes | bytearray, path: Path) -> dict[str, Any]:
+    """The content of a JSON file, as `read_object`; `path` is for the message."""
+    try:
+        value = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise LorafoldError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise LorafoldError(f"{path}: found {type(value).__name__}, expected an object")
+    return value
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a file, replacing an old one in one step. Raises LorafoldError if that fails."""
     _check_no_directory(path)

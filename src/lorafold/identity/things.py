@@ -13,7 +13,7 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
-from lorafold.files.digests import of_file, of_files
+from lorafold.files.contents import of_file, of_files
 from lorafold.models.sources import ModelSource
 from lorafold.models.tokenizer import TOKENIZER_FILES, VOCABULARIES
 from lorafold.models.weights import INDEX, MODEL_FILES, model_files

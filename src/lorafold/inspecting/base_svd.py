@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lorafold.files.atomic import atomic_directory, verify
-from lorafold.files.cache import cache_directory
+from lorafold.files.paths import cache_directory
 from lorafold.identity import of_code
 from lorafold.inspecting.updates import Svd, of_dense
 

@@ -18,9 +18,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
 from lorafold.errors import LorafoldError, printable
-from lorafold.files.atomic import check_intact
+from lorafold.files.atomic import check_intact, read_object
 from lorafold.files.card import within
-from lorafold.files.record import RECORD, read_object
+from lorafold.files.record import RECORD
 from lorafold.files.shown import Shown
 from lorafold.inspecting.observed import ends, observed
 

@@ -146,7 +146,7 @@ def allocated(device: torch.device) -> int:
 
 def _tensors() -> list[Tensor]:
     aside = gc.get_freeze_count()
-    gc.unfreeze()  # what was set aside (`machine.collection`) would not be listed
+    gc.unfreeze()  # what was set aside (`machine.tuning`) would not be listed
     found = [t for t in gc.get_objects() if issubclass(type(t), Tensor)]
     if aside:
         gc.freeze()

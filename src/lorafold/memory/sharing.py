@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from lorafold.memory.traced import Traced
+from lorafold.memory.ledger import Traced
 
 DDP, FSDP = "ddp", "fsdp"
 STRATEGIES = (FSDP, DDP)

@@ -2,14 +2,18 @@
 
 All blocks take the same memory, so every figure is linear in the number of blocks n, and two short
 models give it for any n: a + (b - a) (n - n_a) / (n_b - n_a).
+
+Packed documents have known lengths: fake positions have no values that could tell where documents
+begin.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,21 +23,20 @@ from lorafold.adapter import attach
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.rollouts import RolloutSize
-from lorafold.machine.collection import existing_set_aside
+from lorafold.machine.tuning import existing_set_aside
 from lorafold.memory.drawing import drawing
-from lorafold.memory.fake_documents import packed_as
-from lorafold.memory.ledger import Ledger, distinct_bytes
+from lorafold.memory.ledger import Ledger, Traced, distinct_bytes
 from lorafold.memory.sharing import FSDP
-from lorafold.memory.traced import Traced
 from lorafold.models.fake import fake_model, without_values
 from lorafold.models.load_errors import one_line
 from lorafold.models.storages import Storage
 from lorafold.objectives.classify import class_loss
 from lorafold.ops.arithmetic import multiplying
 from lorafold.ops.demands import Place, as_on
+from lorafold.ops.documents import Documents, Tile
 from lorafold.step.activations import recompute
 from lorafold.step.adamw import state_bytes
-from lorafold.step.documents import has_sinks
+from lorafold.step.documents import attending, has_sinks
 from lorafold.step.fused import fused
 from lorafold.step.losses import next_token_loss
 from lorafold.step.optim import sum_in_fp32
@@ -212,6 +215,31 @@ def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced
     return replace(found, engine=engine, slots=slots, drawing=peak)
 
 
+class LastTiles(Documents):
+    """Documents of which only the last three tiles are computed. These are enough for the peak of
+    memory: tiles grow from first to last, except that the last may be cut short.
+    """
+
+    def tiles(self) -> Iterator[Tile]:
+        yield from [*super().tiles()][-3:]
+
+
+@contextmanager
+def packed_as(model: Any, lens: tuple[int, ...]) -> Iterator[None]:
+    """Compute attention over packed documents of these lengths until the block ends. The longest is
+    last.
+    """
+    with attending(model, partial(_mask, tuple(sorted(lens)))):
+        yield
+
+
+def _mask(
+    lens: tuple[int, ...], *, q_length: int, local_size: int | None = None, **_: Any
+) -> Documents:
+    """Return documents of these lengths, or one where a soft prompt makes the sequence longer."""
+    return LastTiles(lens if q_length == sum(lens) else (q_length,), local_size)
+
+
 def divided(trained: Sequence[nn.Parameter], setting: Setting) -> dict[nn.Parameter, Tensor] | None:
     """Have each gradient give way to one of its parts as soon as it is there; these parts (n,), or
     None where one process holds whole gradients.
@@ -258,24 +286,16 @@ def attach_below(model: PreTrainedModel, setting: Setting) -> None:
 
 
 def loss_of(model: PreTrainedModel, setting: Setting) -> Tensor:
-    """Return the loss of the setting, (), on fake ids."""
-    inputs = inputs_of(setting)
+    """Return the loss of the setting, (), on fake ids with their positions (1, T), if they are
+    packed, or with a mask (B, T).
+    """
+    shape = (1, sum(setting.rows)) if setting.packed else (setting.batch, setting.length)
+    where = "position_ids" if setting.packed else "attention_mask"
+    inputs = {name: torch.zeros(shape, dtype=torch.long) for name in ("input_ids", where)}
     n = sum(setting.rows) - setting.batch if setting.labelled is None else setting.labelled
     if setting.loss is not None:
         return setting.loss(model, inputs, n)
     return class_loss(model, inputs) if setting.classes else next_token_loss(model, inputs, n)
-
-
-def inputs_of(setting: Setting) -> dict[str, Tensor]:
-    """Return fake ids with their positions (1, T), if they are packed, or with a mask (B, T)."""
-    shape = (1, sum(setting.rows)) if setting.packed else (setting.batch, setting.length)
-    where = "position_ids" if setting.packed else "attention_mask"
-    return {"input_ids": integers(*shape), where: integers(*shape)}
-
-
-def integers(*shape: int) -> Tensor:
-    """Return an integer tensor of any shape."""
-    return torch.zeros(shape, dtype=torch.long)
 
 
 @torch.no_grad()
@@ -288,7 +308,8 @@ def inference(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Trace
         ledger: The ledger that counts, already entered.
     """
     weights = collected(ledger)
-    prompt, token = (integers(setting.batch, n) for n in (setting.length - 1, 1))
+    shapes = [(setting.batch, n) for n in (setting.length - 1, 1)]
+    prompt, token = (torch.zeros(shape, dtype=torch.long) for shape in shapes)
     ledger.peak = start = collected(ledger)
     cache = model(input_ids=prompt, use_cache=True, logits_to_keep=1).cache
     forward = ledger.peak - start

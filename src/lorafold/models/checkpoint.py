@@ -40,8 +40,7 @@ from transformers.core_model_loading import (
 
 from lorafold.core.anatomy import tied_parameters
 from lorafold.errors import LorafoldError, as_one, listed
-from lorafold.files.atomic import MANIFEST
-from lorafold.files.record import read_object
+from lorafold.files.atomic import MANIFEST, read_object
 from lorafold.models.architecture import auto_class
 from lorafold.models.converted import Conversion, Source
 from lorafold.models.in_files import as_in_files, check_quantized, make_quantized, readable

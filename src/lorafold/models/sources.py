@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from lorafold.errors import LorafoldError, listed
-from lorafold.files.atomic import check_intact, verify
+from lorafold.files.atomic import check_intact, read_object, verify
 from lorafold.files.card import EMBEDDED
 from lorafold.files.paths import beside
-from lorafold.files.record import read_object
 from lorafold.machine.hub import asked_once, cache
 from lorafold.models.gguf import Gguf, gguf_of, renew, unpacked
 from lorafold.models.gguf_files import SUFFIX, files_in, files_of, models_of, one_file

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from lorafold.core.attach import base_state
 from lorafold.errors import LorafoldError, listed
+from lorafold.files.atomic import read_object
 from lorafold.files.header import places
 from lorafold.files.paths import beside
-from lorafold.files.record import read_object
 
 # by their names in safetensors
 DTYPES = {

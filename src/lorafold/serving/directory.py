@@ -22,8 +22,7 @@ from pathlib import Path
 from lorafold.core.attach import Origin
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import MANIFEST
-from lorafold.files.contents import Contents
-from lorafold.files.digests import FRESH, Marks
+from lorafold.files.contents import FRESH, Contents, Marks
 from lorafold.identity.things import WORDS
 from lorafold.models.tokenizer import FILES as TOKENIZER
 from lorafold.models.tokenizer import TEMPLATES

@@ -18,7 +18,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import TypeVar
 
 from lorafold.errors import LorafoldError, passes, place
-from lorafold.machine.threads import alone, stacks
+from lorafold.machine.cores import alone, stacks
 from lorafold.serving.backend import NOT_FINITE, Backend, Ended, News
 from lorafold.serving.job import CompletionJob
 from lorafold.serving.metrics import Metrics

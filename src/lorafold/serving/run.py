@@ -28,8 +28,8 @@ from lorafold.core.anatomy import bare_modules
 from lorafold.data.allowed_tokens import allow
 from lorafold.errors import LorafoldError, listed
 from lorafold.identity import joined, of_code
-from lorafold.machine.collection import all_set_aside
 from lorafold.machine.memory import free_bytes
+from lorafold.machine.tuning import all_set_aside
 from lorafold.models.loading import recorded_storage
 from lorafold.models.weights import InMemory
 from lorafold.opening import Base

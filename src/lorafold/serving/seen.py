@@ -1,8 +1,8 @@
 """What is known of adapters that were verified once, kept between runs: a start reads none again.
 
 An entry holds for as long as every file of the adapter, and of those below it, has the marks that
-it had (`lorafold.files.digests`), for one base by its identity, whatever its name, and for the code
-that verified it. Whoever reads an adapter compares its digest all the same.
+it had (`lorafold.files.contents`), for one base by its identity, whatever its name, and for the
+code that verified it. Whoever reads an adapter compares its digest all the same.
 
 `Digests` compares digests in today's form, and until lorafold 0.3 in the old one, which covers
 configuration, weights, record and manifest but no tokenizer. A version without a manifest has no
@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict
 
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_text
-from lorafold.files.digests import Marks
+from lorafold.files.contents import Marks
 from lorafold.serving.json_file import read
 
 log = logging.getLogger(__name__)

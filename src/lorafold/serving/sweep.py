@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 
 from lorafold.errors import Busy
-from lorafold.machine.threads import alone
+from lorafold.machine.cores import alone
 
 log = logging.getLogger(__name__)
 SIDE_BY_SIDE = 2

@@ -16,8 +16,7 @@ from lorafold.core.spec import Spec
 from lorafold.errors import STOPS, Busy, LorafoldError, cut, passes, place
 from lorafold.files.atomic import MANIFEST
 from lorafold.files.card import OVER, VOCABULARY
-from lorafold.files.contents import Contents
-from lorafold.files.digests import Marks
+from lorafold.files.contents import Contents, Marks
 from lorafold.files.record import RECORD, TRAINED_ON
 from lorafold.identity import joined
 from lorafold.methods import name_of

@@ -28,8 +28,7 @@ from lorafold.adapter import Adapter
 from lorafold.bases.bitsandbytes import quietly
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError, as_one, listed
-from lorafold.files.atomic import atomic_directory, check_out, verify, write_json
-from lorafold.files.record import read_object
+from lorafold.files.atomic import atomic_directory, check_out, read_object, verify, write_json
 from lorafold.models.sources import called
 from lorafold.models.weights import InMemory
 from lorafold.peft.provenance import mismatch, same

@@ -15,8 +15,8 @@ from typing import Any
 from rich.console import Console
 
 from lorafold.errors import LorafoldError, listed, shortened
-from lorafold.files.atomic import check_intact
-from lorafold.files.record import RECORD, named_as_now, read_object
+from lorafold.files.atomic import check_intact, read_object
+from lorafold.files.record import RECORD, named_as_now
 from lorafold.identity import of_adapter
 from lorafold.peft.provenance import BASE_IDENTITY, parse
 from lorafold.peft.saved import Saved, open_all

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafold.data.template_forms import day_of
-from lorafold.files.digests import of_file
+from lorafold.files.contents import of_file
 from lorafold.identity import COMPUTED_WITH, TRAINING, of_code
 from lorafold.models.tokenizer import BUILT_IN, set_template
 from lorafold.opening import Base
