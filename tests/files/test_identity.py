@@ -34,7 +34,7 @@ def test_a_file_is_read_once_and_known_by_its_marks(cache, tmp_path, monkeypatch
     file = tmp_path / "it"
     file.write_bytes(b"one")
     read: list[Path] = []
-    monkeypatch.setattr(contents, "sha256", lambda path: (read.append(path), sha256(path))[1])
+    monkeypatch.setattr(contents, "file_sha256", lambda path: (read.append(path), sha256(path))[1])
     monkeypatch.setattr(contents, "FRESH", 0.0)
     assert contents.of_file(file) == contents.of_file(file) == (3, sha256(file))
     assert read == [file]

@@ -17,7 +17,6 @@ a file checks it by other means: these digests tell one thing from another.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import math
 import os
@@ -28,11 +27,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from lorafold.errors import LorafoldError
-from lorafold.files.atomic import MANIFEST, as_object, check, compare, is_ours, sha256, write_text
+from lorafold.files.atomic import MANIFEST, as_object, check, compare, is_ours, write_text
+from lorafold.files.atomic import sha256 as file_sha256
 from lorafold.files.paths import cache_directory
 from lorafold.files.record import RECORD
 
@@ -45,7 +46,7 @@ AT_ONCE = 4
 def digest(files: Iterable[tuple[str, int, str]]) -> str:
     """The SHA-256 over the name, the size and the SHA-256 of each file, by name, in hexadecimal."""
     lines = (f"{name} {size} {own}\n" for name, size, own in sorted(files))
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    return sha256("".join(lines).encode()).hexdigest()
 
 
 @contextmanager
@@ -114,7 +115,7 @@ class Contents:
         return self._hashing.result()
 
     def _hash(self) -> dict[str, str]:
-        return {name: hashlib.sha256(content).hexdigest() for name, content in self.files.items()}
+        return {name: sha256(content).hexdigest() for name, content in self.files.items()}
 
     @property
     def named(self) -> str:
@@ -192,7 +193,7 @@ def of_file(path: Path) -> tuple[int, str]:
         entry = cache_directory() / "digests" / "known" / f"{marks.device:x}-{marks.inode:x}"
         if (known := _known(entry, marks)) is not None:
             return marks.size, known
-        found = sha256(real)
+        found = file_sha256(real)
         unchanged = Marks.of(real.stat()) == marks
     except OSError as error:
         raise LorafoldError(f"{path}: can't be read ({error.strerror})") from None
