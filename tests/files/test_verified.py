@@ -32,7 +32,7 @@ from lorafold.models.sources import configuration, resolve_model
 from lorafold.models.storages import Storage
 from lorafold.models.tokenizer import load_tokenizer
 from lorafold.opening import Base
-from lorafold.opening.kinds import known_classes
+from lorafold.opening.base import known_classes
 from lorafold.peft.saved import FILES, Saved, open_all
 from lorafold.training.checkpoint import RunDirectory
 

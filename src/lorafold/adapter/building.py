@@ -188,8 +188,9 @@ def read(
         problems += saved.own_base.problems(base, called(model))
     try:
         tokens, saved = saved.token_rows(model, base)
+        spec = saved.selection.spec_in(model, saved.spec)
         with skip_init(_most(model, saved.weights)):
-            built = build(model, saved.spec_in(model), tokens=tokens, **saved.beside(model))
+            built = build(model, spec, tokens=tokens, **saved.beside(model))
     except LorafoldError as e:
         raise _refused(saved, model, as_one([*problems, e])) from None
     try:

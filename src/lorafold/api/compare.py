@@ -27,7 +27,7 @@ from lorafold.comparing.variants import Vary, variants
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import check_folder, write_text
 from lorafold.files.claims import check_token
-from lorafold.files.shown import Shown
+from lorafold.files.page import Shown
 from lorafold.opening import Base
 from lorafold.quickstart.story import RECIPE
 from lorafold.recipe.fitting import fitting, settled_length, spec_of, without

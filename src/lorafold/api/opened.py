@@ -18,7 +18,7 @@ from lorafold.objectives.objective import Objective
 from lorafold.objectives.reward import RewardModel
 from lorafold.objectives.sft import Sft
 from lorafold.opening import Base, base_for
-from lorafold.opening.kinds import LANGUAGE_MODEL, REWARD_MODEL, kind_of, known_classes
+from lorafold.opening.base import LANGUAGE_MODEL, REWARD_MODEL, kind_of, known_classes
 from lorafold.peft.saved import Saved
 from lorafold.recipe.fitting import fitted_length
 from lorafold.step.preference_laws import Reward

@@ -104,7 +104,7 @@ class Job:
         were trained on one, a sum of their updates is for that base too.
         """
         told = [one.other_base for one in self.updates.adapters if one.other_base]
-        prints = [one.fingerprint for one in self.request.adapters]
+        prints = [one.own_base.fingerprint for one in self.request.adapters]
         alike = bool(told) and all(one == prints[0] for one in prints)
         own = {BASE: prints[0]} if alike and how in RULES else {}
         return {OTHER_BASE: "; ".join(told), BASE_IDENTITY: "", **own} if told else {}

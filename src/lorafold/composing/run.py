@@ -21,9 +21,9 @@ from lorafold.composing.updates import read
 from lorafold.data.batches import split
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import atomic_directory, check_out
+from lorafold.files.page import Shown
 from lorafold.files.paths import check_kept
-from lorafold.files.shown import Shown
-from lorafold.opening.kinds import check_language_model
+from lorafold.opening.base import check_language_model
 
 if TYPE_CHECKING:
     from rich.console import Console

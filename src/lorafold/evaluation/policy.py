@@ -25,7 +25,7 @@ from lorafold.evaluation.intervals import Interval
 from lorafold.evaluation.rewarded import READ, Rewarded, Sample
 from lorafold.evaluation.rollouts import SLOTS, Rollouts
 from lorafold.files.card import within
-from lorafold.files.shown import Shown
+from lorafold.files.page import Shown
 from lorafold.generation import table_left
 from lorafold.rewards import Rewards
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from lorafold.evaluation.intervals import Interval
 from lorafold.evaluation.preferences import PreferenceFigures
-from lorafold.files.shown import Shown
+from lorafold.files.page import Shown
 
 
 @dataclass(frozen=True)

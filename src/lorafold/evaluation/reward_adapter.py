@@ -37,7 +37,7 @@ from lorafold.models.classifier import head_paths, padding_id, scoring_shell
 from lorafold.models.loading import stored_in_files
 from lorafold.models.positions import positions_of
 from lorafold.opening import Base
-from lorafold.opening.kinds import REWARD_MODEL, kind_of
+from lorafold.opening.base import REWARD_MODEL, kind_of
 from lorafold.peft.saved import Saved
 from lorafold.rewards import Judged, Reward, Rewards
 from lorafold.rewards.judged import failure

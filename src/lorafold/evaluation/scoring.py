@@ -31,7 +31,7 @@ from lorafold.evaluation.held_out import progress_bar
 from lorafold.evaluation.intervals import Interval, mean_interval
 from lorafold.evaluation.rewards import RewardFigures, rank_correlation, reward_figures, scores_of
 from lorafold.files.atomic import write_text
-from lorafold.files.shown import Shown
+from lorafold.files.page import Shown
 from lorafold.step.branches import branching
 from lorafold.step.preference_laws import Reward
 from lorafold.step.preferences import Preferences

@@ -21,7 +21,7 @@ from lorafold.exporting.plain_lora import of_one_rank, write_canonical
 from lorafold.exporting.proof import divergences
 from lorafold.exporting.target import Progress, Subject
 from lorafold.exporting.update import update_of
-from lorafold.files.shown import Shown
+from lorafold.files.page import Shown
 from lorafold.inspecting.resize import as_lora
 from lorafold.methods.lora import LoRA
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lorafold.errors import LorafoldError
 from lorafold.exporting.answers import Answers
-from lorafold.files.shown import Shown
+from lorafold.files.page import Shown
 from lorafold.merging.into import Distance
 
 FAR, LEAST = 10, 1e-6  # a KL that experts may explain: times the median, in nats

@@ -21,13 +21,13 @@ from lorafold.exporting.proof import Proof, distance, proof
 from lorafold.exporting.table import target_of
 from lorafold.exporting.target import ORIGINAL, Progress, Subject, Target, Written, placed
 from lorafold.files.atomic import atomic_directory, check_out, write_json
+from lorafold.files.page import Shown
 from lorafold.files.paths import check_kept
-from lorafold.files.shown import Shown
 from lorafold.merging.into import ALIAS, Distance, Into, choose_into
 from lorafold.merging.run import bars
 from lorafold.models.loading import stored_in_files
 from lorafold.opening import Base
-from lorafold.opening.kinds import check_language_model
+from lorafold.opening.base import check_language_model
 from lorafold.peft.saved import Saved
 
 if TYPE_CHECKING:

@@ -19,9 +19,7 @@ from lorafold.core.anatomy import bare_modules
 from lorafold.core.base import bare
 from lorafold.core.matrices import module_at
 from lorafold.errors import NotMergeable, as_one, listed
-from lorafold.fold.biases import switch_on
-from lorafold.fold.plan import FoldPlan, fold, module_of
-from lorafold.fold.vocabulary import declare
+from lorafold.fold.plan import FoldPlan, declare, fold, module_of, switch_on
 
 
 def untie(model: nn.Module, module: nn.Module) -> None:

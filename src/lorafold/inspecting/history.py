@@ -20,8 +20,8 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_va
 from lorafold.errors import LorafoldError, printable
 from lorafold.files.atomic import check_intact, read_object
 from lorafold.files.card import within
+from lorafold.files.page import Shown
 from lorafold.files.record import RECORD
-from lorafold.files.shown import Shown
 from lorafold.inspecting.observed import ends, observed
 
 INTERVAL = "_interval"  # a held-out figure with this at its end has the interval of another

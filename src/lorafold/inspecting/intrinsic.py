@@ -26,7 +26,7 @@ from lorafold.data.template_forms import on_day
 from lorafold.errors import Interrupted, LorafoldError
 from lorafold.files.atomic import read_object, write_json
 from lorafold.files.claims import TOKEN, Figures, kept, shared, silent
-from lorafold.files.shown import Shown
+from lorafold.files.page import Shown
 from lorafold.identity import of_adapter
 from lorafold.methods.fastfood import Fastfood
 from lorafold.recipe.fitting import fitting

@@ -38,7 +38,7 @@ from lorafold.inspecting.subspaces import against_base
 from lorafold.inspecting.updates import Site, Svd, largest, load_below, sites
 from lorafold.models.checkpoint import MappedModel
 from lorafold.opening import Base
-from lorafold.opening.kinds import check_language_model
+from lorafold.opening.base import check_language_model
 from lorafold.peft.saved import Saved
 
 Progress = Callable[[int, int], None]  # sites done, sites in all

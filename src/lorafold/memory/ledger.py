@@ -59,16 +59,18 @@ class Ledger(TorchDispatchMode):
         if (first := PRODUCTS.get(func)) is not None:
             self.operations += 2 * args[first].numel() * args[first + 1].shape[-1]
         for t in tree_iter(out):
-            if not isinstance(t, Tensor):
-                continue
-            storage = t.untyped_storage()
-            if (key := storage._cdata) in before or key in self._alive:
-                continue
-            self._alive.add(key)
-            self.now += (n := storage.nbytes())
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._leave, key, n)
+            if isinstance(t, Tensor) and t.untyped_storage()._cdata not in before:
+                self._enter(t)
         return out
+
+    def _enter(self, t: Tensor) -> None:
+        storage = t.untyped_storage()
+        if (key := storage._cdata) in self._alive:
+            return
+        self._alive.add(key)
+        self.now += (n := storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._leave, key, n)
 
     def _leave(self, key: int, n: int) -> None:
         self._alive.discard(key)

@@ -12,7 +12,7 @@ from typing import Any
 
 from lorafold.core.anatomy import tied_parameters
 from lorafold.errors import LorafoldError, NotMergeable
-from lorafold.fold.biases import Switches, switch_on
+from lorafold.fold.plan import Switches, switch_on
 from lorafold.models.checkpoint import MappedModel, build
 from lorafold.models.weights import Entry
 

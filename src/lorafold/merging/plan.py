@@ -21,9 +21,14 @@ from lorafold.errors import LorafoldError, NotMergeable, listed
 from lorafold.fold.as_trained import ROUND_TRIP, attach_round_trip
 from lorafold.fold.plan import WHOLE, FoldPlan, module_of, plan_fold
 from lorafold.merging.config import declared, untied_config, with_biases
-from lorafold.models.checkpoint import Checkpoint, MappedModel, mapped_model, open_checkpoint
+from lorafold.models.checkpoint import (
+    Checkpoint,
+    MappedModel,
+    as_plain,
+    mapped_model,
+    open_checkpoint,
+)
 from lorafold.models.converted import Conversion
-from lorafold.models.plain_files import as_plain
 from lorafold.models.sources import HUB_FILES, ModelSource, remember
 from lorafold.models.weights import Entry
 from lorafold.opening import Base

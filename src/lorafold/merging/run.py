@@ -18,8 +18,8 @@ from lorafold.adapter import load
 from lorafold.data.probes import probe_ids
 from lorafold.errors import listed
 from lorafold.files.atomic import atomic_directory, check_out, write_json
+from lorafold.files.page import Shown
 from lorafold.files.paths import check_kept
-from lorafold.files.shown import Shown
 from lorafold.fold.rounding import Rounding
 from lorafold.merging.certificate import Gap, compare
 from lorafold.merging.execute import Folded, execute
@@ -31,7 +31,7 @@ from lorafold.models.loading import load_model, stored_in_files
 from lorafold.models.storages import Storage
 from lorafold.models.tokenizer import write_tokenizer
 from lorafold.opening import Base
-from lorafold.opening.kinds import check_language_model
+from lorafold.opening.base import check_language_model
 from lorafold.peft.saved import Saved
 
 if TYPE_CHECKING:

@@ -30,13 +30,13 @@ from lorafold.core.matrices import Matrices, module_at
 from lorafold.core.presets import block_linears
 from lorafold.errors import LorafoldError
 from lorafold.machine.memory import freed_blocks_returned
-from lorafold.models.compressed import remark
 from lorafold.models.in_files import (
     as_in_files,
     check_quantized,
     make_mxfp4,
     make_quantized,
     readable,
+    remark,
     storage_in_files,
     stored_mxfp4,
 )

@@ -289,20 +289,12 @@ def read_container(path: Path) -> Container:
             f"{path}: expected a safetensors file, but it can't be read as one: {e}"
         ) from None
     metadata = header.pop("__metadata__", {})
-    entries = []
-    for name, described in header.items():
-        start, end = described["data_offsets"]
-        entries.append(
-            Entry(
-                name,
-                described["dtype"],
-                tuple(described["shape"]),
-                path,
-                8 + length + start,
-                end - start,
-            )
-        )
-    return Container({e.name: e for e in sorted(entries, key=lambda e: e.offset)}, metadata)
+    offsets = {name: about["data_offsets"] for name, about in header.items()}
+    entries = {}
+    for name, (start, end) in sorted(offsets.items(), key=lambda item: item[1][0]):
+        dtype, shape = header[name]["dtype"], tuple(header[name]["shape"])
+        entries[name] = Entry(name, dtype, shape, path, 8 + length + start, end - start)
+    return Container(entries, metadata)
 
 
 def read_tensors(path: Path, names: Sequence[str]) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from lorafold.objectives.classify import class_loss, head_to_save
 from lorafold.objectives.comparing import Comparing
 from lorafold.objectives.objective import Asked
 from lorafold.opening import Base
-from lorafold.opening.kinds import LANGUAGE_MODEL, REWARD_MODEL, kind_of, known_classes
+from lorafold.opening.base import LANGUAGE_MODEL, REWARD_MODEL, kind_of, known_classes
 from lorafold.step.preference_laws import Reward, Scored
 from lorafold.step.preferences import Preferences
 

@@ -43,7 +43,6 @@ from lorafold.methods.parts.replace import ReplaceDelta
 from lorafold.models import fingerprint
 from lorafold.models.architecture import opened_by_name, whole_of
 from lorafold.models.classifier import new_heads
-from lorafold.models.fingerprint import Fingerprint
 from lorafold.models.storages import PLAIN
 from lorafold.models.tokenizer import has_tokenizer
 from lorafold.models.weights import InMemory, Weights
@@ -139,11 +138,6 @@ class Saved:
         return named_as_now(self.record.get("recipe") or {})
 
     @property
-    def fingerprint(self) -> Fingerprint:
-        """That of its base; empty if it has no record."""
-        return self.own_base.fingerprint
-
-    @property
     def classes(self) -> tuple[str, ...] | None:
         """The classes of a classifier's adapter, in the order of their numbers, else None."""
         found = self.record.get(CLASSES)
@@ -183,12 +177,6 @@ class Saved:
         """Return the modules of this model to adapt."""
         check_fused(model, self.weights.names)
         return self.selection.targets(model)
-
-    def spec_in(self, model: nn.Module) -> Spec:
-        """Return the spec for this model, whose ranks and alphas PEFT looks up by other paths where
-        it adapts a module's weight as a parameter.
-        """
-        return self.selection.spec_in(model, self.spec)
 
     def beside(self, model: nn.Module) -> dict[str, Any]:
         """Return the arguments of `attach` for this model besides the spec and the tokens."""

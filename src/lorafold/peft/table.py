@@ -26,7 +26,7 @@ from lorafold.methods.ia3 import IA3
 from lorafold.methods.parts.bias import BiasDelta
 from lorafold.methods.parts.replace import ReplaceDelta
 from lorafold.methods.parts.token_rows import EmbeddingRows, HeadRows
-from lorafold.peft import derived, rows_lora, rows_others, rows_own, rows_virtual
+from lorafold.peft import derived, rows_lora, rows_others, rows_own
 from lorafold.peft.convolution import all_flat, as_channels
 from lorafold.peft.format import Entries, Entry, Method, Site
 from lorafold.peft.tokens import ROWS
@@ -62,7 +62,7 @@ OF_PEFT = (*PLAIN, *(dora_over(method) for method in PLAIN if method.spec is not
 METHODS: tuple[Method, ...] = (
     *OF_PEFT,
     *(over_experts(method) for method in OF_PEFT if method.of_peft),
-    *rows_virtual.METHODS,
+    *rows_others.VIRTUAL,
     *rows_own.METHODS,
 )
 
@@ -117,7 +117,6 @@ def token_rows(site: Site) -> list[Entry]:
 TENSORS: dict[type[Delta], Entries] = {
     **rows_lora.TENSORS,
     **rows_others.TENSORS,
-    **rows_virtual.TENSORS,
     **rows_own.TENSORS,
     DoRADelta: dora,
     # the file holds the bias itself

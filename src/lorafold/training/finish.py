@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lorafold.data.findings import Findings
 from lorafold.files.atomic import remove
 from lorafold.files.card import HELD_OUT, SAMPLES, STEPS, VOCABULARY, training_card
-from lorafold.files.shown import Shown
+from lorafold.files.page import Shown
 from lorafold.machine.memory import freed_blocks_returned, peak_bytes
 from lorafold.models.architecture import opened_by_name
 from lorafold.models.weights import Weights

@@ -21,7 +21,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from lorafold.errors import LorafoldError
-from lorafold.files.shown import Shown
+from lorafold.files.page import Shown
 from lorafold.undoing.measure import State
 from lorafold.undoing.subspaces import Overlap
 
