@@ -71,7 +71,7 @@ _HOME = {
     "train": "api.train",
     "parse_calls": "data.calls",
     "merge": "api.merge",
-    "load_tokenizer": "models.loading",
+    "load_tokenizer": "models.tokenizer",
     "Recipe": "recipe.recipe",
 }
 

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from lorafold.errors import LorafoldError
-from lorafold.files.atomic import MANIFEST, as_object, check, compare, is_ours, write_text
+from lorafold.files.atomic import MANIFEST, as_object, check, is_ours, write_text
 from lorafold.files.atomic import sha256 as file_sha256
 from lorafold.files.paths import cache_directory
 from lorafold.files.record import RECORD
@@ -137,8 +137,8 @@ class Contents:
     def check_intact(self) -> None:
         """Raise LorafoldError unless the files are as lorafold wrote them."""
         manifest = self.files.get(MANIFEST)
-        if manifest is not None and is_ours(manifest):
-            check(self.path, compare(manifest, self.names, self._found))
+        if manifest is not None:
+            check(self.path, manifest, self.names, self._found)
 
     @property
     def listed(self) -> frozenset[str]:

@@ -23,7 +23,6 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedConfig
 
-from lorafold.adapter import attach
 from lorafold.data.batches import labelled, micro_batches, tokens_in
 from lorafold.data.branches import Branched
 from lorafold.data.feed import Feed
@@ -218,9 +217,8 @@ def check_targets(config: PreTrainedConfig, setting: Setting) -> None:
     blocks, trusted = config.get_text_config().num_hidden_layers, setting.trust_remote_code
     with without_values():
         model = fake_model(config, setting.base, blocks, setting.classes, trusted)
-        beside = {"targets": setting.targets, **setting.beside(model)}
         try:
-            attach(model, setting.spec, **beside)  # type: ignore[arg-type]
+            setting.attach(model)
         except NoTarget:
             raise
         except LorafoldError:

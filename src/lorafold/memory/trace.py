@@ -117,6 +117,11 @@ class Setting:
     strategy: str = FSDP
     resident: bool = False
 
+    def attach(self, model: PreTrainedModel) -> None:
+        """Attach what trains. Raises as `lf.attach`."""
+        beside = {"targets": self.targets, **self.beside(model)}
+        attach(model, self.spec, **beside)  # type: ignore[arg-type]
+
     @property
     def parts(self) -> int:
         """In how many parts gradients and the optimizer's state are held."""
@@ -183,8 +188,7 @@ def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced
     setting = replace(setting, packed=setting.packed and not has_sinks(model))
     attach_below(model, setting)
     weights = collected(ledger)
-    beside = {"targets": setting.targets, **setting.beside(model)}
-    attach(model, setting.spec, **beside)  # type: ignore[arg-type]
+    setting.attach(model)
     sum_in_fp32(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     start = collected(ledger)
@@ -304,11 +308,16 @@ def loss_of(model: PreTrainedModel, setting: Setting) -> Tensor:
     """
     shape = (1, sum(setting.rows)) if setting.packed else (setting.batch, setting.length)
     where = "position_ids" if setting.packed else "attention_mask"
-    inputs = {name: torch.zeros(shape, dtype=torch.long) for name in ("input_ids", where)}
+    inputs = {name: integers(*shape) for name in ("input_ids", where)}
     n = sum(setting.rows) - setting.batch if setting.labelled is None else setting.labelled
     if setting.loss is not None:
         return setting.loss(model, inputs, n)
     return class_loss(model, inputs) if setting.classes else next_token_loss(model, inputs, n)
+
+
+def integers(*shape: int) -> Tensor:
+    """Return an integer tensor of any shape."""
+    return torch.zeros(shape, dtype=torch.long)
 
 
 @torch.no_grad()
@@ -321,8 +330,7 @@ def inference(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Trace
         ledger: The ledger that counts, already entered.
     """
     weights = collected(ledger)
-    shapes = [(setting.batch, n) for n in (setting.length - 1, 1)]
-    prompt, token = (torch.zeros(shape, dtype=torch.long) for shape in shapes)
+    prompt, token = (integers(setting.batch, n) for n in (setting.length - 1, 1))
     ledger.peak = start = collected(ledger)
     cache = model(input_ids=prompt, use_cache=True, logits_to_keep=1).cache
     forward = ledger.peak - start
@@ -378,7 +386,7 @@ def drawing(model: PreTrainedModel, drawn: RolloutSize, ledger: Ledger) -> Drawi
 
 def _cached(model: PreTrainedModel, tokens: int, ledger: Ledger) -> int:
     start = ledger.now
-    cache = model(input_ids=_ids(1, tokens), use_cache=True, logits_to_keep=1).cache
+    cache = model(input_ids=integers(1, tokens), use_cache=True, logits_to_keep=1).cache
     found = ledger.now - start
     del cache
     return found
@@ -386,9 +394,5 @@ def _cached(model: PreTrainedModel, tokens: int, ledger: Ledger) -> int:
 
 def _workspace(model: PreTrainedModel, rows: int, tokens: int, ledger: Ledger) -> int:
     ledger.peak = start = ledger.now
-    model(input_ids=_ids(rows, tokens), use_cache=False, logits_to_keep=1)
+    model(input_ids=integers(rows, tokens), use_cache=False, logits_to_keep=1)
     return ledger.peak - start
-
-
-def _ids(rows: int, tokens: int) -> torch.Tensor:
-    return torch.zeros(rows, tokens, dtype=torch.long)

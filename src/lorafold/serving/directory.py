@@ -23,7 +23,7 @@ from lorafold.core.attach import Origin
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import MANIFEST
 from lorafold.files.contents import FRESH, Contents, Marks
-from lorafold.identity.things import WORDS
+from lorafold.identity import WORDS
 from lorafold.models.tokenizer import FILES as TOKENIZER
 from lorafold.models.tokenizer import TEMPLATES
 from lorafold.peft.config import CONFIG
