@@ -1,5 +1,5 @@
-"""The identity of a model, of an adapter and of a stack, as one digest: every file that can change an
-answer; and that of code: the sources of the rooms that make a thing, and of the packages below.
+"""The identity of a model, of an adapter and of a stack, as one digest: every file that can change
+an answer; and that of code: the sources of the rooms that make a thing, and of the packages below.
 
 Files count by name and content, and neither where they are nor how they came there. What only tells
 of a thing, such as a card, is left out.
