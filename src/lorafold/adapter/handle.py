@@ -30,8 +30,7 @@ from lorafold.errors import LorafoldError
 from lorafold.files.atomic import atomic_directory, write_json
 from lorafold.files.card import CARD, VOCABULARY, Beside, training_card
 from lorafold.files.record import OTHER_BASE, RECORD, TRAINED_ON
-from lorafold.fold.in_memory import carry_out
-from lorafold.fold.plan import plan_fold
+from lorafold.fold.plan import carry_out, plan_fold
 from lorafold.identity import of_model
 from lorafold.methods.parts.extras import vocabulary
 from lorafold.methods.parts.token_rows import TokenRows

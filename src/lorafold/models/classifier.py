@@ -90,26 +90,6 @@ def load_classifier(
     return model
 
 
-def load_reward_model(
-    source: ModelSource,
-    pad_id: int,
-    storage: Storage | torch.dtype,
-    device: torch.device | str = "cpu",
-    *,
-    seed: int = 0,
-) -> PreTrainedModel:
-    """Load a classifier with one output, in evaluation mode. Raises as `load_classifier`.
-
-    Args:
-        source: The base model.
-        pad_id: The token that fills short texts, at the right.
-        storage: How the base stores its weights; a dtype for weights that are not quantized.
-        device: Where to load the model.
-        seed: The seed of the head, if the files have none.
-    """
-    return load_classifier(source, (REWARD,), pad_id, storage, device, seed=seed)
-
-
 def head_paths(model: nn.Module) -> tuple[str, ...]:
     """Return the paths of the modules with parameters that are neither part of the model's body nor
     of towers and connectors beside it, and of a new pooler inside its body.

@@ -26,22 +26,6 @@ from lorafold.models.templates import NONE, TOOLS, joined, with_tools
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# the files of a tokenizer, except vocabularies whose names depend on its class
-TOKENIZER_FILES = (
-    "added_tokens.json",
-    "additional_chat_templates/*",
-    "chat_template.*",
-    "config.json",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-)
-# one of these contains the vocabulary, unless the tokenizer needs none
-VOCABULARIES = (
-    *("tokenizer.json", "tokenizer.*.json", "tekken.json", "*.model", "*.tiktoken", "*.spm"),
-    *("*.bpe", "vocab*", "merges.txt"),
-)
-CONFIG = "tokenizer_config.json"
 # files that a tokenizer may have written, besides vocabularies whose names depend on its class
 FILES = (
     "added_tokens.json",
@@ -49,8 +33,16 @@ FILES = (
     "chat_template.json",
     "special_tokens_map.json",
     "tokenizer.json",
-    CONFIG,
+    "tokenizer_config.json",
 )
+# the files of a tokenizer, except vocabularies whose names depend on its class
+TOKENIZER_FILES = (*FILES, "additional_chat_templates/*", "chat_template.*", "config.json")
+# one of these contains the vocabulary, unless the tokenizer needs none
+VOCABULARIES = (
+    *("tokenizer.json", "tokenizer.*.json", "tekken.json", "*.model", "*.tiktoken", "*.spm"),
+    *("*.bpe", "vocab*", "merges.txt"),
+)
+CONFIG = "tokenizer_config.json"
 TEMPLATES = "additional_chat_templates"
 BUILT_IN = {NONE: joined, TOOLS: with_tools}  # chat templates by the names that recipes have
 

@@ -21,7 +21,7 @@ from lorafold.errors import LorafoldError
 from lorafold.evaluation import Measured
 from lorafold.evaluation.rewards import reward_figures, scores_of
 from lorafold.files.card import REWARD
-from lorafold.models.classifier import load_reward_model, padding_id
+from lorafold.models.classifier import load_classifier, padding_id
 from lorafold.objectives.classify import class_loss, head_to_save
 from lorafold.objectives.comparing import Comparing
 from lorafold.objectives.objective import Asked
@@ -59,7 +59,7 @@ class RewardModel(Comparing):
         self, base: Base, tokenizer: PreTrainedTokenizerBase, seed: int = 0
     ) -> PreTrainedModel:
         pad = padding_id(tokenizer)
-        return load_reward_model(base.source, pad, base.held, base.where, seed=seed)
+        return load_classifier(base.source, (REWARD,), pad, base.held, base.where, seed=seed)
 
     def traced(self, model: Any, inputs: Mapping[str, Tensor], labelled: int) -> Tensor:
         return class_loss(model, inputs)

@@ -26,7 +26,7 @@ from lorafold.methods.ia3 import IA3
 from lorafold.methods.parts.bias import BiasDelta
 from lorafold.methods.parts.replace import ReplaceDelta
 from lorafold.methods.parts.token_rows import EmbeddingRows, HeadRows
-from lorafold.peft import derived, rows_lora, rows_others, rows_own
+from lorafold.peft import derived, rows_lora, rows_others
 from lorafold.peft.convolution import all_flat, as_channels
 from lorafold.peft.format import Entries, Entry, Method, Site
 from lorafold.peft.tokens import ROWS
@@ -63,7 +63,7 @@ METHODS: tuple[Method, ...] = (
     *OF_PEFT,
     *(over_experts(method) for method in OF_PEFT if method.of_peft),
     *rows_others.VIRTUAL,
-    *rows_own.METHODS,
+    *derived.OWN,
 )
 
 
@@ -117,7 +117,7 @@ def token_rows(site: Site) -> list[Entry]:
 TENSORS: dict[type[Delta], Entries] = {
     **rows_lora.TENSORS,
     **rows_others.TENSORS,
-    **rows_own.TENSORS,
+    **derived.TENSORS,
     DoRADelta: dora,
     # the file holds the bias itself
     BiasDelta: lambda site: [Entry("offset", "{under}.bias", with_bias, without_bias)],
