@@ -15,9 +15,10 @@ from lorafold.ops.demands import Place
 from lorafold.recipe.recipe import Recipe
 from lorafold.step.adamw import in_words
 
-# by the rules: parameters times bytes; 2 x blocks x heads x width x tokens x bytes; and 16 bytes for
-# a trained parameter: 4 in fp32, 4 for its gradient and 8 for AdamW's two moments (or 2, 2, 8 and 4
-# for a master copy). They leave out the constants of quantized weights, and count all as quantized.
+# by the rules: parameters times bytes; 2 x blocks x heads x width x tokens x bytes; and 16 bytes
+# for a trained parameter: 4 in fp32, 4 for its gradient and 8 for AdamW's two moments (or 2, 2, 8
+# and 4 for a master copy). They leave out the constants of quantized weights, and count all weights
+# as quantized.
 WORKED: dict[str, tuple[str, float]] = {
     "7B in bf16": ("7.0e9 x 2", 7.0e9 * 2),
     "its KV cache at 4096 tokens": (

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -346,19 +346,10 @@ def collected(ledger: Ledger) -> int:
     return ledger.now
 
 
-class Drawing(NamedTuple):
-    """Bytes that an engine has beside the model: always, and of keys and values and in all while it
-    draws.
-    """
-
-    engine: int
-    slots: int
-    peak: int
-
-
 @torch.no_grad()
-def drawing(model: PreTrainedModel, drawn: RolloutSize, ledger: Ledger) -> Drawing:
-    """Trace what draws.
+def drawing(model: PreTrainedModel, drawn: RolloutSize, ledger: Ledger) -> tuple[int, int, int]:
+    """Trace what draws: the bytes that an engine has beside the model, always, and of keys and
+    values and in all while it draws.
 
     Args:
         model: A fake model with what trains attached, in evaluation mode.
@@ -381,7 +372,7 @@ def drawing(model: PreTrainedModel, drawn: RolloutSize, ledger: Ledger) -> Drawi
         if (found := delta.factors()) is not None:
             factors += sum(t.numel() for t in found)
     engine = packed_bytes(model) + KEPT * factors * model.dtype.itemsize
-    return Drawing(engine, held, held + max(passes, logits))
+    return engine, held, held + max(passes, logits)
 
 
 def _cached(model: PreTrainedModel, tokens: int, ledger: Ledger) -> int:

@@ -246,7 +246,9 @@ def scoring_shell(model: Any, pad_id: int) -> Any:
     if type(body) is type(own):
         setattr(shell.get_submodule(parent), name, own)
     for path in heads:
-        _zeroed(shell.get_submodule(path), model.device)
+        head = shell.get_submodule(path)
+        for leaf, p in [*head.named_parameters(recurse=False)]:  # which an adapter replaces
+            setattr(head, leaf, nn.Parameter(torch.zeros_like(p, device=model.device)))
     if lacking := [n for n, p in shell.named_parameters() if p.is_meta]:
         raise LorafoldError(
             f"{what}: found {', '.join(lacking[:3])} in {type(shell).__name__}, which the language"
@@ -258,9 +260,3 @@ def scoring_shell(model: Any, pad_id: int) -> Any:
     if source is not None:
         remember(shell, source)
     return shell.eval()
-
-
-def _zeroed(head: nn.Module, device: torch.device) -> None:
-    """Give a head without values zeros, which an adapter replaces."""
-    for name, p in [*head.named_parameters(recurse=False)]:
-        setattr(head, name, nn.Parameter(torch.zeros_like(p, device=device)))

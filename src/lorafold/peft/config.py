@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from lorafold.core.spec import Spec
-from lorafold.errors import LorafoldError, as_one, listed
+from lorafold.errors import LorafoldError, as_one, listed, shortened
 from lorafold.files.paths import beside
 from lorafold.methods.parts.extras import Bias
 from lorafold.methods.parts.token_rows import TokenRows
@@ -184,7 +184,8 @@ def read_config(config: Mapping[str, Any]) -> tuple[Spec, Selection, Bias]:
     unknown = {
         k: v for k, v in sorted(config.items()) if k not in known and not is_neutral(k, v, method)
     }
-    problems += [f"{k}={_shown(v)} is not supported" for k, v in unknown.items()]
+    texts = {k: ANYTHING.dump_json(v).decode() for k, v in unknown.items()}
+    problems += [f"{k}={shortened(text, 80)} is not supported" for k, text in texts.items()]
     if problems or spec is None:
         raise LorafoldError(f"{CONFIG}: {as_one(problems)}")
     bias: Bias = shared.pop("bias")
@@ -223,8 +224,3 @@ def is_neutral(key: str, value: Any, method: Method) -> bool:
         or value in ("", [], {})
         or (key in method.marks and value == method.marks[key])
     )
-
-
-def _shown(value: Any) -> str:
-    text = ANYTHING.dump_json(value).decode()
-    return text if len(text) <= 80 else f"{text[:77]}..."

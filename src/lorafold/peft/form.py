@@ -137,7 +137,10 @@ def form_of(model: nn.Module, spec: Spec, targets: Iterable[str]) -> Form:
         return Form(method, {}, renamed)
     if not parameters:
         return Form(method, {}, renamed, refused=refused, past=past)
-    if not method.parameters or any_flat(model, targets):
+    modules = (module_at(model, path) for path in targets)
+    # the matrices of which PEFT would take for one
+    flat = any(isinstance(module, Matrices) and module.stored.flat for module in modules)
+    if flat or not method.parameters:
         return Form(over_experts(method), {}, own=True)
     dropout: float = spec.dropout  # type: ignore[attr-defined]
     return Form(method, parameters, renamed, dropout=dropout, refused=refused, past=past)
@@ -235,12 +238,6 @@ def turned(module: nn.Module) -> bool:
     if not isinstance(module, Matrices):
         return False
     return module.stored.transposed != bool(getattr(module.owner, "is_transposed", False))
-
-
-def any_flat(model: nn.Module, targets: Iterable[str]) -> bool:
-    """Whether PEFT would take the matrices of experts of a target for one."""
-    found = (module_at(model, path) for path in targets)
-    return any(isinstance(module, Matrices) and module.stored.flat for module in found)
 
 
 def shortest(model: nn.Module, chosen: Collection[str]) -> tuple[str, ...]:
