@@ -41,8 +41,9 @@ from lorafold.core.spec import Spec
 from lorafold.data.batches import Batches, labelled
 from lorafold.data.examples import Example, encode
 from lorafold.evaluation import held_out_loss
-from lorafold.models.loading import load_model, load_tokenizer
-from lorafold.models.storage import Storage
+from lorafold.models.loading import load_model
+from lorafold.models.storages import Storage
+from lorafold.models.tokenizer import load_tokenizer
 from lorafold.objectives.sft import Sft
 from lorafold.quickstart.task import rows as quickstart_rows
 from lorafold.recipe.recipe import Recipe

@@ -28,8 +28,8 @@ from lib.results import keep
 from lib.short import parsed
 from lib.work import same_work
 
-from lorafold.models.loading import load_tokenizer
 from lorafold.models.sources import resolve_model
+from lorafold.models.tokenizer import load_tokenizer
 
 TRL = """
 import json, sys, torch

@@ -31,8 +31,9 @@ from lorafold.data.shapes import CONVERSATIONS
 from lorafold.data.stored import Rows
 from lorafold.evaluation.rows import SPARE
 from lorafold.generation import complete, stream
-from lorafold.models.loading import load_model, load_tokenizer
-from lorafold.models.storage import choose_storage
+from lorafold.models.loading import load_model
+from lorafold.models.storages import choose_storage
+from lorafold.models.tokenizer import load_tokenizer
 from lorafold.opening import Base
 from lorafold.quickstart.story import MODEL, RECIPE, UNSEEN
 from lorafold.quickstart.task import rows

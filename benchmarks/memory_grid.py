@@ -25,9 +25,9 @@ from lorafold.memory.modes import setting_of
 from lorafold.memory.terms import estimate
 from lorafold.memory.trace import Setting, nothing
 from lorafold.models.classifier import head_paths
-from lorafold.models.configuration import configuration
 from lorafold.models.fake import fake_model
 from lorafold.models.loading import load_model
+from lorafold.models.sources import configuration
 from lorafold.ops.arithmetic import widens
 from lorafold.recipe.recipe import Recipe
 

@@ -27,8 +27,9 @@ from lorafold.bases import is_linear
 from lorafold.core.targets import match
 from lorafold.data.examples import Example, encode
 from lorafold.machine.memory import freed_blocks_kept
-from lorafold.models.loading import load_model, load_tokenizer
-from lorafold.models.storage import Storage
+from lorafold.models.loading import load_model
+from lorafold.models.storages import Storage
+from lorafold.models.tokenizer import load_tokenizer
 from lorafold.objectives.sft import Sft
 from lorafold.quickstart.task import rows
 from lorafold.step.losses import Completions

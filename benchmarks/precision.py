@@ -37,7 +37,8 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 import lorafold as lf
 from lorafold.data.batches import collate, labelled
 from lorafold.data.examples import Example, encode
-from lorafold.models.loading import load_model, load_tokenizer
+from lorafold.models.loading import load_model
+from lorafold.models.tokenizer import load_tokenizer
 from lorafold.objectives.sft import Sft
 from lorafold.ops import reference
 from lorafold.ops.attention import document_attention

@@ -34,8 +34,8 @@ from lib.results import keep
 from lib.short import parsed
 from lib.work import same_work
 
-from lorafold.models.loading import load_tokenizer
 from lorafold.models.sources import resolve_model
+from lorafold.models.tokenizer import load_tokenizer
 from lorafold.quickstart.task import rows as task
 
 TRL = """

@@ -42,7 +42,8 @@ from torch import Tensor, nn
 
 from lorafold.core.targets import all_linear
 from lorafold.data.probes import probe_ids
-from lorafold.models.loading import load_model, load_tokenizer
+from lorafold.models.loading import load_model
+from lorafold.models.tokenizer import load_tokenizer
 from lorafold.ops import nf4
 
 BINS = 1 << 16  # of the histogram over [-1, 1] in which levels are fitted

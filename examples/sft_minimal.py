@@ -7,7 +7,8 @@ train` does, laid open.
 import torch
 
 import lorafold as lf
-from lorafold.models.loading import load_model, load_tokenizer
+from lorafold.models.loading import load_model
+from lorafold.models.tokenizer import load_tokenizer
 
 FACTS = [
     ("What is our refund window?", "Forty days."),

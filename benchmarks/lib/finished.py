@@ -24,7 +24,7 @@ def own_cache(folder: Path) -> str:
     """A cache of lorafold in a folder, with nothing but the operators that are compiled once on a
     machine.
     """
-    from lorafold.files.cache import cache_directory
+    from lorafold.files.paths import cache_directory
 
     compiled = cache_directory() / "native"
     compiled.mkdir(parents=True, exist_ok=True)

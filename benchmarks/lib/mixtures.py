@@ -40,7 +40,8 @@ def upcycled(path: Path, experts: int = 2) -> None:
     import torch
     import transformers as tf
 
-    from lorafold.models.loading import load_model, load_tokenizer
+    from lorafold.models.loading import load_model
+    from lorafold.models.tokenizer import load_tokenizer
 
     torch.manual_seed(0)
     dense = load_model("smollm2", torch.bfloat16)

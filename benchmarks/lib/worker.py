@@ -139,7 +139,7 @@ def lorafold(case: Case, stack: ExitStack) -> Training:
     from lorafold.data.labelled import LabelledExample
     from lorafold.machine.memory import freed_blocks_kept
     from lorafold.methods import make_spec
-    from lorafold.models.loading import load_tokenizer
+    from lorafold.models.tokenizer import load_tokenizer
     from lorafold.objectives.classify import Classify
     from lorafold.objectives.objective import Objective
     from lorafold.objectives.sft import Sft
@@ -303,7 +303,7 @@ def serve(peer: str, case: Case) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "lorafold":
-        from lorafold.machine.restart import restart_tuned
+        from lorafold.machine.tuning import restart_tuned
 
         restart_tuned()  # as the command does
     serve(sys.argv[1], Case(**json.loads(sys.argv[2])))

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from lorafold.core.attach import only as only
     from lorafold.data.calls import parse_calls as parse_calls
     from lorafold.methods import *  # noqa: F403  (the spec classes)
-    from lorafold.models.loading import load_tokenizer as load_tokenizer
+    from lorafold.models.tokenizer import load_tokenizer as load_tokenizer
     from lorafold.recipe.recipe import Recipe as Recipe
     from lorafold.training.callback import AdapterCallback as AdapterCallback
 
@@ -71,7 +71,7 @@ _HOME = {
     "train": "api.train",
     "parse_calls": "data.calls",
     "merge": "api.merge",
-    "load_tokenizer": "models.loading",
+    "load_tokenizer": "models.tokenizer",
     "Recipe": "recipe.recipe",
 }
 

@@ -23,10 +23,9 @@ from lorafold.bases.bitsandbytes import Quantized
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.methods import METHODS, known_options, make_spec
 from lorafold.models import fingerprint
-from lorafold.models.loading import load_model
+from lorafold.models.loading import load_model, weights_of
 from lorafold.models.sources import resolve_model
-from lorafold.models.storage import Storage, choose_storage, weights_of
-from lorafold.models.storages import STORAGES
+from lorafold.models.storages import STORAGES, Storage, choose_storage
 from lorafold.opening import Base
 from lorafold.ops import nf4
 from lorafold.peft.saved import Saved

@@ -12,7 +12,7 @@ from torch.optim import AdamW
 from transformers import AutoModelForCausalLM
 
 import lorafold as lf
-from lorafold.methods.full import write_model
+from lorafold.exporting.gguf_model import write_model
 from lorafold.step.optim import matrices_in
 from mixtures import mixture
 

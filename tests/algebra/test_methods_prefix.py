@@ -139,7 +139,7 @@ def test_generate_with_a_cache_is_the_recomputation(spec: Any, kind: str, tiny_m
 def test_a_left_padded_batch_generates_what_each_row_does_alone(
     spec: Any, kind: str, tiny_model, tiny_model_dir
 ) -> None:
-    from lorafold.models.loading import load_tokenizer
+    from lorafold.models.tokenizer import load_tokenizer
 
     model, tokenizer = tiny_model(kind), load_tokenizer(str(tiny_model_dir(kind)))
     virtual(model, spec)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 import lorafold as lf
 from lorafold.core.attach import base_state
 from lorafold.methods import METHODS
-from lorafold.models.weights import ModelWeights
+from lorafold.models.weights import InMemory
 from method_cases import IDS, attached, moved
 from mixtures import mixture
 from trainer_cases import SETTINGS, rows
@@ -42,7 +42,7 @@ def test_it_holds_the_adapter_and_brings_it_back(method: str, tiny_model) -> Non
     assert set(state) - names == carried(state)
     assert bool(carried(state)) is (method != "full")  # which trains the base's own tensors
     assert set(base_state(model)) == names
-    assert set(ModelWeights(model).tensors) <= names
+    assert set(InMemory.of_model(model).tensors) <= names
     expected = logits(model)
     for p in adapter.parameters():
         nn.init.normal_(p)

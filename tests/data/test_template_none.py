@@ -19,9 +19,9 @@ from lorafold.data.render import ensure_chat_template
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import EvaluationSettings, evaluate
 from lorafold.generation import complete, end_tokens
-from lorafold.models.loading import load_model, load_tokenizer
+from lorafold.models.loading import load_model
 from lorafold.models.sources import resolve_model
-from lorafold.models.tokenizer import set_template, tokenizer_of
+from lorafold.models.tokenizer import load_tokenizer, set_template, tokenizer_of
 from lorafold.recipe.reading import load_recipe
 from lorafold.training import loop
 from lorafold.training.preview import show

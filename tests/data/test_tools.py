@@ -43,7 +43,7 @@ from lorafold.engine import Ended
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import EvaluationSettings, evaluate
 from lorafold.models.sources import resolve_model
-from lorafold.models.template_variables import set_variables
+from lorafold.models.templates import set_variables
 from lorafold.models.tokenizer import set_template
 from lorafold.models.tokenizer import tokenizer_of as tokenizer_for
 from lorafold.recipe.reading import load_recipe

@@ -17,7 +17,7 @@ from device_cases import moved
 from lorafold.memory import trace as tracing
 from lorafold.memory.modes import llama
 from lorafold.memory.trace import Setting, trace
-from lorafold.models.storage import Storage
+from lorafold.models.storages import Storage
 from lorafold.ops.demands import Place
 
 BF16 = Storage(torch.bfloat16)

@@ -20,7 +20,7 @@ from lorafold.engine.operations import Operations
 from lorafold.engine.products import ActiveDeltas, Products
 from lorafold.engine.structure import Structure, probe
 from lorafold.models.loading import load_model
-from lorafold.models.storage import Storage
+from lorafold.models.storages import Storage
 
 
 def first_logits(model: Any, paths: dict[str, Path], **options: Any) -> torch.Tensor:

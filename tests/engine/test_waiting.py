@@ -12,8 +12,7 @@ import psutil
 import pytest
 
 from lorafold.machine import cores as waiting
-from lorafold.machine.cores import Neighbours, considerate
-from lorafold.machine.threads import disband, gather
+from lorafold.machine.cores import Neighbours, considerate, disband, gather
 
 SPIN = "while True: pass"
 

@@ -10,7 +10,7 @@ from gguf_models import saved
 from lorafold.exporting.engines import ask
 from lorafold.exporting.gguf_model import write_model
 from lorafold.exporting.proof import last, parting, prompts_of
-from lorafold.models.loading import load_tokenizer
+from lorafold.models.tokenizer import load_tokenizer
 from serving_cases import running
 
 pytestmark = pytest.mark.slow

@@ -22,7 +22,7 @@ from lorafold.exporting.gguf_metadata import architecture_of, name_of_rule
 from lorafold.exporting.gguf_model import write_model
 from lorafold.exporting.gguf_tensors import BLOCKS, type_of
 from lorafold.merging import folding
-from lorafold.models.gguf_words import PREFERRED, WHOLE_WORDS, rule_of
+from lorafold.models.gguf_rules import PREFERRED, WHOLE_WORDS, rule_of
 
 WATCHED = """
 import sys, threading, time

@@ -22,7 +22,7 @@ from lorafold.data.render import render
 from lorafold.data.rows import read_rows
 from lorafold.errors import LorafoldError
 from lorafold.generation import end_tokens
-from lorafold.models.loading import load_tokenizer
+from lorafold.models.tokenizer import load_tokenizer
 
 USER, ASSISTANT = "user", "assistant"
 

@@ -21,7 +21,7 @@ from lorafold.api.serve import own_bases
 from lorafold.cli import _load
 from lorafold.errors import LorafoldError
 from lorafold.opening import Base, base_for
-from lorafold.peft.own_base import OwnBase
+from lorafold.peft.provenance import OwnBase
 from lorafold.peft.saved import open_all
 from lorafold.serving.registry import STATE, ServerState
 

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from lorafold.cli.pasted import this_command
 from lorafold.machine.cores import processor_name
-from lorafold.models.storage import Storage
+from lorafold.models.storages import Storage
 from lorafold.ops.arithmetic import multiplying
 from lorafold.peft.saved import Saved
 from lorafold.quickstart import story as module

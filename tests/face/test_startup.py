@@ -24,7 +24,7 @@ def test_training_rows_are_tokenized_without_pandas():
 import sys
 from lorafold.data.examples import encode
 from lorafold.data.rows import check_rows
-from lorafold.models.loading import load_tokenizer
+from lorafold.models.tokenizer import load_tokenizer
 rows = check_rows([(1, {"prompt": "two", "completion": "three"})], "rows")
 found = encode(rows, load_tokenizer("smollm2"), 64)
 print(len(found.examples), "pandas" in sys.modules)
@@ -96,7 +96,7 @@ def test_columns_are_those_that_pyarrow_makes_of_python_values(n):
 
 SET_ASIDE = """
 import gc, sys, types, weakref
-from lorafold.machine.collection import existing_set_aside, imports_set_aside
+from lorafold.machine.tuning import existing_set_aside, imports_set_aside
 
 class Cycle:
     def __init__(self):
@@ -139,7 +139,7 @@ def test_an_interrupt_that_comes_in_a_callback_of_the_collector_is_not_lost():
     """While a command imports, every third Ctrl-C was told and passed over."""
     assert said("""
 import gc, signal, time
-from lorafold.machine.collection import imports_set_aside
+from lorafold.machine.tuning import imports_set_aside
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background has not
 def late(phase, about):
     gc.callbacks.remove(late)

@@ -16,9 +16,9 @@ import lorafold as lf
 from gguf_cases import write_gguf
 from lorafold.errors import LorafoldError
 from lorafold.identity import of_model
-from lorafold.models.configuration import configuration
-from lorafold.models.loading import load_model, load_tokenizer
-from lorafold.models.sources import resolve_model
+from lorafold.models.loading import load_model
+from lorafold.models.sources import configuration, resolve_model
+from lorafold.models.tokenizer import load_tokenizer
 
 LOST = "blk.1.ffn_up.weight"
 

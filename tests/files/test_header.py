@@ -15,7 +15,7 @@ from safetensors.torch import load, save
 
 from lorafold.errors import LorafoldError
 from lorafold.files.header import SIZES
-from lorafold.models.weights import DTYPES, LoadedWeights
+from lorafold.models.weights import DTYPES, InMemory
 
 HERE = Path("adapter_model.safetensors")
 
@@ -26,7 +26,7 @@ def test_every_dtype_and_shape_is_what_safetensors_reads() -> None:
     given = {f"of {n}": torch.randint(0, 2, (3, 5)).to(d) for n, d in DTYPES.items()}
     given |= {"empty": torch.zeros(0, 4), "one": torch.tensor(2.5), "long": torch.randn(7, 2, 3)}
     content = save(given, {"format": "pt"})
-    ours, theirs = LoadedWeights(bytearray(content), HERE).tensors, load(content)
+    ours, theirs = InMemory.read(bytearray(content), HERE).tensors, load(content)
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert ours[name].dtype == tensor.dtype, name
@@ -78,12 +78,12 @@ def test_what_safetensors_refuses_is_refused_in_one_line(kind: str) -> None:
     with pytest.raises(SafetensorError):
         load(DAMAGED[kind])
     with pytest.raises(LorafoldError, match="not readable as safetensors") as told:
-        LoadedWeights(bytearray(DAMAGED[kind]), HERE)
+        InMemory.read(bytearray(DAMAGED[kind]), HERE)
     assert "\n" not in str(told.value)
 
 
 def test_tensors_share_the_bytes_of_the_file() -> None:
     content = bytearray(save({"a": torch.zeros(4)}))
-    tensor = LoadedWeights(content, HERE).get("a")
+    tensor = InMemory.read(content, HERE).get("a")
     content[-4:] = bytes(torch.tensor([1.0]).numpy())
     assert tensor.tolist() == [0, 0, 0, 1]

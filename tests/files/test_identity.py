@@ -10,7 +10,7 @@ import pytest
 
 import lorafold as lf
 from lorafold.errors import LorafoldError
-from lorafold.files import digests
+from lorafold.files import contents
 from lorafold.files.atomic import sha256
 from lorafold.identity import joined, of_adapter, of_code, of_model, of_stack
 from lorafold.models.sources import ModelSource
@@ -34,31 +34,31 @@ def test_a_file_is_read_once_and_known_by_its_marks(cache, tmp_path, monkeypatch
     file = tmp_path / "it"
     file.write_bytes(b"one")
     read: list[Path] = []
-    monkeypatch.setattr(digests, "sha256", lambda path: (read.append(path), sha256(path))[1])
-    monkeypatch.setattr(digests, "FRESH", 0.0)
-    assert digests.of_file(file) == digests.of_file(file) == (3, sha256(file))
+    monkeypatch.setattr(contents, "file_sha256", lambda path: (read.append(path), sha256(path))[1])
+    monkeypatch.setattr(contents, "FRESH", 0.0)
+    assert contents.of_file(file) == contents.of_file(file) == (3, sha256(file))
     assert read == [file]
     file.write_bytes(b"two")
-    assert digests.of_file(file) == (3, sha256(file))
+    assert contents.of_file(file) == (3, sha256(file))
     assert read == [file, file]
 
 
 def test_a_file_that_was_written_just_now_is_read_again(cache, tmp_path) -> None:
     file = tmp_path / "it"
     file.write_bytes(b"one")
-    digests.of_file(aged(file))  # its content is old; its marks changed just now
+    contents.of_file(aged(file))  # its content is old; its marks changed just now
     assert not (cache / "digests").exists()
 
 
 def test_a_kept_digest_that_is_damaged_is_made_anew(cache, tmp_path, monkeypatch) -> None:
     file = tmp_path / "it"
     file.write_bytes(b"one")
-    monkeypatch.setattr(digests, "FRESH", 0.0)
-    digests.of_file(file)
+    monkeypatch.setattr(contents, "FRESH", 0.0)
+    contents.of_file(file)
     [entry] = (cache / "digests" / "known").iterdir()
     for damaged in ("", "[]", '{"marks": [], "sha256": 1}'):
         entry.write_text(damaged)
-        assert digests.of_file(file) == (3, sha256(file))
+        assert contents.of_file(file) == (3, sha256(file))
 
 
 def test_a_file_of_the_hub_is_taken_by_its_name(cache, tmp_path) -> None:
@@ -67,7 +67,7 @@ def test_a_file_of_the_hub_is_taken_by_its_name(cache, tmp_path) -> None:
     blob.write_bytes(b"weights")
     link = tmp_path / "model.safetensors"
     link.symlink_to(blob)
-    assert digests.of_file(link) == (7, "a" * 64)
+    assert contents.of_file(link) == (7, "a" * 64)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from lorafold.errors import LorafoldError
 from lorafold.files.atomic import MANIFEST
 from lorafold.identity import TRAINING, code, of_code
 from lorafold.inspecting import intrinsic, spectra
-from lorafold.models.loading import load_tokenizer
+from lorafold.models.tokenizer import load_tokenizer
 from lorafold.opening import Base
 from lorafold.peft.saved import open_all
 from lorafold.training import loop

@@ -19,7 +19,7 @@ from lorafold.errors import LorafoldError
 from lorafold.memory.trace import Setting, trace
 from lorafold.models.classifier import head_paths, load_classifier
 from lorafold.models.sources import resolve_model
-from lorafold.models.storage import Storage
+from lorafold.models.storages import Storage
 from lorafold.objectives.classify import head_to_save
 from peft_cases import gap, ids, load_theirs, move
 

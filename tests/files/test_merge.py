@@ -27,8 +27,9 @@ from lorafold.fold.plan import changes
 from lorafold.merging.folding import before_and_after, execute, need_space
 from lorafold.merging.plan import plan
 from lorafold.methods import METHODS
-from lorafold.models.container import read_tensors
-from lorafold.models.loading import load_model, load_tokenizer
+from lorafold.models.loading import load_model
+from lorafold.models.tokenizer import load_tokenizer
+from lorafold.models.weights import read_tensors
 from lorafold.opening import Base
 from lorafold.peft.saved import Saved
 

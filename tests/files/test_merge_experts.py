@@ -26,12 +26,12 @@ from lorafold.merging import folding
 from lorafold.merging.plan import plan
 from lorafold.merging.run import Merged
 from lorafold.models.checkpoint import mapped_model_of
-from lorafold.models.container import read_container, write_container
 from lorafold.models.converted import Conversion, OnDemand, Source
 from lorafold.models.fingerprint import of_model
-from lorafold.models.loading import load_model
+from lorafold.models.loading import load_model, weights_of
 from lorafold.models.sources import resolve_model
-from lorafold.models.storage import Storage, weights_of
+from lorafold.models.storages import Storage
+from lorafold.models.weights import read_container, write_container
 from lorafold.opening import Base
 from lorafold.peft.saved import Saved
 from lorafold.recipe.recipe import Recipe

@@ -21,9 +21,9 @@ from lorafold.bases import layer_of
 from lorafold.bases.bitsandbytes import Quantized
 from lorafold.errors import LorafoldError
 from lorafold.identity import of_model
-from lorafold.models.loading import load_model
+from lorafold.models.loading import load_model, weights_of
 from lorafold.models.sources import resolve_model
-from lorafold.models.storage import Storage, weights_of
+from lorafold.models.storages import Storage
 from lorafold.recipe.recipe import Recipe
 
 IDS = torch.arange(5, 25)[None]

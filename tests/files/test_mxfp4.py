@@ -24,8 +24,8 @@ from lorafold.errors import LorafoldError
 from lorafold.memory.ledger import Ledger
 from lorafold.models.fingerprint import differences, of_model
 from lorafold.models.loading import load_model
-from lorafold.models.storage import Storage
-from lorafold.models.weights import ModelWeights
+from lorafold.models.storages import Storage
+from lorafold.models.weights import InMemory
 from mxfp4_cases import SETTINGS, SITES, change_config, make_gpt_oss, make_mxfp4
 from quantized_cases import (
     IDS,
@@ -274,13 +274,13 @@ def test_the_dequantized_model_counts_as_the_same_base(released, tmp_path):
     found = of_model(over)
     assert not any(name.endswith(("_blocks", "_scales")) for name in found)
     assert any(name.startswith(OWNER) for name in found)  # a bias
-    assert differences(found, ModelWeights(plain)) == []
-    assert differences(of_model(plain), ModelWeights(over)) == []
+    assert differences(found, InMemory.of_model(plain)) == []
+    assert differences(of_model(plain), InMemory.of_model(over)) == []
     moved(plain).save(tmp_path / "a")
     lf.load(over, tmp_path / "a")
     assert relative(over(IDS).logits, plain(IDS).logits) < 1e-5
     nn.init.normal_(over.model.embed_tokens.weight)
-    assert differences(found, ModelWeights(over)) != []
+    assert differences(found, InMemory.of_model(over)) != []
 
 
 @pytest.mark.slow

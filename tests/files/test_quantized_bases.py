@@ -21,7 +21,7 @@ from lorafold.bases import layer_of, parameter_count
 from lorafold.bases.compressed import Codes, CompressedLinear
 from lorafold.errors import LorafoldError
 from lorafold.models.loading import load_model
-from lorafold.models.storage import Storage
+from lorafold.models.storages import Storage
 from lorafold.ops.float8 import is_nan, values
 from lorafold.ops.mxfp4 import dequantize as mxfp4
 from quantized_cases import (

@@ -26,7 +26,7 @@ from lorafold.data.templates import template_of
 from lorafold.errors import Busy, LorafoldError
 from lorafold.files.contents import Contents
 from lorafold.identity import of_adapter
-from lorafold.models.loading import load_tokenizer
+from lorafold.models.tokenizer import load_tokenizer
 from lorafold.peft.saved import FILES
 from lorafold.screening import processes
 from lorafold.screening.opened import DEATHS, Opened

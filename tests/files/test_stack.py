@@ -23,8 +23,8 @@ from lorafold.files.atomic import write_json
 from lorafold.machine.processes import ALONE
 from lorafold.models.loading import load_model
 from lorafold.opening import Base
+from lorafold.peft.provenance import parse
 from lorafold.peft.saved import Saved, open_all
-from lorafold.peft.stack import parse
 from lorafold.recipe.recipe import Recipe
 from lorafold.serving.directory import Directory
 from lorafold.step.activations import recompute

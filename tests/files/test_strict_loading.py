@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import lorafold as lf
 from lorafold.files.atomic import MANIFEST
 from lorafold.models import fingerprint
-from lorafold.models.weights import FileWeights, ModelWeights, model_files
+from lorafold.models.weights import FileWeights, InMemory, model_files
 
 A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 B = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
@@ -341,19 +341,19 @@ def test_fingerprint_of_a_model_and_of_its_files(
         # tied weights are in the one and absent in the other
         for known in (of_model, of_files):
             for weights in (
-                ModelWeights(model),
+                InMemory.of_model(model),
                 files,
-                ModelWeights(tiny_model(kind).bfloat16()),
-                ModelWeights(tiny_model(kind).half()),
+                InMemory.of_model(tiny_model(kind).bfloat16()),
+                InMemory.of_model(tiny_model(kind).half()),
             ):
                 assert fingerprint.differences(known, weights) == []
         for half in (torch.bfloat16, torch.float16):
             known = fingerprint.of_model(tiny_model(kind).to(half))
             for weights in (
-                ModelWeights(model),
+                InMemory.of_model(model),
                 files,
-                ModelWeights(tiny_model(kind).bfloat16()),
-                ModelWeights(tiny_model(kind).half()),
+                InMemory.of_model(tiny_model(kind).bfloat16()),
+                InMemory.of_model(tiny_model(kind).half()),
             ):
                 assert fingerprint.differences(known, weights) == []
 
@@ -367,9 +367,8 @@ def test_fingerprint_under_the_body_s_own_names(
     body = FileWeights(model_files(tmp_path / "body"))
     assert "wte.weight" in body.names
     assert fingerprint.differences(fingerprint.of_model(model), body) == []
-    assert (
-        fingerprint.differences(fingerprint.of_files(tmp_path / "body"), ModelWeights(model)) == []
-    )
+    in_files = fingerprint.of_files(tmp_path / "body")
+    assert fingerprint.differences(in_files, InMemory.of_model(model)) == []
     assert fingerprint.differences(fingerprint.of_model(tiny_model("llama")), body) != []
 
 

@@ -23,16 +23,16 @@ from lorafold.cli import main
 from lorafold.errors import LorafoldError
 from lorafold.files import atomic, contents
 from lorafold.files.atomic import MANIFEST, verify
-from lorafold.files.cache import cache_directory
+from lorafold.files.paths import cache_directory
 from lorafold.inspecting.resize import extract
 from lorafold.inspecting.spectra import cached_svd
 from lorafold.models import fingerprint
-from lorafold.models.configuration import configuration
-from lorafold.models.loading import load_model, load_tokenizer
-from lorafold.models.sources import resolve_model
-from lorafold.models.storage import Storage
+from lorafold.models.loading import load_model
+from lorafold.models.sources import configuration, resolve_model
+from lorafold.models.storages import Storage
+from lorafold.models.tokenizer import load_tokenizer
 from lorafold.opening import Base
-from lorafold.opening.kinds import known_classes
+from lorafold.opening.base import known_classes
 from lorafold.peft.saved import FILES, Saved, open_all
 from lorafold.training.checkpoint import RunDirectory
 

@@ -12,7 +12,7 @@ import pytest
 import lorafold as lf
 from lorafold.data.batches import labelled
 from lorafold.data.examples import encode
-from lorafold.models.loading import load_tokenizer
+from lorafold.models.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks"

@@ -25,8 +25,7 @@ from lorafold.data.examples import Example
 from lorafold.engine import residency as engine_residency
 from lorafold.machine.processes import ALONE
 from lorafold.methods import make_spec
-from lorafold.models.experts import route_quantized
-from lorafold.models.quantizing import packable
+from lorafold.models.quantizing import packable, route_quantized
 from lorafold.models.storages import MADE, STORAGES
 from lorafold.objectives.sft import Sft
 from lorafold.step.activations import recompute

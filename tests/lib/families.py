@@ -14,8 +14,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from lorafold.models.loading import load_tokenizer
 from lorafold.models.sources import resolve_model
+from lorafold.models.tokenizer import load_tokenizer
 
 SPECIAL = re.compile(
     r"<\|[\w ./-]+\|?>|<[\w]+\|>|<｜[^｜<>]+｜>|<[a-z]+_of_[a-z]+>|</?s>|\[gMASK\]|<sop>"

@@ -14,7 +14,7 @@ from lorafold.memory.terms import estimate
 from lorafold.memory.trace import Setting
 from lorafold.methods import make_spec
 from lorafold.models.fake import fake_model
-from lorafold.models.storage import Storage
+from lorafold.models.storages import Storage
 from lorafold.ops.arithmetic import widens
 
 COMMON = {

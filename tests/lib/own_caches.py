@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lorafold.files.cache import cache_directory
+from lorafold.files.paths import cache_directory
 
 
 def shared(cache: Path) -> Path:

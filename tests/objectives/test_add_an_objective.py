@@ -31,8 +31,8 @@ from lorafold.data.stored import Part
 from lorafold.errors import LorafoldError
 from lorafold.memory.before_run import planned
 from lorafold.memory.trace import Setting, trace
-from lorafold.models.configuration import configuration
-from lorafold.models.storage import Storage
+from lorafold.models.sources import configuration
+from lorafold.models.storages import Storage
 from lorafold.objectives import OBJECTIVES, Declared
 from lorafold.objectives.objective import examples_of
 from lorafold.opening import Base

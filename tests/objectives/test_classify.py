@@ -40,8 +40,8 @@ from lorafold.data.rows import check_rows
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import evaluate, held_out_loss, wilson
 from lorafold.models.classifier import head_paths, load_classifier
-from lorafold.models.loading import load_tokenizer
 from lorafold.models.sources import resolve_model
+from lorafold.models.tokenizer import load_tokenizer
 from lorafold.objectives import OBJECTIVES
 from lorafold.recipe.recipe import Recipe
 from lorafold.step.classification import Classification

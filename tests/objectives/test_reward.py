@@ -29,15 +29,15 @@ from lorafold.data.examples import Example
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import wilson
 from lorafold.evaluation.scoring import reward_figures, score_rows, scores_of
+from lorafold.files.card import REWARD
 from lorafold.memory.measure import measure
 from lorafold.memory.terms import estimate
 from lorafold.memory.trace import Setting
-from lorafold.models.classifier import head_paths, load_classifier, load_reward_model
-from lorafold.models.configuration import configuration
+from lorafold.models.classifier import head_paths, load_classifier
 from lorafold.models.fake import fake_model
-from lorafold.models.loading import load_tokenizer
-from lorafold.models.sources import resolve_model
-from lorafold.models.storage import Storage
+from lorafold.models.sources import configuration, resolve_model
+from lorafold.models.storages import Storage
+from lorafold.models.tokenizer import load_tokenizer
 from lorafold.objectives.laws import law_of
 from lorafold.opening import Base
 from lorafold.recipe.recipe import Recipe
@@ -78,7 +78,7 @@ def quiet() -> Console:
 def reward_model(directory: Path, seed: int = 0) -> Any:
     tokenizer = load_tokenizer(directory)
     source = resolve_model(directory)
-    return load_reward_model(source, tokenizer.pad_token_id, torch.float32, seed=seed)
+    return load_classifier(source, (REWARD,), tokenizer.pad_token_id, torch.float32, seed=seed)
 
 
 def adapted(model: Any, seed: int = 0) -> lf.Adapter:
@@ -244,7 +244,7 @@ def test_a_text_that_ends_in_the_padding_token_has_the_score_that_transformers_r
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     )
     end = tokenizer.eos_token_id
-    model = load_reward_model(resolve_model(directory), end, torch.float32)
+    model = load_classifier(resolve_model(directory), (REWARD,), end, torch.float32)
     examples = list(encode_preferred(ROWS, tokenizer, 512, "pairs").examples)
     documents = [d.ids for e in examples for d in e.documents()]
     assert {ids[-1] for ids in documents} == {end}
@@ -402,7 +402,7 @@ def test_texts_do_not_tie_over_a_base_in_bf16(packs: bool, tiny_model_dir) -> No
     directory = tiny_model_dir("llama")
     tokenizer = load_tokenizer(directory)
     source, pad = resolve_model(directory), tokenizer.pad_token_id
-    model = load_reward_model(source, pad, torch.bfloat16)
+    model = load_classifier(source, (REWARD,), pad, torch.bfloat16)
     adapted(model)
     draw = np.random.default_rng(0).integers(5, 200, (400, 9)).tolist()
     examples = [Branched((), (Example(tuple(ids), tuple(ids)),)) for ids in draw]
@@ -415,10 +415,10 @@ def test_texts_do_not_tie_over_a_base_in_bf16(packs: bool, tiny_model_dir) -> No
 def test_a_head_in_fp32_files_is_read_in_fp32(tiny_model_dir, tmp_path: Path) -> None:
     directory = tiny_model_dir("llama")
     source, pad = resolve_model(directory), load_tokenizer(directory).pad_token_id
-    model = load_reward_model(source, pad, torch.bfloat16)
+    model = load_classifier(source, (REWARD,), pad, torch.bfloat16)
     adapted(model).merge()
     model.save_pretrained(tmp_path / "whole")
-    again = load_reward_model(resolve_model(tmp_path / "whole"), pad, torch.bfloat16)
+    again = load_classifier(resolve_model(tmp_path / "whole"), (REWARD,), pad, torch.bfloat16)
     assert model.score.weight.dtype == torch.float32
     assert torch.equal(again.score.weight, model.score.weight)
     assert not torch.equal(again.score.weight, again.score.weight.bfloat16().float())

@@ -21,7 +21,7 @@ from conftest import make_model_dir
 from hostile_adapters import CASES, MOVING, moving
 from hostile_adapters.siege import Siege, said
 from hostile_requests import ASK, asking, bodies, chain, hostile_schema
-from lorafold.machine.threads import STACK, stacks
+from lorafold.machine.cores import STACK, stacks
 from lorafold.screening import screen as screening
 from lorafold.screening.processes import Processes
 from lorafold.serving.server import SMALL

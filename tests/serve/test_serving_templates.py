@@ -14,8 +14,7 @@ from transformers import AutoTokenizer
 import lorafold as lf
 from conftest import make_model_dir, unestimating
 from lorafold.data.control_tokens import without_note
-from lorafold.models.loading import load_tokenizer
-from lorafold.models.tokenizer import set_template, write_tokenizer
+from lorafold.models.tokenizer import load_tokenizer, set_template, write_tokenizer
 from lorafold.serving.job import CONTENT, REASONING, PartReader
 from lorafold.serving.refusal import Refusal
 from lorafold.serving.registry import Target

@@ -20,8 +20,7 @@ from engine_cases import save_adapters
 from fresh_models import fresh_model
 from lorafold.errors import LorafoldError
 from lorafold.identity import joined, of_adapter
-from lorafold.models.loading import load_tokenizer
-from lorafold.models.tokenizer import write_tokenizer
+from lorafold.models.tokenizer import load_tokenizer, write_tokenizer
 from lorafold.screening.screen import Screen
 from serving_cases import ADMIN, Running, counted, running, saved
 
@@ -225,7 +224,7 @@ def test_digests_of_the_old_form_are_understood(tiny_model_dir, tmp_path, caplog
 def test_a_stack_is_known_by_the_files_below_too(
     tiny_model_dir, tmp_path, monkeypatch
 ) -> None:
-    monkeypatch.setattr("lorafold.files.digests.FRESH", -1.0)
+    monkeypatch.setattr("lorafold.files.contents.FRESH", -1.0)
     adapters, names = make(tmp_path, tiny_model_dir("llama")), counted(monkeypatch)
     with running(tmp_path / "base", adapters) as server:
         before = server.parts.registry.found["high"].digest
@@ -243,7 +242,7 @@ def test_what_is_known_and_the_fingerprint_are_of_the_base(
     tiny_model_dir, tmp_path, monkeypatch
 ) -> None:
     """Not of its name: a copy is the same base, and another template or storage is another one."""
-    monkeypatch.setattr("lorafold.files.digests.FRESH", -1.0)
+    monkeypatch.setattr("lorafold.files.contents.FRESH", -1.0)
     base = Path(shutil.copytree(tiny_model_dir("llama"), tmp_path / "base"))
     names = counted(monkeypatch)
     adapters = saved(base, {"own": lf.LoRA(rank=2)}, tmp_path / "adapters")

@@ -31,7 +31,8 @@ from lorafold.data.rows import read_rows
 from lorafold.errors import LorafoldError, NotMergeable
 from lorafold.evaluation import EvaluationSettings, evaluate
 from lorafold.files.atomic import MANIFEST
-from lorafold.models.loading import load_model, load_tokenizer
+from lorafold.models.loading import load_model
+from lorafold.models.tokenizer import load_tokenizer
 from lorafold.opening import Base
 from lorafold.peft.saved import open_all
 

@@ -27,7 +27,7 @@ from lorafold.data.prompts import Prompt, prompts_of
 from lorafold.data.stored import Rows
 from lorafold.evaluation.intervals import student
 from lorafold.inspecting.updates import Svd, of_dense, of_factors
-from lorafold.models.loading import load_tokenizer
+from lorafold.models.tokenizer import load_tokenizer
 from lorafold.opening import Base
 from lorafold.peft.saved import open_all
 from lorafold.undoing import measure as module

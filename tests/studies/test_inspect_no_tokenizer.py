@@ -16,7 +16,7 @@ from adapter_cases import make_adapter
 from lorafold.cli import app
 from lorafold.errors import LorafoldError, NoTokenizer
 from lorafold.inspecting.run import inspect
-from lorafold.models.loading import load_tokenizer
+from lorafold.models.tokenizer import load_tokenizer
 from lorafold.opening import Base
 from lorafold.peft.saved import open_all
 

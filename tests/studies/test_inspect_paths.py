@@ -9,7 +9,7 @@ from lorafold.core.attach import adapted_modules, selection_of
 from lorafold.errors import LorafoldError
 from lorafold.inspecting.paths import barrier, between, loss_on, losses_of, measured_paths, scaling
 from lorafold.methods import make_spec
-from lorafold.models.loading import load_tokenizer
+from lorafold.models.tokenizer import load_tokenizer
 
 ROWS = [
     {"text": "Book a table for four at the Copper Lantern"},

@@ -26,7 +26,7 @@ from lorafold.data.batches import StoredFeed
 from lorafold.data.examples import encode
 from lorafold.errors import LorafoldError
 from lorafold.methods import METHODS, known_options, make_spec
-from lorafold.models.loading import load_tokenizer
+from lorafold.models.tokenizer import load_tokenizer
 from lorafold.objectives.sft import Sft
 from lorafold.opening import Base
 from lorafold.ops import attention

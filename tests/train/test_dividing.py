@@ -13,7 +13,7 @@ from torch import nn
 
 from lorafold.machine.processes import Processes
 from lorafold.models.loading import load_model
-from lorafold.models.storage import Storage
+from lorafold.models.storages import Storage
 from lorafold.step.sharding import Sharded
 
 CPU = torch.device("cpu")

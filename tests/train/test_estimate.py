@@ -14,8 +14,7 @@ import pytest
 from conftest import Done, lorafold, refused
 from lorafold.memory import cheatsheet
 from lorafold.memory.terms import TERMS
-from lorafold.models.configuration import configuration
-from lorafold.models.sources import _embedded_gguf
+from lorafold.models.sources import _embedded_gguf, configuration
 
 DOCS = Path(__file__).parents[2] / "docs" / "memory.md"
 
@@ -30,7 +29,7 @@ def test_a_shape_alone() -> None:
     )
     assert found["total"] == sum(found[name] for name in TERMS)
     assert found["weights"] == pytest.approx(2 * 6.738e9, rel=1e-3)
-    assert found["kv_cache"] == cheatsheet.kv_cache(32, 32, 128, 4096)
+    assert found["kv_cache"] == 2 * 32 * 32 * 128 * 4096 * 2
     assert found["fits"] is None
 
 
@@ -92,7 +91,7 @@ def test_what_is_refused(arguments: list[str], message: str) -> None:
 
 
 def test_rules_of_thumb_give_what_they_say() -> None:
-    found = {what: of() for what, (_, of) in cheatsheet.WORKED.items()}
+    found = {what: n for what, (_, n) in cheatsheet.WORKED.items()}
     assert list(found.values()) == [14.0e9, 2147483648, 0.64e9, 112.0e9]
 
 

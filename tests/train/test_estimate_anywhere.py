@@ -24,7 +24,7 @@ from lorafold.memory.terms import Estimate, estimate
 from lorafold.memory.trace import Setting
 from lorafold.methods import make_spec
 from lorafold.models.fake import fake_model
-from lorafold.models.storage import Storage
+from lorafold.models.storages import Storage
 from lorafold.objectives.sft import Sft
 from lorafold.ops.arithmetic import multiplying
 from lorafold.recipe.recipe import Recipe

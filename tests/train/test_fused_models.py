@@ -20,7 +20,7 @@ from fused_cases import adapted, assert_same_step, model_of, seeded_step, togeth
 from lorafold.data.batches import collate
 from lorafold.methods import METHODS, make_spec
 from lorafold.models.loading import load_model
-from lorafold.models.storage import Storage
+from lorafold.models.storages import Storage
 from lorafold.step.activations import recompute
 from lorafold.step.documents import packed
 from lorafold.step.fused import ROTARY, fused

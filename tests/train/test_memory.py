@@ -33,8 +33,7 @@ from lorafold.methods import make_spec
 from lorafold.methods.parts.token_rows import Tokens
 from lorafold.models.classifier import head_paths
 from lorafold.models.fake import fake_model, period
-from lorafold.models.storage import Storage
-from lorafold.models.storages import MADE, STORAGES, StorageRow
+from lorafold.models.storages import MADE, STORAGES, Storage, StorageRow
 from lorafold.ops import attention
 from lorafold.recipe.recipe import Recipe
 from memory_cases import BF16, COMMON, CONFIGS, LORA, close

@@ -26,7 +26,7 @@ from lorafold.memory.before_run import planned, settle
 from lorafold.memory.terms import estimate
 from lorafold.memory.trace import Setting
 from lorafold.methods import make_spec
-from lorafold.models.storage import Storage
+from lorafold.models.storages import Storage
 from lorafold.objectives.sft import Sft
 from lorafold.opening import Base
 from lorafold.recipe.recipe import Recipe

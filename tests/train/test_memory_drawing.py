@@ -22,7 +22,7 @@ from lorafold.memory.measure import allocated, peak_of
 from lorafold.memory.terms import estimate
 from lorafold.memory.trace import Setting, trace
 from lorafold.models.fake import fake_model
-from lorafold.models.storage import Storage
+from lorafold.models.storages import Storage
 from lorafold.objectives.policy import Drawing, PolicyObjective
 from lorafold.recipe.recipe import Recipe
 from lorafold.step.policy_laws import Grpo

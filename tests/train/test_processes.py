@@ -15,8 +15,8 @@ import transformers
 from torch import nn
 
 from lorafold.methods import METHODS, sparse
-from lorafold.models import storage
 from lorafold.training import loop, setup
+from lorafold.translating.unsloth import storage
 from mixtures import CONFIGS
 from process_cases import apart, rows, same_bytes, together
 

@@ -29,7 +29,7 @@ from lorafold.memory.modes import setting_of
 from lorafold.memory.terms import estimate
 from lorafold.methods import make_spec
 from lorafold.models.loading import load_model
-from lorafold.models.storage import Storage
+from lorafold.models.storages import Storage
 from lorafold.ops import arithmetic
 from lorafold.recipe.recipe import Recipe
 from lorafold.step import adamw

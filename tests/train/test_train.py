@@ -21,10 +21,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import lorafold as lf
 from fresh_models import fresh_model
 from lorafold.errors import LorafoldError
+from lorafold.exporting.gguf_model import write_model
 from lorafold.machine.processes import ALONE
-from lorafold.methods.full import write_model
 from lorafold.models import container
-from lorafold.models.loading import load_model, load_tokenizer
+from lorafold.models.loading import load_model
+from lorafold.models.tokenizer import load_tokenizer
 from lorafold.step.replicated import Replicated
 from lorafold.training import loop
 from lorafold.training.checkpoint import RunDirectory

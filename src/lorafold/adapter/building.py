@@ -35,12 +35,9 @@ from lorafold.methods.parts.replace import ReplaceDelta, leaves
 from lorafold.methods.parts.token_rows import Tokens
 from lorafold.models.classifier import new_heads
 from lorafold.models.sources import called
-from lorafold.models.weights import ModelWeights, Weights
-from lorafold.peft.directory import Chosen
-from lorafold.peft.own_base import ALLOWED, MOST, OTHER
-from lorafold.peft.paths import within
-from lorafold.peft.saved import Saved
-from lorafold.peft.stack import loading_advice, mismatch, same
+from lorafold.models.weights import InMemory, Weights
+from lorafold.peft.provenance import ALLOWED, MOST, OTHER, loading_advice, mismatch, same
+from lorafold.peft.saved import Chosen, Saved
 
 log = logging.getLogger(__name__)
 ROOM = 1 << 26  # numbers that every adapter may have
@@ -170,10 +167,10 @@ def read(
         below: what it will be over; None: the model's active adapters.
     """
     keep_scale(model)
-    saved = within(path if isinstance(path, Saved) else Saved.open(path), model)
+    saved = (path if isinstance(path, Saved) else Saved.open(path)).within(model)
     if saved.over:  # one of those replaces the head that was drawn for this model
         saved = replace(saved, own_base=saved.own_base.without(new_heads(model)))
-    base, problems = base or ModelWeights(model), []
+    base, problems = base or InMemory.of_model(model), []
     below = selection_of(model).active if below is None else tuple(below)
     fits = same(saved.over, below)
     if not (allow_other_base or fits):
@@ -191,8 +188,9 @@ def read(
         problems += saved.own_base.problems(base, called(model))
     try:
         tokens, saved = saved.token_rows(model, base)
+        spec = saved.selection.spec_in(model, saved.spec)
         with skip_init(_most(model, saved.weights)):
-            built = build(model, saved.spec_in(model), tokens=tokens, **saved.beside(model))
+            built = build(model, spec, tokens=tokens, **saved.beside(model))
     except LorafoldError as e:
         raise _refused(saved, model, as_one([*problems, e])) from None
     try:

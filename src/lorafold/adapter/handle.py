@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,23 +14,32 @@ from lorafold.adapter.reach import Unreached, counted, in_towers, unreached
 from lorafold.bases import parameter_count
 from lorafold.bases.dequantized import record_dequantized
 from lorafold.core.anatomy import joined
-from lorafold.core.attach import Adapted, Origin, adapted_modules, freeze, lift, selection_of, thaw
+from lorafold.core.attach import (
+    Adapted,
+    Origin,
+    adapted_modules,
+    base_state,
+    freeze,
+    lift,
+    selection_of,
+    thaw,
+)
 from lorafold.core.delta import SETTINGS, Delta, check_settings, put, written
+from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
-from lorafold.files.card import VOCABULARY, Beside
-from lorafold.files.record import OTHER_BASE, TRAINED_ON
-from lorafold.fold.in_memory import carry_out
-from lorafold.fold.plan import plan_fold
+from lorafold.files.atomic import atomic_directory, write_json
+from lorafold.files.card import CARD, VOCABULARY, Beside, training_card
+from lorafold.files.record import OTHER_BASE, RECORD, TRAINED_ON
+from lorafold.fold.plan import carry_out, plan_fold
 from lorafold.identity import of_model
 from lorafold.methods.parts.extras import vocabulary
 from lorafold.methods.parts.token_rows import TokenRows
-from lorafold.models.container import write_whole
-from lorafold.models.sources import forget, known
-from lorafold.models.storage import recorded_storage
-from lorafold.models.weights import ModelWeights, Weights
-from lorafold.peft.directory import Chosen, write
-from lorafold.peft.own_base import BASE_IDENTITY
-from lorafold.peft.stack import digest_written, listed, recorded
+from lorafold.models.architecture import opened_by_name
+from lorafold.models.loading import recorded_storage
+from lorafold.models.sources import called, forget, known
+from lorafold.models.weights import InMemory, Weights
+from lorafold.peft.provenance import BASE_IDENTITY, digest_written, listed, recorded
+from lorafold.peft.saved import Chosen, write
 
 
 class Adapter:
@@ -181,9 +191,9 @@ class Adapter:
         about = {name: value for name, value in about.items() if value is not None}
         beside = Beside(about, card, tokenizer, overwrite)
         if self.spec.trains_base:
-            return write_whole(path, self.model, self.spec, beside)
+            return _write_whole(path, self.model, self.spec, beside)
         parts = {path: list(delta.parts()) for path, delta in self.deltas.items()}
-        own = base or ModelWeights(self.model)
+        own = base or InMemory.of_model(self.model)
         written = write(path, self.model, self.chosen, parts, own, beside)
         origin = selection_of(self.model).origins[self.name]
         origin.path, origin.sha256 = str(path), digest_written(path)
@@ -241,3 +251,26 @@ class Adapter:
         return "\n".join(
             [*lines, f"  {count:,} parameters, {count / base:.2%} of the model's {base:,}"]
         )
+
+
+def _write_whole(path: Path, model: Any, spec: Spec, beside: Beside) -> Path:
+    """Write a model whose own weights were trained, completely or not at all.
+
+    Raises LorafoldError if the path exists and may not be replaced, or if the model is not one of
+    transformers.
+    """
+    if not hasattr(model, "save_pretrained"):
+        raise LorafoldError(
+            f"{path} was not written: found a {type(model).__name__}, but {type(spec).__name__}"
+            " saves whole models and expects one of transformers (with save_pretrained)"
+        )
+    shown = {"recipe": {"method": type(spec).__name__, **vars(spec)}}
+    opened_by = opened_by_name(model)
+    card = beside.card or training_card(called(model), shown, {}, whole=True, opened_by=opened_by)
+    with atomic_directory(path, beside.overwrite) as directory:
+        model.save_pretrained(directory, state_dict=base_state(model))  # without its adapters
+        if beside.tokenizer is not None:
+            beside.tokenizer.save_pretrained(directory)
+        write_json(directory / RECORD, {**beside.record, "lorafold": version("lorafold")})
+        (directory / CARD).write_text(card, encoding="utf-8")
+    return path

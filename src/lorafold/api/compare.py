@@ -26,7 +26,7 @@ from lorafold.comparing.run import known_methods, methods_for, unfit
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import check_folder, write_text
 from lorafold.files.claims import check_token
-from lorafold.files.shown import Shown
+from lorafold.files.page import Shown
 from lorafold.opening import Base
 from lorafold.quickstart.story import RECIPE
 from lorafold.recipe.fitting import fitting, settled_length, spec_of, without

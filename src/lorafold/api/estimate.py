@@ -13,15 +13,14 @@ from typing import TYPE_CHECKING, Any
 from lorafold.api.arguments import Columns, Data, Rewarding, as_recipe, or_quiet
 from lorafold.api.rows_estimated import setting_on_rows
 from lorafold.errors import LorafoldError, both_names, called_now
-from lorafold.files.shown import Shown
+from lorafold.files.page import Shown
 from lorafold.machine.devices import AMPERE, check_device
 from lorafold.memory import report, terms
 from lorafold.memory.advice import Advice, advise, advise_on_rows
 from lorafold.memory.measure import measure as measured_bytes
 from lorafold.memory.modes import as_in_files, llama, setting_of
-from lorafold.memory.sharing import FSDP, SPEED, STRATEGIES
-from lorafold.memory.terms import Estimate
-from lorafold.memory.trace import Setting
+from lorafold.memory.terms import SPEED, Estimate
+from lorafold.memory.trace import FSDP, STRATEGIES, Setting
 from lorafold.models.loading import load_model
 from lorafold.models.positions import positions_in
 from lorafold.models.sources import EMBEDDED

@@ -27,7 +27,7 @@ from lorafold.files.atomic import check_folder, write_json, write_text
 from lorafold.files.claims import check_token
 from lorafold.methods.lora import LoRA
 from lorafold.opening import Base, base_for
-from lorafold.peft.own_base import OwnBase
+from lorafold.peft.provenance import OwnBase
 from lorafold.peft.saved import Saved, open_all
 from lorafold.recipe.fitting import settled_length
 from lorafold.recipe.recipe import Recipe

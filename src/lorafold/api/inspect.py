@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lorafold.api.arguments import Data, Paths, as_path, as_paths, as_rows, or_quiet
 from lorafold.api.opened import length_for, opened
 from lorafold.errors import LorafoldError
-from lorafold.files.shown import Shown
+from lorafold.files.page import Shown
 from lorafold.inspecting import run
 from lorafold.inspecting.paths import measured_paths
 from lorafold.inspecting.run import of_paths

@@ -11,7 +11,7 @@ from lorafold.adapter import load as load_on
 from lorafold.api.arguments import missing
 from lorafold.models.weights import Weights
 from lorafold.opening import base_for
-from lorafold.opening.kinds import check_language_model
+from lorafold.opening.base import check_language_model
 from lorafold.peft.saved import Saved
 
 

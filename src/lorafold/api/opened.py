@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 from lorafold.adapter import load
 from lorafold.api.arguments import or_quiet
 from lorafold.errors import LorafoldError
-from lorafold.models.loading import load_tokenizer
 from lorafold.models.positions import positions_of
 from lorafold.models.sources import ModelSource
+from lorafold.models.tokenizer import load_tokenizer
 from lorafold.objectives.classify import Classify
 from lorafold.objectives.objective import Objective
 from lorafold.objectives.reward import RewardModel
 from lorafold.objectives.sft import Sft
 from lorafold.opening import Base, base_for
-from lorafold.opening.kinds import LANGUAGE_MODEL, REWARD_MODEL, kind_of, known_classes
+from lorafold.opening.base import LANGUAGE_MODEL, REWARD_MODEL, kind_of, known_classes
 from lorafold.peft.saved import Saved
 from lorafold.recipe.fitting import fitted_length
 from lorafold.step.preference_laws import Reward

@@ -14,7 +14,7 @@ from lorafold.api.arguments import as_path, or_quiet
 from lorafold.api.opened import opened
 from lorafold.errors import LorafoldError
 from lorafold.opening import base_for
-from lorafold.peft.own_base import OwnBase
+from lorafold.peft.provenance import OwnBase
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -77,7 +77,7 @@ def train(
     Raises LorafoldError for anything wrong with the arguments, if possible before weights are
     loaded, and Interrupted after SIGINT or SIGTERM, once a checkpoint is written.
     """
-    from lorafold.machine.launched import launched
+    from lorafold.machine.processes import launched
 
     console, here = or_shown(console), launched()
     recipe, functions = with_rewards(recipe_to_train(recipe, Recipe()), rewards)
@@ -137,7 +137,7 @@ def base_to_train(
     Raises LorafoldError as `base_for`, and for adapters that can't be read.
     """
     from lorafold.opening import base_for
-    from lorafold.peft.own_base import OwnBase
+    from lorafold.peft.provenance import OwnBase
 
     first = [] if init_adapter is None else [as_path(init_adapter, "init_adapter")]
     paths = [*as_paths(over), *first]

@@ -19,9 +19,8 @@ from lorafold.cli.reading import Above, Command, Group
 from lorafold.cli.unknown import no_options
 from lorafold.cli.words import words
 from lorafold.errors import Interrupted, LorafoldError
-from lorafold.machine.collection import imports_set_aside
-from lorafold.machine.launched import Launched, launched
-from lorafold.machine.restart import restart_tuned
+from lorafold.machine.processes import Launched, launched
+from lorafold.machine.tuning import imports_set_aside, restart_tuned
 
 # The function of each is lorafold.cli.<name>.command; the text is its line in `lorafold --help`.
 GROUPS = {

@@ -34,8 +34,9 @@ def command(
     """
     from datetime import datetime
 
-    from lorafold.files.cache import cache_directory, entries
     from lorafold.files.cache import clear as remove
+    from lorafold.files.cache import entries
+    from lorafold.files.paths import cache_directory
 
     if unknown := [name for name in kind or () if name not in KINDS]:
         raise LorafoldError(f"--kind {unknown[0]}: expected one of {', '.join(KINDS)}")

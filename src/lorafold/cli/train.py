@@ -20,7 +20,7 @@ from lorafold.cli.pages import page_option
 from lorafold.cli.recipe_options import RecipeFlags, of_recipe
 from lorafold.cli.rewards import RewardAdapterOption, RewardOption, rewards_of
 from lorafold.errors import LorafoldError
-from lorafold.machine.launched import launched
+from lorafold.machine.processes import launched
 from lorafold.recipe.recipe import Recipe
 
 EXAMPLES = (

@@ -17,8 +17,8 @@ from lorafold.files.record import BASE, OTHER_BASE, TRAINED_ON
 from lorafold.methods.parts.mixture import Gating
 from lorafold.models.architecture import opened_by_name
 from lorafold.opening import Base
-from lorafold.peft.form import peft_reads
-from lorafold.peft.own_base import BASE_IDENTITY, TrainedOn
+from lorafold.peft.form import form_of
+from lorafold.peft.provenance import BASE_IDENTITY, TrainedOn
 from lorafold.peft.saved import Saved, trained_on
 from lorafold.recipe.recipe import Recipe
 
@@ -95,7 +95,7 @@ class Job:
         were trained on one, a sum of their updates is for that base too.
         """
         told = [one.other_base for one in self.updates.adapters if one.other_base]
-        prints = [one.fingerprint for one in self.request.adapters]
+        prints = [one.own_base.fingerprint for one in self.request.adapters]
         alike = bool(told) and all(one == prints[0] for one in prints)
         own = {BASE: prints[0]} if alike and how in RULES else {}
         return {OTHER_BASE: "; ".join(told), BASE_IDENTITY: "", **own} if told else {}
@@ -142,7 +142,7 @@ class Job:
                 {"recipe": {"adapters": ", ".join(self.updates.names), **about}},
                 {},
                 opened_by=opened_by_name(adapter.model),
-                in_peft=peft_reads(adapter.model, adapter.spec, adapter.matches.paths),
+                in_peft=form_of(adapter.model, adapter.spec, adapter.matches.paths).in_peft,
             ),
         )
         adapter.detach()

@@ -21,9 +21,9 @@ from lorafold.composing.ways import arithmetic, lorahub, mixture
 from lorafold.data.batches import split
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import atomic_directory, check_out
+from lorafold.files.page import Shown
 from lorafold.files.paths import check_kept
-from lorafold.files.shown import Shown
-from lorafold.opening.kinds import check_language_model
+from lorafold.opening.base import check_language_model
 
 COMPOSITIONS: dict[str, Callable[[Job, Path], Composed]] = {
     **{rule: partial(arithmetic, rule) for rule in RULES},

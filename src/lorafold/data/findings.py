@@ -54,7 +54,7 @@ from lorafold.data.templates import (
     template_of,
 )
 from lorafold.errors import LorafoldError
-from lorafold.models.template_variables import set_variables, variables_of
+from lorafold.models.templates import set_variables, variables_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

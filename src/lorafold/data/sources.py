@@ -175,7 +175,7 @@ class Source:
         """What tells whether its rows are still the same: the digests of files, or the fingerprint
         of a dataset.
         """
-        from lorafold.files.digests import of_file  # not needed by `--help`, which reads this file
+        from lorafold.files.contents import of_file  # not needed by `--help`, which reads this file
 
         if self.several:
             return " ".join(file.identity for file in self.files)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 TOKENS = "tokens.arrow"
-ROOMS = ("data", "models/built_in_templates")  # that make tokens
+ROOMS = ("data", "models/templates")  # that make tokens
 PACKAGES = ("jinja2", "tokenizers", "transformers")
 
 

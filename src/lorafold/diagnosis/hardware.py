@@ -26,8 +26,8 @@ from lorafold.errors import LorafoldError
 from lorafold.kernels.table import DECODING, TRAINING, use
 from lorafold.machine.cores import busy_elsewhere, instruction_sets, processor_name, usable_cores
 from lorafold.machine.devices import AMPERE, Gpu, choose_device, gpus, native_bf16
-from lorafold.machine.launched import launched
 from lorafold.machine.memory import free_bytes
+from lorafold.machine.processes import launched
 from lorafold.models.storages import MADE
 from lorafold.ops.arithmetic import CPU, widens
 from lorafold.ops.demands import FLASH, Place, as_on, groups_at_once, takes

@@ -27,7 +27,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from lorafold.diagnosis.finding import Finding, gigabytes, reason
-from lorafold.machine.restart import SWITCH, WISHES, huge_pages, wishes
+from lorafold.machine.tuning import SWITCH, WISHES, huge_pages, wishes
 
 MODULES = {"pyyaml": "yaml"}  # of distributions that are imported under another name
 INTEROPERATES = ("peft",)  # optional, and worth a line of its own

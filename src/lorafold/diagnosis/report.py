@@ -101,7 +101,7 @@ def _machine() -> tuple[tuple[Finding, ...], tuple[str, ...] | None]:
     try:
         from lorafold.diagnosis.hardware import examine, findings, slow
         from lorafold.diagnosis.installation import set_threads, switched_off
-        from lorafold.machine.restart import huge_pages
+        from lorafold.machine.tuning import huge_pages
 
         hardware = examine()
         sentences = slow(hardware, huge_pages(), set_threads(), switched_off())

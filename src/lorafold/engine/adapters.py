@@ -36,10 +36,10 @@ from lorafold.files.record import RECORD
 from lorafold.identity import joined, of_adapter
 from lorafold.methods.parts.extras import vocabulary
 from lorafold.methods.parts.token_rows import TokenRows
-from lorafold.models.weights import ModelWeights
+from lorafold.models.weights import InMemory
 from lorafold.peft.config import CONFIG, WEIGHTS
+from lorafold.peft.provenance import beside, digest_of, not_found, parse
 from lorafold.peft.saved import FILES
-from lorafold.peft.stack import beside, digest_of, not_found, parse
 
 BESIDE = 8 << 20  # bytes of a manifest, which an identity leaves out
 # Products of a larger rank take longer than the base's own, whose rows they would all have to pad
@@ -179,7 +179,7 @@ class Reader:
         self.structure, self.dtype, self.allowed = structure, dtype, allowed
         self.numbers = None if room is None else room // dtype.itemsize
         self.shadow = twin(model)
-        self.base = ModelWeights(self.shadow)
+        self.base = InMemory.of_model(self.shadow)
         self._one = threading.Lock()  # random numbers are the process's
 
     def read(self, entry: KnownAdapter) -> LoadedAdapter:

@@ -44,8 +44,7 @@ from lorafold.engine.scheduler import Batch, Scheduler
 from lorafold.engine.slots import SlotCache
 from lorafold.engine.structure import Structure, rows_apart, slotted, structure_of, taken
 from lorafold.errors import STOPS, LorafoldError, place
-from lorafold.machine.cores import considerate
-from lorafold.machine.threads import disband, stacks
+from lorafold.machine.cores import considerate, disband, stacks
 from lorafold.methods.parts.extras import vocabulary
 from lorafold.models.positions import positions_of
 from lorafold.ops.host import picked

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from lorafold.engine.adapters import KnownAdapter, LoadedAdapter, Reader, Verified
 from lorafold.errors import LorafoldError
-from lorafold.machine.threads import alone
+from lorafold.machine.cores import alone
 
 Status = Literal["cold", "loading", "resident", "quarantined"]
 

@@ -29,7 +29,7 @@ from lorafold.evaluation.held_out import progress_bar
 from lorafold.evaluation.intervals import Interval, mean_interval
 from lorafold.evaluation.rollouts import SLOTS, Completion, Rollouts
 from lorafold.files.card import within
-from lorafold.files.shown import Shown
+from lorafold.files.page import Shown
 from lorafold.generation import table_left
 from lorafold.rewards import Judged, Rewards
 

@@ -29,12 +29,12 @@ from lorafold.data.shapes import PROMPT_ALONE, PROMPTS, Conversation
 from lorafold.engine.adapters import found_below
 from lorafold.evaluation.scoring import BRADLEY_TERRY, WHOLE_CONVERSATION, scores_of
 from lorafold.identity import joined, of_adapter
+from lorafold.models.checkpoint import original_weights
 from lorafold.models.classifier import head_paths, padding_id, scoring_shell
-from lorafold.models.originals import original_weights
+from lorafold.models.loading import stored_in_files
 from lorafold.models.positions import positions_of
-from lorafold.models.storage import stored_in_files
 from lorafold.opening import Base
-from lorafold.opening.kinds import REWARD_MODEL, kind_of
+from lorafold.opening.base import REWARD_MODEL, kind_of
 from lorafold.peft.saved import Saved
 from lorafold.rewards import Judged, Reward, Rewards
 from lorafold.rewards.judging import adapter_in, failure, parted

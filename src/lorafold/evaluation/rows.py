@@ -33,7 +33,7 @@ from lorafold.evaluation.held_out import by_row, padding_of, progress_bar, row_l
 from lorafold.evaluation.intervals import Interval, loss_interval, mean_loss, wilson
 from lorafold.evaluation.preferences import PreferenceFigures, preference_figures
 from lorafold.files.card import within
-from lorafold.files.shown import Shown
+from lorafold.files.page import Shown
 from lorafold.generation import complete
 from lorafold.step.branches import branching
 from lorafold.step.classification import Classification

@@ -46,7 +46,7 @@ from lorafold.evaluation.held_out import padding_of, progress_bar
 from lorafold.evaluation.intervals import Interval, mean_interval, wilson
 from lorafold.files.atomic import write_text
 from lorafold.files.card import within
-from lorafold.files.shown import Shown
+from lorafold.files.page import Shown
 from lorafold.step.branches import branching
 from lorafold.step.preference_laws import Reward
 from lorafold.step.preferences import Preferences

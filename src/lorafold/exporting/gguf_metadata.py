@@ -6,7 +6,7 @@ An architecture is a row of `ARCHITECTURES`: llama.cpp's name for it, and what l
 granted there, which a configuration that says otherwise is refused for. `gguf_rope` has what it
 says of positions.
 
-`add_positions` writes the rotary positions that `models.gguf_rope` reads: llama3 as the tensor
+`add_positions` writes the rotary positions that `models.gguf_rules` reads: llama3 as the tensor
 rope_freqs.weight (dims / 2,), longrope as rope_factors_{long,short}.weight, linear and yarn as
 keys.
 
@@ -38,8 +38,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lorafold.errors import LorafoldError, listed
 from lorafold.exporting.target import told
-from lorafold.models.gguf_rope import FREQUENCIES, YARN
-from lorafold.models.gguf_words import WHOLE_WORDS, names_of_rules, rule_of
+from lorafold.models.gguf_rules import FREQUENCIES, WHOLE_WORDS, YARN, names_of_rules, rule_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

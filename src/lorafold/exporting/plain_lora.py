@@ -29,8 +29,8 @@ from lorafold.data.render import ensure_chat_template
 from lorafold.errors import LorafoldError, NoTokenizer, as_one
 from lorafold.exporting.proof import Ours, divergences, last
 from lorafold.exporting.target import Factors, Progress, Subject, update_of
+from lorafold.files.page import Shown
 from lorafold.files.record import TRAINED_ON
-from lorafold.files.shown import Shown
 from lorafold.inspecting.updates import lora_of
 from lorafold.opening import Base
 from lorafold.peft.config import CONFIG, WEIGHTS

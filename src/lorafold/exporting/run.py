@@ -26,13 +26,13 @@ from lorafold.exporting.to_gguf import ToGguf, ToGgufModel, ToLlamaCpp
 from lorafold.exporting.to_mlx import ToMlx
 from lorafold.exporting.to_ollama import ToOllama
 from lorafold.files.atomic import atomic_directory, check_out, write_json
+from lorafold.files.page import Shown
 from lorafold.files.paths import check_kept
-from lorafold.files.shown import Shown
 from lorafold.merging.into import ALIAS, Distance, Into, choose_into
 from lorafold.merging.run import bars
-from lorafold.models.storage import stored_in_files
+from lorafold.models.loading import stored_in_files
 from lorafold.opening import Base
-from lorafold.opening.kinds import check_language_model
+from lorafold.opening.base import check_language_model
 from lorafold.peft.saved import Saved
 
 TARGETS: dict[str, Target] = {

@@ -40,7 +40,7 @@ from lorafold.exporting.gguf_model import (
 from lorafold.exporting.gguf_tensors import PLAIN, Folded, tensors_of_update
 from lorafold.exporting.plain_lora import OTHER_TEMPLATE, TEMPLATE, elsewhere, write_template
 from lorafold.exporting.target import Line, Progress, Subject, Target, Written, only_products
-from lorafold.models.storage import stored_in_files
+from lorafold.models.loading import stored_in_files
 
 FILE = "adapter.gguf"
 BASE = "base-gguf"  # the directory that a launch line has the base written to

@@ -48,8 +48,7 @@ from lorafold.exporting.target import (
     period_of,
     told,
 )
-from lorafold.files.atomic import write_json
-from lorafold.files.record import read_object
+from lorafold.files.atomic import read_object, write_json
 from lorafold.fold.plan import deltas_of
 from lorafold.methods.dora import DoRADelta
 

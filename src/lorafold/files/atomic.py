@@ -35,6 +35,7 @@ from lorafold.errors import LorafoldError, as_one
 from lorafold.files.paths import check_name
 
 MANIFEST = "manifest.json"
+HOST = f"{zlib.crc32(platform.node().encode()):08x}"  # in the names of what is being written
 Found = tuple[int, Callable[[], str]]
 
 
@@ -121,6 +122,22 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The content of a JSON file. Raises LorafoldError if it is not a JSON object."""
+    return as_object(path.read_bytes(), path)
+
+
+def as_object(content: bytes | bytearray, path: Path) -> dict[str, Any]:
+    """The content of a JSON file, as `read_object`; `path` is for the message."""
+    try:
+        value = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise LorafoldError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise LorafoldError(f"{path}: found {type(value).__name__}, expected an object")
+    return value
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a file, replacing an old one in one step. Raises LorafoldError if that fails."""
     _check_no_directory(path)
@@ -200,7 +217,7 @@ def is_abandoned(name: str) -> bool:
     """Tell from the name of a file or directory whether a process of this machine was killed while
     it wrote it.
     """
-    found = re.fullmatch(rf"\..+\.{_host()}-(\d+)-[0-9a-f]+\.(partial|old)", name)
+    found = re.fullmatch(rf"\..+\.{HOST}-(\d+)-[0-9a-f]+\.(partial|old)", name)
     return found is not None and not psutil.pid_exists(int(found[1]))
 
 
@@ -276,7 +293,7 @@ def _place(tmp: Path, target: Path, overwrite: bool) -> None:
 
 def _sibling(target: Path, kind: str) -> Path:
     """A hidden name beside `target` with the machine and the process that it belongs to."""
-    return target.with_name(f".{target.name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}.{kind}")
+    return target.with_name(f".{target.name}.{HOST}-{os.getpid()}-{secrets.token_hex(4)}.{kind}")
 
 
 def remove(path: str | Path) -> None:
@@ -295,21 +312,15 @@ def clear_leftovers(target: Path) -> None:
     killed between its two renames, the old directory is put back.
     """
     beside = list(target.parent.iterdir()) if target.parent.is_dir() else []
-    for path in (p for p in beside if _is_leftover(p.name, target.name)):
+    for path in beside:
+        if not (path.name.startswith(f".{target.name}.{HOST}-") and is_abandoned(path.name)):
+            continue
         if path.suffix == ".old" and not target.exists():
             path.rename(target)
         elif path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-def _is_leftover(name: str, target: str) -> bool:
-    return name.startswith(f".{target}.{_host()}-") and is_abandoned(name)
-
-
-def _host() -> str:
-    return f"{zlib.crc32(platform.node().encode()):08x}"
 
 
 def _sync(path: Path) -> None:
@@ -322,19 +333,26 @@ def _sync(path: Path) -> None:
 
 def check_intact(directory: str | Path, patterns: Sequence[str]) -> None:
     """Raise LorafoldError unless the files that match a pattern are as lorafold wrote them."""
+    root = Path(directory)
     try:
-        manifest = (Path(directory) / MANIFEST).read_bytes()
+        manifest = (root / MANIFEST).read_bytes()
     except FileNotFoundError:
         return
     except OSError:
         manifest = b""  # which is compared as one that can't be read
-    if is_ours(manifest):
-        check(directory, compare(manifest, patterns, partial(on_disk, Path(directory))))
+    check(directory, manifest, patterns, partial(on_disk, root))
 
 
-def check(directory: str | Path, problems: Sequence[str]) -> None:
-    """Raise LorafoldError if a comparison with the manifest found problems."""
-    if problems:
+def check(
+    directory: str | Path,
+    manifest: bytes | bytearray,
+    patterns: Sequence[str],
+    found: Callable[[str], Found | None],
+) -> None:
+    """Raise LorafoldError unless the files that match a pattern are as lorafold wrote them, found
+    as `compare` finds them. Nothing is known of them where another program wrote the manifest.
+    """
+    if is_ours(manifest) and (problems := compare(manifest, patterns, found)):
         raise LorafoldError(
             f"{directory}: {as_one(problems)}: damaged, or changed by hand; restore it, or"
             f" delete {MANIFEST} if you changed it yourself"

@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import atomic_directory, is_abandoned, verify
+from lorafold.files.paths import cache_directory
 
 LOCK = ".lock"
 KINDS = ("digests", "models", "native", "reference", "rows", "svd", "tokens")
@@ -37,15 +38,6 @@ class Entry:
     path: Path
     bytes: int
     used: float
-
-
-def cache_directory() -> Path:
-    """The directory for files that lorafold can make again: LORAFOLD_CACHE, or `lorafold` in the
-    user's cache directory.
-    """
-    if own := os.environ.get("LORAFOLD_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lorafold"
 
 
 def cached(

@@ -31,8 +31,7 @@ from typing import Any
 from filelock import LeaseCompromise, SoftFileLease, Timeout
 
 from lorafold.errors import LorafoldError, listed
-from lorafold.files.atomic import write_json
-from lorafold.files.record import read_object
+from lorafold.files.atomic import read_object, write_json
 
 CLAIM = ".claim"
 LEASE = 60.0  # seconds; a claim is touched three times in it

@@ -1,30 +1,46 @@
-"""The files of a directory, each read once: what is verified is what is used.
+"""The files of a directory, each read once, so that what is verified is what is used; and the
+SHA-256 of files, known again by their marks.
 
     contents = Contents("adapter", ["adapter_config.json", ...])
     contents.named                      SHA-256 over their names and bytes
-    contents.check_intact()             as `intact.check_intact` checks files on the disk
+    contents.check_intact()             as `atomic.check_intact` checks files on the disk
     contents.object("adapter_config.json")
+
+`of_file` reads a file once, and then looks at it:
+
+    CACHE/digests/known/DEVICE-INODE        {"marks": [device, inode, ...], "sha256": "5d1c..."}
+
+A file of the Hugging Face hub whose own name is its SHA-256 is not read at all. Whoever interprets
+a file checks it by other means: these digests tell one thing from another.
 """
 
 from __future__ import annotations
 
 import errno
+import json
 import math
 import os
+import re
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from lorafold.errors import LorafoldError
-from lorafold.files.atomic import MANIFEST, check, compare, is_ours
-from lorafold.files.record import RECORD, as_object
+from lorafold.files.atomic import MANIFEST, as_object, check, is_ours, write_text
+from lorafold.files.atomic import sha256 as file_sha256
+from lorafold.files.paths import cache_directory
+from lorafold.files.record import RECORD
 
 PIECE = 1 << 20  # bytes
+HUB = re.compile(r"[0-9a-f]{64}")  # the name of a large file among the hub's blobs
+FRESH = 2.0  # seconds for which what was written may be written again without another mark
+AT_ONCE = 4
 
 
 def digest(files: Iterable[tuple[str, int, str]]) -> str:
@@ -121,8 +137,8 @@ class Contents:
     def check_intact(self) -> None:
         """Raise LorafoldError unless the files are as lorafold wrote them."""
         manifest = self.files.get(MANIFEST)
-        if manifest is not None and is_ours(manifest):
-            check(self.path, compare(manifest, self.names, self._found))
+        if manifest is not None:
+            check(self.path, manifest, self.names, self._found)
 
     @property
     def listed(self) -> frozenset[str]:
@@ -144,3 +160,83 @@ class Contents:
     def _found(self, name: str) -> tuple[int, Any] | None:
         content = self.files.get(name)
         return None if content is None else (len(content), lambda: self.digests[name])
+
+
+class Marks(NamedTuple):
+    """What tells a file that was not touched since from any other; times in nanoseconds."""
+
+    device: int
+    inode: int
+    size: int
+    modified: int
+    changed: int
+
+    @classmethod
+    def of(cls, about: os.stat_result) -> Marks:
+        """The marks in what the system says of a file."""
+        times = about.st_mtime_ns, about.st_ctime_ns
+        return cls(about.st_dev, about.st_ino, about.st_size, *times)
+
+    @property
+    def settled(self) -> bool:
+        """Whether the file can't be written again without another mark."""
+        return time.time_ns() - max(self.modified, self.changed) > FRESH * 1e9
+
+
+def of_file(path: Path) -> tuple[int, str]:
+    """(bytes, SHA-256 in hexadecimal) of a file. Raises LorafoldError if it can't be read."""
+    try:
+        real = path.resolve(strict=True)
+        marks = Marks.of(real.stat())
+        if real.parent.name == "blobs" and HUB.fullmatch(real.name):
+            return marks.size, real.name
+        entry = cache_directory() / "digests" / "known" / f"{marks.device:x}-{marks.inode:x}"
+        if (known := _known(entry, marks)) is not None:
+            return marks.size, known
+        found = file_sha256(real)
+        unchanged = Marks.of(real.stat()) == marks
+    except OSError as error:
+        raise LorafoldError(f"{path}: can't be read ({error.strerror})") from None
+    if unchanged and marks.settled:
+        _keep(entry, marks, found)
+    return marks.size, found
+
+
+def of_files(
+    directory: Path, names: Iterable[str], read: Mapping[str, tuple[int, str]] | None = None
+) -> str:
+    """The SHA-256 over the names, sizes and contents of those of these files that exist.
+
+    Args:
+        directory: where the files are.
+        names: names within it, or patterns such as `*.safetensors`.
+        read: (bytes, SHA-256 in hexadecimal) of those that were read already, by name.
+
+    Raises LorafoldError for a file that can't be read.
+    """
+    found = {path for name in names for path in directory.glob(name) if path.is_file()}
+    shown = sorted(path.relative_to(directory).as_posix() for path in found)
+    known = read or {}
+
+    def entry(name: str) -> tuple[int, str]:
+        return known.get(name) or of_file(directory / name)
+
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        entries = list(threads.map(entry, shown))
+    return digest((name, *own) for name, own in zip(shown, entries, strict=True))
+
+
+def _known(entry: Path, marks: Marks) -> str | None:
+    try:
+        kept = json.loads(entry.read_bytes())
+        return str(kept["sha256"]) if kept["marks"] == list(marks) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _keep(entry: Path, marks: Marks, found: str) -> None:
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        write_text(entry, json.dumps({"marks": marks, "sha256": found}))
+    except (LorafoldError, OSError):
+        return  # a cache that can't be written costs time alone

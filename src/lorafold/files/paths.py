@@ -1,5 +1,6 @@
-"""Checks of paths: the nearest name to a missing one, and where a result may be written."""
+"""Paths: the cache, the nearest name to a missing one, and where a result may be written."""
 
+import os
 from collections.abc import Iterable
 from difflib import get_close_matches
 from itertools import islice
@@ -9,6 +10,15 @@ from lorafold.errors import LorafoldError
 
 ALIKE = 0.8
 MOST = 2000  # entries of a directory that are compared
+
+
+def cache_directory() -> Path:
+    """The directory for files that lorafold can make again: LORAFOLD_CACHE, or `lorafold` in the
+    user's cache directory.
+    """
+    if own := os.environ.get("LORAFOLD_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lorafold"
 
 
 def beside(path: Path) -> str:

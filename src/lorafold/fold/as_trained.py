@@ -16,11 +16,11 @@ from lorafold.core.attach import lay, selection_of
 from lorafold.core.delta import Delta
 from lorafold.core.layer import Layer, add
 from lorafold.core.matrices import Matrices, module_at
+from lorafold.models.loading import stored_in_files
 from lorafold.models.quantizing import packable
 from lorafold.models.sources import ModelSource
-from lorafold.models.storage import stored_in_files
 from lorafold.models.storages import MADE, STORAGES
-from lorafold.peft.own_base import TrainedOn
+from lorafold.peft.provenance import TrainedOn
 from lorafold.peft.saved import Saved, trained_on
 
 ROUND_TRIP = "round-trip"  # the name of the delta that is attached beneath the adapters

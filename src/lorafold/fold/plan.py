@@ -6,29 +6,40 @@ the meta device.
 
 The plan has the parameters that change and their new shapes, the tied weights that stay tied and
 those that can't, the config's switches for added biases, the size of the vocabulary, and all
-problems. It is carried out in memory (`fold.in_memory`) or tensor by tensor for a writer
-(`merging.execute`).
+problems. It is carried out in memory (`carry_out`), one module at a time, or tensor by tensor
+for a writer (`merging.execute`):
+
+    W' = round(fold(W))         summed in fp32, rounded once to the dtype that the module stores
+
+A quantized weight is dequantized, to the dtype that it is computed in. `untie` separates weights
+that several modules share, because a config has one switch for all ties.
+
+Architectures switch biases on in the config (Llama: attention_bias, mlp_bias), each switch for
+several linears. The linears that get a bias only because of the switch get zeros.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lorafold.bases import layer_of
-from lorafold.core.anatomy import tied_parameters
+from lorafold.core.anatomy import Anatomy, tied_parameters
 from lorafold.core.attach import Adapted, adapted_modules
 from lorafold.core.delta import Delta, alike, on_meta
+from lorafold.core.layer import bare
 from lorafold.core.matrices import module_at, parameter_path
-from lorafold.errors import NotMergeable
-from lorafold.fold.biases import Switches, gained_with
-from lorafold.fold.vocabulary import grown
+from lorafold.errors import NotMergeable, as_one, listed
 
 WHOLE = "the model as a whole"
 NAMES = ("weight", "bias")
+# switch in the config -> path of each module to which it gives a bias -> the shape of that bias
+Switches = dict[str, dict[str, torch.Size]]
 
 
 @dataclass(frozen=True)
@@ -155,3 +166,175 @@ def _all_alike(model: nn.Module, shared: Sequence[str], names: Sequence[str]) ->
 
 def _rows(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     return {module_of(n): shape[0] for n, shape in shapes.items() if n.endswith("weight")}
+
+
+def gained_with(model: nn.Module, paths: Collection[str]) -> Switches:
+    """The config's switches that give the modules at `paths` a bias, each with all the modules to
+    which it gives one.
+
+    A model that is not from transformers has no switches and needs none. Raises NotMergeable if no
+    switch gives a module its bias.
+    """
+    config: Any = getattr(model, "config", None)
+    if not paths or not hasattr(type(model), "_from_config"):
+        return {}
+    found: Switches = {}
+    left = set(paths)
+    for name, value in config.get_text_config().to_dict().items():
+        if value is False and "bias" in name and left & (gained := _gained(model, name)).keys():
+            found[name] = gained
+            left -= gained.keys()
+    if left:
+        raise NotMergeable(
+            f"{listed(sorted(left))}: the adapter adds a bias, and {type(model).__name__} has"
+            " none there, whatever its config says; keep the adapter separate"
+        )
+    return found
+
+
+def _gained(model: Any, switch: str) -> dict[str, torch.Size]:
+    config = copy.deepcopy(model.config)
+    setattr(config.get_text_config(), switch, True)
+    with torch.device("meta"):
+        switched = type(model)._from_config(config)
+    biases = {
+        path: m._parameters["bias"].shape for path, m in switched.named_modules() if has_bias(m)
+    }
+    return {
+        path: biases[path]
+        for path, m in model.named_modules()
+        if path in biases and not has_bias(m)
+    }
+
+
+def has_bias(module: nn.Module) -> bool:
+    """Whether the module has a bias."""
+    return module._parameters.get("bias") is not None
+
+
+@torch.no_grad()
+def switch_on(model: Any, switches: Switches) -> None:
+    """Turn on the switches that `gained_with` found in the model's config, and give the modules
+    biases of zeros.
+    """
+    for switch, shapes in switches.items():
+        setattr(model.config.get_text_config(), switch, True)
+        for path, shape in shapes.items():
+            module = model.get_submodule(path)
+            like = next(module.parameters(recurse=False))
+            dtype = layer_of(module).dense_like()[0].dtype
+            zeros = torch.zeros(shape, dtype=dtype, device=like.device)
+            module.bias = nn.Parameter(zeros, requires_grad=like.requires_grad)
+
+
+def grown(model: Any, rows: Mapping[str, int]) -> int | None:
+    """The size of the vocabulary once the weights of the modules at these paths have that many
+    rows; None if it does not change, or if the model does not say which modules its embeddings are.
+
+    Raises NotMergeable if embedding and head would have different sizes.
+    """
+    paths = Anatomy.of(model).vocabulary_ends
+    ends: dict[str, Any] = {path: bare(model.get_submodule(path)) for path in paths}
+    before = {path: len(end.weight) for path, end in ends.items()}
+    after = {path: rows.get(path, n) for path, n in before.items()}
+    if after == before:
+        return None
+    if len(set(after.values())) > 1:
+        sizes = ", ".join(f"{path} with {n} tokens" for path, n in after.items())
+        raise NotMergeable(
+            f"found {sizes}, expected one vocabulary for embedding and head; train the new tokens'"
+            " rows in both"
+        )
+    return max(after.values())
+
+
+def declare(model: Any, size: int) -> None:
+    """Set the size of the vocabulary in the model and in its config."""
+    config = model.config.get_text_config()
+    for part in model.modules():
+        if getattr(part, "vocab_size", None) == config.vocab_size:
+            part.vocab_size = size
+    config.vocab_size = size
+
+
+def untie(model: nn.Module, module: nn.Module) -> None:
+    """Give the module its own copy of a tied weight."""
+    weight: nn.Parameter = bare(module).weight  # type: ignore[assignment]
+    module.weight = _own(weight)
+
+
+def untie_others(model: nn.Module) -> None:
+    """Record in the model's config that its weights are not tied, if it says that they are, and
+    give every module its own copy of those that still are.
+    """
+    config = getattr(model, "config", None)
+    parts = [part for part in (config, getattr(config, "text_config", None)) if part is not None]
+    tied = [part for part in parts if getattr(part, "tie_word_embeddings", False)]
+    if not tied:
+        return
+    for part in tied:
+        part.tie_word_embeddings = False
+    seen: set[int] = set()
+    for _, module in Anatomy.of(model).modules:
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in seen:
+                setattr(module, name, _own(parameter))
+            seen.add(id(parameter))
+
+
+def _own(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+
+
+def carry_out(
+    model: nn.Module, plan: FoldPlan, names: Sequence[str], *, untie_weights: bool = False
+) -> None:
+    """Write the folded weights into the model. The deltas stay attached; detach them afterwards.
+
+    Raises NotMergeable, before anything is changed, with the plan's problems and the tied weights
+    that would not change in the same way.
+
+    Args:
+        names: the names of the adapters to fold, lowest first.
+        untie_weights: give modules their own weight where a tied one can't stay tied; then none
+            stays tied, since transformers has one switch for all ties.
+    """
+    problems = [f"{path}: {reason}" for path, reason in plan.problems]
+    if not untie_weights:
+        problems += [
+            f"{module_of(name)}: its weight is tied to {listed(map(module_of, others))}, where"
+            " it would not change in the same way; untie_weights=True gives it its own"
+            for name, others in plan.apart.items()
+        ]
+    if problems:
+        raise NotMergeable(as_one(problems))
+    switch_on(model, plan.switches)
+    if plan.vocabulary is not None:
+        declare(model, plan.vocabulary)
+    sharing = {module_of(name) for name in plan.together}
+    # all modules of a tied weight are folded before the weight changes
+    ahead = {path: _folded(model, path, names) for path in plan.paths if path in sharing}
+    for path in plan.paths:
+        w, b = ahead[path] if path in ahead else _folded(model, path, names)
+        module = module_at(model, path)
+        if f"{path}.weight" in plan.apart:
+            untie(model, module)
+        layer_of(module).dequantize()
+        layer_of(module).write(w, b)
+    for name, others in plan.together.items():  # a weight that grew is a new parameter
+        kept = bare(module_at(model, module_of(name)))
+        for other in others:
+            path, _, leaf = other.rpartition(".")
+            setattr(module_at(model, path), leaf, getattr(kept, leaf))
+    if plan.apart:
+        untie_others(model)
+
+
+@torch.no_grad()
+def _folded(model: nn.Module, path: str, names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+    module = module_at(model, path)
+    wide = [
+        None if t is None else t.detach().to(torch.promote_types(t.dtype, torch.float32))
+        for t in layer_of(module).dense()
+    ]
+    return fold(module, names, *wide)  # type: ignore[arg-type]

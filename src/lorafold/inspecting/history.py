@@ -24,10 +24,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
 from lorafold.errors import LorafoldError, printable
-from lorafold.files.atomic import check_intact
+from lorafold.files.atomic import check_intact, read_object
 from lorafold.files.card import within
-from lorafold.files.record import RECORD, read_object
-from lorafold.files.shown import Shown
+from lorafold.files.page import Shown
+from lorafold.files.record import RECORD
 
 Values = Sequence[float | None]
 FEWEST = 3  # steps at an end

@@ -43,7 +43,7 @@ from lorafold.core.matrices import expert_parameters, module_at
 from lorafold.errors import NotMergeable
 from lorafold.inspecting.updates import Svd
 from lorafold.models.fake import fake_model, without_values
-from lorafold.models.storage import Storage
+from lorafold.models.storages import Storage
 
 OWN_CODE = "transformers_modules"  # where transformers imports the Python files of a model from
 

@@ -29,9 +29,9 @@ from lorafold.core.matrices import module_at, parameter_path
 from lorafold.core.targets import match
 from lorafold.errors import LorafoldError, as_one
 from lorafold.files.atomic import check_out
+from lorafold.files.page import Shown
 from lorafold.files.paths import check_kept
 from lorafold.files.record import BASE, OTHER_BASE, TRAINED_ON
-from lorafold.files.shown import Shown
 from lorafold.inspecting.spectra import effective_rank
 from lorafold.inspecting.updates import (
     Factors,
@@ -45,9 +45,9 @@ from lorafold.inspecting.updates import (
 )
 from lorafold.methods.lora import LoRA, of_ranks
 from lorafold.opening import Base
-from lorafold.opening.kinds import check_language_model
+from lorafold.opening.base import check_language_model
 from lorafold.ops.svd import best_of_rank
-from lorafold.peft.own_base import BASE_IDENTITY
+from lorafold.peft.provenance import BASE_IDENTITY
 from lorafold.peft.saved import Saved
 
 NAME = "resized"
@@ -178,7 +178,7 @@ def origin_of(adapter: Adapter, saved: Saved) -> dict[str, Any]:
     added to weights is in its files alone, so the result is for the base that it was trained on.
     """
     if all(isinstance(delta, Additive) for delta in adapter.own_deltas.values()):
-        return {BASE: saved.fingerprint}
+        return {BASE: saved.own_base.fingerprint}
     return {OTHER_BASE: adapter.other_base, BASE_IDENTITY: ""}
 
 

@@ -44,7 +44,7 @@ from lorafold.inspecting.spectra import (
 )
 from lorafold.inspecting.updates import Site, Svd, largest, load_below, of_experts, sites
 from lorafold.opening import Base
-from lorafold.opening.kinds import check_language_model
+from lorafold.opening.base import check_language_model
 from lorafold.peft.saved import Saved
 
 INDIFFERENT = 0.1  # a strength between 1 - this and 1 + this is no preference

@@ -1,15 +1,22 @@
 """The processor: its name, how many of its cores this process may use, how busy others keep them,
-and its instructions for matrix products.
+its instructions for matrix products, and the threads that compute on it.
 
 Threads that spin while they wait slow down busy machines, and sleeping ones are slow to wake on
 quiet ones. GCC's OpenMP reads its environment once, but no thread spins while a process has more
 threads than cores; so `considerate` looks at the load once a second and holds a team of its own
 while others are busy (SmolLM2-135M in bf16, two cores of an AMD EPYC with AVX2: spinning and
 sleeping 95 and 56 tokens/s alone, 36 and 47 beside two busy processes).
+
+Every Python thread that computes in parallel gets a team of its own. Once all teams together have
+more threads than the machine has cores, GCC's OpenMP lets none of them wait actively any more, so
+that each parallel region begins with waking a thread: a step of the engine took 48 ms instead of 28
+after another thread had computed in parallel once (two cores of an AMD EPYC). PyTorch has no call
+for this: its `set_num_threads` is partly the whole process's.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import threading
@@ -18,15 +25,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
 from lorafold.machine.memory import CONTROL_GROUP
-from lorafold.machine.threads import disband, gather
 
 BUSY, QUIET = 0.3, 0.1  # cores that others use: above, below
 PAUSE = 1.0  # seconds between two looks
+GRAIN = 1 << 16  # numbers for which one thread is enough, at least
+SOFT = 1  # omp_pause_soft: threads are made again when they are needed
+STACK = 32 << 20  # bytes of a stack; the pages that are never used take no memory
 LOOKS = 3  # quiet ones in a row before it counts as quiet
 _lock = threading.Lock()
 _users = 0
@@ -92,8 +102,6 @@ def busy_elsewhere(seconds: float) -> float:
 
 def instruction_sets() -> tuple[str, ...]:
     """Those that decide how fast matrices are multiplied, of x86 processors; empty on others."""
-    import torch
-
     known = {
         "AVX2": torch.cpu._is_avx2_supported,
         "AVX512": torch.cpu._is_avx512_supported,
@@ -137,3 +145,42 @@ def _watch(ended: threading.Event) -> None:
             disband()
             together = False
     disband()
+
+
+@contextmanager
+def stacks(size: int = STACK) -> Iterator[None]:
+    """Give threads that start in the block stacks of one size, whatever the system's limit is:
+    native code that reads what a request brought recurses.
+    """
+    before = threading.stack_size(size)
+    try:
+        yield
+    finally:
+        threading.stack_size(before)
+
+
+def alone() -> None:
+    """Let the calling thread compute without a team from now on."""
+    torch.get_num_threads()  # PyTorch sets the number itself when a thread first asks for it
+    _call("omp_set_num_threads", 1)
+
+
+def gather(n: int) -> bool:
+    """Give the calling thread a team of n, which sleeps. False without GCC's OpenMP."""
+    if not hasattr(ctypes.CDLL(None), "GOMP_parallel"):
+        return False
+    torch.get_num_threads()
+    _call("omp_set_num_threads", n)
+    torch.ones(n * GRAIN).add_(1)
+    return True
+
+
+def disband() -> None:
+    """End the calling thread's team; its next parallel region makes a new one."""
+    _call("omp_pause_resource_all", SOFT)
+
+
+def _call(name: str, argument: int) -> None:
+    function: Any = getattr(ctypes.CDLL(None), name, None)  # none without OpenMP
+    if function is not None:
+        function(argument)

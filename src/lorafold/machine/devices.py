@@ -4,7 +4,7 @@ import re
 from typing import TYPE_CHECKING, NamedTuple
 
 from lorafold.errors import LorafoldError
-from lorafold.machine.launched import Launched
+from lorafold.machine.processes import Launched
 
 if TYPE_CHECKING:
     import torch

@@ -13,8 +13,7 @@ import torch
 
 from lorafold.memory.terms import estimate
 from lorafold.memory.trace import Setting
-from lorafold.models.storage import Storage
-from lorafold.models.storages import DEFAULT
+from lorafold.models.storages import DEFAULT, Storage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

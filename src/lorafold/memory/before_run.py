@@ -23,7 +23,6 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedConfig
 
-from lorafold.adapter import attach
 from lorafold.data.batches import Feed, alike, forest, labelled, micro_batches, pays
 from lorafold.data.branches import Branched
 from lorafold.errors import LorafoldError, NoTarget
@@ -76,7 +75,8 @@ def planned(
     if shares:  # to find what rows have in common takes a millisecond or more a step
         steps = nlargest(LOOKED_AT, steps, key=lambda own: sum(documents(own)))
     for own in steps:
-        if once := shares and in_common(own):
+        # it has to pay to compute once what the examples begin with in common
+        if once := shares and pays(sum(documents(own, True)), sum(documents(own))):
             parts = alike(
                 own, recipe.accumulate, recipe.max_length, beginning, lambda e: len(e.ids)
             )
@@ -116,30 +116,19 @@ def documents(examples: Sequence[Any], once: bool = False) -> tuple[int, ...]:
         once: What its rows begin with in common is computed once.
     """
     if once:
-        rows, limits = whole_documents(examples)
-        found = forest(rows, limits)
+        of = [e.documents() if isinstance(e, Branched) else [e] for e in examples]
+        pairs = [(d, len(beginning(e))) for e, some in zip(examples, of, strict=True) for d in some]
+        found = forest([d for d, _ in pairs], [n for _, n in pairs])
         return tuple(n - start for n, start in zip(found.lens, found.starts, strict=True))
     return tuple(
         n for e in examples for n in (e.lengths if isinstance(e, Branched) else (len(e.ids),))
     )
 
 
-def whole_documents(examples: Sequence[Any]) -> tuple[list[Any], list[int]]:
-    """The documents of examples, and the most tokens that each may share with others."""
-    of = [e.documents() if isinstance(e, Branched) else [e] for e in examples]
-    pairs = [(d, len(beginning(e))) for e, some in zip(examples, of, strict=True) for d in some]
-    return [d for d, _ in pairs], [n for _, n in pairs]
-
-
 def beginning(example: Any) -> tuple[int, ...]:
     """The ids that an example may have in common with others."""
     found: tuple[int, ...] = example.shared if isinstance(example, Branched) else example.ids
     return found
-
-
-def in_common(examples: Sequence[Any]) -> bool:
-    """Whether it pays to compute once what the examples of a step begin with in common."""
-    return pays(sum(documents(examples, True)), sum(documents(examples)))
 
 
 def computed(micro_batch: Sequence[Any], packed: bool, once: bool = False) -> int:
@@ -218,9 +207,8 @@ def check_targets(config: PreTrainedConfig, setting: Setting) -> None:
     blocks, trusted = config.get_text_config().num_hidden_layers, setting.trust_remote_code
     with without_values():
         model = fake_model(config, setting.base, blocks, setting.classes, trusted)
-        beside = {"targets": setting.targets, **setting.beside(model)}
         try:
-            attach(model, setting.spec, **beside)  # type: ignore[arg-type]
+            setting.attach(model)
         except NoTarget:
             raise
         except LorafoldError:

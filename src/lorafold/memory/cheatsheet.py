@@ -1,58 +1,32 @@
 """The memory cheatsheet: common rules of thumb, our estimates beside them, and why the two differ.
 
-Each rule is a function, which computes exactly what the rule says. The estimates are those of
-`memory.terms` for Llama's shapes.
+The estimates are those of `memory.terms` for Llama's shapes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lorafold.memory.modes import llama, setting_of
 from lorafold.memory.terms import estimate
-from lorafold.models.storages import STORAGES
 from lorafold.ops.demands import Place
 from lorafold.recipe.recipe import Recipe
 from lorafold.step.adamw import in_words
 
-
-def weights(parameters: float, base: str) -> float:
-    """Return the bytes of the weights by the rule: parameters times bytes. It leaves out the
-    constants of quantized weights, and counts all weights as quantized.
-    """
-    return parameters * STORAGES[base].bits / 8
-
-
-def kv_cache(blocks: int, heads: int, width: int, tokens: int, size: int = 2) -> float:
-    """Return the bytes of a KV cache by the rule: 2 x blocks x heads x width x tokens x bytes.
-
-    Args:
-        blocks: The number of blocks.
-        heads: The number of heads, each with keys of its own.
-        width: The width of a head.
-        tokens: The tokens of one sequence.
-        size: The bytes of a number.
-    """
-    return 2.0 * blocks * heads * width * tokens * size
-
-
-def trained(parameters: float) -> float:
-    """Return the bytes of trained parameters by the rule, 16 for each: 4 for the parameter in fp32,
-    4 for its gradient and 8 for AdamW's two moments (or 2, 2, 8 and 4 for a master copy).
-    """
-    return 16.0 * parameters
-
-
-WORKED: dict[str, tuple[str, Callable[[], float]]] = {
-    "7B in bf16": ("7.0e9 x 2", lambda: weights(7.0e9, "bf16")),
+# by the rules: parameters times bytes; 2 x blocks x heads x width x tokens x bytes; and 16 bytes
+# for a trained parameter: 4 in fp32, 4 for its gradient and 8 for AdamW's two moments (or 2, 2, 8
+# and 4 for a master copy). They leave out the constants of quantized weights, and count all weights
+# as quantized.
+WORKED: dict[str, tuple[str, float]] = {
+    "7B in bf16": ("7.0e9 x 2", 7.0e9 * 2),
     "its KV cache at 4096 tokens": (
         "2 x 32 x 32 x 128 x 4096 x 2",
-        lambda: kv_cache(32, 32, 128, 4096),
+        2.0 * 32 * 32 * 128 * 4096 * 2,
     ),
-    "states of 40M adapter parameters": ("16 x 40e6", lambda: trained(40e6)),
-    "full fine-tuning of 7B, without activations": ("16 x 7.0e9", lambda: trained(7.0e9)),
+    "states of 40M adapter parameters": ("16 x 40e6", 16 * 40e6),
+    "full fine-tuning of 7B, without activations": ("16 x 7.0e9", 16 * 7.0e9),
 }
 
 
@@ -178,7 +152,7 @@ def markdown() -> str:
     """Return both tables in Markdown."""
     worked = [
         ("what", "the rule", "bytes"),
-        *((what, formula, in_words(round(of()))) for what, (formula, of) in WORKED.items()),
+        *((what, formula, in_words(round(n))) for what, (formula, n) in WORKED.items()),
     ]
     return "\n\n".join(
         "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lorafold.adapter import attach
 from lorafold.data.branches import Branched
 from lorafold.data.examples import NO_LOSS, Example
 from lorafold.data.labelled import LabelledExample
@@ -62,8 +61,7 @@ def training(model: PreTrainedModel, setting: Setting) -> Iterator[Callable[[], 
     optimizer's state exists.
     """
     attach_below(model, setting)
-    beside = {"targets": setting.targets, **setting.beside(model)}
-    attach(model, setting.spec, **beside)  # type: ignore[arg-type]
+    setting.attach(model)
     sum_in_fp32(model)
     if setting.checkpointing:
         recompute(model)
@@ -146,7 +144,7 @@ def allocated(device: torch.device) -> int:
 
 def _tensors() -> list[Tensor]:
     aside = gc.get_freeze_count()
-    gc.unfreeze()  # what was set aside (`machine.collection`) would not be listed
+    gc.unfreeze()  # what was set aside (`machine.tuning`) would not be listed
     found = [t for t in gc.get_objects() if issubclass(type(t), Tensor)]
     if aside:
         gc.freeze()

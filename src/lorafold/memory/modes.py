@@ -21,8 +21,7 @@ import torch
 from lorafold.errors import LorafoldError
 from lorafold.memory.trace import Setting
 from lorafold.models.quantizing import quantization_of
-from lorafold.models.storage import Storage
-from lorafold.models.storages import DEFAULT, IN_FILES, QUANTIZED
+from lorafold.models.storages import DEFAULT, IN_FILES, QUANTIZED, Storage
 from lorafold.recipe.fields import OF_MEMORY, OF_ROWS
 from lorafold.recipe.fitting import spec_of, trainable_storage
 from lorafold.recipe.recipe import Recipe

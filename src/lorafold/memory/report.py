@@ -102,9 +102,8 @@ def page(
         said: Lines to show above the bars.
         memory: The device's bytes, at which a line is drawn; None if not known.
     """
-    told = {name: " ".join((TERMS[name].__doc__ or "").split()) for name in shown(found)}
     cells = [
-        [words(name), in_words(n), f"{n / found.total:.1%}", html.escape(told[name])]
+        [words(name), in_words(n), f"{n / found.total:.1%}", html.escape(TERMS[name])]
         for name, n in shown(found).items()
     ]
     parts = (

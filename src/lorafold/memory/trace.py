@@ -2,38 +2,48 @@
 
 All blocks take the same memory, so every figure is linear in the number of blocks n, and two short
 models give it for any n: a + (b - a) (n - n_a) / (n_b - n_a).
+
+Packed documents have known lengths: fake positions have no values that could tell where documents
+begin.
+
+An engine that draws completions beside a step holds the fast path's form of the weights and the
+factors of what trains for the whole run, and keys and values only while it draws. Passes are those
+of transformers' code, on as many tokens as the engine computes at a time.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lorafold.adapter import attach
+from lorafold.core.attach import selection_of
 from lorafold.core.spec import Spec
+from lorafold.engine.adapters import attached
+from lorafold.engine.fast_path import packed_bytes
+from lorafold.engine.request import EngineSettings
+from lorafold.engine.slots import columns
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.rollouts import RolloutSize
-from lorafold.machine.collection import existing_set_aside
-from lorafold.memory.drawing import drawing
-from lorafold.memory.fake_documents import packed_as
-from lorafold.memory.ledger import Ledger, distinct_bytes
-from lorafold.memory.sharing import FSDP
-from lorafold.memory.traced import Traced
+from lorafold.machine.tuning import existing_set_aside
+from lorafold.memory.ledger import Ledger, Traced, distinct_bytes
 from lorafold.models.fake import fake_model, without_values
 from lorafold.models.load_errors import one_line
-from lorafold.models.storage import Storage
+from lorafold.models.storages import Storage
 from lorafold.objectives.classify import class_loss
 from lorafold.ops.arithmetic import multiplying
 from lorafold.ops.demands import Place, as_on
+from lorafold.ops.documents import Documents, Tile
 from lorafold.step.activations import recompute
 from lorafold.step.adamw import state_bytes
-from lorafold.step.documents import has_sinks
+from lorafold.step.documents import attending, has_sinks
 from lorafold.step.fused import fused
 from lorafold.step.losses import next_token_loss
 from lorafold.step.optim import sum_in_fp32
@@ -42,6 +52,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 ON_CPU = Place("cpu")
+DDP, FSDP = "ddp", "fsdp"
+STRATEGIES = (FSDP, DDP)
+SETTINGS = EngineSettings()  # those of the tokens of prompts that are read in one pass
+COPIES = 3  # of a pass's logits: the head's, those of the rows in order, and those that are chosen
+KEPT = 3  # of an adapter's factors: as they are held, as passes read them, and zeros for other rows
+TOKENS = 4, 8  # below any window of attention
 
 
 def nothing(model: PreTrainedModel) -> dict[str, Any]:
@@ -100,6 +116,11 @@ class Setting:
     processes: int = 1
     strategy: str = FSDP
     resident: bool = False
+
+    def attach(self, model: PreTrainedModel) -> None:
+        """Attach what trains. Raises as `lf.attach`."""
+        beside = {"targets": self.targets, **self.beside(model)}
+        attach(model, self.spec, **beside)  # type: ignore[arg-type]
 
     @property
     def parts(self) -> int:
@@ -167,8 +188,7 @@ def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced
     setting = replace(setting, packed=setting.packed and not has_sinks(model))
     attach_below(model, setting)
     weights = collected(ledger)
-    beside = {"targets": setting.targets, **setting.beside(model)}
-    attach(model, setting.spec, **beside)  # type: ignore[arg-type]
+    setting.attach(model)
     sum_in_fp32(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     start = collected(ledger)
@@ -210,6 +230,31 @@ def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced
         p.grad = None
     engine, slots, peak = drawing(model.eval(), setting.draws, ledger)
     return replace(found, engine=engine, slots=slots, drawing=peak)
+
+
+class LastTiles(Documents):
+    """Documents of which only the last three tiles are computed. These are enough for the peak of
+    memory: tiles grow from first to last, except that the last may be cut short.
+    """
+
+    def tiles(self) -> Iterator[Tile]:
+        yield from [*super().tiles()][-3:]
+
+
+@contextmanager
+def packed_as(model: Any, lens: tuple[int, ...]) -> Iterator[None]:
+    """Compute attention over packed documents of these lengths until the block ends. The longest is
+    last.
+    """
+    with attending(model, partial(_mask, tuple(sorted(lens)))):
+        yield
+
+
+def _mask(
+    lens: tuple[int, ...], *, q_length: int, local_size: int | None = None, **_: Any
+) -> Documents:
+    """Return documents of these lengths, or one where a soft prompt makes the sequence longer."""
+    return LastTiles(lens if q_length == sum(lens) else (q_length,), local_size)
 
 
 def divided(trained: Sequence[nn.Parameter], setting: Setting) -> dict[nn.Parameter, Tensor] | None:
@@ -258,19 +303,16 @@ def attach_below(model: PreTrainedModel, setting: Setting) -> None:
 
 
 def loss_of(model: PreTrainedModel, setting: Setting) -> Tensor:
-    """Return the loss of the setting, (), on fake ids."""
-    inputs = inputs_of(setting)
+    """Return the loss of the setting, (), on fake ids with their positions (1, T), if they are
+    packed, or with a mask (B, T).
+    """
+    shape = (1, sum(setting.rows)) if setting.packed else (setting.batch, setting.length)
+    where = "position_ids" if setting.packed else "attention_mask"
+    inputs = {name: integers(*shape) for name in ("input_ids", where)}
     n = sum(setting.rows) - setting.batch if setting.labelled is None else setting.labelled
     if setting.loss is not None:
         return setting.loss(model, inputs, n)
     return class_loss(model, inputs) if setting.classes else next_token_loss(model, inputs, n)
-
-
-def inputs_of(setting: Setting) -> dict[str, Tensor]:
-    """Return fake ids with their positions (1, T), if they are packed, or with a mask (B, T)."""
-    shape = (1, sum(setting.rows)) if setting.packed else (setting.batch, setting.length)
-    where = "position_ids" if setting.packed else "attention_mask"
-    return {"input_ids": integers(*shape), where: integers(*shape)}
 
 
 def integers(*shape: int) -> Tensor:
@@ -302,3 +344,46 @@ def collected(ledger: Ledger) -> int:
     """Return the bytes that exist after a garbage collection."""
     gc.collect()
     return ledger.now
+
+
+@torch.no_grad()
+def drawing(model: PreTrainedModel, drawn: RolloutSize, ledger: Ledger) -> tuple[int, int, int]:
+    """Trace what draws: the bytes that an engine has beside the model, always, and of keys and
+    values and in all while it draws.
+
+    Args:
+        model: A fake model with what trains attached, in evaluation mode.
+        drawn: What is drawn at a time.
+        ledger: The ledger that counts, already entered.
+    """
+    few, more = (_cached(model, n, ledger) for n in TOKENS)
+    a_token = (more - few) // (TOKENS[1] - TOKENS[0])
+    state = few - TOKENS[0] * a_token
+    # what has a state beside keys and values computes one completion at a time
+    slots = drawn.slots if state <= 0 else 1
+    held = slots * (max(0, state) + columns(drawn.prompt + drawn.longest) * a_token)
+    config = model.config.get_text_config()
+    logits = COPIES * slots * config.vocab_size * model.dtype.itemsize
+    read, prompts = min(drawn.prompt, SETTINGS.chunk), -(-slots // drawn.group)
+    rows = max(1, min(prompts, SETTINGS.budget // read))
+    passes = max(_workspace(model, rows, read, ledger), _workspace(model, slots, 1, ledger))
+    factors = 0
+    for delta in attached(model, selection_of(model).names).values():
+        if (found := delta.factors()) is not None:
+            factors += sum(t.numel() for t in found)
+    engine = packed_bytes(model) + KEPT * factors * model.dtype.itemsize
+    return engine, held, held + max(passes, logits)
+
+
+def _cached(model: PreTrainedModel, tokens: int, ledger: Ledger) -> int:
+    start = ledger.now
+    cache = model(input_ids=integers(1, tokens), use_cache=True, logits_to_keep=1).cache
+    found = ledger.now - start
+    del cache
+    return found
+
+
+def _workspace(model: PreTrainedModel, rows: int, tokens: int, ledger: Ledger) -> int:
+    ledger.peak = start = ledger.now
+    model(input_ids=integers(rows, tokens), use_cache=False, logits_to_keep=1)
+    return ledger.peak - start

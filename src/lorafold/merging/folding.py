@@ -44,9 +44,8 @@ from lorafold.fold.as_trained import ROUND_TRIP
 from lorafold.fold.plan import deltas_of, fold
 from lorafold.fold.rounding import Rounded, Rounding, Sums, round_to
 from lorafold.merging.plan import Plan
-from lorafold.models.container import write_container
 from lorafold.models.converted import Conversion
-from lorafold.models.weights import INDEX
+from lorafold.models.weights import INDEX, write_container
 
 # two parameters of a block's experts, and two whose tensors are divided between two files
 KEPT = 4

@@ -25,7 +25,7 @@ from lorafold.core.matrices import Matrices, module_at
 from lorafold.errors import LorafoldError, listed
 from lorafold.models.quantizing import packable
 from lorafold.models.storages import MADE, PLAIN
-from lorafold.peft.own_base import TrainedOn
+from lorafold.peft.provenance import TrainedOn
 from lorafold.peft.saved import Saved, trained_on
 
 TARGETS = ("trained", "original", *MADE)

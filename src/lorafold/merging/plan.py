@@ -25,13 +25,18 @@ from lorafold.adapter import load
 from lorafold.core.anatomy import tied_parameters
 from lorafold.errors import LorafoldError, NotMergeable, listed
 from lorafold.fold.as_trained import ROUND_TRIP, attach_round_trip
-from lorafold.fold.biases import Switches, switch_on
-from lorafold.fold.plan import WHOLE, FoldPlan, module_of, plan_fold
-from lorafold.models.checkpoint import Checkpoint, MappedModel, build, mapped_model, open_checkpoint
-from lorafold.models.container import Entry
+from lorafold.fold.plan import WHOLE, FoldPlan, Switches, module_of, plan_fold, switch_on
+from lorafold.models.checkpoint import (
+    Checkpoint,
+    MappedModel,
+    as_plain,
+    build,
+    mapped_model,
+    open_checkpoint,
+)
 from lorafold.models.converted import Conversion
-from lorafold.models.plain_files import as_plain
 from lorafold.models.sources import HUB_FILES, remember
+from lorafold.models.weights import Entry
 from lorafold.opening import Base
 from lorafold.peft.saved import Saved
 

@@ -7,19 +7,17 @@ parameter takes 16 bytes on a base in fp32 and 12 on one in bf16. In bf16 most u
 half a unit of the weight, so the optimizer has to round them stochastically, as
 `step.adamw` does. This method is an exception to two rules for adapters: `only(model)` is
 the model as trained so far, since the old weights are gone, and `detach` keeps what was learned. It
-saves a plain model (`write_model`).
+saves a plain model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from lorafold.core.attach import base_state
 from lorafold.core.delta import Delta
 from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
@@ -73,11 +71,3 @@ class Full(Spec):
     def join(self, deltas: Mapping[str, Delta]) -> None:
         for delta in deltas.values():
             delta.requires_grad_(True)  # attaching an earlier adapter may have frozen them
-
-
-def write_model(model: Any, directory: Path) -> None:
-    """Write a transformers model with its trained weights into the directory, as a plain model.
-
-    Adapters that are attached to it are not written.
-    """
-    model.save_pretrained(directory, state_dict=base_state(model))

@@ -121,13 +121,18 @@ def auto_class(config: PreTrainedConfig, what: str) -> Any:
     return auto
 
 
-def opened_by(config: PreTrainedConfig) -> Any:
-    """Return the auto class that has a model for this configuration, whatever that model needs; the
-    causal one, whose error lists what there is, if none has.
+def opened_by(config: PreTrainedConfig, cls: type | None = None) -> Any:
+    """Return the auto class that has a model for this configuration, whatever that model needs,
+    first the one that makes it of a class; the causal one, whose error lists what there is, if none
+    has.
     """
-    kinds, coded = _kinds(), getattr(config, "auto_map", None) or {}
-    found = (a for a in kinds if a.__name__ in coded or type(config) in a._model_mapping)
-    return next(found, kinds[0])
+    import transformers as tf
+
+    kinds: tuple[Any, ...] = tf.AutoModelForCausalLM, tf.AutoModelForMultimodalLM
+    coded = getattr(config, "auto_map", None) or {}
+    exact = [a for a in kinds if cls and a._model_mapping.get(type(config), None) is cls]
+    found = [a for a in kinds if a.__name__ in coded or type(config) in a._model_mapping]
+    return [*exact, *found, kinds[0]][0]
 
 
 def opened_by_name(model: Any) -> str:
@@ -137,17 +142,7 @@ def opened_by_name(model: Any) -> str:
     whole = whole_of(model)
     shown = model if whole is None else whole.model
     config: Any = getattr(shown, "config", None)
-    if config is None:
-        return CAUSAL
-    exact = (a for a in _kinds() if a._model_mapping.get(type(config), None) is type(shown))
-    name: str = next(exact, opened_by(config)).__name__
-    return name
-
-
-def _kinds() -> tuple[Any, ...]:
-    import transformers as tf
-
-    return tf.AutoModelForCausalLM, tf.AutoModelForMultimodalLM
+    return CAUSAL if config is None else str(opened_by(config, type(shown)).__name__)
 
 
 def _beside_text(config: PreTrainedConfig, cls: Any) -> str:

@@ -4,20 +4,42 @@ The architecture is built on the meta device, and every parameter is replaced by
 which is memory-mapped and not read. So attaching adapters takes only the memory of the adapters.
 transformers' own rules turn names in the files into names in the model, and tensors of the files
 into parameters where it does not take them as they are (`converted`).
+
+`original_weights` are those of a quantized base under the names of its parameters:
+
+    block_sparse_moe.gate.weight                    ->  mlp.gate.weight
+    experts.0.w1.weight, experts.0.w3.weight, ...   ->  experts.gate_up_proj
+
+Where transformers computes parameters from several tensors, so the fingerprint of a base, and a
+method that starts from its weights, find the experts by the names that the model has for them. The
+files of other models are read as they are, since their names are the model's but for a prefix.
+
+`as_plain` has the files of a quantized model as those of a plain one: the same tensors in the same
+order, each quantized weight with its dequantized shape and dtype in the place of its codes, and no
+scales.
+
+    q_proj.weight_packed, .weight_scale                  ->  q_proj.weight            (out, in)
+    experts.gate_up_proj_blocks, .gate_up_proj_scales    ->  experts.gate_up_proj     (E, in, out)
+
+Nothing is dequantized here. Whoever writes the files asks the site for its matrix, one at a time.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    get_model_conversion_mapping,
+)
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
@@ -26,17 +48,31 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from lorafold.core.anatomy import tied_parameters
-from lorafold.errors import LorafoldError, as_one
-from lorafold.files.atomic import MANIFEST
-from lorafold.files.record import read_object
+from lorafold.bases.compressed import CompressedLinear
+from lorafold.bases.expert_matrices import BLOCKS, held
+from lorafold.core.anatomy import Anatomy, tied_parameters
+from lorafold.core.matrices import Matrices
+from lorafold.errors import LorafoldError, as_one, listed
+from lorafold.files.atomic import MANIFEST, read_object
 from lorafold.models.architecture import auto_class
-from lorafold.models.container import Container, Entry, read_container, read_tensors
 from lorafold.models.converted import Conversion, Source
 from lorafold.models.in_files import as_in_files, check_quantized, make_quantized, readable
 from lorafold.models.load_errors import loading, one_line
 from lorafold.models.sources import ModelSource, remember
-from lorafold.models.weights import INDEX, MODEL_FILES, SINGLE, model_files
+from lorafold.models.weights import (
+    INDEX,
+    MODEL_FILES,
+    NAMES,
+    SINGLE,
+    Container,
+    Entry,
+    FileWeights,
+    InMemory,
+    Weights,
+    model_files,
+    read_container,
+    read_tensors,
+)
 
 WEIGHTS = (
     ".safetensors",
@@ -50,6 +86,7 @@ WEIGHTS = (
     ".msgpack",
     ".gguf",
 )
+PLAIN = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -294,3 +331,97 @@ def _place(
         if name in parameters and parameters[name].shape == buffer.shape:
             path, _, leaf = name.rpartition(".")
             model.get_submodule(path)._buffers[leaf] = parameters[name].data
+
+
+def original_weights(source: ModelSource) -> Weights:
+    """The weights in the files of a model.
+
+    Raises LorafoldError if transformers can't compute a parameter from them.
+
+    Args:
+        source: The model, whose files must have been checked.
+    """
+    settings = source.config()
+    kinds = {settings.get("model_type"), settings.get("text_config", {}).get("model_type")}
+    rules = [rule for kind in kinds for rule in get_checkpoint_conversion_mapping(kind) or ()]
+    if not any(isinstance(rule, WeightConverter) for rule in rules):
+        return FileWeights(model_files(source.path))
+    with loading(f"model {source.name}"):
+        trusted = source.trust_remote_code
+        config = AutoConfig.from_pretrained(source.path, trust_remote_code=trusted)
+        model = build(config, trusted)
+    entries = entries_of(source.path)
+    tensors = mapped_tensors(entries.values())
+    found, parts = by_parameter(model, entries)
+    converted, problems = conversions(model, parts, tensors)
+    if problems:
+        raise LorafoldError(f"model {source.name}: {listed(problems.values(), '; ')}")
+    own = {name: tensors[entry.name] for name, entry in found.items()}
+    return InMemory(own | {name: c.parameter(name) for name, c in converted.items()})
+
+
+def as_plain(
+    checkpoint: Checkpoint, mapped: MappedModel
+) -> tuple[Checkpoint, MappedModel, dict[str, str]]:
+    """Return the checkpoint and the model's entries as those of a plain model, and the sites
+    that have the values of dequantized tensors, by the names of these.
+
+    The sites then dequantize to the dtype that the config names, else to bf16.
+
+    Args:
+        checkpoint: The files.
+        mapped: The model over them.
+    """
+    dtype = mapped.model.config.dtype
+    dtype = dtype if dtype in PLAIN else torch.bfloat16
+    entries, by_file = dict(mapped.entries), {e.name: e for e in checkpoint.entries.values()}
+    paths: dict[str, str] = {}
+    for path, module, parameter, own, shape in _quantized(mapped):
+        codes = entries[own[0]]
+        name = codes.name.removesuffix("_packed").removesuffix(BLOCKS)
+        plain = Entry(
+            name,
+            NAMES[dtype],
+            shape,
+            codes.file,
+            codes.offset,
+            prod(shape) * dtype.itemsize,
+        )
+        module.compute_dtype = dtype
+        for part in own:
+            del by_file[entries.pop(part).name]
+        entries[parameter] = by_file[name] = plain
+        paths[name] = path
+    files = {
+        name: Container(
+            {
+                e.name: e
+                for e in sorted(by_file.values(), key=lambda e: e.offset)
+                if e.file.name == name
+            },
+            container.metadata,
+        )
+        for name, container in checkpoint.files.items()
+    }
+    return replace(checkpoint, files=files), replace(mapped, entries=entries), paths
+
+
+def _quantized(
+    mapped: MappedModel,
+) -> Iterator[tuple[str, Any, str, list[str], tuple[int, ...]]]:
+    """Each quantized matrix, or parameter of several: its site, the module that says what it is
+    dequantized to, its parameter's path in a plain model, the paths of the tensors that are not
+    written again, codes first, and its shape as a plain model stores it.
+    """
+    beside = defaultdict(list)
+    for name in mapped.entries:
+        beside[name.rpartition(".")[0]].append(name)
+    for path, module in Anatomy.of(mapped.model).modules:
+        if isinstance(module, CompressedLinear):
+            codes = f"{path}.{'weight_packed' if module.codes.packed else 'weight'}"
+            others = [n for n in beside[path] if n not in (codes, f"{path}.bias")]
+            shape: tuple[int, ...] = (module.out_features, module.in_features)
+            yield path, module, f"{path}.weight", [codes, *others], shape
+        elif isinstance(module, Matrices) and (stored := held(module)).quantized:
+            own = [path.removesuffix(module.name) + name for name in stored.names]
+            yield path, module.owner, path, own, (stored.number, *stored.sides)

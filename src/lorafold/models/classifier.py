@@ -31,7 +31,7 @@ from lorafold.files.card import REWARD
 from lorafold.models.load_errors import check_complete, loading
 from lorafold.models.loading import read_weights
 from lorafold.models.sources import ModelSource, known, remember
-from lorafold.models.storage import Storage
+from lorafold.models.storages import Storage
 from lorafold.models.weights import FileWeights, Weights, model_files
 
 if TYPE_CHECKING:
@@ -86,26 +86,6 @@ def load_classifier(
     model.new_heads = tuple(sorted({name.rpartition(".")[0] for name in new}))
     widen_heads(model, None if new else FileWeights(model_files(source.path)))
     return model
-
-
-def load_reward_model(
-    source: ModelSource,
-    pad_id: int,
-    storage: Storage | torch.dtype,
-    device: torch.device | str = "cpu",
-    *,
-    seed: int = 0,
-) -> PreTrainedModel:
-    """Load a classifier with one output, in evaluation mode. Raises as `load_classifier`.
-
-    Args:
-        source: The base model.
-        pad_id: The token that fills short texts, at the right.
-        storage: How the base stores its weights; a dtype for weights that are not quantized.
-        device: Where to load the model.
-        seed: The seed of the head, if the files have none.
-    """
-    return load_classifier(source, (REWARD,), pad_id, storage, device, seed=seed)
 
 
 def head_paths(model: nn.Module) -> tuple[str, ...]:
@@ -266,7 +246,9 @@ def scoring_shell(model: Any, pad_id: int) -> Any:
     if type(body) is type(own):
         setattr(shell.get_submodule(parent), name, own)
     for path in heads:
-        _zeroed(shell.get_submodule(path), model.device)
+        head = shell.get_submodule(path)
+        for leaf, p in [*head.named_parameters(recurse=False)]:  # which an adapter replaces
+            setattr(head, leaf, nn.Parameter(torch.zeros_like(p, device=model.device)))
     if lacking := [n for n, p in shell.named_parameters() if p.is_meta]:
         raise LorafoldError(
             f"{what}: found {', '.join(lacking[:3])} in {type(shell).__name__}, which the language"
@@ -278,9 +260,3 @@ def scoring_shell(model: Any, pad_id: int) -> Any:
     if source is not None:
         remember(shell, source)
     return shell.eval()
-
-
-def _zeroed(head: nn.Module, device: torch.device) -> None:
-    """Give a head without values zeros, which an adapter replaces."""
-    for name, p in [*head.named_parameters(recurse=False)]:
-        setattr(head, name, nn.Parameter(torch.zeros_like(p, device=device)))

@@ -29,7 +29,7 @@ from transformers.core_model_loading import (
 )
 
 from lorafold.errors import LorafoldError
-from lorafold.models.container import Entry
+from lorafold.models.weights import Entry
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,10 @@ from lorafold.core.modes import is_fake
 from lorafold.errors import LorafoldError
 from lorafold.models.architecture import auto_class
 from lorafold.models.classifier import expect_poolers, widen_heads
-from lorafold.models.experts import route_quantized
 from lorafold.models.in_files import make_quantized, readable
 from lorafold.models.load_errors import loading
-from lorafold.models.quantizing import packable
-from lorafold.models.storage import Storage
-from lorafold.models.storages import IN_FILES, STORAGES
+from lorafold.models.quantizing import packable, route_quantized
+from lorafold.models.storages import IN_FILES, STORAGES, Storage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -112,11 +110,13 @@ def fake_model(
             text.pad_token_id = 0
     what = f"configuration of a {config.model_type}"
     auto = tf.AutoModelForSequenceClassification if classes else auto_class(config, what)
-    with loading(what), _uninitialized():
+    fake = is_fake(torch.empty(0))
+    # initialization may read values
+    with loading(what), no_init_weights() if fake else nullcontext():
         trusted = {"trust_remote_code": trust_remote_code}  # left open, transformers asks on stdin
         model = auto.from_config(short, dtype=storage.dtype, **trusted).requires_grad_(False)
         model.tie_weights()  # a part of the initialization
-        for module in model.modules() if is_fake(torch.empty(0)) else ():
+        for module in model.modules() if fake else ():
             if type(module).__name__ == COUNTING:
                 module.forward = partial(_even, module)
         if classes:
@@ -160,8 +160,3 @@ def _even(router: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int], Te
     rows, n = len(order), router.num_experts
     sizes = [rows * (i + 1) // n - rows * i // n for i in range(n)]
     return order, order // router.top_k, gates.flatten()[order], sizes, logits
-
-
-def _uninitialized() -> AbstractContextManager[Any]:
-    """Inside `without_values`, skip the initialization of weights, which may read values."""
-    return no_init_weights() if is_fake(torch.empty(0)) else nullcontext()

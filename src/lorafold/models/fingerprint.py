@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import check_intact
-from lorafold.models.weights import MODEL_FILES, FileWeights, ModelWeights, Weights, model_files
+from lorafold.models.weights import MODEL_FILES, FileWeights, InMemory, Weights, model_files
 
 Fingerprint = dict[str, dict[str, Any]]
 
@@ -61,7 +61,7 @@ def of_model(model: nn.Module, without: Sequence[str] = ()) -> Fingerprint:
 
     `without` gives the paths of modules that are not part of the base, such as a new head.
     """
-    return of(ModelWeights(model), without)
+    return of(InMemory.of_model(model), without)
 
 
 def of_files(directory: str | Path, without: Sequence[str] = ()) -> Fingerprint:
@@ -81,16 +81,24 @@ def of(weights: Weights, without: Sequence[str] = ()) -> Fingerprint:
     names = [n for n, s in shapes.items() if s and 0 not in s and weights.is_floating(n)]
     # the order of hashes mixes types of modules and depths
     names.sort(key=lambda n: hashlib.sha256(n.encode()).digest())
-    matrices = [n for n in names if len(weights.shape(n)) > 1]
+    matrices = [n for n in names if len(shapes[n]) > 1]
     # only a few of the vectors are taken: norms and biases may be all ones and zeros
     vectors = [n for n in names if n not in matrices]
     # in a quantized base only the vectors and the largest matrix, usually the embedding, can be
     # compared: all its linears are quantized
-    largest = sorted(matrices, key=lambda n: math.prod(weights.shape(n)))[-1:]
+    largest = sorted(matrices, key=lambda n: math.prod(shapes[n]))[-1:]
     chosen = dict.fromkeys(
         [*largest, *matrices[: TENSORS - VECTORS], *vectors[:VECTORS], *matrices, *vectors]
     )
-    return {name: _sample(weights, name) for name in list(chosen)[:TENSORS]}
+    found = {}
+    for name in list(chosen)[:TENSORS]:
+        values = weights.at(name, _positions(shapes[name]))
+        found[name] = {
+            "shape": list(shapes[name]),
+            "dtype": str(values.dtype).removeprefix("torch."),
+            "values": values.float().numpy().tobytes().hex(),
+        }
+    return found
 
 
 def differences(expected: Fingerprint, weights: Weights) -> list[str]:
@@ -162,16 +170,6 @@ def equal(a: Tensor, b: Tensor) -> Tensor:
         atol=atol,
         equal_nan=True,
     )
-
-
-def _sample(weights: Weights, name: str) -> dict[str, Any]:
-    shape = weights.shape(name)
-    values = weights.at(name, _positions(shape))
-    return {
-        "shape": list(shape),
-        "dtype": str(values.dtype).removeprefix("torch."),
-        "values": values.float().numpy().tobytes().hex(),
-    }
 
 
 def _positions(shape: Sequence[int]) -> Tensor:  # (16, rank)

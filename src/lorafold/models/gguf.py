@@ -25,12 +25,10 @@ from filelock import FileLock
 
 from lorafold.errors import LorafoldError, listed
 from lorafold.files.atomic import MANIFEST, atomic_directory, verify
-from lorafold.files.cache import cache_directory
-from lorafold.files.contents import digest
-from lorafold.files.digests import of_file
+from lorafold.files.contents import digest, of_file
+from lorafold.files.paths import cache_directory
 from lorafold.models.gguf_files import SUFFIX, join, read, value
-from lorafold.models.gguf_rope import FREQUENCIES, SCALED, scale_positions
-from lorafold.models.gguf_words import split_as_learned
+from lorafold.models.gguf_rules import FREQUENCIES, SCALED, scale_positions, split_as_learned
 from lorafold.models.load_errors import check_complete, loading, tell_unread
 
 if TYPE_CHECKING:

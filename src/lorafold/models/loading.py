@@ -1,6 +1,6 @@
-"""Loads a base model and its tokenizer from the directory that `models.sources` finds for a name,
-on a device (`machine.devices`) and in a storage (`models.storage`), and checks that no file is
-damaged and no weight missing.
+"""Loads a base model from the directory that `models.sources` finds for a name, on a device
+(`machine.devices`) and in a storage (`models.storages`), and checks that no file is damaged and no
+weight missing; and says how files and models store their weights.
 
 `loaded_in_turn` has transformers read one tensor at a time, and `each_kept` is called for each, so
 that the model is never whole in memory.
@@ -11,46 +11,32 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.module import (
     register_module_buffer_registration_hook,
     register_module_parameter_registration_hook,
 )
 
 from lorafold.core.modes import keep_scale
-from lorafold.errors import LorafoldError, NoTokenizer, listed
+from lorafold.errors import LorafoldError, listed
 from lorafold.models.architecture import auto_class
+from lorafold.models.in_files import readable, storage_in_files
 from lorafold.models.load_errors import check_complete, loading, tell_unread
-from lorafold.models.quantizing import compute_in, read_quantized
+from lorafold.models.quantizing import compute_in, quantization_of, read_quantized
 from lorafold.models.sources import ModelSource, remember, resolve_model
-from lorafold.models.storage import Storage, default_storage
-from lorafold.models.weights import MODEL_FILES, shards_left_out
+from lorafold.models.storages import MADE, PLAIN_OF, QUANTIZED, STORAGES, Storage
+from lorafold.models.weights import MODEL_FILES, Weights, shards_left_out
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 IN_TURN = "HF_DEACTIVATE_ASYNC_LOAD"  # else threads of transformers read ahead, as far as they get
 log = logging.getLogger(__name__)
-# the files of a tokenizer, except vocabularies whose names depend on its class
-TOKENIZER_FILES = (
-    "added_tokens.json",
-    "additional_chat_templates/*",
-    "chat_template.*",
-    "config.json",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-)
-# one of these contains the vocabulary, unless the tokenizer needs none
-VOCABULARIES = (
-    *("tokenizer.json", "tokenizer.*.json", "tekken.json", "*.model", "*.tiktoken", "*.spm"),
-    *("*.bpe", "vocab*", "merges.txt"),
-)
 
 
 @contextmanager
@@ -180,47 +166,52 @@ def read_weights(
     return model.eval(), info
 
 
-def load_tokenizer(
-    source: ModelSource | str | Path, revision: str | None = None, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
-    """Load a model's tokenizer.
-
-    Raises LorafoldError as `load_model` does, and NoTokenizer if the model has no tokenizer.
-
-    Args:
-        source: The model, or its name.
-        revision: A branch, tag or commit of a hub model.
-        trust_remote_code: Run the code in the model's directory.
+def recorded_storage(model: nn.Module) -> dict[str, str] | None:
+    """How a loaded transformers model stores its weights and which dtype it computes in, by the
+    names that records use; None for any other model.
     """
-    source = resolve_model(source, revision, trust_remote_code)
-    return read_tokenizer(source, f"model {source.name}")
+    config: Any = getattr(model, "config", None)
+    find: Any = getattr(model, "get_input_embeddings", None)
+    weight = None
+    with suppress(NotImplementedError):  # transformers', of a model of two encoders
+        weight = getattr(find() if config and find else None, "weight", None)
+    if weight is None:
+        return None
+    dtype = PLAIN_OF.get(str(weight.dtype), str(weight.dtype).removeprefix("torch."))
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return {"storage": dtype, "dtype": dtype}
+    told = settings if isinstance(settings, dict) else settings.to_dict()
+    storage = str(told.get("quant_method", "unknown"))
+    with suppress(LorafoldError):  # one that lorafold does not read is called as its files call it
+        storage = quantization_of(told, "model")
+    made = STORAGES[storage].made if storage in MADE else {}
+    if any(told.get(key) != made[key] for key in made.keys() & {"bnb_4bit_use_double_quant"}):
+        storage += " without double quantization"
+    return {"storage": storage, "dtype": dtype}
 
 
-def read_tokenizer(source: ModelSource, what: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a directory.
+def default_storage(source: ModelSource) -> str:
+    """Return the quantization of the files if they have one, else auto."""
+    in_files = source.config().get("quantization_config")
+    name = quantization_of(in_files, f"model {source.name}") if in_files is not None else None
+    return name if name in QUANTIZED else "auto"
 
-    Raises NoTokenizer if there is no vocabulary (depending on the class, transformers would make an
-    empty tokenizer or fail), and LorafoldError if a file is damaged or can't be loaded.
 
-    Args:
-        source: The directory.
-        what: The name of the tokenizer's owner in messages, such as "model gpt2".
+def stored_in_files(source: ModelSource) -> str | None:
+    """Return the storage of files that are quantized and that adapters are folded into,
+    dequantized; None if they are not.
     """
-    source.intact(*TOKENIZER_FILES)
-    has_words = any(any(source.path.glob(pattern)) for pattern in VOCABULARIES)
-    missing = NoTokenizer(f"{what}: it has no tokenizer (found no file with a vocabulary)")
-    try:
-        with loading(what):
-            from transformers import AutoTokenizer
+    settings = source.config().get("quantization_config") or {}
+    return storage_in_files(settings, f"model {source.name}") if readable(settings) else None
 
-            tokenizer = AutoTokenizer.from_pretrained(
-                source.path, trust_remote_code=source.trust_remote_code
-            )
-    except LorafoldError as error:
-        raise error if has_words else missing from error
-    names = list((getattr(tokenizer, "vocab_files_names", None) or {}).values())
-    if names and not has_words:
-        raise missing
-    if others := [name for name in names if name not in TOKENIZER_FILES]:
-        source.intact(*others)
-    return tokenizer
+
+def weights_of(source: ModelSource, storage: Storage) -> Weights | None:
+    """Return the base's original weights, read from its files, if the model's are quantized and
+    they are in the files; else None. `load_model` must have checked the files.
+    """
+    if storage.quantization is None or stored_in_files(source) is not None:
+        return None
+    from lorafold.models.checkpoint import original_weights
+
+    return original_weights(source)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lorafold.core.anatomy import Anatomy
 from lorafold.errors import LorafoldError
-from lorafold.models.storage import Storage
+from lorafold.models.storages import Storage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -165,10 +165,6 @@ def _tables(model: PreTrainedModel, given: int) -> Iterator[int]:
         tables += [module._parameters["weight"]] if isinstance(module, nn.Embedding) else []
         for rows in (len(t) for t in tables if t is not None and t.ndim == 2):
             if given <= rows <= given + OFFSET:
-                yield min(rows - _before(module), given)
-
-
-def _before(module: nn.Module) -> int:
-    """The rows of a table before that of the first token."""
-    padding = getattr(module, "padding_idx", None)
-    return int(getattr(module, "offset", 0 if padding is None else padding + 1))
+                padding = getattr(module, "padding_idx", None)
+                before = getattr(module, "offset", 0 if padding is None else padding + 1)
+                yield min(rows - int(before), given)

@@ -12,30 +12,33 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from lorafold.bases import is_linear, layer_of
 from lorafold.bases.bitsandbytes import bitsandbytes, set_compute_dtype
 from lorafold.bases.compressed import CompressedLinear
+from lorafold.bases.expert_matrices import Floats, held, quantized
+from lorafold.bases.experts import route
 from lorafold.core.anatomy import Anatomy, beneath
-from lorafold.core.matrices import module_at
+from lorafold.core.matrices import Matrices, form_of, module_at
 from lorafold.core.targets import block_linears
 from lorafold.errors import LorafoldError
 from lorafold.machine.memory import freed_blocks_returned
-from lorafold.models.compressed import remark
-from lorafold.models.experts import experts_quantized, route_quantized
 from lorafold.models.in_files import (
     as_in_files,
     check_quantized,
+    make_mxfp4,
     make_quantized,
     readable,
+    remark,
     storage_in_files,
+    stored_mxfp4,
 )
-from lorafold.models.mxfp4 import make_mxfp4, stored_mxfp4
 from lorafold.models.storages import IN_CODES, IN_FILES, MADE, STORAGES, made_of
 from lorafold.models.weights import FileWeights, model_files
 from lorafold.ops.nf4 import BLOCK
@@ -46,7 +49,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lorafold.models.sources import ModelSource
-    from lorafold.models.storage import Storage
+    from lorafold.models.storages import Storage
 
 log = logging.getLogger(__name__)
 
@@ -173,8 +176,8 @@ def _by_bitsandbytes(model: PreTrainedModel, quantization: str) -> Any:
     """What tells transformers to quantize a plain model."""
     from transformers import BitsAndBytesConfig
 
-    quantized = set(packable(model))
-    others = [p for p, m in Anatomy.of(model).modules if is_linear(m) and p not in quantized]
+    packed = set(packable(model))
+    others = [p for p, m in Anatomy.of(model).modules if is_linear(m) and p not in packed]
     return BitsAndBytesConfig(**STORAGES[quantization].made, llm_int8_skip_modules=others)
 
 
@@ -201,6 +204,39 @@ def _with_codes(model: PreTrainedModel, settings: dict[str, Any], path: Path, wh
                 make_mxfp4(self, settings, what)
 
     return Prepared
+
+
+@contextmanager
+def experts_quantized(quantization: str) -> Iterator[None]:
+    """Context in which parameters of experts are quantized when a module gets them, so that a model
+    that is being loaded never has more than one of them in 16 bits.
+    """
+
+    pack = STORAGES[quantization].pack
+
+    def quantize(module: Any, name: str, parameter: Any) -> Any:
+        form = form_of(module)
+        stored = None if form is None else form.parameters.get(name)
+        if stored is None or parameter.is_meta or parameter.dim() != 3 - stored.flat:
+            return None
+        if not parameter.is_floating_point() or Floats(Matrices(module, name)).shape[2] % BLOCK:
+            return None
+        made: Any = quantized(parameter, pack)
+        made._is_hf_initialized = True  # else transformers fills it with random numbers
+        return made
+
+    hook = register_module_parameter_registration_hook(quantize)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def route_quantized(model: torch.nn.Module) -> None:
+    """Make modules of experts that have quantized matrices compute with these."""
+    for _, module in Anatomy.of(model).modules:
+        if isinstance(module, Matrices) and held(module).quantized:
+            route(module.routed)
 
 
 def compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:

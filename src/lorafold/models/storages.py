@@ -1,8 +1,9 @@
 """The storages: how a base may hold its weights, one row each, and the only file that names them.
 
 A row says how large a weight is, what quantizes to the storage, and how files say that they are
-stored so. `models.storage` chooses one; `bases.LAYERS` has the layers that read their modules. A
-new storage is its layer in `bases`, its name in `StorageName`, and its row.
+stored so. `choose_storage` chooses one as was asked, or else by the device; `bases.LAYERS` has the
+layers that read their modules. A new storage is its layer in `bases`, its name in `StorageName`,
+and its row.
 """
 
 from __future__ import annotations
@@ -10,9 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from lorafold.errors import LorafoldError
+from lorafold.machine.devices import native_bf16
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 StorageName = Literal["nf4", "int8", "fp8", "int4", "mxfp4", "bf16", "fp32", "auto"]
@@ -74,6 +79,7 @@ STORAGES: dict[str, StorageRow] = {
     "fp32": StorageRow(32, dtype="float32"),
 }
 PLAIN = tuple(name for name, row in STORAGES.items() if row.dtype)
+PLAIN_OF = {f"torch.{STORAGES[name].dtype}": name for name in PLAIN}
 MADE = tuple(name for name, row in STORAGES.items() if row.made)  # of plain files
 IN_FILES = tuple(name for name in STORAGES if name not in (*PLAIN, *MADE))  # and never made
 QUANTIZED = (*MADE, *IN_FILES)
@@ -97,3 +103,47 @@ def of_codes(kind: str, bits: int) -> str | None:
     """The storage of compressed-tensors' codes of this type, float or int, and of so many bits."""
     rows = STORAGES.items()
     return next((n for n, row in rows if (row.codes[0], row.bits) == (kind, bits)), None)
+
+
+class Storage(NamedTuple):
+    """How a base stores its weights: the dtype that is computed in, the quantization of its linears
+    if there is one, and the reason for the choice.
+    """
+
+    dtype: torch.dtype
+    quantization: str | None = None  # one of QUANTIZED
+    why: str = ""
+
+    @property
+    def name(self) -> str:
+        """The storage as `choose_storage` takes it."""
+        return self.quantization or PLAIN_OF.get(str(self.dtype), PLAIN[-1])
+
+
+def check_storage(name: str) -> None:
+    """Raise LorafoldError unless it is auto or a row of STORAGES."""
+    if name not in ("auto", *PLAIN, *QUANTIZED):
+        raise LorafoldError(
+            f"storage {name}: unknown; expected auto, {', '.join(PLAIN)}, {' or '.join(MADE)}, or"
+            f" {' or '.join(IN_FILES)} where its files are stored so"
+        )
+
+
+def choose_storage(base: str, device: torch.device | str) -> Storage:
+    """Return the storage for a base of auto or a row of STORAGES on this device, with the reason as
+    a line to print. Raises LorafoldError for other names.
+
+    auto is bf16 if the device multiplies it natively, else fp32, since emulated bf16 is slower than
+    fp32. Quantized weights are dequantized to the dtype that auto would choose.
+    """
+    import torch
+
+    check_storage(base)
+    dtypes = {name: getattr(torch, STORAGES[name].dtype) for name in PLAIN}
+    native, why = native_bf16(torch.device(device))
+    best = "bf16" if native else "fp32"
+    if base in QUANTIZED:
+        return Storage(dtypes[best], base, f"{base}, computed in {best}: {why}")
+    if base == "auto":
+        return Storage(dtypes[best], None, f"{best}: {why}")
+    return Storage(dtypes[base], None, f"{base}: as asked" + f"; {why}" * (base == "bf16"))

@@ -1,5 +1,5 @@
-"""Tokenizers of adapters: the model's tokenizer with new tokens or another chat template, saved
-with the adapter.
+"""Tokenizers of models, and of adapters: the model's tokenizer with new tokens or another chat
+template, saved with the adapter.
 
     words = add_words(tokenizer, ["<|user|>", "<|im_end|>"])        the id of each word; new words
                                                                     become special tokens
@@ -17,16 +17,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafold.errors import LorafoldError, listed, why_unread
+from lorafold.errors import LorafoldError, NoTokenizer, listed, why_unread
 from lorafold.files.contents import Contents
-from lorafold.models.built_in_templates import NONE, TOOLS, joined, with_tools
-from lorafold.models.loading import read_tokenizer
-from lorafold.models.sources import ModelSource
+from lorafold.models.load_errors import loading
+from lorafold.models.sources import ModelSource, resolve_model
+from lorafold.models.templates import NONE, TOOLS, joined, with_tools
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CONFIG = "tokenizer_config.json"
 # files that a tokenizer may have written, besides vocabularies whose names depend on its class
 FILES = (
     "added_tokens.json",
@@ -34,8 +33,16 @@ FILES = (
     "chat_template.json",
     "special_tokens_map.json",
     "tokenizer.json",
-    CONFIG,
+    "tokenizer_config.json",
 )
+# the files of a tokenizer, except vocabularies whose names depend on its class
+TOKENIZER_FILES = (*FILES, "additional_chat_templates/*", "chat_template.*", "config.json")
+# one of these contains the vocabulary, unless the tokenizer needs none
+VOCABULARIES = (
+    *("tokenizer.json", "tokenizer.*.json", "tekken.json", "*.model", "*.tiktoken", "*.spm"),
+    *("*.bpe", "vocab*", "merges.txt"),
+)
+CONFIG = "tokenizer_config.json"
 TEMPLATES = "additional_chat_templates"
 BUILT_IN = {NONE: joined, TOOLS: with_tools}  # chat templates by the names that recipes have
 
@@ -153,6 +160,52 @@ def tokenizer_of(source: ModelSource, own: Sequence[Path]) -> PreTrainedTokenize
                     " together"
                 )
     return last
+
+
+def load_tokenizer(
+    source: ModelSource | str | Path, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer.
+
+    Raises LorafoldError as `load_model` does, and NoTokenizer if the model has no tokenizer.
+
+    Args:
+        source: The model, or its name.
+        revision: A branch, tag or commit of a hub model.
+        trust_remote_code: Run the code in the model's directory.
+    """
+    source = resolve_model(source, revision, trust_remote_code)
+    return read_tokenizer(source, f"model {source.name}")
+
+
+def read_tokenizer(source: ModelSource, what: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a directory.
+
+    Raises NoTokenizer if there is no vocabulary (depending on the class, transformers would make an
+    empty tokenizer or fail), and LorafoldError if a file is damaged or can't be loaded.
+
+    Args:
+        source: The directory.
+        what: The name of the tokenizer's owner in messages, such as "model gpt2".
+    """
+    source.intact(*TOKENIZER_FILES)
+    has_words = any(any(source.path.glob(pattern)) for pattern in VOCABULARIES)
+    missing = NoTokenizer(f"{what}: it has no tokenizer (found no file with a vocabulary)")
+    try:
+        with loading(what):
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(
+                source.path, trust_remote_code=source.trust_remote_code
+            )
+    except LorafoldError as error:
+        raise error if has_words else missing from error
+    names = list((getattr(tokenizer, "vocab_files_names", None) or {}).values())
+    if names and not has_words:
+        raise missing
+    if others := [name for name in names if name not in TOKENIZER_FILES]:
+        source.intact(*others)
+    return tokenizer
 
 
 def write_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:

@@ -1,17 +1,25 @@
-"""Named tensors of a model or of safetensors files, read only when they are asked for.
+"""Named tensors of a model or of safetensors files, read only when they are asked for, and files
+that are written one tensor at a time.
 
     weights.shape(name)           no data is read
     weights.at(name, where)       some elements, where (n, rank)  ->  (n,)
     weights.get(name)             the whole tensor
+
+    8 bytes: the header's length, little-endian | the header, JSON | the tensors' bytes, in order
+
+`safetensors.torch.save_file` needs all tensors of a file in memory at once; merging needs only one.
+Tensors are read through safetensors and stay memory-mapped: they take no memory of their own.
 """
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,9 +27,9 @@ from torch import Tensor, nn
 
 from lorafold.core.attach import base_state
 from lorafold.errors import LorafoldError, listed
+from lorafold.files.atomic import read_object
 from lorafold.files.header import places
 from lorafold.files.paths import beside
-from lorafold.files.record import read_object
 
 # by their names in safetensors
 DTYPES = {
@@ -30,6 +38,7 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
 }  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARDS = "model-*-of-*.safetensors"
@@ -40,15 +49,14 @@ MODEL_FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
 )
+BLOCK = 1 << 23  # bytes copied at a time
+ALIGNMENT = 8  # of the first tensor, so that readers can map it
 
 
 class Weights(ABC):
-    """Abstract: named tensors that can be read in part."""
+    """Abstract: named tensors that can be read in part; `names` has their names."""
 
-    @property
-    @abstractmethod
-    def names(self) -> Iterable[str]:
-        """The names of the tensors."""
+    names: Collection[str]
 
     @abstractmethod
     def shape(self, name: str) -> tuple[int, ...]:
@@ -86,16 +94,57 @@ class Weights(ABC):
 
 
 class InMemory(Weights):
-    """Abstract: tensors that are in memory."""
+    """Tensors that are in memory, of any shape, by name."""
 
-    @property
-    @abstractmethod
-    def tensors(self) -> Mapping[str, Tensor]:
-        """The tensors, of any shape, by name."""
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = tensors
+        self.names = tensors.keys()
 
-    @property
-    def names(self) -> Iterable[str]:
-        return self.tensors.keys()
+    @classmethod
+    def of_model(cls, model: nn.Module) -> InMemory:
+        """The floating-point base weights of a model, without its adapters. Quantized weights, and
+        those on the meta device, count as absent.
+        """
+        state = base_state(model)
+        own = [
+            name
+            for named in (model.named_parameters, model.named_buffers)
+            for name, _ in named(remove_duplicate=False)
+        ]
+        found = {k: state[k] for k in own if k in state}
+        return cls({
+            k: t
+            for k, t in found.items()
+            if t.is_floating_point() and t.itemsize > 1 and not t.is_meta
+        })  # fmt: skip
+
+    @classmethod
+    def read(cls, content: bytearray, path: Path) -> InMemory:
+        """The tensors of a safetensors file that was read into memory, which they share: `load` of
+        safetensors copies it all, and no other thread runs meanwhile. They must not be written to.
+        Raises LorafoldError for one that can't be read.
+
+        Args:
+            content: the bytes of the file.
+            path: where they are from, for the message.
+        """
+        try:
+            found = places(content)
+        except LorafoldError as e:
+            raise unreadable(path, e) from None
+        return cls({
+            name: torch.frombuffer(
+                content, dtype=DTYPES[place.dtype], count=prod(place.shape), offset=place.start
+            ).view(place.shape)
+            if place.stop > place.start
+            else torch.empty(place.shape, dtype=DTYPES[place.dtype])
+            for name, place in found.items()
+        })  # fmt: skip
+
+    def with_others(self, hidden: Collection[str], others: Mapping[str, Tensor]) -> InMemory:
+        """The same without the `hidden` ones, and with others, of any shape, by name."""
+        found = {name: t for name, t in self.tensors.items() if name not in hidden}
+        return InMemory(found | dict(others))
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.tensors[name].shape)
@@ -111,62 +160,6 @@ class InMemory(Weights):
         return self.tensors[name]
 
 
-class ModelWeights(InMemory):
-    """The floating-point base weights of a model, without its adapters. Quantized weights, and
-    those on the meta device, count as absent.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        state = base_state(model)
-        own = [
-            name
-            for named in (model.named_parameters, model.named_buffers)
-            for name, _ in named(remove_duplicate=False)
-        ]
-        self._tensors = {
-            k: state[k]
-            for k in own
-            if k in state and self._counts(state[k])
-        }
-
-    @staticmethod
-    def _counts(tensor: Tensor) -> bool:  # of any shape
-        return tensor.is_floating_point() and tensor.itemsize > 1 and not tensor.is_meta
-
-    @property
-    def tensors(self) -> Mapping[str, Tensor]:
-        return self._tensors
-
-
-class LoadedWeights(InMemory):
-    """The tensors of a safetensors file that was read into memory, which they share: `load` of
-    safetensors copies it all, and no other thread runs meanwhile. They must not be written to.
-    Raises LorafoldError for one that can't be read.
-
-    Args:
-        content: the bytes of the file.
-        path: where they are from, for the message.
-    """
-
-    def __init__(self, content: bytearray, path: Path) -> None:
-        try:
-            found = places(content)
-        except LorafoldError as e:
-            raise unreadable(path, e) from None
-        self._tensors = {
-            name: torch.frombuffer(
-                content, dtype=DTYPES[place.dtype], count=prod(place.shape), offset=place.start
-            ).view(place.shape)
-            if place.stop > place.start
-            else torch.empty(place.shape, dtype=DTYPES[place.dtype])
-            for name, place in found.items()
-        }
-
-    @property
-    def tensors(self) -> Mapping[str, Tensor]:
-        return self._tensors
-
-
 class FileWeights(Weights):
     """The tensors of safetensors files, which are mapped into memory, or if not `mapped` read anew
     for each tensor. Raises LorafoldError for a file that can't be read.
@@ -180,10 +173,7 @@ class FileWeights(Weights):
             except (OSError, SafetensorError) as e:
                 raise unreadable(path, e) from None
             self._file.update(dict.fromkeys(file.keys(), file))
-
-    @property
-    def names(self) -> Iterable[str]:
-        return self._file.keys()
+        self.names = self._file.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._file[name].get_slice(name).get_shape())
@@ -245,3 +235,151 @@ def model_files(directory: Path) -> list[Path]:
     raise LorafoldError(
         f"{directory}: found neither {SINGLE} nor {INDEX}{beside}, expected one of them"
     )
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: its name and dtype as the file writes them, its shape, and the offset
+    and number of its bytes.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    size: int
+
+    def shaped(self, shape: tuple[int, ...]) -> Entry:
+        """Return the entry of a tensor of another shape and the same dtype."""
+        return (
+            self
+            if shape == self.shape
+            else replace(self, shape=shape, size=self.size // prod(self.shape) * prod(shape))
+        )
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor to be written, of which the values are got when its turn comes."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    get: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Container:
+    """A safetensors file: its tensors by name, in the order of their bytes, and its metadata."""
+
+    entries: dict[str, Entry]
+    metadata: dict[str, str]
+
+
+def read_container(path: Path) -> Container:
+    """Read the header of a file. Raises LorafoldError if it is not a complete safetensors file."""
+    try:
+        with safe_open(path, framework="pt"):  # checks the header and the length
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (OSError, SafetensorError) as e:
+        raise LorafoldError(
+            f"{path}: expected a safetensors file, but it can't be read as one: {e}"
+        ) from None
+    metadata = header.pop("__metadata__", {})
+    offsets = {name: about["data_offsets"] for name, about in header.items()}
+    entries = {}
+    for name, (start, end) in sorted(offsets.items(), key=lambda item: item[1][0]):
+        dtype, shape = header[name]["dtype"], tuple(header[name]["shape"])
+        entries[name] = Entry(name, dtype, shape, path, 8 + length + start, end - start)
+    return Container(entries, metadata)
+
+
+def read_tensors(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
+    """Return tensors of any shapes, by name, mapped from the file. They must not be written to."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in names}
+
+
+def write_container(
+    path: Path,
+    layout: Sequence[tuple[str, Entry]],
+    metadata: dict[str, str],
+    changed: Callable[[str], Tensor | None],
+    written: Callable[[str, int], None],
+) -> None:
+    """Write a safetensors file whose tensors are those of other files or have new values.
+
+    Raises LorafoldError if a file that is copied from ends early.
+
+    Args:
+        path: The file to write.
+        layout: (name, entry) pairs in the order of their bytes. Each tensor has its entry's dtype
+            and shape, and its bytes unless it is changed.
+        metadata: Free text for the header.
+        changed: Gives the new values of a name, of its entry's shape, or None to copy the bytes.
+        written: Is called with the name and the number of bytes after each tensor.
+    """
+    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    at = 0
+    for name, entry in layout:
+        header[name] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": [at, at + entry.size],
+        }
+        at += entry.size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    with path.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for name, entry in layout:
+            values = changed(name)
+            if values is None:
+                _copy_bytes(entry, out)
+            else:
+                out.write(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            written(name, entry.size)
+
+
+def check_finite(name: str, t: Tensor) -> Tensor:
+    """A tensor of any shape. Raises LorafoldError, which names it, if it has NaN or infinity."""
+    counts = t.is_floating_point() and t.itemsize > 1 and t.numel()
+    if counts and not torch.stack(torch.aminmax(t.detach())).isfinite().all():
+        raise LorafoldError(f"found NaN or infinity in {name}, expected finite numbers")
+    return t
+
+
+def write_pieces(path: Path, pieces: Mapping[str, Piece]) -> None:
+    """Write a safetensors file of which one tensor is in memory at a time. Raises LorafoldError if
+    one is not finite.
+
+    Args:
+        path: The file to write.
+        pieces: By name.
+    """
+    entries = [
+        (name, Entry(name, NAMES[p.dtype], p.shape, path, 0, prod(p.shape) * p.dtype.itemsize))
+        for name, p in pieces.items()
+    ]
+
+    def got(name: str) -> Tensor:
+        return check_finite(name, pieces[name].get().cpu())
+
+    write_container(path, entries, {}, got, lambda *_: None)
+
+
+def _copy_bytes(entry: Entry, out: BinaryIO) -> None:
+    left = entry.size
+    with entry.file.open("rb") as source:
+        source.seek(entry.offset)
+        while left:
+            block = source.read(min(left, BLOCK))
+            if not block:
+                raise LorafoldError(
+                    f"{entry.file}: ends inside the tensor {entry.name}, so it was cut short"
+                )
+            out.write(block)
+            left -= len(block)

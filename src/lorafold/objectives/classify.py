@@ -38,7 +38,7 @@ from lorafold.models.classifier import (
 )
 from lorafold.objectives.objective import Asked, Objective, Packing
 from lorafold.opening import Base
-from lorafold.opening.kinds import known_classes
+from lorafold.opening.base import known_classes
 from lorafold.step.branches import branching
 from lorafold.step.classification import Classification
 from lorafold.step.losses import Loss

@@ -21,12 +21,12 @@ from lorafold.errors import LorafoldError
 from lorafold.evaluation import Measured
 from lorafold.evaluation.scoring import reward_figures, scores_of
 from lorafold.files.card import REWARD
-from lorafold.models.classifier import load_reward_model, padding_id
+from lorafold.models.classifier import load_classifier, padding_id
 from lorafold.objectives.classify import class_loss, head_to_save
 from lorafold.objectives.objective import Asked
 from lorafold.objectives.preference import Comparing
 from lorafold.opening import Base
-from lorafold.opening.kinds import LANGUAGE_MODEL, REWARD_MODEL, kind_of, known_classes
+from lorafold.opening.base import LANGUAGE_MODEL, REWARD_MODEL, kind_of, known_classes
 from lorafold.step.preference_laws import Reward, Scored
 from lorafold.step.preferences import Preferences
 
@@ -56,7 +56,7 @@ class RewardModel(Comparing):
         self, base: Base, tokenizer: PreTrainedTokenizerBase, seed: int = 0
     ) -> PreTrainedModel:
         pad = padding_id(tokenizer)
-        return load_reward_model(base.source, pad, base.held, base.where, seed=seed)
+        return load_classifier(base.source, (REWARD,), pad, base.held, base.where, seed=seed)
 
     def traced(self, model: Any, inputs: Mapping[str, Tensor], labelled: int) -> Tensor:
         return class_loss(model, inputs)

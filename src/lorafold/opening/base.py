@@ -1,4 +1,4 @@
-"""A base model: which files it is read from, and how."""
+"""A base model: which files it is read from, and how; and what it is with its adapters."""
 
 from __future__ import annotations
 
@@ -11,23 +11,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from lorafold.data.control_tokens import allow
-from lorafold.errors import LorafoldError, shortened
+from lorafold.errors import LorafoldError, listed, shortened
 from lorafold.identity import of_model
 from lorafold.machine.devices import choose_device, native_bf16
-from lorafold.models.configuration import configuration
-from lorafold.models.loading import load_model
+from lorafold.models.classifier import outputs_of_model
+from lorafold.models.loading import default_storage, load_model, weights_of
 from lorafold.models.positions import Positions, positions_in
-from lorafold.models.sources import ModelSource, resolve_model
-from lorafold.models.storage import (
-    Storage,
-    check_storage,
-    choose_storage,
-    default_storage,
-    weights_of,
-)
-from lorafold.models.storages import MADE, PLAIN, STORAGES
+from lorafold.models.sources import ModelSource, configuration, resolve_model
+from lorafold.models.storages import MADE, PLAIN, STORAGES, Storage, check_storage, choose_storage
 from lorafold.models.tokenizer import tokenizer_of
-from lorafold.peft.own_base import OwnBase
+from lorafold.peft.provenance import OwnBase
 from lorafold.peft.saved import Saved, trained_on
 from lorafold.peft.tokens import all_of
 
@@ -36,6 +29,8 @@ if TYPE_CHECKING:
 
     from lorafold.models.checkpoint import MappedModel
     from lorafold.models.weights import Weights
+
+LANGUAGE_MODEL, REWARD_MODEL = "a language model", "a reward model"
 
 
 @dataclass(frozen=True)
@@ -175,7 +170,7 @@ class Base:
         """Its weights as the files have them, of which nothing is read yet, before it is loaded;
         None if they are quantized there.
         """
-        from lorafold.models.originals import original_weights
+        from lorafold.models.checkpoint import original_weights
 
         quantized = self.source.config().get("quantization_config")
         return None if quantized else original_weights(self.source)
@@ -183,3 +178,43 @@ class Base:
     def weights(self) -> Weights | None:
         """The original weights, if those in memory are quantized and the files have others."""
         return weights_of(self.source, self.held)
+
+
+def known_classes(base: Base, adapters: Sequence[Saved]) -> tuple[str, ...] | None:
+    """The classes of the adapters, or else of the model, or None if neither has classes.
+
+    Raises LorafoldError if the adapters' classes differ.
+    """
+    found = {str(one): classes for one in adapters if (classes := one.classes)}
+    if len(set(found.values())) > 1:
+        raise LorafoldError(
+            "adapters: expected the same classes in all of them, found "
+            + "; ".join(f"{', '.join(classes)} in {name}" for name, classes in found.items())
+        )
+    if found:
+        return next(iter(found.values()))
+    outputs = outputs_of_model(base.source)
+    return outputs if outputs and len(outputs) > 1 else None
+
+
+def kind_of(base: Base, adapters: Sequence[Saved]) -> str:
+    """In words: a language model, a reward model, or a classifier of its classes. Raises
+    LorafoldError as `known_classes` does.
+    """
+    if classes := known_classes(base, adapters):
+        return f"a classifier of {listed(classes, room=60)}"
+    scores = any(one.scores for one in adapters) or len(outputs_of_model(base.source) or ()) == 1
+    return REWARD_MODEL if scores else LANGUAGE_MODEL
+
+
+def check_language_model(base: Base, adapters: Sequence[Saved], advice: str = "") -> None:
+    """Raise LorafoldError unless the adapters are those of a language model.
+
+    Args:
+        advice: What to do instead, for the message.
+    """
+    if (kind := kind_of(base, adapters)) != LANGUAGE_MODEL:
+        raise LorafoldError(
+            f"{listed(adapters)}: found {kind}, expected an adapter of a language"
+            f" model{advice}"
+        )

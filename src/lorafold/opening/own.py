@@ -22,7 +22,7 @@ from lorafold.models import fingerprint
 from lorafold.models.sources import HUB_ID, ModelSource, gguf_at
 from lorafold.models.weights import FileWeights, model_files
 from lorafold.opening.base import Base
-from lorafold.peft.own_base import ALLOWED, OwnBase
+from lorafold.peft.provenance import ALLOWED, OwnBase
 from lorafold.peft.saved import Saved
 
 if TYPE_CHECKING:

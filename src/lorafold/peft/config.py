@@ -8,21 +8,23 @@ the adapter computes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 from torch import nn
 
 from lorafold.core.spec import Spec
-from lorafold.errors import LorafoldError, as_one
+from lorafold.errors import LorafoldError, as_one, listed, shortened
+from lorafold.files.paths import beside
 from lorafold.methods.parts.extras import Bias
+from lorafold.methods.parts.token_rows import TokenRows
 from lorafold.models.sources import called
 from lorafold.peft.derived import PREFIX
-from lorafold.peft.form import Form
+from lorafold.peft.form import Form, renamed_patterns
 from lorafold.peft.format import Field, Method, Regex, Site
-from lorafold.peft.parameters import renamed_patterns
 from lorafold.peft.selection import Patterns, Selection, saved_leaves, task_of
-from lorafold.peft.table import methods
+from lorafold.peft.table import METHODS, more_methods
 from lorafold.peft.tokens import INDICES, Ids, describe
 
 CONFIG = "adapter_config.json"
@@ -36,17 +38,11 @@ def as_tuple(value: Any) -> tuple[Any, ...]:
 
 
 def as_patterns(value: str | list[str] | None) -> Patterns:
-    """A regular expression as it is, or names as a tuple."""
-    return value if isinstance(value, str) else as_tuple(value)
-
-
-def as_targets(value: str | list[str]) -> Patterns:
-    """Patterns, or the preset all-linear in whatever case PEFT has it."""
-    return (
-        value.lower()
-        if isinstance(value, str) and value.lower() == "all-linear"
-        else as_patterns(value)
-    )
+    """Names as a tuple, or a regular expression as it is; the preset all-linear may have any case.
+    """
+    if not isinstance(value, str):
+        return as_tuple(value)
+    return value.lower() if value.lower() == "all-linear" else value
 
 
 def as_ids(value: list[int] | dict[str, list[int]] | None) -> Ids:
@@ -59,7 +55,7 @@ def as_ids(value: list[int] | dict[str, list[int]] | None) -> Ids:
 
 
 SELECTION = (
-    Field("target_modules", "target_modules", Regex | list[str], None, from_file=as_targets),
+    Field("target_modules", "target_modules", Regex | list[str], None, from_file=as_patterns),
     Field("modules_to_save", "modules_to_save", list[Regex] | None, None, from_file=as_tuple),
     Field(
         "exclude_modules", "exclude_modules", Regex | list[str] | None, None, from_file=as_patterns
@@ -95,6 +91,24 @@ ABOUT = frozenset(
 SHARED = ABOUT | {BIAS.key, PARAMETERS.key} | {field.key for field in SELECTION}
 
 
+def no_adapter(path: Path) -> LorafoldError:
+    """The error for a path without an adapter's configuration: what is there instead, and what to
+    give.
+    """
+    if path.is_file():
+        own = (path.parent / CONFIG).is_file()
+        told = f"; it is a file, and its directory is {path.parent}" if own else "; it is a file"
+    elif not path.exists():
+        told = "; there is none on this machine" + beside(path)
+    elif inside := sorted(str(p.parent) for p in path.glob(f"*/{CONFIG}")):
+        told = f"; there is one in {listed(inside)}"
+    elif (path / "config.json").is_file():
+        told = f"; it is a model, which is given as --model {path}"
+    else:
+        told = ""
+    return LorafoldError(f"{path}: found no {CONFIG}, expected the directory of an adapter{told}")
+
+
 def write_config(
     model: nn.Module, spec: Spec, sites: Sequence[Site], selection: Selection, bias: Bias,
     form: Form,
@@ -117,12 +131,17 @@ def write_config(
             f"{method.spec.__name__}: {', '.join(taken)}: every config has a key of that name;"
             " rename the option"
         )
+    task, heads = task_of(model)
+    names = selection.modules_to_save
+    # without heads that the adapter does not hold, for which PEFT would look
+    if heads and {*saved_leaves(model, (*names, *heads))} != {*saved_leaves(model, names)}:
+        task = None
     config = method.config(spec, sites) | {
         "base_model_name_or_path": called(model) or None,
         "inference_mode": True,
-        "modules_to_save": list(selection.modules_to_save) or None,
+        "modules_to_save": list(names) or None,
         "revision": None,
-        "task_type": _task(model, selection),
+        "task_type": task,
     }
     if method.preset is None:
         targets = selection.target_modules
@@ -134,7 +153,11 @@ def write_config(
                 config[key] = renamed_patterns(values, form.parameters.items())
     if method.biases or bias != BIAS.default:
         config[BIAS.key] = bias
-    config |= describe(model, sites) | form.config
+    rows = [(s.path, s.delta) for s in sites if isinstance(s.delta, TokenRows)]
+    if own := {path: list(delta.ids) for path, delta in rows if delta.twin is None}:
+        config |= describe(model, own)
+    if form.dropout:
+        config["lora_dropout"] = 0.0
     return dict(sorted(config.items()))
 
 
@@ -161,7 +184,8 @@ def read_config(config: Mapping[str, Any]) -> tuple[Spec, Selection, Bias]:
     unknown = {
         k: v for k, v in sorted(config.items()) if k not in known and not is_neutral(k, v, method)
     }
-    problems += [f"{k}={_shown(v)} is not supported" for k, v in unknown.items()]
+    texts = {k: ANYTHING.dump_json(v).decode() for k, v in unknown.items()}
+    problems += [f"{k}={shortened(text, 80)} is not supported" for k, text in texts.items()]
     if problems or spec is None:
         raise LorafoldError(f"{CONFIG}: {as_one(problems)}")
     bias: Bias = shared.pop("bias")
@@ -171,9 +195,10 @@ def read_config(config: Mapping[str, Any]) -> tuple[Spec, Selection, Bias]:
 def method_of(config: Mapping[str, Any]) -> Method:
     """The row of the table that a config is read by. LorafoldError where there is none."""
     kind = config.get("peft_type")
-    of_kind = [m for m in methods() if m.peft_type == kind]
+    of_kind = [m for m in METHODS if m.peft_type == kind]
+    of_kind = of_kind or [m for m in more_methods() if m.peft_type == kind]
     if not of_kind:
-        expected = ", ".join(sorted({m.peft_type for m in methods()}))
+        expected = ", ".join(sorted({m.peft_type for m in (*METHODS, *more_methods())}))
         own = str(kind).removeprefix("DORA_").startswith(PREFIX)
         hint = "; the code that registers this method must be imported first" * own
         raise LorafoldError(
@@ -199,17 +224,3 @@ def is_neutral(key: str, value: Any, method: Method) -> bool:
         or value in ("", [], {})
         or (key in method.marks and value == method.marks[key])
     )
-
-
-def _task(model: nn.Module, selection: Selection) -> str | None:
-    """PEFT's task for the model, or None where PEFT would look for heads that this adapter does not
-    hold.
-    """
-    names, (task, heads) = selection.modules_to_save, task_of(model)
-    known = set(saved_leaves(model, (*names, *heads))) == set(saved_leaves(model, names))
-    return task if known else None
-
-
-def _shown(value: Any) -> str:
-    text = ANYTHING.dump_json(value).decode()
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -22,9 +22,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lorafold.models.weights import Weights
+from lorafold.models.weights import InMemory
 from lorafold.peft.format import Site
-from lorafold.peft.tokens import Completed
 
 CORES = (".hada_t1", ".hada_t2", ".lokr_t2")
 
@@ -101,8 +100,8 @@ def not_whole(w2: Tensor, site: Site, file: Mapping[str, Tensor]) -> str | None:
     )
 
 
-def in_matrix_form(file: Weights) -> Weights:
-    """The tensors of a file, with the Tucker cores multiplied into their factors."""
+def in_matrix_form(file: InMemory) -> InMemory:
+    """The tensors of a file with Tucker cores, which are multiplied into their factors."""
     hidden, made = set[str](), dict[str, Tensor]()
     for core in [name for name in file.names if name.endswith(CORES)]:
         stem = f"{core[:-2]}w{core[-1]}"
@@ -115,4 +114,4 @@ def in_matrix_form(file: Weights) -> Weights:
         hidden.update(names)
         made[names[1]] = a.t().float().contiguous()
         made[names[2]] = torch.einsum("ij...,jc->ic...", t, b).flatten(1).float().contiguous()
-    return Completed(file, hidden, made) if made else file
+    return file.with_others(hidden, made)

@@ -52,6 +52,7 @@ class Site:
     layer: The class of its `Base`, which knows how the module stores its matrix.
     target: The method adapts this module, so PEFT moves the module itself to `base_layer`.
     base: The base's weights.
+    at: The module's path in PEFT's names.
     wrappers: For the matrices of experts that PEFT adapts too, how many of its wrappers lie over
         theirs (`parameters`); None for all other sites.
     window: The size of a convolution's window; () for any other module.
@@ -63,31 +64,10 @@ class Site:
     layer: type[Base]
     target: bool
     base: Weights
+    at: str
     wrappers: int | None = None
     window: tuple[int, ...] = ()
     turned: bool = False
-
-    @property
-    def at(self) -> str:
-        """The module's path in PEFT's names."""
-        if self.wrappers is None:
-            return f"{ROOT}.{self.path}"
-        return f"{ROOT}.{self.path.rpartition('.')[0]}{'.base_layer' * self.wrappers}"
-
-    @property
-    def down(self) -> str:
-        """PEFT's name of the factor that meets the input."""
-        return "lora_B" if self.turned else "lora_A"
-
-    @property
-    def up(self) -> str:
-        """PEFT's name of the factor that gives the output."""
-        return "lora_A" if self.turned else "lora_B"
-
-    @property
-    def under(self) -> str:
-        """The path in PEFT's names of the module with the base's own weights."""
-        return f"{self.at}.base_layer" if self.target else self.at
 
     def own(self, name: str) -> Tensor | None:
         """Return the module's parameter of this name in the base, of any shape, or None."""
@@ -135,8 +115,8 @@ class Field:
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of a delta (a dotted name) and its key in the file, a template with the site's `at`,
-    `under`, `down` and `up`.
+    """A tensor of a delta (a dotted name) and its key in the file, a template with the site's `at`
+    and `under`, the path in PEFT's names of the module with the base's own weights.
 
     `to_file` and `from_file` convert between the delta's tensor and the file's. If the shape
     depends on the file and not on the spec, `misfit` returns what is wrong with a tensor of the
@@ -149,20 +129,14 @@ class Entry:
     from_file: Callable[[Tensor, Site], Tensor] = unchanged
     misfit: Callable[[Tensor, Site, Mapping[str, Tensor]], str | None] | None = None
 
-    def key(self, site: Site) -> str:
-        """Return the tensor's key in the file."""
-        return self.template.format(at=site.at, under=site.under, down=site.down, up=site.up)
 
-
-# the entries of a delta at a module whose `Base` is of this class
-Entries = Callable[[Delta, type[Base]], list[Entry]]
+Entries = Callable[[Site], list[Entry]]  # those of the site's delta
 
 
 def named(**templates: str) -> Entries:
     """Describe a delta whose entries are the same at every module: templates by tensor name."""
-    return lambda delta, layer: [
-        Entry(attribute, template) for attribute, template in templates.items()
-    ]
+    entries = [Entry(attribute, template) for attribute, template in templates.items()]
+    return lambda site: entries
 
 
 @dataclass(frozen=True)
@@ -197,11 +171,7 @@ class Method:
 
     def holds(self, spec: Spec) -> bool:
         """Tell whether this is the description of the spec's method."""
-        return (
-            type(spec) is self.spec
-            if self.outer is None
-            else type(spec) is self.outer and type(self.inner(spec)) is self.spec
-        )
+        return type(spec) is (self.outer or self.spec) and type(self.inner(spec)) is self.spec
 
     def inner(self, spec: Spec) -> Spec:
         """Return the spec with the fields: the spec itself, or the one that `outer` combines with.
@@ -210,7 +180,8 @@ class Method:
 
     def config(self, spec: Spec, sites: Sequence[Site]) -> dict[str, Any]:
         """Return the config of an adapter with this spec at these sites."""
-        mapped = {f.key: f.to_file(getattr(self.inner(spec), f.attribute)) for f in self.fields}
+        own = self.inner(spec)
+        mapped = {f.key: f.to_file(getattr(own, f.attribute)) for f in self.fields}
         return {"peft_type": self.peft_type, **mapped, **self.marks, **self.derived(sites)}
 
     def read(self, config: Mapping[str, Any]) -> tuple[Spec | None, list[str]]:

@@ -23,10 +23,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lorafold.bases.convolution import Convolution
 from lorafold.bases.dense import Conv1D
 from lorafold.core.delta import Delta
-from lorafold.core.layer import Base
 from lorafold.errors import LorafoldError
 from lorafold.methods.adalora import AdaLoRA, AdaLoRADelta
 from lorafold.methods.inits import OffsetDelta, OLoRA, PiSSA
@@ -38,34 +36,26 @@ from lorafold.peft.format import Entries, Entry, Field, Method, Regex, Site, as_
 
 def flat_a(a: Tensor, site: Site) -> Tensor:
     """A (E r, in) of all experts as PEFT has it, from A (E, r, in), or where it is turned PEFT's B
-    (in, r E); any other A as it is.
+    (in, r E).
     """
-    if site.wrappers is None:
-        return a
     return _beside(a.mT) if site.turned else a.flatten(0, 1)
 
 
 def flat_b(b: Tensor, site: Site) -> Tensor:
     """B (out, r E) of all experts as PEFT has it, from B (E, out, r), or where it is turned PEFT's
-    A (E r, out); any other B as it is.
+    A (E r, out).
     """
-    if site.wrappers is None:
-        return b
     return b.mT.flatten(0, 1) if site.turned else _beside(b)
 
 
 def stacked_a(a: Tensor, site: Site) -> Tensor:
     """The reverse of `flat_a`: A (E, r, in)."""
-    if site.wrappers is None:
-        return a
     shape = site.delta.A.shape
     return _apart(a, shape[0]).mT.contiguous() if site.turned else a.view(shape)  # type: ignore
 
 
 def stacked_b(b: Tensor, site: Site) -> Tensor:
     """The reverse of `flat_b`: B (E, out, r)."""
-    if site.wrappers is None:
-        return b
     experts = len(site.delta.B)  # type: ignore[arg-type]
     if site.turned:
         return b.unflatten(0, (experts, -1)).mT.contiguous()
@@ -166,21 +156,20 @@ LORA = Method(
 )  # fmt: skip
 
 
-def lora(delta: Delta, layer: type[Base]) -> list[Entry]:
-    """Describe the factors of LoRA, which have other keys at an embedding, and are kernels at a
-    convolution.
+def lora(site: Site) -> list[Entry]:
+    """Describe the factors of LoRA, which have other keys at an embedding, are kernels at a
+    convolution, and of all experts are one matrix.
     """
-    if layer.takes_ids:
+    if site.layer.takes_ids:
         return [Entry("A", "{at}.lora_embedding_A"), Entry("B", "{at}.lora_embedding_B")]
-    if issubclass(layer, Convolution):
-        return [
-            Entry("A", "{at}.lora_A.weight", as_kernel, flat, not_down),
-            Entry("B", "{at}.lora_B.weight", as_points, flat),
-        ]
-    return [
-        Entry("A", "{at}.{down}.weight", flat_a, stacked_a),
-        Entry("B", "{at}.{up}.weight", flat_b, stacked_b),
-    ]
+    down, up = "{at}.lora_A.weight", "{at}.lora_B.weight"
+    if site.window:
+        return [Entry("A", down, as_kernel, flat, not_down), Entry("B", up, as_points, flat)]
+    if site.wrappers is None:
+        return [Entry("A", down), Entry("B", up)]
+    if site.turned:
+        down, up = up, down
+    return [Entry("A", down, flat_a, stacked_a), Entry("B", up, flat_b, stacked_b)]
 
 
 def from_weight(spec: type[PiSSA] | type[OLoRA]) -> Method:
@@ -198,9 +187,9 @@ def from_weight(spec: type[PiSSA] | type[OLoRA]) -> Method:
     )  # fmt: skip
 
 
-def offset(delta: Delta, layer: type[Base]) -> list[Entry]:
+def offset(site: Site) -> list[Entry]:
     """Describe an offset from initial factors as the factors of one LoRA of twice the rank."""
-    a, b = lora(delta, layer)
+    a, b = lora(site)
 
     def up(_: Tensor, site: Site) -> Tensor:  # (*matrices, out, 2 r)
         delta: Any = site.delta
@@ -263,11 +252,11 @@ ADALORA = Method(
 )
 
 
-def adalora(delta: Delta, layer: type[Base]) -> list[Entry]:
+def adalora(site: Site) -> list[Entry]:
     """Describe the triplets of AdaLoRA that are kept; those of experts are all there, since each
     expert keeps others.
     """
-    if delta.kept.dim() > 1:  # type: ignore[operator]
+    if site.delta.kept.dim() > 1:  # type: ignore[operator]
         return [
             Entry("P", "{at}.lora_B"), Entry("E", "{at}.lora_E"), Entry("Q", "{at}.lora_A"),
             Entry("kept", "{at}.lora_kept"),
@@ -297,14 +286,14 @@ VERA = Method(
 )  # fmt: skip
 
 
-def vera(delta: Delta, layer: type[Base]) -> list[Entry]:
+def vera(site: Site) -> list[Entry]:
     """Describe VeRA's vectors and, if they are saved, its shared projections."""
     own = [Entry("b", "{at}.vera_lambda_b"), Entry("d", "{at}.vera_lambda_d")]
     shared = [
         Entry("projections.A", "base_model.vera_A"),
         Entry("projections.B", "base_model.vera_B"),
     ]
-    return own + shared * delta.projections.saved  # type: ignore[operator, union-attr]
+    return own + shared * site.delta.projections.saved  # type: ignore[operator, union-attr]
 
 
 # the deltas that PEFT has for parameters too

@@ -1,27 +1,32 @@
-"""LoHa, LoKr and IA3 in PEFT's files, for `table.py`.
+"""LoHa, LoKr, IA3, prompt and prefix tuning in PEFT's files, for `table.py`.
 
     LoHa    r, alpha                        hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b
     LoKr    r, alpha, decompose_factor ...  lokr_w1 or lokr_w1_a and lokr_w1_b, lokr_w2 likewise
     IA3     feedforward_modules             ia3_l, (out, 1), or (1, in) for feedforward modules
+
+Prompt and prefix tuning have one tensor, `prompt_embeddings`: (n, d), or (n, 2 L Hk D) with a
+virtual token's keys and values of all layers in order. There are no target modules. A prefix that
+PEFT trained through a projection is stored as the projection's output, so it is read like any
+other.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from lorafold.bases.convolution import Convolution
 from lorafold.core.delta import Delta
-from lorafold.core.layer import Base
 from lorafold.methods.ia3 import IA3, IA3Delta
 from lorafold.methods.loha import LoHa, LoHaDelta
 from lorafold.methods.lokr import LoKr, LoKrDelta
+from lorafold.methods.prefix import Prefix, PrefixDelta
+from lorafold.methods.prompt import Prompt, PromptDelta
 from lorafold.peft.convolution import all_flat, as_channels, flat, not_whole, whole
-from lorafold.peft.format import Entries, Entry, Field, Method, Regex, Site
+from lorafold.peft.format import Entries, Entry, Field, Method, Regex, Site, named
 from lorafold.peft.rows_lora import fan_in_fan_out, number
 
 # keys for convolutions, whose tensors say it too, for the initialization, and for dropouts that act
@@ -48,19 +53,36 @@ LOKR = Method(
     irrelevant=LYCORIS_IRRELEVANT,
     biases=False,
 )  # fmt: skip
+PROMPT_INITS = {"vocabulary": "SAMPLE_VOCAB", "random": "RANDOM"}
+# keys for encoder-decoders, for the initialization, and sizes that follow from the tensor
+IRRELEVANT = frozenset(
+    {
+        "encoder_hidden_size",
+        "init_weights",
+        "num_attention_heads",
+        "num_layers",
+        "num_transformer_submodules",
+        "prefix_projection",
+        "prompt_tuning_init",
+        "prompt_tuning_init_text",
+        "token_dim",
+        "tokenizer_kwargs",
+        "tokenizer_name_or_path",
+    }
+)
 
 
 def prefixed(prefix: str) -> Entries:
     """Describe a delta whose keys are its parameters' names with a prefix."""
-    return lambda delta, layer: [
-        Entry(name, f"{{at}}.{prefix}_{name}") for name, _ in delta.named_parameters()
+    return lambda site: [
+        Entry(name, f"{{at}}.{prefix}_{name}") for name, _ in site.delta.named_parameters()
     ]
 
 
-def lokr(delta: Delta, layer: type[Base]) -> list[Entry]:
+def lokr(site: Site) -> list[Entry]:
     """Describe the factors of LoKr; at a convolution a whole D is a kernel."""
-    entries = prefixed("lokr")(delta, layer)
-    if not issubclass(layer, Convolution):
+    entries = prefixed("lokr")(site)
+    if not site.window:
         return entries
     return [
         replace(e, to_file=whole, from_file=flat, misfit=not_whole) if e.attribute == "w2" else e
@@ -102,13 +124,13 @@ IA3_ROW = Method(
 )
 
 
-def ia3(delta: Delta, layer: type[Base]) -> list[Entry]:
+def ia3(site: Site) -> list[Entry]:
     """Describe IA3's vector, which PEFT stores as a matrix, or in the form of an output; those of
     experts are a matrix already.
     """
-    if issubclass(layer, Convolution):
+    if site.window:
         return [Entry("l", "{at}.ia3_l", as_channels, all_flat)]
-    if delta.l.dim() > 1:  # type: ignore[operator]
+    if site.delta.l.dim() > 1:  # type: ignore[operator]
         return [Entry("l", "{at}.ia3_l")]
 
     def to_file(v: Tensor, site: Site) -> Tensor:
@@ -119,8 +141,83 @@ def ia3(delta: Delta, layer: type[Base]) -> list[Entry]:
 
 METHODS = (LOHA, LOKR, IA3_ROW)
 
+
+def delta_of(sites: Sequence[Site]) -> Any:
+    """Return the delta that has the prompt or the prefix."""
+    return next(site.delta for site in sites if isinstance(site.delta, PrefixDelta | PromptDelta))
+
+
+def of_prompt(sites: Sequence[Site]) -> Mapping[str, Any]:
+    """Return the sizes that PEFT's config of a prompt has."""
+    delta: PromptDelta = delta_of(sites)
+    width = delta.embeddings.shape[1]
+    return {
+        "token_dim": width,
+        "num_layers": len(delta.layers),
+        "num_attention_heads": 1,
+        "num_transformer_submodules": 1,
+    }
+
+
+def of_prefix(sites: Sequence[Site]) -> Mapping[str, Any]:
+    """Return the sizes that PEFT's config of a prefix has."""
+    delta: PrefixDelta = delta_of(sites)
+    heads, size = delta.shape
+    return {
+        "token_dim": heads * size,
+        "num_layers": len(delta.layers),
+        "num_attention_heads": heads,
+        "num_transformer_submodules": 1,
+        "encoder_hidden_size": heads * size,
+        "prefix_projection": False,
+    }
+
+
+def read_as_random(_: Any) -> str:
+    """Return the initialization that is fastest, since the file's values replace it."""
+    return "random"
+
+
+TOKENS = Field("num_virtual_tokens", "tokens", int, None)
+
+VIRTUAL: tuple[Method, ...] = (
+    Method(
+        Prompt,
+        "PROMPT_TUNING",
+        (
+            TOKENS,
+            Field(
+                "prompt_tuning_init",
+                "init",
+                str,
+                "RANDOM",
+                PROMPT_INITS.__getitem__,
+                read_as_random,
+            ),
+        ),
+        irrelevant=IRRELEVANT,
+        derived=of_prompt,
+        biases=False,
+        preset=Prompt.targets,
+    ),
+    Method(
+        Prefix,
+        "PREFIX_TUNING",
+        (
+            TOKENS,
+            Field("init_weights", "init", str | None, None, lambda init: None, read_as_random),
+        ),
+        irrelevant=IRRELEVANT,
+        derived=of_prefix,
+        biases=False,
+        preset=Prefix.targets,
+    ),
+)
+
 TENSORS: dict[type[Delta], Entries] = {
     LoHaDelta: prefixed("hada"),
     LoKrDelta: lokr,
     IA3Delta: ia3,
+    PromptDelta: named(embeddings="prompt_embeddings"),
+    PrefixDelta: named(prefix="prompt_embeddings"),
 }

@@ -1,12 +1,20 @@
-"""A saved adapter as one value: its directory is opened and verified once, and below that it
-travels, not its path.
+"""Adapters as directories in PEFT's format, read and written.
 
-    saved = Saved.open("adapter")
-    saved.spec     saved.record     saved.over     saved.own_base     saved.own_tokenizer
+    adapter_config.json            method, targets, bias, modules to save
+    adapter_model.safetensors      fp32, under PEFT's names: base_model.model.<module
+                                   path>.lora_A.weight ...
+    lorafold.json                  the base's fingerprint, what it lies over, how it was made
+    README.md                      the model card
+    tokenizer.json ...             the tokenizer, if the adapter has one of its own
 
+A directory is opened and verified once, as a `Saved`; below that the value travels, not its path.
 Reading is strict: if anything in a directory is not understood, missing or left over, an error
 lists all of it and the model stays unchanged. Directories written by PEFT are read in the same way
-(they have no record, and so no fingerprint).
+(they have no record, and so no fingerprint). `table.py` says what each method looks like in these
+files.
+
+Where the model is a part of the one that other programs load, files have the module paths of the
+whole (`models.architecture`). Files that have the part's own paths are read too.
 """
 
 from __future__ import annotations
@@ -14,39 +22,57 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
+from safetensors.torch import save_file
 from torch import nn
 
+from lorafold.core.anatomy import Anatomy
 from lorafold.core.attach import Origin
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError, as_one
-from lorafold.files.card import CLASSES, REWARD
+from lorafold.files.atomic import atomic_directory, write_json
+from lorafold.files.card import CARD, CLASSES, OVER, REWARD, VOCABULARY, Beside, training_card
 from lorafold.files.contents import Contents
-from lorafold.files.record import RECORD, named_as_now
+from lorafold.files.record import BASE, RECORD, named_as_now
 from lorafold.methods.parts.extras import Bias
-from lorafold.models.fingerprint import Fingerprint
+from lorafold.methods.parts.replace import ReplaceDelta
+from lorafold.models import fingerprint
+from lorafold.models.architecture import opened_by_name, whole_of
+from lorafold.models.classifier import new_heads
 from lorafold.models.storages import PLAIN
 from lorafold.models.tokenizer import has_tokenizer
-from lorafold.models.weights import LoadedWeights, Weights
+from lorafold.models.weights import InMemory, Weights
 from lorafold.peft import tokens
-from lorafold.peft.absent import no_adapter
-from lorafold.peft.checks import misfit, stray
-from lorafold.peft.config import CONFIG, WEIGHTS, read_config
-from lorafold.peft.convolution import in_matrix_form
-from lorafold.peft.form import with_dropout
-from lorafold.peft.own_base import OwnBase, TrainedOn
-from lorafold.peft.parameters import check_fused
-from lorafold.peft.selection import Selection
-from lorafold.peft.stack import digest_of, parse
-from lorafold.peft.tensors import Parts, saved_tensors
+from lorafold.peft.config import CONFIG, WEIGHTS, no_adapter, read_config, write_config
+from lorafold.peft.convolution import CORES, in_matrix_form
+from lorafold.peft.form import DROPOUT, check_fused, form_of, tell, with_dropout
+from lorafold.peft.format import ROOT
+from lorafold.peft.provenance import OwnBase, TrainedOn, digest_of, parse
+from lorafold.peft.selection import Selection, buffers_beneath, describe
+from lorafold.peft.tensors import Parts, misfit, not_finite, saved_tensors, sites_of, stray
 
 FILES = (CONFIG, WEIGHTS, RECORD)
 HEADS = (".score.weight", ".classifier.weight")  # in the files of PEFT's classifiers
+START = f"{ROOT}."
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What of a model an adapter changes, and how: its method, the adapted modules by the pattern
+    with which the user selected them, the biases that train too, and the names with which the user
+    selected modules to train whole.
+    """
+
+    spec: Spec
+    matches: Matches
+    bias: Bias = "none"
+    modules_to_save: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,7 +83,7 @@ class Saved:
     spec: Spec
     bias: Bias
     selection: Selection
-    weights: Weights
+    weights: InMemory
     own_base: OwnBase  # what it says of the base that it was trained on
     over: tuple[Origin, ...]  # what it was trained over
     record: Mapping[str, Any]  # how it was made; empty if PEFT wrote it
@@ -112,11 +138,6 @@ class Saved:
         return named_as_now(self.record.get("recipe") or {})
 
     @property
-    def fingerprint(self) -> Fingerprint:
-        """That of its base; empty if it has no record."""
-        return self.own_base.fingerprint
-
-    @property
     def classes(self) -> tuple[str, ...] | None:
         """The classes of a classifier's adapter, in the order of their numbers, else None."""
         found = self.record.get(CLASSES)
@@ -138,16 +159,24 @@ class Saved:
         heads = [name for name in self.weights.names if name.endswith(HEADS)]
         return bool(heads) and self.weights.shape(heads[0])[0] == 1
 
+    def within(self, model: nn.Module) -> Saved:
+        """Return the adapter with the module paths that this model has."""
+        modules = {path for path, _ in Anatomy.of(model).modules}
+        own = [name.removeprefix(START) for name in self.weights.names if name.startswith(START)]
+        roots = {".".join(path.split(".")[:2]) for path in own}
+        whole = None if roots <= modules else whole_of(model)
+        if whole is None:
+            return self
+        names = {old: renamed(old, whole.inward) for old in self.weights.names}
+        moved = {new: self.weights.get(old) for old, new in names.items() if new != old}
+        hidden = {old for old, new in names.items() if new != old}
+        weights = self.weights.with_others(hidden, moved)
+        return replace(self, selection=self.selection.under(whole.paths), weights=weights)
+
     def targets(self, model: nn.Module) -> Matches:
         """Return the modules of this model to adapt."""
         check_fused(model, self.weights.names)
         return self.selection.targets(model)
-
-    def spec_in(self, model: nn.Module) -> Spec:
-        """Return the spec for this model, whose ranks and alphas PEFT looks up by other paths where
-        it adapts a module's weight as a parameter.
-        """
-        return self.selection.spec_in(model, self.spec)
 
     def beside(self, model: nn.Module) -> dict[str, Any]:
         """Return the arguments of `attach` for this model besides the spec and the tokens."""
@@ -161,6 +190,8 @@ class Saved:
         """Return the ids of the tokens whose vectors the adapter has, by module path, and the
         adapter with exactly these vectors among its weights.
         """
+        if not self.selection.tokens:
+            return {}, self
         resolved = tokens.resolve(model, self.selection.tokens)
         ids, weights = tokens.completed(model, resolved, self.weights, base)
         return ids, replace(self, weights=weights)
@@ -185,7 +216,7 @@ class Saved:
             targets: The paths of the adapted modules.
             problems: Lines to begin the list of errors with.
         """
-        expected = saved_tensors(model, parts, targets, base)
+        expected = saved_tensors(sites_of(model, parts, targets, base))
         found = set(self.weights.names)
         loaded = {key: self.weights.get(key) for key in sorted(found & expected.keys())}
         wrong = list(problems)
@@ -198,6 +229,79 @@ class Saved:
             raise LorafoldError(as_one(wrong))
         for key, saved in expected.items():
             saved.assign(saved.entry.from_file(loaded[key], saved.site))
+
+
+def write(
+    path: str | Path,
+    model: nn.Module,
+    chosen: Chosen,
+    parts: Parts,
+    base: Weights,
+    beside: Beside,
+) -> Path:
+    """Write the directory, completely or not at all.
+
+    Raises LorafoldError if the path exists and may not be replaced, if PEFT's format can't express
+    the adapter, or if a value is not finite.
+
+    Args:
+        path: The directory to write.
+        model: The model that the adapter is attached to.
+        parts: The adapter's deltas by module path.
+    """
+    spec, matches = chosen.spec, chosen.matches
+    targets = matches.paths
+    replaced = [
+        p for p, deltas in parts.items() if any(isinstance(d, ReplaceDelta) for d in deltas)
+    ]
+    saved = [p for p in replaced if p not in targets]
+    form, whole = form_of(model, spec, targets), whole_of(model)
+    named = whole.outward if whole else str
+    of_parameters = {named(p): named(parameter) for p, parameter in form.parameters.items()}
+    selection = describe(
+        whole.model if whole else model, [named(p) for p in targets if p],
+        tuple(matches.by_pattern), [*map(named, saved)], chosen.modules_to_save,
+        replace(form, parameters=of_parameters),
+    )  # fmt: skip
+    sites = sites_of(model, parts, targets, base)
+    config = write_config(model, spec, sites, selection, chosen.bias, form)
+    found = {key: one.encoded().contiguous().cpu() for key, one in saved_tensors(sites).items()}
+    # PEFT reads all that a module which it saves whole has
+    names = selection.modules_to_save
+    buffers = buffers_beneath(model, names) if names else {}
+    found |= {
+        key: buffer.contiguous().cpu()
+        for name, buffer in buffers.items()
+        if (key := f"{START}{name}") not in found
+    }
+    tensors = {renamed(key, whole.outward): t for key, t in found.items()} if whole else found
+    if wrong := [text for key, t in tensors.items() if (text := not_finite(key, t))]:
+        raise LorafoldError(f"{path} was not written: {as_one(wrong)}")
+    record = {k: v for k, v in beside.record.items() if k != DROPOUT}
+    if form.dropout:
+        record[DROPOUT] = form.dropout
+    beneath = new_heads(model) if OVER in record else ()  # replaced there
+    known = record.get(BASE) or fingerprint.of(base, [*replaced, *beneath])
+    about = {**record, "lorafold": version("lorafold"), BASE: known}
+    shown = {k: v for k, v in record.items() if k in (OVER, VOCABULARY)} | {
+        "recipe": {"method": type(spec).__name__, **vars(spec)}
+    }
+    card = beside.card or training_card(
+        config["base_model_name_or_path"] or "",
+        shown,
+        {},
+        opened_by=opened_by_name(model),
+        in_peft=form.in_peft,
+    )
+    with atomic_directory(path, beside.overwrite) as directory:
+        save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+        write_json(directory / CONFIG, config)
+        write_json(directory / RECORD, about)
+        if beside.tokenizer is not None:
+            beside.tokenizer.save_pretrained(directory)
+        (directory / CARD).write_text(card, encoding="utf-8")
+    tell(form, path)
+    return Path(path)
 
 
 def open_all(paths: Sequence[str | Path]) -> tuple[Saved, ...]:
@@ -231,6 +335,11 @@ def trained_on(adapters: Sequence[Saved | OwnBase]) -> TrainedOn | None:
     return TrainedOn(storages.pop(), dtypes.pop() if len(dtypes) == 1 else None)
 
 
+def renamed(key: str, path: Callable[[str], str]) -> str:
+    """The key of a tensor in a file, with the module path in it as `path` gives it."""
+    return START + path(key.removeprefix(START)) if key.startswith(START) else key
+
+
 def _attempt(problems: list[str], do: Callable[[], T]) -> T | None:
     try:
         return do()
@@ -239,9 +348,10 @@ def _attempt(problems: list[str], do: Callable[[], T]) -> T | None:
         return None
 
 
-def _weights(contents: Contents) -> Weights:
+def _weights(contents: Contents) -> InMemory:
     if WEIGHTS in contents.files:
-        return in_matrix_form(LoadedWeights(contents.files[WEIGHTS], contents.path / WEIGHTS))
+        file = InMemory.read(contents.files[WEIGHTS], contents.path / WEIGHTS)
+        return in_matrix_form(file) if any(n.endswith(CORES) for n in file.names) else file
     pickles = sorted(p.name for p in contents.path.glob("adapter_model.*"))
     reason = (
         f"found {', '.join(pickles)}, which could run code when read; convert it to safetensors"

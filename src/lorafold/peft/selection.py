@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,8 +26,7 @@ from lorafold.core.matrices import Matrices, module_at
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches, match
 from lorafold.errors import LorafoldError, listed
-from lorafold.peft.form import Form
-from lorafold.peft.parameters import renamed_patterns, selected, shortest
+from lorafold.peft.form import Form, renamed_patterns, selected, shortest
 from lorafold.peft.tokens import Ids
 
 Patterns = str | tuple[str, ...]
@@ -63,28 +63,29 @@ class Selection:
         """
         if self.preset is not None:
             return match(model, self.preset, is_linear)
+        asked = self.target_modules
         modules = {
             p: m
             for p, m in Anatomy.of(model).modules
-            if p and (self.experts or not isinstance(m, Matrices)) and not self._excluded(p)
+            if p and (self.experts or not isinstance(m, Matrices))
         }
-        if self.target_modules == "all-linear":
+        if self.exclude_modules or self.modules_to_save:
+            modules = {p: m for p, m in modules.items() if not self._excluded(p)}
+        if asked == "all-linear":
             head = getattr(model, "get_output_embeddings", lambda: None)()
-            found = {
-                "all-linear": tuple(p for p, m in modules.items() if is_linear(m) and m is not head)
-            }
-        elif isinstance(self.target_modules, str):
-            found = {
-                self.target_modules: tuple(p for p in modules if _matches(self.target_modules, p))
-            }
+            found = {asked: tuple(p for p, m in modules.items() if is_linear(m) and m is not head)}
+        elif isinstance(asked, str):
+            found = {asked: tuple(p for p in modules if _matches(asked, p))}
         else:
-            inside = [p for p in modules if self._in_layers(p)]
-            first = {
-                p: next((t for t in self.target_modules if _matches((t,), p)), None) for p in inside
-            }
-            found = {t: tuple(p for p in inside if first[p] == t) for t in self.target_modules}
-        for name, sites in selected(model, self.target_parameters).items():
-            found[name] = tuple(dict.fromkeys((*found.get(name, ()), *sites)))
+            hits: dict[str, list[str]] = {pattern: [] for pattern in asked}
+            for p in filter(self._in_layers, modules) if self.layers_to_transform else modules:
+                first = next((t for t in asked if p == t or p.endswith(f".{t}")), None)
+                if first is not None:
+                    hits[first].append(p)
+            found = {pattern: tuple(paths) for pattern, paths in hits.items()}
+        if self.target_parameters:
+            for name, sites in selected(model, self.target_parameters).items():
+                found[name] = tuple(dict.fromkeys((*found.get(name, ()), *sites)))
         if not any(found.values()):
             named = {"target_modules": self.target_modules} if self.target_modules else {}
             named |= {"target_parameters": self.target_parameters} if self.target_parameters else {}
@@ -96,10 +97,10 @@ class Selection:
         """Return the spec that gives each site the rank and alpha that PEFT gives it in this model:
         it looks those of a module's weight up by the path of the weight.
         """
+        if not self.target_parameters:
+            return spec
         sites = [p for hits in selected(model, self.target_parameters).values() for p in hits]
         pairs = [(f"{p}.weight", p) for p in sites if not isinstance(module_at(model, p), Matrices)]
-        if not pairs:
-            return spec
         ranks, alphas = (
             renamed_patterns(values, pairs)
             for values in (spec.rank_pattern, spec.alpha_pattern)  # type: ignore[attr-defined]
@@ -141,8 +142,6 @@ class Selection:
         )
 
     def _in_layers(self, path: str) -> bool:
-        if not self.layers_to_transform:
-            return True
         heads = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in self.layers_pattern] or [
             r".*?\.[^.]*\.(\d+)\."
         ]
@@ -169,14 +168,11 @@ def describe(
         names: The names with which the user selected those.
         form: The form of the files.
     """
-    whole = next(
-        (
-            s
-            for s in (_with_heads(model, names), tuple(names), _ends(saved), tuple(saved))
-            if set(saved_leaves(model, s)) == set(saved)
-        ),
-        None,
-    )
+    whole: tuple[str, ...] | None = ()
+    if saved or names:
+        tried = (_with_heads(model, names), tuple(names), _ends(saved), tuple(saved))
+        same = (s for s in tried if set(saved_leaves(model, s)) == set(saved))
+        whole = next(same, None)
     if whole is None:
         extra = sorted(set(saved_leaves(model, saved)) - set(saved))
         raise LorafoldError(
@@ -184,7 +180,8 @@ def describe(
             f" {listed(extra)}; save these too"
         )
     like = Selection((), whole, experts=not form.method.of_peft)
-    parameters = shortest(model, form.parameters.values())
+    chosen = form.parameters.values()
+    parameters = shortest(model, chosen) if chosen else ()
     modules = [path for path in targets if path not in form.parameters]
     if not modules:
         return replace(like, target_parameters=parameters)
@@ -195,8 +192,9 @@ def describe(
             candidates.insert(1, patterns[0])
     for candidate in candidates:
         selection = replace(like, target_modules=candidate)
-        if _selects(selection, model, modules):
-            return replace(selection, target_parameters=parameters)
+        with suppress(LorafoldError):
+            if set(selection.targets(model).paths) == set(modules):
+                return replace(selection, target_parameters=parameters)
     raise LorafoldError(
         "PEFT's format can't name the target modules of this model without others: one path is the"
         " end of another"
@@ -241,19 +239,12 @@ def buffers_beneath(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]
     PEFT finds for these `modules_to_save`, and of those below.
     """
     roots = tuple(f"{path}." for path in Selection((), tuple(names)).saved(model).paths)
-    state = base_state(model) if roots else {}
+    state = base_state(model)
     return {
         name: buffer
         for name, buffer in model.named_buffers()
         if name.startswith(roots) and name in state and buffer.is_floating_point()
     }
-
-
-def _selects(selection: Selection, model: nn.Module, targets: Sequence[str]) -> bool:
-    try:
-        return set(selection.targets(model).paths) == set(targets)
-    except LorafoldError:
-        return False
 
 
 def _ends(paths: Iterable[str]) -> tuple[str, ...]:

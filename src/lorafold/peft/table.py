@@ -13,23 +13,20 @@ its code (`derived.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from lorafold.bases.convolution import Convolution
 from lorafold.core.delta import Delta
-from lorafold.core.layer import Base
-from lorafold.errors import LorafoldError
 from lorafold.methods.dora import DoRA, DoRADelta
 from lorafold.methods.ia3 import IA3
 from lorafold.methods.parts.bias import BiasDelta
 from lorafold.methods.parts.replace import ReplaceDelta
 from lorafold.methods.parts.token_rows import EmbeddingRows, HeadRows
-from lorafold.peft import derived, rows_lora, rows_others, rows_own, rows_virtual
+from lorafold.peft import derived, rows_lora, rows_others
 from lorafold.peft.convolution import all_flat, as_channels
 from lorafold.peft.format import Entries, Entry, Method, Site
 from lorafold.peft.tokens import ROWS
@@ -65,26 +62,25 @@ OF_PEFT = (*PLAIN, *(dora_over(method) for method in PLAIN if method.spec is not
 METHODS: tuple[Method, ...] = (
     *OF_PEFT,
     *(over_experts(method) for method in OF_PEFT if method.of_peft),
-    *rows_virtual.METHODS,
-    *rows_own.METHODS,
+    *rows_others.VIRTUAL,
+    *derived.OWN,
 )
 
 
-def methods() -> Iterator[Method]:
-    """Yield every row: those written out, and then those of the other registered methods."""
-    yield from METHODS
+def more_methods() -> tuple[Method, ...]:
+    """The rows of the other registered methods, which are not written out."""
     more = derived.methods({method.spec for method in METHODS} | {DoRA})
-    yield from (*more, *map(dora_over, more))
+    return (*more, *map(dora_over, more))
 
 
-def dora(delta: Delta, layer: type[Base]) -> list[Entry]:
+def dora(site: Site) -> list[Entry]:
     """The tensors of DoRA: its magnitudes, and those of the delta that it lies over."""
     def of_inner(change: Callable[[Tensor, Site], Tensor]) -> Callable[[Tensor, Site], Tensor]:
         return lambda tensor, site: change(tensor, inside(site))
 
-    inner: Delta = delta.inner  # type: ignore[assignment]
-    entries = TENSORS.get(type(inner), derived.entries)(inner, layer)
-    of_channels = (as_channels, all_flat) if issubclass(layer, Convolution) else ()
+    within = inside(site)
+    entries = TENSORS.get(type(within.delta), derived.entries)(within)
+    of_channels = (as_channels, all_flat) if site.window else ()
     return [Entry("magnitude", "{at}.lora_magnitude_vector", *of_channels)] + [
         Entry(f"inner.{e.attribute}", e.template, of_inner(e.to_file), of_inner(e.from_file))
         for e in entries
@@ -113,43 +109,24 @@ def unlike_base(name: str, found: Tensor, site: Site, file: Mapping[str, Tensor]
     return f"a buffer that differs from this base's, of shape {list(own.shape)}"
 
 
-def token_rows(delta: Delta, layer: type[Base]) -> list[Entry]:
+def token_rows(site: Site) -> list[Entry]:
     """The token rows of an embedding or head; tied ones are in the file once."""
-    return [Entry("rows", f"{{at}}.{ROWS}")] * (delta.twin is None)
+    return [Entry("rows", f"{{at}}.{ROWS}")] * (site.delta.twin is None)
 
 
 TENSORS: dict[type[Delta], Entries] = {
     **rows_lora.TENSORS,
     **rows_others.TENSORS,
-    **rows_virtual.TENSORS,
-    **rows_own.TENSORS,
+    **derived.TENSORS,
     DoRADelta: dora,
     # the file holds the bias itself
-    BiasDelta: lambda delta, layer: [Entry("offset", "{under}.bias", with_bias, without_bias)],
-    ReplaceDelta: lambda delta, layer: [
+    BiasDelta: lambda site: [Entry("offset", "{under}.bias", with_bias, without_bias)],
+    ReplaceDelta: lambda site: [
         Entry(n, f"{{at}}.{own}", misfit=None if n in trained else partial(unlike_base, own))
-        for trained in [dict(delta.named_parameters())]
-        for n in delta.state_dict()
+        for trained in [dict(site.delta.named_parameters())]
+        for n in site.delta.state_dict()
         for own in [n.removeprefix("copy.")]
     ],
     EmbeddingRows: token_rows,
     HeadRows: token_rows,
 }
-
-
-def entries_of(site: Site) -> list[Entry]:
-    """The tensors of one delta in the file.
-
-    LorafoldError for a delta with a tensor that the format has no place for.
-    """
-    entries = TENSORS.get(type(site.delta), derived.entries)(site.delta, site.layer)
-    if (
-        homeless := set(site.delta.state_dict())
-        - {e.attribute for e in entries}
-        - set(site.delta.run_names)
-    ):
-        raise LorafoldError(
-            f"{site.path}: {type(site.delta).__name__} has no place in PEFT's format for"
-            f" {', '.join(sorted(homeless))}"
-        )
-    return entries

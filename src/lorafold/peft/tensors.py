@@ -1,39 +1,42 @@
-"""The tensors of an attached adapter, each with its key and form in PEFT's file."""
+"""The tensors of an attached adapter, each with its key and form in PEFT's file, and what is wrong
+with those of a file.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lorafold.bases import layer_class
 from lorafold.bases.convolution import Convolution
 from lorafold.core.delta import Delta
 from lorafold.core.matrices import module_at
+from lorafold.errors import LorafoldError
+from lorafold.models import fingerprint
 from lorafold.models.weights import Weights
-from lorafold.peft.format import Entry, Site
-from lorafold.peft.parameters import turned, wrappers_over
+from lorafold.peft import derived
+from lorafold.peft.form import turned, wrappers_over
+from lorafold.peft.format import ROOT, Entry, Site
 from lorafold.peft.rows_lora import WRAPPED
-from lorafold.peft.table import entries_of
+from lorafold.peft.table import TENSORS
+from lorafold.peft.tokens import plain as plainly
 
 Parts = Mapping[str, Sequence[Delta]]  # module path -> the deltas attached there
 
 
 @dataclass(frozen=True)
 class SavedTensor:
-    """A tensor of a delta, and the entry that describes it in the file."""
+    """A tensor of a delta, of any shape, and the entry that describes it in the file."""
 
     site: Site
     entry: Entry
-
-    @property
-    def own(self) -> Tensor:
-        """The delta's tensor, of any shape."""
-        path, _, name = self.entry.attribute.rpartition(".")
-        tensor: Tensor = getattr(self.site.delta.get_submodule(path), name)
-        return tensor
+    own: Tensor
 
     def encoded(self) -> Tensor:
         """Return the tensor, of any shape, as the file stores it: in fp32, or as integers."""
@@ -55,23 +58,29 @@ class SavedTensor:
         )
 
 
-def saved_tensors(
-    model: nn.Module, parts: Parts, targets: Sequence[str], base: Weights
-) -> dict[str, SavedTensor]:
-    """Return every tensor of the adapter by its key in the file; a tensor that deltas share has one
+def saved_tensors(sites: Iterable[Site]) -> dict[str, SavedTensor]:
+    """Return every tensor of the deltas by its key in the file; a tensor that deltas share has one
     key.
 
-    Args:
-        model, parts, targets, base: As `sites` takes them.
+    Raises LorafoldError for a delta with a tensor that the format has no place for.
     """
-    return {
-        entry.key(site): SavedTensor(site, entry)
-        for site in sites(model, parts, targets, base)
-        for entry in entries_of(site)
-    }
+    found = {}
+    for site in sites:
+        delta, entries = site.delta, TENSORS.get(type(site.delta), derived.entries)(site)
+        placed = {entry.attribute for entry in entries}
+        if homeless := delta.state_dict().keys() - placed - set(delta.run_names):
+            raise LorafoldError(
+                f"{site.path}: {type(delta).__name__} has no place in PEFT's format for"
+                f" {', '.join(sorted(homeless))}"
+            )
+        under = f"{site.at}.base_layer" if site.target else site.at
+        for entry in entries:
+            key = entry.template.format(at=site.at, under=under)
+            found[key] = SavedTensor(site, entry, attrgetter(entry.attribute)(delta))
+    return found
 
 
-def sites(model: nn.Module, parts: Parts, targets: Sequence[str], base: Weights) -> list[Site]:
+def sites_of(model: nn.Module, parts: Parts, targets: Sequence[str], base: Weights) -> list[Site]:
     """Return every delta of the adapter with its module.
 
     Args:
@@ -85,6 +94,82 @@ def sites(model: nn.Module, parts: Parts, targets: Sequence[str], base: Weights)
         window = module.kernel_size if issubclass(layer, Convolution) else ()
         for delta in deltas:
             wrappers = above.get(path) if isinstance(delta, WRAPPED) else None
-            exchanged = wrappers is not None and turned(module)
-            found.append(Site(path, delta, layer, path in aimed, base, wrappers, window, exchanged))
+            at, exchanged = f"{ROOT}.{path}", False
+            if wrappers is not None:
+                at = f"{ROOT}.{path.rpartition('.')[0]}{'.base_layer' * wrappers}"
+                exchanged = turned(module)
+            site = Site(path, delta, layer, path in aimed, base, at, wrappers, window, exchanged)
+            found.append(site)
     return found
+
+
+def misfit(
+    key: str, tensor: Tensor, saved: SavedTensor, file: Mapping[str, Tensor]
+) -> str | None:
+    """What is wrong with a tensor of the file, of any shape, or None.
+
+    Args:
+        key: Its key in the file.
+        saved: The adapter's own tensor of this key.
+        file: All tensors of the file that belong to the adapter.
+    """
+    if saved.entry.misfit is not None:
+        wrong = saved.entry.misfit(tensor, saved.site, file)
+        return not_finite(key, tensor) if wrong is None else f"{key}: {wrong}"
+    own = saved.encoded()
+    if tensor.shape != own.shape:
+        return f"{key}: shape {list(tensor.shape)}, expected {list(own.shape)}"
+    if tensor.dtype != own.dtype and not (tensor.is_floating_point() and own.is_floating_point()):
+        wanted = "a floating-point dtype" if own.is_floating_point() else own.dtype
+        return f"{key}: dtype {tensor.dtype}, expected {wanted}"
+    return not_finite(key, tensor)
+
+
+def not_finite(key: str, tensor: Tensor) -> str | None:
+    """What says that a tensor, of any shape, has values that are not finite, or None."""
+    if math.isfinite(tensor.detach().sum()):
+        return None
+    count = tensor.numel() - int(torch.isfinite(tensor).sum())
+    return f"{key}: {count} of {tensor.numel()} values are not finite" if count else None
+
+
+def stray(key: str, stored: Weights, base: Weights) -> str | None:
+    """What is wrong with a tensor that belongs to no delta, or None if it is a copy of a base
+    weight or of another tensor of the file, as PEFT saves some. What the adapter replaces whole may
+    end with other rows than the base's: a vocabulary's new ones begin at random.
+
+    Args:
+        key: Its key in the file.
+        stored: The tensors of the file.
+    """
+    tensor, plain = stored.get(key), key.replace(".modules_to_save.", ".")
+    if plain != key and plain in stored.names and torch.equal(tensor, stored.get(plain)):
+        return None
+    own = base.find(plainly(key).removeprefix(f"{ROOT}."))
+    if own is None or not tensor.is_floating_point():
+        return f"unknown key {key}"
+    replaced = key.replace(".original_module.", ".modules_to_save.")
+    whole = replaced != key and replaced in stored.names
+    rows = base.shape(own)[0]
+    if whole and len(tensor) > rows and base.shape(own)[1:] == tuple(tensor.shape[1:]):
+        return (
+            f"{key}: {len(tensor):,} rows, where this base has {rows:,}: it was trained over a base"
+            f" with rows for new tokens, which transformers' resize_token_embeddings({len(tensor)})"
+            " and save_pretrained make of this one"
+        )
+    if base.shape(own) != tuple(tensor.shape):
+        return (
+            f"{key}: a base weight of shape {list(tensor.shape)}, where this base has"
+            f" {list(base.shape(own))}"
+        )
+    return (
+        None
+        if fingerprint.same(tensor, base.get(own)) or (whole and _begins(tensor, base.get(own)))
+        else f"{key}: a base weight that differs from this base's"
+    )
+
+
+def _begins(tensor: Tensor, own: Tensor) -> bool:  # (rows, columns), both
+    """Whether most rows are the same, and those that differ are at the end."""
+    differs = (~fingerprint.equal(tensor, own).flatten(1).all(1)).nonzero().flatten().tolist()
+    return not differs or 2 * differs[0] > len(own)

@@ -13,7 +13,7 @@ the base's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
@@ -23,10 +23,9 @@ from torch import Tensor, nn
 from lorafold.bases import layer_class
 from lorafold.core.anatomy import Anatomy, sharers
 from lorafold.errors import LorafoldError, listed
-from lorafold.methods.parts.token_rows import TokenRows
 from lorafold.models import fingerprint
-from lorafold.models.weights import Weights
-from lorafold.peft.format import ROOT, Site
+from lorafold.models.weights import InMemory, Weights
+from lorafold.peft.format import ROOT
 
 INDICES = "trainable_token_indices"
 ROWS = "token_adapter.trainable_tokens_delta"
@@ -35,17 +34,10 @@ ByPath = Mapping[str, tuple[int, ...]]
 Ids = tuple[int, ...] | ByPath
 
 
-def describe(model: nn.Module, sites: Sequence[Site]) -> dict[str, Any]:
-    """Return the config's key for the token vectors at these sites: a list of ids if only the input
-    embedding has vectors of its own, else lists by module name.
+def describe(model: nn.Module, own: Mapping[str, list[int]]) -> dict[str, Any]:
+    """Return the config's key for token vectors of these ids, by module path: a list if only the
+    input embedding has vectors of its own, else lists by module name.
     """
-    own = {
-        site.path: list(site.delta.ids)
-        for site in sites
-        if isinstance(site.delta, TokenRows) and site.delta.twin is None
-    }
-    if not own:
-        return {}
     if [*own] == Anatomy.of(model).vocabulary_ends[:1]:
         return {INDICES: next(iter(own.values()))}
     return {INDICES: {_name(model, path): ids for path, ids in own.items()}}
@@ -61,9 +53,7 @@ def resolve(model: nn.Module, ids: Ids) -> ByPath:
     if not isinstance(ids, Mapping):
         # PEFT looks for embed_tokens if the model does not name its embedding
         embedding, *_ = *Anatomy.of(model).vocabulary_ends, "embed_tokens"
-        ids = {embedding: ids} if ids else {}
-    if not ids:
-        return {}
+        ids = {embedding: ids}
     paths = [path for path, _ in Anatomy.of(model).modules if path]
     found = {name: [p for p in paths if p.endswith(name)] for name in ids}
     if missing := [name for name, hits in found.items() if not hits]:
@@ -71,43 +61,9 @@ def resolve(model: nn.Module, ids: Ids) -> ByPath:
     return {path: ids[name] for name, hits in found.items() for path in hits}
 
 
-class Completed(Weights):
-    """The tensors of a file without the `hidden` ones, and with token vectors that were joined from
-    several tensors.
-    """
-
-    def __init__(self, file: Weights, hidden: set[str], rows: Mapping[str, Tensor]) -> None:
-        self._file, self._rows = file, rows
-        self._names = dict.fromkeys([*(n for n in file.names if n not in hidden), *rows])
-
-    @property
-    def names(self) -> Iterable[str]:
-        return self._names.keys()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._rows[name].shape) if name in self._rows else self._file.shape(name)
-
-    def is_floating(self, name: str) -> bool:
-        return (
-            self._rows[name].is_floating_point()
-            if name in self._rows
-            else self._file.is_floating(name)
-        )
-
-    def at(self, name: str, where: Tensor) -> Tensor:
-        return (
-            self._rows[name][tuple(where.unbind(1))]
-            if name in self._rows
-            else self._file.at(name, where)
-        )
-
-    def get(self, name: str) -> Tensor:
-        return self._rows[name] if name in self._rows else self._file.get(name)
-
-
 def completed(
-    model: nn.Module, ids: ByPath, file: Weights, base: Weights
-) -> tuple[ByPath, Weights]:
+    model: nn.Module, ids: ByPath, file: InMemory, base: Weights
+) -> tuple[ByPath, InMemory]:
     """Return the ids by module path and the file's tensors, with the token vectors of resized
     matrices added to both.
 
@@ -116,8 +72,6 @@ def completed(
         ids: The config's ids by module path.
         file: The tensors of the file.
     """
-    if not ids:
-        return {}, file
     found, hidden, rows = dict(ids), set[str](), dict[str, Tensor]()
     trained = {i for some in ids.values() for i in some}
     for path in dict.fromkeys([*ids, *Anatomy.of(model).vocabulary_ends]):
@@ -147,7 +101,7 @@ def completed(
         if more and owner is None and all(t.shape[1:] == file.shape(matrix)[1:] for t in given):
             found[path] = (*ids.get(path, ()), *more)
             rows[key] = torch.cat([t.float() for t in (*given, file.get(matrix)[more])])
-    return found, Completed(file, hidden, rows)
+    return found, file.with_others(hidden, rows)
 
 
 def _owner(model: nn.Module, path: str, ids: ByPath) -> str | None:

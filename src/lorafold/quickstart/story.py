@@ -28,8 +28,9 @@ from lorafold.kernels.table import TRAINING, use
 from lorafold.machine.cores import processor_name, usable_cores
 from lorafold.machine.devices import choose_device, gpus
 from lorafold.merging.run import Wanted, merge
-from lorafold.models.loading import load_model, load_tokenizer
-from lorafold.models.storage import Storage, choose_storage
+from lorafold.models.loading import load_model
+from lorafold.models.storages import Storage, choose_storage
+from lorafold.models.tokenizer import load_tokenizer
 from lorafold.opening import Base
 from lorafold.ops.arithmetic import widens
 from lorafold.peft.saved import open_all

@@ -16,9 +16,9 @@ from rich.console import Console
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.methods import known_options, make_spec
+from lorafold.models.loading import default_storage
 from lorafold.models.positions import Positions
 from lorafold.models.sources import ModelSource
-from lorafold.models.storage import default_storage
 from lorafold.models.storages import MADE, PLAIN, QUANTIZED
 from lorafold.objectives import OBJECTIVES
 from lorafold.opening import Base

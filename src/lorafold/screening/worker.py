@@ -23,8 +23,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lorafold.machine.cores import STACK, stacks
 from lorafold.machine.killable import packed, read
-from lorafold.machine.threads import STACK, stacks
 
 
 def as_message(message: Any) -> bytes:

@@ -22,14 +22,13 @@ from pathlib import Path
 from lorafold.core.attach import Origin
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import MANIFEST
-from lorafold.files.contents import Contents
-from lorafold.files.digests import FRESH, Marks
-from lorafold.identity.things import WORDS
+from lorafold.files.contents import FRESH, Contents, Marks
+from lorafold.identity import WORDS
 from lorafold.models.tokenizer import FILES as TOKENIZER
 from lorafold.models.tokenizer import TEMPLATES
 from lorafold.peft.config import CONFIG
+from lorafold.peft.provenance import beside
 from lorafold.peft.saved import FILES
-from lorafold.peft.stack import beside
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 MOST, PAGE = 4 << 30, 32 << 20  # bytes of one file of an adapter, and of its page

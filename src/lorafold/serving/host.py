@@ -27,7 +27,7 @@ from functools import partial
 from typing import TypeVar
 
 from lorafold.errors import LorafoldError, passes, place
-from lorafold.machine.threads import alone, stacks
+from lorafold.machine.cores import alone, stacks
 from lorafold.screening.screen import Screen
 from lorafold.serving.backend import NOT_FINITE, Backend, Ended, News, Request, guidance, while_open
 from lorafold.serving.body import Completing

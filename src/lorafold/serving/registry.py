@@ -36,8 +36,8 @@ from pydantic import Field
 
 from lorafold.errors import Busy, LorafoldError, cut, printable
 from lorafold.files.atomic import write_text
-from lorafold.machine.threads import alone
-from lorafold.peft.own_base import OwnBase
+from lorafold.machine.cores import alone
+from lorafold.peft.provenance import OwnBase
 from lorafold.serving.backend import Backend, Found
 from lorafold.serving.directory import NAME, Directory
 from lorafold.serving.keys import Caller

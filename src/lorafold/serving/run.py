@@ -29,12 +29,12 @@ from lorafold.core.anatomy import Anatomy
 from lorafold.data.control_tokens import allow
 from lorafold.errors import LorafoldError, listed
 from lorafold.identity import joined, of_code
-from lorafold.machine.collection import all_set_aside
 from lorafold.machine.memory import free_bytes
-from lorafold.models.storage import recorded_storage
-from lorafold.models.weights import ModelWeights
+from lorafold.machine.tuning import all_set_aside
+from lorafold.models.loading import recorded_storage
+from lorafold.models.weights import InMemory
 from lorafold.opening import Base
-from lorafold.peft.own_base import OwnBase
+from lorafold.peft.provenance import OwnBase
 from lorafold.screening.screen import Screen
 from lorafold.serving import logs
 from lorafold.serving.app import application, bounded
@@ -157,7 +157,7 @@ def server_of(
     plain = Chosen(name, None, renderers.base, identity)
     known_for = joined([identity, of_code(*ROOMS, packages=PACKAGES), *["any base"] * allowed])
     seen = Seen(state.with_name(f"{state.stem}-verified.json"), known_for)
-    metrics, weights = Metrics(), ModelWeights(model) if allowed else None
+    metrics, weights = Metrics(), InMemory.of_model(model) if allowed else None
     backend = InProcess(model, tokenizer, settings, metrics.restarts.inc, allowed)
     stored = (recorded_storage(model) or {}).get("storage", "auto")
     verifier = Verifier(directory, screen, renderers, seen, name, backend, weights, stored)

@@ -25,8 +25,7 @@ from lorafold.core.spec import Spec
 from lorafold.errors import STOPS, Busy, LorafoldError, cut, passes, place
 from lorafold.files.atomic import MANIFEST, write_text
 from lorafold.files.card import OVER, VOCABULARY
-from lorafold.files.contents import Contents
-from lorafold.files.digests import Marks
+from lorafold.files.contents import Contents, Marks
 from lorafold.files.record import RECORD, TRAINED_ON
 from lorafold.identity import joined
 from lorafold.methods import name_of
@@ -35,9 +34,8 @@ from lorafold.models.tokenizer import CONFIG as SETTINGS
 from lorafold.models.weights import Weights
 from lorafold.peft.config import CONFIG, WEIGHTS, read_config
 from lorafold.peft.form import DROPOUT
-from lorafold.peft.own_base import OwnBase, TrainedOn
+from lorafold.peft.provenance import OwnBase, TrainedOn, not_found, parse
 from lorafold.peft.saved import FILES
-from lorafold.peft.stack import not_found, parse
 from lorafold.screening.screen import Screen, Verified
 from lorafold.serving.backend import Backend, Found
 from lorafold.serving.directory import Directory

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lorafold.files.cache import cached
 from lorafold.machine.processes import Processes
-from lorafold.models.container import Piece
+from lorafold.models.weights import Piece
 
 
 class Replicated:

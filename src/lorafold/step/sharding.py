@@ -42,8 +42,8 @@ from lorafold.core.anatomy import Anatomy
 from lorafold.files.cache import cached, found_in_cache
 from lorafold.machine.memory import freed_blocks_returned
 from lorafold.machine.processes import Processes
-from lorafold.models.container import Piece
 from lorafold.models.loading import each_kept, loaded_in_turn
+from lorafold.models.weights import Piece
 from lorafold.step.reading import Reading
 from lorafold.step.replicated import Replicated
 from lorafold.step.shards import (

@@ -30,12 +30,11 @@ from lorafold.bases.bitsandbytes import quietly
 from lorafold.core.attach import base_state, selection_of
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError, as_one, listed
-from lorafold.files.atomic import atomic_directory, check_out, verify, write_json
-from lorafold.files.record import read_object
+from lorafold.files.atomic import atomic_directory, check_out, read_object, verify, write_json
 from lorafold.models.sources import called
-from lorafold.models.weights import SINGLE, ModelWeights
+from lorafold.models.weights import SINGLE, InMemory
+from lorafold.peft.provenance import mismatch, same
 from lorafold.peft.saved import Saved
-from lorafold.peft.stack import mismatch, same
 
 with quietly():  # transformers imports PEFT here, and that bitsandbytes
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -229,7 +228,7 @@ class AdapterCallback(TrainerCallback):
                 )
         saved = Saved.open(checkpoint / ADAPTER)
         model = self.adapter.model
-        wrong = saved.own_base.problems(ModelWeights(model), called(model))
+        wrong = saved.own_base.problems(InMemory.of_model(model), called(model))
         if not same(saved.over, self.adapter.over):
             wrong.append(mismatch(saved.over, self.adapter.over))
         about, spec = read_object(checkpoint / STATE / ABOUT), repr(self.adapter.spec)

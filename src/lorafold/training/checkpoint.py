@@ -34,7 +34,7 @@ from lorafold.files.atomic import (
     remove,
     verify,
 )
-from lorafold.models.container import Piece, write_pieces
+from lorafold.models.weights import Piece, write_pieces
 from lorafold.step.policy import StepRollouts
 
 PATIENCE = 3  # measures in a row without a better one

@@ -24,21 +24,18 @@ from torch.optim import Optimizer
 from lorafold.adapter import Adapter
 from lorafold.core.attach import base_state
 from lorafold.errors import LorafoldError, listed, shortened
-from lorafold.files.atomic import check_intact, remove
+from lorafold.files.atomic import check_intact, read_object, remove
 from lorafold.files.card import HELD_OUT, SAMPLES, STEPS, VOCABULARY, training_card
-from lorafold.files.record import RECORD, named_as_now, read_object
-from lorafold.files.shown import Shown
+from lorafold.files.page import Shown
+from lorafold.files.record import RECORD, named_as_now
 from lorafold.identity import of_adapter
 from lorafold.machine.memory import freed_blocks_returned, peak_bytes
 from lorafold.models.architecture import opened_by_name
-from lorafold.models.container import check_finite
-from lorafold.models.weights import FileWeights, ModelWeights, Weights, model_files
-from lorafold.peft.form import peft_reads
-from lorafold.peft.own_base import BASE_IDENTITY
-from lorafold.peft.paths import within
+from lorafold.models.weights import FileWeights, InMemory, Weights, check_finite, model_files
+from lorafold.peft.form import form_of
+from lorafold.peft.provenance import BASE_IDENTITY, parse, recorded
 from lorafold.peft.saved import Saved, open_all
-from lorafold.peft.stack import parse, recorded
-from lorafold.peft.tensors import saved_tensors
+from lorafold.peft.tensors import saved_tensors, sites_of
 from lorafold.recipe.fields import OF_METHOD
 from lorafold.recipe.recipe import Recipe
 from lorafold.step.optim import UP
@@ -215,7 +212,7 @@ def write_adapter(
         asdict(result) | result.pace | {"eval_loss": progress.evals.get(step)},
         whole=spec.trains_base,
         opened_by=opened_by_name(adapter.model),
-        in_peft=not spec.trains_base and peft_reads(adapter.model, spec, targets),
+        in_peft=not spec.trains_base and form_of(adapter.model, spec, targets).in_peft,
     )
     adapter.save(
         path,
@@ -293,12 +290,12 @@ def read_back(adapter: Adapter, path: Path, base: Weights | None) -> None:
         shared = state.keys() & {*whole.names}
         wrong = [key for key in shared if not whole.get(key).equal(state[key].cpu())]
     else:
-        base = base or ModelWeights(model)
-        _, saved = within(Saved.open(path), model).token_rows(model, base)
+        base = base or InMemory.of_model(model)
+        _, saved = Saved.open(path).within(model).token_rows(model, base)
         parts = {site: [*delta.parts()] for site, delta in adapter.deltas.items()}
         targets, names = adapter.matches.paths, set(saved.weights.names)
         wrong = [*set(targets).symmetric_difference(saved.targets(model).paths)]
-        for key, own in saved_tensors(model, parts, targets, base).items():
+        for key, own in saved_tensors(sites_of(model, parts, targets, base)).items():
             if key not in names or not saved.weights.get(key).equal(own.encoded().cpu()):
                 wrong.append(key)
     if wrong:

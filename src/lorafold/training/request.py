@@ -21,9 +21,9 @@ from lorafold.data.sources import Row
 from lorafold.data.stored import Rows
 from lorafold.data.stream import RowStream, StreamFeed
 from lorafold.data.templates import day_of
-from lorafold.files.digests import of_file
+from lorafold.files.contents import of_file
 from lorafold.identity import COMPUTED_WITH, TRAINING, of_code
-from lorafold.models.template_variables import set_variables
+from lorafold.models.templates import set_variables
 from lorafold.models.tokenizer import BUILT_IN, Words, add_words, set_template
 from lorafold.objectives import OBJECTIVES, check_shapes
 from lorafold.objectives.objective import Asked, Data, Objective, examples_of
@@ -146,7 +146,8 @@ def tokenizer_for(
     tokenizer = request.base.tokenizer(saved)
     if request.recipe.chat_template is not None:
         set_template(tokenizer, request.recipe.chat_template)
-    set_variables(tokenizer, request.recipe.template_kwargs)
+    if request.recipe.template_kwargs:
+        set_variables(tokenizer, request.recipe.template_kwargs)
     words = add_words(tokenizer, request.recipe.new_tokens)
     for notice in (str(words), objective.set_up(tokenizer)):
         if notice:

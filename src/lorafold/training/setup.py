@@ -38,9 +38,9 @@ from lorafold.models.positions import positions_of
 from lorafold.models.tokenizer import Words
 from lorafold.models.weights import Weights
 from lorafold.objectives.objective import Data, Objective, OnPolicy
-from lorafold.opening.kinds import check_language_model
+from lorafold.opening.base import check_language_model
+from lorafold.peft.provenance import mismatch, same
 from lorafold.peft.saved import Saved, open_all
-from lorafold.peft.stack import mismatch, same
 from lorafold.recipe.fields import OF_ADAPTER
 from lorafold.recipe.fitting import settled_base, spec_of, without
 from lorafold.step.activations import recompute

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lorafold.files.record import read_object
+from lorafold.files.atomic import read_object
 from lorafold.translating import llamafactory_preferences as preferences
 from lorafold.translating import llamafactory_readers as readers
 from lorafold.translating import trainer

@@ -11,8 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from lorafold.errors import LorafoldError
-from lorafold.files.atomic import write_text
-from lorafold.files.record import read_object
+from lorafold.files.atomic import read_object, write_text
 from lorafold.objectives import OBJECTIVES
 from lorafold.objectives.laws import chosen, law_of
 from lorafold.peft.config import CONFIG

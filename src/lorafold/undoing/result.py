@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from pydantic import TypeAdapter
 
 from lorafold.errors import LorafoldError
-from lorafold.files.shown import Shown
+from lorafold.files.page import Shown
 from lorafold.undoing.defences import Overlap
 from lorafold.undoing.measure import State
 

@@ -1,4 +1,5 @@
-"""The identity of a model, of an adapter and of a stack: every file that can change an answer.
+"""The identity of a model, of an adapter and of a stack, as one digest: every file that can change
+an answer; and that of code: the sources of the rooms that make a thing, and of the packages below.
 
 Files count by name and content, and neither where they are nor how they came there. What only tells
 of a thing, such as a card, is left out.
@@ -8,21 +9,31 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cache
 from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
-from lorafold.files.digests import of_file, of_files
-from lorafold.models.loading import TOKENIZER_FILES, VOCABULARIES
+from lorafold.files.contents import of_file, of_files
 from lorafold.models.sources import ModelSource
+from lorafold.models.tokenizer import TOKENIZER_FILES, VOCABULARIES
 from lorafold.models.weights import INDEX, MODEL_FILES, model_files
-from lorafold.peft.absent import no_adapter
-from lorafold.peft.config import CONFIG
+from lorafold.peft.config import CONFIG, no_adapter
 from lorafold.peft.saved import FILES, Saved
 
 WORDS = (*TOKENIZER_FILES, *VOCABULARIES)
 CODE = "**/*.py"
+ROOT = Path(__file__).parent
+SOURCES = (".py", ".cpp", ".h")
+# The rooms that train a model or measure one, with all that they import.
+TRAINING = (
+    *("adapter", "bases", "core", "data", "engine", "evaluation", "fold", "generation", "kernels"),
+    *("machine", "memory", "methods", "models", "objectives", "opening", "ops", "peft", "recipe"),
+    *("rewards", "step", "training"),
+)
+COMPUTED_WITH = ("torch", "transformers")
 
 
 def of_model(source: ModelSource) -> str:
@@ -87,3 +98,25 @@ def joined(identities: Sequence[str]) -> str:
     if len(identities) == 1:
         return identities[0]
     return sha256("\n".join(identities).encode()).hexdigest()
+
+
+@cache
+def of_code(*rooms: str, packages: tuple[str, ...] = ()) -> str:
+    """The SHA-256 of everything that is computed with: all sources in these rooms, in hexadecimal.
+
+    Args:
+        *rooms: packages or modules of lorafold, such as `data`.
+        packages: installed packages whose version matters, such as `torch`.
+    """
+    found = sha256()
+    for room in sorted(rooms):
+        there = ROOT / room
+        files = sorted(there.rglob("*")) if there.is_dir() else [there.with_suffix(".py")]
+        for file in files:
+            if file.suffix in SOURCES:
+                content = file.read_bytes()
+                found.update(f"{file.relative_to(ROOT).as_posix()} {len(content)}\n".encode())
+                found.update(content)
+    for package in sorted(packages):
+        found.update(f"{package} {version(package)}\n".encode())
+    return found.hexdigest()

@@ -1,19 +1,29 @@
-"""How a byte-level tokenizer splits text before it makes tokens, by the name of the rule in a GGUF
-file (`tokenizer.ggml.pre`), where transformers has no rule of this name and splits as GPT-2 does.
+"""What a GGUF file says that transformers does not read for most architectures: how a byte-level
+tokenizer splits text, and how rotary positions are scaled.
 
+    tokenizer.ggml.pre                   the name of a rule; where transformers has none of this
+                                         name, it splits as GPT-2 does
     "a  12"        GPT-2: a, Ġ, Ġ12      smollm: a, ĠĠ, 1, 2      deepseek-v3: a, Ġ, Ġ, 12
+    rope_freqs (dims / 2,)               Llama 3's: what each frequency is divided by
+    ARCH.rope.scaling.type               linear: each by the factor; yarn: low ones alone
 
-A file has the name alone. The rules are those that llama.cpp has for the names, which write them.
+The rules are those that llama.cpp has for the names, which write them. Without the scaling a model
+reads its texts at other positions than those that it was trained on: one whose scaling is linear
+from the first token on, others beyond their first context.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
 
-from lorafold.errors import LorafoldError
+from lorafold.errors import LorafoldError, listed
+from lorafold.models.gguf_files import value
 
 if TYPE_CHECKING:
+    from gguf import GGUFReader
     from tokenizers.pre_tokenizers import PreTokenizer
     from transformers import PreTrainedTokenizerBase
 
@@ -88,6 +98,15 @@ RULES: dict[str, tuple[str, ...]] = {
     "viking": (BLOOM, r"\p{N}"),
     "falcon": (r"[\p{P}$+<=>^~|`]+", GPT2, "[0-9][0-9][0-9]"),
 }  # fmt: skip
+
+FREQUENCIES = "rope_freqs.weight"
+SCALED = ("llama", "mistral")  # the models whose frequencies that scales as Llama 3's
+YARN = {
+    "scaling.original_context_length": "original_max_position_embeddings",
+    "scaling.yarn_beta_fast": "beta_fast",
+    "scaling.yarn_beta_slow": "beta_slow",
+}
+UNKNOWN = ("attn_factor", "yarn_attn_factor", "yarn_ext_factor", "yarn_log_multiplier")
 
 
 def split_as_learned(
@@ -171,3 +190,68 @@ def _has_each_digit_alone(tokenizer: PreTrainedTokenizerBase) -> bool:
     return not any(
         len(token) > 1 and any(digit in token for digit in "0123456789") for token in learned
     )
+
+
+def scale_positions(config: Any, readers: Sequence[GGUFReader], what: str) -> None:
+    """Have a model scale its rotary positions as its file does.
+
+    Raises LorafoldError for a scaling that is not known here.
+
+    Args:
+        config: the model's; it gets the scaling.
+        readers: the files.
+        what: what the message begins with.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    if "rope_theta" not in rope or rope.get("rope_type", "default") != "default":
+        return  # it has no such positions, or several kinds of them, or transformers read it
+    found = [t.data for reader in readers for t in reader.tensors if t.name == FREQUENCIES]
+    if found and config.model_type in SCALED:
+        config.rope_parameters = _as_llama3(config, found[0], what)
+        return
+    first, prefix = readers[0], f"{value(readers[0], 'general.architecture')}.rope."
+    keys = [key for key in first.fields if key.startswith(prefix)]
+    said = {key.removeprefix(prefix): value(first, key) for key in keys}
+    kind, factor = said.get("scaling.type", "none"), said.get("scaling.factor")
+    if "scale_linear" in said:  # as files of 2023 say it
+        kind, factor = "linear", said["scale_linear"]
+    odd = [key for key in UNKNOWN if said.get(f"scaling.{key}", 1.0) != 1.0]
+    if wrong := [*({kind} - {"none", "linear", "yarn"}), *odd]:
+        raise LorafoldError(
+            f"{what}: it scales rotary positions by {listed(wrong)} ({prefix}scaling),"
+            " expected linear or yarn; use the model in Hugging Face's format"
+        )
+    if kind != "none" and factor is not None:
+        own = {name: said[key] for key, name in YARN.items() if key in said}
+        config.rope_parameters = {
+            **rope, "rope_type": kind, "factor": factor, **(own if kind == "yarn" else {})
+        }  # fmt: skip
+
+
+def _as_llama3(config: Any, tensor: Any, what: str) -> dict[str, Any]:
+    import torch
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    factors = torch.tensor(tensor.copy()).double()  # (rotated dimensions / 2,)
+    scaled = deepcopy(config)
+    scaled.rope_parameters = {
+        **config.rope_parameters,
+        "rope_type": "llama3",
+        "factor": float(factors.max()),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    plain = config.rope_parameters["rope_theta"] ** -(
+        torch.arange(len(factors)).double() / len(factors)
+    )
+    wanted, _ = ROPE_INIT_FUNCTIONS["llama3"](scaled, torch.device("cpu"))
+    if wanted.shape != factors.shape or not torch.allclose(
+        plain / factors, wanted.double(), rtol=1e-4
+    ):
+        raise LorafoldError(
+            f"{what}: its tensor {FREQUENCIES} scales rotary positions in another way than Llama"
+            " 3's, the only one that is known here; use the model in Hugging Face's format"
+        )
+    found: dict[str, Any] = scaled.rope_parameters
+    return found
