@@ -134,11 +134,10 @@ def make_spec(method: str, **options: Any) -> "Spec":
         known = (*own, *lower.options())
         given = {option: options.pop(option) for option in lower.options() if option in options}
         options["over"] = type(lower)(**given) if name is None else make_spec(name, **given)
-    if unknown := [option for option in options if option not in known]:
-        raise LorafoldError(
-            f"method {method} has no option {', '.join(unknown)}; it has:"
-            f" {', '.join(known) or 'none'}"
-        )
+    if not options.keys() <= {*known}:
+        from lorafold.advice import unknown_names
+
+        raise unknown_names(f"method {method}", options, known)
     try:
         return maker(**options)
     except TypeError as e:
