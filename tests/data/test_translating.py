@@ -19,7 +19,7 @@ from lorafold.recipe.reading import load_recipe
 from lorafold.recipe.recipe import Recipe
 from lorafold.training.request import Request
 from lorafold.training.run import train
-from lorafold.translating import axolotl, llamafactory, mlx, trl_trainers
+from lorafold.translating import axolotl, llamafactory, mlx, trl
 from lorafold.translating.rules import NOT_KNOWN
 from lorafold.translating.run import TOOLS, translate, write
 from lorafold.translating.translation import Translation
@@ -205,7 +205,7 @@ WORDS = [None, False, True, 0, -1, 1, 3, 0.5, float("inf"), "name", "a,b", ["x"]
 RULES = {
     "axolotl": axolotl.RULES,
     "llamafactory": llamafactory.RULES,
-    **trl_trainers.RULES,
+    **trl.RULES,
     "mlx-lm": mlx.RULES,
 }
 

@@ -119,7 +119,7 @@ def _told(
 
 def _of_theirs(key: str, given: Mapping[str, str | None], options: Mapping[str, Any]) -> str:
     """What lorafold has for an option of another tool; empty where there is no such option."""
-    from lorafold.translating.options import counterpart
+    from lorafold.translating.run import counterpart
 
     known = {name: SAMPLES[0] if value is None else value for name, value in given.items()}
     problems, trains = list[str](), "--lr" in options

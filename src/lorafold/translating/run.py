@@ -1,10 +1,15 @@
-"""From another tool's file to a translation, and the recipe to a file."""
+"""From another tool's file to a translation, and the recipe to a file.
+
+A file is of a tool where it has one of its signs and, of all tools of which that is so, that tool
+leaves the fewest of its fields unknown. Where two leave as few, or the best leaves more than a
+third, the file is refused, and the user names the tool.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +26,106 @@ from lorafold.recipe.fitting import left_out, spec_of, trainable_storage
 from lorafold.recipe.reading import kind_of as in_words
 from lorafold.recipe.reading import parse_yaml, text_of
 from lorafold.recipe.recipe import UNWORDED, Recipe
-from lorafold.translating.rules import TranslatedKey, left
-from lorafold.translating.tools import TOOLS, kind_of
+from lorafold.translating import (
+    axolotl,
+    axolotl_objectives,
+    llamafactory,
+    mlx,
+    peft_config,
+    trl,
+    unsloth,
+)
+from lorafold.translating.rules import Outcome, Rule, Settings, TranslatedKey, by_rules, left
 from lorafold.translating.translation import Translation
-from lorafold.translating.unsloth_script import arguments_of
+
+AFTER_TURNS = (
+    "what the chat template writes after the end of a turn, often a newline, counts in the loss"
+    " there and not here"
+)
+NOTES = {
+    "trl-sft": f"{AFTER_TURNS}; a prompt and completion of plain text are joined there as they"
+    " stand: for such rows --chat-template none",
+    "mlx-lm": f"{AFTER_TURNS}, and so does one token of padding after each row",
+}
+STRANGERS = {  # keys of files that stand beside configurations, and what such a file is
+    "compute_environment": "a file of accelerate's, which says how processes start and not what"
+    " they train: torchrun --nproc_per_node 2 -m lorafold train starts two",
+    "zero_optimization": "a file of DeepSpeed's, which says how weights are divided:"
+    " lorafold train --strategy fsdp divides them among processes",
+    "model_class": "a file of LLaMA-Factory's v1, of which nothing is read: expected the form that"
+    " has stage and finetuning_type",
+    "architectures": "a model's configuration, expected that of a training run",
+}
+SHOWN = 3  # the most fields that a line names
+
+
+@dataclass(frozen=True)
+class Tool:
+    """Another tool: its name, its signs (keys, or key=value, separated by spaces), the function
+    that reads its files, the keys that it knows (None: every one), and a note on what such a file
+    never says.
+    """
+
+    name: str
+    signs: str
+    entries: Callable[[Mapping[str, Any]], tuple[TranslatedKey, ...]]
+    known: frozenset[str] | None
+    note: str = ""
+
+    def signs_in(self, config: Mapping[str, Any]) -> int:
+        """How many of its signs a file has."""
+        return sum(_has(config, *sign.partition("=")) for sign in self.signs.split())
+
+    def unknown_in(self, config: Mapping[str, Any]) -> list[str]:
+        """The fields of a file that it does not know."""
+        return [] if self.known is None else [key for key in config if key not in self.known]
+
+
+def _by_rules(
+    name: str,
+    signs: str,
+    rules: Sequence[Rule],
+    flat: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
+    note: str = "",
+) -> Tool:
+    """A tool with a table of rules; `flat` gives the keys of its blocks as keys of the file."""
+    known = frozenset(rule.key for rule in rules)
+    return Tool(name, signs, lambda config: by_rules(rules, flat(config)), known, note)
+
+
+TOOLS: dict[str, Tool] = {
+    "axolotl": _by_rules("axolotl", axolotl.SIGNS, axolotl.RULES, axolotl_objectives.flat),
+    "llamafactory": _by_rules(
+        "LLaMA-Factory", llamafactory.SIGNS, llamafactory.RULES, note=AFTER_TURNS
+    ),
+    **{
+        kind: _by_rules(f"TRL's {name}", signs, rules, note=NOTES.get(kind, ""))
+        for kind, (name, signs, rules) in trl.TRAINERS.items()
+    },
+    "mlx-lm": _by_rules("mlx-lm", mlx.SIGNS, mlx.RULES, mlx.flat, NOTES["mlx-lm"]),
+    "unsloth": Tool(
+        "Unsloth",
+        unsloth.SIGNS,
+        unsloth.entries,
+        unsloth.KNOWN,
+        "a script is read and not executed: what it does with its rows before it trains is not"
+        " seen, and is to be done to them before",
+    ),
+    "peft": Tool(
+        "PEFT",
+        peft_config.SIGNS,
+        peft_config.entries,
+        None,
+        "such a file says nothing of data, base, rates, batch and length: lorafold's defaults hold",
+    ),
+}
+# Switches that their tools read with another key, and what that is then
+SWITCHES = {
+    "bf16": ("dtype", "bfloat16"),
+    "fp16": ("dtype", "float16"),
+    "use_dora": ("use_peft", "true"),
+    "use_rslora": ("use_peft", "true"),
+}
 
 
 def translate(path: str | Path, kind: str | None = None) -> Translation:
@@ -80,7 +181,7 @@ def _read(path: Path, kind: str | None) -> Mapping[str, Any]:
     if not text.strip():
         raise LorafoldError(f"{path}: found an empty file, expected a training configuration")
     if path.suffix == ".py" or kind == "unsloth":
-        return arguments_of(text, str(path))
+        return unsloth.arguments_of(text, str(path))
     if path.suffix == ".json":
         return read_object(path)
     found = parse_yaml(text, str(path))
@@ -136,3 +237,89 @@ def _without(entry: TranslatedKey, names: Sequence[str], method: str) -> Transla
     rest = {k: v for k, v in entry.outcome.fields.items() if k not in absent}
     told = left(f"method {method} has no option {', '.join(absent)}")
     return replace(entry, outcome=replace(entry.outcome, fields=rest) if rest else told)
+
+
+def kind_of(path: Path, config: Mapping[str, Any]) -> str:
+    """The tool that a file is of. LorafoldError where none fits well, or several as well."""
+    signs = {kind: tool.signs_in(config) for kind, tool in TOOLS.items()}
+    unknown = {kind: tool.unknown_in(config) for kind, tool in TOOLS.items()}
+    rank = {kind: (not signs[kind], len(unknown[kind]), -signs[kind]) for kind in TOOLS}
+    order = sorted(TOOLS, key=lambda kind: rank[kind])
+    best, *others = [kind for kind in order if rank[kind] == rank[order[0]]]
+    if signs[best] and not others and 3 * len(unknown[best]) <= len(config):
+        return best
+    own = [key for key in config if key in Recipe.model_fields]
+    if 2 * len(own) > len(config):
+        raise LorafoldError(
+            f"{path}: found a recipe of lorafold's own ({_some(own)}), expected another tool's"
+            f" file; train with: lorafold train --config {path}"
+        )
+    if stranger := next((told for key, told in STRANGERS.items() if key in config), None):
+        raise LorafoldError(f"{path}: found {stranger}")
+    # any key may stand in PEFT's, so it is near where its own do
+    kinds: Collection[str] = [best, *(kind for kind in others if TOOLS[kind].known is not None)]
+    names = _some([TOOLS[kind].name for kind in kinds])
+    if len(kinds) > 1:
+        told = f"{names} know as many of them"
+    elif signs[best]:
+        told = f"{names} does not know {_some(unknown[best])}"
+    else:
+        told, kinds = "they are no tool's own", TOOLS
+    raise LorafoldError(
+        f"{path}: can't tell which tool's it is by its keys ({_some(list(config)) or 'none'}):"
+        f" {told}; expected --kind {', '.join(kinds)}"
+    )
+
+
+def _has(config: Mapping[str, Any], key: str, equals: str, value: str) -> bool:
+    found = config.get(key)
+    values = found if isinstance(found, list) else [found]
+    return key in config and (not equals or value in values)
+
+
+def _some(keys: Sequence[str]) -> str:
+    rest = len(keys) - SHOWN
+    return ", ".join(keys[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def counterpart(key: str, given: Mapping[str, Any]) -> Outcome | None:
+    """What becomes of an option of TRL's, PEFT's, Unsloth's, LLaMA-Factory's,
+    axolotl's or mlx-lm's.
+
+    Args:
+        key: The option's name without dashes in front, as in lora_r.
+        given: The values of all options of that kind on the command line, by such names.
+
+    Returns None for what none of them has. LorafoldError for a value that the tool would refuse, or
+    that lorafold can't train.
+    """
+    name, value = SWITCHES.get(key, (key, given[key]))
+    for rules in _tables():
+        if rule := rules.get(name):
+            defaults = {one.key: one.default for one in rules.values()}
+            known = {rules[n].key: v for n, v in given.items() if n in rules}
+            found = rule.reader(value, Settings({**known, rule.key: value}, defaults))
+            # what has no effect among the others means something by itself
+            return found or rule.reader(value, Settings({rule.key: value}, defaults))
+    return None
+
+
+def _tables() -> Iterator[Mapping[str, Rule]]:
+    """The rules of each tool by the names of options; of several tools the first one counts."""
+    yield _by_name(trl.RULES["trl-sft"])
+    yield _by_name(unsloth.OWN, unsloth.LOADED, unsloth.ADAPTED)  # the arguments of PEFT's LoRA too
+    yield from (_by_name(rules) for rules in trl.RULES.values())
+    yield _by_name(llamafactory.RULES)
+    yield _by_name(axolotl.RULES)
+    yield _by_name(mlx.RULES)
+
+
+def _by_name(rules: Sequence[Rule], *calls: str) -> Mapping[str, Rule]:
+    """Rules by their keys, without the function that takes the argument in a script."""
+    starts = calls or ("",)
+    return {
+        rule.key.removeprefix(start): rule
+        for rule in rules
+        for start in starts
+        if rule.key.startswith(start)
+    }

@@ -19,7 +19,7 @@ import yaml
 
 from lorafold.recipe.recipe import Recipe
 from lorafold.translating.rules import TranslatedKey
-from lorafold.translating.unsloth_script import Expression
+from lorafold.translating.unsloth import Expression
 
 WIDTH = 100
 HEADS = {
