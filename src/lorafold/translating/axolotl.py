@@ -399,7 +399,6 @@ def _said(one: Mapping[str, Any]) -> Iterator[str]:
 RULES: tuple[Rule, ...] = (
     *table(
         {
-            **trainer.STEPS,
             "adapter": (adapter, NO_ADAPTER),
             "load_in_4bit": switch(taken(storage=made_of(4))),
             "load_in_8bit": switch(taken(storage=made_of(8))),
@@ -452,6 +451,7 @@ RULES: tuple[Rule, ...] = (
             "diffusion": refusing("lorafold does not train a model that fills in masks"),
             "special_tokens": "the tokenizer's own are used; words that are to be tokens:"
             " --new-tokens",
+            **trainer.STEPS,
             **AXOLOTL,
         }
     ),

@@ -391,9 +391,6 @@ def _said(info: Mapping[str, Any]) -> Iterator[str]:
 RULES: tuple[Rule, ...] = (
     *table(
         {
-            **trainer.STEPS,
-            **trainer.ARGUMENTS,
-            "evaluation_strategy": trainer.interval_strategy,
             "stage": (stage, "sft"),
             "finetuning_type": (finetuning_type, "lora"),
             "use_dora use_rslora": (switch(trainer.OF_METHOD, None), False),
@@ -449,6 +446,9 @@ RULES: tuple[Rule, ...] = (
             "use_galore": refusing("lorafold has no GaLore"),
             "use_apollo": refusing("lorafold has no APOLLO"),
             "use_badam": refusing("lorafold has no BAdam"),
+            **trainer.ARGUMENTS,
+            **trainer.STEPS,
+            "evaluation_strategy": trainer.interval_strategy,
             **LLAMAFACTORY,
         }
     ),

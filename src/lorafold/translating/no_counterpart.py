@@ -1,5 +1,5 @@
-"""Keys of other tools without a counterpart in a recipe, separated by spaces, and why, or what to do
-instead.
+"""Keys of other tools without a counterpart in a recipe, separated by spaces, and why there is
+none, or what to do instead.
 
 Such a key is reported where its value asks for something; where that is off, nothing is lost.
 """
@@ -16,7 +16,11 @@ MEMORY = "it concerns memory or speed, and not what is trained"
 LOGGING = "a run shows its loss by itself and keeps the best checkpoint"
 SYSTEM = "give the rows a column system with it, or their messages one of that role"
 HUB = "a saved adapter is uploaded with the hub's own command"
-
+MERGES = "lorafold merge folds the adapter into its base"
+NEW_TOKENS = "words that are to be tokens: --new-tokens"
+BEST_FIT = "lorafold packs rows by best fit and keeps each apart from the others"
+EVERY_LAYER = "every linear layer of the language model's blocks can be a target"
+OTHER_STAGE = "it belongs to another stage or method than the file asks for"
 REFERENCE = "one model is loaded, and what the reference computes is kept from one run to the next"
 
 # TRL's arguments of a run, of its model and of its script, those of transformers among them
@@ -58,8 +62,8 @@ TRL = {
 AXOLOTL = {
     "rl_adapter_ref_model precompute_ref_log_probs": REFERENCE,
     "wandb_watch": "gradients are not logged",
-    "added_tokens_overrides": "words that are to be tokens: --new-tokens",
-    "merge_lora": "lorafold merge folds the adapter into its base",
+    "added_tokens_overrides": NEW_TOKENS,
+    "merge_lora": MERGES,
     "wandb_entity wandb_name wandb_run_id wandb_mode wandb_log_model"
     " mlflow_tracking_uri mlflow_experiment_name mlflow_run_name"
     " hf_mlflow_log_artifacts comet_workspace comet_project_name comet_mode"
@@ -97,7 +101,7 @@ AXOLOTL = {
     "eval_sample_packing pad_to_sequence_len pad_to_multiple_of"
     " sample_packing_group_size sample_packing_bin_size sample_packing_sequentially"
     " batch_flattening multipack_real_batches sample_packing_eff_est eval_sequence_len"
-    " max_packed_sequence_len dpo_padding_free": "lorafold packs rows by best fit and keeps each apart from the others",
+    " max_packed_sequence_len dpo_padding_free": BEST_FIT,
     "lr_scheduler_kwargs cosine_min_lr_ratio cosine_constant_lr_ratio"
     " lr_quadratic_warmup lr_groups optim_args embedding_lr embedding_lr_scale"
     " loraplus_lr_embedding optim_target_modules torchdistx_path": DECAY,
@@ -117,12 +121,11 @@ AXOLOTL = {
     "hub_model_id hub_strategy hub_revision hf_use_auth_token push_dataset_to_hub": HUB,
 }
 LLAMAFACTORY = {
-    "freeze_vision_tower freeze_multi_modal_projector freeze_language_model": "every linear layer of the"
-    " language model's blocks can be a target",
+    "freeze_vision_tower freeze_multi_modal_projector freeze_language_model": EVERY_LAYER,
     "add_tokens add_special_tokens resize_vocab new_special_tokens_config"
-    " init_special_tokens": "words that are to be tokens: --new-tokens",
+    " init_special_tokens": NEW_TOKENS,
     "export_dir export_size export_device export_quantization_bit"
-    " export_quantization_dataset export_legacy_format export_hub_model_id": "lorafold merge folds the adapter into its base",
+    " export_quantization_dataset export_legacy_format export_hub_model_id": MERGES,
     "do_eval do_predict predict_with_generate infer_backend infer_dtype temperature"
     " top_p top_k num_beams max_new_tokens repetition_penalty length_penalty do_sample"
     " eval_num_beams compute_accuracy vllm_maxlen vllm_gpu_util vllm_enforce_eager"
@@ -165,5 +168,5 @@ LLAMAFACTORY = {
     " freeze_extra_modules oft_rank oft_block_size oft_target module_dropout"
     " galore_rank galore_target galore_update_interval galore_scale galore_proj_type"
     " galore_layerwise apollo_rank apollo_target apollo_update_interval apollo_scale"
-    " badam_mode badam_switch_mode badam_switch_interval badam_update_ratio": "it belongs to another stage or method than the file asks for",
+    " badam_mode badam_switch_mode badam_switch_interval badam_update_ratio": OTHER_STAGE,
 }

@@ -50,6 +50,7 @@ OWN_DRAWS = "completions are drawn in the process that trains, by the weights th
 PLAINLY = "completions are drawn at temperature 1 among all tokens"
 SUMMED = "lorafold sums rewards before it compares them"
 NO_PART = "tokens count alike here, and entropy has no part in the loss"
+RATIOS = "ratios are 1 where a step draws and learns once"
 STAYS = "lorafold's reference never moves"
 PLACE = "FILE.py:FUNCTION"
 INSTALLED = ("trl", "axolotl")  # packages whose modules are no files of the user
@@ -80,7 +81,7 @@ def loss_type(value: Any, settings: Settings) -> Outcome:
     """
     if value in ("sapo", "vespo"):
         raise refused(value, "lorafold has no such law of policies")
-    options = {"average": AVERAGES.get(choice(value, *AVERAGES, "cispo"), "tokens")}
+    options: dict[str, Any] = {"average": AVERAGES.get(choice(value, *AVERAGES, "cispo"), "tokens")}
     if value == "cispo":
         bound = upper(settings)
         if bound <= 1:
@@ -221,9 +222,7 @@ def bound_of_ratios(least: float) -> Reader:
             raise LorafoldError(f"found {value!r}, expected {least:g} or more")
         if integer(settings["num_iterations"] or 1) != 1:
             raise LorafoldError(f"found {value!r} with num_iterations, but there is no such bound")
-        return changed(
-            "lorafold has no such bound; ratios are 1 where a step draws and learns once"
-        )
+        return changed(f"lorafold has no such bound; {RATIOS}")
 
     return read
 
