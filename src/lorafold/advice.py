@@ -106,6 +106,11 @@ def _one_of(name: str, ours: Mapping[str, str]) -> Named:
     return _field(name, read)
 
 
+def modules(value: Any) -> str | tuple[str, ...]:
+    """Names of modules, or a text as it stands: a regular expression or a preset."""
+    return value if isinstance(value, str) else names(value)
+
+
 def targets(value: Any) -> str | tuple[str, ...]:
     """Names of modules; all and all-linear are the preset."""
     found = names(value)
@@ -142,7 +147,7 @@ NAMED = {
     "r lora_r lora_rank": _field("rank", integer),
     "lora_alpha": _field("alpha", number),
     "lora_dropout": _field("dropout", number),
-    "target_modules": _field("targets", lambda v: v if isinstance(v, str) else names(v)),
+    "target_modules": _field("targets", modules),
     "lora_target_modules lora_target": _field("targets", targets),
     "lora_rank_pattern": _field("rank_pattern"),
     "lora_alpha_pattern": _field("alpha_pattern"),

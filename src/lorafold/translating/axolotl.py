@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lorafold.advice import NO_FP16, boolean, integer, names, number
+from lorafold.advice import NO_FP16, boolean, integer, modules, names, number
 from lorafold.errors import LorafoldError
 from lorafold.models.storages import made_of
 from lorafold.translating import axolotl_objectives as objectives
@@ -30,13 +30,15 @@ from lorafold.translating.rules import (
     Rows,
     Rule,
     Settings,
+    Table,
+    cases,
     changed,
     choice,
+    either,
     given_as_data,
     is_off,
     left,
     of_hub,
-    option,
     refusing,
     switch,
     table,
@@ -84,6 +86,12 @@ TURNS = (("role", "content"), ("from", "value"))
 FILES = ("json", "csv", "parquet", "text", "arrow")  # paths that stand for data_files
 
 
+TOO_LONG = cases(
+    {"truncate": taken("longer rows are cut")},
+    changed("longer rows are cut here, and the run says how many; filter them out before"),
+)
+
+
 def is_lora(settings: Settings) -> bool:
     """Whether an adapter is trained, and not the whole model."""
     return bool(settings["adapter"] != NO_ADAPTER)
@@ -92,11 +100,6 @@ def is_lora(settings: Settings) -> bool:
 def is_quantized(settings: Settings) -> bool:
     """Whether the base is quantized."""
     return bool(settings["load_in_4bit"] or settings["load_in_8bit"])
-
-
-def is_constant(settings: Settings) -> bool:
-    """Whether the learning rate is constant, without a warm-up."""
-    return bool(settings["lr_scheduler"] == "constant")
 
 
 def adapter(value: Any, settings: Settings) -> Outcome:
@@ -135,15 +138,6 @@ def _require(keys: str, settings: Settings) -> None:
 def part_of_method(value: Any, settings: Settings) -> Outcome:
     """A switch of the method, such as `peft_use_dora`, is read by the rule of `adapter`."""
     return trainer.OF_METHOD if value else OFF
-
-
-def target_modules(value: Any, settings: Settings) -> Outcome:
-    """`lora_target_modules` become the targets, unless `lora_target_linear` is on."""
-    if settings["lora_target_linear"]:
-        return changed(
-            "lora_target_linear is on besides: all-linear has every linear layer of the blocks"
-        )
-    return taken(targets=value if isinstance(value, str) else names(value))
 
 
 def target_parameters(value: Any, settings: Settings) -> Outcome:
@@ -187,13 +181,6 @@ def micro_batches(value: Any, settings: Settings) -> Outcome:
     return taken(accumulate=accumulation(settings))
 
 
-def sequence_len(value: Any, settings: Settings) -> Outcome:
-    """`sequence_len` becomes `max_length`; of a policy it is what a prompt may have of that."""
-    if is_policy(settings):
-        return changed("axolotl does not cut prompts; here they may have as many tokens")
-    return taken(max_length=integer(value))
-
-
 def sample_packing(value: Any, settings: Settings) -> Outcome:
     """`sample_packing` becomes packing, except that a policy reads a prompt once for its group. Of
     a file that names no attention axolotl lets packed rows see each other, with positions that
@@ -206,19 +193,8 @@ def sample_packing(value: Any, settings: Settings) -> Outcome:
     return changed(why if mixed else "", packing=boolean(value))
 
 
-def excess_length(value: Any, settings: Settings) -> Outcome:
-    """`excess_length_strategy` has one counterpart: longer rows are cut, and none are dropped."""
-    if is_policy(settings):
-        return changed("a run refuses prompts that are too long")
-    if value == "truncate":
-        return taken("longer rows are cut")
-    return changed("longer rows are cut here, and the run says how many; filter them out before")
-
-
 def warmup_steps(value: Any, settings: Settings) -> Outcome | None:
     """`warmup_steps` becomes the warm-up; axolotl makes two steps of one."""
-    if is_constant(settings):
-        return None
     return trainer.warmed(2 if number(value) == 1 else number(value))
 
 
@@ -226,7 +202,7 @@ def warmup_ratio(value: Any, settings: Settings) -> Outcome | None:
     """`warmup_ratio` becomes the warm-up; of a run whose steps the file gives, axolotl takes the
     steps rounded down, and at most 100 where the ratio is its own.
     """
-    if is_constant(settings) or settings["warmup_steps"] is not None:
+    if settings["warmup_steps"] is not None:
         return None
     share, total = number(value), trainer.total_steps(settings)
     if total is None:
@@ -396,78 +372,90 @@ def _said(one: Mapping[str, Any]) -> Iterator[str]:
         yield f"{', '.join(others)}: without a counterpart"
 
 
-RULES: tuple[Rule, ...] = (
-    *table(
-        {
-            "adapter": (adapter, NO_ADAPTER),
-            "load_in_4bit": switch(taken(storage=made_of(4))),
-            "load_in_8bit": switch(taken(storage=made_of(8))),
-            "bf16": (bf16, "auto"),
-            "bfloat16": taken("bf16 decides"),
-            "fp16 float16": unless_bf16(changed(NO_FP16, storage="bf16")),
-            "float32": unless_bf16(taken(storage="fp32")),
-            "learning_rate": to("lr", number),
-            "lr_scheduler": (trainer.schedule, "cosine"),
-            "warmup_steps": warmup_steps,
-            "warmup_ratio": (warmup_ratio, 0.03),
-            "optimizer": (trainer.optimizer, "adamw_torch_fused"),
-            "num_epochs": (SAME, 1.0),
-            "micro_batch_size": (of_policy(policies.batch, batch), 1),
-            "gradient_accumulation_steps": (of_policy(policies.accumulation, micro_batches), 1),
-            "batch_size": taken("accumulation follows from it"),
-            "sequence_len": (sequence_len, 512),
-            "excess_length_strategy": (excess_length, "drop"),
-            "sample_packing": (sample_packing, False),
-            "train_on_inputs": switch(trainer.EVERY_TOKEN, trainer.COMPLETIONS),
-            "gradient_checkpointing": checkpointing,
-            "val_set_size": (trainer.held_out_rows, 0.0),
-            "evals_per_epoch": per_epoch("eval_every"),
-            "saves_per_epoch": per_epoch("save_every"),
-            "evaluation_strategy": trainer.interval_strategy,
-            "default_system_message": SYSTEM,
-            "tokens": new_tokens,
-            "chat_template": chat_template,
-            "chat_template_jinja": chat_template_jinja,
-            "chat_template_kwargs": chat_template_kwargs,
-            "use_wandb": tracker("wandb"),
-            "wandb_project": changed(
-                "the tracker's project is named lorafold", trackers=("wandb",)
-            ),
-            "use_tensorboard": tracker("tensorboard"),
-            "use_mlflow": tracker("mlflow"),
-            "use_comet": tracker("comet_ml"),
-            "use_trackio": tracker("trackio"),
-            "use_swanlab": tracker("swanlab"),
-            "base_model": option("--model"),
-            "model_revision revision_of_model": option("--revision"),
-            "datasets pretraining_dataset": datasets,
-            "test_datasets": left("pass its rows as --eval-data", "--eval-data EVAL_DATA"),
-            "auto_resume_from_checkpoints": "pass --resume to go on with a run",
-            "reinit_weights": refusing("lorafold does not pretrain"),
-            "relora": refusing("lorafold does not restart LoRA"),
-            "unfrozen_parameters": unfrozen_parameters,
-            "qat": refusing("lorafold does not train for later quantization"),
-            "plugins": plugins,
-            "diffusion": refusing("lorafold does not train a model that fills in masks"),
-            "special_tokens": "the tokenizer's own are used; words that are to be tokens:"
-            " --new-tokens",
-            **trainer.STEPS,
-            **AXOLOTL,
-        }
+OWN: Table = {
+    "adapter": (adapter, NO_ADAPTER),
+    "load_in_4bit": switch(taken(storage=made_of(4))),
+    "load_in_8bit": switch(taken(storage=made_of(8))),
+    "bf16": (bf16, "auto"),
+    "bfloat16": taken("bf16 decides"),
+    "fp16 float16": unless_bf16(changed(NO_FP16, storage="bf16")),
+    "float32": unless_bf16(taken(storage="fp32")),
+    "learning_rate": to("lr", number),
+    "lr_scheduler": (trainer.schedule, "cosine"),
+    "optimizer": (trainer.optimizer, "adamw_torch_fused"),
+    "num_epochs": (SAME, 1.0),
+    "micro_batch_size": (of_policy(policies.batch, batch), 1),
+    "gradient_accumulation_steps": (of_policy(policies.accumulation, micro_batches), 1),
+    "batch_size": taken("accumulation follows from it"),
+    "sequence_len": (
+        either(
+            is_policy,
+            changed("axolotl does not cut prompts; here they may have as many tokens"),
+            to("max_length", integer),
+        ),
+        512,
     ),
+    "excess_length_strategy": (
+        either(is_policy, changed("a run refuses prompts that are too long"), TOO_LONG),
+        "drop",
+    ),
+    "sample_packing": (sample_packing, False),
+    "train_on_inputs": switch(trainer.EVERY_TOKEN, trainer.COMPLETIONS),
+    "gradient_checkpointing": checkpointing,
+    "val_set_size": (trainer.held_out_rows, 0.0),
+    "evals_per_epoch": per_epoch("eval_every"),
+    "saves_per_epoch": per_epoch("save_every"),
+    "evaluation_strategy": trainer.interval_strategy,
+    "default_system_message": SYSTEM,
+    "tokens": new_tokens,
+    "chat_template": chat_template,
+    "chat_template_jinja": chat_template_jinja,
+    "chat_template_kwargs": chat_template_kwargs,
+    "use_wandb": tracker("wandb"),
+    "wandb_project": changed("the tracker's project is named lorafold", trackers=("wandb",)),
+    "use_tensorboard": tracker("tensorboard"),
+    "use_mlflow": tracker("mlflow"),
+    "use_comet": tracker("comet_ml"),
+    "use_trackio": tracker("trackio"),
+    "use_swanlab": tracker("swanlab"),
+    "base_model": "--model",
+    "model_revision revision_of_model": "--revision",
+    "datasets pretraining_dataset": datasets,
+    "test_datasets": trainer.EVAL_DATA,
+    "auto_resume_from_checkpoints": "pass --resume to go on with a run",
+    "reinit_weights": refusing("lorafold does not pretrain"),
+    "relora": refusing("lorafold does not restart LoRA"),
+    "unfrozen_parameters": unfrozen_parameters,
+    "qat": refusing("lorafold does not train for later quantization"),
+    "plugins": plugins,
+    "diffusion": refusing("lorafold does not train a model that fills in masks"),
+    "special_tokens": "the tokenizer's own are used; words that are to be tokens: --new-tokens",
+    **trainer.STEPS,
+    **AXOLOTL,
+}
+OF_METHOD: Table = {
+    "peft_use_dora peft_use_rslora": (part_of_method, False),
+    "peft_init_lora_weights peft": part_of_method,
+    "lora_r lora_alpha lora_rank_pattern lora_alpha_pattern lora_modules_to_save": SAME,
+    "lora_dropout": (objectives.dropout, 0.0),
+    "lora_target_linear": switch(taken(targets="all-linear")),
+    "lora_target_modules": either(
+        lambda settings: settings["lora_target_linear"],
+        changed(
+            "lora_target_linear is on besides: all-linear has every linear layer of the blocks"
+        ),
+        to("targets", modules),
+    ),
+    "lora_target_parameters": target_parameters,
+    "loraplus_lr_ratio": (trainer.loraplus_ratio, 1),
+    "lora_fan_in_fan_out": taken("the base's storage decides"),
+}
+RULES: tuple[Rule, ...] = (
+    *table(OWN),
+    *table(OF_METHOD, is_lora),
     *table(
-        {
-            "peft_use_dora peft_use_rslora": (part_of_method, False),
-            "peft_init_lora_weights peft": part_of_method,
-            "lora_r lora_alpha lora_rank_pattern lora_alpha_pattern lora_modules_to_save": SAME,
-            "lora_dropout": (objectives.dropout, 0.0),
-            "lora_target_linear": switch(taken(targets="all-linear")),
-            "lora_target_modules": target_modules,
-            "lora_target_parameters": target_parameters,
-            "loraplus_lr_ratio": (trainer.loraplus_ratio, 1),
-            "lora_fan_in_fan_out": taken("the base's storage decides"),
-        },
-        is_lora,
+        {"warmup_steps": warmup_steps, "warmup_ratio": (warmup_ratio, 0.03)},
+        lambda settings: bool(settings["lr_scheduler"] != "constant"),
     ),
     *objectives.RULES,
 )

@@ -20,20 +20,23 @@ from lorafold.translating.preferences import (
     DPO_LOSSES,
     NO_DROPOUT,
     ORPO_TERM,
-    SUPERVISED,
     law_option,
     of_dpo,
     smoothing_of_dpo,
-    supervised,
+    supervised_as,
 )
 from lorafold.translating.rules import (
     OFF,
     Outcome,
     Reader,
+    Row,
     Rule,
     Settings,
+    Table,
+    cases,
     changed,
     choice,
+    either,
     flagged,
     is_off,
     left,
@@ -44,30 +47,32 @@ from lorafold.translating.rules import (
     unless,
 )
 
+ONE_LABEL = cases(
+    {"1": taken("a reward model gives one score")}, "a reward model of lorafold gives one score"
+)
 BLOCK = "trl"
 PREFIX = f"{BLOCK}."
 OTHERS = ("ipo", "orpo", "simpo", "kto")
 REFUSED = {"gdpo": policies.SUMMED, "ebft": "lorafold has no energy-based objective"}
 DEFAULTS = {"max_completion_length": policies.WITHOUT_LIMIT, "use_bias_correction_kl": False}
 # `beta` is read with the other keys that may hold it
+IN_BLOCK: Table = {
+    "rollout_func": refusing("lorafold draws completions itself, of one turn"),
+    "replay_buffer_size": refusing("what was drawn is not used again"),
+    "reroll_start_fraction": unless(1, "prompts are drawn in their order"),
+    "skip_zero_advantage_batches": taken("groups without a signal are always left out"),
+    "use_data_producer async_prefetch prefetch_depth vllm_sync_interval"
+    " streaming_partial_batch streaming_min_groups reward_num_workers"
+    " replay_recompute_logps reroll_max_groups vllm_lora_sync"
+    " reward_processing_classes": policies.OWN_DRAWS,
+}
 OF_BLOCK = (
     *(
         replace(rule, default=DEFAULTS.get(rule.key, rule.default))
-        for rule in policies.GRPO
+        for rule in table(policies.GRPO)
         if rule.key != "beta"
     ),
-    *table(
-        {
-            "rollout_func": refusing("lorafold draws completions itself, of one turn"),
-            "replay_buffer_size": refusing("what was drawn is not used again"),
-            "reroll_start_fraction": unless(1, "prompts are drawn in their order"),
-            "skip_zero_advantage_batches": taken("groups without a signal are always left out"),
-            "use_data_producer async_prefetch prefetch_depth vllm_sync_interval"
-            " streaming_partial_batch streaming_min_groups reward_num_workers"
-            " replay_recompute_logps reroll_max_groups vllm_lora_sync"
-            " reward_processing_classes": policies.OWN_DRAWS,
-        }
-    ),
+    *table(IN_BLOCK),
 )
 
 
@@ -137,11 +142,9 @@ def beta_key(settings: Settings) -> str:
     return next((key for key in may if settings.given.get(key) is not None), "")
 
 
-def of_policy(reader: Reader, otherwise: Reader) -> Reader:
-    """A reader of TRL's settings where the file trains a policy, and another where it does not."""
-    return lambda value, settings: (
-        reader(value, as_trl(settings)) if is_policy(settings) else otherwise(value, settings)
-    )
+def of_policy(row: Reader, otherwise: Row = None) -> Reader:
+    """The reader of TRL's settings where the file trains a policy, and of the file's elsewhere."""
+    return either(is_policy, lambda value, settings: row(value, as_trl(settings)), otherwise)
 
 
 def rl(value: Any, settings: Settings) -> Outcome:
@@ -199,11 +202,6 @@ def beta_of(key: str) -> Reader:
     return read
 
 
-def cpo_alpha(value: Any, settings: Settings) -> Outcome | None:
-    """`cpo_alpha` becomes `sft_weight` of SimPO, the only one that it bears on."""
-    return supervised(value, "simpo", SUPERVISED)
-
-
 def reward_model(value: Any, settings: Settings) -> Outcome | None:
     """`reward_model` becomes the objective reward."""
     if not boolean(value):
@@ -215,13 +213,6 @@ def center_rewards(value: Any, settings: Settings) -> Outcome:
     """`center_rewards_coefficient` becomes `centre`."""
     found = number(value)
     return taken(objective_options={"centre": found}) if found else OFF
-
-
-def num_labels(value: Any, settings: Settings) -> Outcome:
-    """`num_labels` of a reward model is one; LorafoldError for more."""
-    if integer(value) != 1:
-        raise refused(value, "a reward model of lorafold gives one score")
-    return taken("a reward model gives one score")
 
 
 def dropout(value: Any, settings: Settings) -> Outcome:
@@ -251,41 +242,37 @@ def lora_model_dir(value: Any, settings: Settings) -> Outcome:
     )
 
 
+OWN: Table = {
+    "lora_model_dir": lora_model_dir,
+    "rl": rl,
+    "trl": beta_of("trl"),
+    "trl.beta": beta_of("trl.beta"),
+    "vllm": policies.OWN_DRAWS,
+    "rl_beta": (beta_of("rl_beta"), 0.1),
+    "dpo_beta": beta_of("dpo_beta"),
+    "orpo_alpha": beta_of("orpo_alpha"),
+    "dpo_use_weighting": refusing("lorafold weighs every pair alike"),
+    "rpo_alpha": refusing("axolotl refuses it; dpo_loss_type: [sigmoid, sft] has the term"),
+    "dpo_norm_loss": refusing("axolotl refuses it"),
+    "simpo_gamma": law_option("gamma", objective_of),
+    "kto_desirable_weight": law_option("desirable_weight", objective_of),
+    "kto_undesirable_weight": law_option("undesirable_weight", objective_of),
+    "reward_model": reward_model,
+    "process_reward_model": refusing("lorafold's reward models score whole texts"),
+}
+OF_DPO: Table = {
+    "dpo_loss_type": (loss_type, ["sigmoid"]),
+    "dpo_loss_weights": loss_weights,
+    "dpo_label_smoothing": smoothing_of_dpo,
+}
 RULES: tuple[Rule, ...] = (
+    *table(OWN),
+    *table(OF_DPO, is_dpo),
     *table(
-        {
-            "lora_model_dir": lora_model_dir,
-            "rl": rl,
-            "trl": beta_of("trl"),
-            "trl.beta": beta_of("trl.beta"),
-            "vllm": policies.OWN_DRAWS,
-            "rl_beta": (beta_of("rl_beta"), 0.1),
-            "dpo_beta": beta_of("dpo_beta"),
-            "orpo_alpha": beta_of("orpo_alpha"),
-            "dpo_use_weighting": refusing("lorafold weighs every pair alike"),
-            "rpo_alpha": refusing("axolotl refuses it; dpo_loss_type: [sigmoid, sft] has the term"),
-            "dpo_norm_loss": refusing("axolotl refuses it"),
-            "simpo_gamma": law_option("gamma", objective_of),
-            "kto_desirable_weight": law_option("desirable_weight", objective_of),
-            "kto_undesirable_weight": law_option("undesirable_weight", objective_of),
-            "reward_model": reward_model,
-            "process_reward_model": refusing("lorafold's reward models score whole texts"),
-        }
+        {"cpo_alpha": (supervised_as("simpo"), 1.0)}, lambda settings: settings["rl"] == "simpo"
     ),
     *table(
-        {
-            "dpo_loss_type": (loss_type, ["sigmoid"]),
-            "dpo_loss_weights": loss_weights,
-            "dpo_label_smoothing": smoothing_of_dpo,
-        },
-        is_dpo,
+        {"center_rewards_coefficient": center_rewards, "num_labels": ONE_LABEL}, is_reward_model
     ),
-    *table({"cpo_alpha": (cpo_alpha, 1.0)}, lambda settings: settings["rl"] == "simpo"),
-    *table(
-        {"center_rewards_coefficient": center_rewards, "num_labels": num_labels}, is_reward_model
-    ),
-    *(
-        Rule(f"{PREFIX}{rule.key}", of_policy(rule.reader, lambda *_: None), rule.default)
-        for rule in OF_BLOCK
-    ),
+    *(Rule(f"{PREFIX}{rule.key}", of_policy(rule.reader), rule.default) for rule in OF_BLOCK),
 )

@@ -39,13 +39,15 @@ from lorafold.translating.rules import (
     Rows,
     Rule,
     Settings,
+    Table,
+    cases,
     changed,
     choice,
+    flagged,
     given_as_data,
     is_off,
     left,
     of_hub,
-    option,
     read_with,
     refused,
     refusing,
@@ -60,6 +62,18 @@ SIGNS = (
     " dataset pref_loss pref_beta adapter_name_or_path preprocessing_num_workers overwrite_cache"
 )
 LOSSES = {"sigmoid": "dpo", "hinge": "hinge", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo"}
+PREF_LOSS = cases(
+    {theirs: taken(objective=ours) for theirs, ours in LOSSES.items()}
+    | {"kto_pair": "lorafold's kto takes completions one by one, as stage kto does"}
+)
+FULL = cases(
+    {
+        **dict.fromkeys(("freeze", "oft"), "lorafold has no such method"),
+        "lora": OFF,
+        "full": taken(method="full"),
+    }
+)
+NO_TERM = "lorafold's losses have no such term"
 NEGLIGIBLE = 1e-6  # LLaMA-Factory leaves terms out that weigh no more
 INFO = "dataset_info.json"
 ONLINE = "ONLINE"  # a dataset_dir whose names are those of hub datasets
@@ -153,12 +167,10 @@ def stage(value: Any, settings: Settings) -> Outcome:
     return changed({"pt": whole, "rm": head}.get(value, ""), objective=ours)
 
 
-def finetuning_type(value: Any, settings: Settings) -> Outcome:
+def finetuning_type(value: Any, settings: Settings) -> Outcome | None:
     """`finetuning_type` becomes the method, with the switches of LoRA's kinds."""
-    if value in ("freeze", "oft"):
-        raise refused(value, "lorafold has no such method")
-    if choice(value, "lora", "full") == "full":
-        return taken(method="full")
+    if not is_lora(settings):
+        return FULL(value, settings)
     pissa = f"pissa_niter_{max(0, settings.read('pissa_iter', integer))}"
     return trainer.kind_of_lora(
         settings.on("use_dora"),
@@ -259,13 +271,6 @@ def enable_thinking(value: Any, settings: Settings) -> Outcome:
     )
 
 
-def pref_loss(value: Any, settings: Settings) -> Outcome:
-    """`pref_loss` becomes the objective; LorafoldError for kto_pair."""
-    if value == "kto_pair":
-        raise refused(value, "lorafold's kto takes completions one by one, as stage kto does")
-    return taken(objective=LOSSES[choice(value, *LOSSES)])
-
-
 def pref_ftx(value: Any, settings: Settings) -> Outcome | None:
     """`pref_ftx` becomes `sft_weight`; a reward model has no such term there."""
     objective = objective_of(settings)
@@ -283,15 +288,11 @@ def label_smoothing(value: Any, settings: Settings) -> Outcome:
     return taken(objective_options={"label_smoothing": number(value)})
 
 
-def other_term(value: Any, settings: Settings) -> Outcome | None:
-    """A term of the loss that lorafold does not have: LorafoldError where it is on."""
-    raise refused(value, "lorafold's losses have no such term")
-
-
 def bco_weight(value: Any, settings: Settings) -> Outcome | None:
     """`pref_bco_weight` is a term that lorafold does not have, where the loss has a reference."""
-    on = number(value) > NEGLIGIBLE and compares(settings) and is_dpo(settings)
-    return other_term(value, settings) if on else None
+    if number(value) > NEGLIGIBLE and compares(settings) and is_dpo(settings):
+        raise refused(value, NO_TERM)
+    return None
 
 
 def adapters_below(settings: Settings) -> tuple[str, ...]:
@@ -311,7 +312,7 @@ def named_adapters(value: Any, settings: Settings) -> Outcome | None:
     if not found:
         return None
     if not below:
-        return option("--init-adapter")(found[-1], settings)
+        return flagged("--init-adapter", found[-1])
     flags = [f"--over {shlex.quote(name)}" for name in below]
     flags += [f"--init-adapter {shlex.quote(name)}" for name in found[len(below) :]]
     return left(
@@ -388,106 +389,90 @@ def _said(info: Mapping[str, Any]) -> Iterator[str]:
         yield f"{', '.join(others)}: without a counterpart"
 
 
+OWN: Table = {
+    "stage": (stage, "sft"),
+    "finetuning_type": (finetuning_type, "lora"),
+    "use_dora use_rslora": (switch(trainer.OF_METHOD, None), False),
+    "pissa_init": (pissa_init, False),
+    "pissa_iter": (
+        lambda value, settings: trainer.OF_METHOD if settings.on("pissa_init") else None,
+        16,
+    ),
+    "pissa_convert": taken("an adapter is always saved as LoRA over the plain base"),
+    "adapter_name_or_path": named_adapters,
+    "create_new_adapter": (create_new_adapter, False),
+    "pref_beta": (beta(objective_of), 0.1),
+    "pref_ftx": (pref_ftx, 0.0),
+    "pref_bco_weight": (bco_weight, 0.0),
+    "simpo_gamma": (law_option("gamma", objective_of), 0.5),
+    "kto_chosen_weight": (law_option("desirable_weight", objective_of), 1.0),
+    "kto_rejected_weight": (law_option("undesirable_weight", objective_of), 1.0),
+    "ref_model_adapters": lambda value, settings: (
+        None if settings["ref_model"] is None else read_with("ref_model")
+    ),
+    "quantization_bit": quantization_bit,
+    "bf16": (bf16, False),
+    "pure_bf16": (switch(read_with("bf16"), None), False),
+    "fp16": (fp16, False),
+    "learning_rate": (to("lr", number), 5e-5),
+    "per_device_train_batch_size": (batch, 8),
+    "gradient_accumulation_steps": (SAME, 1),
+    "cutoff_len": (SAME, 2048),
+    "packing": taken("neat_packing is read with it"),
+    "neat_packing": (neat_packing, False),
+    "train_on_prompt": train_on_prompt,
+    "mask_history": mask_history,
+    "enable_thinking": enable_thinking,
+    "disable_gradient_checkpointing": to(
+        "gradient_checkpointing", lambda value: not boolean(value)
+    ),
+    "gradient_checkpointing": taken("disable_gradient_checkpointing decides there"),
+    "val_size": (trainer.held_out_rows, 0.0),
+    "default_system": SYSTEM,
+    "use_swanlab": switch(taken(trackers=("swanlab",))),
+    "template": template,
+    "model_revision": "--revision",
+    "dataset": dataset,
+    "dataset_dir": read_with("dataset"),
+    "eval_dataset": trainer.EVAL_DATA,
+    "do_train": trainer.TRAINS,
+    "train_from_scratch": refusing("lorafold does not pretrain"),
+    "use_galore": refusing("lorafold has no GaLore"),
+    "use_apollo": refusing("lorafold has no APOLLO"),
+    "use_badam": refusing("lorafold has no BAdam"),
+    **trainer.ARGUMENTS,
+    **trainer.STEPS,
+    "evaluation_strategy": trainer.interval_strategy,
+    **LLAMAFACTORY,
+}
+OF_METHOD: Table = {
+    "lora_rank": (lora_rank, 8),
+    "lora_alpha": lora_alpha,
+    "lora_dropout": (dropout(lambda settings: settings["stage"] in ("dpo", "kto")), 0.0),
+    "lora_target": (SAME, "all"),
+    "additional_target": SAME,
+    "loraplus_lr_ratio": (trainer.loraplus_ratio, 1),
+}
+OF_PAIRS: Table = {
+    "pref_loss": (PREF_LOSS, "sigmoid"),
+    "ld_alpha": refusing(NO_TERM, lambda value: False),
+    "dpo_label_smoothing": (label_smoothing, 0.0),
+}
+OF_REFERENCE: Table = {
+    "ref_model": ref_model,
+    "ref_model_quantization_bit": ref_model_quantization_bit,
+}
+OF_QUANTIZED: Table = {
+    "quantization_method": (taken("it is part of the base"), "bnb"),
+    "quantization_type": (taken("it is part of the base"), "nf4"),
+    "double_quantization": switch(
+        taken("nf4 is always so"), changed("nf4 always quantizes its scales again here")
+    ),
+}
 RULES: tuple[Rule, ...] = (
-    *table(
-        {
-            "stage": (stage, "sft"),
-            "finetuning_type": (finetuning_type, "lora"),
-            "use_dora use_rslora": (switch(trainer.OF_METHOD, None), False),
-            "pissa_init": (pissa_init, False),
-            "pissa_iter": (
-                lambda value, settings: (
-                    trainer.OF_METHOD if settings.on("pissa_init") else None
-                ),
-                16,
-            ),
-            "pissa_convert": taken("an adapter is always saved as LoRA over the plain base"),
-            "adapter_name_or_path": named_adapters,
-            "create_new_adapter": (create_new_adapter, False),
-            "pref_beta": (beta(objective_of), 0.1),
-            "pref_ftx": (pref_ftx, 0.0),
-            "pref_bco_weight": (bco_weight, 0.0),
-            "simpo_gamma": (law_option("gamma", objective_of), 0.5),
-            "kto_chosen_weight": (law_option("desirable_weight", objective_of), 1.0),
-            "kto_rejected_weight": (law_option("undesirable_weight", objective_of), 1.0),
-            "ref_model_adapters": lambda value, settings: (
-                None if settings["ref_model"] is None else read_with("ref_model")
-            ),
-            "quantization_bit": quantization_bit,
-            "bf16": (bf16, False),
-            "pure_bf16": (switch(read_with("bf16"), None), False),
-            "fp16": (fp16, False),
-            "learning_rate": (to("lr", number), 5e-5),
-            "per_device_train_batch_size": (batch, 8),
-            "gradient_accumulation_steps": (SAME, 1),
-            "cutoff_len": (SAME, 2048),
-            "packing": taken("neat_packing is read with it"),
-            "neat_packing": (neat_packing, False),
-            "train_on_prompt": train_on_prompt,
-            "mask_history": mask_history,
-            "enable_thinking": enable_thinking,
-            "disable_gradient_checkpointing": to(
-                "gradient_checkpointing", lambda value: not boolean(value)
-            ),
-            "gradient_checkpointing": taken("disable_gradient_checkpointing decides there"),
-            "val_size": (trainer.held_out_rows, 0.0),
-            "default_system": SYSTEM,
-            "use_swanlab": switch(taken(trackers=("swanlab",))),
-            "template": template,
-            "model_revision": option("--revision"),
-            "dataset": dataset,
-            "dataset_dir": read_with("dataset"),
-            "eval_dataset": left("pass its rows as --eval-data", "--eval-data EVAL_DATA"),
-            "do_train": switch(
-                taken("lorafold train does it"),
-                left("the file does not train; lorafold train does"),
-            ),
-            "train_from_scratch": refusing("lorafold does not pretrain"),
-            "use_galore": refusing("lorafold has no GaLore"),
-            "use_apollo": refusing("lorafold has no APOLLO"),
-            "use_badam": refusing("lorafold has no BAdam"),
-            **trainer.ARGUMENTS,
-            **trainer.STEPS,
-            "evaluation_strategy": trainer.interval_strategy,
-            **LLAMAFACTORY,
-        }
-    ),
-    *table(
-        {
-            "lora_rank": (lora_rank, 8),
-            "lora_alpha": lora_alpha,
-            "lora_dropout": (
-                dropout(lambda settings: settings["stage"] in ("dpo", "kto")), 0.0
-            ),
-            "lora_target": (SAME, "all"),
-            "additional_target": SAME,
-            "loraplus_lr_ratio": (trainer.loraplus_ratio, 1),
-        },
-        is_lora,
-    ),
-    *table(
-        {
-            "pref_loss": (pref_loss, "sigmoid"),
-            "ld_alpha": other_term,
-            "dpo_label_smoothing": (label_smoothing, 0.0),
-        },
-        is_dpo,
-    ),
-    *table(
-        {
-            "ref_model": ref_model,
-            "ref_model_quantization_bit": ref_model_quantization_bit,
-        },
-        compares,
-    ),
-    *table(
-        {
-            "quantization_method": (taken("it is part of the base"), "bnb"),
-            "quantization_type": (taken("it is part of the base"), "nf4"),
-            "double_quantization": switch(
-                taken("nf4 is always so"), changed("nf4 always quantizes its scales again here")
-            ),
-        },
-        is_quantized,
-    ),
-)  # fmt: skip
+    *table(OWN),
+    *table(OF_METHOD, is_lora),
+    *table(OF_PAIRS, is_dpo),
+    *table(OF_REFERENCE, compares),
+    *table(OF_QUANTIZED, is_quantized),
+)

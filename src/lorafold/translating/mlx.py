@@ -26,13 +26,13 @@ from lorafold.translating.rules import (
     Rows,
     Rule,
     Settings,
+    Table,
     changed,
     choice,
     flagged,
     given_as_data,
     left,
     of_hub,
-    option,
     read_with,
     switch,
     table,
@@ -120,11 +120,6 @@ def num_layers(value: Any, settings: Settings) -> Outcome:
         f"there the last {integer(value)} layers are adapted, and here all: for fewer --set"
         " targets=REGEX of their module paths"
     )
-
-
-def keys(value: Any, settings: Settings) -> Outcome:
-    """`keys` become the targets; without them every linear layer of the blocks is one."""
-    return taken(targets="all-linear" if value == ALL else names(value))
 
 
 def optimizer(value: Any, settings: Settings) -> Outcome:
@@ -253,65 +248,59 @@ def model(value: Any, settings: Settings) -> Outcome:
     )
 
 
-RULES: tuple[Rule, ...] = (
-    *table(
-        {
-            "fine_tune_type": (fine_tune_type, "lora"),
-            f"{BLOCK}.alpha": taken("scale decides"),
-            BLOCK: None,
-            "model": (model, "Qwen/Qwen3-0.6b"),
-            "optimizer": (optimizer, "adam"),
-            "optimizer_config": read_with("optimizer"),
-            "lr_schedule": (lr_schedule, CONSTANT),
-            "iters": (in_steps("steps", "iters"), 1000),
-            "batch_size": (batch, 4),
-            "grad_accumulation_steps": (taken("batch has it"), 1),
-            "max_seq_length": (SAME, 2048),
-            "mask_prompt": (
-                switch(
-                    taken("the last message is trained", train_on="last"),
-                    changed(
-                        "there every token is trained; here the assistant's turns and {text} rows"
-                        " are"
-                    ),
-                ),
-                False,
-            ),
-            "grad_checkpoint": (SAME, False),
-            "steps_per_eval": (in_steps("eval_every", "steps_per_eval"), 200),
-            "save_every": (in_steps("save_every", "save_every"), 100),
-            "seed": to("seed", integer),
-            "report_to": trainer.trackers,
-            "train": switch(
-                taken("lorafold train does it"),
-                left("the file does not train; lorafold train does"),
-            ),
-            "test": "lorafold eval measures the rows of test.jsonl",
-            "data": (data, "mlx-community/WikiSQL"),
-            "hf_dataset": hf_dataset,
-            " ".join(FEATURES.values()): read_with("data"),
-            "adapter_path": (option("--out"), "adapters"),
-            "resume_adapter_file": "lorafold does not read mlx-lm's adapters",
-            "trust_remote_code": trainer.TRUST,
-            "config": "it is the file itself",
-            "project_name": NAMES_OF_RUNS,
-            "steps_per_report val_batches test_batches": LOGGING,
-            "clear_cache_threshold": MEMORY,
-        }
+OWN: Table = {
+    "fine_tune_type": (fine_tune_type, "lora"),
+    f"{BLOCK}.alpha": taken("scale decides"),
+    BLOCK: None,
+    "model": (model, "Qwen/Qwen3-0.6b"),
+    "optimizer": (optimizer, "adam"),
+    "optimizer_config": read_with("optimizer"),
+    "lr_schedule": (lr_schedule, CONSTANT),
+    "iters": (in_steps("steps", "iters"), 1000),
+    "batch_size": (batch, 4),
+    "grad_accumulation_steps": (taken("batch has it"), 1),
+    "max_seq_length": (SAME, 2048),
+    "mask_prompt": (
+        switch(
+            taken("the last message is trained", train_on="last"),
+            changed("there every token is trained; here the assistant's turns and {text} rows are"),
+        ),
+        False,
     ),
+    "grad_checkpoint": (SAME, False),
+    "steps_per_eval": (in_steps("eval_every", "steps_per_eval"), 200),
+    "save_every": (in_steps("save_every", "save_every"), 100),
+    "seed": to("seed", integer),
+    "report_to": trainer.trackers,
+    "train": trainer.TRAINS,
+    "test": "lorafold eval measures the rows of test.jsonl",
+    "data": (data, "mlx-community/WikiSQL"),
+    "hf_dataset": hf_dataset,
+    " ".join(FEATURES.values()): read_with("data"),
+    "adapter_path": ("--out", "adapters"),
+    "resume_adapter_file": "lorafold does not read mlx-lm's adapters",
+    "trust_remote_code": trainer.TRUST,
+    "config": "it is the file itself",
+    "project_name": NAMES_OF_RUNS,
+    "steps_per_report val_batches test_batches": LOGGING,
+    "clear_cache_threshold": MEMORY,
+}
+RATE: Table = {
+    f"{BLOCK}.rank": (to("rank", integer), 8),
+    f"{BLOCK}.scale": (alpha, 20.0),
+    f"{BLOCK}.dropout": (to("dropout", number), 0.0),
+    f"{BLOCK}.keys": (
+        to("targets", lambda value: "all-linear" if value == ALL else names(value)),
+        ALL,
+    ),
+    "num_layers": (num_layers, 16),
+    "lora_layers": num_layers,
+}
+RULES: tuple[Rule, ...] = (
+    *table(OWN),
     *table(
         {"learning_rate": (trainer.rate(is_lora), 1e-5)},
         lambda settings: bool(settings["lr_schedule"] == CONSTANT),
     ),
-    *table(
-        {
-            f"{BLOCK}.rank": (to("rank", integer), 8),
-            f"{BLOCK}.scale": (alpha, 20.0),
-            f"{BLOCK}.dropout": (to("dropout", number), 0.0),
-            f"{BLOCK}.keys": (keys, ALL),
-            "num_layers": (num_layers, 16),
-            "lora_layers": num_layers,
-        },
-        is_lora,
-    ),
+    *table(RATE, is_lora),
 )

@@ -8,7 +8,6 @@ of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from math import ceil, gcd
 from typing import Any
 
@@ -19,8 +18,9 @@ from lorafold.translating.rules import (
     OFF,
     Outcome,
     Reader,
-    Row,
     Settings,
+    Table,
+    cases,
     changed,
     choice,
     left,
@@ -28,7 +28,6 @@ from lorafold.translating.rules import (
     refused,
     refusing,
     switch,
-    table,
     taken,
     to,
     unless,
@@ -227,13 +226,6 @@ def bound_of_ratios(least: float) -> Reader:
     return read
 
 
-def aggregation(value: Any, settings: Settings) -> Outcome:
-    """`multi_objective_aggregation` sums rewards; LorafoldError for GDPO's."""
-    if choice(value, "sum_then_normalize", "normalize_then_sum") == "sum_then_normalize":
-        return taken("rewards are summed, then compared")
-    raise refused(value, SUMMED)
-
-
 def reward_funcs(value: Any, settings: Settings) -> Outcome:
     """`reward_funcs` become the rewards; those that are no functions of a file are left.
 
@@ -324,91 +316,85 @@ def draws_for(factor: str) -> Reader:
     return read
 
 
-REFERENCE: Mapping[str, Row] = {
+REFERENCE: Table = {
     "sync_ref_model": sync_ref_model,
     "ref_model_mixup_alpha ref_model_sync_steps": read_with("sync_ref_model"),
 }
-SHARED = table(
-    {
-        "reward_funcs": (reward_funcs, ()),
-        "reward_weights": reward_weights,
-        "max_completion_length": (completion_length, 512),
-        "epsilon": (epsilon, 0.2),
-        "epsilon_high": epsilon_high,
-        "num_iterations": num_iterations,
-        "steps_per_generation": draws_for(""),
-        "generation_batch_size": draws_for("per_device_train_batch_size"),
-        "temperature top_p repetition_penalty": drawn_plainly(1),
-        "top_k": drawn_plainly(0, -1),
-        "min_p": drawn_plainly(0),
-        "generation_kwargs": PLAINLY,
-        "chat_template_kwargs": to("template_kwargs"),
-        "mask_truncated_completions": (mask_truncated, False),
-        **REFERENCE,
-        "disable_dropout": taken("there is no dropout here"),
-        "num_generations_eval": "held-out prompts have one completion each, and their reward its"
-        " interval",
-        "vllm_structured_outputs_regex vllm_guided_decoding_regex": refusing(
-            "completions are drawn among all tokens"
+SHARED: Table = {
+    "reward_funcs": (reward_funcs, ()),
+    "reward_weights": reward_weights,
+    "max_completion_length": (completion_length, 512),
+    "epsilon": (epsilon, 0.2),
+    "epsilon_high": epsilon_high,
+    "num_iterations": num_iterations,
+    "steps_per_generation": draws_for(""),
+    "generation_batch_size": draws_for("per_device_train_batch_size"),
+    "temperature top_p repetition_penalty": drawn_plainly(1),
+    "top_k": drawn_plainly(0, -1),
+    "min_p": drawn_plainly(0),
+    "generation_kwargs": PLAINLY,
+    "chat_template_kwargs": to("template_kwargs"),
+    "mask_truncated_completions": (mask_truncated, False),
+    **REFERENCE,
+    "disable_dropout": taken("there is no dropout here"),
+    "num_generations_eval": "held-out prompts have one completion each, and their reward its"
+    " interval",
+    "vllm_structured_outputs_regex vllm_guided_decoding_regex": refusing(
+        "completions are drawn among all tokens"
+    ),
+    "use_vllm vllm_mode vllm_model_impl vllm_enable_sleep_mode vllm_server_base_url"
+    " vllm_server_host vllm_server_port vllm_server_timeout vllm_group_port"
+    " vllm_gpu_memory_utilization vllm_max_model_length vllm_tensor_parallel_size"
+    " vllm_importance_sampling_correction vllm_importance_sampling_mode"
+    " vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min"
+    " vllm_importance_sampling_cap ds3_gather_for_generation cache_implementation"
+    " use_transformers_continuous_batching transformers_continuous_batching_config"
+    " use_transformers_paged": OWN_DRAWS,
+    "log_completions log_multimodal num_completions_to_print log_unique_prompts"
+    " log_completions_hub_repo": LOGGING,
+    "pad_to_multiple_of": MEMORY,
+}
+GRPO: Table = {
+    **SHARED,
+    "loss_type": (loss_type, "dapo"),
+    "importance_sampling_level": (importance_sampling_level, "token"),
+    "num_generations": (group, 8),
+    "beta": (beta, 0.0),
+    "use_bias_correction_kl": (read_with("beta"), True),
+    "scale_rewards": (scale_rewards, "group"),
+    "multi_objective_aggregation": cases(
+        {
+            "sum_then_normalize": taken("rewards are summed, then compared"),
+            "normalize_then_sum": SUMMED,
+        }
+    ),
+    "delta": bound_of_ratios(1),
+    "off_policy_mask_threshold": bound_of_ratios(0),
+    "top_entropy_quantile": unless(1, NO_PART),
+    "entropy_coef": unless(0, NO_PART),
+    "use_adaptive_entropy": refusing(NO_PART),
+    "entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target"
+    " sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg"
+    " vespo_lambda_neg": None,
+    "max_tool_calling_iterations": "a completion is one turn here, without tools that answer",
+    "cast_lm_head_to_fp32 use_liger_loss": NUMBERS,
+}
+RLOO: Table = {
+    **SHARED,
+    "num_generations": (group, 2),
+    "beta": (beta, 0.05),
+    "normalize_advantages": (
+        switch(
+            changed(
+                "TRL divides by the deviation of the batch's advantages, and lorafold by"
+                " that of its rewards",
+                objective_options={"scale": "batch"},
+            ),
+            taken(objective_options={"scale": "none"}),
         ),
-        "use_vllm vllm_mode vllm_model_impl vllm_enable_sleep_mode vllm_server_base_url"
-        " vllm_server_host vllm_server_port vllm_server_timeout vllm_group_port"
-        " vllm_gpu_memory_utilization vllm_max_model_length vllm_tensor_parallel_size"
-        " vllm_importance_sampling_correction vllm_importance_sampling_mode"
-        " vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min"
-        " vllm_importance_sampling_cap ds3_gather_for_generation cache_implementation"
-        " use_transformers_continuous_batching transformers_continuous_batching_config"
-        " use_transformers_paged": OWN_DRAWS,
-        "log_completions log_multimodal num_completions_to_print log_unique_prompts"
-        " log_completions_hub_repo": LOGGING,
-        "pad_to_multiple_of": MEMORY,
-    }
-)
-GRPO = (
-    *table(
-        {
-            "loss_type": (loss_type, "dapo"),
-            "importance_sampling_level": (importance_sampling_level, "token"),
-            "num_generations": (group, 8),
-            "beta": (beta, 0.0),
-            "use_bias_correction_kl": (read_with("beta"), True),
-            "scale_rewards": (scale_rewards, "group"),
-            "multi_objective_aggregation": aggregation,
-            "delta": bound_of_ratios(1),
-            "off_policy_mask_threshold": bound_of_ratios(0),
-            "top_entropy_quantile": unless(1, NO_PART),
-            "entropy_coef": unless(0, NO_PART),
-            "use_adaptive_entropy": refusing(NO_PART),
-            "entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target"
-            " sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg"
-            " vespo_lambda_neg": None,
-            "max_tool_calling_iterations": "a completion is one turn here, without tools that"
-            " answer",
-            "cast_lm_head_to_fp32 use_liger_loss": NUMBERS,
-        }
+        False,
     ),
-    *SHARED,
-)
-RLOO = (
-    *table(
-        {
-            "num_generations": (group, 2),
-            "beta": (beta, 0.05),
-            "normalize_advantages": (
-                switch(
-                    changed(
-                        "TRL divides by the deviation of the batch's advantages, and lorafold by"
-                        " that of its rewards",
-                        objective_options={"scale": "batch"},
-                    ),
-                    taken(objective_options={"scale": "none"}),
-                ),
-                False,
-            ),
-            "reward_clip_range": refusing(
-                "rewards count as they are: clip in the function", lambda value: False
-            ),
-        }
+    "reward_clip_range": refusing(
+        "rewards count as they are: clip in the function", lambda value: False
     ),
-    *SHARED,
-)
+}

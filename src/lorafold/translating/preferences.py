@@ -20,11 +20,11 @@ from lorafold.translating.rules import (
     Reader,
     Settings,
     changed,
+    either,
     left,
     refused,
     taken,
     to,
-    where,
 )
 
 NO_DROPOUT = "there it is off while preferences are trained"
@@ -62,7 +62,7 @@ def options_of(objective: str | None) -> Mapping[str, Any]:
 
 def beta(objective_of: ObjectiveOf) -> Reader:
     """The reader of a key that becomes beta; a reward model has none."""
-    return where(lambda settings: "beta" in options_of(objective_of(settings)), to("beta", number))
+    return either(lambda one: "beta" in options_of(objective_of(one)), to("beta", number))
 
 
 def law_option(name: str, objective_of: ObjectiveOf) -> Reader:
@@ -97,6 +97,11 @@ def supervised(value: Any, objective: str | None, remark: str = "") -> Outcome |
     if "sft_weight" not in options_of(objective):
         raise refused(value, f"lorafold's objective {objective} takes no such term")
     return changed(remark, objective_options={"sft_weight": weight})
+
+
+def supervised_as(objective: str) -> Reader:
+    """The reader of TRL's weight of the supervised term, of one objective."""
+    return lambda value, settings: supervised(value, objective, SUPERVISED)
 
 
 def of_dpo(found: Sequence[str], given: Any, key: str) -> Outcome:

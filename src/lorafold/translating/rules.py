@@ -90,7 +90,8 @@ class Rule:
     default: Any = None
 
 
-# A reader; or its outcome, whatever the value is; or why there is no counterpart; or SAME
+# A reader; or its outcome, whatever the value is; or the option of `lorafold train` that the value
+# goes to; or why there is no counterpart; or SAME
 Row = Reader | Outcome | str | None
 Table = Mapping[str, Row | tuple[Row, Any]]  # by keys, with the tool's default
 Condition = Callable[[Settings], bool]
@@ -103,7 +104,7 @@ def table(rows: Table, only: Condition | None = None) -> tuple[Rule, ...]:
         only: The settings with which the keys have an effect; None: all.
     """
     return tuple(
-        Rule(key, where(only, reader) if only else reader, default)
+        Rule(key, either(only, reader) if only else reader, default)
         for keys, row in rows.items()
         for one, default in [row if isinstance(row, tuple) else (row, None)]
         for key in keys.split()
@@ -111,18 +112,21 @@ def table(rows: Table, only: Condition | None = None) -> tuple[Rule, ...]:
     )
 
 
-def _reader(row: Row, key: str) -> Reader:
+def _reader(row: Row, key: str = "") -> Reader:
     if row == SAME:
         here = ELSEWHERE[key]
         return lambda value, settings: taken(here.remark, **here.read(value, settings.given))
+    if isinstance(row, str) and row.startswith("--"):
+        return lambda value, settings: flagged(row, value)
     if isinstance(row, str):
         return lambda value, settings: OFF if is_off(value) else left(row)
     return row if callable(row) else lambda value, settings: row
 
 
-def where(condition: Condition, reader: Reader) -> Reader:
-    """The same reader, except that the key has no effect with other settings."""
-    return lambda value, settings: reader(value, settings) if condition(settings) else None
+def either(condition: Condition, row: Row, otherwise: Row = None) -> Reader:
+    """The reader of one row with some settings, and of another one, or none, with others."""
+    reader, other = _reader(row), _reader(otherwise)
+    return lambda value, settings: (reader if condition(settings) else other)(value, settings)
 
 
 def taken(remark: str = "", /, **fields: Any) -> Outcome:
@@ -158,14 +162,20 @@ def switch(on: Outcome | None, off: Outcome | None = OFF) -> Reader:
     return lambda value, settings: on if boolean(value) else off
 
 
-def cases(outcomes: Mapping[Any, Outcome | None]) -> Reader:
-    """The reader of a key with few values. LorafoldError for others."""
-    return lambda value, settings: outcomes[choice(value, *outcomes)]
+def cases(outcomes: Mapping[str, Outcome | str], otherwise: Outcome | str = "") -> Reader:
+    """The reader of a key by its value; a text is why lorafold can't train it: LorafoldError, as
+    for a value that is not there.
+    """
 
+    def read(value: Any, settings: Settings) -> Outcome:
+        found = outcomes.get(str(value), otherwise)
+        if not found:
+            choice(value, *(key for key, one in outcomes.items() if not isinstance(one, str)))
+        if isinstance(found, str):
+            raise refused(value, found)
+        return found
 
-def option(name: str) -> Reader:
-    """The reader of a key whose value goes to the option `name` of `lorafold train`."""
-    return lambda value, settings: flagged(name, value)
+    return read
 
 
 def flagged(name: str, value: Any) -> Outcome:

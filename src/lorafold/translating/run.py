@@ -99,8 +99,8 @@ TOOLS: dict[str, Tool] = {
         "LLaMA-Factory", llamafactory.SIGNS, llamafactory.RULES, note=AFTER_TURNS
     ),
     **{
-        kind: _by_rules(f"TRL's {name}", signs, rules, note=NOTES.get(kind, ""))
-        for kind, (name, signs, rules) in trl.TRAINERS.items()
+        kind: _by_rules(f"TRL's {name}", signs, trl.RULES[kind], note=NOTES.get(kind, ""))
+        for kind, (name, signs, _) in trl.TRAINERS.items()
     },
     "mlx-lm": _by_rules("mlx-lm", mlx.SIGNS, mlx.RULES, mlx.flat, NOTES["mlx-lm"]),
     "unsloth": Tool(

@@ -21,6 +21,7 @@ from lorafold.advice import (
     product,
 )
 from lorafold.errors import LorafoldError
+from lorafold.translating.no_counterpart import TRAINER, TRANSFORMERS
 from lorafold.translating.rules import (
     SAME,
     Condition,
@@ -29,9 +30,9 @@ from lorafold.translating.rules import (
     Row,
     Settings,
     Table,
+    cases,
     changed,
     left,
-    option,
     switch,
     taken,
     to,
@@ -127,16 +128,6 @@ def interval(name: str) -> Reader:
         return taken(**{name: ceil(found * total)})
 
     return read
-
-
-def interval_strategy(value: Any, settings: Settings) -> Outcome:
-    """`save_strategy` and its like are taken where the interval is in steps, and else left."""
-    if value == "steps":
-        return taken("the interval is in steps")
-    return left(
-        "checkpoints are written about ten times a run, and rows that are held out are evaluated"
-        " with each: --set save_every=STEPS, --set eval_every=STEPS"
-    )
 
 
 def held_out_rows(value: Any, settings: Settings) -> Outcome:
@@ -251,6 +242,17 @@ def kind_of_lora(dora: bool, rslora: bool, init: Any) -> Outcome:
 
 
 TRUST: Row = switch(left("pass --trust-remote-code", "--trust-remote-code"))
+TRAINS: Row = switch(
+    taken("lorafold train does it"), left("the file does not train; lorafold train does")
+)
+EVAL_DATA = left("pass its rows as --eval-data", "--eval-data EVAL_DATA")
+interval_strategy = cases(
+    {"steps": taken("the interval is in steps")},
+    left(
+        "checkpoints are written about ten times a run, and rows that are held out are evaluated"
+        " with each: --set save_every=STEPS, --set eval_every=STEPS"
+    ),
+)
 # Of the Trainer, whatever they are called before it
 STEPS: Table = {
     "weight_decay": (to("weight_decay", number), 0.0),
@@ -263,8 +265,9 @@ STEPS: Table = {
     "save_total_limit": save_total_limit,
     "seed": to("seed", integer),
     "trust_remote_code": TRUST,
-    "output_dir": option("--out"),
+    "output_dir": "--out",
     "resume_from_checkpoint": "lorafold resumes runs of its own: --resume",
+    **TRAINER,
 }
 # Of its arguments, as they are called there
 ARGUMENTS: Table = {
@@ -276,5 +279,6 @@ ARGUMENTS: Table = {
     "use_cpu": switch(left("pass --device cpu", "--device cpu")),
     "report_to": trackers,
     "overwrite_output_dir": "pass --overwrite to replace what an earlier run wrote",
-    "model_name_or_path": option("--model"),
+    "model_name_or_path": "--model",
+    **TRANSFORMERS,
 }

@@ -21,14 +21,13 @@ from lorafold.translating.no_counterpart import MEMORY, TRL
 from lorafold.translating.preferences import (
     DPO_LOSSES,
     ORPO_TERM,
-    SUPERVISED,
     beta,
     dropout,
     law_option,
     of_dpo,
     rows_wanted,
     smoothing_of_dpo,
-    supervised,
+    supervised_as,
 )
 from lorafold.translating.rules import (
     OFF,
@@ -36,18 +35,17 @@ from lorafold.translating.rules import (
     Outcome,
     Row,
     Rows,
-    Rule,
     Settings,
     Table,
     cases,
     changed,
     choice,
+    either,
+    flagged,
     given_as_data,
     left,
     of_hub,
-    option,
     read_with,
-    refused,
     refusing,
     switch,
     table,
@@ -131,42 +129,37 @@ def part_of(key: str) -> Row:
 
 
 # Of the model: ModelConfig and what goes with it
+SWITCHES: Table = {
+    "use_peft": (use_peft, False),
+    "use_dora use_rslora": (part_of("use_peft"), False),
+    "lora_task_type": cases(
+        dict.fromkeys(("CAUSAL_LM", "SEQ_CLS"), taken("the objective decides"))
+    ),
+    "load_in_4bit": (load_in_4bit, False),
+    "load_in_8bit": (switch(taken(storage=made_of(8))), False),
+    "bnb_4bit_quant_type": (taken("it is part of the base"), "nf4"),
+    "use_bnb_nested_quant": taken("nf4 always quantizes its scales"),
+    "torch_dtype": dtype,
+    "bf16": (part_of("dtype"), True),
+    "fp16": (part_of("dtype"), False),
+    "gradient_checkpointing": (to("gradient_checkpointing", boolean), True),
+    "model_name_or_path": "--model",
+    "model_revision": lambda value, settings: (
+        taken("the model's own") if value == "main" else flagged("--revision", value)
+    ),
+    "trust_remote_code": trainer.TRUST,
+}
+OF_METHOD: Table = {
+    "lora_r": (SAME, 16),
+    "lora_alpha": (SAME, 32),
+    "lora_target_modules": (target_modules, BY_ARCHITECTURE),
+    "lora_target_parameters": target_parameters,
+    "lora_modules_to_save": modules_to_save,
+}
 MODEL = (
-    *table(
-        {
-            "use_peft": (use_peft, False),
-            "use_dora use_rslora": (part_of("use_peft"), False),
-            "lora_task_type": cases(
-                dict.fromkeys(("CAUSAL_LM", "SEQ_CLS"), taken("the objective decides"))
-            ),
-            "load_in_4bit": (load_in_4bit, False),
-            "load_in_8bit": (switch(taken(storage=made_of(8))), False),
-            "bnb_4bit_quant_type": (taken("it is part of the base"), "nf4"),
-            "use_bnb_nested_quant": taken("nf4 always quantizes its scales"),
-            "torch_dtype": dtype,
-            "bf16": (part_of("dtype"), True),
-            "fp16": (part_of("dtype"), False),
-            "gradient_checkpointing": (to("gradient_checkpointing", boolean), True),
-            "model_name_or_path": option("--model"),
-            "model_revision": lambda value, settings: (
-                taken("the model's own")
-                if value == "main"
-                else option("--revision")(value, settings)
-            ),
-            "trust_remote_code": trainer.TRUST,
-        }
-    ),
+    *table(SWITCHES),
     *table({"dtype": (dtype, "float32")}, lambda settings: settings["torch_dtype"] is None),
-    *table(
-        {
-            "lora_r": (SAME, 16),
-            "lora_alpha": (SAME, 32),
-            "lora_target_modules": (target_modules, BY_ARCHITECTURE),
-            "lora_target_parameters": target_parameters,
-            "lora_modules_to_save": modules_to_save,
-        },
-        is_lora,
-    ),
+    *table(OF_METHOD, is_lora),
 )
 IN_MODEL = {rule.key for rule in MODEL}
 COMMON = (
@@ -188,15 +181,6 @@ def packing(value: Any, settings: Settings) -> Outcome:
     mixed = on and "flash" not in str(settings["attn_implementation"])
     why = "without FlashAttention rows see each other there, and are kept apart here"
     return changed(why if mixed else "", packing=on)
-
-
-def packing_strategy(value: Any, settings: Settings) -> Outcome | None:
-    """`packing_strategy` has one counterpart, best fit."""
-    if not settings.on("packing"):
-        return None
-    if choice(value, "bfd", "bfd_split", "bfd-requeue", "wrapped") == "bfd":
-        return taken("rows are packed by best fit")
-    return changed("rows are packed by best fit, kept apart, and cut where they are too long")
 
 
 def batch(value: Any, settings: Settings) -> Outcome:
@@ -229,14 +213,6 @@ def chat_template_path(value: Any, settings: Settings) -> Outcome:
     return left(f"{NO_TEMPLATE}, that of {value}")
 
 
-def sft_loss(value: Any, settings: Settings) -> Outcome:
-    """`loss_type` of SFT becomes the objective; LorafoldError for dft."""
-    if value == "dft":
-        raise refused(value, "lorafold's sft has the mean of -log p alone")
-    choice(value, "nll", "chunked_nll")
-    return taken(objective="sft")
-
-
 def losses(settings: Settings) -> tuple[str, ...]:
     """The losses of DPO; robust is sigmoid where labels are not smoothed."""
     plain = not number(settings["label_smoothing"] or 0)
@@ -254,35 +230,6 @@ def dpo_loss(value: Any, settings: Settings) -> Outcome:
     return of_dpo(losses(settings), settings["loss_weights"], "loss_weights")
 
 
-def kl_alone(value: Any, settings: Settings) -> Outcome:
-    """`f_divergence_type` has one counterpart; LorafoldError for others."""
-    why = "lorafold's laws have its reverse KL"
-    if value != "reverse_kl":
-        raise refused(value, f"{why}: expected reverse_kl")
-    return taken(why)
-
-
-def kto_loss(value: Any, settings: Settings) -> Outcome:
-    """`loss_type` of KTO becomes the objective; LorafoldError for APO's."""
-    if value != "kto":
-        raise refused(value, "lorafold's kto has the loss kto alone")
-    return changed("z is a mean over a micro-batch there, and over the step here", objective="kto")
-
-
-def cpo_loss(value: Any, settings: Settings) -> Outcome:
-    """`loss_type` of CPO becomes simpo; LorafoldError for the others, which have no reference."""
-    if value != "simpo":
-        raise LorafoldError(
-            f"found {value!r} without a reference, but of CPO's losses lorafold has simpo alone"
-        )
-    return taken(objective="simpo")
-
-
-def cpo_alpha(value: Any, settings: Settings) -> Outcome | None:
-    """`cpo_alpha` becomes `sft_weight`."""
-    return supervised(value, "simpo", SUPERVISED)
-
-
 def orpo_beta(value: Any, settings: Settings) -> Outcome:
     """`beta` of ORPO, which has no field that names its loss, becomes the objective too."""
     return changed(ORPO_TERM, objective="orpo", beta=number(value))
@@ -296,7 +243,7 @@ def centre(value: Any, settings: Settings) -> Outcome:
     return taken(objective="reward", **options)
 
 
-def data_rows(objective: str | None) -> Mapping[str, Row]:
+def data_rows(objective: str | None) -> Table:
     """The rows of the script's fields that name rows, of a trainer with that objective."""
 
     def name(value: Any, settings: Settings) -> Outcome:
@@ -331,13 +278,14 @@ def _of_mixture(one: Any) -> Rows:
 LORA_DROPOUT = dropout(
     lambda settings: bool(settings["disable_dropout"]) and settings.on("disable_dropout")
 )
-LORA = table({"lora_dropout": (LORA_DROPOUT, 0.05)}, is_lora)
-LENGTHS = changed("prompt and completion are cut together here, at max_length")
+RATE = trainer.rate(is_lora)
 GIVEN: Table = {
     "per_device_train_batch_size": (batch, 8),
     "gradient_accumulation_steps": (SAME, 1),
     "max_length": (max_length, 1024),
-    "max_prompt_length max_completion_length": LENGTHS,
+    "max_prompt_length max_completion_length": changed(
+        "prompt and completion are cut together here, at max_length"
+    ),
     "truncation_mode": cases(
         {
             "keep_start": taken("the start of a row is kept"),
@@ -350,148 +298,174 @@ GIVEN: Table = {
 COMPARING: Table = {
     "disable_dropout": (switch(taken("there is none"), taken("dropout is applied")), True),
     "packing": (taken(packing=False), False),
+    "learning_rate": (RATE, 1e-6),
     **GIVEN,
-}
-
-
-def _rate(default: float) -> tuple[Row, float]:
-    return trainer.rate(is_lora), default
-
-
-SFT: Table = {
-    "loss_type": (sft_loss, "nll"),
-    "learning_rate": _rate(2e-5),
-    "packing": (packing, False),
-    "packing_strategy": packing_strategy,
-    "eval_packing": taken("packing decides"),
-    "max_seq_length": SAME,
-    "completion_only_loss": switch(trainer.COMPLETIONS, trainer.EVERY_TOKEN),
-    "assistant_only_loss": (
-        switch(
-            taken("the loss is on the assistant's turns"),
-            changed("TRL trains every token of {messages}; here the assistant's turns are trained"),
-        ),
-        False,
-    ),
-    "dataset_text_field": dataset_text_field,
-    "chat_template_path": chat_template_path,
-    **data_rows(None),
-    **GIVEN,
-}
-DPO: Table = {
-    "loss_type": (dpo_loss, ["sigmoid"]),
-    "loss_weights": taken("they are read with loss_type"),
-    "beta": (beta(objective_of_dpo), 0.1),
-    "learning_rate": _rate(1e-6),
-    "label_smoothing": smoothing_of_dpo,
-    "f_divergence_type": kl_alone,
-    "f_alpha_divergence_coef": read_with("f_divergence_type"),
-    "ld_alpha": unless(1, "lorafold weighs the tokens of both completions alike"),
-    "use_weighting": refusing("lorafold weighs every pair alike"),
-    "discopop_tau": None,
-    **data_rows("dpo"),
-    **policies.REFERENCE,
-    **COMPARING,
-}
-KTO: Table = {
-    "loss_type": (kto_loss, "kto"),
-    "beta": (to("beta", number), 0.1),
-    "learning_rate": _rate(1e-6),
-    "desirable_weight": (law_option("desirable_weight", lambda settings: "kto"), 1.0),
-    "undesirable_weight": (law_option("undesirable_weight", lambda settings: "kto"), 1.0),
-    **data_rows("kto"),
-    **policies.REFERENCE,
-    **COMPARING,
-}
-CPO: Table = {
-    "loss_type": (cpo_loss, "sigmoid"),
-    "beta": (to("beta", number), 0.1),
-    "learning_rate": _rate(1e-6),
-    "simpo_gamma": (law_option("gamma", lambda settings: "simpo"), 0.5),
-    "cpo_alpha": (cpo_alpha, 1.0),
-    "alpha": unless(0, "lorafold's rewards are log-probabilities, without AlphaPO's power"),
-    "label_smoothing": unless(0, "lorafold's simpo has no such option"),
-    **data_rows("simpo"),
-    **COMPARING,
-}
-ORPO: Table = {
-    "beta": (orpo_beta, 0.1),
-    "learning_rate": _rate(1e-6),
-    **data_rows("orpo"),
-    **COMPARING,
-}
-REWARD: Table = {
-    "center_rewards_coefficient": (centre, 0.0),
-    "learning_rate": _rate(1e-4),
-    "chat_template_path": chat_template_path,
-    **data_rows("reward"),
-    **COMPARING,
 }
 # Where completions are drawn, a batch counts completions and no dropout is applied
-DRAWING = (
-    *table(
-        {
-            **data_rows("grpo"),
-            "learning_rate": _rate(1e-6),
-            "per_device_train_batch_size": (policies.batch, 8),
-            "gradient_accumulation_steps": (policies.accumulation, 1),
-            "max_prompt_length": changed(
-                "TRL cut longer prompts, and a run here refuses them; max_length has both"
-            ),
-            "reward_model_name_or_path": refusing(
-                "lorafold's rewards are functions, patterns, schemas and verifiers"
-            ),
-        }
+DRAWING: Table = {
+    **data_rows("grpo"),
+    "learning_rate": (RATE, 1e-6),
+    "per_device_train_batch_size": (policies.batch, 8),
+    "gradient_accumulation_steps": (policies.accumulation, 1),
+    "max_prompt_length": changed(
+        "TRL cut longer prompts, and a run here refuses them; max_length has both"
     ),
-    *table({"lora_dropout": (policies.dropout, 0.05)}, is_lora),
-    *COMMON,
-)
+    "reward_model_name_or_path": refusing(
+        "lorafold's rewards are functions, patterns, schemas and verifiers"
+    ),
+}
+REVERSE_KL = "lorafold's laws have its reverse KL"
+OTHER_STRATEGIES = ("bfd_split", "bfd-requeue", "wrapped")
 OF_POLICIES = (
     "reward_funcs reward_weights num_generations mask_truncated_completions steps_per_generation"
     " generation_batch_size use_vllm"
 )
-# Of each trainer its name, its signs and its rules
-TRAINERS: Mapping[str, tuple[str, str, tuple[Rule, ...]]] = {
+# Of each trainer its name, its signs and its own keys
+TRAINERS: Mapping[str, tuple[str, str, Table]] = {
     "trl-sft": (
         "SFT",
         "packing packing_strategy padding_free completion_only_loss assistant_only_loss"
         " dataset_text_field dataset_kwargs eval_packing loss_type=nll loss_type=dft"
         " loss_type=chunked_nll max_seq_length",
-        (*table(SFT), *LORA, *COMMON),
+        {
+            "loss_type": (
+                cases(
+                    {
+                        **dict.fromkeys(("nll", "chunked_nll"), taken(objective="sft")),
+                        "dft": "lorafold's sft has the mean of -log p alone",
+                    }
+                ),
+                "nll",
+            ),
+            "learning_rate": (RATE, 2e-5),
+            "packing": (packing, False),
+            "packing_strategy": either(
+                lambda settings: settings.on("packing"),
+                cases(
+                    {
+                        "bfd": taken("rows are packed by best fit"),
+                        **dict.fromkeys(
+                            OTHER_STRATEGIES,
+                            changed(
+                                "rows are packed by best fit, kept apart, and cut where they are"
+                                " too long"
+                            ),
+                        ),
+                    }
+                ),
+            ),
+            "eval_packing": taken("packing decides"),
+            "max_seq_length": SAME,
+            "completion_only_loss": switch(trainer.COMPLETIONS, trainer.EVERY_TOKEN),
+            "assistant_only_loss": (
+                switch(
+                    taken("the loss is on the assistant's turns"),
+                    changed(
+                        "TRL trains every token of {messages}; here the assistant's turns are"
+                        " trained"
+                    ),
+                ),
+                False,
+            ),
+            "dataset_text_field": dataset_text_field,
+            "chat_template_path": chat_template_path,
+            **data_rows(None),
+            **GIVEN,
+        },
     ),
     "trl-dpo": (
         "DPO",
         " ".join(f"loss_type={name}" for name in DPO_NAMES)
         + " loss_weights f_divergence_type use_weighting discopop_tau ld_alpha",
-        (*table(DPO), *LORA, *COMMON),
+        {
+            "loss_type": (dpo_loss, ["sigmoid"]),
+            "loss_weights": taken("they are read with loss_type"),
+            "beta": (beta(objective_of_dpo), 0.1),
+            "label_smoothing": smoothing_of_dpo,
+            "f_divergence_type": cases(
+                {"reverse_kl": taken(REVERSE_KL)}, f"{REVERSE_KL}: expected reverse_kl"
+            ),
+            "f_alpha_divergence_coef": read_with("f_divergence_type"),
+            "ld_alpha": unless(1, "lorafold weighs the tokens of both completions alike"),
+            "use_weighting": refusing("lorafold weighs every pair alike"),
+            "discopop_tau": None,
+            **data_rows("dpo"),
+            **policies.REFERENCE,
+            **COMPARING,
+        },
     ),
     "trl-kto": (
         "KTO",
         "desirable_weight undesirable_weight loss_type=kto loss_type=apo_zero_unpaired",
-        (*table(KTO), *LORA, *COMMON),
+        {
+            "loss_type": (
+                cases(
+                    {
+                        "kto": changed(
+                            "z is a mean over a micro-batch there, and over the step here",
+                            objective="kto",
+                        )
+                    },
+                    "lorafold's kto has the loss kto alone",
+                ),
+                "kto",
+            ),
+            "beta": (to("beta", number), 0.1),
+            "desirable_weight": (law_option("desirable_weight", lambda _: "kto"), 1.0),
+            "undesirable_weight": (law_option("undesirable_weight", lambda _: "kto"), 1.0),
+            **data_rows("kto"),
+            **policies.REFERENCE,
+            **COMPARING,
+        },
     ),
-    "trl-orpo": ("ORPO", "", (*table(ORPO), *LORA, *COMMON)),
+    "trl-orpo": ("ORPO", "", {"beta": (orpo_beta, 0.1), **data_rows("orpo"), **COMPARING}),
     "trl-cpo": (
         "CPO",
         "cpo_alpha simpo_gamma loss_type=simpo loss_type=alphapo",
-        (*table(CPO), *LORA, *COMMON),
+        {
+            "loss_type": (
+                cases(
+                    {"simpo": taken(objective="simpo")},
+                    "of CPO's losses, which have no reference, lorafold has simpo alone",
+                ),
+                "sigmoid",
+            ),
+            "beta": (to("beta", number), 0.1),
+            "simpo_gamma": (law_option("gamma", lambda _: "simpo"), 0.5),
+            "cpo_alpha": (supervised_as("simpo"), 1.0),
+            "alpha": unless(0, "lorafold's rewards are log-probabilities, without AlphaPO's power"),
+            "label_smoothing": unless(0, "lorafold's simpo has no such option"),
+            **data_rows("simpo"),
+            **COMPARING,
+        },
     ),
     "trl-reward": (
         "reward trainer",
         "center_rewards_coefficient",
-        (*table(REWARD), *LORA, *COMMON),
+        {
+            "center_rewards_coefficient": (centre, 0.0),
+            "chat_template_path": chat_template_path,
+            **data_rows("reward"),
+            **COMPARING,
+            "learning_rate": (RATE, 1e-4),
+        },
     ),
     "trl-grpo": (
         "GRPO",
         f"{OF_POLICIES} num_iterations scale_rewards importance_sampling_level"
         " multi_objective_aggregation delta loss_type=dapo loss_type=bnpo loss_type=dr_grpo"
         " loss_type=grpo loss_type=luspo loss_type=cispo",
-        (*policies.GRPO, *DRAWING),
+        {**policies.GRPO, **DRAWING},
     ),
     "trl-rloo": (
         "RLOO",
         f"{OF_POLICIES} normalize_advantages reward_clip_range",
-        (*policies.RLOO, *DRAWING),
+        {**policies.RLOO, **DRAWING},
     ),
 }
-RULES = {kind: rules for kind, (_, _, rules) in TRAINERS.items()}
+DRAW = {"trl-grpo", "trl-rloo"}  # the trainers that draw completions
+DROPOUTS = {kind: policies.dropout if kind in DRAW else LORA_DROPOUT for kind in TRAINERS}
+RULES = {
+    kind: (*table(rows), *table({"lora_dropout": (DROPOUTS[kind], 0.05)}, is_lora), *COMMON)
+    for kind, (_, _, rows) in TRAINERS.items()
+}

@@ -19,10 +19,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from lorafold.advice import boolean, integer, names
+from lorafold.advice import boolean, integer, modules, names
 from lorafold.errors import LorafoldError
 from lorafold.models.storages import made_of
-from lorafold.translating import policies, trainer, trl
+from lorafold.translating import trainer, trl
 from lorafold.translating.no_counterpart import ABSENT, ATTENTION, MEMORY, MODEL, NUMBERS, ROWS
 from lorafold.translating.preferences import rows_wanted
 from lorafold.translating.rules import (
@@ -37,7 +37,6 @@ from lorafold.translating.rules import (
     given_as_data,
     left,
     of_hub,
-    option,
     read_with,
     table,
     taken,
@@ -149,11 +148,6 @@ def checkpointing(value: Any, settings: Settings) -> Outcome:
     return taken(gradient_checkpointing=boolean(value))
 
 
-def target_modules(value: Any, settings: Settings) -> Outcome:
-    """`target_modules` become the targets."""
-    return taken(targets=value if isinstance(value, str) else names(value))
-
-
 def target_parameters(value: Any, settings: Settings) -> Outcome:
     """`target_parameters` become targets beside the modules."""
     return trainer.target_parameters(settings[f"{ADAPTED}target_modules"], names(value))
@@ -199,13 +193,13 @@ OWN: tuple[Rule, ...] = (
                 LOADED,
                 {
                     "full_finetuning": (method, False),
-                    "model_name": option("--model"),
+                    "model_name": "--model",
                     "load_in_4bit": (storage, True),
                     "load_in_8bit load_in_16bit": (read_with("load_in_4bit"), False),
                     "load_in_fp8": read_with("load_in_4bit"),
                     "dtype": "a base that is not quantized is stored as its files are",
                     "max_seq_length": (length, 2048),
-                    "revision": option("--revision"),
+                    "revision": "--revision",
                     "trust_remote_code": trainer.TRUST,
                     "use_gradient_checkpointing": taken("get_peft_model's decides"),
                     "token device_map rope_scaling fix_tokenizer resize_model_vocab"
@@ -239,7 +233,7 @@ OWN: tuple[Rule, ...] = (
             f"{SET}path": loaded_rows,
             f"{SET}name {SET}split {SET}data_files": read_with(f"{SET}path"),
             "train_dataset": train_dataset,
-            "eval_dataset": left("pass its rows as --eval-data", "--eval-data EVAL_DATA"),
+            "eval_dataset": trainer.EVAL_DATA,
             "get_chat_template.chat_template": get_chat_template,
             "get_chat_template.mapping get_chat_template.map_eos_token"
             " get_chat_template.system_message": "the model's own template is used",
@@ -264,7 +258,7 @@ OWN: tuple[Rule, ...] = (
             {
                 "r": (to("rank", integer), 16),
                 "lora_alpha": (to("alpha", trainer.number), 16),
-                "target_modules": (target_modules, LINEARS),
+                "target_modules": (to("targets", modules), LINEARS),
                 "target_parameters": target_parameters,
                 "bias": to("bias"),
                 "modules_to_save": to("modules_to_save", names),
@@ -282,11 +276,10 @@ def _rules(kind: str) -> tuple[Rule, ...]:
     own = {rule.key for rule in OWN} | OF_MODEL
     given = DEFAULTS | (OF_GRPO if kind == "trl-grpo" else {})
     rest = (rule for rule in trl.RULES[kind] if rule.key not in own)
-    dropout = policies.dropout if kind in ("trl-grpo", "trl-rloo") else trl.LORA_DROPOUT
     return (
         *OWN,
         *table({"learning_rate": (trainer.rate(is_lora), given["learning_rate"])}),
-        *table({f"{ADAPTED}lora_dropout": (dropout, 0.0)}, is_lora),
+        *table({f"{ADAPTED}lora_dropout": (trl.DROPOUTS[kind], 0.0)}, is_lora),
         *(replace(rule, default=given.get(rule.key, rule.default)) for rule in rest),
     )
 
