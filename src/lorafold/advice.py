@@ -189,11 +189,22 @@ NAMED = {
     "train_dataset dataset datasets dataset_name": _field("data"),
     "eval_dataset test_datasets": _field("eval_data"),
 }
-ELSEWHERE = {key: named for keys, named in NAMED.items() for key in keys.split()}
+# of the servers vLLM, SGLang and llama.cpp, of converters and of mergers
+SERVED = {
+    "lora_modules lora_paths lora": _field("adapters"),
+    "api_key": _field("keys", remark="which lorafold serve new-key writes"),
+    "quantization_method outtype quantize": _field("tensors"),
+    "format output_format": _field("to"),
+    "save_path": _field("out"),
+}
+ELSEWHERE = {key: one for keys, one in {**NAMED, **SERVED}.items() for key in keys.split()}
+OF_SERVERS = {key for keys in SERVED for key in keys.split()}
 # whose option a name is, where it is not the recipe's
 OWNERS = {
     **dict.fromkeys(("rank", "alpha", "dropout", "rank_pattern", "alpha_pattern"), "lf.LoRA"),
     **dict.fromkeys(("model", "revision", "out", "data", "eval_data"), "lf.train"),
+    **dict.fromkeys(("adapters", "keys"), "lf.serve"),
+    **dict.fromkeys(("tensors", "to"), "lf.export"),
     "targets": "lf.attach or lf.Recipe",
 }
 

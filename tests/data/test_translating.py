@@ -491,7 +491,8 @@ def test_the_command_prints_the_recipe_and_the_report_apart(tmp_path):
         "lora_r: 32",
         "taken differently:",
         "without a counterpart in the recipe:",
-        "off or not set: lora_model_dir,",
+        "off or not set: ",
+        "lora_model_dir,",
         "train with: lorafold train --config recipe.yaml",
     ]:
         assert part in done.stderr

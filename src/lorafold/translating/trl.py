@@ -426,7 +426,7 @@ TRAINERS: Mapping[str, tuple[str, str, Table]] = {
             "loss_type": (
                 cases(
                     {"simpo": taken(objective="simpo")},
-                    "of CPO's losses, which have no reference, lorafold has simpo alone",
+                    "without a reference, of CPO's losses lorafold has simpo alone",
                 ),
                 "sigmoid",
             ),
