@@ -22,7 +22,7 @@ from lorafold.training.run import train
 from lorafold.translating import axolotl, llamafactory, mlx, trl
 from lorafold.translating.rules import NOT_KNOWN
 from lorafold.translating.run import TOOLS, translate, write
-from lorafold.translating.translation import Translation
+from lorafold.translating.run import Translation
 from translation_cases import axolotl_of, keys, llamafactory_of, remark, translated
 
 pytestmark = pytest.mark.usefixtures("unestimated")

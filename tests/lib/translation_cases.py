@@ -5,7 +5,7 @@ from pathlib import Path
 import yaml
 
 from lorafold.translating.run import translate
-from lorafold.translating.translation import Translation
+from lorafold.translating.run import Translation
 
 
 def translated(tmp_path: Path, text: str, kind: str | None = None) -> Translation:

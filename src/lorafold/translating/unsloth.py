@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from lorafold.advice import boolean, integer, modules, names
+from lorafold.advice import boolean, integer, modules, names, number
 from lorafold.errors import LorafoldError
 from lorafold.models.storages import made_of
 from lorafold.translating import trainer, trl
@@ -185,48 +185,54 @@ def _of(prefix: str, rows: Table) -> Table:
     return {" ".join(f"{prefix}{k}" for k in keys.split()): row for keys, row in rows.items()}
 
 
+AT_LOADING: Table = {
+    "full_finetuning": (method, False),
+    "model_name": "--model",
+    "load_in_4bit": (storage, True),
+    "load_in_8bit load_in_16bit": (read_with("load_in_4bit"), False),
+    "load_in_fp8": read_with("load_in_4bit"),
+    "dtype": "a base that is not quantized is stored as its files are",
+    "max_seq_length": (length, 2048),
+    "revision": "--revision",
+    "trust_remote_code": trainer.TRUST,
+    "use_gradient_checkpointing": taken("get_peft_model's decides"),
+    "token device_map rope_scaling fix_tokenizer resize_model_vocab"
+    " use_exact_model_name text_only auto_model quantization_config"
+    " return_logits": MODEL,
+    "attn_implementation": ATTENTION,
+    "float32_mixed_precision qat_scheme unsloth_tiled_mlp fullgraph unsloth_force_compile": NUMBERS,
+    "offload_embedding gpu_memory_utilization float8_kv_cache max_lora_rank"
+    " disable_log_stats fast_inference random_state": MEMORY,
+}
+AT_ADAPTING: Table = {
+    "use_gradient_checkpointing": (checkpointing, "unsloth"),
+    "random_state": taken("seed decides"),
+    "max_seq_length": None,
+    "model": taken("it is the base"),
+    "layers_to_transform layers_pattern finetune_last_n_layers"
+    " finetune_vision_layers finetune_audio_layers finetune_language_layers"
+    " finetune_attention_modules"
+    " finetune_mlp_modules": "write --set targets=REGEX of these modules",
+    "qat_scheme ensure_weight_tying temporary_location task_type": ABSENT,
+}
+OF_LORA: Table = {
+    "r": (to("rank", integer), 16),
+    "lora_alpha": (to("alpha", number), 16),
+    "target_modules": (to("targets", modules), LINEARS),
+    "target_parameters": target_parameters,
+    "bias": to("bias"),
+    "modules_to_save": to("modules_to_save", names),
+    "use_rslora": (read_with(f"{LOADED}full_finetuning"), False),
+    "init_lora_weights": (read_with(f"{LOADED}full_finetuning"), True),
+    "loftq_config": read_with(f"{LOADED}full_finetuning"),
+}
 OWN: tuple[Rule, ...] = (
     *table(
         {
             "trainer": taken("it says which objective"),
-            **_of(
-                LOADED,
-                {
-                    "full_finetuning": (method, False),
-                    "model_name": "--model",
-                    "load_in_4bit": (storage, True),
-                    "load_in_8bit load_in_16bit": (read_with("load_in_4bit"), False),
-                    "load_in_fp8": read_with("load_in_4bit"),
-                    "dtype": "a base that is not quantized is stored as its files are",
-                    "max_seq_length": (length, 2048),
-                    "revision": "--revision",
-                    "trust_remote_code": trainer.TRUST,
-                    "use_gradient_checkpointing": taken("get_peft_model's decides"),
-                    "token device_map rope_scaling fix_tokenizer resize_model_vocab"
-                    " use_exact_model_name text_only auto_model quantization_config"
-                    " return_logits": MODEL,
-                    "attn_implementation": ATTENTION,
-                    "float32_mixed_precision qat_scheme unsloth_tiled_mlp fullgraph"
-                    " unsloth_force_compile": NUMBERS,
-                    "offload_embedding gpu_memory_utilization float8_kv_cache max_lora_rank"
-                    " disable_log_stats fast_inference random_state": MEMORY,
-                },
-            ),
+            **_of(LOADED, AT_LOADING),
             "max_length max_seq_length": read_with(f"{LOADED}max_seq_length"),
-            **_of(
-                ADAPTED,
-                {
-                    "use_gradient_checkpointing": (checkpointing, "unsloth"),
-                    "random_state": taken("seed decides"),
-                    "max_seq_length": None,
-                    "model": taken("it is the base"),
-                    "layers_to_transform layers_pattern finetune_last_n_layers"
-                    " finetune_vision_layers finetune_audio_layers finetune_language_layers"
-                    " finetune_attention_modules"
-                    " finetune_mlp_modules": "write --set targets=REGEX of these modules",
-                    "qat_scheme ensure_weight_tying temporary_location task_type": ABSENT,
-                },
-            ),
+            **_of(ADAPTED, AT_ADAPTING),
             "gradient_checkpointing": taken("get_peft_model's decides"),
             "bf16 fp16": taken("the base's storage decides"),
             "embedding_learning_rate": ABSENT,
@@ -252,23 +258,7 @@ OWN: tuple[Rule, ...] = (
             "callbacks compute_metrics": ROWS,
         }
     ),
-    *table(
-        _of(
-            ADAPTED,
-            {
-                "r": (to("rank", integer), 16),
-                "lora_alpha": (to("alpha", trainer.number), 16),
-                "target_modules": (to("targets", modules), LINEARS),
-                "target_parameters": target_parameters,
-                "bias": to("bias"),
-                "modules_to_save": to("modules_to_save", names),
-                "use_rslora": (read_with(f"{LOADED}full_finetuning"), False),
-                "init_lora_weights": (read_with(f"{LOADED}full_finetuning"), True),
-                "loftq_config": read_with(f"{LOADED}full_finetuning"),
-            },
-        ),
-        is_lora,
-    ),
+    *table(_of(ADAPTED, OF_LORA), is_lora),
 )
 
 
