@@ -21,8 +21,7 @@ from lorafold.training.request import Request
 from lorafold.training.run import train
 from lorafold.translating import axolotl, llamafactory, mlx, trl
 from lorafold.translating.rules import NOT_KNOWN
-from lorafold.translating.run import TOOLS, translate, write
-from lorafold.translating.run import Translation
+from lorafold.translating.run import TOOLS, Translation, translate, write
 from translation_cases import axolotl_of, keys, llamafactory_of, remark, translated
 
 pytestmark = pytest.mark.usefixtures("unestimated")
@@ -492,7 +491,7 @@ def test_the_command_prints_the_recipe_and_the_report_apart(tmp_path):
         "taken differently:",
         "without a counterpart in the recipe:",
         "off or not set: ",
-        "lora_model_dir,",
+        "lora_model_dir",
         "train with: lorafold train --config recipe.yaml",
     ]:
         assert part in done.stderr

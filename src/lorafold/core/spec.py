@@ -45,7 +45,7 @@ class Spec(ABC):
     rank_is_dimension: ClassVar[bool] = True
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
-        """The spec. Raises UnknownName, a TypeError too, that says what an unknown option is here."""
+        """The spec. Raises UnknownName for an option that it does not have, with what it has."""
         known = getattr(cls, "__dataclass_fields__", options)
         if not options.keys() <= known.keys():
             from lorafold.advice import unknown_names
