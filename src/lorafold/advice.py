@@ -82,11 +82,13 @@ class Named(NamedTuple):
     read: Those that a value sets, beside the other names that were given. LorafoldError for a value
         that it can't have.
     remark: What is not plain.
+    like: What a value looks like on a command line.
     """
 
     names: tuple[str, ...]
     read: Callable[[Any, Mapping[str, Any]], Fields]
     remark: str = ""
+    like: str = ""
 
 
 def _field(name: str, read: Callable[[Any], Any] = lambda value: value, remark: str = "") -> Named:
@@ -111,10 +113,9 @@ def modules(value: Any) -> str | tuple[str, ...]:
     return value if isinstance(value, str) else names(value)
 
 
-def targets(value: Any) -> str | tuple[str, ...]:
-    """Names of modules; all and all-linear are the preset."""
-    found = names(value)
-    return "all-linear" if found in (("all",), ("all-linear",)) else found
+def targets(value: Any, every: str = "all-linear") -> str | tuple[str, ...]:
+    """Names of modules; `every` alone is the preset all-linear."""
+    return "all-linear" if (found := names(value)) == (every,) else found
 
 
 def _rows(value: Any, given: Mapping[str, Any]) -> Fields:
@@ -148,7 +149,8 @@ NAMED = {
     "lora_alpha": _field("alpha", number),
     "lora_dropout": _field("dropout", number),
     "target_modules": _field("targets", modules),
-    "lora_target_modules lora_target": _field("targets", targets),
+    "lora_target_modules": _field("targets", targets),
+    "lora_target": _field("targets", lambda value: targets(value, "all")),
     "lora_rank_pattern": _field("rank_pattern"),
     "lora_alpha_pattern": _field("alpha_pattern"),
     "lora_modules_to_save additional_target": _field("modules_to_save", names),
@@ -191,8 +193,8 @@ NAMED = {
 }
 # of the servers vLLM, SGLang and llama.cpp, of converters and of mergers
 SERVED = {
-    "lora_modules lora_paths lora": _field("adapters"),
-    "api_key": _field("keys", remark="which lorafold serve new-key writes"),
+    "lora_modules lora_paths lora": _field("adapters")._replace(like="DIR"),
+    "api_key": _field("keys", remark="which lorafold serve new-key writes")._replace(like="FILE"),
     "quantization_method outtype quantize": _field("tensors"),
     "format output_format": _field("to"),
     "save_path": _field("out"),

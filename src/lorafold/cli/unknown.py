@@ -109,11 +109,10 @@ def _told(name: str, given: Mapping[str, str | None], options: Mapping[str, Any]
 def _of_servers(plain: str, options: Mapping[str, Any]) -> str:
     """The option of a server, of a converter or of a merger that is not one of training too."""
     named = ELSEWHERE.get(plain)
-    option = options.get(f"--{named.names[0]}") if named and plain in OF_SERVERS else None
-    if named is None or option is None:
+    if named is None or plain not in OF_SERVERS or f"--{named.names[0]}" not in options:
         return ""
     remark = f", {named.remark}" if named.remark else ""
-    return f"lorafold's is {option.opts[0]} {option.metavar}{remark}"
+    return f"lorafold's is --{named.names[0]} {named.like}".rstrip() + remark
 
 
 def _of_theirs(key: str, given: Mapping[str, str | None], options: Mapping[str, Any]) -> str:

@@ -33,7 +33,6 @@ from lorafold.translating.rules import (
     Rule,
     Settings,
     Table,
-    cases,
     changed,
     choice,
     either,
@@ -47,9 +46,6 @@ from lorafold.translating.rules import (
     unless,
 )
 
-ONE_LABEL = cases(
-    {"1": taken("a reward model gives one score")}, "a reward model of lorafold gives one score"
-)
 BLOCK = "trl"
 PREFIX = f"{BLOCK}."
 OTHERS = ("ipo", "orpo", "simpo", "kto")
@@ -215,6 +211,13 @@ def center_rewards(value: Any, settings: Settings) -> Outcome:
     return taken(objective_options={"centre": found}) if found else OFF
 
 
+def num_labels(value: Any, settings: Settings) -> Outcome:
+    """`num_labels` of a reward model is one; LorafoldError for more."""
+    if integer(value) != 1:
+        raise refused(value, "a reward model of lorafold gives one score")
+    return taken("a reward model gives one score")
+
+
 def dropout(value: Any, settings: Settings) -> Outcome:
     """`lora_dropout` becomes the dropout, which TRL turns off for preferences, and which there is
     none of where completions are drawn.
@@ -272,7 +275,7 @@ RULES: tuple[Rule, ...] = (
         {"cpo_alpha": (supervised_as("simpo"), 1.0)}, lambda settings: settings["rl"] == "simpo"
     ),
     *table(
-        {"center_rewards_coefficient": center_rewards, "num_labels": ONE_LABEL}, is_reward_model
+        {"center_rewards_coefficient": center_rewards, "num_labels": num_labels}, is_reward_model
     ),
     *(Rule(f"{PREFIX}{rule.key}", of_policy(rule.reader), rule.default) for rule in OF_BLOCK),
 )

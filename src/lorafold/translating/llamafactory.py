@@ -412,7 +412,7 @@ OWN: Table = {
     ),
     "quantization_bit": quantization_bit,
     "bf16": (bf16, False),
-    "pure_bf16": (switch(read_with("bf16"), None), False),
+    "pure_bf16": (switch(taken("bf16 is read with it"), None), False),
     "fp16": (fp16, False),
     "learning_rate": (to("lr", number), 5e-5),
     "per_device_train_batch_size": (batch, 8),
