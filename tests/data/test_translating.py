@@ -19,10 +19,9 @@ from lorafold.recipe.reading import load_recipe
 from lorafold.recipe.recipe import Recipe
 from lorafold.training.request import Request
 from lorafold.training.run import train
-from lorafold.translating import axolotl, llamafactory, mlx, trl_trainers
+from lorafold.translating import axolotl, llamafactory, mlx, trl
 from lorafold.translating.rules import NOT_KNOWN
-from lorafold.translating.run import TOOLS, translate, write
-from lorafold.translating.translation import Translation
+from lorafold.translating.run import TOOLS, Translation, translate, write
 from translation_cases import axolotl_of, keys, llamafactory_of, remark, translated
 
 pytestmark = pytest.mark.usefixtures("unestimated")
@@ -205,7 +204,7 @@ WORDS = [None, False, True, 0, -1, 1, 3, 0.5, float("inf"), "name", "a,b", ["x"]
 RULES = {
     "axolotl": axolotl.RULES,
     "llamafactory": llamafactory.RULES,
-    **trl_trainers.RULES,
+    **trl.RULES,
     "mlx-lm": mlx.RULES,
 }
 
@@ -491,7 +490,8 @@ def test_the_command_prints_the_recipe_and_the_report_apart(tmp_path):
         "lora_r: 32",
         "taken differently:",
         "without a counterpart in the recipe:",
-        "off or not set: lora_model_dir,",
+        "off or not set: ",
+        "lora_model_dir",
         "train with: lorafold train --config recipe.yaml",
     ]:
         assert part in done.stderr

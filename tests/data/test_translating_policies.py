@@ -9,7 +9,7 @@ from lorafold.api.train import train
 from lorafold.errors import LorafoldError
 from lorafold.recipe.reading import load_recipe
 from lorafold.recipe.recipe import Recipe
-from lorafold.translating import axolotl_policies, policies
+from lorafold.translating import axolotl_objectives, policies
 from lorafold.translating.rules import NOT_KNOWN
 from lorafold.translating.run import write
 from translation_cases import grpo_of, keys, remark, translated, trl_of
@@ -129,7 +129,7 @@ def test_a_file_of_trl_field_by_field(tmp_path):
 
 
 def test_axolotls_block_has_trls_keys_and_its_own():
-    blocks = {rule.key for rule in axolotl_policies.OF_BLOCK}
+    blocks = {rule.key for rule in axolotl_objectives.OF_BLOCK}
     assert {"num_generations", "rollout_func", "use_liger_loss", "vllm_lora_sync"} <= blocks
 
 

@@ -25,7 +25,7 @@ from trl.scripts.rloo import RLOOScriptArguments
 from lorafold.errors import LorafoldError
 from lorafold.recipe.recipe import Recipe
 from lorafold.translating.rules import NOT_KNOWN
-from lorafold.translating.trl_trainers import RULES
+from lorafold.translating.trl import RULES
 from translation_cases import keys, remark, translated, trl_of
 
 with warnings.catch_warnings():  # both are experimental there

@@ -29,7 +29,7 @@ LAYERS = {
     "adapters": ["adapter", "fold", "identity", "peft"],
     "models": ["models"],
     "algebra": ["kernels", "methods", "bases", "ops", "core"],
-    "ground": ["files", "machine", "errors"],
+    "ground": ["files", "machine", "advice", "errors"],
 }
 LAYER = {package: layer for layer, packages in LAYERS.items() for package in packages}
 HEIGHT = {layer: height for height, layer in enumerate(reversed(LAYERS))}

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import yaml
 
-from lorafold.translating.run import translate
-from lorafold.translating.translation import Translation
+from lorafold.translating.run import Translation, translate
 
 
 def translated(tmp_path: Path, text: str, kind: str | None = None) -> Translation:

@@ -11,6 +11,7 @@ from torch import nn
 
 from lorafold.adapter.building import Built, build, read
 from lorafold.adapter.handle import Adapter
+from lorafold.advice import advised
 from lorafold.bases import layer_class
 from lorafold.core.attach import Origin, adapted_modules, freeze, lay, selection_of
 from lorafold.core.matrices import module_at
@@ -28,6 +29,7 @@ from lorafold.peft.saved import Saved
 log = logging.getLogger(__name__)
 
 
+@advised
 def attach(
     model: nn.Module,
     spec: Spec,

@@ -12,12 +12,12 @@ from re import match
 from shlex import quote, split
 from typing import Any
 
+from lorafold.advice import ALIKE, ELSEWHERE, OF_SERVERS
 from lorafold.cli.words import Word
 from lorafold.errors import LorafoldError, listed
 
 SAMPLES = ("true", "1")  # values that stand in for one that is not given: of a switch, of a number
 SPELT = 0.9  # how alike two names are of which one is a misspelling
-ALIKE = 0.6
 TRAIN = "lorafold train"
 ROOM = 270  # characters of what is told of several
 # what commands are called elsewhere
@@ -27,25 +27,15 @@ COMMANDS = {
     **dict.fromkeys(("fuse", "merge-lora", "merge_and_unload"), "merge"),
     "test": "eval",
 }
-# what options of other tools are called here, by an option that the command has: those of the
-# servers vLLM, SGLang and llama.cpp, of converters and of mergers
-ELSEWHERE = {
+# what is said where a name has no option in its place, by an option that the command has
+SAID = {
     "--adapters": {
-        **dict.fromkeys(("lora_modules", "lora_paths", "lora"), "lorafold's is --adapters DIR"),
-        "api_key": "lorafold's is --keys FILE, which lorafold serve new-key writes",
         **dict.fromkeys(
             ("max_model_len", "context_length", "ctx_size"),
             "lorafold's is length, in the file of --config",
-        ),
+        )
     },
-    "--tensors": {
-        **dict.fromkeys(("quantization_method", "outtype", "quantize"), "lorafold's is --tensors"),
-        **dict.fromkeys(("format", "output_format"), "lorafold's is --to"),
-    },
-    "--into": {
-        **dict.fromkeys(("dtype", "torch_dtype"), "merged weights keep the dtype of the files"),
-        "save_path": "lorafold's is --out DIR",
-    },
+    "--into": dict.fromkeys(("dtype", "torch_dtype"), "merged weights keep the dtype of the files"),
 }
 
 
@@ -95,18 +85,17 @@ def no_options(
     return LorafoldError(listed(told, "; ", ROOM)) if told else None
 
 
-def _told(
-    name: str, given: Mapping[str, str | None], options: Mapping[str, Any], path: str
-) -> str:
+def _told(name: str, given: Mapping[str, str | None], options: Mapping[str, Any], path: str) -> str:
     own = {_plain(option): option for option in options if option.startswith("-")}
     plain, words = _plain(name), [option for option in options if not option.startswith("-")]
     if plain in own:
         return f"lorafold's is {own[plain]}"
     if plain in words:
         return f"it is given without a name, as in {path} {given[plain] or plain.upper()}"
-    tables = [table for option, table in ELSEWHERE.items() if option in options]
+    tables = [table for option, table in SAID.items() if option in options]
     told = (
         next((table[plain] for table in tables if plain in table), "")
+        or _of_servers(plain, options)
         or _near(name, own.values(), SPELT)
         or _of_theirs(plain, given, options)
         or _begun(name, own.values())
@@ -117,9 +106,18 @@ def _told(
     return told or f"{path} {'--help' if more is None or more.hidden else '--help-all'} lists all"
 
 
+def _of_servers(plain: str, options: Mapping[str, Any]) -> str:
+    """The option of a server, of a converter or of a merger that is not one of training too."""
+    named = ELSEWHERE.get(plain)
+    if named is None or plain not in OF_SERVERS or f"--{named.names[0]}" not in options:
+        return ""
+    remark = f", {named.remark}" if named.remark else ""
+    return f"lorafold's is --{named.names[0]} {named.like}".rstrip() + remark
+
+
 def _of_theirs(key: str, given: Mapping[str, str | None], options: Mapping[str, Any]) -> str:
     """What lorafold has for an option of another tool; empty where there is no such option."""
-    from lorafold.translating.options import counterpart
+    from lorafold.translating.run import counterpart
 
     known = {name: SAMPLES[0] if value is None else value for name, value in given.items()}
     problems, trains = list[str](), "--lr" in options

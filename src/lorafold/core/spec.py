@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
@@ -49,6 +49,15 @@ class Spec(ABC):
     trains_base: ClassVar[bool] = False
     modifies_architecture: ClassVar[bool] = False
     rank_is_dimension: ClassVar[bool] = True
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """The spec. Raises UnknownName for an option that it does not have, with what it has."""
+        known = getattr(cls, "__dataclass_fields__", options)
+        if not options.keys() <= known.keys():
+            from lorafold.advice import unknown_names
+
+            raise unknown_names(cls.__name__, options, known)
+        return super().__new__(cls)
 
     @abstractmethod
     def build(self, layer: Layer) -> Delta:

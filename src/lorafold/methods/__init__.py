@@ -145,11 +145,10 @@ def make_spec(method: str, **options: Any) -> "Spec":
         lower = make_spec(over) if over else maker().over
         given = {option: options.pop(option) for option in lower.options() if option in options}
         options["over"] = make_spec(over, **given) if over else type(lower)(**given)
-    if unknown := [option for option in options if option not in known]:
-        raise LorafoldError(
-            f"method {method} has no option {', '.join(unknown)}; it has:"
-            f" {', '.join(known) or 'none'}"
-        )
+    if not options.keys() <= {*known}:
+        from lorafold.advice import unknown_names
+
+        raise unknown_names(f"method {method}", options, known)
     try:
         spec: Spec = maker(**options)
     except TypeError as e:

@@ -195,7 +195,7 @@ class Method:
         try:
             spec = None if problems else self.spec(**values)
             if spec is not None and self.outer is not None:
-                spec = self.outer(spec)  # type: ignore[call-arg]
+                spec = self.outer(spec)
             return spec, problems
         except LorafoldError as e:
             return None, [str(e)]

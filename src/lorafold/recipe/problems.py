@@ -1,12 +1,12 @@
 """What is wrong with the fields of a recipe, in one line a field."""
 
 from collections.abc import Iterator, Mapping
-from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any
 
 from pydantic import ValidationError
 
+from lorafold.advice import advice
 from lorafold.errors import listed
 from lorafold.recipe.fields import Fields
 
@@ -45,8 +45,7 @@ def explain(
             message = "on or off"
         field, *inner = map(str, problem["loc"])
         if problem["type"] == "extra_forbidden":
-            if near := get_close_matches(field, Fields.model_fields, n=3):
-                hint = f"did you mean {' or '.join(near)}?"
+            if hint := advice(field, values, Fields.model_fields):
                 yield f"{field}{origin(field)} is not a field of a recipe: {hint}"
             else:
                 strange.setdefault(origin(field), []).append(field)

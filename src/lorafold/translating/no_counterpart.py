@@ -1,5 +1,5 @@
-"""Keys of other tools without a counterpart in a recipe: why, or what to do instead, and the keys
-that this is true of, separated by spaces.
+"""Keys of other tools without a counterpart in a recipe, separated by spaces, and why there is
+none, or what to do instead.
 
 Such a key is reported where its value asks for something; where that is off, nothing is lost.
 """
@@ -16,181 +16,145 @@ MEMORY = "it concerns memory or speed, and not what is trained"
 LOGGING = "a run shows its loss by itself and keeps the best checkpoint"
 SYSTEM = "give the rows a column system with it, or their messages one of that role"
 HUB = "a saved adapter is uploaded with the hub's own command"
-
+MERGES = "lorafold merge folds the adapter into its base"
+NEW_TOKENS = "words that are to be tokens: --new-tokens"
+BEST_FIT = "lorafold packs rows by best fit and keeps each apart from the others"
+EVERY_LAYER = "every linear layer of the language model's blocks can be a target"
+OTHER_STAGE = "it belongs to another stage or method than the file asks for"
 REFERENCE = "one model is loaded, and what the reference computes is kept from one run to the next"
 
-# TRL's arguments of a run, of its model and of its script, those of transformers among them
-TRL = (
-    (NAMES_OF_RUNS, "run_name project trackio_space_id trackio_bucket_id trackio_static_space_id"
-     " wandb_entity wandb_project wandb_run_group"),
-    (ATTENTION, "attn_implementation"),
-    (NUMBERS, "tf32 fp8 torch_compile torch_compile_backend torch_compile_mode use_liger_kernel"
-     " liger_kernel_config bf16_full_eval fp16_full_eval bnb_4bit_quant_storage"
-     " label_names prediction_loss_only batch_eval_metrics include_for_metrics"),
-    (REFERENCE, "precompute_ref_log_probs precompute_ref_batch_size"),
-    ("the tokenizer's own is used", "eos_token pad_token padding_value"),
-    (MODEL, "is_encoder_decoder model_init_kwargs router_aux_loss_coef ignore_bias_buffers"
-     " use_cache"),
-    (PROCESSES, "deepspeed fsdp fsdp_config ddp_timeout ddp_find_unused_parameters ddp_backend"
-     " ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph local_rank"
-     " accelerator_config parallelism_config average_tokens_across_devices log_on_each_node"
-     " save_on_each_node eval_use_gather_object"),
-    (ROWS, "dataset_num_proc dataset_kwargs dataset_streaming streaming shuffle_dataset"
-     " remove_unused_columns dataloader_drop_last dataloader_num_workers dataloader_pin_memory"
-     " dataloader_persistent_workers dataloader_prefetch_factor dataloader_in_order"
-     " dataloader_multiprocessing_context train_sampling_strategy length_column_name data_seed"
-     " ignore_data_skip full_determinism"),
-    (DECAY, "lr_scheduler_kwargs optim_args optim_target_modules"),
-    (ABSENT, "neftune_noise_alpha label_smoothing_factor lora_exclude_modules"),
-    (MEMORY, "gradient_checkpointing_kwargs activation_checkpointing"
-     " activation_checkpointing_kwargs activation_offloading padding_free"
-     " torch_empty_cache_steps auto_find_batch_size"
-     " skip_memory_metrics eval_accumulation_steps eval_do_concat_batches"),
-    (LOGGING, "logging_steps logging_dir logging_strategy logging_first_step log_level"
-     " log_level_replica logging_nan_inf_filter disable_tqdm include_num_input_tokens_seen"
-     " per_device_eval_batch_size eval_delay eval_on_start save_only_model enable_jit_checkpoint"
-     " load_best_model_at_end metric_for_best_model greater_is_better debug"
-     " restore_callback_states_from_checkpoint do_eval do_predict generate_during_eval"),
-    (HUB, "push_to_hub hub_model_id hub_token hub_strategy hub_private_repo hub_always_push"
-     " hub_revision"),
-)  # fmt: skip
-
-AXOLOTL = (
-    (REFERENCE, "rl_adapter_ref_model precompute_ref_log_probs"),
-    ("gradients are not logged", "wandb_watch"),
-    ("words that are to be tokens: --new-tokens", "added_tokens_overrides"),
-    ("lorafold merge folds the adapter into its base", "merge_lora"),
-    (
-        NAMES_OF_RUNS,
-        "wandb_entity wandb_name wandb_run_id wandb_mode wandb_log_model mlflow_tracking_uri"
-        " mlflow_experiment_name mlflow_run_name hf_mlflow_log_artifacts comet_workspace"
-        " comet_project_name comet_mode trackio_project_name trackio_run_name trackio_space_id"
-        " swanlab_project swanlab_experiment_name swanlab_description swanlab_mode",
-    ),
-    (
-        ATTENTION,
-        "flash_attention xformers_attention sdp_attention flex_attention sage_attention"
-        " eager_attention attn_implementation flash_attn_cross_entropy flash_attn_fuse_mlp"
-        " flash_attn_rms_norm s2_attention sdpa_varlen flash_optimum fused_attn_kernel"
-        " flex_attn_compile_kwargs gemma4_hybrid_attn_impl",
-    ),
-    (
-        NUMBERS,
-        "tf32 fp8 lora_mlp_kernel lora_qkv_kernel lora_o_kernel lora_embedding_kernel torch_compile"
-        " torch_compile_backend torch_compile_mode chunked_cross_entropy use_kernels liger_rope"
-        " liger_rms_norm liger_glu_activation liger_fused_linear_cross_entropy liger_layer_norm"
-        " liger_cross_entropy cut_cross_entropy bnb_config_kwargs tiled_mlp liger_rms_norm_gated"
-        " experts_implementation quantize_moe_experts use_scattermoe use_sonicmoe"
-        " fp8_enable_fsdp_float8_all_gather dpo_use_liger_kernel",
-    ),
-    (
-        MODEL,
-        "model_type type_of_model tokenizer_type tokenizer_config base_model_config processor_type"
-        " tokenizer_use_fast tokenizer_legacy is_llama_derived_model is_mistral_derived_model"
-        " is_falcon_derived_model is_qwen_derived_model model_config overrides_of_model_config"
-        " model_kwargs overrides_of_model_kwargs resize_token_embeddings_to_32x rope_scaling gptq"
-        " gptq_groupsize gptq_model_v1 gptq_disable_exllama model_quantization_config"
-        " model_quantization_config_kwargs tokenizer_use_mistral_common cls_model_config"
-        " llama4_linearized_experts freeze_mm_modules experimental_skip_move_to_device",
-    ),
-    (
-        PROCESSES,
-        "deepspeed fsdp fsdp_config fsdp_version ddp ddp_timeout ddp_bucket_cap_mb local_rank"
-        " ddp_broadcast_buffers ddp_find_unused_parameters device_map max_memory world_size"
-        " context_parallel_size sequence_parallel_degree tensor_parallel_size dp_shard_size"
-        " dp_replicate_size expert_parallel_size use_ray ray_num_workers accelerator_config",
-    ),
-    (
-        ROWS,
-        "dataset_prepared_path dataset_processes dataset_num_proc dataset_exact_deduplication"
-        " dataset_keep_in_memory shuffle_merged_datasets skip_prepare_dataset group_by_length"
-        " dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor streaming"
-        " dataloader_drop_last remove_unused_columns curriculum_sampling min_sample_len"
-        " eot_tokens",
-    ),
-    (
-        "lorafold packs rows by best fit and keeps each apart from the others",
-        "eval_sample_packing pad_to_sequence_len pad_to_multiple_of sample_packing_group_size"
-        " sample_packing_bin_size sample_packing_sequentially batch_flattening"
-        " multipack_real_batches sample_packing_eff_est eval_sequence_len max_packed_sequence_len"
-        " dpo_padding_free",
-    ),
-    (
-        DECAY,
-        "lr_scheduler_kwargs cosine_min_lr_ratio cosine_constant_lr_ratio lr_quadratic_warmup"
-        " lr_groups optim_args embedding_lr embedding_lr_scale loraplus_lr_embedding"
-        " optim_target_modules torchdistx_path",
-    ),
-    (
-        ABSENT,
-        "neftune_noise_alpha noisy_embedding_alpha peft_layers_to_transform peft_layers_pattern"
-        " peft_layer_replication peft_trainable_token_indices use_eaft eaft_alpha eaft_k"
-        " lisa_layers_attribute lisa_n_layers lisa_step_interval lora_exclude_modules"
-        " trainer_cls label_smoothing_factor",
-    ),
-    (
-        MEMORY,
-        "gradient_checkpointing_kwargs activation_offloading layer_offloading low_cpu_mem_usage"
-        " lora_on_cpu gc_steps torch_empty_cache_steps gpu_memory_limit auto_find_batch_size"
-        " selective_checkpointing embeddings_skip_upcast peft_autocast_adapter_dtype",
-    ),
-    (
-        LOGGING,
-        "logging_steps eval_batch_size loss_watchdog_threshold loss_watchdog_patience strict debug"
-        " early_stopping_patience load_best_model_at_end save_first_step save_only_model"
-        " save_safetensors eval_table_size eval_max_new_tokens do_causal_lm_eval do_bench_eval"
-        " metric_for_best_model greater_is_better include_tokens_per_second include_tkps",
-    ),
-    (HUB, "hub_model_id hub_strategy hub_revision hf_use_auth_token push_dataset_to_hub"),
-)
-
-LLAMAFACTORY = (
-    ("every linear layer of the language model's blocks can be a target", "freeze_vision_tower"
-     " freeze_multi_modal_projector freeze_language_model"),
-    ("words that are to be tokens: --new-tokens", "add_tokens add_special_tokens resize_vocab"
-     " new_special_tokens_config init_special_tokens"),
-    ("lorafold merge folds the adapter into its base", "export_dir export_size export_device"
-     " export_quantization_bit export_quantization_dataset export_legacy_format"
-     " export_hub_model_id"),
-    ("lorafold generate and lorafold eval do that", "do_eval do_predict predict_with_generate"
-     " infer_backend infer_dtype temperature top_p top_k num_beams max_new_tokens"
-     " repetition_penalty length_penalty do_sample eval_num_beams compute_accuracy"
-     " vllm_maxlen vllm_gpu_util vllm_enforce_eager use_kv_cache generation_max_length"),
-    (NAMES_OF_RUNS, "run_name project swanlab_project swanlab_workspace swanlab_run_name"
-     " swanlab_mode swanlab_api_key trackio_space_id"),
-    (ATTENTION, "flash_attn shift_attn"),
-    (NUMBERS, "tf32 fp8 fp8_backend enable_liger_kernel use_unsloth upcast_layernorm"
-     " upcast_lmhead_output torch_compile torch_compile_backend torch_compile_mode bf16_full_eval"
-     " use_v1_kernels use_liger_kernel"),
-    (MODEL, "rope_scaling use_fast_tokenizer split_special_tokens cache_dir hf_hub_token"
-     " ms_hub_token om_hub_token moe_aux_loss_coef model_max_length image_max_pixels"
-     " image_min_pixels video_max_pixels video_min_pixels video_fps video_maxlen"),
-    (PROCESSES, "deepspeed fsdp fsdp_config ddp_timeout ddp_find_unused_parameters ddp_backend"
-     " local_rank ray_run_name ray_storage_path ray_num_workers ray_init_kwargs"
-     " resources_per_worker placement_strategy use_ray device_map quantization_device_map"),
-    ("give that many rows as --data", "max_samples"),
-    (ROWS, "media_dir overwrite_cache preprocessing_num_workers"
-     " preprocessing_batch_size dataloader_num_workers dataloader_pin_memory streaming buffer_size"
-     " mix_strategy interleave_probs tokenized_path data_shared_file_system group_by_length"
-     " train_sampling_strategy disable_shuffling dataloader_drop_last dataloader_prefetch_factor"
-     " remove_unused_columns tool_format preserve_thinking data_seed"
-     " eval_on_each_dataset dataloader_persistent_workers ignore_data_skip"),
-    (DECAY, "lr_scheduler_kwargs optim_args loraplus_lr_embedding"),
-    (ABSENT, "neftune_noise_alpha label_smoothing_factor use_dft_loss use_asft_loss asft_alpha"
-     " use_eaft_loss eaft_alpha mixture_of_depths use_llama_pro use_adam_mini use_muon"),
-    (MEMORY, "low_cpu_mem_usage use_unsloth_gc use_reentrant_gc auto_find_batch_size"
-     " torch_empty_cache_steps offload_folder gradient_checkpointing_kwargs"),
-    (LOGGING, "logging_steps logging_dir logging_strategy logging_first_step plot_loss"
-     " save_only_model log_level disable_tqdm per_device_eval_batch_size eval_delay eval_on_start"
-     " include_num_input_tokens_seen include_tokens_per_second load_best_model_at_end"
-     " include_effective_tokens_per_second metric_for_best_model greater_is_better"
-     " early_stopping_steps print_param_status eval_accumulation_steps full_determinism"),
-    (HUB, "push_to_hub hub_model_id hub_token hub_strategy hub_private_repo"),
-    ("it belongs to another stage or method than the file asks for", "reward_model"
-     " reward_model_type reward_model_adapters reward_model_quantization_bit ppo_epochs"
-     " ppo_buffer_size ppo_score_norm ppo_target ppo_whiten_rewards freeze_trainable_layers"
-     " freeze_trainable_modules freeze_extra_modules oft_rank oft_block_size oft_target"
-     " module_dropout galore_rank galore_target galore_update_interval galore_scale"
-     " galore_proj_type galore_layerwise apollo_rank apollo_target apollo_update_interval"
-     " apollo_scale badam_mode badam_switch_mode badam_switch_interval badam_update_ratio"),
-)  # fmt: skip
+# Of transformers' Trainer: what TRL, axolotl and LLaMA-Factory have, and what the first and last do
+TRAINER = {
+    "trackio_space_id": NAMES_OF_RUNS,
+    "tf32 fp8 torch_compile torch_compile_backend torch_compile_mode": NUMBERS,
+    "deepspeed fsdp fsdp_config ddp_timeout ddp_find_unused_parameters local_rank": PROCESSES,
+    "streaming remove_unused_columns dataloader_drop_last dataloader_num_workers"
+    " dataloader_pin_memory dataloader_prefetch_factor": ROWS,
+    "lr_scheduler_kwargs optim_args": DECAY,
+    "neftune_noise_alpha label_smoothing_factor": ABSENT,
+    "gradient_checkpointing_kwargs torch_empty_cache_steps auto_find_batch_size": MEMORY,
+    "logging_steps save_only_model load_best_model_at_end metric_for_best_model"
+    " greater_is_better": LOGGING,
+    "hub_model_id hub_strategy": HUB,
+}
+TRANSFORMERS = {
+    "run_name project": NAMES_OF_RUNS,
+    "use_liger_kernel bf16_full_eval": NUMBERS,
+    "ddp_backend": PROCESSES,
+    "dataloader_persistent_workers train_sampling_strategy data_seed ignore_data_skip": ROWS,
+    "logging_dir logging_strategy logging_first_step log_level disable_tqdm"
+    " include_num_input_tokens_seen per_device_eval_batch_size eval_delay eval_on_start": LOGGING,
+    "push_to_hub hub_token hub_private_repo": HUB,
+}
+# TRL's own arguments of a run, of its model and of its script
+TRL = {
+    "trackio_bucket_id trackio_static_space_id wandb_entity"
+    " wandb_project wandb_run_group": NAMES_OF_RUNS,
+    "attn_implementation": ATTENTION,
+    "liger_kernel_config fp16_full_eval bnb_4bit_quant_storage label_names"
+    " prediction_loss_only batch_eval_metrics include_for_metrics": NUMBERS,
+    "precompute_ref_log_probs precompute_ref_batch_size": REFERENCE,
+    "eos_token pad_token padding_value": "the tokenizer's own is used",
+    "is_encoder_decoder model_init_kwargs router_aux_loss_coef"
+    " ignore_bias_buffers use_cache": MODEL,
+    "ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph accelerator_config"
+    " parallelism_config average_tokens_across_devices log_on_each_node save_on_each_node"
+    " eval_use_gather_object": PROCESSES,
+    "dataset_num_proc dataset_kwargs dataset_streaming shuffle_dataset dataloader_in_order"
+    " dataloader_multiprocessing_context length_column_name full_determinism": ROWS,
+    "optim_target_modules": DECAY,
+    "lora_exclude_modules": ABSENT,
+    "activation_checkpointing activation_checkpointing_kwargs activation_offloading"
+    " padding_free skip_memory_metrics eval_accumulation_steps eval_do_concat_batches": MEMORY,
+    "log_level_replica logging_nan_inf_filter enable_jit_checkpoint debug"
+    " restore_callback_states_from_checkpoint do_eval do_predict generate_during_eval": LOGGING,
+    "hub_always_push hub_revision": HUB,
+}
+AXOLOTL = {
+    "rl_adapter_ref_model precompute_ref_log_probs": REFERENCE,
+    "wandb_watch": "gradients are not logged",
+    "added_tokens_overrides": NEW_TOKENS,
+    "merge_lora": MERGES,
+    "wandb_entity wandb_name wandb_run_id wandb_mode wandb_log_model mlflow_tracking_uri"
+    " mlflow_experiment_name mlflow_run_name hf_mlflow_log_artifacts comet_workspace"
+    " comet_project_name comet_mode trackio_project_name trackio_run_name swanlab_project"
+    " swanlab_experiment_name swanlab_description swanlab_mode": NAMES_OF_RUNS,
+    "flash_attention xformers_attention sdp_attention flex_attention sage_attention"
+    " eager_attention attn_implementation flash_attn_cross_entropy flash_attn_fuse_mlp"
+    " flash_attn_rms_norm s2_attention sdpa_varlen flash_optimum fused_attn_kernel"
+    " flex_attn_compile_kwargs gemma4_hybrid_attn_impl": ATTENTION,
+    "lora_mlp_kernel lora_qkv_kernel lora_o_kernel lora_embedding_kernel chunked_cross_entropy"
+    " use_kernels liger_rope liger_rms_norm liger_glu_activation"
+    " liger_fused_linear_cross_entropy liger_layer_norm liger_cross_entropy cut_cross_entropy"
+    " bnb_config_kwargs tiled_mlp liger_rms_norm_gated experts_implementation"
+    " quantize_moe_experts use_scattermoe use_sonicmoe fp8_enable_fsdp_float8_all_gather"
+    " dpo_use_liger_kernel": NUMBERS,
+    "model_type type_of_model tokenizer_type tokenizer_config base_model_config processor_type"
+    " tokenizer_use_fast tokenizer_legacy is_llama_derived_model is_mistral_derived_model"
+    " is_falcon_derived_model is_qwen_derived_model model_config overrides_of_model_config"
+    " model_kwargs overrides_of_model_kwargs resize_token_embeddings_to_32x rope_scaling gptq"
+    " gptq_groupsize gptq_model_v1 gptq_disable_exllama model_quantization_config"
+    " model_quantization_config_kwargs tokenizer_use_mistral_common cls_model_config"
+    " llama4_linearized_experts freeze_mm_modules experimental_skip_move_to_device": MODEL,
+    "fsdp_version ddp ddp_bucket_cap_mb ddp_broadcast_buffers device_map max_memory world_size"
+    " context_parallel_size sequence_parallel_degree tensor_parallel_size dp_shard_size"
+    " dp_replicate_size expert_parallel_size use_ray ray_num_workers accelerator_config": PROCESSES,
+    "dataset_prepared_path dataset_processes dataset_num_proc dataset_exact_deduplication"
+    " dataset_keep_in_memory shuffle_merged_datasets skip_prepare_dataset group_by_length"
+    " curriculum_sampling min_sample_len eot_tokens": ROWS,
+    "eval_sample_packing pad_to_sequence_len pad_to_multiple_of sample_packing_group_size"
+    " sample_packing_bin_size sample_packing_sequentially batch_flattening"
+    " multipack_real_batches sample_packing_eff_est eval_sequence_len max_packed_sequence_len"
+    " dpo_padding_free": BEST_FIT,
+    "cosine_min_lr_ratio cosine_constant_lr_ratio lr_quadratic_warmup lr_groups embedding_lr"
+    " embedding_lr_scale loraplus_lr_embedding optim_target_modules torchdistx_path": DECAY,
+    "noisy_embedding_alpha peft_layers_to_transform peft_layers_pattern peft_layer_replication"
+    " peft_trainable_token_indices use_eaft eaft_alpha eaft_k lisa_layers_attribute"
+    " lisa_n_layers lisa_step_interval lora_exclude_modules trainer_cls": ABSENT,
+    "activation_offloading layer_offloading low_cpu_mem_usage lora_on_cpu gc_steps"
+    " gpu_memory_limit selective_checkpointing embeddings_skip_upcast"
+    " peft_autocast_adapter_dtype": MEMORY,
+    "eval_batch_size loss_watchdog_threshold loss_watchdog_patience strict debug"
+    " early_stopping_patience save_first_step save_safetensors eval_table_size"
+    " eval_max_new_tokens do_causal_lm_eval do_bench_eval include_tokens_per_second"
+    " include_tkps": LOGGING,
+    "hub_revision hf_use_auth_token push_dataset_to_hub": HUB,
+}
+LLAMAFACTORY = {
+    "freeze_vision_tower freeze_multi_modal_projector freeze_language_model": EVERY_LAYER,
+    "add_tokens add_special_tokens resize_vocab"
+    " new_special_tokens_config init_special_tokens": NEW_TOKENS,
+    "export_dir export_size export_device export_quantization_bit export_quantization_dataset"
+    " export_legacy_format export_hub_model_id": MERGES,
+    "do_eval do_predict predict_with_generate infer_backend infer_dtype temperature top_p"
+    " top_k num_beams max_new_tokens repetition_penalty length_penalty do_sample eval_num_beams"
+    " compute_accuracy vllm_maxlen vllm_gpu_util vllm_enforce_eager use_kv_cache"
+    " generation_max_length": "lorafold generate and lorafold eval do that",
+    "swanlab_project swanlab_workspace swanlab_run_name"
+    " swanlab_mode swanlab_api_key": NAMES_OF_RUNS,
+    "flash_attn shift_attn": ATTENTION,
+    "fp8_backend enable_liger_kernel use_unsloth upcast_layernorm upcast_lmhead_output"
+    " use_v1_kernels": NUMBERS,
+    "rope_scaling use_fast_tokenizer split_special_tokens cache_dir hf_hub_token ms_hub_token"
+    " om_hub_token moe_aux_loss_coef model_max_length image_max_pixels image_min_pixels"
+    " video_max_pixels video_min_pixels video_fps video_maxlen": MODEL,
+    "ray_run_name ray_storage_path ray_num_workers ray_init_kwargs resources_per_worker"
+    " placement_strategy use_ray device_map quantization_device_map": PROCESSES,
+    "max_samples": "give that many rows as --data",
+    "media_dir overwrite_cache preprocessing_num_workers preprocessing_batch_size buffer_size"
+    " mix_strategy interleave_probs tokenized_path data_shared_file_system group_by_length"
+    " disable_shuffling tool_format preserve_thinking eval_on_each_dataset": ROWS,
+    "loraplus_lr_embedding": DECAY,
+    "use_dft_loss use_asft_loss asft_alpha use_eaft_loss eaft_alpha mixture_of_depths"
+    " use_llama_pro use_adam_mini use_muon": ABSENT,
+    "low_cpu_mem_usage use_unsloth_gc use_reentrant_gc offload_folder": MEMORY,
+    "plot_loss include_tokens_per_second include_effective_tokens_per_second"
+    " early_stopping_steps print_param_status eval_accumulation_steps full_determinism": LOGGING,
+    "reward_model reward_model_type reward_model_adapters reward_model_quantization_bit"
+    " ppo_epochs ppo_buffer_size ppo_score_norm ppo_target ppo_whiten_rewards"
+    " freeze_trainable_layers freeze_trainable_modules freeze_extra_modules oft_rank"
+    " oft_block_size oft_target module_dropout galore_rank galore_target galore_update_interval"
+    " galore_scale galore_proj_type galore_layerwise apollo_rank apollo_target"
+    " apollo_update_interval apollo_scale badam_mode badam_switch_mode badam_switch_interval"
+    " badam_update_ratio": OTHER_STAGE,
+}

@@ -25,16 +25,8 @@ from lorafold.peft.config import (
 )
 from lorafold.peft.format import Field, Method
 from lorafold.recipe.fields import OF_METHOD
-from lorafold.translating.rules import (
-    NOT_KNOWN,
-    Outcome,
-    TranslatedKey,
-    changed,
-    flagged,
-    left,
-    taken,
-)
-from lorafold.translating.trainer import kind_of_lora, target_parameters
+from lorafold.translating.rules import NOT_KNOWN, Outcome, TranslatedKey, flagged, left, taken
+from lorafold.translating.trainer import LOOKED_UP, kind_of_lora, target_parameters
 
 SIGNS = "peft_type"
 INIT = "init_lora_weights"
@@ -124,7 +116,7 @@ def _of_selection(field: Field, value: Any, found: Mapping[str, Any]) -> Outcome
     if field.key == TARGETS and not value and found[PARAMETERS.attribute]:
         return taken("it is off")
     if field.key == TARGETS and not value:
-        return changed("PEFT looks them up by architecture, and lorafold by the method's own rule")
+        return LOOKED_UP
     if not value:
         return taken("it is off")
     return taken(**{{TARGETS: "targets"}.get(field.key, field.key): found[field.attribute]})

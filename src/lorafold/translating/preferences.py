@@ -9,12 +9,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from lorafold.advice import number
 from lorafold.data.shapes import JUDGED
 from lorafold.errors import LorafoldError
 from lorafold.objectives import OBJECTIVES
 from lorafold.objectives.laws import class_of
-from lorafold.translating.convert import number
-from lorafold.translating.rules import Outcome, Reader, Settings, changed, left, taken
+from lorafold.translating.rules import (
+    OFF,
+    Outcome,
+    Reader,
+    Settings,
+    changed,
+    either,
+    left,
+    refused,
+    taken,
+    to,
+)
 
 NO_DROPOUT = "there it is off while preferences are trained"
 NO_SECOND_MODEL = (
@@ -51,12 +62,7 @@ def options_of(objective: str | None) -> Mapping[str, Any]:
 
 def beta(objective_of: ObjectiveOf) -> Reader:
     """The reader of a key that becomes beta; a reward model has none."""
-
-    def read(value: Any, settings: Settings) -> Outcome | None:
-        objective = objective_of(settings)
-        return taken(beta=number(value)) if "beta" in options_of(objective) else None
-
-    return read
+    return either(lambda one: "beta" in options_of(objective_of(one)), to("beta", number))
 
 
 def law_option(name: str, objective_of: ObjectiveOf) -> Reader:
@@ -87,13 +93,15 @@ def supervised(value: Any, objective: str | None, remark: str = "") -> Outcome |
         return None
     weight = number(value)
     if weight == 0:
-        return taken("it is off")
+        return OFF
     if "sft_weight" not in options_of(objective):
-        raise LorafoldError(
-            f"found {value!r}, but lorafold's objective {objective} takes no such term"
-        )
-    fields_set = {"objective_options": {"sft_weight": weight}}
-    return changed(remark, **fields_set) if remark else taken(**fields_set)
+        raise refused(value, f"lorafold's objective {objective} takes no such term")
+    return changed(remark, objective_options={"sft_weight": weight})
+
+
+def supervised_as(objective: str) -> Reader:
+    """The reader of TRL's weight of the supervised term, of one objective."""
+    return lambda value, settings: supervised(value, objective, SUPERVISED)
 
 
 def of_dpo(found: Sequence[str], given: Any, key: str) -> Outcome:
@@ -120,27 +128,35 @@ def of_dpo(found: Sequence[str], given: Any, key: str) -> Outcome:
         )
     objective = DPO_LOSSES[found[0]]
     extra = supervised(weights[1], objective, SUPERVISED) if found[1:] else None
-    if extra is None or not extra.fields:
-        return taken(objective=objective)
-    return changed(extra.remark, objective=objective, **extra.fields)
+    fields = {} if extra is None else extra.fields
+    return changed(SUPERVISED if fields else "", objective=objective, **fields)
 
 
 def smoothing_of_dpo(value: Any, settings: Settings) -> Outcome | None:
     """TRL's DPOTrainer reads `label_smoothing` for other losses than those of lorafold only."""
-    if not number(value):
-        return None
-    return left(
-        "TRL 1 does not read it for this loss; for cDPO pass --objective-options"
-        f" label_smoothing={number(value):g}"
-    )
+    found = number(value)
+    told = "TRL 1 does not read it for this loss; for cDPO pass --objective-options label_smoothing"
+    return left(f"{told}={found:g}") if found else None
 
 
 def rows_wanted(objective: str | None) -> str:
     """The rows to give as --data, in words."""
+    rows = "prompt, chosen and rejected"
     if objective is None:
-        return "pass rows of messages, of prompt and completion, or of text as --data"
-    if OBJECTIVES[objective].draws:
-        return "pass rows of prompt, and of what the rewards read, as --data"
-    if OBJECTIVES[objective].takes == JUDGED:
-        return "pass rows of prompt, completion and label (true or false) as --data"
-    return "pass rows of prompt, chosen and rejected as --data"
+        rows = "messages, of prompt and completion, or of text"
+    elif OBJECTIVES[objective].draws:
+        rows = "prompt, and of what the rewards read,"
+    elif OBJECTIVES[objective].takes == JUDGED:
+        rows = "prompt, completion and label (true or false)"
+    return f"pass rows of {rows} as --data"
+
+
+def dropout(turned_off: Callable[[Settings], bool]) -> Reader:
+    """The reader of a dropout, which tools turn off with some settings."""
+
+    def read(value: Any, settings: Settings) -> Outcome:
+        found = number(value)
+        off = bool(found) and turned_off(settings)
+        return taken(NO_DROPOUT if off else "", dropout=0.0 if off else found)
+
+    return read

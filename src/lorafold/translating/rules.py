@@ -5,6 +5,7 @@
     Outcome         taken, taken differently (changed), or left, with recipe fields and a remark
     TranslatedKey   a key with its value and its outcome
     Settings        the file's values, and behind them the tool's defaults
+    Rows            the rows of one source of a file: where they lie, what their columns are called
 
 Each tool's table stands in a file of its own; `by_rules` reads a configuration with it. A rule's
 reader raises LorafoldError for a value that the other tool would refuse, and for one that lorafold
@@ -16,16 +17,17 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from typing import Any, Literal, TypeVar
 
+from lorafold.advice import ELSEWHERE, boolean, near, number
 from lorafold.errors import LorafoldError, as_one, shortened
 from lorafold.recipe.fields import OF_ADAPTER
-from lorafold.translating.convert import number
 
 T = TypeVar("T")
 
 NOT_KNOWN = "it is not known here"
+PLACEHOLDER = "--data DATA"
+SAME = "="  # stands for the reader of a key that `ELSEWHERE` has
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,10 @@ class Settings:
         except LorafoldError as error:
             raise LorafoldError(f"{key}: {error}") from None
 
+    def on(self, key: str) -> bool:
+        """Whether a switch is on. LorafoldError names the key."""
+        return self.read(key, boolean)
+
 
 # Says what becomes of a value; None: the key is off or has no effect
 Reader = Callable[[Any, Settings], Outcome | None]
@@ -84,14 +90,53 @@ class Rule:
     default: Any = None
 
 
+# A reader; or its outcome, whatever the value is; or the option of `lorafold train` that the value
+# goes to; or why there is no counterpart; or SAME
+Row = Reader | Outcome | str | None
+Table = Mapping[str, Row | tuple[Row, Any]]  # by keys, with the tool's default
+Condition = Callable[[Settings], bool]
+
+
+def table(rows: Table, only: Condition | None = None) -> tuple[Rule, ...]:
+    """The rules of keys, which are separated by spaces; a row may have the tool's default too.
+
+    Args:
+        only: The settings with which the keys have an effect; None: all.
+    """
+    return tuple(
+        Rule(key, either(only, reader) if only else reader, default)
+        for keys, row in rows.items()
+        for one, default in [row if isinstance(row, tuple) else (row, None)]
+        for key in keys.split()
+        for reader in [_reader(one, key)]
+    )
+
+
+def _reader(row: Row, key: str = "") -> Reader:
+    if row == SAME:
+        here = ELSEWHERE[key]
+        return lambda value, settings: taken(here.remark, **here.read(value, settings.given))
+    if isinstance(row, str) and row.startswith("--"):
+        return lambda value, settings: flagged(row, value)
+    if isinstance(row, str):
+        return lambda value, settings: OFF if is_off(value) else left(row)
+    return row if callable(row) else lambda value, settings: row
+
+
+def either(condition: Condition, row: Row, otherwise: Row = None) -> Reader:
+    """The reader of one row with some settings, and of another one, or none, with others."""
+    reader, other = _reader(row), _reader(otherwise)
+    return lambda value, settings: (reader if condition(settings) else other)(value, settings)
+
+
 def taken(remark: str = "", /, **fields: Any) -> Outcome:
     """The key means the same here: these recipe fields hold its value."""
     return Outcome("taken", fields, remark)
 
 
 def changed(why: str, /, **fields: Any) -> Outcome:
-    """The key is taken differently, and `why` says how."""
-    return Outcome("changed", fields, why)
+    """The key is taken differently, and `why` says how; without a reason it is taken."""
+    return Outcome("changed" if why else "taken", fields, why)
 
 
 def left(instead: str, flag: str = "") -> Outcome:
@@ -99,14 +144,38 @@ def left(instead: str, flag: str = "") -> Outcome:
     return Outcome("left", {}, instead, flag)
 
 
+OFF = taken("it is off")
+
+
+def read_with(key: str) -> Outcome:
+    """The outcome of a key that the rule of another one reads."""
+    return taken(f"it is read with {key}")
+
+
 def to(name: str, read: Callable[[Any], Any] = lambda value: value) -> Reader:
     """The reader of a key whose value, converted by `read`, becomes the recipe field `name`."""
     return lambda value, settings: taken(**{name: read(value)})
 
 
-def option(name: str) -> Reader:
-    """The reader of a key whose value goes to the option `name` of `lorafold train`."""
-    return lambda value, settings: flagged(name, value)
+def switch(on: Outcome | None, off: Outcome | None = OFF) -> Reader:
+    """The reader of a key that is true or false."""
+    return lambda value, settings: on if boolean(value) else off
+
+
+def cases(outcomes: Mapping[str, Outcome | str], otherwise: Outcome | str = "") -> Reader:
+    """The reader of a key by its value; a text is why lorafold can't train it: LorafoldError, as
+    for a value that is not there.
+    """
+
+    def read(value: Any, settings: Settings) -> Outcome:
+        found = outcomes.get(str(value), otherwise)
+        if not found:
+            choice(value, *(key for key, one in outcomes.items() if not isinstance(one, str)))
+        if isinstance(found, str):
+            raise refused(value, found)
+        return found
+
+    return read
 
 
 def flagged(name: str, value: Any) -> Outcome:
@@ -119,36 +188,32 @@ def is_off(value: Any) -> bool:
     return value is None or value is False or value in ("", [], {}, "no", "none", "null")
 
 
-def without(remark: str) -> Reader:
-    """The reader of a key that has no counterpart: it is left, unless its value turns it off."""
-    return lambda value, settings: taken("it is off") if is_off(value) else left(remark)
+def refused(value: Any, why: str) -> LorafoldError:
+    """The error for a value that asks for what lorafold can't train."""
+    return LorafoldError(f"found {value!r}, but {why}")
 
 
-def all_without(remark: str, keys: str) -> tuple[Rule, ...]:
-    """Rules `without` a counterpart, all for the same reason; the keys are separated by spaces."""
-    return tuple(Rule(key, without(remark)) for key in keys.split())
-
-
-def refusing(why: str) -> Reader:
+def refusing(why: str, is_neutral: Callable[[Any], bool] = is_off) -> Reader:
     """The reader of a key that asks for what lorafold can't train: LorafoldError, unless off."""
 
     def read(value: Any, settings: Settings) -> Outcome:
-        if is_off(value):
-            return taken("it is off")
-        raise LorafoldError(f"found {value!r}, but {why}")
+        if is_neutral(value):
+            return OFF
+        raise refused(value, why)
 
     return read
 
 
 def unless(neutral: float, why: str) -> Reader:
     """The reader of a number that asks for what lorafold can't train, unless it is neutral."""
+    return refusing(why, lambda value: number(value) == neutral)
 
-    def read(value: Any, settings: Settings) -> Outcome:
-        if number(value) == neutral:
-            return taken("it is off")
-        raise LorafoldError(f"found {value!r}, but {why}")
 
-    return read
+def choice(value: Any, *choices: str) -> str:
+    """The value, which must be one of `choices`."""
+    if value not in choices:
+        raise LorafoldError(f"found {value!r}, expected {' or '.join(choices)}")
+    return str(value)
 
 
 def by_rules(rules: Sequence[Rule], config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
@@ -174,23 +239,18 @@ def by_rules(rules: Sequence[Rule], config: Mapping[str, Any]) -> tuple[Translat
             problems.append(shortened(f"{rule.key}: {error}", 250))
             continue
         if outcome is None:
-            outcome = taken("it is off" if is_off(value) else "it has no effect here")
+            outcome = OFF if is_off(value) else taken("it has no effect here")
         if given or rule.key in config or outcome.fields or outcome.how != "taken":
             entries.append(TranslatedKey(rule.key, value, given, outcome))
     if problems:
         raise LorafoldError(as_one(problems))
     if any("--init-adapter" in entry.outcome.flag.split() for entry in entries):
         entries = list(_brought_by_adapter(entries))
-    return (*entries, *unknown(config, [rule.key for rule in rules]))
-
-
-def unknown(config: Mapping[str, Any], known: Sequence[str]) -> Iterator[TranslatedKey]:
-    """The keys that the tool's table does not have, as entries that suggest the nearest name."""
-    for key in config:
-        if key not in known:
-            near = get_close_matches(key, known, n=1, cutoff=0.75)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            yield TranslatedKey(key, config[key], True, left(NOT_KNOWN + hint))
+    known = [rule.key for rule in rules]
+    for key in (key for key in config if key not in known):
+        told = "; ".join(filter(None, (NOT_KNOWN, near(key, known, 0.75))))
+        entries.append(TranslatedKey(key, config[key], True, left(told)))
+    return tuple(entries)
 
 
 def _brought_by_adapter(entries: Sequence[TranslatedKey]) -> Iterator[TranslatedKey]:
@@ -201,6 +261,60 @@ def _brought_by_adapter(entries: Sequence[TranslatedKey]) -> Iterator[Translated
         elif rest:
             yield replace(entry, outcome=replace(entry.outcome, fields=rest))
         elif entry.given:
-            yield replace(
-                entry, outcome=left("the adapter that --init-adapter names brings its own")
-            )
+            told = left("the adapter that --init-adapter names brings its own")
+            yield replace(entry, outcome=told)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one source. `path`: a file, a directory or a hub dataset, or None where no
+    option can name them; `columns`: theirs by lorafold's names; `said`: what differs.
+    """
+
+    name: str
+    path: str | None
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    said: Sequence[str] = ()
+
+    def __str__(self) -> str:
+        return f"{self.name} ({'; '.join(self.said)})" if self.said else self.name
+
+
+def given_as_data(found: Sequence[Rows], wanted: str) -> Outcome:
+    """Rows are left, and the command names them and the columns with other names than lorafold's.
+
+    Args:
+        wanted: The shapes of rows that the objective takes, in words.
+    """
+    columns: dict[str, str] = {}
+    clash = any(
+        columns.setdefault(ours, str(theirs)) != str(theirs)
+        for rows in found
+        for ours, theirs in rows.columns.items()
+        if theirs and theirs != ours
+    )
+    listed = ", ".join(map(str, found))
+    if clash:
+        listed += "; their columns have other names in each: rename them in the files"
+        columns = {}
+    flags = [PLACEHOLDER if r.path is None else f"--data {shlex.quote(r.path)}" for r in found]
+    pairs = [f"{ours}={theirs}" for ours, theirs in sorted(columns.items())]
+    named = [f"--columns {shlex.quote(','.join(pairs))}"] if pairs else []
+    return left(f"{wanted}: {listed}", " ".join([*dict.fromkeys(flags), *named]) or PLACEHOLDER)
+
+
+def of_hub(path: Any, config: Any = None, split: Any = None, files: Any = None) -> Rows:
+    """The rows of a path or hub dataset, of which lorafold reads the default configuration and the
+    split train.
+
+    Args:
+        config: The name of a configuration; None: the default.
+        split: That of a split; None: train.
+        files: The dataset's files, where only some are read.
+    """
+    said = [f"its configuration {config}"] if config is not None else []
+    said += [f"its split {split}"] if split not in (None, "train") else []
+    said += [f"its files {files}"] if files else []
+    if said:
+        said[-1] += ": save these rows to a file, as --data reads the default and train"
+    return Rows(str(path), None if said or path is None else str(path), {}, said)

@@ -1,5 +1,5 @@
-"""What axolotl and LLaMA-Factory both hand to Hugging Face's Trainer and to PEFT, under names of
-their own: schedules, optimizers, intervals, trackers, and which kind of LoRA it is.
+"""What several tools hand to Hugging Face's Trainer and to PEFT: schedules, optimizers, intervals,
+trackers, and which kind of LoRA it is.
 
 Read off transformers 5.24 and PEFT 0.21.
 """
@@ -10,77 +10,81 @@ from collections.abc import Sequence
 from math import ceil
 from typing import Any
 
+from lorafold.advice import (
+    ELSEWHERE,
+    ONE_RATE,
+    OPTIMIZERS,
+    SCHEDULES,
+    integer,
+    names,
+    number,
+    product,
+)
 from lorafold.errors import LorafoldError
-from lorafold.translating.convert import boolean, integer, names, number, product, text
-from lorafold.translating.rules import Outcome, Reader, Rule, Settings, changed, left, taken
+from lorafold.translating.no_counterpart import TRAINER, TRANSFORMERS
+from lorafold.translating.rules import (
+    SAME,
+    Condition,
+    Outcome,
+    Reader,
+    Row,
+    Settings,
+    Table,
+    cases,
+    changed,
+    left,
+    switch,
+    taken,
+    to,
+)
 
-SCHEDULES = {
-    "cosine": "cosine",
-    "cosine_with_restarts": "cosine",  # one cycle unless the scheduler's arguments say otherwise
-    "linear": "linear",
-    "polynomial": "linear",  # of power 1 unless the scheduler's arguments say otherwise
-    "constant_with_warmup": "constant",
-}
-OPTIMIZERS = {
-    "adamw_torch": "adamw",
-    "adamw_torch_fused": "adamw",
-    "adamw_hf": "adamw",
-    "adamw_apex_fused": "adamw",
-    "adamw_bnb_8bit": "adamw8bit",
-    "adamw_8bit": "adamw8bit",
-    "paged_adamw_8bit": "paged-adamw8bit",
-}
-NO_FP16 = "lorafold does not train in fp16; bf16 takes the same memory"
 AUTO = "there as the model's files are; here bf16 where the device multiplies it, else fp32"
 RISES = "the first step has a rate of 0 there, and a share here"
 TRACKERS = ("tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "swanlab", "aim", "clearml")
+ADAMW = "lorafold trains with AdamW only, which may need another learning rate"
+COMPLETIONS = taken("the loss is on completions")
+EVERY_TOKEN = left("every token of {text} rows is trained, and completions of the other rows")
+OF_METHOD = taken("it is part of the method")
+LOOKED_UP = changed("PEFT looks them up by architecture, and lorafold by the method's own rule")
+
+
+def text(value: Any) -> str:
+    """The value, which must be text."""
+    if not isinstance(value, str):
+        raise LorafoldError(f"found {value!r}, expected text")
+    return value
 
 
 def schedule(value: Any, settings: Settings) -> Outcome:
     """The scheduler becomes the schedule; cosine replaces those that lorafold does not have."""
     if text(value) == "constant":
         return taken("it has no warm-up there", schedule="constant", warmup=0.0)
-    if value in SCHEDULES:
-        return taken(schedule=SCHEDULES[value])
-    return changed(
-        "lorafold has cosine, linear and constant, of which cosine is taken", schedule="cosine"
-    )
+    known = value in SCHEDULES
+    why = "" if known else "lorafold has cosine, linear and constant, of which cosine is taken"
+    return changed(why, schedule=SCHEDULES.get(value, "cosine"))
 
 
 def optimizer(value: Any, settings: Settings) -> Outcome:
     """The optimizer becomes one of lorafold's; adamw replaces those that it does not have."""
-    if text(value) in OPTIMIZERS:
-        return taken(optimizer=OPTIMIZERS[value])
-    if value in ("paged_adamw_32bit", "paged_adamw"):
-        return changed("its fp32 state is not paged here", optimizer="adamw")
-    return changed(
-        "lorafold trains with AdamW only, which may need another learning rate", optimizer="adamw"
-    )
+    paged = value in ("paged_adamw_32bit", "paged_adamw")
+    why = "its fp32 state is not paged here" if paged else ADAMW
+    known = text(value) in OPTIMIZERS
+    return changed("" if known else why, optimizer=OPTIMIZERS.get(value, "adamw"))
 
 
-def warmup_rules(scheduler: str, steps_default: int | None) -> tuple[Rule, Rule]:
-    """The rules of `warmup_steps` and `warmup_ratio`; where both are given, the steps count.
+def warmup_steps(value: Any, settings: Settings) -> Outcome | None:
+    """`warmup_steps` becomes the warm-up, unless it is off beside `warmup_ratio`."""
+    found, ratio = number(value), settings["warmup_ratio"]
+    if settings["lr_scheduler_type"] == "constant" or (found == 0 and ratio is not None):
+        return None
+    return warmed(found)
 
-    `scheduler` is the tool's key for the schedule, and `steps_default` its default for the steps.
-    """
 
-    def of_steps(value: Any, settings: Settings) -> Outcome | None:
-        found = number(value)
-        if settings[scheduler] == "constant":
-            return None
-        if found == 0 and steps_default is not None and settings["warmup_ratio"] is not None:
-            return None
-        return warmed(found)
-
-    def of_ratio(value: Any, settings: Settings) -> Outcome | None:
-        steps = settings["warmup_steps"]
-        if settings[scheduler] == "constant" or (
-            steps is not None and (number(steps) > 0 or steps_default is None)
-        ):
-            return None
-        return warmed(number(value), share=True)
-
-    return Rule("warmup_steps", of_steps, steps_default), Rule("warmup_ratio", of_ratio)
+def warmup_ratio(value: Any, settings: Settings) -> Outcome | None:
+    """`warmup_ratio` becomes the warm-up, unless `warmup_steps` says it."""
+    if settings["lr_scheduler_type"] == "constant" or number(settings["warmup_steps"]) > 0:
+        return None
+    return warmed(number(value), share=True)
 
 
 def warmed(found: float, share: bool = False) -> Outcome:
@@ -96,8 +100,8 @@ def warmed(found: float, share: bool = False) -> Outcome:
 
 def total_steps(settings: Settings) -> int | None:
     """The number of optimizer steps of the run, or None where the file leaves it to the epochs."""
-    found = settings["max_steps"]
-    return None if found is None or integer(found) <= 0 else integer(found)
+    found = integer(settings["max_steps"] or 0)
+    return found if found > 0 else None
 
 
 def max_steps(value: Any, settings: Settings) -> Outcome:
@@ -105,11 +109,13 @@ def max_steps(value: Any, settings: Settings) -> Outcome:
     return taken(steps=integer(value)) if integer(value) > 0 else taken("the epochs decide")
 
 
-def interval(name: str, otherwise: str) -> Reader:
+def interval(name: str) -> Reader:
     """The reader of an interval, which the Trainer takes in steps or as a share of the run's steps.
 
-    `name` is the recipe field, and `otherwise` says what happens without it.
+    `name` is the recipe field.
     """
+    checkpoints = "there are about ten checkpoints a run"
+    otherwise = checkpoints if name == "save_every" else "each checkpoint is evaluated"
 
     def read(value: Any, settings: Settings) -> Outcome:
         found, total = number(value), total_steps(settings)
@@ -159,58 +165,51 @@ def target_parameters(modules: Any, parameters: Sequence[str]) -> Outcome:
     if isinstance(modules, str):
         return left("write --set targets=REGEX that matches these parameters too")
     own = tuple(name.removesuffix(".weight") for name in parameters)
-    if bare := [name for name in own if "." not in name]:
-        return changed(f"modules called {' or '.join(bare)} are targets too", targets=own)
-    return taken(targets=own)
+    bare = " or ".join(name for name in own if "." not in name)
+    return changed(f"modules called {bare} are targets too" if bare else "", targets=own)
 
 
 def loraplus_ratio(value: Any, settings: Settings) -> Outcome:
     """The ratio of LoRA+ becomes the learning rate of B; without one PEFT trains both factors at
     one rate, and lorafold with LoRA+.
     """
-    remark = "one rate for both factors, no LoRA+" if number(value) == 1 else ""
+    remark = ONE_RATE if number(value) == 1 else ""
     return taken(remark, lr_b=product(settings["learning_rate"], value))
 
 
-def betas(settings: Settings) -> tuple[float, float]:
-    """AdamW's betas, of which an absent one has the usual default."""
-    first, second = settings["adam_beta1"], settings["adam_beta2"]
-    return (0.9 if first is None else number(first), 0.999 if second is None else number(second))
+def rate(is_lora: Condition) -> Reader:
+    """The reader of a learning rate, of LoRA that of both factors."""
 
+    def read(value: Any, settings: Settings) -> Outcome:
+        both = ELSEWHERE["learning_rate"]
+        if is_lora(settings):
+            return taken(both.remark, **both.read(value, {}))
+        return taken(lr=number(value))
 
-ADAM_RULES = (
-    Rule("adam_beta1", lambda value, settings: taken(betas=betas(settings))),
-    Rule("adam_beta2", lambda value, settings: taken(betas=betas(settings))),
-    Rule("adam_epsilon", lambda value, settings: taken(eps=number(value))),
-)
-
-
-def max_grad_norm(value: Any, settings: Settings) -> Outcome:
-    """`max_grad_norm` becomes the norm that gradients are clipped to; 0 does not clip."""
-    return taken(clip=max(0.0, number(value)))
-
-
-def use_cpu(value: Any, settings: Settings) -> Outcome:
-    """`use_cpu` goes to `--device`."""
-    return left("pass --device cpu", "--device cpu") if boolean(value) else taken("it is off")
+    return read
 
 
 def save_total_limit(value: Any, settings: Settings) -> Outcome:
     """`save_total_limit` becomes the number of checkpoints that are kept besides the best."""
-    return (
-        taken("the best is kept besides", keep=integer(value))
-        if integer(value) > 0
-        else left("lorafold keeps 2 checkpoints and the best: --set keep=N")
-    )
+    if integer(value) > 0:
+        return taken("the best is kept besides", keep=integer(value))
+    return left("lorafold keeps 2 checkpoints and the best: --set keep=N")
 
 
-def interval_strategy(value: Any, settings: Settings) -> Outcome:
-    """`save_strategy` and its like are taken where the interval is in steps, and else left."""
-    if value == "steps":
-        return taken("the interval is in steps")
-    return left(
-        "checkpoints are written about ten times a run, and rows that are held out are evaluated"
-        " with each: --set save_every=STEPS, --set eval_every=STEPS"
+def batch(rows: int, of_one: str, packed: str = "") -> Outcome:
+    """Rows of a micro-batch times accumulation become the batch.
+
+    Args:
+        of_one: What they are counted for, in words.
+        packed: Where rows are packed: the tool, and its key that a sequence fills.
+    """
+    if not packed:
+        return taken(f"micro-batch times accumulation, of one {of_one}", batch=rows)
+    tool, _, fills = packed.partition(" ")
+    return changed(
+        f"{tool} counts packed sequences and lorafold counts rows: to see as many tokens a step"
+        f" raise batch by the rows that fill {fills}",
+        batch=rows,
     )
 
 
@@ -225,7 +224,7 @@ def kind_of_lora(dora: bool, rslora: bool, init: Any) -> Outcome:
     Raises:
         LorafoldError: lorafold does not have the combination.
     """
-    beneath, options, why = "rslora" if rslora else "lora", {}, ""
+    beneath, options, why = "rslora" if rslora else "lora", dict[str, Any](), ""
     if init in ("gaussian", "loftq"):
         options = {"init": init}
     elif init == "olora" or str(init).startswith("pissa"):
@@ -233,14 +232,53 @@ def kind_of_lora(dora: bool, rslora: bool, init: Any) -> Outcome:
             raise LorafoldError(f"initialization {init!r} can't be had with rsLoRA here")
         beneath = "olora" if init == "olora" else "pissa"
         if beneath == "pissa":
-            options = {
-                "niter": integer(str(init).removeprefix("pissa_niter_").replace("pissa", "0"))
-            }
+            options["niter"] = integer(init.removeprefix("pissa_niter_").replace("pissa", "0"))
     elif init not in (None, True, "true", "default"):
         why = f"initialization {init!r} is not here; A is drawn uniformly and B is zero"
-    fields: dict[str, Any] = {"method": "dora" if dora else beneath}
     if dora and beneath != "lora":
         options = {"over": beneath, **options}
-    if options:
-        fields["options"] = options
-    return changed(why, **fields) if why else taken(**fields)
+    fields = {"method": "dora" if dora else beneath, **({"options": options} if options else {})}
+    return changed(why, **fields)
+
+
+TRUST: Row = switch(left("pass --trust-remote-code", "--trust-remote-code"))
+TRAINS: Row = switch(
+    taken("lorafold train does it"), left("the file does not train; lorafold train does")
+)
+EVAL_DATA = left("pass its rows as --eval-data", "--eval-data EVAL_DATA")
+interval_strategy = cases(
+    {"steps": taken("the interval is in steps")},
+    left(
+        "checkpoints are written about ten times a run, and rows that are held out are evaluated"
+        " with each: --set save_every=STEPS, --set eval_every=STEPS"
+    ),
+)
+# Of the Trainer, whatever they are called before it
+STEPS: Table = {
+    "weight_decay": (to("weight_decay", number), 0.0),
+    "max_grad_norm": (SAME, 1.0),
+    "adam_beta1 adam_beta2 adam_epsilon": SAME,
+    "max_steps": max_steps,
+    "eval_steps": interval("eval_every"),
+    "save_steps": interval("save_every"),
+    "save_strategy eval_strategy": interval_strategy,
+    "save_total_limit": save_total_limit,
+    "seed": to("seed", integer),
+    "trust_remote_code": TRUST,
+    "output_dir": "--out",
+    "resume_from_checkpoint": "lorafold resumes runs of its own: --resume",
+    **TRAINER,
+}
+# Of its arguments, as they are called there
+ARGUMENTS: Table = {
+    "lr_scheduler_type": (schedule, "linear"),
+    "warmup_steps": (warmup_steps, 0),
+    "warmup_ratio": warmup_ratio,
+    "optim": (optimizer, "adamw_torch_fused"),
+    "num_train_epochs": (SAME, 3.0),
+    "use_cpu": switch(left("pass --device cpu", "--device cpu")),
+    "report_to": trackers,
+    "overwrite_output_dir": "pass --overwrite to replace what an earlier run wrote",
+    "model_name_or_path": "--model",
+    **TRANSFORMERS,
+}

@@ -1,41 +1,76 @@
-"""Unsloth's scripts: the rules of the functions that make its model, and TRL's of the trainer, with
-the defaults that Unsloth puts in place of TRL's.
+"""Unsloth's scripts: the keyword arguments of the functions that make its model, and of TRL's
+trainers, with the defaults that Unsloth puts in place of TRL's.
 
-Read off Unsloth as of August 2026. What a script does with its rows before it trains is not read.
+    FastLanguageModel.from_pretrained(model_name="m", ...)     from_pretrained.model_name
+    FastLanguageModel.get_peft_model(model, r=16, ...)         get_peft_model.r
+    SFTTrainer(..., args=SFTConfig(learning_rate=2e-4, ...))   learning_rate
+    load_dataset("acme/chats", split="train")                  load_dataset.path
+
+A script is read from its text, and nothing of it is executed. A value is a literal, or a name that
+the script gives one literal; every other one is an `Expression`, its text. Of several calls of one
+function the first counts. What a script does with its rows before it trains is not read. Read off
+Unsloth as of August 2026.
 """
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from lorafold.advice import boolean, integer, modules, names, number
+from lorafold.errors import LorafoldError
 from lorafold.models.storages import made_of
-from lorafold.translating import policies, trainer, trl, trl_readers, trl_trainers
-from lorafold.translating.convert import boolean, integer, names, number
+from lorafold.translating import trainer, trl
 from lorafold.translating.no_counterpart import ABSENT, ATTENTION, MEMORY, MODEL, NUMBERS, ROWS
 from lorafold.translating.preferences import rows_wanted
-from lorafold.translating.rows import PLACEHOLDER, given_as_data, of_hub
 from lorafold.translating.rules import (
+    PLACEHOLDER,
     Outcome,
-    Reader,
     Rule,
     Settings,
+    Table,
     TranslatedKey,
-    all_without,
     by_rules,
     changed,
+    given_as_data,
     left,
-    option,
+    of_hub,
+    read_with,
+    table,
     taken,
     to,
-    without,
 )
-from lorafold.translating.unsloth_script import TRAINERS, Expression
 
-LOADED, ADAPTED = "from_pretrained.", "get_peft_model."
+LOADED, ADAPTED, SET = "from_pretrained.", "get_peft_model.", "load_dataset."
 SIGNS = f"{LOADED}model_name {LOADED}max_seq_length {ADAPTED}r {ADAPTED}lora_alpha"
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+MODELS = ("FastLanguageModel", "FastModel", "FastVisionModel", "FastTextModel", "FastMllamaModel")
+# The trainers, by their kind among TRL's; each has a configuration called XConfig
+TRAINERS = {
+    "SFTTrainer": "trl-sft",
+    "UnslothTrainer": "trl-sft",
+    "DPOTrainer": "trl-dpo",
+    "KTOTrainer": "trl-kto",
+    "ORPOTrainer": "trl-orpo",
+    "CPOTrainer": "trl-cpo",
+    "RewardTrainer": "trl-reward",
+    "GRPOTrainer": "trl-grpo",
+    "RLOOTrainer": "trl-rloo",
+}
+CONFIGS = {name.replace("Trainer", "Config") for name in TRAINERS} | {
+    "TrainingArguments",
+    "UnslothTrainingArguments",
+}
+# Functions whose arguments are keys after their name, and the names of those without one
+FUNCTIONS = {
+    "from_pretrained": ("model_name",),
+    "get_peft_model": ("model",),
+    "load_dataset": ("path", "name"),
+    "get_chat_template": ("tokenizer", "chat_template"),
+    "train_on_responses_only": ("trainer",),
+}
 DEFAULTS = {
     "per_device_train_batch_size": 4,
     "gradient_accumulation_steps": 2,
@@ -48,7 +83,7 @@ DEFAULTS = {
 }
 OF_GRPO = {"loss_type": "bnpo", "beta": 0.001}
 # Fields of TRL that the functions of Unsloth have in their place
-OF_MODEL = {rule.key for rule in trl.MODEL} | {"lora_dropout", "learning_rate"}
+OF_MODEL = {*trl.IN_MODEL, "lora_dropout", "learning_rate"}
 # What each trainer trains, where rows are not those of supervised training
 OBJECTIVES = {
     "trl-dpo": "dpo",
@@ -59,26 +94,20 @@ OBJECTIVES = {
     "trl-grpo": "grpo",
     "trl-rloo": "rloo",
 }
-OBJECTS = (
-    "model",
-    "tokenizer",
-    "processing_class",
-    "args",
-    "data_collator",
-    "trainer",
-    "train_dataset",
-    "eval_dataset",
-)
+OBJECTS = {
+    *("model", "tokenizer", "processing_class", "args", "data_collator", "trainer"),
+    *("train_dataset", "eval_dataset"),
+}
 
 
 def is_full(settings: Settings) -> bool:
     """Whether the whole model is trained."""
-    return settings.read(f"{LOADED}full_finetuning", boolean)
+    return settings.on(f"{LOADED}full_finetuning")
 
 
-def of_lora(reader: Reader) -> Reader:
-    """The same reader, except that the key has no effect where the whole model is trained."""
-    return lambda value, settings: None if is_full(settings) else reader(value, settings)
+def is_lora(settings: Settings) -> bool:
+    """Whether an adapter is trained."""
+    return not is_full(settings)
 
 
 def method(value: Any, settings: Settings) -> Outcome:
@@ -87,7 +116,7 @@ def method(value: Any, settings: Settings) -> Outcome:
         return taken(method="full")
     start = settings[f"{ADAPTED}init_lora_weights"]
     loftq = settings[f"{ADAPTED}loftq_config"]
-    rslora = settings.read(f"{ADAPTED}use_rslora", boolean)
+    rslora = settings.on(f"{ADAPTED}use_rslora")
     return trainer.kind_of_lora(False, rslora, "loftq" if loftq else start)
 
 
@@ -97,27 +126,19 @@ def storage(value: Any, settings: Settings) -> Outcome:
     """
     if is_full(settings):
         return changed("the whole model trains in bf16 where it can", storage="bf16")
-    if settings.read(f"{LOADED}load_in_8bit", boolean):
+    if settings.on(f"{LOADED}load_in_8bit"):
         return taken(storage=made_of(8))
     if settings[f"{LOADED}load_in_fp8"]:
         return changed("lorafold quantizes to nf4 or int8, of which int8 is taken", storage="int8")
-    if not boolean(value) or settings.read(f"{LOADED}load_in_16bit", boolean):
+    if not boolean(value) or settings.on(f"{LOADED}load_in_16bit"):
         return taken(storage="auto")
     return taken(storage=made_of(4))
-
-
-def learning_rate(value: Any, settings: Settings) -> Outcome:
-    """`learning_rate` becomes the rate, of LoRA that of both factors."""
-    if is_full(settings):
-        return taken(lr=number(value))
-    return taken("one rate for both factors, no LoRA+", lr=number(value), lr_b=number(value))
 
 
 def length(value: Any, settings: Settings) -> Outcome:
     """`max_seq_length` of the model bounds the rows; the trainer's, where it is less, decides."""
     own = [settings[key] for key in ("max_length", "max_seq_length")]
-    found = min(integer(one) for one in (value, *own) if one is not None)
-    return taken(max_length=found)
+    return taken(max_length=min(integer(one) for one in (value, *own) if one is not None))
 
 
 def checkpointing(value: Any, settings: Settings) -> Outcome:
@@ -127,9 +148,9 @@ def checkpointing(value: Any, settings: Settings) -> Outcome:
     return taken(gradient_checkpointing=boolean(value))
 
 
-def target_modules(value: Any, settings: Settings) -> Outcome:
-    """`target_modules` become the targets."""
-    return taken(targets=value if isinstance(value, str) else names(value))
+def target_parameters(value: Any, settings: Settings) -> Outcome:
+    """`target_parameters` become targets beside the modules."""
+    return trainer.target_parameters(settings[f"{ADAPTED}target_modules"], names(value))
 
 
 def wanted(settings: Settings) -> str:
@@ -139,106 +160,126 @@ def wanted(settings: Settings) -> str:
 
 def loaded_rows(value: Any, settings: Settings) -> Outcome:
     """The first dataset that the script loads goes to `--data`."""
-    files = settings["load_dataset.data_files"]
+    name, split, files = (settings[f"{SET}{key}"] for key in ("name", "split", "data_files"))
     if isinstance(files, str) and value in ("json", "csv", "parquet", "text"):
         return given_as_data([of_hub(files)], wanted(settings))
-    name, split = (settings[f"load_dataset.{key}"] for key in ("name", "split"))
     return given_as_data([of_hub(value, name, split, files)], wanted(settings))
 
 
-def read_with(key: str) -> Reader:
-    """The reader of an argument that the rule of another one reads."""
-    return lambda value, settings: taken(f"it is read with {key}")
+def train_dataset(value: Any, settings: Settings) -> Outcome:
+    """`train_dataset` is what the script loads, where that is read."""
+    if settings[f"{SET}path"]:
+        return taken("it is load_dataset's")
+    return left(wanted(settings), PLACEHOLDER)
 
 
-def _each(prefix: str, why: str, keys: str) -> tuple[Rule, ...]:
-    return all_without(why, " ".join(f"{prefix}{key}" for key in keys.split()))
+def get_chat_template(value: Any, settings: Settings) -> Outcome:
+    """The template of a name is left."""
+    return left(
+        f"the model's own template is used; write {value}'s to a file: --chat-template FILE"
+    )
 
 
+def _of(prefix: str, rows: Table) -> Table:
+    """The rows of the arguments of one function."""
+    return {" ".join(f"{prefix}{k}" for k in keys.split()): row for keys, row in rows.items()}
+
+
+AT_LOADING: Table = {
+    "full_finetuning": (method, False),
+    "model_name": "--model",
+    "load_in_4bit": (storage, True),
+    "load_in_8bit load_in_16bit": (read_with("load_in_4bit"), False),
+    "load_in_fp8": read_with("load_in_4bit"),
+    "dtype": "a base that is not quantized is stored as its files are",
+    "max_seq_length": (length, 2048),
+    "revision": "--revision",
+    "trust_remote_code": trainer.TRUST,
+    "use_gradient_checkpointing": taken("get_peft_model's decides"),
+    "token device_map rope_scaling fix_tokenizer resize_model_vocab"
+    " use_exact_model_name text_only auto_model quantization_config"
+    " return_logits": MODEL,
+    "attn_implementation": ATTENTION,
+    "float32_mixed_precision qat_scheme unsloth_tiled_mlp fullgraph unsloth_force_compile": NUMBERS,
+    "offload_embedding gpu_memory_utilization float8_kv_cache max_lora_rank"
+    " disable_log_stats fast_inference random_state": MEMORY,
+}
+AT_ADAPTING: Table = {
+    "use_gradient_checkpointing": (checkpointing, "unsloth"),
+    "random_state": taken("seed decides"),
+    "max_seq_length": None,
+    "model": taken("it is the base"),
+    "layers_to_transform layers_pattern finetune_last_n_layers"
+    " finetune_vision_layers finetune_audio_layers finetune_language_layers"
+    " finetune_attention_modules"
+    " finetune_mlp_modules": "write --set targets=REGEX of these modules",
+    "qat_scheme ensure_weight_tying temporary_location task_type": ABSENT,
+}
+OF_LORA: Table = {
+    "r": (to("rank", integer), 16),
+    "lora_alpha": (to("alpha", number), 16),
+    "target_modules": (to("targets", modules), LINEARS),
+    "target_parameters": target_parameters,
+    "bias": to("bias"),
+    "modules_to_save": to("modules_to_save", names),
+    "use_rslora": (read_with(f"{LOADED}full_finetuning"), False),
+    "init_lora_weights": (read_with(f"{LOADED}full_finetuning"), True),
+    "loftq_config": read_with(f"{LOADED}full_finetuning"),
+}
 OWN: tuple[Rule, ...] = (
-    Rule("trainer", lambda value, settings: taken("it says which objective")),
-    Rule(f"{LOADED}full_finetuning", method, False),
-    Rule(f"{LOADED}model_name", option("--model")),
-    Rule(f"{LOADED}load_in_4bit", storage, True),
-    Rule(f"{LOADED}load_in_8bit", read_with("load_in_4bit"), False),
-    Rule(f"{LOADED}load_in_16bit", read_with("load_in_4bit"), False),
-    Rule(f"{LOADED}load_in_fp8", read_with("load_in_4bit")),
-    Rule(f"{LOADED}dtype", without("a base that is not quantized is stored as its files are")),
-    Rule(f"{LOADED}max_seq_length", length, 2048),
-    Rule("max_length", read_with(f"{LOADED}max_seq_length")),
-    Rule("max_seq_length", read_with(f"{LOADED}max_seq_length")),
-    Rule(f"{LOADED}revision", option("--revision")),
-    Rule(f"{LOADED}trust_remote_code", lambda value, settings: (
-        left("pass --trust-remote-code", "--trust-remote-code")
-        if boolean(value) else taken("it is off"))),
-    Rule(f"{LOADED}use_gradient_checkpointing", lambda value, settings: taken(
-        "get_peft_model's decides")),
-    *_each(LOADED, MODEL, "token device_map rope_scaling fix_tokenizer resize_model_vocab"
-        " use_exact_model_name text_only auto_model quantization_config return_logits"),
-    *_each(LOADED, ATTENTION, "attn_implementation"),
-    *_each(LOADED, NUMBERS, "float32_mixed_precision qat_scheme unsloth_tiled_mlp fullgraph"
-        " unsloth_force_compile"),
-    *_each(LOADED, MEMORY, "offload_embedding gpu_memory_utilization float8_kv_cache"
-        " max_lora_rank disable_log_stats fast_inference random_state"),
-    Rule(f"{ADAPTED}r", of_lora(to("rank", integer)), 16),
-    Rule(f"{ADAPTED}lora_alpha", of_lora(to("alpha", number)), 16),
-    Rule(f"{ADAPTED}target_modules", of_lora(target_modules), LINEARS),
-    Rule(f"{ADAPTED}target_parameters", of_lora(lambda value, settings: trainer.target_parameters(
-        settings[f"{ADAPTED}target_modules"], names(value)))),
-    Rule(f"{ADAPTED}bias", of_lora(to("bias"))),
-    Rule(f"{ADAPTED}modules_to_save", of_lora(to("modules_to_save", names))),
-    *(Rule(f"{ADAPTED}{key}", of_lora(read_with(f"{LOADED}full_finetuning")), default)
-      for key, default in [("use_rslora", False), ("init_lora_weights", True)]),
-    Rule(f"{ADAPTED}loftq_config", of_lora(read_with(f"{LOADED}full_finetuning"))),
-    Rule(f"{ADAPTED}use_gradient_checkpointing", checkpointing, "unsloth"),
-    Rule(f"{ADAPTED}random_state", lambda value, settings: taken("seed decides")),
-    Rule(f"{ADAPTED}max_seq_length", lambda value, settings: None),
-    Rule(f"{ADAPTED}model", lambda value, settings: taken("it is the base")),
-    *_each(ADAPTED, "write --set targets=REGEX of these modules", "layers_to_transform"
-        " layers_pattern finetune_last_n_layers finetune_vision_layers finetune_audio_layers"
-        " finetune_language_layers finetune_attention_modules finetune_mlp_modules"),
-    *_each(ADAPTED, ABSENT, "qat_scheme ensure_weight_tying temporary_location task_type"),
-    Rule("gradient_checkpointing", lambda value, settings: taken("get_peft_model's decides")),
-    *(Rule(key, lambda value, settings: taken("the base's storage decides"))
-      for key in ("bf16", "fp16")),
-    *all_without(ABSENT, "embedding_learning_rate"),
-    Rule("load_dataset.path", loaded_rows),
-    *(Rule(f"load_dataset.{key}", read_with("load_dataset.path"))
-      for key in ("name", "split", "data_files")),
-    Rule("train_dataset", lambda value, settings: (
-        taken("it is load_dataset's") if settings["load_dataset.path"]
-        else left(wanted(settings), PLACEHOLDER))),
-    Rule("eval_dataset", lambda value, settings: (
-        left("pass its rows as --eval-data", "--eval-data EVAL_DATA"))),
-    Rule("get_chat_template.chat_template", lambda value, settings: left(
-        f"the model's own template is used; write {value}'s to a file: --chat-template FILE")),
-    *_each("get_chat_template.", "the model's own template is used",
-        "mapping map_eos_token system_message"),
-    *(Rule(key, lambda value, settings: taken("lorafold makes its own"))
-      for key in ("model", "tokenizer", "processing_class", "args", "data_collator",
-                  "get_chat_template.tokenizer", "train_on_responses_only.trainer")),
-    *(Rule(f"train_on_responses_only.{key}", lambda value, settings: taken(
-        "the loss is on completions, by the template itself"))
-      for key in ("instruction_part", "response_part", "tokenizer", "num_proc")),
-    *all_without("the reference is what lies beneath the new adapter", "ref_model"),
-    *all_without("what it does is to be done to the rows themselves", "formatting_func"),
-    *all_without(ROWS, "callbacks compute_metrics"),
-)  # fmt: skip
+    *table(
+        {
+            "trainer": taken("it says which objective"),
+            **_of(LOADED, AT_LOADING),
+            "max_length max_seq_length": read_with(f"{LOADED}max_seq_length"),
+            **_of(ADAPTED, AT_ADAPTING),
+            "gradient_checkpointing": taken("get_peft_model's decides"),
+            "bf16 fp16": taken("the base's storage decides"),
+            "embedding_learning_rate": ABSENT,
+            f"{SET}path": loaded_rows,
+            f"{SET}name {SET}split {SET}data_files": read_with(f"{SET}path"),
+            "train_dataset": train_dataset,
+            "eval_dataset": trainer.EVAL_DATA,
+            "get_chat_template.chat_template": get_chat_template,
+            "get_chat_template.mapping get_chat_template.map_eos_token"
+            " get_chat_template.system_message": "the model's own template is used",
+            "model tokenizer processing_class args data_collator get_chat_template.tokenizer"
+            " train_on_responses_only.trainer": taken("lorafold makes its own"),
+            **_of(
+                "train_on_responses_only.",
+                {
+                    "instruction_part response_part tokenizer num_proc": taken(
+                        "the loss is on completions, by the template itself"
+                    )
+                },
+            ),
+            "ref_model": "the reference is what lies beneath the new adapter",
+            "formatting_func": "what it does is to be done to the rows themselves",
+            "callbacks compute_metrics": ROWS,
+        }
+    ),
+    *table(_of(ADAPTED, OF_LORA), is_lora),
+)
 
 
 def _rules(kind: str) -> tuple[Rule, ...]:
     own = {rule.key for rule in OWN} | OF_MODEL
     given = DEFAULTS | (OF_GRPO if kind == "trl-grpo" else {})
-    rest = (rule for rule in trl_trainers.RULES[kind] if rule.key not in own)
-    theirs = [replace(rule, default=given.get(rule.key, rule.default)) for rule in rest]
-    rate = Rule("learning_rate", learning_rate, given["learning_rate"])
-    dropout = policies.dropout if kind in ("trl-grpo", "trl-rloo") else trl_readers.dropout
-    drop = Rule(f"{ADAPTED}lora_dropout", of_lora(dropout), 0.0)
-    return (*OWN, rate, drop, *theirs)
+    rest = (rule for rule in trl.RULES[kind] if rule.key not in own)
+    return (
+        *OWN,
+        *table({"learning_rate": (trainer.rate(is_lora), given["learning_rate"])}),
+        *table({f"{ADAPTED}lora_dropout": (trl.DROPOUTS[kind], 0.0)}, is_lora),
+        *(replace(rule, default=given.get(rule.key, rule.default)) for rule in rest),
+    )
 
 
 RULES = {kind: _rules(kind) for kind in dict.fromkeys(TRAINERS.values())}
 KNOWN = frozenset(rule.key for rules in RULES.values() for rule in rules)
+
+
+class Expression(str):
+    """The text of a value that is no literal."""
 
 
 def entries(config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
@@ -259,3 +300,93 @@ def _unread(
         flag = " ".join(f"--{name.replace('_', '-')} {name.upper()}" for name in fields)
         told = "no literal, so that it is not read" + (f": give {flag}" if flag else "")
         yield TranslatedKey(key, text, True, left(told, flag))
+
+
+def arguments_of(text: str, where: str) -> Mapping[str, Any]:
+    """The arguments of a script, by their keys, and its trainer under `trainer`.
+
+    Args:
+        where: The file, for errors.
+
+    Raises:
+        LorafoldError: it is no Python, or calls no model of Unsloth's.
+    """
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError) as error:
+        line = getattr(error, "lineno", None)
+        raise LorafoldError(f"{where}: not Python{f' at line {line}' if line else ''}") from None
+    named = _literals(tree)
+    found: dict[str, Any] = {}
+    seen: set[str] = set()
+    for call in _calls(tree):
+        name, owner = _name_of(call.func)
+        if name in TRAINERS and "trainer" not in found:
+            found["trainer"] = name
+        elif name not in CONFIGS and name not in FUNCTIONS:
+            continue
+        if name in seen or (name in ("from_pretrained", "get_peft_model") and owner not in MODELS):
+            continue
+        seen.add(name)
+        prefix = f"{name}." if name in FUNCTIONS else ""
+        for key, node in _arguments(call, FUNCTIONS.get(name, ())):
+            if not (isinstance(node, ast.Call) and _name_of(node.func)[0] in CONFIGS):
+                found[f"{prefix}{key}"] = _value(node, named)
+    if not any(key.startswith("from_pretrained.") for key in found):
+        raise LorafoldError(
+            f"{where}: found no call of {', '.join(MODELS[:2])}.from_pretrained, expected a script"
+            " of Unsloth"
+        )
+    return found
+
+
+def _calls(tree: ast.AST) -> Iterator[ast.Call]:
+    """The calls in their order, without what stands under `if False`."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Constant) and not node.test.value:
+            for other in node.orelse:
+                yield from _calls(other)
+            continue
+        if isinstance(node, ast.Call):
+            yield node
+        yield from _calls(node)
+
+
+def _name_of(function: ast.expr) -> tuple[str, str]:
+    """The name of a function, and what it is an attribute of; empty where that is no name."""
+    if isinstance(function, ast.Attribute):
+        return function.attr, getattr(function.value, "id", "")
+    return getattr(function, "id", ""), ""
+
+
+def _arguments(call: ast.Call, names: tuple[str, ...]) -> Iterator[tuple[str, ast.expr]]:
+    for index, node in enumerate(call.args):
+        yield names[index] if index < len(names) else f"argument {index + 1}", node
+    for keyword in call.keywords:
+        yield keyword.arg or f"**{ast.unparse(keyword.value)}", keyword.value
+
+
+def _literals(tree: ast.Module) -> Mapping[str, Any]:
+    """The names to which the script assigns once, and a literal."""
+    assigned: dict[str, list[ast.expr]] = {}
+    for node in ast.walk(tree):
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        for target in targets:
+            for one in ast.walk(target):
+                if isinstance(one, ast.Name):
+                    value = getattr(node, "value", target)
+                    found = value if isinstance(target, ast.Name) else target
+                    assigned.setdefault(one.id, []).append(found)
+    once = {name: nodes[0] for name, nodes in assigned.items() if len(nodes) == 1}
+    values = {name: _value(node, {}) for name, node in once.items()}
+    return {name: value for name, value in values.items() if not isinstance(value, Expression)}
+
+
+def _value(node: ast.expr, named: Mapping[str, Any]) -> Any:
+    if isinstance(node, ast.Name) and node.id in named:
+        return named[node.id]
+    try:
+        found = ast.literal_eval(node)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return Expression(ast.unparse(node))
+    return list(found) if isinstance(found, tuple | set) else found

@@ -1,0 +1,268 @@
+"""Advice on names that there are not: the nearest one, and what other tools' names are called here.
+`ELSEWHERE` is the one table of these, for command lines, recipes, specs, `attach` and other tools'
+files.
+
+    lora_r: 8            rank=8
+    learning_rate: 1e-4  lr=0.0001, lr_b=0.0001
+    load_in_4bit: true   storage='nf4'
+
+YAML and command lines leave `2e-4` and quoted numbers as text, so values are converted. A converter
+raises LorafoldError with what was found and what is expected.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from difflib import get_close_matches
+from functools import wraps
+from math import isfinite
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+from lorafold.errors import LorafoldError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+ALIKE = 0.6  # how alike two names are of which one may be meant
+SPELT = 0.8  # and of which one is a misspelling
+
+
+class UnknownName(LorafoldError, TypeError):
+    """A keyword argument that there is not."""
+
+
+def number(value: Any) -> float:
+    """A finite number, also where YAML left it as text."""
+    try:
+        if isinstance(value, bool) or not isfinite(found := float(value)):
+            raise ValueError
+        return found
+    except (TypeError, ValueError):
+        raise LorafoldError(f"found {value!r}, expected a number") from None
+
+
+def integer(value: Any) -> int:
+    """A whole number, also where it is written as text or as 3.0."""
+    found = number(value)
+    if found != int(found):
+        raise LorafoldError(f"found {value!r}, expected a whole number")
+    return int(found)
+
+
+def boolean(value: Any) -> bool:
+    """True or false, also as the texts true, yes, on, false, no and off."""
+    texts = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+    found = texts.get(value.lower()) if isinstance(value, str) else value
+    if not isinstance(found, bool):
+        raise LorafoldError(f"found {value!r}, expected true or false")
+    return found
+
+
+def names(value: Any) -> tuple[str, ...]:
+    """The names in a list, or in a text with commas between them."""
+    found = value.split(",") if isinstance(value, str) else value
+    if not isinstance(found, list | tuple) or not all(isinstance(name, str) for name in found):
+        raise LorafoldError(f"found {value!r}, expected a list of names")
+    return tuple(stripped for name in found if (stripped := name.strip()))
+
+
+def product(a: Any, b: Any) -> float:
+    """The product of two numbers in 12 digits: 2e-4 times 3 is 6e-4, not 0.0006000000000000001."""
+    return float(f"{number(a) * number(b):.12g}")
+
+
+Fields = dict[str, Any]
+
+
+class Named(NamedTuple):
+    """What a name of other tools is called here.
+
+    names: The fields that it may set.
+    read: Those that a value sets, beside the other names that were given. LorafoldError for a value
+        that it can't have.
+    remark: What is not plain.
+    like: What a value looks like on a command line.
+    """
+
+    names: tuple[str, ...]
+    read: Callable[[Any, Mapping[str, Any]], Fields]
+    remark: str = ""
+    like: str = ""
+
+
+def _field(name: str, read: Callable[[Any], Any] = lambda value: value, remark: str = "") -> Named:
+    return Named((name,), lambda value, given: {name: read(value)}, remark)
+
+
+def _switch(name: str, on: str, remark: str = "") -> Named:
+    return Named((name,), lambda value, given: {name: on} if boolean(value) else {}, remark)
+
+
+def _one_of(name: str, ours: Mapping[str, str]) -> Named:
+    def read(value: Any) -> str:
+        if str(value) not in ours:
+            raise LorafoldError(f"found {value!r}, expected {' or '.join(ours)}")
+        return ours[str(value)]
+
+    return _field(name, read)
+
+
+def modules(value: Any) -> str | tuple[str, ...]:
+    """Names of modules, or a text as it stands: a regular expression or a preset."""
+    return value if isinstance(value, str) else names(value)
+
+
+def targets(value: Any, every: str = "all-linear") -> str | tuple[str, ...]:
+    """Names of modules; `every` alone is the preset all-linear."""
+    return "all-linear" if (found := names(value)) == (every,) else found
+
+
+def _rows(value: Any, given: Mapping[str, Any]) -> Fields:
+    keys = ("gradient_accumulation_steps", "grad_accumulation_steps")
+    return {"batch": integer(value) * integer(next(filter(None, map(given.get, keys)), 1))}
+
+
+def _betas(value: Any, given: Mapping[str, Any]) -> Fields:
+    first, second = given.get("adam_beta1"), given.get("adam_beta2")
+    pair = (0.9 if first is None else first, 0.999 if second is None else second)
+    return {"betas": tuple(map(number, pair))}
+
+
+ONE_RATE = "one rate for both factors, no LoRA+"
+NO_FP16 = "lorafold does not train in fp16; bf16 takes the same memory"
+SCHEDULES = {
+    "cosine": "cosine",
+    "cosine_with_restarts": "cosine",  # one cycle unless the scheduler's arguments say otherwise
+    "linear": "linear",
+    "polynomial": "linear",  # of power 1 unless the scheduler's arguments say otherwise
+    "constant_with_warmup": "constant",
+}
+OPTIMIZERS = {
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused"), "adamw"),
+    **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit"), "adamw8bit"),
+    "paged_adamw_8bit": "paged-adamw8bit",
+}
+DTYPES = {"bfloat16": "bf16", "float16": "bf16", "float32": "fp32", "auto": "auto"}
+NAMED = {
+    "r lora_r lora_rank": _field("rank", integer),
+    "lora_alpha": _field("alpha", number),
+    "lora_dropout": _field("dropout", number),
+    "target_modules": _field("targets", modules),
+    "lora_target_modules": _field("targets", targets),
+    "lora_target": _field("targets", lambda value: targets(value, "all")),
+    "lora_rank_pattern": _field("rank_pattern"),
+    "lora_alpha_pattern": _field("alpha_pattern"),
+    "lora_modules_to_save additional_target": _field("modules_to_save", names),
+    "use_dora peft_use_dora": _switch("method", "dora"),
+    "use_rslora peft_use_rslora": _switch("method", "rslora"),
+    "load_in_4bit": _switch("storage", "nf4"),
+    "load_in_8bit": _switch("storage", "int8"),
+    "bf16 bfloat16": _switch("storage", "bf16"),
+    "fp16 float16": _switch("storage", "bf16", NO_FP16),
+    "dtype torch_dtype": _one_of("storage", DTYPES),
+    "learning_rate": Named(
+        ("lr", "lr_b"), lambda value, given: dict.fromkeys(("lr", "lr_b"), number(value)), ONE_RATE
+    ),
+    "lr_scheduler_type lr_scheduler": _one_of("schedule", SCHEDULES | {"constant": "constant"}),
+    "warmup_ratio": _field("warmup", number),
+    "optim": _one_of("optimizer", OPTIMIZERS),
+    "max_grad_norm": _field("clip", lambda value: max(0.0, number(value))),
+    "adam_beta1 adam_beta2": Named(("betas",), _betas),
+    "adam_epsilon": _field("eps", number),
+    "num_train_epochs num_epochs": _field("epochs", number),
+    "max_steps iters": _field("steps", integer),
+    "per_device_train_batch_size micro_batch_size batch_size": Named(
+        ("batch",), _rows, "micro-batch times accumulation, of one process"
+    ),
+    "gradient_accumulation_steps grad_accumulation_steps": _field("accumulate", integer),
+    "max_seq_length cutoff_len sequence_len": _field("max_length", integer),
+    "sample_packing neat_packing": _field("packing", boolean),
+    "grad_checkpoint use_gradient_checkpointing": _field("gradient_checkpointing", boolean),
+    "val_set_size val_size test_split_size": _field("eval_fraction", number),
+    "eval_steps steps_per_eval": _field("eval_every", integer),
+    "save_steps": _field("save_every", integer),
+    "save_total_limit": _field("keep", integer),
+    "report_to": _field("trackers", names),
+    "chat_template_kwargs": _field("template_kwargs"),
+    "model_name_or_path base_model model_name": _field("model"),
+    "model_revision revision_of_model": _field("revision"),
+    "output_dir adapter_path": _field("out"),
+    "train_dataset dataset datasets dataset_name": _field("data"),
+    "eval_dataset test_datasets": _field("eval_data"),
+}
+# of the servers vLLM, SGLang and llama.cpp, of converters and of mergers
+SERVED = {
+    "lora_modules lora_paths lora": _field("adapters")._replace(like="DIR"),
+    "api_key": _field("keys", remark="which lorafold serve new-key writes")._replace(like="FILE"),
+    "quantization_method outtype quantize": _field("tensors"),
+    "format output_format": _field("to"),
+    "save_path": _field("out"),
+}
+ELSEWHERE = {key: one for keys, one in {**NAMED, **SERVED}.items() for key in keys.split()}
+OF_SERVERS = {key for keys in SERVED for key in keys.split()}
+# whose option a name is, where it is not the recipe's
+OWNERS = {
+    **dict.fromkeys(("rank", "alpha", "dropout", "rank_pattern", "alpha_pattern"), "lf.LoRA"),
+    **dict.fromkeys(("model", "revision", "out", "data", "eval_data"), "lf.train"),
+    **dict.fromkeys(("adapters", "keys"), "lf.serve"),
+    **dict.fromkeys(("tensors", "to"), "lf.export"),
+    "targets": "lf.attach or lf.Recipe",
+}
+
+
+def near(name: str, known: Collection[str], cutoff: float = ALIKE, most: int = 1) -> str:
+    """A question for the nearest of some names; empty where none is near."""
+    found = get_close_matches(name, known, most, cutoff)
+    return f"did you mean {' or '.join(found)}?" if found else ""
+
+
+def advice(name: str, given: Mapping[str, Any], known: Collection[str]) -> str:
+    """What is there in place of a name that there is not, in words; empty where nothing is like it.
+
+    Args:
+        given: The names that were given, with their values.
+        known: The names that may be given.
+    """
+    named, owned = ELSEWHERE.get(name), ""
+    if named is not None:
+        try:
+            fields = named.read(given[name], given)
+        except LorafoldError:  # its value is none
+            fields = {}
+        said = ", ".join(f"{key}={v!r}" for key, v in fields.items()) or " and ".join(named.names)
+        remark = f" ({named.remark})" if named.remark else ""
+        if {*known} >= {*named.names}:
+            return f"lorafold's is {said}{remark}"
+        owned = f"lorafold's is {said} of {OWNERS.get(named.names[0], 'lf.Recipe')}{remark}"
+    ending = next((f"did you mean {one}?" for one in known if name.endswith(f"_{one}")), "")
+    return near(name, known, SPELT, 3) or ending or owned or near(name, known, ALIKE, 3)
+
+
+def unknown_names(what: str, given: Mapping[str, Any], known: Collection[str]) -> UnknownName:
+    """The error for names that are given and not known, with what is there in their place.
+
+    Args:
+        what: What takes the names, in words.
+    """
+    told = {name: advice(name, given, known) for name in given if name not in known}
+    others = [name for name, said in told.items() if not said]
+    all_of_them = f"it has: {', '.join(known) or 'none'}"
+    lines = [f"{name}; {said}" for name, said in told.items() if said]
+    lines += [f"{', '.join(others)}; {all_of_them}"] if others else []
+    return UnknownName("; ".join(f"{what} has no option {line}" for line in lines))
+
+
+def advised(function: Callable[P, T]) -> Callable[P, T]:
+    """The same function, which tells a keyword argument that it does not have what is there in its
+    place: UnknownName, which is a TypeError too.
+    """
+    known = inspect.signature(function).parameters.keys()
+
+    @wraps(function)
+    def call(*args: P.args, **options: P.kwargs) -> T:
+        if not options.keys() <= known:
+            raise unknown_names(function.__name__, options, known)
+        return function(*args, **options)
+
+    return call
