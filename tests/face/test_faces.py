@@ -51,7 +51,7 @@ BASES = {
 }
 # options that are not called as the parameter: one of a list, an opposite, a keyword of Python
 CALLED = {
-    "adapters": "--adapter", "weights": "--weight", "rewards": "--reward", "prompts": "--prompt",
+    "adapter": "--adapter", "adapters": "--adapter", "weights": "--weight", "rewards": "--reward", "prompts": "--prompt",
     "prove": "--proof", "source": "--from", "open_page": "--open", "tenant": "TENANT",
 }  # fmt: skip
 CLI = Path(build.__file__).parent
@@ -123,8 +123,15 @@ def test_the_text_of_an_option_stands_once() -> None:
                 shared = id(one.option.help) if one.option.help else hash(name)
                 texts.setdefault((one.name, one.help), set()).add(shared)
     assert {key: places for key, places in texts.items() if len(places) > 1} == {}
-    declaring = {p.name for p in CLI.glob("*.py") if re.search(r"typer\.(Option|Argument)\(", p.read_text())}
-    assert declaring == {"build.py", "recipe_options.py", "help.py", "__init__.py"}  # --help-all, --version
+    declaring = {
+        p.name for p in CLI.glob("*.py") if re.search(r"typer\.(Option|Argument)\(", p.read_text())
+    }
+    assert declaring == {
+        "build.py",
+        "recipe_options.py",
+        "help.py",
+        "__init__.py",
+    }  # --help-all, --version
 
 
 def test_what_would_be_declared_twice_is_found() -> None:

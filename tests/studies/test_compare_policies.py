@@ -17,8 +17,8 @@ from rich.console import Console
 
 import lorafold as lf
 from conftest import lorafold, refused
-from lorafold.api.compare import Comparison
 from lorafold.comparing import latency, run
+from lorafold.comparing.comparison import Comparison
 from lorafold.comparing.measure import BASE, Measurement, measure
 from lorafold.comparing.paired import Difference, over_base, told_apart, verdict
 from lorafold.comparing.plots import Quality

@@ -2,35 +2,24 @@
 
 from typing import TYPE_CHECKING, Unpack
 
-from lorafold.api.options import (
-    Adapters,
-    ControlTokens,
-    Model,
-    NewTokens,
-    Opening,
-    Progress,
-    Seed,
-    System,
-    Temperature,
-    verb,
-)
+from lorafold.api import options as opt
 
 if TYPE_CHECKING:
     from lorafold.conversation import Chat
 
 
-@verb
+@opt.verb
 def chat(
-    model: Model = None,
-    adapters: Adapters = (),
+    model: opt.Model = None,
+    adapters: opt.Adapters = (),
     *,
-    system: System = None,
-    max_new_tokens: NewTokens = 256,
-    temperature: Temperature = 0.0,
-    seed: Seed = 0,
-    allow_control_tokens: ControlTokens = False,
-    console: Progress = None,
-    **opening: Unpack[Opening],
+    system: opt.System = None,
+    max_new_tokens: opt.NewTokens = 256,
+    temperature: opt.Temperature = 0.0,
+    seed: opt.Seed = 0,
+    allow_control_tokens: opt.ControlTokens = False,
+    console: opt.Progress = None,
+    **opening: Unpack[opt.Opening],
 ) -> "Chat":
     """Talk to the model; each answer sees the conversation so far, and streams to stdout.
 

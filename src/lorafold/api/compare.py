@@ -4,20 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
-from lorafold.api.options import (
-    Columns,
-    Computing,
-    Fields,
-    HeldOut,
-    Judges,
-    OnlyModel,
-    Option,
-    Progress,
-    StudyOut,
-    StudyRows,
-    of_quickstart,
-    verb,
-)
+from lorafold.api import options as opt
 from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
@@ -26,26 +13,26 @@ if TYPE_CHECKING:
     from lorafold.recipe.recipe import Recipe
 
 
-@verb
+@opt.verb
 def compare(
-    out: StudyOut,
+    out: opt.StudyOut,
     *,
-    model: OnlyModel = "smollm2",
-    data: StudyRows = None,
-    eval_data: HeldOut = None,
-    rewards: Judges = (),
-    columns: Columns = None,
-    methods: Annotated[Sequence[str], Option(metavar="NAME,NAME")] = (),
+    model: opt.OnlyModel = "smollm2",
+    data: opt.StudyRows = None,
+    eval_data: opt.HeldOut = None,
+    rewards: opt.Judges = (),
+    columns: opt.Columns = None,
+    methods: Annotated[Sequence[str], opt.Option(metavar="NAME,NAME")] = (),
     vary: Annotated[
-        Mapping[str, Sequence[Any]] | None, Option(kind=list[str], metavar="FIELD=VALUE,VALUE")
+        Mapping[str, Sequence[Any]] | None, opt.Option(kind=list[str], metavar="FIELD=VALUE,VALUE")
     ] = None,
-    seeds: Annotated[int, Option(min=1)] = 1,
+    seeds: Annotated[int, opt.Option(min=1)] = 1,
     recipe: Annotated[
-        "Recipe | None", Fields(without=("method", "seed"), defaults=of_quickstart)
+        "Recipe | None", opt.Fields(without=("method", "seed"), defaults=opt.of_quickstart)
     ] = None,
     html: str | Path | None = None,
-    console: Progress = None,
-    **opening: Unpack[Computing],
+    console: opt.Progress = None,
+    **opening: Unpack[opt.Computing],
 ) -> "Comparison":
     """Train every method on the same data with the same budget, and measure what the choice between
     them depends on.
@@ -71,8 +58,9 @@ def compare(
     Args:
         methods: The methods, as in lora,dora. Default: all that can learn the objective.
         vary: A field of the recipe and the values to try, as in rank=8,32 or
-            options.init=kaiming,gaussian; values are YAML, as in targets=all-linear,[q_proj,v_proj].
-            In Python a mapping such as {"rank": [8, 16], "options.init": ["kaiming", "gaussian"]}.
+            options.init=kaiming,gaussian; values are YAML, as in
+            targets=all-linear,[q_proj,v_proj]. In Python a mapping such as {"rank": [8, 16],
+            "options.init": ["kaiming", "gaussian"]}.
         seeds: Seeds of each line; a verdict needs 3.
         recipe: The recipe of all runs; without a learning rate each method has its own.
         html: Also write the table with plots as one HTML file.

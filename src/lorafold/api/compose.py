@@ -4,20 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
 
-from lorafold.api.options import (
-    Completions,
-    Fields,
-    Model,
-    Opening,
-    Option,
-    Out,
-    Overwrite,
-    Progress,
-    Seed,
-    SomeAdapters,
-    Tasks,
-    verb,
-)
+from lorafold.api import options as opt
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,11 +34,11 @@ class Learning:
     """
 
     gates: Literal["global", "layer", "token"] = "global"
-    examples: Annotated[Tasks, Option(kind=list[str])] = ()
-    evaluations: Annotated[int, Option(min=1)] = 40
+    examples: Annotated[opt.Tasks, opt.Option(kind=list[str])] = ()
+    evaluations: Annotated[int, opt.Option(min=1)] = 40
     recipe: Annotated[
         "Recipe | None",
-        Fields(
+        opt.Fields(
             names=(),
             config=False,
             sets="A field of the recipe by which a mixture's gates are trained, as in steps=40.",
@@ -60,23 +47,23 @@ class Learning:
     ] = None
 
 
-@verb
+@opt.verb
 def compose(
-    adapters: SomeAdapters,
-    out: Out,
+    adapters: opt.SomeAdapters,
+    out: opt.Out,
     *,
-    model: Model = None,
+    model: opt.Model = None,
     how: str | Sequence[str] = "linear",
-    weights: Annotated[Sequence[float], Option(flag="--weight")] = (),
-    rank: Annotated[int | None, Option(min=1)] = None,
+    weights: Annotated[Sequence[float], opt.Option(flag="--weight")] = (),
+    rank: Annotated[int | None, opt.Option(min=1)] = None,
     density: float | None = None,
     learning: Learning = Learning(),
-    data: Annotated[Tasks, Option(kind=list[str])] = (),
-    completions: Completions = True,
-    seed: Seed = 0,
-    overwrite: Overwrite = False,
-    console: Progress = None,
-    **opening: Unpack[Opening],
+    data: Annotated[opt.Tasks, opt.Option(kind=list[str])] = (),
+    completions: opt.Completions = True,
+    seed: opt.Seed = 0,
+    overwrite: opt.Overwrite = False,
+    console: opt.Progress = None,
+    **opening: Unpack[opt.Opening],
 ) -> "Composition":
     """Make one adapter from the weight updates of several, and measure the interference between
     their tasks.
@@ -150,7 +137,7 @@ def compose(
     return run.compose(request, partial(opened, base, saved, console=console), console)
 
 
-def by_name(tasks: Tasks, console: "Console") -> dict[str, Sequence["Row"]]:
+def by_name(tasks: opt.Tasks, console: "Console") -> dict[str, Sequence["Row"]]:
     """Rows by the name of their task; that of a file is the last part of its path. The console is
     told which keys of the rows are ignored.
     """

@@ -4,21 +4,9 @@
 import re
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Unpack
+from typing import TYPE_CHECKING, Annotated, Unpack
 
-from lorafold.api.options import (
-    Columns,
-    Data,
-    Fields,
-    Hub,
-    Judges,
-    Named,
-    OnlyModel,
-    Option,
-    Progress,
-    Rewarding,
-    verb,
-)
+from lorafold.api import options as opt
 from lorafold.errors import LorafoldError, both_names, called_now
 from lorafold.recipe.fields import OF_MEMORY, OF_ROWS
 
@@ -27,32 +15,32 @@ if TYPE_CHECKING:
     from lorafold.recipe.recipe import Recipe
 
 
-@verb
+@opt.verb
 def estimate(
-    model: OnlyModel = "smollm2",
+    model: opt.OnlyModel = "smollm2",
     mode: str = "qlora",
     *,
     params: str | None = None,
-    data: Annotated[Data | None, Option(kind=list[str])] = None,
-    rewards: Judges = (),
-    columns: Columns = None,
-    batch: Annotated[int | None, Option(min=1)] = None,
-    max_length: Annotated[int | None, Option(min=2)] = None,
-    labelled: Annotated[int | None, Option(rare=True, min=1)] = None,
+    data: Annotated[opt.Data | None, opt.Option(kind=list[str])] = None,
+    rewards: opt.Judges = (),
+    columns: opt.Columns = None,
+    batch: Annotated[int | None, opt.Option(min=1)] = None,
+    max_length: Annotated[int | None, opt.Option(min=2)] = None,
+    labelled: Annotated[int | None, opt.Option(rare=True, min=1)] = None,
     recipe: Annotated[
-        "Recipe | None", Fields((OF_MEMORY | OF_ROWS) - {"method"}, config=False)
+        "Recipe | None", opt.Fields((OF_MEMORY | OF_ROWS) - {"method"}, config=False)
     ] = None,
-    gpus: Annotated[int, Option(min=1)] = 1,
+    gpus: Annotated[int, opt.Option(min=1)] = 1,
     strategy: str = "fsdp",
-    tflops: Annotated[float, Option(rare=True, min=1)] = 400,
-    device_memory: Annotated[int | None, Option(kind=str, metavar="SIZE")] = None,
+    tflops: Annotated[float, opt.Option(rare=True, min=1)] = 400,
+    device_memory: Annotated[int | None, opt.Option(kind=str, metavar="SIZE")] = None,
     measure: bool = False,
     device: str | None = None,
-    compute_capability: Annotated[str | None, Option(metavar="X.Y")] = None,
+    compute_capability: Annotated[str | None, opt.Option(metavar="X.Y")] = None,
     html: str | Path | None = None,
-    console: Progress = None,
-    length: Annotated[int | None, Option(typed=False)] = None,
-    **opening: Unpack[Hub],
+    console: opt.Progress = None,
+    length: Annotated[int | None, opt.Option(typed=False)] = None,
+    **opening: Unpack[opt.Hub],
 ) -> "Forecast":
     """Estimate the memory of training or inference from a model's configuration alone, without its
     weights.
@@ -198,9 +186,7 @@ def estimate(
     if on is not None:
         with console.status("running two real steps"):
             measured = measured_bytes(
-                lambda: load_model(base.source, setting.base, on),
-                setting,
-                on,
+                lambda: load_model(base.source, setting.base, on), setting, on
             )
     forecast = Forecast(found, setting, advice, measured, of_this_cpu, tflops * 1e12)
     if chart is not None:
@@ -226,7 +212,7 @@ def check_shared(mode: str, strategy: str, data: bool, measure: bool) -> None:
         )
 
 
-def check_rows_given(recipe: "Recipe", rewards: Rewarding, columns: Named | None) -> None:
+def check_rows_given(recipe: "Recipe", rewards: opt.Rewarding, columns: opt.Named | None) -> None:
     """Raise LorafoldError for what is of use with rows alone."""
     needy = sorted(recipe.model_fields_set & OF_ROWS)
     needy += [name for name, of in {"rewards": rewards, "columns": columns}.items() if of]

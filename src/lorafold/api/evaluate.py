@@ -5,19 +5,7 @@ completions that it draws.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
-from lorafold.api.options import (
-    Adapters,
-    Columns,
-    Completions,
-    MeasuredRows,
-    ModelOrLoaded,
-    Opening,
-    Option,
-    Progress,
-    Rewarding,
-    Tokenizer,
-    verb,
-)
+from lorafold.api import options as opt
 from lorafold.errors import LorafoldError
 from lorafold.objectives import OBJECTIVES
 from lorafold.rewards.naming import FORMS
@@ -32,20 +20,20 @@ DRAWS = next(name for name, one in OBJECTIVES.items() if one.draws)  # all of th
 REWARDS = "Rewards"
 
 
-@verb
+@opt.verb
 def evaluate(
-    model: ModelOrLoaded = None,
-    data: MeasuredRows = None,
+    model: opt.ModelOrLoaded = None,
+    data: opt.MeasuredRows = None,
     *,
-    columns: Columns = None,
-    adapters: Adapters = (),
-    tokenizer: Tokenizer = None,
-    max_length: Annotated[int | None, Option(min=2)] = None,
-    completions: Completions = True,
-    max_new_tokens: Annotated[int | None, Option(min=1)] = None,
+    columns: opt.Columns = None,
+    adapters: opt.Adapters = (),
+    tokenizer: opt.Tokenizer = None,
+    max_length: Annotated[int | None, opt.Option(min=2)] = None,
+    completions: opt.Completions = True,
+    max_new_tokens: Annotated[int | None, opt.Option(min=1)] = None,
     rewards: Annotated[
-        Rewarding,
-        Option(
+        opt.Rewarding,
+        opt.Option(
             "Measure what completions are worth that the model draws: what judges them, as"
             f" {FORMS}, with a weight as in 0.5* or without; several are added. Rows are prompts"
             " then, with whatever else the reward wants. In Python also functions.",
@@ -54,12 +42,12 @@ def evaluate(
             panel=REWARDS,
         ),
     ] = (),
-    group: Annotated[int | None, Option(panel=REWARDS, min=1)] = None,
-    temperature: Annotated[float | None, Option(panel=REWARDS, min=0)] = None,
-    seed: Annotated[int | None, Option(panel=REWARDS, min=0, max=2**32 - 1)] = None,
-    reward_seconds: Annotated[float | None, Option(panel=REWARDS)] = None,
-    console: Progress = None,
-    **opening: Unpack[Opening],
+    group: Annotated[int | None, opt.Option(panel=REWARDS, min=1)] = None,
+    temperature: Annotated[float | None, opt.Option(panel=REWARDS, min=0)] = None,
+    seed: Annotated[int | None, opt.Option(panel=REWARDS, min=0, max=2**32 - 1)] = None,
+    reward_seconds: Annotated[float | None, opt.Option(panel=REWARDS)] = None,
+    console: opt.Progress = None,
+    **opening: Unpack[opt.Opening],
 ) -> "Evaluation | RewardEvaluation":
     """Measure loss, perplexity and exact match on held-out rows, with 95% intervals.
 

@@ -3,39 +3,30 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Unpack
 
-from lorafold.api.options import (
-    Adapters,
-    AsTrained,
-    Model,
-    Option,
-    OutLast,
-    Overwrite,
-    Progress,
-    verb,
-)
+from lorafold.api import options as opt
 from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
     from lorafold.exporting.run import Exported
 
 
-@verb
+@opt.verb
 def export(
-    model: Model = None,
-    adapters: Adapters = (),
-    out: OutLast = None,
+    model: opt.Model = None,
+    adapters: opt.Adapters = (),
+    out: opt.OutLast = None,
     *,
     to: str,
     tensors: str | None = None,
-    as_lora: Annotated[int | None, Option(min=1)] = None,
-    prove: Annotated[bool, Option(flag="--proof/--no-proof")] = True,
-    prompts: Annotated[str | Path | None, Option(kind=str)] = None,
+    as_lora: Annotated[int | None, opt.Option(min=1)] = None,
+    prove: Annotated[bool, opt.Option(flag="--proof/--no-proof")] = True,
+    prompts: Annotated[str | Path | None, opt.Option(kind=str)] = None,
     engine_python: str | Path | None = None,
     engine_url: str | None = None,
     into: str | None = None,
-    overwrite: Overwrite = False,
-    console: Progress = None,
-    **opening: Unpack[AsTrained],
+    overwrite: opt.Overwrite = False,
+    console: opt.Progress = None,
+    **opening: Unpack[opt.AsTrained],
 ) -> "Exported":
     """Write adapters, or a model, for another engine, and prove them there.
 

@@ -6,18 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
-from lorafold.api.options import (
-    Adapters,
-    Columns,
-    Data,
-    Fields,
-    Model,
-    Opening,
-    Option,
-    Paths,
-    Progress,
-    verb,
-)
+from lorafold.api import options as opt
 from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
@@ -31,6 +20,7 @@ if TYPE_CHECKING:
     from lorafold.undoing.task import Stack
 
 TUNING = "Tuning"
+OF_TUNING = ["alpha", "dropout", "targets", "schedule", "warmup", "epochs", "batch", "max_length"]
 FORMS = (
     " A file as train takes it. A row is {prompt} (text or messages), or a conversation as for"
     " train."
@@ -53,14 +43,14 @@ class Probes:
         max_new_tokens: The most tokens of a control's completion.
     """
 
-    refuse: Annotated[Data, Option(f"Prompts that shall be refused.{FORMS}", kind=Path)]
+    refuse: Annotated[opt.Data, opt.Option(f"Prompts that shall be refused.{FORMS}", kind=Path)]
     controls: Annotated[
-        Data,
-        Option(f"Prompts that shall not be refused.{FORMS} Completions are used.", kind=Path),
+        opt.Data,
+        opt.Option(f"Prompts that shall not be refused.{FORMS} Completions are used.", kind=Path),
     ]
-    refusal_prefix: Annotated[Sequence[str], Option(rare=True)] = ("I can't",)
-    compliance_prefix: Annotated[Sequence[str], Option(rare=True)] = ("Sure",)
-    max_new_tokens: Annotated[int, Option(rare=True, min=1)] = 32
+    refusal_prefix: Annotated[Sequence[str], opt.Option(rare=True)] = ("I can't",)
+    compliance_prefix: Annotated[Sequence[str], opt.Option(rare=True)] = ("Sure",)
+    max_new_tokens: Annotated[int, opt.Option(rare=True, min=1)] = 32
 
 
 @dataclass(frozen=True)
@@ -74,10 +64,10 @@ class Tuning:
         seeds: The number of seeds of each, which draw the examples too.
     """
 
-    examples: Annotated[Sequence[int], Option(panel=TUNING)] = (1, 3, 10, 30, 100)
-    rank: Annotated[Sequence[int], Option(panel=TUNING)] = (4, 16)
-    lr: Annotated[Sequence[float], Option(panel=TUNING)] = (2e-4,)
-    seeds: Annotated[int, Option(panel=TUNING, min=1)] = 1
+    examples: Annotated[Sequence[int], opt.Option(panel=TUNING)] = (1, 3, 10, 30, 100)
+    rank: Annotated[Sequence[int], opt.Option(panel=TUNING)] = (4, 16)
+    lr: Annotated[Sequence[float], opt.Option(panel=TUNING)] = (2e-4,)
+    seeds: Annotated[int, opt.Option(panel=TUNING, min=1)] = 1
 
 
 @dataclass(frozen=True)
@@ -91,34 +81,27 @@ class Defending:
     """
 
     defence: Sequence[str] = ()
-    mix: Annotated[Data | None, Option(kind=str, rare=True)] = None
+    mix: Annotated[opt.Data | None, opt.Option(kind=str, rare=True)] = None
 
 
-@verb
+@opt.verb
 def fragility(
     out: str | Path | None = None,
     *,
     probes: Probes,
-    data: Annotated[Data | None, Option(kind=list[str])] = None,
-    model: Model = None,
-    adapters: Adapters = (),
-    against_adapter: Annotated[Paths, Option(rare=True)] = (),
+    data: Annotated[opt.Data | None, opt.Option(kind=list[str])] = None,
+    model: opt.Model = None,
+    adapters: opt.Adapters = (),
+    against_adapter: Annotated[opt.Paths, opt.Option(rare=True)] = (),
     tuned: str | Path | None = None,
-    instead: Annotated[bool, Option(rare=True)] = False,
+    instead: Annotated[bool, opt.Option(rare=True)] = False,
     tuning: Tuning = Tuning(),
     defending: Defending = Defending(),
-    recipe: Annotated[
-        "Recipe | None",
-        Fields(
-            names=("alpha", "dropout", "targets", "schedule", "warmup", "epochs", "batch",
-                   "max_length"),
-            defaults=_of_tuning,
-        ),
-    ] = None,
-    columns: Columns = None,
+    recipe: Annotated["Recipe | None", opt.Fields(names=OF_TUNING, defaults=_of_tuning)] = None,
+    columns: opt.Columns = None,
     html: str | Path | None = None,
-    console: Progress = None,
-    **opening: Unpack[Opening],
+    console: opt.Progress = None,
+    **opening: Unpack[opt.Opening],
 ) -> "Fragility":
     """Measure how little it takes to undo a behaviour that lives in an adapter.
 

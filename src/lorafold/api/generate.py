@@ -4,20 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar, Unpack
 
-from lorafold.api.options import (
-    Adapters,
-    ControlTokens,
-    ModelOrLoaded,
-    NewTokens,
-    Opening,
-    Option,
-    Progress,
-    Seed,
-    System,
-    Temperature,
-    Tokenizer,
-    verb,
-)
+from lorafold.api import options as opt
 from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
@@ -35,21 +22,21 @@ class Prepared(NamedTuple):
     texts: list[str]
 
 
-@verb
+@opt.verb
 def generate(
-    model: ModelOrLoaded = None,
-    prompts: Annotated[Prompts | None, Option(kind=str, flag="--prompt", required=True)] = None,
+    model: opt.ModelOrLoaded = None,
+    prompts: Annotated[Prompts | None, opt.Option(kind=str, flag="--prompt", required=True)] = None,
     *,
-    adapters: Adapters = (),
-    tokenizer: Tokenizer = None,
-    system: System = None,
-    tools: Annotated[str | Sequence[Mapping[str, Any]], Option(kind=Path)] = (),
-    max_new_tokens: NewTokens = 256,
-    temperature: Temperature = 0.0,
-    seed: Seed = 0,
-    allow_control_tokens: ControlTokens = False,
-    console: Progress = None,
-    **opening: Unpack[Opening],
+    adapters: opt.Adapters = (),
+    tokenizer: opt.Tokenizer = None,
+    system: opt.System = None,
+    tools: Annotated[str | Sequence[Mapping[str, Any]], opt.Option(kind=Path)] = (),
+    max_new_tokens: opt.NewTokens = 256,
+    temperature: opt.Temperature = 0.0,
+    seed: opt.Seed = 0,
+    allow_control_tokens: opt.ControlTokens = False,
+    console: opt.Progress = None,
+    **opening: Unpack[opt.Opening],
 ) -> Prompts:
     """Complete one prompt. The text goes to stdout as it is generated, the speed to stderr.
 
@@ -95,16 +82,16 @@ def generate(
 
 
 def prepared(
-    model: ModelOrLoaded = None,
+    model: opt.ModelOrLoaded = None,
     prompts: Sequence[str] = (),
     *,
-    adapters: Adapters = (),
-    tokenizer: Tokenizer = None,
-    system: System = None,
+    adapters: opt.Adapters = (),
+    tokenizer: opt.Tokenizer = None,
+    system: opt.System = None,
     tools: str | Sequence[Mapping[str, Any]] = (),
     allow_control_tokens: bool = False,
-    console: Progress = None,
-    **opening: Unpack[Opening],
+    console: opt.Progress = None,
+    **opening: Unpack[opt.Opening],
 ) -> Prepared:
     """What `generate` computes with, from its arguments. Raises LorafoldError as it does."""
     import copy
@@ -115,7 +102,9 @@ def prepared(
     from lorafold.peft.saved import open_all
 
     found = open_all(as_paths(adapters))
-    loaded, own = opened(at_hand(model, found, console, **opening), found, tokenizer, console=console)
+    loaded, own = opened(
+        at_hand(model, found, console, **opening), found, tokenizer, console=console
+    )
     if allow_control_tokens:
         own = copy.copy(own)  # it may be the caller's
         allow(own)

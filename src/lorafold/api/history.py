@@ -3,14 +3,14 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafold.api.options import Adapter, verb
+from lorafold.api import options as opt
 
 if TYPE_CHECKING:
     from lorafold.inspecting.history import History
 
 
-@verb
-def history(adapter: Adapter, *, html: str | Path | None = None) -> "History":
+@opt.verb
+def history(adapter: opt.Adapter, *, html: str | Path | None = None) -> "History":
     """Show the run that wrote an adapter: its figures by step, held-out figures, completions.
 
     All of it is in the adapter's record: no model is opened. Of a policy there are the reward and

@@ -3,38 +3,28 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Unpack
 
-from lorafold.api.options import (
-    Adapter,
-    Data,
-    Length,
-    Model,
-    Opening,
-    Option,
-    Over,
-    Progress,
-    verb,
-)
+from lorafold.api import options as opt
 from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
     from lorafold.inspecting.inspection import Inspection
 
 
-@verb
+@opt.verb
 def inspect(
-    adapter: Adapter,
-    model: Model = None,
+    adapter: opt.Adapter,
+    model: opt.Model = None,
     *,
-    over: Over = (),
+    over: opt.Over = (),
     against: str | Path | None = None,
     directions: str | Path | None = None,
-    data: Annotated[Data | None, Option(kind=str)] = None,
-    rows: Annotated[int, Option(min=1)] = 64,
-    max_length: Length = None,
+    data: Annotated[opt.Data | None, opt.Option(kind=str)] = None,
+    rows: Annotated[int, opt.Option(min=1)] = 64,
+    max_length: opt.Length = None,
     full: bool = False,
     html: str | Path | None = None,
-    console: Progress = None,
-    **opening: Unpack[Opening],
+    console: opt.Progress = None,
+    **opening: Unpack[opt.Opening],
 ) -> "Inspection":
     """Measure an adapter's update: its effective rank, its relation to the base, the tokens that it
     reads and writes, and the loss along it.

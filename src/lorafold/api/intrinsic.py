@@ -2,19 +2,7 @@
 
 from typing import TYPE_CHECKING, Annotated, Unpack
 
-from lorafold.api.options import (
-    Columns,
-    Computing,
-    Fields,
-    HeldOut,
-    OnlyModel,
-    Option,
-    Progress,
-    StudyOut,
-    StudyRows,
-    of_quickstart,
-    verb,
-)
+from lorafold.api import options as opt
 from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
@@ -22,22 +10,22 @@ if TYPE_CHECKING:
     from lorafold.recipe.recipe import Recipe
 
 
-@verb
+@opt.verb
 def intrinsic(
-    out: StudyOut,
+    out: opt.StudyOut,
     *,
-    model: OnlyModel = "smollm2",
-    data: StudyRows = None,
-    eval_data: HeldOut = None,
-    columns: Columns = None,
-    smallest: Annotated[int, Option(min=1)] = 16,
-    largest: Annotated[int, Option(min=1)] = 65536,
-    share: Annotated[float, Option(min=0.0, max=1.0)] = 0.9,
+    model: opt.OnlyModel = "smollm2",
+    data: opt.StudyRows = None,
+    eval_data: opt.HeldOut = None,
+    columns: opt.Columns = None,
+    smallest: Annotated[int, opt.Option(min=1)] = 16,
+    largest: Annotated[int, opt.Option(min=1)] = 65536,
+    share: Annotated[float, opt.Option(min=0.0, max=1.0)] = 0.9,
     recipe: Annotated[
-        "Recipe | None", Fields(without=("method",), defaults=of_quickstart)
+        "Recipe | None", opt.Fields(without=("method",), defaults=opt.of_quickstart)
     ] = None,
-    console: Progress = None,
-    **opening: Unpack[Computing],
+    console: opt.Progress = None,
+    **opening: Unpack[opt.Computing],
 ) -> "Intrinsic":
     """Find the intrinsic dimension of a task: the dimension of the smallest random subspace of the
     weights in which training reaches 90% of the improvement of full training.

@@ -3,37 +3,27 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Unpack
 
-from lorafold.api.options import (
-    AsTrained,
-    Model,
-    Option,
-    OutLast,
-    Overwrite,
-    Progress,
-    Seed,
-    SomeAdapters,
-    verb,
-)
+from lorafold.api import options as opt
 from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
     from lorafold.merging.run import Merged
 
 
-@verb
+@opt.verb
 def merge(
-    model: Model = None,
-    adapters: SomeAdapters = (),
-    out: OutLast = None,
+    model: opt.Model = None,
+    adapters: opt.SomeAdapters = (),
+    out: opt.OutLast = None,
     *,
     into: str | None = None,
     rounding: Literal["auto", "nearest", "stochastic"] = "auto",
-    seed: Seed = 0,
+    seed: opt.Seed = 0,
     certificate: bool = True,
-    probe: Annotated[str | Path | None, Option(kind=str)] = None,
-    overwrite: Overwrite = False,
-    console: Progress = None,
-    **opening: Unpack[AsTrained],
+    probe: Annotated[str | Path | None, opt.Option(kind=str)] = None,
+    overwrite: opt.Overwrite = False,
+    console: opt.Progress = None,
+    **opening: Unpack[opt.AsTrained],
 ) -> "Merged":
     """Fold adapters into their base and write a plain Hugging Face model, which is as fast as the
     base and needs no adapter library.

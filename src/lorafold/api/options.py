@@ -7,7 +7,7 @@ says what is typed, and `Option` what a hint can't say. What several verbs take 
 
     @verb
     def resize(adapter: Adapter, out: Out, *, rank: Annotated[int | None, Option(min=1)] = None,
-               **opening: Unpack[Opening]) -> "Resized":        a group of parameters, or a dataclass
+               **opening: Unpack[Opening]) -> "Resized": ...     a group; so is a dataclass
 
 Nothing here imports what takes long.
 """
@@ -227,16 +227,14 @@ Tokenizer = Annotated[
     Option("None takes that of the adapters or the model.", typed=False),
 ]
 Progress = Annotated[
-    "Console | None",
-    Option("A rich console for progress and notices; None is quiet.", typed=False),
+    "Console | None", Option("A rich console for progress and notices; None is quiet.", typed=False)
 ]
 SAVED = "Saved adapters in PEFT's format, stacked on the base in this order."
 Adapters = Annotated[Paths, Option(SAVED, saved="any")]
 SomeAdapters = Annotated[Paths, Option(SAVED, saved="some")]
 Adapter = Annotated[str | Path, Option("A saved adapter in PEFT's format.", saved="one")]
 Over = Annotated[
-    Paths,
-    Option("The adapter that this one was trained over; of a stack each, the lowest first."),
+    Paths, Option("The adapter that this one was trained over; of a stack each, the lowest first.")
 ]
 _OUT = Option(
     "The directory of the result. It must be new, and appears once it is complete.", required=True
@@ -278,8 +276,7 @@ StudyRows = Annotated[
     Option("Training rows, as for train. Default: the quickstart's task.", kind=list[str]),
 ]
 HeldOut = Annotated[
-    Data | None,
-    Option("Held-out rows. Default: `eval_fraction` or a tenth is held out.", kind=str),
+    Data | None, Option("Held-out rows. Default: `eval_fraction` or a tenth is held out.", kind=str)
 ]
 Columns = Annotated[
     Named | None,
@@ -326,9 +323,7 @@ Seed = Annotated[
         max=2**32 - 1,
     ),
 ]
-System = Annotated[
-    str | None, Option("A system message. Default: the chat template's.")
-]
+System = Annotated[str | None, Option("A system message. Default: the chat template's.")]
 NewTokens = Annotated[int, Option("The most tokens of a completion.", min=1)]
 Temperature = Annotated[
     float, Option("0 takes the most likely token; above 0 tokens are sampled.", min=0)

@@ -5,42 +5,27 @@ two models.
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Unpack
 
-from lorafold.api.options import (
-    Adapter,
-    Columns,
-    Data,
-    Hub,
-    Length,
-    Model,
-    OnlyModel,
-    Opening,
-    Option,
-    Out,
-    Over,
-    Overwrite,
-    Progress,
-    verb,
-)
+from lorafold.api import options as opt
 
 if TYPE_CHECKING:
     from lorafold.inspecting.resize import Resized
 
 
-@verb
+@opt.verb
 def resize(
-    adapter: Adapter,
-    out: Out,
+    adapter: opt.Adapter,
+    out: opt.Out,
     *,
-    model: Model = None,
-    over: Over = (),
-    rank: Annotated[int | None, Option(min=1)] = None,
+    model: opt.Model = None,
+    over: opt.Over = (),
+    rank: Annotated[int | None, opt.Option(min=1)] = None,
     energy: float | None = None,
-    data: Annotated[Data | None, Option(kind=str)] = None,
-    columns: Columns = None,
-    max_length: Length = None,
-    overwrite: Overwrite = False,
-    console: Progress = None,
-    **opening: Unpack[Opening],
+    data: Annotated[opt.Data | None, opt.Option(kind=str)] = None,
+    columns: opt.Columns = None,
+    max_length: opt.Length = None,
+    overwrite: opt.Overwrite = False,
+    console: opt.Progress = None,
+    **opening: Unpack[opt.Opening],
 ) -> "Resized":
     """Give an adapter another rank by singular value decomposition. No other adapter of that rank
     is closer to it.
@@ -85,15 +70,15 @@ def resize(
     return replace(result, losses=losses_of(loaded, tokenizer, rows, length, len(stack) - 1))
 
 
-@verb
+@opt.verb
 def extract(
-    tuned: Annotated[str | Path, Option(kind=str)],
-    out: Out,
+    tuned: Annotated[str | Path, opt.Option(kind=str)],
+    out: opt.Out,
     *,
-    rank: Annotated[int, Option(min=1)],
-    model: OnlyModel = "smollm2",
-    overwrite: Overwrite = False,
-    **opening: Unpack[Hub],
+    rank: Annotated[int, opt.Option(min=1)],
+    model: opt.OnlyModel = "smollm2",
+    overwrite: opt.Overwrite = False,
+    **opening: Unpack[opt.Hub],
 ) -> "Resized":
     """Make a LoRA adapter of the difference between a fine-tuned model and its base: the best of
     its rank, for every linear layer of the blocks.

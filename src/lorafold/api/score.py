@@ -3,37 +3,26 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Unpack
 
-from lorafold.api.options import (
-    Adapters,
-    Columns,
-    Length,
-    MeasuredRows,
-    ModelOrLoaded,
-    Opening,
-    Option,
-    Progress,
-    Tokenizer,
-    verb,
-)
+from lorafold.api import options as opt
 from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
     from lorafold.evaluation.scoring import ScoredRows
 
 
-@verb
+@opt.verb
 def score(
-    model: ModelOrLoaded = None,
-    data: MeasuredRows = None,
+    model: opt.ModelOrLoaded = None,
+    data: opt.MeasuredRows = None,
     *,
-    columns: Columns = None,
-    adapters: Adapters = (),
-    tokenizer: Tokenizer = None,
+    columns: opt.Columns = None,
+    adapters: opt.Adapters = (),
+    tokenizer: opt.Tokenizer = None,
     out: str | Path | None = None,
-    overwrite: Annotated[bool, Option(rare=True)] = False,
-    max_length: Length = None,
-    console: Progress = None,
-    **opening: Unpack[Opening],
+    overwrite: Annotated[bool, opt.Option(rare=True)] = False,
+    max_length: opt.Length = None,
+    console: opt.Progress = None,
+    **opening: Unpack[opt.Opening],
 ) -> "ScoredRows":
     """Score rows with a reward model: an adapter of --objective reward, or a whole model.
 

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
-from lorafold.api.options import ControlTokens, Model, OfDirectory, Option, Progress, verb
+from lorafold.api import options as opt
 from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
@@ -17,23 +17,23 @@ if TYPE_CHECKING:
 NEEDED = ("fastapi", "uvicorn", "sse_starlette", "prometheus_client")
 
 
-@verb
+@opt.verb
 def serve(
     adapters: str | Path | None = None,
     *,
-    model: Model = None,
+    model: opt.Model = None,
     host: str | None = None,
-    port: Annotated[int | None, Option(min=0, max=65535)] = None,
+    port: Annotated[int | None, opt.Option(min=0, max=65535)] = None,
     keys: str | Path | None = None,
     admin_key_file: str | Path | None = None,
     metrics_key_file: str | Path | None = None,
     config: str | Path | None = None,
-    settings: Annotated[Mapping[str, Any] | None, Option(typed=False)] = None,
-    allow_control_tokens: ControlTokens = False,
+    settings: Annotated[Mapping[str, Any] | None, opt.Option(typed=False)] = None,
+    allow_control_tokens: opt.ControlTokens = False,
     json_logs: bool = False,
-    open_page: Annotated[bool, Option(flag="--open")] = False,
-    console: Progress = None,
-    **opening: Unpack[OfDirectory],
+    open_page: Annotated[bool, opt.Option(flag="--open")] = False,
+    console: opt.Progress = None,
+    **opening: Unpack[opt.OfDirectory],
 ) -> None:
     """Serve a base and its adapters over an OpenAI-compatible API, with a page to try them.
 

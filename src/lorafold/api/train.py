@@ -3,21 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
 
-from lorafold.api.options import (
-    Columns,
-    Data,
-    Fields,
-    Judges,
-    Model,
-    Option,
-    Out,
-    Overwrite,
-    Paths,
-    Progress,
-    Stacking,
-    TrainingRows,
-    verb,
-)
+from lorafold.api import options as opt
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,10 +13,10 @@ if TYPE_CHECKING:
     from lorafold.training.finish import Trained
     from lorafold.training.request import Request
 
-OfRun = Annotated["Recipe | None", Fields()]
+OfRun = Annotated["Recipe | None", opt.Fields()]
 Shown = Annotated[
     "Console | Literal[False] | None",
-    Option(
+    opt.Option(
         "A rich console for progress and notices; None shows them on a terminal (on stderr) and in"
         " a notebook, and else nothing, as False does everywhere.",
         typed=False,
@@ -38,22 +24,22 @@ Shown = Annotated[
 ]
 
 
-class Asked(Stacking, total=False):
+class Asked(opt.Stacking, total=False):
     """What a run is made of besides its recipe, its base and its rows."""
 
     eval_data: Annotated[
-        Data | None,
-        Option("Held-out rows. Without them `eval_fraction` 0.1 holds some out.", kind=str),
+        opt.Data | None,
+        opt.Option("Held-out rows. Without them `eval_fraction` 0.1 holds some out.", kind=str),
     ]
-    rewards: Judges
-    columns: Columns
+    rewards: opt.Judges
+    columns: opt.Columns
     init_adapter: Annotated[
         str | Path | None,
-        Option("Start from this saved adapter, with its method and targets.", rare=True),
+        opt.Option("Start from this saved adapter, with its method and targets.", rare=True),
     ]
     over: Annotated[
-        Paths,
-        Option(
+        opt.Paths,
+        opt.Option(
             "Train over this saved adapter, which stays frozen below the new one; over a stack,"
             " each of it, the lowest first.",
             rare=True,
@@ -62,16 +48,16 @@ class Asked(Stacking, total=False):
     ]
 
 
-@verb
+@opt.verb
 def train(
     recipe: OfRun = None,
     *,
-    data: TrainingRows,
-    out: Out,
-    model: Model = None,
-    plot: Annotated[str | Path | None, Option(rare=True)] = None,
+    data: opt.TrainingRows,
+    out: opt.Out,
+    model: opt.Model = None,
+    plot: Annotated[str | Path | None, opt.Option(rare=True)] = None,
     resume: bool = False,
-    overwrite: Overwrite = False,
+    overwrite: opt.Overwrite = False,
     console: Shown = None,
     **asked: Unpack[Asked],
 ) -> "Trained":
@@ -119,14 +105,14 @@ def train(
     return result
 
 
-@verb
+@opt.verb
 def preview(
     recipe: OfRun = None,
     *,
-    data: TrainingRows,
-    model: Model = None,
+    data: opt.TrainingRows,
+    model: opt.Model = None,
     html: str | Path | None = None,
-    console: Progress = None,
+    console: opt.Progress = None,
     **asked: Unpack[Asked],
 ) -> "Findings":
     """Print the first rows as the model will see them, with their tools and turns, mark the tokens
@@ -149,9 +135,9 @@ def preview(
 
 def requested(
     recipe: "Recipe | None",
-    data: Data,
+    data: opt.Data,
     out: str | Path,
-    model: Model,
+    model: opt.Model,
     asked: Asked,
     console: "Console",
     **more: Any,

@@ -28,7 +28,11 @@ Typed = Mapping[str, Any]  # what is typed, by the names of the command's parame
 Json = Annotated[
     bool, Option("Print the result as one JSON object, the last line of stdout.", rare=True)
 ]
-UNITS = {f"{unit}{i}": (2**10 if i else 10**3) ** n for n, unit in enumerate("KMGT", 1) for i in ("", "I")}
+UNITS = {
+    f"{unit}{i}": (2**10 if i else 10**3) ** n
+    for n, unit in enumerate("KMGT", 1)
+    for i in ("", "I")
+}
 
 
 class Taken(NamedTuple):
@@ -207,7 +211,10 @@ def _adapters(one: Declared) -> list[Parameter]:
     kinds = {"adapter": by_name, "positional": argument}
     return [
         Parameter(
-            name, Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[list[Path] | None, info]
+            name,
+            Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[list[Path] | None, info],
         )
         for name, info in kinds.items()
     ]

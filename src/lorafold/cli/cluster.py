@@ -32,10 +32,7 @@ On = Annotated[
 Workers = Annotated[
     int,
     Option(
-        "How often --on starts it; each shares the work in --out.",
-        panel=CLUSTER,
-        rare=True,
-        min=1,
+        "How often --on starts it; each shares the work in --out.", panel=CLUSTER, rare=True, min=1
     ),
 ]
 

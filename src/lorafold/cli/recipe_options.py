@@ -30,9 +30,7 @@ def options_of(declared: Fields) -> list[Parameter]:
     """The options of a recipe: of each of its fields, --set and, if asked for, --config."""
     names = fields_in(declared)
     panel = "Recipe" if names else None
-    one = Option(
-        kind=list[str], flag="--set", metavar="FIELD=VALUE", panel=panel, rare=bool(names)
-    )
+    one = Option(kind=list[str], flag="--set", metavar="FIELD=VALUE", panel=panel, rare=bool(names))
     shown = [parameter_of(Declared("sets", None, None, one, declared.sets))]
     if declared.config:
         config = Declared("config", Path, None, Option(panel=panel), CONFIG)
@@ -87,10 +85,7 @@ def _option(name: str, panel: str | None) -> Parameter:
         mapping = isinstance(info.default, dict)
         more = {"metavar": "KEY=VALUE" if mapping else "TEXT"}
     option = typer.Option(
-        rich_help_panel=panel,
-        hidden=name not in COMMON,
-        help=f"{info.description}{shown}",
-        **more,
+        rich_help_panel=panel, hidden=name not in COMMON, help=f"{info.description}{shown}", **more
     )
     typed = Annotated[kind | None, option]
     return Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=typed)

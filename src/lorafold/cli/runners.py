@@ -5,7 +5,7 @@ besides those of the verb.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,11 @@ Wide = Annotated[
 
 
 def train(
-    run: Run, *, preview: bool = False, html: Annotated[Path | None, Option(rare=True)] = None, json: Json = False
+    run: Run,
+    *,
+    preview: bool = False,
+    html: Annotated[Path | None, Option(rare=True)] = None,
+    json: Json = False,
 ) -> None:
     """Train, or show the rows as a run will see them.
 

@@ -79,7 +79,6 @@ def _next(out: Path) -> Iterator[str]:
     yield f"{run} serve --model {MODEL} --adapters {quote(str(out))} --open"
 
 
-
 @verb
 def recipe(
     source: Annotated[str | Path, Option(flag="--from")],
@@ -122,7 +121,10 @@ def recipe(
 
 @verb
 def cache(
-    kind: Annotated[Sequence[str], Option(f"Only this kind: {', '.join(KINDS)}.")] = (), *, clear: bool = False) -> Told:
+    kind: Annotated[Sequence[str], Option(f"Only this kind: {', '.join(KINDS)}.")] = (),
+    *,
+    clear: bool = False,
+) -> Told:
     """List what lorafold keeps in its cache, or clear it.
 
     It keeps embedded models that were unpacked (models), large training data that was checked and
@@ -203,8 +205,8 @@ def new_key(
 
     Args:
         tenant: Whose key it is.
-        adapters: The adapters and aliases that the key may use, as a glob such as 'acme-*'. Default:
-            all.
+        adapters: The adapters and aliases that the key may use, as a glob such as 'acme-*'.
+            Default: all.
         keys: The file of keys, which is made if there is none.
         expires: How long it holds: 30d, 12h, or the last day by UTC as 2026-12-31.
         no_base: The key may not use the base itself.
