@@ -87,8 +87,8 @@ def _option(name: str, panel: str | None) -> Parameter:
     option = typer.Option(
         rich_help_panel=panel, hidden=name not in COMMON, help=f"{info.description}{shown}", **more
     )
-    typed = Annotated[kind | None, option]
-    return Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=typed)
+    annotation: Any = Annotated[kind | None, option]
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
 def _text(value: Any) -> str:

@@ -52,10 +52,11 @@ def quickstart(
         lorafold quickstart --out demo --overwrite
         lorafold quickstart --out again --device cpu --json
     """
+    from lorafold.api.arguments import or_quiet
     from lorafold.files.terminal import paragraph
     from lorafold.quickstart.story import quickstart as told
 
-    story = told(Path(out), console, overwrite=overwrite, device=device)
+    story = told(Path(out), or_quiet(console), overwrite=overwrite, device=device)
     figures = [line for figure in story.meaning() for line in paragraph(figure, "- ")]
     return Told(asdict(story), "\n".join([*figures, "", *_next(Path(out))]))
 
