@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 
 from lorafold.api.options import Declared, Fields, Option
-from lorafold.cli.build import parameter_of, parts_of
 from lorafold.cli.help import PLACEHOLDERS
+from lorafold.cli.parameters import parameter_of, parts_of
 from lorafold.errors import LorafoldError
 from lorafold.methods import METHODS
 from lorafold.objectives import OBJECTIVES
