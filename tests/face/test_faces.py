@@ -52,7 +52,8 @@ BASES = {
 # options that are not called as the parameter: one of a list, an opposite, a keyword of Python
 CALLED = {
     "adapter": "--adapter", "adapters": "--adapter", "weights": "--weight", "rewards": "--reward",
-    "prompts": "--prompt", "prove": "--proof", "source": "--from", "open_page": "--open", "tenant": "TENANT",
+    "prompts": "--prompt", "prove": "--proof", "source": "--from", "open_page": "--open",
+    "tenant": "TENANT",
 }  # fmt: skip
 CLI = Path(build.__file__).parent
 
