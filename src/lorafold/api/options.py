@@ -32,7 +32,6 @@ from typing import (
     is_typeddict,
 )
 
-from lorafold.data.sources import Row
 from lorafold.models.storages import LISTED
 
 if TYPE_CHECKING:
@@ -200,7 +199,7 @@ def rows(text: str, weighted: bool = False) -> str:
 
 
 Paths = str | Path | Sequence[str | Path]  # one directory or several
-Data = str | Path | Sequence[str] | Sequence[Row]  # one source, several, or the rows
+Data = str | Path | Sequence[str] | Sequence[dict[str, Any]]  # one source, several, or the rows
 Named = Mapping[str, str]  # the user's names of keys, by lorafold's
 Rewarding = str | Callable[..., Any] | Sequence[str | Callable[..., Any]]
 Tasks = Mapping[str, Data] | Sequence[str | Path]  # rows by the name of a task, or files

@@ -10,31 +10,11 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from lorafold.api.options import Option
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import check_folder, write_text
 from lorafold.files.claims import TOKEN, VARIABLE
-
-CLUSTER = "Cluster"
-
-
-On = Annotated[
-    str | None,
-    Option(
-        "Start this command on a Ray cluster that runs already (RAY_ADDRESS).",
-        panel=CLUSTER,
-        rare=True,
-        metavar="ray",
-    ),
-]
-Workers = Annotated[
-    int,
-    Option(
-        "How often --on starts it; each shares the work in --out.", panel=CLUSTER, rare=True, min=1
-    ),
-]
 
 
 def table(on: str, workers: int, out: Path | None) -> str:

@@ -15,13 +15,34 @@ import typer
 
 from lorafold.api.options import Option
 from lorafold.cli.build import Json, emit, plain
-from lorafold.cli.cluster import On, Workers, table
 from lorafold.errors import LorafoldError
 
 Run = partial[Any]
+CLUSTER = "Cluster"
+On = Annotated[
+    str | None,
+    Option(
+        "Start this command on a Ray cluster that runs already (RAY_ADDRESS).",
+        panel=CLUSTER,
+        rare=True,
+        metavar="ray",
+    ),
+]
+Workers = Annotated[
+    int,
+    Option(
+        "How often --on starts it; each shares the work in --out.", panel=CLUSTER, rare=True, min=1
+    ),
+]
 Wide = Annotated[
     bool, Option("Print all figures, in Markdown, however wide the table is.", rare=True)
 ]
+
+
+def summarized(run: Run, *, json: Json = False) -> None:
+    """Print what the result says of itself in a few lines."""
+    result = run()
+    emit(json, result.as_json(), result.summary())
 
 
 def train(
@@ -151,10 +172,17 @@ def estimate(run: Run, *, cheatsheet: bool = False, json: Json = False) -> None:
     typer.echo(markdown())
 
 
+def on_cluster(run: Run, on: str, workers: int) -> None:
+    """Print what a worker elsewhere printed."""
+    from lorafold.cli.cluster import table
+
+    typer.echo(table(on, workers, run.keywords.get("out")))
+
+
 def intrinsic(run: Run, *, on: On = None, workers: Workers = 2, json: Json = False) -> None:
     """Search here, or on a cluster."""
     if on is not None:
-        return typer.echo(table(on, workers, run.keywords.get("out")))
+        return on_cluster(run, on, workers)
     plain(run, json=json)
 
 
@@ -163,7 +191,7 @@ def compare(
 ) -> None:
     """Measure here, or on a cluster, and print the figures that decide or all."""
     if on is not None:
-        return typer.echo(table(on, workers, run.keywords["out"]))
+        return on_cluster(run, on, workers)
     from lorafold.comparing.report import deciding
 
     found = run()
@@ -185,7 +213,7 @@ def fragility(
         fail_under: With `tuned`: exit with code 1 if less than this share is kept, such as 0.8.
     """
     if on is not None:
-        return typer.echo(table(on, workers, run.keywords.get("out")))
+        return on_cluster(run, on, workers)
     if fail_under is not None and "tuned" not in run.keywords:
         raise LorafoldError("--fail-under: needs --tuned, the finished adapter that it judges")
     from lorafold.undoing.report import deciding, markdown
@@ -233,6 +261,8 @@ RUNNERS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "chat": chat,
     "serve": serve,
+    "merge": summarized,
+    "export": summarized,
     "serve new-key": new_key,
     "score": score,
     "inspect": inspect,
