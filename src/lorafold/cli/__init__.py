@@ -57,13 +57,13 @@ GROUPS = {
         "doctor": "What is wrong here, and what would be slow.",
     },
 }
-# commands that are no verbs of Python, each with its function in cli.tools
+# commands that are no verbs of Python, each with its file here and its function
 TOOLS = {
-    "quickstart": "quickstart",
-    "recipe": "recipe",
-    "cache": "cache",
-    "doctor": "doctor",
-    "serve new-key": "new_key",
+    "quickstart": ("tools", "quickstart"),
+    "recipe": ("tools", "recipe"),
+    "cache": ("cache", "cache"),
+    "doctor": ("tools", "doctor"),
+    "serve new-key": ("tools", "new_key"),
 }
 # verbs whose function has another name than its command or its file in api
 FUNCTIONS = {"eval": ("evaluate", "evaluate"), "extract": ("resize", "extract")}
@@ -118,7 +118,8 @@ class Commands(Group):
 def verb_of(name: str) -> Any:
     """The function that declares a command."""
     if name in TOOLS:
-        return getattr(importlib.import_module("lorafold.cli.tools"), TOOLS[name])
+        file, function = TOOLS[name]
+        return getattr(importlib.import_module(f"lorafold.cli.{file}"), function)
     file, function = FUNCTIONS.get(name, (name, name))
     return getattr(importlib.import_module(f"lorafold.api.{file}"), function)
 
