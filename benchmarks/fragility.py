@@ -221,18 +221,13 @@ def main() -> None:
         ]:
             found = lf.fragility(
                 asked.out / kind,
-                refuse=refuse,
-                controls=controls,
+                probes=lf.Probes(refuse, controls),
                 data=benign(random.Random(1), 200),
                 model=model,
                 adapters=adapters,
-                examples=examples,
-                ranks=ranks,
-                rates=asked.rates,
-                seeds=asked.seeds,
-                defences=defences,
+                tuning=lf.Tuning(examples, ranks, asked.rates, asked.seeds),
+                defending=lf.Defending(defences, refusals if "mixed" in defences else None),
                 recipe=RECIPE.model_copy(update={"epochs": asked.epochs, "max_length": 128}),
-                mix=refusals if "mixed" in defences else None,
                 storage="fp32",
                 console=console,
             )

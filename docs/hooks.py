@@ -28,6 +28,7 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 import lorafold
+from lorafold.api.options import declared
 from lorafold.cli import GROUPS as COMMANDS
 from lorafold.cli import _load
 from lorafold.cli.help import OTHERS, entry, panel
@@ -37,6 +38,7 @@ from lorafold.recipe.recipe import Recipe
 ROOT = Path(__file__).parent.parent
 PICTURES = ["benchmarks/results/scaling.svg"]  # shown on pages, and kept where they are made
 MARK = re.compile(r"^<!-- generated: (\w+)(?: ([\w -]+))? -->$", re.MULTILINE)
+VERB = re.compile(r"^::: lorafold\.([a-z]\w+)$", re.MULTILINE)
 OPTION = re.compile(r"<code>(?=--?[a-z][^<]{,40}</code>)")
 CELL = re.compile(r"<td[^>]*>.*?</td>", re.DOTALL)
 TABLE = re.compile(r"<table>.*?</table>", re.DOTALL)
@@ -67,7 +69,21 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """The page with its marks replaced by what they stand for."""
-    return MARK.sub(lambda found: GENERATED[found[1]](*filter(None, [found[2]])), markdown)
+    made = MARK.sub(lambda found: GENERATED[found[1]](*filter(None, [found[2]])), markdown)
+    return VERB.sub(with_shared, made)
+
+
+def with_shared(found: re.Match[str]) -> str:
+    """A function of the API with the parameters that it shares with others, which its docstring
+    has only once it is imported.
+    """
+    rows = [
+        [code(one.name), cell(one.help)]
+        for one in declared(getattr(lorafold, found[1]))
+        if one.group is None and getattr(one.option, "help", "")
+    ]
+    shared = f"\n\nShared with other functions:\n\n{table(['parameter', 'meaning'], rows)}"
+    return found[0] + shared * bool(rows)
 
 
 def on_page_content(html: str, **_: Any) -> str:

@@ -18,10 +18,14 @@ if TYPE_CHECKING:
     from lorafold.adapter import reference as reference
     from lorafold.api.chat import chat as chat
     from lorafold.api.compare import compare as compare
+    from lorafold.api.compose import Learning as Learning
     from lorafold.api.compose import compose as compose
     from lorafold.api.estimate import estimate as estimate
     from lorafold.api.evaluate import evaluate as evaluate
     from lorafold.api.export import export as export
+    from lorafold.api.fragility import Defending as Defending
+    from lorafold.api.fragility import Probes as Probes
+    from lorafold.api.fragility import Tuning as Tuning
     from lorafold.api.fragility import fragility as fragility
     from lorafold.api.generate import generate as generate
     from lorafold.api.history import history as history
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
     from lorafold.api.resize import resize as resize
     from lorafold.api.score import score as score
     from lorafold.api.serve import serve as serve
+    from lorafold.api.train import preview as preview
     from lorafold.api.train import train as train
     from lorafold.core.attach import only as only
     from lorafold.data.calls import parse_calls as parse_calls
@@ -55,10 +60,14 @@ _HOME = {
     "chat": "api.chat",
     "compare": "api.compare",
     "compose": "api.compose",
+    "Learning": "api.compose",
     "estimate": "api.estimate",
     "evaluate": "api.evaluate",
     "export": "api.export",
     "fragility": "api.fragility",
+    "Probes": "api.fragility",
+    "Tuning": "api.fragility",
+    "Defending": "api.fragility",
     "generate": "api.generate",
     "history": "api.history",
     "inspect": "api.inspect",
@@ -69,6 +78,7 @@ _HOME = {
     "score": "api.score",
     "serve": "api.serve",
     "train": "api.train",
+    "preview": "api.train",
     "parse_calls": "data.calls",
     "merge": "api.merge",
     "load_tokenizer": "models.tokenizer",

@@ -1,37 +1,36 @@
 """Every field of the recipe is an option, made from `Recipe` itself."""
 
-from __future__ import annotations
-
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
+from lorafold.api.options import Fields
 from lorafold.cli import _load
-from lorafold.cli.groups import grouped
-from lorafold.cli.recipe_options import RecipeFlags, of_recipe
+from lorafold.cli.build import built
 from lorafold.recipe.fields import GROUPS
 from lorafold.recipe.recipe import Recipe
 
 FOUND: list[Recipe] = []
 
 
-@of_recipe(Recipe.model_fields)
-class Flags(RecipeFlags):
-    """All fields."""
-
-
-@grouped
-def command(flags: Flags) -> None:
+def remember(recipe: Annotated[Recipe | None, Fields()] = None) -> None:
     """Remembers the recipe."""
-    FOUND.append(flags.recipe())
+    assert recipe is not None
+    FOUND.append(recipe)
+
+
+def run(call: Callable[[], None]) -> None:
+    """Only calls."""
+    call()
 
 
 def asked(*arguments: str) -> Recipe:
     app = typer.Typer()
-    app.command()(command)
+    app.command()(built(remember, run).function)
     done = CliRunner().invoke(app, arguments)
     if done.exception is not None:
         raise done.exception

@@ -151,8 +151,9 @@ def test_verbs(verb: str, model: Path, adapters: list[Path], tmp_path: Path) -> 
         out = tmp_path / name
         if verb == "fragility":
             found = lf.fragility(
-                out, refuse=ROWS[:2], controls=ROWS[2:4], data=ROWS[4:], adapters=adapters[0],
-                examples=[4], ranks=[2], max_new_tokens=4, defences=["none", "projected"], **on,
+                out, probes=lf.Probes(ROWS[:2], ROWS[2:4], max_new_tokens=4), data=ROWS[4:],
+                adapters=adapters[0], tuning=lf.Tuning([4], [2]),
+                defending=lf.Defending(["none", "projected"]), **on,
             )  # fmt: skip
             return [point.kept for point in found.points]
         if verb == "compose":

@@ -21,76 +21,80 @@ RECIPE = lf.Recipe(steps=2, batch=2, storage="fp32", max_length=64)
 SIGNATURES = {
     "attach": "model spec targets name *bias modules_to_save tokens base",
     "chat": (
-        "model adapters *system max_new_tokens temperature seed allow_control_tokens storage"
-        " device revision trust_remote_code allow_other_base console"
+        "model adapters *system max_new_tokens temperature seed allow_control_tokens console"
+        " revision trust_remote_code device allow_other_base storage"
     ),
     "compare": (
-        "out *model data eval_data rewards columns methods vary seeds recipe device revision"
-        " trust_remote_code console"
+        "out *model data eval_data rewards columns methods vary seeds recipe html console"
+        " revision trust_remote_code device"
     ),
     "compose": (
-        "adapters out *model how weights rank density gates data examples recipe evaluations"
-        " completions seed storage device revision trust_remote_code allow_other_base overwrite"
-        " console"
+        "adapters out *model how weights rank density learning data completions seed overwrite"
+        " console revision trust_remote_code device allow_other_base storage"
     ),
     "estimate": (
         "model mode *params data rewards columns batch max_length labelled recipe gpus strategy"
-        " tflops device_memory measure device compute_capability revision trust_remote_code console"
-        " length"
+        " tflops device_memory measure device compute_capability html console length revision"
+        " trust_remote_code"
     ),
     "evaluate": (
-        "model data *columns adapters tokenizer max_length completions max_new_tokens rewards group"
-        " temperature seed reward_seconds storage device revision trust_remote_code"
-        " allow_other_base console"
+        "model data *columns adapters tokenizer max_length completions max_new_tokens rewards"
+        " group temperature seed reward_seconds console revision trust_remote_code device"
+        " allow_other_base storage"
     ),
     "export": (
-        "model adapters out *to tensors as_lora prove prompts engine_python engine_url into storage"
-        " allow_other_base overwrite revision trust_remote_code device console"
+        "model adapters out *to tensors as_lora prove prompts engine_python engine_url into"
+        " overwrite console revision trust_remote_code device allow_other_base storage"
     ),
-    "extract": "tuned out *rank model revision trust_remote_code overwrite",
+    "extract": "tuned out *rank model overwrite revision trust_remote_code",
     "fragility": (
-        "out *refuse controls data model adapters against tuned instead examples ranks rates seeds"
-        " defences mix refusal compliance max_new_tokens recipe columns storage device revision"
-        " trust_remote_code allow_other_base console"
+        "out *probes data model adapters against_adapter tuned instead tuning defending recipe"
+        " columns html console revision trust_remote_code device allow_other_base storage"
     ),
     "generate": (
         "model prompts *adapters tokenizer system tools max_new_tokens temperature seed"
-        " allow_control_tokens storage device revision trust_remote_code allow_other_base console"
+        " allow_control_tokens console revision trust_remote_code device allow_other_base"
+        " storage"
     ),
-    "history": "adapter",
+    "history": "adapter *html",
     "inspect": (
-        "adapter model *over against directions data rows max_length full storage device revision"
-        " trust_remote_code allow_other_base console"
+        "adapter model *over against directions data rows max_length full html console revision"
+        " trust_remote_code device allow_other_base storage"
     ),
     "intrinsic": (
-        "out *model data eval_data columns smallest largest share recipe device revision"
-        " trust_remote_code console"
+        "out *model data eval_data columns smallest largest share recipe console revision"
+        " trust_remote_code device"
     ),
     "load": "model path name *allow_other_base trainable base",
     "load_model": "model storage device *revision trust_remote_code",
     "load_tokenizer": "source revision trust_remote_code",
     "merge": (
-        "model adapters out *into storage rounding seed certificate probe allow_other_base"
-        " overwrite revision trust_remote_code device console"
+        "model adapters out *into rounding seed certificate probe overwrite console revision"
+        " trust_remote_code device allow_other_base storage"
     ),
     "only": "model *names",
-    "reference": "model",
     "parse_calls": "text tokenizer tools",
+    "preview": (
+        "recipe *data model html console revision trust_remote_code device allow_other_base"
+        " eval_data rewards columns init_adapter over"
+    ),
+    "reference": "model",
     "resize": (
-        "adapter out *model over rank energy data columns max_length storage device revision"
-        " trust_remote_code allow_other_base overwrite console"
+        "adapter out *model over rank energy data columns max_length overwrite console revision"
+        " trust_remote_code device allow_other_base storage"
     ),
     "score": (
-        "model data *columns adapters tokenizer max_length storage device revision"
-        " trust_remote_code allow_other_base console"
+        "model data *columns adapters tokenizer out overwrite max_length console revision"
+        " trust_remote_code device allow_other_base storage"
     ),
     "serve": (
-        "adapters *model config settings storage device revision trust_remote_code"
-        " allow_other_base open_page console"
+        "adapters *model host port keys admin_key_file metrics_key_file config settings"
+        " allow_control_tokens json_logs open_page console revision trust_remote_code device"
+        " allow_other_base storage"
     ),
     "train": (
-        "recipe *data out model eval_data rewards columns init_adapter over device revision"
-        " trust_remote_code allow_other_base resume overwrite console"
+        "recipe *data out model plot resume overwrite console revision trust_remote_code device"
+        " allow_other_base eval_data rewards columns init_adapter over"
     ),
 }
 

@@ -1,9 +1,12 @@
-"""A verb has the same options at every face: what the command takes, the function takes too, under
-one name; and what reaches a base at one face reaches it at both.
+"""A verb is declared once, and the command is made of it: no option stands twice, none has two
+names, and what reaches a base at one face reaches it at both.
 """
 
 import inspect
+import re
+from inspect import Parameter
 from pathlib import Path
+from typing import Annotated, Any, TypedDict, Unpack
 
 import pytest
 from typer.testing import CliRunner
@@ -11,104 +14,141 @@ from typer.testing import CliRunner
 import lorafold as lf
 from adapter_cases import make_adapter
 from conftest import lorafold, refused, unestimating
-from lorafold.cli import _load, app
+from lorafold.api.options import Declared, Docs, Fields, Option, Progress, declared
+from lorafold.cli import COMMANDS, _load, app, build, verb_of
 from lorafold.cli.reading import OLD_NAMES
+from lorafold.cli.recipe_options import fields_in
+from lorafold.cli.runners import RUNNERS
 from lorafold.errors import LorafoldError
 from lorafold.inspecting.resize import resize
 from lorafold.opening import Base
 from lorafold.peft.saved import open_all
-from lorafold.recipe.recipe import Recipe
 
+NEW_KEY = "serve new-key"
+NAMES = [*COMMANDS, NEW_KEY]
+# which of a base's parameters a verb has; `train` and studies have the storage in their recipe
 HUB = {"model", "revision", "trust_remote_code"}
 COMPUTES = {*HUB, "device"}
 LOADS = {*COMPUTES, "storage", "allow_other_base"}
-# verb: its function, and which of a base's options it has; `train` has the storage in its recipe
-VERBS = {
-    "train": ("train", {*COMPUTES, "allow_other_base"}),
-    "eval": ("evaluate", LOADS),
-    "score": ("score", LOADS),
-    "generate": ("generate", LOADS),
-    "chat": ("chat", LOADS),
-    "serve": ("serve", LOADS),
-    "merge": ("merge", LOADS),
-    "export": ("export", {*COMPUTES, "allow_other_base", "storage"}),
-    "estimate": ("estimate", COMPUTES),
-    "compose": ("compose", LOADS),
-    "inspect": ("inspect", LOADS),
-    "resize": ("resize", LOADS),
-    "extract": ("extract", HUB),
-    "intrinsic": ("intrinsic", COMPUTES),
-    "compare": ("compare", COMPUTES),
-    "fragility": ("fragility", LOADS),
+BASES = {
+    "train": {*COMPUTES, "allow_other_base"},
+    "eval": LOADS,
+    "score": LOADS,
+    "generate": LOADS,
+    "chat": LOADS,
+    "serve": LOADS,
+    "merge": LOADS,
+    "export": LOADS,
+    "estimate": HUB,
+    "compose": LOADS,
+    "inspect": LOADS,
+    "resize": LOADS,
+    "extract": HUB,
+    "intrinsic": COMPUTES,
+    "compare": COMPUTES,
+    "fragility": LOADS,
+    "doctor": HUB,
 }
-# what the command alone has: how it prints, and what a call in Python does by other means
-OF_COMMANDS = {
-    "json", "html", "plot", "wide", "config", "sets", "help", "help_all", "preview", "cheatsheet",
-    "fail_under",
+# options that are not called as the parameter: one of a list, an opposite, a keyword of Python
+CALLED = {
+    "adapter": "--adapter", "adapters": "--adapter", "weights": "--weight", "rewards": "--reward",
+    "prompts": "--prompt", "prove": "--proof", "source": "--from", "open_page": "--open",
+    "tenant": "TENANT",
 }  # fmt: skip
-WORKERS = {"on", "workers"}  # a script is started several times
-BY_OTHER_MEANS = {
-    "score": {"out", "overwrite"},  # the scores have `write`
-    "train": {"reward_adapter"},  # rewards="adapter:DIR"
-    "compare": {"reward_adapter", *WORKERS},
-    "intrinsic": WORKERS,
-    "fragility": WORKERS,
-    "estimate": {"reward_adapter"},
-}
-# options whose parameter stands in the plural, since a call takes a list where a command repeats
-PLURAL = {
-    "adapter": "adapters", "weight": "weights", "rank": "ranks", "lr": "rates",
-    "defence": "defences", "against_adapter": "against", "refusal_prefix": "refusal",
-    "compliance_prefix": "compliance", "prompt": "prompts", "positional": "adapters",
-    "reward": "rewards",
-}  # fmt: skip
-# of `serve`, which takes them as `settings`
-SETTINGS = {
-    "host", "port", "keys", "admin_key_file", "metrics_key_file", "json_logs",
-    "allow_control_tokens",
-}  # fmt: skip
-FIELDS = {*Base.__dataclass_fields__}
+CLI = Path(build.__file__).parent
 
 
 def options(verb: str) -> dict[str, list[str]]:
     """The names of a command's options, by parameter."""
-    return {str(p.name): [*p.opts, *p.secondary_opts] for p in _load(verb).params}
+    return {str(p.name): [*p.opts, *p.secondary_opts] for p in command_of(verb).params}
 
 
-def parameters(function: str) -> set[str]:
-    return set(inspect.signature(getattr(lf, function)).parameters)
+def command_of(name: str) -> Any:
+    first, *below = name.split()
+    return _load(first).commands[below[0]] if below else _load(first)
+
+
+def declarations(name: str) -> list[tuple[str, Declared]]:
+    """What a command declares, each with the place: its verb and what runs it."""
+    runner = RUNNERS.get(name, build.plain)
+    found = [("verb", one) for one in declared(verb_of(name))]
+    found += [("runner", one) for one in declared(runner) if one.default is not Parameter.empty]
+    return [(place, one) for place, one in found if getattr(one.option, "typed", True)]
 
 
 def test_every_verb_that_opens_a_model_is_in_the_table() -> None:
-    from lorafold.cli import COMMANDS
-
-    # doctor reads a tokenizer alone, and has no function
-    assert {v for v in COMMANDS if "model" in options(v)} - {"doctor"} == set(VERBS)
+    assert {v for v in COMMANDS if "model" in options(v)} == set(BASES)
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_a_base_has_the_same_options_at_both_faces(verb: str) -> None:
-    function, expected = VERBS[verb]
-    from_recipe = {"storage"} if verb in ("train", "estimate", "intrinsic", "compare") else set()
-    assert FIELDS & parameters(function) == expected
-    assert FIELDS & options(verb).keys() == expected | from_recipe
+@pytest.mark.parametrize("verb", BASES)
+def test_a_verb_has_the_parameters_of_a_base_that_bear_on_it(verb: str) -> None:
+    fields = {*Base.__dataclass_fields__}
+    own = {"device"} if verb == "estimate" else set()  # says more there
+    found = {one.name for place, one in declarations(verb) if place == "verb"}
+    assert fields & found == BASES[verb] | own
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_what_the_command_takes_the_function_takes_by_the_same_name(verb: str) -> None:
-    taken = parameters(VERBS[verb][0])
-    known = set(Recipe.model_fields) if "recipe" in taken else set()
-    known |= SETTINGS if "settings" in taken else set()
-    lost = {
-        name
-        for name in options(verb).keys() - OF_COMMANDS - BY_OTHER_MEANS.get(verb, set()) - known
-        if name not in taken and PLURAL.get(name) not in taken
+@pytest.mark.parametrize("name", NAMES)
+def test_an_option_is_declared_once(name: str) -> None:
+    """Every option is a parameter of the verb or of what runs it, a field of the recipe where the
+    verb has one, and nothing else; and it is called as the parameter.
+    """
+    places = declarations(name)
+    assert len({one.name for _, one in places}) == len(places)
+    recipes = [one for _, one in places if isinstance(one.option, Fields)]
+    plain = {one.name: one for _, one in places if one not in recipes}
+    expected = set[str]()
+    for n, one in plain.items():
+        option = one.option
+        assert isinstance(option, Option)
+        assert one.help, n
+        flag = option.flag.split("/")[0] or ("--adapter" if option.saved else "")
+        assert flag in ("", CALLED.get(n)), n
+        expected |= {flag or f"--{n.replace('_', '-')}", *(option.beside or ())[:1]} - {"TENANT"}
+    for one in recipes:
+        assert isinstance(one.option, Fields)
+        expected |= {f"--{n.replace('_', '-')}" for n in ("set", *fields_in(one.option))}
+        expected |= {"--config"} if one.option.config else set()
+    found = {p.opts[0] for p in command_of(name).params if p.param_type_name == "option"}
+    assert found - {"--help", "--help-all"} == expected
+
+
+def test_the_text_of_an_option_stands_once() -> None:
+    """No two verbs tell of a parameter of one name in the same words, but where both take it from
+    one declaration; and nothing but the builder declares an option to Typer.
+    """
+    texts: dict[tuple[str, str], set[int]] = {}
+    for name in NAMES:
+        for _, one in declarations(name):
+            if not isinstance(one.option, Fields):
+                shared = id(one.option.help) if one.option.help else hash(name)
+                texts.setdefault((one.name, one.help), set()).add(shared)
+    assert {key: places for key, places in texts.items() if len(places) > 1} == {}
+    declaring = {
+        p.name for p in CLI.glob("*.py") if re.search(r"typer\.(Option|Argument)\(", p.read_text())
     }
-    assert lost <= {"context", "adapter", "positional"}
-    assert lost <= {"context"} or "adapter" in taken
+    of_help = {"help.py", "__init__.py"}  # --help-all, --version
+    assert declaring - of_help == {"build.py", "parameters.py", "recipe_options.py"}
 
 
-@pytest.mark.parametrize("verb", VERBS)
+def test_what_would_be_declared_twice_is_found() -> None:
+    class Two(TypedDict, total=False):
+        rank: Annotated[int, Option("The rank.")]
+
+    def twice(rank: int = 1, *, console: Progress = None, **more: Unpack[Two]) -> None:
+        """Has it twice."""
+
+    assert [one.name for one in declared(twice)].count("rank") == 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_said_of_a_parameter_reaches_the_reader_of_python(name: str) -> None:
+    entries = Docs.of(verb_of(name)).args
+    told = {one.name for _, one in declarations(name) if one.group is None and one.help}
+    assert told & {n for n in inspect.signature(verb_of(name)).parameters} <= entries.keys()
+
+
+@pytest.mark.parametrize("verb", NAMES)
 def test_no_option_has_an_old_name(verb: str) -> None:
     assert not OLD_NAMES.keys() & {name for names in options(verb).values() for name in names}
 

@@ -21,7 +21,7 @@ from lorafold.files.page import Shown
 from lorafold.inspecting.resize import Resized
 
 # completions, a conversation, and what serves until it ends
-OTHERWISE = {"generate", "chat", "serve"}
+OTHERWISE = {"generate", "chat", "serve", "preview"}
 
 
 class Table(HTMLParser):
@@ -55,7 +55,8 @@ def test_every_verb_returns_what_a_notebook_shows() -> None:
         if (name := name_of(path)) not in ("", "__main__"):
             importlib.import_module(f"lorafold.{name}")
     known = {kind.__name__ for kind in Shown.__subclasses__()}
-    verbs = {name for name in dir(lf) if getattr(lf, name).__module__.startswith("lorafold.api.")}
+    face = "lorafold.api."
+    verbs = {n for n in dir(lf) if n.islower() and getattr(lf, n).__module__.startswith(face)}
     for verb in verbs - OTHERWISE - {"load", "load_model"}:
         kinds = inspect.signature(getattr(lf, verb)).return_annotation
         assert {*re.findall(r"(\w+)(?: \||$)", kinds)} <= known, verb

@@ -21,6 +21,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save
 
 import lorafold as lf
+from lorafold import identity
 from lorafold.comparing import measure
 from lorafold.comparing.run import key
 from lorafold.data import rows as reading
@@ -29,7 +30,7 @@ from lorafold.data.examples import encode
 from lorafold.data.rows import read_rows
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import MANIFEST
-from lorafold.identity import TRAINING, code, of_code
+from lorafold.identity import TRAINING, of_code
 from lorafold.inspecting import intrinsic, spectra
 from lorafold.models.tokenizer import load_tokenizer
 from lorafold.opening import Base
@@ -336,11 +337,11 @@ def test_a_line_of_code_makes_anew_what_it_makes_and_no_run_is_refused(
     file: str, others: set[str], world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = shutil.copytree(
-        code.ROOT, tmp_path / "lorafold", ignore=shutil.ignore_patterns("__pycache__")
+        identity.ROOT, tmp_path / "lorafold", ignore=shutil.ignore_patterns("__pycache__")
     )
     with (root / file).open("a") as source:
         source.write("\n# another line\n")
-    monkeypatch.setattr(code, "ROOT", root)
+    monkeypatch.setattr(identity, "ROOT", root)
     of_code.cache_clear()
     try:
         assert {thing for thing in THINGS if not getattr(world, thing)()} == others
@@ -457,6 +458,6 @@ def test_the_code_of_a_thing_is_all_that_it_imports(rooms: tuple[str, ...], besi
     files = [
         file
         for room in rooms
-        for file in ((code.ROOT / room).rglob("*.py") if (code.ROOT / room).is_dir() else ())
+        for file in ((identity.ROOT / room).rglob("*.py") if (identity.ROOT / room).is_dir() else ())
     ]
     assert rooms_of(files) - set(rooms) - {"errors", "files", "identity"} == besides

@@ -51,7 +51,7 @@ def main(out: Path) -> str:
     print(lf.estimate("smollm2", "lora").total, lf.compose(["a", "b"], out / "c").out)
     print(lf.resize(out / "adapter", out / "small", rank=2).error, lf.intrinsic(out / "d").points)
     print(lf.score("smollm2", rows, adapters="judge").n)
-    print([point.kept for point in lf.fragility(refuse=rows, controls=rows).points])
+    print([point.kept for point in lf.fragility(probes=lf.Probes(rows, rows)).points])
 
     model, tokenizer = lf.load_model("smollm2", storage="nf4"), lf.load_tokenizer("smollm2")
     spec = lf.LoRA(rank=16, alpha=32, dropout=0.05)

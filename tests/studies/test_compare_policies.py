@@ -17,9 +17,9 @@ from rich.console import Console
 
 import lorafold as lf
 from conftest import lorafold, refused
-from lorafold.api.compare import Comparison
 from lorafold.comparing import measure as module
 from lorafold.comparing import run
+from lorafold.comparing.comparison import Comparison
 from lorafold.comparing.measure import BASE, Measurement, Variant, measure
 from lorafold.comparing.paired import Difference, over_base, told_apart, verdict
 from lorafold.comparing.report import Quality, columns, deciding, markdown, page

@@ -17,7 +17,7 @@ from rich.console import Console
 
 import lorafold as lf
 from conftest import lorafold
-from lorafold.cli.compare import varied
+from lorafold.cli.build import varied
 from lorafold.comparing.measure import Measurement, Variant, variants
 from lorafold.comparing.paired import alike, chosen_apart, verdict
 from lorafold.comparing.report import deciding, markdown, page

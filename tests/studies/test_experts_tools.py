@@ -379,8 +379,8 @@ def test_updates_relate_at_each_expert(moe_dir, pair):
 def test_a_mixture_is_the_sum_under_its_gates(gates, moe_dir, pair, tmp_path):
     base, adapters = moe_dir("mixtral"), pair("mixtral")
     lf.compose(
-        adapters, tmp_path / "mixed", model=base, how="mixture", gates=gates,
-        examples={"x": ROWS}, recipe=lf.Recipe(steps=2, batch=2), storage="fp32",
+        adapters, tmp_path / "mixed", model=base, how="mixture", storage="fp32",
+        learning=lf.Learning(gates, {"x": ROWS}, recipe=lf.Recipe(steps=2, batch=2)),
     )  # fmt: skip
     model = fresh_model(base)
     deltas = lf.load(model, tmp_path / "mixed").own_deltas
@@ -425,7 +425,11 @@ def test_a_router_of_adapters_at_each_expert(moe_dir):
 def test_a_search_of_weights_runs(moe_dir, pair, tmp_path):
     base, adapters = moe_dir("mixtral"), pair("mixtral")
     found = lf.compose(
-        adapters, tmp_path / "out", model=base, how="lorahub", examples={"x": ROWS}, evaluations=3
+        adapters,
+        tmp_path / "out",
+        model=base,
+        how="lorahub",
+        learning=lf.Learning(examples={"x": ROWS}, evaluations=3),
     ).composed["lorahub"]
     assert found.weights is not None
     assert max(map(abs, found.weights)) <= BOUND

@@ -155,8 +155,8 @@ def test_two_workers_undo(tiny_model_dir: Callable[..., Path], tmp_path: Path) -
         "--epochs", "2",
     ]  # fmt: skip
     alone = lf.fragility(
-        tmp_path / "alone", refuse=asked, controls=allowed, data=data, model=model, seeds=2,
-        adapters=tmp_path / "policy", examples=[1, 2, 4], ranks=[2], max_new_tokens=6,
+        tmp_path / "alone", probes=lf.Probes(asked, allowed, max_new_tokens=6), data=data,
+        model=model, adapters=tmp_path / "policy", tuning=lf.Tuning([1, 2, 4], [2], seeds=2),
         recipe=RECIPE.model_copy(update={"epochs": 2}), storage="fp32", device="cpu",
     ).as_json()  # fmt: skip
     found, written = shared(tmp_path / "out", arguments, "figures/*.json")

@@ -13,8 +13,7 @@ import torch
 
 import lorafold as lf
 from conversation_cases import prompts
-from lorafold.cli.eval import command as eval_command
-from lorafold.cli.generate import command as generate_command
+from lorafold.cli import app
 from lorafold.data.examples import encode
 from lorafold.errors import LorafoldError
 from lorafold.evaluation import (
@@ -214,6 +213,15 @@ def test_an_evaluation_computes_as_the_adapter_was_trained(
     assert found["fp32"] != found["bf16"]
 
 
+def typed(command: str, **options: Any) -> None:
+    """Run a command with these options; True is for a switch."""
+    words = [command]
+    for name, value in options.items():
+        for one in value if isinstance(value, list) else [value]:
+            words += [f"--{name.replace('_', '-')}", *([] if one is True else [str(one)])]
+    app(words, prog_name="lorafold", standalone_mode=False)
+
+
 def test_eval_command(
     tiny_model_dir: Callable[[str], Path],
     tmp_path: Path,
@@ -222,7 +230,8 @@ def test_eval_command(
 ) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    eval_command(
+    typed(
+        "eval",
         data=str(data),
         model=str(tiny_model_dir("llama")),
         storage="fp32",
@@ -233,9 +242,13 @@ def test_eval_command(
     out = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert out["loss"] == pytest.approx(reference_loss(*tiny, ROWS), rel=1e-5)
     assert (out["n"], out["exact_match"]) == (len(ROWS), 0)
-    eval_command(
-        data=str(data), model=str(tiny_model_dir("llama")), storage="fp32", device="cpu",
-        completions=False,
+    typed(
+        "eval",
+        data=str(data),
+        model=str(tiny_model_dir("llama")),
+        storage="fp32",
+        device="cpu",
+        no_completions=True,
     )
     assert capsys.readouterr().out.startswith("6 rows: loss ")
 
@@ -252,11 +265,11 @@ def test_generate_command(
         "device": "cpu",
         "max_new_tokens": 7,
     }
-    generate_command(prompt="book", **options)
+    typed("generate", prompt="book", **options)
     printed = capsys.readouterr()
     assert printed.out == said + "\n"
     assert "tokens/s" in printed.err
-    generate_command(prompt="book", **options, json=True)
+    typed("generate", prompt="book", **options, json=True)
     out = json.loads(capsys.readouterr().out)
     assert out["text"] == said
     assert out["tokens_per_second"] > 0
@@ -284,10 +297,10 @@ def test_adapters_stack_and_one_of_another_base_is_refused(
         "data": str(data),
         "storage": "fp32",
         "device": "cpu",
-        "completions": False,
+        "no_completions": True,
         "json": True,
     }
-    eval_command(model=str(tiny_model_dir("llama")), adapter=paths, **options)
+    typed("eval", model=str(tiny_model_dir("llama")), adapter=paths, **options)
     assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(expected, rel=1e-5)
 
     other = tiny_model("llama")
@@ -295,5 +308,7 @@ def test_adapters_stack_and_one_of_another_base_is_refused(
     other.save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")
     with pytest.raises(LorafoldError, match="base"):
-        eval_command(model=str(tmp_path / "other"), adapter=paths[:1], **options)
-    eval_command(model=str(tmp_path / "other"), adapter=paths[:1], allow_other_base=True, **options)
+        typed("eval", model=str(tmp_path / "other"), adapter=paths[:1], **options)
+    typed(
+        "eval", model=str(tmp_path / "other"), adapter=paths[:1], allow_other_base=True, **options
+    )

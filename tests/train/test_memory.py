@@ -20,7 +20,7 @@ from architectures import MULTIMODAL
 from conftest import fast_only
 from lorafold.bases import LAYERS
 from lorafold.bases.bitsandbytes import Quantized
-from lorafold.cli.estimate import size
+from lorafold.cli.build import size
 from lorafold.core.delta import Delta
 from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError

@@ -17,13 +17,12 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import PreTrainedModel
 
 import lorafold as lf
 from fresh_models import fresh_model
 from lorafold.errors import LorafoldError
-from lorafold.exporting.gguf_model import write_model
 from lorafold.machine.processes import ALONE
-from lorafold.models import container
 from lorafold.models.loading import load_model
 from lorafold.models.tokenizer import load_tokenizer
 from lorafold.step.replicated import Replicated
@@ -261,13 +260,15 @@ def test_full_fine_tuning_writes_nothing_that_is_not_finite(
 def test_a_model_that_is_not_what_was_trained_is_no_success(
     tiny_model_dir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def damaged(model: Any, folder: Path) -> None:
-        write_model(model, folder)
+    save = PreTrainedModel.save_pretrained
+
+    def damaged(model: Any, folder: Path, **how: Any) -> None:
+        save(model, folder, **how)
         tensors = load_file(folder / "model.safetensors")
         tensors["model.norm.weight"][0] += 1
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
-    monkeypatch.setattr(container, "write_model", damaged)
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", damaged)
     with pytest.raises(LorafoldError, match=r"other values than were trained in model\.norm\.w"):
         train(request(tiny_model_dir("llama"), tmp_path / "a", method="full"), quiet())
     assert RunDirectory(tmp_path / "a").checkpoints()

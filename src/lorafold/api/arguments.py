@@ -6,11 +6,12 @@ is told at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from lorafold.api.options import Data, Named, Paths, Rewarding
 from lorafold.data.rows import check_rows, read_rows, renamed
 from lorafold.data.shapes import PAIRS
 from lorafold.data.sources import Row, source_from
@@ -26,16 +27,10 @@ if TYPE_CHECKING:
     from lorafold.data.stream import RowStream
     from lorafold.recipe.recipe import Recipe
 
-Paths = str | Path | Sequence[str | Path]  # one directory or several
-Data = str | Path | Sequence[str] | Sequence[Row]  # one source, several, or the rows
-Columns = Mapping[str, str]  # the user's names of keys, by lorafold's
-Rewarding = str | Callable[..., Any] | Sequence[str | Callable[..., Any]]
-Tasks = Mapping[str, Data] | Sequence[str | Path]  # rows by the name of a task, or files
-
 
 def as_rows(
     data: Data,
-    columns: Columns | None = None,
+    columns: Named | None = None,
     console: Console | None = None,
     weighted: bool = False,
     objective: str | None = DEFAULT,
@@ -116,7 +111,7 @@ def as_rewards(rewards: Rewarding) -> list[str | Callable[..., Any]]:
     return given
 
 
-def as_prompts(data: Data, columns: Columns | None = None) -> list[Row]:
+def as_prompts(data: Data, columns: Named | None = None) -> list[Row]:
     """Prompts, whose rows need no completion, after they are read, if sources are named, and
     checked.
 
@@ -136,7 +131,7 @@ def as_prompts(data: Data, columns: Columns | None = None) -> list[Row]:
 
 
 def rows_to_train(
-    data: Data, recipe: Recipe, columns: Columns | None, console: Console | None
+    data: Data, recipe: Recipe, columns: Named | None, console: Console | None
 ) -> Rows | RowStream:
     """As `as_rows`, or for a recipe with `streaming` the stream of the rows.
 
@@ -169,7 +164,7 @@ def rows_to_train(
     return stream
 
 
-def _dropped(columns: Columns | None) -> list[str]:
+def _dropped(columns: Named | None) -> list[str]:
     """What a user is told of columns without another name."""
     names = ", ".join(name for name, column in (columns or {}).items() if not column)
     return [f"dropped by --columns: {names}"] if names else []
@@ -233,6 +228,21 @@ def as_path(path: str | PathLike[str], name: str = "out") -> Path:
     if not isinstance(path, (str, PathLike)):
         raise LorafoldError(f"{name}: found {cut(repr(path), 80)}, expected a path")
     return Path(path).expanduser()
+
+
+def as_page(file: str | Path | None, name: str = "html") -> Path | None:
+    """The file of a page, or None. Raises LorafoldError for one that can't be written.
+
+    Args:
+        name: Of the argument, for the message.
+    """
+    from lorafold.files.atomic import check_file
+
+    if file is None:
+        return None
+    place = as_path(file, name)
+    check_file(place)
+    return place
 
 
 def as_console(console: Console | None) -> Console | None:

@@ -1,72 +1,65 @@
 """`lf.chat`: a conversation with a base and its adapters."""
 
-from __future__ import annotations
+from typing import TYPE_CHECKING, Unpack
 
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-from lorafold.api.arguments import Paths, as_paths
-from lorafold.api.opened import opened
-from lorafold.conversation import Chat, unique_names
-from lorafold.data.control_tokens import allow
-from lorafold.engine import Sampling
-from lorafold.opening import base_for
-from lorafold.peft.saved import open_all
+from lorafold.api import options as opt
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from lorafold.conversation import Chat
 
 
+@opt.verb
 def chat(
-    model: str | Path | None = None,
-    adapters: Paths = (),
+    model: opt.Model = None,
+    adapters: opt.Adapters = (),
     *,
-    system: str | None = None,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    seed: int = 0,
-    allow_control_tokens: bool = False,
-    storage: str = "auto",
-    device: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    allow_other_base: bool = False,
-    console: Console | None = None,
-) -> Chat:
-    """Begin a conversation in which all adapters are active, one over the other. It is a context
-    manager: `turn = chat.ask(text)`, then `chat.answer(turn, chat.active)` streams, and `chat.keep`
-    remembers.
+    system: opt.System = None,
+    max_new_tokens: opt.NewTokens = 256,
+    temperature: opt.Temperature = 0.0,
+    seed: opt.Seed = 0,
+    allow_control_tokens: opt.ControlTokens = False,
+    console: opt.Progress = None,
+    **opening: Unpack[opt.Opening],
+) -> "Chat":
+    """Talk to the model; each answer sees the conversation so far, and streams to stdout.
 
-    Args:
-        model: A name or path as `lf.load_model` takes it; None takes the base that the adapters
-            say they were trained on, and without adapters smollm2.
-        adapters: Saved adapters, which `Chat.switch` knows by the last parts of their paths.
-        system: The system message; None takes the chat template's default.
-        max_new_tokens: An answer ends after this many tokens at the latest.
-        temperature: 0 takes the most likely token; above 0 tokens are sampled.
-        seed: The seed of the first answer; each later turn has the next one.
-        allow_control_tokens: Control tokens in messages are tokens; else they are read as text.
-        storage: How the base stores its weights: auto, fp32, bf16, nf4 or int8.
-        device: cpu, cuda, cuda:N or mps; None takes the fastest that is available.
-        revision: The branch, tag or commit of a hub model.
-        trust_remote_code: Run Python code that comes with the model.
-        allow_other_base: Accept adapters whose fingerprint names another base.
-        console: A rich console for notices; None is quiet.
+    The model is loaded once, and adapters are switched as you talk: all of them answer, stacked as
+    for generate, until /adapter NAME chooses one. Ctrl-C stops an answer; at the
+    prompt it leaves with exit code 130. Where stdin is no terminal, each of its lines is a message
+    or a command; stdout then has the answers alone, and notices go to stderr. A line that begins
+    with / is a command; // begins a message with one.
+
+    In Python it returns a context manager: `turn = chat.ask(text)`, then `chat.answer(turn,
+    chat.active)` streams, and `chat.keep` remembers. `Chat.switch` knows adapters by the last parts
+    of their paths; each later turn has the next seed.
 
     Raises LorafoldError for a model or adapter that can't be loaded.
+
+    Examples:
+        lorafold chat
+        lorafold chat demo/adapter
+        lorafold chat demo/adapter --system "Answer in JSON." --temperature 0.7
+
+    Notes:
+        /adapter NAME: one adapter answers; all: all of them; none: the base; no name: the list.
+        /both: the base answers too, beside the adapter; /both again ends that.
+        /system TEXT: set the system message; none takes it away; no text: what it is.
+        /reset: forget the conversation (or /new); adapter and system message stay.
+        /save FILE: add the conversation to FILE.jsonl, as a row that lorafold train reads.
+        /help: this list.
+        /quit: the end, as Ctrl-D.
     """
+    from lorafold.api.arguments import as_paths
+    from lorafold.api.opened import opened
+    from lorafold.conversation import Chat, unique_names
+    from lorafold.data.control_tokens import allow
+    from lorafold.engine import Sampling
+    from lorafold.opening import base_for
+    from lorafold.peft.saved import open_all
+
     paths = as_paths(adapters)
     found = open_all(paths)
-    base = base_for(
-        model,
-        found,
-        console,
-        storage=storage,
-        device=device,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        allow_other_base=allow_other_base,
-    )
+    base = base_for(model, found, console, **opening)
     loaded, tokenizer = opened(base, found, console=console)
     if allow_control_tokens:
         allow(tokenizer)

@@ -1,126 +1,99 @@
 """`lf.compare`: every method on one's own model and data, measured in one table."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
-from lorafold.api.arguments import (
-    Columns,
-    Data,
-    Rewarding,
-    as_path,
-    or_quiet,
-    recipe_to_train,
-    with_rewards,
-)
-from lorafold.api.task import train_and_test
-from lorafold.comparing import run
-from lorafold.comparing.measure import Measurement, Task, Vary, variants
-from lorafold.comparing.paired import Difference, alike, chosen_apart, over_base, verdict
-from lorafold.comparing.report import markdown
-from lorafold.comparing.run import known_methods, methods_for, unfit
+from lorafold.api import options as opt
 from lorafold.errors import LorafoldError
-from lorafold.files.atomic import check_folder, write_text
-from lorafold.files.claims import check_token
-from lorafold.files.page import Shown
-from lorafold.opening import Base
-from lorafold.quickstart.story import RECIPE
-from lorafold.recipe.fitting import fitting, settled_length, spec_of, without
-from lorafold.recipe.recipe import Recipe
-from lorafold.rewards.judging import check_judges
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from lorafold.comparing.comparison import Comparison
+    from lorafold.comparing.measure import Measurement
+    from lorafold.recipe.recipe import Recipe
 
 
-@dataclass(frozen=True)
-class Comparison(Shown):
-    """The figures of every method, setting and seed, in the order asked for, and what they were
-    measured on. Those of the base come first.
-    """
-
-    rows: tuple[Measurement, ...]
-    model: str
-    source: str
-
-    @property
-    def over_base(self) -> dict[str, Difference]:
-        """By how much each line's reward is above the base's, paired by prompts; or its loss,
-        paired by rows, where below 0 is better. A line is named as in "lora" or "lora rank=8".
-        """
-        return over_base(self.rows)
-
-    @property
-    def verdict(self) -> str:
-        """The method of the lowest loss or the highest reward, where the held-out rows and at least
-        three seeds tell it from all others; else those among which they can't tell.
-        """
-        return verdict(self.rows)
-
-    def as_json(self) -> dict[str, Any]:
-        """The figures under the keys of `lorafold compare --json`."""
-        gains = {method: asdict(one) for method, one in self.over_base.items()}
-        rows = [asdict(one) for one in self.rows]
-        for row in rows:
-            del row["row_losses"]  # one for each held-out row; OUT/rows.json has them
-        return {"rows": rows, "over_base": gains, "verdict": self.verdict}
-
-    def __str__(self) -> str:
-        return markdown(self.rows)
-
-
+@opt.verb
 def compare(
-    out: str | Path,
+    out: opt.StudyOut,
     *,
-    model: str | Path = "smollm2",
-    data: Data | None = None,
-    eval_data: Data | None = None,
-    rewards: Rewarding = (),
-    columns: Columns | None = None,
-    methods: Sequence[str] = (),
-    vary: Vary | None = None,
-    seeds: int = 1,
-    recipe: Recipe | None = None,
-    device: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    console: Console | None = None,
-) -> Comparison:
-    """Train every method on the same rows with the same budget, or with several values of settings,
-    and measure quality, forgetting, size, speed and latency, each in a process of its own. The base
-    is measured too. Policies are compared by the reward of held-out prompts.
+    model: opt.OnlyModel = "smollm2",
+    data: opt.StudyRows = None,
+    eval_data: opt.HeldOut = None,
+    rewards: opt.Judges = (),
+    columns: opt.Columns = None,
+    methods: Annotated[Sequence[str], opt.Option(metavar="NAME,NAME")] = (),
+    vary: Annotated[
+        Mapping[str, Sequence[Any]] | None, opt.Option(kind=list[str], metavar="FIELD=VALUE,VALUE")
+    ] = None,
+    seeds: Annotated[int, opt.Option(min=1)] = 1,
+    recipe: Annotated[
+        "Recipe | None", opt.Fields(without=("method", "seed"), defaults=opt.of_quickstart)
+    ] = None,
+    html: str | Path | None = None,
+    console: opt.Progress = None,
+    **opening: Unpack[opt.Computing],
+) -> "Comparison":
+    """Train every method on the same data with the same budget, and measure what the choice between
+    them depends on.
+
+    The table has the figures that decide: the held-out loss, how far it is from that of the base
+    (which is the first line), forgetting on text outside the task, peak memory, seconds and trained
+    parameters. Only --wide, --json and the page have adapter size, tokens/s, exact match, latency
+    attached and merged relative to the base, whether the method can be merged (proved by folding),
+    and whether it adds modules. A best method is named only where the rows, in pairs, and at least
+    three seeds tell it from all others. Texts with labels need --objective classify. Unless the
+    recipe sets a learning rate, each method has its own.
+
+    `vary` tries several values of a setting, as in --vary rank=8,32, and of several settings every
+    combination. One half of the held-out rows chooses the best setting, and the other half gives
+    its loss.
+
+    Policies (--objective grpo, with `rewards`) draw as many completions each, and are compared by
+    the reward of held-out prompts.
+
+    In Python too rewards are names and no functions, since each method is measured in a process of
+    its own, and figures are kept under the digest of a reward's file.
 
     Args:
-        out: The directory of the figures, and of the table as `table.md`. Figures are written as
-            they are measured, and a second call continues after them.
-        model: A name or path as `lf.load_model` takes it.
-        data: Training rows; None takes the quickstart's task.
-        eval_data: Held-out rows; None holds out the recipe's `eval_fraction`, or a tenth.
-        rewards: What judges completions that the model draws: one or several names such as
-            "rewards.py:score", beside the recipe's; no functions, as these can't be kept figures
-            of.
-        columns: The keys of the rows under other names, as in {"prompt": "question"}.
-        methods: Names of methods; empty for all that can learn the recipe's objective.
-        vary: The values of fields of the recipe, as in {"rank": [8, 16], "lr": [1e-4, 2e-4]}, or
-            of entries of a field, as in {"options.init": ["kaiming", "gaussian"]}. Each method is
-            trained with every combination of those that it has. One half of the held-out rows
-            chooses the best, and the other half gives the losses or rewards.
-        seeds: How many seeds of each method and setting; fewer than 3 give no verdict.
+        methods: The methods, as in lora,dora. Default: all that can learn the objective.
+        vary: A field of the recipe and the values to try, as in rank=8,32 or
+            options.init=kaiming,gaussian; values are YAML, as in
+            targets=all-linear,[q_proj,v_proj]. In Python a mapping such as {"rank": [8, 16],
+            "options.init": ["kaiming", "gaussian"]}.
+        seeds: Seeds of each line; a verdict needs 3.
         recipe: The recipe of all runs; without a learning rate each method has its own.
-        device: cpu, cuda, cuda:N or mps; None takes the fastest that is available.
-        revision: The branch, tag or commit of a hub model.
-        trust_remote_code: Run Python code that comes with the model.
-        console: A rich console for one line a measurement; None is quiet.
+        html: Also write the table with plots as one HTML file.
 
     Raises LorafoldError, before anything is trained, for an unknown method, for one that can't
     learn the objective, for recipe options and varied settings that none of the methods has, for
     fields that change what is measured, and for rewards that are missing or that the objective does
     not take.
+
+    Examples:
+        lorafold compare --out compared
+        lorafold compare --out two --methods lora,dora --data demo/train.jsonl
+        lorafold compare --out rates --methods lora --vary lr=1e-4,4e-4 --seeds 3
     """
+    from functools import partial
+
+    from lorafold.api.arguments import as_page, as_path, or_quiet, recipe_to_train, with_rewards
+    from lorafold.api.task import train_and_test
+    from lorafold.comparing import run
+    from lorafold.comparing.comparison import Comparison
+    from lorafold.comparing.measure import Task, variants
+    from lorafold.comparing.paired import alike, chosen_apart
+    from lorafold.comparing.report import page
+    from lorafold.comparing.run import known_methods, methods_for, unfit
+    from lorafold.files.atomic import check_folder, write_text
+    from lorafold.files.claims import check_token
+    from lorafold.opening import Base
+    from lorafold.quickstart.story import RECIPE
+    from lorafold.recipe.fitting import fitting, settled_length, spec_of, without
+    from lorafold.recipe.recipe import Recipe
+    from lorafold.rewards.judging import check_judges
+
+    place = as_page(html)
     check_folder(as_path(out))
     check_token(as_path(out))
     console, recipe = or_quiet(console), recipe_to_train(recipe, Recipe() if data else RECIPE)
@@ -133,7 +106,7 @@ def compare(
         )
     rows, held_out, source = train_and_test(data, eval_data, recipe, columns, console, True)
     recipe = recipe.model_copy(update={"eval_fraction": 0.0})  # the runs hold out no more
-    base = Base(model, device=device, revision=revision, trust_remote_code=trust_remote_code)
+    base = Base(model, **opening)
     names = known_methods(methods) or methods_for(recipe.objective)
     left_out: dict[str, str] = {}
     if not methods:
@@ -155,7 +128,7 @@ def compare(
         if same := [setting for setting in vary or {} if setting not in varied]:
             console.print(f"{', '.join(same)} not varied: {name} has no such choice", markup=False)
 
-    def tell(one: Measurement, done: int, total: int) -> None:
+    def tell(one: "Measurement", done: int, total: int) -> None:
         console.print(f"{done}/{total} {one}", highlight=False, markup=False)
 
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
@@ -164,4 +137,6 @@ def compare(
         say(f"the same loss on every row: {', '.join(same)}; what they differ in did nothing")
     found = Comparison(tuple(chosen_apart(rows_found)), str(model), source)
     write_text(as_path(out) / "table.md", str(found))
+    if place is not None:
+        page(found.rows, f"Methods on {found.model}, {found.source}", place)
     return found

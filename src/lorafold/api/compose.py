@@ -1,95 +1,122 @@
 """`lf.compose`: one adapter from several, and the interference between their tasks."""
 
-from __future__ import annotations
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
 
-from collections.abc import Mapping, Sequence
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-from lorafold.api.arguments import Paths, Tasks, as_path, as_paths, as_recipe, as_rows, or_quiet
-from lorafold.api.opened import opened
-from lorafold.composing import run
-from lorafold.composing.job import Request
-from lorafold.composing.run import Composition
-from lorafold.composing.updates import names
-from lorafold.composing.ways import RECIPE
-from lorafold.data.sources import Row
-from lorafold.methods.parts.mixture import Gating
-from lorafold.opening import base_for
-from lorafold.peft.saved import open_all
-from lorafold.recipe.fitting import settled_length
-from lorafold.recipe.recipe import Recipe
+from lorafold.api import options as opt
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from lorafold.composing.run import Composition
+    from lorafold.data.sources import Row
+    from lorafold.recipe.recipe import Recipe
 
-def compose(
-    adapters: Paths,
-    out: str | Path,
-    *,
-    model: str | Path | None = None,
-    how: str | Sequence[str] = "linear",
-    weights: Sequence[float] = (),
-    rank: int | None = None,
-    density: float | None = None,
-    gates: Gating = "global",
-    data: Tasks = (),
-    examples: Tasks = (),
-    recipe: Recipe | None = None,
-    evaluations: int = 40,
-    completions: bool = True,
-    seed: int = 0,
-    storage: str = "auto",
-    device: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    allow_other_base: bool = False,
-    overwrite: bool = False,
-    console: Console | None = None,
-) -> Composition:
-    """Make one adapter from several, in one way or in each of several ways, and write it to `out`.
+
+def _of_gates(_: Any) -> "Recipe":
+    from lorafold.composing.ways import RECIPE
+
+    return RECIPE
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How lorahub finds weights, and a mixture its gates.
 
     Args:
-        adapters: Saved adapters of one base whose updates are additive (LoRA, VeRA, LoHa ...).
-        out: The directory of the new adapter; with several ways, that of each is `out/<way>`.
-        model: The base of the adapters; None takes the one that they say they were trained on.
-        how: linear, task-arithmetic, svd, ties, dare, dare-ties, magnitude, lorahub or mixture.
-        weights: One for each adapter, in their order; empty for the way's defaults.
-        rank: Cut every site to this rank; None is the way's default.
-        density: The share of entries that ties, dare and magnitude keep; None is the way's default.
-        gates: What a mixture's gates depend on: global, layer or token.
-        data: Rows of tasks on which adapters and compositions are measured.
-        examples: Rows that lorahub and mixture learn from; empty for half of each task's.
+        gates: The gates of a mixture: one for each adapter (global), for each adapter and layer
+            (layer), or computed from each token (token).
+        examples: Rows that lorahub and mixture learn from, for each task. Default: half of the rows
+            of each `data`.
+        evaluations: How many choices of weights lorahub measures.
         recipe: The recipe by which a mixture's gates are trained.
-        evaluations: How many choices of weights lorahub may measure.
-        completions: Also measure exact match, which generates completions.
-        seed: All random numbers follow from it.
-        storage: How the base stores its weights where it is loaded.
-        device: cpu, cuda, cuda:N or mps; None takes the fastest that is available.
-        revision: The branch, tag or commit of a hub model.
-        trust_remote_code: Run Python code that comes with the model.
-        allow_other_base: Accept adapters whose fingerprint names another base.
-        overwrite: Replace `out` if it exists.
-        console: A rich console for progress and notices; None is quiet.
+    """
+
+    gates: Literal["global", "layer", "token"] = "global"
+    examples: Annotated[opt.Tasks, opt.Option(kind=list[str])] = ()
+    evaluations: Annotated[int, opt.Option(min=1)] = 40
+    recipe: Annotated[
+        "Recipe | None",
+        opt.Fields(
+            names=(),
+            config=False,
+            sets="A field of the recipe by which a mixture's gates are trained, as in steps=40.",
+            defaults=_of_gates,
+        ),
+    ] = None
+
+
+@opt.verb
+def compose(
+    adapters: opt.SomeAdapters,
+    out: opt.Out,
+    *,
+    model: opt.Model = None,
+    how: str | Sequence[str] = "linear",
+    weights: Annotated[Sequence[float], opt.Option(flag="--weight")] = (),
+    rank: Annotated[int | None, opt.Option(min=1)] = None,
+    density: float | None = None,
+    learning: Learning = Learning(),
+    data: Annotated[opt.Tasks, opt.Option(kind=list[str])] = (),
+    completions: opt.Completions = True,
+    seed: opt.Seed = 0,
+    overwrite: opt.Overwrite = False,
+    console: opt.Progress = None,
+    **opening: Unpack[opt.Opening],
+) -> "Composition":
+    """Make one adapter from the weight updates of several, and measure the interference between
+    their tasks.
+
+    Ranks, target modules and methods may differ. With `data` the base, each adapter alone and each
+    composition are evaluated on every task. The geometry of the updates (cosine, shared subspaces,
+    sign conflict) shows where they oppose each other.
+
+    Args:
+        how: The way to compose, from the list below; several are compared, each in OUT/WAY.
+        weights: The weight of an adapter, for each of them in order. Default: the way's.
+        rank: Cut every module's update to this rank.
+        density: The share of the entries that ties, dare and magnitude keep.
+        learning: How weights and gates are learned.
+        data: Rows of a task to measure on, for each task.
 
     Raises LorafoldError, with nothing written, for everything that is wrong with the arguments, an
     adapter or rows.
+
+    Examples:
+        lorafold compose demo/adapter adapter --storage fp32 --out sum
+        lorafold compose demo/adapter adapter --storage fp32 --how svd --out cut
+        lorafold compose demo/adapter adapter --storage fp32 --data demo/test.jsonl \\
+            --how linear --how ties --out ways
+
+    Notes:
+        Ways to compose. linear: the weighted average, exact. task-arithmetic: the weighted sum,
+        exact; a negative weight removes a task. svd: the average, cut to the largest rank. ties:
+        keep the largest fifth of each matrix, elect a sign for each entry, and average the entries
+        that have it. dare, dare-ties: drop a random half of the entries and rescale the others,
+        then average as linear or as ties. magnitude: keep the largest fifth and average. lorahub:
+        search for the weights on examples, without gradients. mixture: keep the adapters and train
+        gates for them (--gates global, layer or token).
+
+        All ways but mixture give one LoRA. linear and task-arithmetic concatenate the factors, so
+        the rank is the sum of the adapters' ranks unless `rank` cuts it. The others compute dense
+        updates, of which an SVD keeps a rank; the result states how much of the update was lost.
     """
+    from functools import partial
+
+    from lorafold.api.arguments import as_path, as_paths, as_recipe, or_quiet
+    from lorafold.api.opened import opened
+    from lorafold.composing import run
+    from lorafold.composing.job import Request
+    from lorafold.composing.ways import RECIPE
+    from lorafold.opening import base_for
+    from lorafold.peft.saved import open_all
+    from lorafold.recipe.fitting import settled_length
+
     saved, console = open_all(as_paths(adapters)), or_quiet(console)
-    base = base_for(
-        model,
-        saved,
-        console,
-        storage=storage,
-        device=device,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        allow_other_base=allow_other_base,
-    )
+    base = base_for(model, saved, console, **opening)
     before = sum(one.spec.positions for one in saved)
-    recipe = settled_length(as_recipe(recipe, RECIPE), base, before, console)
+    recipe = settled_length(as_recipe(learning.recipe, RECIPE), base, before, console)
     request = Request(
         base,
         saved,
@@ -100,20 +127,25 @@ def compose(
         density=density,
         seed=seed,
         tasks=by_name(data, console),
-        examples=by_name(examples, console),
+        examples=by_name(learning.examples, console),
         recipe=recipe,
-        gates=gates,
-        evaluations=evaluations,
+        gates=learning.gates,
+        evaluations=learning.evaluations,
         completions=completions,
         overwrite=overwrite,
     )
     return run.compose(request, partial(opened, base, saved, console=console), console)
 
 
-def by_name(tasks: Tasks, console: Console) -> dict[str, Sequence[Row]]:
+def by_name(tasks: opt.Tasks, console: "Console") -> dict[str, Sequence["Row"]]:
     """Rows by the name of their task; that of a file is the last part of its path. The console is
     told which keys of the rows are ignored.
     """
+    from collections.abc import Mapping
+
+    from lorafold.api.arguments import as_rows
+    from lorafold.composing.updates import names
+
     if not isinstance(tasks, Mapping):
         sources = [str(source) for source in tasks]
         tasks = dict(zip(names(sources), sources, strict=True))

@@ -1,148 +1,125 @@
 """`lf.estimate`: the memory of training or inference, whether it fits a device, and what would fit.
 """
 
-from __future__ import annotations
-
 import re
 import warnings
-from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Unpack
 
-from lorafold.api.arguments import Columns, Data, Rewarding, as_recipe, or_quiet
-from lorafold.api.rows_estimated import setting_on_rows
+from lorafold.api import options as opt
 from lorafold.errors import LorafoldError, both_names, called_now
-from lorafold.files.page import Shown
-from lorafold.machine.devices import AMPERE, check_device
-from lorafold.memory import report, terms
-from lorafold.memory.advice import Advice, advise, advise_on_rows
-from lorafold.memory.measure import measure as measured_bytes
-from lorafold.memory.modes import as_in_files, llama, setting_of
-from lorafold.memory.terms import SPEED, Estimate
-from lorafold.memory.trace import FSDP, STRATEGIES, Setting
-from lorafold.models.loading import load_model
-from lorafold.models.positions import positions_in
-from lorafold.models.sources import EMBEDDED
-from lorafold.opening import Base
-from lorafold.ops.arithmetic import widens
-from lorafold.ops.demands import Place, place_of
 from lorafold.recipe.fields import OF_MEMORY, OF_ROWS
-from lorafold.recipe.fitting import LENGTH, fitted_length
-from lorafold.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from lorafold.memory.forecast import Forecast
+    from lorafold.recipe.recipe import Recipe
 
 
-@dataclass(frozen=True)
-class Forecast(Shown):
-    """The memory of a setting at its peak, in bytes by term.
-
-    `advice` says whether it fits a device's memory and what would, if that was asked; `measured`
-    has the bytes of a real step, if one was run. `of_this_cpu` is set if the estimate is for this
-    machine's CPU instead of a GPU. Of several processes the bytes are those of
-    each; `speed` is what a device computes, in operations a second.
-    """
-
-    estimate: Estimate
-    setting: Setting
-    advice: Advice | None = None
-    measured: int | None = None
-    of_this_cpu: bool = False
-    speed: float = SPEED
-
-    @property
-    def total(self) -> int:
-        """Bytes at the peak."""
-        return self.estimate.total
-
-    @property
-    def terms(self) -> dict[str, int]:
-        """Bytes by term; their sum is the total."""
-        return self.estimate.terms
-
-    def remarks(self) -> list[str]:
-        """The lines below the terms: the device, whether it fits, and the measured bytes."""
-        lines = [report.about(self.setting)] * self.of_this_cpu
-        lines += report.together(self.estimate, self.setting, self.speed)
-        lines += [] if self.advice is None else report.verdict(self.advice, self.setting)
-        lines += [] if self.measured is None else [report.beside(self.estimate, self.measured)]
-        return lines
-
-    def as_json(self) -> dict[str, Any]:
-        """All figures under the keys of `lorafold estimate --json`."""
-        advice = {} if self.advice is None else asdict(self.advice)
-        largest = {f"largest_{k}" if k in ("batch", "length") else k: v for k, v in advice.items()}
-        measured = {} if self.measured is None else {"measured": self.measured}
-        sent = self.estimate.sent
-        exchange = (
-            {} if sent is None else {"sent": sent.bytes, "bandwidth": sent.bandwidth(self.speed)}
-        )
-        return {"total": self.total, **self.terms, **exchange, "fits": None, **largest, **measured}
-
-    def __str__(self) -> str:
-        return "\n".join([*report.bars(self.estimate), *self.remarks()])
-
-
+@opt.verb
 def estimate(
-    model: str | Path = "smollm2",
+    model: opt.OnlyModel = "smollm2",
     mode: str = "qlora",
     *,
     params: str | None = None,
-    data: Data | None = None,
-    rewards: Rewarding = (),
-    columns: Columns | None = None,
-    batch: int | None = None,
-    max_length: int | None = None,
-    labelled: int | None = None,
-    recipe: Recipe | None = None,
-    gpus: int = 1,
-    strategy: str = FSDP,
-    tflops: float = SPEED / 1e12,
-    device_memory: int | None = None,
+    data: Annotated[opt.Data | None, opt.Option(kind=list[str])] = None,
+    rewards: opt.Judges = (),
+    columns: opt.Columns = None,
+    batch: Annotated[int | None, opt.Option(min=1)] = None,
+    max_length: Annotated[int | None, opt.Option(min=2)] = None,
+    labelled: Annotated[int | None, opt.Option(rare=True, min=1)] = None,
+    recipe: Annotated[
+        "Recipe | None", opt.Fields((OF_MEMORY | OF_ROWS) - {"method"}, config=False)
+    ] = None,
+    gpus: Annotated[int, opt.Option(min=1)] = 1,
+    strategy: str = "fsdp",
+    tflops: Annotated[float, opt.Option(rare=True, min=1)] = 400,
+    device_memory: Annotated[int | None, opt.Option(kind=str, metavar="SIZE")] = None,
     measure: bool = False,
     device: str | None = None,
-    compute_capability: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    console: Console | None = None,
-    length: int | None = None,
-) -> Forecast:
-    """Estimate the memory of training or inference from a model's configuration, without weights.
+    compute_capability: Annotated[str | None, opt.Option(metavar="X.Y")] = None,
+    html: str | Path | None = None,
+    console: opt.Progress = None,
+    length: Annotated[int | None, opt.Option(typed=False)] = None,
+    **opening: Unpack[opt.Hub],
+) -> "Forecast":
+    """Estimate the memory of training or inference from a model's configuration alone, without its
+    weights.
+
+    With `data`, and --objective and its options as for train, the estimate is that of a run on
+    these rows: of preferences, of a classifier, or of a policy with what draws its completions.
 
     Args:
-        model: A name or path as `lf.load_model` takes it; only its configuration is read.
-        mode: inference, full, lora, qlora, or a method's name.
-        params: A Llama by its size instead of a model: 7b, 13b, 33b, 65b or 70b.
-        data: Training rows as `lf.train` takes them, for any objective: the estimate is that of the
-            largest micro-batch of a run's first steps.
-        rewards: With `data`: what judges completions, for an objective that draws them.
-        columns: With `data`: the keys of the rows under other names.
-        batch: Rows computed at a time; None is 1. With `data` the rows of a step, as the recipe's.
-        max_length: Tokens of a row; for inference those of prompt and completion together. None
-            takes 1,024, or as many as the model has positions. With `data` as the recipe's.
-        labelled: Tokens of the batch that count in the loss; None counts all.
+        mode: inference, full, lora, qlora, or the name of a method.
+        params: Instead of a model, a Llama of this size: 7b, 13b, 33b, 65b or 70b.
+        data: Training rows, as for train: the estimate is that of the largest micro-batch of a run
+            on them, whatever the objective.
+        batch: Rows computed at a time. Training packs rows up to max_length tokens at a time.
+            Default: 1, and with `data` 8 rows of a step.
+        max_length: Tokens of a row. For inference those of prompt and completion together. Default:
+            1,024, or as many as the model has positions.
+        labelled: Tokens of a batch that count in the loss. Default: all.
         recipe: Its fields take precedence over the mode; those that an estimate does not support
             are refused.
-        gpus: Processes that train together, one on each device; `batch` is that of each.
-        strategy: What of the model each of them holds: all (ddp), or its part (fsdp).
-        tflops: What a device computes, in 10^12 operations a second, for the bandwidth from which
-            on what they send is hidden.
-        device_memory: Bytes of the device, to say whether it fits and what would.
-        measure: Also load the model and run two real steps.
+        gpus: Devices that train together; the estimate is that of each, with `batch` rows.
+        strategy: What each of `gpus` holds: its part (fsdp), or all (ddp).
+        tflops: What a device computes, in TFLOP/s, to say which bandwidth `gpus` need.
+        device_memory: The memory of a device, as in 24GB, to say whether it fits and what would. In
+            Python in bytes.
+        measure: Also load the model and run two real steps, to check the estimate.
         device: cpu estimates for this machine's CPU; without it for a GPU of CUDA. `measure` runs
-            on it: cpu, cuda, cuda:N or mps.
-        compute_capability: That of the GPU, such as 8.0, which is assumed; kernels that an older
-            one lacks are left out.
-        revision: The branch, tag or commit of a hub model.
-        trust_remote_code: Run Python code that comes with the model.
-        console: A rich console for progress; None is quiet.
+            on this device: cpu, cuda, cuda:N or mps; without it on the fastest that this machine
+            has.
+        compute_capability: Of the GPU, such as 7.5 of a T4; 8.0 or newer is assumed, which has
+            flash attention.
+        html: Also write the terms as a chart, in one HTML file.
         length: The old name of `max_length`.
 
     Raises LorafoldError for an unknown mode or size, for arguments that exclude each other, and for
     a model that can't be traced.
+
+    Examples:
+        lorafold estimate --params 7b --mode lora --device-memory 24GB
+        lorafold estimate --model smollm2 --mode full --batch 4 --max-length 512
+        lorafold estimate --params 70b --gpus 8 --device-memory 80GB
+
+    Notes:
+        Modes. inference; full (every weight in fp32, AdamW); lora (on a base in bf16); qlora (on a
+        base in 4 bits); or the name of any method of `lorafold train` (on a base in 4 bits).
+        --storage chooses another storage of the base.
+
+        For a GPU, the estimate is the memory that torch's allocator has allocated to tensors at the
+        peak of a step. It assumes that 16-bit matrices are multiplied as they are, so every machine
+        gives the same number. CUDA's context, the scratch memory of kernels and fragmentation are
+        not counted, so leave a tenth of the device free. No estimate has been compared with a GPU
+        yet.
+
+        With --device cpu, the estimate is for this machine, whose CPU may be faster with copies of
+        16-bit matrices in fp32. Of training, it is the resident memory of the whole process without
+        the libraries that it imports: the term "process" is added to the tensors. `measure` runs
+        two real steps and compares tensors alone, as torch's allocator counts them.
     """
+    from dataclasses import replace
+    from functools import partial
+
+    from lorafold.api.arguments import as_page, as_recipe, or_quiet
+    from lorafold.api.rows_estimated import setting_on_rows
+    from lorafold.machine.devices import check_device
+    from lorafold.memory import terms
+    from lorafold.memory.advice import advise, advise_on_rows
+    from lorafold.memory.forecast import Forecast
+    from lorafold.memory.measure import measure as measured_bytes
+    from lorafold.memory.modes import as_in_files, llama, setting_of
+    from lorafold.memory.report import page
+    from lorafold.models.loading import load_model
+    from lorafold.models.positions import positions_in
+    from lorafold.models.sources import EMBEDDED
+    from lorafold.opening import Base
+    from lorafold.ops.arithmetic import widens
+    from lorafold.ops.demands import Place, place_of
+    from lorafold.recipe.fitting import LENGTH, fitted_length
+    from lorafold.recipe.recipe import Recipe
+
+    chart = as_page(html)
     if length is not None:
         if max_length is not None:
             raise LorafoldError(both_names("length", "max_length"))
@@ -173,12 +150,13 @@ def estimate(
     asked_for = Place(kind, capability(compute_capability))
     check_device(device)  # without `measure` it may be one that this machine lacks
     on_it = device if measure else None
-    base = Base(model, device=on_it, revision=revision, trust_remote_code=trust_remote_code)
+    trusted = opening.get("trust_remote_code", False)
+    base = Base(model, device=on_it, **opening)
     if data is None:
         of_length = partial(setting_of, mode, asked, batch or 1, labelled=labelled)
         of_length(length=max_length or LENGTH)  # what is wrong with it needs no model
         config = base.config() if params is None else llama(params)
-        positions = positions_in(config, False, trust_remote_code)
+        positions = positions_in(config, False, trusted)
         setting = of_length(length=fitted_length(positions, max_length, 0, console))
     else:
         sizes = {"batch": batch, "max_length": max_length}
@@ -189,7 +167,7 @@ def estimate(
         stored_as = setting_of(mode, Recipe(**bare), 1, LENGTH).base
         # for a GPU, as without rows
         setting, config = replace(setting, base=stored_as, widened=False), base.config()
-    setting = replace(setting, trust_remote_code=trust_remote_code)
+    setting = replace(setting, trust_remote_code=trusted)
     setting = replace(setting, processes=gpus, strategy=strategy)
     stored = "storage" in asked.model_fields_set
     setting = as_in_files(setting, config, str(model), stored)
@@ -208,15 +186,20 @@ def estimate(
     if on is not None:
         with console.status("running two real steps"):
             measured = measured_bytes(
-                lambda: load_model(base.source, setting.base, on),
-                setting,
-                on,
+                lambda: load_model(base.source, setting.base, on), setting, on
             )
-    return Forecast(found, setting, advice, measured, of_this_cpu, tflops * 1e12)
+    forecast = Forecast(found, setting, advice, measured, of_this_cpu, tflops * 1e12)
+    if chart is not None:
+        rows = f"{setting.batch} x {setting.length} tokens"
+        title = f"{mode} of {params or model}, {rows if data is None else 'on its rows'}"
+        page(found, title, chart, forecast.remarks(), device_memory)
+    return forecast
 
 
 def check_shared(mode: str, strategy: str, data: bool, measure: bool) -> None:
     """Raise LorafoldError for what several processes don't do, or no estimate of them."""
+    from lorafold.memory.trace import STRATEGIES
+
     if strategy not in STRATEGIES:
         raise LorafoldError(
             f"--strategy: found {strategy}, expected one of {', '.join(STRATEGIES)}"
@@ -229,7 +212,7 @@ def check_shared(mode: str, strategy: str, data: bool, measure: bool) -> None:
         )
 
 
-def check_rows_given(recipe: Recipe, rewards: Rewarding, columns: Columns | None) -> None:
+def check_rows_given(recipe: "Recipe", rewards: opt.Rewarding, columns: opt.Named | None) -> None:
     """Raise LorafoldError for what is of use with rows alone."""
     needy = sorted(recipe.model_fields_set & OF_ROWS)
     needy += [name for name, of in {"rewards": rewards, "columns": columns}.items() if of]
@@ -260,6 +243,8 @@ def capability(given: str | None) -> tuple[int, int]:
 
     Raises LorafoldError for other text.
     """
+    from lorafold.machine.devices import AMPERE
+
     if given is None:
         return AMPERE
     if not re.fullmatch(r"\d{1,2}\.\d", given, re.ASCII):

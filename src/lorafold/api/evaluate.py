@@ -2,99 +2,92 @@
 completions that it draws.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
-from lorafold.api.arguments import (
-    Columns,
-    Data,
-    Paths,
-    Rewarding,
-    as_paths,
-    as_rewards,
-    as_rows,
-    missing,
-)
-from lorafold.data.shapes import LABELS, PROMPT_ALONE, PROMPTS
-from lorafold.data.stored import Rows
+from lorafold.api import options as opt
 from lorafold.errors import LorafoldError
 from lorafold.objectives import OBJECTIVES
+from lorafold.rewards.judging import FORMS
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
+    from lorafold.data.stored import Rows
     from lorafold.evaluation import Evaluation, RewardEvaluation
     from lorafold.peft.saved import Saved
     from lorafold.step.preference_laws import Law
 
 DRAWS = next(name for name, one in OBJECTIVES.items() if one.draws)  # all of them read rows alike
+REWARDS = "Rewards"
 
 
+@opt.verb
 def evaluate(
-    model: str | Path | PreTrainedModel | None = None,
-    data: Data | None = None,
+    model: opt.ModelOrLoaded = None,
+    data: opt.MeasuredRows = None,
     *,
-    columns: Columns | None = None,
-    adapters: Paths = (),
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    max_length: int | None = None,
-    completions: bool = True,
-    max_new_tokens: int | None = None,
-    rewards: Rewarding = (),
-    group: int | None = None,
-    temperature: float | None = None,
-    seed: int | None = None,
-    reward_seconds: float | None = None,
-    storage: str = "auto",
-    device: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    allow_other_base: bool = False,
-    console: Console | None = None,
-) -> Evaluation | RewardEvaluation:
-    """Measure loss in nats a labelled token, perplexity and exact match, with 95% intervals.
+    columns: opt.Columns = None,
+    adapters: opt.Adapters = (),
+    tokenizer: opt.Tokenizer = None,
+    max_length: Annotated[int | None, opt.Option(min=2)] = None,
+    completions: opt.Completions = True,
+    max_new_tokens: Annotated[int | None, opt.Option(min=1)] = None,
+    rewards: Annotated[
+        opt.Rewarding,
+        opt.Option(
+            "Measure what completions are worth that the model draws: what judges them, as"
+            f" {FORMS}, with a weight as in 0.5* or without; several are added. Rows are prompts"
+            " then, with whatever else the reward wants. In Python also functions.",
+            kind=list[str],
+            flag="--reward",
+            panel=REWARDS,
+        ),
+    ] = (),
+    group: Annotated[int | None, opt.Option(panel=REWARDS, min=1)] = None,
+    temperature: Annotated[float | None, opt.Option(panel=REWARDS, min=0)] = None,
+    seed: Annotated[int | None, opt.Option(panel=REWARDS, min=0, max=2**32 - 1)] = None,
+    reward_seconds: Annotated[float | None, opt.Option(panel=REWARDS)] = None,
+    console: opt.Progress = None,
+    **opening: Unpack[opt.Opening],
+) -> "Evaluation | RewardEvaluation":
+    """Measure loss, perplexity and exact match on held-out rows, with 95% intervals.
 
-    On rows of preferences these are of the chosen completions, and the accuracy, the margin and the
-    change of the preference are measured as well. With rewards the model draws completions of
-    prompts, and what they are worth is measured instead of all that.
+    The loss counts completions only. Exact match is the share of greedy completions that equal the
+    reference, surrounding whitespace aside; rows of plain text have none. On rows of text and label
+    the model is a classifier, and exact match is its accuracy.
+
+    On rows of preferences these are of the chosen completions. Besides there are the share of pairs
+    whose chosen completion the model finds more likely, and against the model without the last
+    adapter the reward accuracy and margin, the change of both log-probabilities, and the KL.
+
+    With `rewards` nothing of that is measured, but what completions are worth that the model draws:
+    the mean reward over all of them and each reward, with intervals over prompts, how long they
+    are, the entropy, and the three best and worst. Rows are prompts, as for training a policy.
 
     Args:
-        model: A name or path, or a loaded model, which is measured with its active adapters and
-            takes no other `storage`, `device`, `revision` or `allow_other_base`. None takes the
-            base that the adapters say they were trained on; without adapters smollm2.
-        data: Rows, of the forms that `lf.train` takes; texts with labels need a classifier.
-        columns: The keys of the rows under other names, as in {"prompt": "question"}.
-        adapters: Saved adapters to load on a model that is named.
-        tokenizer: None takes that of the adapters or the model.
-        max_length: Longer rows are cut to this many tokens for the loss; None takes 1,024, or as
-            many as the model has positions. With rewards a prompt and its completion have at most
-            as many, and a longer prompt is refused.
-        completions: Generate completions for the exact match; False measures the loss alone.
-        max_new_tokens: The most tokens of a completion; None takes the longest reference, and with
-            rewards 256.
-        rewards: What judges completions that the model draws, as for `lf.train`: one or several
-            functions, or names such as "rewards.py:score". Rows are prompts then, and their other
-            keys the rewards'.
-        group: With rewards: how many completions of each prompt; None takes 1.
-        temperature: With rewards: None takes 1, as in training; 0 takes the most likely tokens.
-        seed: With rewards: what the draws follow from; None takes 0. Under a run's seed they are
-            those of its held-out rows.
-        reward_seconds: With rewards: the seconds that a call of one may take, which judges about 64
-            completions; None takes 30.
-        storage: How the base stores its weights: auto, fp32, bf16, nf4 or int8.
-        device: cpu, cuda, cuda:N or mps; None takes the fastest that is available.
-        revision: The branch, tag or commit of a hub model.
-        trust_remote_code: Run Python code that comes with the model.
-        allow_other_base: Accept adapters whose fingerprint names another base.
-        console: A rich console for progress and notices; None is quiet.
+        max_length: Longer rows are cut to this many tokens for the loss. Default: 1,024, or as many
+            as the model has positions. With rewards it has prompt and completion, and a longer
+            prompt is refused.
+        max_new_tokens: The most tokens of a completion. Default: those of the longest reference,
+            and with rewards 256.
+        group: How many completions of a prompt. Default: 1.
+        temperature: 0 takes the most likely tokens; above 0 they are drawn. Default: 1, as in
+            training.
+        seed: What the draws follow from: under the seed of a run they are those of its held-out
+            rows. Default: 0.
+        reward_seconds: The seconds that a call of a reward may take, which judges about 64
+            completions. Default: 30.
 
     Raises LorafoldError for bad rows, for a model or adapter that can't be loaded or does not suit
     the rows, for a loss that is not finite, and for a reward that fails.
+
+    Examples:
+        lorafold eval demo/adapter --data demo/test.jsonl
+        lorafold eval --data demo/test.jsonl --no-completions
+        lorafold eval demo/adapter --data demo/test.jsonl --reward "regex:^\\{"
     """
+    from lorafold.api.arguments import as_paths, as_rewards, as_rows, missing
+    from lorafold.data.shapes import LABELS
+
     if data is None:
         raise missing("data")
     judges = as_rewards(rewards)
@@ -110,16 +103,7 @@ def evaluate(
     from lorafold.peft.saved import open_all
 
     found = open_all(as_paths(adapters))
-    asked = at_hand(
-        model,
-        found,
-        console,
-        storage=storage,
-        device=device,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        allow_other_base=allow_other_base,
-    )
+    asked = at_hand(model, found, console, **opening)
     labels = rows.give(LABELS) and not judges
     length = length_for(asked, max_length, found, console, head=labels)
     if judges:
@@ -158,8 +142,10 @@ def check_given(judges: Sequence[Any], drawn: Sequence[str], completions: bool) 
         raise LorafoldError("completions: found False, expected True, as rewards judge them")
 
 
-def check_prompts(rows: Rows) -> None:
+def check_prompts(rows: "Rows") -> None:
     """Raise LorafoldError for rows that give no prompts."""
+    from lorafold.data.shapes import PROMPT_ALONE, PROMPTS
+
     if wrong := [one for one in rows.shapes if one is None or PROMPTS not in one.gives]:
         raise LorafoldError(
             f"data: found rows of {wrong[0]}, expected rows with a prompt for rewards, such as"
@@ -167,7 +153,7 @@ def check_prompts(rows: Rows) -> None:
         )
 
 
-def law_of_adapters(adapters: Sequence[Saved]) -> Law:
+def law_of_adapters(adapters: Sequence["Saved"]) -> "Law":
     """The law of pairs that the last adapter was trained with, from its record; that of DPO if it
     was trained otherwise.
     """

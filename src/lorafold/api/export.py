@@ -1,70 +1,66 @@
 """`lf.export`: adapters or a model for another engine, proved in it."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Unpack
 
-from lorafold.api.arguments import Paths, as_console, as_path, as_paths, missing
+from lorafold.api import options as opt
 from lorafold.errors import LorafoldError
-from lorafold.exporting import run
-from lorafold.exporting.run import target_of
-from lorafold.opening import base_for
-from lorafold.peft.saved import open_all
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from lorafold.exporting.run import Exported
 
 
+@opt.verb
 def export(
-    model: str | Path | None = None,
-    adapters: Paths = (),
-    out: str | Path | None = None,
+    model: opt.Model = None,
+    adapters: opt.Adapters = (),
+    out: opt.OutLast = None,
     *,
     to: str,
     tensors: str | None = None,
-    as_lora: int | None = None,
-    prove: bool = True,
-    prompts: str | Path | None = None,
+    as_lora: Annotated[int | None, opt.Option(min=1)] = None,
+    prove: Annotated[bool, opt.Option(flag="--proof/--no-proof")] = True,
+    prompts: Annotated[str | Path | None, opt.Option(kind=str)] = None,
     engine_python: str | Path | None = None,
     engine_url: str | None = None,
     into: str | None = None,
-    storage: str = "auto",
-    allow_other_base: bool = False,
-    overwrite: bool = False,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    device: str | None = None,
-    console: Console | None = None,
-) -> run.Exported:
-    """Write saved adapters, or a model, in the form of another engine, and compare what that engine
-    computes with what lorafold does. The directory appears whole or not at all.
+    overwrite: opt.Overwrite = False,
+    console: opt.Progress = None,
+    **opening: Unpack[opt.AsTrained],
+) -> "Exported":
+    """Write adapters, or a model, for another engine, and prove them there.
+
+    The engine itself answers 32 prompts, and its probabilities of all tokens are compared with
+    lorafold's: an engine that loads the files and ignores them, or reads them in another way, is
+    found. OUT/export.json has the figures. The directory appears whole or not at all.
 
     Args:
-        model: The base, as `lf.load_model` takes it; None takes the one that the adapters say they
-            were trained on.
-        adapters: One saved adapter or several, lowest first.
-        out: The directory to write.
-        to: The engine or format, a key of `lorafold.exporting.run.TARGETS`.
-        tensors: The type of the tensors, where the target has several; None is its first.
-        as_lora: Write the best LoRA of this rank in place of what the adapters change.
-        prove: Ask the engine for its answers to the prompts, in fp32 from lorafold.
-        prompts: A file of rows with prompts; None takes 32 built-in ones.
+        to: The engine or format: peft, gguf or llama.cpp (the adapter), gguf-model or ollama (the
+            whole model), vllm, sglang or mlx.
+        tensors: The type of the tensors, where there are several. Default: its first.
+        as_lora: Write the best LoRA of this rank in place of what the adapters change, and say what
+            that loses.
+        prove: Ask the engine itself, and compare its answers with lorafold's in fp32.
+        prompts: Rows with prompts to compare on. Default: 32 built-in ones.
         engine_python: The Python of another environment, which has the engine.
-        engine_url: The URL of vLLM's server, which is asked instead and reads `out`'s disk.
+        engine_url: The URL of vLLM's server on this machine, which proves instead.
         into: The weights that a whole model has: trained (those that the adapters were trained on,
-            dequantized) or original (the base's before quantization). None is trained.
-        storage: How the base stored its weights in training; auto takes it from the records.
-        allow_other_base: Accept adapters whose fingerprint names another base.
-        overwrite: Replace `out` if it exists.
-        revision: The branch, tag or commit of a hub model.
-        trust_remote_code: Run Python code that comes with the model.
-        device: Where lorafold computes its own answers; None takes the fastest that is available.
-        console: A rich console for progress and notices; None is quiet.
+            dequantized) or original (the base's before quantization). Default: trained.
 
     Raises LorafoldError, with nothing written, for a model, adapter or `out` that can't be used,
     for what the target can't say, and if the engine computes something else than lorafold.
+
+    Examples:
+        lorafold export demo/adapter --to peft --out for-peft
+        lorafold export demo/adapter --to gguf --out for-llamacpp
+        lorafold export demo/adapter --to ollama --tensors Q8_0 --out for-ollama
     """
+    from lorafold.api.arguments import as_console, as_path, as_paths, missing
+    from lorafold.exporting import run
+    from lorafold.exporting.run import target_of
+    from lorafold.opening import base_for
+    from lorafold.peft.saved import open_all
+
     if out is None:
         raise missing("out")
     target_of(to)  # before anything is opened
@@ -75,15 +71,6 @@ def export(
         raise LorafoldError(f"engine_url: found {engine_url!r}, expected a URL")
     asked = None if prompts is None else as_path(prompts, "prompts")
     found = open_all(as_paths(adapters))
-    base = base_for(
-        model,
-        found,
-        console,
-        storage=storage,
-        device=device,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        allow_other_base=allow_other_base,
-    )
+    base = base_for(model, found, console, **opening)
     wanted = run.Wanted(to, tensors, as_lora, prove, asked, python, engine_url, overwrite, into)
     return run.export(base, found, place, wanted, console)

@@ -1,104 +1,120 @@
 """`lf.generate`: the completions of one prompt or of several."""
 
-from __future__ import annotations
-
-import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar, Unpack
 
-from lorafold.api.arguments import Paths, as_paths, missing
-from lorafold.api.opened import at_hand, opened
-from lorafold.data.control_tokens import allow
-from lorafold.data.messages import tool_problems, tools_of
-from lorafold.data.render import prompt_of
-from lorafold.data.shapes import Conversation
-from lorafold.engine import Sampling
+from lorafold.api import options as opt
 from lorafold.errors import LorafoldError
-from lorafold.generation import complete
-from lorafold.peft.saved import open_all
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 Prompts = TypeVar("Prompts", str, list[str])  # a prompt gives a completion, a list a list
 
 
+class Prepared(NamedTuple):
+    """A model, its tokenizer, and the prompts as the chat template renders them."""
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    texts: list[str]
+
+
+@opt.verb
 def generate(
-    model: str | Path | PreTrainedModel | None = None,
-    prompts: Prompts | None = None,
+    model: opt.ModelOrLoaded = None,
+    prompts: Annotated[Prompts | None, opt.Option(kind=str, flag="--prompt", required=True)] = None,
     *,
-    adapters: Paths = (),
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    system: str | None = None,
-    tools: str | Sequence[Mapping[str, Any]] = (),
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    seed: int = 0,
-    allow_control_tokens: bool = False,
-    storage: str = "auto",
-    device: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    allow_other_base: bool = False,
-    console: Console | None = None,
+    adapters: opt.Adapters = (),
+    tokenizer: opt.Tokenizer = None,
+    system: opt.System = None,
+    tools: Annotated[str | Sequence[Mapping[str, Any]], opt.Option(kind=Path)] = (),
+    max_new_tokens: opt.NewTokens = 256,
+    temperature: opt.Temperature = 0.0,
+    seed: opt.Seed = 0,
+    allow_control_tokens: opt.ControlTokens = False,
+    console: opt.Progress = None,
+    **opening: Unpack[opt.Opening],
 ) -> Prompts:
-    """The completion of a prompt, or of each of several, without special tokens.
+    """Complete one prompt. The text goes to stdout as it is generated, the speed to stderr.
+
+    With `tools`, the calls in it are read back: they are listed on stderr, and in the JSON, which
+    has null for calls that can't be read.
+
+    In Python the text is returned, and of a list of prompts a list; `lf.parse_calls` reads calls.
 
     Args:
-        model: A name or path, or a loaded model, which is used with its active adapters and
-            takes no other `storage`, `device`, `revision` or `allow_other_base`. None takes the
-            base that the adapters say they were trained on; without adapters smollm2.
-        prompts: The user's message, which the chat template renders, or a list of messages, which
-            gives a list of completions.
-        adapters: Saved adapters to load on a model that is named.
-        tokenizer: None takes that of the adapters or the model.
-        system: A system message before each prompt; None takes the chat template's default.
-        tools: JSON schemas of functions that the model may call, or JSON text of their list.
-        max_new_tokens: The most tokens of a completion.
-        temperature: 0 takes the most likely token; above 0 tokens are sampled.
-        seed: The samples of every prompt follow from it.
-        allow_control_tokens: Control tokens in messages are tokens; else they are read as text.
-        storage: How the base stores its weights: auto, fp32, bf16, nf4 or int8.
-        device: cpu, cuda, cuda:N or mps; None takes the fastest that is available.
-        revision: The branch, tag or commit of a hub model.
-        trust_remote_code: Run Python code that comes with the model.
-        allow_other_base: Accept adapters whose fingerprint names another base.
-        console: A rich console for notices; None is quiet.
+        prompts: The user's message, which the model's chat template renders.
+        tools: A JSON file with a list of functions that the model may call. In Python their JSON
+            schemas, or JSON text of their list.
 
     Raises LorafoldError for a model or adapter that can't be loaded, a negative temperature, and a
     prompt that the template refuses or that has no tokens.
+
+    Examples:
+        lorafold generate demo/adapter --prompt "a table for two at Noma at 7pm"
+        lorafold generate --prompt "What is a low-rank adapter?" --max-new-tokens 40
+        lorafold generate demo/adapter --prompt "a table for two" --temperature 0.7
     """
+    from lorafold.api.arguments import missing
+    from lorafold.engine import Sampling
+    from lorafold.generation import complete
+
     if prompts is None:
         raise missing("prompts")
-    found = open_all(as_paths(adapters))
-    chosen = at_hand(
-        model,
-        found,
-        console,
-        storage=storage,
-        device=device,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        allow_other_base=allow_other_base,
-    )
-    loaded, tokenizer = opened(chosen, found, tokenizer, console=console)
     asked = [prompts] if isinstance(prompts, str) else prompts
-    if allow_control_tokens:
-        tokenizer = copy.copy(tokenizer)  # it may be the caller's
-        allow(tokenizer)
-    texts = [rendered(prompt, system, tokenizer, tools) for prompt in asked]
+    ready = prepared(
+        model,
+        asked,
+        adapters=adapters,
+        tokenizer=tokenizer,
+        system=system,
+        tools=tools,
+        allow_control_tokens=allow_control_tokens,
+        console=console,
+        **opening,
+    )
     sampling = Sampling(temperature=temperature, seed=seed)
-    made = complete(loaded, tokenizer, texts, max_new_tokens, sampling)
+    made = complete(ready.model, ready.tokenizer, ready.texts, max_new_tokens, sampling)
     return made[0] if isinstance(prompts, str) else made
+
+
+def prepared(
+    model: opt.ModelOrLoaded = None,
+    prompts: Sequence[str] = (),
+    *,
+    adapters: opt.Adapters = (),
+    tokenizer: opt.Tokenizer = None,
+    system: opt.System = None,
+    tools: str | Sequence[Mapping[str, Any]] = (),
+    allow_control_tokens: bool = False,
+    console: opt.Progress = None,
+    **opening: Unpack[opt.Opening],
+) -> Prepared:
+    """What `generate` computes with, from its arguments. Raises LorafoldError as it does."""
+    import copy
+
+    from lorafold.api.arguments import as_paths
+    from lorafold.api.opened import at_hand, opened
+    from lorafold.data.control_tokens import allow
+    from lorafold.peft.saved import open_all
+
+    found = open_all(as_paths(adapters))
+    loaded, own = opened(
+        at_hand(model, found, console, **opening), found, tokenizer, console=console
+    )
+    if allow_control_tokens:
+        own = copy.copy(own)  # it may be the caller's
+        allow(own)
+    return Prepared(loaded, own, [rendered(prompt, system, own, tools) for prompt in prompts])
 
 
 def rendered(
     prompt: str,
     system: str | None,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     tools: str | Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """A prompt as the chat template renders it.
@@ -112,6 +128,10 @@ def rendered(
     Raises LorafoldError where the template refuses the messages or does not show the tools, and for
     tools that are no schemas.
     """
+    from lorafold.data.messages import tool_problems, tools_of
+    from lorafold.data.render import prompt_of
+    from lorafold.data.shapes import Conversation
+
     given = tools if isinstance(tools, str) else [dict(tool) for tool in tools]
     if problems := list(tool_problems(given)):
         raise LorafoldError("; ".join(problems))

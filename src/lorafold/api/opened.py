@@ -64,7 +64,7 @@ def at_hand(
             " model's name, or give storage, device and revision to lf.load_model, adapters and"
             " allow_other_base to lf.load"
         )
-    return Loaded(model, how["trust_remote_code"])
+    return Loaded(model, how.get("trust_remote_code", False))
 
 
 def opened(

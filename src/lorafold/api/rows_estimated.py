@@ -9,7 +9,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from lorafold.api.arguments import Columns, Data, Rewarding, as_rows, source_of, with_rewards
+from lorafold.api.arguments import as_rows, source_of, with_rewards
+from lorafold.api.options import Data, Named, Rewarding
 from lorafold.memory.modes import check_fields, recipe_in
 from lorafold.memory.trace import Setting
 from lorafold.opening import Base
@@ -26,7 +27,7 @@ def setting_on_rows(
     recipe: Recipe,
     data: Data,
     rewards: Rewarding,
-    columns: Columns | None,
+    columns: Named | None,
     console: Console,
 ) -> Setting:
     """The setting of the largest micro-batch of the first steps that `lorafold train` would do.

@@ -1,76 +1,66 @@
 """`lf.score`: the scores that a reward model gives rows, and how well it tells preferences."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Unpack
 
-from lorafold.api.arguments import Columns, Data, Paths, as_paths, as_rows, missing
+from lorafold.api import options as opt
+from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from lorafold.evaluation.scoring import ScoredRows
 
 
+@opt.verb
 def score(
-    model: str | Path | PreTrainedModel | None = None,
-    data: Data | None = None,
+    model: opt.ModelOrLoaded = None,
+    data: opt.MeasuredRows = None,
     *,
-    columns: Columns | None = None,
-    adapters: Paths = (),
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    max_length: int | None = None,
-    storage: str = "auto",
-    device: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    allow_other_base: bool = False,
-    console: Console | None = None,
-) -> ScoredRows:
-    """Score rows with a reward model: the scores, and for pairs accuracy, margin, calibration and
-    the bias to length, with 95% intervals.
+    columns: opt.Columns = None,
+    adapters: opt.Adapters = (),
+    tokenizer: opt.Tokenizer = None,
+    out: str | Path | None = None,
+    overwrite: Annotated[bool, opt.Option(rare=True)] = False,
+    max_length: opt.Length = None,
+    console: opt.Progress = None,
+    **opening: Unpack[opt.Opening],
+) -> "ScoredRows":
+    """Score rows with a reward model: an adapter of --objective reward, or a whole model.
+
+    Of rows of preferences both completions are scored, and accuracy, margin, calibration and the
+    bias to length follow, with 95% intervals. Of other rows the whole text is scored, to the end of
+    the assistant's last turn.
 
     Args:
-        model: The base's name or path, the path of a reward model, or a loaded one, which is used
-            with its active adapters and takes no other `storage`, `device`, `revision` or
-            `allow_other_base`. None takes the base that the adapters say they were trained on.
-        data: Rows of preferences, or of completions, conversations or text, whose last turn of the
-            assistant ends the text that is scored.
-        columns: The keys of the rows under other names, as in {"prompt": "question"}.
-        adapters: Saved adapters to load on a model that is named, among them a reward model's.
-        tokenizer: None takes that of the adapters or the model.
-        max_length: Longer texts are cut to this many tokens, and counted; None takes 1,024, or as
-            many as the model has positions.
-        storage: How the base stores its weights: auto, fp32, bf16, nf4 or int8.
-        device: cpu, cuda, cuda:N or mps; None takes the fastest that is available.
-        revision: The branch, tag or commit of a hub model.
-        trust_remote_code: Run Python code that comes with the model.
-        allow_other_base: Accept adapters whose fingerprint names another base.
-        console: A rich console for progress and notices; None is quiet.
+        out: A new file for the scores, one JSON object a row. Without it they are printed.
+        overwrite: Replace the file OUT.
 
     Raises LorafoldError for bad rows, for a model that can't be loaded or is no reward model, and
     for scores that are not finite.
+
+    Examples:
+        lorafold train --objective reward --data pairs.jsonl --out judge
+        lorafold score judge --data pairs.jsonl
+        lorafold score judge --data pairs.jsonl --out scores.jsonl
     """
+    from lorafold.api.arguments import as_path, as_paths, as_rows, missing
+
     if data is None:
         raise missing("data")
+    place = None if out is None else as_path(out)
+    if place is not None and place.exists() and (place.is_dir() or not overwrite):
+        what = "is a directory; expected a new file" if place.is_dir() else "exists"
+        again = "; pass --overwrite to replace it" * place.is_file()
+        raise LorafoldError(f"{place} {what}{again}")
     rows = as_rows(data, columns, console, objective=None)
     from lorafold.api.opened import at_hand, length_for, opened
     from lorafold.evaluation.scoring import score_rows
     from lorafold.peft.saved import open_all
 
     found = open_all(as_paths(adapters))
-    asked = at_hand(
-        model,
-        found,
-        console,
-        storage=storage,
-        device=device,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        allow_other_base=allow_other_base,
-    )
+    asked = at_hand(model, found, console, **opening)
     length = length_for(asked, max_length, found, console, head=True)
     loaded, tokenizer = opened(asked, found, tokenizer, reward=True, console=console)
-    return score_rows(loaded, tokenizer, rows, length, console=console)
+    scored = score_rows(loaded, tokenizer, rows, length, console=console)
+    if place is not None:
+        scored.write(place)
+    return scored

@@ -1,84 +1,98 @@
 """`lf.serve`: a base and its adapters behind an OpenAI-compatible API."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
-from lorafold.api.arguments import as_path, or_quiet
-from lorafold.api.opened import opened
+from lorafold.api import options as opt
 from lorafold.errors import LorafoldError
-from lorafold.opening import base_for
-from lorafold.peft.provenance import OwnBase
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from lorafold.peft.provenance import OwnBase
+
 NEEDED = ("fastapi", "uvicorn", "sse_starlette", "prometheus_client")
 
 
+@opt.verb
 def serve(
-    adapters: str | Path,
+    adapters: str | Path | None = None,
     *,
-    model: str | Path | None = None,
+    model: opt.Model = None,
+    host: str | None = None,
+    port: Annotated[int | None, opt.Option(min=0, max=65535)] = None,
+    keys: str | Path | None = None,
+    admin_key_file: str | Path | None = None,
+    metrics_key_file: str | Path | None = None,
     config: str | Path | None = None,
-    settings: Mapping[str, Any] | None = None,
-    storage: str = "auto",
-    device: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    allow_other_base: bool = False,
-    open_page: bool = False,
-    console: Console | None = None,
+    settings: Annotated[Mapping[str, Any] | None, opt.Option(typed=False)] = None,
+    allow_control_tokens: opt.ControlTokens = False,
+    json_logs: bool = False,
+    open_page: Annotated[bool, opt.Option(flag="--open")] = False,
+    console: opt.Progress = None,
+    **opening: Unpack[opt.OfDirectory],
 ) -> None:
-    """Serve until SIGTERM or Ctrl-C: running requests end, new ones are refused.
+    """Serve a base and its adapters over an OpenAI-compatible API, with a page to try them.
+
+    A request's model is the base, an adapter of the directory (its entry's name), NAME@DIGEST for
+    one version of it, or an alias. Adapters that are wrong are listed with the reason, and the rest
+    is served. Without `keys` everybody on this machine may call; with keys, each tenant may use the
+    adapters that its keys name. SIGTERM lets running requests end; a second one ends at once.
 
     Args:
         adapters: A directory whose entries are saved adapters, or one adapter.
-        model: The base, as `lf.load_model` takes it; None takes the one that the adapters say they
-            were trained on, and of an empty directory smollm2.
-        config: A YAML file with settings and limits.
-        settings: Settings by name, such as {"port": 8000, "keys": "keys.json"}; those that are not
-            None win over the file.
-        storage: How the base stores its weights: auto, fp32, bf16, nf4 or int8. auto is what the
-            adapters in the directory were trained on.
-        device: cpu, cuda, cuda:N or mps; None takes the fastest that is available.
-        revision: The branch, tag or commit of a hub model.
-        trust_remote_code: Run Python code that comes with the model.
-        allow_other_base: Serve adapters that were trained on another base too.
+        host: Where to listen [127.0.0.1]; any other address needs keys.
+        port: The port [8000]; 0 takes a free one.
+        keys: The tenants' keys, as lorafold serve new-key writes them.
+        admin_key_file: A file with the key for administration; without it those routes are closed.
+        metrics_key_file: A file with a key that reads /metrics and nothing else.
+        config: A YAML file with settings and limits; options win over it.
+        settings: Settings and limits by their names in the file, which win over it too.
+        json_logs: Write the log as one JSON object a line.
         open_page: Open the page in a browser once the server listens.
-        console: A rich console for what the user has to know; None is quiet.
 
     Raises LorafoldError for packages that are missing, for every wrong setting, for a model that
     can't be loaded, an address that is taken, and one that others can reach without keys.
+
+    Examples:
+        lorafold serve --adapters demo --open
+        lorafold serve --adapters demo --port 0 --json-logs
+        lorafold serve --adapters demo --host 0.0.0.0 --keys keys.json
     """
+    if adapters is None:
+        raise LorafoldError("--adapters: expected it, as in --adapters DIR")
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         raise LorafoldError(f"found no {', '.join(missing)}, expected it; install lorafold[serve]")
+    from functools import partial
+
+    from lorafold.api.arguments import as_path, or_quiet
+    from lorafold.api.opened import opened
+    from lorafold.opening import base_for
+    from lorafold.peft.provenance import OwnBase
     from lorafold.serving import run
     from lorafold.serving.settings import read_settings
 
-    found = read_settings(None if config is None else as_path(config, "config"), settings or {})
+    given = {
+        "host": host,
+        "port": port,
+        "keys": keys,
+        "admin_key": admin_key_file,
+        "metrics_key": metrics_key_file,
+        "json_logs": json_logs or None,
+        "allow_control_tokens": allow_control_tokens or None,
+    }
+    known = {**(settings or {}), **{name: one for name, one in given.items() if one is not None}}
+    found = read_settings(None if config is None else as_path(config, "config"), known)
     console = or_quiet(console)
     folder = as_path(adapters, "adapters")
     own = list[OwnBase]()
     with suppress(*[LorafoldError] * (model is not None)):
         own = own_bases(folder, found.state, or_quiet(None) if model else console)
-    base = base_for(
-        model,
-        [] if model else own,
-        console,
-        storage=storage,
-        device=device,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        allow_other_base=allow_other_base,
-    )
-    if storage == "auto":
+    base = base_for(model, [] if model else own, console, **opening)
+    if opening.get("storage", "auto") == "auto":
         with suppress(LorafoldError):  # as many were trained on one as on another
             base = base.stored_as_trained(own)
     kept = own[0] if own and model is None else None
@@ -86,8 +100,8 @@ def serve(
 
 
 def own_bases(
-    adapters: Path, state: Path | None = None, console: Console | None = None
-) -> list[OwnBase]:
+    adapters: Path, state: Path | None = None, console: "Console | None" = None
+) -> list["OwnBase"]:
     """The base of the adapters in a directory, as it was stored in training: the one that a start
     without `model` took before, or else that of most of them, so that an adapter that comes later
     decides nothing. Adapters of another base are refused when they are verified. Several, if as
@@ -99,6 +113,10 @@ def own_bases(
         state: The server's state file, None for the one beside the adapters.
         console: Is told of a base that was taken before.
     """
+    from dataclasses import replace
+
+    from lorafold.api.arguments import or_quiet
+    from lorafold.peft.provenance import OwnBase
     from lorafold.serving.directory import Directory
     from lorafold.serving.registry import STATE, ServerState
     from lorafold.serving.settings import kept as kept_in

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lorafold.api.arguments import Columns, Data, as_rows, source_of
+from lorafold.api.arguments import as_rows, source_of
+from lorafold.api.options import Data, Named
 from lorafold.data.batches import split
 from lorafold.data.sources import Row
 from lorafold.errors import LorafoldError
@@ -23,7 +24,7 @@ def train_and_test(
     data: Data | None,
     eval_data: Data | None,
     recipe: Recipe,
-    columns: Columns | None,
+    columns: Named | None,
     console: Console,
     rewarded: bool = False,
 ) -> tuple[Sequence[Row], Sequence[Row], str]:

@@ -1,144 +1,188 @@
-"""`lf.train`: one adapter, trained on a model and rows."""
-
-from __future__ import annotations
+"""`lf.train`: one adapter, trained on a model and rows; `lf.preview`: what such a run will see."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
 
-from lorafold.api.arguments import (
-    Columns,
-    Data,
-    Paths,
-    Rewarding,
-    as_path,
-    as_paths,
-    as_rows,
-    or_shown,
-    recipe_to_train,
-    rows_to_train,
-    source_of,
-    with_rewards,
-)
-from lorafold.recipe.recipe import Recipe
+from lorafold.api import options as opt
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lorafold.opening import Base
+    from lorafold.data.findings import Findings
+    from lorafold.recipe.recipe import Recipe
     from lorafold.training.finish import Trained
+    from lorafold.training.request import Request
+
+OfRun = Annotated["Recipe | None", opt.Fields()]
+Shown = Annotated[
+    "Console | Literal[False] | None",
+    opt.Option(
+        "A rich console for progress and notices; None shows them on a terminal (on stderr) and in"
+        " a notebook, and else nothing, as False does everywhere.",
+        typed=False,
+    ),
+]
 
 
+class Asked(opt.Stacking, total=False):
+    """What a run is made of besides its recipe, its base and its rows."""
+
+    eval_data: Annotated[
+        opt.Data | None,
+        opt.Option("Held-out rows. Without them `eval_fraction` 0.1 holds some out.", kind=str),
+    ]
+    rewards: opt.Judges
+    columns: opt.Columns
+    init_adapter: Annotated[
+        str | Path | None,
+        opt.Option("Start from this saved adapter, with its method and targets.", rare=True),
+    ]
+    over: Annotated[
+        opt.Paths,
+        opt.Option(
+            "Train over this saved adapter, which stays frozen below the new one; over a stack,"
+            " each of it, the lowest first.",
+            rare=True,
+            default=(),
+        ),
+    ]
+
+
+@opt.verb
 def train(
-    recipe: Recipe | None = None,
+    recipe: OfRun = None,
     *,
-    data: Data,
-    out: str | Path,
-    model: str | Path | None = None,
-    eval_data: Data | None = None,
-    rewards: Rewarding = (),
-    columns: Columns | None = None,
-    init_adapter: str | Path | None = None,
-    over: Paths = (),
-    device: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    allow_other_base: bool = False,
+    data: opt.TrainingRows,
+    out: opt.Out,
+    model: opt.Model = None,
+    plot: Annotated[str | Path | None, opt.Option(rare=True)] = None,
     resume: bool = False,
-    overwrite: bool = False,
-    console: Console | Literal[False] | None = None,
-) -> Trained:
-    """Train one adapter and write it to `out` in PEFT's format, whole or not at all.
+    overwrite: opt.Overwrite = False,
+    console: Shown = None,
+    **asked: Unpack[Asked],
+) -> "Trained":
+    """Train one adapter on your data and write it in PEFT's format.
+
+    The defaults are a recipe that works for most tasks: a base in 4 bits (QLoRA), LoRA of rank 16
+    on all linear layers of the blocks, alpha 2r, dropout 0.05, learning rates 2e-4 for A and 3e-3
+    for B (LoRA+), a cosine schedule with 3% warm-up, AdamW, and the loss on completions only.
 
     Args:
         recipe: Every choice of the run; None takes the defaults (`lf.Recipe()`).
-        data: Training rows: a file of JSON lines, JSON, CSV, Parquet or Arrow, a directory or a
-            pattern of such files, a hub dataset, a list of these ("more.jsonl:0.3" takes 0.3 of its
-            rows an epoch), or a list of rows such as {"prompt": ..., "completion": ...}.
-        out: The directory of the adapter. During the run, checkpoints are in `<out>.run`.
-        model: smollm2 (embedded), a directory, a .gguf file or a hub id; None takes the base of the
-            adapters of `over` and `init_adapter`, and without them smollm2.
-        eval_data: Held-out rows, of the same forms as `data`.
-        rewards: What judges completions that the model draws: one or several functions, or names
-            such as "rewards.py:score", beside the recipe's.
-        columns: The keys of the rows under other names, as in {"prompt": "question"}.
-        init_adapter: A saved adapter to start from instead of a fresh one.
-        over: One saved adapter or several, loaded in this order and frozen below the new one, which
-            is then loaded over the same ones only.
-        device: cpu, cuda, cuda:N or mps; None takes the fastest that is available.
-        revision: The branch, tag or commit of a hub model.
-        trust_remote_code: Run Python code that comes with the model.
-        allow_other_base: Accept adapters of `init_adapter` and `over` that were trained on another
-            base, or over other adapters.
-        resume: Continue from the last checkpoint of a run that was stopped or killed.
-        overwrite: Replace `out` if it exists.
-        console: A rich console for progress and notices; None shows them on a terminal (on stderr)
-            and in a notebook, and else nothing, as False does everywhere.
+        plot: Also draw the curves of the run, as one HTML file; `lorafold history` draws them later
+            too.
+        resume: Continue a run that was stopped or killed from its last checkpoint, in OUT.run.
 
     Raises LorafoldError for anything wrong with the arguments, if possible before weights are
     loaded, and Interrupted after SIGINT or SIGTERM, once a checkpoint is written.
+
+    Examples:
+        lorafold train --data demo/train.jsonl --out adapter --preview
+        lorafold train --data demo/train.jsonl --out adapter
+        lorafold train --data demo/train.jsonl --out small --rank 8 --plot small.html
     """
-    from lorafold.machine.processes import launched
-
-    console, here = or_shown(console), launched()
-    recipe, functions = with_rewards(recipe_to_train(recipe, Recipe()), rewards)
+    from lorafold.api.arguments import as_page, or_shown
     from lorafold.machine.devices import own_device
-    from lorafold.machine.processes import together
+    from lorafold.machine.processes import launched, together
 
-    device = own_device(device, here)
-    with together(here, device) as processes:
+    place, console, here = as_page(plot, "plot"), or_shown(console), launched()
+    asked["device"] = own_device(asked.get("device"), here)
+    with together(here, asked["device"]) as processes:
         console = processes.voice(console)
-        rows, objective = rows_to_train(data, recipe, columns, console), recipe.objective
-        held_out = (
-            None
-            if eval_data is None
-            else as_rows(eval_data, columns, console, objective=objective)
+        request = requested(
+            recipe, data, out, model, asked, console, resume=resume, overwrite=overwrite
         )
         from lorafold.training import run
-        from lorafold.training.request import Request
 
-        request = Request(
-            base_to_train(
-                model,
-                over,
-                init_adapter,
-                console,
-                device=device,
-                revision=revision,
-                trust_remote_code=trust_remote_code,
-                allow_other_base=allow_other_base,
-            ),
-            as_path(out),
-            recipe,
-            rows,
-            source_of(data),
-            held_out,
-            None if init_adapter is None else as_path(init_adapter, "init_adapter"),
-            resume,
-            overwrite,
-            tuple(as_paths(over)),
-            rewards=functions,
-        )
-        return run.train(request, console, processes)
+        result = run.train(request, console, processes)
+    if place is not None and here.speaks:
+        from lorafold.inspecting.history import read_history
+        from lorafold.inspecting.history_page import page
+
+        page(read_history(request.out), place)
+        console.print(f"page: {place}", highlight=False, markup=False, soft_wrap=True)
+    return result
 
 
-def base_to_train(
-    model: str | Path | None, over: Paths, init_adapter: str | Path | None, console: Console,
-    **how: Any,
-) -> Base:  # fmt: skip
-    """The base that is named, or else that of the adapters that a run loads, or the embedded model.
+@opt.verb
+def preview(
+    recipe: OfRun = None,
+    *,
+    data: opt.TrainingRows,
+    model: opt.Model = None,
+    html: str | Path | None = None,
+    console: opt.Progress = None,
+    **asked: Unpack[Asked],
+) -> "Findings":
+    """Print the first rows as the model will see them, with their tools and turns, mark the tokens
+    that count in the loss, and return what is found in all rows. Nothing is trained.
 
     Args:
-        model: A name or path, or None.
-        over: The adapters below.
-        init_adapter: The one to start from, or None.
-        console: Is told which base is taken, where none was named.
-        how: The other fields of `Base`.
+        recipe: The recipe of the run; None takes the defaults (`lf.Recipe()`).
+        html: Write the rows as a page that needs no other file.
 
-    Raises LorafoldError as `base_for`, and for adapters that can't be read.
+    Raises LorafoldError as `lf.train` does before it loads weights.
     """
+    from lorafold.api.arguments import as_page, or_quiet
+
+    place, console = as_page(html), or_quiet(console)
+    request = requested(recipe, data, "", model, asked, console)
+    from lorafold.training.preview import show
+
+    return show(request, console, html=place)
+
+
+def requested(
+    recipe: "Recipe | None",
+    data: opt.Data,
+    out: str | Path,
+    model: opt.Model,
+    asked: Asked,
+    console: "Console",
+    **more: Any,
+) -> "Request":
+    """The request for a run.
+
+    Args:
+        asked: The arguments of `train` that `preview` has too.
+        more: Other fields of the request.
+
+    Raises LorafoldError as `train`.
+    """
+    from lorafold.api.arguments import (
+        as_path,
+        as_paths,
+        as_rows,
+        recipe_to_train,
+        rows_to_train,
+        source_of,
+        with_rewards,
+    )
+    from lorafold.recipe.recipe import Recipe
+
+    run = recipe_to_train(recipe, Recipe())
+    run, functions = with_rewards(run, asked.pop("rewards", ()))
+    columns, held_out = asked.pop("columns", None), asked.pop("eval_data", None)
+    rows = rows_to_train(data, run, columns, console)
+    if held_out is not None:
+        held_out = as_rows(held_out, columns, console, objective=run.objective)
     from lorafold.opening import base_for
     from lorafold.peft.provenance import OwnBase
+    from lorafold.training.request import Request
 
-    first = [] if init_adapter is None else [as_path(init_adapter, "init_adapter")]
-    paths = [*as_paths(over), *first]
-    return base_for(model, [] if model else [*map(OwnBase.read, paths)], console, **how)
+    over, first = tuple(as_paths(asked.pop("over", ()))), asked.pop("init_adapter", None)
+    start = None if first is None else as_path(first, "init_adapter")
+    below = [] if model else [*map(OwnBase.read, (*over, *([start] if start else [])))]
+    base = base_for(model, below, console, **asked)
+    return Request(
+        base,
+        as_path(out),
+        run,
+        rows,
+        source_of(data),
+        held_out,
+        start,
+        over=over,
+        rewards=functions,
+        **more,
+    )

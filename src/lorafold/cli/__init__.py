@@ -22,7 +22,7 @@ from lorafold.errors import Interrupted, LorafoldError
 from lorafold.machine.processes import Launched, launched
 from lorafold.machine.tuning import imports_set_aside, restart_tuned
 
-# The function of each is lorafold.cli.<name>.command; the text is its line in `lorafold --help`.
+# The function of each is `verb_of` its name; the text is its line in `lorafold --help`.
 GROUPS = {
     "Train": {
         "quickstart": "The whole story on the embedded model, in minutes, offline.",
@@ -56,6 +56,16 @@ GROUPS = {
         "doctor": "What is wrong here, and what would be slow.",
     },
 }
+# commands that are no verbs of Python, each with its file here and its function
+TOOLS = {
+    "quickstart": ("tools", "quickstart"),
+    "recipe": ("tools", "recipe"),
+    "cache": ("cache", "cache"),
+    "doctor": ("tools", "doctor"),
+    "serve new-key": ("tools", "new_key"),
+}
+# verbs whose function has another name than its command or its file in api
+FUNCTIONS = {"eval": ("evaluate", "evaluate"), "extract": ("resize", "extract")}
 COMMANDS = {name: line for group in GROUPS.values() for name, line in group.items()}
 EXAMPLES = (
     "lorafold quickstart --out demo",
@@ -104,21 +114,35 @@ class Commands(Group):
         return name, _load(str(name)), rest
 
 
+def verb_of(name: str) -> Any:
+    """The function that declares a command."""
+    if name in TOOLS:
+        file, function = TOOLS[name]
+        return getattr(importlib.import_module(f"lorafold.cli.{file}"), function)
+    file, function = FUNCTIONS.get(name, (name, name))
+    return getattr(importlib.import_module(f"lorafold.api.{file}"), function)
+
+
 def _load(name: str) -> Any:
-    module = importlib.import_module(f"lorafold.cli.{name}")
+    from lorafold.cli import build
+    from lorafold.cli.runners import RUNNERS
+
+    def built(name: str, above: bool = False) -> build.Built:
+        return build.built(verb_of(name), RUNNERS.get(name, build.plain), above)
+
     one = typer.Typer(add_completion=False, rich_markup_mode=None)
-    below = getattr(module, "BELOW", {})  # commands of a command
+    below = {whole.partition(" ")[2]: built(whole) for whole in TOOLS if f"{name} " in whole}
+    main = built(name, above=bool(below))
     if below:
-        one.callback(cls=Above, invoke_without_command=True)(module.command)
-        for inner, place in below.items():
-            function = importlib.import_module(f"lorafold.cli.{place}").command
-            one.command(inner, cls=Command)(function)
+        one.callback(cls=Above, invoke_without_command=True)(main.function)
+        for inner, command in below.items():
+            one.command(inner, cls=Command)(command.function)
     else:
-        one.command(name, cls=Command, epilog=getattr(module, "EPILOG", None))(module.command)
+        one.command(name, cls=Command, epilog=main.notes or None)(main.function)
     made: Any = typer.main.get_command(one)
-    made.examples = module.EXAMPLES
-    for inner, place in below.items():
-        made.commands[inner].examples = importlib.import_module(f"lorafold.cli.{place}").EXAMPLES
+    made.examples = main.examples
+    for inner, command in below.items():
+        made.commands[inner].examples = command.examples
     return made
 
 

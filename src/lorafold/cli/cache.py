@@ -1,36 +1,34 @@
 """`lorafold cache`: what lorafold keeps on the disk, and how to get the room back."""
 
+from collections.abc import Sequence
 from typing import Annotated
 
-import typer
-
-from lorafold.cli.common import JsonOption, emit
+from lorafold.api.options import Option, verb
+from lorafold.cli.tools import Told
 from lorafold.errors import LorafoldError
 from lorafold.files.cache import KINDS
 
-EXAMPLES = (
-    "lorafold cache",
-    "lorafold cache --kind tokens",
-    "lorafold cache --kind tokens --clear",
-)
 
-
-def command(
-    kind: Annotated[
-        list[str] | None,
-        typer.Option(help=f"Only this kind: {', '.join(KINDS)}."),
-    ] = None,
-    clear: Annotated[
-        bool, typer.Option("--clear", help="Remove what is listed; it is made again when needed.")
-    ] = False,
-    json: JsonOption = False,
-) -> None:
+@verb
+def cache(
+    kind: Annotated[Sequence[str], Option(f"Only this kind: {', '.join(KINDS)}.")] = (),
+    *,
+    clear: bool = False,
+) -> Told:
     """List what lorafold keeps in its cache, or clear it.
 
     It keeps embedded models that were unpacked (models), large training data that was checked and
     tokenized (rows, tokens), and decompositions of base weights (svd). All of it is made again
     when it is needed; a run that is using an entry keeps it until it ends. The environment
     variable LORAFOLD_CACHE names the directory.
+
+    Args:
+        clear: Remove what is listed; it is made again when needed.
+
+    Examples:
+        lorafold cache
+        lorafold cache --kind tokens
+        lorafold cache --kind tokens --clear
     """
     from datetime import datetime
 
@@ -38,7 +36,7 @@ def command(
     from lorafold.files.cache import entries
     from lorafold.files.paths import cache_directory
 
-    if unknown := [name for name in kind or () if name not in KINDS]:
+    if unknown := [name for name in kind if name not in KINDS]:
         raise LorafoldError(f"--kind {unknown[0]}: expected one of {', '.join(KINDS)}")
     found = [entry for entry in entries() if entry.kind in (kind or KINDS)]
     busy = remove(found) if clear else []
@@ -55,4 +53,4 @@ def command(
         {"kind": e.kind, "path": str(e.path), "bytes": e.bytes, "used": e.used} for e in found
     ]
     result = {"directory": str(cache_directory()), "bytes": total, "cleared": clear}
-    emit(json, {**result, "entries": listed}, "\n".join(lines))
+    return Told({**result, "entries": listed}, "\n".join(lines))

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from lorafold.cli.common import Adapters, JsonOption, Opening, Sampling, emit, messages
-from lorafold.cli.groups import grouped
+from lorafold.api.chat import chat
+from lorafold.api.options import Docs
 from lorafold.errors import LorafoldError
 
 if TYPE_CHECKING:
@@ -19,49 +19,7 @@ if TYPE_CHECKING:
     from lorafold.conversation import Chat, Turn
 
 PROMPT = "> "
-HELP = {
-    "/adapter NAME": "one adapter answers; all: all of them; none: the base; no name: the list",
-    "/both": "the base answers too, beside the adapter; /both again ends that",
-    "/system TEXT": "set the system message; none takes it away; no text: what it is",
-    "/reset": "forget the conversation (or /new); adapter and system message stay",
-    "/save FILE": "add the conversation to FILE.jsonl, as a row that lorafold train reads",
-    "/help": "this list",
-    "/quit": "the end, as Ctrl-D",
-}
 ALONE = {"/both", "/reset", "/new", "/help", "/quit"}  # nothing comes after these
-EPILOG = " ".join(f"{name}: {text}." for name, text in HELP.items())
-EXAMPLES = (
-    "lorafold chat",
-    "lorafold chat demo/adapter",
-    'lorafold chat demo/adapter --system "Answer in JSON." --temperature 0.7',
-)
-
-
-@grouped
-def command(
-    adapters: Adapters,
-    opening: Opening,
-    sampling: Sampling,
-    json: JsonOption = False,
-) -> None:
-    """Talk to the model; each answer sees the conversation so far, and streams to stdout.
-
-    The model is loaded once, and adapters are switched as you talk: all of them answer, stacked as
-    for generate, until /adapter NAME chooses one. Ctrl-C stops an answer; at the
-    prompt it leaves with exit code 130. Where stdin is no terminal, each of its lines is a message
-    or a command; stdout then has the answers alone, and notices go to stderr. A line that begins
-    with / is a command; // begins a message with one.
-    """
-    from lorafold.api.chat import chat as begun
-
-    console, asked = messages(), opening.how | vars(sampling)
-    with begun(opening.model, adapters.paths, console=console, **asked) as chat:
-        session = Session(chat, console)
-        if chat.adapters:
-            session.answering()
-        session.run(_typed(console) if sys.stdin.isatty() else _piped())
-    if json:
-        emit(True, {"messages": chat.conversation(), "adapters": chat.active}, "")
 
 
 class Session:
@@ -190,8 +148,9 @@ class Session:
 
     def help(self, _: str) -> None:
         """List the commands."""
-        width = max(map(len, HELP))
-        for name, text in HELP.items():
+        lines = [line.rstrip(".").split(": ", 1) for line in Docs.of(chat).notes.splitlines()]
+        width = max(len(name) for name, _ in lines)
+        for name, text in lines:
             self.tell(f"{name:<{width}}  {text}")
 
 
@@ -215,7 +174,7 @@ def _stoppable() -> Iterator[_Stop]:
         signal.signal(signal.SIGINT, before)
 
 
-def _typed(console: "Console") -> Iterator[str]:
+def typed(console: "Console") -> Iterator[str]:
     """Lines from a terminal, with line editing, until Ctrl-D. Where stdout is a file, the prompt
     goes to stderr.
     """
@@ -241,7 +200,7 @@ def _typed(console: "Console") -> Iterator[str]:
         yield line
 
 
-def _piped() -> Iterator[str]:
+def piped() -> Iterator[str]:
     """Lines from a pipe or a file, each as soon as it is there.
 
     LorafoldError, which ends the conversation, for one that is not UTF-8.

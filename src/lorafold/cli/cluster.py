@@ -4,66 +4,36 @@ Ray starts the workers and no more: what each does is found in the directory tha
 (`files.claims`), and each ends with the whole table.
 """
 
-from __future__ import annotations
-
 import os
 import secrets
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import check_folder, write_text
 from lorafold.files.claims import TOKEN, VARIABLE
 
-CLUSTER = "Cluster"
 
+def table(on: str, workers: int, out: Path | None) -> str:
+    """What a worker elsewhere printed.
 
-@dataclass(frozen=True)
-class Cluster:
-    """Where a study's workers run."""
+    Args:
+        on: Where: ray.
+        workers: How many there are.
+        out: The directory that they share.
 
-    on: Annotated[
-        str | None,
-        typer.Option(
-            rich_help_panel=CLUSTER,
-            hidden=True,
-            metavar="ray",
-            help="Start this command on a Ray cluster that runs already (RAY_ADDRESS).",
-        ),
-    ] = None
-    workers: Annotated[
-        int,
-        typer.Option(
-            rich_help_panel=CLUSTER,
-            hidden=True,
-            min=1,
-            help="How often --on starts it; each shares the work in --out.",
-        ),
-    ] = 2
-
-    def table(self, out: Path | None) -> str | None:
-        """What a worker elsewhere printed; None where the command runs here.
-
-        Args:
-            out: The directory that the workers share.
-
-        Raises LorafoldError for anything but ray, without a directory, without Ray or a cluster,
-        and where no worker ended with a table.
-        """
-        if self.on is None:
-            return None
-        if self.on != "ray":
-            raise LorafoldError(f"--on: found {self.on}, expected ray")
-        if out is None:
-            raise LorafoldError("--on: found no --out, expected the directory that workers share")
-        check_folder(out)
-        return on_ray(bare(sys.argv[1:]), out, self.workers)
+    Raises LorafoldError for anything but ray, without a directory, without Ray or a cluster, and
+    where no worker ended with a table.
+    """
+    if on != "ray":
+        raise LorafoldError(f"--on: found {on}, expected ray")
+    if out is None:
+        raise LorafoldError("--on: found no --out, expected the directory that workers share")
+    check_folder(out)
+    return on_ray(bare(sys.argv[1:]), out, workers)
 
 
 def bare(arguments: Sequence[str]) -> list[str]:
@@ -87,7 +57,7 @@ def on_ray(arguments: Sequence[str], out: Path, workers: int) -> str:
         out: The directory that the workers share.
         workers: How many there are.
 
-    Raises LorafoldError as `Cluster.table`.
+    Raises LorafoldError as `table`.
     """
     try:
         import ray

@@ -1,20 +1,6 @@
-"""The option that gives the columns of rows lorafold's names."""
-
-from typing import Annotated
-
-import typer
+"""The columns of rows under lorafold's names, as they are typed."""
 
 from lorafold.errors import LorafoldError
-
-ColumnsOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--columns",
-        metavar="NAME=COLUMN",
-        help="The columns of your rows that lorafold shall read under its own names, as in"
-        " prompt=question,completion=answer; NAME= drops a column.",
-    ),
-]
 
 
 def columns_of(pairs: list[str] | None) -> dict[str, str]:

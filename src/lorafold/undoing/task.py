@@ -34,9 +34,7 @@ from lorafold.undoing.defences import DEFENCES
 HELD_OUT = 32  # benign rows at most, on which the loss is measured
 OWN = ("rank", "lr", "lr_b", "seed", "method")  # fields of the recipe that a run sets
 RECIPE = Recipe(epochs=5, batch=4)
-REFUSAL, COMPLIANCE = ("I can't",), ("Sure",)  # how either begins
 ROOMS = ("composing", "inspecting", "undoing")  # that measure
-EXAMPLES, RANKS = (1, 3, 10, 30, 100), (4, 16)
 
 
 @dataclass(frozen=True)

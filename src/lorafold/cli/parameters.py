@@ -1,0 +1,60 @@
+"""A parameter of the function that Typer reads, made of one that a verb declares."""
+
+from collections.abc import Iterator, Sequence
+from inspect import Parameter
+from keyword import iskeyword
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+
+from lorafold.api.options import Declared, Option
+
+
+def parameter_of(one: Declared) -> Parameter:
+    """A parameter of the function that Typer reads, with its option."""
+    option, help = one.option, one.help
+    assert isinstance(option, Option)
+    kind, default = option.kind or kind_of(one.hint), one.default
+    required = default is Parameter.empty or option.required
+    flag = option.flag or f"--{one.name.replace('_', '-')}"
+    if kind is bool and default is not False and "/" not in flag:
+        flag = f"{flag}/--no-{flag[2:]}"
+    if get_origin(kind) is list and default and not required:
+        several = [default] if isinstance(default, str) else default
+        help, default = f"{help}  [default: {' '.join(map(str, several))}]", None
+    place: dict[str, Any] = {"help": help, "hidden": option.rare, "metavar": option.metavar}
+    place |= {"min": option.min, "max": option.max, "rich_help_panel": option.panel}
+    typed = flag.split("/")[0].lstrip("-").replace("-", "_").lower()
+    empty = default in (None, ()) and not required
+    return Parameter(
+        one.name if iskeyword(typed) else typed,
+        Parameter.KEYWORD_ONLY,
+        default=Parameter.empty if required else None if empty else default,
+        annotation=Annotated[
+            kind | None if empty else kind,
+            typer.Option(..., flag, **place) if flag.startswith("-") else typer.Argument(**place),
+        ],
+    )
+
+
+def kind_of(hint: Any) -> Any:
+    """The type of what is typed for a parameter with this hint."""
+    parts = [*parts_of(hint)]
+    if lists := [part for part in parts if get_origin(part) in (list, tuple, Sequence)]:
+        return list[kind_of(get_args(lists[0])[0])]  # type: ignore[misc]
+    choices = [part for part in parts if get_origin(part) is Literal]
+    return next((kind for kind in (*choices, bool, int, float, Path) if kind in parts), str)
+
+
+def parts_of(annotation: Any) -> Iterator[Any]:
+    """The alternatives of an annotation, without None and without constraints."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        yield from parts_of(get_args(annotation)[0])
+    elif origin in (Union, UnionType):
+        for part in get_args(annotation):
+            yield from parts_of(part)
+    elif annotation is not type(None):
+        yield annotation
