@@ -458,6 +458,7 @@ def test_the_code_of_a_thing_is_all_that_it_imports(rooms: tuple[str, ...], besi
     files = [
         file
         for room in rooms
-        for file in ((identity.ROOT / room).rglob("*.py") if (identity.ROOT / room).is_dir() else ())
+        if (identity.ROOT / room).is_dir()
+        for file in (identity.ROOT / room).rglob("*.py")
     ]
     assert rooms_of(files) - set(rooms) - {"errors", "files", "identity"} == besides
