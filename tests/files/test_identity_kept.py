@@ -127,7 +127,8 @@ class World:
             (0,), ("none",), recipe=self.recipe,
         )  # fmt: skip
         [run] = task.runs(task.stacks[0])
-        files = [*undoing.files(run, self.root).values(), undoing.tuned(run, self.root)]
+        cells = undoing.Cells(task, self.root, lambda adapters: pytest.fail("opened"), print)
+        files = [*cells.files(run).values(), cells.tuned(run)]
         return self.same("fragility", {*map(str, files)})
 
     def svd(self) -> bool:
