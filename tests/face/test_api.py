@@ -261,3 +261,12 @@ def test_what_is_of_another_type_is_one_line(name: str, model: str, tmp_path: Pa
             lf.export(**wrong)
         assert len(str(refused.value)) < 300
         assert not (tmp_path / "out").exists()
+
+
+def test_what_a_run_will_see_is_shown_in_python_too(model: str, tmp_path: Path) -> None:
+    said, page = io.StringIO(), tmp_path / "rows.html"
+    found = lf.preview(RECIPE, data=ROWS, model=model, html=page, console=Console(file=said))
+    assert found.rows == len(ROWS)
+    assert "Book a table for 0" in said.getvalue()
+    assert "Book a table for 0" in page.read_text(encoding="utf-8")
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.html"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -380,15 +380,24 @@ def test_more_examples_contain_the_fewer_and_held_out_rows_are_apart(task: Task)
     assert (one.recipe.batch, three.recipe.batch) == (1, 3)
 
 
-def sweep(out: Path, model_dir: Path, policy: Path, **more: Any) -> Any:
-    given = {
-        "data": BENIGN, "tuning": lf.Tuning([1, 3], [2], [1e-3]),
-        "defending": lf.Defending(mix=REFUSALS),
-        "recipe": RECIPE.model_copy(update={"epochs": 2.0}),
-    } | more  # fmt: skip
-    probes = lf.Probes(REFUSE, CONTROLS, max_new_tokens=6)
+def sweep(
+    out: Path,
+    model_dir: Path,
+    policy: Path,
+    defence: Sequence[str] = (),
+    mix: Any = REFUSALS,
+    examples: Sequence[int] = (1, 3),
+    **more: Any,
+) -> Any:
+    recipe = RECIPE.model_copy(update={"epochs": 2.0})
+    given = {"data": BENIGN, "model": model_dir, "adapters": policy, "recipe": recipe} | more
     return lf.fragility(
-        out, probes=probes, model=model_dir, adapters=policy, storage="fp32", **given
+        out,
+        probes=lf.Probes(REFUSE, CONTROLS, max_new_tokens=6),
+        tuning=lf.Tuning(examples, [2], [1e-3]),
+        defending=lf.Defending(defence, mix),
+        storage="fp32",
+        **given,
     )
 
 
@@ -606,21 +615,21 @@ def test_a_recipe_that_sets_what_a_run_varies_is_refused(model_dir, policy, tmp_
 
 
 def test_a_base_without_adapters_is_compared_with_zero(model_dir, tmp_path: Path) -> None:
-    found = sweep(tmp_path / "o", model_dir, (), defences=["none"], mix=None, examples=[1])
+    found = sweep(tmp_path / "o", model_dir, (), ["none"], mix=None, examples=[1])
     [stack], [one] = found.stacks.values(), found.points
     assert stack.without is None
     assert one.overlap is None
     assert found.stacks.keys() == {"base"}
     with pytest.raises(lf.LorafoldError, match="--defence projected: needs --adapter"):
-        sweep(tmp_path / "p", model_dir, (), defences=["projected"], mix=None)
+        sweep(tmp_path / "p", model_dir, (), ["projected"], mix=None)
 
 
 @pytest.mark.slow
 def test_a_second_stack_is_measured_alike(model_dir, policy, tmp_path: Path) -> None:
     make_adapter(model_dir, tmp_path / "other", size=0.01)
     found = sweep(
-        tmp_path / "o", model_dir, policy, against=tmp_path / "other", defences=["none"], mix=None,
-        examples=[1],
+        tmp_path / "o", model_dir, policy, ["none"], None, [1],
+        against_adapter=tmp_path / "other",
     )  # fmt: skip
     assert list(found.stacks) == ["policy", "other"]
     assert [p.way.stack for p in found.points] == ["policy", "other"]
