@@ -423,7 +423,7 @@ def test_evaluation_and_generation_with_tools(
         return [text] * len(args[2])
 
     monkeypatch.setattr("lorafold.evaluation.rows.complete", one)
-    monkeypatch.setattr("lorafold.api.generate.complete", one)
+    monkeypatch.setattr("lorafold.generation.complete", one)
     found = evaluate(model, tokenizer, rows, 512)
     assert found.exact_match == 0.5
     assert [answer.exact for answer in found.rows] == [True, False]

@@ -85,7 +85,8 @@ def train(
     from lorafold.machine.devices import own_device
     from lorafold.machine.processes import launched, together
 
-    place, console, here = as_page(plot, "plot"), or_shown(console), launched()
+    place = None if plot is None else as_page(plot, "plot")
+    console, here = or_shown(console), launched()
     asked["device"] = own_device(asked.get("device"), here)
     with together(here, asked["device"]) as processes:
         console = processes.voice(console)
@@ -160,8 +161,9 @@ def requested(
     )
     from lorafold.recipe.recipe import Recipe
 
-    run = recipe_to_train(recipe, Recipe())
-    run, functions = with_rewards(run, asked.pop("rewards", ()))
+    run, functions = recipe_to_train(recipe, Recipe()), tuple[Any, ...]()
+    if rewards := asked.pop("rewards", ()):
+        run, functions = with_rewards(run, rewards)
     columns, held_out = asked.pop("columns", None), asked.pop("eval_data", None)
     rows = rows_to_train(data, run, columns, console)
     if held_out is not None:
