@@ -94,8 +94,8 @@ def begin(
     setup: Setup, adapter: Adapter, loss: Loss, feed: Feed, console: Console
 ) -> tuple[Progress, dict[str, Tensor] | None]:
     """Load the last checkpoint of a run that is resumed into the adapter, or have the method
-    prepare a fresh one. Returns how far the run is, and the tensors of its optimizer, of any
-    shapes: none before the first checkpoint, None for a fresh run.
+    prepare a fresh one. Returns how far the run is, and the tensors of its optimizer: none before
+    the first checkpoint, of any shape after it, None for a fresh run.
     """
     request, layout, spec = setup.request, setup.layout, adapter.spec
     run, identity = RunDirectory(request.out), identity_of(setup, adapter)
