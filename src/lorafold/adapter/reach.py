@@ -133,8 +133,8 @@ def strays(model: nn.Module, matches: Matches) -> str | None:
     only = rf"{re.escape(language)}\..*\.({'|'.join(sorted(ends))})"
     advice = f", or the regular expression {only}" if language and ends else ""
     return (
-        f"targets in the {' tower and the '.join(where)} tower: {counts}; for the language model alone give a"
-        f" preset such as all-linear{advice}"
+        f"targets in the {' tower and the '.join(where)} tower: {counts}; for the language"
+        f" model alone give a preset such as all-linear{advice}"
     )
 
 

@@ -49,7 +49,8 @@ class Deltas(nn.ModuleDict):
         super().train(mode)
         delta: Any
         for delta in self.values() if mode else ():
-            if not any(p.requires_grad for p in (*delta.parameters(), *delta.borrowed())):
+            own = any(p.requires_grad for p in delta.parameters())
+            if not (own or any(p.requires_grad for p in delta.borrowed())):
                 delta.eval()
         return self
 
