@@ -20,7 +20,7 @@ from torch import nn
 
 from lorafold.bases import is_linear, layer_of
 from lorafold.core.anatomy import Anatomy
-from lorafold.core.attach import Adapted, Origin, selection_of
+from lorafold.core.attach import Adapted, Origin, adapted_modules, selection_of
 from lorafold.core.delta import Delta
 from lorafold.core.matrices import expert_parameters, module_at, parameter_path
 from lorafold.core.modes import keep_scale
@@ -112,7 +112,8 @@ def build(
         add_biases(model, matches, bias, deltas)
     deltas |= {path: [ReplaceDelta(module_at(model, path), path)] for path in whole}
     rows = tokens if isinstance(tokens, Tokens) else Tokens(tokens)
-    add_token_rows(model, spec, rows, names, deltas)
+    if rows.ids or any(adapted_modules(model)):
+        add_token_rows(model, spec, rows, names, deltas)
     if spec.does("join"):
         spec.join({path: deltas[path][0] for path in matches.paths})
     chosen = Chosen(spec, matches, bias, tuple(saved.by_pattern))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import nn
@@ -55,11 +55,16 @@ class Unreached:
         }
 
     def __str__(self) -> str:
-        inside = _listed(self.blocks, self.of_blocks) or "none"
-        line = f"frozen in the blocks: {inside} of their {self.of_blocks:,} parameters"
-        if not self.beside:
+        inside, around = (
+            ", ".join(
+                f"{what} {share:.1%}" if share >= 0.0005 else f"{what} under 0.1%"
+                for what, share in shares.items()
+            )
+            for shares in self.as_json().values()
+        )
+        line = f"frozen in the blocks: {inside or 'none'} of their {self.of_blocks:,} parameters"
+        if not around:
             return line
-        around = _listed(self.beside, self.of_model)
         return f"{line}; beside them: {around} of the model's {self.of_model:,}"
 
 
@@ -154,13 +159,6 @@ def _kind(path: str, module: nn.Module, anatomy: Anatomy) -> str:
     if isinstance(module, nn.Embedding):
         return "embeddings"
     return "norms" if "norm" in name or (weight is not None and weight.dim() == 1) else "other"
-
-
-def _listed(counts: Mapping[str, int], whole: int) -> str:
-    shares = ((what, n / whole) for what, n in counts.items())
-    return ", ".join(
-        f"{what} {share:.1%}" if share >= 0.0005 else f"{what} under 0.1%" for what, share in shares
-    )
 
 
 def text_alone(model: nn.Module, sites: Collection[str]) -> str | None:

@@ -226,7 +226,8 @@ def lay(
         module.__class__ = adapted_class(type(module), layer_class)  # type: ignore[arg-type]
         assert isinstance(module, Adapted)
         module.deltas, module.selection, module.site = deltas, selection, site
-        layer_class.entered(module)
+        if layer_class.entered is not None:
+            layer_class.entered(module)
     module.deltas[name] = delta.train(module.training)
 
 
@@ -238,7 +239,8 @@ def lift(module: Adapted, name: str) -> None:
         module.__dict__.pop("site", None)
         layer_class = module.layer_class
         module.__class__ = module.base_class  # type: ignore[assignment]
-        layer_class.left(module)
+        if layer_class.left is not None:
+            layer_class.left(module)
 
 
 def freeze(model: nn.Module, selection: Selection) -> None:
