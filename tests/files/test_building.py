@@ -35,7 +35,7 @@ def paths(model, tmp_path_factory) -> dict[str, Path]:
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_read_is_what_is_loaded_and_the_model_stays_as_it_is(model, paths, method) -> None:
     trainable = [p.requires_grad for p in model.parameters()]
-    deltas = read(model, paths[method]).deltas()
+    deltas = {at: one for at, (one,) in read(model, paths[method]).parts.items()}
     assert not [*adapted_modules(model)]
     assert [p.requires_grad for p in model.parameters()] == trainable
     adapter = lf.load(model, paths[method])
@@ -55,7 +55,7 @@ def test_files_that_change_after_they_were_read_change_nothing(model, paths, tmp
     weights = where / WEIGHTS
     weights.write_bytes(weights.read_bytes()[:100])
     assert contents.named == before == Contents(paths["lora"], FILES).named
-    assert read(model, contents).deltas()
+    assert read(model, contents).parts
     with pytest.raises(LorafoldError, match=f"{WEIGHTS}: 100 bytes, expected"):
         read(model, where)
     assert Contents(where, FILES).named != before

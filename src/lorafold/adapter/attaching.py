@@ -14,6 +14,7 @@ from lorafold.adapter.handle import Adapter
 from lorafold.advice import advised
 from lorafold.bases import layer_class
 from lorafold.core.attach import Origin, adapted_modules, freeze, lay, selection_of
+from lorafold.core.combine import Stack
 from lorafold.core.matrices import module_at
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches
@@ -122,8 +123,8 @@ def _place(model: nn.Module, built: Built, name: str, trainable: bool) -> Adapte
     if trainable and any(p.is_cpu for p in model.parameters()):
         use(TRAINING)  # before the first step, so that compiling is no part of it
     selection = selection_of(model)
-    for path, delta in built.deltas().items():
-        module = module_at(model, path)
+    for path, parts in built.parts.items():
+        module, delta = module_at(model, path), parts[0] if len(parts) == 1 else Stack(parts)
         lay(module, layer_class(module), name, delta, selection, path)
     freeze(model, selection)
     selection.add(name)

@@ -1,7 +1,7 @@
 """Adapters before they are on a model: new ones, and saved ones with their values.
 
     built = build(model, lf.LoRA(rank=16), "all-linear")      built = read(model, "adapter")
-    built.deltas()          {module path: delta}; the model is as it was
+    built.parts             {module path: the parts of its delta}; the model is as it was
 
 Attaching is this and the class swaps (`attaching.py`); the engine, whose worker reads adapters
 while the model computes, needs the deltas alone.
@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from lorafold.bases import is_linear, layer_of
 from lorafold.core.anatomy import Anatomy
-from lorafold.core.attach import Adapted, Origin, selection_of
-from lorafold.core.combine import Stack
+from lorafold.core.attach import Adapted, Origin, adapted_modules, selection_of
 from lorafold.core.delta import Delta
 from lorafold.core.matrices import expert_parameters, module_at, parameter_path
 from lorafold.core.modes import keep_scale
@@ -59,13 +58,6 @@ class Built:
     base_identity: str = ""
     other_base: str = ""
 
-    def deltas(self) -> dict[str, Delta]:
-        """One delta for each module path."""
-        return {
-            path: parts[0] if len(parts) == 1 else Stack(parts)
-            for path, parts in self.parts.items()
-        }
-
 
 def build(
     model: nn.Module,
@@ -92,7 +84,9 @@ def build(
     names = selection.names
     saved = match(model, modules_to_save, is_linear)
     whole = dict.fromkeys(leaf for p in saved.paths for leaf in leaves(module_at(model, p), p))
-    matches = match(model, spec.targets if targets is None else targets, is_linear).without(whole)
+    matches = match(model, spec.targets if targets is None else targets, is_linear)
+    if whole:
+        matches = matches.without(whole)
     if not matches.paths:
         raise LorafoldError(
             f"modules_to_save includes every target ({listed(matches.by_pattern)}); leave some"
@@ -104,7 +98,9 @@ def build(
         if isinstance(module, Adapted):
             layer = module.layer(*names)
         else:
-            layer = layer_of(module, reader(base, parameter_path(module, path, "weight")))
+            named = None if base is None else base.find(parameter_path(module, path, "weight"))
+            stored = None if base is None or named is None else partial(base.get, named)
+            layer = layer_of(module, stored)
         try:
             deltas[path] = [spec.at(path).build(layer)]
         except LorafoldError as e:
@@ -112,11 +108,14 @@ def build(
             raise LorafoldError(
                 f"{path}: {what} can't adapt it: {_of_router(model, path) or e}"
             ) from None
-    add_biases(model, matches, bias, deltas)
+    if bias != "none":
+        add_biases(model, matches, bias, deltas)
     deltas |= {path: [ReplaceDelta(module_at(model, path), path)] for path in whole}
     rows = tokens if isinstance(tokens, Tokens) else Tokens(tokens)
-    add_token_rows(model, spec, rows, names, deltas)
-    spec.join({path: deltas[path][0] for path in matches.paths})
+    if rows.ids or any(adapted_modules(model)):
+        add_token_rows(model, spec, rows, names, deltas)
+    if spec.does("join"):
+        spec.join({path: deltas[path][0] for path in matches.paths})
     chosen = Chosen(spec, matches, bias, tuple(saved.by_pattern))
     return Built(chosen, deltas, selection.active)
 
@@ -132,14 +131,6 @@ def _of_router(model: nn.Module, path: str) -> str | None:
         f"it is a router, which chooses the experts of a token; to train it too, give it as"
         f" --modules-to-save (modules_to_save); the experts themselves are targets such as {short}"
     )
-
-
-def reader(base: Weights | None, name: str) -> Callable[[], Tensor] | None:
-    """A function that reads a weight (*matrices, out, in) from the base's own files by its name;
-    None if they do not have it.
-    """
-    found = None if base is None else base.find(name)
-    return None if base is None or found is None else partial(base.get, found)
 
 
 def _most(model: nn.Module, weights: Weights) -> int:

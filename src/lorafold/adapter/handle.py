@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorafold.adapter.reach import Unreached, counted, in_towers, unreached
+from lorafold.adapter.reach import Unreached, counted, unreached
 from lorafold.bases import parameter_count
 from lorafold.bases.dequantized import record_dequantized
 from lorafold.core.anatomy import joined
@@ -103,7 +103,7 @@ class Adapter:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the adapter's parameters."""
-        return (p for _, p in self.named_parameters())
+        return (p for delta in self.deltas.values() for p in delta.parameters())
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield every parameter and buffer of the adapter, each in its own shape."""
@@ -114,11 +114,13 @@ class Adapter:
         """Every tensor of the adapter, in its own shape, by `<module path>.<name>`; checkpoints
         have these. One more for each module are the settings of its delta (`core.delta`).
         """
-        deltas = self.deltas
-        own = ((path, delta.state_dict()) for path, delta in deltas.items())
-        state = {joined(path, name): t for path, state in own for name, t in state.items()}
-        settings = {joined(path, SETTINGS): written(delta) for path, delta in deltas.items()}
-        return state | {name: t for name, t in settings.items() if t is not None}
+        state, settings = dict[str, Tensor](), dict[str, Tensor]()
+        for path, delta in self.deltas.items():
+            prefix = f"{path}." if path else ""
+            delta.state_dict(destination=state, prefix=prefix)
+            if (own := written(delta)) is not None:
+                settings[f"{prefix}{SETTINGS}"] = own
+        return state | settings
 
     def load_state_dict(
         self, state: dict[str, Tensor], owns: Callable[[nn.Parameter], bool] = lambda p: True
@@ -233,12 +235,8 @@ class Adapter:
         base = parameter_count(self.model)
         lines = [f"{self.name}: {self.spec}"]
         lines += [f"  over: {listed(self.over)}"] * bool(self.over)
-        inside = in_towers(self.model, self.matches)
-        lines += [
-            f"  {pattern}: {counted(self.model, paths)}"
-            + (f", {len(inside[pattern])} of them in a tower" if pattern in inside else "")
-            for pattern, paths in self.matches.by_pattern.items()
-        ]
+        by_pattern = self.matches.by_pattern.items()
+        lines += [f"  {pattern}: {counted(self.model, paths)}" for pattern, paths in by_pattern]
         bias, saved = self.chosen.bias, self.chosen.modules_to_save
         lines += [f"  bias: {bias}"] * (bias != "none")
         lines += [f"  modules to save: {', '.join(saved)}"] * bool(saved)

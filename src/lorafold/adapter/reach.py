@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import nn
@@ -55,11 +55,16 @@ class Unreached:
         }
 
     def __str__(self) -> str:
-        inside = _listed(self.blocks, self.of_blocks) or "none"
-        line = f"frozen in the blocks: {inside} of their {self.of_blocks:,} parameters"
-        if not self.beside:
+        inside, around = (
+            ", ".join(
+                f"{what} {share:.1%}" if share >= 0.0005 else f"{what} under 0.1%"
+                for what, share in shares.items()
+            )
+            for shares in self.as_json().values()
+        )
+        line = f"frozen in the blocks: {inside or 'none'} of their {self.of_blocks:,} parameters"
+        if not around:
             return line
-        around = _listed(self.beside, self.of_model)
         return f"{line}; beside them: {around} of the model's {self.of_model:,}"
 
 
@@ -73,12 +78,12 @@ def unreached(model: nn.Module, sites: Collection[str]) -> Unreached:
     anatomy, sizes = Anatomy.of(model), parameter_sizes(model)
     in_block, beside = beneath(anatomy.language_blocks or [""]), beneath(anatomy.beside)
     kinds, around, of_blocks = Counter[str](), Counter[str](), 0
-    towers = _named_towers(model)
     for path, module in anatomy.modules:
         own = sizes.get(path, {})
         left = sum(n for name, n in own.items() if not {path, f"{path}.{name}"} & {*sites})
         if beside(path):
-            around[next((what for is_in, what in towers if is_in(path)), "connector")] += left
+            towers = (f"{k} tower" for root, k in anatomy.encoders.items() if beneath([root])(path))
+            around[next(towers, "connector")] += left
         elif in_block(path):
             kinds[_kind(path, module, anatomy)] += left
             of_blocks += sum(own.values())
@@ -91,7 +96,7 @@ def unreached(model: nn.Module, sites: Collection[str]) -> Unreached:
 
 
 def counted(model: nn.Module, paths: Collection[str]) -> str:
-    """The number of sites in words, parameters of experts apart.
+    """The number of sites in words, parameters of experts apart, and of those that are in a tower.
 
     Args:
         paths: the sites.
@@ -102,18 +107,8 @@ def counted(model: nn.Module, paths: Collection[str]) -> str:
     if found:
         matrices = sum(layer_of(m).matrices[0] for m in found)
         words.append(f"{len(found)} parameters of experts ({matrices:,} matrices)")
-    return " and ".join(words)
-
-
-def in_towers(model: nn.Module, matches: Matches) -> dict[str, tuple[str, ...]]:
-    """The matched module paths that are in a tower, by pattern, without patterns that match none.
-
-    Args:
-        matches: the matches of an adapter's targets.
-    """
-    inside = beneath(Anatomy.of(model).encoders)
-    found = {p: tuple(filter(inside, paths)) for p, paths in matches.by_pattern.items()}
-    return {pattern: paths for pattern, paths in found.items() if paths}
+    inside = sum(map(beneath(Anatomy.of(model).encoders), paths))
+    return " and ".join(words) + (f", {inside} of them in a tower" if inside else "")
 
 
 def strays(model: nn.Module, matches: Matches) -> str | None:
@@ -126,14 +121,15 @@ def strays(model: nn.Module, matches: Matches) -> str | None:
     roots, language = anatomy.encoders, anatomy.language
     meant = {root.rsplit(".", 1)[-1] for root in roots} | {f"{k}-linear" for k in roots.values()}
     found = {
-        pattern: paths
-        for pattern, paths in in_towers(model, matches).items()
-        if not any(name in pattern for name in meant)
+        pattern: inside
+        for pattern, paths in matches.by_pattern.items()
+        if (inside := [*filter(beneath(roots), paths)])
+        and not any(name in pattern for name in meant)
     }
     if not found:
         return None
     hit = {path for paths in found.values() for path in paths}
-    where = dict.fromkeys(what for is_in, what in _named_towers(model) if any(map(is_in, hit)))
+    where = dict.fromkeys(kind for root, kind in roots.items() if any(map(beneath([root]), hit)))
     counts = ", ".join(
         f"{len(paths)} of the {len(matches.by_pattern[pattern])} modules of {pattern}"
         for pattern, paths in found.items()
@@ -142,14 +138,9 @@ def strays(model: nn.Module, matches: Matches) -> str | None:
     only = rf"{re.escape(language)}\..*\.({'|'.join(sorted(ends))})"
     advice = f", or the regular expression {only}" if language and ends else ""
     return (
-        f"targets in the {' and the '.join(where)}: {counts}; for the language model alone give a"
-        f" preset such as all-linear{advice}"
+        f"targets in the {' tower and the '.join(where)} tower: {counts}; for the language"
+        f" model alone give a preset such as all-linear{advice}"
     )
-
-
-def _named_towers(model: nn.Module) -> list[tuple[Callable[[str], bool], str]]:
-    """For each tower, the test whether a module path is in it, and what it is."""
-    return [(beneath([root]), f"{kind} tower") for root, kind in Anatomy.of(model).encoders.items()]
 
 
 def _kind(path: str, module: nn.Module, anatomy: Anatomy) -> str:
@@ -168,13 +159,6 @@ def _kind(path: str, module: nn.Module, anatomy: Anatomy) -> str:
     if isinstance(module, nn.Embedding):
         return "embeddings"
     return "norms" if "norm" in name or (weight is not None and weight.dim() == 1) else "other"
-
-
-def _listed(counts: Mapping[str, int], whole: int) -> str:
-    shares = ((what, n / whole) for what, n in counts.items())
-    return ", ".join(
-        f"{what} {share:.1%}" if share >= 0.0005 else f"{what} under 0.1%" for what, share in shares
-    )
 
 
 def text_alone(model: nn.Module, sites: Collection[str]) -> str | None:

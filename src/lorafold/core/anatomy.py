@@ -54,7 +54,8 @@ class Anatomy:
     """
 
     def __init__(self, model: nn.Module, tree: Tree) -> None:
-        self._model, self._tree = ref(model), tree
+        self._model: Callable[[], Any] = ref(model)
+        self._tree = tree
         self.experts: dict[str, set[int]] = {}
         self.blocks, self.indexers, self.attentions = list[str](), list[str](), list[str]()
         lists: tuple[str, ...] = ()
@@ -69,20 +70,34 @@ class Anatomy:
                 self.indexers.append(path)
             if path and getattr(module, "is_causal", False) and hasattr(module, "layer_idx"):
                 self.attentions.append(path)
-        self.embedding, self.head = map(self._path, _ends(model))
+        own: Any = model
+        try:
+            embedding = getattr(own, "get_input_embeddings", lambda: None)()
+        except NotImplementedError:  # what transformers raises for two encoders side by side
+            embedding = None
+        head = getattr(own, "get_output_embeddings", lambda: None)()
+        paths = {id(kept()): path for path, kept in tree}
+        self.embedding, self.head = paths.get(id(embedding)), paths.get(id(head))
 
     @staticmethod
     def of(model: nn.Module) -> Anatomy:
         """The anatomy of a model as it is now."""
-        tree, known = _tree(model), _made.get(model)
+        seen: set[int] = set()
+        tree: Tree = []
+        left: list[tuple[str, nn.Module]] = [("", model)]
+        while left:
+            path, module = left.pop()
+            if id(module) in seen:
+                continue
+            seen.add(id(module))
+            tree.append((path, ref(module)))
+            for name, child in reversed(module._modules.items()):
+                if child is not None and not isinstance(child, Deltas | Matrices):
+                    left.append((f"{path}.{name}" if path else name, child))
+        known = _made.get(model)
         if known is None or known._tree != tree:
             known = _made[model] = Anatomy(model, tree)
         return known
-
-    @property
-    def model(self) -> Any:
-        """The model."""
-        return self._model()
 
     @property
     def modules(self) -> list[tuple[str, nn.Module]]:
@@ -128,7 +143,7 @@ class Anatomy:
         own (the patches of a vision model).
         """
         ends = [path for path in (self.embedding, self.head) if path is not None]
-        modules = map(self.model.get_submodule, ends)
+        modules = map(self._model().get_submodule, ends)
         weights = [module._parameters.get("weight") for module in modules]
         return [path for path, weight in zip(ends, weights, strict=True) if weight is not None]
 
@@ -137,27 +152,27 @@ class Anatomy:
         """The decoder, which lies between the token ids and the head; "", the model itself, where
         the model has no head or no such module.
         """
-        model = self.model
+        model = self._model()
         part = model.get_decoder() if hasattr(model, "get_decoder") else model
         if part is model and self.embedding and self.head is not None:
             around = self.embedding.partition(".")[0]
             return around if around != self.head else ""
-        return self._path(part) or ""
+        return next((path for path, kept in self._tree if kept() is part), "")
 
     @cached_property
     def heads(self) -> list[str]:
         """The parts over the base model, such as a classifier's head; where the model does not say
         what its base is, the output embedding.
         """
-        base = getattr(self.model, "base_model", self.model)
-        if base is not self.model:
-            return [name for name, child in self.model.named_children() if child is not base]
+        base = getattr(self._model(), "base_model", self._model())
+        if base is not self._model():
+            return [name for name, child in self._model().named_children() if child is not base]
         return [self.head] if self.head is not None else []
 
     @cached_property
     def language(self) -> str:
         """The language model inside a multimodal model; "" for every other model."""
-        model = self.model
+        model = self._model()
         if not self.embedding or _of_text(model):
             return ""
         for _, path in _steps(self.embedding):
@@ -172,13 +187,12 @@ class Anatomy:
     @cached_property
     def encoders(self) -> dict[str, str]:
         """The encoders beside the language model, and what each takes in: "vision" or "audio"."""
-        config: Any = getattr(self.model, "config", None)
-        known = _takes(self.model)
+        config: Any = getattr(self._model(), "config", None)
         # an encoder may lie inside a language model whose own configuration has a part for it
-        within = _of_text(self.model) and getattr(config, "sub_configs", None)
+        within = _of_text(self._model()) and getattr(config, "sub_configs", None)
         if not self.language and (not within or config.is_encoder_decoder):
             return {}
-        found: dict[str, str] = {}
+        known, found = _takes(self._model()), dict[str, str]()
         for path, module in self.modules:
             over = f"{self.embedding or ''}.".startswith(f"{path}.") or not path
             inside = beneath(filter(None, (*found, self.language)))(path)
@@ -198,7 +212,7 @@ class Anatomy:
         paths = [
             joined(outer, name)
             for outer in around
-            for name, _ in self.model.get_submodule(outer).named_children()
+            for name, _ in self._model().get_submodule(outer).named_children()
         ]
         return tuple(path for path in paths if path not in left_out)
 
@@ -213,11 +227,6 @@ class Anatomy:
         """The path and module of each of the model's modules, without encoders and connectors."""
         out = beneath(self.beside)
         return [(path, module) for path, module in self.modules if not out(path)]
-
-    def _path(self, module: Any) -> str | None:
-        if module is None:
-            return None
-        return next((path for path, kept in self._tree if kept() is module), None)
 
 
 def joined(path: str, name: str) -> str:
@@ -259,23 +268,6 @@ def tied_parameters(model: nn.Module) -> dict[str, tuple[str, ...]]:
     }
 
 
-def _tree(model: nn.Module) -> Tree:
-    """The modules of a model, each under its first path."""
-    seen: set[int] = set()
-    tree: Tree = []
-    left: list[tuple[str, nn.Module]] = [("", model)]
-    while left:
-        path, module = left.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        tree.append((path, ref(module)))
-        for name, child in reversed(module._modules.items()):
-            if child is not None and not isinstance(child, Deltas | Matrices):
-                left.append((f"{path}.{name}" if path else name, child))
-    return tree
-
-
 def _steps(path: str) -> list[tuple[str, str]]:
     """The way from the model to a path: each module on it, and the child that comes next."""
     parts = path.split(".") if path else []
@@ -297,15 +289,6 @@ def _generates(model: Any, part: nn.Module) -> bool:
     numbered = [m for m in part.modules() if hasattr(m, "layer_idx")]
     causal = any(getattr(m, "is_causal", True) for m in numbered)
     return causal or (bool(numbered) and model.get_output_embeddings() is not None)
-
-
-def _ends(model: Any) -> tuple[Any, Any]:
-    """The input embedding and the output embedding, where the model names them."""
-    try:
-        embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    except NotImplementedError:  # what transformers raises for two encoders side by side
-        embedding = None
-    return embedding, getattr(model, "get_output_embeddings", lambda: None)()
 
 
 def _takes(module: nn.Module) -> list[str]:

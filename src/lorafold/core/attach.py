@@ -49,7 +49,8 @@ class Deltas(nn.ModuleDict):
         super().train(mode)
         delta: Any
         for delta in self.values() if mode else ():
-            if not any(p.requires_grad for p in (*delta.parameters(), *delta.borrowed())):
+            own = any(p.requires_grad for p in delta.parameters())
+            if not (own or any(p.requires_grad for p in delta.borrowed())):
                 delta.eval()
         return self
 
@@ -225,7 +226,8 @@ def lay(
         module.__class__ = adapted_class(type(module), layer_class)  # type: ignore[arg-type]
         assert isinstance(module, Adapted)
         module.deltas, module.selection, module.site = deltas, selection, site
-        layer_class.entered(module)
+        if layer_class.entered is not None:
+            layer_class.entered(module)
     module.deltas[name] = delta.train(module.training)
 
 
@@ -237,7 +239,8 @@ def lift(module: Adapted, name: str) -> None:
         module.__dict__.pop("site", None)
         layer_class = module.layer_class
         module.__class__ = module.base_class  # type: ignore[assignment]
-        layer_class.left(module)
+        if layer_class.left is not None:
+            layer_class.left(module)
 
 
 def freeze(model: nn.Module, selection: Selection) -> None:

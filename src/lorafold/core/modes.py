@@ -18,7 +18,7 @@ on them to find how much memory it takes (`lorafold.memory`); code that branches
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,24 +32,20 @@ from lorafold.errors import LorafoldError
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module, gradients: bool = False) -> Iterator[None]:
     """Put the model in evaluation mode, without gradients, until the `with` block ends.
 
     Afterwards each of its modules is in the mode that it was in before.
-    """
-    with evaluation_mode(model), torch.no_grad():
-        yield
 
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """The same, where whoever runs the model sees to gradients: torch's switch for them belongs to
-    the thread, so a generator can't hold it between two of its values.
+    Args:
+        gradients: leave torch's switch for them as it is; it belongs to the thread, so a generator
+            can't hold it between two of its values.
     """
     training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        yield
+        with nullcontext() if gradients else torch.no_grad():
+            yield
     finally:
         for module, flag in training:
             module.training = flag

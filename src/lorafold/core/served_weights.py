@@ -26,6 +26,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,6 +91,7 @@ class Served(Tensor):
             Served, reading.shape(name), dtype=like.dtype, device=like.device
         )
         served.__dict__.update(reading=reading, which=name)
+        _see_ties()
         return served
 
     @property
@@ -234,7 +236,9 @@ def _tied(module: nn.Module, name: str, parameter: Tensor) -> Tensor | None:
     return parameter.stored if isinstance(parameter, Served) else None
 
 
-register_module_parameter_registration_hook(_tied)  # type: ignore[arg-type]
+@cache
+def _see_ties() -> None:
+    register_module_parameter_registration_hook(_tied)  # type: ignore[arg-type]
 
 
 NAMES = ("weight", "bias")

@@ -21,7 +21,7 @@ class Spec(ABC):
     """Abstract: one method with its hyperparameters.
 
     What a method needs beyond a single layer it does in hooks, which attaching (`join`) and a run
-    (`prepare`, `penalty`, `after_step`, `report`) call on every spec. A spec is frozen, so the
+    (`prepare`, `penalty`, `after_step`, `report`) call where it has them. A spec is frozen, so the
     hooks keep their state in the deltas.
 
     Attributes:
@@ -70,6 +70,10 @@ class Spec(ABC):
     def at(self, path: str) -> Self:
         """The spec for one module path, with overrides by pattern applied."""
         return self
+
+    def does(self, hook: str) -> bool:
+        """Whether the method does anything in one of the hooks below."""
+        return getattr(type(self), hook) is not getattr(Spec, hook)
 
     def join(self, deltas: Mapping[str, Delta]) -> None:
         """Set up what deltas share; `attach` calls it once all of an adapter's deltas, by module

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from lorafold.core.attach import only
-from lorafold.core.modes import evaluation_mode
+from lorafold.core.modes import evaluating
 from lorafold.engine.adapters import KnownAdapter, Reader, Verified, attached, parts_of
 from lorafold.engine.fast_path import fast_path
 from lorafold.engine.operations import Operations, available
@@ -81,7 +81,7 @@ class Engine:
         settings, self.length = replace(settings, **changes).fitted(positions, table)
         with ExitStack() as stack:
             taken(model, stack)
-            stack.enter_context(evaluation_mode(model))
+            stack.enter_context(evaluating(model, gradients=True))
             stack.enter_context(considerate())
             self.structure: Structure = structure_of(model)
             dtype = model.dtype if model.dtype.is_floating_point else torch.bfloat16

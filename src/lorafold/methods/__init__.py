@@ -122,7 +122,8 @@ def known_options(method: str, over: str | None = None) -> tuple[str, ...]:
     if method not in METHODS:
         raise LorafoldError(f"unknown method {method!r}; there are: {', '.join(METHODS)}")
     default: Any = METHODS[method]
-    names = tuple(field.name for field in fields(METHODS.spec(method)))  # type: ignore[arg-type]
+    likeness = default if isinstance(default, type) else default()
+    names = tuple(field.name for field in fields(likeness))
     if "over" not in names:
         return names
     return (*names, *(known_options(over) if over else default().over.options()))

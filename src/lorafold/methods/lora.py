@@ -28,7 +28,7 @@ from lorafold.core.layer import Layer
 from lorafold.core.spec import Spec
 from lorafold.core.targets import pattern_matches
 from lorafold.errors import LorafoldError
-from lorafold.methods.parts.options import check, kaiming, zeros
+from lorafold.methods.parts.options import check, kaiming
 from lorafold.ops.svd import best_of_rank
 
 Init = Literal["kaiming", "gaussian", "loftq"]
@@ -48,7 +48,8 @@ class LoRADelta(LowRank):
         (out, inn), matrices, device = layer.shape, layer.matrices, layer.device
         shape = (*matrices, rank, inn)
         self.A = nn.Parameter(torch.empty(shape, device=device, dtype=torch.float32))
-        self.B = zeros((*matrices, out, rank), device)
+        shape = (*matrices, out, rank)
+        self.B = nn.Parameter(torch.zeros(shape, device=device, dtype=torch.float32))
         if init == "gaussian":
             nn.init.normal_(self.A, std=1 / rank)
         else:

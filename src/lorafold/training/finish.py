@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lorafold.adapter import Adapter
+from lorafold.adapter.reach import unreached
 from lorafold.core.attach import base_state
 from lorafold.errors import LorafoldError, listed, shortened
 from lorafold.files.atomic import check_intact, read_object, remove
@@ -139,7 +140,7 @@ def finish(setup: Setup, plan: Plan, progress: Progress, base: Weights | None) -
         adapter=str(request.out),
         losses=progress.losses,
         figures=progress.measured.get(kept, {}),
-        frozen=adapter.unreached.as_json(),
+        frozen=unreached(adapter.model, adapter.sites).as_json(),
         files=request.data.record.get("files", {}),
         data=setup.findings.as_json(),
         skipped=progress.skipped,

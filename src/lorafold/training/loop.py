@@ -345,7 +345,8 @@ def train_step(plan: Plan, examples: Sequence[Any], step: int) -> tuple[float, f
             plan.optimizer.step()
     else:
         plan.optimizer.zero_grad()  # before a method looks at them
-    plan.adapter.spec.after_step(plan.adapter.own_deltas, step + 1, plan.feed.steps)
+    if plan.adapter.spec.does("after_step"):
+        plan.adapter.spec.after_step(plan.adapter.own_deltas, step + 1, plan.feed.steps)
     plan.optimizer.zero_grad()
     return loss / total, size
 
@@ -360,6 +361,7 @@ def backward(plan: Plan, examples: Sequence[Any], total: int, key: int) -> Tenso
         key: What dropout follows from, with the names of tokens.
     """
     loss, recipe, processes = plan.loss, plan.recipe, plan.layout.processes
+    spec = plan.adapter.spec
     share = range(len(examples))[processes.index :: processes.count]
     own = [examples[i] for i in share]
     parts = loss.micro_batches(own, recipe.accumulate, recipe.max_length) if own else []
@@ -384,8 +386,9 @@ def backward(plan: Plan, examples: Sequence[Any], total: int, key: int) -> Tenso
                 else:
                     summed += value.detach()
                     value = value * (1 / total)
-                if i == len(parts) - 1 and processes.first:  # of the sum over all
-                    added = plan.adapter.spec.penalty(plan.adapter.own_deltas)
+                # of the sum over all
+                if i == len(parts) - 1 and processes.first and spec.does("penalty"):
+                    added = spec.penalty(plan.adapter.own_deltas)
                     value = value if added is None else value + added
                 value.backward()
     return summed

@@ -19,7 +19,8 @@ import torch
 from rich.console import Console
 
 from lorafold.adapter import Adapter, attach, load
-from lorafold.adapter.reach import strays, text_alone
+from lorafold.adapter.reach import strays, text_alone, unreached
+from lorafold.core.anatomy import Anatomy
 from lorafold.core.attach import Adapted, Origin
 from lorafold.core.matrices import module_at
 from lorafold.core.spec import Spec
@@ -291,11 +292,12 @@ def adapted_model(
             f" objective {recipe.objective} has to train, expected an adapter with it; as the"
             " frozen adapter below a new one, give it as --over"
         )
+    towers = Anatomy.of(model).encoders
     for line in (
-        text_alone(model, adapter.sites),
+        text_alone(model, adapter.sites) if towers else None,
         repr(adapter),
-        f"  {adapter.unreached}",
-        strays(model, adapter.matches),
+        f"  {unreached(model, adapter.sites)}",
+        strays(model, adapter.matches) if towers else None,
     ):
         if line is not None:
             console.print(line, highlight=False, markup=False, soft_wrap=True)

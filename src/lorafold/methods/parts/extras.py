@@ -32,12 +32,12 @@ def add_biases(
 
     Args:
         matches: the modules that the method adapts.
-        bias: train the biases of these modules ("lora_only"), of all ("all") or of none ("none").
+        bias: train the biases of these modules ("lora_only") or of all ("all").
         deltas: the adapter's deltas by module path, to which they are added.
     """
     left_out = Anatomy.of(model).routers
     every = (path for path, _ in Anatomy.of(model).modules if path not in left_out)
-    for path in {"none": (), "lora_only": matches.paths, "all": every}[bias]:
+    for path in {"lora_only": matches.paths, "all": every}[bias]:
         own = module_at(model, path)._parameters.get("bias")
         if own is not None:
             deltas.setdefault(path, []).append(BiasDelta(len(own), own.device))
@@ -56,7 +56,7 @@ def add_token_rows(
         active: the names of the active adapters, lowest first.
         deltas: the adapter's deltas by module path, to which they are added.
     """
-    rows = tokens.deltas(model, active)
+    rows = tokens.deltas(model, active) if tokens.ids else {}
     if rows and spec.trains_base:
         raise LorafoldError(
             f"tokens: {type(spec).__name__} trains the base's own weights, so it can't have token"

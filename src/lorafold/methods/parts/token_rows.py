@@ -162,8 +162,6 @@ class Tokens:
 
         Raises LorafoldError with everything that is wrong.
         """
-        if not self.ids:
-            return {}
         by_path, problems = self._by_path(model)
         found: dict[str, TokenRows] = {}
         for path, ids in by_path.items():
