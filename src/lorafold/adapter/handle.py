@@ -187,7 +187,8 @@ class Adapter:
         other = {OTHER_BASE: self.other_base} if self.other_base else {}
         source, stored = known(self.model), recorded_storage(self.model)
         trained = {TRAINED_ON: stored, BASE_IDENTITY: of_model(source) if source else None}
-        about = {**trained, **other, **(record or {}), **grown, **recorded(self.over)}
+        below = recorded(self.over) if self.over else {}
+        about = {**trained, **other, **(record or {}), **grown, **below}
         about = {name: value for name, value in about.items() if value is not None}
         beside = Beside(about, card, tokenizer, overwrite)
         if self.spec.trains_base:
@@ -232,7 +233,8 @@ class Adapter:
         count = sum(p.numel() for p in self.parameters())
         base = parameter_count(self.model)
         lines = [f"{self.name}: {self.spec}"]
-        lines += [f"  over: {listed(self.over)}"] * bool(self.over)
+        if self.over:
+            lines.append(f"  over: {listed(self.over)}")
         inside = in_towers(self.model, self.matches)
         lines += [
             f"  {pattern}: {counted(self.model, paths)}"
