@@ -61,8 +61,7 @@ def atomic_directory(
         tmp.mkdir()
         try:
             yield tmp
-            _seal(tmp, durable)
-            _place(tmp, target, overwrite)
+            _place(tmp, target, overwrite, durable)
         except BaseException:
             shutil.rmtree(tmp, ignore_errors=True)
             with suppress(OSError):  # what another process wrote there meanwhile stays
@@ -254,27 +253,24 @@ def _try(path: str | Path, folder: Path) -> None:
         raise LorafoldError(f"{path} can't be written: {there}: {reason}") from error
 
 
-def _seal(root: Path, durable: bool) -> None:
-    """Write the manifest and, if it shall be durable, flush all files and directories."""
-    files = sorted(p for p in root.rglob("*") if p.is_file())
-    for path in files:  # safetensors writes those that their owner alone can read
-        if path.stat().st_nlink == 1:
-            path.chmod(root.stat().st_mode & 0o666)
-    entries = {
-        p.relative_to(root).as_posix(): {"sha256": sha256(p), "size": p.stat().st_size}
-        for p in files
-    }
-    write_json(root / MANIFEST, {"files": entries})
-    if durable:
-        for path in [*files, *(p for p in root.rglob("*") if p.is_dir()), root]:
-            _sync(path)
-
-
-def _place(tmp: Path, target: Path, overwrite: bool) -> None:
-    """Rename `tmp` to `target`.
+def _place(tmp: Path, target: Path, overwrite: bool, durable: bool) -> None:
+    """Write the manifest and, if it shall be durable, flush all files and directories; then rename
+    `tmp` to `target`.
 
     At every moment `target` is the old directory, absent, or the new one.
     """
+    files = sorted(p for p in tmp.rglob("*") if p.is_file())
+    for path in files:  # safetensors writes those that their owner alone can read
+        if path.stat().st_nlink == 1:
+            path.chmod(tmp.stat().st_mode & 0o666)
+    entries = {
+        p.relative_to(tmp).as_posix(): {"sha256": sha256(p), "size": p.stat().st_size}
+        for p in files
+    }
+    write_json(tmp / MANIFEST, {"files": entries})
+    if durable:
+        for path in [*files, *(p for p in tmp.rglob("*") if p.is_dir()), tmp]:
+            _sync(path)
     check_out(target, overwrite)
     if not target.exists():
         tmp.rename(target)
