@@ -178,7 +178,9 @@ def read(
     else:
         problems += saved.own_base.problems(base, called(model))
     try:
-        tokens, saved = saved.token_rows(model, base)
+        tokens: Mapping[str, Sequence[int]] = {}
+        if saved.selection.tokens:
+            tokens, saved = saved.token_rows(model, base)
         spec = saved.selection.spec_in(model, saved.spec)
         with skip_init(_most(model, saved.weights)):
             built = build(model, spec, tokens=tokens, **saved.beside(model))

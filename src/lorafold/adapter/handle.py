@@ -189,7 +189,8 @@ class Adapter:
         other = {OTHER_BASE: self.other_base} if self.other_base else {}
         source, stored = known(self.model), recorded_storage(self.model)
         trained = {TRAINED_ON: stored, BASE_IDENTITY: of_model(source) if source else None}
-        about = {**trained, **other, **(record or {}), **grown, **recorded(self.over)}
+        below = recorded(self.over) if self.over else {}
+        about = {**trained, **other, **(record or {}), **grown, **below}
         about = {name: value for name, value in about.items() if value is not None}
         beside = Beside(about, card, tokenizer, overwrite)
         if self.spec.trains_base:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lorafold.adapter import load
 from lorafold.api.arguments import or_quiet
 from lorafold.errors import LorafoldError
-from lorafold.models.positions import positions_of
+from lorafold.models.positions import positions_in, positions_of
 from lorafold.models.sources import ModelSource
 from lorafold.models.tokenizer import load_tokenizer
 from lorafold.objectives.classify import Classify
@@ -140,7 +140,10 @@ def length_for(
         console: For a line where the positions bound it; None is quiet.
         head: Expect a classifier or a reward model instead of a language model.
     """
-    found = positions_of(model.model) if isinstance(model, Loaded) else model.positions(head)
+    if isinstance(model, Loaded):
+        found = positions_of(model.model)
+    else:
+        found = positions_in(model.config(), head, model.trust_remote_code)
     before = sum(one.spec.positions for one in adapters)
     return fitted_length(found, asked, before, or_quiet(console))
 

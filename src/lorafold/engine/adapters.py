@@ -38,7 +38,7 @@ from lorafold.methods.parts.extras import vocabulary
 from lorafold.methods.parts.token_rows import TokenRows
 from lorafold.models.weights import InMemory
 from lorafold.peft.config import CONFIG, WEIGHTS
-from lorafold.peft.provenance import beside, digest_of, not_found, parse
+from lorafold.peft.provenance import COMPUTED, beside, not_found, parse
 from lorafold.peft.saved import FILES
 
 BESIDE = 8 << 20  # bytes of a manifest, which an identity leaves out
@@ -144,7 +144,7 @@ def found_below(origin: Origin, over: Path, most: int) -> Contents:
         most: The most bytes of its files.
     """
     contents = Contents(beside(origin, over), FILES, most)
-    if CONFIG not in contents.files or digest_of(contents) != origin.sha256:
+    if CONFIG not in contents.files or contents.digest_of(COMPUTED) != origin.sha256:
         raise LorafoldError(not_found(origin, over))
     return contents
 

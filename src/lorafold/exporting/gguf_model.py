@@ -42,7 +42,7 @@ from lorafold.generation import end_tokens
 from lorafold.merging.folding import need_space
 from lorafold.models.checkpoint import mapped_model_of
 from lorafold.models.sources import resolve_model
-from lorafold.models.tokenizer import tokenizer_of
+from lorafold.models.tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -72,7 +72,7 @@ class Content:
 def write_model(directory: Path, out: Path, tensors: str, progress: Progress) -> Sequence[str]:
     """Write the model of a directory in Hugging Face's format, as `write_content` does."""
     source = resolve_model(directory)
-    model, tokenizer = mapped_model_of(source).model, tokenizer_of(source, ())
+    model, tokenizer = mapped_model_of(source).model, read_tokenizer(source)
     content = Content(model, (), directory, tokenizer, directory.name)
     return write_content(content, out, tensors, progress)
 

@@ -44,7 +44,7 @@ from lorafold.inspecting.updates import (
 )
 from lorafold.merging.into import Into
 from lorafold.methods.parts.token_rows import TokenRows
-from lorafold.models.tokenizer import tokenizer_of
+from lorafold.models.tokenizer import read_tokenizer, tokenizer_of
 from lorafold.opening import Base
 from lorafold.peft.saved import Saved
 
@@ -302,7 +302,8 @@ class Subject:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the last adapter that has one, or the base's."""
         own = [one.path for one in self.given or self.adapters if one.own_tokenizer]
-        return tokenizer_of(self.base.source, own)
+        source = self.base.source
+        return tokenizer_of(source, own) if own else read_tokenizer(source)
 
 
 @dataclass(frozen=True)

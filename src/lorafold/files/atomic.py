@@ -22,10 +22,9 @@ import re
 import secrets
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,6 @@ from lorafold.files.paths import check_name
 
 MANIFEST = "manifest.json"
 HOST = f"{zlib.crc32(platform.node().encode()):08x}"  # in the names of what is being written
-Found = tuple[int, Callable[[], str]]
 
 
 @contextmanager
@@ -63,8 +61,7 @@ def atomic_directory(
         tmp.mkdir()
         try:
             yield tmp
-            _seal(tmp, durable)
-            _place(tmp, target, overwrite)
+            _place(tmp, target, overwrite, durable)
         except BaseException:
             shutil.rmtree(tmp, ignore_errors=True)
             with suppress(OSError):  # what another process wrote there meanwhile stays
@@ -168,25 +165,23 @@ def verify(path: str | Path, patterns: Sequence[str] = ("*",)) -> list[str]:
         return [f"{MANIFEST}: missing"]
     except OSError:
         return [f"{MANIFEST}: not readable as a manifest"]
-    return compare(manifest, patterns, partial(on_disk, root))
-
-
-def on_disk(root: Path, name: str) -> Found | None:
-    """What `compare` asks for of a file in a directory."""
-    file = root / name
-    return (file.stat().st_size, partial(sha256, file)) if file.is_file() else None
+    return compare(root, manifest, patterns)
 
 
 def compare(
-    manifest: bytes | bytearray, patterns: Sequence[str], found: Callable[[str], Found | None]
+    root: Path,
+    manifest: bytes | bytearray,
+    patterns: Sequence[str],
+    read: Mapping[str, tuple[int, str]] | None = None,
 ) -> list[str]:
     """Compare files with a manifest, as `verify` does.
 
     Args:
+        root: the directory.
         manifest: the content of the manifest.
         patterns: shell patterns of the files to compare.
-        found: what is there under a name: a size, and a function that returns the SHA-256 in
-            hexadecimal; None for a file that is missing.
+        read: (bytes, SHA-256 in hexadecimal) by name, if the files were read already; None
+            compares those on the disk.
     """
     try:
         files = json.loads(manifest)["files"]
@@ -197,12 +192,16 @@ def compare(
     for name, (size, digest) in expected.items():
         if not any(fnmatchcase(name, pattern) for pattern in patterns):
             continue
-        file = found(name)
-        if file is None:
+        file = root / name
+        if read is None:  # its content counts if it has the size
+            found = (file.stat().st_size, "") if file.is_file() else None
+        else:
+            found = read.get(name)
+        if found is None:
             problems.append(f"{name}: missing")
-        elif file[0] != size:
-            problems.append(f"{name}: {file[0]} bytes, expected {size}")
-        elif file[1]() != digest:
+        elif found[0] != size:
+            problems.append(f"{name}: {found[0]} bytes, expected {size}")
+        elif (found[1] or sha256(file)) != digest:
             problems.append(f"{name}: content differs from the manifest")
     return problems
 
@@ -254,27 +253,24 @@ def _try(path: str | Path, folder: Path) -> None:
         raise LorafoldError(f"{path} can't be written: {there}: {reason}") from error
 
 
-def _seal(root: Path, durable: bool) -> None:
-    """Write the manifest and, if it shall be durable, flush all files and directories."""
-    files = sorted(p for p in root.rglob("*") if p.is_file())
-    for path in files:  # safetensors writes those that their owner alone can read
-        if path.stat().st_nlink == 1:
-            path.chmod(root.stat().st_mode & 0o666)
-    entries = {
-        p.relative_to(root).as_posix(): {"sha256": sha256(p), "size": p.stat().st_size}
-        for p in files
-    }
-    write_json(root / MANIFEST, {"files": entries})
-    if durable:
-        for path in [*files, *(p for p in root.rglob("*") if p.is_dir()), root]:
-            _sync(path)
-
-
-def _place(tmp: Path, target: Path, overwrite: bool) -> None:
-    """Rename `tmp` to `target`.
+def _place(tmp: Path, target: Path, overwrite: bool, durable: bool) -> None:
+    """Write the manifest and, if it shall be durable, flush all files and directories; then rename
+    `tmp` to `target`.
 
     At every moment `target` is the old directory, absent, or the new one.
     """
+    files = sorted(p for p in tmp.rglob("*") if p.is_file())
+    for path in files:  # safetensors writes those that their owner alone can read
+        if path.stat().st_nlink == 1:
+            path.chmod(tmp.stat().st_mode & 0o666)
+    entries = {
+        p.relative_to(tmp).as_posix(): {"sha256": sha256(p), "size": p.stat().st_size}
+        for p in files
+    }
+    write_json(tmp / MANIFEST, {"files": entries})
+    if durable:
+        for path in [*files, *(p for p in tmp.rglob("*") if p.is_dir()), tmp]:
+            _sync(path)
     check_out(target, overwrite)
     if not target.exists():
         tmp.rename(target)
@@ -331,38 +327,32 @@ def _sync(path: Path) -> None:
         os.close(fd)
 
 
-def check_intact(directory: str | Path, patterns: Sequence[str]) -> None:
-    """Raise LorafoldError unless the files that match a pattern are as lorafold wrote them."""
+def check_intact(
+    directory: str | Path,
+    patterns: Sequence[str],
+    manifest: bytes | bytearray | None = None,
+    read: Mapping[str, tuple[int, str]] | None = None,
+) -> None:
+    """Raise LorafoldError unless the files that match a pattern are as lorafold wrote them. Nothing
+    is known of them where there is no manifest, or where another program wrote it: it has no
+    "files".
+
+    Args:
+        manifest: its content; None reads it.
+        read: the files that were read already, as `compare` takes them.
+    """
     root = Path(directory)
     try:
-        manifest = (root / MANIFEST).read_bytes()
+        manifest = (root / MANIFEST).read_bytes() if manifest is None else manifest
+        found = json.loads(manifest)
     except FileNotFoundError:
         return
-    except OSError:
-        manifest = b""  # which is compared as one that can't be read
-    check(directory, manifest, patterns, partial(on_disk, root))
-
-
-def check(
-    directory: str | Path,
-    manifest: bytes | bytearray,
-    patterns: Sequence[str],
-    found: Callable[[str], Found | None],
-) -> None:
-    """Raise LorafoldError unless the files that match a pattern are as lorafold wrote them, found
-    as `compare` finds them. Nothing is known of them where another program wrote the manifest.
-    """
-    if is_ours(manifest) and (problems := compare(manifest, patterns, found)):
+    except (OSError, ValueError):
+        manifest, found = b"", None  # which is compared as one that can't be read
+    if isinstance(found, dict) and "files" not in found:
+        return
+    if problems := compare(root, manifest, patterns, read):
         raise LorafoldError(
             f"{directory}: {as_one(problems)}: damaged, or changed by hand; restore it, or"
             f" delete {MANIFEST} if you changed it yourself"
         )
-
-
-def is_ours(manifest: bytes | bytearray) -> bool:
-    """Whether lorafold wrote this manifest, readable or not; other programs' have no "files"."""
-    try:
-        found = json.loads(manifest)
-    except ValueError:
-        return True
-    return not isinstance(found, dict) or "files" in found

@@ -135,12 +135,12 @@ def training_card(
     opened = (BY_LORAFOLD if own else BY_TRANSFORMERS).format(auto=auto, base=source, head=head)
     grown = GROWN.format(size=record[VOCABULARY]) if VOCABULARY in record else ""
     below = {f"below{n}": entry["adapter"] for n, entry in enumerate(record.get(OVER, ()), 1)}
-    ours, stacked = _loaded(below)
+    ours, stacked = _loaded(below) if below else ("", ALONE)
     theirs = IN_PEFT.format(grown=grown, stacked=stacked) if in_peft else NOT_IN_PEFT
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=True)}---\n",
         title,
-        _table("Rewards", _rewards(record)),
+        _table("Rewards", _rewards(record)) if record.get(JUDGED_BY) else "",
         _table("Figures", numbers),
         _table("Recipe", record.get("recipe", {})),
         _table("Data", data),
@@ -153,9 +153,7 @@ def training_card(
 
 def _rewards(record: Mapping[str, Any]) -> dict[str, str]:
     """What a policy learned from, and what it was worth on held-out prompts, by name."""
-    if not (judges := record.get(JUDGED_BY)):
-        return {}
-    found = record.get(HELD_OUT, {})
+    judges, found = record[JUDGED_BY], record.get(HELD_OUT, {})
     own = record.get("step", max(found.get("step", ()), default=0))
     when = {0: "before the first step", own: f"after step {own}"}
     columns = (found.get(name, ()) for name in ("step", "reward", "reward_interval"))
@@ -179,8 +177,6 @@ def _loaded(below: Mapping[str, str]) -> tuple[str, str]:
     """The lines that load those below for lorafold, and those that load all of them for PEFT; their
     directories are by their names.
     """
-    if not below:
-        return "", ALONE
     (first, path), *others = below.items()
     lines = [
         f'model = PeftModel.from_pretrained(model, "{path}", adapter_name="{first}")',
@@ -194,16 +190,13 @@ def _loaded(below: Mapping[str, str]) -> tuple[str, str]:
 
 def _table(title: str, rows: Mapping[str, Any]) -> str:
     """A section with a table of two columns; empty if there is nothing to show."""
-    lines = [
-        f"| {key.replace('_', ' ')} | {_cell(value)} |"
-        for key, value in rows.items()
-        if value not in (None, "", [], {})
-    ]
+    lines = []
+    for key, value in rows.items():
+        if value in (None, "", [], {}):
+            continue
+        text = str(value)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            text = f"{value:,.6g}" if isinstance(value, float) else f"{value:,}"
+        text = text.replace("|", "\\|").replace("\n", " ")
+        lines.append(f"| {key.replace('_', ' ')} | {text} |")
     return f"## {title}\n\n| | |\n|---|---|\n" + "\n".join(lines) + "\n" if lines else ""
-
-
-def _cell(value: Any) -> str:
-    text = str(value)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        text = f"{value:,.6g}" if isinstance(value, float) else f"{value:,}"
-    return text.replace("|", "\\|").replace("\n", " ")

@@ -25,14 +25,14 @@ import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from lorafold.errors import LorafoldError
-from lorafold.files.atomic import MANIFEST, as_object, check, is_ours, write_text
+from lorafold.files.atomic import MANIFEST, as_object, check_intact, write_text
 from lorafold.files.atomic import sha256 as file_sha256
 from lorafold.files.paths import cache_directory
 from lorafold.files.record import RECORD
@@ -86,9 +86,10 @@ class Contents:
     def __init__(self, directory: str | Path, names: Sequence[str], most: float = math.inf) -> None:
         self.path, self.names = Path(directory).expanduser(), tuple(names)
         self.files: dict[str, bytearray] = {}
+        left = most
         for name in (*names, MANIFEST):
             try:
-                content = _bytes(self.path / name, most - self.nbytes)
+                content = _bytes(self.path / name, left)
             except (FileNotFoundError, NotADirectoryError):
                 continue
             except OSError as error:
@@ -100,22 +101,10 @@ class Contents:
                     f" {name}; if it changed, load it again"
                 )
             self.files[name] = content
+            left -= len(content)
         thread = ThreadPoolExecutor(1)
-        self._hashing = thread.submit(self._hash)
+        self._hashing = {n: thread.submit(sha256, content) for n, content in self.files.items()}
         thread.shutdown(wait=False)
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes of all files."""
-        return sum(map(len, self.files.values()))
-
-    @cached_property
-    def digests(self) -> dict[str, str]:
-        """The SHA-256 of each file, in hexadecimal."""
-        return self._hashing.result()
-
-    def _hash(self) -> dict[str, str]:
-        return {name: sha256(content).hexdigest() for name, content in self.files.items()}
 
     @property
     def named(self) -> str:
@@ -126,27 +115,20 @@ class Contents:
 
     def digest_of(self, names: Iterable[str]) -> str:
         """The same over those of these files that exist."""
-        entries = self.entries
-        return digest((name, *entries[name]) for name in names if name in entries)
+        return digest((name, *self.entries[name]) for name in names if name in self.entries)
 
-    @property
+    @cached_property
     def entries(self) -> dict[str, tuple[int, str]]:
         """(bytes, SHA-256 in hexadecimal) of each file."""
-        return {name: (len(content), self.digests[name]) for name, content in self.files.items()}
+        return {
+            name: (len(self.files[name]), own.result().hexdigest())
+            for name, own in self._hashing.items()
+        }
 
     def check_intact(self) -> None:
         """Raise LorafoldError unless the files are as lorafold wrote them."""
-        manifest = self.files.get(MANIFEST)
-        if manifest is not None:
-            check(self.path, manifest, self.names, self._found)
-
-    @property
-    def listed(self) -> frozenset[str]:
-        """The names in the manifest, if lorafold wrote it: `check_intact` says if it is damaged."""
-        manifest = self.files.get(MANIFEST)
-        if manifest is None or not is_ours(manifest):
-            return frozenset()
-        return frozenset(self.object(MANIFEST)["files"])
+        if MANIFEST in self.files:
+            check_intact(self.path, self.names, self.files[MANIFEST], self.entries)
 
     @property
     def record(self) -> dict[str, Any]:
@@ -156,10 +138,6 @@ class Contents:
     def object(self, name: str) -> dict[str, Any]:
         """The content of a JSON file. Raises LorafoldError if it is not a JSON object."""
         return as_object(self.files[name], self.path / name)
-
-    def _found(self, name: str) -> tuple[int, Any] | None:
-        content = self.files.get(name)
-        return None if content is None else (len(content), lambda: self.digests[name])
 
 
 class Marks(NamedTuple):
@@ -191,8 +169,10 @@ def of_file(path: Path) -> tuple[int, str]:
         if real.parent.name == "blobs" and HUB.fullmatch(real.name):
             return marks.size, real.name
         entry = cache_directory() / "digests" / "known" / f"{marks.device:x}-{marks.inode:x}"
-        if (known := _known(entry, marks)) is not None:
-            return marks.size, known
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            kept = json.loads(entry.read_bytes())
+            if kept["marks"] == list(marks):
+                return marks.size, str(kept["sha256"])
         found = file_sha256(real)
         unchanged = Marks.of(real.stat()) == marks
     except OSError as error:
@@ -224,14 +204,6 @@ def of_files(
     with ThreadPoolExecutor(AT_ONCE) as threads:
         entries = list(threads.map(entry, shown))
     return digest((name, *own) for name, own in zip(shown, entries, strict=True))
-
-
-def _known(entry: Path, marks: Marks) -> str | None:
-    try:
-        kept = json.loads(entry.read_bytes())
-        return str(kept["sha256"]) if kept["marks"] == list(marks) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _keep(entry: Path, marks: Marks, found: str) -> None:

@@ -115,7 +115,8 @@ def _place(name: str, about: Any, begin: int) -> Place:
     if dtype not in (*SIZES,):
         told = f"found {dtype!r:.80}, expected one of {', '.join(SIZES)}"
         raise LorafoldError(f"{name!r:.200}: dtype: {told}")
-    if not _whole(shape) or not _whole(offsets) or len(offsets) != 2:
+    lists = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
+    if not lists or not all(type(n) is int and n >= 0 for n in (*shape, *offsets)):
         raise LorafoldError(
             f"{name!r:.200}: found shape {shape!r:.80} and data_offsets {offsets!r:.80}, expected"
             " whole numbers, and two of the latter"
@@ -127,7 +128,3 @@ def _place(name: str, about: Any, begin: int) -> Place:
             f" dtype {dtype} and shape {shape!r:.80}"
         )
     return Place(dtype, tuple(shape), begin + offsets[0], begin + offsets[1])
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)

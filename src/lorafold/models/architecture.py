@@ -62,8 +62,18 @@ def whole_of(model: nn.Module) -> Whole | None:
     """The whole that a language model was loaded out of; None for any other model."""
     import transformers as tf
 
-    config = _in_files(model)
-    if config is None or isinstance(model.config, type(config)):
+    found, own = known(model), getattr(model, "config", None)
+    name = found.path if found else getattr(own, "_name_or_path", "")
+    trusted = found is not None and found.trust_remote_code  # left open, transformers asks on stdin
+    if not name:
+        return None
+    try:  # the configuration in the files that it was read from, where they are at hand
+        config: PreTrainedConfig = tf.AutoConfig.from_pretrained(
+            name, local_files_only=True, trust_remote_code=trusted
+        )
+    except (OSError, ValueError):
+        return None
+    if config.get_text_config() is config or isinstance(own, type(config)):
         return None
     cls: Any = getattr(tf, next(iter(config.architectures or ()), ""), None)
     if cls is None or isinstance(model, cls) or _task(cls) == _task(type(model)):
@@ -76,24 +86,6 @@ def whole_of(model: nn.Module) -> Whole | None:
     ends = Anatomy.of(model).head, Anatomy.of(whole).head
     own_ends = {ends[0]: ends[1]} if ends[0] and ends[1] else {}
     return Whole(whole, {path: inner[0], **own_ends}) if path and inner else None
-
-
-def _in_files(model: nn.Module) -> PreTrainedConfig | None:
-    """The configuration in the files that a model was read from, where they are at hand."""
-    from transformers import AutoConfig
-
-    found, own = known(model), getattr(model, "config", None)
-    name = found.path if found else getattr(own, "_name_or_path", "")
-    trusted = found is not None and found.trust_remote_code  # left open, transformers asks on stdin
-    if not name:
-        return None
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            name, local_files_only=True, trust_remote_code=trusted
-        )
-    except (OSError, ValueError):
-        return None
-    return None if config.get_text_config() is config else config
 
 
 def _task(cls: type) -> str:

@@ -75,7 +75,8 @@ def check_read(model: Any, report: Any, readers: Sequence[GGUFReader], what: str
 
     architecture = value(readers[0], "general.architecture")
     if is_gguf_arch_supported(architecture):
-        tell_unread(what, sorted(report["unexpected_keys"]))
+        if unread := sorted(report["unexpected_keys"]):
+            tell_unread(what, unread)
         return
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config={})
     read = {*get_gguf_hf_weights_map(model, processor)}
@@ -90,7 +91,8 @@ def check_read(model: Any, report: Any, readers: Sequence[GGUFReader], what: str
             f"{what}: {type(model).__name__} has no place for {len(inside)} tensors of its blocks,"
             f" without which it is another model: {listed(inside)}"
         )
-    tell_unread(what, unread)
+    if unread:
+        tell_unread(what, unread)
 
 
 def _names(readers: Sequence[GGUFReader]) -> list[str]:

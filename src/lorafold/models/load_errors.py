@@ -77,8 +77,7 @@ def check_complete(
 def tell_unread(what: str, names: Sequence[str]) -> None:
     """Log, in a line that begins with `what`, the tensors of files that the model has no place for.
     """
-    if names:
-        log.warning(
-            "%s: %d tensors of its files are not read, since the model has no place for them: %s",
-            what, len(names), listed(names),
-        )  # fmt: skip
+    log.warning(
+        "%s: %d tensors of its files are not read, since the model has no place for them: %s",
+        what, len(names), listed(names),
+    )  # fmt: skip

@@ -27,9 +27,9 @@ from lorafold.models.architecture import auto_class
 from lorafold.models.in_files import readable, storage_in_files
 from lorafold.models.load_errors import check_complete, loading, tell_unread
 from lorafold.models.quantizing import compute_in, quantization_of, read_quantized
-from lorafold.models.sources import ModelSource, remember, resolve_model
+from lorafold.models.sources import READ, ModelSource, resolve_model
 from lorafold.models.storages import MADE, PLAIN_OF, QUANTIZED, STORAGES, Storage
-from lorafold.models.weights import MODEL_FILES, Weights, shards_left_out
+from lorafold.models.weights import MODEL_FILES, SHARDS, Weights, model_files
 
 if TYPE_CHECKING:
     import torch
@@ -109,7 +109,8 @@ def load_model(
         auto = auto_class(config, what)
         model, report = read_weights(auto, source, storage, device)
         check_complete(what, sorted(report["missing_keys"]), report["mismatched_keys"])
-        tell_unread(what, sorted(report["unexpected_keys"]))
+        if unread := sorted(report["unexpected_keys"]):
+            tell_unread(what, unread)
         return model
 
 
@@ -135,7 +136,9 @@ def read_weights(
     import torch
 
     source.intact(*MODEL_FILES, *["*.py"] * source.trust_remote_code)
-    if left_out := shards_left_out(source.path):
+    read = model_files(source.path)
+    # of another save than the index, or beside a file that has the whole model
+    if left_out := sorted(one.name for one in source.path.glob(SHARDS) if one not in read):
         log.warning(
             "model %s: %d files beside its weights are not read: %s",
             source.name, len(left_out), listed(left_out),
@@ -160,7 +163,7 @@ def read_weights(
         model, info = read_quantized(auto, source, wanted, torch.device(device), **config)
         compute_in(model, wanted.dtype)
     keep_scale(model)
-    remember(model, source)
+    READ[model] = source
     # an adapter's config names its base so
     model.config._name_or_path = model.name_or_path = source.name
     return model.eval(), info

@@ -13,7 +13,7 @@ up to the padding in RoBERTa. Relative positions (T5, ALiBi) and recurrences are
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -87,9 +87,21 @@ class Positions:
 
 
 def positions_of(model: PreTrainedModel) -> Positions:
-    """The positions of a model."""
-    config, given = model.config.get_text_config(), _given(model.config.get_text_config())
-    found = [sequence_of(model), *([] if given is None else _tables(model, given))]
+    """The positions of a model. Its tables are those in its language model that have about as many
+    rows as its configuration says that there are positions; a table bounds rows by what it has.
+    """
+    config, anatomy = model.config.get_text_config(), Anatomy.of(model)
+    given, found = _given(config) or 0, [sequence_of(model)]
+    for path, module in anatomy.language_modules if given else ():
+        if path == anatomy.embedding or hasattr(module, ENDLESS):
+            continue
+        tables: list[Tensor | None] = [*module._buffers.values()]
+        tables += [module._parameters["weight"]] if isinstance(module, nn.Embedding) else []
+        for rows in (len(t) for t in tables if t is not None and t.ndim == 2):
+            if given <= rows <= given + OFFSET:
+                padding = getattr(module, "padding_idx", None)
+                before = getattr(module, "offset", 0 if padding is None else padding + 1)
+                found.append(min(rows - int(before), given))
     table = min((n for n in found if n is not None), default=None)
     return Positions(type(model).__name__, table, None if table else trained_on(config))
 
@@ -149,22 +161,3 @@ def trained_on(config: PreTrainedConfig) -> int | None:
 def _given(config: PreTrainedConfig) -> int | None:
     found: Any = getattr(config, "max_position_embeddings", None)
     return found if isinstance(found, int) and found > 0 else None
-
-
-def _tables(model: PreTrainedModel, given: int) -> Iterator[int]:
-    """Yield how many tokens each table of positions in the language model has a row for.
-
-    Args:
-        given: How many positions the configuration says that there are.
-    """
-    anatomy = Anatomy.of(model)
-    for path, module in anatomy.language_modules:
-        if path == anatomy.embedding or hasattr(module, ENDLESS):
-            continue
-        tables: list[Tensor | None] = [*module._buffers.values()]
-        tables += [module._parameters["weight"]] if isinstance(module, nn.Embedding) else []
-        for rows in (len(t) for t in tables if t is not None and t.ndim == 2):
-            if given <= rows <= given + OFFSET:
-                padding = getattr(module, "padding_idx", None)
-                before = getattr(module, "offset", 0 if padding is None else padding + 1)
-                yield min(rows - int(before), given)

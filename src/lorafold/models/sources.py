@@ -63,8 +63,9 @@ class ModelSource:
         return read_object(self.intact("config.json") / "config.json")
 
 
-# from which files the models of this process were read, for as long as each lives
-_READ: "WeakKeyDictionary[nn.Module, ModelSource]" = WeakKeyDictionary()
+# from which files the models of this process were read, for as long as each lives; whoever reads
+# one notes it
+READ: "WeakKeyDictionary[nn.Module, ModelSource]" = WeakKeyDictionary()
 
 
 def resolve_model(
@@ -83,7 +84,8 @@ def resolve_model(
         return name
     found = partial(ModelSource, trust_remote_code=trust_remote_code)
     text, path = str(name), Path(name).expanduser()
-    check_revision(text, revision)
+    if revision is not None:
+        check_revision(text, revision)
     if text == EMBEDDED:
         gguf = Gguf((_embedded_gguf(),))  # the same on every machine
         return found(unpacked(gguf), text, gguf)
@@ -120,7 +122,8 @@ def configuration(
     """
     from transformers import AutoConfig
 
-    check_revision(name, revision)
+    if revision is not None:
+        check_revision(name, revision)
     path = Path(name).expanduser()
     with loading(f"model {name}"):
         if name == EMBEDDED:
@@ -196,9 +199,9 @@ def gguf_on_hub(repo: str, revision: str | None) -> tuple[Path, ...]:
     return files_of(at / models[0][0])
 
 
-def check_revision(name: str, revision: str | None) -> None:
+def check_revision(name: str, revision: str) -> None:
     """Raise LorafoldError for a revision of a model that is on this machine."""
-    if revision is not None and (name == EMBEDDED or Path(name).expanduser().exists()):
+    if name == EMBEDDED or Path(name).expanduser().exists():
         raise LorafoldError(
             f"model {name}: found --revision {revision}, which is for models of the hub, but this"
             " one is on this machine; leave --revision out"
@@ -263,22 +266,17 @@ def _checked(path: Path, name: str) -> Path:
     return path
 
 
-def remember(model: "nn.Module", source: ModelSource) -> None:
-    """Note the files of a model that was just read."""
-    _READ[model] = source
-
-
 def known(model: "nn.Module") -> ModelSource | None:
-    """What was noted; None for a model that was made, changed or read by other means, and where the
-    directory is no longer there.
+    """From which files a model was read; None for a model that was made, changed or read by other
+    means, and where the directory is no longer there.
     """
-    found = _READ.get(model)
+    found = READ.get(model)
     return found if found and found.path.is_dir() else None
 
 
 def forget(model: "nn.Module") -> None:
     """The model's own weights are changed, so that they are no longer those of its files."""
-    _READ.pop(model, None)
+    READ.pop(model, None)
 
 
 def called(model: "nn.Module") -> str:

@@ -5,8 +5,8 @@ template, saved with the adapter.
                                                                     become special tokens
     set_template(tokenizer, "chat.jinja")                           or "none", which joins texts
                                                                     unchanged, or "tools"
-    tokenizer_of(source, directories)                               that of the last directory, or
-                                                                    the model's
+    tokenizer_of(source, directories)                               that of the last directory
+    read_tokenizer(source)                                          the model's
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafold.errors import LorafoldError, NoTokenizer, listed, why_unread
-from lorafold.files.contents import Contents
 from lorafold.models.load_errors import loading
 from lorafold.models.sources import ModelSource, resolve_model
 from lorafold.models.templates import NONE, TOOLS, joined, with_tools
@@ -120,26 +119,18 @@ def set_template(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
         pass  # a valid template may refuse this conversation
 
 
-def has_tokenizer(contents: Contents) -> bool:
-    """Tell whether an adapter has a tokenizer of its own, or should have: what is missing or
-    damaged is told when it is loaded.
-    """
-    return CONFIG in contents.listed or (contents.path / CONFIG).is_file()
-
-
 def tokenizer_of(source: ModelSource, own: Sequence[Path]) -> PreTrainedTokenizerBase:
-    """Load the tokenizer, with its chat template, of the last adapter that has one, or else the
-    model's. It gets the new tokens of all adapters.
+    """Load the tokenizer, with its chat template, of the last adapter that has one. It gets the new
+    tokens of all adapters.
 
     Raises LorafoldError for a tokenizer that is damaged or missing, and if two adapters use one id
     for different tokens, as adapters that were trained separately may.
 
     Args:
         source: The base model.
-        own: The directories of the adapters that have a tokenizer of their own, in order.
+        own: The directories of the adapters that have a tokenizer of their own, at least one, in
+            order.
     """
-    if not own:
-        return read_tokenizer(source, f"model {source.name}")
     *earlier, last = (_load(source, path) for path in own)
     words = _by_id(last)
     for path, other in zip(own, earlier, strict=False):
@@ -174,11 +165,10 @@ def load_tokenizer(
         revision: A branch, tag or commit of a hub model.
         trust_remote_code: Run the code in the model's directory.
     """
-    source = resolve_model(source, revision, trust_remote_code)
-    return read_tokenizer(source, f"model {source.name}")
+    return read_tokenizer(resolve_model(source, revision, trust_remote_code))
 
 
-def read_tokenizer(source: ModelSource, what: str) -> PreTrainedTokenizerBase:
+def read_tokenizer(source: ModelSource, what: str = "") -> PreTrainedTokenizerBase:
     """Load the tokenizer of a directory.
 
     Raises NoTokenizer if there is no vocabulary (depending on the class, transformers would make an
@@ -186,8 +176,9 @@ def read_tokenizer(source: ModelSource, what: str) -> PreTrainedTokenizerBase:
 
     Args:
         source: The directory.
-        what: The name of the tokenizer's owner in messages, such as "model gpt2".
+        what: The name of the tokenizer's owner in messages; else "model gpt2", for example.
     """
+    what = what or f"model {source.name}"
     source.intact(*TOKENIZER_FILES)
     has_words = any(any(source.path.glob(pattern)) for pattern in VOCABULARIES)
     missing = NoTokenizer(f"{what}: it has no tokenizer (found no file with a vocabulary)")

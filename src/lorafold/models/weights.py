@@ -206,14 +206,6 @@ def unreadable(path: Path, error: Exception) -> LorafoldError:
     )
 
 
-def shards_left_out(directory: Path) -> list[str]:
-    """The names of the shards in a model directory that are none of its weight files: of another
-    save than its index, or beside a file that has the whole model.
-    """
-    read = model_files(directory)
-    return sorted(file.name for file in directory.glob(SHARDS) if file not in read)
-
-
 def model_files(directory: Path) -> list[Path]:
     """Return the weight files of a model directory, those that transformers reads. Raises
     LorafoldError if there are none, or with the names of those that are missing.

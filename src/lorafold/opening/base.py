@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,10 +16,9 @@ from lorafold.identity import of_model
 from lorafold.machine.devices import choose_device, native_bf16
 from lorafold.models.classifier import outputs_of_model
 from lorafold.models.loading import default_storage, load_model, weights_of
-from lorafold.models.positions import Positions, positions_in
 from lorafold.models.sources import ModelSource, configuration, resolve_model
 from lorafold.models.storages import MADE, PLAIN, STORAGES, Storage, check_storage, choose_storage
-from lorafold.models.tokenizer import tokenizer_of
+from lorafold.models.tokenizer import read_tokenizer, tokenizer_of
 from lorafold.peft.provenance import OwnBase
 from lorafold.peft.saved import Saved, trained_on
 from lorafold.peft.tokens import all_of
@@ -45,6 +44,7 @@ class Base:
     trust_remote_code: Its own Python files run.
     allow_other_base: Adapters that were trained on another base are loaded all the same.
     dtype: What it computes in, bf16 or fp32; None is what its storage and the device choose.
+    where: The device that was chosen.
     """
 
     model: str | Path | ModelSource = "smollm2"
@@ -54,6 +54,7 @@ class Base:
     trust_remote_code: bool = False
     allow_other_base: bool = False
     dtype: str | None = None
+    where: torch.device = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Raise LorafoldError for what is no name, and for a storage or a device that there is not,
@@ -63,7 +64,7 @@ class Base:
             found = shortened(repr(self.model), 80)
             raise LorafoldError(f"model: found {found}, expected a name or a path")
         check_storage(self.storage)
-        choose_device(self.device)
+        object.__setattr__(self, "where", choose_device(self.device))
 
     @cached_property
     def source(self) -> ModelSource:
@@ -75,11 +76,6 @@ class Base:
     def name(self) -> str:
         """The name that was asked for."""
         return self.model.name if isinstance(self.model, ModelSource) else str(self.model)
-
-    @cached_property
-    def where(self) -> torch.device:
-        """The device. Raises LorafoldError for one that this machine lacks."""
-        return choose_device(self.device)
 
     @cached_property
     def held(self) -> Storage:
@@ -133,14 +129,6 @@ class Base:
             return configuration(str(self.model.path), None, self.trust_remote_code)
         return configuration(str(self.model), self.revision, self.trust_remote_code)
 
-    def positions(self, classifies: bool = False) -> Positions:
-        """How many tokens a row may have, by its configuration.
-
-        Args:
-            classifies: As a classifier or a reward model, and else as a language model.
-        """
-        return positions_in(self.config(), classifies, self.trust_remote_code)
-
     def load(self) -> PreTrainedModel:
         """A language model, in evaluation mode, whose weights are rounded to its storage whatever
         it computes in. Raises LorafoldError as `load_model`.
@@ -155,7 +143,7 @@ class Base:
         that the adapters trained.
         """
         own = [one.path for one in adapters if one.own_tokenizer]
-        tokenizer = tokenizer_of(self.source, own)
+        tokenizer = tokenizer_of(self.source, own) if own else read_tokenizer(self.source)
         trained = {i for one in adapters for i in all_of(one.selection.tokens)}
         allow(tokenizer, map(str, tokenizer.convert_ids_to_tokens(sorted(trained))))
         return tokenizer
@@ -177,7 +165,7 @@ class Base:
 
     def weights(self) -> Weights | None:
         """The original weights, if those in memory are quantized and the files have others."""
-        return weights_of(self.source, self.held)
+        return weights_of(self.source, self.held) if self.held.quantization else None
 
 
 def known_classes(base: Base, adapters: Sequence[Saved]) -> tuple[str, ...] | None:

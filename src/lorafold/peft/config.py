@@ -33,45 +33,42 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def as_tuple(value: Any) -> tuple[Any, ...]:
-    """A list as a tuple; None as an empty one, and any other value alone in one."""
-    return tuple(value) if isinstance(value, list) else () if value is None else (value,)
+    """A list as a tuple; any other value alone in one."""
+    return tuple(value) if isinstance(value, list) else (value,)
 
 
-def as_patterns(value: str | list[str] | None) -> Patterns:
+def as_patterns(value: str | list[str]) -> Patterns:
     """Names as a tuple, or a regular expression as it is; the preset all-linear may have any case.
     """
     if not isinstance(value, str):
-        return as_tuple(value)
+        return tuple(value)
     return value.lower() if value.lower() == "all-linear" else value
 
 
-def as_ids(value: list[int] | dict[str, list[int]] | None) -> Ids:
+def as_ids(value: list[int] | dict[str, list[int]]) -> Ids:
     """Token ids as a tuple, or a tuple for each named module."""
     return (
         {name: tuple(ids) for name, ids in value.items()}
         if isinstance(value, dict)
-        else tuple(value or ())
+        else tuple(value)
     )
 
 
 SELECTION = (
     Field("target_modules", "target_modules", Regex | list[str], None, from_file=as_patterns),
-    Field("modules_to_save", "modules_to_save", list[Regex] | None, None, from_file=as_tuple),
-    Field(
-        "exclude_modules", "exclude_modules", Regex | list[str] | None, None, from_file=as_patterns
+    *(
+        Field(key, attribute, kind | None, None, from_file=convert, empty=())
+        for key, attribute, kind, convert in (
+            ("modules_to_save", "modules_to_save", list[Regex], as_tuple),
+            ("exclude_modules", "exclude_modules", Regex | list[str], as_patterns),
+            ("layers_to_transform", "layers_to_transform", int | list[int], as_tuple),
+            ("layers_pattern", "layers_pattern", Regex | list[Regex], as_tuple),
+            (INDICES, "tokens", list[int] | dict[str, list[int]], as_ids),
+        )
     ),
-    Field(
-        "layers_to_transform",
-        "layers_to_transform",
-        int | list[int] | None,
-        None,
-        from_file=as_tuple,
-    ),
-    Field("layers_pattern", "layers_pattern", Regex | list[Regex] | None, None, from_file=as_tuple),
-    Field(INDICES, "tokens", list[int] | dict[str, list[int]] | None, None, from_file=as_ids),
 )
 PARAMETERS = Field(
-    "target_parameters", "target_parameters", list[str] | None, None, from_file=as_tuple
+    "target_parameters", "target_parameters", list[str] | None, None, from_file=as_tuple, empty=()
 )
 BIAS = Field("bias", "bias", Bias, "none")
 # what says where an adapter came from, not what it computes
@@ -180,9 +177,10 @@ def read_config(config: Mapping[str, Any]) -> tuple[Spec, Selection, Bias]:
             shared[field.attribute] = field.read(config)
         except LorafoldError as e:
             problems.append(str(e))
-    known = ABOUT | {f.key for f in fields} | method.known
+    marked = {key for key, mark in method.marks.items() if config.get(key) == mark}
+    known = ABOUT | {f.key for f in fields} | method.known | marked
     unknown = {
-        k: v for k, v in sorted(config.items()) if k not in known and not is_neutral(k, v, method)
+        k: v for k, v in sorted(config.items()) if k not in known and not is_neutral(v)
     }
     texts = {k: ANYTHING.dump_json(v).decode() for k, v in unknown.items()}
     problems += [f"{k}={shortened(text, 80)} is not supported" for k, text in texts.items()]
@@ -210,17 +208,6 @@ def method_of(config: Mapping[str, Any]) -> Method:
     )
 
 
-def is_neutral(key: str, value: Any, method: Method) -> bool:
-    """Does a value of a key that is not understood leave unchanged what the adapter computes?
-
-    Args:
-        key: The key in adapter_config.json.
-        value: What the file has there.
-        method: The row of the adapter's method.
-    """
-    return (
-        value is None
-        or value is False
-        or value in ("", [], {})
-        or (key in method.marks and value == method.marks[key])
-    )
+def is_neutral(value: Any) -> bool:
+    """Does this value of a key that is not understood leave unchanged what the adapter computes?"""
+    return value is None or value is False or value in ("", [], {})

@@ -105,7 +105,7 @@ class Form:
         return self.method.of_peft and not self.refused
 
 
-def form_of(model: nn.Module, spec: Spec, targets: Iterable[str]) -> Form:
+def form_of(model: nn.Module, spec: Spec, targets: Collection[str]) -> Form:
     """The form of an adapter. Raises LorafoldError for a method that is not registered.
 
     Args:
@@ -120,8 +120,13 @@ def form_of(model: nn.Module, spec: Spec, targets: Iterable[str]) -> Form:
             f"{type(spec).__name__} is no method of lorafold.methods.METHODS, where a file would be"
             " looked up by its name; register it there"
         )
-    renamed = method.peft_type == "LORA" and renames(model)
-    parameters = as_parameters(model, targets, renamed)
+    experts = Anatomy.of(model).experts
+    renamed = bool(experts) and method.peft_type == "LORA" and renames(model)
+    parameters, modules = dict[str, str](), [module_at(model, path) for path in targets]
+    for path, module in zip(targets, modules, strict=True):
+        alone = isinstance(module, Matrices) or layer_class(module) is GroupedLinear
+        if alone or (renamed and path.rpartition(".")[2] in RENAMED):
+            parameters[path] = parameter_path(module, path, "weight")
     kind: Any = getattr(getattr(model, "config", None), "model_type", None)
     ends = {path.rpartition(".")[2] for path in targets if path not in parameters}
     refusing = kind in REFUSING and method.peft_type in ("LORA", "ADALORA")
@@ -131,7 +136,6 @@ def form_of(model: nn.Module, spec: Spec, targets: Iterable[str]) -> Form:
         return Form(method, {}, renamed)
     if not parameters:
         return Form(method, {}, renamed, refused=refused, past=past)
-    modules = (module_at(model, path) for path in targets)
     # the matrices of which PEFT would take for one
     flat = any(isinstance(module, Matrices) and module.stored.flat for module in modules)
     if flat or not method.parameters:
@@ -186,32 +190,14 @@ def with_dropout(spec: Spec, record: Mapping[str, Any]) -> Spec:
 
 
 def renames(model: nn.Module) -> bool:
-    """Whether PEFT takes some target modules of LoRA in this model for parameters of experts: it
-    looks the model's type up in transformers' table of families.
+    """Whether PEFT takes some target modules of LoRA in this model, which has experts, for
+    parameters of these: it looks the model's type up in transformers' table of families.
     """
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind is None or not Anatomy.of(model).experts:
-        return False
     from transformers import conversion_mapping
 
-    table: Mapping[str, str] = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    table: Mapping[Any, str] = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
     return kind == "mixtral" or table.get(kind) in FAMILIES
-
-
-def as_parameters(model: nn.Module, targets: Iterable[str], renamed: bool) -> dict[str, str]:
-    """The paths of the parameters by site, for the targets that PEFT adapts as such.
-
-    Args:
-        targets: The sites that the method adapts.
-        renamed: Whether PEFT renames target modules of this method in this model.
-    """
-    found = {}
-    for path in targets:
-        module = module_at(model, path)
-        alone = isinstance(module, Matrices) or layer_class(module) is GroupedLinear
-        if alone or (renamed and path.rsplit(".", 1)[-1] in RENAMED):
-            found[path] = parameter_path(module, path, "weight")
-    return found
 
 
 def wrappers_over(model: nn.Module, targets: Iterable[str]) -> dict[str, int]:
@@ -282,19 +268,6 @@ def renamed_patterns(values: Mapping[str, V], pairs: Iterable[tuple[str, str]]) 
 
     more = {re.escape(b): of(a) for a, b in pairs if of(a) is not None and of(a) != of(b)}
     return {**more, **values}
-
-
-def check_fused(model: nn.Module, keys: Iterable[str]) -> None:
-    """Raise LorafoldError if a file has tensors for each expert and the model has the matrices of
-    all experts in one parameter.
-    """
-    each = [key for key in keys if PER_EXPERT.search(key)]
-    if each and any(isinstance(m, Matrices) for _, m in Anatomy.of(model).modules):
-        raise LorafoldError(
-            f"found {len(each)} tensors of single experts, such as {min(each)}, as transformers 4"
-            " had them; expected those of target_parameters: load the adapter with PEFT, which"
-            " converts it, and save it again"
-        )
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Module, str]]:

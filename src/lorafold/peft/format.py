@@ -75,28 +75,20 @@ class Site:
         return None if found is None else self.base.get(found)
 
 
-def as_is(value: Any) -> Any:
-    """Return the value: the default of `Field`, whose values are the same in the file."""
-    return value
-
-
-def unchanged(tensor: Tensor, site: Site) -> Tensor:
-    """Return the tensor, of any shape: the default of `Entry`."""
-    return tensor
-
-
 @dataclass(frozen=True)
 class Field:
-    """A config key, the spec's field, the type of the value in the file (for pydantic), and the
-    value that PEFT assumes if the key is absent.
+    """A config key, the spec's field, the type of the value in the file (for pydantic), the value
+    that PEFT assumes if the key is absent, how values are converted, if they are, and what null
+    stands for, where it is not converted.
     """
 
     key: str
     attribute: str
     type: Any
     default: Any
-    to_file: Callable[[Any], Any] = as_is
-    from_file: Callable[[Any], Any] = as_is
+    to_file: Callable[[Any], Any] | None = None
+    from_file: Callable[[Any], Any] | None = None
+    empty: Any = None
 
     @cached_property
     def _checked(self) -> TypeAdapter[Any]:
@@ -106,7 +98,10 @@ class Field:
         """Return the field's value from a config. Raises LorafoldError if it has another type."""
         value = config.get(self.key, self.default)
         try:
-            return self.from_file(self._checked.validate_python(value, strict=True))
+            found = self._checked.validate_python(value, strict=True)
+            if found is None and self.empty is not None:
+                return self.empty
+            return self.from_file(found) if self.from_file else found
         except ValidationError as e:
             raise LorafoldError(
                 f"{self.key}: found {value!r}; {e.errors()[0]['msg'].lower()}"
@@ -118,15 +113,16 @@ class Entry:
     """A tensor of a delta (a dotted name) and its key in the file, a template with the site's `at`
     and `under`, the path in PEFT's names of the module with the base's own weights.
 
-    `to_file` and `from_file` convert between the delta's tensor and the file's. If the shape
+    `to_file` and `from_file` convert between the delta's tensor and the file's, where these are not
+    the same. If the shape
     depends on the file and not on the spec, `misfit` returns what is wrong with a tensor of the
     file, given the site and all tensors of the adapter, or None.
     """
 
     attribute: str
     template: str
-    to_file: Callable[[Tensor, Site], Tensor] = unchanged
-    from_file: Callable[[Tensor, Site], Tensor] = unchanged
+    to_file: Callable[[Tensor, Site], Tensor] | None = None
+    from_file: Callable[[Tensor, Site], Tensor] | None = None
     misfit: Callable[[Tensor, Site, Mapping[str, Tensor]], str | None] | None = None
 
 
@@ -164,24 +160,22 @@ class Method:
     preset: str | None = None
     parameters: bool = False
 
-    @property
+    @cached_property
     def of_peft(self) -> bool:
         """Whether PEFT reads files of this type."""
         return self.peft_type in PEFT_TYPES
 
     def holds(self, spec: Spec) -> bool:
         """Tell whether this is the description of the spec's method."""
-        return type(spec) is (self.outer or self.spec) and type(self.inner(spec)) is self.spec
-
-    def inner(self, spec: Spec) -> Spec:
-        """Return the spec with the fields: the spec itself, or the one that `outer` combines with.
-        """
-        return spec if self.outer is None else spec.over  # type: ignore[attr-defined]
+        if self.outer is None:
+            return type(spec) is self.spec
+        return type(spec) is self.outer and type(spec.over) is self.spec  # type: ignore[attr-defined]
 
     def config(self, spec: Spec, sites: Sequence[Site]) -> dict[str, Any]:
         """Return the config of an adapter with this spec at these sites."""
-        own = self.inner(spec)
-        mapped = {f.key: f.to_file(getattr(own, f.attribute)) for f in self.fields}
+        own = spec if self.outer is None else spec.over  # type: ignore[attr-defined]
+        mapped = {f.key: getattr(own, f.attribute) for f in self.fields}
+        mapped |= {f.key: f.to_file(mapped[f.key]) for f in self.fields if f.to_file}
         return {"peft_type": self.peft_type, **mapped, **self.marks, **self.derived(sites)}
 
     def read(self, config: Mapping[str, Any]) -> tuple[Spec | None, list[str]]:
@@ -200,7 +194,7 @@ class Method:
         except LorafoldError as e:
             return None, [str(e)]
 
-    @property
+    @cached_property
     def known(self) -> frozenset[str]:
         """The keys that a config of this method may have, besides those of all methods."""
         return frozenset(f.key for f in self.fields) | self.irrelevant

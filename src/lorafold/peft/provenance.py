@@ -29,6 +29,7 @@ from lorafold.models.fingerprint import Fingerprint
 from lorafold.models.weights import Weights
 from lorafold.peft.config import CONFIG, WEIGHTS, no_adapter
 
+COMPUTED = (CONFIG, WEIGHTS)  # the files whose digest is an adapter's
 SHOWN = 12  # digits of a digest in messages
 BASE_IDENTITY = "base_identity"  # in a record: of the base's files, as `identity.of_model` gives it
 ALLOWED = "--allow-other-base"
@@ -188,15 +189,10 @@ class OwnBase:
         return f"{told}; loaded all the same ({ALLOWED})" if found else ""
 
 
-def digest_of(contents: Contents) -> str:
-    """The digest of an adapter, from what was read of its directory."""
-    return contents.digest_of((CONFIG, WEIGHTS))
-
-
 def digest_written(path: str | Path) -> str:
-    """The same digest of a directory that was just written, from its manifest."""
+    """The digest of an adapter that was just written, from its manifest."""
     files = json.loads((Path(path) / MANIFEST).read_bytes())["files"]
-    named = ((name, files[name]) for name in (CONFIG, WEIGHTS))
+    named = ((name, files[name]) for name in COMPUTED)
     return digest((name, entry["size"], entry["sha256"]) for name, entry in named)
 
 

@@ -31,7 +31,7 @@ from lorafold.methods.inits import OffsetDelta, OLoRA, PiSSA
 from lorafold.methods.lora import LoRA, LoRADelta
 from lorafold.methods.vera import VeRA, VeRADelta
 from lorafold.peft.convolution import as_kernel, as_points, flat, not_down
-from lorafold.peft.format import Entries, Entry, Field, Method, Regex, Site, as_is
+from lorafold.peft.format import Entries, Entry, Field, Method, Regex, Site
 
 
 def flat_a(a: Tensor, site: Site) -> Tensor:
@@ -94,11 +94,6 @@ def numbers(values: Mapping[str, float]) -> dict[str, int | float]:
     return {key: number(value) for key, value in values.items()}
 
 
-def or_empty(values: dict[str, Any] | None) -> dict[str, Any]:
-    """Return an empty dict for None."""
-    return values or {}
-
-
 def init_to_file(init: str) -> bool | str:
     """Return the `init_lora_weights` of an initialization of ours."""
     return next((value for value, name in INITS.items() if name == init), True)
@@ -146,8 +141,8 @@ LORA = Method(
         Field("lora_dropout", "dropout", float, 0.0),
         Field("use_rslora", "rslora", bool, False),
         Field("init_lora_weights", "init", bool | str, True, init_to_file, init_from_file),
-        Field("rank_pattern", "rank_pattern", dict[Regex, int] | None, {}, dict, or_empty),
-        Field("alpha_pattern", "alpha_pattern", dict[Regex, float] | None, {}, numbers, or_empty),
+        Field("rank_pattern", "rank_pattern", dict[Regex, int] | None, {}, dict, empty={}),
+        Field("alpha_pattern", "alpha_pattern", dict[Regex, float] | None, {}, numbers, empty={}),
     ),
     marks={"use_dora": False},
     irrelevant=LORA_IRRELEVANT,
@@ -193,10 +188,12 @@ def offset(site: Site) -> list[Entry]:
 
     def up(_: Tensor, site: Site) -> Tensor:  # (*matrices, out, 2 r)
         delta: Any = site.delta
-        return b.to_file(delta.factors()[0] / delta.scale, site)
+        own = delta.factors()[0] / delta.scale
+        return b.to_file(own, site) if b.to_file else own
 
     def down(_: Tensor, site: Site) -> Tensor:  # (*matrices, 2 r, in)
-        return a.to_file(site.delta.factors()[1], site)  # type: ignore[index]
+        own: Tensor = site.delta.factors()[1]  # type: ignore[index]
+        return a.to_file(own, site) if a.to_file else own
 
     return [replace(a, to_file=down), replace(b, to_file=up)]
 
@@ -244,7 +241,7 @@ ADALORA = Method(
         Field("beta2", "beta2", float, 0.85),
         Field("orth_reg_weight", "orth_reg", float, 0.5),
         Field(
-            "rank_pattern", "rank_pattern", dict[str, list[bool]] | None, {}, as_is, ranks_from_file
+            "rank_pattern", "rank_pattern", dict[str, list[bool]] | None, {}, None, ranks_from_file
         ),
     ),
     irrelevant=LORA_IRRELEVANT | {"r", "tinit", "tfinal", "total_step", "init_lora_weights"},

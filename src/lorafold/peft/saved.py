@@ -31,10 +31,11 @@ from torch import nn
 
 from lorafold.core.anatomy import Anatomy
 from lorafold.core.attach import Origin
+from lorafold.core.matrices import Matrices
 from lorafold.core.spec import Spec
 from lorafold.core.targets import Matches
 from lorafold.errors import LorafoldError, as_one
-from lorafold.files.atomic import atomic_directory, write_json
+from lorafold.files.atomic import MANIFEST, atomic_directory, write_json
 from lorafold.files.card import CARD, CLASSES, OVER, REWARD, VOCABULARY, Beside, training_card
 from lorafold.files.contents import Contents
 from lorafold.files.record import BASE, RECORD, named_as_now
@@ -44,14 +45,14 @@ from lorafold.models import fingerprint
 from lorafold.models.architecture import opened_by_name, whole_of
 from lorafold.models.classifier import new_heads
 from lorafold.models.storages import PLAIN
-from lorafold.models.tokenizer import has_tokenizer
+from lorafold.models.tokenizer import CONFIG as TOKENIZER
 from lorafold.models.weights import InMemory, Weights
 from lorafold.peft import tokens
 from lorafold.peft.config import CONFIG, WEIGHTS, no_adapter, read_config, write_config
 from lorafold.peft.convolution import CORES, in_matrix_form
-from lorafold.peft.form import DROPOUT, check_fused, form_of, tell, with_dropout
+from lorafold.peft.form import DROPOUT, PER_EXPERT, form_of, tell, with_dropout
 from lorafold.peft.format import ROOT
-from lorafold.peft.provenance import OwnBase, TrainedOn, digest_of, parse
+from lorafold.peft.provenance import COMPUTED, OwnBase, TrainedOn, parse
 from lorafold.peft.selection import Selection, buffers_beneath, describe
 from lorafold.peft.tensors import Parts, misfit, not_finite, saved_tensors, sites_of, stray
 
@@ -89,7 +90,7 @@ class Saved:
     record: Mapping[str, Any]  # how it was made; empty if PEFT wrote it
     task: str | None  # PEFT's type of task
     files: Mapping[str, tuple[int, str]]  # bytes and SHA-256 in hexadecimal of each that was read
-    sha256: str  # its own, as `stack.digest_of` gives it
+    sha256: str  # its own, as `provenance.digest_written` gives it
     own_tokenizer: bool
 
     @classmethod
@@ -113,6 +114,8 @@ class Saved:
         if written is None or config is None or weights is None or about is None:
             raise LorafoldError(f"{contents.path}: {as_one(problems)}")
         spec, selection, bias = config
+        # what is missing or damaged of a tokenizer is told when it is loaded
+        named = contents.object(MANIFEST).get("files", ()) if MANIFEST in contents.files else ()
         own_base, over, record = about
         return cls(
             contents.path,
@@ -125,8 +128,8 @@ class Saved:
             record,
             written.get("task_type"),
             contents.entries,
-            digest_of(contents),
-            has_tokenizer(contents),
+            contents.digest_of(COMPUTED),
+            TOKENIZER in named or (contents.path / TOKENIZER).is_file(),
         )
 
     def __str__(self) -> str:
@@ -174,8 +177,16 @@ class Saved:
         return replace(self, selection=self.selection.under(whole.paths), weights=weights)
 
     def targets(self, model: nn.Module) -> Matches:
-        """Return the modules of this model to adapt."""
-        check_fused(model, self.weights.names)
+        """Return the modules of this model to adapt. Raises LorafoldError if the file has tensors
+        for each expert and the model has the matrices of all experts in one parameter.
+        """
+        each = [key for key in self.weights.names if PER_EXPERT.search(key)]
+        if each and any(isinstance(m, Matrices) for _, m in Anatomy.of(model).modules):
+            raise LorafoldError(
+                f"found {len(each)} tensors of single experts, such as {min(each)}, as"
+                " transformers 4 had them; expected those of target_parameters: load the adapter"
+                " with PEFT, which converts it, and save it again"
+            )
         return self.selection.targets(model)
 
     def beside(self, model: nn.Module) -> dict[str, Any]:
@@ -187,11 +198,9 @@ class Saved:
         }
 
     def token_rows(self, model: nn.Module, base: Weights) -> tuple[tokens.ByPath, Saved]:
-        """Return the ids of the tokens whose vectors the adapter has, by module path, and the
-        adapter with exactly these vectors among its weights.
+        """Return the ids of the tokens whose vectors the adapter has, as its selection says that it
+        has some, by module path, and the adapter with exactly these vectors among its weights.
         """
-        if not self.selection.tokens:
-            return {}, self
         resolved = tokens.resolve(model, self.selection.tokens)
         ids, weights = tokens.completed(model, resolved, self.weights, base)
         return ids, replace(self, weights=weights)
@@ -228,7 +237,7 @@ class Saved:
         if wrong:
             raise LorafoldError(as_one(wrong))
         for key, saved in expected.items():
-            saved.assign(saved.entry.from_file(loaded[key], saved.site))
+            saved.assign(loaded[key])
 
 
 def write(
@@ -368,6 +377,7 @@ def _about(
     """
     record = contents.record
     try:
-        return OwnBase.of(contents.path, config, record), parse(record), record
+        own = OwnBase.of(contents.path, config, record)
+        return own, parse(record) if OVER in record else (), record
     except LorafoldError as e:
         raise LorafoldError(f"{RECORD}: {e}") from None

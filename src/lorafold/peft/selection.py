@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -170,7 +170,8 @@ def describe(
     """
     whole: tuple[str, ...] | None = ()
     if saved or names:
-        tried = (_with_heads(model, names), tuple(names), _ends(saved), tuple(saved))
+        ends = tuple(sorted({path.rpartition(".")[2] for path in saved}))
+        tried = (_with_heads(model, names), tuple(names), ends, tuple(saved))
         same = (s for s in tried if set(saved_leaves(model, s)) == set(saved))
         whole = next(same, None)
     if whole is None:
@@ -185,7 +186,8 @@ def describe(
     modules = [path for path in targets if path not in form.parameters]
     if not modules:
         return replace(like, target_parameters=parameters)
-    candidates: list[Patterns] = [_ends(modules), tuple(sorted(modules))]
+    ends = tuple(sorted({path.rpartition(".")[2] for path in modules}))
+    candidates: list[Patterns] = [ends, tuple(sorted(modules))]
     if not form.renamed:
         candidates.append("|".join(re.escape(p) for p in sorted(modules)))
         if len(patterns) == 1 and patterns[0] not in targets:
@@ -245,10 +247,6 @@ def buffers_beneath(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]
         for name, buffer in model.named_buffers()
         if name.startswith(roots) and name in state and buffer.is_floating_point()
     }
-
-
-def _ends(paths: Iterable[str]) -> tuple[str, ...]:
-    return tuple(sorted({p.rsplit(".", 1)[-1] for p in paths}))
 
 
 def _matches(patterns: Patterns, path: str) -> bool:

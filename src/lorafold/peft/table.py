@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,8 +76,8 @@ def more_methods() -> tuple[Method, ...]:
 
 def dora(site: Site) -> list[Entry]:
     """The tensors of DoRA: its magnitudes, and those of the delta that it lies over."""
-    def of_inner(change: Callable[[Tensor, Site], Tensor]) -> Callable[[Tensor, Site], Tensor]:
-        return lambda tensor, site: change(tensor, inside(site))
+    def of_inner(change: Any) -> Callable[[Tensor, Site], Tensor] | None:
+        return change and (lambda tensor, site: change(tensor, inside(site)))
 
     within = inside(site)
     entries = TENSORS.get(type(within.delta), derived.entries)(within)

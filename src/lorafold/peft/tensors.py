@@ -40,13 +40,17 @@ class SavedTensor:
 
     def encoded(self) -> Tensor:
         """Return the tensor, of any shape, as the file stores it: in fp32, or as integers."""
-        tensor = self.entry.to_file(self.own.detach(), self.site)
+        tensor = self.own.detach()
+        if self.entry.to_file is not None:
+            tensor = self.entry.to_file(tensor, self.site)
         return tensor.float() if tensor.is_floating_point() else tensor
 
     def assign(self, tensor: Tensor) -> None:
-        """Replace the delta's tensor by a copy of this one, of any shape, in the delta's dtype and
-        on its device (the CPU if it is on the meta device).
+        """Replace the delta's tensor by a copy of this one of the file, of any shape, in the
+        delta's dtype and on its device (the CPU if it is on the meta device).
         """
+        if self.entry.from_file is not None:
+            tensor = self.entry.from_file(tensor, self.site)
         own = self.own
         value = tensor.to("cpu" if own.is_meta else own.device, own.dtype, copy=True)
         path, _, name = self.entry.attribute.rpartition(".")

@@ -17,7 +17,7 @@ from lorafold.core.spec import Spec
 from lorafold.errors import LorafoldError
 from lorafold.methods import known_options, make_spec
 from lorafold.models.loading import default_storage
-from lorafold.models.positions import Positions
+from lorafold.models.positions import Positions, positions_in
 from lorafold.models.sources import ModelSource
 from lorafold.models.storages import MADE, PLAIN, QUANTIZED
 from lorafold.objectives import OBJECTIVES
@@ -139,7 +139,8 @@ def settled_length(recipe: Recipe, base: Base, before: int, console: Console) ->
         before: The positions that adapters take before each row.
     """
     asked = recipe.max_length if "max_length" in recipe.model_fields_set else None
-    found = base.positions(OBJECTIVES[recipe.objective].head)
+    head = OBJECTIVES[recipe.objective].head
+    found = positions_in(base.config(), head, base.trust_remote_code)
     length = fitted_length(found, asked, before, console)
     return recipe.model_copy(update={"max_length": length} if length != recipe.max_length else {})
 

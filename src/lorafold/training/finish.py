@@ -186,7 +186,7 @@ def record_of(setup: Setup, plan: Plan, progress: Progress) -> dict[str, Any]:
         **({INIT_ADAPTER: files[INIT_ADAPTER]} if INIT_ADAPTER in files else {}),
         DEPENDS_ON: depends_on(request, setup.objective),
         BASE_IDENTITY: files["model"]["sha256"],
-        **recorded(plan.adapter.over),
+        **(recorded(over) if (over := plan.adapter.over) else {}),
         **({} if size is None else {VOCABULARY: size}),
     }
 
@@ -292,7 +292,9 @@ def read_back(adapter: Adapter, path: Path, base: Weights | None) -> None:
         wrong = [key for key in shared if not whole.get(key).equal(state[key].cpu())]
     else:
         base = base or InMemory.of_model(model)
-        _, saved = Saved.open(path).within(model).token_rows(model, base)
+        saved = Saved.open(path).within(model)
+        if saved.selection.tokens:
+            _, saved = saved.token_rows(model, base)
         parts = {site: [*delta.parts()] for site, delta in adapter.deltas.items()}
         targets, names = adapter.matches.paths, set(saved.weights.names)
         wrong = [*set(targets).symmetric_difference(saved.targets(model).paths)]

@@ -148,8 +148,9 @@ def tokenizer_for(
         set_template(tokenizer, request.recipe.chat_template)
     if request.recipe.template_kwargs:
         set_variables(tokenizer, request.recipe.template_kwargs)
-    words = add_words(tokenizer, request.recipe.new_tokens)
-    for notice in (str(words), objective.set_up(tokenizer)):
+    new = request.recipe.new_tokens
+    words = add_words(tokenizer, new) if new else Words({}, frozenset())
+    for notice in (str(words) if new else "", objective.set_up(tokenizer)):
         if notice:
             console.print(notice, highlight=False, markup=False)
     allow(tokenizer, ALL if request.recipe.allow_control_tokens else words.ids)

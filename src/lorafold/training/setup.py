@@ -158,7 +158,7 @@ def saved_adapters(request: Request) -> list[Saved]:
     """The adapters that the run loads, lowest first. Raises LorafoldError if one of them was
     trained on another base, or over others than those of `over` that are below it.
     """
-    found = [*open_all(request.adapters)]
+    found = [*open_all(request.adapters)] if request.adapters else []
     origins = [Origin(path=str(one), sha256=one.sha256) for one in found]
     for n, one in enumerate(found):
         if not (request.base.allow_other_base or same(one.over, origins[:n])):

@@ -59,14 +59,14 @@ def entries(config: Mapping[str, Any]) -> tuple[TranslatedKey, ...]:
     if start is not None:
         understood[INIT] = True  # how it starts is read below
     spec, selection, bias = read_config(understood)
-    beneath = method.inner(spec)
+    beneath: Any = spec if method.outer is None else spec.over  # type: ignore[attr-defined]
     found = {**vars(selection), "bias": bias, **vars(beneath)}
     outcomes = dict(_of_method(method, beneath, start))
     outcomes |= {f.key: _of_selection(f, config.get(f.key), found) for f in shared}
     outcomes |= {k: _about(k, config[k]) for k in config if k in ABOUT and k not in outcomes}
     known = method.known | set(method.marks)
     outcomes |= {
-        k: _of_rest(k, v, k in known or is_neutral(k, v, method), method)
+        k: _of_rest(k, v, k in known or is_neutral(v), method)
         for k, v in config.items()
         if k not in outcomes
     }
