@@ -79,13 +79,11 @@ def own_device(name: str | None, here: Launched) -> str | None:
 
     Args:
         name: As it was asked for.
-        here: Which process this is; one that is alone has the device that was asked for.
+        here: Which process this is.
 
     Raises LorafoldError as `choose_device`, for a GPU that is named for all, and where there are
     fewer than processes.
     """
-    if here.world == 1:
-        return name
     import torch
 
     if (found := choose_device(name)).type != "cuda":
