@@ -275,15 +275,11 @@ class StoredFeed(Feed):
 
     def after(self, step: int) -> Iterator[Sequence[Any]]:
         for i in range(step, self.steps):
-            yield self._of(self._batches[i])
+            ends = ((int(self._borders[n]), int(self._borders[n + 1])) for n in self._batches[i])
+            yield [self.examples[i] for start, end in ends for i in range(start, end)]
 
     def drawn(self, n: int, size: int, seed: int) -> Iterator[Sequence[Any]]:
-        yield from map(self._of, Batches(len(self._borders) - 1, size, n, seed))
-
-    def _of(self, rows: Sequence[int]) -> list[Any]:
-        """The examples of rows."""
-        ends = ((int(self._borders[n]), int(self._borders[n + 1])) for n in rows)
-        return [self.examples[i] for start, end in ends for i in range(start, end)]
+        return StoredFeed(self.examples, [Part(len(self._borders) - 1)], size, n, seed).after(0)
 
 
 R = TypeVar("R")

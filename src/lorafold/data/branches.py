@@ -188,6 +188,7 @@ class BranchedExamples(TableExamples[Branched]):
         super().__init__(table, max_length, np.arange(len(table)))
         self._starts, self._spans = Lists(table.column("starts")), Lists(table.column("spans"))
         self._desirable: list[bool] = table.column("desirable").to_pylist()
+        self.told_by = self._ids, self._starts, self._spans, self._desirable
         borders = [
             [*self._starts[n].tolist(), int(length)]
             for n, length in enumerate(self._ids.lengths.tolist())
@@ -198,9 +199,6 @@ class BranchedExamples(TableExamples[Branched]):
         self.own = np.minimum(own, max_length - self.shared[:, None])  # of the branches, cut
         self.whole: Array = shared[:, None] + own
         self.lengths = self.shared + self.own.sum(1)
-
-    def digests(self) -> Array:
-        return digests(self._ids, self._starts, self._spans, self._desirable)
 
     def ends_lost(self) -> Array:
         lost = np.any(self.whole > self._max_length, axis=1)

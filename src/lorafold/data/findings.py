@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorafold.data.arrow import TURNS, Array, TableExamples, column
+from lorafold.data.arrow import TURNS, Array, TableExamples, column, digests
 from lorafold.data.examples import EMPTY, TRAINED
 from lorafold.data.messages import Message
 from lorafold.data.render import render_trained
@@ -129,11 +129,6 @@ class Account:
         if self.plain:
             found.append(self.plain)
         return found
-
-    @property
-    def line(self) -> str:
-        """The same as one line."""
-        return f"chat template: {'; '.join(self.lines)}"
 
     def as_json(self) -> dict[str, Any]:
         """The fields by name."""
@@ -316,14 +311,15 @@ def look(
     roles, silent, empty = turns_of(examples, rows)
     if roles:
         found["empty_answers"] = _finding("empty_answers", rows, (empty, None))
-    if judged := examples.judged():
+    judged = examples.judged and examples.judged()
+    if judged:
         # those whose verdict on a subject is not that of the first row that judges it
         order, first = _alike(judged.subjects)
         other = judged.verdicts[order] != judged.verdicts[first]
         contrary = examples.rows[order[other]], examples.rows[first[other]]
         found["contradictions"] = _finding("contradictions", rows, contrary, judged.contrary)
-    if (lost := examples.ends_lost()) is not None:
-        cut = examples.rows[lost], None
+    if examples.ends_lost is not None:
+        cut = examples.rows[examples.ends_lost()], None
         found["ends_lost"] = _finding("ends_lost", rows, cut, max_length)
     untrained = np.setdiff1d(np.arange(len(rows)), of)
     found["untrained"] = _finding("untrained", rows, (untrained, None))
@@ -334,7 +330,8 @@ def _compared(examples: TableExamples[Any]) -> tuple[Array, Array]:
     """The indices of the rows that have an example, which ascend, (n,), and a digest of each."""
     starts = np.flatnonzero(np.diff(examples.rows, prepend=-1))
     place = np.arange(len(examples)) - np.repeat(starts, np.diff([*starts, len(examples)]))
-    weighted = examples.digests().astype(np.uint64) * (2 * place + 1).astype(np.uint64)
+    own = digests(*examples.told_by)[examples.chosen]
+    weighted = own.astype(np.uint64) * (2 * place + 1).astype(np.uint64)
     return examples.rows[starts], np.add.reduceat(weighted, starts)
 
 

@@ -27,7 +27,7 @@ its own way.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -82,10 +82,28 @@ def check_shown(
         tokenizer: The tokenizer whose chat template rendered it.
         turns: What the template adds for a message with calls, by its number, where that is known.
     """
-    for part, probed, probe in _missing(conversation, text, turns or {}):
-        form = template_of(tokenizer, probed.tools).form
+    messages, tools = conversation.messages, conversation.tools
+    # a part that is not in the text, messages and tools with a probe in its place, and the probe
+    missing = list[tuple[str, list[Message], tuple[Tool, ...], str]]()
+    for n, message in enumerate(messages):
+        content = message.get("content")
+        if message["role"] != "assistant" and content and content.strip() not in text:
+            what = f"messages[{n}].content ({message['role']})"
+            probed = [*messages[:n], message | {"content": VALUE}, *messages[n + 1 :]]
+            missing.append((what, probed, tools, VALUE))
+        for number, given in enumerate(message.get("tool_calls", ())):
+            if not _has_call((turns or {}).get(n, text), given):
+                where, calls = f"messages[{n}].tool_calls[{number}]", [*message["tool_calls"]]
+                calls[number] = given | call(NAME, {KEY: VALUE})
+                probed = [*messages[:n], message | {"tool_calls": calls}, *messages[n + 1 :]]
+                for what, probe in ((f"{where}: its name", NAME), (f"{where}: arguments", VALUE)):
+                    missing.append((what, probed, tools, probe))
+    if tools and not all(_has_tool(text, tool) for tool in tools):
+        missing.append(("the row's tools", messages, (*tools, PROBE_TOOL), KEY))
+    for part, probed, offered, probe in missing:
+        form = template_of(tokenizer, offered).form
         try:
-            again = apply(form.of(probed.messages), tokenizer, probed.tools)
+            again = apply(form.of(probed), tokenizer, offered)
         except LorafoldError:
             again = ""
         if probe not in again:
@@ -106,33 +124,6 @@ def check_able(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -
         raise LorafoldError(f"the chat template does not show the row's tools; {HELP}")
     if called and not template.shows_calls:
         raise LorafoldError(f"the chat template does not show calls (tool_calls); {HELP}")
-
-
-def _missing(
-    conversation: Conversation, text: str, turns: Mapping[int, str]
-) -> Iterator[tuple[str, Conversation, str]]:
-    """(a part that is not in the text, the conversation with a probe in its place, the probe)."""
-    messages, trained, tools = conversation.messages, conversation.trained, conversation.tools
-
-    def at(index: int, **changed: Any) -> Conversation:
-        probed = [*messages[:index], messages[index] | changed, *messages[index + 1 :]]
-        return Conversation(probed, trained, tools)
-
-    for index, message in enumerate(messages):
-        content = message.get("content")
-        if message["role"] != "assistant" and content and content.strip() not in text:
-            what = f"messages[{index}].content ({message['role']})"
-            yield what, at(index, content=VALUE), VALUE
-        for number, given in enumerate(message.get("tool_calls", ())):
-            where = f"messages[{index}].tool_calls[{number}]"
-            if not _has_call(turns.get(index, text), given):
-                calls = list(message["tool_calls"])
-                calls[number] = given | call(NAME, {KEY: VALUE})
-                for what, probe in ((f"{where}: its name", NAME), (f"{where}: arguments", VALUE)):
-                    yield what, at(index, tool_calls=calls), probe
-    if tools and not all(_has_tool(text, tool) for tool in tools):
-        probed = Conversation(messages, trained, (*tools, PROBE_TOOL))
-        yield "the row's tools", probed, KEY
 
 
 def _has_tool(text: str, tool: dict[str, Any]) -> bool:

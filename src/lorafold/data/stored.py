@@ -200,11 +200,6 @@ class Rows(Sequence[Row]):
         found = {"rows": len(self.rows), "sha256": self.measured[0]}
         return found | ({"files": dict(self.files)} if self.files else {})
 
-    @property
-    def large(self) -> bool:
-        """Whether what is made of the rows is worth keeping for a second run."""
-        return self.measured[1] > LARGE
-
     @cached_property
     def measured(self) -> tuple[str, int]:
         """The digest of the rows, and their size as JSON in bytes."""

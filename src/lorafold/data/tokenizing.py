@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorafold.data.arrow import open_table
 from lorafold.data.rows import check_given
-from lorafold.data.sources import Row
-from lorafold.data.stored import CHUNK, Rows, in_chunks, named
+from lorafold.data.stored import CHUNK, LARGE, Rows, in_chunks, named
 from lorafold.errors import LISTED, LorafoldError, listed
 from lorafold.files.cache import cached
 from lorafold.machine.workers import workers
@@ -68,21 +67,40 @@ def tokenized(rows: Rows, encoder: Encoder, console: Console | None = None) -> p
     (the first ten are listed), for a full disk, and if a worker process was killed.
     """
     import pyarrow as pa
+    import pyarrow.compute as pc
 
     check_given(rows.shapes, encoder.takes)
-    if not rows.large:
+    if rows.measured[1] > LARGE:
+        table = _kept(rows, encoder, console)
+    else:
         with closing(_counted(in_chunks(rows.rows), len(rows), console)) as chunks:
-            batches = [_encoded(rows, encoder, *chunk) for chunk in chunks]
+            batches = [
+                encoder.encode(rows.given(encoder.takes, chunk, first), first)
+                for first, chunk in chunks
+            ]
         table = pa.Table.from_batches(batches or [encoder.encode([], 0)])
-        refuse_problems(table, rows)
-        return table
+    # no comparison with "", for which pyarrow would import pandas
+    bad = table.filter(pc.binary_length(table.column("problem")).cast(pa.bool_()))
+    if len(bad):
+        first = bad.select(["row", "problem"]).slice(0, LISTED).to_pylist()
+        places = rows.origins.places(one["row"] for one in first)
+        problems = zip(named(places), first, strict=True)
+        told = (f"{name}: {one['problem']}" for name, one in problems)
+        source = "" if places[0].file else "data: "
+        raise LorafoldError(f"{source}{listed(told, '; ', count=len(bad))}")
+    return table
+
+
+def _kept(rows: Rows, encoder: Encoder, console: Console | None) -> pa.Table:
+    """The table of large data, made once and kept in the cache."""
+    import pyarrow as pa
 
     def notice(text: str) -> None:
         if console is not None:
             console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def write(directory: Path) -> None:
-        first = _encoded(rows, encoder, 0, rows[:CHUNK])
+        first = encoder.encode(rows.given(encoder.takes, rows[:CHUNK]), 0)
         size = first.nbytes * len(rows) // min(CHUNK, len(rows))
         free = shutil.disk_usage(directory).free
         if free < size:
@@ -108,33 +126,12 @@ def tokenized(rows: Rows, encoder: Encoder, console: Console | None = None) -> p
 
     code = of_code(*ROOMS, packages=PACKAGES)
     key = json.dumps([code, rows.sha256, encoder.identity], sort_keys=True)
-    table = open_table(cached("tokens", key, write, notice) / TOKENS)
-    refuse_problems(table, rows)
-    return table
+    return open_table(cached("tokens", key, write, notice) / TOKENS)
 
 
-def refuse_problems(table: pa.Table, rows: Rows) -> None:
-    """Raise LorafoldError that lists the first rows with a `problem`, and counts the rest."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    # no comparison with "", for which pyarrow would import pandas
-    bad = table.filter(pc.binary_length(table.column("problem")).cast(pa.bool_()))
-    if not len(bad):
-        return
-    first = bad.select(["row", "problem"]).slice(0, LISTED).to_pylist()
-    places = rows.origins.places(one["row"] for one in first)
-    problems = zip(named(places), first, strict=True)
-    told = (f"{name}: {one['problem']}" for name, one in problems)
-    source = "" if places[0].file else "data: "
-    raise LorafoldError(f"{source}{listed(told, '; ', count=len(bad))}")
-
-
-def _encoded(
-    rows: Rows, encoder: Encoder, first: int, chunk: Sequence[Row | str]
-) -> pa.RecordBatch:
-    """The examples of some rows, of which the first has the index `first`; also of JSON texts."""
-    read = [json.loads(one) if isinstance(one, str) else one for one in chunk]
+def _encoded(rows: Rows, encoder: Encoder, first: int, texts: Sequence[str]) -> pa.RecordBatch:
+    """The examples of some rows as JSON text, of which the first has the index `first`."""
+    read = [*map(json.loads, texts)]
     return encoder.encode(rows.given(encoder.takes, read, first), first)
 
 
