@@ -6,7 +6,7 @@ Nothing is copied and no Python object is made for a token until an example is a
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
@@ -118,8 +118,8 @@ class TableExamples(Sequence[E]):
     """
 
     told_by: tuple[Iterable[Any], ...]
-    judged: Callable[[], Judged] | None = None  # what they judge, if they judge anything
-    ends_lost: Callable[[], Array] | None = None  # whether an answer's end is cut off each, (n,)
+    judged: Judged | None = None  # what they judge, if they judge anything
+    ends_lost: Array | None = None  # whether the end of an answer is cut off each, (n,), if known
 
     def __init__(self, table: "pa.Table", max_length: int, chosen: Array) -> None:
         """Take the examples with the indices `chosen`, cut to `max_length` tokens at their end."""

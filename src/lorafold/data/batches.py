@@ -283,7 +283,7 @@ class StoredFeed(Feed):
 
 
 R = TypeVar("R")
-PAYS = 0.05  # of the tokens; a smaller part in common costs more than it saves
+PAYS = 0.95  # of the tokens, at most: with less in common a forest costs more than it saves
 WINDOW = 1024  # rows among which those that begin alike are looked for, where nothing is trained
 
 
@@ -377,15 +377,6 @@ def leaders(rows: Sequence[Sequence[int]]) -> list[Array]:
         of_rows[n] = path
         first[path] = np.minimum(first[path], n)
     return [first[path] for path in of_rows]
-
-
-def pays(once: int, apart: int) -> bool:
-    """Whether rows are computed faster as a forest than apart.
-
-    Args:
-        once, apart: the tokens that are computed so.
-    """
-    return once <= (1 - PAYS) * apart
 
 
 def alike(

@@ -173,12 +173,10 @@ def _found(template: Template) -> Found | None:
     words = special | (written if listed is None else added.keys() & listed - free)
     block = template_of(tokenizer).block
     own = special - {word for word in (block.opening, block.closing) if word in added}
-    return Found(_any_of(words), _any_of(own), tuple({word[:1] for word in words}))
-
-
-def _any_of(words: set[str]) -> re.Pattern[str]:
-    longest_first = sorted(words, key=lambda word: (-len(word), word))
-    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+    first = sorted(words, key=lambda word: (-len(word), word))  # the longest
+    both = first, [word for word in first if word in own]
+    patterns = [re.compile("|".join(map(re.escape, some)) or "(?!)") for some in both]
+    return Found(*patterns, tuple({word[:1] for word in words}))
 
 
 def _mark(value: Any, words: re.Pattern[str], found: Found) -> Any:
@@ -302,7 +300,7 @@ def pieces_of(text: str, tokenizer: PreTrainedTokenizerBase) -> Pieces:
 @lru_cache(maxsize=KNOWN)
 def _marks(tokenizer: PreTrainedTokenizerBase, _size: int) -> re.Pattern[str]:
     """What matches a marked token, or a mark alone: a template may cut a content at a token."""
-    words = _any_of({*tokenizer.added_tokens_encoder}).pattern
+    words = "|".join(map(re.escape, tokenizer.added_tokens_encoder)) or "(?!)"
     return re.compile(f"{OPENING}({words}){CLOSING}|[{OPENING}{CLOSING}]")
 
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorafold.data.arrow import TURNS, Array, Lists, TableExamples, batch_of, column
+from lorafold.data.arrow import TURNS, Lists, TableExamples, batch_of, column
 from lorafold.data.control_tokens import MARKED, OPENING, Pieces, ids_of, pieces_of
 from lorafold.data.render import Rendered, Rendering, Span, Trained, render_trained
 from lorafold.data.rows import as_checked
@@ -317,7 +317,7 @@ class Examples(TableExamples[Example]):
     def __init__(self, table: pa.Table, max_length: int) -> None:
         self._spans = Lists(table.column("spans"))
         lengths = np.minimum(Lists(table.column("ids")).lengths, max_length)
-        counts, first = [np.zeros(0, np.int64)], 0
+        counts, last, first = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)], 0
         for ends, values in zip(self._spans.ends, self._spans.values, strict=True):
             border = (ends - ends[0]) // 2  # (n + 1,), where the spans of each example end
             start, end = values[ends[0] : ends[-1]].reshape(-1, 2).T
@@ -325,18 +325,14 @@ class Examples(TableExamples[Example]):
             # the first token does not count, because nothing comes before it
             counted = np.maximum(0, np.minimum(end, length) - np.maximum(start, 1))
             counts.append(np.diff(np.concatenate([[0], np.cumsum(counted)])[border]))
+            there = np.append(values, np.int32(0))[ends[1:] - 1]
+            last.append(np.where(np.diff(ends) > 0, there, 0))
             first += len(border) - 1
         found = np.concatenate(counts)
         super().__init__(table, max_length, np.flatnonzero(found))
         self.labelled = found[self.chosen]  # (n,), tokens that the loss counts
         self.told_by = self._ids, self._spans
-
-    def ends_lost(self) -> Array:
-        last = [
-            np.where(np.diff(ends) > 0, np.append(values, np.int32(0))[ends[1:] - 1], 0)
-            for ends, values in zip(self._spans.ends, self._spans.values, strict=True)
-        ]
-        return np.concatenate([np.zeros(0, np.int32), *last])[self.chosen] > self._max_length
+        self.ends_lost = np.concatenate(last)[self.chosen] > max_length
 
     def _example(self, entry: int) -> Example:
         ids = self._ids[entry][: self._max_length].tolist()

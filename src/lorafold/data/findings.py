@@ -311,15 +311,14 @@ def look(
     roles, silent, empty = turns_of(examples, rows)
     if roles:
         found["empty_answers"] = _finding("empty_answers", rows, (empty, None))
-    judged = examples.judged and examples.judged()
-    if judged:
+    if judged := examples.judged:
         # those whose verdict on a subject is not that of the first row that judges it
         order, first = _alike(judged.subjects)
         other = judged.verdicts[order] != judged.verdicts[first]
         contrary = examples.rows[order[other]], examples.rows[first[other]]
         found["contradictions"] = _finding("contradictions", rows, contrary, judged.contrary)
     if examples.ends_lost is not None:
-        cut = examples.rows[examples.ends_lost()], None
+        cut = examples.rows[examples.ends_lost], None
         found["ends_lost"] = _finding("ends_lost", rows, cut, max_length)
     untrained = np.setdiff1d(np.arange(len(rows)), of)
     found["untrained"] = _finding("untrained", rows, (untrained, None))

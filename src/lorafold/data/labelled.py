@@ -11,6 +11,7 @@ compared as text, so that 1 and "1" are one class.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -153,7 +154,8 @@ class LabelledExamples(TableExamples[LabelledExample]):
         counts = np.bincount(self._labels, minlength=len(classes)).tolist()
         self.counts = dict(zip(classes, counts, strict=True))  # the examples of each class
 
-    def judged(self) -> Judged:
+    @cached_property
+    def judged(self) -> Judged:  # type: ignore[override]
         contrary = "have the text of an earlier one, and another label"
         return Judged(digests(self._ids), self._labels, contrary, self.counts)
 

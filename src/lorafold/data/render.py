@@ -279,12 +279,9 @@ class Drawing:
         start, end = len(prompt), max(len(prompt), len(found.rstrip()))
         return TrainedTurn(found, start, end, found[start:end], marks)
 
-    def end(self, i: int, turn: TrainedTurn) -> str | None:
-        """The end of turn i, which its text lacks; None where the template writes it with the turn.
-        """
+    def end(self, i: int, turn: TrainedTurn) -> str:
+        """The end of turn i, which its text lacks: the template does not write it with the turn."""
         ending, text = self.own.ending, turn.text[: turn.end]
-        if ending.written == WITH_TURN:
-            return None
         if ending.written == WITH_NEXT:
             follows = [m for m in self.formed[i + 1 : i + 2] if m["role"] in ("user", "tool")]
             [next_one] = follows or self.template.form.of([ASKED])
@@ -331,8 +328,8 @@ def render_trained(
             continue
         lost += hidden(messages, i, turn.said)
         text, start, end, marks = turn.text, turn.start, turn.end, turn.marks
-        if rendering.end_of_turn == "auto" and (written := drawing.end(i, turn)) is not None:
-            text = text[:end] + written
+        if rendering.end_of_turn == "auto" and drawing.own.ending.written != WITH_TURN:
+            text = text[:end] + drawing.end(i, turn)
             if marks is not None and any(last > start for _, last in marks):
                 marks = (*marks, (end, len(text)))
             end = len(text)

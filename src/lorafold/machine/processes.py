@@ -66,24 +66,6 @@ class Processes:
         if self.count > 1:
             _at_once(tensors, dist.all_reduce)
 
-    def add_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Sum gradients over all processes. A parameter on which no process's loss depends has none
-        afterwards; where some do, the others count as zeros.
-        """
-        import torch
-
-        if self.count == 1:
-            return
-        has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
-        self.add([has])
-        used = [p for p, n in zip(parameters, has.tolist(), strict=True) if n]
-        grads = [
-            torch.zeros_like(p, dtype=p.grad_dtype) if p.grad is None else p.grad for p in used
-        ]
-        self.add(grads)
-        for p, grad in zip(used, grads, strict=True):
-            p.grad = grad
-
     def largest(self, number: int) -> int:
         """The largest of the numbers of all processes."""
         import torch
