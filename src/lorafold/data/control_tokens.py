@@ -175,8 +175,8 @@ def _found(template: Template) -> Found | None:
     own = special - {word for word in (block.opening, block.closing) if word in added}
     first = sorted(words, key=lambda word: (-len(word), word))  # the longest
     both = first, [word for word in first if word in own]
-    patterns = [re.compile("|".join(map(re.escape, some)) or "(?!)") for some in both]
-    return Found(*patterns, tuple({word[:1] for word in words}))
+    all_, its = (re.compile("|".join(map(re.escape, some)) or "(?!)") for some in both)
+    return Found(all_, its, tuple({word[:1] for word in words}))
 
 
 def _mark(value: Any, words: re.Pattern[str], found: Found) -> Any:

@@ -21,7 +21,8 @@ from pathlib import Path
 import psutil
 import torch
 
-CONTROL_GROUP = Path("/sys/fs/cgroup")  # where a container's memory limit is
+from lorafold.machine.cores import CONTROL_GROUP
+
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # the numbers of glibc's settings
 LARGEST = 32 << 20  # the most that glibc accepts of the latter
 KEPT = {MMAP_THRESHOLD: LARGEST, TRIM_THRESHOLD: 1 << 30}
