@@ -299,23 +299,24 @@ def look(
     if not isinstance(examples, TableExamples):
         return Findings(len(rows), unseen=UNKNOWN)
     of, digests = _compared(examples)
-    order, first = _alike(digests)
-    later = first != order
-    found = {"duplicates": _finding("duplicates", rows, (of[order[later]], of[first[later]]))}
+    each, at, which = np.unique(digests, return_index=True, return_inverse=True)
+    first = at[which]  # of those that are equal
+    later = first != np.arange(len(first))
+    found = {"duplicates": _finding("duplicates", rows, (of[later], of[first[later]]))}
     if held_out is not None and isinstance(held_out[0], TableExamples):
         theirs, others = _compared(held_out[0])
-        at = order[np.minimum(np.searchsorted(digests[order], others), len(order) - 1)]
-        there = digests[at] == others
-        shared = theirs[there], of[at[there]]
+        near = np.minimum(np.searchsorted(each, others), len(each) - 1)
+        there = each[near] == others
+        shared = theirs[there], of[at[near[there]]]
         found[HELD_OUT] = _finding(HELD_OUT, held_out[1], shared, like=rows)
     roles, silent, empty = turns_of(examples, rows)
     if roles:
         found["empty_answers"] = _finding("empty_answers", rows, (empty, None))
     if judged := examples.judged:
         # those whose verdict on a subject is not that of the first row that judges it
-        order, first = _alike(judged.subjects)
-        other = judged.verdicts[order] != judged.verdicts[first]
-        contrary = examples.rows[order[other]], examples.rows[first[other]]
+        _, at, which = np.unique(judged.subjects, return_index=True, return_inverse=True)
+        other = judged.verdicts != judged.verdicts[at[which]]
+        contrary = examples.rows[other], examples.rows[at[which][other]]
         found["contradictions"] = _finding("contradictions", rows, contrary, judged.contrary)
     if examples.ends_lost is not None:
         cut = examples.rows[examples.ends_lost], None
@@ -387,11 +388,3 @@ def turns_of(
         said, kept = (np.bincount(file[of], answers[kind, n], len(names)) for n in (0, 1))
         silent = {name: int(n) for name, n, k in zip(names, said, kept, strict=True) if n and not k}
     return roles, silent, of[np.isin(kind, [*empty])]
-
-
-def _alike(values: Array) -> tuple[Array, Array]:
-    """The indices of values in their order, (n,), and of the first one that is equal to each."""
-    order = np.argsort(values, kind="stable")
-    ordered = values[order]
-    starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])[: len(values)])
-    return order, order[np.repeat(starts, np.diff([*starts, len(values)]))]

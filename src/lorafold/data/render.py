@@ -326,7 +326,8 @@ def render_trained(
         if turn is None:
             left_out += 1
             continue
-        lost += hidden(messages, i, turn.said)
+        if messages[i].keys() & {"reasoning_content", "tool_calls"}:
+            lost += hidden(messages, i, turn.said)
         text, start, end, marks = turn.text, turn.start, turn.end, turn.marks
         if rendering.end_of_turn == "auto" and drawing.own.ending.written != WITH_TURN:
             text = text[:end] + drawing.end(i, turn)

@@ -15,12 +15,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafold.data.arrow import open_table
 from lorafold.data.rows import check_given
-from lorafold.data.stored import CHUNK, LARGE, Rows, in_chunks, named
+from lorafold.data.stored import CHUNK, LARGE, Rows, named
 from lorafold.errors import LISTED, LorafoldError, listed
 from lorafold.files.cache import cached
 from lorafold.machine.workers import workers
@@ -73,7 +74,7 @@ def tokenized(rows: Rows, encoder: Encoder, console: Console | None = None) -> p
     if rows.measured[1] > LARGE:
         table = _kept(rows, encoder, console)
     else:
-        with closing(_counted(in_chunks(rows.rows), len(rows), console)) as chunks:
+        with closing(_chunks(rows.rows, len(rows), console)) as chunks:
             batches = [
                 encoder.encode(rows.given(encoder.takes, chunk, first), first)
                 for first, chunk in chunks
@@ -117,7 +118,7 @@ def _kept(rows: Rows, encoder: Encoder, console: Console | None) -> pa.Table:
             pa.OSFile(str(directory / TOKENS), "wb") as file,
             pa.ipc.new_stream(file, first.schema) as writer,
             workers(partial(_encoded, rows, encoder)) as mapped,
-            closing(_counted(in_chunks(rows.texts()), len(rows), console)) as chunks,
+            closing(_chunks(rows.texts(), len(rows), console)) as chunks,
         ):
             for batch in mapped(chunks):
                 writer.write_batch(batch)
@@ -135,19 +136,19 @@ def _encoded(rows: Rows, encoder: Encoder, first: int, texts: Sequence[str]) -> 
     return encoder.encode(rows.given(encoder.takes, read, first), first)
 
 
-def _counted(
-    chunks: Iterable[list[Any]], total: int, console: Console | None
+def _chunks(
+    rows: Iterable[Any], total: int, console: Console | None
 ) -> Generator[tuple[int, list[Any]]]:
-    """Each chunk of rows after the index of its first row, while a progress bar shows how many have
-    passed, and the time left.
+    """Chunks of rows, each after the index of its first one, while a progress bar shows how many
+    have passed, and the time left.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     columns = ("tokenizing", BarColumn(), MofNCompleteColumn(), "rows", TimeRemainingColumn())
-    quiet, first = console is None or not console.is_terminal, 0
+    quiet, first, remaining = console is None or not console.is_terminal, 0, iter(rows)
     with Progress(*columns, console=console, transient=True, disable=quiet) as bar:
         task = bar.add_task("", total=total)
-        for chunk in chunks:
+        while chunk := list(islice(remaining, CHUNK)):
             yield first, chunk
             first += len(chunk)
             bar.update(task, completed=first)
