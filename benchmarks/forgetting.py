@@ -34,7 +34,7 @@ from lorafold.comparing.measure import forgetting
 from lorafold.core.modes import evaluating
 from lorafold.data.probes import probe_ids
 from lorafold.evaluation import evaluate, held_out_loss
-from lorafold.machine.memory import freed_blocks_kept
+from lorafold.machine.memory import KEPT, freed_blocks
 from lorafold.models.loading import load_model
 from lorafold.opening import Base
 from lorafold.quickstart.story import RECIPE
@@ -102,7 +102,7 @@ def trained(
                 path.append({"step": step, "loss": found, "kl": kl})
                 print(json.dumps({"method": method, "rate": rate} | path[-1]), flush=True)
 
-        stack.enter_context(freed_blocks_kept())
+        stack.enter_context(freed_blocks(KEPT))
         stack.enter_context(fused(model))
         loss = stack.enter_context(objective.loss(model, tokenizer, recipe.packing, QUIET))
         run = prepare(setup, adapter, loss, setup.feed, None, QUIET)

@@ -26,7 +26,7 @@ import lorafold as lf
 from lorafold.bases import is_linear
 from lorafold.core.targets import match
 from lorafold.data.examples import Example, encode
-from lorafold.machine.memory import freed_blocks_kept
+from lorafold.machine.memory import KEPT, freed_blocks
 from lorafold.models.loading import load_model
 from lorafold.models.storages import Storage
 from lorafold.models.tokenizer import load_tokenizer
@@ -99,7 +99,7 @@ def main() -> None:
     for dropout in (0.05, 0.0) if rounds else ():
         adapters = [lf.attach(model, lf.LoRA(dropout=dropout)) for model in models.values()]
         with ExitStack() as stack:
-            stack.enter_context(freed_blocks_kept())
+            stack.enter_context(freed_blocks(KEPT))
             quiet = Console(quiet=True)
             losses = {
                 b: stack.enter_context(Sft().loss(model, tokenizer, True, quiet))

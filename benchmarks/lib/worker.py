@@ -137,7 +137,7 @@ def lorafold(case: Case, stack: ExitStack) -> Training:
     import lorafold as lf
     from lorafold.data.examples import Example
     from lorafold.data.labelled import LabelledExample
-    from lorafold.machine.memory import freed_blocks_kept
+    from lorafold.machine.memory import KEPT, freed_blocks
     from lorafold.methods import make_spec
     from lorafold.models.tokenizer import load_tokenizer
     from lorafold.objectives.classify import Classify
@@ -154,7 +154,7 @@ def lorafold(case: Case, stack: ExitStack) -> Training:
     base = Base(case.model, case.quantization or "bf16", case.device)
     objective: Objective = Sft() if case.objective == "sft" else Classify(("no", "yes"))
     model = objective.load(base, tokenizer)
-    stack.enter_context(freed_blocks_kept())
+    stack.enter_context(freed_blocks(KEPT))
     lora = lf.LoRA(rank=case.rank, dropout=case.dropout)
     spec = make_spec(case.method) if case.method else lf.DoRA(lora) if case.dora else lora
     saved = objective.modules_to_save(model, spec, None)

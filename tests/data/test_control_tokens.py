@@ -28,6 +28,7 @@ from families import embedded
 from lorafold.data.branches import encode_preferred
 from lorafold.data.control_tokens import (
     CLOSING,
+    NOTE,
     OPENING,
     allow,
     allowed,
@@ -35,7 +36,6 @@ from lorafold.data.control_tokens import (
     is_marked,
     pieces_of,
     tokens_of,
-    without_note,
 )
 from lorafold.data.examples import NO_LOSS, encode, encode_row
 from lorafold.data.render import prompt_of, render
@@ -238,7 +238,7 @@ def test_what_is_allowed_stays_a_token_and_the_template_renders_the_same(tmp_pat
     allow(tokenizer, ["<|im_end|>"])  # which the template writes
     assert tokenizer.apply_chat_template(asked, tokenize=False) == before
     assert allowed(tokenizer.chat_template) == {"<|new|>", "#}{{ 1 }}"}
-    assert without_note(tokenizer.chat_template) == "\n" + TEMPLATE
+    assert NOTE.sub("", tokenizer.chat_template) == "\n" + TEMPLATE
     tokenizer.save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
     for one in (tokenizer, again):

@@ -17,7 +17,7 @@ from conversation_cases import said, user
 from lorafold.api.arguments import as_rows, rows_to_train
 from lorafold.cli import app
 from lorafold.data import rows as reading
-from lorafold.data import stored
+from lorafold.data import tokenizing
 from lorafold.data.findings import Findings, look
 from lorafold.data.stored import Origins, Place, Rows
 from lorafold.errors import LorafoldError
@@ -278,7 +278,7 @@ def test_large_data_is_named_the_same_and_previewed_in_part(
     tiny_model_dir: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LORAFOLD_CACHE", str(tmp_path / "cache"))
-    for module in (reading, stored):
+    for module in (reading, tokenizing):
         monkeypatch.setattr(module, "LARGE", 100)
     row = len(json.dumps(asked(10)))
     monkeypatch.setattr("lorafold.training.preview.SOME", 20 * row)

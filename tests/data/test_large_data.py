@@ -31,7 +31,7 @@ from conftest import lorafold, make_tokenizer
 from conversation_cases import prompts
 from large_cases import N, row, train, written
 from lorafold.data import rows as reading
-from lorafold.data import stored, tokenizing
+from lorafold.data import tokenizing
 from lorafold.data.batches import Batches, epoch_size
 from lorafold.data.control_tokens import ids_of
 from lorafold.data.examples import Completions, encode, in_pieces
@@ -53,7 +53,7 @@ pytestmark = pytest.mark.usefixtures("unestimated")
 @pytest.fixture
 def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Large data, with a cache of its own."""
-    monkeypatch.setattr(stored, "LARGE", 100_000)
+    monkeypatch.setattr(tokenizing, "LARGE", 100_000)
     monkeypatch.setattr(reading, "LARGE", 100_000)
     monkeypatch.setenv("LORAFOLD_CACHE", str(tmp_path / "cache"))
     return written(tmp_path / "rows.jsonl")
@@ -66,7 +66,7 @@ def in_memory(path: Path) -> Rows:
 def test_large_rows_and_tokens_are_those_of_small_data(large: Path) -> None:
     rows, plain = read_rows(str(large)), in_memory(large)
     assert isinstance(rows.rows, ArrowRows)
-    assert rows.large
+    assert rows.measured[1] > tokenizing.LARGE
     assert rows == plain
     assert list(rows[0]) == ["completion", "prompt"], "keys keep their order"
     assert (rows[5], rows[-1], rows[2:4]) == (plain[5], plain[-1], plain[2:4])
@@ -75,7 +75,7 @@ def test_large_rows_and_tokens_are_those_of_small_data(large: Path) -> None:
     tokenizer = make_tokenizer()
     kept = encode(rows, tokenizer, 75)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stored, "LARGE", 10**9)
+        patch.setattr(tokenizing, "LARGE", 10**9)
         direct = encode(plain, tokenizer, 75)
     assert kept.report == direct.report
     assert kept.report.truncated > 0

@@ -18,7 +18,7 @@ from rich.console import Console
 import lorafold as lf
 from lorafold.api.arguments import as_rows
 from lorafold.data import rows as reading
-from lorafold.data import stored
+from lorafold.data import tokenizing
 from lorafold.data.rows import read_rows
 from lorafold.data.sources import source_from
 from lorafold.data.stored import Part
@@ -123,7 +123,7 @@ def test_files_of_a_directory_may_have_shapes_of_their_own(tmp_path: Path) -> No
 def test_a_file_that_changed_at_one_size_and_time_is_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stored, "LARGE", 100)
+    monkeypatch.setattr(tokenizing, "LARGE", 100)
     monkeypatch.setattr(reading, "LARGE", 100)
     monkeypatch.setenv("LORAFOLD_CACHE", str(tmp_path / "cache"))
     path = folder(tmp_path / "d", a__jsonl=5, b__jsonl=5)

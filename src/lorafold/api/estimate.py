@@ -103,7 +103,7 @@ def estimate(
 
     from lorafold.api.arguments import as_page, as_recipe, or_quiet
     from lorafold.api.rows_estimated import setting_on_rows
-    from lorafold.machine.devices import check_device
+    from lorafold.machine.devices import choose_device
     from lorafold.memory import terms
     from lorafold.memory.advice import advise, advise_on_rows
     from lorafold.memory.forecast import Forecast
@@ -148,7 +148,7 @@ def estimate(
             " CUDA that is not asked"
         )
     asked_for = Place(kind, capability(compute_capability))
-    check_device(device)  # without `measure` it may be one that this machine lacks
+    choose_device(device, absent=True)  # without `measure` it may be one that this machine lacks
     on_it = device if measure else None
     trusted = opening.get("trust_remote_code", False)
     base = Base(model, device=on_it, **opening)

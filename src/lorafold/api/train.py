@@ -81,15 +81,19 @@ def train(
         lorafold train --data demo/train.jsonl --out adapter
         lorafold train --data demo/train.jsonl --out small --rank 8 --plot small.html
     """
+    from rich.console import Console
+
     from lorafold.api.arguments import as_page, or_shown
     from lorafold.machine.devices import own_device
     from lorafold.machine.processes import launched, together
 
     place = None if plot is None else as_page(plot, "plot")
     console, here = or_shown(console), launched()
-    asked["device"] = own_device(asked.get("device"), here)
-    with together(here, asked["device"]) as processes:
-        console = processes.voice(console)
+    if here.world > 1:
+        asked["device"] = own_device(asked.get("device"), here)
+    with together(here, asked.get("device")) as processes:
+        if not processes.first:  # which alone prints
+            console = Console(quiet=True)
         request = requested(
             recipe, data, out, model, asked, console, resume=resume, overwrite=overwrite
         )

@@ -113,12 +113,17 @@ class TableExamples(Sequence[E]):
     """Abstract: examples of a table, each made when it is asked for.
 
     `lengths` (n,) are the tokens of each, after cutting, and `rows` (n,) the index of its row.
-    `marked` rows of the table have control tokens that are text.
+    `marked` rows of the table have control tokens that are text. `told_by` are columns of the whole
+    table in which two examples differ: tokens before cutting, and what is trained.
     """
+
+    told_by: tuple[Iterable[Any], ...]
+    judged: Judged | None = None  # what they judge, if they judge anything
+    ends_lost: Array | None = None  # whether the end of an answer is cut off each, (n,), if known
 
     def __init__(self, table: "pa.Table", max_length: int, chosen: Array) -> None:
         """Take the examples with the indices `chosen`, cut to `max_length` tokens at their end."""
-        self._ids, self._chosen, self._max_length = Lists(table.column("ids")), chosen, max_length
+        self._ids, self.chosen, self._max_length = Lists(table.column("ids")), chosen, max_length
         self.lengths = np.minimum(self._ids.lengths[chosen], max_length)
         self.rows = column(table, "row")[chosen]
         self.marked, self.table = 0, table
@@ -127,23 +132,11 @@ class TableExamples(Sequence[E]):
             self.marked = len(np.unique(column(table.filter(marked), "row")))
 
     @abstractmethod
-    def digests(self) -> Array:
-        """A digest of each example, (n,): of its tokens before cutting, and of what is trained."""
-
-    def ends_lost(self) -> Array | None:
-        """Whether the end of an answer is cut off each example, (n,); None where there is none."""
-        return None
-
-    def judged(self) -> Judged | None:
-        """What the examples judge; None where they judge nothing."""
-        return None
-
-    @abstractmethod
     def _example(self, entry: int) -> E:
         """The example of one entry of the table."""
 
     def __len__(self) -> int:
-        return len(self._chosen)
+        return len(self.chosen)
 
     @overload
     def __getitem__(self, index: int) -> E: ...
@@ -152,7 +145,7 @@ class TableExamples(Sequence[E]):
     def __getitem__(self, index: int | slice) -> E | list[E]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        return self._example(int(self._chosen[index]))
+        return self._example(int(self.chosen[index]))
 
 
 def lengths_of(examples: Sequence[Any]) -> list[int]:

@@ -275,19 +275,15 @@ class StoredFeed(Feed):
 
     def after(self, step: int) -> Iterator[Sequence[Any]]:
         for i in range(step, self.steps):
-            yield self._of(self._batches[i])
+            ends = ((int(self._borders[n]), int(self._borders[n + 1])) for n in self._batches[i])
+            yield [self.examples[i] for start, end in ends for i in range(start, end)]
 
     def drawn(self, n: int, size: int, seed: int) -> Iterator[Sequence[Any]]:
-        yield from map(self._of, Batches(len(self._borders) - 1, size, n, seed))
-
-    def _of(self, rows: Sequence[int]) -> list[Any]:
-        """The examples of rows."""
-        ends = ((int(self._borders[n]), int(self._borders[n + 1])) for n in rows)
-        return [self.examples[i] for start, end in ends for i in range(start, end)]
+        return StoredFeed(self.examples, [Part(len(self._borders) - 1)], size, n, seed).after(0)
 
 
 R = TypeVar("R")
-PAYS = 0.05  # of the tokens; a smaller part in common costs more than it saves
+PAYS = 0.95  # of the tokens, at most: with less in common a forest costs more than it saves
 WINDOW = 1024  # rows among which those that begin alike are looked for, where nothing is trained
 
 
@@ -381,15 +377,6 @@ def leaders(rows: Sequence[Sequence[int]]) -> list[Array]:
         of_rows[n] = path
         first[path] = np.minimum(first[path], n)
     return [first[path] for path in of_rows]
-
-
-def pays(once: int, apart: int) -> bool:
-    """Whether rows are computed faster as a forest than apart.
-
-    Args:
-        once, apart: the tokens that are computed so.
-    """
-    return once <= (1 - PAYS) * apart
 
 
 def alike(

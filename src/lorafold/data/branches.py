@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from hashlib import sha256
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
@@ -188,6 +189,7 @@ class BranchedExamples(TableExamples[Branched]):
         super().__init__(table, max_length, np.arange(len(table)))
         self._starts, self._spans = Lists(table.column("starts")), Lists(table.column("spans"))
         self._desirable: list[bool] = table.column("desirable").to_pylist()
+        self.told_by = self._ids, self._starts, self._spans, self._desirable
         borders = [
             [*self._starts[n].tolist(), int(length)]
             for n, length in enumerate(self._ids.lengths.tolist())
@@ -199,10 +201,8 @@ class BranchedExamples(TableExamples[Branched]):
         self.whole: Array = shared[:, None] + own
         self.lengths = self.shared + self.own.sum(1)
 
-    def digests(self) -> Array:
-        return digests(self._ids, self._starts, self._spans, self._desirable)
-
-    def ends_lost(self) -> Array:
+    @cached_property
+    def ends_lost(self) -> Array:  # type: ignore[override]
         lost = np.any(self.whole > self._max_length, axis=1)
         for n in np.flatnonzero(lost).tolist():
             starts, own, spans = self._starts[n], self.own[n], self._spans[n].reshape(-1, 2)
@@ -210,7 +210,8 @@ class BranchedExamples(TableExamples[Branched]):
             lost[n] = np.any(spans[:, 1] - starts[of] > own[of])
         return lost
 
-    def judged(self) -> Judged:
+    @cached_property
+    def judged(self) -> Judged:  # type: ignore[override]
         """Of two answers one is preferred: the first of the pair, as their digests are sorted, or
         the second.
         """
@@ -258,7 +259,8 @@ class MismatchedExamples(BranchedExamples):
         self.own = np.hstack([self.own, np.minimum(other, max_length - self.shared[:, None])])
         self.lengths = self.shared + self.own.sum(1)
 
-    def judged(self) -> Judged:
+    @cached_property
+    def judged(self) -> Judged:  # type: ignore[override]
         contrary = "have the prompt and the answer of an earlier one, and the other label"
         true = sum(self._desirable)
         labels = {"true": true, "false": len(self) - true}

@@ -40,7 +40,7 @@ from lorafold.models.templates import JOINED
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NOTE = re.compile(r"\A\{# control tokens in contents: (.*?) #\}\n")
+NOTE = re.compile(r"\A\{# control tokens in contents: (.*?) #\}\n")  # written before a template
 ALL = None  # in place of words
 OPENING, CLOSING = mark_control_tokens("x", re.compile("x")).split("x")
 IN_PROMPT = (
@@ -79,7 +79,7 @@ def allow(tokenizer: PreTrainedTokenizerBase, words: Iterable[str] | None = ALL)
         given = True if words is None or before is None else sorted({*before, *words})
         # a comment ends with #}, which no word may write
         said = json.dumps(given).replace("#", "\\u0023")
-        noted[name] = f"{{# control tokens in contents: {said} #}}\n{without_note(text)}"
+        noted[name] = f"{{# control tokens in contents: {said} #}}\n{NOTE.sub('', text)}"
     tokenizer.chat_template = noted if isinstance(template, dict) else noted[""]
 
 
@@ -97,7 +97,7 @@ def written_by(
         attempt(form.of(messages), tokenizer, for_generation=True)
         for messages in (said, [SYSTEM, *said], [*said[:2], result])
     ]
-    text = "".join([without_note(template), *texts])
+    text = "".join([NOTE.sub("", template), *texts])
     return frozenset(word for word in words if word in text)
 
 
@@ -108,11 +108,6 @@ def allowed(template: str) -> frozenset[str] | None:
     found = NOTE.match(template)
     words = json.loads(found[1]) if found else []
     return ALL if words is True else frozenset(words)
-
-
-def without_note(template: str) -> str:
-    """A chat template without what this module wrote in it."""
-    return NOTE.sub("", template)
 
 
 class Found(NamedTuple):
@@ -178,12 +173,10 @@ def _found(template: Template) -> Found | None:
     words = special | (written if listed is None else added.keys() & listed - free)
     block = template_of(tokenizer).block
     own = special - {word for word in (block.opening, block.closing) if word in added}
-    return Found(_any_of(words), _any_of(own), tuple({word[:1] for word in words}))
-
-
-def _any_of(words: set[str]) -> re.Pattern[str]:
-    longest_first = sorted(words, key=lambda word: (-len(word), word))
-    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+    first = sorted(words, key=lambda word: (-len(word), word))  # the longest
+    both = first, [word for word in first if word in own]
+    all_, its = (re.compile("|".join(map(re.escape, some)) or "(?!)") for some in both)
+    return Found(all_, its, tuple({word[:1] for word in words}))
 
 
 def _mark(value: Any, words: re.Pattern[str], found: Found) -> Any:
@@ -307,7 +300,7 @@ def pieces_of(text: str, tokenizer: PreTrainedTokenizerBase) -> Pieces:
 @lru_cache(maxsize=KNOWN)
 def _marks(tokenizer: PreTrainedTokenizerBase, _size: int) -> re.Pattern[str]:
     """What matches a marked token, or a mark alone: a template may cut a content at a token."""
-    words = _any_of({*tokenizer.added_tokens_encoder}).pattern
+    words = "|".join(map(re.escape, tokenizer.added_tokens_encoder)) or "(?!)"
     return re.compile(f"{OPENING}({words}){CLOSING}|[{OPENING}{CLOSING}]")
 
 

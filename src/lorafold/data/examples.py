@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorafold.data.arrow import TURNS, Array, Lists, TableExamples, batch_of, column, digests
+from lorafold.data.arrow import TURNS, Lists, TableExamples, batch_of, column
 from lorafold.data.control_tokens import MARKED, OPENING, Pieces, ids_of, pieces_of
 from lorafold.data.render import Rendered, Rendering, Span, Trained, render_trained
 from lorafold.data.rows import as_checked
@@ -92,9 +92,26 @@ class Completions(Encoder):
 
     def encode(self, given: Sequence[Conversation], first: int) -> pa.RecordBatch:
         pieces = [piece for n, one in enumerate(given, first) for piece in self._pieces(one, n)]
+        found: dict[int, Encoding | Pieces] = {}  # of the pieces that have no problem
+        for plain in (False, True):
+            some = [n for n, p in enumerate(pieces) if not p.problem and (not p.rendered) is plain]
+            if not some:
+                continue
+            encodings = self.tokenizer(
+                [pieces[n].text for n in some],
+                add_special_tokens=plain,
+                return_attention_mask=False,
+                verbose=False,
+            ).encodings
+            if encodings is None:
+                raise LorafoldError(
+                    f"tokenizer: found {type(self.tokenizer).__name__}, which gives no character"
+                    " offsets; expected a fast tokenizer (one with a tokenizer.json)"
+                )
+            found |= zip(some, encodings, strict=True)
         made = list[Piece]()
-        for piece, encoding in zip(pieces, self._encodings(pieces), strict=True):
-            if encoding is None:
+        for n, piece in enumerate(pieces):
+            if (encoding := found.get(n)) is None:
                 made.append(piece)
             elif piece.rendered:
                 made += self._examples(piece, encoding)
@@ -126,45 +143,32 @@ class Completions(Encoder):
         pieces[0].turns = "\n".join(became_of)
         return pieces
 
-    def _encodings(self, pieces: Sequence[Piece]) -> list[Encoding | Pieces | None]:
-        """What the text of each piece is tokenized to; None where it has a problem."""
-        found: list[Encoding | Pieces | None] = [None] * len(pieces)
-        for plain in (False, True):
-            some = [n for n, p in enumerate(pieces) if not p.problem and (not p.rendered) is plain]
-            if not some:
-                continue
-            encodings = self.tokenizer(
-                [pieces[n].text for n in some],
-                add_special_tokens=plain,
-                return_attention_mask=False,
-                verbose=False,
-            ).encodings
-            if encodings is None:
-                raise LorafoldError(
-                    f"tokenizer: found {type(self.tokenizer).__name__}, which gives no character"
-                    " offsets; expected a fast tokenizer (one with a tokenizer.json)"
-                )
-            for n, encoding in zip(some, encodings, strict=True):
-                marked = not plain and OPENING in pieces[n].text
-                found[n] = pieces_of(pieces[n].text, self.tokenizer) if marked else encoding
-        return found
-
     def _examples(self, piece: Piece, encoding: Encoding | Pieces) -> list[Piece]:
         """The examples of a rendered piece, with their ids and trained spans: one, and one more for
         each turn before which a token would span the border.
         """
         assert piece.rendered is not None
         rendered, text, together = piece.rendered, piece.text, list[Span]()
+        if OPENING in text:
+            encoding = pieces_of(text, self.tokenizer)
         apart: list[Piece] = []
-        ids = encoding.ids
+        ids, added = encoding.ids, template_of(self.tokenizer).added
         for border, following in pairwise([*rendered.turns, len(text) + 1]):
             at = first_token(encoding, border, text)
             spans = [span for span in rendered.spans if border <= span[0] < following]
-            if self._is_prompt(text[:border], encoding, ids[:at]):
+            # are the ids before the turn those of the prompt alone?
+            last = next((i for i in reversed(range(at)) if ids[i] in added), 0)
+            start = encoding.token_to_chars(last) if last else None
+            ending = text[start[0] if start else 0 : border]
+            if ending not in self._openings:
+                if len(self._openings) > OPENINGS:
+                    self._openings.clear()
+                self._openings[ending] = ids_of(ending, self.tokenizer)
+            if self._openings[ending] == ids[last:at]:
                 together += spans
                 continue
-            last = following > len(text)
-            cut = Rendered(text if last else text[: spans[-1][1]], tuple(spans), (border,))
+            final = following > len(text)
+            cut = Rendered(text if final else text[: spans[-1][1]], tuple(spans), (border,))
             apart.append(Piece(piece.row))
             apart[-1].ids, apart[-1].spans = in_pieces(cut, self.tokenizer)
         if together or not apart:
@@ -176,18 +180,6 @@ class Completions(Encoder):
             apart.append(Piece(piece.row, ids=ids, spans=places))
         first = apart[0]
         return [replace(piece, ids=first.ids, spans=first.spans), *apart[1:]]
-
-    def _is_prompt(self, prompt: str, encoding: Encoding | Pieces, ids: list[int]) -> bool:
-        """Tell whether the first ids of an encoding are those of the prompt alone."""
-        added = template_of(self.tokenizer).added
-        last = next((i for i in reversed(range(len(ids))) if ids[i] in added), 0)
-        span = encoding.token_to_chars(last) if last else None
-        ending = prompt[span[0] if span else 0 :]
-        if ending not in self._openings:
-            if len(self._openings) > OPENINGS:
-                self._openings.clear()
-            self._openings[ending] = ids_of(ending, self.tokenizer)
-        return self._openings[ending] == ids[last:]
 
 
 def identity_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -325,7 +317,7 @@ class Examples(TableExamples[Example]):
     def __init__(self, table: pa.Table, max_length: int) -> None:
         self._spans = Lists(table.column("spans"))
         lengths = np.minimum(Lists(table.column("ids")).lengths, max_length)
-        counts, first = [np.zeros(0, np.int64)], 0
+        counts, last, first = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)], 0
         for ends, values in zip(self._spans.ends, self._spans.values, strict=True):
             border = (ends - ends[0]) // 2  # (n + 1,), where the spans of each example end
             start, end = values[ends[0] : ends[-1]].reshape(-1, 2).T
@@ -333,20 +325,14 @@ class Examples(TableExamples[Example]):
             # the first token does not count, because nothing comes before it
             counted = np.maximum(0, np.minimum(end, length) - np.maximum(start, 1))
             counts.append(np.diff(np.concatenate([[0], np.cumsum(counted)])[border]))
+            there = np.append(values, np.int32(0))[ends[1:] - 1]
+            last.append(np.where(np.diff(ends) > 0, there, 0))
             first += len(border) - 1
         found = np.concatenate(counts)
         super().__init__(table, max_length, np.flatnonzero(found))
-        self.labelled = found[self._chosen]  # (n,), tokens that the loss counts
-
-    def digests(self) -> Array:
-        return digests(self._ids, self._spans)[self._chosen]
-
-    def ends_lost(self) -> Array:
-        last = [
-            np.where(np.diff(ends) > 0, np.append(values, np.int32(0))[ends[1:] - 1], 0)
-            for ends, values in zip(self._spans.ends, self._spans.values, strict=True)
-        ]
-        return np.concatenate([np.zeros(0, np.int32), *last])[self._chosen] > self._max_length
+        self.labelled = found[self.chosen]  # (n,), tokens that the loss counts
+        self.told_by = self._ids, self._spans
+        self.ends_lost = np.concatenate(last)[self.chosen] > max_length
 
     def _example(self, entry: int) -> Example:
         ids = self._ids[entry][: self._max_length].tolist()

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorafold.data.arrow import TURNS, Array, TableExamples, column
+from lorafold.data.arrow import TURNS, Array, TableExamples, column, digests
 from lorafold.data.examples import EMPTY, TRAINED
 from lorafold.data.messages import Message
 from lorafold.data.render import render_trained
@@ -129,11 +129,6 @@ class Account:
         if self.plain:
             found.append(self.plain)
         return found
-
-    @property
-    def line(self) -> str:
-        """The same as one line."""
-        return f"chat template: {'; '.join(self.lines)}"
 
     def as_json(self) -> dict[str, Any]:
         """The fields by name."""
@@ -304,26 +299,27 @@ def look(
     if not isinstance(examples, TableExamples):
         return Findings(len(rows), unseen=UNKNOWN)
     of, digests = _compared(examples)
-    order, first = _alike(digests)
-    later = first != order
-    found = {"duplicates": _finding("duplicates", rows, (of[order[later]], of[first[later]]))}
+    each, at, which = np.unique(digests, return_index=True, return_inverse=True)
+    first = at[which]  # of those that are equal
+    later = first != np.arange(len(first))
+    found = {"duplicates": _finding("duplicates", rows, (of[later], of[first[later]]))}
     if held_out is not None and isinstance(held_out[0], TableExamples):
         theirs, others = _compared(held_out[0])
-        at = order[np.minimum(np.searchsorted(digests[order], others), len(order) - 1)]
-        there = digests[at] == others
-        shared = theirs[there], of[at[there]]
+        near = np.minimum(np.searchsorted(each, others), len(each) - 1)
+        there = each[near] == others
+        shared = theirs[there], of[at[near[there]]]
         found[HELD_OUT] = _finding(HELD_OUT, held_out[1], shared, like=rows)
     roles, silent, empty = turns_of(examples, rows)
     if roles:
         found["empty_answers"] = _finding("empty_answers", rows, (empty, None))
-    if judged := examples.judged():
+    if judged := examples.judged:
         # those whose verdict on a subject is not that of the first row that judges it
-        order, first = _alike(judged.subjects)
-        other = judged.verdicts[order] != judged.verdicts[first]
-        contrary = examples.rows[order[other]], examples.rows[first[other]]
+        _, at, which = np.unique(judged.subjects, return_index=True, return_inverse=True)
+        other = judged.verdicts != judged.verdicts[at[which]]
+        contrary = examples.rows[other], examples.rows[at[which][other]]
         found["contradictions"] = _finding("contradictions", rows, contrary, judged.contrary)
-    if (lost := examples.ends_lost()) is not None:
-        cut = examples.rows[lost], None
+    if examples.ends_lost is not None:
+        cut = examples.rows[examples.ends_lost], None
         found["ends_lost"] = _finding("ends_lost", rows, cut, max_length)
     untrained = np.setdiff1d(np.arange(len(rows)), of)
     found["untrained"] = _finding("untrained", rows, (untrained, None))
@@ -334,7 +330,8 @@ def _compared(examples: TableExamples[Any]) -> tuple[Array, Array]:
     """The indices of the rows that have an example, which ascend, (n,), and a digest of each."""
     starts = np.flatnonzero(np.diff(examples.rows, prepend=-1))
     place = np.arange(len(examples)) - np.repeat(starts, np.diff([*starts, len(examples)]))
-    weighted = examples.digests().astype(np.uint64) * (2 * place + 1).astype(np.uint64)
+    own = digests(*examples.told_by)[examples.chosen]
+    weighted = own.astype(np.uint64) * (2 * place + 1).astype(np.uint64)
     return examples.rows[starts], np.add.reduceat(weighted, starts)
 
 
@@ -391,11 +388,3 @@ def turns_of(
         said, kept = (np.bincount(file[of], answers[kind, n], len(names)) for n in (0, 1))
         silent = {name: int(n) for name, n, k in zip(names, said, kept, strict=True) if n and not k}
     return roles, silent, of[np.isin(kind, [*empty])]
-
-
-def _alike(values: Array) -> tuple[Array, Array]:
-    """The indices of values in their order, (n,), and of the first one that is equal to each."""
-    order = np.argsort(values, kind="stable")
-    ordered = values[order]
-    starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])[: len(values)])
-    return order, order[np.repeat(starts, np.diff([*starts, len(values)]))]

@@ -11,11 +11,12 @@ compared as text, so that 1 and "1" are one class.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorafold.data.arrow import Array, Judged, Lists, TableExamples, batch_of, column, digests
+from lorafold.data.arrow import Judged, Lists, TableExamples, batch_of, column, digests
 from lorafold.data.examples import NO_LOSS, identity_of
 from lorafold.data.rows import as_checked, check_given
 from lorafold.data.shapes import LABELS, Labelled
@@ -149,13 +150,12 @@ class LabelledExamples(TableExamples[LabelledExample]):
         super().__init__(table, max_length, np.arange(len(table)))
         self._labels = column(table, "label")  # (n,)
         self._closing = column(table, "closing")  # (n,)
+        self.told_by = self._ids, self._labels.tolist()
         counts = np.bincount(self._labels, minlength=len(classes)).tolist()
         self.counts = dict(zip(classes, counts, strict=True))  # the examples of each class
 
-    def digests(self) -> Array:
-        return digests(self._ids, self._labels.tolist())
-
-    def judged(self) -> Judged:
+    @cached_property
+    def judged(self) -> Judged:  # type: ignore[override]
         contrary = "have the text of an earlier one, and another label"
         return Judged(digests(self._ids), self._labels, contrary, self.counts)
 

@@ -27,7 +27,7 @@ its own way.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -82,10 +82,28 @@ def check_shown(
         tokenizer: The tokenizer whose chat template rendered it.
         turns: What the template adds for a message with calls, by its number, where that is known.
     """
-    for part, probed, probe in _missing(conversation, text, turns or {}):
-        form = template_of(tokenizer, probed.tools).form
+    messages, tools = conversation.messages, conversation.tools
+    # a part that is not in the text, messages and tools with a probe in its place, and the probe
+    missing = list[tuple[str, list[Message], tuple[Tool, ...], str]]()
+    for n, message in enumerate(messages):
+        content = message.get("content")
+        if message["role"] != "assistant" and content and content.strip() not in text:
+            what = f"messages[{n}].content ({message['role']})"
+            probed = [*messages[:n], message | {"content": VALUE}, *messages[n + 1 :]]
+            missing.append((what, probed, tools, VALUE))
+        for number, given in enumerate(message.get("tool_calls", ())):
+            if not _has_call((turns or {}).get(n, text), given):
+                where, calls = f"messages[{n}].tool_calls[{number}]", [*message["tool_calls"]]
+                calls[number] = given | call(NAME, {KEY: VALUE})
+                probed = [*messages[:n], message | {"tool_calls": calls}, *messages[n + 1 :]]
+                for what, probe in ((f"{where}: its name", NAME), (f"{where}: arguments", VALUE)):
+                    missing.append((what, probed, tools, probe))
+    if tools and not all(_has_tool(text, tool) for tool in tools):
+        missing.append(("the row's tools", messages, (*tools, PROBE_TOOL), KEY))
+    for part, probed, offered, probe in missing:
+        form = template_of(tokenizer, offered).form
         try:
-            again = apply(form.of(probed.messages), tokenizer, probed.tools)
+            again = apply(form.of(probed), tokenizer, offered)
         except LorafoldError:
             again = ""
         if probe not in again:
@@ -106,33 +124,6 @@ def check_able(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -
         raise LorafoldError(f"the chat template does not show the row's tools; {HELP}")
     if called and not template.shows_calls:
         raise LorafoldError(f"the chat template does not show calls (tool_calls); {HELP}")
-
-
-def _missing(
-    conversation: Conversation, text: str, turns: Mapping[int, str]
-) -> Iterator[tuple[str, Conversation, str]]:
-    """(a part that is not in the text, the conversation with a probe in its place, the probe)."""
-    messages, trained, tools = conversation.messages, conversation.trained, conversation.tools
-
-    def at(index: int, **changed: Any) -> Conversation:
-        probed = [*messages[:index], messages[index] | changed, *messages[index + 1 :]]
-        return Conversation(probed, trained, tools)
-
-    for index, message in enumerate(messages):
-        content = message.get("content")
-        if message["role"] != "assistant" and content and content.strip() not in text:
-            what = f"messages[{index}].content ({message['role']})"
-            yield what, at(index, content=VALUE), VALUE
-        for number, given in enumerate(message.get("tool_calls", ())):
-            where = f"messages[{index}].tool_calls[{number}]"
-            if not _has_call(turns.get(index, text), given):
-                calls = list(message["tool_calls"])
-                calls[number] = given | call(NAME, {KEY: VALUE})
-                for what, probe in ((f"{where}: its name", NAME), (f"{where}: arguments", VALUE)):
-                    yield what, at(index, tool_calls=calls), probe
-    if tools and not all(_has_tool(text, tool) for tool in tools):
-        probed = Conversation(messages, trained, (*tools, PROBE_TOOL))
-        yield "the row's tools", probed, KEY
 
 
 def _has_tool(text: str, tool: dict[str, Any]) -> bool:
@@ -288,12 +279,9 @@ class Drawing:
         start, end = len(prompt), max(len(prompt), len(found.rstrip()))
         return TrainedTurn(found, start, end, found[start:end], marks)
 
-    def end(self, i: int, turn: TrainedTurn) -> str | None:
-        """The end of turn i, which its text lacks; None where the template writes it with the turn.
-        """
+    def end(self, i: int, turn: TrainedTurn) -> str:
+        """The end of turn i, which its text lacks: the template does not write it with the turn."""
         ending, text = self.own.ending, turn.text[: turn.end]
-        if ending.written == WITH_TURN:
-            return None
         if ending.written == WITH_NEXT:
             follows = [m for m in self.formed[i + 1 : i + 2] if m["role"] in ("user", "tool")]
             [next_one] = follows or self.template.form.of([ASKED])
@@ -338,10 +326,11 @@ def render_trained(
         if turn is None:
             left_out += 1
             continue
-        lost += hidden(messages, i, turn.said)
+        if messages[i].keys() & {"reasoning_content", "tool_calls"}:
+            lost += hidden(messages, i, turn.said)
         text, start, end, marks = turn.text, turn.start, turn.end, turn.marks
-        if rendering.end_of_turn == "auto" and (written := drawing.end(i, turn)) is not None:
-            text = text[:end] + written
+        if rendering.end_of_turn == "auto" and drawing.own.ending.written != WITH_TURN:
+            text = text[:end] + drawing.end(i, turn)
             if marks is not None and any(last > start for _, last in marks):
                 marks = (*marks, (end, len(text)))
             end = len(text)

@@ -16,15 +16,13 @@ from functools import cached_property
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 
 from lorafold.data.arrow import Array, open_table
 from lorafold.data.parsing import Row
 from lorafold.data.shapes import Shape, shape_of, shapes_for
-
-T = TypeVar("T")
 
 CHUNK = 1000  # rows of an Arrow record batch
 AS_IT_IS = json.JSONEncoder(ensure_ascii=False, default=str)
@@ -200,19 +198,14 @@ class Rows(Sequence[Row]):
         found = {"rows": len(self.rows), "sha256": self.measured[0]}
         return found | ({"files": dict(self.files)} if self.files else {})
 
-    @property
-    def large(self) -> bool:
-        """Whether what is made of the rows is worth keeping for a second run."""
-        return self.measured[1] > LARGE
-
     @cached_property
     def measured(self) -> tuple[str, int]:
         """The digest of the rows, and their size as JSON in bytes."""
         if self.known:
             return self.known
         digest, size = sha256(), 0
-        for chunk in in_chunks(self.rows):
-            text = "".join(map(SORTED.encode, chunk)).encode()
+        for row in self.rows:
+            text = SORTED.encode(row).encode()
             digest.update(text)
             size += len(text)
         return digest.hexdigest(), size
@@ -271,13 +264,6 @@ def parts_of(rows: Array, parts: Sequence[Part]) -> tuple[Part, ...]:
     return tuple(Part(int(n), p.weight) for n, p in zip(sizes, parts, strict=True))
 
 
-def in_chunks(items: Iterable[T], size: int = CHUNK) -> Iterator[list[T]]:
-    """The items in lists of `size`, the last of which may be shorter."""
-    remaining = iter(items)
-    while chunk := list(islice(remaining, size)):
-        yield chunk
-
-
 def write_rows(rows: Iterable[Row], path: Path) -> tuple[str, int]:
     """Write rows to an Arrow file as JSON text, whose keys keep their order; return what they are
     `measured`.
@@ -285,8 +271,9 @@ def write_rows(rows: Iterable[Row], path: Path) -> tuple[str, int]:
     import pyarrow as pa
 
     schema, digest, size = pa.schema([("row", pa.large_string())]), sha256(), 0
+    remaining = iter(rows)
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        for chunk in in_chunks(rows):
+        while chunk := list(islice(remaining, CHUNK)):
             text = "".join(map(SORTED.encode, chunk)).encode()
             digest.update(text)
             size += len(text)

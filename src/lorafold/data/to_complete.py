@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorafold.data.arrow import Array, TableExamples, batch_of, digests
+from lorafold.data.arrow import TableExamples, batch_of
 from lorafold.data.control_tokens import MARKED, ids_of, is_marked
 from lorafold.data.examples import identity_of
 from lorafold.data.render import prompt_of
@@ -132,10 +132,7 @@ class PromptExamples(TableExamples[Prompt]):
 
     def __init__(self, table: pa.Table, rows: Rows) -> None:
         super().__init__(table, np.iinfo(np.int32).max, np.arange(len(table)))
-        self._rows = rows
-
-    def digests(self) -> Array:
-        return digests(self._ids)
+        self._rows, self.told_by = rows, (self._ids,)
 
     def _example(self, entry: int) -> Prompt:
         number = int(self.rows[entry])

@@ -15,13 +15,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafold.data.arrow import open_table
 from lorafold.data.rows import check_given
-from lorafold.data.sources import Row
-from lorafold.data.stored import CHUNK, Rows, in_chunks, named
+from lorafold.data.stored import CHUNK, LARGE, Rows, named
 from lorafold.errors import LISTED, LorafoldError, listed
 from lorafold.files.cache import cached
 from lorafold.machine.workers import workers
@@ -68,21 +68,40 @@ def tokenized(rows: Rows, encoder: Encoder, console: Console | None = None) -> p
     (the first ten are listed), for a full disk, and if a worker process was killed.
     """
     import pyarrow as pa
+    import pyarrow.compute as pc
 
     check_given(rows.shapes, encoder.takes)
-    if not rows.large:
-        with closing(_counted(in_chunks(rows.rows), len(rows), console)) as chunks:
-            batches = [_encoded(rows, encoder, *chunk) for chunk in chunks]
+    if rows.measured[1] > LARGE:
+        table = _kept(rows, encoder, console)
+    else:
+        with closing(_chunks(rows.rows, len(rows), console)) as chunks:
+            batches = [
+                encoder.encode(rows.given(encoder.takes, chunk, first), first)
+                for first, chunk in chunks
+            ]
         table = pa.Table.from_batches(batches or [encoder.encode([], 0)])
-        refuse_problems(table, rows)
-        return table
+    # no comparison with "", for which pyarrow would import pandas
+    bad = table.filter(pc.binary_length(table.column("problem")).cast(pa.bool_()))
+    if len(bad):
+        first = bad.select(["row", "problem"]).slice(0, LISTED).to_pylist()
+        places = rows.origins.places(one["row"] for one in first)
+        problems = zip(named(places), first, strict=True)
+        told = (f"{name}: {one['problem']}" for name, one in problems)
+        source = "" if places[0].file else "data: "
+        raise LorafoldError(f"{source}{listed(told, '; ', count=len(bad))}")
+    return table
+
+
+def _kept(rows: Rows, encoder: Encoder, console: Console | None) -> pa.Table:
+    """The table of large data, made once and kept in the cache."""
+    import pyarrow as pa
 
     def notice(text: str) -> None:
         if console is not None:
             console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def write(directory: Path) -> None:
-        first = _encoded(rows, encoder, 0, rows[:CHUNK])
+        first = encoder.encode(rows.given(encoder.takes, rows[:CHUNK]), 0)
         size = first.nbytes * len(rows) // min(CHUNK, len(rows))
         free = shutil.disk_usage(directory).free
         if free < size:
@@ -99,7 +118,7 @@ def tokenized(rows: Rows, encoder: Encoder, console: Console | None = None) -> p
             pa.OSFile(str(directory / TOKENS), "wb") as file,
             pa.ipc.new_stream(file, first.schema) as writer,
             workers(partial(_encoded, rows, encoder)) as mapped,
-            closing(_counted(in_chunks(rows.texts()), len(rows), console)) as chunks,
+            closing(_chunks(rows.texts(), len(rows), console)) as chunks,
         ):
             for batch in mapped(chunks):
                 writer.write_batch(batch)
@@ -108,49 +127,28 @@ def tokenized(rows: Rows, encoder: Encoder, console: Console | None = None) -> p
 
     code = of_code(*ROOMS, packages=PACKAGES)
     key = json.dumps([code, rows.sha256, encoder.identity], sort_keys=True)
-    table = open_table(cached("tokens", key, write, notice) / TOKENS)
-    refuse_problems(table, rows)
-    return table
+    return open_table(cached("tokens", key, write, notice) / TOKENS)
 
 
-def refuse_problems(table: pa.Table, rows: Rows) -> None:
-    """Raise LorafoldError that lists the first rows with a `problem`, and counts the rest."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    # no comparison with "", for which pyarrow would import pandas
-    bad = table.filter(pc.binary_length(table.column("problem")).cast(pa.bool_()))
-    if not len(bad):
-        return
-    first = bad.select(["row", "problem"]).slice(0, LISTED).to_pylist()
-    places = rows.origins.places(one["row"] for one in first)
-    problems = zip(named(places), first, strict=True)
-    told = (f"{name}: {one['problem']}" for name, one in problems)
-    source = "" if places[0].file else "data: "
-    raise LorafoldError(f"{source}{listed(told, '; ', count=len(bad))}")
-
-
-def _encoded(
-    rows: Rows, encoder: Encoder, first: int, chunk: Sequence[Row | str]
-) -> pa.RecordBatch:
-    """The examples of some rows, of which the first has the index `first`; also of JSON texts."""
-    read = [json.loads(one) if isinstance(one, str) else one for one in chunk]
+def _encoded(rows: Rows, encoder: Encoder, first: int, texts: Sequence[str]) -> pa.RecordBatch:
+    """The examples of some rows as JSON text, of which the first has the index `first`."""
+    read = [*map(json.loads, texts)]
     return encoder.encode(rows.given(encoder.takes, read, first), first)
 
 
-def _counted(
-    chunks: Iterable[list[Any]], total: int, console: Console | None
+def _chunks(
+    rows: Iterable[Any], total: int, console: Console | None
 ) -> Generator[tuple[int, list[Any]]]:
-    """Each chunk of rows after the index of its first row, while a progress bar shows how many have
-    passed, and the time left.
+    """Chunks of rows, each after the index of its first one, while a progress bar shows how many
+    have passed, and the time left.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     columns = ("tokenizing", BarColumn(), MofNCompleteColumn(), "rows", TimeRemainingColumn())
-    quiet, first = console is None or not console.is_terminal, 0
+    quiet, first, remaining = console is None or not console.is_terminal, 0, iter(rows)
     with Progress(*columns, console=console, transient=True, disable=quiet) as bar:
         task = bar.add_task("", total=total)
-        for chunk in chunks:
+        while chunk := list(islice(remaining, CHUNK)):
             yield first, chunk
             first += len(chunk)
             bar.update(task, completed=first)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorafold.core.modes import evaluating
 from lorafold.data.arrow import lengths_of
-from lorafold.data.batches import WINDOW, alike, forest, pays
+from lorafold.data.batches import PAYS, WINDOW, alike, forest
 from lorafold.data.examples import Example
 from lorafold.errors import LorafoldError
 from lorafold.evaluation.intervals import mean_loss
@@ -109,7 +109,7 @@ def alike_in(examples: Sequence[Any]) -> Iterator[Sequence[int]]:
         lengths = [len(of) for of in ids]
         for part in alike(range(len(ids)), 1, TOKENS, ids.__getitem__):
             once = len(forest([window[i] for i in part]).ids)
-            if pays(once, sum(lengths[i] for i in part)):
+            if once <= PAYS * sum(lengths[i] for i in part):
                 yield [first + i for i in part]
 
 

@@ -28,10 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
-from lorafold.machine.memory import CONTROL_GROUP
-
+CONTROL_GROUP = Path("/sys/fs/cgroup")  # where a container's limits are
 BUSY, QUIET = 0.3, 0.1  # cores that others use: above, below
 PAUSE = 1.0  # seconds between two looks
 GRAIN = 1 << 16  # numbers for which one thread is enough, at least
@@ -102,6 +100,8 @@ def busy_elsewhere(seconds: float) -> float:
 
 def instruction_sets() -> tuple[str, ...]:
     """Those that decide how fast matrices are multiplied, of x86 processors; empty on others."""
+    import torch
+
     known = {
         "AVX2": torch.cpu._is_avx2_supported,
         "AVX512": torch.cpu._is_avx512_supported,
@@ -117,6 +117,8 @@ def considerate() -> Iterator[None]:
     one thread, or another OpenMP than GCC's.
     """
     global _users, _ended
+    import torch  # in functions alone, for `stacks` serves processes that do without
+
     if torch.get_num_threads() == 1:
         yield
         return
@@ -161,12 +163,16 @@ def stacks(size: int = STACK) -> Iterator[None]:
 
 def alone() -> None:
     """Let the calling thread compute without a team from now on."""
+    import torch
+
     torch.get_num_threads()  # PyTorch sets the number itself when a thread first asks for it
     _call("omp_set_num_threads", 1)
 
 
 def gather(n: int) -> bool:
     """Give the calling thread a team of n, which sleeps. False without GCC's OpenMP."""
+    import torch
+
     if not hasattr(ctypes.CDLL(None), "GOMP_parallel"):
         return False
     torch.get_num_threads()

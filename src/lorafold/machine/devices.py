@@ -41,20 +41,18 @@ def gpus() -> list[Gpu]:
     return there + [Gpu("mps", "Apple GPU", None, None)] * torch.backends.mps.is_available()
 
 
-def check_device(device: str | None) -> None:
-    """Raise LorafoldError unless it is None or the name of a device, which may be absent."""
-    named = isinstance(device, str) and re.fullmatch(r"(cpu|cuda|mps)(:\d+)?", device, re.ASCII)
-    if device is not None and not named:
-        raise LorafoldError(f"device: found {device!r}, expected cpu, cuda, cuda:N or mps")
-
-
-def choose_device(name: str | None = None) -> "torch.device":
+def choose_device(name: str | None = None, absent: bool = False) -> "torch.device":
     """The device of that name (cpu, cuda, cuda:1, mps); without a name, CUDA if available, else
     MPS, else the CPU.
 
+    Args:
+        absent: It may be one that this machine does not have.
+
     Raises LorafoldError for an unknown name, or a device that this machine does not have.
     """
-    check_device(name)
+    named = isinstance(name, str) and re.fullmatch(r"(cpu|cuda|mps)(:\d+)?", name, re.ASCII)
+    if name is not None and not named:
+        raise LorafoldError(f"device: found {name!r}, expected cpu, cuda, cuda:N or mps")
     import torch
 
     present = {
@@ -66,7 +64,7 @@ def choose_device(name: str | None = None) -> "torch.device":
         return torch.device(next(kind for kind, there in present.items() if there))
     kind, _, index = name.partition(":")
     count = torch.cuda.device_count() if kind == "cuda" else int(present[kind])
-    if int(index or 0) >= count:
+    if int(index or 0) >= count and not absent:
         raise LorafoldError(
             f"device {name}: not available on this machine, which has"
             f" {', '.join(k for k, there in present.items() if there)}"
@@ -79,13 +77,11 @@ def own_device(name: str | None, here: Launched) -> str | None:
 
     Args:
         name: As it was asked for.
-        here: Which process this is; one that is alone has the device that was asked for.
+        here: Which process this is.
 
     Raises LorafoldError as `choose_device`, for a GPU that is named for all, and where there are
     fewer than processes.
     """
-    if here.world == 1:
-        return name
     import torch
 
     if (found := choose_device(name)).type != "cuda":

@@ -33,7 +33,6 @@ from lorafold.machine.lifeline import Lifeline
 
 if TYPE_CHECKING:
     import torch
-    from rich.console import Console
 
 T = TypeVar("T")
 TOGETHER = timedelta(minutes=5)  # in which all have to come
@@ -47,24 +46,18 @@ MPI = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Processes:
-    """This process among those of a run; `index` counts from 0."""
+    """This process among those of a run; `index` counts from 0, and the `first` is the one that
+    writes and prints.
+    """
 
     index: int = 0
     count: int = 1
     lifeline: Lifeline | None = None
 
-    @property
-    def first(self) -> bool:
-        """Whether this is the process that writes and prints."""
-        return self.index == 0
-
-    def voice(self, console: Console) -> Console:
-        """The console in process 0, and in others one that prints nothing."""
-        from rich.console import Console
-
-        return console if self.first else Console(quiet=True)
+    def __post_init__(self) -> None:
+        self.first = self.index == 0
 
     def add(self, tensors: Sequence[torch.Tensor]) -> None:
         """Replace tensors, of any shapes and on one device, by their sums over all processes."""
@@ -72,24 +65,6 @@ class Processes:
 
         if self.count > 1:
             _at_once(tensors, dist.all_reduce)
-
-    def add_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Sum gradients over all processes. A parameter on which no process's loss depends has none
-        afterwards; where some do, the others count as zeros.
-        """
-        import torch
-
-        if self.count == 1:
-            return
-        has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
-        self.add([has])
-        used = [p for p, n in zip(parameters, has.tolist(), strict=True) if n]
-        grads = [
-            torch.zeros_like(p, dtype=p.grad_dtype) if p.grad is None else p.grad for p in used
-        ]
-        self.add(grads)
-        for p, grad in zip(used, grads, strict=True):
-            p.grad = grad
 
     def largest(self, number: int) -> int:
         """The largest of the numbers of all processes."""
@@ -102,20 +77,6 @@ class Processes:
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return int(found)
 
-    def part_ways(self, key: int) -> None:
-        """Have torch draw other numbers in each process from here on, which follow from the key. A
-        process that is alone goes on as before.
-        """
-        import torch
-
-        if self.count > 1:
-            torch.manual_seed((key + self.index) % (1 << 63))
-
-    def tell_place(self, place: Callable[[], str]) -> None:
-        """Say what a line about the death of another process says of where it was."""
-        if self.lifeline is not None:
-            self.lifeline.place = place
-
     def same(self, tensors: Sequence[torch.Tensor], source: int = 0) -> None:
         """Replace tensors, of any shapes and on one device, by those of one process."""
         import torch.distributed as dist
@@ -124,7 +85,7 @@ class Processes:
             _at_once(tensors, lambda flat: dist.broadcast(flat, source))
 
     def gather(self, value: T) -> list[T]:
-        """The values of all processes in their order."""
+        """The values of all processes in their order. It waits until all have come here."""
         import torch.distributed as dist
 
         if self.count == 1:
@@ -141,10 +102,6 @@ class Processes:
         if self.count > 1:
             dist.broadcast_object_list(found, 0)
         return found[0]  # type: ignore[return-value]
-
-    def wait(self) -> None:
-        """Wait until all have come here."""
-        self.gather(None)
 
 
 ALONE = Processes()

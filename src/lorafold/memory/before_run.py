@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedConfig
 
-from lorafold.data.batches import Feed, alike, forest, labelled, micro_batches, pays
+from lorafold.data.batches import PAYS, Feed, alike, forest, labelled, micro_batches
 from lorafold.data.branches import Branched
 from lorafold.errors import LorafoldError, NoTarget
 from lorafold.memory.advice import changes_of
@@ -76,7 +76,7 @@ def planned(
         steps = nlargest(LOOKED_AT, steps, key=lambda own: sum(documents(own)))
     for own in steps:
         # it has to pay to compute once what the examples begin with in common
-        if once := shares and pays(sum(documents(own, True)), sum(documents(own))):
+        if once := shares and sum(documents(own, True)) <= PAYS * sum(documents(own)):
             parts = alike(
                 own, recipe.accumulate, recipe.max_length, beginning, lambda e: len(e.ids)
             )

@@ -28,7 +28,7 @@ from lorafold.core.anatomy import Anatomy, beneath
 from lorafold.core.matrices import Matrices, form_of, module_at
 from lorafold.core.targets import block_linears
 from lorafold.errors import LorafoldError
-from lorafold.machine.memory import freed_blocks_returned
+from lorafold.machine.memory import RETURNED, freed_blocks
 from lorafold.models.in_files import (
     as_in_files,
     check_quantized,
@@ -151,7 +151,7 @@ def read_quantized(
         how["quantization_config"] = _by_bitsandbytes(mapped, str(quantization))
         quantizing = experts_quantized(str(quantization))
     weights = FileWeights(model_files(path), mapped=False)
-    with freed_blocks_returned(), quantizing:
+    with freed_blocks(RETURNED), quantizing:
         model, info = cls.from_pretrained(
             None,
             config=found,

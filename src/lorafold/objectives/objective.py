@@ -193,7 +193,8 @@ class Objective(ABC):
         """Add what the tokenizer lacks for this objective, such as a chat template. Returns a
         notice of what was added, or of how the template renders.
         """
-        return ensure_chat_template(tokenizer) or account_of(tokenizer).line
+        plain = ensure_chat_template(tokenizer)
+        return plain or f"chat template: {'; '.join(account_of(tokenizer).lines)}"
 
     def modules_to_save(self, model: PreTrainedModel, spec: Spec, targets: Any) -> tuple[str, ...]:
         """Paths of the modules that must be trained whole, whatever the method adapts.

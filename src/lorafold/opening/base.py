@@ -145,7 +145,8 @@ class Base:
         own = [one.path for one in adapters if one.own_tokenizer]
         tokenizer = tokenizer_of(self.source, own) if own else read_tokenizer(self.source)
         trained = {i for one in adapters for i in all_of(one.selection.tokens)}
-        allow(tokenizer, map(str, tokenizer.convert_ids_to_tokens(sorted(trained))))
+        if trained:
+            allow(tokenizer, map(str, tokenizer.convert_ids_to_tokens(sorted(trained))))
         return tokenizer
 
     def mapped(self) -> MappedModel:

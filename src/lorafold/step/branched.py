@@ -18,6 +18,7 @@ from lorafold.core.attach import only, selection_of
 from lorafold.core.selection import named
 from lorafold.data.arrow import Array
 from lorafold.data.batches import (
+    PAYS,
     WINDOW,
     Forest,
     alike,
@@ -25,7 +26,6 @@ from lorafold.data.batches import (
     forest,
     leaders,
     micro_batches,
-    pays,
 )
 from lorafold.data.branches import Branched
 from lorafold.data.examples import NO_LOSS
@@ -74,7 +74,7 @@ class BranchedLoss(Loss):
         if self.how is None or not self.how.across or not self.shared_in(examples):
             return False
         apart = sum(map(self._own_size, examples))
-        return pays(len(self._forest([self.trained(e) for e in examples]).ids), apart)
+        return len(self._forest([self.trained(e) for e in examples]).ids) <= PAYS * apart
 
     def _own_size(self, example: Branched) -> int:
         return self.size(self.trained(example))

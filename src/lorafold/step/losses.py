@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lorafold.core.selection import named
 from lorafold.data.arrow import Array
-from lorafold.data.batches import alike, collate, forest, labelled, leaders, micro_batches, pays
+from lorafold.data.batches import PAYS, alike, collate, forest, labelled, leaders, micro_batches
 from lorafold.data.examples import NO_LOSS, Example
 from lorafold.machine.processes import ALONE, Processes
 from lorafold.models.positions import sequence_of
@@ -158,7 +158,7 @@ class RowsAlike(Loss):
         lengths = [len(e.ids) for e in examples]
         if self.how is None or not self.how.shares_up_to(max(lengths)):
             return False
-        return pays(len(forest(examples).ids), sum(lengths))
+        return len(forest(examples).ids) <= PAYS * sum(lengths)
 
     def computed(self, examples: Sequence[Any]) -> int:
         if self.shared_in(examples):

@@ -48,8 +48,21 @@ class Replicated:
         yield
 
     def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Sum the gradients of all processes; afterwards only who owns a parameter has its one."""
-        self.processes.add_gradients(parameters)
+        """Sum the gradients of all processes; afterwards only who owns a parameter has its one. A
+        parameter on which no process's loss depends has none; where some do, the others count as
+        zeros.
+        """
+        if self.processes.count == 1:
+            return
+        has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
+        self.processes.add([has])
+        used = [p for p, n in zip(parameters, has.tolist(), strict=True) if n]
+        grads = [
+            torch.zeros_like(p, dtype=p.grad_dtype) if p.grad is None else p.grad for p in used
+        ]
+        self.processes.add(grads)
+        for p, grad in zip(used, grads, strict=True):
+            p.grad = grad
 
     def moves(self, parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, bool]:
         """The parameters that have a gradient, and whether any of its elements is not zero."""

@@ -30,7 +30,7 @@ from lorafold.files.card import HELD_OUT, SAMPLES, STEPS, VOCABULARY, training_c
 from lorafold.files.page import Shown
 from lorafold.files.record import RECORD, named_as_now
 from lorafold.identity import of_adapter
-from lorafold.machine.memory import freed_blocks_returned, peak_bytes
+from lorafold.machine.memory import RETURNED, freed_blocks, peak_bytes
 from lorafold.models.architecture import opened_by_name
 from lorafold.models.weights import FileWeights, InMemory, Weights, check_finite, model_files
 from lorafold.peft.form import form_of
@@ -148,13 +148,13 @@ def finish(setup: Setup, plan: Plan, progress: Progress, base: Weights | None) -
         guessing=progress.guessing,
     )
     if not processes.first:
-        processes.wait()
+        processes.gather(None)
         return result
     check_trained(adapter, plan.optimizer)
     plan.optimizer.state.clear()  # to make room for what is written and read back
     record, run = record_of(setup, plan, progress), plan.run
     write = partial(write_adapter, setup, plan, progress, result, base)
-    with freed_blocks_returned():
+    with freed_blocks(RETURNED):
         if kept == progress.step:
             write(request.out, record)
         if better is not None:
@@ -164,7 +164,7 @@ def finish(setup: Setup, plan: Plan, progress: Progress, base: Weights | None) -
     if better is None or kept == better:
         remove(run.best)  # of the run that this one replaces
     remove(run.path)
-    processes.wait()
+    processes.gather(None)
     return result
 
 

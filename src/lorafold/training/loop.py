@@ -88,7 +88,8 @@ def fit(plan: Plan, progress: Progress, display: Display) -> Progress:
     recipe, objective, processes = plan.recipe, plan.objective, plan.layout.processes
     first = next(plan.feed.after(0)) if plan.guessing is None else ()
     rows = plan.feed.after(progress.step)
-    processes.tell_place(lambda: f"in step {progress.step + 1}; {kept(plan.run)}")
+    if processes.lifeline is not None:
+        processes.lifeline.place = lambda: f"in step {progress.step + 1}; {kept(plan.run)}"
     save_every = recipe.checkpoint_interval(plan.feed.steps)
     eval_every = recipe.eval_every or save_every
     first_too = progress.step or isinstance(objective, OnPolicy)
@@ -118,7 +119,7 @@ def fit(plan: Plan, progress: Progress, display: Display) -> Progress:
             due = (progress.step % save_every == 0 and good) or last or stop
             if due or (evaluate and progress.best == progress.step):
                 save(plan, progress)
-                processes.wait()
+                processes.gather(None)
             if stop and not last:
                 where = plan.run.at(progress.step)
                 message = (
@@ -368,7 +369,8 @@ def backward(plan: Plan, examples: Sequence[Any], total: int, key: int) -> Tenso
     # of a divided model all processes make as many passes, if need be with nothing to learn
     passes = processes.largest if plan.layout.divides else int
     idle = passes(len(parts)) - len(parts)
-    processes.part_ways(key)
+    if processes.count > 1:  # each draws other numbers
+        torch.manual_seed((key + processes.index) % (1 << 63))
     loss.train()
     summed = torch.zeros((), device=plan.device)
     with unchanged():

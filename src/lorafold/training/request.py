@@ -153,7 +153,8 @@ def tokenizer_for(
     for notice in (str(words) if new else "", objective.set_up(tokenizer)):
         if notice:
             console.print(notice, highlight=False, markup=False)
-    allow(tokenizer, ALL if request.recipe.allow_control_tokens else words.ids)
+    if request.recipe.allow_control_tokens or words.ids:
+        allow(tokenizer, ALL if request.recipe.allow_control_tokens else words.ids)
     return tokenizer, words
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import nn
 
 from lorafold.files.paths import check_name
-from lorafold.machine.memory import freed_blocks_kept, freed_blocks_returned
+from lorafold.machine.memory import KEPT, RETURNED, freed_blocks
 from lorafold.machine.processes import ALONE, Processes
 from lorafold.recipe.recipe import Recipe
 from lorafold.step.adamw import in_words
@@ -47,7 +47,6 @@ def train(request: Request, console: Console, processes: Processes = ALONE) -> T
     Raises LorafoldError for anything wrong with the request, and Interrupted (a checkpoint is
     written) after SIGINT or SIGTERM.
     """
-    console = processes.voice(console)
     check_name(request.out)
     if not request.resume:  # of a run that is finished, that is told first
         check_places(request)
@@ -64,7 +63,7 @@ def _train(setup: Setup, console: Console) -> Trained:
     with layout.reading():
         model, adapter, base_weights = adapted_model(setup, console)
 
-    with freed_blocks_kept(), divided(layout, model, recipe) as share:
+    with freed_blocks(KEPT), divided(layout, model, recipe) as share:
         if share:
             console.print(share, highlight=False, soft_wrap=True)
         with (
@@ -107,7 +106,7 @@ def divided(layout: Replicated, model: nn.Module, recipe: Recipe) -> Iterator[st
         yield alone if recipe.strategy == "fsdp" else ""
         return
     # what is whole for a moment must not stay in the process
-    with freed_blocks_returned(), layout.dividing(model):
+    with freed_blocks(RETURNED), layout.dividing(model):
         yield (
             f"strategy fsdp: of {in_words(layout.whole)} of weights process 0 of"
             f" {layout.processes.count} keeps {in_words(layout.kept)}, and at most"

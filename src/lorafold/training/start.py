@@ -16,7 +16,7 @@ from torch import Tensor
 from lorafold.adapter import Adapter
 from lorafold.core.delta import put
 from lorafold.data.batches import Feed
-from lorafold.data.control_tokens import without_note
+from lorafold.data.control_tokens import NOTE
 from lorafold.errors import LorafoldError
 from lorafold.machine.processes import Processes
 from lorafold.objectives import OBJECTIVES
@@ -181,7 +181,7 @@ def identity_of(setup: Setup, adapter: Adapter) -> dict[str, Any]:
         # the template itself: the file that the recipe names may have changed
         template: Any = setup.tokenizer.chat_template
         named = template if isinstance(template, dict) else {"": str(template)}
-        plain = {name: without_note(text) for name, text in named.items()}
+        plain = {name: NOTE.sub("", text) for name, text in named.items()}
         identity["chat_template"] = str(plain.get("", plain))
     if setup.day:
         identity["day"] = setup.day
