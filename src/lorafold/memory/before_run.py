@@ -84,7 +84,9 @@ def planned(
             parts = micro_batches(own, recipe.accumulate, capacity)
         accumulating = accumulating or len(parts) > 1
         for part in parts:
-            if (size := computed(part, packed, once)) > most:
+            lengths = documents(part, True) if once else [len(e.ids) for e in part]
+            size = sum(lengths) if packed else len(part) * max(lengths)  # with padding
+            if size > most:
                 most, largest = size, documents(part, once)
                 count = sum(map(labelled, part))
         whole = max(whole, sum(documents(own, once)))
@@ -131,18 +133,6 @@ def beginning(example: Any) -> tuple[int, ...]:
     return found
 
 
-def computed(micro_batch: Sequence[Any], packed: bool, once: bool = False) -> int:
-    """The number of tokens that the model computes for a micro-batch, padding included.
-
-    Args:
-        once: What its rows begin with in common is computed once.
-    """
-    if once:
-        return sum(documents(micro_batch, True))
-    lengths = [len(e.ids) for e in micro_batch]
-    return sum(lengths) if packed else len(lengths) * max(lengths, default=0)
-
-
 def settle(
     config: PreTrainedConfig,
     setting: Setting,
@@ -160,15 +150,11 @@ def settle(
         free: The free bytes of the device.
         console: Where to print.
     """
-
-    def fits(found: Estimate) -> bool:
-        return found.total <= SHARE * free
-
     setting = replace(setting, checkpointing=asked is True)
-    why = ""
+    room, why = SHARE * free, ""
     try:
         found = estimate(config, setting)
-        if asked == "auto" and not fits(found):
+        if asked == "auto" and found.total > room:
             setting = replace(setting, checkpointing=True)
             why = (
                 "; gradient checkpointing is on, since without it a step would take"
@@ -181,10 +167,9 @@ def settle(
             highlight=False,
             soft_wrap=True,
         )
-        if not fits(found):
-            names = [
-                name for name, changed in changes_of(setting) if fits(estimate(config, changed))
-            ]
+        if found.total > room:
+            tried = changes_of(setting)
+            names = [name for name, changed in tried if estimate(config, changed).total <= room]
             would = (
                 f"it would with {' or '.join(names)}"
                 if names
