@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 
 import lorafold as lf
 from conversation_cases import said, user
-from lorafold.api.arguments import as_rows, rows_to_train
+from lorafold.api.arguments import as_rows, as_stream
 from lorafold.cli import app
 from lorafold.data import rows as reading
 from lorafold.data import tokenizing
@@ -52,7 +53,8 @@ def found(
 ) -> tuple[Findings, list[str]]:
     """What a preview finds, and the lines of it that say so."""
     console, recipe = Console(file=io.StringIO(), width=200), Recipe(**fields)
-    rows = rows_to_train(data, recipe, None, None)
+    given = as_stream if recipe.streaming else partial(as_rows, weighted=True)
+    rows = given(data, None, None, objective=recipe.objective)
     held_out = eval_data and as_rows(eval_data, objective=recipe.objective)
     request = Request(Base(base), Path("none"), recipe, rows, "rows.jsonl", held_out)
     findings = show(request, console, html=html)

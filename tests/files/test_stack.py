@@ -20,7 +20,6 @@ from lorafold.core.attach import selection_of
 from lorafold.engine import Request as EngineRequest
 from lorafold.errors import LorafoldError
 from lorafold.files.atomic import write_json
-from lorafold.machine.processes import ALONE
 from lorafold.models.loading import load_model
 from lorafold.opening import Base
 from lorafold.peft.provenance import parse
@@ -28,7 +27,6 @@ from lorafold.peft.saved import Saved, open_all
 from lorafold.recipe.recipe import Recipe
 from lorafold.serving.directory import Directory
 from lorafold.step.activations import recompute
-from lorafold.step.replicated import Replicated
 from lorafold.training import loop, run, setup
 from lorafold.training.request import Request
 from training_cases import ROWS, quiet, weights
@@ -103,7 +101,7 @@ def test_the_model_that_is_trained_asks_for_the_ones_below_by_name(
     base: Path, sft: Path, tmp_path: Path
 ) -> None:
     asked = setup.set_up(request(base, tmp_path / "dpo", (sft,)), quiet())
-    model, adapter, _, _ = setup.adapted_model(asked, quiet(), Replicated(ALONE))
+    model, adapter, _ = setup.adapted_model(asked, quiet())
     assert asked.request.below == ("over1",)
     assert selection_of(model).names == ("over1", "default")
     with lf.only(model, *asked.request.below):

@@ -64,7 +64,7 @@ def as_rows(
     if not weighted and any(part.weight != 1 for part in rows.parts):
         raise LorafoldError(f"{source_of(data)}: found a weight, which only training rows may have")
     read = () if declared is None else declared.keys
-    told = [*_dropped(columns), *rows.told]
+    told = [*(_dropped(columns) if columns else ()), *rows.told]
     if declared is not None:
         told += declared.told(rows.shapes)
     everything = declared is not None and declared.draws
@@ -130,30 +130,28 @@ def as_prompts(data: Data, columns: Named | None = None) -> list[Row]:
     return [r for f in files for r in read_prompts(f.numbered(), columns or {}, f.name)]
 
 
-def rows_to_train(
-    data: Data, recipe: Recipe, columns: Named | None, console: Console | None
-) -> Rows | RowStream:
-    """As `as_rows`, or for a recipe with `streaming` the stream of the rows.
+def as_stream(
+    data: Data, columns: Named | None, console: Console | None, objective: str
+) -> RowStream:
+    """The stream of the rows that a recipe with `streaming` trains on.
 
     Args:
-        data: As for `as_rows`; a stream needs the names of its sources.
-        recipe: Says whether to stream.
+        data: The names of sources, as for `as_rows`.
         columns: The user's names of keys, by lorafold's.
         console: Where ignored keys are named.
+        objective: What is trained on the rows.
 
     Raises LorafoldError for bad rows and for sources that can't be read.
     """
-    if not recipe.streaming:
-        return as_rows(data, columns, console, weighted=True, objective=recipe.objective)
     from lorafold.data.stream import stream_of
 
     if (sources := sources_in(data)) is None:
         raise LorafoldError("streaming: found rows given in Python, expected the name of a source")
-    declared = OBJECTIVES[recipe.objective]
+    declared = OBJECTIVES[objective]
     stream = stream_of(sources, columns, declared.takes)
     noticed = stream.noticed()
     told = [source.told() for source in stream.sources if source.several]
-    told += [*_dropped(columns), *declared.told(stream.shapes)]
+    told += [*(_dropped(columns) if columns else ()), *declared.told(stream.shapes)]
     told += [f"the first rows: {text}" for text in noticed.told]
     if noticed.ignored:
         told.append(_ignored([*noticed.ignored]))
@@ -164,9 +162,9 @@ def rows_to_train(
     return stream
 
 
-def _dropped(columns: Named | None) -> list[str]:
+def _dropped(columns: Named) -> list[str]:
     """What a user is told of columns without another name."""
-    names = ", ".join(name for name, column in (columns or {}).items() if not column)
+    names = ", ".join(name for name, column in columns.items() if not column)
     return [f"dropped by --columns: {names}"] if names else []
 
 
@@ -190,19 +188,16 @@ def source_of(data: Data) -> str:
     return ", ".join(sources_in(data) or ["rows given in Python"])
 
 
-def as_recipe(recipe: Recipe | None, default: Recipe) -> Recipe:
-    """The recipe, or the default for None. Raises LorafoldError for anything else."""
+def as_recipe(recipe: Recipe | None, default: Recipe, trains: bool = False) -> Recipe:
+    """The recipe, or the default for None. Raises LorafoldError for anything else, and of one that
+    trains for trackers that there are not.
+    """
     if recipe is not None and not isinstance(recipe, type(default)):
         raise LorafoldError(
             f"recipe: found {type(recipe).__name__}, expected an lf.Recipe, as in lf.Recipe(rank=8)"
         )
-    return default if recipe is None else recipe
-
-
-def recipe_to_train(recipe: Recipe | None, default: Recipe) -> Recipe:
-    """As `as_recipe`. Raises LorafoldError for trackers that there are not, too."""
-    found = as_recipe(recipe, default)
-    if found.trackers:
+    found = default if recipe is None else recipe
+    if trains and found.trackers:
         check_trackers(found.trackers)
     return found
 

@@ -77,7 +77,7 @@ def compare(
     """
     from functools import partial
 
-    from lorafold.api.arguments import as_page, as_path, or_quiet, recipe_to_train, with_rewards
+    from lorafold.api.arguments import as_page, as_path, as_recipe, or_quiet, with_rewards
     from lorafold.api.task import train_and_test
     from lorafold.comparing import run
     from lorafold.comparing.comparison import Comparison
@@ -96,7 +96,8 @@ def compare(
     place = as_page(html)
     check_folder(as_path(out))
     check_token(as_path(out))
-    console, recipe = or_quiet(console), recipe_to_train(recipe, Recipe() if data else RECIPE)
+    console = or_quiet(console)
+    recipe = as_recipe(recipe, Recipe() if data else RECIPE, trains=True)
     recipe, functions = with_rewards(recipe, rewards)
     if functions:
         raise LorafoldError(

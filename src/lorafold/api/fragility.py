@@ -150,9 +150,9 @@ def fragility(
         as_path,
         as_paths,
         as_prompts,
+        as_recipe,
         as_rows,
         or_quiet,
-        recipe_to_train,
         source_of,
     )
     from lorafold.api.opened import opened
@@ -179,7 +179,7 @@ def fragility(
     used = [one for stack in stacks for one in stack.adapters]
     finished = [] if tuned is None else [OwnBase.read(as_path(tuned, "tuned"))]
     base = base_for(model, [*used, *finished], console, **opening)
-    asked = recipe_to_train(recipe, RECIPE)
+    asked = as_recipe(recipe, RECIPE, trains=True)
     if "epochs" not in asked.model_fields_set:
         asked = asked.model_copy(update={"epochs": RECIPE.epochs})
     base, recipe = settled(base, asked, used)

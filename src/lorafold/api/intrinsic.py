@@ -51,7 +51,7 @@ def intrinsic(
     """
     from functools import partial
 
-    from lorafold.api.arguments import as_path, or_quiet, recipe_to_train
+    from lorafold.api.arguments import as_path, as_recipe, or_quiet
     from lorafold.api.task import train_and_test
     from lorafold.data.batches import epoch_size
     from lorafold.data.stored import Rows
@@ -68,7 +68,8 @@ def intrinsic(
         raise LorafoldError(f"--smallest: found {smallest}, expected at most --largest {largest}")
     check_folder(as_path(out))
     check_token(as_path(out))
-    console, recipe = or_quiet(console), recipe_to_train(recipe, Recipe() if data else RECIPE)
+    console = or_quiet(console)
+    recipe = as_recipe(recipe, Recipe() if data else RECIPE, trains=True)
     rows, held_out, source = train_and_test(data, eval_data, recipe, columns, console)
     base = Base(model, **opening)
     recipe = settled_length(recipe, base, 0, console)

@@ -157,26 +157,31 @@ def requested(
     from lorafold.api.arguments import (
         as_path,
         as_paths,
+        as_recipe,
         as_rows,
-        recipe_to_train,
-        rows_to_train,
+        as_stream,
         source_of,
         with_rewards,
     )
     from lorafold.recipe.recipe import Recipe
 
-    run, functions = recipe_to_train(recipe, Recipe()), tuple[Any, ...]()
+    run, functions = as_recipe(recipe, Recipe(), trains=True), tuple[Any, ...]()
     if rewards := asked.pop("rewards", ()):
         run, functions = with_rewards(run, rewards)
     columns, held_out = asked.pop("columns", None), asked.pop("eval_data", None)
-    rows = rows_to_train(data, run, columns, console)
+    rows = (
+        as_stream(data, columns, console, run.objective)
+        if run.streaming
+        else as_rows(data, columns, console, weighted=True, objective=run.objective)
+    )
     if held_out is not None:
         held_out = as_rows(held_out, columns, console, objective=run.objective)
     from lorafold.opening import base_for
     from lorafold.peft.provenance import OwnBase
     from lorafold.training.request import Request
 
-    over, first = tuple(as_paths(asked.pop("over", ()))), asked.pop("init_adapter", None)
+    stack, first = asked.pop("over", ()), asked.pop("init_adapter", None)
+    over = () if stack == () else tuple(as_paths(stack))
     start = None if first is None else as_path(first, "init_adapter")
     below = [] if model else [*map(OwnBase.read, (*over, *([start] if start else [])))]
     base = base_for(model, below, console, **asked)

@@ -27,7 +27,7 @@ from lorafold.data.batches import PAYS, Feed, alike, forest, labelled, micro_bat
 from lorafold.data.branches import Branched
 from lorafold.errors import LorafoldError, NoTarget
 from lorafold.memory.advice import changes_of
-from lorafold.memory.terms import Estimate, estimate
+from lorafold.memory.terms import estimate
 from lorafold.memory.trace import Setting
 from lorafold.models.fake import fake_model, without_values
 from lorafold.objectives.objective import Objective, OnPolicy
@@ -68,10 +68,10 @@ def planned(
     largest: Sequence[int] = ()
     most, count, whole, accumulating = -1, 0, 0, False
     capacity = recipe.max_length if packed else None
-    steps: Iterable[list[Any]] = (
-        [objective.trained(example) for example in examples[::processes]]
-        for examples in islice(feed.after(0), feed.foreseen)
-    )
+    planned = islice(feed.after(0), feed.foreseen)
+    steps: Iterable[Sequence[Any]] = (examples[::processes] for examples in planned)
+    if (trained := objective.trained) is not None:
+        steps = ([trained(example) for example in own] for own in steps)
     if shares:  # to find what rows have in common takes a millisecond or more a step
         steps = nlargest(LOOKED_AT, steps, key=lambda own: sum(documents(own)))
     for own in steps:
@@ -84,7 +84,9 @@ def planned(
             parts = micro_batches(own, recipe.accumulate, capacity)
         accumulating = accumulating or len(parts) > 1
         for part in parts:
-            if (size := computed(part, packed, once)) > most:
+            lengths = documents(part, True) if once else [len(e.ids) for e in part]
+            size = sum(lengths) if packed else len(part) * max(lengths)  # with padding
+            if size > most:
                 most, largest = size, documents(part, once)
                 count = sum(map(labelled, part))
         whole = max(whole, sum(documents(own, once)))
@@ -131,18 +133,6 @@ def beginning(example: Any) -> tuple[int, ...]:
     return found
 
 
-def computed(micro_batch: Sequence[Any], packed: bool, once: bool = False) -> int:
-    """The number of tokens that the model computes for a micro-batch, padding included.
-
-    Args:
-        once: What its rows begin with in common is computed once.
-    """
-    if once:
-        return sum(documents(micro_batch, True))
-    lengths = [len(e.ids) for e in micro_batch]
-    return sum(lengths) if packed else len(lengths) * max(lengths, default=0)
-
-
 def settle(
     config: PreTrainedConfig,
     setting: Setting,
@@ -160,39 +150,29 @@ def settle(
         free: The free bytes of the device.
         console: Where to print.
     """
-
-    def fits(found: Estimate) -> bool:
-        return found.total <= SHARE * free
-
     setting = replace(setting, checkpointing=asked is True)
-    why = ""
+    room, why = SHARE * free, ""
     try:
         found = estimate(config, setting)
-        if asked == "auto" and not fits(found):
+        if asked == "auto" and found.total > room:
             setting = replace(setting, checkpointing=True)
             why = (
                 "; gradient checkpointing is on, since without it a step would take"
                 f" {in_words(found.total)}"
             )
             found = estimate(config, setting)
+        most = sorted(found.terms.items(), key=lambda term: -term[1])[:2]
+        named = ", ".join(f"{name.replace('_', ' ')} {in_words(n)}" for name, n in most)
         console.print(
-            f"memory: {summary(found)}{', 16-bit products in fp32' * setting.widened};"
-            f" {in_words(free)} free{why}",
+            f"memory: {in_words(found.total)} at the peak of a step ({named})"
+            f"{', without the libraries (about 0.3 GB)' * bool(found.terms['process'])}"
+            f"{', 16-bit products in fp32' * setting.widened}; {in_words(free)} free{why}",
             highlight=False,
             soft_wrap=True,
         )
-        if not fits(found):
-            names = [
-                name for name, changed in changes_of(setting) if fits(estimate(config, changed))
-            ]
-            would = (
-                f"it would with {' or '.join(names)}"
-                if names
-                else "a smaller batch, max_length or model would help"
-            )
-            console.print(
-                f"warning: a step may not fit in memory; {would}", highlight=False, soft_wrap=True
-            )
+        if found.total > room:
+            told = f"warning: a step may not fit in memory; {remedy(config, setting, room)}"
+            console.print(told, highlight=False, soft_wrap=True)
     except LorafoldError as error:
         if isinstance(error, NoTarget):
             check_targets(config, setting)
@@ -215,15 +195,10 @@ def check_targets(config: PreTrainedConfig, setting: Setting) -> None:
             return  # which the run says, if it is so there too
 
 
-def summary(found: Estimate) -> str:
-    """Return the total and the two largest terms as text."""
-    most = [
-        (name.replace("_", " "), n)
-        for name, n in sorted(found.terms.items(), key=lambda term: -term[1])[:2]
-    ]
-    return (
-        f"{in_words(found.total)} at the peak of a step"
-        f" ({', '.join(f'{name} {in_words(n)}' for name, n in most)})"
-        + ", without the libraries (about 0.3 GB)"
-        * bool(found.terms["process"])
-    )
+def remedy(config: PreTrainedConfig, setting: Setting, room: float) -> str:
+    """What would help a step to fit in so many bytes."""
+    tried = changes_of(setting)
+    names = [name for name, changed in tried if estimate(config, changed).total <= room]
+    if names:
+        return f"it would with {' or '.join(names)}"
+    return "a smaller batch, max_length or model would help"

@@ -97,9 +97,10 @@ def estimate(config: PreTrainedConfig, setting: Setting) -> Estimate:
     traced, sent = trace(config, setting, few), None
     if blocks != few or setting.processes > 1:
         more = few + period(config)
-        other = trace(config, setting, more)
-        block, traced = traced.a_block(other, more - few), traced.at(other, (few, more, blocks))
+        first, other = traced, trace(config, setting, more)
+        traced = first.at(other, (few, more, blocks))
         if setting.processes > 1:
+            block = first.a_block(other, more - few)
             traced, sent = shared(
                 traced, block, blocks, setting.strategy, setting.processes, owned=setting.owned,
                 tied=bool(getattr(config.get_text_config(), "tie_word_embeddings", False)),

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -123,11 +123,6 @@ class Setting:
         attach(model, self.spec, **beside)  # type: ignore[arg-type]
 
     @property
-    def parts(self) -> int:
-        """In how many parts gradients and the optimizer's state are held."""
-        return self.processes if self.strategy == FSDP and self.owned else 1
-
-    @property
     def owned(self) -> bool:
         """Whether the base's own weights train."""
         return self.spec is not None and self.spec.trains_base
@@ -186,7 +181,8 @@ def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced
         ledger: The ledger that counts, already entered.
     """
     setting = replace(setting, packed=setting.packed and not has_sinks(model))
-    attach_below(model, setting)
+    if setting.below:
+        attach_below(model, setting)
     weights = collected(ledger)
     setting.attach(model)
     sum_in_fp32(model)
@@ -194,13 +190,17 @@ def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced
     start = collected(ledger)
     if setting.checkpointing:
         recompute(model)
-    parts = divided(trained, setting)
-    if setting.accumulating and parts is None:
+    parts = None
+    if setting.processes > 1 and setting.strategy == FSDP and setting.owned:
+        parts = divided(trained, setting)
+    elif setting.accumulating:
         for p in trained:
             p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
     ahead = ledger.now - start
     model.train()
-    with fused(model), packed_as(model, setting.rows) if setting.packed else nullcontext():
+    # the longest is last
+    documents = partial(_mask, tuple(sorted(setting.rows)))
+    with fused(model), attending(model, documents) if setting.packed else nullcontext():
         ledger.peak = collected(ledger)
         loss = loss_of(model, setting)
         kept, forward = ledger.now - start - ahead, ledger.peak - start
@@ -241,15 +241,6 @@ class LastTiles(Documents):
         yield from [*super().tiles()][-3:]
 
 
-@contextmanager
-def packed_as(model: Any, lens: tuple[int, ...]) -> Iterator[None]:
-    """Compute attention over packed documents of these lengths until the block ends. The longest is
-    last.
-    """
-    with attending(model, partial(_mask, tuple(sorted(lens)))):
-        yield
-
-
 def _mask(
     lens: tuple[int, ...], *, q_length: int, local_size: int | None = None, **_: Any
 ) -> Documents:
@@ -257,17 +248,15 @@ def _mask(
     return LastTiles(lens if q_length == sum(lens) else (q_length,), local_size)
 
 
-def divided(trained: Sequence[nn.Parameter], setting: Setting) -> dict[nn.Parameter, Tensor] | None:
-    """Have each gradient give way to one of its parts as soon as it is there; these parts (n,), or
-    None where one process holds whole gradients.
+def divided(trained: Sequence[nn.Parameter], setting: Setting) -> dict[nn.Parameter, Tensor]:
+    """Have each gradient give way to one of its parts (n,), of which each process holds one, as
+    soon as it is there; these parts.
     """
-    if (n := setting.parts) == 1:
-        return None
     found: dict[nn.Parameter, Tensor] = {}
 
     def keep(p: nn.Parameter) -> None:
         if p not in found:
-            found[p] = p.new_empty(-(-p.numel() // n), dtype=p.grad_dtype)
+            found[p] = p.new_empty(-(-p.numel() // setting.processes), dtype=p.grad_dtype)
         p.grad = None
 
     for p in trained:

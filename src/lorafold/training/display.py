@@ -92,7 +92,8 @@ class Display:
             figures: What else it has to show, by name.
             lr: The learning rate.
         """
-        self.log({"loss": loss, "lr": lr, **figures}, step)
+        if self.trackers:
+            self.log({"loss": loss, "lr": lr, **figures}, step)
         shown = [f", {name} {value:.4g}" for name, value in figures.items()]
         first = "".join(shown[:1])
         self.bar.update(

@@ -42,7 +42,13 @@ from lorafold.recipe.recipe import Recipe
 from lorafold.step.optim import UP
 from lorafold.training.checkpoint import Progress, RunDirectory
 from lorafold.training.loop import Plan, no_better
-from lorafold.training.request import Request, depends_on, free_on_resume, objective_of
+from lorafold.training.request import (
+    FREE_ON_RESUME,
+    WHEN_MEASURED,
+    Request,
+    depends_on,
+    objective_of,
+)
 from lorafold.training.setup import Setup
 
 LAST = 10  # steps, whose mean loss is told
@@ -181,7 +187,7 @@ def record_of(setup: Setup, plan: Plan, progress: Progress) -> dict[str, Any]:
         **kept_figures(progress),
         "data": {"source": request.source, **request.data.record},
         GUESSING: progress.guessing,
-        **setup.objective.record(),
+        **(setup.objective.record() if setup.objective.record else {}),
         **({"new_tokens": setup.words.ids} if setup.words.ids else {}),
         **({INIT_ADAPTER: files[INIT_ADAPTER]} if INIT_ADAPTER in files else {}),
         DEPENDS_ON: depends_on(request, setup.objective),
@@ -353,7 +359,8 @@ def _differing(request: Request, record: Mapping[str, Any]) -> Iterator[str]:
     # a run settles these where they are left to it
     left = {"storage", "max_length", "packing"} - asked.model_fields_set
     left |= {"storage"} if asked.storage == "auto" else set()
-    for name in sorted(now.keys() - free_on_resume(asked) - left):
+    left |= FREE_ON_RESUME - WHEN_MEASURED if asked.stops else FREE_ON_RESUME
+    for name in sorted(now.keys() - left):
         if now[name] != then[name]:
             yield f"{name} was {_short(then[name])}, now {_short(now[name])}"
     base = record.get(BASE_IDENTITY)  # which earlier versions did not write

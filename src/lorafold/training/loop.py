@@ -100,11 +100,11 @@ def fit(plan: Plan, progress: Progress, display: Display) -> Progress:
         while not over(plan, progress):
             start = time.perf_counter()
             with keeping(plan, progress, f"step {progress.step + 1}"):
-                examples = objective.examples(progress.step, next(rows), plan.loss)
-            updates = [
-                train_step(plan, batch, progress.step)
-                for batch in objective.updates(examples, plan.loss)
-            ]
+                examples = next(rows)
+                if objective.examples is not None:
+                    examples = objective.examples(progress.step, examples, plan.loss)
+            batches = objective.updates(examples, plan.loss) if objective.updates else [examples]
+            updates = [train_step(plan, batch, progress.step) for batch in batches]
             progress.step += 1
             note_step(plan, progress, display, examples, updates, time.perf_counter() - start)
             evaluate = progress.step % eval_every == 0 or over(plan, progress)

@@ -80,8 +80,8 @@ def show(request: Request, console: Console, rows: int = 3, html: Path | None = 
     findings = _found(request, objective, tokenizer, console)
     few, rendering = request.first_rows(rows), rendering_of(request.recipe)
     limit = request.recipe.max_length
-    train = examples_of(objective, few, tokenizer, limit, console, rendering)
-    console.print(f"the first rows: {train.report}", highlight=False)
+    called = "the first rows"
+    train = examples_of(objective, few, tokenizer, limit, console, rendering, called)
     found = list(_shown(request, few, train, objective, tokenizer))
     told = [] if tokenizer.chat_template is None else account_of(tokenizer).lines
     for line in told:

@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 HELD_OUT = "eval_data"  # whose losses choose the best step
-# A resumed run may change these fields: they decide what is watched and kept, not what is learned.
+# A resumed run may change these fields: they decide what is watched and kept, not what is learned;
+# without those of WHEN_MEASURED where its recipe `stops`.
 FREE_ON_RESUME = {"save_every", "eval_every", "keep", "trackers", "strategy"}
 WHEN_MEASURED = {"save_every", "eval_every"}  # what is learned where a run ends by what is measured
 
@@ -182,12 +183,7 @@ def tokenized(
     Raises LorafoldError for rows that the objective can't use.
     """
     recipe, rendering = request.recipe, rendering_of(request.recipe)
-
-    def data_of(name: str, rows: Sequence[Row]) -> Data:
-        data = examples_of(objective, rows, tokenizer, recipe.max_length, console, rendering)
-        console.print(f"{name}: {data.report}", highlight=False)
-        return data
-
+    made = tokenizer, recipe.max_length, console, rendering
     if isinstance(request.rows, RowStream):
         feed: Feed = StreamFeed(
             partial(request.rows.rows, buffer=recipe.shuffle_buffer),
@@ -197,26 +193,23 @@ def tokenized(
             recipe.total_steps(0),
             recipe.seed,
         )
-        measured = data_of("held out", request.eval_rows) if request.eval_rows else None
+        measured = None
+        if request.eval_rows:
+            measured = examples_of(objective, request.eval_rows, *made, called="held out")
         findings = Findings(0, unseen=STREAMED)
     else:
         rows, held_out = sides(request)
-        train = data_of("data", rows)
+        train = examples_of(objective, rows, *made)
         steps = recipe.total_steps(epoch_size(train.parts))
         feed = StoredFeed(train.examples, train.parts, recipe.batch, steps, recipe.seed)
         measured, compared = None, None
         if held_out is not None:
-            measured = data_of("held out", held_out)
+            measured = examples_of(objective, held_out, *made, called="held out")
             compared = measured.examples, Rows.of(held_out)
         findings = look(train.examples, Rows.of(rows), recipe.max_length, compared)
     for line in findings.lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     return feed, measured, findings
-
-
-def free_on_resume(recipe: Recipe) -> set[str]:
-    """The fields that a resumed run may change."""
-    return FREE_ON_RESUME - (WHEN_MEASURED if recipe.stops else set())
 
 
 def depends_on(request: Request, objective: Objective) -> dict[str, Any]:

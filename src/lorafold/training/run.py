@@ -20,10 +20,8 @@ from torch import nn
 from lorafold.files.paths import check_name
 from lorafold.machine.memory import KEPT, RETURNED, freed_blocks
 from lorafold.machine.processes import ALONE, Processes
-from lorafold.recipe.recipe import Recipe
 from lorafold.step.adamw import in_words
 from lorafold.step.fused import fused
-from lorafold.step.replicated import Replicated
 from lorafold.step.sharding import Sharded
 from lorafold.training.checkpoint import RunDirectory
 from lorafold.training.display import Display, started
@@ -48,11 +46,14 @@ def train(request: Request, console: Console, processes: Processes = ALONE) -> T
     written) after SIGINT or SIGTERM.
     """
     check_name(request.out)
-    if not request.resume:  # of a run that is finished, that is told first
-        check_places(request)
+    if (request.over or request.init_adapter) and not request.resume:
+        check_places(request)  # of a run that is finished, that is told first
     with RunDirectory(request.out).claimed() if processes.first else nullcontext():
-        if (before := processes.once(partial(finished, request, console))) is not None:
-            return before
+        # several processes all ask, as one of them may have been started otherwise
+        if request.resume or processes.count > 1:
+            before = processes.once(partial(finished, request, console))
+            if before is not None:
+                return before
         return _train(set_up(request, console, processes), console)
 
 
@@ -63,9 +64,11 @@ def _train(setup: Setup, console: Console) -> Trained:
     with layout.reading():
         model, adapter, base_weights = adapted_model(setup, console)
 
-    with freed_blocks(KEPT), divided(layout, model, recipe) as share:
-        if share:
-            console.print(share, highlight=False, soft_wrap=True)
+    if recipe.strategy == "fsdp" and not isinstance(layout, Sharded):
+        told = "strategy fsdp: one process has all weights; several would divide them"
+        console.print(told, highlight=False, soft_wrap=True)
+    dividing = divided(layout, model, console) if isinstance(layout, Sharded) else nullcontext()
+    with freed_blocks(KEPT), dividing:
         with (
             # what draws completions has modules of its own, which nothing is fused in yet
             objective.loss(model, tokenizer, recipe.packing, console) as loss,
@@ -74,11 +77,13 @@ def _train(setup: Setup, console: Console) -> Trained:
             console.print(str(fused_parts), highlight=False)
             loss.to(request.base.where)
             with layout.reading():
-                feed, held_out = objective.refer(
-                    loss, setup.feed, setup.held_out, setup.below, console, layout
-                )
-                if shared := in_common(setup, loss, feed):
-                    console.print(shared, highlight=False)
+                feed, held_out = setup.feed, setup.held_out
+                if objective.refer is not None:
+                    feed, held_out = objective.refer(
+                        loss, feed, held_out, setup.below, console, layout
+                    )
+                if once := in_common(setup, loss, feed):
+                    console.print(once, highlight=False)
                 plan, progress = prepare(setup, adapter, loss, feed, held_out, console)
 
             # the logs of trackers stay when the checkpoints are removed
@@ -97,18 +102,15 @@ def _train(setup: Setup, console: Console) -> Trained:
 
 
 @contextmanager
-def divided(layout: Replicated, model: nn.Module, recipe: Recipe) -> Iterator[str]:
-    """Divide the model among the processes until the `with` block ends, if they do not each have it
-    whole; yield what there is to say of it.
-    """
-    if not isinstance(layout, Sharded):
-        alone = "strategy fsdp: one process has all weights; several would divide them"
-        yield alone if recipe.strategy == "fsdp" else ""
-        return
+def divided(layout: Sharded, model: nn.Module, console: Console) -> Iterator[None]:
+    """Divide the model among the processes until the `with` block ends, and say how."""
     # what is whole for a moment must not stay in the process
     with freed_blocks(RETURNED), layout.dividing(model):
-        yield (
+        console.print(
             f"strategy fsdp: of {in_words(layout.whole)} of weights process 0 of"
             f" {layout.processes.count} keeps {in_words(layout.kept)}, and at most"
-            f" {in_words(layout.largest)} are whole at a time"
+            f" {in_words(layout.largest)} are whole at a time",
+            highlight=False,
+            soft_wrap=True,
         )
+        yield

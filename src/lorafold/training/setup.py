@@ -7,7 +7,7 @@ The cheap refusals come first, so that a wrong request fails before anything is 
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -43,7 +43,7 @@ from lorafold.opening.base import check_language_model
 from lorafold.peft.provenance import mismatch, same
 from lorafold.peft.saved import Saved, open_all
 from lorafold.recipe.fields import OF_ADAPTER
-from lorafold.recipe.fitting import settled_base, spec_of, without
+from lorafold.recipe.fitting import left_out, settled_base, spec_of, without
 from lorafold.step.activations import recompute
 from lorafold.step.adamw import check_available, check_rounding, free_everywhere
 from lorafold.step.branches import may_share
@@ -100,7 +100,8 @@ def check_request(request: Request, console: Console, processes: Processes) -> S
     in `<out>.run`, a batch that can't be split over the processes, an optimizer that is not
     installed, an unknown method, and fields that an initial adapter fixes.
     """
-    check_places(request)
+    if request.over or request.init_adapter:
+        check_places(request)
     run, replaces = RunDirectory(request.out), request.overwrite or request.resume
     count = processes.count
     if processes.first:  # which alone writes
@@ -117,8 +118,8 @@ def check_request(request: Request, console: Console, processes: Processes) -> S
         )
     check_available(request.recipe.optimizer)
     spec = spec_of(request.recipe)
-    if notice := without(request.recipe):
-        console.print(notice, highlight=False)
+    if left_out(request.recipe):
+        console.print(without(request.recipe), highlight=False)
     fixed = sorted(OF_ADAPTER & request.recipe.model_fields_set)
     if request.init_adapter and fixed:
         raise LorafoldError(
@@ -177,7 +178,7 @@ def set_up(request: Request, console: Console, processes: Processes = ALONE) -> 
     do not have the same.
     """
     spec = check_request(request, console, processes)
-    saved = saved_adapters(request)
+    saved = saved_adapters(request) if request.over or request.init_adapter else []
     objective = objective_of(request, saved)
     if objective.reads:
         check_places(request, objective.reads)
@@ -190,9 +191,9 @@ def set_up(request: Request, console: Console, processes: Processes = ALONE) -> 
     request = replace(request, recipe=recipe, base=base)
     if spec.trains_base:
         check_rounding(recipe.optimizer, [base.held.dtype])
-    names = [*request.below, *(["init_adapter"] if request.init_adapter else [])]
     files = {"model": {"name": base.name, "sha256": base.identity}}
-    for name, one in zip(names, saved, strict=True):
+    for n, one in enumerate(saved):
+        name = "init_adapter" if n == len(request.over) else request.below[n]
         files[name] = {"name": str(one), "sha256": of_adapter(one)}
     tokenizer, words = tokenizer_for(request, objective, console, saved)
     inherited = request.init_adapter is not None and saved[-1].own_tokenizer
@@ -267,18 +268,20 @@ def adapted_model(
     request, recipe, base = setup.request, setup.request.recipe, setup.request.base
     over = setup.saved[: len(request.over)]
     stored = setup.saved[-1] if request.init_adapter else None
-    heaviest = largest_setting(setup)
+    heaviest, needs = largest_setting(setup), setup.objective.modules_to_save
     free = free_everywhere(base.where, setup.layout.processes)
     asked = recipe.gradient_checkpointing
     checkpointing, unknown = settle(base.config(), heaviest, asked, free, console)
     with setup.layout.loading(base.where):
         model = setup.objective.load(base, setup.tokenizer, recipe.seed)
-    check_positions(setup, model)
+    limit = positions_of(model).table
+    if limit is not None and limit < recipe.max_length:
+        check_positions(setup, model, limit)
     torch.manual_seed(recipe.seed)
     weights, other = base.weights(), base.allow_other_base
     setup.saved.clear()
-    for name, one in zip(request.below, over, strict=True):
-        load(model, one, name, allow_other_base=other, base=weights)
+    for n, one in enumerate(over):
+        load(model, one, request.below[n], allow_other_base=other, base=weights)
     if stored is not None:
         adapter = load(model, stored, trainable=True, allow_other_base=other, base=weights)
     if unknown:
@@ -286,7 +289,7 @@ def adapted_model(
     if stored is None:
         fresh = extras(setup, model)
         adapter = attach(model, setup.spec, recipe.targets, base=weights, **fresh)
-    elif missing := untrained(setup, model, adapter.spec):
+    elif needs and (missing := untrained(model, needs(model, adapter.spec, recipe.targets))):
         raise LorafoldError(
             f"--init-adapter {request.init_adapter}: found no {', '.join(missing)}, which the"
             f" objective {recipe.objective} has to train, expected an adapter with it; as the"
@@ -323,11 +326,11 @@ def largest_setting(setup: Setup) -> Setting:
     )  # fmt: skip
 
 
-def check_positions(setup: Setup, model: PreTrainedModel) -> None:
-    """Raise LorafoldError for a row of more tokens than the model has positions."""
-    limit, most = positions_of(model).table, setup.request.recipe.max_length
-    if limit is None or most <= limit:
-        return
+def check_positions(setup: Setup, model: PreTrainedModel, limit: int) -> None:
+    """Raise LorafoldError for a row of more tokens than the model has positions, which are fewer
+    than the recipe's `max_length`.
+    """
+    most = setup.request.recipe.max_length
     foreseen = (e for rows in islice(setup.feed.after(0), setup.feed.foreseen) for e in rows)
     held_out = setup.held_out.examples if setup.held_out else ()
     longest = max(
@@ -342,15 +345,13 @@ def check_positions(setup: Setup, model: PreTrainedModel) -> None:
         )
 
 
-def untrained(setup: Setup, model: PreTrainedModel, spec: Spec) -> list[str]:
-    """The paths of the modules that the objective needs trained and no adapter has trained yet.
+def untrained(model: PreTrainedModel, needed: Sequence[str]) -> list[str]:
+    """Those of the modules that an objective needs trained which no adapter has trained yet.
 
     Args:
-        setup: Has the objective.
         model: As the objective loads it, with adapters attached.
-        spec: The method.
+        needed: Paths.
     """
-    needed = setup.objective.modules_to_save(model, spec, setup.request.recipe.targets)
     return [path for path in needed if not isinstance(module_at(model, path), Adapted)]
 
 
@@ -359,7 +360,8 @@ def extras(setup: Setup, model: PreTrainedModel) -> dict[str, Any]:
     and the embeddings of tokens.
     """
     recipe, words = setup.request.recipe, setup.words
-    needed = untrained(setup, model, setup.spec)
+    saved = [*recipe.modules_to_save]
+    if (needs := setup.objective.modules_to_save) is not None:
+        saved += untrained(model, needs(model, setup.spec, recipe.targets))
     tokens = Tokens(tuple(words.ids.values()), frozenset(words.ids[word] for word in words.new))
-    saved = (*recipe.modules_to_save, *needed)
-    return {"bias": recipe.bias, "modules_to_save": saved, "tokens": tokens}
+    return {"bias": recipe.bias, "modules_to_save": tuple(saved), "tokens": tokens}

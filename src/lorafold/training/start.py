@@ -28,7 +28,7 @@ from lorafold.step.losses import Loss
 from lorafold.step.optim import param_groups, rates, restore_optimizer, restore_rng, sum_in_fp32
 from lorafold.training.checkpoint import FILES, Progress, RunDirectory
 from lorafold.training.loop import Plan
-from lorafold.training.request import depends_on, free_on_resume
+from lorafold.training.request import FREE_ON_RESUME, WHEN_MEASURED, depends_on
 from lorafold.training.setup import Setup
 
 LOOKED_AT = 8  # steps, for what their rows have in common
@@ -84,7 +84,7 @@ def prepare(
             f"steps: {feed.steps}, few to learn by: --epochs auto takes {STEPS}{less}",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
-    guessing = objective.guessing(setup.findings.labels)
+    guessing = objective.guessing(setup.findings.labels) if objective.guessing else None
     return Plan(
         recipe, objective, adapter, loss, where, optimizer, feed, held_out, guessing, run, layout
     ), progress
@@ -165,7 +165,7 @@ def identity_of(setup: Setup, adapter: Adapter) -> dict[str, Any]:
     """
     request = setup.request
     recipe = request.recipe.model_dump(mode="json")
-    free = free_on_resume(request.recipe)
+    free = FREE_ON_RESUME - WHEN_MEASURED if request.recipe.stops else FREE_ON_RESUME
     identity: dict[str, Any] = {k: v for k, v in recipe.items() if k not in free}
     identity |= {
         "lorafold": version("lorafold"),
