@@ -68,9 +68,10 @@ class _HeadCrossEntropy(Function):
         *leaves: Tensor,
     ) -> Tensor:
         into_h = ctx.needs_input_grad[0]
-        total = h.new_zeros((), dtype=widened(h.dtype))
+        total = h.new_zeros((), dtype=torch.promote_types(h.dtype, torch.float32))
         found = (h, *leaves) if into_h else leaves
-        grads = [torch.zeros_like(t, dtype=widened(t.dtype)) for t in found]
+        wide = [torch.promote_types(t.dtype, torch.float32) for t in found]
+        grads = [torch.zeros_like(t, dtype=dtype) for t, dtype in zip(found, wide, strict=True)]
         for rows in runs:
             with torch.set_grad_enabled(bool(grads)):
                 x = h[rows].detach().requires_grad_(into_h)
@@ -108,7 +109,8 @@ def head_losses(h: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor]) ->
     """
 
     def losses(h: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(head(h).to(widened(h.dtype)), targets, reduction="none")
+        wide = torch.promote_types(h.dtype, torch.float32)
+        return F.cross_entropy(head(h).to(wide), targets, reduction="none")
 
     # without positions, one chunk of none gives gradients of 0
     found = [
@@ -226,7 +228,7 @@ KERNEL = operator(
     "linear_cross_entropy(Tensor h, Tensor targets, Tensor w, Tensor? b, float scale, float? cap,"
     " Tensor(a!) gradient, Tensor(b!) logits, Tensor(c!) block, Tensor(d!) slab) -> Tensor",
     _kernel,
-    lambda h, *args: h.new_empty(len(h), dtype=widened(h.dtype)),
+    lambda h, *args: h.new_empty(len(h), dtype=torch.promote_types(h.dtype, torch.float32)),
 )
 
 
@@ -235,7 +237,8 @@ class _LinearCrossEntropy(Exact):
     def forward(ctx: Any, h: Tensor, targets: Tensor, head: LinearHead) -> Tensor:
         gradient = h.new_empty(len(h) if ctx.needs_input_grad[0] else 0, h.shape[1])
         logits = h.new_empty(min(CHUNK, len(h)), len(head.w), dtype=arithmetic(h))
-        block = h.new_empty(min(BLOCK, len(h)), len(head.w), dtype=widened(h.dtype))
+        wide = torch.promote_types(h.dtype, torch.float32)  # of losses, and of their sums
+        block = h.new_empty(min(BLOCK, len(h)), len(head.w), dtype=wide)
         slab = head.new_slab(logits)
         ctx.save_for_backward(gradient)
         losses: Tensor = KERNEL(h, targets, *head, gradient, logits, block, slab)
@@ -245,7 +248,7 @@ class _LinearCrossEntropy(Exact):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return _scaled(gradient, g[:, None], gradient.dtype), None, None
+        return (gradient.to(g.dtype) * g[:, None]).to(gradient.dtype), None, None  # as `_scaled`
 
 
 def linear_cross_entropy(h: Tensor, targets: Tensor, head: LinearHead) -> Tensor:
@@ -260,11 +263,6 @@ def linear_cross_entropy(h: Tensor, targets: Tensor, head: LinearHead) -> Tensor
 
 
 BLOCK = 32  # positions with probabilities in fp32 at a time: 32 x 49,152 of them stay in cache
-
-
-def widened(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that losses and their sums are computed in: fp32, or `dtype` if it is wider."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _losses(

@@ -72,22 +72,20 @@ def isolates(model: PreTrainedModel) -> bool:
     """
     n, m = 11, 13
     first, other, second = random_ids(model, 2 * n + m).split([n, n, m])
-
-    def logits(*documents: Tensor) -> Tensor:
-        return packed_logits(model, torch.cat(documents), Documents(tuple(map(len, documents))))
-
+    both = Documents((n, m))
     try:
         with evaluating(model):
-            alone = torch.cat([logits(first), logits(second)])
+            rows = [packed_logits(model, row, Documents((len(row),))) for row in (first, second)]
             with attending(model, document_mask):
-                together, changed = logits(first, second), logits(other, second)
+                together = packed_logits(model, torch.cat([first, second]), both)
+                changed = packed_logits(model, torch.cat([other, second]), both)
     except (AttributeError, TypeError, LorafoldError) as error:
         # the decoder computes with its masks, or no head is over its positions
         why = f"{type(error).__name__}: {cut(str(error), 200)}"
         log.warning("packed rows fail in this model (%s)", why)
         return False
     return near(model, changed[-m:], together[-m:], units=1) and near(
-        model, together, alone, units=8
+        model, together, torch.cat(rows), units=8
     )
 
 
@@ -153,10 +151,11 @@ def attending(
     AttentionMaskInterface.register(name, mask)
     before = _implementations(model.config)
     model.set_attn_implementation(_implementations(model.config, name))
+    _on_host.use(1)
     try:
-        with masks_by_host():
-            yield
+        yield
     finally:
+        _on_host.use(-1)
         model.set_attn_implementation(before)
 
 
@@ -328,16 +327,6 @@ class _OnHost:
 
 
 _on_host = _OnHost()
-
-
-@contextmanager
-def masks_by_host() -> Iterator[None]:
-    """Have transformers find documents on the host until the `with` block ends."""
-    _on_host.use(1)
-    try:
-        yield
-    finally:
-        _on_host.use(-1)
 
 
 def indices(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lorafold.core.modes import evaluating
 from lorafold.data.branches import Branched
-from lorafold.ops.cross_entropy import chunks, widened
+from lorafold.ops.cross_entropy import chunks
 from lorafold.ops.host import all_sent, on_host, sent
 from lorafold.step.branched import BranchedLoss
 from lorafold.step.branches import Branching
@@ -58,7 +58,8 @@ def beside(
     h, targets, *_ = until_head(model, labels, inputs)
     with other():
         h_other, *_ = until_head(model, labels, inputs)
-    losses, others = (h.new_empty(len(h), dtype=widened(h.dtype)) for _ in range(2))
+    wide = torch.promote_types(h.dtype, torch.float32)
+    losses, others = (h.new_empty(len(h), dtype=wide) for _ in range(2))
     kl = losses.new_zeros(())
     for run in chunks(len(h)):
         log_p = torch.log_softmax(head_of(model, h[run]).to(kl.dtype), -1)
