@@ -238,7 +238,7 @@ def narrowed(x: Tensor, k: float, dtype: torch.dtype) -> Tensor:
     return torch.mul(x.detach(), k, out=torch.empty_like(x, dtype=dtype, requires_grad=False))
 
 
-def _kept(x: nn.Parameter, form: Form) -> _Copy | None:
+def _kept(x: Tensor, form: Form) -> _Copy | None:
     """The copy that a step keeps; None outside of one."""
     during = scope()
     if during is None and not in_backward():

@@ -168,13 +168,6 @@ class LinearHead(NamedTuple):
             z.mul_(self.scale)
         return z if self.cap is None else z.div_(self.cap).tanh_().mul_(self.cap)
 
-    def back(self, gz: Tensor, slab: Tensor) -> Tensor:
-        """The gradient (n, d) of h from the gradient (n, V) of W h + b."""
-        gh = gz.new_zeros(len(gz), self.w.shape[1])
-        for rows, w in self.slabs(slab):
-            gh.addmm_(gz[:, rows], w)
-        return gh
-
     def new_slab(self, like: Tensor) -> Tensor:
         """Memory (m, d) for the part of W that is converted to the dtype of `like` at a time; m is
         0 if W has that dtype.
@@ -219,8 +212,11 @@ def _kernel(
     for rows in chunks(len(h)):
         z = linear.logits(h[rows], logits, slab)
         LOSSES(z, targets[rows], losses[rows], block, scale, cap, len(gradient) > 0)
-        if len(gradient):
-            gradient[rows] = linear.back(z, slab)
+        if len(gradient):  # of h, from that of W h + b, which is in z
+            found = z.new_zeros(len(z), w.shape[1])
+            for part, w_part in linear.slabs(slab):
+                found.addmm_(z[:, part], w_part)
+            gradient[rows] = found
     return losses
 
 
@@ -251,15 +247,9 @@ class _LinearCrossEntropy(Exact):
         return (gradient.to(g.dtype) * g[:, None]).to(gradient.dtype), None, None  # as `_scaled`
 
 
-def linear_cross_entropy(h: Tensor, targets: Tensor, head: LinearHead) -> Tensor:
-    """The cross-entropy of each position, (n,) in fp32 or wider. Differentiable once, in h.
-
-    Args:
-        h: the hidden states (n, d).
-        targets: the target tokens (n,).
-    """
-    losses: Tensor = _LinearCrossEntropy.apply(h, targets, head)
-    return losses
+# The cross-entropy of each position, (n,) in fp32 or wider, of hidden states (n, d) and targets
+# (n,). Differentiable once, in the first.
+linear_cross_entropy: Callable[[Tensor, Tensor, LinearHead], Tensor] = _LinearCrossEntropy.apply
 
 
 BLOCK = 32  # positions with probabilities in fp32 at a time: 32 x 49,152 of them stay in cache

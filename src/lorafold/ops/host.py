@@ -10,7 +10,7 @@ host before they are sent, so nothing that follows from them alone has to ask.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,11 +28,6 @@ def sent(x: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return _known(x.to(device), x)
     return _known(x.pin_memory().to(device, non_blocking=True), x)
-
-
-def all_sent(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Tensors of any shapes by name, each `sent`."""
-    return {name: sent(x, device) for name, x in tensors.items()}
 
 
 def on_host(x: Tensor) -> Tensor:

@@ -222,8 +222,9 @@ def until_head(
     if is_fake(labels):  # they have no values: all positions count as labelled
         targets = labels.flatten()
     else:
-        places = (on_host(labels).flatten() != NO_LOSS).nonzero()[:, 0]
-        h, targets = rows_at(h, places), sent(at_labels(labels, labels), h.device)
+        own = on_host(labels).flatten()
+        places = (own != NO_LOSS).nonzero()[:, 0]
+        h, targets = rows_at(h, places), sent(own[places], h.device)
     return h, targets, linear_form(model, output.logits[0], last[0]), output
 
 

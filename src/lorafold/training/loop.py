@@ -179,10 +179,13 @@ def note_step(
         seconds: How long it took.
     """
     loss, norm = map(fmean, zip(*updates, strict=True))
-    tokens = len(updates) * sum(len(e.ids) for e in examples if plan.loss.learns(e))
+    learns, figures = plan.loss.learns, dict[str, float]()
+    tokens = len(updates) * sum(len(e.ids) for e in examples if learns is None or learns(e))
     progress.losses.append(loss)
     progress.tokens, progress.seconds = progress.tokens + tokens, progress.seconds + seconds
-    figures = {**plan.loss.figures(plan.layout.processes), GRADIENT: norm}
+    if plan.loss.figures is not None:
+        figures |= plan.loss.figures(plan.layout.processes)
+    figures[GRADIENT] = norm
     if isinstance(examples, StepRollouts):
         figures = {**examples.figures, **figures}
         progress.stepped(figures)
@@ -319,7 +322,8 @@ def train_step(plan: Plan, examples: Sequence[Any], step: int) -> tuple[float, f
     Raises LorafoldError for an adapter without gradient.
     """
     total = max(1, sum(map(plan.loss.count, examples)))
-    examples = [example for example in examples if plan.loss.learns(example)]
+    if (learns := plan.loss.learns) is not None:
+        examples = [example for example in examples if learns(example)]
     if not examples:  # of a step in which there is nothing to learn
         return 0.0, 0.0
     set_learning_rates(plan.optimizer, plan.recipe, step, plan.feed.steps)
