@@ -209,7 +209,8 @@ def _kernel(
     """
     linear = LinearHead(w, b, scale, cap)
     losses = h.new_empty(len(h), dtype=block.dtype)
-    for rows in chunks(len(h)):
+    for at in range(0, len(h), CHUNK):
+        rows = slice(at, at + CHUNK)
         z = linear.logits(h[rows], logits, slab)
         LOSSES(z, targets[rows], losses[rows], block, scale, cap, len(gradient) > 0)
         if len(gradient):  # of h, from that of W h + b, which is in z

@@ -10,7 +10,7 @@ host before they are sent, so nothing that follows from them alone has to ask.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -81,10 +81,5 @@ class _Rows(Exact):
         return g.new_zeros(ctx.shape).index_copy_(0, at, g), None
 
 
-def rows_at(x: Tensor, at: Tensor) -> Tensor:
-    """The rows of x (n, ...) at places (m,), of which none comes twice: (m, ...).
-
-    Args:
-        at: on the host.
-    """
-    return _Rows.apply(x, sent(at, x.device))
+# the rows (m, ...) of x (n, ...) at places (m,), of which none comes twice
+rows_at: Callable[[Tensor, Tensor], Tensor] = _Rows.apply

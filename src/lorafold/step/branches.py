@@ -62,10 +62,6 @@ class Branching:
     _docs: Documents | None = None
     _used: bool = False
 
-    def shares_up_to(self, longest: int) -> bool:
-        """Whether documents share tokens in a batch whose longest has so many."""
-        return self.shares and (self.longest is None or longest <= self.longest)
-
     @contextmanager
     def over(self, docs: Documents) -> Iterator[None]:
         """Let every forward of the model inside the `with` block be over these documents.

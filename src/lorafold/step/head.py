@@ -113,17 +113,19 @@ def labelled_loss(
         rows: (B, T), how many rows have each position, for the load-balancing loss; None: one.
     """
     h, targets, linear, output = until_head(model, labels, inputs)
-    if counts is not None:
-        losses, each = losses_of(model, h, targets, linear), at_labels(counts, labels)
-        n = int(each.sum())
-        each = sent(each, h.device)
-        return losses @ each.to(losses.dtype) + n * balancing_loss(model, output, rows), n
     if linear is not None:
-        loss = linear_cross_entropy(h, targets, linear).sum()
+        losses = linear_cross_entropy(h, targets, linear)
+    elif counts is not None:
+        losses = head_losses(h, targets, partial(head_of, model))
     else:
         with _short_circuit(model) as head:
-            loss = head_cross_entropy(h, targets, head, _leaves(output.logits), _runs(h))
-    return loss + len(targets) * balancing_loss(model, output), len(targets)
+            losses = head_cross_entropy(h, targets, head, _leaves(output.logits), _runs(h))
+    if counts is None:
+        loss, n = losses.sum(), len(targets)
+    else:
+        each = on_host(counts)[on_host(labels) != NO_LOSS]
+        loss, n = losses @ sent(each, h.device).to(losses.dtype), int(each.sum())
+    return loss + n * balancing_loss(model, output, rows), n
 
 
 def token_losses(
@@ -143,18 +145,9 @@ def token_losses(
             the order of many.
     """
     h, targets, linear, _ = until_head(model, labels, inputs)
-    return losses_of(model, h, targets, None if own else linear, FEW if own else 0)
-
-
-def losses_of(
-    model: Any, h: Tensor, targets: Tensor, linear: LinearHead | None, least: int = 0
-) -> Tensor:
-    """The loss in nats (n,) of each hidden state (n, d), by the head's linear form, or by the model
-    as it computes `least` or more.
-    """
-    if linear is not None:
+    if linear is not None and not own:
         return linear_cross_entropy(h, targets, linear)
-    return head_losses(h, targets, partial(head_of, model, least=least))
+    return head_losses(h, targets, partial(head_of, model, least=FEW if own else 0))
 
 
 def document_losses(
@@ -224,7 +217,7 @@ def until_head(
     else:
         own = on_host(labels).flatten()
         places = (own != NO_LOSS).nonzero()[:, 0]
-        h, targets = rows_at(h, places), sent(own[places], h.device)
+        h, targets = rows_at(h, sent(places, h.device)), sent(own[places], h.device)
     return h, targets, linear_form(model, output.logits[0], last[0]), output
 
 

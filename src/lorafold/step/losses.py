@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from math import ceil
+from math import ceil, inf
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,12 @@ class Loss(nn.Module, ABC):
     # what the step that was just computed has to show besides its loss, by name, over all
     # processes, asked for once a step
     figures: Callable[[Processes], Mapping[str, float]] | None = None
+    # (examples, idle, passes) -> the arguments of `forward` that all micro-batches of an optimizer
+    # step share: sums over its examples, (k,), without gradients, which add up over processes. None
+    # unless the loss of an example depends on the others. `examples` are those of this process,
+    # which may have none; `idle` is one that passes through the model, and counts nothing, where
+    # others pass more; `passes` makes of the number of passes here the one of all processes.
+    of_step: Callable[..., dict[str, Tensor]] | None = None
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -73,20 +79,6 @@ class Loss(nn.Module, ABC):
         """Return the arguments of `forward` for these examples, on the device: labels and inputs,
         each (B, T), or labels (B,) for a classifier.
         """
-
-    def of_step(
-        self, examples: Sequence[Any], idle: Sequence[Any] = (), passes: Callable[[int], int] = int
-    ) -> dict[str, Tensor]:
-        """Return the arguments of `forward` that all micro-batches of an optimizer step share: sums
-        over its examples, (k,), without gradients, which add up over processes. There are none
-        unless the loss of an example depends on the others.
-
-        Args:
-            examples: Those of this process, which may have none.
-            idle: One that passes through the model, and counts nothing, where others pass more.
-            passes: Makes of the number of passes here the one that all processes make.
-        """
-        return {}
 
     def rows_of(self, examples: Sequence[Any]) -> list[Array]:
         """Return for each example of a step the row that each of its tokens is named by, (t,): its
@@ -150,8 +142,8 @@ class RowsAlike(Loss):
 
     def shared_in(self, examples: Sequence[Any]) -> bool:
         """Whether rows that begin alike are computed once there."""
-        lengths = [len(e.ids) for e in examples]
-        if self.how is None or not self.how.shares_up_to(max(lengths)):
+        lengths, how = [len(e.ids) for e in examples], self.how
+        if how is None or not how.shares or max(lengths) > (how.longest or inf):
             return False
         return pays(len(forest(examples).ids), sum(lengths))
 

@@ -289,7 +289,7 @@ def loss_of(plan: Plan, examples: Sequence[Any]) -> float:
     loss, recipe = plan.loss, plan.recipe
     parts = loss.micro_batches(examples, recipe.accumulate, recipe.max_length)
     with evaluating(loss):
-        shared = loss.of_step(examples)
+        shared = {} if loss.of_step is None else loss.of_step(examples)
         batches = (loss.collate([examples[i] for i in part], plan.device) for part in parts)
         losses = [loss(**inputs, **shared).item() for inputs in batches]
     return sum(losses) / max(1, sum(map(loss.count, examples)))
@@ -374,7 +374,7 @@ def backward(plan: Plan, examples: Sequence[Any], total: int, key: int) -> Tenso
     loss.train()
     summed = torch.zeros((), device=plan.device)
     with unchanged():
-        of_step = loss.of_step(own, examples[:1], passes)
+        of_step = {} if loss.of_step is None else loss.of_step(own, examples[:1], passes)
         processes.add([*of_step.values()])
         rows, selection = loss.rows_of(examples), selection_of(plan.adapter.model)
         for i, part in enumerate([[share[j] for j in part] for part in parts] + [[0]] * idle):

@@ -217,5 +217,6 @@ def sample_losses(
         )
     loss.train()
     for chosen in feed.drawn(n, rows or recipe.batch, recipe.seed + 1):
-        inputs = loss.collate(chosen, loss.device) | loss.of_step(chosen)
+        inputs = loss.collate(chosen, loss.device)
+        inputs |= {} if loss.of_step is None else loss.of_step(chosen)
         yield loss(**inputs) / max(1, sum(map(loss.count, chosen)))
