@@ -58,6 +58,24 @@ class Choice(NamedTuple):
     why: str
 
 
+def choose(parameters: int, device: str, free: int) -> Choice:
+    """Choose the optimizer for `auto`.
+
+    Args:
+        device: The type of the device: cpu, cuda or mps.
+        free: The device's free memory in bytes.
+    """
+    if device != "cuda":
+        return Choice("adamw", f"{DEVICES.get(device, device)} has no paging")
+    state = 8 * parameters
+    if SHARE * state <= free:
+        return Choice("adamw", f"within a third of the {in_words(free)} free")
+    return Choice(
+        PAGED,
+        f"fp32 state, {in_words(state)}, would be more than a third of the {in_words(free)} free",
+    )
+
+
 def pick(
     asked: str,
     before: str,
@@ -83,15 +101,10 @@ def pick(
         choice = Choice(before, "as before the stop")
     elif any(p.itemsize == 2 for p in parameters(groups)):
         choice = Choice("adamw", "16-bit weights are trained")
-    elif device != "cuda":
-        choice = Choice("adamw", f"{DEVICES.get(device, device)} has no paging")
     else:
-        state = 8 * (sum(p.numel() for p in parameters(groups)) // parts)
-        free = min(processes.gather(free_bytes(where)))  # so that all choose the same
-        choice = Choice("adamw", f"within a third of the {in_words(free)} free")
-        if SHARE * state > free:
-            why = f"fp32 state, {in_words(state)}, would be more than a third of the"
-            choice = Choice(PAGED, f"{why} {in_words(free)} free")
+        count = sum(p.numel() for p in parameters(groups)) // parts
+        # all choose by the one that has the fewest bytes
+        choice = choose(count, device, min(processes.gather(free_bytes(where))))
     if choice.name == PAGED and device != "cuda":
         return Choice(PAGED, f"not paged: {DEVICES.get(device, device)} has no paging")
     return choice
