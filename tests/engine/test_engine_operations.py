@@ -163,11 +163,13 @@ def test_where_it_cannot_be_compiled_it_says_why_and_torch_computes(
 ) -> None:
     monkeypatch.setenv(variable, value)
     _made.cache_clear()
+    use.cache_clear()
     try:
         assert says in use(DECODING)
         assert available("cpu").name == "plain"
     finally:
         _made.cache_clear()
+        use.cache_clear()
 
 
 def test_a_new_form_is_a_file_and_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +184,7 @@ def test_a_new_form_is_a_file_and_a_row(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(FORMS, of, {"cpu": "other"})
     one = torch.ones(1)
     assert of(one) == 2.5
-    assert use([of], "cuda") == "" == use([of])
+    assert use((of,), "cuda") == "" == use((of,))
     assert of(one) == of.on("cpu")(one) == 2
     assert of(one[None]) == of.on("cuda")(one) == 2.5
     with plainly():

@@ -116,7 +116,8 @@ def test_a_run_asks_it(
     recomputed: bool,
 ) -> None:
     console = Console(file=io.StringIO(), width=400)
-    monkeypatch.setattr("lorafold.step.adamw.free_bytes", lambda device: free)
+    for module in ("step.adamw", "training.setup"):
+        monkeypatch.setattr(f"lorafold.{module}.free_bytes", lambda device: free)
     seen = []
     monkeypatch.setattr(
         PreTrainedModel, "activation_checkpointing_enable", lambda model, _: seen.append(model)

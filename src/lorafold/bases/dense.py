@@ -76,7 +76,7 @@ class Matrix(Vectors):
 
     def as_is(self, x: Tensor) -> bool:
         """Whether the module's own forward may compute W x + b for x (..., in)."""
-        return autocasting(x) or arithmetic(x) is x.dtype is self.weight().dtype
+        return arithmetic(x) is x.dtype is self.weight().dtype or autocasting(x)
 
     def biased(self, y: Tensor) -> Tensor:
         """y + b (..., out), in y's dtype."""

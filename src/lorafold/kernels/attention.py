@@ -41,7 +41,7 @@ class _Forms:
     def document_attention(
         self, q: Tensor, k: Tensor, v: Tensor, docs: Documents, scores: Scores
     ) -> Any:
-        if not _takes(q, k, v):
+        if not taken(q, k, v) or any(x.stride(-1) != 1 for x in (q, k, v)):
             return NotImplemented
         out = q.new_empty(*q.shape[:2], v.shape[-1])
         self._attend("attend", (q, k, v), (q, k, v, out), docs, scores)
@@ -50,7 +50,7 @@ class _Forms:
     def document_attention_backward(
         self, g: Tensor, q: Tensor, k: Tensor, v: Tensor, docs: Documents, scores: Scores
     ) -> Any:
-        if not _takes(q, k, v, g):
+        if not taken(q, k, v, g) or any(x.stride(-1) != 1 for x in (q, k, v, g)):
             return NotImplemented
         found = tuple(x.new_empty(x.shape) for x in (q, k, v))
         parts, keys = _parts(docs, q, k), sum(docs.lens)
@@ -75,10 +75,6 @@ class _Forms:
             q.shape[2], v.shape[2], _parts(docs, q, k), len(k), docs.keys, strides, window,
             scores.scale, scores.cap or 0.0, torch.get_num_threads(),
         )  # fmt: skip
-
-
-def _takes(*tensors: Tensor) -> bool:
-    return taken(*tensors) and all(t.stride(-1) == 1 for t in tensors)
 
 
 def _parts(docs: Documents, q: Tensor, k: Tensor) -> int:

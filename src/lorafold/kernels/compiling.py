@@ -69,13 +69,13 @@ class Functions:
         function(*given)
 
 
-def taken(*tensors: Tensor) -> bool:
-    """Whether all are on the CPU and of one of DTYPES."""
+def taken(*tensors: Tensor, dense: bool = False) -> bool:
+    """Whether all are on the CPU and of one of DTYPES, and contiguous if `dense`."""
     dtype = tensors[0].dtype
     if dtype not in DTYPES:
         return False
-    for t in tensors:  # noqa: SIM110 - faster than all()
-        if t.dtype is not dtype or not t.is_cpu:
+    for t in tensors:
+        if t.dtype is not dtype or not t.is_cpu or (dense and not t.is_contiguous()):
             return False
     return True
 

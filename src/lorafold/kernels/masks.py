@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lorafold.errors import LorafoldError
-from lorafold.ops.dropout import FACTORS, ROUNDS, STEPS, halves, source, threshold
+from lorafold.ops.dropout import FACTORS, ROUNDS, STEPS, WORD, source, threshold
 
 CALLS = 128  # of Philox in a program, each for 8 elements
 CONSTANTS = {
@@ -45,7 +45,8 @@ class _Forms:
         kept, where = torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
         grid = len(names), -(-width // (8 * CALLS))
         tensors = names.contiguous(), x, kept, where.view(torch.uint8)
-        self._kernel[grid](*tensors, width, threshold(p), *halves(key), site, **CONSTANTS)
+        words = key & WORD, key >> 32 & WORD
+        self._kernel[grid](*tensors, width, threshold(p), *words, site, **CONSTANTS)
         return kept, where
 
 

@@ -8,7 +8,6 @@ form is a file whose `forms()` has it under the operation's name, and a word in 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -43,9 +42,10 @@ DECODING = (*OF_PASSES, fused.NORM, fused.ROTARY, fused.GATED, scale.SCALE)
 TRAINING = tuple(operation for operation in FORMS if operation not in OF_PASSES)
 
 
-def use(operations: Iterable[Operation], device: str = "cpu") -> str:
+@cache
+def use(operations: tuple[Operation, ...], device: str = "cpu") -> str:
     """Compile the forms of operations, unless they are in the cache, and have them compute from now
-    on, in this process.
+    on, in this process, where it is done once.
 
     Returns why they can't be had, or nothing.
 

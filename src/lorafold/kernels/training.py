@@ -36,42 +36,6 @@ SIGNATURES = {
 threads = torch.get_num_threads
 
 
-def rotary_parts(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> tuple[object, ...] | None:
-    """The arguments of `rotary` up to the sign; None if the strides are not among those it takes.
-
-    Args:
-        x: the input (B, H, T, D), or (B, T, H, D).
-        cos, sin: (B or 1, 1, T, D), or (B or 1, T, 1, D), in x's dtype.
-        out: the output, of x's shape.
-    """
-    if x.dim() != 4 or cos.dim() != 4 or cos.shape != sin.shape or cos.stride() != sin.stride():
-        return None
-    if cos.shape[1] == x.shape[1] and cos.shape[2] == 1:
-        x, cos, sin, out = (t.transpose(1, 2) for t in (x, cos, sin, out))
-    (b, heads, tokens, d), (turns, one, *angles) = x.shape, cos.shape
-    ends = [t.stride(3) for t in (x, cos, out)]
-    # the stride of an axis of one means nothing
-    packed = tokens == 1 or cos.stride(2) == d
-    if ends != [1, 1, 1] or one != 1 or angles != [tokens, d] or turns not in (1, b) or not packed:
-        return None
-    turn = cos.stride(0) if turns > 1 else 0
-    return x, cos, sin, out, b, heads, tokens, d, *x.stride()[:3], *out.stride()[:3], turn
-
-
-def gated_parts(gate: Tensor, up: Tensor, out: Tensor) -> tuple[object, ...]:
-    """The arguments of `gated` up to the threads; inputs whose rows do not lie evenly apart are
-    copied.
-
-    Args:
-        gate, up: the inputs (..., k).
-        out: the output, contiguous, of their shape.
-    """
-    n = out.shape[-1]
-    flat = [t.reshape(-1, n) for t in (gate, up)]
-    rows = [t if t.stride(1) == 1 else t.contiguous() for t in flat]
-    return *rows, out, len(rows[0]), n, *(t.stride(0) for t in rows)
-
-
 def forms() -> Any:
     """The operations by their names, with the parameters of their plain forms. Raises Unavailable
     where they can't be compiled.
@@ -87,7 +51,7 @@ class _Forms:
         self._places.restype, self._places.argtypes = N, [P, P, N, N, U32, U64, U32, INT]
 
     def rms_norm(self, x: Tensor, gain: Tensor, eps: float) -> Any:
-        if not _taken(x):
+        if not taken(x, dense=True):
             return NotImplemented
         out, n, wide = torch.empty_like(x), len(gain), gain.dtype is not x.dtype
         gain = gain.float() if wide else gain
@@ -97,7 +61,7 @@ class _Forms:
 
     def rms_norm_backward(self, gy: Tensor, x: Tensor, gain: Tensor, eps: float) -> Any:
         gy = gy.contiguous()
-        if not _taken(x, gy):
+        if not taken(x, gy, dense=True):
             return NotImplemented
         out, n, gain = torch.empty_like(x), len(gain), gain.float()
         rows = x.numel() // n
@@ -108,12 +72,17 @@ class _Forms:
         if act == "gelu" or not taken(gate, up):
             return NotImplemented
         out = torch.empty_like(gate, memory_format=torch.contiguous_format)
-        self._call(f"gated_{act}", gate.dtype, *gated_parts(gate, up, out), threads())
+        n = out.shape[-1]
+        flat = [t.reshape(-1, n) for t in (gate, up)]
+        # inputs whose rows do not lie evenly apart are copied
+        rows = [t if t.stride(1) == 1 else t.contiguous() for t in flat]
+        parts = (*rows, out, len(rows[0]), n, *(t.stride(0) for t in rows))
+        self._call(f"gated_{act}", gate.dtype, *parts, threads())
         return out
 
     def gated_backward(self, gy: Tensor, gate: Tensor, up: Tensor, act: str) -> Any:
         gy = gy.contiguous()
-        if act == "gelu" or not _taken(gate, up, gy):
+        if act == "gelu" or not taken(gate, up, gy, dense=True):
             return NotImplemented
         found = torch.empty_like(gate), torch.empty_like(up)
         parts = (gy, gate, up, *found, gy.numel(), threads())
@@ -121,22 +90,35 @@ class _Forms:
         return found
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Any:
-        out = torch.empty_like(x)
-        parts = rotary_parts(x, cos, sin, out)
-        if parts is None or not taken(x, cos, sin):
+        """x (B, H, T, D), or (B, T, H, D), by cos and sin (B or 1, 1, T, D), or (B or 1, T, 1, D).
+        """
+        alike = cos.shape == sin.shape and cos.stride() == sin.stride()
+        if x.dim() != 4 or cos.dim() != 4 or not alike or not taken(x, cos, sin):
             return NotImplemented
-        self._call("rotary", x.dtype, *parts, -1.0 if back else 1.0, threads())
+        out = y = torch.empty_like(x)
+        if cos.shape[1] == x.shape[1] and cos.shape[2] == 1:
+            x, cos, sin, y = (t.transpose(1, 2) for t in (x, cos, sin, out))
+        (b, heads, tokens, d), (turns, one, *angles) = x.shape, cos.shape
+        ends = [t.stride(3) for t in (x, cos, y)]
+        # the stride of an axis of one means nothing
+        packed = tokens == 1 or cos.stride(2) == d
+        known = one == 1 and angles == [tokens, d] and turns in (1, b)
+        if ends != [1, 1, 1] or not known or not packed:
+            return NotImplemented
+        sizes = (b, heads, tokens, d, *x.stride()[:3], *y.stride()[:3])
+        turn, sign = cos.stride(0) if turns > 1 else 0, -1.0 if back else 1.0
+        self._call("rotary", x.dtype, x, cos, sin, y, *sizes, turn, sign, threads())
         return out
 
     def softmax_(self, scores: Tensor, mask: Tensor, scale: float) -> Any:
-        if not _taken(scores) or mask.dtype is not scores.dtype or mask.stride(1) != 1:
+        if not taken(scores, dense=True) or mask.dtype is not scores.dtype or mask.stride(1) != 1:
             return NotImplemented
         n = scores.shape[-1]
         sizes = (scores.numel() // n, len(mask), mask.stride(0), n)
         return self._call("softmax", scores.dtype, scores, mask, *sizes, scale, threads())
 
     def softmax_backward_(self, gp: Tensor, p: Tensor, scale: float) -> Any:
-        if not _taken(gp, p):
+        if not taken(gp, p, dense=True):
             return NotImplemented
         n = p.shape[-1]
         return self._call("softmax_backward", p.dtype, gp, p, p.numel() // n, n, scale, threads())
@@ -145,7 +127,8 @@ class _Forms:
         self, z: Tensor, targets: Tensor, losses: Tensor, block: Tensor, scale: float,
         cap: float | None, gradient: bool,
     ) -> Any:  # fmt: skip
-        if not _taken(z) or not targets.is_contiguous() or losses.dtype is not torch.float32:
+        known = targets.is_contiguous() and losses.dtype is torch.float32
+        if not known or not taken(z, dense=True):
             return NotImplemented
         parts = (z, targets, losses, *z.shape, scale, cap or 0.0, gradient, threads())
         return self._call("cross_entropy", z.dtype, *parts)
@@ -165,7 +148,7 @@ class _Forms:
 
     def scale_backward(self, z: Tensor, y: Tensor, g: Tensor, offset: bool) -> Any:
         z = z.contiguous()
-        plain = g.dim() != 1 or not _taken(z, y)
+        plain = g.dim() != 1 or not taken(z, y, dense=True)
         if plain or y.dtype is not torch.bfloat16 or g.dtype is not torch.float32:
             return NotImplemented
         found, g = (torch.empty_like(y), torch.empty_like(g), torch.empty_like(g)), g.contiguous()
@@ -187,8 +170,3 @@ class _Forms:
         if x.dtype not in DTYPES or where.dtype is not torch.int32:
             return NotImplemented
         return self._call("empty", x.dtype, x, where, len(where))
-
-
-def _taken(*tensors: Tensor) -> bool:
-    """Whether all are contiguous too."""
-    return taken(*tensors) and all(t.is_contiguous() for t in tensors)

@@ -43,7 +43,7 @@ from lorafold.ops.demands import Place, as_on
 from lorafold.ops.documents import Documents, Tile
 from lorafold.step.activations import recompute
 from lorafold.step.adamw import state_bytes
-from lorafold.step.documents import attending, has_sinks
+from lorafold.step.documents import attending
 from lorafold.step.fused import fused
 from lorafold.step.losses import next_token_loss
 from lorafold.step.optim import sum_in_fp32
@@ -180,7 +180,9 @@ def training(model: PreTrainedModel, setting: Setting, ledger: Ledger) -> Traced
         setting: What is trained, on which rows.
         ledger: The ledger that counts, already entered.
     """
-    setting = replace(setting, packed=setting.packed and not has_sinks(model))
+    # a softmax with a logit that is of no key, as that of gpt-oss, is of no packed rows
+    sinks = any("sinks" in module._parameters for module in model.modules())
+    setting = replace(setting, packed=setting.packed and not sinks)
     if setting.below:
         attach_below(model, setting)
     weights = collected(ledger)

@@ -135,11 +135,6 @@ class _Widened(Exact):
         return gx, gm, wide.sum(0).to(ctx.bias) if need_b else None
 
 
-def times(x: Tensor, k: float, dtype: torch.dtype) -> Tensor:
-    """k x, of any shape, multiplied in x's dtype and rounded once to another."""
-    return torch.mul(x, k, out=torch.empty_like(x, dtype=dtype, requires_grad=False))
-
-
 def product(a: Tensor, b: Tensor, dtype: torch.dtype, k: float = 1.0) -> Tensor:
     """k a b (n, m), in a dtype. On CUDA the sums of 16-bit matrices are not rounded to 16 bits
     before they are widened to fp32, and k is multiplied in by the product.
@@ -194,7 +189,8 @@ class _Copy:
 
     def __init__(self, x: Tensor, form: Form, family: _Family) -> None:
         self.factor, self.form, self.family = weakref.ref(x), form, family
-        self.value = times(x.detach(), *form)
+        self.value = torch.empty_like(x, dtype=form[1], requires_grad=False)
+        torch.mul(x.detach(), form[0], out=self.value)
         self.made = self.asked = family.during
 
 
@@ -227,7 +223,8 @@ _copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # factor -> {form:
 
 
 def narrowed(x: Tensor, k: float, dtype: torch.dtype) -> Tensor:
-    """k x, of any shape, in a dtype; x itself where that is the same. Not differentiable.
+    """k x, of any shape, multiplied in x's dtype and rounded once to another; x itself where that
+    is the same. Not differentiable.
 
     Args:
         x: a factor; a parameter is asked for at every step.
@@ -235,18 +232,26 @@ def narrowed(x: Tensor, k: float, dtype: torch.dtype) -> Tensor:
     if k == 1.0 and x.dtype is dtype:
         return x
     kept = x.is_cuda and isinstance(x, nn.Parameter) and not torch.compiler.is_compiling()
-    during = scope() if kept else None
-    if not kept or (during is None and not in_backward()):
-        return times(x.detach(), k, dtype)
+    copy = _kept(x, (k, dtype)) if kept else None
+    if copy is not None:
+        return copy.value
+    return torch.mul(x.detach(), k, out=torch.empty_like(x, dtype=dtype, requires_grad=False))
+
+
+def _kept(x: Tensor, form: Form) -> _Copy | None:
+    """The copy that a step keeps; None outside of one."""
+    during = scope()
+    if during is None and not in_backward():
+        return None
     forms: dict[Form, _Copy] = _copies.setdefault(x, {})
-    copy = forms.get((k, dtype))
+    copy = forms.get(form)
     if during is None:  # in a backward, which does not know of the scope
-        return copy.value if copy is not None and copy.made.open else times(x.detach(), k, dtype)
+        return copy if copy is not None and copy.made.open else None
     if copy is not None and copy.family.during is not during:
         copy.family.renew(during)
     if copy is None or copy.made is not during:
         family: _Family = during.kept.setdefault(_Family, _Family(during))
-        forms[k, dtype] = copy = _Copy(x, (k, dtype), family)
+        forms[form] = copy = _Copy(x, form, family)
         family.copies.append(weakref.ref(copy))
     copy.asked = during
-    return copy.value
+    return copy

@@ -34,7 +34,9 @@ def lower(x: Tensor) -> Tensor:
 
     Layers that read the same x get the same tensor, so that what they share for x they still share.
     """
-    if not autocasting(x) or not x.is_floating_point() or x.dtype is torch.float64:
+    if not torch._C._is_any_autocast_enabled() or not autocasting(x):
+        return x
+    if not x.is_floating_point() or x.dtype is torch.float64:
         return x
     dtype = torch.get_autocast_dtype(x.device.type)
     if x.dtype is dtype:
@@ -52,6 +54,8 @@ def lowered(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         run: computes something from activations.
         *args, **kwargs: the activations first, of any shapes.
     """
+    if not torch._C._is_any_autocast_enabled():
+        return run(*args, **kwargs)
     x = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
     if x is None or not autocasting(x):
         return run(*args, **kwargs)

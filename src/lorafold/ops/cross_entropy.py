@@ -68,9 +68,10 @@ class _HeadCrossEntropy(Function):
         *leaves: Tensor,
     ) -> Tensor:
         into_h = ctx.needs_input_grad[0]
-        total = h.new_zeros((), dtype=widened(h.dtype))
+        total = h.new_zeros((), dtype=torch.promote_types(h.dtype, torch.float32))
         found = (h, *leaves) if into_h else leaves
-        grads = [torch.zeros_like(t, dtype=widened(t.dtype)) for t in found]
+        wide = [torch.promote_types(t.dtype, torch.float32) for t in found]
+        grads = [torch.zeros_like(t, dtype=dtype) for t, dtype in zip(found, wide, strict=True)]
         for rows in runs:
             with torch.set_grad_enabled(bool(grads)):
                 x = h[rows].detach().requires_grad_(into_h)
@@ -108,7 +109,8 @@ def head_losses(h: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor]) ->
     """
 
     def losses(h: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(head(h).to(widened(h.dtype)), targets, reduction="none")
+        wide = torch.promote_types(h.dtype, torch.float32)
+        return F.cross_entropy(head(h).to(wide), targets, reduction="none")
 
     # without positions, one chunk of none gives gradients of 0
     found = [
@@ -166,13 +168,6 @@ class LinearHead(NamedTuple):
             z.mul_(self.scale)
         return z if self.cap is None else z.div_(self.cap).tanh_().mul_(self.cap)
 
-    def back(self, gz: Tensor, slab: Tensor) -> Tensor:
-        """The gradient (n, d) of h from the gradient (n, V) of W h + b."""
-        gh = gz.new_zeros(len(gz), self.w.shape[1])
-        for rows, w in self.slabs(slab):
-            gh.addmm_(gz[:, rows], w)
-        return gh
-
     def new_slab(self, like: Tensor) -> Tensor:
         """Memory (m, d) for the part of W that is converted to the dtype of `like` at a time; m is
         0 if W has that dtype.
@@ -214,11 +209,15 @@ def _kernel(
     """
     linear = LinearHead(w, b, scale, cap)
     losses = h.new_empty(len(h), dtype=block.dtype)
-    for rows in chunks(len(h)):
+    for at in range(0, len(h), CHUNK):
+        rows = slice(at, at + CHUNK)
         z = linear.logits(h[rows], logits, slab)
         LOSSES(z, targets[rows], losses[rows], block, scale, cap, len(gradient) > 0)
-        if len(gradient):
-            gradient[rows] = linear.back(z, slab)
+        if len(gradient):  # of h, from that of W h + b, which is in z
+            found = z.new_zeros(len(z), w.shape[1])
+            for part, w_part in linear.slabs(slab):
+                found.addmm_(z[:, part], w_part)
+            gradient[rows] = found
     return losses
 
 
@@ -226,7 +225,7 @@ KERNEL = operator(
     "linear_cross_entropy(Tensor h, Tensor targets, Tensor w, Tensor? b, float scale, float? cap,"
     " Tensor(a!) gradient, Tensor(b!) logits, Tensor(c!) block, Tensor(d!) slab) -> Tensor",
     _kernel,
-    lambda h, *args: h.new_empty(len(h), dtype=widened(h.dtype)),
+    lambda h, *args: h.new_empty(len(h), dtype=torch.promote_types(h.dtype, torch.float32)),
 )
 
 
@@ -235,7 +234,8 @@ class _LinearCrossEntropy(Exact):
     def forward(ctx: Any, h: Tensor, targets: Tensor, head: LinearHead) -> Tensor:
         gradient = h.new_empty(len(h) if ctx.needs_input_grad[0] else 0, h.shape[1])
         logits = h.new_empty(min(CHUNK, len(h)), len(head.w), dtype=arithmetic(h))
-        block = h.new_empty(min(BLOCK, len(h)), len(head.w), dtype=widened(h.dtype))
+        wide = torch.promote_types(h.dtype, torch.float32)  # of losses, and of their sums
+        block = h.new_empty(min(BLOCK, len(h)), len(head.w), dtype=wide)
         slab = head.new_slab(logits)
         ctx.save_for_backward(gradient)
         losses: Tensor = KERNEL(h, targets, *head, gradient, logits, block, slab)
@@ -245,26 +245,15 @@ class _LinearCrossEntropy(Exact):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return _scaled(gradient, g[:, None], gradient.dtype), None, None
+        return (gradient.to(g.dtype) * g[:, None]).to(gradient.dtype), None, None  # as `_scaled`
 
 
-def linear_cross_entropy(h: Tensor, targets: Tensor, head: LinearHead) -> Tensor:
-    """The cross-entropy of each position, (n,) in fp32 or wider. Differentiable once, in h.
-
-    Args:
-        h: the hidden states (n, d).
-        targets: the target tokens (n,).
-    """
-    losses: Tensor = _LinearCrossEntropy.apply(h, targets, head)
-    return losses
+# The cross-entropy of each position, (n,) in fp32 or wider, of hidden states (n, d) and targets
+# (n,). Differentiable once, in the first.
+linear_cross_entropy: Callable[[Tensor, Tensor, LinearHead], Tensor] = _LinearCrossEntropy.apply
 
 
 BLOCK = 32  # positions with probabilities in fp32 at a time: 32 x 49,152 of them stay in cache
-
-
-def widened(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that losses and their sums are computed in: fp32, or `dtype` if it is wider."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _losses(

@@ -74,7 +74,9 @@ def dropped(x: Tensor, p: float, site: DrawSite | None = None) -> tuple[Tensor, 
     key, names, number = (0, None, 0) if site is None else site
     if kind_of(x) == "cpu":
         where = PLACES(x, p, names, key, number)
-        return emptied(x, where), where
+        kept = x.clone(memory_format=torch.contiguous_format)
+        EMPTY(kept, where)
+        return kept, where
     found: tuple[Tensor, Tensor] = MASKED(x, p, names, key, number)
     return found
 
@@ -97,10 +99,10 @@ def source(x: Tensor, names: Tensor | None, key: int) -> tuple[Tensor, int]:
 def _mask(x: Tensor, p: float, names: Tensor | None, key: int, site: int) -> Tensor:
     names, key = source(x, names, key)
     calls = torch.arange(-(-x.shape[-1] // 8), device=x.device)
-    limit, words = threshold(p), halves(key)
+    limit = threshold(p)
     parts = []
     for some in names[:, None].split(max(1, AT_ONCE // len(calls))):
-        drawn = torch.stack(philox((calls, some & WORD, some >> 32 & WORD, site), words), -1)
+        drawn = torch.stack(philox((calls, some & WORD, some >> 32 & WORD, site), key), -1)
         found = torch.stack([(drawn & 0xFFFF) < limit, (drawn >> 16) < limit], -1)
         parts.append(found.flatten(1)[:, : x.shape[-1]])
     return torch.cat(parts).view(x.shape)
@@ -136,13 +138,9 @@ def emptied(x: Tensor, where: Tensor) -> Tensor:
     """A copy of x, of any shape, with zeros at the elements that `dropped` drew."""
     if where.dtype is torch.bool:
         return x.masked_fill(where, 0)
-    return empty_(x.clone(memory_format=torch.contiguous_format), where)
-
-
-def empty_(x: Tensor, where: Tensor) -> Tensor:
-    """`emptied` in place, for a contiguous x of any shape with the same number of elements."""
-    EMPTY(x, where)
-    return x
+    kept = x.clone(memory_format=torch.contiguous_format)
+    EMPTY(kept, where)
+    return kept
 
 
 def _empty(x: Tensor, where: Tensor) -> None:
@@ -153,6 +151,7 @@ def _empty(x: Tensor, where: Tensor) -> None:
         flat.index_fill_(0, where.long(), 0)
 
 
+# `emptied` in place, for a contiguous x of any shape with the same number of elements
 EMPTY = operator("empty_(Tensor(a!) x, Tensor where) -> ()", _empty, lambda x, where: None)
 
 
@@ -243,10 +242,10 @@ STEPS = 0x9E3779B9, 0xBB67AE85
 ROUNDS = 10
 
 
-def philox(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[Any, ...]:
-    """The four words for a counter under a key."""
+def philox(counter: tuple[Any, Any, Any, Any], key: int) -> tuple[Any, ...]:
+    """The four words for a counter under a key of 64 bits."""
     a, b, c, d = counter
-    k, m = key
+    k, m = key & WORD, key >> 32 & WORD
     for _ in range(ROUNDS):
         # products of int64 tensors wrap around, which leaves their 64 bits right; b and d have more
         # than 32 bits on the way
@@ -256,12 +255,7 @@ def philox(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[An
     return a, b & WORD, c, d & WORD
 
 
-def halves(number: int) -> tuple[int, int]:
-    """The low and the high word of a number of 64 bits."""
-    return number & WORD, number >> 32 & WORD
-
-
 def key_of(seed: int, step: int) -> int:
     """The key of a step of a run: 63 bits that look like any other's."""
-    low, high, *_ = philox((*halves(step), 0, 0), halves(seed))
+    low, high, *_ = philox((step & WORD, step >> 32 & WORD, 0, 0), seed)
     return (high << 32 | low) >> 1

@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 
 from lorafold.ops.arithmetic import arithmetic, narrowed, product, transposed_product
 from lorafold.ops.autocast import Exact
-from lorafold.ops.dropout import Dropped, empty_
+from lorafold.ops.dropout import EMPTY, Dropped
 
 Read = Callable[[torch.dtype], Tensor]  # dtype -> W (out, in)
 
@@ -73,8 +73,9 @@ class _LowRankLinear(Exact):
         ctx: Any, x: Tensor, read: Read, down: Tensor, up: Tensor, drop: Dropped | None, k: float
     ) -> Tensor:
         dtype = arithmetic(x)
-        xd, where, scale = branched(x, drop)
-        scale = scale * k
+        xd, where, scale = x, None, k
+        if drop is not None:
+            xd, where, scale = drop.x.reshape(x.shape), drop.where, drop.scale * k
         a, b = narrowed(down, 1.0, dtype), narrowed(up, scale, dtype)
         wide = x.to(dtype)
         u = (wide if where is None else xd.to(dtype)) @ a.t()
@@ -92,26 +93,14 @@ class _LowRankLinear(Exact):
         gx = gdown = gup = None
         if need_x:
             gx = v @ a
-            gx = (
-                (gx if where is None else empty_(gx, where))
-                .addmm_(wide, ctx.read(wide.dtype))
-                .to(g.dtype)
-            )
+            if where is not None:
+                EMPTY(gx, where)
+            gx = gx.addmm_(wide, ctx.read(wide.dtype)).to(g.dtype)
         if need_down:
             gdown = product(v.t(), xd.to(v.dtype), ctx.down)
         if need_up:
             gup = transposed_product(u.t(), wide, ctx.up, ctx.scale)
         return gx, None, gdown, gup, None, None
-
-
-def branched(x: Tensor, drop: Dropped | None) -> tuple[Tensor, Tensor | None, float]:
-    """The input of the branch (T, in), which elements of it are dropped, and the factor k.
-
-    Args:
-        x: the input (T, in).
-        drop: the same with dropped elements, or None.
-    """
-    return (x, None, 1.0) if drop is None else (drop.x.reshape(x.shape), drop.where, drop.scale)
 
 
 def low_rank_linear(

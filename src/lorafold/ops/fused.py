@@ -139,14 +139,8 @@ class _Gated(Exact):
         return *GATED_BACKWARD(gy, *ctx.saved_tensors, ctx.act), None
 
 
-def gated(gate: Tensor, up: Tensor, act: str) -> Tensor:
-    """act(gate) * up (..., k). Differentiable once.
-
-    Args:
-        gate, up: the inputs (..., k), of one dtype.
-        act: the name of one of ACTIVATIONS.
-    """
-    return _Gated.apply(gate, up, act)
+# act(gate) * up (..., k), of one dtype, and the name of one of ACTIVATIONS. Differentiable once.
+gated: Callable[[Tensor, Tensor, str], Tensor] = _Gated.apply
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
@@ -179,11 +173,6 @@ class _Rotary(Exact):
         return ROTARY(gy, *ctx.saved_tensors, True), None, None
 
 
-def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x cos + rotate(x) sin, in x's shape, dtype and layout. Differentiable once, in x.
-
-    Args:
-        x: the input (..., T, D), with D even.
-        cos, sin: constants that broadcast to x.
-    """
-    return _Rotary.apply(x, cos, sin)
+# x cos + rotate(x) sin, in the shape, dtype and layout of x (..., T, D), with D even; cos and sin
+# broadcast to x. Differentiable once, in x.
+rotary: Callable[[Tensor, Tensor, Tensor], Tensor] = _Rotary.apply

@@ -29,8 +29,7 @@ from lorafold.core.modes import is_fake
 from lorafold.ops.arithmetic import HALF, arithmetic, narrowed
 from lorafold.ops.autocast import Exact
 from lorafold.ops.demands import GROUPED_UNIT
-from lorafold.ops.dropout import Dropped, empty_
-from lorafold.ops.frozen import branched
+from lorafold.ops.dropout import EMPTY, Dropped
 from lorafold.ops.groups import Groups
 from lorafold.ops.scale import SCALE
 
@@ -188,8 +187,9 @@ class _LowRank(Exact):
         k: float,
     ) -> Tensor:  # fmt: skip
         dtype = arithmetic(x)
-        xd, where, scale = branched(x, drop)
-        scale = scale * k
+        xd, where, scale = x, None, k
+        if drop is not None:
+            xd, where, scale = drop.x.reshape(x.shape), drop.where, drop.scale * k
         a, b = narrowed(down, 1.0, dtype), narrowed(up, scale, dtype)
         wide = x.to(dtype)
         branch = wide if where is None else xd.to(dtype)
@@ -212,7 +212,7 @@ class _LowRank(Exact):
         if need_x:
             gx = torch.bmm(v, a[tiles]).view(xd.shape)
             if where is not None:
-                empty_(gx, where)
+                EMPTY(gx, where)
             gx = _added(ctx.w, wide, gx, back=True).to(g.dtype)
         if need_down:
             gdown = _summed(v.mT, xt, tiles, a.shape, ctx.dtype)

@@ -10,7 +10,7 @@ host before they are sent, so nothing that follows from them alone has to ask.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,11 +28,6 @@ def sent(x: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return _known(x.to(device), x)
     return _known(x.pin_memory().to(device, non_blocking=True), x)
-
-
-def all_sent(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Tensors of any shapes by name, each `sent`."""
-    return {name: sent(x, device) for name, x in tensors.items()}
 
 
 def on_host(x: Tensor) -> Tensor:
@@ -86,10 +81,5 @@ class _Rows(Exact):
         return g.new_zeros(ctx.shape).index_copy_(0, at, g), None
 
 
-def rows_at(x: Tensor, at: Tensor) -> Tensor:
-    """The rows of x (n, ...) at places (m,), of which none comes twice: (m, ...).
-
-    Args:
-        at: on the host.
-    """
-    return _Rows.apply(x, sent(at, x.device))
+# the rows (m, ...) of x (n, ...) at places (m,), of which none comes twice
+rows_at: Callable[[Tensor, Tensor], Tensor] = _Rows.apply

@@ -49,7 +49,7 @@ class Operation:
     def __call__(self, *inputs: Any) -> Any:
         if self._dispatched is not None:
             return self._dispatched(*inputs)
-        return self.on(inputs[0].device.type)(*inputs)
+        return self._forms.get(inputs[0].device.type, self.plain)(*inputs)
 
     def on(self, device: str) -> Callable[..., Any]:
         """What computes it on a kind of device, without torch's dispatcher."""

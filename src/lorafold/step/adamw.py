@@ -99,19 +99,15 @@ def pick(
         choice = Choice(asked, "")
     elif before:
         choice = Choice(before, "as before the stop")
-    elif any(map(narrow, parameters(groups))):
+    elif any(p.itemsize == 2 for p in parameters(groups)):
         choice = Choice("adamw", "16-bit weights are trained")
     else:
         count = sum(p.numel() for p in parameters(groups)) // parts
-        choice = choose(count, device, free_everywhere(where, processes))
+        # all choose by the one that has the fewest bytes
+        choice = choose(count, device, min(processes.gather(free_bytes(where))))
     if choice.name == PAGED and device != "cuda":
         return Choice(PAGED, f"not paged: {DEVICES.get(device, device)} has no paging")
     return choice
-
-
-def free_everywhere(where: torch.device, processes: Processes) -> int:
-    """Return the free bytes of the process that has the fewest, so that all choose the same."""
-    return min(processes.gather(free_bytes(where)))
 
 
 class Constants(Protocol):
@@ -153,19 +149,13 @@ def make_optimizer(name: str, groups: list[dict], constants: Constants) -> Optim
     }
     if name == "adamw":
         options["fused"] = all(p.device.type in ("cpu", "cuda") for p in parameters(groups))
-        if any(map(narrow, parameters(groups))):
+        if any(p.itemsize == 2 for p in parameters(groups)):
             return RoundedAdamW(groups, seed=constants.seed, **options)
         return AdamW(groups, **options)
     optim = bitsandbytes_optimizers(name)
     # on other devices bitsandbytes would warn, and not page either
     paged = name == PAGED and all(p.is_cuda for p in parameters(groups))
     return (optim.PagedAdamW8bit if paged else optim.AdamW8bit)(groups, **options)
-
-
-def check_available(asked: str) -> None:
-    """Raise LorafoldError if the optimizer needs bitsandbytes and that is not installed."""
-    if asked not in ("auto", "adamw"):
-        bitsandbytes_optimizers(asked)
 
 
 def check_rounding(asked: str, dtypes: Iterable[torch.dtype]) -> None:
@@ -202,7 +192,8 @@ def described(choice: Choice, groups: list[dict], seed: int, parts: int = 1) -> 
     trained = parameters(groups)
     eight, small = choice.name != "adamw", all(p.numel() < SMALL for p in trained)
     kind = "8-bit" if eight and not small else "fp32"
-    rounds = f"; updates rounded stochastically, seed {seed}" * any(map(narrow, trained))
+    narrow = any(p.itemsize == 2 for p in trained)
+    rounds = f"; updates rounded stochastically, seed {seed}" * narrow
     why = [choice.why] * bool(choice.why) + [f"no tensor has {SMALL:,} elements"] * (
         eight and small
     )
@@ -269,15 +260,15 @@ class RoundedAdamW(Optimizer):
         numbers = {p: i for i, p in enumerate(parameters(self.param_groups))}
         for group in self.param_groups:
             found = [p for p in group["params"] if p.grad is not None]
-            _adamw(group, [(p, p.grad, *self._state(p, group)) for p in found if not narrow(p)])
-            for p in filter(narrow, found):
+            _adamw(group, [(p, p.grad, *self._state(p, group)) for p in found if p.itemsize != 2])
+            for p in (p for p in found if p.itemsize == 2):
                 _update(group, numbers[p], (p, p.grad, *self._state(p, group)))
         return loss
 
     def _state(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Return the parameter's two moments and the number of its steps, made anew if needed."""
         state = self.state[p]
-        if not state and narrow(p):
+        if not state and p.itemsize == 2:
             # contiguous, as the chunks are; the number of steps on the CPU, where it is read
             state["step"] = torch.zeros(())
             for name in MOMENTS:
@@ -296,11 +287,6 @@ class RoundedAdamW(Optimizer):
         for p, key in zip(parameters(self.param_groups), keys, strict=True):
             for name, value in state_dict["state"].get(key, {}).items():
                 self.state[p][name] = value.to(self.state[p][name].device, copy=True)
-
-
-def narrow(p: Tensor) -> bool:
-    """Tell whether a tensor of any shape has 16-bit elements."""
-    return p.element_size() == 2
 
 
 def _adamw(group: dict[str, Any], parts: Sequence[tuple[Tensor, ...]]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from math import inf
 
 import numpy as np
 import torch
@@ -92,7 +93,8 @@ class BranchedLoss(Loss):
     def shared_in(self, examples: Sequence[Branched]) -> bool:
         """Whether the prompts of a batch of these examples are computed once."""
         longest = max(len(e.shared) + len(b.ids) for e in examples for b in e.branches)
-        return self.how is not None and self.how.shares_up_to(longest)
+        how = self.how
+        return how is not None and how.shares and longest <= (how.longest or inf)
 
     def computed(self, examples: Sequence[Branched]) -> int:
         if self.shared_in(examples):

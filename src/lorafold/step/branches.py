@@ -62,10 +62,6 @@ class Branching:
     _docs: Documents | None = None
     _used: bool = False
 
-    def shares_up_to(self, longest: int) -> bool:
-        """Whether documents share tokens in a batch whose longest has so many."""
-        return self.shares and (self.longest is None or longest <= self.longest)
-
     @contextmanager
     def over(self, docs: Documents) -> Iterator[None]:
         """Let every forward of the model inside the `with` block be over these documents.
@@ -168,22 +164,17 @@ def shares(model: PreTrainedModel) -> bool:
     docs = Documents.forest(lens, starts, ids.device)
     assert docs.keys is not None
 
-    def together(ids: Tensor) -> Tensor:
-        with branches.over(docs):
-            return packed_logits(model, ids, docs)
-
-    def alone(row: Tensor) -> Tensor:
-        return packed_logits(model, row, Documents((len(row),)))
-
     try:
         with evaluating(model):
-            rows = zip(ids[docs.keys].split(lens), starts, strict=True)
-            expected = torch.cat([alone(row)[start:] for row, start in rows])
-            with attending(model, branches.mask):
-                found = together(ids)
-                changed = together(torch.cat([ids[: own.start], others, ids[own.stop :]]))
+            rows = ids[docs.keys].split(lens)
+            alone = [packed_logits(model, row, Documents((len(row),))) for row in rows]
+            with attending(model, branches.mask), branches.over(docs):
+                found = packed_logits(model, ids, docs)
+                changed = torch.cat([ids[: own.start], others, ids[own.stop :]])
+                changed = packed_logits(model, changed, docs)
     except (AttributeError, TypeError, LorafoldError):
         return False  # the decoder computes with its masks, or has others than the documents'
+    expected = torch.cat([y[start:] for y, start in zip(alone, starts, strict=True)])
     rest = slice(own.stop, None)
     return near(model, changed[rest], found[rest], units=1) and near(
         model, found, expected, units=8

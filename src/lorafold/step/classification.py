@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lorafold.data.batches import forest
 from lorafold.data.labelled import LabelledExample
-from lorafold.ops.host import all_sent
+from lorafold.ops.host import sent
 from lorafold.step.branches import Branching, over
 from lorafold.step.head_scores import at_head
 from lorafold.step.losses import RowsAlike
@@ -41,7 +41,7 @@ class Classification(RowsAlike):
         shared = self.shared_in(examples)
         found = self._once(examples) if shared else self._padded(examples)
         found["labels"] = torch.tensor([e.label for e in examples])
-        return all_sent(found, device)
+        return {name: sent(x, device) for name, x in found.items()}
 
     def _once(self, examples: Sequence[LabelledExample]) -> dict[str, Tensor]:
         found = forest(examples)

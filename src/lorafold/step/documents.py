@@ -51,6 +51,7 @@ from lorafold.step.head_scores import at_head
 
 log = logging.getLogger(__name__)
 NAME = "lorafold_documents"
+HOST = torch.device("cpu")
 NO_LOSS = -100  # torch's ignore_index
 
 
@@ -72,30 +73,21 @@ def isolates(model: PreTrainedModel) -> bool:
     """
     n, m = 11, 13
     first, other, second = random_ids(model, 2 * n + m).split([n, n, m])
-
-    def logits(*documents: Tensor) -> Tensor:
-        return packed_logits(model, torch.cat(documents), Documents(tuple(map(len, documents))))
-
+    both = Documents((n, m))
     try:
         with evaluating(model):
-            alone = torch.cat([logits(first), logits(second)])
+            rows = [packed_logits(model, row, Documents((len(row),))) for row in (first, second)]
             with attending(model, document_mask):
-                together, changed = logits(first, second), logits(other, second)
+                together = packed_logits(model, torch.cat([first, second]), both)
+                changed = packed_logits(model, torch.cat([other, second]), both)
     except (AttributeError, TypeError, LorafoldError) as error:
         # the decoder computes with its masks, or no head is over its positions
         why = f"{type(error).__name__}: {cut(str(error), 200)}"
         log.warning("packed rows fail in this model (%s)", why)
         return False
     return near(model, changed[-m:], together[-m:], units=1) and near(
-        model, together, alone, units=8
+        model, together, torch.cat(rows), units=8
     )
-
-
-def has_sinks(model: nn.Module) -> bool:
-    """Whether a softmax of the model's attention has a logit that is of no key, as that of gpt-oss
-    has, which attention inside documents does not compute. So its rows are never packed.
-    """
-    return any("sinks" in module._parameters for module in model.modules())
 
 
 def random_ids(model: PreTrainedModel, n: int) -> Tensor:
@@ -153,10 +145,11 @@ def attending(
     AttentionMaskInterface.register(name, mask)
     before = _implementations(model.config)
     model.set_attn_implementation(_implementations(model.config, name))
+    _on_host.use(1)
     try:
-        with masks_by_host():
-            yield
+        yield
     finally:
+        _on_host.use(-1)
         model.set_attn_implementation(before)
 
 
@@ -202,9 +195,18 @@ def document_mask(
     offsets = protocol.get("q_offset", 0), protocol.get("kv_offset", 0)
     whole = q_length == kv_length and all(isinstance(n, int) and n == 0 for n in offsets)
     if attention_mask is None and not protocol.get("use_vmap") and whole:
-        b, earlier, later = indices(mask_function, batch_size, q_length, protocol.get("device"))
-        head = torch.zeros_like(b)
-        if not mask_function(b, head, earlier, later).any():
+        places = HOST, torch.device(protocol.get("device") or HOST)
+        for where in dict.fromkeys(places):
+            b = torch.arange(batch_size, device=where)[:, None]
+            earlier, head = torch.arange(q_length - 1, device=where)[None], torch.zeros_like(b)
+            later = earlier + 1
+            try:
+                ahead = mask_function(b, head, earlier, later)
+                break
+            except RuntimeError:  # it reads tensors of the device, as that of chunks does
+                if where == places[-1]:
+                    raise
+        if not ahead.any():
             same = mask_function(b, head, later, earlier).expand(batch_size, q_length - 1)
             first = torch.cat([same.new_ones(batch_size, 1), ~same], 1).flatten()
             begins = [*first.nonzero()[:, 0].tolist(), batch_size * q_length]
@@ -282,9 +284,6 @@ def attend(
     return (torch.dropout(p, dropout, module.training) @ value).transpose(1, 2).contiguous(), None
 
 
-HOST = torch.device("cpu")
-
-
 @dataclass
 class _Both:
     """Values (B, T) that are known on the host, for indices there and on a device."""
@@ -328,30 +327,3 @@ class _OnHost:
 
 
 _on_host = _OnHost()
-
-
-@contextmanager
-def masks_by_host() -> Iterator[None]:
-    """Have transformers find documents on the host until the `with` block ends."""
-    _on_host.use(1)
-    try:
-        yield
-    finally:
-        _on_host.use(-1)
-
-
-def indices(
-    mask: Callable[..., Any], rows: int, tokens: int, device: torch.device | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows (B, 1), and each token (1, T - 1) and the next (1, T - 1), that a mask is asked for:
-    on the host where it can say, else on the device.
-    """
-    for where in dict.fromkeys((HOST, torch.device(device or HOST))):
-        row = torch.arange(rows, device=where)[:, None]
-        earlier = torch.arange(tokens - 1, device=where)[None]
-        try:
-            mask(row, torch.zeros_like(row), earlier, earlier + 1)
-        except RuntimeError:  # it reads tensors of the device, as that of chunks does
-            continue
-        break
-    return row, earlier, earlier + 1

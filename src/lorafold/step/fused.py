@@ -98,12 +98,15 @@ def fused(
                 if any([_put(stack, m, "_apply_gate", _fused_gate(gate, m)) for m in block]):
                     parts.add("MLP")
             if linears:
-                for module in (module for block in inside for module in block if _free(module)):
-                    _put(stack, module, "forward", _linear(module))
+                plain = [module for block in inside for module in block if _free(module)]
                 head: Any = getattr(model, "get_output_embeddings", lambda: None)()
                 adapted = head is None or isinstance(head, Adapted)
                 if not adapted and "forward" not in vars(head):  # trained or not
-                    _put(stack, head, "forward", _linear(head))
+                    plain.append(head)
+                for module in filter(is_linear, plain):
+                    # multiplies in the dtype that is fastest on this processor, from any storage
+                    layer = layer_of(module)
+                    _put(stack, module, "forward", partial(layer.called, layer))
             # the fused function for each of transformers'
             rotation = cache(partial(_fused_rotary, rotate))
             for parts, block in zip(found, inside, strict=True):
@@ -152,18 +155,6 @@ def _agree(forward: Forward, plain: Forward, *inputs: Tensor) -> bool:
     return bool(close)
 
 
-def _random(*shape: int, like: Tensor) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like)
-
-
-def _linear(module: nn.Module) -> Forward | None:
-    """Return the forward of a linear without a delta: that of its `Layer`, which multiplies in the
-    dtype that is fastest on this processor, from any storage.
-    """
-    layer = layer_of(module)
-    return partial(layer.called, layer) if is_linear(module) else None
-
-
 def _fused_norm(norm: Forward, module: nn.Module) -> Forward | None:
     """Return the fused forward of a root mean square norm whose gain is its weight, or 1 + its
     weight; None if the module is no such norm.
@@ -173,8 +164,9 @@ def _fused_norm(norm: Forward, module: nn.Module) -> Forward | None:
     alone = len(module._parameters) == 1 and weight is not None and weight.dim() == 1
     if weight is None or not alone or not isinstance(eps, float):
         return None
+    inputs = torch.randn(2, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
     # the second input is so small that eps matters
-    inputs = _random(2, len(weight), like=weight) * torch.tensor([[1.0], [eps**0.5]]).to(weight)
+    inputs *= torch.tensor([[1.0], [eps**0.5]]).to(weight)
     for offset in (False, True):
 
         def forward(x: Tensor, offset: bool = offset) -> Any:
@@ -204,9 +196,8 @@ def _fused_mlp(gating: Forward, module: nn.Module) -> Forward | None:
 
     # a quantized MLP may have no floating-point parameter: its activations have 16 bits
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.bfloat16)
-    x = _random(
-        1, 2, width, like=torch.empty(0, dtype=dtype, device=next(module.parameters()).device)
-    )
+    x = torch.randn(1, 2, width, generator=torch.Generator().manual_seed(0))
+    x = x.to(next(module.parameters()).device, dtype)
     return forward if _agree(forward, module, x) else None
 
 
@@ -263,9 +254,9 @@ def _fused_rotary(rotate: Forward, plain: Forward) -> Forward | None:
         cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
         return rotate(q, cos, sin), rotate(k, cos, sin)
 
-    q, cos, sin = (_random(1, 3, 8, like=torch.empty(0)) + i for i in range(3))
+    q = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(0))
     try:
-        agree = _agree(forward, plain, q[None], q[None], cos, sin)
+        agree = _agree(forward, plain, q[None], q[None], q + 1, q + 2)
     except RuntimeError:  # its cos and sin have another size
         agree = False
     return forward if agree else None

@@ -46,7 +46,6 @@ from lorafold.ops.cross_entropy import (
     head_cross_entropy,
     head_losses,
     linear_cross_entropy,
-    widened,
 )
 from lorafold.ops.host import on_host, rows_at, sent
 
@@ -82,18 +81,15 @@ def linear_form(model: Any, logits: Tensor, h: Tensor) -> LinearHead | None:
         key, known = (w._version, linear.scale, linear.cap), _agreed.get(layer)
         same = known is not None and known.model() is model and known.weight() is w
         if known is None or not same or known.key != key:
-            agree = _agree(logits, linear.logits(h))
+            found = linear.logits(h)
+            agree = found.shape == logits.shape
+            if agree:  # but for rounding
+                wide = torch.promote_types(found.dtype, torch.float32)
+                off = (found.to(wide) - logits.to(wide)).norm()
+                allowed = 4 * torch.finfo(found.dtype).eps * logits.to(wide).norm()
+                agree = bool(off <= allowed)
             _agreed[layer] = known = _Known(ref(model), ref(w), key, agree)
     return linear if known.agree else None
-
-
-def _agree(expected: Tensor, found: Tensor) -> bool:
-    """Whether logits (1, V) are the same but for rounding."""
-    if expected.shape != found.shape:
-        return False
-    off, wide = 4 * torch.finfo(found.dtype).eps, widened(found.dtype)
-    expected, found = expected.to(wide), found.to(wide)
-    return bool((found - expected).norm() <= off * expected.norm())
 
 
 def labelled_loss(
@@ -117,17 +113,19 @@ def labelled_loss(
         rows: (B, T), how many rows have each position, for the load-balancing loss; None: one.
     """
     h, targets, linear, output = until_head(model, labels, inputs)
-    if counts is not None:
-        losses, each = losses_of(model, h, targets, linear), at_labels(counts, labels)
-        n = int(each.sum())
-        each = sent(each, h.device)
-        return losses @ each.to(losses.dtype) + n * balancing_loss(model, output, rows), n
     if linear is not None:
-        loss = linear_cross_entropy(h, targets, linear).sum()
+        losses = linear_cross_entropy(h, targets, linear)
+    elif counts is not None:
+        losses = head_losses(h, targets, partial(head_of, model))
     else:
         with _short_circuit(model) as head:
-            loss = head_cross_entropy(h, targets, head, _leaves(output.logits), _runs(h))
-    return loss + len(targets) * balancing_loss(model, output), len(targets)
+            losses = head_cross_entropy(h, targets, head, _leaves(output.logits), _runs(h))
+    if counts is None:
+        loss, n = losses.sum(), len(targets)
+    else:
+        each = on_host(counts)[on_host(labels) != NO_LOSS]
+        loss, n = losses @ sent(each, h.device).to(losses.dtype), int(each.sum())
+    return loss + n * balancing_loss(model, output, rows), n
 
 
 def token_losses(
@@ -147,18 +145,9 @@ def token_losses(
             the order of many.
     """
     h, targets, linear, _ = until_head(model, labels, inputs)
-    return losses_of(model, h, targets, None if own else linear, FEW if own else 0)
-
-
-def losses_of(
-    model: Any, h: Tensor, targets: Tensor, linear: LinearHead | None, least: int = 0
-) -> Tensor:
-    """The loss in nats (n,) of each hidden state (n, d), by the head's linear form, or by the model
-    as it computes `least` or more.
-    """
-    if linear is not None:
+    if linear is not None and not own:
         return linear_cross_entropy(h, targets, linear)
-    return head_losses(h, targets, partial(head_of, model, least=least))
+    return head_losses(h, targets, partial(head_of, model, least=FEW if own else 0))
 
 
 def document_losses(
@@ -207,15 +196,29 @@ def until_head(
     Args:
         model, labels, inputs: As `labelled_loss` takes them.
     """
-    with _caught(_decoder(model)) as caught:
+    caught: list[Tensor] = []
+
+    def catch(module: nn.Module, args: Any, output: Any) -> Any:
+        h = output.last_hidden_state
+        # with the strides of h, torch would copy the whole head
+        output.last_hidden_state = last = h.detach()[0, -1].view(1, 1, -1)
+        caught.extend((h, last))
+        return output
+
+    handle = _decoder(model).register_forward_hook(catch)
+    try:
         output = model(**inputs, use_cache=False)
-    h = caught[0][:, -labels.shape[1] :].flatten(0, 1)
+    finally:
+        handle.remove()
+    h, last, *_ = caught
+    h = h[:, -labels.shape[1] :].flatten(0, 1)
     if is_fake(labels):  # they have no values: all positions count as labelled
         targets = labels.flatten()
     else:
-        places = (on_host(labels).flatten() != NO_LOSS).nonzero()[:, 0]
-        h, targets = rows_at(h, places), sent(at_labels(labels, labels), h.device)
-    return h, targets, linear_form(model, output.logits[0], _last(caught[0])[0]), output
+        own = on_host(labels).flatten()
+        places = (own != NO_LOSS).nonzero()[:, 0]
+        h, targets = rows_at(h, sent(places, h.device)), sent(own[places], h.device)
+    return h, targets, linear_form(model, output.logits[0], last[0]), output
 
 
 def at_labels(x: Tensor, labels: Tensor) -> Tensor:
@@ -245,32 +248,6 @@ def _decoder(model: Any) -> Any:
             " language model"
         )
     return model.get_submodule(anatomy.decoder)
-
-
-@contextmanager
-def _caught(decoder: Any) -> Iterator[list[Tensor]]:
-    """Yield a list that receives the decoder's hidden states (B, T, d), while the model continues
-    with the last position only.
-    """
-    caught: list[Tensor] = []
-
-    def catch(module: nn.Module, args: Any, output: Any) -> Any:
-        caught.append(output.last_hidden_state)
-        output.last_hidden_state = _last(output.last_hidden_state)
-        return output
-
-    handle = decoder.register_forward_hook(catch)
-    try:
-        yield caught
-    finally:
-        handle.remove()
-
-
-def _last(h: Tensor) -> Tensor:
-    """Return one position of h (B, T, d), (1, 1, d), with the strides of a tensor of its own: with
-    the strides of h, torch would copy the whole head.
-    """
-    return h.detach()[0, -1].view(1, 1, -1)
 
 
 class _Given:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from math import ceil
+from math import ceil, inf
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,9 @@ from lorafold.core.selection import named
 from lorafold.data.arrow import Array
 from lorafold.data.batches import PAYS, alike, collate, forest, labelled, leaders, micro_batches
 from lorafold.data.examples import NO_LOSS, Example
-from lorafold.machine.processes import ALONE, Processes
+from lorafold.machine.processes import Processes
 from lorafold.models.positions import sequence_of
-from lorafold.ops.host import all_sent, on_host, sent
+from lorafold.ops.host import on_host, sent
 from lorafold.step.branches import Branching, over
 from lorafold.step.head import balances, labelled_loss, row_losses, token_losses, weighs
 
@@ -34,6 +34,17 @@ class Loss(nn.Module, ABC):
 
     pace = 1.0
     pace_up: float | None = None  # pace
+    # whether the loss of an example has a gradient; one without only counts in the mean. None: each
+    learns: Callable[[Any], bool] | None = None
+    # what the step that was just computed has to show besides its loss, by name, over all
+    # processes, asked for once a step
+    figures: Callable[[Processes], Mapping[str, float]] | None = None
+    # (examples, idle, passes) -> the arguments of `forward` that all micro-batches of an optimizer
+    # step share: sums over its examples, (k,), without gradients, which add up over processes. None
+    # unless the loss of an example depends on the others. `examples` are those of this process,
+    # which may have none; `idle` is one that passes through the model, and counts nothing, where
+    # others pass more; `passes` makes of the number of passes here the one of all processes.
+    of_step: Callable[..., dict[str, Tensor]] | None = None
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -48,10 +59,6 @@ class Loss(nn.Module, ABC):
     @abstractmethod
     def count(self, example: Any) -> int:
         """Return the weight of the example in the mean loss: its tokens, or 1 for a text."""
-
-    def learns(self, example: Any) -> bool:
-        """Whether the loss of the example has a gradient; one without only counts in the mean."""
-        return True
 
     def micro_batches(self, examples: Sequence[Any], n: int, tokens: int) -> list[Sequence[int]]:
         """Divide the examples of an optimizer step into micro-batches. Returns the indices of the
@@ -72,26 +79,6 @@ class Loss(nn.Module, ABC):
         """Return the arguments of `forward` for these examples, on the device: labels and inputs,
         each (B, T), or labels (B,) for a classifier.
         """
-
-    def of_step(
-        self, examples: Sequence[Any], idle: Sequence[Any] = (), passes: Callable[[int], int] = int
-    ) -> dict[str, Tensor]:
-        """Return the arguments of `forward` that all micro-batches of an optimizer step share: sums
-        over its examples, (k,), without gradients, which add up over processes. There are none
-        unless the loss of an example depends on the others.
-
-        Args:
-            examples: Those of this process, which may have none.
-            idle: One that passes through the model, and counts nothing, where others pass more.
-            passes: Makes of the number of passes here the one that all processes make.
-        """
-        return {}
-
-    def figures(self, processes: Processes = ALONE) -> Mapping[str, float]:
-        """Return what the step that was just computed has to show besides its loss, by name, over
-        all processes. It is asked once a step.
-        """
-        return {}
 
     def rows_of(self, examples: Sequence[Any]) -> list[Array]:
         """Return for each example of a step the row that each of its tokens is named by, (t,): its
@@ -155,8 +142,8 @@ class RowsAlike(Loss):
 
     def shared_in(self, examples: Sequence[Any]) -> bool:
         """Whether rows that begin alike are computed once there."""
-        lengths = [len(e.ids) for e in examples]
-        if self.how is None or not self.how.shares_up_to(max(lengths)):
+        lengths, how = [len(e.ids) for e in examples], self.how
+        if how is None or not how.shares or max(lengths) > (how.longest or inf):
             return False
         return len(forest(examples).ids) <= PAYS * sum(lengths)
 
@@ -189,7 +176,7 @@ class Completions(RowsAlike):
             found = made.tensors() | ({"rows": made.rows()} if self.balanced else {})
         else:
             found = collate(examples, self.packed, self.pad_id)
-        return all_sent(found, device)
+        return {name: sent(x, device) for name, x in found.items()}
 
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
         inputs.pop("document", None)
@@ -203,7 +190,8 @@ class Completions(RowsAlike):
         inputs = self.collate(examples, self.device)
         labels, lens = inputs.pop("labels"), inputs.pop("lens", None)
         if lens is None:
-            padded = all_sent(collate(examples, False, self.pad_id), self.device)
+            padded = collate(examples, False, self.pad_id)
+            padded = {name: sent(x, self.device) for name, x in padded.items()}
             return row_losses(self.model, padded.pop("labels"), padded)
         for name in ("document", "counts", "rows"):
             inputs.pop(name, None)

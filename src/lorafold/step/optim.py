@@ -108,17 +108,12 @@ def rates(groups: list[dict], lr: float) -> str:
         groups: The groups of `param_groups`.
         lr: The peak learning rate of all parameters but those that are named.
     """
-    told = [
-        (f"{group['of']} " if group["peak"] != lr else "") + in_short(group["peak"])
-        for group in groups
-    ]
-    return f"learning rate: {'; '.join(dict.fromkeys(told))}"
-
-
-def in_short(rate: float) -> str:
-    """Return a learning rate as people write it, such as 2e-4."""
-    digits, _, power = f"{rate:e}".partition("e")
-    return f"{float(digits):g}e{int(power)}"
+    told = dict[str, None]()
+    for group in groups:
+        digits, _, power = f"{group['peak']:e}".partition("e")
+        of = f"{group['of']} " if group["peak"] != lr else ""
+        told[f"{of}{float(digits):g}e{int(power)}"] = None
+    return f"learning rate: {'; '.join(told)}"
 
 
 def warm_steps(schedule: Schedule, steps: int) -> int:

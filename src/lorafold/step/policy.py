@@ -24,7 +24,7 @@ from lorafold.data.branches import Branched
 from lorafold.data.examples import NO_LOSS, Example
 from lorafold.errors import LorafoldError
 from lorafold.machine.processes import ALONE, Processes
-from lorafold.ops.host import all_sent, sent
+from lorafold.ops.host import sent
 from lorafold.step.branched import BranchedLoss
 from lorafold.step.branches import Branching
 from lorafold.step.head import at_labels, token_losses
@@ -175,7 +175,7 @@ class Policy(BranchedLoss):
         over = {"per-sequence": lengths, "longest": torch.full_like(lengths, self.longest)}
         counted = torch.tensor([counts for e in examples for counts in e.counted])
         found["weights"] = counted / over.get(self.law.average, torch.ones_like(lengths))
-        return all_sent(found, device)
+        return {name: sent(x, device) for name, x in found.items()}
 
     def begin(self, update: int) -> None:
         """Be told that the examples of a step come, for the first time (0) or again: then ratios

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from lorafold.core.modes import evaluating
 from lorafold.data.branches import Branched
-from lorafold.ops.cross_entropy import chunks, widened
-from lorafold.ops.host import all_sent, on_host, sent
+from lorafold.ops.cross_entropy import chunks
+from lorafold.ops.host import on_host, sent
 from lorafold.step.branched import BranchedLoss
 from lorafold.step.branches import Branching
 from lorafold.step.head import at_labels, document_losses, head_of, until_head
@@ -58,7 +58,8 @@ def beside(
     h, targets, *_ = until_head(model, labels, inputs)
     with other():
         h_other, *_ = until_head(model, labels, inputs)
-    losses, others = (h.new_empty(len(h), dtype=widened(h.dtype)) for _ in range(2))
+    wide = torch.promote_types(h.dtype, torch.float32)
+    losses, others = (h.new_empty(len(h), dtype=wide) for _ in range(2))
     kl = losses.new_zeros(())
     for run in chunks(len(h)):
         log_p = torch.log_softmax(head_of(model, h[run]).to(kl.dtype), -1)
@@ -96,7 +97,7 @@ class Preferences(BranchedLoss):
         found["desirable"] = torch.tensor([e.desirable for e in examples])
         if self.law.has_reference and all(e.reference for e in examples):
             found["reference"] = torch.tensor([e.reference for e in examples])
-        return all_sent(found, device)
+        return {name: sent(x, device) for name, x in found.items()}
 
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
         """Return the loss in nats, (), summed over the rows; arguments as `collate` gives them.

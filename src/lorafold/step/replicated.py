@@ -9,9 +9,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,14 @@ class Replicated:
     """
 
     divides = False  # whether all have to pass through the model together
+    # What a `with` block is for: an optimizer updates the parameters, which all have then;
+    updating: Callable[[], AbstractContextManager[Any]] = nullcontext
+    # of a model that is loaded for a device, this process keeps its share;
+    loading: Callable[[torch.device], AbstractContextManager[Any]] = nullcontext
+    # operations find tensors whole, in all processes at once;
+    reading: Callable[[], AbstractContextManager[Any]] = nullcontext
+    # each process does with what it owns what the others do not do.
+    apart: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def __init__(self, processes: Processes) -> None:
         self.processes = processes
@@ -38,14 +47,6 @@ class Replicated:
     def updates(self, p: nn.Parameter) -> bool:
         """Whether this process updates a parameter of any shape, and has its optimizer's state."""
         return True
-
-    def share_out(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Say who updates which of the parameters, of any shapes, that are whole in all."""
-
-    @contextmanager
-    def updating(self) -> Iterator[None]:
-        """Let an optimizer update the parameters in the `with` block; then all have them."""
-        yield
 
     def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Sum the gradients of all processes; afterwards only who owns a parameter has its one. A
@@ -80,25 +81,6 @@ class Replicated:
             name: Piece(tuple(t.shape), t.dtype, t.detach)
             for name, t in (state.items() if self.processes.first else ())
         }
-
-    @contextmanager
-    def loading(self, device: torch.device) -> Iterator[None]:
-        """Keep of a model that is loaded in the `with` block what this process keeps of it.
-
-        Args:
-            device: Where the model will be.
-        """
-        yield
-
-    @contextmanager
-    def reading(self) -> Iterator[None]:
-        """Let operations find tensors whole in the `with` block, in all processes at once."""
-        yield
-
-    @contextmanager
-    def apart(self) -> Iterator[None]:
-        """Let each process do with what it owns, in the `with` block, what the others do not do."""
-        yield
 
     def cached(
         self, kind: str, key: str, write: Callable[[Path], None], notice: Callable[[str], None]

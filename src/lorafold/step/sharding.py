@@ -201,6 +201,7 @@ class Sharded(Replicated):
         return self.owns(p) and self._moments.mine(p)
 
     def share_out(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Say who updates which of the parameters, of any shapes, that are whole in all."""
         self._moments.share_out(p for p in parameters if p not in self._owned)
 
     @contextmanager

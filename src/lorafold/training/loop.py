@@ -180,10 +180,13 @@ def note_step(
         seconds: How long it took.
     """
     loss, norm = map(fmean, zip(*updates, strict=True))
-    tokens = len(updates) * sum(len(e.ids) for e in examples if plan.loss.learns(e))
+    learns, figures = plan.loss.learns, dict[str, float]()
+    tokens = len(updates) * sum(len(e.ids) for e in examples if learns is None or learns(e))
     progress.losses.append(loss)
     progress.tokens, progress.seconds = progress.tokens + tokens, progress.seconds + seconds
-    figures = {**plan.loss.figures(plan.layout.processes), GRADIENT: norm}
+    if plan.loss.figures is not None:
+        figures |= plan.loss.figures(plan.layout.processes)
+    figures[GRADIENT] = norm
     if isinstance(examples, StepRollouts):
         figures = {**examples.figures, **figures}
         progress.stepped(figures)
@@ -287,7 +290,7 @@ def loss_of(plan: Plan, examples: Sequence[Any]) -> float:
     loss, recipe = plan.loss, plan.recipe
     parts = loss.micro_batches(examples, recipe.accumulate, recipe.max_length)
     with evaluating(loss):
-        shared = loss.of_step(examples)
+        shared = {} if loss.of_step is None else loss.of_step(examples)
         batches = (loss.collate([examples[i] for i in part], plan.device) for part in parts)
         losses = [loss(**inputs, **shared).item() for inputs in batches]
     return sum(losses) / max(1, sum(map(loss.count, examples)))
@@ -320,7 +323,8 @@ def train_step(plan: Plan, examples: Sequence[Any], step: int) -> tuple[float, f
     Raises LorafoldError for an adapter without gradient.
     """
     total = max(1, sum(map(plan.loss.count, examples)))
-    examples = [example for example in examples if plan.loss.learns(example)]
+    if (learns := plan.loss.learns) is not None:
+        examples = [example for example in examples if learns(example)]
     if not examples:  # of a step in which there is nothing to learn
         return 0.0, 0.0
     set_learning_rates(plan.optimizer, plan.recipe, step, plan.feed.steps)
@@ -374,7 +378,7 @@ def backward(plan: Plan, examples: Sequence[Any], total: int, key: int) -> Tenso
     loss.train()
     summed = torch.zeros((), device=plan.device)
     with unchanged():
-        of_step = loss.of_step(own, examples[:1], passes)
+        of_step = {} if loss.of_step is None else loss.of_step(own, examples[:1], passes)
         processes.add([*of_step.values()])
         rows, selection = loss.rows_of(examples), selection_of(plan.adapter.model)
         for i, part in enumerate([[share[j] for j in part] for part in parts] + [[0]] * idle):

@@ -31,6 +31,7 @@ from lorafold.data.templates import day_of, is_dated, on_day
 from lorafold.errors import LorafoldError, listed, shortened
 from lorafold.files.atomic import check_out
 from lorafold.identity import COMPUTED_WITH, TRAINING, of_adapter, of_code
+from lorafold.machine.memory import free_bytes
 from lorafold.machine.processes import ALONE, Processes
 from lorafold.memory.before_run import planned, settle
 from lorafold.memory.trace import Setting
@@ -45,7 +46,7 @@ from lorafold.peft.saved import Saved, open_all
 from lorafold.recipe.fields import OF_ADAPTER
 from lorafold.recipe.fitting import left_out, settled_base, spec_of, without
 from lorafold.step.activations import recompute
-from lorafold.step.adamw import check_available, check_rounding, free_everywhere
+from lorafold.step.adamw import bitsandbytes_optimizers, check_rounding
 from lorafold.step.branches import may_share
 from lorafold.step.replicated import Replicated
 from lorafold.step.sharding import Sharded
@@ -116,7 +117,8 @@ def check_request(request: Request, console: Console, processes: Processes) -> S
         raise LorafoldError(
             f"batch {batch} can't be split over {count} processes; expected a multiple of {count}"
         )
-    check_available(request.recipe.optimizer)
+    if request.recipe.optimizer not in ("auto", "adamw"):
+        bitsandbytes_optimizers(request.recipe.optimizer)
     spec = spec_of(request.recipe)
     if left_out(request.recipe):
         console.print(without(request.recipe), highlight=False)
@@ -269,7 +271,7 @@ def adapted_model(
     over = setup.saved[: len(request.over)]
     stored = setup.saved[-1] if request.init_adapter else None
     heaviest, needs = largest_setting(setup), setup.objective.modules_to_save
-    free = free_everywhere(base.where, setup.layout.processes)
+    free = min(setup.layout.processes.gather(free_bytes(base.where)))
     asked = recipe.gradient_checkpointing
     checkpointing, unknown = settle(base.config(), heaviest, asked, free, console)
     with setup.layout.loading(base.where):

@@ -25,7 +25,15 @@ from lorafold.recipe.recipe import FEW, STEPS, Recipe
 from lorafold.rewards.judging import REWARDS, adapter_in
 from lorafold.step.adamw import described, make_optimizer, pick
 from lorafold.step.losses import Loss
-from lorafold.step.optim import param_groups, rates, restore_optimizer, restore_rng, sum_in_fp32
+from lorafold.step.optim import (
+    param_groups,
+    parameters,
+    rates,
+    restore_optimizer,
+    restore_rng,
+    sum_in_fp32,
+)
+from lorafold.step.sharding import Sharded
 from lorafold.training.checkpoint import FILES, Progress, RunDirectory
 from lorafold.training.loop import Plan
 from lorafold.training.request import FREE_ON_RESUME, WHEN_MEASURED, depends_on
@@ -61,7 +69,8 @@ def prepare(
         adapter.parts(), lr, recipe.lr_b or lr_b or lr, not recipe.weight_decay, whole
     )
     sum_in_fp32(adapter.model)
-    layout.share_out(p for group in groups for p in group["params"])
+    if isinstance(layout, Sharded):
+        layout.share_out(parameters(groups))
     parts = processes.count if layout.divides else 1
     chosen = pick(recipe.optimizer, progress.optimizer, groups, where, processes, parts)
     progress.optimizer = chosen.name
@@ -210,5 +219,6 @@ def sample_losses(
         )
     loss.train()
     for chosen in feed.drawn(n, rows or recipe.batch, recipe.seed + 1):
-        inputs = loss.collate(chosen, loss.device) | loss.of_step(chosen)
+        inputs = loss.collate(chosen, loss.device)
+        inputs |= {} if loss.of_step is None else loss.of_step(chosen)
         yield loss(**inputs) / max(1, sum(map(loss.count, chosen)))
