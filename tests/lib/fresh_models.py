@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lorafold.models.loading import load_model
-from lorafold.models.sources import READ, known
+from lorafold.models.sources import known, remember
 
 
 def fresh_model(path: Path) -> Any:
@@ -18,7 +18,7 @@ def fresh_model(path: Path) -> Any:
     read = _read(path, tuple(sorted((f.name, f.stat().st_mtime_ns) for f in path.iterdir())))
     model, source = deepcopy(read), known(read)
     assert source is not None
-    READ[model] = source
+    remember(model, source)
     return model
 
 

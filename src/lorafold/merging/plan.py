@@ -35,7 +35,7 @@ from lorafold.models.checkpoint import (
     open_checkpoint,
 )
 from lorafold.models.converted import Conversion
-from lorafold.models.sources import HUB_FILES, READ
+from lorafold.models.sources import HUB_FILES, remember
 from lorafold.models.weights import Entry
 from lorafold.opening import Base
 from lorafold.peft.saved import Saved
@@ -189,7 +189,7 @@ def plan(
     """
     checkpoint = open_checkpoint(base.source, HUB_FILES)  # all: the unchanged ones are copied
     checkpoint, mapped, dequantized = as_plain(checkpoint, mapped_model(checkpoint))
-    READ[mapped.model] = base.source
+    remember(mapped.model, base.source)
     if round_trip is not None:
         attach_round_trip(mapped.model, round_trip)
     names = tuple(f"merged{i}" for i in range(len(adapters)))

@@ -58,7 +58,7 @@ from lorafold.models.architecture import auto_class
 from lorafold.models.converted import Conversion, Source
 from lorafold.models.in_files import as_in_files, check_quantized, make_quantized, readable
 from lorafold.models.load_errors import loading, one_line
-from lorafold.models.sources import READ, ModelSource
+from lorafold.models.sources import ModelSource, remember
 from lorafold.models.weights import (
     INDEX,
     MODEL_FILES,
@@ -215,7 +215,7 @@ def mapped_model_of(source: ModelSource) -> MappedModel:
     which adapters attached to it record as their base.
     """
     mapped = mapped_model(open_checkpoint(source))
-    READ[mapped.model] = source
+    remember(mapped.model, source)
     mapped.model.config._name_or_path = mapped.model.name_or_path = source.name
     return mapped
 

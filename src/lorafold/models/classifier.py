@@ -30,7 +30,7 @@ from lorafold.errors import LorafoldError
 from lorafold.files.card import REWARD
 from lorafold.models.load_errors import check_complete, loading
 from lorafold.models.loading import read_weights
-from lorafold.models.sources import READ, ModelSource, known
+from lorafold.models.sources import ModelSource, known, remember
 from lorafold.models.storages import Storage
 from lorafold.models.weights import FileWeights, Weights, model_files
 
@@ -258,5 +258,5 @@ def scoring_shell(model: Any, pad_id: int) -> Any:
     shell.requires_grad_(False)
     widen_heads(shell)
     if source is not None:
-        READ[shell] = source
+        remember(shell, source)
     return shell.eval()

@@ -27,7 +27,7 @@ from lorafold.models.architecture import auto_class
 from lorafold.models.in_files import readable, storage_in_files
 from lorafold.models.load_errors import check_complete, loading, tell_unread
 from lorafold.models.quantizing import compute_in, quantization_of, read_quantized
-from lorafold.models.sources import READ, ModelSource, resolve_model
+from lorafold.models.sources import ModelSource, remember, resolve_model
 from lorafold.models.storages import MADE, PLAIN_OF, QUANTIZED, STORAGES, Storage
 from lorafold.models.weights import MODEL_FILES, SHARDS, Weights, model_files
 
@@ -163,7 +163,7 @@ def read_weights(
         model, info = read_quantized(auto, source, wanted, torch.device(device), **config)
         compute_in(model, wanted.dtype)
     keep_scale(model)
-    READ[model] = source
+    remember(model, source)
     # an adapter's config names its base so
     model.config._name_or_path = model.name_or_path = source.name
     return model.eval(), info

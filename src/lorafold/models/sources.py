@@ -63,9 +63,8 @@ class ModelSource:
         return read_object(self.intact("config.json") / "config.json")
 
 
-# from which files the models of this process were read, for as long as each lives; whoever reads
-# one notes it
-READ: "WeakKeyDictionary[nn.Module, ModelSource]" = WeakKeyDictionary()
+# from which files the models of this process were read, for as long as each lives
+_READ: "WeakKeyDictionary[nn.Module, ModelSource]" = WeakKeyDictionary()
 
 
 def resolve_model(
@@ -266,17 +265,22 @@ def _checked(path: Path, name: str) -> Path:
     return path
 
 
+def remember(model: "nn.Module", source: ModelSource) -> None:
+    """Note the files of a model that was just read."""
+    _READ[model] = source
+
+
 def known(model: "nn.Module") -> ModelSource | None:
     """From which files a model was read; None for a model that was made, changed or read by other
     means, and where the directory is no longer there.
     """
-    found = READ.get(model)
+    found = _READ.get(model)
     return found if found and found.path.is_dir() else None
 
 
 def forget(model: "nn.Module") -> None:
     """The model's own weights are changed, so that they are no longer those of its files."""
-    READ.pop(model, None)
+    _READ.pop(model, None)
 
 
 def called(model: "nn.Module") -> str:
