@@ -128,7 +128,7 @@ def injecting(kind: str, value: float, at: int) -> Callable[..., tuple[float, fl
     def step(plan: loop.Plan, examples: Any, i: int) -> tuple[float, float]:
         if i != at:
             return STEP(plan, examples, i)
-        p, hook = parameters(plan.optimizer)[-1], None
+        p, hook = parameters(plan.optimizer.param_groups)[-1], None
         if kind == "loss":
             hook = plan.loss.register_forward_hook(lambda module, given, loss: loss * value)
         elif kind == "gradient":
