@@ -572,5 +572,6 @@ def test_pefts_wrappers_are_in_the_order_of_the_parameters(moe: Moe) -> None:
     wrapped = theirs("experts", moe("gpt-oss"))
     outer = next(m for m in wrapped.modules() if isinstance(m, ParamWrapper))
     assert (outer.parameter_name, outer.base_layer.parameter_name) == ("down_proj", "gate_up_proj")
-    owners = (m.owner for _, m in Anatomy.of(moe("gpt-oss")).modules if isinstance(m, Matrices))
+    model = moe("gpt-oss")
+    owners = (m.owner for _, m in Anatomy.of(model).modules if isinstance(m, Matrices))
     assert [n for n in next(owners)._parameters if "bias" not in n] == ["gate_up_proj", "down_proj"]
