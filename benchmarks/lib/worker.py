@@ -157,7 +157,7 @@ def lorafold(case: Case, stack: ExitStack) -> Training:
     stack.enter_context(freed_blocks(KEPT))
     lora = lf.LoRA(rank=case.rank, dropout=case.dropout)
     spec = make_spec(case.method) if case.method else lf.DoRA(lora) if case.dora else lora
-    saved = objective.modules_to_save(model, spec, None) if objective.modules_to_save else ()
+    saved = objective.modules_to_save(model, spec, None)
     adapter = lf.attach(model, spec, modules_to_save=saved)
     if case.recompute:
         recompute(model)

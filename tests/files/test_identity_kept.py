@@ -193,7 +193,7 @@ def world(tmp_path_factory, tiny_model_dir, patched) -> World:
     made = World(tmp_path_factory.mktemp("world"))
     shared(made.root / "cache")
     patched.setenv("LORAFOLD_CACHE", str(made.root / "cache"))
-    patched.setattr(stored, "LARGE", 1000)
+    patched.setattr(tokenizing, "LARGE", 1000)
     patched.setattr(reading, "LARGE", 1000)
     made.write()
     shutil.copytree(tiny_model_dir("llama"), made.model)
@@ -462,4 +462,4 @@ def test_the_code_of_a_thing_is_all_that_it_imports(rooms: tuple[str, ...], besi
         if (identity.ROOT / room).is_dir()
         for file in (identity.ROOT / room).rglob("*.py")
     ]
-    assert rooms_of(files) - set(rooms) - {"errors", "files", "identity"} == besides
+    assert rooms_of(files) - set(rooms) - {"advice", "errors", "files", "identity"} == besides

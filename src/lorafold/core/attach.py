@@ -226,8 +226,7 @@ def lay(
         module.__class__ = adapted_class(type(module), layer_class)  # type: ignore[arg-type]
         assert isinstance(module, Adapted)
         module.deltas, module.selection, module.site = deltas, selection, site
-        if layer_class.entered is not None:
-            layer_class.entered(module)
+        layer_class.entered(module)
     module.deltas[name] = delta.train(module.training)
 
 
@@ -239,8 +238,7 @@ def lift(module: Adapted, name: str) -> None:
         module.__dict__.pop("site", None)
         layer_class = module.layer_class
         module.__class__ = module.base_class  # type: ignore[assignment]
-        if layer_class.left is not None:
-            layer_class.left(module)
+        layer_class.left(module)
 
 
 def freeze(model: nn.Module, selection: Selection) -> None:

@@ -21,7 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -232,9 +232,6 @@ class Base(Layer):
     quantized = False  # whether it stores codes, which are dequantized for each use
     linear = False  # whether it is a matrix applied to activations, as "all-linear" means it
     mixes_rows = False  # whether rows of its input decide how the module itself computes others
-    # what a module needs when it gets its first delta, and what undoes it after the last one
-    entered: ClassVar[Callable[..., None] | None] = None
-    left: ClassVar[Callable[..., None] | None] = None
 
     def __init__(self, module: nn.Module, stored: Callable[[], Tensor] | None = None) -> None:
         self.module, self.stored = module, stored  # `stored`: reads the weight from plain files
@@ -274,6 +271,16 @@ class Base(Layer):
         dtypes given. The module is not changed. Raises NotMergeable if it can't store them.
         """
         return {"weight": w} if b is None else {"weight": w, "bias": b}
+
+    @classmethod
+    def entered(cls, module: nn.Module) -> None:
+        """Do what a module needs when it gets its first delta."""
+        return None
+
+    @classmethod
+    def left(cls, module: nn.Module) -> None:
+        """Undo `entered`, when the last delta is detached."""
+        return None
 
     def dense_like(self) -> tuple[Tensor, Tensor | None]:
         """W (out, in) and b (out,) or None as `dense` gives them, on the meta device."""

@@ -203,6 +203,7 @@ class BranchedExamples(TableExamples[Branched]):
 
     @cached_property
     def ends_lost(self) -> Array:  # type: ignore[override]
+        """Whether a row lost tokens that it trains at the maximum length, (n,)."""
         lost = np.any(self.whole > self._max_length, axis=1)
         for n in np.flatnonzero(lost).tolist():
             starts, own, spans = self._starts[n], self.own[n], self._spans[n].reshape(-1, 2)

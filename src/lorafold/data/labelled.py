@@ -156,6 +156,7 @@ class LabelledExamples(TableExamples[LabelledExample]):
 
     @cached_property
     def judged(self) -> Judged:  # type: ignore[override]
+        """What the labels judge: rows with the text of another and a different label."""
         contrary = "have the text of an earlier one, and another label"
         return Judged(digests(self._ids), self._labels, contrary, self.counts)
 

@@ -69,9 +69,9 @@ def planned(
     most, count, whole, accumulating = -1, 0, 0, False
     capacity = recipe.max_length if packed else None
     planned = islice(feed.after(0), feed.foreseen)
-    steps: Iterable[Sequence[Any]] = (examples[::processes] for examples in planned)
-    if (trained := objective.trained) is not None:
-        steps = ([trained(example) for example in own] for own in steps)
+    steps: Iterable[Sequence[Any]] = (
+        [objective.trained(example) for example in examples[::processes]] for examples in planned
+    )
     if shares:  # to find what rows have in common takes a millisecond or more a step
         steps = nlargest(LOOKED_AT, steps, key=lambda own: sum(documents(own)))
     for own in steps:

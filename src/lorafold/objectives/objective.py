@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
+from lorafold.core.spec import Spec
 from lorafold.data.batches import Feed
 from lorafold.data.examples import WHOLE
 from lorafold.data.findings import account_of
@@ -24,6 +25,7 @@ from lorafold.objectives import Declared
 from lorafold.opening import Base
 from lorafold.peft.saved import Saved
 from lorafold.step.losses import next_token_loss
+from lorafold.step.replicated import Replicated
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -80,39 +82,7 @@ class Asked:
 
 
 class Objective(ABC):
-    """Abstract: one objective, from rows to a loss.
-
-    A class may have these methods besides. A run does not call one that is None:
-
-        examples(step, planned, loss)     what a step computes, from 0 on, in every process the same
-                                          (None: the examples planned for it). It may depend on the
-                                          weights, which are those of the steps before.
-        updates(examples, loss)           yields the examples of each update of the weights in a
-                                          step (None: all, once)
-        trained(example)                  what of an example has gradients (None: all)
-        modules_to_save(model, spec, targets)
-                                          paths of modules that must be trained whole, whatever the
-                                          method adapts. The model is as `load` gives it; the
-                                          targets are the recipe's, where None takes the method's.
-        record()                          fields of `lorafold.json` without which the adapter could
-                                          not be used, or that say what it learned from
-        refer(loss, feed, held_out, below, console, layout)
-                                          (feed, held_out) with what the objective has to know of
-                                          them under the untrained model. `below` identifies what
-                                          that model depends on besides its tensors.
-        guessing(labels)                  the mean loss in nats of a model that only guesses, which
-                                          a run has to get below, given the training rows of each
-                                          label. Inf: none is too high. None, also as a method:
-                                          that of the model before the first step, on its rows.
-    """
-
-    examples: Callable[..., Sequence[Any]] | None = None
-    updates: Callable[..., Iterator[Sequence[Any]]] | None = None
-    trained: Callable[..., Any] | None = None
-    modules_to_save: Callable[..., tuple[str, ...]] | None = None
-    record: Callable[..., dict[str, Any]] | None = None
-    refer: Callable[..., tuple[Feed, Any]] | None = None
-    guessing: Callable[..., float | None] | None = None
+    """Abstract: one objective, from rows to a loss."""
 
     packs: ClassVar[bool] = True  # where the recipe asks for it and the model allows it
     outputs: int = 0  # of the head over a text; 0 for that of a language model
@@ -155,6 +125,25 @@ class Objective(ABC):
 
         Raises LorafoldError for rows of which nothing is left to train on.
         """
+
+    def examples(self, step: int, planned: Sequence[Any], loss: Any) -> Sequence[Any]:
+        """The examples that a step computes: the planned ones, unless they depend on the weights,
+        which are those of the steps before. In every process they are the same.
+
+        Args:
+            step: The number of the step, from 0.
+            planned: Examples of the rows that the run has for this step.
+            loss: As `loss` yields it, with the model.
+        """
+        return planned
+
+    def updates(self, examples: Sequence[Any], loss: Any) -> Iterator[Sequence[Any]]:
+        """The examples of each update of the weights in a step: all, once."""
+        yield examples
+
+    def trained(self, example: Any) -> Any:
+        """What of an example a step computes with gradients."""
+        return example
 
     @abstractmethod
     def preview(self, example: Any, tokenizer: PreTrainedTokenizerBase) -> Text:
@@ -207,6 +196,44 @@ class Objective(ABC):
         """
         plain = ensure_chat_template(tokenizer)
         return plain or f"chat template: {'; '.join(account_of(tokenizer).lines)}"
+
+    def modules_to_save(self, model: PreTrainedModel, spec: Spec, targets: Any) -> tuple[str, ...]:
+        """Paths of the modules that must be trained whole, whatever the method adapts.
+
+        Args:
+            model: As `load` gives it.
+            targets: The recipe's; None takes the method's own.
+        """
+        return ()
+
+    def record(self) -> dict[str, Any]:
+        """Fields of `lorafold.json` without which the adapter could not be used, or that say what
+        it learned from.
+        """
+        return {}
+
+    def refer(
+        self, loss: Any, feed: Feed, held_out: Any, below: Sequence[str], console: Console,
+        layout: Replicated,
+    ) -> tuple[Feed, Any]:
+        """The same examples with what the objective has to know of them under the untrained model.
+
+        Args:
+            loss: As `loss` yields it.
+            held_out: The `Data` to measure on, or None.
+            below: The identities of what that model depends on besides its tensors.
+            layout: Of the model.
+        """
+        return feed, held_out
+
+    def guessing(self, labels: Mapping[str, int]) -> float | None:
+        """The mean loss in nats of a model that only guesses, which a run has to get below. None:
+        that of the model before the first step, on the rows of that step; inf: none is too high.
+
+        Args:
+            labels: The training rows of each label, if they have labels.
+        """
+        return None
 
     def measure(self, loss: Any, held_out: Any) -> Measured:
         """The figures of held-out examples."""

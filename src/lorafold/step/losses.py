@@ -17,7 +17,7 @@ from lorafold.core.selection import named
 from lorafold.data.arrow import Array
 from lorafold.data.batches import PAYS, alike, collate, forest, labelled, leaders, micro_batches
 from lorafold.data.examples import NO_LOSS, Example
-from lorafold.machine.processes import Processes
+from lorafold.machine.processes import ALONE, Processes
 from lorafold.models.positions import sequence_of
 from lorafold.ops.host import on_host, sent
 from lorafold.step.branches import Branching, over
@@ -34,17 +34,6 @@ class Loss(nn.Module, ABC):
 
     pace = 1.0
     pace_up: float | None = None  # pace
-    # whether the loss of an example has a gradient; one without only counts in the mean. None: each
-    learns: Callable[[Any], bool] | None = None
-    # what the step that was just computed has to show besides its loss, by name, over all
-    # processes, asked for once a step
-    figures: Callable[[Processes], Mapping[str, float]] | None = None
-    # (examples, idle, passes) -> the arguments of `forward` that all micro-batches of an optimizer
-    # step share: sums over its examples, (k,), without gradients, which add up over processes. None
-    # unless the loss of an example depends on the others. `examples` are those of this process,
-    # which may have none; `idle` is one that passes through the model, and counts nothing, where
-    # others pass more; `passes` makes of the number of passes here the one of all processes.
-    of_step: Callable[..., dict[str, Tensor]] | None = None
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -59,6 +48,10 @@ class Loss(nn.Module, ABC):
     @abstractmethod
     def count(self, example: Any) -> int:
         """Return the weight of the example in the mean loss: its tokens, or 1 for a text."""
+
+    def learns(self, example: Any) -> bool:
+        """Whether the loss of the example has a gradient; one without only counts in the mean."""
+        return True
 
     def micro_batches(self, examples: Sequence[Any], n: int, tokens: int) -> list[Sequence[int]]:
         """Divide the examples of an optimizer step into micro-batches. Returns the indices of the
@@ -79,6 +72,26 @@ class Loss(nn.Module, ABC):
         """Return the arguments of `forward` for these examples, on the device: labels and inputs,
         each (B, T), or labels (B,) for a classifier.
         """
+
+    def of_step(
+        self, examples: Sequence[Any], idle: Sequence[Any] = (), passes: Callable[[int], int] = int
+    ) -> dict[str, Tensor]:
+        """Return the arguments of `forward` that all micro-batches of an optimizer step share: sums
+        over its examples, (k,), without gradients, which add up over processes. There are none
+        unless the loss of an example depends on the others.
+
+        Args:
+            examples: Those of this process, which may have none.
+            idle: One that passes through the model, and counts nothing, where others pass more.
+            passes: Makes of the number of passes here the one that all processes make.
+        """
+        return {}
+
+    def figures(self, processes: Processes = ALONE) -> Mapping[str, float]:
+        """Return what the step that was just computed has to show besides its loss, by name, over
+        all processes. It is asked once a step.
+        """
+        return {}
 
     def rows_of(self, examples: Sequence[Any]) -> list[Array]:
         """Return for each example of a step the row that each of its tokens is named by, (t,): its

@@ -187,7 +187,7 @@ def record_of(setup: Setup, plan: Plan, progress: Progress) -> dict[str, Any]:
         **kept_figures(progress),
         "data": {"source": request.source, **request.data.record},
         GUESSING: progress.guessing,
-        **(setup.objective.record() if setup.objective.record else {}),
+        **setup.objective.record(),
         **({"new_tokens": setup.words.ids} if setup.words.ids else {}),
         **({INIT_ADAPTER: files[INIT_ADAPTER]} if INIT_ADAPTER in files else {}),
         DEPENDS_ON: depends_on(request, setup.objective),

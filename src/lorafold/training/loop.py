@@ -100,10 +100,8 @@ def fit(plan: Plan, progress: Progress, display: Display) -> Progress:
         while not over(plan, progress):
             start = time.perf_counter()
             with keeping(plan, progress, f"step {progress.step + 1}"):
-                examples = next(rows)
-                if objective.examples is not None:
-                    examples = objective.examples(progress.step, examples, plan.loss)
-            batches = objective.updates(examples, plan.loss) if objective.updates else [examples]
+                examples = objective.examples(progress.step, next(rows), plan.loss)
+            batches = objective.updates(examples, plan.loss)
             updates = [train_step(plan, batch, progress.step) for batch in batches]
             progress.step += 1
             note_step(plan, progress, display, examples, updates, time.perf_counter() - start)
@@ -180,13 +178,10 @@ def note_step(
         seconds: How long it took.
     """
     loss, norm = map(fmean, zip(*updates, strict=True))
-    learns, figures = plan.loss.learns, dict[str, float]()
-    tokens = len(updates) * sum(len(e.ids) for e in examples if learns is None or learns(e))
+    tokens = len(updates) * sum(len(e.ids) for e in examples if plan.loss.learns(e))
     progress.losses.append(loss)
     progress.tokens, progress.seconds = progress.tokens + tokens, progress.seconds + seconds
-    if plan.loss.figures is not None:
-        figures |= plan.loss.figures(plan.layout.processes)
-    figures[GRADIENT] = norm
+    figures = {**plan.loss.figures(plan.layout.processes), GRADIENT: norm}
     if isinstance(examples, StepRollouts):
         figures = {**examples.figures, **figures}
         progress.stepped(figures)
@@ -290,7 +285,7 @@ def loss_of(plan: Plan, examples: Sequence[Any]) -> float:
     loss, recipe = plan.loss, plan.recipe
     parts = loss.micro_batches(examples, recipe.accumulate, recipe.max_length)
     with evaluating(loss):
-        shared = {} if loss.of_step is None else loss.of_step(examples)
+        shared = loss.of_step(examples)
         batches = (loss.collate([examples[i] for i in part], plan.device) for part in parts)
         losses = [loss(**inputs, **shared).item() for inputs in batches]
     return sum(losses) / max(1, sum(map(loss.count, examples)))
@@ -323,8 +318,7 @@ def train_step(plan: Plan, examples: Sequence[Any], step: int) -> tuple[float, f
     Raises LorafoldError for an adapter without gradient.
     """
     total = max(1, sum(map(plan.loss.count, examples)))
-    if (learns := plan.loss.learns) is not None:
-        examples = [example for example in examples if learns(example)]
+    examples = [example for example in examples if plan.loss.learns(example)]
     if not examples:  # of a step in which there is nothing to learn
         return 0.0, 0.0
     set_learning_rates(plan.optimizer, plan.recipe, step, plan.feed.steps)
@@ -378,7 +372,7 @@ def backward(plan: Plan, examples: Sequence[Any], total: int, key: int) -> Tenso
     loss.train()
     summed = torch.zeros((), device=plan.device)
     with unchanged():
-        of_step = {} if loss.of_step is None else loss.of_step(own, examples[:1], passes)
+        of_step = loss.of_step(own, examples[:1], passes)
         processes.add([*of_step.values()])
         rows, selection = loss.rows_of(examples), selection_of(plan.adapter.model)
         for i, part in enumerate([[share[j] for j in part] for part in parts] + [[0]] * idle):

@@ -47,7 +47,7 @@ def train(request: Request, console: Console, processes: Processes = ALONE) -> T
     """
     check_name(request.out)
     if (request.over or request.init_adapter) and not request.resume:
-        check_places(request)  # of a run that is finished, that is told first
+        check_places(request)  # a resumed run that is finished already is reported first
     with RunDirectory(request.out).claimed() if processes.first else nullcontext():
         # several processes all ask, as one of them may have been started otherwise
         if request.resume or processes.count > 1:
@@ -70,20 +70,19 @@ def _train(setup: Setup, console: Console) -> Trained:
     dividing = divided(layout, model, console) if isinstance(layout, Sharded) else nullcontext()
     with freed_blocks(KEPT), dividing:
         with (
-            # what draws completions has modules of its own, which nothing is fused in yet
+            # first: a policy's sampler copies the model's modules before any of them is fused
             objective.loss(model, tokenizer, recipe.packing, console) as loss,
             fused(model) as fused_parts,
         ):
             console.print(str(fused_parts), highlight=False)
             loss.to(request.base.where)
             with layout.reading():
-                feed, held_out = setup.feed, setup.held_out
-                if objective.refer is not None:
-                    feed, held_out = objective.refer(
-                        loss, feed, held_out, setup.below, console, layout
-                    )
-                if once := in_common(setup, loss, feed):
-                    console.print(once, highlight=False)
+                # some objectives compare with the untrained model, whose losses join the rows
+                feed, held_out = objective.refer(
+                    loss, setup.feed, setup.held_out, setup.below, console, layout
+                )
+                if shared_prefixes := in_common(setup, loss, feed):
+                    console.print(shared_prefixes, highlight=False)
                 plan, progress = prepare(setup, adapter, loss, feed, held_out, console)
 
             # the logs of trackers stay when the checkpoints are removed

@@ -270,12 +270,12 @@ def adapted_model(
     request, recipe, base = setup.request, setup.request.recipe, setup.request.base
     over = setup.saved[: len(request.over)]
     stored = setup.saved[-1] if request.init_adapter else None
-    heaviest, needs = largest_setting(setup), setup.objective.modules_to_save
+    heaviest, objective = largest_setting(setup), setup.objective
     free = min(setup.layout.processes.gather(free_bytes(base.where)))
     asked = recipe.gradient_checkpointing
     checkpointing, unknown = settle(base.config(), heaviest, asked, free, console)
     with setup.layout.loading(base.where):
-        model = setup.objective.load(base, setup.tokenizer, recipe.seed)
+        model = objective.load(base, setup.tokenizer, recipe.seed)
     limit = positions_of(model).table
     if limit is not None and limit < recipe.max_length:
         check_positions(setup, model, limit)
@@ -291,7 +291,9 @@ def adapted_model(
     if stored is None:
         fresh = extras(setup, model)
         adapter = attach(model, setup.spec, recipe.targets, base=weights, **fresh)
-    elif needs and (missing := untrained(model, needs(model, adapter.spec, recipe.targets))):
+    elif missing := untrained(
+        model, objective.modules_to_save(model, adapter.spec, recipe.targets)
+    ):
         raise LorafoldError(
             f"--init-adapter {request.init_adapter}: found no {', '.join(missing)}, which the"
             f" objective {recipe.objective} has to train, expected an adapter with it; as the"
@@ -362,8 +364,7 @@ def extras(setup: Setup, model: PreTrainedModel) -> dict[str, Any]:
     and the embeddings of tokens.
     """
     recipe, words = setup.request.recipe, setup.words
-    saved = [*recipe.modules_to_save]
-    if (needs := setup.objective.modules_to_save) is not None:
-        saved += untrained(model, needs(model, setup.spec, recipe.targets))
+    needed = setup.objective.modules_to_save(model, setup.spec, recipe.targets)
+    saved = (*recipe.modules_to_save, *untrained(model, needed))
     tokens = Tokens(tuple(words.ids.values()), frozenset(words.ids[word] for word in words.new))
-    return {"bias": recipe.bias, "modules_to_save": tuple(saved), "tokens": tokens}
+    return {"bias": recipe.bias, "modules_to_save": saved, "tokens": tokens}

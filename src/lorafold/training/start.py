@@ -93,7 +93,7 @@ def prepare(
             f"steps: {feed.steps}, few to learn by: --epochs auto takes {STEPS}{less}",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
-    guessing = objective.guessing(setup.findings.labels) if objective.guessing else None
+    guessing = objective.guessing(setup.findings.labels)
     return Plan(
         recipe, objective, adapter, loss, where, optimizer, feed, held_out, guessing, run, layout
     ), progress
@@ -220,5 +220,4 @@ def sample_losses(
     loss.train()
     for chosen in feed.drawn(n, rows or recipe.batch, recipe.seed + 1):
         inputs = loss.collate(chosen, loss.device)
-        inputs |= {} if loss.of_step is None else loss.of_step(chosen)
-        yield loss(**inputs) / max(1, sum(map(loss.count, chosen)))
+        yield loss(**inputs, **loss.of_step(chosen)) / max(1, sum(map(loss.count, chosen)))
