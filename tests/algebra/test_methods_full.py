@@ -12,7 +12,6 @@ from torch.optim import AdamW
 from transformers import AutoModelForCausalLM
 
 import lorafold as lf
-from lorafold.exporting.gguf_model import write_model
 from lorafold.step.optim import matrices_in
 from mixtures import mixture
 
@@ -60,8 +59,8 @@ def test_what_it_saves_is_a_plain_model(tiny_model, tmp_path) -> None:
         for p in adapter.parameters():
             p.mul_(1.5)
         y = model(IDS).logits
-    write_model(model, tmp_path)
-    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    saved = adapter.save(tmp_path / "whole")
+    loaded, info = AutoModelForCausalLM.from_pretrained(saved, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert type(loaded).__name__ == "Qwen2ForCausalLM"

@@ -138,8 +138,8 @@ def test_without_a_choice_the_entries_are_random_ones(tiny_model) -> None:
 
 
 def test_options_out_of_range() -> None:
-    wrong = r"LTSFT: density: found 0.*dense_steps: found 0.*dense_lr: found 0"
+    wrong = r"LTSFT: dense_steps: found 0.*density: found 0.*dense_lr: found 0"
     with pytest.raises(lf.LorafoldError, match=wrong):
         lf.LTSFT(density=0, dense_steps=0, dense_lr=0)
-    with pytest.raises(lf.LorafoldError, match=r"FishMask: density: found 1.5.*samples: found 0"):
+    with pytest.raises(lf.LorafoldError, match=r"FishMask: samples: found 0.*density: found 1.5"):
         lf.FishMask(density=1.5, samples=0)

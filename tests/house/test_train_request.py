@@ -9,7 +9,7 @@ from textwrap import dedent
 
 import pytest
 
-FUNCTIONS, FILES = 980, 180
+FUNCTIONS, FILES = 600, 110
 
 REQUEST = dedent("""
     import json, sys, threading
