@@ -77,9 +77,12 @@ def with_shared(found: re.Match[str]) -> str:
     """A function of the API with the parameters that it shares with others, which its docstring
     has only once it is imported.
     """
+    function = getattr(lorafold, found[1])
+    if not function.__module__.startswith("lorafold.api."):
+        return found[0]
     rows = [
         [code(one.name), cell(one.help)]
-        for one in declared(getattr(lorafold, found[1]))
+        for one in declared(function)
         if one.group is None and getattr(one.option, "help", "")
     ]
     shared = f"\n\nShared with other functions:\n\n{table(['parameter', 'meaning'], rows)}"
