@@ -317,9 +317,9 @@ class Task:
         return day_written(self.base, self.recipe.chat_template)
 
     @cached_property
-    def identity(self) -> Mapping[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """What the objective depends on besides recipe, rows and model, such as rewards' files."""
-        return objective_of(self.request(Path(), self.recipe)).identity
+        return dict(objective_of(self.request(Path(), self.recipe)).identity)
 
     def request(self, out: Path, recipe: Recipe) -> Request:
         """The request for one run.

@@ -186,5 +186,5 @@ def key(task: Task, method: str) -> str:
     found = grounds(base, recipe.chat_template, "comparing", "merging")
     rows = [Rows.of(task.rows).identity, Rows.of(task.held_out).identity]
     asked = recipe.model_dump(mode="json", exclude={"seed"})
-    own = [repr(spec), spec.lr, spec.lr_b, task.day, dict(task.identity)]
+    own = [repr(spec), spec.lr, spec.lr_b, task.day, task.identity]
     return digest_of([found, *rows, asked, *own])
