@@ -1,11 +1,16 @@
 """One training run: from a base model, rows and a recipe to an adapter directory in PEFT's format.
 
-    set_up          what needs no model: the checks, device and dtype, tokenizer, tokenized rows
-    adapted_model   the base model with its adapter, once the memory of a step is estimated
-    objective       the loss over the model, and what it needs from the reference
-    prepare         the optimizer, and the state of a run that is resumed: the plan of the steps
-    fit             the steps: forward, backward, update, evaluation, checkpoints
-    finish          the files: adapter, model card, record
+    set_up            what needs no model: the checks, device and dtype, tokenizer, tokenized rows
+    adapted_model     the base model with its adapter, once the memory of a step is estimated
+    objective.loss    the loss over the model
+    objective.refer   what the objective needs of the untrained model (the reference of DPO)
+    prepare           the optimizer, and the state of a run that is resumed: the plan of the steps
+    fit               the steps: forward, backward, update, evaluation, checkpoints
+    finish            the files: adapter, model card, record
+
+A delta is the change that an adapter makes to one layer; a layout says how the processes share the
+model (each has it whole, or FSDP divides it). KEPT and RETURNED say whether memory that tensors
+leave stays with the process, for the next ones, or goes back to the system.
 """
 
 from __future__ import annotations

@@ -165,7 +165,7 @@ class Translation:
         return [e for e in self.left if isinstance(e.value, unsloth.Expression) and e.outcome.flag]
 
     def written(self) -> dict[str, Any]:
-        """The recipe's fields that differ from its defaults, and `base` wherever a key set it:
+        """The recipe's fields that differ from its defaults, and `storage` wherever a key set it:
         without that line the model's files would decide on the storage.
         """
         fields = self.recipe.model_dump(mode="json", exclude_unset=True)

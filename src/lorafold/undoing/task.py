@@ -2,7 +2,6 @@
 
     stack       adapters over the base; the last one's update is the alignment
     run         one tuning over a stack: its rank, rate, seed and number k of benign examples
-    point       a run under a defence
 """
 
 from __future__ import annotations
