@@ -114,8 +114,7 @@ def build(
     rows = tokens if isinstance(tokens, Tokens) else Tokens(tokens)
     if rows.ids or any(adapted_modules(model)):
         add_token_rows(model, spec, rows, names, deltas)
-    if spec.does("join"):
-        spec.join({path: deltas[path][0] for path in matches.paths})
+    spec.join({path: deltas[path][0] for path in matches.paths})
     chosen = Chosen(spec, matches, bias, tuple(saved.by_pattern))
     return Built(chosen, deltas, selection.active)
 

@@ -71,10 +71,6 @@ class Spec(ABC):
         """The spec for one module path, with overrides by pattern applied."""
         return self
 
-    def does(self, hook: str) -> bool:
-        """Whether the method does anything in one of the hooks below."""
-        return getattr(type(self), hook) is not getattr(Spec, hook)
-
     def join(self, deltas: Mapping[str, Delta]) -> None:
         """Set up what deltas share; `attach` calls it once all of an adapter's deltas, by module
         path, are built.

@@ -262,7 +262,7 @@ def _check_method(adapter: Adapter) -> None:
         "after_step": "acts after each step",
         "penalty": "adds a penalty to the loss",
     }
-    own = [when[h] for h in when if lowest.does(h)]
+    own = [when[h] for h in when if getattr(type(lowest), h) is not getattr(Spec, h)]
     if own:
         raise LorafoldError(
             f"AdapterCallback: {name} {' and '.join(own)}, which a trainer leaves out; train it"

@@ -344,8 +344,7 @@ def train_step(plan: Plan, examples: Sequence[Any], step: int) -> tuple[float, f
             plan.optimizer.step()
     else:
         plan.optimizer.zero_grad()  # before a method looks at them
-    if plan.adapter.spec.does("after_step"):
-        plan.adapter.spec.after_step(plan.adapter.own_deltas, step + 1, plan.feed.steps)
+    plan.adapter.spec.after_step(plan.adapter.own_deltas, step + 1, plan.feed.steps)
     plan.optimizer.zero_grad()
     return loss / total, size
 
@@ -387,7 +386,7 @@ def backward(plan: Plan, examples: Sequence[Any], total: int, key: int) -> Tenso
                     summed += value.detach()
                     value = value * (1 / total)
                 # of the sum over all
-                if i == len(parts) - 1 and processes.first and spec.does("penalty"):
+                if i == len(parts) - 1 and processes.first:
                     added = spec.penalty(plan.adapter.own_deltas)
                     value = value if added is None else value + added
                 value.backward()

@@ -128,8 +128,7 @@ def begin(
         console.print(told, soft_wrap=True)
     if layout.processes.first and not resumes:
         run.start(identity)
-    if spec.does("prepare"):
-        spec.prepare(adapter.own_deltas, partial(sample_losses, loss, feed, request.recipe))
+    spec.prepare(adapter.own_deltas, partial(sample_losses, loss, feed, request.recipe))
     if layout.processes.count > 1:
         take_first(adapter, layout.processes)
     return Progress(), {} if resumes else None
